@@ -1,0 +1,1 @@
+"""z4j agent runtime for task workers."""

@@ -1,0 +1,187 @@
+"""Every contract between the rooms; the docstrings are the specification.
+
+``tests/contract`` runs ``verifyObject`` over every implementer. Units are seconds and bytes throughout; payloads are
+canonical JSON as UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zope.interface import Attribute, Interface
+
+
+class ITask(Interface):
+    """A running greenlet or thread."""
+
+    name: str = Attribute("The name it was spawned under.")
+
+    def alive() -> bool:
+        """Whether it has not ended yet."""
+
+    def join(timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
+
+
+class IEvent(Interface):
+    """A flag that tasks can wait for. ``set`` never switches greenlets and never blocks."""
+
+    def set() -> None:
+        """Raise the flag and wake every waiter."""
+
+    def clear() -> None:
+        """Lower the flag."""
+
+    def is_set() -> bool:
+        """Whether the flag is up."""
+
+    def wait(timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds; return whether the flag is up."""
+
+
+class ILock(Interface):
+    """A lock that yields to the hub while it waits; a context manager."""
+
+    def __enter__() -> Any:
+        """Take it."""
+
+    def __exit__(exc_type: Any, exc: Any, traceback: Any) -> Any:
+        """Give it back."""
+
+
+class IConcurrency(Interface):
+    """The seam: the only place that knows which runtime carries the agent's loops.
+
+    Every method that waits raises ``ForkedChildError`` when it wakes in a process other than the one that built the seam.
+    """
+
+    name: str = Attribute("'threads', 'gevent', 'eventlet' or 'fake'.")
+
+    def now() -> float:
+        """Monotonic seconds, for intervals."""
+
+    def wall() -> float:
+        """Seconds since the epoch, for time stamps."""
+
+    def spawn(function: Callable[..., object], *args: object, name: str) -> Any:
+        """Run ``function(*args)`` in a daemon task and return its :class:`ITask`.
+
+        The task never keeps the process alive. An exception that escapes ``function`` is logged, once, on this side of
+        the seam; it is a bug.
+        """
+
+    def sleep(seconds: float) -> None:
+        """Let others run for ``seconds``; ``0`` yields once."""
+
+    def event() -> Any:
+        """Return a new :class:`IEvent`."""
+
+    def lock() -> Any:
+        """Return a new :class:`ILock`."""
+
+    def offload(function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+        """Run a pure ``function(*args)`` where it cannot stall the hub; ``(True, value)`` or ``(False, exception)``.
+
+        At most one call at a time. The function must not log, nor touch any patched lock or socket: a patched lock held
+        by a native thread wedges the hub (``field-notes`` C.5, ddtrace #19538).
+        """
+
+    def wait_readable(sock: Any, timeout: float) -> bool:
+        """Wait until ``sock`` can be read; ``False`` after ``timeout`` seconds."""
+
+    def wait_writable(sock: Any, timeout: float) -> bool:
+        """Wait until ``sock`` can be written; ``False`` after ``timeout`` seconds."""
+
+    def close() -> None:
+        """Give native helpers back. Tasks must have ended."""
+
+
+class IStore(Interface):
+    """The durable queue between capture and the wire. Runs inside ``offload``: no logging, no waiting, no switching.
+
+    Every method raises ``LocalStorageError`` and nothing else. ``id`` grows strictly; rows leave in that order.
+    """
+
+    durable: bool = Attribute("Whether rows survive the process.")
+
+    def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
+        """Commit ``(kind, key, payload)`` rows in one transaction; return how many older rows the caps evicted.
+
+        ``kind`` is ``event``, ``result`` or ``projection``; ``key`` is the frame id of a result, the engine task id of an
+        event, or empty.
+        """
+
+    def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
+        """Return the oldest ``BufferEntry`` rows with ``id > after`` of these kinds, at most ``limit`` of them.
+
+        Their payloads add up to at most ``max_bytes``, except that a first row larger than that comes alone. Nothing is
+        deleted.
+        """
+
+    def confirm(ids: Sequence[int]) -> int:
+        """Delete delivered rows; return how many there were."""
+
+    def discard(ids: Sequence[int], reason: str) -> int:
+        """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
+
+    def stats() -> Any:
+        """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
+
+    def claim(key: str, now: float) -> Any:
+        """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already."""
+
+    def settle(key: str, result: bytes, now: float) -> None:
+        """Mark command ``key`` done and keep its result payload for redeliveries."""
+
+    def close() -> None:
+        """Release the file; delete it when nothing in it is worth keeping. Idempotent."""
+
+
+class ITransport(Interface):
+    """Bytes to the brain and back. One session per object."""
+
+    name: str = Attribute("'ws' or 'longpoll'.")
+
+    def connect(hello: bytes) -> bytes:
+        """Open the line, say ``hello``, return the brain's ``hello_ack`` message.
+
+        Raises ``NetworkError``, or a ``RemoteError`` when the brain refused.
+        """
+
+    def send(build: Callable[[], bytes]) -> int:
+        """Build one frame and write it under one lock, so that seq order is wire order; return its size in bytes.
+
+        Raises ``NetworkError``.
+        """
+
+    def receive(timeout: float) -> bytes | None:
+        """Return the next message, or ``None`` when ``timeout`` seconds passed without one.
+
+        Raises ``NetworkError`` or ``RemoteError`` when the line is gone. One reader at a time.
+        """
+
+    def abort() -> None:
+        """Break the line from any task; wakes the reader. Idempotent."""
+
+    def close() -> None:
+        """Say goodbye if that takes no waiting, and release the line. For the owner only. Idempotent."""
+
+
+class IBridge(Interface):
+    """Runs the coroutines of asyncio-flavoured adapters without showing the host a running loop."""
+
+    def call(function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
+        """Call an adapter's coroutine function and return its result.
+
+        Raises ``TimeoutError`` after ``timeout`` seconds (the coroutine is cancelled) and whatever the adapter raises.
+        """
+
+    def pump(iterate: Callable[[], Any], sink: Callable[[Any], None], name: str) -> Callable[[], None]:
+        """Feed every item of an adapter's async generator to ``sink``; return a function that ends it."""
+
+    def loop() -> Any:
+        """Return the object that adapters get as ``loop=``; its ``call_soon_threadsafe`` never raises, never switches."""
+
+    def stop() -> None:
+        """Cancel what runs and end the loop. Idempotent; calls that arrive later are dropped in silence."""
