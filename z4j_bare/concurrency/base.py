@@ -1,0 +1,170 @@
+"""What the runtimes share: fork guard, step timer, task bookkeeping. A backend adds the primitives."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from z4j_bare.concurrency import fork
+from z4j_bare.errors import ForkedChildError
+
+logger = logging.getLogger("z4j.runtime.concurrency")
+
+_resumed_at: ContextVar[float] = ContextVar("z4j_resumed_at", default=0.0)
+
+
+class Task:
+    """A spawned loop; implements ``ITask`` for every backend."""
+
+    def __init__(self, name: str, ended: Any) -> None:
+        self.name = name
+        self._ended = ended
+
+    def alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return not self._ended.is_set()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
+        return bool(self._ended.wait(timeout))
+
+
+class Steps:
+    """The longest stretch that a task of ours ran without yielding, in seconds; reset by whoever reports it."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self.longest_task = ""
+        self.count = 0
+
+    def note(self, seconds: float, task: str) -> None:
+        """Count one step."""
+        self.count += 1
+        if seconds > self.longest:
+            self.longest, self.longest_task = seconds, task
+
+    def take(self) -> tuple[float, str]:
+        """Return the longest step and the task it belongs to, and start over."""
+        longest = (self.longest, self.longest_task)
+        self.longest, self.longest_task = 0.0, ""
+        return longest
+
+
+class BaseConcurrency:
+    """The part of ``IConcurrency`` that is the same everywhere.
+
+    A backend implements the underscored methods plus ``event`` and ``lock``. Everything that waits passes through
+    :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch on waking.
+    """
+
+    name = ""
+    _task_name: ContextVar[str] = ContextVar("z4j_task", default="")
+
+    def __init__(self) -> None:
+        self._epoch = fork.epoch()
+        self.steps = Steps()
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that built the seam."""
+        return fork.epoch() != self._epoch
+
+    def spawn(self, function: Callable[..., object], *args: object, name: str) -> Task:
+        """Run ``function(*args)`` in a daemon task; see ``IConcurrency``."""
+        task = Task(name, self.event())
+        self._start(self._run, task, function, args)
+        return task
+
+    def sleep(self, seconds: float) -> None:
+        """Let others run for ``seconds``."""
+        self._yielding(self._sleep, seconds)
+
+    def offload(self, function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+        """Run a pure function off the hub; ``(True, value)`` or ``(False, exception)``."""
+        outcome: tuple[bool, Any] = self._yielding(self._offload, attempt, function, args)
+        return outcome
+
+    def wait_readable(self, sock: Any, timeout: float) -> bool:
+        """Wait until ``sock`` can be read."""
+        return bool(self._yielding(self._wait_io, sock, timeout, False))
+
+    def wait_writable(self, sock: Any, timeout: float) -> bool:
+        """Wait until ``sock`` can be written."""
+        return bool(self._yielding(self._wait_io, sock, timeout, True))
+
+    def pause(self, event: Any, timeout: float | None = None) -> bool:
+        """``event.wait(timeout)`` with the fork guard: how every loop of ours waits."""
+        return bool(self._yielding(event.wait, timeout))
+
+    def close(self) -> None:
+        """Give native helpers back."""
+
+    def event(self) -> Any:
+        """Return a new event of this runtime."""
+        raise NotImplementedError
+
+    def lock(self) -> Any:
+        """Return a new lock of this runtime."""
+        raise NotImplementedError
+
+    def selector(self) -> Any:
+        """Return a new selector that cooperates with this runtime."""
+        raise NotImplementedError
+
+    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
+        raise NotImplementedError
+
+    def _sleep(self, seconds: float) -> None:
+        raise NotImplementedError
+
+    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
+        raise NotImplementedError
+
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+        raise NotImplementedError
+
+    def _yielding(self, wait: Callable[..., Any], *args: Any) -> Any:
+        began = _resumed_at.get()
+        if began:
+            self.steps.note(time.perf_counter() - began, self._task_name.get())
+        try:
+            return wait(*args)
+        finally:
+            if began:
+                _resumed_at.set(time.perf_counter())
+            if fork.epoch() != self._epoch:
+                raise ForkedChildError
+
+    def _run(self, task: Task, function: Callable[..., object], args: tuple[object, ...]) -> None:
+        _resumed_at.set(time.perf_counter())
+        self._task_name.set(task.name)
+        try:
+            function(*args)
+        except ForkedChildError:
+            return
+        except Exception:
+            logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
+        finally:
+            if not self.forked():
+                task._ended.set()  # noqa: SLF001 - the seam owns its tasks
+
+
+def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Call ``function(*args)`` and return its outcome as a value.
+
+    gevent prints a traceback for an exception that leaves a pool job, and eventlet re-raises it in the hub.
+    """
+    try:
+        return True, function(*args)
+    except Exception as error:
+        return False, error

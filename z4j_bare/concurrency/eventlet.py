@@ -1,0 +1,94 @@
+"""Green threads of eventlet. Legacy: eventlet has announced its retirement, so this file stays thin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import eventlet
+from eventlet import hubs, tpool
+from eventlet.green import selectors
+from eventlet.semaphore import Semaphore
+from zope.interface import implementer
+
+from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.interfaces import IConcurrency, IEvent
+
+
+@implementer(IEvent)
+class Event:
+    """A flag over a semaphore: eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``."""
+
+    def __init__(self) -> None:
+        self._flag = False
+        self._waiters = 0
+        self._gate = Semaphore(0)
+
+    def set(self) -> None:
+        """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
+        self._flag = True
+        for _ in range(self._waiters):
+            self._gate.release()
+        self._waiters = 0
+
+    def clear(self) -> None:
+        """Lower the flag."""
+        self._flag = False
+
+    def is_set(self) -> bool:
+        """Whether the flag is up."""
+        return self._flag
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds."""
+        deadline = None if timeout is None else monotonic() + timeout
+        while not self._flag:
+            left = None if deadline is None else deadline - monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._waiters += 1
+            # A permit left over by a waiter that timed out just then costs one more turn of this loop, no more.
+            if not self._gate.acquire(timeout=left):
+                self._waiters = max(0, self._waiters - 1)
+        return True
+
+
+@implementer(IConcurrency)
+class EventletConcurrency(BaseConcurrency):
+    """One green thread per task; offloaded work goes to eventlet's native pool, one call at a time."""
+
+    name = "eventlet"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._slot = Semaphore(1)
+
+    def event(self) -> Event:
+        """Return a new event."""
+        return Event()
+
+    def lock(self) -> Any:
+        """Return a new semaphore of one."""
+        return Semaphore(1)
+
+    def selector(self) -> Any:
+        """Return a selector that parks on the hub."""
+        return selectors.DefaultSelector()
+
+    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
+        eventlet.spawn_n(run, task, *args)
+
+    def _sleep(self, seconds: float) -> None:
+        eventlet.sleep(seconds)
+
+    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
+        with self._slot:
+            return tpool.execute(job, *args)
+
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+        try:
+            hubs.trampoline(sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError)
+        except TimeoutError:
+            return False
+        return True

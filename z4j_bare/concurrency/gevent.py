@@ -1,0 +1,70 @@
+"""Greenlets of gevent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from gevent.lock import BoundedSemaphore
+from gevent.selectors import GeventSelector
+from gevent.socket import wait_read, wait_write
+from gevent.threadpool import ThreadPool
+from zope.interface import implementer
+
+from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.interfaces import IConcurrency
+
+
+@implementer(IConcurrency)
+class GeventConcurrency(BaseConcurrency):
+    """One greenlet per task on the hub of the thread that starts the agent; one native thread for the store.
+
+    The thread pool is our own: the hub's ten threads also resolve names, and a hung disk must not take one of those.
+    """
+
+    name = "gevent"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pool: ThreadPool | None = None
+        self._slot = BoundedSemaphore(1)
+
+    def event(self) -> Any:
+        """Return a new ``gevent.event.Event``."""
+        return Event()
+
+    def lock(self) -> Any:
+        """Return a new semaphore of one."""
+        return BoundedSemaphore(1)
+
+    def selector(self) -> Any:
+        """Return a selector that parks on the hub."""
+        return GeventSelector()
+
+    def close(self) -> None:
+        """End the native thread."""
+        pool, self._pool = self._pool, None
+        if pool is not None and not self.forked():
+            pool.kill()
+
+    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
+        gevent.Greenlet(run, task, *args).start()
+
+    def _sleep(self, seconds: float) -> None:
+        gevent.sleep(seconds)
+
+    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
+        with self._slot:
+            if self._pool is None:
+                self._pool = ThreadPool(1)
+            return self._pool.apply(job, args)
+
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+        wait = wait_write if write else wait_read
+        try:
+            wait(sock.fileno(), timeout=timeout, timeout_exc=TimeoutError)
+        except TimeoutError:
+            return False
+        return True

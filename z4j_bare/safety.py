@@ -1,0 +1,61 @@
+"""The boundary between the host and us: nothing of ours that fails may fail the host's call."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger("z4j.runtime.safety")
+
+#: Attributes that ``logging`` refuses in ``extra`` because every record has them already.
+_RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+def safe_call(func: Callable[..., R], *args: Any, **kwargs: Any) -> R | None:
+    """Call ``func`` and return its result, or ``None`` after logging an ordinary exception.
+
+    Only ``Exception`` is held back. ``SystemExit``, ``KeyboardInterrupt``, ``GreenletExit``, ``gevent.Timeout`` and
+    ``eventlet.Timeout`` pass: a user's time-out may fire inside a signal handler of ours, and it is the user's.
+    """
+    try:
+        return func(*args, **kwargs)
+    except Exception as error:
+        _report(func, error)
+        return None
+
+
+def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
+    """Decorate ``func`` so that it behaves like :func:`safe_call`.
+
+    The wrapper's own code takes ``**kwargs``: Celery's ``Signal.connect`` reads the code flags, not the signature.
+    """
+
+    @wraps(func)
+    def boundary(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:
+            _report(func, error)
+            return None
+
+    return boundary
+
+
+def safe_log_extra(extra: dict[str, Any]) -> dict[str, Any]:
+    """Copy ``extra`` with ``user_`` in front of every key that ``logging`` reserves."""
+    return {f"user_{key}" if key in _RESERVED else key: value for key, value in extra.items()}
+
+
+def _report(func: Callable[..., Any], error: Exception) -> None:
+    name = getattr(func, "__qualname__", repr(func))
+    try:
+        logger.error("z4j: %s failed with %s; the host goes on", name, type(error).__name__, exc_info=error)
+    except Exception:
+        # Logging itself is broken; the type alone tells enough and can hold no secret.
+        sys.stderr.write(f"z4j: {name} failed with {type(error).__name__}\n")
