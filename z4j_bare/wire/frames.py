@@ -1,0 +1,112 @@
+"""Builders: the payloads of the frames that an agent sends, as canonical bytes. Signing is the session's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import Any
+
+from z4j_core.version import PROTOCOL_VERSION
+
+from z4j_bare.wire.canonical import canonical
+
+#: A result's error text; the frame model's limit (the brain's row keeps 1,024 of it).
+MAX_ERROR_CHARS = 8192
+
+#: Bytes of a result; beyond, a short one is sent that says so. A quarter of the brain's 1 MiB frame.
+MAX_RESULT_BYTES = 256 * 1024
+
+RUNTIME_FEATURES = ("retry_by_reference",)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this process is, as ``hello`` tells it (``brain-contract`` 1.3)."""
+
+    framework: str
+    agent_version: str
+    worker_id: str
+    worker_pid: int
+    worker_started_at: datetime
+    worker_role: str | None = None
+    agent_name: str | None = None
+    engines: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] = ()
+    capabilities: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    runtime_features: tuple[str, ...] = RUNTIME_FEATURES
+
+
+def frame_id(prefix: str) -> str:
+    """Return a new frame id such as ``ev_9f86d081884c7d65``."""
+    return f"{prefix}_{token_hex(8)}"
+
+
+def hello(identity: Identity) -> bytes:
+    """Return the unsigned ``hello`` frame."""
+    payload: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "agent_version": identity.agent_version,
+        "framework": identity.framework,
+        "engines": list(identity.engines),
+        "schedulers": list(identity.schedulers),
+        "capabilities": {name: list(tokens) for name, tokens in identity.capabilities.items()},
+        "host": {"name": identity.agent_name} if identity.agent_name else {},
+        "worker_id": identity.worker_id,
+        "worker_role": identity.worker_role,
+        "worker_pid": identity.worker_pid,
+        "worker_started_at": identity.worker_started_at.isoformat(),
+        "runtime_features": list(identity.runtime_features),
+    }
+    return canonical({"v": 2, "type": "hello", "id": frame_id("hello"), "payload": payload})
+
+
+def event_batch(events: Sequence[bytes]) -> bytes:
+    """Return the payload of an ``event_batch`` around events that are canonical bytes already.
+
+    With no events it is a receipt request: the brain handles one connection's frames in order and acknowledges even an
+    empty batch (2.4), so its ack proves that whatever was sent before it has been dealt with.
+    """
+    return b'{"events":[' + b",".join(events) + b"]}"
+
+
+def command_ack(token: str | None) -> bytes:
+    """Return the payload of a ``command_ack``; the delivery token is echoed unchanged (2.8)."""
+    return canonical({"delivery_claim_token": token} if token else {})
+
+
+def command_result(status: str, result: Mapping[str, Any] | None, error: str | None, token: str | None) -> bytes:
+    """Return the payload of a ``command_result`` that always fits: too large a result becomes a short failed one."""
+    body = {
+        "status": status,
+        "result": None if result is None else dict(result),
+        "error": None if error is None else error[:MAX_ERROR_CHARS],
+        "delivery_claim_token": token,
+    }
+    encoded = canonical(body)
+    if len(encoded) <= MAX_RESULT_BYTES:
+        return encoded
+    note = f"the command ended with {status}, but its result of {len(encoded)} bytes is over the {MAX_RESULT_BYTES} limit"
+    return canonical({**body, "status": "failed", "result": {"outcome": status, "oversized": True}, "error": note})
+
+
+def heartbeat(
+    *,
+    buffer_size: int,
+    dropped_events: int,
+    last_flush_at: float | None,
+    loss: Mapping[str, Any],
+    health: Mapping[str, str],
+) -> bytes:
+    """Return the payload of a ``heartbeat``; ``last_flush_at`` in seconds since the epoch."""
+    flushed = None if last_flush_at is None else datetime.fromtimestamp(last_flush_at, UTC).isoformat()
+    return canonical(
+        {
+            "buffer_size": min(buffer_size, 10_000_000),
+            "last_flush_at": flushed,
+            "dropped_events": min(dropped_events, 10_000_000),
+            "telemetry_loss": dict(loss),
+            "adapter_health": {key: str(value) for key, value in health.items()},
+        }
+    )

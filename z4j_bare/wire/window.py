@@ -1,0 +1,107 @@
+"""The in-flight window: how much may be sent before the brain has acknowledged, and what to make of its silence.
+
+The brain ingests one connection strictly in order (``brain-contract`` 7a), so a long window is latency for everything sent
+behind it: a command's result waited 33 s behind 4,000 unacknowledged events.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_EVENTS = 1_000
+MIN_EVENTS = 50
+
+#: Seconds. The window halves when the oldest unacknowledged frame is older than SLOW and grows when acks take under FAST.
+SLOW = 5.0
+FAST = 1.0
+
+#: Seconds without any ack, while something is unacknowledged, after which everything is sent again.
+ACK_DEADLINE = 90.0
+
+#: Acks that arrive before the send that they answer has returned are remembered; this many.
+EARLY = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A frame on its way: the store's row ids it carries, how many of them are events, and when it was sent."""
+
+    ids: tuple[int, ...]
+    events: int
+    sent_at: float
+
+
+class Window:
+    """Counts unacknowledged events. Every method takes ``now``, monotonic seconds; it has no clock."""
+
+    def __init__(self, limit: int = MAX_EVENTS) -> None:
+        self.limit = limit
+        self._largest = limit
+        self._flying: OrderedDict[str, InFlight] = OrderedDict()
+        self._early: OrderedDict[str, None] = OrderedDict()
+        self._events = 0
+        self._last_ack = 0.0
+        self._last_change = 0.0
+
+    @property
+    def events(self) -> int:
+        """Unacknowledged events."""
+        return self._events
+
+    @property
+    def frames(self) -> int:
+        """Unacknowledged frames."""
+        return len(self._flying)
+
+    def room(self, now: float) -> int:
+        """Return how many more events may be sent at ``now``."""
+        self._adapt(now)
+        return max(0, self.limit - self._events)
+
+    def sent(self, frame: str, ids: Sequence[int], events: int, now: float) -> tuple[int, ...]:
+        """Enter a frame; return its row ids at once if its ack has already been here."""
+        if frame in self._early:
+            del self._early[frame]
+            return tuple(ids)
+        if not self._flying:
+            self._last_ack = now
+        self._flying[frame] = InFlight(tuple(ids), events, now)
+        self._events += events
+        return ()
+
+    def acked(self, frame: str, now: float) -> tuple[int, ...]:
+        """Take the ack of ``frame``; return the row ids that are done with. The counts in an ack mean nothing (2.4)."""
+        self._last_ack = now
+        flying = self._flying.pop(frame, None)
+        if flying is None:
+            self._early[frame] = None
+            while len(self._early) > EARLY:
+                self._early.popitem(last=False)
+            return ()
+        self._events -= flying.events
+        if now - flying.sent_at < FAST:
+            self._grow(now)
+        return flying.ids
+
+    def silent(self, now: float) -> bool:
+        """Whether something is unacknowledged and no ack of anything has come for ``ACK_DEADLINE`` seconds."""
+        return bool(self._flying) and now - self._last_ack > ACK_DEADLINE
+
+    def reset(self) -> None:
+        """Forget what is in flight, because it will be sent again."""
+        self._flying.clear()
+        self._early.clear()
+        self._events = 0
+
+    def _adapt(self, now: float) -> None:
+        oldest = next(iter(self._flying.values()), None)
+        if oldest is not None and now - oldest.sent_at > SLOW and now - self._last_change > SLOW:
+            self.limit = max(MIN_EVENTS, self.limit // 2)
+            self._last_change = now
+
+    def _grow(self, now: float) -> None:
+        if self.limit < self._largest and now - self._last_change > FAST:
+            self.limit = min(self._largest, self.limit * 2)
+            self._last_change = now
