@@ -7,13 +7,15 @@ from time import monotonic
 from typing import Any
 
 import eventlet
-from eventlet import hubs, tpool
+from eventlet import hubs, patcher, tpool
 from eventlet.green import selectors
 from eventlet.semaphore import Semaphore
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.interfaces import IConcurrency, IEvent
+
+_native_thread = patcher.original("_thread").get_ident
 
 
 @implementer(IEvent)
@@ -24,10 +26,13 @@ class Event:
         self._flag = False
         self._waiters = 0
         self._gate = Semaphore(0)
+        self._thread = _native_thread()
 
     def set(self) -> None:
         """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
         self._flag = True
+        if _native_thread() != self._thread:
+            return  # a hub can only be woken from its own thread; the waiter sees the flag when its time is up
         for _ in range(self._waiters):
             self._gate.release()
         self._waiters = 0

@@ -1,0 +1,214 @@
+"""The brain over WebSocket, on ``websocket-client``'s low-level class (``field-notes`` C.8)."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from zope.interface import implementer
+
+from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError
+from z4j_bare.interfaces import ITransport
+from z4j_bare.transport.line import Line
+from z4j_bare.wire import policy
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+
+logger = logging.getLogger("z4j.transport.websocket")
+
+#: Seconds for DNS, TCP, TLS and upgrade together per address, and again for the ``hello_ack``.
+CONNECT_TIMEOUT = 10.0
+
+#: Seconds a frame may wait for room in the socket before the line counts as dead.
+SEND_TIMEOUT = 20.0
+
+#: Seconds without a byte from the brain before we ping, and before the line counts as dead. The brain itself pings every 60.
+PING_AFTER = 30.0
+DEAD_AFTER = 75.0
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Certificate files; ``None`` means the system's authorities and no client certificate."""
+
+    ca_bundle: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+
+
+def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
+    """Return ``<brain_url>/ws/agent`` with the scheme turned to ``ws`` or ``wss``; a path prefix is kept.
+
+    Raises ``HostConfigurationError`` for plain HTTP to a host that is not this one, unless ``dev_mode``.
+    """
+    parts = urlsplit(brain_url.rstrip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise HostConfigurationError(f"Z4J_BRAIN_URL={brain_url!r} is not an http(s) address")
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK and not dev_mode:
+        raise HostConfigurationError(
+            f"Z4J_BRAIN_URL={brain_url!r} would send the token in the clear: use https://, or dev_mode on a trusted network"
+        )
+    scheme = "wss" if parts.scheme == "https" else "ws"
+    return f"{scheme}://{parts.netloc}{parts.path}/ws/agent"
+
+
+@implementer(ITransport)
+class WebSocketTransport:
+    """One WebSocket session.
+
+    :param url: from :func:`websocket_url`.
+    :param token: called at every connect, so that a rotated token file is noticed.
+    """
+
+    name = "ws"
+
+    def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, tls: Tls | None = None) -> None:
+        self._url = url
+        self._token = token
+        self._seam = seam
+        self._tls = tls or Tls()
+        self._order = seam.lock()
+        self._ws: Any = None
+        self._heard = 0.0
+        self._pinged = False
+
+    def connect(self, hello: bytes) -> bytes:
+        """Upgrade, say ``hello`` and return the first answer; see ``ITransport``."""
+        import websocket
+
+        self._ws = websocket.WebSocket(enable_multithread=False, fire_cont_frame=False)
+        self._ws.settimeout(CONNECT_TIMEOUT)
+        try:
+            self._ws.connect(self._url, **self._options())
+        except websocket.WebSocketBadStatusException as error:
+            raise policy.refused(error.status_code, "the WebSocket upgrade was refused") from None
+        except (websocket.WebSocketException, OSError, ValueError) as error:
+            raise NetworkError(f"cannot reach the brain: {_short(error)}") from None
+        self._ws.sock = Line(self._ws.sock, self._seam, CONNECT_TIMEOUT, SEND_TIMEOUT)
+        self._ws.lock = self._seam.lock()
+        self._heard = self._seam.now()
+        self.send(lambda: hello)
+        answer = self.receive(CONNECT_TIMEOUT)
+        if answer is None:
+            raise NetworkError(f"no hello_ack within {CONNECT_TIMEOUT:.0f} s")
+        return answer
+
+    def send(self, build: Callable[[], bytes]) -> int:
+        """Build and write one binary frame under one lock."""
+        import websocket
+
+        with self._order:
+            frame = build()
+            try:
+                self._open().send_binary(frame)
+            except (websocket.WebSocketException, OSError) as error:
+                raise NetworkError(f"the line broke while sending: {_short(error)}") from None
+        return len(frame)
+
+    def receive(self, timeout: float) -> bytes | None:
+        """Return the next data message; answers pings, and pings a brain that has gone quiet."""
+        import websocket
+
+        try:
+            ws = self._open()
+            ws.sock.settimeout(timeout)
+            opcode, frame = ws.recv_data_frame(True)
+        except websocket.WebSocketTimeoutException:
+            return self._silence()
+        except (websocket.WebSocketException, OSError, ValueError) as error:
+            raise NetworkError(f"the line broke: {_short(error)}") from None
+        self._heard, self._pinged = self._seam.now(), False
+        if opcode == websocket.ABNF.OPCODE_CLOSE:
+            raise close_error(frame.data)
+        return bytes(frame.data) if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY) else None
+
+    def abort(self) -> None:
+        """Break the line from any task; not ``close()``, which hangs while a reader waits (``field-notes`` C.8)."""
+        sock = getattr(self._ws, "sock", None)
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # already gone, which is what was wanted
+
+    def close(self) -> None:
+        """Send a close frame if the socket takes it at once, then release it."""
+        ws, self._ws = self._ws, None
+        sock = getattr(ws, "sock", None)
+        if sock is None:
+            return
+        sock.send_timeout = 0.0
+        try:
+            ws.send_close()
+        except Exception as error:
+            logger.debug("z4j: no goodbye: %s", _short(error))
+        try:
+            sock.close()
+        except OSError:
+            pass
+
+    def _open(self) -> Any:
+        if self._ws is None or self._ws.sock is None:
+            raise NetworkError("the line is closed")
+        return self._ws
+
+    def _silence(self) -> None:
+        quiet = self._seam.now() - self._heard
+        if quiet > DEAD_AFTER:
+            raise NetworkError(f"nothing heard from the brain for {quiet:.0f} s")
+        if quiet > PING_AFTER and not self._pinged:
+            self._pinged = True
+            try:
+                self._open().ping()
+            except OSError as error:
+                raise NetworkError(f"the line broke: {_short(error)}") from None
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "header": [f"Authorization: Bearer {self._token()}"],
+            "suppress_origin": True,
+        }
+        if self._url.startswith("wss:"):
+            options["sslopt"] = {"context": tls_context(self._tls)}
+        return options
+
+
+def tls_context(tls: Tls) -> Any:
+    """Return a verifying TLS context.
+
+    Raises ``HostConfigurationError`` for a certificate file that cannot be used.
+    """
+    import os
+    import ssl
+
+    bundle = tls.ca_bundle or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+    try:
+        context = ssl.create_default_context(cafile=None if bundle is None else str(bundle))
+    except (OSError, ValueError) as error:
+        raise HostConfigurationError(f"Z4J_CA_BUNDLE={bundle}: {_short(error)}") from None
+    if tls.client_cert is not None:
+        try:
+            context.load_cert_chain(tls.client_cert, tls.client_key)
+        except (OSError, ValueError) as error:
+            raise HostConfigurationError(f"Z4J_CLIENT_CERT={tls.client_cert}: {_short(error)}") from None
+    return context
+
+
+def close_error(data: bytes) -> AgentError:
+    """Return the error for the body of a close frame: two bytes of code, then the reason."""
+    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None  # noqa: PLR2004 - RFC 6455, 5.5.1
+    return policy.closed(code, data[2:].decode(errors="replace"))
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).split("\n", 1)[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
