@@ -1,1 +1,41 @@
-"""z4j agent runtime for task workers."""
+"""z4j agent runtime for task workers: greenlets in gevent and eventlet, threads elsewhere.
+
+Importing this package loads nothing network-related (no ssl, asyncio, requests, websocket, gevent, eventlet), so that it
+can be imported before a process is patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from z4j_bare._process_singleton import post_fork
+from z4j_bare.framework import BareFrameworkAdapter
+from z4j_bare.install import install_agent
+from z4j_bare.runtime import AgentRuntime, RuntimeState
+from z4j_bare.safety import safe_boundary, safe_call
+
+__all__ = [
+    "AgentRuntime",
+    "BareFrameworkAdapter",
+    "BufferEntry",
+    "BufferStore",
+    "RuntimeState",
+    "__version__",
+    "install_agent",
+    "post_fork",
+    "safe_boundary",
+    "safe_call",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # SQLite and the package metadata cost import time that most imports of this package have no use for.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("z4j-bare")
+    if name in ("BufferEntry", "BufferStore"):
+        from z4j_bare.buffer import rows, store
+
+        return getattr(rows if name == "BufferEntry" else store, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

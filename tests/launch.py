@@ -1,0 +1,31 @@
+"""Patch first, then run the whole suite: ``python -m tests.launch threads|gevent|eventlet [pytest arguments]``.
+
+Patching cannot be undone, so each mode has a process of its own.
+"""
+
+import os
+import sys
+import warnings
+
+
+def patch(mode: str) -> None:
+    if mode == "gevent":
+        from gevent import monkey
+
+        monkey.patch_all()
+    elif mode == "eventlet":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own announcement of retirement
+            import eventlet
+        eventlet.monkey_patch()
+    elif mode != "threads":
+        sys.exit(f"unknown mode {mode!r}: threads, gevent or eventlet")
+
+
+if __name__ == "__main__":
+    mode = sys.argv[1] if len(sys.argv) > 1 else ""
+    patch(mode)
+    os.environ["Z4J_TEST_MODE"] = mode
+    import pytest
+
+    sys.exit(pytest.main(sys.argv[2:] or ["tests/unit"]))

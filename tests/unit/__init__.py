@@ -1,0 +1,1 @@
+"""Tests of single rooms and of rooms put together in one process."""

@@ -1,0 +1,308 @@
+"""One incarnation of the agent: the rooms put together, from ``start()`` to ``stop()``. A new start builds a new one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from z4j_core.transport.hmac import decode_agent_hmac_secret
+
+from z4j_bare.adapters.bridge import Bridge
+from z4j_bare.adapters.engines import EngineHost
+from z4j_bare.buffer.keeper import Keeper
+from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.paths import new_store_path
+from z4j_bare.buffer.rows import RESULT
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.capture.ring import Ring
+from z4j_bare.dispatcher import Dispatcher
+from z4j_bare.errors import AgentError, HostConfigurationError
+from z4j_bare.hosting import is_celery_worker
+from z4j_bare.loops.counters import Counters
+from z4j_bare.loops.flush import FlushLoop
+from z4j_bare.loops.heartbeat import HealthLoop, HeartbeatLoop
+from z4j_bare.loops.receive import ReceiveLoop
+from z4j_bare.loops.send import SendLoop
+from z4j_bare.loops.supervisor import Supervisor
+from z4j_bare.loops.watch import keep
+from z4j_bare.settings import Settings, read_secret
+from z4j_bare.transport.websocket import Tls, WebSocketTransport, websocket_url
+from z4j_bare.wire import frames
+from z4j_bare.wire.events import encode_event
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config, Event
+
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.loops.link import Link
+
+logger = logging.getLogger("z4j.runtime")
+
+#: Seconds between two looks at what the adapters say of their engines.
+HEALTH_INTERVAL = 10.0
+
+#: Seconds that one ``get_health`` may take; a call that overruns keeps its task, and the last good answer stays.
+HEALTH_TIMEOUT = 5.0
+
+
+class Agent:
+    """Everything that runs. Built on the host's thread without I/O; its loops do the rest."""
+
+    def __init__(
+        self,
+        config: Config,
+        framework: Any,
+        engines: Sequence[Any],
+        schedulers: Sequence[Any],
+        settings: Settings,
+        seam: BaseConcurrency,
+    ) -> None:
+        self.seam = seam
+        self.counters = Counters()
+        self.ring = Ring(settings.ring_events, settings.flush_events, seam.event())
+        self._config = config
+        self._framework = framework
+        self._schedulers = schedulers
+        self._settings = settings
+        self._started_at = datetime.now(UTC)
+        self._stopping = seam.event()
+        self._tasks: list[Any] = []
+        self._sender: SendLoop | None = None
+        self._url = websocket_url(str(config.brain_url), dev_mode=config.dev_mode)
+        self.secret()  # a bad key must fail here, at the host's call, not in a loop
+        self.keeper = Keeper(self._open_store, seam, lambda: MemoryStore(max_rows=config.buffer_max_events))
+        self.bridge = Bridge(seam)
+        self.hosts = {
+            engine.name: EngineHost(engine, self.bridge, seam, self.record, config=config) for engine in engines
+        }
+        self.flusher = FlushLoop(
+            self.ring,
+            self.keeper,
+            seam,
+            self.counters,
+            interval=settings.flush_interval,
+            most=settings.flush_events,
+            stored=self._wake_sender,
+        )
+        self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
+        self.supervisor = Supervisor(self._transport, self._hello, self.secret, self._serve, seam, self.counters)
+        self._health = HealthLoop(
+            {name: lambda host=host: host.health(HEALTH_TIMEOUT) for name, host in self.hosts.items()},
+            seam,
+            HEALTH_INTERVAL,
+        )
+
+    def start(self) -> None:
+        """Spawn the loops and return; nothing here waits for the disk, the broker or the brain."""
+        for run, name in (
+            (self.flusher.run, "z4j-flush"),
+            (self.supervisor.run, "z4j-supervisor"),
+            (self._health.run, "z4j-health"),
+        ):
+            self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
+        self.seam.spawn(self._connect_adapters, name="z4j-adapters")
+
+    def record(self, event: Event) -> None:
+        """Take one event from an adapter. Never waits, never raises."""
+        self.ring.put(encode_event, event)
+
+    def secret(self) -> bytes:
+        """Return the project's key. Raises ``HostConfigurationError`` naming the setting."""
+        path, value = self._settings.hmac_secret_file, self._config.hmac_secret
+        variable = "Z4J_HMAC_SECRET_FILE" if path else "Z4J_HMAC_SECRET"
+        if path is None and value is None:
+            raise HostConfigurationError("Z4J_HMAC_SECRET is missing: set it to the hmac_secret that the brain minted")
+        text = read_secret(path, variable) if path else value.get_secret_value() if value else ""
+        try:
+            key = decode_agent_hmac_secret(text)
+        except ValueError:
+            raise HostConfigurationError(f"{variable} is not the urlsafe-base64 text that the brain minted") from None
+        if len(key) < 32:  # noqa: PLR2004 - the protocol's key size
+            raise HostConfigurationError(f"{variable} decodes to {len(key)} bytes, but the brain mints 32: was it cut?")
+        return key
+
+    def stop(self, seconds: float) -> None:
+        """Flush, wait for acks within the flush budget, say goodbye; all of it within ``seconds``."""
+        deadline = self.seam.now() + seconds
+        self._stopping.set()
+        self.ring.wake.set()
+        self._within(deadline, self._disconnect_adapters)
+        self._within(deadline, self.flusher.flush)
+        self._await_acks(min(deadline, self.seam.now() + self._settings.flush_seconds))
+        self.supervisor.end()
+        for task in self._tasks:
+            task.join(max(0.0, deadline - self.seam.now()))
+        self._within(deadline, self.keeper.close)
+        self.bridge.stop()
+        self.seam.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the counters as plain JSON types."""
+        counters, buffer = self.counters, self.keeper.last_stats
+        link = self.supervisor.link
+        lost = dict(buffer.lost)
+        for reason, number in (("ring", self.ring.lost), ("unencodable", counters.unencodable)):
+            if number:
+                lost[reason] = lost.get(reason, 0) + number
+        return {
+            "concurrency": self.seam.name,
+            "session_id": link.welcome.session_id if link else None,
+            "produced": self.ring.produced,
+            "stored": counters.stored,
+            "sent": counters.sent,
+            "acked": counters.acked,
+            "lost": lost,
+            "buffered": buffer.rows,
+            "buffer_bytes": buffer.bytes,
+            "buffer_durable": self.keeper.durable,
+            "frames": counters.frames,
+            "sessions": counters.sessions,
+            "heartbeats": counters.heartbeats,
+            "commands": counters.commands,
+            "restarts": dict(counters.restarts),
+            "longest_step_seconds": round(self.seam.steps.longest, 6),
+            "longest_step_task": self.seam.steps.longest_task,
+            "last_error": counters.last_error,
+        }
+
+    def capabilities(self) -> dict[str, list[str]]:
+        """Return what each adapter can do just now; asked again at every connect, because answers can change."""
+        found = {name: list(host.capabilities()) for name, host in self.hosts.items()}
+        found.update({scheduler.name: sorted(scheduler.capabilities()) for scheduler in self._schedulers})
+        return found
+
+    def _open_store(self) -> BufferStore:
+        config = self._config
+        return BufferStore(
+            new_store_path(config.buffer_path),
+            max_rows=config.buffer_max_events,
+            max_bytes=config.buffer_max_bytes,
+            deployment=f"{config.project_id}-{sha256(self.secret()).hexdigest()[:16]}",
+        )
+
+    def _transport(self) -> WebSocketTransport:
+        settings = self._settings
+        tls = Tls(settings.ca_bundle, settings.client_cert, settings.client_key)
+        return WebSocketTransport(self._url, self._token, self.seam, tls)
+
+    def _token(self) -> str:
+        path = self._settings.token_file
+        return read_secret(path, "Z4J_TOKEN_FILE") if path else self._config.token.get_secret_value()
+
+    def _hello(self) -> bytes:
+        config, pid = self._config, os.getpid()
+        return frames.hello(
+            frames.Identity(
+                framework=self._framework.name,
+                agent_version=version("z4j-bare"),
+                worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}",
+                worker_pid=pid,
+                worker_started_at=self._started_at,
+                worker_role=config.worker_role or self._role(),
+                agent_name=config.agent_name,
+                engines=tuple(self.hosts),
+                schedulers=tuple(scheduler.name for scheduler in self._schedulers),
+                capabilities=self.capabilities(),
+            )
+        )
+
+    def _role(self) -> str | None:
+        if is_celery_worker():
+            return "task"
+        role = getattr(self._framework, "default_worker_role", None)
+        return role() if callable(role) else role
+
+    def _serve(self, link: Link) -> None:
+        sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters)
+        beat = HeartbeatLoop(
+            link,
+            self.seam,
+            self.counters,
+            self._heartbeat,
+            interval=min(float(self._config.heartbeat_seconds), link.welcome.heartbeat_seconds),
+            enabled=self._settings.heartbeat,
+        )
+        failures: list[AgentError] = []
+        tasks = [
+            self.seam.spawn(self._in_session, link, run, name, failures, name=name)
+            for run, name in ((sender.run, "z4j-send"), (beat.run, "z4j-heartbeat"))
+        ]
+        try:
+            ReceiveLoop(link, sender.acked, self.dispatcher.submit).run()
+        except AgentError as error:
+            failures.append(error)
+        finally:
+            link.shut()
+            self._sender = None
+            for task in tasks:
+                task.join(HEALTH_TIMEOUT)
+        if failures:
+            raise failures[0]
+
+    def _in_session(self, link: Link, run: Callable[[], None], name: str, failures: list[AgentError]) -> None:
+        try:
+            run()
+        except AgentError as error:
+            if not link.closing.is_set():
+                failures.append(error)
+        except Exception:
+            self.counters.restarts[name] += 1
+            logger.exception("z4j: loop %s died; its session ends and a new one begins. Please report it", name)
+        finally:
+            if not self.seam.forked():
+                link.shut()
+
+    def _heartbeat(self) -> bytes:
+        buffer, stats = self.keeper.last_stats, self.stats()
+        lost = sum(stats["lost"].values())
+        return frames.heartbeat(
+            buffer_size=buffer.rows,
+            dropped_events=lost + sum(host.dropped() for host in self.hosts.values()),
+            last_flush_at=self.counters.last_flush_at,
+            loss={
+                "buffer_id": buffer.buffer_id,
+                "runtime_id": f"{os.getpid()}-{int(self._started_at.timestamp() * 1000)}",
+                "event_records": lost,
+                "capacity_evicted_frames": buffer.lost.get("capacity", 0),
+                "adapter_events": {name: host.dropped() for name, host in self.hosts.items()},
+            },
+            health={**self._health.latest(), "z4j.concurrency": self.seam.name},
+        )
+
+    def _answer(self, command: str, payload: bytes) -> None:
+        self.keeper.append([(RESULT, command, payload)])
+        self._wake_sender()
+
+    def _wake_sender(self) -> None:
+        link = self.supervisor.link
+        if link is not None:
+            link.wake.set()
+
+    def _connect_adapters(self) -> None:
+        for host in self.hosts.values():
+            host.connect()
+
+    def _disconnect_adapters(self) -> None:
+        for host in self.hosts.values():
+            host.disconnect()
+
+    def _await_acks(self, deadline: float) -> None:
+        sender = self._sender
+        while sender is not None and self._sender is sender and self.seam.now() < deadline:
+            if sender.idle() and not self.keeper.stats().rows:
+                return
+            self._wake_sender()
+            self.seam.sleep(0.02)
+
+    def _within(self, deadline: float, function: Callable[[], object]) -> None:
+        try:
+            task = self.seam.spawn(function, name="z4j-stop")
+        except RuntimeError:  # CPython 3.12 starts no thread once the interpreter is going down
+            function()
+            return
+        task.join(max(0.0, deadline - self.seam.now()))

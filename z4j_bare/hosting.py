@@ -1,0 +1,75 @@
+"""What kind of process we are in, read from its command line before Celery itself knows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+_ready = False
+
+#: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
+_VISITORS = frozenset(
+    "amqp call control events graph inspect list logtool migrate multi purge report result shell status upgrade".split()
+)
+
+#: Global options of the ``celery`` command that take their value as a word of its own.
+_WITH_VALUE = frozenset({"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"})
+
+
+def celery_command(argv: Sequence[str] | None = None) -> str | None:
+    """Return the sub-command of a ``celery`` command line, such as ``worker``, or ``None`` for any other process.
+
+    Recognises ``celery ...``, ``python -m celery ...`` and both behind launchers such as ``uv run``.
+    """
+    words = list(sys.argv if argv is None else argv)
+    for index, word in enumerate(words[:6]):
+        path = PurePath(word)
+        if path.stem == "celery" or (path.name == "__main__.py" and path.parent.name == "celery"):
+            return _first_command(words[index + 1 :])
+    return None
+
+
+def is_visitor(argv: Sequence[str] | None = None) -> bool:
+    """Whether this is ``celery inspect`` and its like, where the agent stays inert."""
+    return celery_command(argv) in _VISITORS
+
+
+def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
+    """Whether this process was started as a Celery worker."""
+    return celery_command(argv) == "worker"
+
+
+def watch_for_ready() -> None:
+    """In a Celery worker, remember that ``worker_ready`` has been sent.
+
+    Called when this package is imported, which an app module does long before: an agent that is installed from inside
+    that signal (z4j_celery's own way) or later, from a task, has to start at once, and the signal keeps no such memory.
+    """
+    if "celery" in sys.modules and is_celery_worker():
+        from celery import signals
+
+        signals.worker_ready.connect(_note_ready, weak=False)
+
+
+def worker_is_ready() -> bool:
+    """Whether this process's Celery worker has sent ``worker_ready``."""
+    return _ready
+
+
+def _note_ready(**_kwargs: Any) -> None:
+    global _ready
+    _ready = True
+
+
+def _first_command(words: Sequence[str]) -> str:
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in _WITH_VALUE:
+            skip = True
+        elif not word.startswith("-"):
+            return word
+    return ""

@@ -1,0 +1,159 @@
+"""``install_agent``: from a few settings to a running agent, in whatever process it is called."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from z4j_core.config import resolve_agent_config
+from z4j_core.paths import reject_deprecated_path_env
+
+from z4j_bare import _process_singleton as singleton
+from z4j_bare.control import register_shutdown_atexit
+from z4j_bare.errors import HostConfigurationError
+from z4j_bare.framework import BareFrameworkAdapter
+from z4j_bare.hosting import is_celery_worker, is_visitor, watch_for_ready, worker_is_ready
+from z4j_bare.runtime import AgentRuntime
+from z4j_bare.safety import safe_call
+from z4j_bare.settings import load_settings, read_secret
+
+logger = logging.getLogger("z4j.runtime.install")
+
+watch_for_ready()
+
+
+def install_agent(
+    *,
+    engines: list[Any],
+    brain_url: str | None = None,
+    token: str | None = None,
+    project_id: str | None = None,
+    hmac_secret: str | None = None,
+    agent_name: str | None = None,
+    agent_id: str | None = None,
+    transport: str | None = None,
+    framework: Any = None,
+    schedulers: list[Any] | None = None,
+    environment: str | None = None,
+    tags: dict[str, str] | None = None,
+    dev_mode: bool | None = None,
+    strict_mode: bool | None = None,
+    autostart: bool | None = None,
+    buffer_path: Path | None = None,
+    max_payload_bytes: int | None = None,
+    redaction_extra_key_patterns: list[str] | None = None,
+    redaction_extra_value_patterns: list[str] | None = None,
+    concurrency: str | None = None,
+    token_file: Path | None = None,
+    hmac_secret_file: Path | None = None,
+) -> AgentRuntime:
+    """Install the agent in this process and return its runtime.
+
+    Everything that is ``None`` comes from ``Z4J_*``, then from a default. ``framework`` is a framework adapter or its class;
+    ``concurrency`` is ``auto``, ``threads``, ``gevent`` or ``eventlet``.
+
+    In a Celery worker it starts at ``worker_ready``, where the pool is known and its children exist; under ``celery
+    inspect`` and its like it never starts; anywhere else it starts now. If another runtime has the process, that one is
+    returned.
+
+    Raises ``ConfigError`` (``HostConfigurationError`` is one) naming the setting, and ``RuntimeError`` for a path variable
+    that z4j no longer reads.
+    """
+    reject_deprecated_path_env()
+    if not engines and not schedulers:
+        raise HostConfigurationError("install_agent needs at least one engine or scheduler: pass engines=[...]")
+    settings = load_settings(concurrency=concurrency, token_file=token_file, hmac_secret_file=hmac_secret_file)
+    if settings.disabled:
+        return _inert(engines, schedulers, framework)
+    if token is None and settings.token_file is not None:
+        token = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
+    config = resolve_agent_config(
+        framework_name="bare",
+        explicit_kwargs={
+            "brain_url": brain_url,
+            "token": token,
+            "project_id": project_id,
+            "hmac_secret": hmac_secret,
+            "agent_name": agent_name,
+            "agent_id": agent_id,
+            "transport": transport,
+            "environment": environment,
+            "tags": tags,
+            "dev_mode": dev_mode,
+            "strict_mode": strict_mode,
+            "autostart": autostart,
+            "buffer_path": buffer_path,
+            "max_payload_bytes": max_payload_bytes,
+            "redaction_extra_key_patterns": redaction_extra_key_patterns,
+            "redaction_extra_value_patterns": redaction_extra_value_patterns,
+        },
+    )
+    runtime = AgentRuntime(
+        config=config, framework=_adapter(framework, config), engines=engines, schedulers=schedulers, settings=settings
+    )
+    holder: AgentRuntime = singleton.try_register(runtime, owner="install_agent")
+    if holder is runtime and config.autostart:
+        _begin(runtime)
+    return holder
+
+
+def _begin(runtime: AgentRuntime) -> None:
+    if is_visitor():
+        logger.debug("z4j: a visiting celery command; the agent stays inert")
+    elif is_celery_worker() and not worker_is_ready():
+        _start_with_worker(runtime)
+    else:
+        _start(runtime)
+
+
+def _start(runtime: AgentRuntime) -> None:
+    try:
+        runtime.start()
+    except BaseException:
+        singleton.clear_runtime(expected=runtime)
+        raise
+    register_shutdown_atexit(lambda: _shutdown(runtime))
+
+
+def _shutdown(runtime: AgentRuntime) -> None:
+    safe_call(runtime.stop, timeout=5.0)
+    singleton.clear_runtime(expected=runtime)
+
+
+def _start_with_worker(runtime: AgentRuntime) -> None:
+    from celery import signals
+
+    def ready(sender: Any = None, **_kwargs: Any) -> None:
+        for engine in runtime.engines.values():
+            # A known node name makes the adapter's inspect calls return with the first reply instead of after 10 s.
+            if getattr(engine, "worker_hostname", "") is None:
+                engine.worker_hostname = getattr(sender, "hostname", None)
+        safe_call(_start, runtime)
+
+    def shutdown(**_kwargs: Any) -> None:
+        safe_call(runtime.stop)
+
+    signals.worker_ready.connect(ready, weak=False)
+    signals.worker_shutdown.connect(shutdown, weak=False)
+
+
+def _adapter(framework: Any, config: Any) -> Any:
+    if framework is None:
+        return BareFrameworkAdapter(config)
+    return framework(config) if isinstance(framework, type) else framework
+
+
+def _inert(engines: list[Any], schedulers: list[Any] | None, framework: Any) -> AgentRuntime:
+    """Return a runtime that never starts; made without a brain's address, because none need be set."""
+    from z4j_core.models import Config
+
+    config = Config.model_validate({"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}, strict=False)
+    logger.info("z4j: Z4J_DISABLED is set; the agent stays out")
+    return AgentRuntime(
+        config=config,
+        framework=_adapter(framework, config),
+        engines=engines,
+        schedulers=schedulers,
+        settings=load_settings(disabled=True),
+    )

@@ -1,0 +1,78 @@
+"""Ring to store: encode what the host captured and commit it, one transaction a wake."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from z4j_bare.buffer.rows import EVENT
+
+if TYPE_CHECKING:
+    from z4j_bare.buffer.keeper import Keeper
+    from z4j_bare.capture.ring import Captured, Ring
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.loops.counters import Counters
+
+logger = logging.getLogger("z4j.runtime.flush")
+
+#: Seconds of encoding before the loop yields: it is CPU on the host's only thread (design, rule 5).
+SLICE = 0.002
+
+
+class FlushLoop:
+    """Wakes every ``interval`` seconds or when the ring says so.
+
+    :param most: events in one transaction.
+    :param stored: called after each commit, to wake the sender.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        keeper: Keeper,
+        seam: BaseConcurrency,
+        counters: Counters,
+        *,
+        interval: float,
+        most: int,
+        stored: Callable[[], None],
+    ) -> None:
+        self._ring = ring
+        self._keeper = keeper
+        self._seam = seam
+        self._counters = counters
+        self._interval = interval
+        self._most = most
+        self._stored = stored
+        self._turn = seam.lock()
+
+    def run(self, stopping: object) -> None:
+        """Flush until ``stopping`` (an ``IEvent``) is set."""
+        while not stopping.is_set():  # type: ignore[attr-defined]
+            self._seam.pause(self._ring.wake, self._interval)
+            self._ring.wake.clear()
+            self.flush()
+
+    def flush(self) -> None:
+        """Empty the ring into the store. Safe from several tasks: order is kept."""
+        with self._turn:
+            while batch := self._ring.take(self._most):
+                rows = [(EVENT, "", encoded) for encoded in self._encode(batch)]
+                self._keeper.append(rows)
+                self._counters.stored += len(rows)
+                self._stored()
+
+    def _encode(self, batch: list[Captured]) -> list[bytes]:
+        encoded, began = [], time.perf_counter()
+        for encode, event in batch:
+            try:
+                encoded.append(encode(event))
+            except Exception:
+                self._counters.unencodable += 1
+                logger.debug("z4j: an event could not be encoded", exc_info=True)
+            if time.perf_counter() - began > SLICE:
+                self._seam.sleep(0)
+                began = time.perf_counter()
+        return encoded

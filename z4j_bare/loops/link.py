@@ -1,0 +1,35 @@
+"""A live session: transport and signature together, which is all that a loop needs to send."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.wire.session import Session
+
+
+class Link:
+    """Sends signed frames from any loop; the transport's lock keeps seq order and wire order the same.
+
+    :param transport: an ``ITransport`` that is connected.
+    """
+
+    def __init__(self, transport: Any, session: Session, seam: BaseConcurrency) -> None:
+        self.transport = transport
+        self.session = session
+        self.welcome = session.welcome
+        self.closing = seam.event()
+        self.wake = seam.event()
+        self._seam = seam
+
+    def send(self, kind: str, identity: str, payload: bytes) -> int:
+        """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
+        size: int = self.transport.send(lambda: self.session.sign(kind, identity, payload, self._seam.wall()))
+        return size
+
+    def shut(self) -> None:
+        """End the session: its loops leave at their next wake, and the reader wakes now."""
+        self.closing.set()
+        self.wake.set()
+        self.transport.abort()

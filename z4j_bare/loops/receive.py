@@ -1,0 +1,58 @@
+"""Brain to agent: verify every message and hand it to whom it concerns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.errors import IncompatibleError, RemoteProtocolError
+
+if TYPE_CHECKING:
+    from z4j_bare.loops.link import Link
+
+logger = logging.getLogger("z4j.runtime.receive")
+
+#: Seconds that the reader waits at a time (``field-notes`` C.8).
+READ_TIMEOUT = 1.0
+
+#: Codes of a fatal ``error`` frame that an upgrade alone cures.
+_UPGRADE = frozenset({"scheduler_upgrade_required", "agent_incompatible", "protocol_incompatible"})
+
+
+class ReceiveLoop:
+    """Reads until the session ends.
+
+    :param acked: called with the id of an acknowledged frame.
+    :param command: called with a command frame; must not wait.
+    """
+
+    def __init__(self, link: Link, acked: Callable[[str], None], command: Callable[[Any, Link], None]) -> None:
+        self._link = link
+        self._routes: dict[str, Callable[[Any], None]] = {
+            "event_batch_ack": lambda frame: acked(str(frame.payload.acked_id)),
+            "command": lambda frame: command(frame, link),
+            "error": _complain,
+        }
+
+    def run(self) -> None:
+        """Raises ``NetworkError`` or ``RemoteError`` when the session is over, unless we ended it ourselves."""
+        while not self._link.closing.is_set():
+            message = self._link.transport.receive(READ_TIMEOUT)
+            if message is not None:
+                frame = self._link.session.open(message)
+                self._routes.get(frame.type, _ignore)(frame)
+
+
+def _complain(frame: Any) -> None:
+    code, text = str(frame.payload.code), str(frame.payload.message)[:500]
+    if not frame.payload.fatal:
+        logger.warning("z4j: the brain reports %s: %s", code, text)
+    elif code in _UPGRADE:
+        raise IncompatibleError(f"the brain ended the session with {code}: {text}")
+    else:
+        raise RemoteProtocolError(f"the brain ended the session with {code}: {text}")
+
+
+def _ignore(frame: Any) -> None:
+    logger.debug("z4j: ignored a %s frame", frame.type)

@@ -1,0 +1,105 @@
+"""Connect, serve, wait, again: the only place that decides when to call the brain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.errors import AgentError
+from z4j_bare.loops.link import Link
+from z4j_bare.wire.policy import Backoff, failure_class
+from z4j_bare.wire.session import Session, read_welcome
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.loops.counters import Counters
+
+logger = logging.getLogger("z4j.runtime.supervisor")
+
+#: Every how many failures in a row one is logged again; the first always is.
+LOG_EVERY = 10
+
+
+class Supervisor:
+    """Runs one session after another until told to stop.
+
+    :param transport: makes an ``ITransport`` for one session.
+    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can change.
+    :param secret: returns the project's key; called at each connect, because it can be rotated.
+    :param serve: runs a session's loops and returns, or raises, when it is over.
+    """
+
+    def __init__(
+        self,
+        transport: Callable[[], Any],
+        hello: Callable[[], bytes],
+        secret: Callable[[], bytes],
+        serve: Callable[[Link], None],
+        seam: BaseConcurrency,
+        counters: Counters,
+    ) -> None:
+        self.backoff = Backoff()
+        self.link: Link | None = None
+        self._transport = transport
+        self._hello = hello
+        self._secret = secret
+        self._serve = serve
+        self._seam = seam
+        self._counters = counters
+        self._now = seam.event()
+        self._failures = 0
+
+    def run(self, stopping: Any) -> None:
+        """Keep a session until ``stopping`` (an ``IEvent``) is set."""
+        while not stopping.is_set():
+            try:
+                self._session(stopping)
+            except AgentError as error:
+                self._after(error, stopping)
+
+    def reconnect(self) -> None:
+        """End the session, if there is one, and connect now. Callable from any task; never waits."""
+        self._now.set()
+        if self.link is not None:
+            self.link.shut()
+
+    def end(self) -> None:
+        """End the session for good; ``stopping`` has been set."""
+        self.reconnect()
+
+    def _session(self, stopping: Any) -> None:
+        transport = self._transport()
+        try:
+            welcome = read_welcome(transport.connect(self._hello()))
+            link = Link(transport, Session(welcome, self._secret()), self._seam)
+            self.link = link
+            if stopping.is_set():
+                return
+            self._welcome(link)
+            self._serve(link)
+        finally:
+            self.link = None
+            transport.close()
+
+    def _welcome(self, link: Link) -> None:
+        self._now.clear()
+        self._counters.sessions += 1
+        if self._failures:
+            logger.info("z4j: connected again after %d failed attempts", self._failures)
+        else:
+            logger.info("z4j: connected, session %s", link.welcome.session_id)
+        self._failures = 0
+        self._counters.last_error = ""
+        self.backoff.reset()
+
+    def _after(self, error: AgentError, stopping: Any) -> None:
+        if stopping.is_set():
+            return
+        self._counters.last_error = str(error)
+        delay = self.backoff.next(error)
+        level = logging.WARNING if self._failures == 0 else logging.INFO if self._failures % LOG_EVERY == 0 else logging.DEBUG
+        self._failures += 1
+        logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", failure_class(error), error, delay)
+        self._seam.pause(self._now, delay)
+        self._now.clear()
