@@ -1,0 +1,180 @@
+"""Close codes, back-off and the in-flight window: decisions without a clock."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from z4j_bare.errors import AuthenticationRejectedError, IncompatibleError, NetworkError, RemoteProtocolError
+from z4j_bare.wire import policy, window
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "named"),
+    [
+        (4401, AuthenticationRejectedError, "Z4J_TOKEN"),
+        (4003, AuthenticationRejectedError, "revoked"),
+        (4403, AuthenticationRejectedError, "Z4J_HMAC_SECRET"),
+        (4400, RemoteProtocolError, "frame"),
+        (4426, IncompatibleError, "upgrade"),
+        (4427, IncompatibleError, "upgrade"),
+        (4002, NetworkError, "slot"),
+        (4408, NetworkError, "no frame"),
+        (4429, NetworkError, "limit"),
+        (1011, NetworkError, "failed"),
+        (1012, NetworkError, "restarting"),
+        (1001, NetworkError, "going away"),
+        (1000, NetworkError, "closed"),
+        (None, NetworkError, "lost"),
+        (4999, NetworkError, "lost"),
+    ],
+)
+def test_close_codes(code, kind, named):
+    """Every close code of the contract has its class, and a text that names what to look at."""
+    error = policy.closed(code, "because")
+    assert type(error) is kind
+    assert named in str(error)
+    assert "because" in str(error)
+    assert error.code == code
+
+
+@pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationRejectedError), (403, AuthenticationRejectedError), (502, NetworkError), (429, NetworkError)])
+def test_http_statuses(status, kind):
+    """HTTP refusals fall into the same classes, and a Retry-After is kept."""
+    error = policy.refused(status, retry_after=7.0)
+    assert type(error) is kind
+    assert error.retry_after == 7.0
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "longest"),
+    [
+        (NetworkError("x"), 1, 30),
+        (RemoteProtocolError("x"), 1, 60),
+        (AuthenticationRejectedError("x"), 10, 600),
+        (IncompatibleError("x"), 120, 3600),
+        (ValueError("x"), 1, 30),
+    ],
+)
+def test_schedules(error, first, longest):
+    """Each failure class doubles from its first delay to its longest."""
+    back = policy.Backoff(chance=lambda: 0.0)
+    delays = [back.next(error) for _ in range(20)]
+    assert delays[:2] == [first, min(first * 2, longest)]
+    assert delays[-1] == longest
+
+
+def test_jitter_and_reset():
+    """Chance adds up to 30 percent, and a session resets the ladder."""
+    back = policy.Backoff(chance=lambda: 1.0)
+    assert back.next(NetworkError("x")) == pytest.approx(1.3)
+    assert back.next(NetworkError("x")) == pytest.approx(2.6)
+    back.reset()
+    assert back.next(NetworkError("x")) == pytest.approx(1.3)
+
+
+def test_classes_do_not_share_a_ladder():
+    """A flaky line does not lengthen the wait after an authentication failure."""
+    back = policy.Backoff(chance=lambda: 0.0)
+    for _ in range(5):
+        back.next(NetworkError("x"))
+    assert back.next(AuthenticationRejectedError("x")) == 10
+
+
+def test_the_servers_wish_counts():
+    """Never sooner than Retry-After, but an absurd one is bounded."""
+    back = policy.Backoff(chance=lambda: 0.0)
+    assert back.next(NetworkError("x", retry_after=17)) == 17
+    assert back.next(NetworkError("x", retry_after=10**9)) == 3600
+
+
+def test_window_counts_and_releases():
+    """Unacknowledged events fill the window and an ack gives their rows and the room back."""
+    w = window.Window()
+    assert w.room(0) == 1000
+    assert w.sent("a", (1, 2), 2, 0) == ()
+    assert (w.room(0), w.events, w.frames) == (998, 2, 1)
+    assert w.acked("a", 0.1) == (1, 2)
+    assert (w.room(0.1), w.frames) == (1000, 0)
+
+
+def test_early_acks():
+    """An ack that arrives before its send has returned is not lost."""
+    w = window.Window()
+    assert w.acked("a", 0) == ()
+    assert w.sent("a", (7,), 1, 0) == (7,)
+    assert w.frames == 0
+
+
+def test_early_acks_are_bounded():
+    """Acks of frames nobody sent do not pile up."""
+    w = window.Window()
+    for number in range(5000):
+        w.acked(str(number), 0)
+    assert w.sent("0", (1,), 1, 0) == ()
+    assert w.sent("4999", (2,), 1, 0) == (2,)
+
+
+def test_slow_acks_halve_and_fast_ones_grow():
+    """The window halves while the oldest frame is older than 5 s and grows back under 1 s."""
+    w = window.Window()
+    w.sent("slow", (1,), 1, 0)
+    w.room(6)
+    assert w.limit == 500
+    w.room(7)
+    assert w.limit == 500, "once per 5 s, not once per look"
+    w.room(12)
+    assert w.limit == 250
+    w.acked("slow", 13)
+    assert w.limit == 250, "a late ack is no reason to grow"
+    w.sent("fast", (2,), 1, 14)
+    w.acked("fast", 14.2)
+    assert w.limit == 500
+
+
+def test_never_below_the_floor():
+    """A brain that never answers leaves a window that still tries."""
+    w = window.Window()
+    w.sent("x", (1,), 1, 0)
+    for second in range(0, 600, 6):
+        w.room(second)
+    assert w.limit == window.MIN_EVENTS
+
+
+def test_silence_counts_from_the_last_ack():
+    """Nothing is sent again while acks of anything arrive, however old the oldest frame is."""
+    w = window.Window()
+    w.sent("a", (1,), 1, 0)
+    w.sent("b", (2,), 1, 0)
+    w.acked("b", 80)
+    assert not w.silent(100)
+    assert w.silent(171)
+
+
+def test_silence_needs_something_in_flight():
+    """An idle session is not silent, and the clock starts with the first frame after idleness."""
+    w = window.Window()
+    assert not w.silent(1000)
+    w.sent("a", (1,), 1, 1000)
+    assert not w.silent(1001)
+
+
+def test_reset_forgets():
+    """After a reset everything counts as not sent."""
+    w = window.Window()
+    w.sent("a", (1,), 1, 0)
+    w.reset()
+    assert (w.frames, w.events) == (0, 0)
+    assert w.acked("a", 1) == ()
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans(), st.integers(1, 500)), max_size=60))
+def test_events_never_go_negative(steps):
+    """Whatever order frames and acks come in, the count equals what is really in flight."""
+    w, flying = window.Window(), {}
+    for now, (name, is_ack, size) in enumerate(steps):
+        if is_ack:
+            w.acked(name, now)
+            flying.pop(name, None)
+        elif name not in flying and not w.sent(name, (1,), size, now):
+            flying[name] = size
+    assert w.events == sum(flying.values())
