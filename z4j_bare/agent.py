@@ -31,7 +31,8 @@ from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
 from z4j_bare.settings import Settings, read_secret
-from z4j_bare.transport.websocket import Tls, WebSocketTransport, websocket_url
+from z4j_bare.transport.tls import tls_context
+from z4j_bare.transport.websocket import WebSocketTransport, preload, websocket_url
 from z4j_bare.wire import frames
 from z4j_bare.wire.events import encode_event
 
@@ -74,6 +75,11 @@ class Agent:
         self._tasks: list[Any] = []
         self._sender: SendLoop | None = None
         self._url = websocket_url(str(config.brain_url), dev_mode=config.dev_mode)
+        self._tls = None
+        if self._url.startswith("wss:"):
+            self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
+        self._version = version("z4j-bare")
+        preload()
         self.secret()  # a bad key must fail here, at the host's call, not in a loop
         self.keeper = Keeper(self._open_store, seam, lambda: MemoryStore(max_rows=config.buffer_max_events))
         self.bridge = Bridge(seam)
@@ -186,9 +192,7 @@ class Agent:
         )
 
     def _transport(self) -> WebSocketTransport:
-        settings = self._settings
-        tls = Tls(settings.ca_bundle, settings.client_cert, settings.client_key)
-        return WebSocketTransport(self._url, self._token, self.seam, tls)
+        return WebSocketTransport(self._url, self._token, self.seam, self._tls)
 
     def _token(self) -> str:
         path = self._settings.token_file
@@ -199,7 +203,7 @@ class Agent:
         return frames.hello(
             frames.Identity(
                 framework=self._framework.name,
-                agent_version=version("z4j-bare"),
+                agent_version=self._version,
                 worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}",
                 worker_pid=pid,
                 worker_started_at=self._started_at,

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from z4j_bare.concurrency import fork
@@ -105,6 +106,10 @@ class BaseConcurrency:
     def pause(self, event: Any, timeout: float | None = None) -> bool:
         """``event.wait(timeout)`` with the fork guard: how every loop of ours waits."""
         return bool(self._yielding(event.wait, timeout))
+
+    def waiting(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call foreign code that waits by itself, such as a library on patched sockets: not a step of ours."""
+        return self._yielding(partial(function, *args, **kwargs))
 
     def close(self) -> None:
         """Give native helpers back."""

@@ -6,8 +6,6 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -36,15 +34,6 @@ DEAD_AFTER = 75.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Certificate files; ``None`` means the system's authorities and no client certificate."""
-
-    ca_bundle: Path | None = None
-    client_cert: Path | None = None
-    client_key: Path | None = None
-
-
 def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
     """Return ``<brain_url>/ws/agent`` with the scheme turned to ``ws`` or ``wss``; a path prefix is kept.
 
@@ -67,15 +56,16 @@ class WebSocketTransport:
 
     :param url: from :func:`websocket_url`.
     :param token: called at every connect, so that a rotated token file is noticed.
+    :param tls: an ``ssl.SSLContext`` for a ``wss`` address.
     """
 
     name = "ws"
 
-    def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, tls: Tls | None = None) -> None:
+    def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, tls: Any = None) -> None:
         self._url = url
         self._token = token
         self._seam = seam
-        self._tls = tls or Tls()
+        self._tls = tls
         self._order = seam.lock()
         self._ws: Any = None
         self._heard = 0.0
@@ -88,7 +78,7 @@ class WebSocketTransport:
         self._ws = websocket.WebSocket(enable_multithread=False, fire_cont_frame=False)
         self._ws.settimeout(CONNECT_TIMEOUT)
         try:
-            self._ws.connect(self._url, **self._options())
+            self._seam.waiting(self._ws.connect, self._url, **self._options())
         except websocket.WebSocketBadStatusException as error:
             raise policy.refused(error.status_code, "the WebSocket upgrade was refused") from None
         except (websocket.WebSocketException, OSError, ValueError) as error:
@@ -177,36 +167,20 @@ class WebSocketTransport:
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
         }
-        if self._url.startswith("wss:"):
-            options["sslopt"] = {"context": tls_context(self._tls)}
+        if self._tls is not None:
+            options["sslopt"] = {"context": self._tls}
         return options
-
-
-def tls_context(tls: Tls) -> Any:
-    """Return a verifying TLS context.
-
-    Raises ``HostConfigurationError`` for a certificate file that cannot be used.
-    """
-    import os
-    import ssl
-
-    bundle = tls.ca_bundle or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-    try:
-        context = ssl.create_default_context(cafile=None if bundle is None else str(bundle))
-    except (OSError, ValueError) as error:
-        raise HostConfigurationError(f"Z4J_CA_BUNDLE={bundle}: {_short(error)}") from None
-    if tls.client_cert is not None:
-        try:
-            context.load_cert_chain(tls.client_cert, tls.client_key)
-        except (OSError, ValueError) as error:
-            raise HostConfigurationError(f"Z4J_CLIENT_CERT={tls.client_cert}: {_short(error)}") from None
-    return context
 
 
 def close_error(data: bytes) -> AgentError:
     """Return the error for the body of a close frame: two bytes of code, then the reason."""
     code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None  # noqa: PLR2004 - RFC 6455, 5.5.1
     return policy.closed(code, data[2:].decode(errors="replace"))
+
+
+def preload() -> None:
+    """Import the library now: a fifth of a second that belongs to the host's start, not on its hub later."""
+    import websocket  # noqa: F401
 
 
 def _short(error: BaseException) -> str:
