@@ -1,0 +1,225 @@
+"""The store for a disk that fails: the same contract in memory, lost with the process."""
+
+from __future__ import annotations
+
+import heapq
+import time
+import uuid
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from zope.interface import implementer
+
+from z4j_bare.buffer.rows import (
+    CAPACITY,
+    DONE,
+    DROP_ORDER,
+    LEDGER_CAP,
+    STARTED,
+    BufferEntry,
+    BufferStats,
+    LedgerEntry,
+    Row,
+    losses_by,
+    refuse_unknown_kinds,
+    storable,
+)
+from z4j_bare.errors import LocalStorageError
+from z4j_bare.interfaces import IStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+#: Far below the caps on disk: this is the memory of somebody's worker.
+MAX_ROWS = 10_000
+MAX_BYTES = 16 * 1024 * 1024
+
+#: What a row costs besides key and payload: the entry, its number, the headers of its strings (measured).
+OVERHEAD = 204
+
+
+@implementer(IStore)
+class MemoryStore:
+    """Rows in one deque per kind; everything else as ``BufferStore`` promises it."""
+
+    durable = False
+
+    def __init__(
+        self, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.buffer_id = str(uuid.uuid4())
+        self.closed = False
+        self._max_rows = max(1, max_rows)
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._queues: dict[str, deque[BufferEntry]] = {kind: deque() for kind in DROP_ORDER}
+        self._rows = self._bytes = self._payload = self._produced = self._confirmed = 0
+        self._lost: dict[tuple[str, str], int] = {}
+        self._ledger: dict[str, LedgerEntry] = {}
+        self._ledger_bytes = 0
+
+    def append(self, rows: Sequence[Row]) -> int:
+        """Take rows in; return how many rows the caps cost, as ``BufferStore.append`` does."""
+        self._check()
+        refuse_unknown_kinds(rows)
+        now, lost = self._clock(), 0
+        for kind, key, payload in rows:
+            self._produced += 1
+            entry = BufferEntry(self._produced, kind, key, payload, now, 0)
+            if _weight(entry) > self._max_bytes:
+                self._lose(CAPACITY, kind, 1)
+                lost += 1
+                continue
+            self._queues[kind].append(entry)
+            self._count(entry, 1)
+        return lost + self._evict()
+
+    def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
+        """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        self._check()
+        entries: list[BufferEntry] = []
+        queues = [self._queues[kind] for kind in DROP_ORDER if kind in kinds]
+        for entry in heapq.merge(*queues, key=lambda entry: entry.id):
+            if entry.id <= after:
+                continue
+            max_bytes -= len(entry.payload)
+            if len(entries) >= limit or (max_bytes < 0 and entries):
+                break
+            entries.append(entry)
+        return entries
+
+    def confirm(self, ids: Sequence[int]) -> int:
+        """Delete delivered rows; return how many there were."""
+        self._check()
+        removed = len(self._remove(ids))
+        self._confirmed += removed
+        return removed
+
+    def discard(self, ids: Sequence[int], reason: str) -> int:
+        """Delete undeliverable rows and count them under ``reason``."""
+        self._check()
+        removed = self._remove(ids)
+        for entry in removed:
+            self._lose(reason, entry.kind, 1)
+        return len(removed)
+
+    def increment_attempts(self, ids: Sequence[int]) -> None:
+        """Note that these rows were on the wire when a session died."""
+        self._check()
+        wanted = frozenset(ids)
+        for queue in self._queues.values():
+            for index, entry in enumerate(queue):
+                if entry.id in wanted:
+                    queue[index] = replace(entry, attempts=entry.attempts + 1)
+
+    def stats(self) -> BufferStats:
+        """Return rows, bytes, age of the oldest row and the counters."""
+        self._check()
+        oldest = min(
+            (queue[0] for queue in self._queues.values() if queue), key=lambda entry: entry.id, default=None
+        )
+        return BufferStats(
+            rows=self._rows,
+            bytes=self._bytes,
+            payload_bytes=self._payload,
+            oldest_age=None if oldest is None else max(0.0, self._clock() - oldest.created_at),
+            lost=losses_by(self._lost, 0),
+            lost_kinds=losses_by(self._lost, 1),
+            produced=self._produced,
+            confirmed=self._confirmed,
+            buffer_id=self.buffer_id,
+            durable=False,
+        )
+
+    def size(self) -> int:
+        """Return the number of rows."""
+        return self._rows
+
+    def byte_size(self) -> int:
+        """Return the bytes of all payloads."""
+        return self._payload
+
+    def claim(self, key: str, now: float) -> LedgerEntry | None:
+        """Enter command ``key`` as started; return the earlier entry if it was there already."""
+        self._check()
+        key = storable(key)
+        earlier = self._ledger.get(key)
+        if earlier is None:
+            self._enter(LedgerEntry(key, STARTED, b"", now))
+        return earlier
+
+    def settle(self, key: str, result: bytes, now: float) -> None:
+        """Mark command ``key`` done and keep its result for redeliveries."""
+        self._check()
+        self._enter(LedgerEntry(storable(key), DONE, result, now))
+
+    def tidy(self) -> bool:
+        """Do nothing: memory needs no tidying."""
+        self._check()
+        return True
+
+    def close(self) -> None:
+        """Forget everything. Idempotent."""
+        self.closed = True
+        self._ledger.clear()
+        for queue in self._queues.values():
+            queue.clear()
+        self._rows = self._bytes = self._payload = 0
+
+    def _check(self) -> None:
+        if self.closed:
+            raise LocalStorageError("the store in memory is closed")
+
+    def _count(self, entry: BufferEntry, sign: int) -> None:
+        self._rows += sign
+        self._payload += sign * len(entry.payload)
+        self._bytes += sign * _weight(entry)
+
+    def _lose(self, reason: str, kind: str, count: int) -> None:
+        self._lost[reason, kind] = self._lost.get((reason, kind), 0) + count
+
+    def _evict(self) -> int:
+        evicted = 0
+        for kind, queue in self._queues.items():
+            while queue and (self._rows > self._max_rows or self._bytes > self._max_bytes):
+                self._count(queue.popleft(), -1)
+                self._lose(CAPACITY, kind, 1)
+                evicted += 1
+        return evicted
+
+    def _remove(self, ids: Iterable[int]) -> list[BufferEntry]:
+        """Take rows out; acks come oldest first, so that most of them stand at the head of their queue."""
+        wanted = set(ids)
+        removed: list[BufferEntry] = []
+        for queue in self._queues.values():
+            while queue and queue[0].id in wanted:
+                removed.append(queue.popleft())
+            if len(removed) < len(wanted):
+                removed += [entry for entry in queue if entry.id in wanted]
+                kept = [entry for entry in queue if entry.id not in wanted]
+                queue.clear()
+                queue.extend(kept)
+        for entry in removed:
+            self._count(entry, -1)
+        return removed
+
+    def _enter(self, entry: LedgerEntry) -> None:
+        earlier = self._ledger.get(entry.key)
+        self._ledger[entry.key] = entry
+        self._ledger_bytes += len(entry.result) - (len(earlier.result) if earlier else 0)
+        while len(self._ledger) > LEDGER_CAP:
+            self._ledger_bytes -= len(self._ledger.pop(next(iter(self._ledger))).result)
+        if self._ledger_bytes > self._max_bytes // 16:
+            self._forget_results()
+
+    def _forget_results(self) -> None:
+        for key, entry in self._ledger.items():
+            if self._ledger_bytes <= self._max_bytes // 16:
+                return
+            self._ledger_bytes -= len(entry.result)
+            self._ledger[key] = replace(entry, result=b"")
+
+
+def _weight(entry: BufferEntry) -> int:
+    return len(entry.payload) + len(entry.key) + OVERHEAD

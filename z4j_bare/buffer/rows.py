@@ -1,0 +1,111 @@
+"""What goes into a store and what comes out of it; no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from z4j_bare.errors import LocalStorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+EVENT = "event"
+RESULT = "result"
+PROJECTION = "projection"
+
+#: Who leaves first when a cap is reached. A lost event is one line of history and a lost result one command
+#: that looks timed out, but a hole in a sequenced schedule stream spoils the whole stream.
+DROP_ORDER = (EVENT, RESULT, PROJECTION)
+KINDS = frozenset(DROP_ORDER)
+
+#: The reason under which the caps count what they evict.
+CAPACITY = "capacity"
+
+STARTED = "started"
+DONE = "done"
+
+#: Commands the ledger remembers; the brain redelivers for a minute, so this is 160 commands a second.
+LEDGER_CAP = 10_000
+
+Row = tuple[str, str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class BufferEntry:
+    """One buffered row: ``id`` grows strictly, ``created_at`` is in seconds since the epoch."""
+
+    id: int
+    kind: str
+    key: str
+    payload: bytes
+    created_at: float
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class BufferStats:
+    """One moment of a store.
+
+    ``bytes`` is what the store occupies (files with WAL and SHM, or memory), ``payload_bytes`` what it
+    carries, ``oldest_age`` seconds or ``None`` when it is empty. ``lost`` and ``lost_kinds`` are the same
+    losses by reason and by kind; both are cumulative over the life of ``buffer_id``.
+    """
+
+    rows: int
+    bytes: int
+    payload_bytes: int
+    oldest_age: float | None
+    lost: dict[str, int]
+    lost_kinds: dict[str, int]
+    produced: int
+    confirmed: int
+    buffer_id: str
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """What is known of one command: ``state`` is ``started`` or ``done``.
+
+    ``result`` is empty until the command is done, and again when its bytes had to make room (a very old one).
+    """
+
+    key: str
+    state: str
+    result: bytes
+    at: float
+
+
+def refuse_unknown_kinds(rows: Sequence[Row]) -> None:
+    """Raise ``LocalStorageError`` for a kind outside the drop order: it could never be evicted."""
+    unknown = {row[0] for row in rows} - KINDS
+    if unknown:
+        raise LocalStorageError(f"unknown kind of row: {', '.join(sorted(map(repr, unknown)))}")
+
+
+def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
+    """Compress ids into inclusive ``(first, last)`` ranges: acks come in runs, a run is one statement."""
+    ordered = sorted(set(ids))
+    if not ordered:
+        return []
+    if ordered[-1] - ordered[0] == len(ordered) - 1:  # the usual case
+        return [(ordered[0], ordered[-1])]
+    breaks = [index for index in range(1, len(ordered)) if ordered[index] != ordered[index - 1] + 1]
+    return [
+        (ordered[first], ordered[last - 1])
+        for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)
+    ]
+
+
+def storable(text: str) -> str:
+    """Replace lone surrogates: a foreign task id may hold some, and SQLite takes none."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def losses_by(counts: dict[tuple[str, str], int], field: int) -> dict[str, int]:
+    """Sum ``(reason, kind)`` counters by reason (``field`` 0) or by kind (``field`` 1)."""
+    sums: dict[str, int] = {}
+    for pair, count in counts.items():
+        sums[pair[field]] = sums.get(pair[field], 0) + count
+    return sums

@@ -1,0 +1,334 @@
+"""The durable store: one SQLite file of one living process."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from zope.interface import implementer
+
+from z4j_bare.buffer import paths, queries
+from z4j_bare.buffer.faults import storage_call, translated
+from z4j_bare.buffer.ledger import Ledger
+from z4j_bare.buffer.lock import OwnerLock
+from z4j_bare.buffer.rows import (
+    CAPACITY,
+    DROP_ORDER,
+    BufferEntry,
+    BufferStats,
+    LedgerEntry,
+    Row,
+    losses_by,
+    ranges,
+    refuse_unknown_kinds,
+    storable,
+)
+from z4j_bare.buffer.schema import connect, migrate, transaction
+from z4j_bare.buffer.space import Space
+from z4j_bare.errors import LocalStorageError
+from z4j_bare.interfaces import IStore
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+MAX_ROWS = 100_000
+MAX_BYTES = 256 * 1024 * 1024
+#: An empty store takes 0.1 MiB with WAL and SHM; a cap below this one would be a store that can hold nothing.
+MIN_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class _Change:
+    """What one transaction does to the counters; they follow only when it has been committed."""
+
+    rows: int = 0
+    payload: int = 0
+    produced: int = 0
+    confirmed: int = 0
+    lost: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def lose(self, reason: str, kind: str, count: int) -> None:
+        self.lost[reason, kind] = self.lost.get((reason, kind), 0) + count
+
+
+@implementer(IStore)
+class BufferStore:
+    """Rows, loss counters and the ledger of commands in one file, bounded in rows and in bytes on disk.
+
+    The constructor takes ownership (see ``lock``) and opens ``path``, or creates it unless ``create`` is
+    false (which is for adopting what another process left). ``busy_timeout`` is in seconds, 0 fails at once.
+    ``deployment`` says whose rows these are: a store of another deployment is refused, its rows must not
+    reach our brain.
+
+    ``max_bytes`` bounds the file with WAL and SHM: rows get seven eighths of it, results of the ledger a
+    sixteenth of that, and the rest is for the WAL. One batch may overshoot it; then the next ``append``
+    shrinks the file first and raises when it cannot (a foreign reader that holds the WAL).
+    """
+
+    durable = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_rows: int = MAX_ROWS,
+        max_bytes: int = MAX_BYTES,
+        deployment: str = "",
+        busy_timeout: float = 1.0,
+        create: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = paths.absolute(path)
+        self._max_rows = max(1, max_rows)
+        self._max_bytes = max(MIN_BYTES, max_bytes)
+        self._budget = self._max_bytes - self._max_bytes // 8
+        self._clock = clock
+        self._pid = os.getpid()
+        self._closed = False
+        paths.private_directory(self.path.parent)
+        self._lock = OwnerLock(paths.lock_of(self.path))
+        self._created = False
+        try:
+            with translated(self.path, "open"):
+                if create and not os.path.lexists(self.path):
+                    self._create()
+                self._open(deployment, busy_timeout)
+        except BaseException:
+            self._give_up(delete=self._created)
+            raise
+        self._lock.pinned = self._connection
+
+    # -- the queue
+
+    @storage_call
+    def append(self, rows: Sequence[Row]) -> int:
+        """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows the caps cost.
+
+        The oldest leave first, events before anything else. A row that is larger than all the room there is,
+        or an event that finds only rows more precious than itself, is counted as lost at once.
+        """
+        refuse_unknown_kinds(rows)
+        if not rows:
+            return 0
+        self._space.ensure()
+        with self._change() as change:
+            self._insert(rows, change)
+            self._evict(change)
+        return sum(change.lost.values())
+
+    @storage_call
+    def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
+        """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        entries: list[BufferEntry] = []
+        # An open cursor would hold a snapshot, and with it the WAL.
+        with closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor:
+            for row in cursor:
+                max_bytes -= len(row[3])
+                if max_bytes < 0 and entries:
+                    break
+                entries.append(BufferEntry(*row))
+        return entries
+
+    @storage_call
+    def confirm(self, ids: Sequence[int]) -> int:
+        """Delete delivered rows; return how many there were."""
+        with self._change() as change:
+            change.confirmed = self._remove(ids, change)
+        return change.confirmed
+
+    @storage_call
+    def discard(self, ids: Sequence[int], reason: str) -> int:
+        """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
+        with self._change() as change:
+            return self._remove(ids, change, reason)
+
+    @storage_call
+    def increment_attempts(self, ids: Sequence[int]) -> None:
+        """Note that these rows were on the wire when a session died."""
+        with transaction(self._connection):
+            self._connection.executemany(queries.ATTEMPT, ranges(ids))
+
+    @storage_call
+    def stats(self) -> BufferStats:
+        """Return rows, bytes, age of the oldest row and the counters."""
+        oldest = self._connection.execute(queries.FIRST).fetchone()
+        return BufferStats(
+            rows=self._rows,
+            bytes=self._space.disk_bytes(),
+            payload_bytes=self._payload,
+            oldest_age=None if oldest is None else max(0.0, self._clock() - oldest[0]),
+            lost=losses_by(self._lost, 0),
+            lost_kinds=losses_by(self._lost, 1),
+            produced=self._next_id - 1,
+            confirmed=self._confirmed,
+            buffer_id=self.buffer_id,
+            durable=True,
+        )
+
+    def size(self) -> int:
+        """Return the number of rows."""
+        return self._rows
+
+    def byte_size(self) -> int:
+        """Return the bytes of all payloads."""
+        return self._payload
+
+    # -- the ledger of commands
+
+    @storage_call
+    def claim(self, key: str, now: float) -> LedgerEntry | None:
+        """Enter command ``key`` as started; return the earlier entry if it was there already."""
+        return self._ledger.claim(key, now)
+
+    @storage_call
+    def settle(self, key: str, result: bytes, now: float) -> None:
+        """Mark command ``key`` done and keep its result for redeliveries."""
+        self._ledger.settle(key, result, now)
+
+    # -- the file
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is of no use: closed, or inherited through a fork."""
+        return self._closed or self._pid != os.getpid()
+
+    @storage_call
+    def tidy(self) -> bool:
+        """Give some unused pages back to the file system, when idle; return whether nothing is left to do."""
+        return self._space.tidy()
+
+    def close(self) -> None:
+        """Release the file; delete it when it holds neither rows nor young ledger entries. Idempotent."""
+        if self.closed:  # a forked child must not close its parent's connection: that could remove the WAL
+            return
+        self._closed = True
+        delete = False
+        try:
+            with translated(self.path, "close"):
+                delete = self._rows == 0 and self._ledger.recent(self._clock()) == 0
+                self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
+        finally:
+            self._give_up(delete=delete)
+
+    def check(self) -> None:
+        """Raise ``LocalStorageError`` if the store is closed or was inherited through a fork."""
+        if self.closed:
+            state = "closed" if self._closed else "of the process that forked this one"
+            raise LocalStorageError(f"the store {self.path} is {state}")
+
+    # -- how
+
+    def _create(self) -> None:
+        for leftover in paths.files_of(self.path)[1:]:
+            paths.remove(leftover)  # SQLite would replay a log that a half-deleted store left
+        paths.create_file(self.path)
+        self._created = True
+
+    def _open(self, deployment: str, busy_timeout: float) -> None:
+        paths.check_file(self.path)
+        self._connection = connect(self.path, busy_timeout=busy_timeout, max_bytes=self._max_bytes)
+        with transaction(self._connection):
+            migrate(self._connection, deployment=deployment, now=self._clock())
+        self._load(deployment)
+
+    def _load(self, deployment: str) -> None:
+        meta = dict(self._connection.execute("SELECT key, value FROM meta"))
+        if meta["deployment"] != deployment:
+            raise LocalStorageError(f"the store {self.path} belongs to another deployment")
+        self.buffer_id: str = meta["buffer_id"]
+        self._next_id: int = meta["next_id"]
+        self._confirmed: int = meta["confirmed"]
+        self._rows: int
+        self._payload: int
+        self._rows, self._payload = self._connection.execute(queries.TOTALS).fetchone()
+        self._lost: dict[tuple[str, str], int] = {
+            (reason, kind): count for reason, kind, count in self._connection.execute("SELECT * FROM losses")
+        }
+        self._space = Space(self._connection, self.path, self._max_bytes)
+        self._ledger = Ledger(self._connection, self._budget // 16)
+
+    def _give_up(self, *, delete: bool) -> None:
+        connection: sqlite3.Connection | None = getattr(self, "_connection", None)
+        with translated(self.path, "close"):
+            try:
+                if connection is not None:
+                    connection.close()
+                for file in paths.files_of(self.path) if delete else ():
+                    paths.remove(file)
+            finally:
+                self._lock.release(delete=not os.path.lexists(self.path))
+
+    @contextmanager
+    def _change(self) -> Iterator[_Change]:
+        """One transaction: what the block did to the rows, and the counters that tell of it."""
+        change = _Change()
+        with transaction(self._connection):
+            yield change
+            for key, more in (("next_id", change.produced), ("confirmed", change.confirmed)):
+                if more:
+                    self._connection.execute(queries.COUNT, (more, key))
+            for (reason, kind), count in change.lost.items():
+                self._connection.execute(queries.LOSE, (reason, kind, count))
+        self._rows += change.rows
+        self._payload += change.payload
+        self._next_id += change.produced
+        self._confirmed += change.confirmed
+        for pair, count in change.lost.items():
+            self._lost[pair] = self._lost.get(pair, 0) + count
+
+    def _insert(self, rows: Sequence[Row], change: _Change) -> None:
+        now = self._clock()
+        stamped = [
+            (identity, kind, key if key.isascii() else storable(key), payload, now)
+            for identity, (kind, key, payload) in enumerate(rows, self._next_id)
+        ]
+        fitting = [row for row in stamped if len(row[3]) <= self._budget]
+        self._connection.executemany(queries.INSERT, fitting)
+        change.produced = len(rows)
+        change.rows += len(fitting)
+        change.payload += sum(len(row[3]) for row in fitting)
+        if len(fitting) < len(rows):
+            for kind, _, payload in rows:
+                if len(payload) > self._budget:
+                    change.lose(CAPACITY, kind, 1)
+
+    def _evict(self, change: _Change) -> None:
+        for kind in DROP_ORDER:
+            while True:
+                excess_rows = self._rows + change.rows - self._max_rows
+                excess_bytes = self._space.live_bytes() - self._budget
+                if excess_rows <= 0 and excess_bytes <= 0:
+                    return
+                victims = self._oldest(kind, excess_rows, excess_bytes)
+                if not victims:
+                    break
+                self._remove(victims, change, CAPACITY)
+
+    def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
+        """Return the oldest rows of a kind that make up the excess, as far as one step goes."""
+        victims: list[int] = []
+        with closing(self._connection.execute(queries.oldest(kind), (max(excess_rows, 1000),))) as cursor:
+            for identity, length in cursor:
+                if len(victims) >= excess_rows and excess_bytes <= 0:
+                    break
+                victims.append(identity)
+                excess_bytes -= length
+        return victims
+
+    def _remove(self, ids: Iterable[int], change: _Change, reason: str = "") -> int:
+        """Delete rows within the current transaction, as losses if there is a ``reason``; return how many."""
+        removed = 0
+        spans = ranges(ids)
+        for span in spans:
+            for kind, count, length in self._connection.execute(queries.WEIGH, span).fetchall():
+                removed += count
+                change.payload -= length
+                if reason:
+                    change.lose(reason, kind, count)
+        self._connection.executemany(queries.DELETE, spans)
+        change.rows -= removed
+        return removed
