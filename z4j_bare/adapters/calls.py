@@ -1,0 +1,60 @@
+"""One coroutine of an adapter on its way through the loop."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.adapters.outcome import Outcome, as_exception
+from z4j_bare.errors import AgentError
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from z4j_bare.adapters.hubloop import HubLoop
+    from z4j_bare.concurrency import BaseConcurrency
+
+
+class LoopCall:
+    """Runs an awaitable as a task of the loop while its caller waits in another greenlet or thread."""
+
+    def __init__(self, seam: BaseConcurrency, loop: HubLoop, awaitable: Any) -> None:
+        self._loop = loop
+        self._coroutine = awaitable if inspect.iscoroutine(awaitable) else _finish(awaitable)
+        self._outcome = Outcome(seam)
+        self._task: asyncio.Task[Any] | None = None
+
+    def run(self, timeout: float, what: str) -> Any:
+        """Return the result or raise what the coroutine raised.
+
+        ``TimeoutError`` after ``timeout`` seconds; the task is cancelled then, as it is when the waiting
+        greenlet gets killed. ``AgentError`` when the loop has ended or the task was cancelled.
+        """
+        if self._loop.call_soon_threadsafe(self._begin).cancelled():
+            self._coroutine.close()
+            raise AgentError("the agent is stopping")
+        try:
+            return self._outcome.wait(timeout, what)
+        finally:
+            if self._outcome.abandoned:
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
+        self._task.add_done_callback(self._ended)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            self._outcome.settle(False, AgentError("the call was cancelled before it ended"))
+        elif (error := task.exception()) is not None:
+            self._outcome.settle(False, as_exception(error))
+        else:
+            self._outcome.settle(True, task.result())
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
