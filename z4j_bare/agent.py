@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ class Agent:
         self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
         self.supervisor = Supervisor(self._transport, self._hello, self.secret, self._serve, seam, self.counters)
         self._health = HealthLoop(
-            {name: lambda host=host: host.health(HEALTH_TIMEOUT) for name, host in self.hosts.items()},
+            {name: partial(host.health, HEALTH_TIMEOUT) for name, host in self.hosts.items()},
             seam,
             HEALTH_INTERVAL,
         )

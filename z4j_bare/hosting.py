@@ -10,9 +10,9 @@ from typing import Any
 _ready = False
 
 #: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
-_VISITORS = frozenset(
-    "amqp call control events graph inspect list logtool migrate multi purge report result shell status upgrade".split()
-)
+_VISITORS = {"amqp", "call", "control", "events", "graph", "inspect", "list", "logtool", "migrate"} | {
+    "multi", "purge", "report", "result", "shell", "status", "upgrade"
+}
 
 #: Global options of the ``celery`` command that take their value as a word of its own.
 _WITH_VALUE = frozenset({"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"})

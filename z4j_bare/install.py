@@ -50,8 +50,8 @@ def install_agent(
 ) -> AgentRuntime:
     """Install the agent in this process and return its runtime.
 
-    Everything that is ``None`` comes from ``Z4J_*``, then from a default. ``framework`` is a framework adapter or its class;
-    ``concurrency`` is ``auto``, ``threads``, ``gevent`` or ``eventlet``.
+    Everything that is ``None`` comes from ``Z4J_*``, then from a default. ``framework`` is a framework adapter or its
+    class; ``concurrency`` is ``auto``, ``threads``, ``gevent`` or ``eventlet``.
 
     In a Celery worker it starts at ``worker_ready``, where the pool is known and its children exist; under ``celery
     inspect`` and its like it never starts; anywhere else it starts now. If another runtime has the process, that one is
@@ -148,7 +148,8 @@ def _inert(engines: list[Any], schedulers: list[Any] | None, framework: Any) -> 
     """Return a runtime that never starts; made without a brain's address, because none need be set."""
     from z4j_core.models import Config
 
-    config = Config.model_validate({"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}, strict=False)
+    placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
+    config = Config.model_validate(placeholder, strict=False)
     logger.info("z4j: Z4J_DISABLED is set; the agent stays out")
     return AgentRuntime(
         config=config,

@@ -61,6 +61,7 @@ def setting(variable: str, read: Callable[[str, str], Any], default: Any, low: f
 class Settings:
     """Settings of the runtime; seconds and bytes unless a name says otherwise."""
 
+    # RUF009 fears shared mutable defaults; setting() returns a dataclass field.
     #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; decided at ``start()``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
     #: Start nothing at all.
@@ -76,13 +77,13 @@ class Settings:
     #: Send heartbeats. Off, the agent shows as offline after 30 s.
     heartbeat: bool = setting("Z4J_HEARTBEAT", _switch, True)
     #: Re-read at every connect, so that a rotated secret needs no restart.
-    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
-    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
+    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)  # noqa: RUF009
+    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)  # noqa: RUF009
     #: PEM bundle of certificate authorities; ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE`` are honoured after it.
-    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
+    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)  # noqa: RUF009
     #: Client certificate (PEM, key included unless ``Z4J_CLIENT_KEY`` names it).
-    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
-    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
+    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)  # noqa: RUF009
+    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)  # noqa: RUF009
     #: Commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 

@@ -37,12 +37,8 @@ class Ring:
 
     def take(self, most: int) -> list[Captured]:
         """Remove and return at most ``most`` of the oldest. For the flush loop only."""
-        batch = []
-        try:
-            for _ in range(most):
-                batch.append(self._items.popleft())
-        except IndexError:
-            pass
+        items = self._items
+        batch = [items.popleft() for _ in range(min(most, len(items)))]
         self._taken += len(batch)
         return batch
 

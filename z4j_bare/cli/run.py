@@ -20,7 +20,7 @@ DRAIN = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Connection, engine and app. Secrets are better given by file or environment: arguments show in the process list."""
+    """Add connection, engine and app. Secrets are better given by file: arguments show in the process list."""
     parser.add_argument("--brain-url", help="address of the brain (Z4J_BRAIN_URL)")
     parser.add_argument("--token", help="the agent's token (Z4J_TOKEN); visible in the process list")
     parser.add_argument("--token-file", type=Path, help="file with the token, re-read at every connect (Z4J_TOKEN_FILE)")

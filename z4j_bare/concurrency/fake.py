@@ -59,7 +59,7 @@ class FakeLock:
         self._seam.wait_until(lambda: self._free, None)
         self._free = False
 
-    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+    def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
         self._free = True
 
 
@@ -140,7 +140,7 @@ class FakeConcurrency(BaseConcurrency):
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         return job(*args)
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:  # noqa: ARG002 - virtual time has no sockets
         return write or self.wait_until(lambda: False, timeout)
 
 

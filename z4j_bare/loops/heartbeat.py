@@ -57,7 +57,9 @@ class HealthLoop:
     heartbeat must never wait for it.
     """
 
-    def __init__(self, probes: Mapping[str, Callable[[], Mapping[str, str]]], seam: BaseConcurrency, interval: float) -> None:
+    def __init__(
+        self, probes: Mapping[str, Callable[[], Mapping[str, str]]], seam: BaseConcurrency, interval: float
+    ) -> None:
         self._probes = probes
         self._seam = seam
         self._interval = interval

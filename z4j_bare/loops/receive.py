@@ -36,7 +36,7 @@ class ReceiveLoop:
         }
 
     def run(self) -> None:
-        """Raises ``NetworkError`` or ``RemoteError`` when the session is over, unless we ended it ourselves."""
+        """Read until we end the session ourselves; raise ``NetworkError`` or ``RemoteError`` when it ends otherwise."""
         while not self._link.closing.is_set():
             message = self._link.transport.receive(READ_TIMEOUT)
             if message is not None:

@@ -94,9 +94,9 @@ class SendLoop:
 
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         confirmed = [self._done.popleft() for _ in range(len(self._done))]
-        results, events = self._keeper.exchange(
-            confirmed, (self._after_result, RESULTS, (RESULT,)), (self._after_event, min(room, FRAME_EVENTS), (EVENT,)), self._limit
-        )
+        next_results = (self._after_result, RESULTS, (RESULT,))
+        next_events = (self._after_event, min(room, FRAME_EVENTS), (EVENT,))
+        results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit)
         if self._keeper.generation != self._generation:  # another file, other ids
             self._done.clear()
             self._rewind()

@@ -98,7 +98,9 @@ class Supervisor:
             return
         self._counters.last_error = str(error)
         delay = self.backoff.next(error)
-        level = logging.WARNING if self._failures == 0 else logging.INFO if self._failures % LOG_EVERY == 0 else logging.DEBUG
+        level = logging.DEBUG if self._failures % LOG_EVERY else logging.INFO
+        if self._failures == 0:
+            level = logging.WARNING
         self._failures += 1
         logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", failure_class(error), error, delay)
         self._seam.pause(self._now, delay)

@@ -27,7 +27,7 @@ CONNECT_TIMEOUT = 10.0
 #: Seconds a frame may wait for room in the socket before the line counts as dead.
 SEND_TIMEOUT = 20.0
 
-#: Seconds without a byte from the brain before we ping, and before the line counts as dead. The brain itself pings every 60.
+#: Seconds without a byte from the brain before we ping, and before the line counts as dead. The brain pings every 60.
 PING_AFTER = 30.0
 DEAD_AFTER = 75.0
 
@@ -151,7 +151,7 @@ class WebSocketTransport:
             raise NetworkError("the line is closed")
         return self._ws
 
-    def _silence(self) -> None:
+    def _silence(self) -> bytes | None:
         quiet = self._seam.now() - self._heard
         if quiet > DEAD_AFTER:
             raise NetworkError(f"nothing heard from the brain for {quiet:.0f} s")
@@ -161,6 +161,7 @@ class WebSocketTransport:
                 self._open().ping()
             except OSError as error:
                 raise NetworkError(f"the line broke: {_short(error)}") from None
+        return None
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {

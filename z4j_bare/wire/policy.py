@@ -36,14 +36,14 @@ SCHEDULES = {
     "incompatible": Schedule(120, 3600),
 }
 
-_TOKEN = "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it, it was revoked, or its project is archived"
+_CREDENTIALS = "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it, it was revoked, or its project is archived"
 _SIGNATURE = (
     "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): a signature was refused, or this address is not "
     "in the brain's Z4J_AGENT_IP_ALLOWLIST"
 )
 
 _REFUSALS: dict[int, tuple[type[RemoteError], str]] = {
-    4401: (AuthenticationRejectedError, _TOKEN),
+    4401: (AuthenticationRejectedError, _CREDENTIALS),
     4003: (AuthenticationRejectedError, "this agent was revoked, or its project archived, in the brain: mint a new token"),
     4403: (AuthenticationRejectedError, _SIGNATURE),
     4400: (RemoteProtocolError, "the brain could not read a frame"),
@@ -63,7 +63,7 @@ _LOSSES = {
 }
 
 _HTTP = {
-    401: (AuthenticationRejectedError, _TOKEN),
+    401: (AuthenticationRejectedError, _CREDENTIALS),
     403: (AuthenticationRejectedError, "the project is archived, or this address is not allowed"),
 }
 

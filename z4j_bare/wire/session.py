@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 from z4j_core.errors import SignatureError, Z4JError
-from z4j_core.transport.framing import FrameVerifier
 from z4j_core.transport.frames import HelloAckFrame, HelloAckPayload
+from z4j_core.transport.framing import FrameVerifier
 from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
