@@ -67,11 +67,13 @@ class Brain(BrainApi):
 
     def stop(self) -> None:
         """End it with SIGTERM; its agents see close code 1012."""
+        self.close()
         if self._service:
             self._service.stop()
 
     def kill(self) -> None:
         """SIGKILL it; its agents see the connection reset."""
+        self.close()
         if self._service:
             self._service.kill()
 

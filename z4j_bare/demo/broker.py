@@ -1,13 +1,22 @@
-"""What the demo's worker and its script have to agree on about the broker."""
+"""The broker between the demo's script and its worker: files in a private directory, or a real one."""
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.demo.process import HarnessError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from celery import Celery
 
 HOME = "DEMO_HOME"
 BROKER = "DEMO_BROKER"
+_CONNECT_SECONDS = 5
 
 
 def environment(home: Path, broker: str | None) -> dict[str, str]:
@@ -42,6 +51,49 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
         "broker_transport": "z4j_bare.demo.spool:Transport",
         "broker_transport_options": _folders(home),
     }
+
+
+@contextmanager
+def producer(home: Path, broker: str | None) -> Iterator[Celery]:
+    """Yield the application that the script sends with; afterwards nothing of ours is left on the broker.
+
+    Raises ``HarnessError`` when nobody answers there.
+    """
+    from celery import Celery
+
+    with Celery("z4j_demo_script", changes=settings(home, broker)) as app:
+        try:
+            with app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, timeout=_CONNECT_SECONDS)
+        except Exception as exc:  # each transport has errors of its own
+            raise HarnessError(f"no broker answers at {address(broker)}: {exc}") from exc
+        try:
+            yield app
+        finally:
+            if broker:
+                _clear(app, home, broker)
+
+
+def address(broker: str | None) -> str:
+    """Return how to call the broker in public: without its password."""
+    from kombu.utils.url import sanitize_url
+
+    return str(sanitize_url(broker)) if broker else "files"
+
+
+def _clear(app: Celery, home: Path, broker: str) -> None:
+    """Delete the queue, and on Redis kombu's tables of bindings, which outlive it."""
+    try:
+        with app.connection_for_write() as connection:
+            app.amqp.queues[home.name].bind(connection.default_channel).delete()
+        if broker.startswith("redis"):
+            from redis import Redis
+
+            with Redis.from_url(broker) as client:
+                for key in client.scan_iter(f"{home.name}:*"):
+                    client.delete(key)
+    except Exception:
+        pass  # the broker is gone; the run has said so already
 
 
 def _folders(home: Path) -> dict[str, Any]:

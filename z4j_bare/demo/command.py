@@ -46,19 +46,11 @@ class InterruptedBySignal(KeyboardInterrupt):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``z4j-bare demo`` understands to its parser."""
-    parser.add_argument(
-        "--pool", choices=POOLS, default="gevent", help="the worker's pool (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tasks", type=_count, default=_TASKS, metavar="N", help="plain tasks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="leave the brain up until Ctrl-C, and its directory"
-    )
+    parser.add_argument("--pool", choices=POOLS, default="gevent", help="the worker's pool (default: %(default)s)")
+    parser.add_argument("--tasks", type=_count, default=_TASKS, metavar="N", help="plain tasks (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave the brain up until Ctrl-C, and its directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument(
-        "--broker", metavar="URL", help="a real broker instead of files in a private directory"
-    )
+    parser.add_argument("--broker", metavar="URL", help="a real broker instead of files in a private directory")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_in(home: Path, args: argparse.Namespace) -> int:
-    with ExitStack() as brain_stack:
+    with ExitStack() as stack:
         with display(expected_total(args.tasks)) as progress:
+            producer = stack.enter_context(broker.producer(home, args.broker))
             progress.stage("starting the brain")
-            brain = brain_stack.enter_context(Brain(home / "brain"))
-            report = _spend_day(home, brain, args, progress)
+            brain = stack.enter_context(Brain(home / "brain"))
+            report = _spend_day(home, brain, producer, args, progress)
         if args.keep:
             report.dashboard = {"url": brain.url, "email": brain.email, "password": brain.password}
             report.directory = str(home)
@@ -92,22 +85,16 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def _spend_day(home: Path, brain: Brain, args: argparse.Namespace, progress: Lines) -> Report:
+def _spend_day(home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: Lines) -> Report:
     """Start the worker, let the day pass, stop the worker, compare."""
-    from celery import Celery
-
     began = time.monotonic()
     brain.create_project(_PROJECT)
     agent = brain.mint_agent(_PROJECT, f"demo-{args.pool}")
     environment = {**agent.env(home / "agent"), **broker.environment(home, args.broker)}
     with (
-        Celery("z4j_demo_script", changes=broker.settings(home, args.broker)) as producer,
-        Worker(
-            _APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER
-        ) as worker,
+        Worker(_APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER) as worker,
         Watch(brain.sibling(), _PROJECT) as watch,
     ):
-        address = _check_broker(producer)
         progress.stage(f"starting the {args.pool} worker")
         worker.start()
         peers = Peers(brain, agent, worker, watch, Journal(home), producer, home)
@@ -115,29 +102,14 @@ def _spend_day(home: Path, brain: Brain, args: argparse.Namespace, progress: Lin
         at_work = brain.agent(_PROJECT, agent.agent_id)
         progress.stage("stopping the worker")
         worker.stop()
-    report = draw_up(peers, record, at_work, address)
+    report = draw_up(peers, record, at_work, broker.address(args.broker))
     report.seconds = round(time.monotonic() - began, 1)
     return report
 
 
-def _check_broker(producer: Celery) -> str:
-    """Return the broker's address without its password; raises ``HarnessError`` when nobody answers there."""
-    with producer.connection_for_write() as connection:
-        address = "files" if producer.conf.broker_transport else str(connection.as_uri())
-        try:
-            connection.ensure_connection(max_retries=1, timeout=5)
-        except Exception as exc:  # each transport has errors of its own
-            raise HarnessError(f"no broker answers at {address}: {exc}") from exc
-    return address
-
-
 def _hold(brain: Brain, home: Path) -> None:
     """Leave the brain up until Ctrl-C or SIGTERM."""
-    print(
-        f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}", file=sys.stderr, flush=True)
     try:
         brain.wait()
     except InterruptedBySignal:

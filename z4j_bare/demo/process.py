@@ -53,9 +53,7 @@ class Service:
     when the block fails. ``title`` is how error messages call it; ``cwd`` becomes its working directory.
     """
 
-    def __init__(
-        self, title: str, command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, log: Path
-    ) -> None:
+    def __init__(self, title: str, command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, log: Path) -> None:
         self.title = title
         self.command = list(command)
         self.environment = dict(environment)
@@ -102,9 +100,7 @@ class Service:
         except BaseException as exc:
             self.kill()
             if isinstance(exc, HarnessError):
-                raise HarnessError(
-                    f"{self.title} did not come up within {timeout:g} s", log=self.log
-                ) from None
+                raise HarnessError(f"{self.title} did not come up within {timeout:g} s", log=self.log) from None
             raise
         if not self.running:
             raise HarnessError(f"{self.title} ended with code {self.exit_code} while starting", log=self.log)

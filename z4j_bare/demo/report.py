@@ -116,9 +116,7 @@ def _loop_figure(record: Record, rows: dict[str, Row]) -> Figure:
 
 def _retries_figure(peers: Peers, record: Record) -> Figure:
     retrying = [sent.task_id for sent in record.sent if sent.kind == RETRYING]
-    events = [
-        event for task_id in retrying for event in peers.brain.events(peers.agent.project, "celery", task_id)
-    ]
+    events = [event for task_id in retrying for event in peers.brain.events(peers.agent.project, "celery", task_id)]
     retried = sum(event["kind"] == "task.retried" for event in events)
     return Figure("retries", len(retrying), retried, "task.retried events")
 
@@ -145,8 +143,7 @@ def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | No
     delays = [
         (seen - ended, sent.kind)
         for sent in record.sent
-        if (ended := peers.journal.last_end(sent.task_id))
-        and (seen := peers.watch.first_finished.get(sent.task_id))
+        if (ended := peers.journal.last_end(sent.task_id)) and (seen := peers.watch.first_finished.get(sent.task_id))
     ]
     delay, kind = max(delays, default=(None, None))
     return (None if delay is None else round(delay, 3)), kind

@@ -68,6 +68,10 @@ class BrainApi:
         """Open a session; the brain allows 20 of them a minute."""
         self.post("/auth/login", email=email, password=password)
 
+    def close(self) -> None:
+        """Close its connections; the next call opens new ones under the same login."""
+        self._session.close()
+
     def sibling(self) -> BrainApi:
         """Return another session under the same login, for another thread."""
         twin = BrainApi(self.url)

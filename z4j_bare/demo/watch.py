@@ -23,7 +23,7 @@ _SHARE = 2  # a pause lasts at least this many times as long as the poll before 
 class Watch:
     """Polls the project's task list in a thread of its own, from ``__enter__`` to ``__exit__``.
 
-    Polls that fail are left out; what they missed shows in the next one.
+    ``brain`` is a session for this thread alone. Polls that fail are left out; what they missed shows in the next one.
     """
 
     def __init__(self, brain: BrainApi, project: str) -> None:
@@ -66,3 +66,4 @@ class Watch:
     ) -> None:
         self._over.set()
         self._thread.join()
+        self._brain.close()

@@ -19,11 +19,17 @@ CONCURRENCY = {"gevent": 20, "eventlet": 20, "threads": 8, "solo": 1, "prefork":
 _READY_SECONDS = 60.0
 
 
-def worker_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return a clean environment with ``extra``, and with the very ``z4j_bare`` that runs here."""
-    package_root = str(Path(z4j_bare.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-    return {**clean_environment(), "PYTHONPATH": path, **extra}
+def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
+    """Return a clean environment with ``extra``, and with the very ``z4j_bare`` that runs here.
+
+    Another ``python`` than this one has a ``z4j_bare`` of its own and gets no search path from here.
+    """
+    environment = clean_environment()
+    search_path = environment.pop("PYTHONPATH", "")
+    if python == sys.executable:
+        package_root = str(Path(z4j_bare.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, search_path)))
+    return {**environment, **extra}
 
 
 class Worker(Service):
@@ -56,7 +62,7 @@ class Worker(Service):
         super().__init__(
             f"the {pool} worker",
             command,
-            environment=worker_environment(environment),
+            environment=worker_environment(environment, python),
             cwd=log.parent,
             log=log,
         )
