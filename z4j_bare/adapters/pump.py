@@ -20,6 +20,8 @@ logger = logging.getLogger("z4j.runtime.adapters")
 #: Seconds of items after which the pump yields: a full queue never suspends its reader, and 10,000 items are
 #: 30 ms.
 SLICE = 0.001
+#: Seconds of work after which a failure counts as the first again.
+STEADY = 60.0
 #: Seconds that :meth:`Pump.end` gives to items already queued.
 DRAIN = 1.0
 
@@ -55,7 +57,6 @@ class Pump:
         self._ended = Outcome(seam)
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
-        self._pauses = backoff()
         self.delivered = 0
         self.restarts = 0
 
@@ -75,13 +76,17 @@ class Pump:
             logger.warning("z4j: %s does not end; left behind", self._name)
 
     async def _run(self) -> None:
+        pauses = backoff()
         while True:
+            began = self._loop.time()
             try:
                 await self._feed()
                 return
             except Exception as error:
+                if self._loop.time() - began > STEADY:
+                    pauses = backoff()
+                pause = next(pauses)
                 self.restarts += 1
-                pause = next(self._pauses)
                 with self._loop.unmarked():  # a log handler may switch greenlets
                     logger.warning("z4j: %s failed; again in %g s", self._name, pause, exc_info=error)
             await asyncio.sleep(pause)
@@ -100,8 +105,6 @@ class Pump:
         yield_at = 0.0
         async for item in stream:
             self._sink(item)
-            if not self.delivered % 64 and self.restarts:
-                self._pauses = backoff()  # it works again
             self.delivered += 1
             if self._loop.time() >= yield_at:
                 await asyncio.sleep(0)
