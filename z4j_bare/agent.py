@@ -21,9 +21,10 @@ from z4j_bare.buffer.paths import new_store_path
 from z4j_bare.buffer.rows import RESULT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.capture.ring import Ring
+from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.errors import AgentError, HostConfigurationError
-from z4j_bare.hosting import is_celery_worker
+from z4j_bare.hosting import is_celery_worker, ready_worker
 from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.flush import FlushLoop
 from z4j_bare.loops.heartbeat import HealthLoop, HeartbeatLoop
@@ -84,9 +85,8 @@ class Agent:
         self.secret()  # a bad key must fail here, at the host's call, not in a loop
         self.keeper = Keeper(self._open_store, seam, lambda: MemoryStore(max_rows=config.buffer_max_events))
         self.bridge = Bridge(seam)
-        self.hosts = {
-            engine.name: EngineHost(engine, self.bridge, seam, self.record, config=config) for engine in engines
-        }
+        self.sources: list[Source] = []
+        self.hosts = {engine.name: self._host(engine) for engine in engines}
         self.flusher = FlushLoop(
             self.ring,
             self.keeper,
@@ -106,16 +106,20 @@ class Agent:
 
     def start(self) -> None:
         """Spawn the loops and return; nothing here waits for the disk, the broker or the brain."""
-        for run, name in (
-            (self.flusher.run, "z4j-flush"),
-            (self.supervisor.run, "z4j-supervisor"),
-            (self._health.run, "z4j-health"),
-        ):
+        for source in self.sources:
+            source.connect()
+        loops: list[tuple[str, Callable[[Any], None]]] = [
+            ("z4j-flush", self.flusher.run),
+            ("z4j-supervisor", self.supervisor.run),
+            ("z4j-health", self._health.run),
+        ]
+        loops += [(f"z4j-presence-{each.engine}", partial(each.presence.run, self.seam)) for each in self.sources]
+        for name, run in loops:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
         self.seam.spawn(self._connect_adapters, name="z4j-adapters")
 
     def record(self, event: Event) -> None:
-        """Take one event from an adapter. Never waits, never raises."""
+        """Take one event of the host's own making. Never waits, never raises."""
         self.ring.put(encode_event, event)
 
     def secret(self) -> bytes:
@@ -183,6 +187,15 @@ class Agent:
         found.update({scheduler.name: sorted(scheduler.capabilities()) for scheduler in self._schedulers})
         return found
 
+    def _host(self, engine: Any) -> EngineHost:
+        holder: list[Source] = []
+        host = EngineHost(engine, self.bridge, self.seam, lambda event: holder[0].record(event), config=self._config)
+        only = os.environ.get("Z4J_CELERY_LOCAL_HOSTNAME", "").strip() or None
+        # After the host, because that merges the operator's patterns into the engine's redaction.
+        holder.append(Source(engine, self.ring, self._settings, ready_worker(), only))
+        self.sources.append(holder[0])
+        return host
+
     def _open_store(self) -> BufferStore:
         config = self._config
         return BufferStore(
@@ -223,6 +236,8 @@ class Agent:
         return role() if callable(role) else role
 
     def _serve(self, link: Link) -> None:
+        for source in self.sources:
+            source.presence.announce("worker.online")
         sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters)
         beat = HeartbeatLoop(
             link,
@@ -289,10 +304,12 @@ class Agent:
             link.wake.set()
 
     def _connect_adapters(self) -> None:
-        for host in self.hosts.values():
-            host.connect()
+        for host, source in zip(self.hosts.values(), self.sources, strict=True):
+            host.connect(events=not source.in_process)
 
     def _disconnect_adapters(self) -> None:
+        for source in self.sources:
+            source.disconnect()
         for host in self.hosts.values():
             host.disconnect()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-_ready = False
+_consumer: Any = None
 
 #: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
 _VISITORS = {"amqp", "call", "control", "events", "graph", "inspect", "list", "logtool", "migrate"} | {
@@ -53,14 +53,14 @@ def watch_for_ready() -> None:
         signals.worker_ready.connect(_note_ready, weak=False)
 
 
-def worker_is_ready() -> bool:
-    """Whether this process's Celery worker has sent ``worker_ready``."""
-    return _ready
+def ready_worker() -> Any:
+    """Return the Consumer of this process's Celery worker once ``worker_ready`` has been sent, else ``None``."""
+    return _consumer
 
 
-def _note_ready(**_kwargs: Any) -> None:
-    global _ready
-    _ready = True
+def _note_ready(sender: Any = None, **_kwargs: Any) -> None:
+    global _consumer
+    _consumer = sender
 
 
 def _first_command(words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from z4j_bare import _process_singleton as singleton
 from z4j_bare.control import register_shutdown_atexit
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.framework import BareFrameworkAdapter
-from z4j_bare.hosting import is_celery_worker, is_visitor, watch_for_ready, worker_is_ready
+from z4j_bare.hosting import is_celery_worker, is_visitor, ready_worker, watch_for_ready
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
 from z4j_bare.settings import load_settings, read_secret
@@ -101,7 +101,7 @@ def install_agent(
 def _begin(runtime: AgentRuntime) -> None:
     if is_visitor():
         logger.debug("z4j: a visiting celery command; the agent stays inert")
-    elif is_celery_worker() and not worker_is_ready():
+    elif is_celery_worker() and ready_worker() is None:
         _start_with_worker(runtime)
     else:
         _start(runtime)

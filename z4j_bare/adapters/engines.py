@@ -28,7 +28,11 @@ _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
 class EngineHost:
-    """What the agent does with one engine adapter; each probe is for an attribute that some adapters lack."""
+    """What the agent does with one engine adapter; each probe is for an attribute that some adapters lack.
+
+    With ``config`` the operator's redaction is merged at once, so that a bad pattern (``RedactionConfigError``) stops
+    the agent before anything is captured.
+    """
 
     def __init__(
         self,
@@ -44,19 +48,17 @@ class EngineHost:
         self._bridge = bridge
         self._seam = seam
         self._sink = sink
-        self._config = config
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
+        if config is not None:
+            merge_redaction(engine, config)
 
     def connect(self, *, events: bool = True) -> None:
-        """Merge redaction; with ``events`` connect the adapter's signals and pump its events into the sink.
+        """With ``events``, connect the adapter's signals and pump its events into the sink.
 
-        Only a bad redaction pattern raises (``RedactionConfigError``). An adapter that fails to connect is
-        logged and stays usable for commands.
+        Never raises: an adapter that fails to connect is logged and stays usable for commands.
         """
-        if self._config is not None:
-            merge_redaction(self.engine, self._config)
         if not events:
             return
         self._unbind_queues()

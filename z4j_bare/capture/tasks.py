@@ -1,0 +1,110 @@
+"""What is remembered of a task while it is here, and what is known of its kind."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+#: Tasks remembered at most; a task that goes back to the broker for another worker is never heard of again.
+REMEMBERED = 20_000
+
+#: Seconds that a stamp may run ahead of the clock to keep two events of one kind apart.
+AHEAD = 5.0
+
+
+class Kind:
+    """What is the same for every run of a task: its ``@z4j_meta`` annotations, and the fields they add to each event."""
+
+    __slots__ = ("fields", "meta", "name", "rate")
+
+    def __init__(self, name: str, meta: Any) -> None:
+        self.name = name
+        self.meta = meta
+        self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
+        self.fields: dict[str, Any] = {"task_name": name}
+        if meta is not None:
+            if meta.tags:
+                self.fields["tags"] = list(meta.tags)
+            for field in ("priority", "expected_duration_ms", "deadline_ms"):
+                if getattr(meta, field) is not None:
+                    self.fields[field] = getattr(meta, field)
+
+    def reports(self, task_id: str) -> bool:
+        """Whether this run is reported: by a hash of its id, so that a run is reported wholly or not at all."""
+        return self.rate >= 1.0 or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
+
+
+class Track:
+    """One task that is here: its kind and queue, when it began, and the last stamp it got."""
+
+    __slots__ = ("began", "kind", "last", "queue", "seconds")
+
+    def __init__(self, kind: Kind, queue: str | None) -> None:
+        self.kind = kind
+        self.queue = queue
+        self.began = 0.0
+        self.last = 0.0
+        self.seconds: dict[str, int] | None = None
+
+    def stamp(self, now: float, event: str | None = None) -> float:
+        """Return the time for an event: never before the last one, and in a second of its own among events of its kind.
+
+        The brain drops a second event of one kind for a task within the same whole second (``brain-contract`` 5.3).
+
+        :param event: the kind, for those that come more than once.
+        """
+        now = max(now, self.last)
+        if event is not None:
+            seconds = self.seconds
+            if seconds is None:
+                self.seconds = {event: int(now)}
+            else:
+                taken = seconds.get(event, 0)
+                if int(now) <= taken < now + AHEAD - 1:
+                    now = taken + 1.0
+                seconds[event] = int(now)
+        self.last = now
+        return now
+
+
+class Tracks:
+    """Every task that is here, bounded; the oldest are forgotten first."""
+
+    def __init__(self) -> None:
+        self._tracks: dict[str, Track] = {}
+
+    def get(self, task_id: str) -> Track | None:
+        """Return what is known of a task."""
+        return self._tracks.get(task_id)
+
+    def add(self, task_id: str, track: Track) -> Track:
+        """Remember a task."""
+        if len(self._tracks) >= REMEMBERED:
+            self._tracks.pop(next(iter(self._tracks)), None)
+        self._tracks[task_id] = track
+        return track
+
+    def end(self, task_id: str) -> Track | None:
+        """Forget a task that has ended, and return what was known of it."""
+        return self._tracks.pop(task_id, None)
+
+    def __len__(self) -> int:
+        return len(self._tracks)
+
+
+class Kinds:
+    """The kinds seen so far, by task name."""
+
+    def __init__(self, read_meta: Callable[[Any], Any]) -> None:
+        self._read_meta = read_meta
+        self._kinds: dict[str, Kind] = {}
+
+    def of(self, task: Any) -> Kind:
+        """Return the kind of a task object or name."""
+        name = task if isinstance(task, str) else getattr(task, "name", None) or type(task).__name__
+        found = self._kinds.get(name)
+        if found is None:
+            meta = None if isinstance(task, str) else self._read_meta(task)
+            found = self._kinds[name] = Kind(name, meta)
+        return found
