@@ -295,6 +295,32 @@ def test_a_generator_that_raises_is_restarted(bridge, until, impatient, caplog):
     end()
 
 
+def test_a_stream_that_cancels_itself_is_restarted(bridge, until, impatient):
+    """CancelledError or SystemExit out of a stream, without anybody having cancelled the pump, counts as a failure."""
+    seen, errors = [], [asyncio.CancelledError, SystemExit]
+
+    async def stream():
+        if errors:
+            raise errors.pop()
+        yield 1
+
+    bridge.pump(stream, seen.append, "events")
+    until(lambda: seen == [1])
+    assert bridge.restarts == 2
+
+
+def test_a_call_from_a_step_is_refused(bridge):
+    """A step that calls the bridge gets an error instead of a deadlock."""
+
+    async def reenters():
+        await asyncio.sleep(0)
+        with pytest.raises(AgentError, match="wait for itself"):
+            bridge.call(int, timeout=5)
+        return 1
+
+    assert bridge.call(reenters, timeout=5) == 1
+
+
 def test_backoff():
     """Pauses double from one second and stay at thirty."""
     assert list(itertools.islice(pump_module.backoff(), 8)) == [1, 2, 4, 8, 16, 30, 30, 30]
@@ -315,25 +341,21 @@ def test_a_coroutine_that_returns_a_stream(bridge, until):
 
 
 def test_a_full_queue_does_not_stall_the_siblings(bridge, seam, until):
-    """Draining 50,000 ready items, siblings get to run every few milliseconds."""
-    seen, gaps, over = [], [], []
+    """While 50,000 ready items are drained, siblings get their turns again and again."""
+    seen, turns, over = [], [], []
 
     async def stream():
         for number in range(50_000):
             yield number
 
-    def ticker():
-        last = seam.now()
+    def sibling():
         while not over:
+            turns.append(len(seen))
             seam.sleep(0)
-            gaps.append(seam.now() - last)
-            last = seam.now()
 
-    task = seam.spawn(ticker, name="ticker")
+    task = seam.spawn(sibling, name="sibling")
     bridge.pump(stream, seen.append, "events")
     until(lambda: len(seen) == 50_000)
     over.append(1)
     assert task.join(5)
-    gaps.sort()
-    assert gaps[-1] < 0.1
-    assert sum(gap > 0.02 for gap in gaps) <= 2
+    assert len({turn for turn in turns if 0 < turn < 50_000}) >= 5

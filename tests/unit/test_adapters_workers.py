@@ -32,13 +32,13 @@ def test_a_hung_call_occupies_its_own_worker_only(workers, seam, until):
     """With two of three workers hung the third still answers; with all hung a call times out, and never runs later."""
     release = seam.event()
     ran = []
+    hung = Job(release.wait, (20,), lambda *_: None, lambda: True)
+    workers.start()
     for _ in range(2):
-        with pytest.raises(TimeoutError):
-            workers.call(release.wait, 20, timeout=0.02, what="hung")
-    assert workers.call(int, timeout=5, what="int") == 0
-    with pytest.raises(TimeoutError):
-        workers.call(release.wait, 20, timeout=0.02, what="hung")
-    assert workers.size == workers.busy == 3
+        workers.submit(hung)
+    assert workers.call(int, timeout=10, what="int") == 0
+    workers.submit(hung)
+    until(lambda: workers.busy == 3 and not workers._jobs)
     with pytest.raises(TimeoutError):
         workers.call(ran.append, 1, timeout=0.02, what="never")
     release.set()

@@ -119,6 +119,8 @@ class Bridge:
             raise ForkedChildError
         if self._stopped:
             raise AgentError("the agent is stopping")
+        if self._loop is not None and self._loop.in_step():
+            raise AgentError("called from a step of the adapters' loop, which would wait for itself")
 
     def _build(self) -> None:
         from z4j_bare.adapters.hubloop import HubLoop

@@ -127,7 +127,7 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def _main(self) -> None:
         try:
-            while not self._run_steps():
+            while not self._run_steps() and not self.is_closed():
                 self._seam.sleep(RESTART_PAUSE)
         finally:
             if not self._seam.forked():

@@ -82,7 +82,9 @@ class Pump:
             try:
                 await self._feed()
                 return
-            except Exception as error:
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if self._task is None or self._task.cancelling():
+                    raise  # the cancellation is ours, not the stream's
                 if self._loop.time() - began > STEADY:
                     pauses = backoff()
                 pause = next(pauses)

@@ -124,7 +124,9 @@ class Workers:
             while not self._stopped:
                 self._turn(bell)
         finally:
-            self.size -= 1
+            if not self._seam.forked():  # there the lock may be a copy that nobody will release
+                with self._lock:
+                    self.size -= 1
 
     def _turn(self, bell: Any) -> None:
         if self._seam.forked():  # a copy that woke inside a job must not take the parent's next one
