@@ -71,6 +71,7 @@ def processes_of(temporary):
 def test_every_figure_agrees(pool, tmp_path):
     """In every pool the brain shows exactly what the script produced, and the demo leaves nothing behind."""
     code, out, err = run_demo(tmp_path, "--json", "--pool", pool)
+    assert out, err
     report = json.loads(out)
     assert (code, report["problems"], report["mismatches"]) == (0, [], []), err
     assert {figure["kind"]: figure["produced"] for figure in report["figures"]} == {

@@ -108,9 +108,10 @@ class Day:
             self._one_at_a_time("Django ORM", "demo.uses_orm")
         else:
             self._record.notes["Django ORM"] = "left out: Django is not installed"
+        self._let_brain_catch_up()  # an operator acts on what the dashboard shows, and a task to cancel does not wait
         self._operator_cancels()
         self._operator_retries()
-        self._settle()
+        self._let_brain_catch_up()
         return self._record
 
     def _warm_up(self) -> None:
@@ -167,8 +168,8 @@ class Day:
         if result:
             self._wait_ended([again.task_id], _PATIENCE)
 
-    def _settle(self) -> None:
-        """Give the brain time to show the rest; what is missing then will be missing in the table."""
+    def _let_brain_catch_up(self) -> None:
+        """Give it time to show what was sent so far; what is missing then will be missing in the table."""
         self._progress.stage("waiting for the brain")
         waiting = {sent.task_id for sent in self._record.sent}
         self._try_until(lambda: waiting <= self._peers.watch.first_finished.keys(), self._long_patience)
