@@ -85,8 +85,8 @@ class Settings:
     client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)  # noqa: RUF009
     client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)  # noqa: RUF009
     #: Send tasks' arguments, and what they return.
-    capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)  # noqa: RUF009
-    capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)  # noqa: RUF009
+    capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)
+    capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)
     #: Commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 

@@ -1,7 +1,7 @@
 """Task events of a Celery worker whose tasks run in its own process: gevent, eventlet, threads and solo.
 
-Every handler copies a little, appends to the ring, and returns. The broker-event monitor of the adapter, which takes 30 % of
-a loaded worker's CPU, is not needed where the signals fire here.
+Every handler copies a little, appends to the ring, and returns. The broker-event monitor of the adapter, which takes 30 %
+of a loaded worker's CPU, is not needed where the signals fire here.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CeleryCapture:
             signal.disconnect(handler)
 
     @safe_boundary
-    def _on_received(self, sender: Any = None, request: Any = None, **_kwargs: Any) -> None:
+    def _on_received(self, request: Any = None, **_kwargs: Any) -> None:
         task_id = request.id
         kind = self._kinds.of(request.task)
         if fork.epoch() != self._epoch or not kind.reports(task_id):

@@ -81,7 +81,7 @@ class Encoder:
         if second != self._second:
             self._second = second
             self._prefix = datetime.fromtimestamp(second, UTC).isoformat()[:19]
-        return f"{self._prefix}.{int((stamp - second) * 1_000_000):06d}+00:00"
+        return f"{self._prefix}.{min(999_999, round((stamp - second) * 1_000_000)):06d}+00:00"
 
 
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")

@@ -6,7 +6,7 @@ and anything else becomes the name of its class. What is cut is marked as cut.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import pathlib
@@ -28,18 +28,22 @@ MAX_DEPTH = 32
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
-    datetime.datetime,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
+    dt.datetime,
+    dt.date,
+    dt.time,
+    dt.timedelta,
     decimal.Decimal,
     uuid.UUID,
-    pathlib.PurePath,
+    pathlib.PurePosixPath,
+    pathlib.PureWindowsPath,
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
 )
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 class Cut(str):
-    """The beginning of a longer string: ``limit`` characters to send, up to ``MARGIN`` more to look at, ``length`` in all."""
+    """The beginning of a longer string: ``limit`` characters to send, ``MARGIN`` more to look at, ``length`` in all."""
 
     __slots__ = ("length", "limit")
 
@@ -75,20 +79,21 @@ class _Copy:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        if isinstance(value, enum.Enum):
-            return self.text(f"{type(value).__name__}.{value._name_}")
-        if isinstance(value, str):
+        kind = type(value)  # not isinstance: that asks the value for its __class__, which may be the host's code
+        if issubclass(kind, enum.Enum):
+            return self.text(f"{kind.__name__}.{value._name_}")
+        if issubclass(kind, str):
             return self.text(value)
-        if isinstance(value, int):
+        if issubclass(kind, int):
             number = int.__int__(value)
             return number if number.bit_length() <= MAX_INT_BITS else f"<int of {number.bit_length()} bits>"
-        if isinstance(value, float):
+        if issubclass(kind, float):
             return float.__float__(value)
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
-            return self.container(value, depth - 1)
-        if type(value) in _AS_TEXT or isinstance(value, pathlib.PurePath):
+        if issubclass(kind, _CONTAINERS):
+            return self.container(value, kind, depth - 1)
+        if kind in _AS_TEXT:
             return self.text(str(value))
-        return f"<{type(value).__module__}.{type(value).__qualname__}>"
+        return f"<{kind.__module__}.{kind.__qualname__}>"
 
     def text(self, value: str) -> str:
         length = str.__len__(value)
@@ -98,14 +103,11 @@ class _Copy:
             return Cut.of(value, left)
         return value if type(value) is str else str.__str__(value)
 
-    def container(self, value: Any, depth: int) -> Any:
+    def container(self, value: Any, kind: type, depth: int) -> Any:
         if depth <= 0:
-            return f"<{type(value).__name__} nested too deep>"
-        if isinstance(value, dict):
-            return self.mapping(value, depth)
-        iterate = next(base.__iter__ for base in (list, tuple, set, frozenset) if isinstance(value, base))
-        items = [self.copy(item, depth) for item in islice(iterate(value), max(0, self.nodes))]
-        return self.mark(items, value)
+            return f"<{kind.__name__} nested too deep>"
+        base = next(base for base in _CONTAINERS if issubclass(kind, base))
+        return self.mapping(value, depth) if base is dict else self.sequence(value, base, depth)
 
     def mapping(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -118,8 +120,13 @@ class _Copy:
             result["..."] = f"[... {missing} more cut]"
         return result
 
-    def mark(self, items: list[Any], value: Any) -> list[Any]:
-        missing = len(value) - len(items)
+    def sequence(self, value: Any, base: Any, depth: int) -> list[Any]:
+        items: list[Any] = []
+        for item in islice(base.__iter__(value), max(0, self.nodes)):
+            if self.nodes <= 0:
+                break
+            items.append(self.copy(item, depth))
+        missing = base.__len__(value) - len(items)
         return [*items, f"[... {missing} more cut]"] if missing > 0 else items
 
     def key(self, key: Any) -> str:

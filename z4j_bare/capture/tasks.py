@@ -54,14 +54,14 @@ class Track:
 
         :param event: the kind, for those that come more than once.
         """
-        now = max(now, self.last)
+        clock, now = now, max(now, self.last)
         if event is not None:
             seconds = self.seconds
             if seconds is None:
                 self.seconds = {event: int(now)}
             else:
                 taken = seconds.get(event, 0)
-                if int(now) <= taken < now + AHEAD - 1:
+                if int(now) <= taken < clock + AHEAD - 1:
                     now = taken + 1.0
                 seconds[event] = int(now)
         self.last = now

@@ -1,0 +1,148 @@
+"""Stamps, tracks, kinds and encoding: what the brain needs to put events in order."""
+
+import json
+from types import SimpleNamespace
+from uuid import UUID
+
+from hypothesis import given
+from hypothesis import strategies as st
+from z4j_celery.meta import TaskMeta
+from z4j_core.redaction.engine import RedactionEngine
+
+from z4j_bare.capture.encode import Encoder, new_ids
+from z4j_bare.capture.names import safe_name
+from z4j_bare.capture.presence import Presence
+from z4j_bare.capture.redact import Redactor
+from z4j_bare.capture.tasks import AHEAD, REMEMBERED, Kind, Kinds, Track, Tracks
+from z4j_bare.wire.canonical import canonical_plain
+
+
+def encoder():
+    return Encoder("celery", Redactor(RedactionEngine()))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
+def test_stamps_never_go_back(clock):
+    """Whatever the clock does, a task's stamps do not regress: the brain refuses an older one."""
+    track = Track(Kind("a", None), None)
+    stamps = [track.stamp(now, "task.received") for now in clock]
+    assert stamps == sorted(stamps)
+
+
+def test_second_event_of_a_kind_gets_its_own_second():
+    """Two retries within one second get different whole seconds, because the brain drops the second of a pair."""
+    track = Track(Kind("a", None), None)
+    stamps = [track.stamp(100.2, "task.retried") for _ in range(3)]
+    assert [int(stamp) for stamp in stamps] == [100, 101, 102]
+
+
+def test_stamps_do_not_run_away():
+    """However many events of a kind come in one second, stamps stay within five seconds of the clock."""
+    track = Track(Kind("a", None), None)
+    assert max(track.stamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + AHEAD
+
+
+def test_different_kinds_share_a_second():
+    """Received and started in one second are no pair."""
+    track = Track(Kind("a", None), None)
+    assert int(track.stamp(100.2, "task.received")) == int(track.stamp(100.3, "task.started")) == 100
+
+
+def test_tracks_are_bounded():
+    """Tasks that leave for another worker and never come back do not pile up."""
+    tracks = Tracks()
+    for number in range(REMEMBERED + 10):
+        tracks.add(str(number), Track(Kind("a", None), None))
+    assert len(tracks) == REMEMBERED
+    assert tracks.get("0") is None
+    assert tracks.end(str(REMEMBERED)) is not None
+
+
+def test_kinds_read_annotations_once():
+    """A task's @z4j_meta is read at its first event and its fields go into every one."""
+    asked = []
+    kinds = Kinds(lambda task: asked.append(task) or TaskMeta(tags=("billing",), priority="high", deadline_ms=5))
+    task = SimpleNamespace(name="shop.pay")
+    assert kinds.of(task) is kinds.of(task)
+    assert kinds.of(task).fields == {"task_name": "shop.pay", "tags": ["billing"], "priority": "high", "deadline_ms": 5}
+    assert len(asked) == 1
+
+
+def test_skip_and_sample_rate():
+    """Skipped tasks are not reported; a sampled one is reported for that share of ids, always the same ones."""
+    assert not Kind("a", TaskMeta(skip=True)).reports("x")
+    kind = Kind("a", TaskMeta(sample_rate=0.25))
+    chosen = [number for number in range(4000) if kind.reports(str(number))]
+    assert 800 < len(chosen) < 1200
+    assert chosen == [number for number in range(4000) if kind.reports(str(number))]
+
+
+def test_ids_are_uuids_of_version_4():
+    """Event ids are valid for the brain, and different."""
+    new_id = new_ids()
+    ids = {new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert {UUID(each).version for each in ids} == {4}
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=30), st.floats(1e9, 2e9), st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), st.integers() | st.text(st.characters(codec="utf-8"), max_size=9), max_size=5))
+def test_encoded_events_are_canonical(task_id, stamp, kwargs):
+    """The hand-assembled envelope is the canonical JSON of what it says."""
+    encoded = encoder()(("task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs}))
+    assert canonical_plain(json.loads(encoded)) == encoded
+    assert json.loads(encoded)["task_id"] == task_id
+
+
+def test_times_are_utc_with_microseconds():
+    """A stamp becomes ISO 8601 in UTC; also when the second changes and comes back."""
+    make = encoder()
+    times = [json.loads(make(("task.started", stamp, "t", {}, {})))["occurred_at"] for stamp in (0.25, 61.000001, 0.5)]
+    assert times == ["1970-01-01T00:00:00.250000+00:00", "1970-01-01T00:01:01.000001+00:00", "1970-01-01T00:00:00.500000+00:00"]
+
+
+def test_unencodable_text_is_made_plain():
+    """A lone surrogate or NaN in a task's data costs its own characters, not the event."""
+    data = json.loads(encoder()(("task.received", 1.0, "t\ud800", {}, {"kwargs": {"a": "\ud800", "b": float("nan")}})))
+    assert data["data"]["kwargs"] == {"a": "?", "b": "nan"}
+    assert data["task_id"] == "t?"
+
+
+def own(meta, **data):
+    return json.loads(encoder()(("task.received", 1.0, "t", {}, {**data, "_meta": meta})))["data"]
+
+
+def test_kept_kwargs():
+    """keep_kwargs keeps those, drops others, and hides the positions, which have no names."""
+    assert own(TaskMeta(keep_kwargs=frozenset({"a"})), args=[1], kwargs={"a": 1, "b": 2}) == {"args": "[REDACTED]", "kwargs": {"a": 1}}
+
+
+def test_redacted_kwargs_and_result():
+    """redact_kwargs and redact_result hide what they name, whatever the default rules think of it."""
+    data = own(TaskMeta(redact_kwargs=frozenset({"b"}), redact_result=True), kwargs={"a": 1, "b": 2}, result=3)
+    assert data == {"kwargs": {"a": 1, "b": "[REDACTED]"}, "result": "[REDACTED]"}
+
+
+def test_long_tracebacks_are_cut_after_redaction():
+    """A traceback is cut to what the adapter's own hooks send, with their mark."""
+    data = json.loads(encoder()(("task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020})))["data"]
+    assert data["traceback"].endswith("[... traceback truncated ...]")
+    assert len(data["traceback"]) < 4200
+
+
+def test_only_names_that_redaction_swallows_are_rewritten():
+    """An FQDN worker name gets underscores in its host part; any other name stays as it is."""
+    matches = RedactionEngine().value_matches
+    assert safe_name("celery@web-1.example.com", matches) == "celery@web-1_example_com"
+    assert safe_name("celery@web-1", matches) == "celery@web-1"
+    assert not matches(safe_name("celery@web-1.example.com", matches))
+
+
+def test_presence_announces_each_worker_once():
+    """A worker seen again is no news; an announcement names every worker known."""
+    got = []
+    presence = Presence("celery", lambda encode, item: got.append(json.loads(encode(item))), RedactionEngine().value_matches, clock=lambda: 1.5)
+    presence.seen("w@a.example.com")
+    presence.seen("w@a.example.com")
+    presence.announce("worker.offline")
+    assert [(event["kind"], event["data"]["worker"]) for event in got] == [("worker.online", "w@a_example_com"), ("worker.offline", "w@a_example_com")]
+    assert got[0]["occurred_at"] == "1970-01-01T00:00:01.500000+00:00"
