@@ -23,7 +23,7 @@ from z4j_bare.buffer.store import BufferStore
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
-from z4j_bare.errors import AgentError, HostConfigurationError
+from z4j_bare.errors import AgentError, HostConfigurationError, RemoteError
 from z4j_bare.hosting import is_celery_worker, ready_worker
 from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.flush import FlushLoop
@@ -262,7 +262,8 @@ class Agent:
             for task in tasks:
                 task.join(HEALTH_TIMEOUT)
         if failures:
-            raise failures[0]
+            # A sender sees no more than a broken line; the reader may have read why.
+            raise next((error for error in failures if isinstance(error, RemoteError)), failures[0])
 
     def _in_session(self, link: Link, run: Callable[[], None], name: str, failures: list[AgentError]) -> None:
         try:
@@ -270,9 +271,10 @@ class Agent:
         except AgentError as error:
             if not link.closing.is_set():
                 failures.append(error)
-        except Exception:
+        except Exception as error:
             self.counters.restarts[name] += 1
             logger.exception("z4j: loop %s died; its session ends and a new one begins. Please report it", name)
+            failures.append(AgentError(f"loop {name} died of {type(error).__name__}"))  # an error: the next one backs off
         finally:
             if not self.seam.forked():
                 link.shut()

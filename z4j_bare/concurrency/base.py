@@ -139,6 +139,8 @@ class BaseConcurrency:
         raise NotImplementedError
 
     def _yielding(self, wait: Callable[..., Any], *args: Any) -> Any:
+        if fork.epoch() != self._epoch:
+            raise ForkedChildError
         began = _resumed_at.get()
         if began:
             self.steps.note(time.perf_counter() - began, self._task_name.get())

@@ -50,6 +50,7 @@ class SendLoop:
         self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         self._done: deque[int] = deque()
+        self._results: set[int] = set()
         self._more = False
         self._rewind()
 
@@ -98,16 +99,20 @@ class SendLoop:
         next_events = (self._after_event, min(room, FRAME_EVENTS), (EVENT,))
         results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit)
         if self._keeper.generation != self._generation:  # another file, other ids
-            self._done.clear()
             self._rewind()
+            self._done.clear()
+            self._results.clear()
             return [], []
-        self._counters.acked += len(confirmed)
+        answered = self._results.intersection(confirmed)
+        self._results -= answered
+        self._counters.acked += len(confirmed) - len(answered)
         return results, events
 
     def _send_result(self, entry: BufferEntry) -> None:
         self._link.send("command_result", entry.key, entry.payload)
         self._after_result = entry.id
         self._owed.append(entry.id)
+        self._results.add(entry.id)
 
     def _send_batch(self, events: Sequence[BufferEntry]) -> None:
         frame = frame_id("ev")

@@ -43,6 +43,11 @@ class Line:
         """Write some of ``data`` and return how much."""
         return int(self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True))
 
+    def offer(self, data: bytes) -> None:
+        """Write ``data`` if the socket takes it at once; never waits. Raises ``OSError`` when it does not."""
+        with self._turn:
+            self._sock.send(data)
+
     def gettimeout(self) -> float:
         """Return 0: ``websocket-client`` then calls ``recv`` and ``send`` as they are, without a selector of its own."""
         return 0.0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -19,8 +18,6 @@ from z4j_bare.wire import policy
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
-logger = logging.getLogger("z4j.transport.websocket")
-
 #: Seconds for DNS, TCP, TLS and upgrade together per address, and again for the ``hello_ack``.
 CONNECT_TIMEOUT = 10.0
 
@@ -30,6 +27,12 @@ SEND_TIMEOUT = 20.0
 #: Seconds without a byte from the brain before we ping, and before the line counts as dead. The brain pings every 60.
 PING_AFTER = 30.0
 DEAD_AFTER = 75.0
+
+#: Bytes of one frame from the brain at most. Its own are far below 1 MiB.
+LONGEST = 16 * 1024 * 1024
+
+#: The close code of a peer that is done.
+NORMAL = 1000
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -70,6 +73,7 @@ class WebSocketTransport:
         self._ws: Any = None
         self._heard = 0.0
         self._pinged = False
+        self._sending = False
 
     def connect(self, hello: bytes) -> bytes:
         """Upgrade, say ``hello`` and return the first answer; see ``ITransport``."""
@@ -80,13 +84,24 @@ class WebSocketTransport:
         try:
             self._seam.waiting(self._ws.connect, self._url, **self._options())
         except websocket.WebSocketBadStatusException as error:
-            raise policy.refused(error.status_code, "the WebSocket upgrade was refused") from None
+            wish = _retry_after(error.resp_headers)
+            raise policy.refused(error.status_code, "the WebSocket upgrade was refused", wish) from None
         except (websocket.WebSocketException, OSError, ValueError) as error:
+            status = self._ws.getstatus()
+            if status is not None:  # the library lets redirects, and only those, pass for a success
+                raise policy.refused(status, "a redirect: set Z4J_BRAIN_URL to where it leads") from None
             raise NetworkError(f"cannot reach the brain: {_short(error)}") from None
         self._ws.sock = Line(self._ws.sock, self._seam, CONNECT_TIMEOUT, SEND_TIMEOUT)
         self._ws.lock = self._seam.lock()
+        self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
+        # Its answer to a close frame may meet a socket that is gone, and that error would hide the code; ``abort`` answers.
+        self._ws.send_close = lambda *_args, **_options: None
         self._heard = self._seam.now()
-        self.send(lambda: hello)
+        try:
+            self.send(lambda: hello)
+        except NetworkError:
+            self.receive(CONNECT_TIMEOUT)  # who refuses the token hangs up at once, and the reason is still to be read
+            raise
         answer = self.receive(CONNECT_TIMEOUT)
         if answer is None:
             raise NetworkError(f"no hello_ack within {CONNECT_TIMEOUT:.0f} s")
@@ -98,10 +113,13 @@ class WebSocketTransport:
 
         with self._order:
             frame = build()
+            self._sending = True
             try:
                 self._open().send_binary(frame)
             except (websocket.WebSocketException, OSError) as error:
                 raise NetworkError(f"the line broke while sending: {_short(error)}") from None
+            finally:
+                self._sending = False
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
@@ -122,29 +140,31 @@ class WebSocketTransport:
         return bytes(frame.data) if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY) else None
 
     def abort(self) -> None:
-        """Break the line from any task; not ``close()``, which hangs while a reader waits (``field-notes`` C.8)."""
+        """Break the line from any task; not ``close()``, which hangs while a reader waits (``field-notes`` C.8).
+
+        Says goodbye if the socket takes it at once and nobody is in the middle of a frame. Does nothing in a forked child:
+        the line is its parent's.
+        """
         sock = getattr(self._ws, "sock", None)
-        if sock is not None:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # already gone, which is what was wanted
+        if sock is None or self._seam.forked():
+            return
+        try:
+            if not self._sending:
+                sock.offer(_goodbye())
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # already gone, which is what was wanted
 
     def close(self) -> None:
-        """Send a close frame if the socket takes it at once, then release it."""
+        """Break the line, with a goodbye if the socket takes it at once, and release it."""
+        self.abort()
         ws, self._ws = self._ws, None
         sock = getattr(ws, "sock", None)
-        if sock is None:
-            return
-        sock.send_timeout = 0.0
-        try:
-            ws.send_close()
-        except Exception as error:
-            logger.debug("z4j: no goodbye: %s", _short(error))
-        try:
-            sock.close()
-        except OSError:
-            pass
+        if sock is not None and not self._seam.forked():
+            try:
+                sock.close()
+            except OSError:
+                pass
 
     def _open(self) -> Any:
         if self._ws is None or self._ws.sock is None:
@@ -167,6 +187,8 @@ class WebSocketTransport:
         options: dict[str, Any] = {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
+            # The library would follow three, and take the Authorization header along to wherever they lead.
+            "redirect_limit": 0,
         }
         if self._tls is not None:
             options["sslopt"] = {"context": self._tls}
@@ -182,6 +204,29 @@ def close_error(data: bytes) -> AgentError:
 def preload() -> None:
     """Import the library now: a fifth of a second that belongs to the host's start, not on its hub later."""
     import websocket  # noqa: F401
+
+
+def _goodbye() -> bytes:
+    from websocket import ABNF
+
+    return bytes(ABNF.create_frame(struct.pack("!H", NORMAL), ABNF.OPCODE_CLOSE).format())
+
+
+def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """Refuse a frame that announces more than ``LONGEST``: the library would wait for all of it and hear nothing else."""
+
+    def bounded(size: int) -> bytes:
+        if size > LONGEST:
+            raise ValueError(f"a frame of {size} bytes")
+        return read(size)
+
+    return bounded
+
+
+def _retry_after(headers: Mapping[str, str] | None) -> float | None:
+    """Return the seconds of a ``Retry-After``; the form with a date is rare and counts as absent."""
+    text = (headers or {}).get("retry-after", "")
+    return float(text) if text.isdecimal() else None
 
 
 def _short(error: BaseException) -> str:
