@@ -15,6 +15,7 @@ from z4j_core.transport.hmac import decode_agent_hmac_secret
 
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost
+from z4j_bare.adapters.redaction import merge_redaction
 from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.paths import new_store_path
@@ -24,10 +25,13 @@ from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.errors import AgentError, HostConfigurationError, RemoteError
+from z4j_bare.health.figures import Figures
+from z4j_bare.health.lateness import Lateness
+from z4j_bare.health.probes import HealthLoop
 from z4j_bare.hosting import is_celery_worker, ready_worker
 from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.flush import FlushLoop
-from z4j_bare.loops.heartbeat import HealthLoop, HeartbeatLoop
+from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
 from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
@@ -46,11 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime")
 
-#: Seconds between two looks at what the adapters say of their engines.
-HEALTH_INTERVAL = 10.0
-
-#: Seconds that one ``get_health`` may take; a call that overruns keeps its task, and the last good answer stays.
-HEALTH_TIMEOUT = 5.0
+#: Seconds that a session's loops get to leave after its end.
+LEAVE = 5.0
 
 
 class Agent:
@@ -98,10 +99,18 @@ class Agent:
         )
         self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
         self.supervisor = Supervisor(self._transport, self._hello, self.secret, self._serve, seam, self.counters)
-        self._health = HealthLoop(
-            {name: partial(host.health, HEALTH_TIMEOUT) for name, host in self.hosts.items()},
-            seam,
-            HEALTH_INTERVAL,
+        self.lateness = Lateness(seam)
+        self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
+        self.figures = Figures(
+            ring=self.ring,
+            counters=self.counters,
+            keeper=self.keeper,
+            seam=seam,
+            lateness=self.lateness,
+            started=self._started_at.timestamp(),
+            health=self._health.latest,
+            dropped=lambda: {name: host.dropped() for name, host in self.hosts.items()},
+            restarts=lambda: self.bridge.restarts,
         )
 
     def start(self) -> None:
@@ -112,6 +121,7 @@ class Agent:
             ("z4j-flush", self.flusher.run),
             ("z4j-supervisor", self.supervisor.run),
             ("z4j-health", self._health.run),
+            ("z4j-lateness", self.lateness.run),
         ]
         loops += [(f"z4j-presence-{each.engine}", partial(each.presence.run, self.seam)) for each in self.sources]
         for name, run in loops:
@@ -154,32 +164,8 @@ class Agent:
 
     def stats(self) -> dict[str, Any]:
         """Return the counters as plain JSON types."""
-        counters, buffer = self.counters, self.keeper.last_stats
         link = self.supervisor.link
-        lost = dict(buffer.lost)
-        for reason, number in (("ring", self.ring.lost), ("unencodable", counters.unencodable)):
-            if number:
-                lost[reason] = lost.get(reason, 0) + number
-        return {
-            "concurrency": self.seam.name,
-            "session_id": link.welcome.session_id if link else None,
-            "produced": self.ring.produced,
-            "stored": counters.stored,
-            "sent": counters.sent,
-            "acked": counters.acked,
-            "lost": lost,
-            "buffered": buffer.rows,
-            "buffer_bytes": buffer.bytes,
-            "buffer_durable": self.keeper.durable,
-            "frames": counters.frames,
-            "sessions": counters.sessions,
-            "heartbeats": counters.heartbeats,
-            "commands": counters.commands,
-            "restarts": dict(counters.restarts),
-            "longest_step_seconds": round(self.seam.steps.longest, 6),
-            "longest_step_task": self.seam.steps.longest_task,
-            "last_error": counters.last_error,
-        }
+        return {"session_id": link.welcome.session_id if link else None, **self.figures.stats()}
 
     def capabilities(self) -> dict[str, list[str]]:
         """Return what each adapter can do just now; asked again at every connect, because answers can change."""
@@ -188,13 +174,11 @@ class Agent:
         return found
 
     def _host(self, engine: Any) -> EngineHost:
-        holder: list[Source] = []
-        host = EngineHost(engine, self.bridge, self.seam, lambda event: holder[0].record(event), config=self._config)
+        merge_redaction(engine, self._config)  # first: the source goes by the merged patterns, and a bad one raises
         only = os.environ.get("Z4J_CELERY_LOCAL_HOSTNAME", "").strip() or None
-        # After the host, because that merges the operator's patterns into the engine's redaction.
-        holder.append(Source(engine, self.ring, self._settings, ready_worker(), only))
-        self.sources.append(holder[0])
-        return host
+        source = Source(engine, self.ring, self._settings, ready_worker(), only)
+        self.sources.append(source)
+        return EngineHost(engine, self.bridge, self.seam, source.record)
 
     def _open_store(self) -> BufferStore:
         config = self._config
@@ -243,7 +227,7 @@ class Agent:
             link,
             self.seam,
             self.counters,
-            self._heartbeat,
+            self.figures.heartbeat,
             interval=min(float(self._config.heartbeat_seconds), link.welcome.heartbeat_seconds),
             enabled=self._settings.heartbeat,
         )
@@ -260,7 +244,7 @@ class Agent:
             link.shut()
             self._sender = None
             for task in tasks:
-                task.join(HEALTH_TIMEOUT)
+                task.join(LEAVE)
         if failures:
             # A sender sees no more than a broken line; the reader may have read why.
             raise next((error for error in failures if isinstance(error, RemoteError)), failures[0])
@@ -278,23 +262,6 @@ class Agent:
         finally:
             if not self.seam.forked():
                 link.shut()
-
-    def _heartbeat(self) -> bytes:
-        buffer, stats = self.keeper.last_stats, self.stats()
-        lost = sum(stats["lost"].values())
-        return frames.heartbeat(
-            buffer_size=buffer.rows,
-            dropped_events=lost + sum(host.dropped() for host in self.hosts.values()),
-            last_flush_at=self.counters.last_flush_at,
-            loss={
-                "buffer_id": buffer.buffer_id,
-                "runtime_id": f"{os.getpid()}-{int(self._started_at.timestamp() * 1000)}",
-                "event_records": lost,
-                "capacity_evicted_frames": buffer.lost.get("capacity", 0),
-                "adapter_events": {name: host.dropped() for name, host in self.hosts.items()},
-            },
-            health={**self._health.latest(), "z4j.concurrency": self.seam.name},
-        )
 
     def _answer(self, command: str, payload: bytes) -> None:
         self.keeper.append([(RESULT, command, payload)])

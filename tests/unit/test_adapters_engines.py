@@ -83,8 +83,8 @@ def hosted(bridge, seam, sunk):
     """``hosted(engine)``: its host."""
     hosts = []
 
-    def host(engine, **keywords):
-        hosts.append(EngineHost(engine, bridge, seam, sunk.append, **keywords))
+    def host(engine):
+        hosts.append(EngineHost(engine, bridge, seam, sunk.append))
         return hosts[-1]
 
     yield host
@@ -108,17 +108,16 @@ def test_connect_and_disconnect(hosted, bridge, sunk, until):
 
 
 def test_connect_without_events(hosted, bridge):
-    """Where tasks are captured in process, only redaction is merged: no signals, no pump, no loop."""
+    """Where tasks are captured in process, the adapter is left alone: no signals, no pump, no loop."""
     engine = Engine()
-    hosted(engine, config=config(redaction_extra_key_patterns=["x"])).connect(events=False)
+    hosted(engine).connect(events=False)
     assert engine.seen == []
-    assert engine.redaction.config.extra_key_patterns == ("x",)
     assert bridge._loop is None
 
 
 def test_an_adapter_with_nothing(hosted):
     """No probe assumes an attribute."""
-    host = hosted(Bare(), config=config())
+    host = hosted(Bare())
     host.connect()
     assert host.capabilities() == ["submit_task"]
     assert host.health() == {}
@@ -278,11 +277,12 @@ def test_dead_getters_are_forgotten(hosted, bridge, sunk, until):
     dead.close()
 
 
-def test_redaction_is_merged_before_the_signals(hosted):
-    """The adapter captures an engine with its own patterns and the operator's."""
+def test_redaction_is_merged(hosted):
+    """What the adapter captures when it connects has its own patterns and the operator's."""
     engine = Engine()
     engine.redaction = RedactionEngine(RedactionConfig(extra_key_patterns=("own",), max_value_bytes=500))
-    hosted(engine, config=config(redaction_extra_key_patterns=["own", "theirs"], max_payload_bytes=900)).connect()
+    merge_redaction(engine, config(redaction_extra_key_patterns=["own", "theirs"], max_payload_bytes=900))
+    hosted(engine).connect()
     merged = engine.seen[0][2].config
     assert merged == RedactionConfig(extra_key_patterns=("own", "theirs"), max_value_bytes=500)
     assert engine.redaction.scrub({"theirs": 1}) == {"theirs": "[REDACTED]"}
@@ -300,12 +300,10 @@ def test_redaction_limits_and_switches():
     assert engine.redaction is foreign
 
 
-def test_a_bad_pattern_stops_the_connection(hosted):
-    """Nothing is captured when the operator's redaction cannot be built."""
-    engine = Engine()
+def test_a_bad_pattern_is_refused():
+    """A pattern that cannot be compiled stops the agent before anything is captured."""
     with pytest.raises(RedactionConfigError):
-        hosted(engine, config=config(redaction_extra_key_patterns=["("])).connect()
-    assert engine.seen == []
+        merge_redaction(Engine(), config(redaction_extra_key_patterns=["("]))
 
 
 def test_nudge(seam, monkeypatch):

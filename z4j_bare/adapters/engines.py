@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.transport.frames import RETRY_BY_REFERENCE_CAPABILITY
 
 from z4j_bare.adapters.celery import nudge_events
-from z4j_bare.adapters.redaction import merge_redaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +27,7 @@ _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
 class EngineHost:
-    """What the agent does with one engine adapter; each probe is for an attribute that some adapters lack.
-
-    With ``config`` the operator's redaction is merged at once, so that a bad pattern (``RedactionConfigError``) stops
-    the agent before anything is captured.
-    """
+    """What the agent does with one engine adapter; each probe is for an attribute that some adapters lack."""
 
     def __init__(
         self,
@@ -40,8 +35,6 @@ class EngineHost:
         bridge: Bridge,
         seam: BaseConcurrency,
         sink: Callable[[Any], object],
-        *,
-        config: Any = None,
     ) -> None:
         self.engine = engine
         self.name = str(getattr(engine, "name", type(engine).__name__))
@@ -51,8 +44,7 @@ class EngineHost:
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
-        if config is not None:
-            merge_redaction(engine, config)
+        self._going = False
 
     def connect(self, *, events: bool = True) -> None:
         """With ``events``, connect the adapter's signals and pump its events into the sink.
@@ -61,19 +53,21 @@ class EngineHost:
         """
         if not events:
             return
+        self._going = True
         self._unbind_queues()
         self._connect_signals()
         if self._end_pump is None and hasattr(self.engine, "subscribe_events"):
             stream = self.engine.subscribe_events
             self._end_pump = self._bridge.pump(stream, self._sink, f"z4j-events-{self.name}")
         if hasattr(self.engine, "celery_app"):
-            nudge_events(self.engine, self._seam)
+            nudge_events(self.engine, self._seam, lambda: self._going)
 
     def disconnect(self, timeout: float = 5.0) -> None:
         """Disconnect the signals within ``timeout`` seconds, then drain and end the pump; never raises.
 
         Celery's joins its monitor thread for up to 5 s; 0.2-0.9 s were measured.
         """
+        self._going = False
         disconnect = getattr(self.engine, "disconnect_signals", None)
         try:
             if disconnect is not None:

@@ -9,16 +9,20 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+from zope.interface import implementer
+
 from z4j_bare.concurrency import fork
 from z4j_bare.errors import ForkedChildError
+from z4j_bare.interfaces import ITask
 
 logger = logging.getLogger("z4j.runtime.concurrency")
 
 _resumed_at: ContextVar[float] = ContextVar("z4j_resumed_at", default=0.0)
 
 
+@implementer(ITask)
 class Task:
-    """A spawned loop; implements ``ITask`` for every backend."""
+    """A spawned loop, for every backend."""
 
     def __init__(self, name: str, ended: Any) -> None:
         self.name = name
@@ -125,6 +129,18 @@ class BaseConcurrency:
     def selector(self) -> Any:
         """Return a new selector that cooperates with this runtime."""
         raise NotImplementedError
+
+    def native_ident(self) -> int:
+        """Return the identity of the OS thread we are on, as ``sys._current_frames`` keys it."""
+        return 0
+
+    def native(self, function: Callable[..., object], *args: object) -> bool:
+        """Run ``function(sleep, *args)`` in an unpatched thread, ``sleep`` being the unpatched one; ``False``: no need.
+
+        Only hubs need it: it must not log, lock, or touch anything that belongs to the hub.
+        """
+        del function, args
+        return False
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         raise NotImplementedError

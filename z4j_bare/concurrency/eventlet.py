@@ -81,6 +81,15 @@ class EventletConcurrency(BaseConcurrency):
         """Return a selector that parks on the hub."""
         return selectors.DefaultSelector()
 
+    def native_ident(self) -> int:
+        """Return the hub's thread."""
+        return int(_native_thread())
+
+    def native(self, function: Callable[..., object], *args: object) -> bool:
+        """Start an unpatched daemon thread."""
+        patcher.original("_thread").start_new_thread(function, (patcher.original("time").sleep, *args))
+        return True
+
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         eventlet.spawn_n(run, task, *args)
 

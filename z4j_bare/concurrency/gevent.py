@@ -8,6 +8,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
+from gevent.monkey import get_original as _original
 from gevent.selectors import GeventSelector
 from gevent.socket import wait_read, wait_write
 from gevent.threadpool import ThreadPool
@@ -42,6 +43,15 @@ class GeventConcurrency(BaseConcurrency):
     def selector(self) -> Any:
         """Return a selector that parks on the hub."""
         return GeventSelector()
+
+    def native_ident(self) -> int:
+        """Return the hub's thread."""
+        return int(_original("_thread", "get_ident")())
+
+    def native(self, function: Callable[..., object], *args: object) -> bool:
+        """Start an unpatched daemon thread."""
+        _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
+        return True
 
     def close(self) -> None:
         """End the native thread."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from z4j_bare.wire.frames import frame_id
 
@@ -48,32 +48,3 @@ class HeartbeatLoop:
             else:
                 self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')
             self._seam.pause(self._link.closing, self._interval)
-
-
-class HealthLoop:
-    """Asks the engines how they are, one at a time, in a task of its own, and keeps the last good answer.
-
-    ``get_health`` of the Celery adapter takes 10 s when its worker does not answer (``adapter-surface`` 2.11), so the
-    heartbeat must never wait for it.
-    """
-
-    def __init__(
-        self, probes: Mapping[str, Callable[[], Mapping[str, str]]], seam: BaseConcurrency, interval: float
-    ) -> None:
-        self._probes = probes
-        self._seam = seam
-        self._interval = interval
-        self._answers: dict[str, Mapping[str, str]] = {}
-
-    def run(self, stopping: Any) -> None:
-        """Probe until ``stopping`` is set."""
-        while not stopping.is_set():
-            for name, probe in self._probes.items():
-                answer = probe()
-                if answer:
-                    self._answers[name] = answer
-            self._seam.pause(stopping, self._interval)
-
-    def latest(self) -> dict[str, str]:
-        """Return the last answers of all engines."""
-        return {key: value for answer in self._answers.values() for key, value in answer.items()}
