@@ -56,7 +56,8 @@ class GeventConcurrency(BaseConcurrency):
     def close(self) -> None:
         """End the native thread."""
         pool, self._pool = self._pool, None
-        if pool is not None and not self.forked():
+        # kill() waits for the thread: never for one that hangs in the disk, stop() is bounded.
+        if pool is not None and not self.forked() and not self._slot.locked():
             pool.kill()
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:

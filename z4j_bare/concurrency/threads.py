@@ -49,6 +49,8 @@ class ThreadsConcurrency(BaseConcurrency):
             return job(*args)
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+        if not hasattr(select, "poll"):  # eventlet takes it away where it patches sockets; its select() knows no 1024
+            return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # not select(): file descriptors above 1024
         poller.register(sock, select.POLLOUT if write else select.POLLIN)
         return bool(poller.poll(max(0, int(timeout * 1000))))

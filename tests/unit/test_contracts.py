@@ -1,0 +1,61 @@
+"""Every implementer against its contract in ``interfaces``: names, signatures, attributes."""
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from z4j_bare.adapters.bridge import Bridge
+from z4j_bare.buffer import BufferStore, MemoryStore
+from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.interfaces import IBridge, IConcurrency, IEvent, ILock, IStore, ITask, ITransport
+from z4j_bare.transport.websocket import WebSocketTransport
+
+
+@pytest.fixture(params=["real", "fake"])
+def either(request, seam):
+    """The seam of this mode, and the one with virtual time."""
+    return seam if request.param == "real" else FakeConcurrency()
+
+
+def test_seams(either):
+    """The seam of every mode, the fake included, keeps IConcurrency."""
+    assert verifyObject(IConcurrency, either)
+
+
+def test_tasks(either):
+    """What spawn returns keeps ITask."""
+    task = either.spawn(int, name="t")
+    assert verifyObject(ITask, task)
+    assert task.join(5)
+
+
+def test_events(either):
+    """What event() returns has all of IEvent; foreign classes cannot declare it, so that is not asked."""
+    assert verifyObject(IEvent, either.event(), tentative=True)
+
+
+def test_locks(either):
+    """What lock() returns can be entered and left."""
+    lock = either.lock()
+    assert all(callable(getattr(lock, name)) for name in ILock.names())
+    with lock:
+        pass
+
+
+def test_stores(tmp_path):
+    """The store on disk and the store in memory keep IStore."""
+    store = BufferStore(tmp_path / "home" / "store.sqlite")
+    assert verifyObject(IStore, store)
+    store.close()
+    assert verifyObject(IStore, MemoryStore())
+
+
+def test_transports(seam):
+    """The WebSocket transport keeps ITransport."""
+    assert verifyObject(ITransport, WebSocketTransport("ws://127.0.0.1:1/ws/agent", str, seam))
+
+
+def test_bridges(seam):
+    """The bridge keeps IBridge."""
+    bridge = Bridge(seam)
+    assert verifyObject(IBridge, bridge)
+    bridge.stop()
