@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from asyncio.events import _get_running_loop
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,7 +68,7 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def in_step(self) -> bool:
         """Whether the caller is a step of this loop."""
-        return _get_running_loop() is self
+        return self._scope.in_step()
 
     def unmarked(self) -> Any:
         """Return a context manager that hides the running mark inside a step, for logging."""

@@ -14,6 +14,8 @@ from asyncio.events import _get_running_loop, _set_running_loop
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from greenlet import getcurrent
+
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Iterator, Mapping
@@ -43,10 +45,19 @@ class StepScopedSelector(selectors.BaseSelector):
         self._ready: list[tuple[selectors.SelectorKey, int]] = []
         self._give_way_at = 0.0
         self._parked = self._called = False
+        self._home: object = None
+
+    def in_step(self) -> bool:
+        """Whether the caller is a step of the loop.
+
+        Asks for the greenlet (a thread has one too), not for the mark: an adapter's step that switches shows
+        its mark to everybody for that long.
+        """
+        return self._home is getcurrent()
 
     def enter(self, loop: AbstractEventLoop) -> None:
         """Clear the thread for ``loop.run_forever()``, which refuses to start under another loop's mark."""
-        self._loop = loop
+        self._loop, self._home = loop, getcurrent()
         self._outer, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
         _set_running_loop(None)
 
@@ -58,7 +69,7 @@ class StepScopedSelector(selectors.BaseSelector):
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Take the marks off inside a step, around something that may switch: logging is enough."""
-        if self._loop is None or _get_running_loop() is not self._loop:
+        if not self.in_step():
             yield
             return
         self._hide()
