@@ -26,11 +26,11 @@ ALWAYS = {
     "asyncio.run": 5,
     "Django ORM": 5,
     "failing until retried": 1,
-    "the operator's retry": 1,
-    "plain without a visible loop": 50,
+    "retried by the operator": 1,
+    "plain, no loop visible": 50,
     "retries": 1,
-    "commands of the operator": 2,
-    "tasks that nobody sent": 0,
+    "operator's commands": 2,
+    "sent by nobody": 0,
 }
 CANCELLED = dict.fromkeys(("gevent", "eventlet", "prefork"), "cancelled while running")
 

@@ -163,7 +163,7 @@ class Day:
         task_id = self._send("failing until retried", "demo.fails_once", "failure", mark)
         self._wait_state(task_id, TERMINAL)
         result = self._command("retry-task", task_id)["result"]
-        again = Sent("the operator's retry", str((result or {}).get("new_task_id")), "success")
+        again = Sent("retried by the operator", str((result or {}).get("new_task_id")), "success")
         self._record.sent.append(again)
         if result:
             self._wait_ended([again.task_id], _PATIENCE)

@@ -111,26 +111,26 @@ def _kind_figure(kind: str, record: Record, rows: dict[str, Row]) -> Figure:
 def _loop_figure(record: Record, rows: dict[str, Row]) -> Figure:
     plain = [sent.task_id for sent in record.sent if sent.kind == PLAIN]
     free = [task_id for task_id in plain if _NO_LOOP in str(rows.get(task_id, {}).get("result"))]
-    return Figure("plain without a visible loop", len(plain), len(free), "asyncio.get_running_loop() raised")
+    return Figure("plain, no loop visible", len(plain), len(free), "get_running_loop raised")
 
 
 def _retries_figure(peers: Peers, record: Record) -> Figure:
     retrying = [sent.task_id for sent in record.sent if sent.kind == RETRYING]
     events = [event for task_id in retrying for event in peers.brain.events(peers.agent.project, "celery", task_id)]
     retried = sum(event["kind"] == "task.retried" for event in events)
-    return Figure("retries", len(retrying), retried, "task.retried events")
+    return Figure("retries", len(retrying), retried, "task.retried")
 
 
 def _commands_figure(peers: Peers, record: Record) -> Figure:
     rows = [peers.brain.command(peers.agent.project, command_id) for command_id in record.commands]
     failed = [row for row in rows if row["status"] != "completed"]
     note = "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed) or "completed"
-    return Figure("commands of the operator", len(rows), len(rows) - len(failed), note)
+    return Figure("operator's commands", len(rows), len(rows) - len(failed), note)
 
 
 def _strangers_figure(record: Record, rows: dict[str, Row]) -> Figure:
     known = {sent.task_id for sent in record.sent} | set(record.warm_up)
-    return Figure("tasks that nobody sent", 0, len(rows.keys() - known), "")
+    return Figure("sent by nobody", 0, len(rows.keys() - known), "")
 
 
 def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:

@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from z4j_bare.demo.report import Report
 
 _HEAD = ("", "produced", "seen by the brain", "agrees", "")
-_JUSTIFY = ("left", "right", "right", "center", "left")
-_WIDTH = 110  # where stdout is no terminal
+_WIDTH = 80  # where stdout is no terminal
 _MISMATCHES_SHOWN = 20
 
 
@@ -31,17 +30,22 @@ def _cells(report: Report) -> list[tuple[str, ...]]:
 def _rich_table(report: Report) -> str:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for title, justify in zip(_HEAD, _JUSTIFY, strict=True):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table = Table(
+        Column(_HEAD[0], no_wrap=True),
+        Column(_HEAD[1], justify="right"),
+        Column(_HEAD[2], justify="right", max_width=len("the brain")),  # in two lines: the table fits 80 columns
+        Column(_HEAD[3], justify="center"),
+        Column(_HEAD[4]),
+        box=box.SIMPLE_HEAD,
+    )
     for cells in _cells(report):
         table.add_row(*cells, style="bold red" if "NO" in cells else None)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 
 def _plain_table(report: Report) -> str:
