@@ -63,14 +63,20 @@ class Keeper:
         self._run(_append, rows)
 
     def exchange(
-        self, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int
+        self, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, generation: int | None = None
     ) -> tuple[list[BufferEntry], list[BufferEntry]]:
         """Delete confirmed rows and read the next ones, results and events, in one trip.
 
-        A query is ``(after, limit, kinds)``.
+        A query is ``(after, limit, kinds)``. ``generation`` is the one that the confirmed ids are of: in another one the
+        same numbers are other rows, and nothing is deleted.
         """
         look = self._seam.now() - self._looked_at > 1.0
-        stats, found_results, found_events = self._run(_exchange, confirmed, results, events, max_bytes, look)
+
+        def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
+            valid = confirmed if generation in (None, self.generation) else ()
+            return _exchange(store, valid, results, events, max_bytes, look)
+
+        stats, found_results, found_events = self._run(trip)
         if stats is not None:
             self.last_stats, self._looked_at = stats, self._seam.now()
         return found_results, found_events

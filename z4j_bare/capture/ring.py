@@ -42,6 +42,12 @@ class Ring:
         self._taken += len(batch)
         return batch
 
+    def give_back(self, batch: list[Captured]) -> None:
+        """Put at the front what :meth:`take` returned and nobody could keep; what has no room any more counts as lost."""
+        room = (self._items.maxlen or 0) - len(self._items)
+        self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))
+        self._taken -= len(batch)
+
     def __len__(self) -> int:
         return len(self._items)
 

@@ -59,9 +59,14 @@ class FlushLoop:
         """Empty the ring into the store. Safe from several tasks: order is kept."""
         with self._turn:
             while batch := self._ring.take(self._most):
-                rows = [(EVENT, "", encoded) for encoded in self._encode(batch)]
-                self._keeper.append(rows)
-                self._counters.stored += len(rows)
+                try:
+                    encoded = self._encode(batch)
+                    batch = [(bytes, each) for each in encoded]
+                    self._keeper.append([(EVENT, "", each) for each in encoded])
+                except BaseException:
+                    self._ring.give_back(batch)
+                    raise
+                self._counters.stored += len(encoded)
                 self._stored()
 
     def _encode(self, batch: list[Captured]) -> list[bytes]:

@@ -85,19 +85,21 @@ class SendLoop:
         if self._window.silent(now):
             logger.warning("z4j: no ack for a long time; sending %d events again", self._window.events)
             self._rewind()
-        results, events = self._fetch(self._window.room(now))
+        room = self._window.room(now)
+        results, events = self._fetch(room)
         for entry in results:
             self._send_result(entry)
         if events or self._owed:
             self._send_batch(events)
-        self._more = len(events) > 0 or len(results) == RESULTS
+        # With a full window nobody looked: then the next ack has to wake us.
+        self._more = room == 0 or len(events) > 0 or len(results) == RESULTS
         return self._more and self._window.room(now) > 0
 
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         confirmed = [self._done.popleft() for _ in range(len(self._done))]
         next_results = (self._after_result, RESULTS, (RESULT,))
         next_events = (self._after_event, min(room, FRAME_EVENTS), (EVENT,))
-        results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit)
+        results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit, self._generation)
         if self._keeper.generation != self._generation:  # another file, other ids
             self._rewind()
             self._done.clear()

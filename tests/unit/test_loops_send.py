@@ -1,0 +1,294 @@
+"""Store to brain, in virtual time: the window, the watchdog, results and their receipts, a disk that fails."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.virtual import World
+from z4j_bare.errors import NetworkError
+from z4j_bare.loops.send import FRAME_BYTES, FRAME_EVENTS, SendLoop
+from z4j_bare.wire.session import Welcome
+from z4j_bare.wire.window import ACK_DEADLINE, MAX_EVENTS
+
+
+class Sending(World):
+    """A world with a running send loop; ``ack()`` acknowledges the oldest frame that is not yet."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.begin()
+
+    def begin(self):
+        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters)
+        self.acked = 0
+        self.task = self.seam.spawn(self.sender.run, name="z4j-send")
+
+    def ack(self, number=1):
+        for _ in range(number):
+            self.sender.acked(self.transport.of("event_batch")[self.acked]["id"])
+            self.acked += 1
+
+    def answer_at_once(self):
+        self.transport.heard = lambda frame: frame["type"] == "event_batch" and self.sender.acked(frame["id"])
+
+    def rows(self):
+        return self.keeper.stats().rows
+
+
+@pytest.fixture
+def world():
+    return Sending()
+
+
+def test_everything_goes_in_order(world):
+    """With a brain that keeps up, all events go out once, in order, in frames of bounded size, and leave the store."""
+    world.answer_at_once()
+    world.store(2600)
+    world.seam.advance(5)
+    assert world.transport.events() == list(range(2600))
+    assert max(len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")) == FRAME_EVENTS
+    assert world.rows() == 0
+    assert (world.counters.sent, world.counters.acked) == (2600, 2600)
+    assert world.sender.idle()
+
+
+def test_the_window_holds(world):
+    """Without acks exactly the window is sent; each ack lets as many follow, and the rest waits in the store."""
+    world.store(2600)
+    world.seam.advance(3)
+    assert len(world.transport.events()) == MAX_EVENTS
+    world.ack()
+    world.seam.advance(1)
+    assert len(world.transport.events()) == MAX_EVENTS + FRAME_EVENTS
+    assert world.rows() == 2600 - FRAME_EVENTS
+    assert not world.sender.idle()
+
+
+def test_a_full_window_moves_with_each_ack(world):
+    """After a wait longer than the idle time, an ack still wakes the sender at once."""
+    world.store(3000)
+    world.seam.advance(4.5)
+    before = len(world.transport.events())
+    world.ack()
+    world.seam.advance(0.01)
+    assert len(world.transport.events()) > before
+
+
+def test_frames_stay_below_their_size(world):
+    """Rows of 30 kB travel a few to a frame, never beyond 128 KiB."""
+    world.answer_at_once()
+    world.store(40, size=30_000)
+    world.seam.advance(30)
+    sizes = [len(json.dumps(frame, separators=(",", ":"))) for frame in world.transport.of("event_batch")]
+    assert max(sizes) <= FRAME_BYTES
+    assert world.transport.events() == list(range(40))
+
+
+def test_an_event_over_the_brains_limit_is_cut():
+    """A row larger than the brain's own frame limit is cut to fit and marked, because the brain would close (4400)."""
+    world = Sending(Welcome("a", "p", "s", max_frame_bytes=4096))
+    world.answer_at_once()
+    world.keeper.append([("event", "", json.dumps({"id": "e-1", "n": 1, "data": {"task_name": "t", "result": "x" * 50_000}}).encode())])
+    world.link.wake.set()
+    world.seam.advance(2)
+    (event,) = (event for frame in world.transport.of("event_batch") for event in frame["payload"]["events"])
+    assert len(json.dumps(world.transport.sent[0][1])) <= 4096
+    assert (event["id"], event["data"]["task_name"]) == ("e-1", "t")
+    assert world.rows() == 0
+
+
+def test_results_overtake_events(world):
+    """A result goes ahead of thousands of waiting events, with a receipt request right behind it."""
+    world.store(5000)
+    world.seam.advance(0.5)
+    world.store(1, kind="result")
+    world.seam.advance(0.01)
+    kinds = [frame["type"] for _, frame in world.transport.sent]
+    assert kinds[-2:] == ["command_result", "event_batch"]
+    assert world.transport.sent[-1][1]["payload"]["events"] == []
+    assert world.transport.sent[-2][1]["id"] == "c-5000"
+
+
+def test_a_result_waits_for_its_receipt(world):
+    """A result leaves the store with the ack of the batch behind it, not before; and it is sent once."""
+    world.store(1, kind="result")
+    world.seam.advance(5)
+    assert world.rows() == 1
+    assert not world.sender.idle()
+    world.ack()
+    world.seam.advance(5)
+    assert world.rows() == 0
+    assert len(world.transport.of("command_result")) == 1
+    assert world.counters.acked == 0, "results are no events"
+
+
+def test_many_results_do_not_starve_events(world):
+    """A flood of results lets events through in between."""
+    world.answer_at_once()
+    world.store(400, kind="result", wake=False)
+    world.store(10)
+    world.seam.advance(5)
+    kinds = [len(frame["payload"]["events"]) > 0 for frame in world.transport.of("event_batch")]
+    assert kinds.index(True) < 3
+    assert len(world.transport.of("command_result")) == 400
+    assert world.rows() == 0
+
+
+def test_the_watchdog(world):
+    """After 90 s without any ack everything unacknowledged is sent again, with the same content under new frame ids."""
+    world.store(10)
+    world.seam.advance(ACK_DEADLINE - 1)
+    assert world.transport.events() == list(range(10))
+    world.seam.advance(4)
+    assert world.transport.events() == list(range(10)) * 2
+    first, second = world.transport.of("event_batch")
+    assert first["id"] != second["id"]
+    world.sender.acked(second["id"])
+    world.seam.advance(3)
+    assert world.rows() == 0
+
+
+def test_no_resend_while_acks_arrive(world):
+    """A brain that is slow but alive gets nothing twice, however long the last frame waits for its ack."""
+    world.store(3000)
+    world.seam.advance(1)
+    while world.acked < len(world.transport.of("event_batch")):
+        world.seam.advance(60)
+        world.ack()
+        world.seam.advance(0.1)
+    world.seam.advance(5)
+    assert world.transport.events() == list(range(3000))
+    assert world.rows() == 0
+
+
+def test_a_late_ack_after_a_resend_is_harmless(world):
+    """An ack of the frame that was given up neither deletes what it should not nor stops the loop."""
+    world.store(5)
+    world.seam.advance(ACK_DEADLINE + 3)
+    first, second = world.transport.of("event_batch")
+    world.sender.acked(first["id"])
+    world.seam.advance(2)
+    assert world.rows() == 5
+    world.sender.acked(second["id"])
+    world.seam.advance(2)
+    assert world.rows() == 0
+
+
+def test_the_next_session_sends_it_again(world):
+    """What a session leaves unacknowledged goes out again in the next one, first and in order."""
+    world.store(700)
+    world.seam.advance(1)
+    world.ack()
+    world.seam.advance(1.5)
+    world.link.shut()
+    world.seam.advance(1)
+    assert not world.task.alive()
+    world.dial()
+    world.begin()
+    world.answer_at_once()
+    world.store(1)
+    world.seam.advance(3)
+    assert world.transport.events() == list(range(500, 701))
+
+
+def test_a_broken_line_ends_the_loop(world):
+    """A send that fails ends the loop and loses nothing."""
+    world.transport.broken = NetworkError("reset")
+    ended = []
+
+    def run():
+        try:
+            world.sender.run()
+        except NetworkError as error:
+            ended.append(error)
+
+    world.link.shut()
+    world.seam.advance(1)
+    world.dial()
+    world.transport.broken = NetworkError("reset")
+    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
+    world.seam.spawn(run, name="run")
+    world.store(3)
+    world.seam.advance(2)
+    assert len(ended) == 1
+    assert world.rows() == 3
+
+
+def test_a_disk_that_fails_and_returns(world):
+    """While the disk fails events go through memory; afterwards those on disk go out, none lost, none mistaken for another.
+
+    Row ids start over with every change between disk and memory, so an ack must never cross it.
+    """
+    world.store(30)
+    world.seam.advance(1)
+    world.disk.full = True
+    world.store(20)
+    world.seam.advance(1)
+    assert not world.keeper.durable
+    assert world.keeper.generation == 1
+    assert set(world.transport.events()) == set(range(50))
+    newest = world.transport.of("event_batch")[-1]
+    world.disk.full = False
+    world.seam.advance(3)
+    world.sender.acked(newest["id"])
+    world.seam.advance(4)
+    assert world.keeper.durable
+    assert world.disk.store.stats().rows >= 30, "an ack of rows in memory must not delete rows on disk"
+    world.answer_at_once()
+    world.seam.advance(ACK_DEADLINE + 5)
+    assert set(world.transport.events()) == set(range(50))
+    assert world.rows() == 0
+
+
+def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
+    """An ack that arrives after the disk has failed deletes nothing from the memory that took over."""
+    world.store(5)
+    world.seam.advance(1)
+    old = world.transport.of("event_batch")[0]
+    world.disk.full = True
+    world.store(5)
+    world.sender.acked(old["id"])
+    world.seam.advance(3)
+    assert world.keeper.stats().rows == 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_the_line_does(data):
+    """Delivery, acks in any order, late or lost, and line breaks: at the end every event has arrived, first time in order."""
+    world = Sending()
+    seen = []
+    for _ in range(data.draw(st.integers(1, 6), "sessions")):
+        world.store(data.draw(st.integers(0, 900)))
+        if data.draw(st.booleans(), "result"):
+            world.store(1, kind="result")
+        world.seam.advance(data.draw(st.sampled_from([0.1, 1.5, 7.0, 100.0]), "seconds"))
+        frames = world.transport.of("event_batch")
+        for index in data.draw(st.lists(st.integers(0, max(0, len(frames) - 1)), max_size=5), "acks") if frames else []:
+            world.sender.acked(frames[index]["id"])
+        world.seam.advance(1.5)
+        seen += world.transport.events()
+        if data.draw(st.booleans(), "break"):
+            world.link.shut()
+            world.seam.advance(2)
+            world.dial()
+            world.begin()
+        else:
+            world.transport.sent.clear()
+    world.link.shut()
+    world.seam.advance(2)
+    world.dial()
+    world.begin()
+    world.answer_at_once()
+    world.link.wake.set()
+    world.seam.advance(60)
+    seen += world.transport.events()
+    firsts = list(dict.fromkeys(seen))
+    assert firsts == sorted(firsts)
+    stats = world.keeper.stats()
+    assert stats.rows == 0
+    assert stats.produced == stats.confirmed
+    results = world.stored - len(firsts)
+    assert world.counters.acked + results == stats.produced
