@@ -28,7 +28,7 @@ _BY_SQLITE = {
     sqlite3.SQLITE_NOTADB: CORRUPT,
     sqlite3.SQLITE_READONLY: READ_ONLY,
 }
-_BY_ERRNO = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EROFS: READ_ONLY, errno.EACCES: READ_ONLY}
+_BY_ERRNO = {errno.EAGAIN: BUSY, errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EROFS: READ_ONLY, errno.EACCES: READ_ONLY}
 
 
 class _Usable(Protocol):

@@ -33,11 +33,8 @@ class OwnerLock:
         self.pinned: object = None
         self._path = path
         self._name = os.path.realpath(path)
-        self._pid = os.getpid()
         if _held.setdefault(self._name, self) is not self:
-            raise LocalStorageError(
-                f"the store of {path} is open in this process, or was in the one that forked it"
-            )
+            raise LocalStorageError(f"the store of {path} is open in this process, or was in the one that forked it")
         try:
             self._descriptor = _locked(path)
         except BaseException:
@@ -45,9 +42,9 @@ class OwnerLock:
             raise
 
     def release(self, *, delete: bool = False) -> None:
-        """Let the store go; ``delete`` removes the lock file while it is still held."""
-        if self._pid != os.getpid() or _held.get(self._name) is not self:
-            return  # a child that closed its copy would drop a lock it may have taken itself
+        """Let the store go, once; ``delete`` removes the lock file while it is still held. Not in a forked child."""
+        if _held.get(self._name) is not self:
+            return
         try:
             if delete:
                 remove(self._path)
@@ -61,19 +58,15 @@ def _locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise LocalStorageError(
-            f"cannot make {path} as uid {os.geteuid()}: {error.strerror}; "
-            "point Z4J_HOME at a writable directory"
+            f"cannot make {path} as uid {os.geteuid()}: {error.strerror}; point Z4J_HOME at a writable directory"
         ) from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.fchmod(descriptor, 0o600)
         if not _still_named(path, descriptor):
             raise LocalStorageError(f"the store of {path} has just been deleted by its owner")
     except OSError as error:
         os.close(descriptor)
-        raise LocalStorageError(
-            f"the store of {path} belongs to a living process: {error.strerror}"
-        ) from error
+        raise LocalStorageError(f"the store of {path} belongs to a living process: {error.strerror}") from error
     except LocalStorageError:
         os.close(descriptor)
         raise

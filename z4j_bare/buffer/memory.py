@@ -66,6 +66,7 @@ class MemoryStore:
         now, lost = self._clock(), 0
         for kind, key, payload in rows:
             self._produced += 1
+            key = key if key.isascii() else storable(key)  # noqa: PLW2901
             entry = BufferEntry(self._produced, kind, key, payload, now, 0)
             if _weight(entry) > self._max_bytes:
                 self._lose(CAPACITY, kind, 1)
@@ -116,9 +117,7 @@ class MemoryStore:
     def stats(self) -> BufferStats:
         """Return rows, bytes, age of the oldest row and the counters."""
         self._check()
-        oldest = min(
-            (queue[0] for queue in self._queues.values() if queue), key=lambda entry: entry.id, default=None
-        )
+        oldest = min((queue[0] for queue in self._queues.values() if queue), key=lambda entry: entry.id, default=None)
         return BufferStats(
             rows=self._rows,
             bytes=self._bytes,

@@ -72,13 +72,10 @@ def _trouble(found: os.stat_result) -> str:
 
 def create_file(path: Path) -> None:
     """Create ``path`` empty, 0600; raise ``OSError`` if anything bears that name, be it a dangling link."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the mode of the main file
-    finally:
-        # Closing any descriptor of a file drops this process's record locks on it, SQLite's included; hence
-        # here, before SQLite has opened it, and never again.
-        os.close(descriptor)
+    # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops the record
+    # locks of this process on it, SQLite's included; hence this happens before SQLite opens it, and never
+    # again.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def check_file(path: Path) -> None:
@@ -90,13 +87,9 @@ def check_file(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise LocalStorageError(f"the store {path} is not a regular file")
     if found.st_uid != os.geteuid():
-        raise LocalStorageError(
-            f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}"
-        )
+        raise LocalStorageError(f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise LocalStorageError(
-            f"the store {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
-        )
+        raise LocalStorageError(f"the store {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o})")
 
 
 def files_of(path: Path) -> tuple[Path, Path, Path]:

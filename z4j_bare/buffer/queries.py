@@ -15,10 +15,7 @@ ATTEMPT = "UPDATE entries SET attempts = attempts + 1 WHERE id BETWEEN ? AND ?"
 WEIGH = "SELECT kind, count(*), sum(length(payload)) FROM entries WHERE id BETWEEN ? AND ? GROUP BY kind"
 TOTALS = "SELECT count(*), coalesce(sum(length(payload)), 0) FROM entries"
 FIRST = "SELECT created_at FROM entries ORDER BY id LIMIT 1"
-LOSE = (
-    "INSERT INTO losses VALUES (?, ?, ?) "
-    "ON CONFLICT (reason, kind) DO UPDATE SET rows = losses.rows + excluded.rows"
-)
+LOSE = "INSERT INTO losses VALUES (?, ?, ?) ON CONFLICT (reason, kind) DO UPDATE SET rows = losses.rows + excluded.rows"
 COUNT = "UPDATE meta SET value = value + ? WHERE key = ?"
 
 
@@ -27,7 +24,7 @@ def drain(kinds: Iterable[str]) -> str:
     wanted = sorted(KINDS.intersection(kinds))
     where = f"kind IN ({', '.join(map(repr, wanted))}) AND " if len(wanted) < len(KINDS) else ""
     index = ""
-    if EVENT not in wanted:
+    if wanted and EVENT not in wanted:
         index, where = "INDEXED BY entries_kept", where + "kind <> 'event' AND "
     return (
         "SELECT id, kind, key, payload, created_at, attempts "  # noqa: S608

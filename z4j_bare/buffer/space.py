@@ -17,6 +17,10 @@ TIDY_PAGES = 512
 #: Free pages that are not worth a rewrite: the next burst takes them.
 SPARE_PAGES = 64
 
+#: What a row takes besides its payload: key, kind, header, index. Without it, freeing room by rows of few
+#: bytes would free far too many.
+ROW_OVERHEAD = 64
+
 
 class Space:
     """The bytes of one store: main file, write-ahead log and its index."""
@@ -36,20 +40,23 @@ class Space:
         return sum(map(paths.size_of, self._files))
 
     def ensure(self) -> None:
-        """Bring the files back under their cap; raise ``LocalStorageError`` if they cannot be.
+        """Raise ``LocalStorageError`` if the files are over their cap and cannot be shortened.
 
-        Rows are not the reason, they have a smaller cap of their own: a log that cannot be shortened is.
+        Rows are not the reason, they have a smaller cap of their own: a log that somebody reads is.
         """
-        if self.disk_bytes() <= self._max_bytes:
-            return
+        if self.shorten() > self._max_bytes:
+            raise LocalStorageError(
+                f"the store {self._path} takes more than {self._max_bytes} bytes: another process reads it "
+                "and keeps its log from being shortened"
+            )
+
+    def shorten(self) -> int:
+        """Bring the files back under their cap if they are over it; return their size."""
+        if (occupied := self.disk_bytes()) <= self._max_bytes:
+            return occupied
         self._vacuum(self._free_pages())
         self._checkpoint()
-        occupied = self.disk_bytes()
-        if occupied > self._max_bytes:
-            raise LocalStorageError(
-                f"the store {self._path} takes {occupied} bytes of at most {self._max_bytes}: "
-                "another process reads it and keeps its log from being shortened"
-            )
+        return self.disk_bytes()
 
     def tidy(self) -> bool:
         """Give at most ``TIDY_PAGES`` pages back, at the end cut the log; return whether nothing is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +28,11 @@ from z4j_bare.buffer.rows import (
     storable,
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
-from z4j_bare.buffer.space import Space
+from z4j_bare.buffer.space import ROW_OVERHEAD, Space
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MAX_ROWS = 100_000
@@ -65,8 +65,8 @@ class BufferStore:
     reach our brain.
 
     ``max_bytes`` bounds the file with WAL and SHM: rows get seven eighths of it, results of the ledger a
-    sixteenth of that, and the rest is for the WAL. One batch may overshoot it; then the next ``append``
-    shrinks the file first and raises when it cannot (a foreign reader that holds the WAL).
+    sixteenth of that, and the rest is for the WAL. When a foreign reader keeps the WAL from being shortened,
+    ``append`` raises as soon as the cap is passed.
     """
 
     durable = True
@@ -91,14 +91,15 @@ class BufferStore:
         self._closed = False
         paths.private_directory(self.path.parent)
         self._lock = OwnerLock(paths.lock_of(self.path))
-        self._created = False
+        created = False
         try:
             with translated(self.path, "open"):
                 if create and not os.path.lexists(self.path):
-                    self._create()
+                    paths.create_file(self.path)
+                    created = True
                 self._open(deployment, busy_timeout)
         except BaseException:
-            self._give_up(delete=self._created)
+            self._give_up(delete=created)
             raise
         self._lock.pinned = self._connection
 
@@ -118,6 +119,10 @@ class BufferStore:
         with self._change() as change:
             self._insert(rows, change)
             self._evict(change)
+        try:
+            self._space.shorten()
+        except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
+            pass
         return sum(change.lost.values())
 
     @storage_call
@@ -222,12 +227,6 @@ class BufferStore:
 
     # -- how
 
-    def _create(self) -> None:
-        for leftover in paths.files_of(self.path)[1:]:
-            paths.remove(leftover)  # SQLite would replay a log that a half-deleted store left
-        paths.create_file(self.path)
-        self._created = True
-
     def _open(self, deployment: str, busy_timeout: float) -> None:
         paths.check_file(self.path)
         self._connection = connect(self.path, busy_timeout=busy_timeout, max_bytes=self._max_bytes)
@@ -249,6 +248,7 @@ class BufferStore:
             (reason, kind): count for reason, kind, count in self._connection.execute("SELECT * FROM losses")
         }
         self._space = Space(self._connection, self.path, self._max_bytes)
+        self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
 
     def _give_up(self, *, delete: bool) -> None:
@@ -316,10 +316,10 @@ class BufferStore:
                 if len(victims) >= excess_rows and excess_bytes <= 0:
                     break
                 victims.append(identity)
-                excess_bytes -= length
+                excess_bytes -= length + ROW_OVERHEAD
         return victims
 
-    def _remove(self, ids: Iterable[int], change: _Change, reason: str = "") -> int:
+    def _remove(self, ids: Iterable[int], change: _Change, reason: str | None = None) -> int:
         """Delete rows within the current transaction, as losses if there is a ``reason``; return how many."""
         removed = 0
         spans = ranges(ids)
@@ -327,7 +327,7 @@ class BufferStore:
             for kind, count, length in self._connection.execute(queries.WEIGH, span).fetchall():
                 removed += count
                 change.payload -= length
-                if reason:
+                if reason is not None:
                     change.lose(reason, kind, count)
         self._connection.executemany(queries.DELETE, spans)
         change.rows -= removed
