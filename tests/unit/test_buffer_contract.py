@@ -1,0 +1,371 @@
+"""What both stores promise, on disk and in memory."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from zope.interface.verify import verifyClass, verifyObject
+
+import z4j_bare.buffer
+from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore
+from z4j_bare.buffer.rows import LEDGER_CAP, ranges
+from z4j_bare.errors import LocalStorageError
+from z4j_bare.interfaces import IStore
+
+ALL = (EVENT, RESULT, PROJECTION)
+MIB = 1024 * 1024
+
+
+class Clock:
+    now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def make(request, tmp_path, clock):
+    """Makes a store of this kind with the caps a test wants."""
+    stores = []
+
+    def build(**caps):
+        if request.param == "disk":
+            path = tmp_path / "home" / f"store-{len(stores)}.sqlite"
+            stores.append(BufferStore(path, clock=clock, busy_timeout=0, **caps))
+        else:
+            stores.append(MemoryStore(clock=clock, **caps))
+        return stores[-1]
+
+    yield build
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(make):
+    return make()
+
+
+def events(*payloads, kind=EVENT):
+    return [(kind, f"task-{payload.decode(errors='replace')[:8]}", payload) for payload in payloads]
+
+
+def everything(store):
+    return store.drain(0, 1_000_000, 1 << 40, ALL)
+
+
+def payloads(store):
+    return [entry.payload for entry in everything(store)]
+
+
+def balanced(store):
+    stats = store.stats()
+    return stats.produced == stats.confirmed + stats.rows + sum(stats.lost.values()) and (
+        sum(stats.lost.values()) == sum(stats.lost_kinds.values())
+    )
+
+
+def test_both_stores_keep_the_contract(store):
+    """Each store provides IStore, names and signatures included."""
+    assert verifyObject(IStore, store)
+    assert verifyClass(IStore, type(store))
+    assert store.durable is isinstance(store, BufferStore)
+    assert store.stats().durable is store.durable
+
+
+def test_rows_come_back_as_they_went_in(store, clock):
+    """Kind, key, payload and time survive; ids grow by the order of appending; nothing is deleted by reading."""
+    assert store.append([(EVENT, "t1", b"\x00\xff"), (RESULT, "frame-1", b"{}"), (PROJECTION, "", b"")]) == 0
+    entries = everything(store)
+    assert [(entry.kind, entry.key, entry.payload) for entry in entries] == [
+        (EVENT, "t1", b"\x00\xff"),
+        (RESULT, "frame-1", b"{}"),
+        (PROJECTION, "", b""),
+    ]
+    assert [entry.id for entry in entries] == sorted({entry.id for entry in entries})
+    assert {(entry.created_at, entry.attempts) for entry in entries} == {(clock.now, 0)}
+    assert everything(store) == entries
+    assert (store.size(), store.byte_size()) == (3, 4)
+
+
+def test_entries_cannot_be_changed(store):
+    """A drained entry is a value, safe to hand between greenlets."""
+    store.append(events(b"a"))
+    with pytest.raises(AttributeError):
+        everything(store)[0].payload = b"b"
+
+
+def test_an_empty_batch_is_nothing(store):
+    """Appending, confirming and discarding nothing changes nothing."""
+    assert store.append([]) == store.confirm([]) == store.discard([], "x") == 0
+    assert store.stats().produced == 0
+    assert store.drain(0, 10, 1000, ALL) == []
+
+
+def test_an_unknown_kind_is_refused_whole(store):
+    """A row that no drop order covers is refused together with its batch."""
+    with pytest.raises(LocalStorageError, match="unknown kind"):
+        store.append([*events(b"a"), ("gossip", "", b"b")])
+    assert store.size() == 0
+    assert balanced(store)
+
+
+def test_a_lone_surrogate_in_a_key_does_not_stop_the_batch(store):
+    """A foreign task id that is no valid text is stored mended, and its neighbours are stored too."""
+    store.append([(EVENT, "fine", b"a"), (EVENT, "bad-\ud800", b"b"), (EVENT, "naïve", b"c")])
+    assert [entry.key for entry in everything(store)] == ["fine", "bad-?", "naïve"]
+    assert store.claim("\ud800", 1.0) is None
+    store.settle("\ud800", b"r", 2.0)
+    assert store.claim("\ud800", 3.0).result == b"r"
+
+
+def test_drain_respects_the_cursor_and_the_limit(store):
+    """``after`` is exclusive and ``limit`` counts rows; no limit below one yields any."""
+    store.append(events(*(b"%d" % n for n in range(10))))
+    ids = [entry.id for entry in everything(store)]
+    assert [entry.payload for entry in store.drain(ids[3], 3, 1000, ALL)] == [b"4", b"5", b"6"]
+    assert store.drain(ids[-1], 5, 1000, ALL) == []
+    assert store.drain(0, 0, 1000, ALL) == store.drain(0, -1, 1000, ALL) == []
+
+
+def test_drain_respects_the_bytes(store):
+    """Payloads add up to at most ``max_bytes``, but a first row larger than that comes alone."""
+    store.append(events(b"x" * 100, b"y" * 100, b"z"))
+    assert [len(entry.payload) for entry in store.drain(0, 10, 200, ALL)] == [100, 100]
+    assert [len(entry.payload) for entry in store.drain(0, 10, 199, ALL)] == [100]
+    assert [len(entry.payload) for entry in store.drain(0, 10, 5, ALL)] == [100]
+
+
+@pytest.mark.parametrize("kinds", [(EVENT,), (RESULT,), (PROJECTION, RESULT), (EVENT, RESULT), ALL, ()])
+def test_drain_respects_the_kinds(store, kinds):
+    """Only the wanted kinds come, in the order of their ids."""
+    store.append([(kind, "", b"%d" % n) for n, kind in enumerate(ALL * 3)])
+    wanted = [b"%d" % n for n, kind in enumerate(ALL * 3) if kind in kinds]
+    assert [entry.payload for entry in store.drain(0, 100, 1000, kinds)] == wanted
+
+
+def test_confirm_deletes_what_was_delivered_and_nothing_else(store):
+    """Ids may come in any order, twice, or long gone; the rest stays."""
+    store.append(events(*(b"%d" % n for n in range(10))))
+    ids = [entry.id for entry in everything(store)]
+    assert store.confirm([ids[7], ids[2], ids[3], ids[2], 999_999]) == 3
+    assert payloads(store) == [b"0", b"1", b"4", b"5", b"6", b"8", b"9"]
+    assert store.confirm([ids[2]]) == 0
+    assert (store.stats().confirmed, store.stats().lost) == (3, {})
+    assert balanced(store)
+
+
+def test_discard_counts_its_reason(store):
+    """Every discarded row is counted under its reason and its kind."""
+    store.append([(EVENT, "", b"a"), (RESULT, "", b"b"), (EVENT, "", b"c")])
+    ids = [entry.id for entry in everything(store)]
+    assert store.discard(ids[:2], "rejected") == 2
+    assert store.discard([*ids[:2], ids[2]], "") == 1
+    assert store.stats().lost == {"rejected": 2, "": 1}
+    assert store.stats().lost_kinds == {EVENT: 2, RESULT: 1}
+    assert balanced(store)
+
+
+def test_ids_grow_even_when_nothing_is_left(store):
+    """An id is never given out twice: an ack that comes late must not delete a younger row."""
+    store.append(events(b"a"))
+    first = everything(store)[0].id
+    store.confirm([first])
+    store.append(events(b"b"))
+    assert everything(store)[0].id > first
+
+
+def test_attempts_are_counted(store):
+    """Rows that died on the wire can be told from rows that never left."""
+    store.append(events(b"a", b"b", b"c"))
+    ids = [entry.id for entry in everything(store)]
+    store.increment_attempts(ids[:1])
+    store.increment_attempts([ids[0], ids[2]])
+    assert [entry.attempts for entry in everything(store)] == [2, 0, 1]
+
+
+def test_the_row_cap_drops_the_oldest(make):
+    """The newest rows survive, the loss is returned and counted."""
+    store = make(max_rows=3)
+    assert store.append(events(b"a", b"b")) == 0
+    assert store.append(events(b"c", b"d", b"e")) == 2
+    assert payloads(store) == [b"c", b"d", b"e"]
+    assert store.append(events(*(b"%d" % n for n in range(10)))) == 10
+    assert payloads(store) == [b"7", b"8", b"9"]
+    assert store.stats().lost == {"capacity": 12}
+    assert balanced(store)
+
+
+def test_events_go_before_results_and_results_before_projections(make):
+    """The drop order holds whatever the age."""
+    store = make(max_rows=4)
+    store.append([(PROJECTION, "", b"p"), (RESULT, "", b"r1"), (EVENT, "", b"e1"), (EVENT, "", b"e2")])
+    assert store.append([(RESULT, "", b"r2")]) == 1
+    assert payloads(store) == [b"p", b"r1", b"e2", b"r2"]
+    assert store.append([(RESULT, "", b"r3"), (PROJECTION, "", b"q")]) == 2
+    assert payloads(store) == [b"p", b"r2", b"r3", b"q"]
+    assert store.append([(EVENT, "", b"e3")]) == 1
+    assert payloads(store) == [b"p", b"r2", b"r3", b"q"]
+    assert store.stats().lost_kinds == {EVENT: 3, RESULT: 1}
+    assert balanced(store)
+
+
+def test_the_byte_cap_holds_at_every_step(make):
+    """What the store occupies, log and index included, never exceeds the cap; the newest rows survive."""
+    store = make(max_bytes=MIB)
+    for number in range(60):
+        store.append([(EVENT, "t", b"%06d" % (number * 20 + n) + bytes(5000)) for n in range(20)])
+        assert store.stats().bytes <= MIB
+        assert balanced(store)
+    kept = [int(payload[:6]) for payload in payloads(store)]
+    assert kept == list(range(1200 - len(kept), 1200))
+    assert len(kept) * 5000 > MIB // 2
+
+
+def test_the_byte_cap_spares_small_rows(make):
+    """Rows of no bytes at all are not swept out by the thousand when little room is needed."""
+    store = make(max_bytes=MIB)
+    for _ in range(40):
+        store.append([(EVENT, "k" * 30, b"")] * 1000)
+    assert store.size() > 2000
+    assert store.append([(EVENT, "k" * 30, b"")] * 10) < 100
+    assert balanced(store)
+
+
+def test_a_row_larger_than_the_store_costs_only_itself(make):
+    """An oversized payload is counted as lost at once and evicts nobody."""
+    store = make(max_bytes=MIB)
+    store.append(events(b"a"))
+    assert store.append([(RESULT, "", bytes(2 * MIB)), (EVENT, "", b"b")]) == 1
+    assert payloads(store) == [b"a", b"b"]
+    assert store.stats().lost_kinds == {RESULT: 1}
+    assert balanced(store)
+
+
+def test_stats_tell_the_age_of_the_oldest_row(store, clock):
+    """The age is in seconds, ``None`` for an empty store, and never negative when the clock is set back."""
+    assert store.stats().oldest_age is None
+    store.append(events(b"a"))
+    clock.now += 7.5
+    store.append(events(b"b"))
+    assert store.stats().oldest_age == 7.5
+    clock.now -= 1000
+    assert store.stats().oldest_age == 0.0
+    assert store.stats().payload_bytes == 2
+    assert store.stats().buffer_id == store.buffer_id
+
+
+def test_a_command_is_claimed_once(store):
+    """The first claim wins; the second sees it started, and done once it is settled."""
+    assert store.claim("c1", 10.0) is None
+    again = store.claim("c1", 11.0)
+    assert (again.key, again.state, again.result, again.at) == ("c1", "started", b"", 10.0)
+    store.settle("c1", b"answer", 12.0)
+    done = store.claim("c1", 13.0)
+    assert (done.state, done.result, done.at) == ("done", b"answer", 12.0)
+    assert store.size() == 0
+
+
+def test_settling_an_unclaimed_command_enters_it(store):
+    """A command that the cap pushed out while it ran is remembered again when it ends."""
+    store.settle("c1", b"answer", 12.0)
+    assert store.claim("c1", 13.0).state == "done"
+
+
+def test_the_ledger_keeps_the_newest(store, monkeypatch):
+    """Beyond its cap the ledger forgets the oldest commands."""
+    assert LEDGER_CAP == 10_000
+    for room in ("ledger", "memory"):
+        monkeypatch.setattr(f"z4j_bare.buffer.{room}.LEDGER_CAP", 3)
+    for number in range(5):
+        assert store.claim(f"c{number}", float(number)) is None
+    assert [store.claim(f"c{number}", 9.0) is None for number in (4, 3, 2, 0)] == [False, False, False, True]
+
+
+def test_commands_that_left_the_ledger_take_no_room(make, monkeypatch):
+    """The bytes of a forgotten command are given back: the newest results stay, however many came before."""
+    for room in ("ledger", "memory"):
+        monkeypatch.setattr(f"z4j_bare.buffer.{room}.LEDGER_CAP", 3)
+    store = make(max_bytes=MIB)
+    for number in range(30):
+        store.claim(f"c{number}", float(number))
+        store.settle(f"c{number}", bytes(10_000), float(number))
+    store.settle("unclaimed", bytes(10_000), 30.0)
+    assert [len(store.claim(key, 99.0).result) for key in ("c28", "c29", "unclaimed")] == [10_000] * 3
+
+
+def test_old_results_make_room_but_their_commands_stay_known(make):
+    """A result too many costs the oldest result its bytes, never a command its place."""
+    store = make(max_bytes=MIB)
+    for number in range(10):
+        store.claim(f"c{number}", float(number))
+        store.settle(f"c{number}", bytes(10_000), float(number))
+    entries = [store.claim(f"c{number}", 99.0) for number in range(10)]
+    assert {entry.state for entry in entries} == {"done"}
+    sizes = [len(entry.result) for entry in entries]
+    assert sizes[0] == 0
+    assert sizes[-1] == 10_000
+    assert sizes == sorted(sizes)
+    assert 0 < sum(sizes) <= MIB // 16
+    store.settle("c9", b"", 100.0)
+    store.settle("c10", bytes(10_000), 101.0)
+    assert store.claim("c5", 102.0).result == bytes(10_000)
+
+
+def test_a_closed_store_says_so(store):
+    """Closing twice is fine; every other call raises LocalStorageError, never anything else."""
+    store.append(events(b"a"))
+    store.close()
+    store.close()
+    assert store.closed
+    for call in (
+        lambda: store.append(events(b"a")),
+        lambda: store.drain(0, 1, 1, ALL),
+        lambda: store.confirm([1]),
+        lambda: store.discard([1], "x"),
+        lambda: store.increment_attempts([1]),
+        store.stats,
+        lambda: store.claim("c", 1.0),
+        lambda: store.settle("c", b"", 1.0),
+        store.tidy,
+    ):
+        with pytest.raises(LocalStorageError, match="closed"):
+            call()
+
+
+def test_tidying_an_idle_store_ends(store):
+    """There is always a call that reports nothing left to do."""
+    store.append(events(b"a"))
+    assert any(store.tidy() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], []),
+        ([5], [(5, 5)]),
+        ([3, 1, 2], [(1, 3)]),
+        ([1, 1, 2, 2], [(1, 2)]),
+        ([9, 1, 2, 4, 5, 7], [(1, 2), (4, 5), (7, 7), (9, 9)]),
+    ],
+)
+def test_ids_become_ranges(ids, expected):
+    """Runs of ids are compressed, whatever their order."""
+    assert ranges(ids) == expected
+
+
+def test_the_room_touches_nothing_that_is_patched():
+    """No module that runs in a native worker imports logging, threading, queue or asyncio."""
+    folder = Path(z4j_bare.buffer.__file__).parent
+    for module in folder.glob("*.py"):
+        if module.name == "keeper.py":  # the hub's side of the offload
+            continue
+        for node in ast.walk(ast.parse(module.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names.append(getattr(node, "module", None) or "")
+            assert not {"logging", "threading", "queue", "asyncio", "socket"}.intersection(names), module.name

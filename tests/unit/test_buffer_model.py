@@ -1,0 +1,188 @@
+"""Both stores against a list of tuples: whatever is done to them in whatever order, the numbers add up."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore
+from z4j_bare.buffer.rows import DROP_ORDER
+
+ALL = (EVENT, RESULT, PROJECTION)
+MAX_ROWS = 12
+MAX_BYTES = 1024 * 1024
+SIZES = st.sampled_from([0, 1, 300, 5000, 60_000, 250_000])
+ROWS = st.lists(st.tuples(st.sampled_from(ALL), SIZES), max_size=8)
+KINDS = st.sets(st.sampled_from(ALL), min_size=1).map(sorted)
+PICK = st.lists(st.integers(0, MAX_ROWS - 1), max_size=6)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A model is a list of ``(id, kind, payload)``, three counters and a ledger."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+        self.produced = self.confirmed = self.lost = 0
+        self.commands = {}
+        self.store = self.open()
+
+    def open(self):
+        raise NotImplementedError
+
+    def teardown(self):
+        self.store.close()
+
+    def picked(self, picks):
+        return sorted({self.rows[pick][0] for pick in picks if pick < len(self.rows)}, reverse=True)
+
+    @rule(rows=ROWS)
+    def append(self, rows):
+        first = self.produced
+        batch = [(kind, "key", b"%08d" % (first + n) + bytes(size)) for n, (kind, size) in enumerate(rows)]
+        evicted = self.store.append(batch)
+        self.produced += len(batch)
+        self.lost += evicted
+        new = [(first + n + 1, kind, payload) for n, (kind, _, payload) in enumerate(batch)]
+        known = self.rows + new
+        assert evicted >= len(known) - MAX_ROWS
+        # Whoever is gone must be the first in the drop order, and no more than were reported.
+        victims = sorted(known, key=lambda row: (DROP_ORDER.index(row[1]), row[0]))[:evicted]
+        self.rows = [row for row in known if row not in victims]
+        if sum(len(row[2]) + 5000 for row in known) < MAX_BYTES * 3 // 4:
+            assert evicted == max(0, len(known) - MAX_ROWS)
+
+    @rule(after=st.integers(0, 60), limit=st.integers(0, 20), max_bytes=st.integers(1, 600_000), kinds=KINDS)
+    def drain(self, after, limit, max_bytes, kinds):
+        expected, room = [], max_bytes
+        for row in self.rows:
+            if row[0] <= after or row[1] not in kinds:
+                continue
+            room -= len(row[2])
+            if len(expected) == limit or (room < 0 and expected):
+                break
+            expected.append(row)
+        found = self.store.drain(after, limit, max_bytes, kinds)
+        assert [(entry.id, entry.kind, entry.payload) for entry in found] == expected
+
+    @rule(picks=PICK)
+    def confirm(self, picks):
+        ids = self.picked(picks)
+        assert self.store.confirm([*ids, 10**9]) == len(ids)
+        self.confirmed += len(ids)
+        self.rows = [row for row in self.rows if row[0] not in ids]
+
+    @rule(picks=PICK, reason=st.sampled_from(["rejected", "poison"]))
+    def discard(self, picks, reason):
+        ids = self.picked(picks)
+        assert self.store.discard(ids, reason) == len(ids)
+        self.lost += len(ids)
+        self.rows = [row for row in self.rows if row[0] not in ids]
+
+    @rule(key=st.sampled_from("abc"))
+    def claim(self, key):
+        earlier = self.store.claim(key, 1.0)
+        assert (earlier.state if earlier else None) == self.commands.get(key)
+        self.commands.setdefault(key, "started")
+
+    @rule(key=st.sampled_from("abc"))
+    def settle(self, key):
+        self.store.settle(key, b"result", 1.0)
+        self.commands[key] = "done"
+
+    @rule()
+    def tidy(self):
+        self.store.tidy()
+
+    @invariant()
+    def numbers_add_up(self):
+        stats = self.store.stats()
+        assert (stats.produced, stats.confirmed) == (self.produced, self.confirmed)
+        assert sum(stats.lost.values()) == sum(stats.lost_kinds.values()) == self.lost
+        assert stats.produced == stats.confirmed + stats.rows + self.lost
+        assert stats.rows == self.store.size() == len(self.rows) <= MAX_ROWS
+        assert stats.payload_bytes == self.store.byte_size() == sum(len(row[2]) for row in self.rows)
+        assert stats.bytes <= MAX_BYTES
+
+    @invariant()
+    def rows_are_the_models(self):
+        found = self.store.drain(0, 1000, 1 << 40, ALL)
+        assert [(entry.id, entry.kind, entry.payload) for entry in found] == self.rows
+
+
+class DiskMachine(StoreMachine):
+    """The same, with a store that can also be closed, reopened and killed."""
+
+    def __init__(self):
+        # Processes die here, not machines: in memory, a busy disk's fsync cannot make this slow.
+        shared = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(prefix="z4j-model-", dir=shared if shared.is_dir() else None))
+        self.folder.chmod(0o700)
+        self.path = self.folder / "store-0.sqlite"
+        self.copies = 0
+        super().__init__()
+
+    def open(self):
+        # Commands at 1.0 are young for this clock, so that the file outlives a close with an empty queue.
+        return BufferStore(
+            self.path, max_rows=MAX_ROWS, max_bytes=MAX_BYTES, busy_timeout=0, deployment="p", clock=lambda: 2.0
+        )
+
+    def teardown(self):
+        super().teardown()
+        shutil.rmtree(self.folder)
+
+    @precondition(lambda self: self.rows or self.commands)
+    @rule()
+    def reopen(self):
+        buffer_id = self.store.buffer_id
+        self.store.close()
+        self.store = self.open()
+        assert self.store.buffer_id == buffer_id
+
+    @precondition(lambda self: not self.rows and not self.commands)
+    @rule()
+    def leave_nothing(self):
+        self.store.close()
+        assert list(self.folder.iterdir()) == []
+        self.produced = self.confirmed = self.lost = 0
+        self.store = self.open()
+
+    @rule()
+    def crash(self):
+        """Go on with what a dead process would leave: file and log as they are at this moment."""
+        old, self.copies = self.path, self.copies + 1
+        self.path = self.folder / f"store-{self.copies}.sqlite"
+        for suffix in ("", "-wal"):
+            source = old.with_name(old.name + suffix)
+            if source.exists():
+                shutil.copy2(source, self.path.with_name(self.path.name + suffix))
+        self.store._connection.close()
+        self.store._lock.release()
+        for leftover in self.folder.glob(f"{old.name}*"):
+            leftover.unlink()
+        self.store = self.open()
+        assert self.store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+class MemoryMachine(StoreMachine):
+    """The same in memory."""
+
+    def open(self):
+        return MemoryStore(max_rows=MAX_ROWS, max_bytes=MAX_BYTES, clock=lambda: 2.0)
+
+
+_settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestDisk = DiskMachine.TestCase
+TestDisk.settings = _settings
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = _settings
