@@ -49,6 +49,8 @@ class SendLoop:
         self._counters = counters
         self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
+        # In threads an ack may come between the two halves of whatever the sender does to the window.
+        self._books = seam.lock()
         self._done: deque[int] = deque()
         self._results: set[int] = set()
         self._more = False
@@ -63,8 +65,9 @@ class SendLoop:
 
     def acked(self, frame: str) -> None:
         """Take an ``event_batch_ack``; called by the receive loop."""
-        ids = self._window.acked(frame, self._seam.now())
-        self._done.extend(ids)
+        with self._books:
+            ids = self._window.acked(frame, self._seam.now())
+            self._done.extend(ids)
         if self._more and ids:
             self._link.wake.set()
 
@@ -73,7 +76,8 @@ class SendLoop:
         return not self._more and not self._window.frames and not self._owed
 
     def _rewind(self) -> None:
-        self._window.reset()
+        with self._books:
+            self._window.reset()
         self._generation = self._keeper.generation
         self._after_event = 0
         self._after_result = 0
@@ -82,10 +86,12 @@ class SendLoop:
     def _turn(self) -> bool:
         """Confirm, look, send; return whether there may be more to send at once."""
         now = self._seam.now()
-        if self._window.silent(now):
+        with self._books:
+            silent = self._window.silent(now)
+        if silent:
             logger.warning("z4j: no ack for a long time; sending %d events again", self._window.events)
             self._rewind()
-        room = self._window.room(now)
+        room = self._room(now)
         results, events = self._fetch(room)
         for entry in results:
             self._send_result(entry)
@@ -93,7 +99,11 @@ class SendLoop:
             self._send_batch(events)
         # With a full window nobody looked: then the next ack has to wake us.
         self._more = room == 0 or len(events) > 0 or len(results) == RESULTS
-        return self._more and self._window.room(now) > 0
+        return self._more and self._room(now) > 0
+
+    def _room(self, now: float) -> int:
+        with self._books:
+            return self._window.room(now)
 
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         confirmed = [self._done.popleft() for _ in range(len(self._done))]
@@ -124,7 +134,8 @@ class SendLoop:
         self._link.send("event_batch", frame, payload)
         ids = [*self._owed, *(entry.id for entry in events)]
         self._owed = []
-        self._done.extend(self._window.sent(frame, ids, len(events), self._seam.now()))
+        with self._books:
+            self._done.extend(self._window.sent(frame, ids, len(events), self._seam.now()))
         self._counters.frames += 1
         self._counters.sent += len(events)
         if events:

@@ -28,9 +28,11 @@ def keep(
 def _keep(run: Callable[[Any], None], name: str, stopping: Any, seam: BaseConcurrency, counters: Counters) -> None:
     delay = FIRST
     while not stopping.is_set():
+        began = seam.now()
         try:
             run(stopping)
         except Exception:
+            delay = FIRST if seam.now() - began > LONGEST else delay
             counters.restarts[name] += 1
             logger.exception("z4j: loop %s died and runs again in %.0f s; please report it", name, delay)
             seam.pause(stopping, delay)
