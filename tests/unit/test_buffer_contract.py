@@ -233,7 +233,7 @@ def test_the_byte_cap_spares_small_rows(make):
     for _ in range(40):
         store.append([(EVENT, "k" * 30, b"")] * 1000)
     assert store.size() > 2000
-    assert store.append([(EVENT, "k" * 30, b"")] * 10) < 100
+    assert 0 < max(store.append([(EVENT, "k" * 30, b"")] * 10) for _ in range(300)) < 300
     assert balanced(store)
 
 

@@ -1,5 +1,6 @@
 """The file of a store: who may see it, what happens when it is locked, corrupt, foreign, full or somebody else's."""
 
+import fcntl
 import os
 import sqlite3
 import stat
@@ -192,6 +193,22 @@ def test_a_second_opener_in_this_process_is_refused(path, opened):
     assert store.size() == 1
 
 
+def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(path, monkeypatch):
+    """An owner may delete its store between our opening of the lock file and our lock on it."""
+    take = fcntl.lockf
+
+    def delete_first(descriptor, command):
+        lock_of(path).unlink()
+        return take(descriptor, command)
+
+    monkeypatch.setattr(fcntl, "lockf", delete_first)
+    with pytest.raises(LocalStorageError, match="just been deleted"):
+        BufferStore(path)
+    monkeypatch.undo()
+    store = BufferStore(path)
+    store.close()
+
+
 def test_a_store_of_another_deployment_is_refused_and_left_alone(path, opened):
     """Rows of one project never reach another's brain; the message does not spell the deployment."""
     store = opened(path, deployment="project-a")
@@ -341,6 +358,22 @@ def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
     stats = store.stats()
     assert stats.bytes <= 1024 * 1024
     assert stats.produced == stats.rows + sum(stats.lost.values())
+
+
+def test_the_byte_cap_holds_from_the_opening_on(path, opened):
+    """Moving a dead owner's log into the file takes its room twice for a moment; the opening ends below the cap."""
+    cap = 1024 * 1024
+    store = opened(path, max_bytes=cap)
+    store.append([*row(bytes(250_000)), *row(bytes(60_000)) * 3, *row(bytes(35_000))])
+    assert cap - 30_000 < store.stats().bytes <= cap
+    image = path.with_name("image.sqlite")
+    for suffix in ("", "-wal"):
+        content = path.with_name(path.name + suffix).read_bytes()
+        image.with_name(image.name + suffix).write_bytes(content)
+    image.chmod(0o600)
+    heir = opened(image, max_bytes=cap)
+    assert heir.size() == 5
+    assert heir.stats().bytes <= cap
 
 
 def test_a_full_disk_loses_the_batch_and_nothing_else(path, opened):

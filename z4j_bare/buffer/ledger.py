@@ -29,9 +29,7 @@ class Ledger:
 
     def find(self, key: str) -> LedgerEntry | None:
         """Return what is known of command ``key``."""
-        row = self._connection.execute(
-            "SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)
-        ).fetchone()
+        row = self._connection.execute("SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)).fetchone()
         return None if row is None else LedgerEntry(*row)
 
     def claim(self, key: str, now: float) -> LedgerEntry | None:
@@ -85,7 +83,5 @@ class Ledger:
                 size -= length
                 if size <= self._max_bytes:
                     break
-        self._connection.execute(
-            "UPDATE ledger SET result = x'' WHERE seq <= ? AND length(result) > 0", (last,)
-        )
+        self._connection.execute("UPDATE ledger SET result = x'' WHERE seq <= ? AND length(result) > 0", (last,))
         return size

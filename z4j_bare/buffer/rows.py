@@ -92,10 +92,7 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
     if ordered[-1] - ordered[0] == len(ordered) - 1:  # the usual case
         return [(ordered[0], ordered[-1])]
     breaks = [index for index in range(1, len(ordered)) if ordered[index] != ordered[index - 1] + 1]
-    return [
-        (ordered[first], ordered[last - 1])
-        for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)
-    ]
+    return [(ordered[first], ordered[last - 1]) for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)]
 
 
 def storable(text: str) -> str:

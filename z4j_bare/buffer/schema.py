@@ -110,25 +110,17 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
         raise LocalStorageError(f"{path} is not a store of this agent (application id {mark:#x})")
     version = number(connection, "PRAGMA user_version")
     if version > VERSION:
-        raise LocalStorageError(
-            f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})"
-        )
+        raise LocalStorageError(f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})")
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    connection.execute(
-        "PRAGMA auto_vacuum=INCREMENTAL"
-    )  # before WAL, which writes the first page and settles it
+    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL, which writes the first page and settles it
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
-        raise LocalStorageError(
-            f"{path}: this file system offers journal mode {mode}, not WAL; move Z4J_HOME"
-        )
+        raise LocalStorageError(f"{path}: this file system offers journal mode {mode}, not WAL; move Z4J_HOME")
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    connection.execute(
-        "PRAGMA secure_delete=OFF"
-    )  # some distributions build it in: twice the writes per delete
+    connection.execute("PRAGMA secure_delete=OFF")  # some distributions build it in: twice the writes per delete
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")
 
