@@ -6,6 +6,7 @@ that build ``AgentRuntime(config=...)`` themselves reach these through the envir
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,9 +37,12 @@ def _count(name: str, text: str) -> int:
 
 def _number(name: str, text: str, kind: Callable[[str], N]) -> N:
     try:
-        return kind(text)
+        number = kind(text)
     except ValueError:
         raise HostConfigurationError(f"{name}={text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise HostConfigurationError(f"{name}={text!r} is not a finite number")
+    return number
 
 
 def _existing_file(name: str, text: str) -> Path:

@@ -62,7 +62,7 @@ def load(path: str | None) -> Any:
         sys.path.insert(0, "")  # as celery -A does: the app usually lies in the working directory
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError for an empty module name
         raise HostConfigurationError(f"--app {path!r} cannot be loaded: {error}") from error
 
 

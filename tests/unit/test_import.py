@@ -1,0 +1,56 @@
+"""Importing the package costs nothing and decides nothing: it may happen before the process is patched."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = ("ssl", "asyncio", "requests", "urllib3", "websocket", "websockets", "httpx", "gevent", "eventlet", "celery", "sqlite3", "z4j_brain")
+
+
+def loaded_by(code):
+    """What ``sys.modules`` holds after ``code`` in a fresh interpreter, beyond what z4j_core's own models load."""
+    full = f"import sys; before = set(sys.modules)\n{code}\nimport json; print(json.dumps(sorted(set(sys.modules) - before)))"
+    done = subprocess.run([sys.executable, "-c", full], capture_output=True, text=True, timeout=60, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.fixture(autouse=True)
+def once(mode):
+    if mode != "threads":
+        pytest.skip("the same sub-processes whatever mode this one is in")
+
+
+def test_the_import_is_light():
+    """``import z4j_bare`` and naming its public entry points load nothing network-related and no runtime."""
+    loaded = loaded_by("import z4j_bare; z4j_bare.install_agent, z4j_bare.AgentRuntime, z4j_bare.safe_boundary")
+    assert loaded.isdisjoint(FORBIDDEN), loaded.intersection(FORBIDDEN)
+
+
+def test_the_rooms_are_light():
+    """The wire, the loops and the choice of a seam load no library of a runtime either."""
+    rooms = ("concurrency", "wire.session", "wire.policy", "loops.send", "loops.supervisor", "dispatcher", "transport.websocket", "control", "hosting")
+    loaded = loaded_by("".join(f"import z4j_bare.{room}\n" for room in rooms))
+    heavy = ("gevent", "eventlet", "requests", "websocket", "celery", "asyncio")
+    assert loaded.isdisjoint(heavy), loaded.intersection(heavy)
+
+
+def test_public_names():
+    """Everything in ``__all__`` exists, the lazy names included, and an unknown one is an AttributeError."""
+    import z4j_bare
+
+    for name in z4j_bare.__all__:
+        assert getattr(z4j_bare, name) is not None
+    assert z4j_bare.__version__.startswith("1.13")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = z4j_bare.no_such_name
+
+
+def test_patching_after_the_import_still_works():
+    """A process that imports z4j_bare first and patches afterwards is detected as patched."""
+    code = (
+        "import z4j_bare\nfrom gevent import monkey; monkey.patch_all()\n"
+        "from z4j_bare.concurrency import choose, detect; assert choose('auto', detect()) == 'gevent'"
+    )
+    assert "z4j_bare.concurrency" in loaded_by(code)
