@@ -10,7 +10,8 @@ from z4j_core.redaction.engine import RedactionEngine
 from z4j_bare.capture.celery import CeleryCapture, runs_in_process
 from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.ring import Ring
-from z4j_bare.wire.events import encode_event
+from z4j_bare.capture.stream import CeleryStream
+from z4j_bare.wire.events import encode_event, encode_fields
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
@@ -40,6 +41,7 @@ class Source:
             self._capture = CeleryCapture(
                 engine, ring.put, hostname, args=settings.capture_args, result=settings.capture_result
             )
+        self._stream = CeleryStream(engine, matches) if hasattr(engine, "celery_app") else None
         self._known = hostname or only
 
     @property
@@ -70,7 +72,10 @@ class Source:
             data.pop("result", None)
         if self._learn and isinstance(worker := data.get("worker"), str):
             self.presence.seen(worker)
-        self._ring.put(encode_event, event)
+        if self._stream is None:
+            self._ring.put(encode_event, event)
+        elif (fields := self._stream.complete(event)) is not None:
+            self._ring.put(encode_fields, fields)
 
 
 def _matcher(engine: Any) -> Callable[[str], bool]:

@@ -36,15 +36,16 @@ class Kind:
 
 
 class Track:
-    """One task that is here: its kind and queue, when it began, and the last stamp it got."""
+    """One task that is here: its kind and queue, when it began, the last stamp it got, and the retries counted here."""
 
-    __slots__ = ("began", "kind", "last", "queue", "seconds")
+    __slots__ = ("began", "kind", "last", "queue", "retries", "seconds")
 
     def __init__(self, kind: Kind, queue: str | None) -> None:
         self.kind = kind
         self.queue = queue
         self.began = 0.0
         self.last = 0.0
+        self.retries = 0
         self.seconds: dict[str, int] | None = None
 
     def stamp(self, now: float, event: str | None = None) -> float:

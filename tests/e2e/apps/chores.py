@@ -1,0 +1,193 @@
+"""A Celery application with a task for each thing that an agent must not disturb; no agent in it."""
+
+import asyncio
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from asgiref.sync import async_to_sync
+from celery import Celery
+from z4j_celery.meta import z4j_meta
+
+from z4j_bare.demo import broker, orm
+
+HOME = Path(os.environ[broker.HOME])
+
+app = Celery("chores")
+app.conf.update(broker.settings_from_environment())
+app.conf.result_backend = os.environ[broker.BROKER]
+
+
+@app.task(name="e2e.add")
+def add(x, y, **_kwargs):
+    """Take 20 ms for it."""
+    time.sleep(0.02)
+    return x + y
+
+
+@app.task(name="e2e.pid")
+def pid(_number=0):
+    return os.getpid()
+
+
+@app.task(name="e2e.wait")
+def wait(seconds):
+    """Leave a file while it runs, and another when it has ended, however it ended."""
+    started, ended = HOME / "wait.started", HOME / "wait.ended"
+    ended.unlink(missing_ok=True)
+    started.touch()
+    try:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        ended.touch()
+        started.unlink()
+    return "waited"
+
+
+@app.task(name="e2e.fails")
+def fails(text):
+    raise ValueError(text)
+
+
+@app.task(name="e2e.retries", bind=True, max_retries=3)
+def retries(self):
+    """Come back twice."""
+    if self.request.retries < 2:
+        raise self.retry(countdown=0.3, exc=ConnectionError("not yet"))
+    return self.request.retries
+
+
+@app.task(name="e2e.fails_once")
+def fails_once(mark):
+    """Fail unless the file is there, and leave it."""
+    try:
+        (HOME / mark).touch(exist_ok=False)
+    except FileExistsError:
+        return "succeeded"
+    raise ConnectionError("once")
+
+
+@app.task(name="e2e.keeps")
+@z4j_meta(keep_kwargs=["amount"], priority="high")
+def keeps(*_args, **_kwargs):
+    return "kept"
+
+
+@app.task(name="e2e.hides")
+@z4j_meta(redact_kwargs=["customer"], redact_result=True)
+def hides(**_kwargs):
+    return "a private result"
+
+
+@app.task(name="e2e.skipped")
+@z4j_meta(skip=True)
+def skipped():
+    return "skipped"
+
+
+@app.task(name="e2e.unsampled")
+@z4j_meta(sample_rate=0.0)
+def unsampled():
+    return "unsampled"
+
+
+@app.task(name="e2e.takes")
+def takes(text, numbers):
+    return [len(text), len(numbers)]
+
+
+@app.task(name="e2e.returns")
+def returns(size):
+    return "r" * size
+
+
+@app.task(name="e2e.sees_a_loop")
+def sees_a_loop():
+    """Say whether any moment of half a second shows a running loop: the agent's own greenlets run in between."""
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            time.sleep(0.001)
+        else:
+            return True
+    return False
+
+
+@app.task(name="e2e.runs_asyncio")
+def runs_asyncio():
+    async def work():
+        await asyncio.sleep(0.05)
+        return "asyncio"
+
+    return asyncio.run(work())
+
+
+@app.task(name="e2e.runs_asgiref")
+def runs_asgiref():
+    async def work():
+        await asyncio.sleep(0.05)
+        return "asgiref"
+
+    return async_to_sync(work)()
+
+
+visit = orm.create_model(HOME)
+
+
+@app.task(name="e2e.runs_orm")
+def runs_orm():
+    return orm.record_visit(visit)
+
+
+def in_child(mark):
+    """What a forked child does: a task of its own, and in gevent time enough for any copied greenlet to wake.
+
+    Not in eventlet: there a child that yields runs copies of Celery's own greenlets on the parent's epoll.
+    """
+    returns.apply(args=(1,), task_id=f"{mark}-in-child")
+    if "gevent" in sys.modules:
+        time.sleep(0.5)
+
+
+@app.task(name="e2e.forks")
+def forks(mark):
+    """Fork, let the child work, return its exit code."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            in_child(mark)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child_and_leave(mark):
+    """End at once: the orderly end of multiprocessing fails beside Celery's threads and greenlets, agent or not."""
+    in_child(mark)
+    os._exit(0)
+
+
+@app.task(name="e2e.multiprocesses")
+def multiprocesses(mark):
+    """The same with ``multiprocessing``."""
+    child = multiprocessing.get_context("fork").Process(target=in_child_and_leave, args=(mark,))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+@app.task(name="e2e.subprocesses")
+def subprocesses():
+    return subprocess.run([sys.executable, "-c", "print('child')"], capture_output=True, text=True, check=True).stdout
