@@ -1,0 +1,107 @@
+"""How a process with the agent ends: cold, without a word, and beside a brain that says nothing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from tests.e2e.place import APPS, Place
+from z4j_bare.demo.process import until
+from z4j_bare.demo.worker import POOLS, worker_environment
+
+pytestmark = pytest.mark.timeout(120)
+
+#: Pools that a cold shutdown takes a running task away from; threads waits for it, with or without an agent.
+INTERRUPTING = frozenset(POOLS) - {"threads"}
+
+
+@pytest.fixture
+def place(brain, redis_url, tmp_path):
+    with Place(brain, redis_url, tmp_path) as here:
+        yield here
+
+
+@contextmanager
+def silent_listener():
+    """Accept every connection and say nothing; yield the port and the list of what was accepted."""
+    accepted = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            while True:
+                try:
+                    accepted.append(server.accept()[0])
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield server.getsockname()[1], accepted
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    for each in accepted:
+        each.close()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_cold_shutdown_loses_no_finished_task(pool, place):
+    """SIGQUIT ends a worker, busy or not, in bounded time, and what had finished by then is in the brain."""
+    worker = place.worker(pool=pool)
+    place.warm_up()
+    finished = [place.send("add", number, 1) for number in range(5)]
+    assert {place.outcome(task_id)[0] for task_id in finished} == {"SUCCESS"}
+    if pool in INTERRUPTING:
+        place.send("wait", 60)
+        until((place.home / "wait.started").exists, "the running task", timeout=30)
+    began = time.monotonic()
+    os.kill(worker.pid, signal.SIGQUIT)
+    until(lambda: not worker.running, "the worker's end", timeout=30)
+    assert time.monotonic() - began < 15
+    known = {row["task_id"]: row["state"] for row in place.brain.tasks(place.project)}
+    assert {known.get(task_id) for task_id in finished} == {"success"}
+    assert "cannot switch" not in worker.output()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_silent_brain_holds_nothing_up(pool, place):
+    """With a brain that accepts and never answers, tasks run and SIGTERM ends the worker with exit code 0 in time."""
+    with silent_listener() as (port, accepted):
+        worker = place.worker(pool=pool, environment={"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"})
+        assert place.run("add", 1, 2) == ("SUCCESS", 3)
+        until(lambda: accepted, "a connection", timeout=20)
+        began = time.monotonic()
+        worker.stop(timeout=30)
+        assert time.monotonic() - began < 15
+        assert worker.exit_code == 0
+    assert "Traceback" not in worker.output()
+
+
+def test_a_script_that_just_ends_is_told(place):
+    """What a script recorded reaches the brain although it stops nothing, and it ends in time with its own exit code."""
+    ids = [f"script-{number}" for number in range(20)]
+    done = subprocess.run(
+        [sys.executable, str(APPS / "script.py"), *ids],
+        env=worker_environment(place.environment()), cwd=place.home, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = place.brain.tasks(place.project)
+    assert {row["task_id"]: row["name"] for row in rows} == dict.fromkeys(ids, "e2e.script")
+
+
+def test_a_script_beside_a_silent_brain_ends_too(place):
+    """A script's end waits for a brain that never answers no longer than the agent's budget."""
+    with silent_listener() as (port, _accepted):
+        environment = place.environment(Z4J_BRAIN_URL=f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(APPS / "script.py"), "one"],
+            env=worker_environment(environment), cwd=place.home, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert time.monotonic() - began < 20
