@@ -53,21 +53,33 @@ class FlushLoop:
         while not stopping.is_set():  # type: ignore[attr-defined]
             self._seam.pause(self._ring.wake, self._interval)
             self._ring.wake.clear()
-            self.flush()
+            # What came during a commit waits for the next wake: commits of a dozen events, one after the other, cost the
+            # worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
+            while self._commit() == self._most:
+                pass
 
     def flush(self) -> None:
         """Empty the ring into the store. Safe from several tasks: order is kept."""
+        while self._commit():
+            pass
+
+    def _commit(self) -> int:
+        """Store the oldest events, at most one transaction's worth, and return how many they were."""
         with self._turn:
-            while batch := self._ring.take(self._most):
-                try:
-                    encoded = self._encode(batch)
-                    batch = [(bytes, each) for each in encoded]
-                    self._keeper.append([(EVENT, "", each) for each in encoded])
-                except BaseException:
-                    self._ring.give_back(batch)
-                    raise
-                self._counters.stored += len(encoded)
-                self._stored()
+            batch = self._ring.take(self._most)
+            if not batch:
+                return 0
+            taken = len(batch)
+            try:
+                encoded = self._encode(batch)
+                batch = [(bytes, each) for each in encoded]
+                self._keeper.append([(EVENT, "", each) for each in encoded])
+            except BaseException:
+                self._ring.give_back(batch)
+                raise
+            self._counters.stored += len(encoded)
+            self._stored()
+            return taken
 
     def _encode(self, batch: list[Captured]) -> list[bytes]:
         encoded, began = [], time.perf_counter()
