@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import struct
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -138,6 +139,10 @@ class PeerSession:
 
     def run(self):
         try:
+            if self.peer.tls is not None:
+                self._sock = self.peer.tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+                self._sock.setblocking(False)
+                self._patiently(self._sock.do_handshake)
             if self._upgrade():
                 self._converse()
         except ForkedChildError:
@@ -220,14 +225,20 @@ class PeerSession:
     def _take_some(self):
         while self.stalled and not self.peer.stopped:
             self.peer.seam.sleep(0.02)
+        data = self._patiently(lambda: self._sock.recv(65536))
+        if not data:
+            raise GoneError
+        return data
+
+    def _patiently(self, action):
+        """Call ``action`` until the socket, plain or TLS, lets it."""
         while True:
             try:
-                return self._sock.recv(65536) or self._gone()
-            except BlockingIOError:
+                return action()
+            except (BlockingIOError, ssl.SSLWantReadError):
                 self.peer.seam.wait_readable(self._sock, 1.0)
-
-    def _gone(self):
-        raise GoneError
+            except ssl.SSLWantWriteError:
+                self.peer.seam.wait_writable(self._sock, 1.0)
 
     def _write(self, opcode, data):
         size = len(data)
@@ -243,17 +254,18 @@ class PeerSession:
         while data:
             try:
                 data = data[self._sock.send(data) :]
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 self.peer.seam.wait_writable(self._sock, 5.0)
 
 
 class Peer:
     """The listener and its script."""
 
-    def __init__(self, seam, *, secret=SECRET, token=TOKEN):
+    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
         self.seam = seam
         self.secret = secret
         self.token = token
+        self.tls = tls
         self.acks = "all"
         self.refuse = None
         self.heartbeat = 10
@@ -266,7 +278,7 @@ class Peer:
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(64)
         self._listener.settimeout(0)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
         self._tasks = [seam.spawn(self._accept, name="peer-accept")]
 
     @property

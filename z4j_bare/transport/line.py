@@ -23,7 +23,7 @@ class Line:
     """
 
     def __init__(self, sock: Any, seam: BaseConcurrency, timeout: float, send_timeout: float) -> None:
-        sock.settimeout(0.0)
+        sock.setblocking(False)  # not settimeout(0.0): eventlet's TLS socket takes that for a deadline that has passed
         self._sock = sock
         self._seam = seam
         self._timeout = timeout

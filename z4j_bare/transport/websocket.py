@@ -79,7 +79,9 @@ class WebSocketTransport:
         """Upgrade, say ``hello`` and return the first answer; see ``ITransport``."""
         import websocket
 
-        self._ws = websocket.WebSocket(enable_multithread=False, fire_cont_frame=False)
+        # TLS options belong here: ``connect`` takes them without a word and ignores them.
+        tls = {} if self._tls is None else {"context": self._tls}
+        self._ws = websocket.WebSocket(sslopt=tls, enable_multithread=False, fire_cont_frame=False)
         self._ws.settimeout(CONNECT_TIMEOUT)
         try:
             self._seam.waiting(self._ws.connect, self._url, **self._options())
@@ -184,15 +186,12 @@ class WebSocketTransport:
         return None
 
     def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
+        return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
             # The library would follow three, and take the Authorization header along to wherever they lead.
             "redirect_limit": 0,
         }
-        if self._tls is not None:
-            options["sslopt"] = {"context": self._tls}
-        return options
 
 
 def close_error(data: bytes) -> AgentError:
