@@ -166,6 +166,11 @@ class PeerSession:
         request, *lines = head.decode("latin-1").split("\r\n")
         self.path = request.split()[1]
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if "sec-websocket-key" not in self.headers:
+            self.peer.sessions.remove(self)
+            self.peer.requests.append(self)
+            self._push(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return False
         if self.peer.refuse is not None:
             status, headers = self.peer.refuse
             extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -272,6 +277,7 @@ class Peer:
         self.max_frame = 1_048_576
         self.greet = PeerSession.welcome
         self.sessions = []
+        self.requests = []  # plain HTTP, which is answered with 404
         self.stopped = False
         self._pid = os.getpid()
         self._listener = socket.socket()
