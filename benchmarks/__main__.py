@@ -1,0 +1,36 @@
+"""``python -m benchmarks NAME [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from z4j_bare.demo.process import HarnessError
+
+#: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is its help.
+NAMES = ("host", "hot", "ingest", "burst")
+
+
+def main() -> int:
+    """Run one benchmark: 0 when it ran to its end, 1 when it could not, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = parser.add_subparsers(dest="name", required=True, metavar="|".join(NAMES))
+    for name in NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        title = str(module.__doc__).split("\n", 1)[0]
+        module.add_arguments(names.add_parser(name, help=title, description=module.__doc__))
+    args = parser.parse_args()
+    try:
+        importlib.import_module(f"benchmarks.{args.name}").run(args)
+    except HarnessError as error:
+        print(f"benchmarks {args.name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"benchmarks {args.name}: interrupted, everything is stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""From trials to ratios: paired by round, geometric means, 95 % intervals by Student's t on the logarithms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.trial import Trial
+
+#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is near enough.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131) + (
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio to no agent with its 95 % interval; the interval is infinite with fewer than two rounds."""
+
+    mean: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Return the geometric mean of ``ours[i] / theirs[i]``. No round is left out."""
+    logs = [math.log(mine / base) for mine, base in zip(ours, theirs, strict=True)]
+    mean = fmean(logs)
+    if len(logs) < 2:
+        return Ratio(math.exp(mean), 0.0, math.inf, len(logs))
+    quantile = _T[len(logs) - 2] if len(logs) - 2 < len(_T) else 1.96
+    half = quantile * stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which ``share`` of ``ordered`` lies; NaN for none."""
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
+
+
+def cpu_per_task(trial: Trial, off: Trial) -> float:
+    """Return CPU seconds per task, from the release to the last row in the brain.
+
+    The agent goes on sending when the tasks are done, and the worker under it idles on. What the worker without an agent
+    uses per second of idling in the same round is the host's, and is taken off; everything else is the agent's.
+    """
+    idling = max(0.0, trial.end_seconds - trial.tasks_seconds)
+    return (trial.cpu_end - off.idle * idling) / trial.tasks
+
+
+def cpu_per_task_window(trial: Trial) -> float:
+    """Return CPU seconds per task, from the release to the same fixed time after the last task for every variant."""
+    return trial.cpu_window / trial.tasks
+
+
+def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each variant over the rounds in which it and "off" both came through."""
+    return {name: _variant([each for each in rounds if name in each and "off" in each], name) for name in _names(rounds)}
+
+
+def _names(rounds: Sequence[dict[str, Trial]]) -> list[str]:
+    return [name for name in ("off", "ours", "existing") if any(name in each and "off" in each for each in rounds)]
+
+
+def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
+    trials = [each[name] for each in rounds]
+
+    def values(figure: Callable[[dict[str, Trial], str], float]) -> tuple[list[float], Ratio]:
+        mine = [figure(each, name) for each in rounds]
+        return mine, paired_ratio(mine, [figure(each, "off") for each in rounds])
+
+    until_rows, until_rows_ratio = values(lambda each, who: cpu_per_task(each[who], each["off"]))
+    window, window_ratio = values(lambda each, who: cpu_per_task_window(each[who]))
+    rate, rate_ratio = values(lambda each, who: each[who].tasks / each[who].tasks_seconds)
+    lateness = [[quantile(trial.lateness, share) for trial in trials] for share in (0.5, 0.99, 1.0)]
+    delays = sorted(delay for trial in trials for delay in trial.row_delays)
+    return {
+        "rounds": len(trials),
+        "cpu_ms": median(until_rows) * 1e3,
+        "cpu_ratio": until_rows_ratio,
+        "cpu_window_ms": median(window) * 1e3,
+        "cpu_window_ratio": window_ratio,
+        "tasks_per_second": median(rate),
+        "tasks_ratio": rate_ratio,
+        "late_p50_ms": median(lateness[0]) * 1e3,
+        "late_p99_ms": median(lateness[1]) * 1e3,
+        "late_max_ms": max(lateness[2]) * 1e3,
+        "idle_ms_per_s": median(trial.idle for trial in trials) * 1e3,
+        "rss_mb": median(trial.rss for trial in trials) / 1e6,
+        "rows": [trial.rows for trial in trials],
+        "last_row_s": median(trial.end_seconds - trial.tasks_seconds for trial in trials),
+        "row_delay_ms": [median(delays) * 1e3, delays[-1] * 1e3] if delays else None,
+    }

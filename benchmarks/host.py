@@ -1,0 +1,150 @@
+"""What the agent costs a Celery worker: no agent, ours and the existing one in turn, on the same brain and broker.
+
+CPU is counted from the release of the tasks until the brain has their last row, so that work put off is counted too;
+what an agentless worker uses for idling as long is taken off. A second figure ends a fixed time after the last task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from benchmarks.existing import existing_python
+from benchmarks.figures import summary
+from benchmarks.peers import ARGUMENTS, Peers, progress
+from benchmarks.report import circumstances, picture, save, table
+from benchmarks.trial import VARIANTS, Plan, Stage, Trial
+from z4j_bare.demo.process import HarnessError
+from z4j_bare.demo.worker import POOLS
+
+_HEADER = (
+    "pool",
+    "agent",
+    "CPU ms/task",
+    "ratio [95 %]",
+    "in fixed window",
+    "tasks/s",
+    "late p50/p99/max ms",
+    "RSS MB",
+    "idle ms/s",
+    "row delay ms",
+    "last row s",
+    "rows",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's options."""
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=["gevent", "eventlet", "threads", "prefork"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tasks", type=int, default=2000, help="tasks of 10 ms per trial (default: %(default)s)")
+    parser.add_argument("--arguments", choices=ARGUMENTS, default="none")
+    parser.add_argument("--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)")
+    parser.add_argument("--window", type=float, default=10.0, help="seconds after the last task (default: %(default)s)")
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds to wait for rows (default: %(default)s)")
+    parser.add_argument("--loglevel", default="WARNING", help="of the worker; Celery's default (default: %(default)s)")
+    parser.add_argument("--attribute", action="store_true", help="measure where the CPU goes, which costs some itself")
+    parser.add_argument("--no-pin", action="store_true", help="leave all processors to everybody")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all rounds; print the table, and save JSON and picture, of whatever has come through."""
+    before = circumstances()
+    pythons = dict.fromkeys(VARIANTS, sys.executable)
+    if "existing" in args.variants:
+        pythons["existing"] = existing_python()
+    plan = _plan(args)
+    rounds: dict[str, list[dict[str, Trial]]] = {pool: [] for pool in args.pools}
+    failures: list[str] = []
+    try:
+        with Peers() as peers:
+            for number in range(args.rounds):
+                for pool in args.pools:
+                    rounds[pool].append(_round(peers, plan, pool, number, args.variants, pythons, failures))
+    finally:
+        _publish(args, before, rounds, failures)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    cores = sorted(os.sched_getaffinity(0))
+    core = None
+    if not args.no_pin and len(cores) > 1:
+        core = cores[-1]
+        os.sched_setaffinity(0, cores[:-1])  # brain, broker and harness inherit it; the worker leaves it for its own
+    return Plan(
+        tasks=args.tasks,
+        arguments=args.arguments,
+        concurrency=args.concurrency,
+        window=args.window,
+        patience=args.patience,
+        loglevel=args.loglevel,
+        attribute=args.attribute,
+        core=core,
+    )
+
+
+def _round(
+    peers: Peers, plan: Plan, pool: str, number: int, names: list[str], pythons: dict[str, str], failures: list[str]
+) -> dict[str, Trial]:
+    """Run every variant once, beginning with another one each time."""
+    done: dict[str, Trial] = {}
+    turn = number % len(names)
+    for name in names[turn:] + names[:turn]:
+        progress(f"round {number + 1}: {pool}, {name}")
+        try:
+            done[name] = Stage(peers, plan, name, pool, pythons[name]).run()
+        except HarnessError as error:
+            failures.append(f"round {number + 1}, {pool}, {name}: {error}")
+            progress(f"  failed: {error}")
+    return done
+
+
+def _publish(
+    args: argparse.Namespace, before: dict[str, Any], rounds: dict[str, list[dict[str, Trial]]], failures: list[str]
+) -> None:
+    pools = {pool: found for pool, done in rounds.items() if (found := summary(done))}
+    if not pools:
+        return
+    print(table(_HEADER, [_line(pool, name, each) for pool, found in pools.items() for name, each in found.items()]))
+    for failure in failures:
+        print(f"failed: {failure}")
+    content = {
+        **before,
+        "options": {key: value for key, value in vars(args).items() if key != "name"},
+        "summary": pools,
+        "failures": failures,
+        "trials": {pool: [{name: _compact(each) for name, each in one.items()} for one in done] for pool, done in rounds.items()},
+    }
+    path = save(f"host-{args.arguments}", content)
+    picture(path.with_suffix(".png"), f"{args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds", pools)
+    print(f"saved {path} and {path.with_suffix('.png').name}")
+
+
+def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
+    delay = each["row_delay_ms"]
+    late = "/".join(f"{each[key]:.1f}" for key in ("late_p50_ms", "late_p99_ms", "late_max_ms"))
+    return [
+        pool,
+        name,
+        f"{each['cpu_ms']:.3f}",
+        "1" if name == "off" else str(each["cpu_ratio"]),
+        f"{each['cpu_window_ms']:.3f}" + ("" if name == "off" else f" = {each['cpu_window_ratio'].mean:.3f} x"),
+        f"{each['tasks_per_second']:.0f}",
+        late,
+        f"{each['rss_mb']:.1f}",
+        f"{each['idle_ms_per_s']:.1f}",
+        "-" if delay is None else f"{delay[0]:.0f} (max {delay[1]:.0f})",
+        "-" if name == "off" else f"{each['last_row_s']:.1f}",
+        "-" if name == "off" else ", ".join(map(str, sorted(set(each["rows"])))),
+    ]
+
+
+def _compact(trial: Trial) -> dict[str, Any]:
+    """Return a trial with its ticker's samples as quantiles."""
+    content = trial.to_object()
+    late = trial.lateness
+    content["lateness"] = {str(share): late[min(len(late) - 1, int(len(late) * share))] for share in (0.5, 0.9, 0.99, 0.999, 1)} if late else {}
+    return content

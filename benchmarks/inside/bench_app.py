@@ -1,0 +1,48 @@
+"""The worker's Celery application, the same for every variant: it runs in other virtual environments too.
+
+So it imports the standard library and Celery, and the agent only where the variant has one.
+"""
+
+import os
+import time
+
+import bench_meter
+from celery import Celery, signals
+
+VARIANT = os.environ["BENCH_VARIANT"]
+
+if os.environ.get("BENCH_CORE"):
+    os.sched_setaffinity(0, {int(os.environ["BENCH_CORE"])})
+
+app = Celery("bench")
+app.conf.update(
+    broker_url=os.environ["BENCH_BROKER"],
+    task_default_queue="bench",
+    broker_connection_retry_on_startup=True,
+    worker_hijack_root_logger=True,
+)
+
+
+@app.task(name="bench.nap", ignore_result=True)
+def nap(**_arguments: object) -> None:
+    """Wait 10 ms, as a task that asks somebody something does."""
+    time.sleep(0.01)
+    bench_meter.ended()
+
+
+if os.environ.get("BENCH_TICKER") == "1":
+    signals.worker_ready.connect(bench_meter.start_ticker, weak=False)
+signals.worker_ready.connect(bench_meter.ready, weak=False)
+
+if os.environ.get("BENCH_ATTRIBUTE") == "1":
+    import bench_attribution
+
+    signals.worker_ready.connect(bench_attribution.begin, weak=False)
+    if VARIANT == "ours":
+        bench_attribution.install_parts()
+
+if VARIANT != "off":
+    from z4j_bare import install_agent
+    from z4j_celery import CeleryEngineAdapter
+
+    install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

@@ -1,0 +1,142 @@
+"""What every trial shares: a private redis-server, one real brain, and batches of tasks that appear all at once."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import string
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from z4j_bare.demo.brain import Brain, free_port
+from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from z4j_bare.demo.rest import Credentials
+
+QUEUE = "bench"
+TASK = "bench.nap"
+ARGUMENTS = ("none", "five", "1k", "8k")
+
+
+class Peers:
+    """A context manager: everything it starts is stopped at its end, and its directory goes."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="z4j-bench-"))
+        self._port = free_port()
+        self._stack = ExitStack()
+        self._projects = 0
+        self._random = random.Random(1)  # noqa: S311 - the same arguments in every run
+        self.brain = Brain(self.home / "brain")
+
+    def __enter__(self) -> Self:
+        self._stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        try:
+            self._stack.enter_context(self._redis_service())
+            self._redis = self._stack.enter_context(Redis(port=self._port))
+            self._stack.enter_context(self.brain)
+            self._producer = self._stack.enter_context(self._build_producer())
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def broker(self, database: int = 0) -> str:
+        """Return the broker's address; workers use database 0."""
+        return f"redis://127.0.0.1:{self._port}/{database}"
+
+    def new_agent(self, title: str) -> Credentials:
+        """Return credentials in a project of their own, so that its rows can be counted."""
+        self._projects += 1
+        project = f"{title}-{self._projects}"[:50].lower()
+        self.brain.create_project(project)
+        return self.brain.mint_agent(project, title[:40])
+
+    def stage(self, count: int, arguments: str) -> None:
+        """Put tasks where no worker looks."""
+        with self._producer.producer_or_acquire() as producer:
+            for number in range(count):
+                self._producer.send_task(TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer)
+
+    def release(self) -> None:
+        """Hand all staged tasks to the workers at once, so that no producer competes with them for the processor."""
+        if not self._redis_staging.move(QUEUE, 0):
+            raise HarnessError("the queue was not empty when the next batch was released")
+
+    def purge(self) -> None:
+        """Forget every message and binding of the last trial."""
+        self._redis.flushall()
+
+    def _redis_service(self) -> Service:
+        script = shutil.which("redis-server")
+        if script is None:
+            raise HarnessError("redis-server is not installed")
+        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        service = Service(
+            "redis-server",
+            [script, *options],
+            environment=clean_environment(),
+            cwd=self.home,
+            log=self.home / "redis.log",
+        )
+        service.spawn(self._redis_answers, 10.0)
+        return service
+
+    def _redis_answers(self) -> bool:
+        try:
+            with Redis(port=self._port) as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    def _build_producer(self) -> Celery:
+        from celery import Celery
+
+        self._redis_staging = self._stack.enter_context(Redis(port=self._port, db=1))
+        return Celery("bench_producer", broker=self.broker(1), changes={"task_default_queue": QUEUE})
+
+    def _arguments(self, kind: str, number: int) -> dict[str, Any]:
+        if kind == "none":
+            return {}
+        if kind == "five":
+            order = f"A-{number:06d}"
+            return {"user_id": 40_000 + number, "order": order, "amount": number / 100, "currency": "EUR", "notify": True}
+        return {"body": self._prose({"1k": 1024, "8k": 8192}[kind])}
+
+    def _prose(self, length: int) -> str:
+        letters = self._random.choices(string.ascii_lowercase + "    ", k=length)
+        return "".join(letters)
+
+
+def wait_count(count: Any, expected: int, *, quiet: float, timeout: float, interval: float = 0.5) -> int:
+    """Call ``count()`` until it is ``expected``, has not changed for ``quiet`` seconds, or ``timeout`` passed."""
+    import time
+
+    deadline, changed_at, last = time.monotonic() + timeout, time.monotonic(), -1
+    while True:
+        now, found = time.monotonic(), count()
+        if found != last:
+            last, changed_at = found, now
+        if found >= expected or now - changed_at > quiet or now > deadline:
+            return int(found)
+        time.sleep(interval)
+
+
+def progress(text: str) -> None:
+    """Say what happens now."""
+    print(text, file=sys.stderr, flush=True)
+
+
+__all__ = ["ARGUMENTS", "Peers", "progress", "until", "wait_count"]

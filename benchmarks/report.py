@@ -1,0 +1,100 @@
+"""What a benchmark leaves behind: a table on standard output, JSON and a picture in ``benchmarks/out``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.existing import OUT
+
+_PACKAGES = ("z4j-bare", "z4j-core", "z4j-celery", "z4j", "celery", "gevent", "eventlet", "redis", "websocket-client")
+_COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "existing": "#d93025"}
+_CPU_BARS = ("cpu_ms", "worker CPU per task (ms)")
+_LATE_BARS = ("late_p99_ms", "hub lateness p99 (ms)")
+_RSS_BARS = ("rss_mb", "RSS (MB)")
+
+
+def circumstances() -> dict[str, Any]:
+    """Return date, machine and versions: without them a figure means nothing."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_before": os.getloadavg()[0],
+        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+    }
+
+
+def save(name: str, content: Mapping[str, Any]) -> Path:
+    """Write ``content`` to a file whose name has the time in it; return its path."""
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table whose columns line up on a terminal too."""
+    cells = [[str(each) for each in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Draw CPU, lateness and memory of each variant in each pool as bars."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4))
+    for panel, (key, label) in zip(panels, (_CPU_BARS, _LATE_BARS, _RSS_BARS), strict=True):
+        _bars(panel, key, label, pools)
+    panels[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(panel: Any, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    for offset, (variant, color) in enumerate(_COLORS.items()):
+        heights = [figures.get(variant, {}).get(key, 0.0) for figures in pools.values()]
+        bars = panel.bar([place + (offset - 1) * 0.27 for place in range(len(pools))], heights, 0.25, color=color, label=variant)
+        panel.bar_label(bars, fmt="%.3g", fontsize=7)
+    panel.set_xticks(range(len(pools)), list(pools))
+    panel.set_title(label)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)
