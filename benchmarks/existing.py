@@ -14,7 +14,7 @@ OUT = Path(__file__).with_name("out")
 VERSION = "1.13.0"
 
 #: What both environments must share in the very same version, so that only the agent differs.
-SHARED = ("celery", "kombu", "gevent", "eventlet", "greenlet", "redis", "z4j-celery", "z4j-core", "pydantic")
+SHARED = ("celery", "kombu", "gevent", "eventlet", "greenlet", "redis", "z4j-celery", "z4j-core", "pydantic", "packaging")
 
 
 def existing_python(folder: Path = OUT / "existing-venv") -> str:

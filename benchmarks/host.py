@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from benchmarks.existing import existing_python
-from benchmarks.figures import summary
+from benchmarks.figures import quantile, summary
 from benchmarks.peers import ARGUMENTS, Peers, progress
 from benchmarks.report import circumstances, picture, save, table
 from benchmarks.trial import VARIANTS, Plan, Stage, Trial
@@ -105,7 +105,7 @@ def _round(
 def _publish(
     args: argparse.Namespace, before: dict[str, Any], rounds: dict[str, list[dict[str, Trial]]], failures: list[str]
 ) -> None:
-    pools = {pool: found for pool, done in rounds.items() if (found := summary(done))}
+    pools = {pool: found for pool, done in rounds.items() if (found := summary(done, args.window))}
     if not pools:
         return
     print(table(_HEADER, [_line(pool, name, each) for pool, found in pools.items() for name, each in found.items()]))
@@ -116,10 +116,11 @@ def _publish(
         "options": {key: value for key, value in vars(args).items() if key != "name"},
         "summary": pools,
         "failures": failures,
-        "trials": {pool: [{name: _compact(each) for name, each in one.items()} for one in done] for pool, done in rounds.items()},
+        "trials": {pool: [_compact(each) for each in done] for pool, done in rounds.items()},
     }
     path = save(f"host-{args.arguments}", content)
-    picture(path.with_suffix(".png"), f"{args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds", pools)
+    title = f"{args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds"
+    picture(path.with_suffix(".png"), title, pools)
     print(f"saved {path} and {path.with_suffix('.png').name}")
 
 
@@ -142,9 +143,10 @@ def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
     ]
 
 
-def _compact(trial: Trial) -> dict[str, Any]:
-    """Return a trial with its ticker's samples as quantiles."""
-    content = trial.to_object()
-    late = trial.lateness
-    content["lateness"] = {str(share): late[min(len(late) - 1, int(len(late) * share))] for share in (0.5, 0.9, 0.99, 0.999, 1)} if late else {}
+def _compact(trials: dict[str, Trial]) -> dict[str, Any]:
+    """Return a round as JSON types, with the ticker's samples as quantiles."""
+    content = {name: trial.to_object() for name, trial in trials.items()}
+    for name, trial in trials.items():
+        shares = (0.5, 0.9, 0.99, 0.999, 1.0) if trial.lateness else ()
+        content[name]["lateness"] = {str(share): quantile(trial.lateness, share) for share in shares}
     return content

@@ -77,7 +77,8 @@ def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str
 def _bars(panel: Any, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     for offset, (variant, color) in enumerate(_COLORS.items()):
         heights = [figures.get(variant, {}).get(key, 0.0) for figures in pools.values()]
-        bars = panel.bar([place + (offset - 1) * 0.27 for place in range(len(pools))], heights, 0.25, color=color, label=variant)
+        places = [place + (offset - 1) * 0.27 for place in range(len(pools))]
+        bars = panel.bar(places, heights, 0.25, color=color, label=variant)
         panel.bar_label(bars, fmt="%.3g", fontsize=7)
     panel.set_xticks(range(len(pools)), list(pools))
     panel.set_title(label)

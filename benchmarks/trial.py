@@ -35,8 +35,8 @@ _PROBE_PATIENCE = 20.0
 class Plan:
     """What every trial of a run does alike.
 
-    ``window``: seconds after the last task during which every variant is watched. ``core``: the processor that the worker has
-    to itself; the brain would otherwise cool its caches, and that would be charged to whichever agent keeps the brain busy.
+    ``window``: seconds after the last task during which every variant is watched. ``core``: the processor that the worker
+    has to itself; the brain would otherwise spoil its caches, at the expense of whichever agent keeps the brain busy.
     """
 
     tasks: int = 2000
@@ -91,6 +91,14 @@ class Stage:
     def run(self) -> Trial:
         """Start the worker, warm it up, release the tasks, watch, probe, stop."""
         self._peers.purge()
+        try:
+            return self._run()
+        except HarnessError as error:
+            log = self._home / "worker.log"
+            tail = log.read_text(errors="replace")[-600:] if log.exists() else ""
+            raise HarnessError(f"{error}\n{tail}") from None
+
+    def _run(self) -> Trial:
         with self._worker() as worker:
             worker.spawn((self._home / "ready").exists, _READY_SECONDS)
             self._meter = Meter(worker.pid)

@@ -42,7 +42,8 @@ if os.environ.get("BENCH_ATTRIBUTE") == "1":
         bench_attribution.install_parts()
 
 if VARIANT != "off":
-    from z4j_bare import install_agent
     from z4j_celery import CeleryEngineAdapter
+
+    from z4j_bare import install_agent
 
     install_agent(engines=[CeleryEngineAdapter(celery_app=app)])
