@@ -128,6 +128,18 @@ class IStore(Interface):
     def stats() -> Any:
         """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
 
+    def remembered() -> Any:
+        """Return the same without asking the disk, which has failed; it never raises."""
+
+    def take_over(rows: Sequence[Any]) -> int:
+        """Commit ``BufferEntry`` rows of another store: new ids, but the age and the attempts that they have."""
+
+    def legacy() -> Any:
+        """Return a ``Legacy``: the losses, and the commands that are young enough to be delivered again."""
+
+    def inherit(legacy: Any) -> None:
+        """Count another store's losses as produced and lost here, and learn of its commands."""
+
     def claim(key: str, now: float) -> Any:
         """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already."""
 

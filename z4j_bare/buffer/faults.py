@@ -18,6 +18,7 @@ BUSY = "busy"
 FULL = "full"
 CORRUPT = "corrupt"
 READ_ONLY = "read-only"
+GONE = "gone"
 OTHER = "other"
 
 _BY_SQLITE = {
@@ -28,7 +29,20 @@ _BY_SQLITE = {
     sqlite3.SQLITE_NOTADB: CORRUPT,
     sqlite3.SQLITE_READONLY: READ_ONLY,
 }
-_BY_ERRNO = {errno.EAGAIN: BUSY, errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EROFS: READ_ONLY, errno.EACCES: READ_ONLY}
+#: Extended codes that say more than their family, "I/O error".
+_BY_DETAIL = {
+    sqlite3.SQLITE_IOERR_WRITE: FULL,  # a write that failed, but not of ENOSPC: EFBIG (a size limit), EDQUOT (a quota)
+    sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,  # the file ends before its last page
+}
+_BY_ERRNO = {
+    errno.EAGAIN: BUSY,
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EROFS: READ_ONLY,
+    errno.EACCES: READ_ONLY,
+    errno.ENOENT: GONE,
+}
 
 
 class _Usable(Protocol):
@@ -43,11 +57,11 @@ _T = TypeVar("_T")
 
 
 def cause_of(error: LocalStorageError) -> str:
-    """Sort an error by its remedy: ``busy`` (soon again), ``full``, ``corrupt``, ``read-only``, ``other``."""
+    """Sort an error by its remedy: ``busy`` (soon again), ``full``, ``corrupt``, ``read-only``, ``gone``, ``other``."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorcode", None)  # absent on errors of the sqlite3 module itself
-        return OTHER if code is None else _BY_SQLITE.get(code & 0xFF, OTHER)
+        return OTHER if code is None else _BY_DETAIL.get(code) or _BY_SQLITE.get(code & 0xFF, OTHER)
     if isinstance(cause, OSError):
         return _BY_ERRNO.get(cause.errno or 0, OTHER)
     return OTHER

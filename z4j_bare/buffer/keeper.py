@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats
+from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats, Legacy
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
+
+T = TypeVar("T")
 
 logger = logging.getLogger("z4j.runtime.buffer")
 
@@ -19,8 +23,18 @@ logger = logging.getLogger("z4j.runtime.buffer")
 RETRY_FIRST = 5.0
 RETRY_LONGEST = 300.0
 
-#: Rows moved back to the disk in one transaction.
+#: Seconds for which a busy disk is asked again, and between two questions: at first, and at most.
+BUSY_PATIENCE = 3.0
+BUSY_FIRST = 0.05
+BUSY_LONGEST = 0.5
+
+#: Seconds between two tidyings of an idle store, and between two warnings of one sort.
+TIDY_EVERY = 1.0
+WARN_EVERY = 60.0
+
+#: Rows moved from one store to another in one transaction, and their bytes.
 MOVE = 500
+MOVE_BYTES = 4 * 1024 * 1024
 
 Query = tuple[int, int, Sequence[str]]
 
@@ -31,7 +45,10 @@ UNKNOWN = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 class Keeper:
     """What the loops see of the store. Every call is one offloaded transaction; nothing here raises for a bad disk.
 
-    :param open_store: opens the durable store; runs off the hub, at the first use.
+    A busy disk is asked again for a while. A full one loses its oldest events, a corrupt file is set aside, one that was
+    deleted is replaced, each once per call. What no remedy helps goes on in memory, and returns to the disk later.
+
+    :param open_store: opens a new durable store; runs off the hub, at the first use.
     :param memory: makes the store that takes over when the disk fails.
 
     ``generation`` changes whenever row ids start over, because the rows now live somewhere else.
@@ -43,15 +60,25 @@ class Keeper:
         self.generation = 0
         self.failures = 0
         self.last_stats = UNKNOWN
+        #: Rows in a dead process's file that wait for their turn; the adopting loop's.
+        self.adopting = 0
         self._open_store = open_store
         self._new_memory = memory
         self._seam = seam
         self._turn = seam.lock()
         self._disk: Any = None
         self._memory: MemoryStore | None = None
+        self._beneath = UNKNOWN
+        self._owed: dict[tuple[str, str], int] = {}
         self._retry_at = 0.0
         self._retry_delay = RETRY_FIRST
         self._looked_at = float("-inf")
+        self._tidied_at = float("-inf")
+        self._untidy = True
+        self._returned_at = float("-inf")
+        self._noticed = False
+        self._warned: dict[str, float] = {}
+        self._remedies = {FULL: self._relieve, CORRUPT: self._set_aside, GONE: self._abandon}
 
     @property
     def durable(self) -> bool:
@@ -68,51 +95,141 @@ class Keeper:
         """Delete confirmed rows and read the next ones, results and events, in one trip.
 
         A query is ``(after, limit, kinds)``. ``generation`` is the one that the confirmed ids are of: in another one the
-        same numbers are other rows, and nothing is deleted.
+        same numbers are other rows, and nothing is deleted. A trip with nothing to do tidies the file a little.
         """
         look = self._seam.now() - self._looked_at > 1.0
+        tidy = self._seam.now() - self._tidied_at >= TIDY_EVERY
+        tidied = False
 
         def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
+            nonlocal tidied
             valid = confirmed if generation in (None, self.generation) else ()
-            return _exchange(store, valid, results, events, max_bytes, look)
+            found = _exchange(store, valid, results, events, max_bytes, look)
+            self._untidy = self._untidy or bool(valid)
+            if tidy and self._untidy and not (valid or found[1] or found[2]):
+                self._untidy, tidied = not _tidy(store), True
+            return found
 
         stats, found_results, found_events = self._run(trip)
         if stats is not None:
-            self.last_stats, self._looked_at = stats, self._seam.now()
+            self._note(stats)
+        if tidied:
+            self._tidied_at = self._seam.now()
         return found_results, found_events
 
-    def discard(self, ids: Sequence[int], reason: str) -> None:
-        """Delete undeliverable rows and count them."""
-        self._run(_discard, ids, reason)
+    def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
+        """Delete undeliverable rows and count them; ``generation`` as in :meth:`exchange`."""
+        self._run(lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0)
 
     def stats(self) -> BufferStats:
         """Ask the store for its figures now."""
-        self.last_stats, self._looked_at = self._run(_stats), self._seam.now()
+        self._note(self._run(_stats))
         return self.last_stats
 
-    def close(self) -> None:
-        """Close what is open."""
+    def adopt(self, step: Callable[[Any], T]) -> T | None:
+        """Run ``step(store)`` on the disk; ``None`` when there is only memory.
+
+        Raises ``LocalStorageError`` and has no remedy for it: adopted rows are safe where they are.
+        """
         with self._turn:
+            if self._memory is not None:
+                return None
+            ok, value = self._seam.offload(self._on_disk, step, ())
+            self._say()
+        if not ok:
+            raise value
+        found: T = value
+        return found
+
+    def close(self) -> None:
+        """Close what is open; what is in memory gets a last chance to reach the disk."""
+        with self._turn:
+            memory = self._memory
+            if memory is not None and memory.size():
+                self._return_to_disk()
+                if self._memory is not None:
+                    logger.warning("z4j: %d rows were in memory only, and are lost with this process", memory.size())
             for store in (self._disk, self._memory):
                 if store is not None:
                     self._seam.offload(store.close)
             self._disk = self._memory = None
+
+    def _note(self, stats: BufferStats) -> None:
+        memory = self._memory
+        stands_in = memory is not None and memory.buffer_id == stats.buffer_id
+        self.last_stats = _both(self._beneath, stats) if stands_in else stats
+        self._looked_at = self._seam.now()
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._turn:
             if self._memory is not None and self._seam.now() >= self._retry_at:
                 self._return_to_disk()
             if self._memory is None:
-                ok, value = self._seam.offload(self._on_disk, function, args)
+                ok, value = self._attempt(function, args)
                 if ok:
                     return value
                 self._fall_back(value)
             return function(self._memory, *args)
 
+    def _attempt(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+        """Call on the disk, with patience for a busy one and one remedy for an ill one; return as ``offload`` does."""
+        deadline, delay, remedied = self._seam.now() + BUSY_PATIENCE, BUSY_FIRST, False
+        while True:
+            ok, value = self._seam.offload(self._on_disk, function, args)
+            self._say()
+            if ok or not isinstance(value, LocalStorageError):
+                return ok, value
+            cause = cause_of(value)
+            if cause == BUSY and self._seam.now() < deadline:
+                self._seam.sleep(delay)
+                delay = min(delay * 2, BUSY_LONGEST)
+                continue
+            remedy = self._remedies.get(cause)
+            if remedied or remedy is None or self._disk is None or not remedy(value):
+                return False, value
+            remedied = True
+
     def _on_disk(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._disk is None:
             self._disk = self._open_store()
+        if self._owed:
+            self._disk.inherit(Legacy(self._owed))
+            self._owed = {}
         return function(self._disk, *args)
+
+    # -- remedies: called on the hub, with the error; whether the call is worth another try
+
+    def _relieve(self, error: LocalStorageError) -> bool:
+        ok, cost = self._seam.offload(self._disk.relieve)
+        if ok:
+            self._warn("full", "z4j: the disk is full: the %d oldest events had to go (%s)", cost, error)
+        return ok
+
+    def _set_aside(self, error: LocalStorageError) -> bool:
+        """Count every row of the corrupt file as lost: it may still hold some, but nobody can tell which."""
+        disk, self._disk = self._disk, None
+        self._owe(disk.written_off().losses)
+        self._seam.offload(disk.set_aside)
+        self.generation += 1
+        self._warn("corrupt", "z4j: the buffer is corrupt; its file was set aside and a new one begun (%s)", error)
+        return True
+
+    def _abandon(self, error: LocalStorageError) -> bool:
+        """Take along what the file without a name still holds."""
+        disk, self._disk = self._disk, None
+        self.generation += 1
+        ok, moved = self._seam.offload(self._on_disk, _move, (disk,))
+        if left := disk.size():
+            self._owe({(GONE, EVENT): left})
+        self._seam.offload(disk.close)
+        self._warn("gone", "z4j: the buffer's file was deleted; a new one was begun, %s rows came along (%s)", moved, error)
+        return ok
+
+    def _owe(self, losses: dict[tuple[str, str], int]) -> None:
+        for pair, count in losses.items():
+            self._owed[pair] = self._owed.get(pair, 0) + count
+
+    # -- without a disk
 
     def _fall_back(self, error: BaseException) -> None:
         if not isinstance(error, LocalStorageError):
@@ -120,20 +237,46 @@ class Keeper:
         self.failures += 1
         self._memory = self._new_memory()
         self.generation += 1
+        self._beneath = self._below()
+        if self._seam.now() - self._returned_at > RETRY_LONGEST:
+            self._retry_delay = RETRY_FIRST
         self._retry_at = self._seam.now() + self._retry_delay
-        logger.warning("z4j: the buffer is in memory only, because the disk failed: %s", error)
+        self._warn("memory", "z4j: the buffer is in memory only, because the disk failed: %s", error)
+
+    def _below(self) -> BufferStats:
+        """Return what is on the disk that failed, as far as we remember: it is still buffered, or already lost."""
+        below = self.last_stats
+        if self._disk is not None:
+            ok, value = self._seam.offload(self._disk.remembered)
+            below = value if ok else below
+        owed = Legacy(self._owed)
+        return replace(below, lost=_added(below.lost, owed.by(0)), lost_kinds=_added(below.lost_kinds, owed.by(1)))
 
     def _return_to_disk(self) -> None:
         memory = self._memory
-        ok, value = self._seam.offload(self._on_disk, _move, (memory,))
+        ok, value = self._attempt(_move, (memory,))
         if ok:
             self._memory = None
             self.generation += 1
-            self._retry_delay = RETRY_FIRST
-            logger.warning("z4j: the buffer is on disk again; %d rows came along", value)
-        else:
-            self._retry_delay = min(self._retry_delay * 2, RETRY_LONGEST)
-            self._retry_at = self._seam.now() + self._retry_delay
+            self._untidy, self._looked_at = True, float("-inf")
+            self._returned_at = self._seam.now()
+            self._warn("disk", "z4j: the buffer is on disk again; %d rows came along", value)
+        self._retry_delay = min(self._retry_delay * 2, RETRY_LONGEST)
+        self._retry_at = self._seam.now() + self._retry_delay
+
+    def _say(self) -> None:
+        """Pass on, once, what the store could not log where it was opened."""
+        notice = getattr(self._disk, "notice", "")
+        if notice and not self._noticed:
+            self._noticed = True
+            logger.warning("z4j: %s", notice)
+
+    def _warn(self, sort: str, text: str, *args: object) -> None:
+        now = self._seam.now()
+        quiet = now - self._warned.get(sort, float("-inf")) < WARN_EVERY
+        if not quiet:
+            self._warned[sort] = now
+        logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)
 
 
 def _append(store: Any, rows: Sequence[tuple[str, str, bytes]]) -> int:
@@ -152,8 +295,11 @@ def _exchange(
     return store.stats() if look else None, found[0], found[1]
 
 
-def _discard(store: Any, ids: Sequence[int], reason: str) -> None:
-    store.discard(ids, reason)
+def _tidy(store: Any) -> bool:
+    try:
+        return bool(store.tidy())
+    except LocalStorageError:  # it costs no row; if it is serious, the next append says so
+        return False
 
 
 def _stats(store: Any) -> BufferStats:
@@ -161,10 +307,32 @@ def _stats(store: Any) -> BufferStats:
     return stats
 
 
-def _move(disk: Any, memory: MemoryStore) -> int:
-    moved = 0
-    while rows := memory.drain(0, MOVE, 1 << 30, (EVENT, RESULT, PROJECTION)):
-        disk.append([(row.kind, row.key, row.payload) for row in rows])
-        memory.confirm([row.id for row in rows])
+def _move(heir: Any, source: Any) -> int:
+    """Move everything from one store to another, so that a failure on the way doubles rows at worst."""
+    left, moved = source.legacy(), 0
+    while rows := source.drain(0, MOVE, MOVE_BYTES, (EVENT, RESULT, PROJECTION)):
+        heir.take_over(rows)
+        source.confirm([row.id for row in rows])
         moved += len(rows)
+    heir.inherit(left)
     return moved
+
+
+def _added(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
+
+
+def _both(disk: BufferStats, memory: BufferStats) -> BufferStats:
+    """Return the figures while memory stands in for the disk: the rows down there are still ours."""
+    return replace(
+        memory,
+        rows=disk.rows + memory.rows,
+        bytes=disk.bytes + memory.bytes,
+        payload_bytes=disk.payload_bytes + memory.payload_bytes,
+        oldest_age=memory.oldest_age if disk.oldest_age is None else disk.oldest_age,
+        lost=_added(disk.lost, memory.lost),
+        lost_kinds=_added(disk.lost_kinds, memory.lost_kinds),
+        produced=disk.produced + memory.produced,
+        confirmed=disk.confirmed + memory.confirmed,
+        buffer_id=memory.buffer_id if disk.buffer_id == UNKNOWN.buffer_id else disk.buffer_id,
+    )

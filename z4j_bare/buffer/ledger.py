@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.rows import DONE, LEDGER_CAP, STARTED, LedgerEntry, storable
@@ -58,6 +59,19 @@ class Ledger:
         """Return how many entries are younger than the retention."""
         query = "SELECT count(*) FROM ledger WHERE at > ?"
         return int(self._connection.execute(query, (now - RETENTION,)).fetchone()[0])
+
+    def young(self, now: float) -> tuple[LedgerEntry, ...]:
+        """Return the entries younger than the retention, oldest first."""
+        query = "SELECT key, state, result, at FROM ledger WHERE at > ? ORDER BY seq"
+        return tuple(LedgerEntry(*row) for row in self._connection.execute(query, (now - RETENTION,)).fetchall())
+
+    def inherit(self, entry: LedgerEntry) -> None:
+        """Enter what another store knows, unless more is known here."""
+        earlier = self.find(entry.key)
+        if earlier is None:
+            self._enter(*astuple(entry))
+        elif earlier.state == STARTED and entry.state == DONE:
+            self.settle(entry.key, entry.result, entry.at)
 
     def _enter(self, key: str, state: str, result: bytes, now: float) -> None:
         with transaction(self._connection):

@@ -8,6 +8,7 @@ a table of this process does.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
@@ -66,6 +67,8 @@ def _locked(path: Path) -> int:
             raise LocalStorageError(f"the store of {path} has just been deleted by its owner")
     except OSError as error:
         os.close(descriptor)
+        if error.errno not in {errno.EAGAIN, errno.EACCES}:  # ENOLCK, EOPNOTSUPP: some network file systems
+            raise LocalStorageError(f"no record locks for {path}: {error.strerror}; move Z4J_HOME") from error
         raise LocalStorageError(f"the store of {path} belongs to a living process: {error.strerror}") from error
     except LocalStorageError:
         os.close(descriptor)

@@ -20,6 +20,7 @@ from z4j_bare.buffer.rows import (
     BufferEntry,
     BufferStats,
     LedgerEntry,
+    Legacy,
     Row,
     losses_by,
     refuse_unknown_kinds,
@@ -63,11 +64,37 @@ class MemoryStore:
         """Take rows in; return how many rows the caps cost, as ``BufferStore.append`` does."""
         self._check()
         refuse_unknown_kinds(rows)
-        now, lost = self._clock(), 0
-        for kind, key, payload in rows:
+        now = self._clock()
+        return self._take(
+            [BufferEntry(0, kind, key if key.isascii() else storable(key), payload, now, 0) for kind, key, payload in rows]
+        )
+
+    def take_over(self, rows: Sequence[BufferEntry]) -> int:
+        """Take rows of another store; they get new ids and keep their age and attempts."""
+        self._check()
+        return self._take(rows)
+
+    def inherit(self, legacy: Legacy) -> None:
+        """Take another store's losses for its own, and learn of its commands."""
+        self._check()
+        for (reason, kind), count in legacy.losses.items():
+            self._produced += count
+            self._lose(reason, kind, count)
+        for entry in legacy.ledger:
+            earlier = self._ledger.get(entry.key)
+            if earlier is None or (earlier.state == STARTED and entry.state == DONE):
+                self._enter(entry)
+
+    def legacy(self) -> Legacy:
+        """Return what an heir has to know besides the rows."""
+        self._check()
+        return Legacy(dict(self._lost), tuple(self._ledger.values()))
+
+    def _take(self, rows: Sequence[BufferEntry]) -> int:
+        lost = 0
+        for row in rows:
             self._produced += 1
-            key = key if key.isascii() else storable(key)  # noqa: PLW2901
-            entry = BufferEntry(self._produced, kind, key, payload, now, 0)
+            kind, entry = row.kind, replace(row, id=self._produced)
             if _weight(entry) > self._max_bytes:
                 self._lose(CAPACITY, kind, 1)
                 lost += 1
@@ -130,6 +157,10 @@ class MemoryStore:
             buffer_id=self.buffer_id,
             durable=False,
         )
+
+    def remembered(self) -> BufferStats:
+        """Return the figures; memory does not fail."""
+        return self.stats()
 
     def size(self) -> int:
         """Return the number of rows."""

@@ -15,6 +15,8 @@ from z4j_bare.errors import LocalStorageError
 #: Different from ``buffer-*.sqlite``, so that stores of the asyncio agent (another schema) are left alone.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
+#: What follows the name of a file that could not be read.
+CORRUPT_MARK = ".corrupt-"
 
 _HINT = "point Z4J_HOME at a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -68,6 +70,53 @@ def _trouble(found: os.stat_result) -> str:
     if found.st_mode & _FOREIGN_WRITE:
         return f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
     return ""
+
+
+def places(buffer_path: str | os.PathLike[str]) -> list[Path]:
+    """Return the directories where stores of this user may lie: the configured one, then those it is replaced by."""
+    name = f"z4j-{os.geteuid()}"
+    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
+    return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
+
+
+def is_private(directory: Path) -> bool:
+    """Whether ``directory`` is there and ours alone."""
+    try:
+        return not _trouble(directory.lstat())
+    except OSError:
+        return False
+
+
+def stores_in(directory: Path) -> list[Path]:
+    """Return the files in a private directory that bear the name of a store of ours, longest untouched first."""
+    if not is_private(directory):
+        return []
+    with os.scandir(directory) as entries:
+        found = [(_changed(entry), entry.name) for entry in entries if _is_store(entry.name)]
+    return [directory / name for _, name in sorted(found)]
+
+
+def _is_store(name: str) -> bool:
+    return name.startswith(PREFIX) and name.endswith(SUFFIX)
+
+
+def _changed(entry: os.DirEntry[str]) -> float:
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def set_aside(path: Path, now: float) -> None:
+    """Rename a corrupt store's file and log to ``<name>.corrupt-<seconds>``; the directory keeps one such store."""
+    main, log, index = files_of(path)
+    for earlier in path.parent.glob(f"{PREFIX}*{CORRUPT_MARK}*"):
+        remove(earlier)
+    aside = main.with_name(f"{main.name}{CORRUPT_MARK}{int(now)}")
+    main.rename(aside)
+    if log.exists():
+        log.rename(aside.with_name(aside.name + "-wal"))
+    remove(index)
 
 
 def create_file(path: Path) -> None:

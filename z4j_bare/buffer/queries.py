@@ -9,7 +9,7 @@ from z4j_bare.buffer.rows import EVENT, KINDS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-INSERT = "INSERT INTO entries (id, kind, key, payload, created_at) VALUES (?, ?, ?, ?, ?)"
+INSERT = "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)"
 DELETE = "DELETE FROM entries WHERE id BETWEEN ? AND ?"
 ATTEMPT = "UPDATE entries SET attempts = attempts + 1 WHERE id BETWEEN ? AND ?"
 WEIGH = "SELECT kind, count(*), sum(length(payload)) FROM entries WHERE id BETWEEN ? AND ? GROUP BY kind"

@@ -21,6 +21,8 @@ KINDS = frozenset(DROP_ORDER)
 
 #: The reason under which the caps count what they evict.
 CAPACITY = "capacity"
+#: The reason under which rows of an unreadable file are counted.
+CORRUPTION = "corrupt"
 
 STARTED = "started"
 DONE = "done"
@@ -75,6 +77,18 @@ class LedgerEntry:
     state: str
     result: bytes
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """What a store leaves besides its rows: losses by ``(reason, kind)``, and what is known of young commands."""
+
+    losses: dict[tuple[str, str], int]
+    ledger: tuple[LedgerEntry, ...] = ()
+
+    def by(self, field: int) -> dict[str, int]:
+        """Return the losses by reason (``field`` 0) or by kind (``field`` 1)."""
+        return losses_by(self.losses, field)
 
 
 def refuse_unknown_kinds(rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import paths
@@ -9,7 +10,6 @@ from z4j_bare.buffer.schema import PAGE, number
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
-    import sqlite3
     from pathlib import Path
 
 #: Pages ``tidy`` gives back per call: 2 MiB.
@@ -54,9 +54,17 @@ class Space:
         """Bring the files back under their cap if they are over it; return their size."""
         if (occupied := self.disk_bytes()) <= self._max_bytes:
             return occupied
-        self._vacuum(self._free_pages())
+        self._vacuum_all()
         self._checkpoint()
         return self.disk_bytes()
+
+    def squeeze(self) -> None:
+        """Give back whatever can be given on a full disk, where any step may fail."""
+        for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
+            try:
+                step()
+            except sqlite3.Error:
+                pass
 
     def tidy(self) -> bool:
         """Give at most ``TIDY_PAGES`` pages back, at the end cut the log; return whether nothing is left."""
@@ -69,6 +77,9 @@ class Space:
 
     def _free_pages(self) -> int:
         return number(self._connection, "PRAGMA freelist_count")
+
+    def _vacuum_all(self) -> None:
+        self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
         # One page per step, and no row yielded: ``execute`` stops after one, ``executescript`` goes on.

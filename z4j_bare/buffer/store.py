@@ -17,10 +17,13 @@ from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.buffer.rows import (
     CAPACITY,
+    CORRUPTION,
     DROP_ORDER,
+    EVENT,
     BufferEntry,
     BufferStats,
     LedgerEntry,
+    Legacy,
     Row,
     losses_by,
     ranges,
@@ -39,6 +42,11 @@ MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
 #: An empty store takes 0.1 MiB with WAL and SHM; a cap below this one would be a store that can hold nothing.
 MIN_BYTES = 1024 * 1024
+#: Events that a full disk costs at a time: this many, or a tenth if that is more.
+RELIEF = 500
+
+
+_Stamped = tuple[str, str, bytes, float, int]
 
 
 @dataclass(slots=True)
@@ -70,6 +78,8 @@ class BufferStore:
     """
 
     durable = True
+    #: What the user should know about where this store lies; empty when it lies where it was wanted.
+    notice = ""
 
     def __init__(
         self,
@@ -113,16 +123,35 @@ class BufferStore:
         or an event that finds only rows more precious than itself, is counted as lost at once.
         """
         refuse_unknown_kinds(rows)
-        if not rows:
-            return 0
-        self._space.ensure()
+        now = self._clock()
+        return self._take([(kind, key if key.isascii() else storable(key), payload, now, 0) for kind, key, payload in rows])
+
+    @storage_call
+    def take_over(self, rows: Sequence[BufferEntry]) -> int:
+        """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
+        return self._take([(row.kind, row.key, row.payload, row.created_at, row.attempts) for row in rows])
+
+    @storage_call
+    def inherit(self, legacy: Legacy) -> None:
+        """Take another store's losses for its own, as produced here and lost, and learn of its commands."""
         with self._change() as change:
-            self._insert(rows, change)
-            self._evict(change)
-        try:
-            self._space.shorten()
-        except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
-            pass
+            change.lost.update(legacy.losses)
+            change.produced = sum(legacy.losses.values())
+        for entry in legacy.ledger:
+            self._ledger.inherit(entry)
+
+    @storage_call
+    def legacy(self) -> Legacy:
+        """Return what an heir has to know besides the rows."""
+        return Legacy(dict(self._lost), self._ledger.young(self._clock()))
+
+    @storage_call
+    def relieve(self) -> int:
+        """Make room on a full disk: shorten the files, drop the oldest events; return how many that cost."""
+        self._space.squeeze()
+        with self._change() as change:
+            self._remove(self._oldest(EVENT, max(RELIEF, self._rows // 10), 0), change, CAPACITY)
+        self._space.squeeze()
         return sum(change.lost.values())
 
     @storage_call
@@ -159,13 +188,32 @@ class BufferStore:
 
     @storage_call
     def stats(self) -> BufferStats:
-        """Return rows, bytes, age of the oldest row and the counters."""
+        """Return rows, bytes, age of the oldest row and the counters.
+
+        Raises when the file has lost its name: what SQLite goes on writing would vanish with this process.
+        """
+        self.path.lstat()
         oldest = self._connection.execute(queries.FIRST).fetchone()
+        return self._figures(
+            self._space.disk_bytes(), None if oldest is None else max(0.0, self._clock() - oldest[0])
+        )
+
+    def remembered(self) -> BufferStats:
+        """Return what ``stats`` would, without asking a disk that has failed: neither bytes nor age."""
+        return self._figures(0, None)
+
+    def written_off(self) -> Legacy:
+        """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
+        change = _Change(lost=dict(self._lost))
+        change.lose(CORRUPTION, EVENT, self._rows)
+        return Legacy(change.lost)
+
+    def _figures(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
         return BufferStats(
             rows=self._rows,
-            bytes=self._space.disk_bytes(),
+            bytes=disk_bytes,
             payload_bytes=self._payload,
-            oldest_age=None if oldest is None else max(0.0, self._clock() - oldest[0]),
+            oldest_age=oldest_age,
             lost=losses_by(self._lost, 0),
             lost_kinds=losses_by(self._lost, 1),
             produced=self._next_id - 1,
@@ -206,18 +254,34 @@ class BufferStore:
         """Give some unused pages back to the file system, when idle; return whether nothing is left to do."""
         return self._space.tidy()
 
-    def close(self) -> None:
-        """Release the file; delete it when it holds neither rows nor young ledger entries. Idempotent."""
+    def close(self, *, bequeathed: bool = False) -> None:
+        """Release the file; delete it when it holds neither rows nor young ledger entries. Idempotent.
+
+        ``bequeathed`` says that an heir knows the commands.
+        """
         if self.closed:  # a forked child must not close its parent's connection: that could remove the WAL
             return
         self._closed = True
         delete = False
         try:
             with translated(self.path, "close"):
-                delete = self._rows == 0 and self._ledger.recent(self._clock()) == 0
+                delete = self._rows == 0 and (bequeathed or self._ledger.recent(self._clock()) == 0)
                 self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
         finally:
             self._give_up(delete=delete)
+
+    def set_aside(self) -> None:
+        """Close a corrupt store without deleting it, and rename its file; see ``paths.set_aside``."""
+        self.check()
+        self._closed = True
+        with translated(self.path, "set aside"):
+            try:
+                self._connection.close()
+            finally:
+                try:
+                    paths.set_aside(self.path, self._clock())
+                finally:
+                    self._lock.release(delete=not os.path.lexists(self.path))
 
     def check(self) -> None:
         """Raise ``LocalStorageError`` if the store is closed or was inherited through a fork."""
@@ -280,19 +344,28 @@ class BufferStore:
         for pair, count in change.lost.items():
             self._lost[pair] = self._lost.get(pair, 0) + count
 
-    def _insert(self, rows: Sequence[Row], change: _Change) -> None:
-        now = self._clock()
-        stamped = [
-            (identity, kind, key if key.isascii() else storable(key), payload, now)
-            for identity, (kind, key, payload) in enumerate(rows, self._next_id)
-        ]
+    def _take(self, rows: Sequence[_Stamped]) -> int:
+        if not rows:
+            return 0
+        self._space.ensure()
+        with self._change() as change:
+            self._insert(rows, change)
+            self._evict(change)
+        try:
+            self._space.shorten()
+        except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
+            pass
+        return sum(change.lost.values())
+
+    def _insert(self, rows: Sequence[_Stamped], change: _Change) -> None:
+        stamped = [(identity, *row) for identity, row in enumerate(rows, self._next_id)]
         fitting = [row for row in stamped if len(row[3]) <= self._budget]
         self._connection.executemany(queries.INSERT, fitting)
         change.produced = len(rows)
         change.rows += len(fitting)
         change.payload += sum(len(row[3]) for row in fitting)
         if len(fitting) < len(rows):
-            for kind, _, payload in rows:
+            for kind, _, payload, _, _ in rows:
                 if len(payload) > self._budget:
                     change.lose(CAPACITY, kind, 1)
 
