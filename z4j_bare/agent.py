@@ -273,8 +273,12 @@ class Agent:
             link.wake.set()
 
     def _connect_adapters(self) -> None:
-        for host, source in zip(self.hosts.values(), self.sources, strict=True):
-            host.connect(events=not source.in_process)
+        try:
+            for host, source in zip(self.hosts.values(), self.sources, strict=True):
+                host.connect(events=not source.in_process)
+        except AgentError:
+            if not self._stopping.is_set():  # a process that ends while it starts is no error
+                raise
 
     def _disconnect_adapters(self) -> None:
         for source in self.sources:

@@ -310,7 +310,6 @@ def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting)
     runtime = install()
     until(lambda: len(peer.sessions) >= 2)
     peer.greet = type(peer.sessions[0]).welcome
-    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 10.0)
     until(lambda: peer.last and peer.last.frames)
     assert runtime.stats()["restarts"] == {}
 
