@@ -19,6 +19,7 @@ class FakeTransport:
     """An ``ITransport``: ``sent`` holds ``(when, frame)``, ``inbox`` what ``receive`` will return or raise."""
 
     name = "fake"
+    confirms = False
 
     def __init__(self, seam):
         self.sent = []

@@ -37,8 +37,7 @@ from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
 from z4j_bare.settings import Settings, read_secret
-from z4j_bare.transport.tls import tls_context
-from z4j_bare.transport.websocket import WebSocketTransport, preload, websocket_url
+from z4j_bare.transport.fallback import Routes
 from z4j_bare.wire import frames
 from z4j_bare.wire.events import encode_event
 
@@ -77,12 +76,9 @@ class Agent:
         self._stopping = seam.event()
         self._tasks: list[Any] = []
         self._sender: SendLoop | None = None
-        self._url = websocket_url(str(config.brain_url), dev_mode=config.dev_mode)
-        self._tls = None
-        if self._url.startswith("wss:"):
-            self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
+        wish = settings.transport if settings.transport != "auto" else config.transport
+        self.routes = Routes(str(config.brain_url), wish, self._token, settings, seam, dev_mode=config.dev_mode)
         self._version = version("z4j-bare")
-        preload()
         self.secret()  # a bad key must fail here, at the host's call, not in a loop
         self.keeper = Keeper(self._open_store, seam, lambda: MemoryStore(max_rows=config.buffer_max_events))
         self.bridge = Bridge(seam)
@@ -98,7 +94,7 @@ class Agent:
             stored=self._wake_sender,
         )
         self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
-        self.supervisor = Supervisor(self._transport, self._hello, self.secret, self._serve, seam, self.counters)
+        self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
         self.lateness = Lateness(seam)
         self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
         self.figures = Figures(
@@ -189,9 +185,6 @@ class Agent:
             deployment=f"{config.project_id}-{sha256(self.secret()).hexdigest()[:16]}",
         )
 
-    def _transport(self) -> WebSocketTransport:
-        return WebSocketTransport(self._url, self._token, self.seam, self._tls)
-
     def _token(self) -> str:
         path = self._settings.token_file
         return read_secret(path, "Z4J_TOKEN_FILE") if path else self._config.token.get_secret_value()
@@ -232,14 +225,15 @@ class Agent:
             enabled=self._settings.heartbeat,
         )
         failures: list[AgentError] = []
-        tasks = [
-            self.seam.spawn(self._in_session, link, run, name, failures, name=name)
-            for run, name in ((sender.run, "z4j-send"), (beat.run, "z4j-heartbeat"))
-        ]
+        chores: list[tuple[Callable[[], None], str]] = [(sender.run, "z4j-send"), (beat.run, "z4j-heartbeat")]
+        if self.routes.watches(link):
+            chores.append((partial(self.routes.watch, link), "z4j-fallback"))
+        tasks = [self.seam.spawn(self._in_session, link, run, name, failures, name=name) for run, name in chores]
         try:
             ReceiveLoop(link, sender.acked, self.dispatcher.submit).run()
         except AgentError as error:
-            failures.append(error)
+            if failures or not link.closing.is_set():  # else we broke the line ourselves
+                failures.append(error)
         finally:
             link.shut()
             self._sender = None

@@ -55,6 +55,18 @@ class NetworkError(AgentError, ConnectionError):
         self.retry_after = retry_after
 
 
+class FrameTooLargeError(AgentError):
+    """A frame does not fit what the brain accepts in one piece; the session stands, and a smaller one may follow.
+
+    ``size`` is what it would have taken on the wire and ``limit`` what there is room for, both in bytes.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"a frame takes {size} bytes of at most {limit}")
+        self.size = size
+        self.limit = limit
+
+
 class LocalStorageError(AgentError):
     """The disk failed: full, read-only, corrupt, locked for too long."""
 

@@ -63,7 +63,9 @@ def install_agent(
     reject_deprecated_path_env()
     if not engines and not schedulers:
         raise HostConfigurationError("install_agent needs at least one engine or scheduler: pass engines=[...]")
-    settings = load_settings(concurrency=concurrency, token_file=token_file, hmac_secret_file=hmac_secret_file)
+    settings = load_settings(
+        concurrency=concurrency, transport=transport, token_file=token_file, hmac_secret_file=hmac_secret_file
+    )
     if settings.disabled:
         return _inert(engines, schedulers, framework)
     if token is None and settings.token_file is not None:
@@ -77,7 +79,8 @@ def install_agent(
             "hmac_secret": hmac_secret,
             "agent_name": agent_name,
             "agent_id": agent_id,
-            "transport": transport,
+            # Only for a WebSocket agent does z4j_core not insist on the agent's id, which the brain tells us anyway.
+            "transport": "auto" if settings.transport == "longpoll" else transport,
             "environment": environment,
             "tags": tags,
             "dev_mode": dev_mode,

@@ -155,6 +155,10 @@ class ITransport(Interface):
 
     name: str = Attribute("'ws' or 'longpoll'.")
 
+    confirms: bool = Attribute(
+        "Whether a send that returned means that the brain is done with the frame; no ``event_batch_ack`` comes then."
+    )
+
     def connect(hello: bytes) -> bytes:
         """Open the line, say ``hello``, return the brain's ``hello_ack`` message.
 
@@ -164,7 +168,8 @@ class ITransport(Interface):
     def send(build: Callable[[], bytes]) -> int:
         """Build one frame and write it under one lock, so that seq order is wire order; return its size in bytes.
 
-        Raises ``NetworkError``.
+        Raises ``NetworkError``; ``RemoteError`` where the answer comes with it; ``FrameTooLargeError``, after which the
+        session stands and whatever was built has to be built smaller.
         """
 
     def receive(timeout: float) -> bytes | None:

@@ -68,6 +68,8 @@ class Settings:
     # RUF009 fears shared mutable defaults; setting() returns a dataclass field.
     #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; decided at ``start()``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
+    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` is WebSocket, and long-poll behind a proxy that blocks it.
+    transport: str = setting("Z4J_TRANSPORT", _text, "auto")
     #: Start nothing at all.
     disabled: bool = setting("Z4J_DISABLED", _switch, False)
     #: How long a captured event waits in memory at most: the loss window of a SIGKILL.

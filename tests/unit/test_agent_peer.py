@@ -243,7 +243,7 @@ def test_answers_pings(runtime, peer, until):
 def test_refused_upgrades_are_retried(install, peer, until, status):
     """An HTTP refusal of any kind is an error to come back from, and tells the operator what it was."""
     peer.refuse = (status, {"Location": peer.url.replace("http", "ws")})
-    runtime = install()
+    runtime = install(transport="ws")
     until(lambda: len(peer.sessions) >= 2)
     assert runtime.state is RuntimeState.RUNNING
     named = {401: "Z4J_TOKEN", 403: "archived"}.get(status, f"HTTP {status}")

@@ -7,7 +7,8 @@ from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.buffer import BufferStore, MemoryStore
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.interfaces import IBridge, IConcurrency, IEvent, ILock, IStore, ITask, ITransport
-from z4j_bare.transport.websocket import WebSocketTransport
+from z4j_bare.settings import load_settings
+from z4j_bare.transport.fallback import Routes
 
 
 @pytest.fixture(params=["real", "fake"])
@@ -50,8 +51,10 @@ def test_stores(tmp_path):
 
 
 def test_transports(seam):
-    """The WebSocket transport keeps ITransport."""
-    assert verifyObject(ITransport, WebSocketTransport("ws://127.0.0.1:1/ws/agent", str, seam))
+    """Every transport keeps ITransport."""
+    routes = Routes("http://127.0.0.1:1", "auto", str, load_settings(), seam, dev_mode=False)
+    for transport in (routes.transport(), routes.websocket(), routes.longpoll()):
+        assert verifyObject(ITransport, transport)
 
 
 def test_bridges(seam):

@@ -73,6 +73,8 @@ class Figures:
             "sessions": counters.sessions,
             "heartbeats": counters.heartbeats,
             "commands": counters.commands,
+            "recut": counters.recut,
+            "transport": counters.transport,
             "restarts": dict(counters.restarts),
             "longest_step_seconds": round(steps.longest, 6),
             "longest_step_task": steps.longest_task,
@@ -98,7 +100,8 @@ class Figures:
 
     def _own(self) -> dict[str, str]:
         stats = self.stats()
-        own = {f"z4j.{name}": str(stats[name]) for name in ("concurrency", "produced", "stored", "sent", "acked")}
+        names = ("concurrency", "transport", "produced", "stored", "sent", "acked")
+        own = {f"z4j.{name}": str(stats[name]) for name in names}
         own |= {f"z4j.lost.{reason}": str(number) for reason, number in stats["lost"].items()}
         p99, longest, culprit = self._lateness.take()
         own["z4j.hub_lateness_p99_ms"] = f"{p99 * 1000:.1f}"

@@ -18,6 +18,8 @@ class Counters:
     heartbeats: int = 0
     commands: int = 0
     unencodable: int = 0
+    recut: int = 0
     restarts: Counter[str] = field(default_factory=Counter)
     last_flush_at: float | None = None
     last_error: str = ""
+    transport: str = ""

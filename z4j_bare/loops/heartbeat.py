@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from z4j_bare.wire.frames import frame_id
+from z4j_bare.wire.lighter import lighter_heartbeat
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -43,7 +44,8 @@ class HeartbeatLoop:
         """Beat until the session ends. Raises ``NetworkError``."""
         while not self._link.closing.is_set():
             if self._enabled:
-                self._link.send("heartbeat", frame_id("hb"), self._payload())
+                cut = self._link.send_some("heartbeat", frame_id("hb"), self._payload(), lighter_heartbeat)
+                self._counters.recut += cut
                 self._counters.heartbeats += 1
             else:
                 self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer.rows import EVENT, RESULT
+from z4j_bare.errors import FrameTooLargeError
 from z4j_bare.wire.events import shrink
 from z4j_bare.wire.frames import event_batch, frame_id
+from z4j_bare.wire.lighter import lighter_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
 from z4j_bare.wire.window import Window
 
@@ -27,6 +29,9 @@ logger = logging.getLogger("z4j.runtime.send")
 #: transaction each (163 events/s in frames of 50, 200 in frames of 500).
 FRAME_BYTES = 128 * 1024
 FRAME_EVENTS = 500
+
+#: Bytes of events below which the limit of a frame does not sink, however much its JSON grows on the way.
+SMALLEST = 512
 
 #: Seconds between two looks at the store when nobody wakes the loop.
 IDLE = 1.0
@@ -47,7 +52,8 @@ class SendLoop:
         self._keeper = keeper
         self._seam = seam
         self._counters = counters
-        self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
+        self._confirms = link.transport.confirms
+        self._most = self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         # In threads an ack may come between the two halves of whatever the sender does to the window.
         self._books = seam.lock()
@@ -95,7 +101,9 @@ class SendLoop:
         results, events = self._fetch(room)
         for entry in results:
             self._send_result(entry)
-        if events or self._owed:
+        if events and self._confirms:
+            self._deliver(events)
+        elif events or self._owed:
             self._send_batch(events)
         # With a full window nobody looked: then the next ack has to wake us.
         self._more = room == 0 or len(events) > 0 or len(results) == RESULTS
@@ -121,10 +129,35 @@ class SendLoop:
         return results, events
 
     def _send_result(self, entry: BufferEntry) -> None:
-        self._link.send("command_result", entry.key, entry.payload)
+        self._counters.recut += self._link.send_some("command_result", entry.key, entry.payload, lighter_result)
         self._after_result = entry.id
-        self._owed.append(entry.id)
         self._results.add(entry.id)
+        if self._confirms:
+            self._done.append(entry.id)
+        else:
+            self._owed.append(entry.id)
+
+    def _deliver(self, events: Sequence[BufferEntry]) -> None:
+        """Send as many of ``events`` as fit over a transport that confirms, and be done with those."""
+        payloads = [entry.payload for entry in events]
+        payload, cut = event_batch(payloads), False
+        while True:
+            try:
+                self._link.send("event_batch", frame_id("ev"), payload)
+                break
+            except FrameTooLargeError as error:
+                room = _room_for(payload, error)
+                if len(payloads) > 1:
+                    self._limit = max(SMALLEST, min(self._limit, room))
+                    payloads = payloads[: _fitting(payloads, room)]
+                else:
+                    payloads, cut = [_recut(payloads[0], room, error)], True
+                payload = event_batch(payloads)
+        self._counters.recut += cut
+        # It may have been an unusual batch: the next ones are a little longer each, and trying costs no request.
+        self._limit = min(self._most, self._limit + self._limit // 16)
+        self._done.extend(entry.id for entry in events[: len(payloads)])
+        self._note(events[: len(payloads)])
 
     def _send_batch(self, events: Sequence[BufferEntry]) -> None:
         frame = frame_id("ev")
@@ -136,6 +169,9 @@ class SendLoop:
         self._owed = []
         with self._books:
             self._done.extend(self._window.sent(frame, ids, len(events), self._seam.now()))
+        self._note(events)
+
+    def _note(self, events: Sequence[BufferEntry]) -> None:
         self._counters.frames += 1
         self._counters.sent += len(events)
         if events:
@@ -145,3 +181,29 @@ class SendLoop:
     def _cut(self, payload: bytes) -> bytes:
         fields: dict[str, Any] = json.loads(payload)
         return shrink(fields, self._link.welcome.max_frame_bytes - ENVELOPE_BYTES - 16)
+
+
+def _room_for(payload: bytes, error: FrameTooLargeError) -> int:
+    """Return how long a payload may be that grows on the wire as this one did: JSON in JSON costs a backslash a quote."""
+    growth = max(1.0, (error.size - ENVELOPE_BYTES) / len(payload))
+    return max(1, int((error.limit - ENVELOPE_BYTES) / growth) - len(event_batch([])))
+
+
+def _recut(payload: bytes, room: int, error: FrameTooLargeError) -> bytes:
+    """Return the event in ``room`` bytes or little more; raise ``error`` when there is nothing left to cut."""
+    fields: dict[str, Any] = json.loads(payload)
+    cut = shrink(fields, room)
+    if len(cut) >= len(payload):
+        raise error
+    return cut
+
+
+def _fitting(payloads: Sequence[bytes], room: int) -> int:
+    """Return how many of the first payloads have room: one at least, and never all of them."""
+    number = 0
+    for payload in payloads[:-1]:
+        room -= len(payload) + 1
+        if room < 0:
+            break
+        number += 1
+    return max(1, number)

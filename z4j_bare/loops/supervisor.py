@@ -85,10 +85,11 @@ class Supervisor:
     def _welcome(self, link: Link) -> None:
         self._now.clear()
         self._counters.sessions += 1
+        self._counters.transport = link.transport.name
         if self._failures:
             logger.info("z4j: connected again after %d failed attempts", self._failures)
         else:
-            logger.info("z4j: connected, session %s", link.welcome.session_id)
+            logger.info("z4j: connected over %s, session %s", link.transport.name, link.welcome.session_id)
         self._failures = 0
         self._counters.last_error = ""
         self.backoff.reset()

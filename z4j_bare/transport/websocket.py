@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from zope.interface import implementer
 
@@ -37,8 +37,8 @@ NORMAL = 1000
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
-    """Return ``<brain_url>/ws/agent`` with the scheme turned to ``ws`` or ``wss``; a path prefix is kept.
+def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
+    """Return the brain's address in parts; a path prefix is kept.
 
     Raises ``HostConfigurationError`` for plain HTTP to a host that is not this one, unless ``dev_mode``.
     """
@@ -49,6 +49,12 @@ def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
         raise HostConfigurationError(
             f"Z4J_BRAIN_URL={brain_url!r} would send the token in the clear: use https://, or dev_mode on a trusted network"
         )
+    return parts
+
+
+def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
+    """Return ``<brain_url>/ws/agent`` with the scheme turned to ``ws`` or ``wss``; see :func:`base_url`."""
+    parts = base_url(brain_url, dev_mode=dev_mode)
     scheme = "wss" if parts.scheme == "https" else "ws"
     return f"{scheme}://{parts.netloc}{parts.path}/ws/agent"
 
@@ -63,6 +69,7 @@ class WebSocketTransport:
     """
 
     name = "ws"
+    confirms = False
 
     def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, tls: Any = None) -> None:
         self._url = url
@@ -77,6 +84,19 @@ class WebSocketTransport:
 
     def connect(self, hello: bytes) -> bytes:
         """Upgrade, say ``hello`` and return the first answer; see ``ITransport``."""
+        self.upgrade()
+        try:
+            self.send(lambda: hello)
+        except NetworkError:
+            self.receive(CONNECT_TIMEOUT)  # who refuses the token hangs up at once, and the reason is still to be read
+            raise
+        answer = self.receive(CONNECT_TIMEOUT)
+        if answer is None:
+            raise NetworkError(f"no hello_ack within {CONNECT_TIMEOUT:.0f} s")
+        return answer
+
+    def upgrade(self) -> None:
+        """Open the line as far as HTTP 101, which is also how to find out whether WebSocket gets through at all."""
         import websocket
 
         # TLS options belong here: ``connect`` takes them without a word and ignores them.
@@ -99,15 +119,6 @@ class WebSocketTransport:
         # Its answer to a close frame may meet a socket that is gone, and that error would hide the code; ``abort`` answers.
         self._ws.send_close = lambda *_args, **_options: None
         self._heard = self._seam.now()
-        try:
-            self.send(lambda: hello)
-        except NetworkError:
-            self.receive(CONNECT_TIMEOUT)  # who refuses the token hangs up at once, and the reason is still to be read
-            raise
-        answer = self.receive(CONNECT_TIMEOUT)
-        if answer is None:
-            raise NetworkError(f"no hello_ack within {CONNECT_TIMEOUT:.0f} s")
-        return answer
 
     def send(self, build: Callable[[], bytes]) -> int:
         """Build and write one binary frame under one lock."""

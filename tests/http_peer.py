@@ -1,0 +1,262 @@
+"""A scripted brain behind plain HTTP: the long-poll routes, the health route, and misbehaviour on request.
+
+It runs in the process under test, on the same seam, guarded against forks like :mod:`tests.peer`; the HTTP is by hand::
+
+    peer = HttpPeer(seam)
+    peer.body_limit = 8192
+    peer.answers["POST"] = [(503, {"Retry-After": "7"}, b"{}")]     # the next answers to this method, instead of its own
+    peer.sessions["nonce"].frames                                   # what verified, in order
+    peer.command("retry_task", {"task_id": "t-1"})                  # for the next poll
+"""
+
+import json
+import os
+import socket
+import ssl
+from email.utils import formatdate
+from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
+
+from z4j_core.errors import SignatureError
+from z4j_core.transport.frames import CommandFrame, CommandPayload
+from z4j_core.transport.framing import FrameSigner, FrameVerifier
+
+from tests.peer import AGENT, PROJECT, SECRET, TOKEN, GoneError
+from z4j_bare.errors import ForkedChildError
+
+
+class Nonce:
+    """One long-poll session: its verifier, its signer, and the frames that verified."""
+
+    def __init__(self, secret, nonce):
+        binding = {"secret": secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": nonce}
+        self.signer = FrameSigner(**binding)
+        self.verifier = FrameVerifier(**binding)
+        self.frames = []
+        self.dead = False
+        self.polling = 0
+        self.posting = 0
+
+
+class Request:
+    """What one request was."""
+
+    def __init__(self, method, target, headers, body):
+        self.method = method
+        self.path = urlsplit(target).path
+        self.query = {name: values[0] for name, values in parse_qs(urlsplit(target).query).items()}
+        self.headers = headers
+        self.body = body
+        self.nonce = headers.get("x-z4j-session-nonce", "")
+
+
+class HttpPeer:
+    """The listener and its script. ``mishaps`` holds everything that a correct agent never does."""
+
+    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
+        self.seam = seam
+        self.secret = secret
+        self.token = token
+        self.tls = tls
+        self.body_limit = 1_048_576
+        self.answers = {}
+        self.requests = []
+        self.sessions = {}
+        self.commands = []
+        self.mishaps = []
+        self.connections = []
+        self.post_seconds = 0.0
+        self.drop_posts = 0
+        self.stopped = False
+        self._pid = os.getpid()
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(64)
+        self._listener.settimeout(0)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        self._tasks = [seam.spawn(self._accept, name="http-peer-accept")]
+
+    # -- what a test reads
+
+    def of(self, method):
+        """The requests of one method, in order of arrival."""
+        return [request for request in self.requests if request.method == method]
+
+    def frames(self, kind):
+        """The frames of one type that verified, over all sessions."""
+        return [frame for session in self.sessions.values() for frame in session.frames if frame.type == kind]
+
+    def events(self):
+        """The events that arrived, replays included."""
+        return [event for frame in self.frames("event_batch") for event in frame.payload.events]
+
+    @property
+    def polling(self):
+        """How many polls hang, over all sessions."""
+        return sum(session.polling for session in self.sessions.values())
+
+    @property
+    def posting(self):
+        """How many uploads are being worked on."""
+        return sum(session.posting for session in self.sessions.values())
+
+    def command(self, action, parameters=None, *, timeout=60):
+        """Have a command ready for the next poll; return its id."""
+        identity = str(uuid4())
+        payload = CommandPayload(action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout)
+        self.commands.append(CommandFrame(id=identity, payload=payload))
+        return identity
+
+    def stop(self):
+        """Hang up on everybody and stop listening."""
+        if os.getpid() != self._pid:
+            return
+        self.stopped = True
+        self.hang_up()
+        for task in self._tasks:
+            task.join(5)
+        self._listener.close()
+
+    def hang_up(self):
+        """Break every connection."""
+        for sock in self.connections:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    # -- what it does by itself
+
+    def answer(self, request):
+        """Return status, headers and body for a request."""
+        scripted = self.answers.get(request.method)
+        if scripted:
+            return scripted.pop(0)
+        if request.path == "/api/v1/health":
+            return 200, {}, b'{"status":"ok"}'
+        if request.path == "/ws/agent":
+            return 404, {}, b'{"detail":"Not Found"}'
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return 401, {}, b'{"detail":"invalid agent token"}'
+        if len(request.body) > self.body_limit:
+            return 413, {}, b'{"error":"payload_too_large"}'
+        if request.path == "/api/v1/agent/commands" and request.method == "GET":
+            return self._commands(request)
+        if request.path == "/api/v1/agent/events" and request.method == "POST":
+            return self._events(request)
+        self.mishaps.append(f"{request.method} {request.path}")
+        return 404, {}, b"{}"
+
+    def _commands(self, request):
+        wait, most = float(request.query["wait"]), int(request.query["max_frames"])
+        ids = {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT}
+        if most == 0:
+            self.sessions[request.nonce] = Nonce(self.secret, request.nonce)
+            return 200, ids, b'{"frames":[]}'
+        session = self.sessions.get(request.nonce)
+        if session is None or session.dead:
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        session.polling += 1
+        if session.polling > 1:
+            self.mishaps.append("two polls at once")
+        try:
+            until = self.seam.now() + wait
+            while not self.commands and self.seam.now() < until and not self.stopped:
+                self.seam.sleep(0.02)
+        finally:
+            session.polling -= 1
+        ready, self.commands = self.commands[:most], self.commands[most:]
+        frames = [session.signer.sign_and_serialize(frame) for frame in ready]
+        return 200, ids, json.dumps({"frames": [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]}).encode()
+
+    def _events(self, request):
+        session = self.sessions.get(request.nonce)
+        if session is None or session.dead:
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        session.posting += 1
+        if session.posting > 1:
+            self.mishaps.append("two uploads at once")
+        try:
+            self.seam.sleep(self.post_seconds)
+            frames = json.loads(request.body)["frames"]
+            for text in frames:
+                session.frames.append(session.verifier.parse_and_verify(text.encode()))
+        except SignatureError as error:
+            session.dead = True
+            self.mishaps.append(error)
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        finally:
+            session.posting -= 1
+        return 200, {}, json.dumps({"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}).encode()
+
+    def _accept(self):
+        while not self.stopped:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                self.seam.wait_readable(self._listener, 0.1)
+                continue
+            sock.settimeout(0)
+            self.connections.append(sock)
+            self._tasks.append(self.seam.spawn(self._serve, sock, name="http-peer"))
+
+    def _serve(self, sock):
+        try:
+            if self.tls is not None:
+                raw, sock = sock, self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                self.connections[self.connections.index(raw)] = sock
+                self._patiently(sock, sock.do_handshake)
+            self._converse(sock)
+        except ForkedChildError:
+            raise
+        except (GoneError, OSError):
+            pass
+        except Exception as error:
+            self.mishaps.append(error)
+        finally:
+            if not self.seam.forked():
+                sock.close()
+
+    def _converse(self, sock):
+        ahead = b""
+        while not self.stopped:
+            while b"\r\n\r\n" not in ahead:
+                ahead += self._some(sock)
+            head, ahead = ahead.split(b"\r\n\r\n", 1)
+            line, *lines = head.decode("latin-1").split("\r\n")
+            method, target, _ = line.split()
+            headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
+            size = int(headers.get("content-length", 0))
+            while len(ahead) < size:
+                ahead += self._some(sock)
+            body, ahead = ahead[:size], ahead[size:]
+            request = Request(method, target, headers, body)
+            self.requests.append(request)
+            if method == "POST" and self.drop_posts:
+                self.drop_posts -= 1
+                return
+            status, extra, content = self.answer(request)
+            extra = {"Date": formatdate(usegmt=True), "Content-Type": "application/json", "Content-Length": str(len(content)), **extra}
+            text = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
+            self._push(sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
+
+    def _some(self, sock):
+        data = self._patiently(sock, lambda: sock.recv(65536))
+        if not data:
+            raise GoneError
+        return data
+
+    def _push(self, sock, data):
+        while data:
+            sent = self._patiently(sock, lambda: sock.send(data))  # noqa: B023 - called at once
+            data = data[sent:]
+
+    def _patiently(self, sock, action):
+        while True:
+            try:
+                return action()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.seam.wait_readable(sock, 1.0)
+            except ssl.SSLWantWriteError:
+                self.seam.wait_writable(sock, 1.0)
