@@ -282,9 +282,9 @@ class Agent:
             host.disconnect()
 
     def _await_acks(self, deadline: float) -> None:
-        sender = self._sender
-        while sender is not None and self._sender is sender and self.seam.now() < deadline:
-            if sender.idle() and not self.keeper.stats().rows:
+        while self.supervisor.busy and self.seam.now() < deadline:
+            sender = self._sender
+            if (sender is None or sender.idle()) and not self.keeper.stats().rows:
                 return
             self._wake_sender()
             self.seam.sleep(0.02)

@@ -49,12 +49,23 @@ class Supervisor:
         self._counters = counters
         self._now = seam.event()
         self._failures = 0
+        self._attempt: Any = None
+        self._begun = False
+        self._ended = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a session stands or may yet come without a pause before it: there is something to wait for."""
+        return not self._begun or self._attempt is not None
 
     def run(self, stopping: Any) -> None:
-        """Keep a session until ``stopping`` (an ``IEvent``) is set."""
-        while not stopping.is_set():
+        """Keep a session until ``stopping`` (an ``IEvent``) is set.
+
+        The first attempt is made even then, unless ``end`` was called: a script may be over before its loops have run.
+        """
+        while not (stopping.is_set() and self._begun) and not self._ended:
             try:
-                self._session(stopping)
+                self._session()
             except AgentError as error:
                 self._after(error, stopping)
 
@@ -65,21 +76,25 @@ class Supervisor:
             self.link.shut()
 
     def end(self) -> None:
-        """End the session for good; ``stopping`` has been set."""
+        """End the session, or the attempt at one, for good; ``stopping`` has been set."""
+        self._ended = True
         self.reconnect()
+        if self._attempt is not None:
+            self._attempt.abort()
 
-    def _session(self, stopping: Any) -> None:
-        transport = self._transport()
+    def _session(self) -> None:
+        transport = self._attempt = self._transport()
+        self._begun = True
         try:
             welcome = read_welcome(transport.connect(self._hello()))
             link = Link(transport, Session(welcome, self._secret()), self._seam)
             self.link = link
-            if stopping.is_set():
+            if self._ended:
                 return
             self._welcome(link)
             self._serve(link)
         finally:
-            self.link = None
+            self.link = self._attempt = None
             transport.close()
 
     def _welcome(self, link: Link) -> None:

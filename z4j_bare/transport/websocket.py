@@ -162,7 +162,7 @@ class WebSocketTransport:
         if sock is None or self._seam.forked():
             return
         try:
-            if not self._sending:
+            if isinstance(sock, Line) and not self._sending:  # it is a plain socket until the upgrade is through
                 sock.offer(_goodbye())
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
