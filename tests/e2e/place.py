@@ -1,6 +1,7 @@
 """One project in the brain, one broker's corner, and the workers in it: what a test module shares."""
 
 import os
+import sys
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,8 @@ class Place:
         log = self.home / f"{name}.log"
         env = self.environment(agent=agent, **(environment or {}))
         worker = Worker(app, pool=pool, log=log, environment=env, name=name, **how)
+        worker.command[1:3] = []  # the script of that name, as z4j_celery's own start knows no ``python -m celery``
+        worker.command[0] = str(Path(sys.executable).with_name("celery"))
         self._stack.enter_context(worker)
         worker.start()
         return worker

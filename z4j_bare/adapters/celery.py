@@ -14,14 +14,15 @@ logger = logging.getLogger("z4j.runtime.adapters.celery")
 #: Pauses in seconds before each repetition: 1 s and 5 s after the connection.
 PAUSES = (1.0, 4.0)
 
-#: Seconds between further repetitions where we watch workers that are not ours: one may have started since.
-EVERY = 60.0
+#: Seconds between further repetitions where we watch workers that are not ours: one may have started since, and until
+#: then its events are lost.
+EVERY = 10.0
 
 
 def nudge_events(engine: Any, seam: BaseConcurrency, going: Callable[[], bool] = lambda: False) -> Task:
     """Broadcast ``enable_events`` again, 1 s and 5 s from now, in a task of its own.
 
-    Without a worker of our own (``engine.worker_hostname``), every minute after that while ``going()``.
+    Without a worker of our own (``engine.worker_hostname``), every ten seconds after that while ``going()``.
 
     The adapter broadcasts once, and on Redis the worker subscribes to its control channel only after the
     handlers of ``worker_ready`` have returned: 0 of 12 runs had events on prefork, threads and solo, all had

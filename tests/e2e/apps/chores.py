@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -139,7 +140,7 @@ def runs_asgiref():
     return async_to_sync(work)()
 
 
-visit = orm.create_model(HOME)
+visit = orm.create_model(Path(tempfile.mkdtemp(dir=HOME)))  # other processes import this module too
 
 
 @app.task(name="e2e.runs_orm")
