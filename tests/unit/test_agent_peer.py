@@ -556,6 +556,24 @@ def test_starts_again_after_stop(runtime, peer, until):
     until(lambda: [event["data"]["number"] for event in peer.events()] == [5])
 
 
+def test_a_session_loop_that_dies(install, peer, until, monkeypatch, caplog):
+    """A bug in a session's loop is counted and logged, ends that session, and the next one waits its turn and works."""
+    real, died = send.SendLoop.run, []
+
+    def run(loop):
+        if len(died) < 2:
+            died.append(1)
+            raise ValueError("a bug")
+        real(loop)
+
+    monkeypatch.setattr(send.SendLoop, "run", run)
+    runtime = install()
+    runtime.record_event(an_event(1))
+    until(lambda: peer.events())
+    assert runtime.stats()["restarts"] == {"z4j-send": 2}
+    assert "loop z4j-send died of ValueError; next attempt" in caplog.text
+
+
 def test_request_reconnect(runtime, peer, until):
     """request_reconnect() ends the session and makes a new one at once, and cuts a back-off short."""
     first = peer.last

@@ -17,6 +17,9 @@ from z4j_bare.interfaces import IConcurrency, IEvent
 
 _native_thread = patcher.original("_thread").get_ident
 
+#: Seconds after which a waiter looks at its flag by itself, for those raised in another native thread.
+LOOK = 1.0
+
 
 @implementer(IEvent)
 class Event:
@@ -32,7 +35,7 @@ class Event:
         """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
         self._flag = True
         if _native_thread() != self._thread:
-            return  # a hub can only be woken from its own thread; the waiter sees the flag when its time is up
+            return  # a hub can only be woken from its own thread; the waiter sees the flag at its next look
         for _ in range(self._waiters):
             self._gate.release()
         self._waiters = 0
@@ -54,7 +57,7 @@ class Event:
                 return False
             self._waiters += 1
             # A permit left over by a waiter that timed out just then costs one more turn of this loop, no more.
-            if not self._gate.acquire(timeout=left):
+            if not self._gate.acquire(timeout=LOOK if left is None else min(left, LOOK)):
                 self._waiters = max(0, self._waiters - 1)
         return True
 
