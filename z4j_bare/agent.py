@@ -16,11 +16,11 @@ from z4j_core.transport.hmac import decode_agent_hmac_secret
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost
 from z4j_bare.adapters.redaction import merge_redaction
+from z4j_bare.buffer.adopt import Orphan
 from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.paths import new_store_path
+from z4j_bare.buffer.opening import open_store
 from z4j_bare.buffer.rows import RESULT
-from z4j_bare.buffer.store import BufferStore
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
@@ -29,6 +29,7 @@ from z4j_bare.health.figures import Figures
 from z4j_bare.health.lateness import Lateness
 from z4j_bare.health.probes import HealthLoop
 from z4j_bare.hosting import is_celery_worker, ready_worker
+from z4j_bare.loops.adopt import AdoptLoop
 from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.flush import FlushLoop
 from z4j_bare.loops.heartbeat import HeartbeatLoop
@@ -42,8 +43,11 @@ from z4j_bare.wire import frames
 from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from z4j_core.models import Config, Event
 
+    from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.link import Link
 
@@ -93,6 +97,7 @@ class Agent:
             most=settings.flush_events,
             stored=self._wake_sender,
         )
+        self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
         self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
         self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
         self.lateness = Lateness(seam)
@@ -118,6 +123,7 @@ class Agent:
             ("z4j-supervisor", self.supervisor.run),
             ("z4j-health", self._health.run),
             ("z4j-lateness", self.lateness.run),
+            ("z4j-adopt", self._adopter.run),
         ]
         loops += [(f"z4j-presence-{each.engine}", partial(each.presence.run, self.seam)) for each in self.sources]
         for name, run in loops:
@@ -178,12 +184,20 @@ class Agent:
 
     def _open_store(self) -> BufferStore:
         config = self._config
-        return BufferStore(
-            new_store_path(config.buffer_path),
+        return open_store(
+            config.buffer_path,
             max_rows=config.buffer_max_events,
             max_bytes=config.buffer_max_bytes,
-            deployment=f"{config.project_id}-{sha256(self.secret()).hexdigest()[:16]}",
+            deployment=self._deployment(),
         )
+
+    def _claim(self, path: Path) -> Orphan:
+        config = self._config
+        return Orphan(path, self._deployment(), max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes)
+
+    def _deployment(self) -> str:
+        """Return whose rows ours are: they must not reach another project, nor be signed for one."""
+        return f"{self._config.project_id}-{sha256(self.secret()).hexdigest()[:16]}"
 
     def _token(self) -> str:
         path = self._settings.token_file

@@ -58,11 +58,11 @@ def wal_pages(max_bytes: int) -> int:
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
 
-def connect(path: Path, *, busy_timeout: float, max_bytes: int) -> sqlite3.Connection:
+def connect(path: Path, *, busy_timeout: float, max_bytes: int, deployment: str) -> sqlite3.Connection:
     """Open an existing file with every pragma set, but leave its tables alone.
 
     ``busy_timeout`` is in seconds, 0 fails at once. Raises ``sqlite3.Error``, or ``LocalStorageError`` for a
-    file which is not ours, is newer than we are, or lies where WAL does not work.
+    file which is not ours, of another deployment, newer than we are, or lies where WAL does not work.
     """
     connection = sqlite3.connect(
         path.as_uri() + "?mode=rw",
@@ -72,7 +72,7 @@ def connect(path: Path, *, busy_timeout: float, max_bytes: int) -> sqlite3.Conne
         check_same_thread=False,  # any worker of a thread pool may carry the next call
     )
     try:
-        _refuse_foreign(connection, path)
+        _refuse_foreign(connection, path, deployment)
         _configure(connection, path, wal_pages(max_bytes))
     except BaseException:
         connection.close()
@@ -104,13 +104,15 @@ def number(connection: sqlite3.Connection, query: str) -> int:
     return int(connection.execute(query).fetchone()[0])
 
 
-def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str) -> None:
     mark = number(connection, "PRAGMA application_id")
     if mark != APPLICATION_ID and (mark or number(connection, "SELECT count(*) FROM sqlite_master")):
         raise LocalStorageError(f"{path} is not a store of this agent (application id {mark:#x})")
     version = number(connection, "PRAGMA user_version")
     if version > VERSION:
         raise LocalStorageError(f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})")
+    if version and connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone() != (deployment,):
+        raise LocalStorageError(f"the store {path} belongs to another deployment")
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:

@@ -293,15 +293,15 @@ class BufferStore:
 
     def _open(self, deployment: str, busy_timeout: float) -> None:
         paths.check_file(self.path)
-        self._connection = connect(self.path, busy_timeout=busy_timeout, max_bytes=self._max_bytes)
+        self._connection = connect(
+            self.path, busy_timeout=busy_timeout, max_bytes=self._max_bytes, deployment=deployment
+        )
         with transaction(self._connection):
             migrate(self._connection, deployment=deployment, now=self._clock())
-        self._load(deployment)
+        self._load()
 
-    def _load(self, deployment: str) -> None:
+    def _load(self) -> None:
         meta = dict(self._connection.execute("SELECT key, value FROM meta"))
-        if meta["deployment"] != deployment:
-            raise LocalStorageError(f"the store {self.path} belongs to another deployment")
         self.buffer_id: str = meta["buffer_id"]
         self._next_id: int = meta["next_id"]
         self._confirmed: int = meta["confirmed"]

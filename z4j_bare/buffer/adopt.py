@@ -1,0 +1,96 @@
+"""The rows of dead processes: found, claimed and moved, in steps small enough for ``offload``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from z4j_bare.buffer import paths
+from z4j_bare.buffer.faults import CORRUPT, cause_of
+from z4j_bare.buffer.lock import OwnerLock
+from z4j_bare.buffer.rows import DROP_ORDER, Legacy
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.errors import LocalStorageError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Container
+    from pathlib import Path
+
+#: What one step moves at most: 500 rows are 10 ms off the hub, and one frame.
+STEP_ROWS = 500
+STEP_BYTES = 1024 * 1024
+
+#: Rows of the heir above which nothing moves. It is the longest window in flight, so that the brain never waits for a
+#: step, and a fresh event waits behind few adopted ones.
+ENOUGH_ROWS = 1_000
+
+MOVED = "moved"
+WAIT = "wait"
+DONE = "done"
+
+
+def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[Path]:
+    """Return the files that may be a dead process's: who owns one, its lock tells. Longest untouched first."""
+    return [path for place in paths.places(buffer_path) for path in paths.stores_in(place) if path not in skip]
+
+
+class Orphan:
+    """A dead process's store, claimed by the constructor: ``LocalStorageError`` when its owner lives (``busy``), when it is
+    of another deployment, or cannot be read (it is set aside then).
+
+    Rows are appended to the heir before they leave here: whoever dies in between leaves them twice, and the brain knows an
+    event again by its id and time.
+    """  # noqa: D205
+
+    def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
+        self.path = path
+        self.moved = 0
+        self._enough_rows = min(ENOUGH_ROWS, max_rows // 4)
+        self._enough_bytes = max_bytes // 4
+        try:
+            self._store = BufferStore(
+                path, deployment=deployment, max_rows=max_rows, max_bytes=max_bytes, busy_timeout=0.1, create=False
+            )
+        except LocalStorageError as error:
+            if cause_of(error) == CORRUPT:
+                _set_aside(path)
+            raise
+        self._legacy: Legacy | None = None
+
+    def left(self) -> int:
+        """Return the number of rows still here."""
+        return self._store.size()
+
+    def step(self, heir: BufferStore) -> str:
+        """Move some rows; ``moved``, ``wait`` (the heir has enough to do), or ``done``: the file is gone."""
+        if self._legacy is None:
+            # First of all: the brain may deliver a command of the dead one again as soon as we are connected.
+            self._legacy = self._store.legacy()
+            heir.inherit(Legacy({}, self._legacy.ledger))
+        if heir.size() >= self._enough_rows or heir.byte_size() >= self._enough_bytes:
+            return WAIT
+        rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), DROP_ORDER)
+        if not rows:
+            heir.inherit(Legacy(self._legacy.losses))
+            self._store.close(bequeathed=True)
+            return DONE
+        heir.take_over(rows)
+        self._store.confirm([row.id for row in rows])
+        self.moved += len(rows)
+        return MOVED
+
+    def close(self) -> None:
+        """Let it go; with rows left in it, it is an orphan again."""
+        self._store.close()
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a file that cannot be read, while nobody else can claim it."""
+    lock = OwnerLock(paths.lock_of(path))
+    try:
+        paths.set_aside(path, time.time())
+    except OSError:
+        pass
+    finally:
+        lock.release(delete=not path.exists())
