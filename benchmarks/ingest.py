@@ -1,5 +1,149 @@
-"""Later."""
-def add_arguments(p):
-    pass
-def run(a):
-    pass
+"""How many events a second the brain takes from one connection, by how many a frame carries.
+
+No worker and no buffer: frames are made, signed and sent by the agent's own wire and transport as fast as acks allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from benchmarks.peers import Peers, progress
+from benchmarks.report import circumstances, save, table
+from z4j_bare.demo.process import HarnessError
+
+if TYPE_CHECKING:
+    from z4j_bare.demo.rest import Credentials
+
+FRAMES = (500, 50, 1)
+IN_FLIGHT = 1000
+_PATIENCE = 120.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's options."""
+    parser.add_argument("--events", type=int, default=3000, help="per frame size (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every frame size in every round; print and save the table."""
+    before = circumstances()
+    rates: dict[int, list[float]] = {size: [] for size in FRAMES}
+    with Peers() as peers:
+        for number in range(args.rounds):
+            for size in FRAMES[number % len(FRAMES) :] + FRAMES[: number % len(FRAMES)]:
+                count = args.events if size > 1 else max(1, args.events // 6)  # 49 a second
+                progress(f"round {number + 1}: {count} events in frames of {size}")
+                rates[size].append(Feed(peers.new_agent("ingest")).rate(count, size))
+    rows = [(size, *(f"{each:.0f}" for each in (min(found), median(found), max(found)))) for size, found in rates.items()]
+    print(table(("events a frame", "lowest events/s", "median", "highest"), rows))
+    print(f"saved {save('ingest', {**before, 'events_per_second': rates})}")
+
+
+class Feed:
+    """One session that sends events and counts acks."""
+
+    def __init__(self, agent: Credentials) -> None:
+        from z4j_core.transport.hmac import decode_agent_hmac_secret
+
+        from z4j_bare.concurrency.threads import ThreadsConcurrency
+        from z4j_bare.transport.websocket import WebSocketTransport, websocket_url
+
+        self._secret = decode_agent_hmac_secret(agent.hmac_secret)
+        self._seam = ThreadsConcurrency()
+        url = websocket_url(agent.brain_url, dev_mode=False)
+        self._transport = WebSocketTransport(url, lambda: agent.token, self._seam)
+        self._flying: dict[str, int] = {}
+        self._turn = threading.Condition()
+
+    def rate(self, count: int, size: int) -> float:
+        """Return events a second, from the first frame sent to the last ack received."""
+        from z4j_bare.wire.session import Session, read_welcome
+
+        self._session = Session(read_welcome(self._transport.connect(_hello())), self._secret)
+        reader = threading.Thread(target=self._read, args=(count,), daemon=True)
+        reader.start()
+        try:
+            began = time.monotonic()
+            for events in _frames(_events(count), size):
+                self._send(events)
+            reader.join(_PATIENCE)
+            if reader.is_alive():
+                raise HarnessError(f"the brain acknowledged too little within {_PATIENCE:.0f} s")
+            return count / (self._ended - began)
+        finally:
+            self._transport.abort()
+            reader.join(5.0)
+            self._transport.close()
+
+    def _send(self, events: Sequence[bytes]) -> None:
+        from z4j_bare.wire.frames import event_batch, frame_id
+
+        frame = frame_id("ev")
+        with self._turn:
+            self._turn.wait_for(lambda: sum(self._flying.values()) + len(events) <= IN_FLIGHT, _PATIENCE)
+            self._flying[frame] = len(events)
+        payload = event_batch(events)
+        self._transport.send(lambda: self._session.sign("event_batch", frame, payload, time.time()))
+
+    def _read(self, count: int) -> None:
+        while count > 0:
+            message = self._transport.receive(_PATIENCE)
+            if message is None:
+                return
+            frame: Any = self._session.open(message)
+            if frame.type == "event_batch_ack":
+                with self._turn:
+                    count -= self._flying.pop(str(frame.payload.acked_id))
+                    self._turn.notify()
+        self._ended = time.monotonic()
+
+
+def _hello() -> bytes:
+    from datetime import UTC, datetime
+
+    from z4j_bare.wire.frames import Identity, hello
+
+    now = datetime.now(UTC)
+    return hello(Identity("bare", "1.13.0", f"bench-{uuid4().hex[:8]}", 1, now, engines=("celery",)))
+
+
+def _events(count: int) -> Iterator[bytes]:
+    """Yield the events of tasks without arguments, three a task, as the capture makes them."""
+    from z4j_core.redaction.engine import RedactionEngine
+
+    from z4j_bare.capture.encode import Encoder
+    from z4j_bare.capture.redact import Redactor
+
+    encode = Encoder("celery", Redactor(RedactionEngine()))
+    own = {"worker": "worker@bench", "queue": "bench"}
+    common = {"task_name": "bench.nap"}
+    for number in range(count):
+        kind = number % 3
+        if kind == 0:
+            task = str(uuid4())
+        extra = ({"args": [], "kwargs": {}, "root_task_id": task}, {}, {"result": None, "runtime_ms": 10})[kind]
+        name = ("task.received", "task.started", "task.succeeded")[kind]
+        yield encode((name, time.time(), task, common, {**own, **extra}))
+
+
+def _frames(events: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """Yield batches of at most ``size`` events and 128 KiB, as the send loop makes them."""
+    from z4j_bare.loops.send import FRAME_BYTES
+
+    batch: list[bytes] = []
+    room = FRAME_BYTES
+    for event in events:
+        if batch and (len(batch) == size or len(event) > room):
+            yield batch
+            batch, room = [], FRAME_BYTES
+        batch.append(event)
+        room -= len(event)
+    if batch:
+        yield batch
