@@ -1,0 +1,174 @@
+"""Long-poll and the way there and back, with the real brain and its default body limit of 8 KiB."""
+
+import datetime as dt
+import socket
+import threading
+from contextlib import suppress
+from uuid import uuid4
+
+import pytest
+from z4j_core.models import CommandResult, Event, EventKind
+
+from tests.e2e.place import Place
+from z4j_bare import _process_singleton, install_agent
+from z4j_bare.demo.process import until
+from z4j_bare.transport import fallback
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def place(brain, redis_url, tmp_path_factory):
+    with Place(brain, redis_url, tmp_path_factory.mktemp("longpoll")) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def host(place):
+    """A gevent worker on forced long-poll that was never told its agent id."""
+    worker = place.worker(pool="gevent", environment={"Z4J_TRANSPORT": "longpoll"})
+    place.warm_up()
+    return worker
+
+
+def test_events_and_heartbeats_arrive(place, host):
+    """Tasks are told whole, and heartbeats keep the agent online though no process ever said hello."""
+    rows = [place.row(task_id, "success") for task_id in [place.send("add", number, 1) for number in range(60)]]
+    assert [row["result"] for row in rows] == list(range(1, 61))
+    assert place.kinds(rows[-1]["task_id"]) == ["task.received", "task.started", "task.succeeded"]
+    assert place.sessions() == {}
+    until(lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online", "the agent online", timeout=20)
+    assert "connected over longpoll" in host.output()
+
+
+def test_what_is_too_large_is_cut(place, host):
+    """A task whose arguments alone are over the body limit still has its row, with a mark in their place."""
+    row = place.row(place.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success")
+    assert row["result"] == 3
+    assert "bytes cut" in str((row["args"], row["kwargs"]))
+
+
+def test_commands_and_results_travel(place, host):
+    """A retry and a cancellation are carried out and completed, though their results go by POST."""
+    task_id = place.send("fails", "no")
+    place.row(task_id, "failure")
+    issued = place.brain.issue(place.project, "retry-task", agent_id=place.agent.agent_id, engine="celery", task_id=task_id)
+    done = place.brain.wait_command(place.project, issued["id"])
+    assert (done["status"], done["error"]) == ("completed", None)
+    issued = place.brain.issue(place.project, "cancel-task", agent_id=place.agent.agent_id, engine="celery", task_id=uuid4().hex)
+    done = place.brain.wait_command(place.project, issued["id"])
+    assert (done["status"], done["error"]) == ("completed", None)
+
+
+def test_a_worker_on_long_poll_stops_in_time(place, host):
+    """SIGTERM ends it cleanly although a poll hangs, and its last events are there."""
+    task_id = place.send("add", 20, 3)
+    place.outcome(task_id)
+    assert host.stop() == 0
+    assert place.row(task_id, "success")["result"] == 23
+    assert "please report it" not in host.output()
+
+
+class Proxy:
+    """A proxy in front of the brain that answers 403 to upgrades while ``blocking``."""
+
+    def __init__(self, brain):
+        self.blocking = True
+        self.refused = 0
+        self._brain = ("127.0.0.1", brain.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._socks = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        self._listener.close()
+        for sock in self._socks:
+            sock.close()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._socks.append(sock)
+                threading.Thread(target=self._pass, args=(sock,), daemon=True).start()
+
+    def _pass(self, sock):
+        with suppress(OSError), sock:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                piece = sock.recv(65536)
+                if not piece:
+                    return
+                head += piece
+            if b"upgrade: websocket" in head.lower() and self.blocking:
+                self.refused += 1
+                sock.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked")
+                return
+            inner = socket.create_connection(self._brain)
+            self._socks.append(inner)
+            inner.sendall(head)
+            back = threading.Thread(target=_copy, args=(inner, sock), daemon=True)
+            back.start()
+            _copy(sock, inner)
+            back.join()
+
+
+def _copy(source, target):
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    for sock in (source, target):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+class Engine:
+    name = "stub"
+
+    def capabilities(self):
+        return {"cancel_task"}
+
+    async def cancel_task(self, task_id):
+        return CommandResult(status="success", result={"cancelled": task_id})
+
+
+def an_event(number):
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC), data={"task_name": "e2e.stub", "result": number},
+    )  # fmt: skip
+
+
+def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeypatch):
+    """Behind a proxy that refuses upgrades the agent uses long-poll, returns when it may, and each event has one row."""
+    monkeypatch.setattr(fallback, "FIRST", 2.0)
+    monkeypatch.setattr(fallback, "LONGEST", 2.0)
+    agent = agent_credentials()
+    proxy = Proxy(brain)
+    runtime = install_agent(
+        engines=[Engine()], brain_url=proxy.url, token=agent.token, project_id=agent.project, hmac_secret=agent.hmac_secret
+    )
+    try:
+        for number in range(50):
+            runtime.record_event(an_event(number))
+        until(lambda: runtime.stats()["acked"] == 50, "acks over long-poll", timeout=30)
+        assert runtime.stats()["transport"] == "longpoll"
+        assert brain.agent(agent.project, agent.agent_id)["state"] == "online"
+        issued = brain.issue(agent.project, "cancel-task", agent_id=agent.agent_id, engine="stub", task_id="t-1")
+        assert brain.wait_command(agent.project, issued["id"])["status"] == "completed"
+        proxy.blocking = False
+        for number in range(50, 100):
+            runtime.record_event(an_event(number))
+        until(lambda: runtime.stats()["transport"] == "ws", "WebSocket again", timeout=60)
+        for number in range(100, 150):
+            runtime.record_event(an_event(number))
+        until(lambda: runtime.stats()["acked"] == 150, "all acks", timeout=30)
+        assert proxy.refused >= 1
+        assert len(brain.agent_workers(agent.project)) == 1
+        assert sorted(row["result"] for row in brain.tasks(agent.project)) == list(range(150))
+        assert {len(brain.events(agent.project, "stub", f"t-{number}")) for number in (0, 75, 149)} == {1}
+    finally:
+        runtime.stop()
+        _process_singleton.clear_runtime(expected=runtime)
+        proxy.close()
