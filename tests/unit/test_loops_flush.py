@@ -65,6 +65,15 @@ def test_the_threshold_does_not_wait(world):
     assert len(world.numbers()) == 256
 
 
+def test_an_idle_loop_sleeps(world):
+    """With nothing captured the loop hardly wakes, and the first event after a long rest is still stored in time."""
+    world.seam.advance(60)
+    assert world.seam.steps.count <= 15
+    world.put(1)
+    world.seam.advance(0.2)
+    assert world.numbers() == [0]
+
+
 def test_batches_are_bounded_and_ordered(world):
     """A burst goes to the store in several transactions of bounded size, in order."""
     world.put(2000)

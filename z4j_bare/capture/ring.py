@@ -15,7 +15,8 @@ class Ring:
     """A bounded queue, oldest out first, that counts what it lost.
 
     :param limit: events held at most.
-    :param threshold: events at which ``wake`` is set, so that the flush loop does not wait for its interval.
+    :param threshold: events at which ``wake`` is set, so that the flush loop does not wait for its interval. It is also set
+        by the first event after :meth:`rest`: looking five times a second instead costs an idle worker 1 ms/s.
     :param wake: an ``IEvent``.
     """
 
@@ -25,6 +26,7 @@ class Ring:
         self._threshold = min(threshold, limit)
         # next() on a count is one bytecode: no update is lost between native threads, and no lock is needed.
         self._counter = count(1)
+        self._resting = False
         self._produced = 0
         self._taken = 0
 
@@ -32,8 +34,16 @@ class Ring:
         """Append; over the limit the oldest goes. 0.3 microseconds."""
         self._items.append((encode, event))
         self._produced = next(self._counter)
-        if len(self._items) >= self._threshold:
+        if self._resting or len(self._items) >= self._threshold:
+            self._resting = False
             self.wake.set()
+
+    def rest(self) -> bool:
+        """Ask for a wake by the next event; ``False`` if there are events already. For the flush loop only."""
+        self._resting = True  # before the look: an event that comes between the two sets ``wake``
+        if self._items:
+            self._resting = False
+        return self._resting
 
     def take(self, most: int) -> list[Captured]:
         """Remove and return at most ``most`` of the oldest. For the flush loop only."""
