@@ -205,20 +205,24 @@ class Agent:
 
     def _hello(self) -> bytes:
         config, pid = self._config, os.getpid()
-        return frames.hello(
-            frames.Identity(
-                framework=self._framework.name,
-                agent_version=self._version,
-                worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}",
-                worker_pid=pid,
-                worker_started_at=self._started_at,
-                worker_role=config.worker_role or self._role(),
-                agent_name=config.agent_name,
-                engines=tuple(self.hosts),
-                schedulers=tuple(scheduler.name for scheduler in self._schedulers),
-                capabilities=self.capabilities(),
-            )
+        self._identity = frames.Identity(
+            framework=self._framework.name,
+            agent_version=self._version,
+            worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}",
+            worker_pid=pid,
+            worker_started_at=self._started_at,
+            worker_role=config.worker_role or self._role(),
+            agent_name=config.agent_name,
+            engines=tuple(self.hosts),
+            schedulers=tuple(scheduler.name for scheduler in self._schedulers),
+            capabilities=self.capabilities(),
         )
+        return frames.hello(self._identity)
+
+    def _status(self) -> bytes:
+        """Return an ``agent_status``; a session's first one tells of the failures before it."""
+        streaks, self.supervisor.overcome = self.supervisor.overcome, {}
+        return self.figures.status(streaks, self.supervisor.connected_at, self._identity)
 
     def _role(self) -> str | None:
         if is_celery_worker():
@@ -237,6 +241,7 @@ class Agent:
             self.figures.heartbeat,
             interval=min(float(self._config.heartbeat_seconds), link.welcome.heartbeat_seconds),
             enabled=self._settings.heartbeat,
+            status=None if self._settings.status_disabled else self._status,
         )
         failures: list[AgentError] = []
         chores: list[tuple[Callable[[], None], str]] = [(sender.run, "z4j-send"), (beat.run, "z4j-heartbeat")]

@@ -82,6 +82,8 @@ class Settings:
     ring_events: int = setting("Z4J_RING_EVENTS", _count, 10_000, 1)
     #: Send heartbeats. Off, the agent shows as offline after 30 s.
     heartbeat: bool = setting("Z4J_HEARTBEAT", _switch, True)
+    #: Send no ``agent_status``, the agent's report on itself that the brain keeps as history.
+    status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _switch, False)
     #: Re-read at every connect, so that a rotated secret needs no restart.
     token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)  # noqa: RUF009
     hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)  # noqa: RUF009

@@ -102,7 +102,7 @@ def install(peer, engine):
 def runtime(install, peer, until):
     """An agent with a session."""
     made = install()
-    until(lambda: peer.last and peer.last.frames)
+    until(lambda: peer.last and peer.last.frames and made.supervisor_state()["session_id"])
     return made
 
 
@@ -138,6 +138,24 @@ def test_heartbeats_at_the_brains_pace(install, peer, until):
     until(lambda: len(peer.frames("heartbeat")) >= 3)
     assert [frame.seq for frame in peer.sessions[0].frames] == list(range(1, len(peer.sessions[0].frames) + 1))
     assert peer.mishaps == []
+
+
+def test_the_agent_reports_on_itself(install, peer, until):
+    """The first heartbeat of a session is followed by an ``agent_status`` that names the engine and the losses."""
+    install()
+    status = until(lambda: peer.frames("agent_status"))[0].payload
+    assert (status.engines, status.connection_failure_streak) == (["stub"], 0)
+    assert status.telemetry_loss.event_records == 0
+    assert status.last_successful_connect_at
+
+
+def test_no_report_when_it_is_switched_off(install, peer, until, monkeypatch):
+    """With ``Z4J_AGENT_STATUS_DISABLED`` heartbeats go on and no ``agent_status`` is sent."""
+    monkeypatch.setenv("Z4J_AGENT_STATUS_DISABLED", "1")
+    peer.heartbeat = 1
+    install()
+    until(lambda: len(peer.frames("heartbeat")) >= 2)
+    assert peer.frames("agent_status") == []
 
 
 def test_no_heartbeat_keeps_the_session_alive(install, peer, until, monkeypatch):

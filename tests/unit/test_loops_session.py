@@ -96,6 +96,15 @@ def test_the_heartbeat_leaves_with_its_session(world):
     assert isinstance(ended[0], NetworkError)
 
 
+def test_the_agents_status_follows_a_sessions_first_heartbeat(world):
+    """The report on the agent itself comes right after the first heartbeat and then once a minute."""
+    loop = HeartbeatLoop(world.link, world.seam, world.counters, lambda: b"{}", interval=10, status=lambda: b'{"buffer_depth":1}')
+    world.seam.spawn(loop.run, name="beat")
+    world.seam.advance(125)
+    assert [(when, frame["type"]) for when, frame in world.transport.sent][:3] == [(0, "heartbeat"), (0, "agent_status"), (10, "heartbeat")]
+    assert [when for when, frame in world.transport.sent if frame["type"] == "agent_status"] == [0, 60, 120]
+
+
 # -- receive
 
 

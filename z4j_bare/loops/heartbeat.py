@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 #: Seconds between keepalives where heartbeats are switched off; the brain closes a session that is silent for 90.
 QUIET_INTERVAL = 30.0
 
+#: Seconds between two reports of how the agent is; the first follows a session's first heartbeat.
+STATUS_INTERVAL = 60.0
+
 
 class HeartbeatLoop:
     """Beats at once and then every ``interval`` seconds. It never touches the store: a slow disk must not look like death.
 
     :param payload: makes the frame's payload from what is in memory.
+    :param status: makes that of ``agent_status``, which the brain keeps as history; ``None``: none is sent.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class HeartbeatLoop:
         *,
         interval: float,
         enabled: bool = True,
+        status: Callable[[], bytes] | None = None,
     ) -> None:
         self._link = link
         self._seam = seam
@@ -39,6 +44,8 @@ class HeartbeatLoop:
         self._payload = payload
         self._interval = interval if enabled else QUIET_INTERVAL
         self._enabled = enabled
+        self._status = status
+        self._status_at = float("-inf")
 
     def run(self) -> None:
         """Beat until the session ends. Raises ``NetworkError``."""
@@ -47,6 +54,13 @@ class HeartbeatLoop:
                 cut = self._link.send_some("heartbeat", frame_id("hb"), self._payload(), lighter_heartbeat)
                 self._counters.recut += cut
                 self._counters.heartbeats += 1
+                self._report()
             else:
                 self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')
             self._seam.pause(self._link.closing, self._interval)
+
+    def _report(self) -> None:
+        now = self._seam.now()
+        if self._status is not None and now - self._status_at >= STATUS_INTERVAL:
+            self._link.send("agent_status", frame_id("as"), self._status())
+            self._status_at = now

@@ -41,6 +41,9 @@ class Supervisor:
     ) -> None:
         self.backoff = Backoff()
         self.link: Link | None = None
+        #: When the last session began, in seconds since the epoch, and the failures in a row that it ended.
+        self.connected_at = 0.0
+        self.overcome: dict[str, int] = {}
         self._transport = transport
         self._hello = hello
         self._secret = secret
@@ -107,6 +110,7 @@ class Supervisor:
             logger.info("z4j: connected over %s, session %s", link.transport.name, link.welcome.session_id)
         self._failures = 0
         self._counters.last_error = ""
+        self.connected_at, self.overcome = self._seam.wall(), self.backoff.streaks
         self.backoff.reset()
 
     def _after(self, error: AgentError, stopping: Any) -> None:

@@ -18,6 +18,9 @@ MAX_ERROR_CHARS = 8192
 #: Bytes of a result; beyond, a short one is sent that says so. A quarter of the brain's 1 MiB frame.
 MAX_RESULT_BYTES = 256 * 1024
 
+#: Seconds; the brain's limit for an age, ten years. A clock that was wrong can make older rows.
+MAX_AGE = 315_360_000.0
+
 RUNTIME_FEATURES = ("retry_by_reference",)
 
 
@@ -89,6 +92,35 @@ def command_result(status: str, result: Mapping[str, Any] | None, error: str | N
         return encoded
     note = f"the command ended with {status}, but its result of {len(encoded)} bytes is over the {MAX_RESULT_BYTES} limit"
     return canonical({**body, "status": "failed", "result": {"outcome": status, "oversized": True}, "error": note})
+
+
+def agent_status(
+    *,
+    streaks: Mapping[str, int],
+    connected_at: float,
+    session_age: float,
+    buffer_depth: int,
+    oldest_age: float | None,
+    identity: Identity,
+    loss: Mapping[str, Any],
+) -> bytes:
+    """Return the payload of an ``agent_status`` (2.7); ``streaks`` are failures in a row by their class."""
+    return canonical(
+        {
+            "auth_failure_streak": streaks.get("auth", 0),
+            "protocol_failure_streak": streaks.get("protocol", 0) + streaks.get("incompatible", 0),
+            "connection_failure_streak": streaks.get("connection", 0),
+            "last_successful_connect_at": datetime.fromtimestamp(connected_at, UTC).isoformat(),
+            "current_session_age_seconds": round(max(0.0, session_age), 3),
+            "buffer_depth": min(buffer_depth, 10_000_000),
+            "buffer_oldest_age_seconds": None if oldest_age is None else round(min(oldest_age, MAX_AGE), 3),
+            "agent_version": identity.agent_version[:40],
+            "protocol_version": PROTOCOL_VERSION,
+            "engines": list(identity.engines[:32]),
+            "schedulers": list(identity.schedulers[:32]),
+            "telemetry_loss": dict(loss),
+        }
+    )
 
 
 def heartbeat(
