@@ -1,0 +1,68 @@
+"""A worker is killed while the brain is away: what it had committed arrives with the next worker."""
+
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from tests.e2e.place import Place
+from z4j_bare.demo.brain import Brain
+from z4j_bare.demo.process import until
+
+pytestmark = pytest.mark.timeout(180)
+
+TASKS = 120
+
+#: Seconds from the next worker's readiness to the first adopted row in the brain: the promise is 5, and the machine of
+#: a test is shared.
+FIRST = 10.0
+
+
+@pytest.fixture
+def place(tmp_path, redis_url):
+    """A place with a brain of its own, because this one is stopped."""
+    with Brain(tmp_path / "brain") as brain, Place(brain, redis_url, tmp_path) as here:
+        yield here
+
+
+def buffered(home):
+    """Count the rows of all stores there, as a reader beside their owners may."""
+    total = 0
+    for path in home.glob("**/z4j-green-*.sqlite"):
+        with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5) as connection:
+            total += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+        connection.close()
+    return total
+
+
+def test_a_killed_workers_events_arrive_with_the_next_one(place, capsys):
+    """SIGKILL a gevent worker while the brain is stopped; brain and a new worker start: every task is there, soon."""
+    worker = place.worker(pool="gevent", name="w1@place")
+    place.warm_up()
+    place.brain.stop()
+    before = buffered(place.home)
+    ids = [place.send("add", number, 1) for number in range(TASKS)]
+    assert {place.outcome(task_id)[0] for task_id in ids} == {"SUCCESS"}
+    # received, started and succeeded of each, committed: at most a flush interval after the last task's end
+    until(lambda: buffered(place.home) >= before + 3 * TASKS, "the commit of all events", timeout=20)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: not worker.running, "the worker's end", timeout=10)
+    rows = buffered(place.home)
+    place.brain.start()
+    place.worker(pool="gevent", name="w2@place")
+    began = time.monotonic()
+
+    def known():
+        return {row["task_id"] for row in place.brain.tasks(place.project) if row["state"] == "success"}
+
+    until(lambda: known().intersection(ids), "the first of them", timeout=FIRST, interval=0.1)
+    first = time.monotonic() - began
+    until(lambda: known().issuperset(ids), "all of them", timeout=60, interval=0.2)
+    last = time.monotonic() - began
+    for task_id in ids[:: TASKS // 6]:
+        assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
+    until(lambda: len(list(place.home.glob("**/z4j-green-*.sqlite"))) == 1, "the end of the orphan's file", timeout=20)
+    with capsys.disabled():
+        print(f"\n{rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
