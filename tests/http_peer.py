@@ -121,10 +121,7 @@ class HttpPeer:
     def hang_up(self):
         """Break every connection."""
         for sock in self.connections:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            shut(sock)
 
     # -- what it does by itself
 
@@ -260,3 +257,94 @@ class HttpPeer:
                 self.seam.wait_readable(sock, 1.0)
             except ssl.SSLWantWriteError:
                 self.seam.wait_writable(sock, 1.0)
+
+
+class Tunnel:
+    """A forward proxy that knows nothing but CONNECT. ``heads`` holds the requests."""
+
+    def __init__(self, seam):
+        self.seam = seam
+        self.heads = []
+        self.stopped = False
+        self._socks = []
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(64)
+        self._listener.settimeout(0)
+        self.port = self._listener.getsockname()[1]
+        self._tasks = [seam.spawn(self._accept, name="tunnel")]
+
+    def stop(self):
+        self.stopped = True
+        for sock in self._socks:
+            shut(sock)
+        for task in self._tasks:
+            task.join(5)
+        self._listener.close()
+
+    def _accept(self):
+        while not self.stopped:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                self.seam.wait_readable(self._listener, 0.1)
+                continue
+            sock.settimeout(0)
+            self._socks.append(sock)
+            self._tasks.append(self.seam.spawn(self._join, sock, name="tunnel-line"))
+
+    def _join(self, sock):
+        head = b""
+        try:
+            with sock:
+                while b"\r\n\r\n" not in head:
+                    head += some(self.seam, sock)
+                self.heads.append(head.decode())
+                host, port = head.split()[1].decode().split(":")
+                with socket.create_connection((host, int(port))) as inner:
+                    inner.settimeout(0)
+                    self._socks.append(inner)
+                    sock.send(b"HTTP/1.1 200 Established\r\n\r\n")
+                    back = self.seam.spawn(pump, self.seam, inner, sock, name="tunnel-back")
+                    pump(self.seam, sock, inner)
+                    back.join(5)
+        except OSError:
+            pass
+
+
+def pump(seam, source, target, pieces=None):
+    """Copy until the end, or ``pieces`` reads; then hang up on both."""
+    try:
+        while pieces is None or pieces > 0:
+            data = some(seam, source)
+            while data:
+                try:
+                    data = data[target.send(data) :]
+                except BlockingIOError:
+                    seam.wait_writable(target, 1.0)
+            pieces = None if pieces is None else pieces - 1
+    except OSError:
+        pass
+    shut(source)
+    shut(target)
+
+
+def some(seam, sock):
+    """Read what there is, waiting for it; ``OSError`` at the end."""
+    while True:
+        try:
+            data = sock.recv(65536)
+        except BlockingIOError:
+            seam.wait_readable(sock, 1.0)
+            continue
+        if not data:
+            raise OSError("gone")
+        return data
+
+
+def shut(sock):
+    """Break a socket."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests.http_peer import HttpPeer
+from tests.http_peer import HttpPeer, pump, shut, some
 from tests.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, IncompatibleError, NetworkError
@@ -197,7 +197,7 @@ class Gate:
     def stop(self):
         self.stopped = True
         for sock in self._socks:
-            _shut(sock)
+            shut(sock)
         for task in self._tasks:
             task.join(5)
         self._listener.close()
@@ -217,7 +217,7 @@ class Gate:
         head = b""
         try:
             while b"\r\n\r\n" not in head:
-                head += self._some(sock)
+                head += some(self.seam, sock)
             upgrade = b"upgrade: websocket" in head.lower()
             self.upgrades += upgrade
             if upgrade and self.block == "403":
@@ -236,43 +236,9 @@ class Gate:
             inner.settimeout(0)
             self._socks.append(inner)
             inner.send(head)
-            back = self.seam.spawn(self._copy, inner, sock, 1 if mute else None, name="gate-back")
-            self._copy(sock, inner, None)
+            back = self.seam.spawn(pump, self.seam, inner, sock, 1 if mute else None, name="gate-back")
+            pump(self.seam, sock, inner)
             back.join(5)
-
-    def _copy(self, source, target, pieces):
-        """Copy until the end, or ``pieces`` reads: a proxy that lets the upgrade through and then hangs up."""
-        try:
-            while pieces is None or pieces > 0:
-                data = self._some(source)
-                while data:
-                    try:
-                        data = data[target.send(data) :]
-                    except BlockingIOError:
-                        self.seam.wait_writable(target, 1.0)
-                pieces = None if pieces is None else pieces - 1
-        except OSError:
-            pass
-        _shut(source)
-        _shut(target)
-
-    def _some(self, sock):
-        while True:
-            try:
-                data = sock.recv(65536)
-            except BlockingIOError:
-                self.seam.wait_readable(sock, 1.0)
-                continue
-            if not data:
-                raise OSError("gone")
-            return data
-
-
-def _shut(sock):
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 class StubEngine:

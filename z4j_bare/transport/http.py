@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProxyError
 
 from z4j_bare.errors import ForkedChildError, NetworkError
 from z4j_bare.transport.line import Line
@@ -164,7 +164,7 @@ class Client:
             with response:
                 content = b"".join(_bounded(response.iter_content(64 * 1024)))
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            raise NetworkError(f"cannot reach the brain: {_short(error)}") from None
+            raise NetworkError(f"cannot reach the brain: {_short(_root(error))}") from None
         self._used = self._seam.now()
         return Answer(response.status_code, response.headers, content)
 
@@ -248,6 +248,18 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
         if size > LONGEST:
             raise ValueError(f"an answer of more than {LONGEST} bytes")
         yield chunk
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what happened, from under the layers of ``requests`` and ``urllib3``; that it was the proxy stays."""
+    while not isinstance(error, ProxyError):
+        inner = getattr(error, "reason", None)
+        if not isinstance(inner, BaseException):
+            inner = next((each for each in error.args if isinstance(each, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
+    return error
 
 
 def _short(error: BaseException) -> str:
