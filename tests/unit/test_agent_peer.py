@@ -700,8 +700,9 @@ def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
         pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
     peer.heartbeat = 1
     runtime = install()
-    session = until(lambda: peer.last)
+    session = until(lambda: peer.last and peer.last.frames and peer.last)
     before = runtime.supervisor_state()["session_id"]
+    assert before == session.id
 
     def child():
         from time import sleep
