@@ -91,7 +91,7 @@ class Disk:
         method = getattr(self.store, name)
 
         def guarded(*args):
-            if self.full:
+            if self.full and name != "remembered":
                 raise LocalStorageError("no space left on device")
             return method(*args)
 

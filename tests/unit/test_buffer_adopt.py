@@ -154,12 +154,12 @@ def heir(home):
     one.end()
 
 
-def orphan(home, rows=10, deployment="p", first=0, clock=None):
+def orphan(home, rows=10, deployment="p", first=0, clock=None, size=0):
     """Leave a store as a dead process would; return its path."""
     options = {"clock": clock} if clock else {}
     store = BufferStore(new_store_path(home), deployment=deployment, **options)
     for start in range(first, first + rows, 5000):
-        store.append([("event", "t", b"%d" % number) for number in range(start, min(first + rows, start + 5000))])
+        store.append([("event", "t", b"%d" % number + b" " * size) for number in range(start, min(first + rows, start + 5000))])
     store._connection.close()
     store._lock.release()
     return store.path
@@ -414,6 +414,60 @@ def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
     heir.store.take_over = take_over
     heir.run(REFUSED + EVERY)
     assert sorted(numbers(heir.rows())) == [*range(10), 100]
+
+
+def test_a_step_that_failed_is_finished_not_repeated(home, heir):
+    """When the orphan cannot delete what the heir has taken, no row is taken twice once it can."""
+    orphan(home, 700)
+    refusals, confirm = [3], BufferStore.confirm
+
+    def refuse(store, ids):
+        if store is not heir.store and refusals[0]:
+            refusals[0] -= 1
+            raise LocalStorageError("the disk is full")
+        return confirm(store, ids)
+
+    BufferStore.confirm = refuse
+    try:
+        heir.run(200)
+    finally:
+        BufferStore.confirm = confirm
+    assert refusals == [0]
+    assert numbers(heir.rows()) == list(range(700))
+
+
+def damage(path, first):
+    """Overwrite the pages between ``first`` (a fraction of the file) and the last few, which hold the counters."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for page in range(int(size * first) // 4096 * 4096, size - 8 * 4096, 4096):
+            file.seek(page)
+            file.write(os.urandom(4096))
+
+
+def test_rows_that_cannot_be_read_are_counted(home, heir):
+    """A damaged orphan is set aside; its counters, if they can be read, still tell how many rows that costs."""
+    path = orphan(home, 5000, size=1000)
+    damage(path, 0.5)
+    heir.run(1)
+    assert heir.keeper.stats().lost == {"corrupt": 5000}
+    assert not path.exists()
+
+
+def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
+    """What the orphan lost after it was claimed is counted too: every row is with the heir or among the losses."""
+    path = orphan(home, 5000, size=1000)
+    heir.run(1)
+    damage(path, 0.5)
+    for _ in range(20):
+        heir.acknowledge(5000)
+        heir.seam.advance(1)
+    stats = heir.keeper.stats()
+    assert 1000 <= stats.confirmed < 5000
+    assert stats.confirmed + stats.lost["corrupt"] == 5000
+    assert not path.exists()
+    assert any(f"{path.name}.corrupt-" in found.name for found in home.parent.iterdir())
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
 
 
 # -- several heirs

@@ -267,7 +267,7 @@ def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
         raise LocalStorageError("full") from OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(opening, "BufferStore", refuse)
-    with pytest.raises(LocalStorageError, match="^full$"):
+    with pytest.raises(LocalStorageError, match=r"^full$"):
         open_store(home)
 
 

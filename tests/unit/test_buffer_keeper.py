@@ -346,6 +346,14 @@ def test_the_notice_is_passed_on_once(world, caplog):
     assert caplog.text.count("Z4J_HOME") == 1
 
 
+def test_appends_refresh_the_figures(world):
+    """Without a session nobody asks for rows; the figures are at most a second and an append old all the same."""
+    for _ in range(4):
+        world.put(5)
+        world.seam.advance(1.1)
+    assert world.keeper.last_stats.rows == 15
+
+
 def test_figures_from_before_the_first_look(world):
     """Without a disk from the start the figures are those of memory."""
 

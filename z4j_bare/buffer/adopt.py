@@ -6,9 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import paths
-from z4j_bare.buffer.faults import CORRUPT, cause_of
+from z4j_bare.buffer.faults import CORRUPT, cause_of, translated
 from z4j_bare.buffer.lock import OwnerLock
-from z4j_bare.buffer.rows import DROP_ORDER, Legacy
+from z4j_bare.buffer.rows import CORRUPTION, DROP_ORDER, EVENT, Legacy
+from z4j_bare.buffer.schema import counted
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
 
@@ -37,7 +38,7 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
 
 class Orphan:
     """A dead process's store, claimed by the constructor: ``LocalStorageError`` when its owner lives (``busy``), when it is
-    of another deployment, or cannot be read (it is set aside then).
+    of another deployment, or not safe to open. One that cannot be read is set aside, and ``corrupt`` says why.
 
     Rows are appended to the heir before they leave here: whoever dies in between leaves them twice, and the brain knows an
     event again by its id and time.
@@ -46,24 +47,36 @@ class Orphan:
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
         self.path = path
         self.moved = 0
+        self.corrupt = ""
         self._enough_rows = min(ENOUGH_ROWS, max_rows // 4)
         self._enough_bytes = max_bytes // 4
+        self._pending: list[int] = []
+        self._legacy: Legacy | None = None
+        self._store: BufferStore | None = None
         try:
             self._store = BufferStore(
                 path, deployment=deployment, max_rows=max_rows, max_bytes=max_bytes, busy_timeout=0.1, create=False
             )
         except LocalStorageError as error:
-            if cause_of(error) == CORRUPT:
-                _set_aside(path)
-            raise
-        self._legacy: Legacy | None = None
+            if cause_of(error) != CORRUPT:
+                raise
+            self.corrupt, self._legacy = str(error), _set_aside(path)
 
     def left(self) -> int:
         """Return the number of rows still here."""
-        return self._store.size()
+        return 0 if self._store is None else self._store.size()
 
     def step(self, heir: BufferStore) -> str:
-        """Move some rows; ``moved``, ``wait`` (the heir has enough to do), or ``done``: the file is gone."""
+        """Move some rows; ``moved``, ``wait`` (the heir has enough to do), or ``done``: the file is gone.
+
+        Raises ``LocalStorageError`` for either store, and may be called again: nothing is moved twice by one heir.
+        """
+        if self._store is None:
+            heir.inherit(self._legacy or Legacy({}))
+            return DONE
+        if self._pending:
+            self._store.confirm(self._pending)
+            self._pending = []
         if self._legacy is None:
             # First of all: the brain may deliver a command of the dead one again as soon as we are connected.
             self._legacy = self._store.legacy()
@@ -76,21 +89,35 @@ class Orphan:
             self._store.close(bequeathed=True)
             return DONE
         heir.take_over(rows)
-        self._store.confirm([row.id for row in rows])
         self.moved += len(rows)
+        self._pending = [row.id for row in rows]
+        self._store.confirm(self._pending)
+        self._pending = []
         return MOVED
+
+    def condemn(self, heir: BufferStore) -> bool:
+        """Set a file aside that has turned out corrupt, and count its rows as lost; ``False``: nothing is wrong with it."""
+        if self._store is None or self._store.sound():
+            return False
+        left = self._store.written_off()
+        left.losses[CORRUPTION, EVENT] -= len(self._pending)  # the heir has those
+        heir.inherit(left)
+        self._store.set_aside()
+        return True
 
     def close(self) -> None:
         """Let it go; with rows left in it, it is an orphan again."""
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
 
 
-def _set_aside(path: Path) -> None:
-    """Rename a file that cannot be read, while nobody else can claim it."""
+def _set_aside(path: Path) -> Legacy:
+    """Rename a file that cannot be read, while nobody else can claim it; return what its counters still say was lost."""
     lock = OwnerLock(paths.lock_of(path))
     try:
-        paths.set_aside(path, time.time())
-    except OSError:
-        pass
+        losses = counted(path)
+        with translated(path, "set aside"):
+            paths.set_aside(path, time.time())
+        return Legacy(losses)
     finally:
         lock.release(delete=not path.exists())

@@ -28,6 +28,9 @@ BUSY_PATIENCE = 3.0
 BUSY_FIRST = 0.05
 BUSY_LONGEST = 0.5
 
+#: Seconds between two looks at the figures.
+LOOK_EVERY = 1.0
+
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
 TIDY_EVERY = 1.0
 WARN_EVERY = 60.0
@@ -86,8 +89,10 @@ class Keeper:
         return self._memory is None
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
-        """Commit rows; see ``IStore.append``."""
-        self._run(_append, rows)
+        """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""
+        stats = self._run(_append, rows, self._due())
+        if stats is not None:
+            self._note(stats)
 
     def exchange(
         self, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, generation: int | None = None
@@ -97,7 +102,7 @@ class Keeper:
         A query is ``(after, limit, kinds)``. ``generation`` is the one that the confirmed ids are of: in another one the
         same numbers are other rows, and nothing is deleted. A trip with nothing to do tidies the file a little.
         """
-        look = self._seam.now() - self._looked_at > 1.0
+        look = self._due()
         tidy = self._seam.now() - self._tidied_at >= TIDY_EVERY
         tidied = False
 
@@ -153,6 +158,9 @@ class Keeper:
                 if store is not None:
                     self._seam.offload(store.close)
             self._disk = self._memory = None
+
+    def _due(self) -> bool:
+        return self._seam.now() - self._looked_at > LOOK_EVERY
 
     def _note(self, stats: BufferStats) -> None:
         memory = self._memory
@@ -279,9 +287,10 @@ class Keeper:
         logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)
 
 
-def _append(store: Any, rows: Sequence[tuple[str, str, bytes]]) -> int:
-    evicted: int = store.append(rows)
-    return evicted
+def _append(store: Any, rows: Sequence[tuple[str, str, bytes]], look: bool) -> BufferStats | None:
+    stats = store.stats() if look else None  # first: if it fails, the call is repeated, and rows must not be
+    store.append(rows)
+    return stats
 
 
 def _exchange(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import uuid
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from z4j_bare.buffer.rows import CORRUPTION, EVENT
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
@@ -147,3 +148,15 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
             ("confirmed", 0),
         ),
     )
+
+
+def counted(path: Path) -> dict[tuple[str, str], int]:
+    """Return the losses of a file whose rows cannot be read, those rows among them; none if it cannot say."""
+    try:
+        with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:
+            meta = dict(connection.execute("SELECT key, value FROM meta"))
+            losses = {(reason, kind): rows for reason, kind, rows in connection.execute("SELECT * FROM losses")}
+            left = meta["next_id"] - 1 - meta["confirmed"] - sum(losses.values())
+            return {**losses, (CORRUPTION, EVENT): losses.get((CORRUPTION, EVENT), 0) + left}
+    except (sqlite3.Error, KeyError, TypeError):
+        return {}

@@ -202,6 +202,14 @@ class BufferStore:
         """Return what ``stats`` would, without asking a disk that has failed: neither bytes nor age."""
         return self._figures(0, None)
 
+    @storage_call
+    def sound(self) -> bool:
+        """Return whether the file can be read from end to end; slow, for one that is suspected."""
+        try:
+            return bool(self._connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+        except sqlite3.DatabaseError:
+            return False
+
     def written_off(self) -> Legacy:
         """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
         change = _Change(lost=dict(self._lost))

@@ -30,6 +30,10 @@ PACE = 0.2
 #: Seconds for which a file that we may not have, or cannot use, is left alone.
 REFUSED = 600.0
 
+#: How often a step that failed is tried again, and after how many seconds.
+RETRIES = 20
+RETRY = 30.0
+
 
 class AdoptLoop:
     """Moves orphaned rows into our own store, one file at a time.
@@ -72,30 +76,53 @@ class AdoptLoop:
                 return
             ok, orphan = self._seam.offload(self._claim, path)
             if ok:
+                if orphan.corrupt:
+                    logger.warning("z4j: %s was set aside: %s", path.name, orphan.corrupt)
                 self._take(orphan, stopping)
             else:
                 self._refuse(path, orphan)
 
     def _take(self, orphan: Orphan, stopping: Any) -> None:
+        failures = 0
         try:
             while not stopping.is_set():
                 self._keeper.adopting = orphan.left()
-                outcome = self._keeper.adopt(orphan.step)
-                if outcome == DONE:
-                    if orphan.moved:
-                        logger.info("z4j: adopted %d rows of %s, whose process is dead", orphan.moved, orphan.path.name)
+                try:
+                    ended = self._move(orphan, stopping)
+                except LocalStorageError as error:
+                    # Letting it go would have the rows of the failed step moved again by whoever comes next.
+                    failures += 1
+                    ended = failures > RETRIES or self._condemned(orphan, error)
+                    if ended:
+                        self._refuse(orphan.path, error)
+                    else:
+                        self._seam.pause(stopping, RETRY)
+                if ended:
                     return
-                if outcome == MOVED:
-                    self._stored()
-                    self._seam.sleep(0)
-                else:
-                    self._seam.pause(stopping, PACE)
-        except LocalStorageError as error:
-            self._refuse(orphan.path, error)
         finally:
             self._keeper.adopting = 0
             if not self._seam.forked():
                 self._seam.offload(orphan.close)
+
+    def _move(self, orphan: Orphan, stopping: Any) -> bool:
+        """Take one step, and the time that it asks for; return whether it was the last."""
+        outcome = self._keeper.adopt(orphan.step)
+        if outcome == DONE:
+            if orphan.moved:
+                logger.info("z4j: adopted %d rows of %s, whose process is dead", orphan.moved, orphan.path.name)
+            return True
+        if outcome == MOVED:
+            self._stored()
+            self._seam.sleep(0)
+        else:
+            self._seam.pause(stopping, PACE)
+        return False
+
+    def _condemned(self, orphan: Orphan, error: LocalStorageError) -> bool:
+        try:
+            return cause_of(error) == CORRUPT and bool(self._keeper.adopt(orphan.condemn))
+        except LocalStorageError:
+            return False
 
     def _refuse(self, path: Path, error: BaseException) -> None:
         cause = cause_of(error) if isinstance(error, LocalStorageError) else ""
