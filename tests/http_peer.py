@@ -34,6 +34,7 @@ class Nonce:
         self.verifier = FrameVerifier(**binding)
         self.frames = []
         self.dead = False
+        self.posts_die = False
         self.polling = 0
         self.posting = 0
 
@@ -169,7 +170,7 @@ class HttpPeer:
 
     def _events(self, request):
         session = self.sessions.get(request.nonce)
-        if session is None or session.dead:
+        if session is None or session.dead or session.posts_die:
             return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
         session.posting += 1
         if session.posting > 1:

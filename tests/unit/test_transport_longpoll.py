@@ -666,6 +666,18 @@ def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
     until(lambda: runtime.stats()["recut"] == 2)
 
 
+def test_commands_outlive_their_session(install, peer, engine, until):
+    """All commands of one poll run although the first acknowledgement meets a dead session; the results go by the next."""
+    install()
+    until(lambda: peer.frames("heartbeat") and peer.polling)
+    for session in peer.sessions.values():
+        session.posts_die = True
+    ids = [peer.command("retry_task", {"task_id": f"t-{number}"}) for number in range(5)]
+    until(lambda: len(peer.frames("command_result")) == 5)
+    assert sorted(frame.id for frame in peer.frames("command_result")) == sorted(ids)
+    assert sorted(engine.calls) == [f"t-{number}" for number in range(5)]
+
+
 def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
     """A result over the limit keeps its status and says how large it was."""
     engine.result = {"rows": ["x" * 100] * 200}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.errors import Z4JError
 
 from z4j_bare.dispatcher.table import ENGINE_ACTIONS, Command, RefusedError
+from z4j_bare.errors import NetworkError
 from z4j_bare.wire.frames import command_ack, command_result
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ class Dispatcher:
     def submit(self, frame: Any, link: Link) -> None:
         """Acknowledge a command frame and see that it runs; called by the receive loop, never waits for the command."""
         command = self._read(frame)
-        link.send("command_ack", command.id, command_ack(command.token))
+        try:
+            link.send("command_ack", command.id, command_ack(command.token))
+        except NetworkError as error:
+            # For the brain it is dispatched, and most kinds never come again; the result will find another session.
+            logger.debug("z4j: command %s is not acknowledged: %s", command.id, error)
         with self._turn:
             if command.id in self._seen:
                 return

@@ -37,11 +37,19 @@ class ReceiveLoop:
 
     def run(self) -> None:
         """Read until we end the session ourselves; raise ``NetworkError`` or ``RemoteError`` when it ends otherwise."""
+        transport = self._link.transport
         while not self._link.closing.is_set():
-            message = self._link.transport.receive(READ_TIMEOUT)
-            if message is not None:
-                frame = self._link.session.open(message)
-                self._routes.get(frame.type, _ignore)(frame)
+            self._take(transport.receive(READ_TIMEOUT))
+        # One poll brings many commands, and for the brain they are all on their way.
+        while transport.confirms and self._take(transport.receive(0.0)):
+            pass
+
+    def _take(self, message: bytes | None) -> bool:
+        if message is None:
+            return False
+        frame = self._link.session.open(message)
+        self._routes.get(frame.type, _ignore)(frame)
+        return True
 
 
 def _complain(frame: Any) -> None:

@@ -227,10 +227,20 @@ def _pools(dress: Callable[[Any], Wire], seam: BaseConcurrency) -> dict[str, Any
             seam.waiting(super().connect)
             self.sock = dress(self.sock)
 
+        @property
+        def is_connected(self) -> bool:  # looks with a patched select, which lets the whole hub run
+            connection: Any = super()
+            return bool(seam.waiting(lambda: connection.is_connected))
+
     class Secure(HTTPSConnection):
         def connect(self) -> None:
             seam.waiting(super().connect)
             self.sock = dress(self.sock)
+
+        @property
+        def is_connected(self) -> bool:
+            connection: Any = super()
+            return bool(seam.waiting(lambda: connection.is_connected))
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
