@@ -2,13 +2,15 @@
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore
+from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore, adopt
 from z4j_bare.buffer.rows import DROP_ORDER
 
 ALL = (EVENT, RESULT, PROJECTION)
@@ -167,6 +169,33 @@ class DiskMachine(StoreMachine):
         self.store = self.open()
         assert self.store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
+    @rule(payloads=st.lists(st.binary(max_size=300), max_size=6), lost=st.integers(0, 3), steps=st.integers(0, 4))
+    def adopt(self, payloads, lost, steps):
+        """Take a dead process's rows; it may be adopted only in part, and the rest again later."""
+        path = self.folder / "orphan.sqlite"
+        dead = BufferStore(path, deployment="p", busy_timeout=0, clock=lambda: 1.0)
+        dead.append([("event", "", payload) for payload in payloads])
+        dead.discard(range(1, min(lost, len(payloads)) + 1), "poison")
+        dead.claim("c", time.time())
+        dead._connection.close()
+        dead._lock.release()
+        for most in (steps, 99):
+            if path.exists():
+                orphan = adopt.Orphan(path, "p", max_rows=10**6, max_bytes=1 << 28)
+                while most and orphan.step(self.store) != adopt.DONE:
+                    most -= 1
+                orphan.close()
+        assert not path.exists()
+        self.commands.setdefault("c", "started")
+        self.resync(produced=len(payloads))
+
+    def resync(self, produced):
+        """Take over how the heir's caps treated what came, which the rules for ``append`` hold; the sum is what counts here."""
+        stats = self.store.stats()
+        assert stats.produced == self.produced + produced
+        self.produced, self.lost = stats.produced, sum(stats.lost.values())
+        self.rows = [(row.id, row.kind, row.payload) for row in self.store.drain(0, 1000, 1 << 40, ALL)]
+
 
 class MemoryMachine(StoreMachine):
     """The same in memory."""
@@ -182,6 +211,16 @@ _settings = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_steps():
+    """Adoption in steps of two rows, so that it can be left in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adopt, "STEP_ROWS", 2)
+        yield
+
+
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = _settings
 TestMemory = MemoryMachine.TestCase

@@ -84,16 +84,16 @@ class Orphan:
         if heir.size() >= self._enough_rows or heir.byte_size() >= self._enough_bytes:
             return WAIT
         rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), DROP_ORDER)
-        if not rows:
-            heir.inherit(Legacy(self._legacy.losses))
-            self._store.close(bequeathed=True)
-            return DONE
         heir.take_over(rows)
         self.moved += len(rows)
         self._pending = [row.id for row in rows]
         self._store.confirm(self._pending)
         self._pending = []
-        return MOVED
+        if self._store.size():
+            return MOVED
+        heir.inherit(Legacy(self._legacy.losses))
+        self._store.close(bequeathed=True)
+        return DONE
 
     def condemn(self, heir: BufferStore) -> bool:
         """Set a file aside that has turned out corrupt, and count its rows as lost; ``False``: nothing is wrong with it."""

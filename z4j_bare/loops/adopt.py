@@ -108,6 +108,7 @@ class AdoptLoop:
         """Take one step, and the time that it asks for; return whether it was the last."""
         outcome = self._keeper.adopt(orphan.step)
         if outcome == DONE:
+            self._stored()
             if orphan.moved:
                 logger.info("z4j: adopted %d rows of %s, whose process is dead", orphan.moved, orphan.path.name)
             return True
