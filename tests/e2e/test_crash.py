@@ -64,5 +64,8 @@ def test_a_killed_workers_events_arrive_with_the_next_one(place, capsys):
     for task_id in ids[:: TASKS // 6]:
         assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
     until(lambda: len(list(place.home.glob("**/z4j-green-*.sqlite"))) == 1, "the end of the orphan's file", timeout=20)
+    reports = place.brain.get(f"/projects/{place.project}/agents/{place.agent.agent_id}/health")
+    assert len({report["worker_id"] for report in reports}) == 2, "each worker reported on itself"
+    assert {report["telemetry_loss"]["event_records"] for report in reports} == {0}
     with capsys.disabled():
         print(f"\n{rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
