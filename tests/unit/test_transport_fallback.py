@@ -21,13 +21,14 @@ from z4j_bare.transport.fallback import FIRST, LONGEST, LONGPOLL, WS, Choice
 from z4j_bare.wire import policy
 
 RESET = NetworkError("reset")
-BLOCKED = [NetworkError("HTTP", code=status) for status in (200, 400, 404, 426, 502)]
+BLOCKED = [NetworkError("HTTP", code=status) for status in (200, 302, 400, 404, 405, 426)]
 BLOCKED += [AuthenticationRejectedError("HTTP", code=status) for status in (401, 403)]
 SPEAKS = [
     AuthenticationRejectedError("close", code=4401),
     IncompatibleError("close", code=4426),
     NetworkError("close", code=1012),
     NetworkError("close", code=4429),
+    NetworkError("HTTP", code=429),
     HostConfigurationError("no token file"),
 ]
 
@@ -53,11 +54,12 @@ def test_an_http_answer_to_the_upgrade_is_plain(error):
     assert choice.begin(2) == LONGPOLL
 
 
-def test_resets_have_to_repeat():
-    """A reset, a time-out or a death before hello_ack counts when it comes twice in a row while the brain is healthy."""
+@pytest.mark.parametrize("error", [RESET, NetworkError("HTTP", code=502)], ids=["reset", "502"])
+def test_resets_have_to_repeat(error):
+    """A server error, reset, time-out or death before hello_ack counts when it comes twice in a row with a healthy brain."""
     choice = Choice()
-    assert not choice.failed(RESET, 0, yes)
-    assert choice.failed(RESET, 1, yes)
+    assert not choice.failed(error, 0, yes)
+    assert choice.failed(error, 1, yes)
     assert choice.begin(2) == LONGPOLL
 
 

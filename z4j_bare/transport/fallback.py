@@ -36,6 +36,8 @@ HEALTH_TIMEOUT = 5.0
 
 #: Codes from here on are a WebSocket's close codes, below they are HTTP statuses.
 _CLOSE_CODES = 1000
+_SERVER_ERRORS = 500
+_TOO_MANY = 429
 
 
 class Choice:
@@ -58,10 +60,10 @@ class Choice:
     def failed(self, error: AgentError, now: float, reachable: Callable[[], bool]) -> bool:
         """Take a failed WebSocket connect; return whether long-poll is to be tried at once.
 
-        An HTTP status in place of 101 is plain; resets and silence have to happen twice. Either counts only while the
-        brain's health route is ``reachable``, which is asked last because it costs a request. 401 and 403 are no exception:
-        the brain refuses tokens after the upgrade, so those come from something in between, and where they do not, the
-        long-poll probe is refused too.
+        An HTTP status in place of 101 is plain; server errors, resets and silence have to happen twice. All count only
+        while the brain's health route is ``reachable``, which is asked last because it costs a request. 401 and 403 are
+        no exception: the brain refuses tokens after the upgrade, so those come from something in between, and where they
+        do not, the long-poll probe is refused too.
         """
         if self.wish != AUTO:
             return False
@@ -101,10 +103,11 @@ class Choice:
 def _suspicious(error: AgentError) -> int:
     """Return how much ``error`` speaks for something that blocks WebSocket: 0 not at all, ``STRIKES`` beyond doubt."""
     code = getattr(error, "code", None)
-    if isinstance(code, int):  # that of a configuration error is a word
-        # Whoever closes with a code of its own speaks WebSocket with us.
-        return STRIKES if code < _CLOSE_CODES else 0
-    return 1 if isinstance(error, NetworkError) else 0
+    if not isinstance(code, int):  # that of a configuration error is a word
+        return 1 if isinstance(error, NetworkError) else 0
+    if code >= _CLOSE_CODES or code == _TOO_MANY:
+        return 0  # who closes with a code speaks WebSocket with us, and who asks for patience would be asked more often
+    return 1 if code >= _SERVER_ERRORS else STRIKES  # 502 is also what a brain behind its proxy looks like while it starts
 
 
 class Routes:
