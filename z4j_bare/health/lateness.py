@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.hub")
 
-#: Seconds between ticks: 200 samples per heartbeat for 0.03 % of a core.
-TICK = 0.05
+#: Seconds between ticks: 40 samples per heartbeat. At 0.05 the ticks were a third of what an idle worker spends on us
+#: (2.5 ms of CPU a second against 0.5).
+TICK = 0.25
 
 #: Seconds of lateness at which the culprit is looked for, and between two looks.
 BLOCKED = 1.0

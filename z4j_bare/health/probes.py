@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("z4j.runtime.health")
 
 #: Seconds between two rounds, and for one answer; a call that overruns keeps its worker, and its answer comes later.
-INTERVAL = 10.0
+INTERVAL = 20.0
 PATIENCE = 5.0
 
 
