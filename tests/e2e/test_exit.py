@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -68,18 +69,27 @@ def test_a_cold_shutdown_loses_no_finished_task(pool, place):
     assert "cannot switch" not in worker.output()
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_silent_brain_holds_nothing_up(pool, place):
-    """With a brain that accepts and never answers, tasks run and SIGTERM ends the worker with exit code 0 in time."""
-    with silent_listener() as (port, accepted):
-        worker = place.worker(pool=pool, environment={"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"})
-        assert place.run("add", 1, 2) == ("SUCCESS", 3)
-        until(lambda: accepted, "a connection", timeout=20)
-        began = time.monotonic()
-        worker.stop(timeout=30)
-        assert time.monotonic() - began < 15
-        assert worker.exit_code == 0
-    assert "Traceback" not in worker.output()
+def test_a_silent_brain_holds_nothing_up(place):
+    """With a brain that accepts and never answers, tasks of every pool run and SIGTERM ends the worker in time with 0."""
+    with silent_listener() as (port, accepted), ThreadPoolExecutor(len(POOLS)) as threads:
+        url = {"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"}
+
+        def start(pool):
+            return place.worker(pool=pool, name=f"{pool}@place", environment=url, options=("-Q", pool))
+
+        def stop(worker):
+            began = time.monotonic()
+            return worker.stop(timeout=30), time.monotonic() - began
+
+        workers = list(threads.map(start, POOLS))
+        sent = [place.send("add", 1, 2, queue=pool) for pool in POOLS]
+        assert [place.outcome(task_id) for task_id in sent] == [("SUCCESS", 3)] * len(POOLS)
+        until(lambda: len(accepted) >= len(POOLS), "a connection of each", timeout=20)
+        ends = dict(zip(POOLS, threads.map(stop, workers), strict=True))
+    assert {pool: code for pool, (code, _seconds) in ends.items()} == dict.fromkeys(POOLS, 0)
+    assert all(seconds < 20 for _code, seconds in ends.values()), ends
+    for worker in workers:
+        assert "z4j_bare/" not in worker.output(), "a traceback through our code"
 
 
 def test_a_script_that_just_ends_is_told(place):
