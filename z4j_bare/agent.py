@@ -295,7 +295,6 @@ class Agent:
 
     def _disconnect_adapters(self) -> None:
         for source in self.sources:
-            source.settle(self.seam)
             source.disconnect()
         for host in self.hosts.values():
             host.disconnect()

@@ -78,12 +78,3 @@ def test_an_unknown_name_and_an_event_without_a_task_pass(stream):
     """What this app has no task for is passed on as it came."""
     assert stream.complete(event("task.started", task_name="theirs"))["data"] == {"task_name": "theirs"}
     assert stream.complete(event("worker.online", task_id="", worker="w@h"))["data"] == {"worker": "w@h"}
-
-
-def test_it_is_quiet_once_nothing_runs(stream):
-    """A task that has started and not ended keeps the stream from being quiet; its end and some silence make it so."""
-    stream.complete(event("task.started", task_name="plain"))
-    assert not stream.quiet(0.0)
-    stream.complete(event("task.retried", task_name="plain"))
-    assert stream.quiet(0.0)
-    assert not stream.quiet(60.0)

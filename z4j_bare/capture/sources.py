@@ -16,12 +16,7 @@ from z4j_bare.wire.events import encode_event, encode_fields
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
-    from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
-
-#: Seconds that a stopping prefork worker's agent waits for events of tasks that run, and for silence after the last one.
-SETTLE = 1.0
-QUIET = 0.2
 
 
 class Source:
@@ -60,18 +55,6 @@ class Source:
             self.presence.seen(self._known)
         if self._capture is not None:
             self._capture.connect()
-
-    def settle(self, seam: BaseConcurrency) -> None:
-        """Wait until prefork's last events are here, at most ``SETTLE`` seconds; anywhere else return at once.
-
-        Celery publishes them a moment before ``worker_shutdown``, and the adapter's monitor takes nothing once it is told
-        to stop.
-        """
-        if self._stream is None or self._capture is not None or self._learn:
-            return
-        deadline = seam.now() + SETTLE
-        while not self._stream.quiet(QUIET) and seam.now() < deadline:
-            seam.sleep(0.05)
 
     def disconnect(self) -> None:
         """Announce that the worker leaves, and end the capture."""

@@ -6,7 +6,6 @@ know a task by its name only, so the adapter applies ``@z4j_meta`` to none of th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.capture.celery import FAILED, RECEIVED, RETRIED, REVOKED, STARTED, SUCCEEDED
 from z4j_bare.capture.names import safe_name
-from z4j_bare.capture.tasks import REMEMBERED, Kinds, Track, Tracks
+from z4j_bare.capture.tasks import Kinds, Track, Tracks
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
@@ -38,12 +37,6 @@ class CeleryStream:
         self._matches = matches
         self._kinds = Kinds(get_meta)
         self._tracks = Tracks()
-        self._running: dict[str, None] = {}
-        self._heard = 0.0
-
-    def quiet(self, seconds: float) -> bool:
-        """Whether no task is known to run, and nothing came for so long."""
-        return not self._running and time.monotonic() - self._heard >= seconds
 
     def complete(self, event: Event) -> dict[str, Any] | None:
         """Return the event's fields, or ``None`` for a run that its task does not want reported."""
@@ -51,14 +44,14 @@ class CeleryStream:
         if isinstance(worker := data.get("worker"), str):
             data["worker"] = safe_name(worker, self._matches)
         stamp = event.occurred_at.timestamp()
-        self._heard = time.monotonic()
         if event.task_id:
             track = self._track(event.task_id, data)
             if not track.kind.reports(event.task_id):
                 return None
             self._annotate(kind, track, data)
             stamp = track.stamp(stamp, kind if kind in _REPEATING else None)
-            self._follow(kind, event.task_id)
+            if kind in _FINAL:
+                self._tracks.end(event.task_id)
         return {
             "id": str(event.id),
             "kind": kind,
@@ -77,16 +70,6 @@ class CeleryStream:
             kind = self._kinds.of(self._app.tasks.get(name, name))
             track = self._tracks.add(task_id, Track(kind, queue if isinstance(queue, str) else None))
         return track
-
-    def _follow(self, kind: str, task_id: str) -> None:
-        if kind == STARTED:
-            if len(self._running) >= REMEMBERED:
-                self._running.clear()
-            self._running[task_id] = None
-        elif kind != RECEIVED:
-            self._running.pop(task_id, None)
-        if kind in _FINAL:
-            self._tracks.end(task_id)
 
     @staticmethod
     def _annotate(kind: str, track: Track, data: dict[str, Any]) -> None:
