@@ -28,9 +28,9 @@ def seam(mode):
 
 @pytest.fixture
 def until(seam):
-    """``until(condition)``: wait for it cooperatively, at most 10 seconds, and return its value."""
+    """``until(condition)``: wait for it cooperatively, at most 30 seconds (a hang, on a busy machine), and return it."""
 
-    def wait(condition, seconds=10.0):
+    def wait(condition, seconds=30.0):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, "the condition never came true"

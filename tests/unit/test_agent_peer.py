@@ -659,7 +659,7 @@ def test_no_secret_reaches_the_log(install, peer, until, caplog):
         assert secret not in repr(vars(runtime))
 
 
-def in_child(work, seconds=20.0):
+def in_child(work, seconds=40.0):
     """Fork, run ``work()`` in the child and return what it printed, as parsed JSON; the child never returns here."""
     read, write = os.pipe()
     pid = os.fork()
@@ -685,7 +685,7 @@ def reap(pid, read, until):
             status.append(code)
         return found
 
-    until(ended, seconds=30)
+    until(ended, seconds=45)
     said = os.read(read, 65536)
     os.close(read)
     assert status == [0], f"the child ended with {status}: {said!r}"
@@ -739,7 +739,7 @@ def test_a_child_can_have_an_agent_of_its_own(runtime, peer, until, mode):
     def child():
         runtime.reinit_after_fork()
         runtime.record_event(an_event(42))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         from time import sleep
 
         while time.monotonic() < deadline and runtime.stats()["acked"] < 1:
