@@ -24,7 +24,7 @@ from z4j_bare.buffer.rows import RESULT
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
-from z4j_bare.errors import AgentError, HostConfigurationError, RemoteError
+from z4j_bare.errors import AgentError, HostConfigurationError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
 from z4j_bare.health.lateness import Lateness
 from z4j_bare.health.probes import HealthLoop
@@ -310,7 +310,7 @@ class Agent:
     def _within(self, deadline: float, function: Callable[[], object]) -> None:
         try:
             task = self.seam.spawn(function, name="z4j-stop")
-        except RuntimeError:  # CPython 3.12 starts no thread once the interpreter is going down
+        except NoMoreThreadsError:
             function()
             return
         task.join(max(0.0, deadline - self.seam.now()))

@@ -71,6 +71,10 @@ class LocalStorageError(AgentError):
     """The disk failed: full, read-only, corrupt, locked for too long."""
 
 
+class NoMoreThreadsError(AgentError, RuntimeError):
+    """No task can be started: CPython 3.12 and later start no thread once the interpreter is going down."""
+
+
 class ForkedChildError(BaseException):
     """Raised inside an agent loop that finds itself copied into a forked child.
 

@@ -12,7 +12,7 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
-from z4j_bare.errors import ForkedChildError
+from z4j_bare.errors import ForkedChildError, NoMoreThreadsError
 from z4j_bare.interfaces import ITask
 
 logger = logging.getLogger("z4j.runtime.concurrency")
@@ -173,8 +173,8 @@ class BaseConcurrency:
         self._task_name.set(task.name)
         try:
             function(*args)
-        except ForkedChildError:
-            return
+        except (ForkedChildError, NoMoreThreadsError):
+            return  # a copy in a child, or a process that is ending: neither is an error to report
         except Exception:
             logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
         finally:

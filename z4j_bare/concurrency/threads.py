@@ -11,6 +11,7 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.errors import NoMoreThreadsError
 from z4j_bare.interfaces import IConcurrency
 
 
@@ -38,7 +39,10 @@ class ThreadsConcurrency(BaseConcurrency):
         return selectors.DefaultSelector()
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
-        threading.Thread(target=run, args=(task, *args), name=task.name, daemon=True).start()
+        try:
+            threading.Thread(target=run, args=(task, *args), name=task.name, daemon=True).start()
+        except RuntimeError as error:
+            raise NoMoreThreadsError(f"task {task.name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
         # Not time.sleep: where only sockets are patched, that one builds a hub of its own in this thread.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.errors import AgentError
+from z4j_bare.errors import AgentError, NoMoreThreadsError
 from z4j_bare.loops.link import Link
 from z4j_bare.wire.policy import Backoff, failure_class
 from z4j_bare.wire.session import Session, read_welcome
@@ -69,6 +69,8 @@ class Supervisor:
         while not (stopping.is_set() and self._begun) and not self._ended:
             try:
                 self._session()
+            except NoMoreThreadsError:
+                return
             except AgentError as error:
                 self._after(error, stopping)
 

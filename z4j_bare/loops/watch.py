@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.errors import NoMoreThreadsError
+
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.concurrency.base import Task
@@ -31,6 +33,8 @@ def _keep(run: Callable[[Any], None], name: str, stopping: Any, seam: BaseConcur
         began = seam.now()
         try:
             run(stopping)
+        except NoMoreThreadsError:
+            return
         except Exception:
             delay = FIRST if seam.now() - began > LONGEST else delay
             counters.restarts[name] += 1
