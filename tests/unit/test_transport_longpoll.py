@@ -668,8 +668,10 @@ def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
 
 def test_commands_outlive_their_session(install, peer, engine, until):
     """All commands of one poll run although the first acknowledgement meets a dead session; the results go by the next."""
-    install()
-    until(lambda: peer.frames("heartbeat") and peer.polling)
+    runtime = install()
+    # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
+    until(lambda: peer.frames("heartbeat") and peer.frames("agent_status") and peer.polling and not peer.posting)
+    until(lambda: runtime.stats()["heartbeats"])
     for session in peer.sessions.values():
         session.posts_die = True
     ids = [peer.command("retry_task", {"task_id": f"t-{number}"}) for number in range(5)]

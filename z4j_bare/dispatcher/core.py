@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.errors import Z4JError
 
 from z4j_bare.dispatcher.table import ENGINE_ACTIONS, Command, RefusedError
-from z4j_bare.errors import NetworkError
+from z4j_bare.errors import AgentError
 from z4j_bare.wire.frames import command_ack, command_result
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Dispatcher:
         command = self._read(frame)
         try:
             link.send("command_ack", command.id, command_ack(command.token))
-        except NetworkError as error:
+        except AgentError as error:
             # For the brain it is dispatched, and most kinds never come again; the result will find another session.
             logger.debug("z4j: command %s is not acknowledged: %s", command.id, error)
         with self._turn:
