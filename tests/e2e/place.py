@@ -8,7 +8,7 @@ from pathlib import Path
 
 import z4j_bare
 from z4j_bare.demo import broker
-from z4j_bare.demo.process import until
+from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import Worker
 
 APPS = Path(__file__).with_name("apps")
@@ -74,13 +74,22 @@ class Place:
         return self.outcome(self.send(name, *args, **kwargs))
 
     def row(self, task_id, state=None, timeout=PATIENCE):
-        """Return the brain's row of a task once it is in ``state``; ``None`` means any final state."""
+        """Return the brain's row of a task once it is in ``state``; ``None`` means any final state.
+
+        The error tells what the brain has instead, and what Celery itself says of the task.
+        """
+        row = None
 
         def there():
+            nonlocal row
             row = self.brain.task(self.project, "celery", task_id)
             return row if row and row["state"] in ({state} if state else FINISHED) else None
 
-        return until(there, f"a row of task {task_id} in state {state or 'final'}", timeout=timeout, interval=0.1)
+        try:
+            return until(there, f"a row of task {task_id} in state {state or 'final'}", timeout=timeout, interval=0.1)
+        except HarnessError as error:
+            kinds, celery = self.kinds(task_id), self.producer.AsyncResult(task_id)
+            raise HarnessError(f"{error}: events {kinds}, row {row}, Celery says {celery.state} {celery.result!r}") from None
 
     def kinds(self, task_id):
         """Return the kinds of a task's events, sorted: the brain keeps their times to the second."""
