@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure the brain's own rate, then each agent's burst; print and save the table."""
     before = circumstances()
-    plan = Plan(tasks=args.tasks, window=0.0, patience=args.patience, probes=0, ticker=False)
+    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
     trials: dict[str, list[Trial]] = {name: [] for name in args.variants}
     rates: list[float] = []
     with Peers() as peers:
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
             for name in args.variants:
                 progress(f"round {number + 1}: {name}")
                 python = existing_python() if name == "existing" else sys.executable
+                peers.purge()
                 trials[name].append(Stage(peers, plan, name, args.pool, python).run())
     rows = [_line(name, found) for name, found in trials.items()]
     print(f"the brain ingests {median(rates):.0f} events/s of one connection in frames of 500")

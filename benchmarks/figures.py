@@ -51,45 +51,36 @@ def cpu_per_task(trial: Trial, off: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
     The agent goes on sending when the tasks are done, and the worker under it idles on. What the worker without an agent
-    uses per second of idling in the same round is the host's, and is taken off; everything else is the agent's.
+    used per second in that very time, idling, is the host's, and is taken off; everything else is the agent's.
     """
-    idling = max(0.0, trial.end_seconds - trial.tasks_seconds)
-    return (trial.cpu_end - off.idle * idling) / trial.tasks
+    return (trial.cpu - off.idle * max(0.0, trial.end_seconds - trial.tasks_seconds)) / trial.tasks
 
 
-def cpu_per_task_window(trial: Trial, off: Trial, window: float) -> float:
-    """Return CPU seconds per task, from the release to ``window`` seconds after the last task, less idling likewise."""
-    return (trial.cpu_window - off.idle * window) / trial.tasks
-
-
-def summary(rounds: Sequence[dict[str, Trial]], window: float) -> dict[str, dict[str, Any]]:
+def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
     """Return the figures of each variant over the rounds in which it and "off" both came through."""
     found = {}
     for name in ("off", "ours", "existing"):
         both = [each for each in rounds if name in each and "off" in each]
         if both:
-            found[name] = _variant(both, name, window)
+            found[name] = _variant(both, name)
     return found
 
 
-def _variant(rounds: Sequence[dict[str, Trial]], name: str, window: float) -> dict[str, Any]:
+def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
     trials = [each[name] for each in rounds]
 
     def values(figure: Callable[[dict[str, Trial], str], float]) -> tuple[list[float], Ratio]:
         mine = [figure(each, name) for each in rounds]
         return mine, paired_ratio(mine, [figure(each, "off") for each in rounds])
 
-    until_rows, until_rows_ratio = values(lambda each, who: cpu_per_task(each[who], each["off"]))
-    in_window, window_ratio = values(lambda each, who: cpu_per_task_window(each[who], each["off"], window))
+    cpu, cpu_ratio = values(lambda each, who: cpu_per_task(each[who], each["off"]))
     rate, rate_ratio = values(lambda each, who: each[who].tasks / each[who].tasks_seconds)
     lateness = [[quantile(trial.lateness, share) for trial in trials] for share in (0.5, 0.99, 1.0)]
     delays = sorted(delay for trial in trials for delay in trial.row_delays)
     return {
         "rounds": len(trials),
-        "cpu_ms": median(until_rows) * 1e3,
-        "cpu_ratio": until_rows_ratio,
-        "cpu_window_ms": median(in_window) * 1e3,
-        "cpu_window_ratio": window_ratio,
+        "cpu_ms": median(cpu) * 1e3,
+        "cpu_ratio": cpu_ratio,
         "tasks_per_second": median(rate),
         "tasks_ratio": rate_ratio,
         "late_p50_ms": median(lateness[0]) * 1e3,
@@ -98,6 +89,6 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str, window: float) -> di
         "idle_ms_per_s": median(trial.idle for trial in trials) * 1e3,
         "rss_mb": median(trial.rss for trial in trials) / 1e6,
         "rows": [trial.rows for trial in trials],
-        "last_row_s": median(trial.end_seconds - trial.tasks_seconds for trial in trials),
+        "last_row_s": median((trial.end_seconds - trial.tasks_seconds) / trial.batches for trial in trials),
         "row_delay_ms": [median(delays) * 1e3, delays[-1] * 1e3] if delays else None,
     }

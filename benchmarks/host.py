@@ -1,7 +1,8 @@
 """What the agent costs a Celery worker: no agent, ours and the existing one in turn, on the same brain and broker.
 
-CPU is counted from the release of the tasks until the brain has their last row, so that work put off is counted too;
-what an agentless worker uses for idling as long is taken off. A second figure ends a fixed time after the last task.
+The workers of a round live together, share one processor, and get small batches of tasks in turn: a machine that is slow
+for a minute is slow for all. CPU is counted from the release of a batch until the brain has its last row, so that work put
+off is counted too; what the agentless worker uses in the meantime, idling, is taken off.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 from benchmarks.existing import existing_python
 from benchmarks.figures import quantile, summary
@@ -19,12 +21,13 @@ from benchmarks.trial import VARIANTS, Plan, Stage, Trial
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import POOLS
 
+T = TypeVar("T")
+
 _HEADER = (
     "pool",
     "agent",
     "CPU ms/task",
     "ratio [95 %]",
-    "in fixed window",
     "tasks/s",
     "late p50/p99/max ms",
     "RSS MB",
@@ -40,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=["gevent", "eventlet", "threads", "prefork"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tasks", type=int, default=2000, help="tasks of 10 ms per trial (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="for each worker of a round (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=250, help="tasks of 10 ms per batch (default: %(default)s)")
     parser.add_argument("--arguments", choices=ARGUMENTS, default="none")
     parser.add_argument("--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)")
-    parser.add_argument("--window", type=float, default=10.0, help="seconds after the last task (default: %(default)s)")
     parser.add_argument("--patience", type=float, default=180.0, help="seconds to wait for rows (default: %(default)s)")
     parser.add_argument("--loglevel", default="WARNING", help="of the worker; Celery's default (default: %(default)s)")
     parser.add_argument("--attribute", action="store_true", help="measure where the CPU goes, which costs some itself")
@@ -63,7 +66,12 @@ def run(args: argparse.Namespace) -> None:
         with Peers() as peers:
             for number in range(args.rounds):
                 for pool in args.pools:
-                    rounds[pool].append(_round(peers, plan, pool, number, args.variants, pythons, failures))
+                    names = _turned(args.variants, number)
+                    try:
+                        rounds[pool].append(_round(peers, plan, pool, number, names, pythons, args.batches))
+                    except HarnessError as error:
+                        failures.append(f"round {number + 1}, {pool}: {error}")
+                        progress(f"  failed: {error}")
     finally:
         _publish(args, before, rounds, failures)
 
@@ -78,7 +86,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         tasks=args.tasks,
         arguments=args.arguments,
         concurrency=args.concurrency,
-        window=args.window,
         patience=args.patience,
         loglevel=args.loglevel,
         attribute=args.attribute,
@@ -87,25 +94,30 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _round(
-    peers: Peers, plan: Plan, pool: str, number: int, names: list[str], pythons: dict[str, str], failures: list[str]
+    peers: Peers, plan: Plan, pool: str, number: int, names: list[str], pythons: dict[str, str], batches: int
 ) -> dict[str, Trial]:
-    """Run every variant once, beginning with another one each time."""
-    done: dict[str, Trial] = {}
-    turn = number % len(names)
-    for name in names[turn:] + names[:turn]:
-        progress(f"round {number + 1}: {pool}, {name}")
-        try:
-            done[name] = Stage(peers, plan, name, pool, pythons[name]).run()
-        except HarnessError as error:
-            failures.append(f"round {number + 1}, {pool}, {name}: {error}")
-            progress(f"  failed: {error}")
-    return done
+    """Start one worker of each variant, and give them batches in turn, beginning with another one each time."""
+    peers.purge()
+    stages = [Stage(peers, plan, name, pool, pythons[name], database) for database, name in enumerate(names)]
+    with ExitStack() as living:
+        for stage in stages:
+            living.enter_context(stage.open())
+        for batch in range(batches):
+            progress(f"round {number + 1}: {pool}, batch {batch + 1}")
+            for stage in _turned(stages, batch):
+                stage.batch()
+    return {stage.trial.variant: stage.trial for stage in stages}
+
+
+def _turned(items: list[T], number: int) -> list[T]:
+    turn = number % len(items)
+    return items[turn:] + items[:turn]
 
 
 def _publish(
     args: argparse.Namespace, before: dict[str, Any], rounds: dict[str, list[dict[str, Trial]]], failures: list[str]
 ) -> None:
-    pools = {pool: found for pool, done in rounds.items() if (found := summary(done, args.window))}
+    pools = {pool: found for pool, done in rounds.items() if (found := summary(done))}
     if not pools:
         return
     print(table(_HEADER, [_line(pool, name, each) for pool, found in pools.items() for name, each in found.items()]))
@@ -119,7 +131,7 @@ def _publish(
         "trials": {pool: [_compact(each) for each in done] for pool, done in rounds.items()},
     }
     path = save(f"host-{args.arguments}", content)
-    title = f"{args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds"
+    title = f"{args.batches} x {args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds"
     picture(path.with_suffix(".png"), title, pools)
     print(f"saved {path} and {path.with_suffix('.png').name}")
 
@@ -132,7 +144,6 @@ def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
         name,
         f"{each['cpu_ms']:.3f}",
         "1" if name == "off" else str(each["cpu_ratio"]),
-        f"{each['cpu_window_ms']:.3f}" + ("" if name == "off" else f" = {each['cpu_window_ratio'].mean:.3f} x"),
         f"{each['tasks_per_second']:.0f}",
         late,
         f"{each['rss_mb']:.1f}",

@@ -7,6 +7,8 @@ import shutil
 import string
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 QUEUE = "bench"
 TASK = "bench.nap"
 ARGUMENTS = ("none", "five", "1k", "8k")
+
+_STAGING = 15  # the last database that Redis has by default
 
 
 class Peers:
@@ -54,7 +58,7 @@ class Peers:
         self._stack.close()
 
     def broker(self, database: int = 0) -> str:
-        """Return the broker's address; workers use database 0."""
+        """Return the broker's address; each of the workers that are alive together has a database of its own."""
         return f"redis://127.0.0.1:{self._port}/{database}"
 
     def new_agent(self, title: str) -> Credentials:
@@ -70,9 +74,9 @@ class Peers:
             for number in range(count):
                 self._producer.send_task(TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer)
 
-    def release(self) -> None:
-        """Hand all staged tasks to the workers at once, so that no producer competes with them for the processor."""
-        if not self._redis_staging.move(QUEUE, 0):
+    def release(self, database: int) -> None:
+        """Hand all staged tasks to a worker at once, so that no producer competes with it for the processor."""
+        if not self._redis_staging.move(QUEUE, database):
             raise HarnessError("the queue was not empty when the next batch was released")
 
     def purge(self) -> None:
@@ -104,8 +108,8 @@ class Peers:
     def _build_producer(self) -> Celery:
         from celery import Celery
 
-        self._redis_staging = self._stack.enter_context(Redis(port=self._port, db=1))
-        return Celery("bench_producer", broker=self.broker(1), changes={"task_default_queue": QUEUE})
+        self._redis_staging = self._stack.enter_context(Redis(port=self._port, db=_STAGING))
+        return Celery("bench_producer", broker=self.broker(_STAGING), changes={"task_default_queue": QUEUE})
 
     def _arguments(self, kind: str, number: int) -> dict[str, Any]:
         if kind == "none":
@@ -120,18 +124,22 @@ class Peers:
         return "".join(letters)
 
 
-def wait_count(count: Any, expected: int, *, quiet: float, timeout: float, interval: float = 0.5) -> int:
-    """Call ``count()`` until it is ``expected``, has not changed for ``quiet`` seconds, or ``timeout`` passed."""
-    import time
+def wait_count(
+    count: Callable[[], int], expected: int, *, quiet: float, timeout: float, news: Callable[[], None] = lambda: None
+) -> int:
+    """Call ``count()`` until it is ``expected``, has not changed for ``quiet`` seconds, or ``timeout`` passed.
 
+    It asks every half second, to spare the brain, and calls ``news()`` when the count has changed.
+    """
     deadline, changed_at, last = time.monotonic() + timeout, time.monotonic(), -1
     while True:
         now, found = time.monotonic(), count()
         if found != last:
             last, changed_at = found, now
+            news()
         if found >= expected or now - changed_at > quiet or now > deadline:
-            return int(found)
-        time.sleep(interval)
+            return found
+        time.sleep(0.5)
 
 
 def progress(text: str) -> None:
