@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from zope.interface import implementer
 
 from z4j_bare.buffer import paths, queries
+from z4j_bare.buffer.books import Books, Change, Stamped
 from z4j_bare.buffer.faults import storage_call, translated
 from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
@@ -25,7 +25,6 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Legacy,
     Row,
-    losses_by,
     ranges,
     refuse_unknown_kinds,
     storable,
@@ -36,7 +35,7 @@ from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
@@ -44,23 +43,6 @@ MAX_BYTES = 256 * 1024 * 1024
 MIN_BYTES = 1024 * 1024
 #: Events that a full disk costs at a time: this many, or a tenth if that is more.
 RELIEF = 500
-
-
-_Stamped = tuple[str, str, bytes, float, int]
-
-
-@dataclass(slots=True)
-class _Change:
-    """What one transaction does to the counters; they follow only when it has been committed."""
-
-    rows: int = 0
-    payload: int = 0
-    produced: int = 0
-    confirmed: int = 0
-    lost: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def lose(self, reason: str, kind: str, count: int) -> None:
-        self.lost[reason, kind] = self.lost.get((reason, kind), 0) + count
 
 
 @implementer(IStore)
@@ -134,7 +116,7 @@ class BufferStore:
     @storage_call
     def inherit(self, legacy: Legacy) -> None:
         """Take another store's losses for its own, as produced here and lost, and learn of its commands."""
-        with self._change() as change:
+        with self._books.change() as change:
             change.lost.update(legacy.losses)
             change.produced = sum(legacy.losses.values())
         for entry in legacy.ledger:
@@ -143,14 +125,14 @@ class BufferStore:
     @storage_call
     def legacy(self) -> Legacy:
         """Return what an heir has to know besides the rows."""
-        return Legacy(dict(self._lost), self._ledger.young(self._clock()))
+        return Legacy(dict(self._books.lost), self._ledger.young(self._clock()))
 
     @storage_call
     def relieve(self) -> int:
         """Make room on a full disk: shorten the files, drop the oldest events; return how many that cost."""
         self._space.squeeze()
-        with self._change() as change:
-            self._remove(self._oldest(EVENT, max(RELIEF, self._rows // 10), 0), change, CAPACITY)
+        with self._books.change() as change:
+            change.remove(self._oldest(EVENT, max(RELIEF, self._books.rows // 10), 0), CAPACITY)
         self._space.squeeze()
         return sum(change.lost.values())
 
@@ -170,15 +152,15 @@ class BufferStore:
     @storage_call
     def confirm(self, ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
-        with self._change() as change:
-            change.confirmed = self._remove(ids, change)
+        with self._books.change() as change:
+            change.confirmed = change.remove(ids)
         return change.confirmed
 
     @storage_call
     def discard(self, ids: Sequence[int], reason: str) -> int:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
-        with self._change() as change:
-            return self._remove(ids, change, reason)
+        with self._books.change() as change:
+            return change.remove(ids, reason)
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
@@ -194,13 +176,12 @@ class BufferStore:
         """
         self.path.lstat()
         oldest = self._connection.execute(queries.FIRST).fetchone()
-        return self._figures(
-            self._space.disk_bytes(), None if oldest is None else max(0.0, self._clock() - oldest[0])
-        )
+        age = None if oldest is None else max(0.0, self._clock() - oldest[0])
+        return self._books.figures(self._space.disk_bytes(), age)
 
     def remembered(self) -> BufferStats:
         """Return what ``stats`` would, without asking a disk that has failed: neither bytes nor age."""
-        return self._figures(0, None)
+        return self._books.figures(0, None)
 
     @storage_call
     def sound(self) -> bool:
@@ -212,31 +193,17 @@ class BufferStore:
 
     def written_off(self) -> Legacy:
         """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
-        change = _Change(lost=dict(self._lost))
-        change.lose(CORRUPTION, EVENT, self._rows)
-        return Legacy(change.lost)
-
-    def _figures(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
-        return BufferStats(
-            rows=self._rows,
-            bytes=disk_bytes,
-            payload_bytes=self._payload,
-            oldest_age=oldest_age,
-            lost=losses_by(self._lost, 0),
-            lost_kinds=losses_by(self._lost, 1),
-            produced=self._next_id - 1,
-            confirmed=self._confirmed,
-            buffer_id=self.buffer_id,
-            durable=True,
-        )
+        lost = dict(self._books.lost)
+        lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self._books.rows
+        return Legacy(lost)
 
     def size(self) -> int:
         """Return the number of rows."""
-        return self._rows
+        return self._books.rows
 
     def byte_size(self) -> int:
         """Return the bytes of all payloads."""
-        return self._payload
+        return self._books.payload
 
     # -- the ledger of commands
 
@@ -273,7 +240,7 @@ class BufferStore:
         delete = False
         try:
             with translated(self.path, "close"):
-                delete = self._rows == 0 and (bequeathed or self._ledger.recent(self._clock()) == 0)
+                delete = self._books.rows == 0 and (bequeathed or self._ledger.recent(self._clock()) == 0)
                 self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
         finally:
             self._give_up(delete=delete)
@@ -309,16 +276,8 @@ class BufferStore:
         self._load()
 
     def _load(self) -> None:
-        meta = dict(self._connection.execute("SELECT key, value FROM meta"))
-        self.buffer_id: str = meta["buffer_id"]
-        self._next_id: int = meta["next_id"]
-        self._confirmed: int = meta["confirmed"]
-        self._rows: int
-        self._payload: int
-        self._rows, self._payload = self._connection.execute(queries.TOTALS).fetchone()
-        self._lost: dict[tuple[str, str], int] = {
-            (reason, kind): count for reason, kind, count in self._connection.execute("SELECT * FROM losses")
-        }
+        self._books = Books(self._connection)
+        self.buffer_id = self._books.buffer_id
         self._space = Space(self._connection, self.path, self._max_bytes)
         self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
@@ -334,30 +293,15 @@ class BufferStore:
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    @contextmanager
-    def _change(self) -> Iterator[_Change]:
-        """One transaction: what the block did to the rows, and the counters that tell of it."""
-        change = _Change()
-        with transaction(self._connection):
-            yield change
-            for key, more in (("next_id", change.produced), ("confirmed", change.confirmed)):
-                if more:
-                    self._connection.execute(queries.COUNT, (more, key))
-            for (reason, kind), count in change.lost.items():
-                self._connection.execute(queries.LOSE, (reason, kind, count))
-        self._rows += change.rows
-        self._payload += change.payload
-        self._next_id += change.produced
-        self._confirmed += change.confirmed
-        for pair, count in change.lost.items():
-            self._lost[pair] = self._lost.get(pair, 0) + count
-
-    def _take(self, rows: Sequence[_Stamped]) -> int:
+    def _take(self, rows: Sequence[Stamped]) -> int:
         if not rows:
             return 0
         self._space.ensure()
-        with self._change() as change:
-            self._insert(rows, change)
+        fitting = [row for row in rows if len(row[2]) <= self._budget]
+        with self._books.change() as change:
+            change.insert(self._books.next_id, fitting)
+            if len(fitting) < len(rows):
+                self._refuse([row for row in rows if len(row[2]) > self._budget], change)
             self._evict(change)
         try:
             self._space.shorten()
@@ -365,29 +309,22 @@ class BufferStore:
             pass
         return sum(change.lost.values())
 
-    def _insert(self, rows: Sequence[_Stamped], change: _Change) -> None:
-        stamped = [(identity, *row) for identity, row in enumerate(rows, self._next_id)]
-        fitting = [row for row in stamped if len(row[3]) <= self._budget]
-        self._connection.executemany(queries.INSERT, fitting)
-        change.produced = len(rows)
-        change.rows += len(fitting)
-        change.payload += sum(len(row[3]) for row in fitting)
-        if len(fitting) < len(rows):
-            for kind, _, payload, _, _ in rows:
-                if len(payload) > self._budget:
-                    change.lose(CAPACITY, kind, 1)
+    def _refuse(self, rows: Sequence[Stamped], change: Change) -> None:
+        for row in rows:
+            change.produced += 1
+            change.lose(CAPACITY, row[0], 1)
 
-    def _evict(self, change: _Change) -> None:
+    def _evict(self, change: Change) -> None:
         for kind in DROP_ORDER:
             while True:
-                excess_rows = self._rows + change.rows - self._max_rows
+                excess_rows = self._books.rows + change.rows - self._max_rows
                 excess_bytes = self._space.live_bytes() - self._budget
                 if excess_rows <= 0 and excess_bytes <= 0:
                     return
                 victims = self._oldest(kind, excess_rows, excess_bytes)
                 if not victims:
                     break
-                self._remove(victims, change, CAPACITY)
+                change.remove(victims, CAPACITY)
 
     def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
         """Return the oldest rows of a kind that make up the excess, as far as one step goes."""
@@ -399,17 +336,3 @@ class BufferStore:
                 victims.append(identity)
                 excess_bytes -= length + ROW_OVERHEAD
         return victims
-
-    def _remove(self, ids: Iterable[int], change: _Change, reason: str | None = None) -> int:
-        """Delete rows within the current transaction, as losses if there is a ``reason``; return how many."""
-        removed = 0
-        spans = ranges(ids)
-        for span in spans:
-            for kind, count, length in self._connection.execute(queries.WEIGH, span).fetchall():
-                removed += count
-                change.payload -= length
-                if reason is not None:
-                    change.lose(reason, kind, count)
-        self._connection.executemany(queries.DELETE, spans)
-        change.rows -= removed
-        return removed
