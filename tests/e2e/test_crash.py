@@ -1,4 +1,4 @@
-"""A worker is killed while the brain is away: what it had committed arrives with the next worker."""
+"""Processes with the agent are killed: what they had committed reaches the brain, once and in order."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.e2e.place import Place
+from tests.victims import POINTS, Victims, judge, plan
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
@@ -15,15 +16,25 @@ pytestmark = pytest.mark.timeout(180)
 
 TASKS = 120
 
+#: Hosts killed per mode, and the events that each records.
+TRIALS = 20
+EVENTS = 60
+
 #: Seconds from the next worker's readiness to the first adopted row in the brain: the promise is 5, and the machine of
 #: a test is shared.
 FIRST = 10.0
 
 
+@pytest.fixture(scope="module")
+def own_brain(tmp_path_factory):
+    """A brain that may be stopped."""
+    with Brain(tmp_path_factory.mktemp("brain")) as running:
+        yield running
+
+
 @pytest.fixture
-def place(tmp_path, redis_url):
-    """A place with a brain of its own, because this one is stopped."""
-    with Brain(tmp_path / "brain") as brain, Place(brain, redis_url, tmp_path) as here:
+def place(own_brain, tmp_path, redis_url):
+    with Place(own_brain, redis_url, tmp_path) as here:
         yield here
 
 
@@ -37,9 +48,10 @@ def buffered(home):
     return total
 
 
-def test_a_killed_workers_events_arrive_with_the_next_one(place, capsys):
-    """SIGKILL a gevent worker while the brain is stopped; brain and a new worker start: every task is there, soon."""
-    worker = place.worker(pool="gevent", name="w1@place")
+@pytest.mark.parametrize("pool", ["gevent", "eventlet", "threads"])
+def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
+    """SIGKILL a worker while the brain is stopped; brain and a new worker start: every task is there, soon."""
+    worker = place.worker(pool=pool, name="w1@place")
     place.warm_up()
     place.brain.stop()
     before = buffered(place.home)
@@ -51,7 +63,7 @@ def test_a_killed_workers_events_arrive_with_the_next_one(place, capsys):
     until(lambda: not worker.running, "the worker's end", timeout=10)
     rows = buffered(place.home)
     place.brain.start()
-    place.worker(pool="gevent", name="w2@place")
+    place.worker(pool=pool, name="w2@place")
     began = time.monotonic()
 
     def known():
@@ -68,4 +80,23 @@ def test_a_killed_workers_events_arrive_with_the_next_one(place, capsys):
     assert len({report["worker_id"] for report in reports}) == 2, "each worker reported on itself"
     assert {report["telemetry_loss"]["event_records"] for report in reports} == {0}
     with capsys.disabled():
-        print(f"\n{rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
+        print(f"\n{pool}, {rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
+
+
+@pytest.mark.parametrize("mode", ["threads", "gevent", "eventlet"])
+def test_every_committed_event_arrives_once(mode, brain, agent_credentials, tmp_path, capsys):
+    """Hosts are killed while they store, send, hear of acks, delete and adopt; each one's successor tells what it had committed."""
+    agent = agent_credentials()
+    with Victims(mode, agent, tmp_path) as victims:
+        deaths = [victims.kill(trial) for trial in plan(TRIALS, EVENTS)]
+        victims.bury()
+    rows = {row["task_id"]: row for row in brain.tasks(agent.project)}
+    verdicts = [judge(brain, agent.project, death, rows) for death in deaths]
+    assert [death for death in deaths if death.corrupt] == []
+    assert [verdict.faults for verdict in verdicts] == [[]] * TRIALS
+    reached = {death.trial.point for death in deaths if death.reached}
+    assert reached == set(POINTS), "the points at which somebody died"
+    assert sum(death.reached for death in deaths) >= TRIALS * 3 // 4
+    with capsys.disabled():
+        told, committed = sum(verdict.told for verdict in verdicts), sum(death.committed for death in deaths)
+        print(f"\n{mode}: {committed} events known to be committed, {told} told, {sum(d.reached for d in deaths)} at their point")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import z4j_bare
+from tests import store_day
 from z4j_bare.buffer import BufferStore
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.errors import LocalStorageError
@@ -86,6 +87,10 @@ sys.stdin.read()
 """
 
 
+#: Kills per call of the day: 200 in all.
+TRIALS = 25
+
+
 @pytest.fixture
 def process():
     """Starts a bare Python with one of the scripts above; whatever still runs is killed after the test."""
@@ -157,6 +162,58 @@ def test_counters_survive_sigkill_with_the_rows_they_tell_of(process, tmp_path, 
     assert all(store.claim(f"c{batch}", 2.0).result == b"%d" % batch for batch in range(committed))
     assert intact(store)
     store.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The day without a death: of each call its name, how many statements it takes, and the state that it leaves."""
+    store = store_day.open_store(tmp_path_factory.mktemp("undisturbed") / "home" / "store.sqlite")
+    found, before = [], store_day.state(store)
+    for name, call in store_day.calls(store):
+        watch = store_day.Watch(store)
+        call()
+        store._connection.set_trace_callback(None)
+        after = store_day.state(store)
+        found.append((name, watch.statements, before, after))
+        before = after
+    store.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Forks a process per request; see ``tests.store_day``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.store_day"]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as running:
+        yield running
+
+
+def spread(items, number):
+    """Choose ``number`` of ``items`` evenly, some of them more than once if there are fewer."""
+    return [items[index * len(items) // number] for index in range(number)]
+
+
+@pytest.mark.parametrize("operation", ["append", "send", "ack", "delete", "discard", "claim", "settle", "tidy"])
+def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
+    """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""
+    points = [
+        (call, statement)
+        for call, (name, statements, _, _) in enumerate(undisturbed)
+        for statement in range(statements + 1)
+        if name == operation
+    ]
+    for trial, (call, statement) in enumerate(spread(points, TRIALS)):
+        path = tmp_path / f"home-{trial}" / "store.sqlite"
+        server.stdin.write(f"{path} {call} {statement}\n".encode())
+        pid, commits = map(int, server.stdout.readline().split())
+        os.kill(pid, signal.SIGKILL)
+        assert int(server.stdout.readline()) == -signal.SIGKILL
+        store = store_day.open_store(path, create=False)
+        _, _, before, after = undisturbed[call]
+        assert store_day.state(store) == (after if commits else before), (call, statement)
+        assert intact(store)
+        store.close()
 
 
 def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_path):

@@ -1,0 +1,145 @@
+"""Hosts of the agent that are to die: ``python victim.py threads|gevent|eventlet``, with the agent's settings in ``Z4J_*``.
+
+It patches and imports once, and forks a host for each request, because a start costs more than such a life. A request is a
+line of JSON, the fields of ``tests.victims.Trial``; the host answers with a line of JSON when it has come to the point, and
+waits there for its end. A host without a point stays until it has nothing left to send, and ends by itself.
+"""
+
+import os
+import signal
+import sys
+
+fork, waitpid = os.fork, os.waitpid  # gevent's own start a hub, which the children would inherit
+
+from tests.launch import patch  # noqa: E402
+
+patch(sys.argv[1])
+
+import itertools  # noqa: E402
+import json  # noqa: E402
+import time  # noqa: E402
+from datetime import UTC, datetime, timedelta  # noqa: E402
+from pathlib import Path  # noqa: E402
+from uuid import uuid4  # noqa: E402
+
+from z4j_core.models import Event, EventKind  # noqa: E402
+
+import z4j_bare.agent  # noqa: E402, F401 - before the forks
+from tests.store_day import Watch  # noqa: E402
+from tests.victims import GROUP, KINDS, ONLINE, Trial  # noqa: E402
+from z4j_bare import install_agent  # noqa: E402
+from z4j_bare.buffer.store import BufferStore  # noqa: E402
+from z4j_bare.loops.link import Link  # noqa: E402
+from z4j_bare.loops.send import SendLoop  # noqa: E402
+
+#: Seconds between two groups of events.
+PAUSE = 0.02
+
+
+class Engine:
+    name = "celery"
+
+    def capabilities(self):
+        return set()
+
+
+class Host:
+    def __init__(self, trial):
+        self.trial = trial
+        self.runtime = None
+        self.began = datetime.now(UTC)
+
+    def live(self):
+        """Record the events; come to the point, or have nothing left to do."""
+        self.set_trap()
+        self.runtime = install_agent(engines=[Engine()])
+        deadline = time.monotonic() + self.trial.patience
+        if self.trial.point in ONLINE:
+            self.wait(lambda: self.runtime.stats()["sessions"], deadline)
+        for number in range(self.trial.events):
+            self.runtime.record_event(self.event(number))
+            if number % GROUP == GROUP - 1:
+                time.sleep(PAUSE)
+        self.wait(self.quiet, deadline)
+        if self.trial.point:
+            self.stop("")
+        self.runtime.stop()
+        self.say("")
+
+    def wait(self, condition, deadline):
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def quiet(self):
+        """Whether everything here and in the files of the dead has been acknowledged and deleted."""
+        stats = self.runtime.stats()
+        if min(stats["stored"], stats["acked"]) < self.trial.events or stats["adopting"]:
+            return False
+        left = self.runtime._agent.keeper.stats().rows  # the runtime's own figure is up to a second old
+        return not left and len(list(Path(os.environ["Z4J_HOME"]).glob("**/z4j-green-*.sqlite"))) == 1
+
+    def event(self, number):
+        """Received, started and succeeded of one task after the other, each a millisecond later."""
+        task, step = divmod(number, len(KINDS))
+        own = ({"args": [task], "kwargs": {}}, {"worker": "w"}, {"result": task})[step]
+        return Event.model_construct(
+            id=uuid4(),
+            engine="celery",
+            task_id=self.trial.task(task),
+            kind=EventKind(KINDS[step]),
+            occurred_at=self.began + timedelta(milliseconds=number),
+            data={"task_name": "victim", "queue": "q", **own},
+        )
+
+    def set_trap(self):
+        """Stop at the ``nth`` call of what the point names: at its ``statement`` if it is the store's, else before or after."""
+        owners = {
+            "append": (BufferStore, "append"),
+            "delete": (BufferStore, "confirm"),
+            "adopt": (BufferStore, "take_over"),
+            "send": (Link, "send"),
+            "sent": (Link, "send"),
+            "ack": (SendLoop, "acked"),
+        }
+        if self.trial.point not in owners:
+            return
+        owner, name = owners[self.trial.point]
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def trapped(this, *args):
+            if (owner is Link and args[0] != "event_batch") or next(calls) != self.trial.nth:
+                return original(this, *args)
+            if owner is BufferStore and self.trial.statement:
+                Watch(this, self.trial.statement, lambda _watch: self.stop(self.trial.point))
+            elif self.trial.point != "sent":
+                self.stop(self.trial.point)
+            original(this, *args)
+            return self.stop(self.trial.point)
+
+        setattr(owner, name, trapped)
+
+    def stop(self, point):
+        """Say where it is, and do nothing more in this native thread; under greenlets that stops the hub or its worker."""
+        self.say(point)
+        while True:
+            signal.pause()
+
+    def say(self, point):
+        stored = self.runtime.stats().get("stored", 0) if self.runtime else 0
+        os.write(1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n")
+
+
+def serve():
+    for line in sys.stdin:
+        child = fork()
+        if not child:
+            try:
+                Host(Trial(**json.loads(line))).live()
+            finally:
+                os._exit(0)
+        waitpid(child, 0)
+        os.write(1, b"{}\n")
+
+
+if __name__ == "__main__":
+    serve()
