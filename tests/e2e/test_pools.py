@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.place import Place
 from z4j_bare.demo.process import until
-from z4j_bare.demo.worker import POOLS
+from z4j_bare.demo.worker import CONCURRENCY, POOLS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,6 +59,23 @@ def test_a_success_is_told_whole(place, host, pool, names):
     assert row["retry_count"] == 0
     assert row["received_at"] <= row["started_at"] <= row["finished_at"]
     assert "hunter2" not in str(place.brain.events(place.project, "celery", task_id))
+
+
+def test_the_worker_page_is_filled(place, host, pool, names):
+    """The brain's row of the worker has what the worker tells of itself, though nobody asks it over the broker."""
+
+    def filled():
+        rows = {row["name"]: row for row in place.brain.workers(place.project)}
+        return (row := rows.get(names[1])) and row["pid"] and row
+
+    row = until(filled, "the worker's details", timeout=60)
+    assert (row["pid"], row["queues"], row["concurrency"]) == (host.pid, [place.home.name], CONCURRENCY[pool])
+
+
+def test_a_queue_that_is_empty_is_no_broken_broker(place, host):
+    """Redis has no empty lists, so a passive declaration fails there: the depth is 0 all the same."""
+    depths = until(lambda: place.brain.stats(place.project)["queue_depths"], "a queue", timeout=60)
+    assert {row["name"]: row["pending_count"] for row in depths} == {place.home.name: 0}
 
 
 def test_a_failure_names_its_exception(place, host, names):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from z4j_core.redaction.engine import RedactionEngine
 
 
 def safe_name(name: str, matches: Callable[[str], bool]) -> str:
@@ -17,3 +20,9 @@ def safe_name(name: str, matches: Callable[[str], bool]) -> str:
         return name
     node, _, host = name.partition("@")
     return f"{node}@{host.replace('.', '_')}"
+
+
+def value_matcher(engine: Any) -> Callable[[str], bool]:
+    """Return what :func:`safe_name` asks: the adapter's own patterns, or the default ones where it has none."""
+    redaction = getattr(engine, "redaction", None)
+    return redaction.value_matches if isinstance(redaction, RedactionEngine) else RedactionEngine().value_matches

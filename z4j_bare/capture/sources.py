@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.redaction.engine import RedactionEngine
-
 from z4j_bare.capture.celery import CeleryCapture, runs_in_process
+from z4j_bare.capture.names import value_matcher
 from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.stream import CeleryStream
@@ -33,7 +31,7 @@ class Source:
         self._ring = ring
         self._settings = settings
         self._capture: CeleryCapture | None = None
-        matches = _matcher(engine)
+        matches = value_matcher(engine)
         self.presence = Presence(engine.name, ring.put, matches)
         hostname = getattr(consumer, "hostname", None) if hasattr(engine, "celery_app") else None
         self._learn = hostname is None and only is None
@@ -76,8 +74,3 @@ class Source:
             self._ring.put(encode_event, event)
         elif (fields := self._stream.complete(event)) is not None:
             self._ring.put(encode_fields, fields)
-
-
-def _matcher(engine: Any) -> Callable[[str], bool]:
-    redaction = getattr(engine, "redaction", None)
-    return redaction.value_matches if isinstance(redaction, RedactionEngine) else RedactionEngine().value_matches

@@ -13,6 +13,9 @@ from typing import Any
 #: Queues asked for at most; the brain reads 1,024 per heartbeat.
 MOST_QUEUES = 100
 
+#: AMQP's reply code; a number from RabbitMQ, a text from kombu's virtual transports such as Redis.
+NOT_FOUND = "404"
+
 #: Seconds for a connection to the broker.
 CONNECT_TIMEOUT = 3.0
 
@@ -30,14 +33,18 @@ class BrokerProbe:
         self._connection: Any = None
 
     def __call__(self) -> Mapping[str, str]:
-        """Return ``<engine>.broker_connected``, ``.queue_depths`` and, after a failure, ``.broker_error``. Never raises."""
+        """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``. Never raises.
+
+        ``.broker_type`` is kombu's word: ``redis``, ``amqp``, ``sqs``, ``memory``.
+        """
         try:
             depths = self._depths()
         except Exception as error:
             self.close()
             # The text may quote the broker's address with its password; the class says enough.
             return self._answer(broker_connected="False", broker_error=type(error).__name__)
-        return self._answer(broker_connected="True", broker_error="", queue_depths=json.dumps(depths))
+        kind = self._connection.transport.driver_type
+        return self._answer(broker_connected="True", broker_error="", broker_type=kind, queue_depths=json.dumps(depths))
 
     def close(self) -> None:
         """Drop the connection."""
@@ -63,7 +70,7 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except self._connection.channel_errors as error:
-            if getattr(error, "code", getattr(error, "reply_code", None)) == 404:  # noqa: PLR2004 - AMQP's NOT_FOUND
+            if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis has no empty lists, so an empty queue is one that does not exist
             raise
         finally:

@@ -1,18 +1,18 @@
 """The engines' health: asked in turn, in a task of its own, with the last good answer kept.
 
-``get_health`` of the Celery adapter takes 10 s when its worker does not answer (``adapter-surface`` 2.11), so a heartbeat
-must never wait for it.
+Celery's is asked of its broker and read from its worker, not from the adapter: that one's broker figures are no
+evidence (``adapter-surface`` 2.11), and its ``inspect`` can hang a child that is forked meanwhile (``health/worker.py``).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.capture.names import safe_name
+from z4j_bare.capture.names import value_matcher
 from z4j_bare.health.broker import BrokerProbe, queue_names
+from z4j_bare.health.worker import WorkerDetails
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.bridge import Bridge
@@ -27,7 +27,7 @@ PATIENCE = 5.0
 
 
 class HealthLoop:
-    """Asks every engine, and for Celery the broker itself.
+    """Asks every engine, and for Celery the broker and the worker.
 
     :param consumer: the Consumer of the worker that this process is, or ``None``.
     """
@@ -38,11 +38,7 @@ class HealthLoop:
         self._answers: dict[str, str] = {}
         self._rounds: list[Callable[[], Mapping[str, str]]] = []
         for host in hosts.values():
-            self._rounds.append(lambda host=host: self._engine(host))  # type: ignore[misc]
-            app = getattr(host.engine, "celery_app", None)
-            if app is not None:
-                # After the adapter's own answer, whose broker figures are no evidence.
-                self._rounds.append(self._broker(BrokerProbe(host.name, app, queue_names(app, consumer))))
+            self._rounds += self._celery(host, consumer) if hasattr(host.engine, "celery_app") else [_engine(host)]
 
     def run(self, stopping: Any) -> None:
         """Ask until ``stopping`` is set."""
@@ -55,30 +51,57 @@ class HealthLoop:
         """Return the last good answers."""
         return dict(self._answers)
 
-    def _engine(self, host: EngineHost) -> Mapping[str, str]:
-        answer = dict(host.health(PATIENCE))
-        details = answer.get(f"{host.name}.worker_details")
-        redaction = getattr(host.engine, "redaction", None)
-        if details and redaction is not None:
-            answer[f"{host.name}.worker_details"] = renamed(details, redaction.value_matches)
-        return answer
-
-    def _broker(self, probe: BrokerProbe) -> Callable[[], Mapping[str, str]]:
-        def ask() -> Mapping[str, str]:
-            try:
-                answer: Mapping[str, str] = self._bridge.call(probe, timeout=PATIENCE)
-            except Exception as error:
-                logger.debug("z4j: the broker did not answer: %s", type(error).__name__)
-                return {f"{probe.engine}.broker_connected": "False", f"{probe.engine}.broker_error": type(error).__name__}
-            return answer
-
-        return ask
+    def _celery(self, host: EngineHost, consumer: Any) -> list[Callable[[], Mapping[str, str]]]:
+        app, name = host.engine.celery_app, host.name
+        broker = BrokerProbe(name, app, queue_names(app, consumer))
+        details = WorkerDetails(app, consumer, value_matcher(host.engine))
+        return [
+            Ask(self._bridge, broker, lambda error: _broker_failed(name, error)),
+            Ask(self._bridge, lambda: {f"{name}.worker_details": details()}, lambda _: {}),
+        ]
 
 
-def renamed(details: str, matches: Callable[[str], bool]) -> str:
-    """Return worker details (JSON, by worker name) under the names that events use; see :func:`safe_name`."""
-    try:
-        workers = json.loads(details)
-    except ValueError:
-        return details
-    return json.dumps({safe_name(name, matches): facts for name, facts in workers.items()})
+class Ask:
+    """One question, asked off the loop: at most :data:`PATIENCE` seconds are waited, and never twice at a time.
+
+    :param question: returns entries for the heartbeat; what it returns too late is this object's next answer.
+    :param failed: makes the entries that tell of an error.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        question: Callable[[], Mapping[str, str]],
+        failed: Callable[[Exception], Mapping[str, str]],
+    ) -> None:
+        self._bridge = bridge
+        self._question = question
+        self._failed = failed
+        self._asking = False
+        self._answer: Mapping[str, str] = {}
+
+    def __call__(self) -> Mapping[str, str]:
+        """Return the newest answer; never raises."""
+        try:
+            if self._asking:
+                raise TimeoutError
+            self._bridge.call(self._ask, timeout=PATIENCE)
+        except Exception as error:
+            logger.debug("z4j: a health check failed: %s", type(error).__name__)
+            return self._failed(error)
+        return self._answer
+
+    def _ask(self) -> None:
+        self._asking = True
+        try:
+            self._answer = self._question()
+        finally:
+            self._asking = False
+
+
+def _engine(host: EngineHost) -> Callable[[], Mapping[str, str]]:
+    return lambda: host.health(PATIENCE)
+
+
+def _broker_failed(name: str, error: Exception) -> Mapping[str, str]:
+    return {f"{name}.broker_connected": "False", f"{name}.broker_error": type(error).__name__}
