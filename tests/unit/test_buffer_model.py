@@ -19,6 +19,7 @@ MAX_BYTES = 1024 * 1024
 SIZES = st.sampled_from([0, 1, 300, 5000, 60_000, 250_000])
 ROWS = st.lists(st.tuples(st.sampled_from(ALL), SIZES), max_size=8)
 KINDS = st.sets(st.sampled_from(ALL), min_size=1).map(sorted)
+ORPHANED = st.lists(st.binary(max_size=300), max_size=6)
 PICK = st.lists(st.integers(0, MAX_ROWS - 1), max_size=6)
 
 
@@ -124,6 +125,7 @@ class DiskMachine(StoreMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="z4j-model-", dir=shared if shared.is_dir() else None))
         self.folder.chmod(0o700)
         self.path = self.folder / "store-0.sqlite"
+        self.orphan = self.folder / "orphan.sqlite"
         self.copies = 0
         super().__init__()
 
@@ -162,39 +164,78 @@ class DiskMachine(StoreMachine):
             source = old.with_name(old.name + suffix)
             if source.exists():
                 shutil.copy2(source, self.path.with_name(self.path.name + suffix))
-        self.store._connection.close()
-        self.store._lock.release()
+        abandon(self.store)
         for leftover in self.folder.glob(f"{old.name}*"):
             leftover.unlink()
         self.store = self.open()
         assert self.store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
-    @rule(payloads=st.lists(st.binary(max_size=300), max_size=6), lost=st.integers(0, 3), steps=st.integers(0, 4))
+    @rule()
+    def relieve(self):
+        """Make room on a full disk: so few events are all among the oldest."""
+        gone = [row for row in self.rows if row[1] == EVENT]
+        assert self.store.relieve() == len(gone)
+        self.lost += len(gone)
+        self.rows = [row for row in self.rows if row[1] != EVENT]
+
+    @rule(payloads=ORPHANED, lost=st.integers(0, 3), steps=st.integers(0, 4))
     def adopt(self, payloads, lost, steps):
         """Take a dead process's rows; it may be adopted only in part, and the rest again later."""
-        path = self.folder / "orphan.sqlite"
-        dead = BufferStore(path, deployment="p", busy_timeout=0, clock=lambda: 1.0)
-        dead.append([("event", "", payload) for payload in payloads])
-        dead.discard(range(1, min(lost, len(payloads)) + 1), "poison")
-        dead.claim("c", time.time())
-        dead._connection.close()
-        dead._lock.release()
-        for most in (steps, 99):
-            if path.exists():
-                orphan = adopt.Orphan(path, "p", max_rows=10**6, max_bytes=1 << 28)
-                while most and orphan.step(self.store) != adopt.DONE:
-                    most -= 1
-                orphan.close()
-        assert not path.exists()
+        self.leave_orphan(payloads, lost)
+        self.take(steps)
+        self.take()
         self.commands.setdefault("c", "started")
         self.resync(produced=len(payloads))
 
+    @rule(payloads=ORPHANED)
+    def die_adopting(self, payloads):
+        """Die between taking rows over and deleting them there: they may be here twice, but none is missing."""
+        self.leave_orphan(payloads, 0)
+        orphan = self.claim_orphan()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(orphan._store, "confirm", lambda _ids: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                orphan.step(self.store)
+        twice, lost = orphan.moved, self.lost
+        abandon(orphan._store)
+        self.crash()
+        self.take()
+        self.commands.setdefault("c", "started")
+        self.resync(produced=len(payloads) + twice)
+        if self.lost == lost:
+            assert {row[2] for row in self.rows}.issuperset(payloads)
+
+    def leave_orphan(self, payloads, lost):
+        dead = BufferStore(self.orphan, deployment="p", busy_timeout=0, clock=lambda: 1.0)
+        dead.append([("event", "", payload) for payload in payloads])
+        dead.discard(range(1, min(lost, len(payloads)) + 1), "poison")
+        dead.claim("c", time.time())
+        abandon(dead)
+
+    def claim_orphan(self):
+        return adopt.Orphan(self.orphan, "p", max_rows=10**6, max_bytes=1 << 28)
+
+    def take(self, steps=99):
+        """Adopt what the orphan holds, as far as that many steps go."""
+        if self.orphan.exists():
+            orphan = self.claim_orphan()
+            while steps and orphan.step(self.store) != adopt.DONE:
+                steps -= 1
+            orphan.close()
+
     def resync(self, produced):
         """Take over how the heir's caps treated what came, which the rules for ``append`` hold; the sum is what counts here."""
+        assert not self.orphan.exists()
         stats = self.store.stats()
         assert stats.produced == self.produced + produced
         self.produced, self.lost = stats.produced, sum(stats.lost.values())
         self.rows = [(row.id, row.kind, row.payload) for row in self.store.drain(0, 1000, 1 << 40, ALL)]
+
+
+def abandon(store):
+    """Let go of a store as the system does for a dead process."""
+    store._connection.close()
+    store._lock.release()
 
 
 class MemoryMachine(StoreMachine):
