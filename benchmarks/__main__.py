@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 from z4j_bare.demo.process import HarnessError
@@ -13,7 +14,7 @@ NAMES = ("host", "hot", "ingest", "burst")
 
 
 def main() -> int:
-    """Run one benchmark: 0 when it ran to its end, 1 when it could not, 130 after Ctrl-C."""
+    """Run one benchmark: 0 when it ran to its end, 1 when it could not, 130 after Ctrl-C, 143 after SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="|".join(NAMES))
     for name in NAMES:
@@ -21,6 +22,7 @@ def main() -> int:
         title = str(module.__doc__).split("\n", 1)[0]
         module.add_arguments(names.add_parser(name, help=title, description=module.__doc__))
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         importlib.import_module(f"benchmarks.{args.name}").run(args)
     except HarnessError as error:
@@ -29,7 +31,19 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"benchmarks {args.name}: interrupted, everything is stopped", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"benchmarks {args.name}: terminated, everything is stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: as with Ctrl-C, brain, broker and workers are stopped on the way out."""
+
+
+def _terminate(*_args: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the stopping short
+    raise _Terminated
 
 
 if __name__ == "__main__":

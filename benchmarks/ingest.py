@@ -16,6 +16,7 @@ from uuid import uuid4
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from z4j_bare.demo.process import HarnessError
+from z4j_bare.errors import AgentError
 
 if TYPE_CHECKING:
     from z4j_bare.demo.rest import Credentials
@@ -61,6 +62,7 @@ class Feed:
         self._transport = WebSocketTransport(url, lambda: agent.token, self._seam)
         self._flying: dict[str, int] = {}
         self._turn = threading.Condition()
+        self._failure: AgentError | None = None
 
     def rate(self, count: int, size: int) -> float:
         """Return events a second, from the first frame sent to the last ack received."""
@@ -74,6 +76,8 @@ class Feed:
             for events in _frames(_events(count), size):
                 self._send(events)
             reader.join(_PATIENCE)
+            if self._failure is not None:
+                raise HarnessError(f"the session ended early: {self._failure}")
             if reader.is_alive():
                 raise HarnessError(f"the brain acknowledged too little within {_PATIENCE:.0f} s")
             return count / (self._ended - began)
@@ -93,6 +97,12 @@ class Feed:
         self._transport.send(lambda: self._session.sign("event_batch", frame, payload, time.time()))
 
     def _read(self, count: int) -> None:
+        try:
+            self._count_down(count)
+        except AgentError as error:  # also when the line is cut because the sender was interrupted
+            self._failure = error
+
+    def _count_down(self, count: int) -> None:
         while count > 0:
             message = self._transport.receive(_PATIENCE)
             if message is None:
