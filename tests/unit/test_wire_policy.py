@@ -150,6 +150,33 @@ def test_silence_counts_from_the_last_ack():
     assert w.silent(171)
 
 
+def test_what_is_left_behind_takes_no_room():
+    """A frame that the brain has skipped neither shrinks the window nor fills it; its late ack still counts."""
+    w = window.Window()
+    w.sent("skipped", (1, 2), 2, 0)
+    w.sent("next", (3,), 1, 1)
+    assert w.acked("next", 2) == (3,)
+    assert (w.room(60), w.limit) == (1000, 1000)
+    assert (w.events, w.frames) == (2, 1), "it is not delivered all the same"
+    assert w.acked("skipped", 61) == (1, 2)
+    assert (w.events, w.frames) == (0, 0)
+
+
+def test_what_is_left_behind_is_sent_again():
+    """Acks that go on arriving for others do not put off the resend of a skipped frame, even those that come early."""
+    w = window.Window()
+    w.sent("skipped", (1,), 1, 0)
+    w.acked("next", 10)
+    w.sent("next", (2,), 1, 10)
+    for second in range(11, 100):
+        w.sent(str(second), (second,), 1, second)
+        w.acked(str(second), second)
+        assert not w.silent(second)
+    assert w.silent(101)
+    w.reset()
+    assert not w.silent(102)
+
+
 def test_silence_needs_something_in_flight():
     """An idle session is not silent, and the clock starts with the first frame after idleness."""
     w = window.Window()

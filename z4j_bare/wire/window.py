@@ -26,34 +26,43 @@ EARLY = 1_024
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A frame on its way: the store's row ids it carries, how many of them are events, and when it was sent."""
+    """A frame on its way: the store's row ids it carries, how many of them are events, when it was sent, as which."""
 
     ids: tuple[int, ...]
     events: int
     sent_at: float
+    number: int
 
 
 class Window:
-    """Counts unacknowledged events. Every method takes ``now``, monotonic seconds; it has no clock."""
+    """Counts unacknowledged events. Every method takes ``now``, monotonic seconds; it has no clock.
+
+    A frame whose successor is acknowledged first is left behind: the brain works in order, and says nothing of one that
+    its database refused for a moment (2.4). It takes no room and slows nobody down, and is sent again, with all that is on
+    its way, ``ACK_DEADLINE`` seconds later, or in the next session.
+    """
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
         self.limit = limit
         self._largest = limit
         self._flying: OrderedDict[str, InFlight] = OrderedDict()
+        self._behind: dict[str, InFlight] = {}
         self._early: OrderedDict[str, None] = OrderedDict()
         self._events = 0
+        self._sent = 0
         self._last_ack = 0.0
+        self._behind_since = 0.0
         self._last_change = 0.0
 
     @property
     def events(self) -> int:
         """Unacknowledged events."""
-        return self._events
+        return self._events + sum(frame.events for frame in self._behind.values())
 
     @property
     def frames(self) -> int:
         """Unacknowledged frames."""
-        return len(self._flying)
+        return len(self._flying) + len(self._behind)
 
     def room(self, now: float) -> int:
         """Return how many more events may be sent at ``now``."""
@@ -62,18 +71,22 @@ class Window:
 
     def sent(self, frame: str, ids: Sequence[int], events: int, now: float) -> tuple[int, ...]:
         """Enter a frame; return its row ids at once if its ack has already been here."""
+        self._sent += 1
         if frame in self._early:
             del self._early[frame]
+            self._leave_behind(self._sent, now)
             return tuple(ids)
         if not self._flying:
             self._last_ack = now
-        self._flying[frame] = InFlight(tuple(ids), events, now)
+        self._flying[frame] = InFlight(tuple(ids), events, now, self._sent)
         self._events += events
         return ()
 
     def acked(self, frame: str, now: float) -> tuple[int, ...]:
         """Take the ack of ``frame``; return the row ids that are done with. The counts in an ack mean nothing (2.4)."""
         self._last_ack = now
+        if frame in self._behind:
+            return self._behind.pop(frame).ids
         flying = self._flying.pop(frame, None)
         if flying is None:
             self._early[frame] = None
@@ -81,19 +94,30 @@ class Window:
                 self._early.popitem(last=False)
             return ()
         self._events -= flying.events
+        self._leave_behind(flying.number, now)
         if now - flying.sent_at < FAST:
             self._grow(now)
         return flying.ids
 
     def silent(self, now: float) -> bool:
-        """Whether something is unacknowledged and no ack of anything has come for ``ACK_DEADLINE`` seconds."""
-        return bool(self._flying) and now - self._last_ack > ACK_DEADLINE
+        """Whether no ack of anything has come for ``ACK_DEADLINE`` seconds, or none of what was left behind so long ago."""
+        overdue = bool(self._behind) and now - self._behind_since > ACK_DEADLINE
+        return overdue or (bool(self._flying) and now - self._last_ack > ACK_DEADLINE)
 
     def reset(self) -> None:
         """Forget what is in flight, because it will be sent again."""
         self._flying.clear()
+        self._behind.clear()
         self._early.clear()
         self._events = 0
+
+    def _leave_behind(self, number: int, now: float) -> None:
+        """Take what was sent before frame ``number`` for left behind."""
+        for name in [name for name, frame in self._flying.items() if frame.number < number]:
+            if not self._behind:
+                self._behind_since = now
+            self._behind[name] = self._flying.pop(name)
+            self._events -= self._behind[name].events
 
     def _adapt(self, now: float) -> None:
         oldest = next(iter(self._flying.values()), None)
