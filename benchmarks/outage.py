@@ -1,0 +1,144 @@
+"""A Celery worker ends while the brain is away, killed or stopped: when the next worker's agent tells what it knew."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from benchmarks.cpu import Meter
+from benchmarks.existing import existing_python
+from benchmarks.ingest import Feed
+from benchmarks.peers import Peers, progress
+from benchmarks.report import circumstances, save, table
+from benchmarks.trial import Plan, Stage
+from z4j_bare.demo.process import until
+from z4j_bare.demo.worker import POOLS
+
+ENDS = ("killed", "stopped")
+_CALIBRATION = 1500
+_SETTLE = 2.0  # seconds between the last task and the kill: both agents commit well within it
+_READY_SECONDS = 60.0
+_STALLED = 60.0  # seconds without another row after which the rest counts as lost
+_HEADER = ("worker", "agent", "tasks", "rows in the files", "first row s", "last row s", "5 s + backlog/rate", "lost")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the comparison."""
+    parser.add_argument("--compare", action="store_true", help="outages of a worker, beside the existing agent")
+    parser.add_argument("--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"])
+    parser.add_argument("--pool", choices=POOLS, default="gevent")
+    parser.add_argument("--tasks", type=int, default=500, help="of each worker (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds to wait for rows (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the brain's own rate, then each agent's outages; print and save the table."""
+    before = circumstances()
+    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
+    found: list[Outcome] = []
+    with Peers() as peers:
+        rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
+        for number in range(args.rounds):
+            for end in ENDS:
+                for name in args.variants:
+                    progress(f"round {number + 1}: {name}, {end}")
+                    python = existing_python() if name == "existing" else sys.executable
+                    found.append(Outage(peers, plan, name, args.pool, python).after(end))
+                    progress(f"  {found[-1]}")
+    lines = [_line(end, name, found, rate) for end in ENDS for name in args.variants]
+    print(f"the brain ingests {rate:.0f} events/s; seconds from the next worker's readiness; medians of {args.rounds}")
+    print(table(_HEADER, lines))
+    print(f"saved {save('outage', {**before, 'ingest_rate': rate, 'outages': [asdict(each) for each in found]})}")
+
+
+@dataclass
+class Outcome:
+    """What became of the ``tasks`` that the brain did not know when it went away.
+
+    ``backlog`` is in rows of the buffer, ``boot``, ``first`` and ``last`` in seconds, the latter two from the next worker's
+    readiness; ``inf`` is never.
+    """
+
+    end: str
+    variant: str
+    tasks: int
+    backlog: int
+    boot: float
+    first: float
+    last: float
+    lost: int
+
+
+class Outage(Stage):
+    """Runs two workers on one home: the first ends while the brain is away, the second finds what it left."""
+
+    def after(self, end: str) -> Outcome:
+        """Let the first worker be killed or stopped as ``end`` says; return what the brain got to know of its tasks."""
+        self._peers.purge()
+        with self._worker() as first:
+            first.spawn((self._home / "ready").exists, _READY_SECONDS)
+            self._meter = Meter(first.pid)
+            self._warm_up()
+            known, done = self._rows(), len(self._ends())
+            self._peers.brain.stop()
+            self._release(self._plan.tasks)
+            until(lambda: len(self._ends()) >= done + self._plan.tasks, "the tasks", timeout=self._plan.patience)
+            time.sleep(_SETTLE)
+            if end == "killed":
+                os.kill(first.pid, signal.SIGKILL)
+            first.stop()
+        ended = len(self._ends())
+        backlog = self._backlog()
+        self._peers.brain.start()
+        (self._home / "ready").unlink()
+        began = time.monotonic()
+        with self._worker() as second:
+            second.spawn((self._home / "ready").exists, _READY_SECONDS)
+            ready = time.monotonic()
+            first_row, last_row, rows = self._arrivals(ready, known, ended)
+        return Outcome(end, self._variant, ended - known, backlog, ready - began, first_row, last_row, ended - rows)
+
+    def _backlog(self) -> int:
+        """Count the rows in the buffer files; both agents call the table alike."""
+        rows = 0
+        for path in (self._home / "agent").glob("**/*.sqlite*"):
+            if path.name.endswith((".sqlite", ".sqlite3")):
+                with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+                    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+                        rows += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+        return rows
+
+    def _arrivals(self, since: float, known: int, expected: int) -> tuple[float, float, int]:
+        """Watch the rows grow from ``known``; return when the first and the last one came, and how many there are."""
+        first = last = float("inf")
+        while (now := time.monotonic() - since) < self._plan.patience and known < expected:
+            found = self._rows()
+            if found > known:
+                known, first, last = found, min(first, now), now
+            elif last < now - _STALLED:
+                break
+            time.sleep(0.1)
+        return first, last, known
+
+
+def _line(end: str, name: str, outcomes: list[Outcome], rate: float) -> tuple[object, ...]:
+    mine = [each for each in outcomes if (each.end, each.variant) == (end, name)]
+    backlog = median(each.backlog for each in mine)
+    return (
+        end,
+        name,
+        f"{median(each.tasks for each in mine):.0f}",
+        f"{backlog:.0f}",
+        f"{median(each.first for each in mine):.1f}",
+        f"{median(each.last for each in mine):.1f}",
+        f"{5 + backlog / rate:.1f}",
+        ", ".join(str(each.lost) for each in mine),
+    )
