@@ -4,15 +4,21 @@ import os
 import signal
 import sqlite3
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from tests.e2e.place import Place
-from tests.victims import POINTS, Victims, judge, plan
+from tests.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
+from tests.victims import POINTS, Victims, judge, key, plan
+from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
+from z4j_bare.demo.rest import Credentials
 
 pytestmark = pytest.mark.timeout(180)
+
+MODES = ("threads", "gevent", "eventlet")
 
 TASKS = 120
 
@@ -20,9 +26,17 @@ TASKS = 120
 TRIALS = 20
 EVENTS = 60
 
-#: Seconds from the next worker's readiness to the first adopted row in the brain: the promise is 5, and the machine of
-#: a test is shared.
-FIRST = 10.0
+#: Seconds from the next worker's readiness to the first adopted row in the brain. The promise is 5, and ``benchmarks crash
+#: --compare`` measures it; here the machine is shared.
+FIRST = 40.0
+
+
+@contextmanager
+def stopping(peer):
+    try:
+        yield peer
+    finally:
+        peer.stop()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,7 @@ def buffered(home):
     return total
 
 
-@pytest.mark.parametrize("pool", ["gevent", "eventlet", "threads"])
+@pytest.mark.parametrize("pool", MODES)
 def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
     """SIGKILL a worker while the brain is stopped; brain and a new worker start: every task is there, soon."""
     worker = place.worker(pool=pool, name="w1@place")
@@ -71,7 +85,7 @@ def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
 
     until(lambda: known().intersection(ids), "the first of them", timeout=FIRST, interval=0.1)
     first = time.monotonic() - began
-    until(lambda: known().issuperset(ids), "all of them", timeout=60, interval=0.2)
+    until(lambda: known().issuperset(ids), "all of them", timeout=90, interval=0.2)
     last = time.monotonic() - began
     for task_id in ids[:: TASKS // 6]:
         assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
@@ -83,7 +97,7 @@ def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
         print(f"\n{pool}, {rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
 
 
-@pytest.mark.parametrize("mode", ["threads", "gevent", "eventlet"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_committed_event_arrives_once(mode, brain, agent_credentials, tmp_path, capsys):
     """Hosts are killed while they store, send, hear of acks, delete and adopt; each one's successor tells what it had committed."""
     agent = agent_credentials()
@@ -94,9 +108,24 @@ def test_every_committed_event_arrives_once(mode, brain, agent_credentials, tmp_
     verdicts = [judge(brain, agent.project, death, rows) for death in deaths]
     assert [death for death in deaths if death.corrupt] == []
     assert [verdict.faults for verdict in verdicts] == [[]] * TRIALS
-    reached = {death.trial.point for death in deaths if death.reached}
-    assert reached == set(POINTS), "the points at which somebody died"
+    assert {death.trial.point for death in deaths if death.reached} == set(POINTS), "the points at which somebody died"
     assert sum(death.reached for death in deaths) >= TRIALS * 3 // 4
     with capsys.disabled():
         told, committed = sum(verdict.told for verdict in verdicts), sum(death.committed for death in deaths)
         print(f"\n{mode}: {committed} events known to be committed, {told} told, {sum(d.reached for d in deaths)} at their point")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_events_of_the_killed_arrive_in_order(mode, tmp_path):
+    """A peer that never refuses a frame hears of each killed host's events, all committed ones, in the order in which they happened."""
+    with stopping(Peer(ThreadsConcurrency())) as peer:
+        agent = Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT)
+        with Victims(mode, agent, tmp_path) as victims:
+            deaths = [victims.kill(trial) for trial in plan(len(POINTS), EVENTS, seed=1)]
+            victims.bury()
+        arrived = list(dict.fromkeys((event["task_id"], event["kind"]) for event in peer.events()))
+        assert peer.mishaps == []
+    for death in deaths:
+        own = [each for each in arrived if each[0].startswith(death.trial.name)]
+        assert own == [key(death.trial, number) for number in range(len(own))]
+        assert len(own) >= death.committed
