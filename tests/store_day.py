@@ -32,8 +32,9 @@ def calls(store):
         yield "ack", lambda: None
         yield "delete", lambda: store.confirm([entry.id for entry in sent[-20:-6]])
         yield "discard", lambda: store.discard([entry.id for entry in sent[-6:-4]], "rejected")
-        yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0)
+        yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"testament")
         yield "settle", lambda cycle=cycle: store.settle(f"c{cycle}", b"%d" % cycle, 1.0)
+        yield "answer", lambda cycle=cycle: store.answer(f"a{cycle}", b"%d" % cycle, 1.0)
         yield "tidy", lambda: store.tidy()
 
 

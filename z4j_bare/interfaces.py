@@ -140,11 +140,17 @@ class IStore(Interface):
     def inherit(legacy: Any) -> None:
         """Count another store's losses as produced and lost here, and learn of its commands."""
 
-    def claim(key: str, now: float) -> Any:
-        """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already."""
+    def claim(key: str, now: float, testament: bytes = b"") -> Any:
+        """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already.
+
+        ``testament`` is the result payload that an heir sends if this process dies before the command is done.
+        """
 
     def settle(key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and keep its result payload for redeliveries."""
+
+    def answer(key: str, result: bytes, now: float) -> None:
+        """``settle`` and append the result as a row, both or neither."""
 
     def close() -> None:
         """Release the file; delete it when nothing in it is worth keeping. Idempotent."""

@@ -196,6 +196,21 @@ def test_a_killed_process_is_inherited(process, home, heir):
     assert heir.woken >= 2
 
 
+def test_testaments_are_read(home, heir):
+    """A command that died with its process is answered with its testament, one that was done with its answer."""
+    store = BufferStore(new_store_path(home), deployment="p")
+    store.claim("died", 1e12, b"testament")
+    store.claim("silent", 1e12)
+    store.answer("done", b"answer", 1e12)
+    store._connection.close()
+    store._lock.release()
+    heir.run(1.0)
+    results = {entry.key: entry.payload for entry in heir.store.drain(0, 9, 99, ("result",))}
+    assert results == {"died": b"testament", "done": b"answer"}
+    assert [heir.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == ["done", "started", "done"]
+    assert orphans(home, {heir.store.path}) == []
+
+
 def test_a_forked_child_does_not_keep_its_dead_parent_alive(process, home, heir):
     """A child that lives on has the parent's descriptors, but not its lock."""
     owner = process(OWNER, home, 100, "p", "fork")

@@ -271,6 +271,17 @@ def test_a_command_is_claimed_once(store):
     assert store.size() == 0
 
 
+def test_an_answer_is_a_row_and_a_memory(store):
+    """Answering a command marks it done and appends its result for sending; until then its testament is the result."""
+    assert store.claim("c1", 10.0, b"testament") is None
+    assert (store.claim("c1", 11.0).state, store.claim("c1", 11.0).result) == ("started", b"testament")
+    store.answer("c1", b"answer", 12.0)
+    store.answer("unclaimed", b"other", 13.0)
+    assert [(entry.key, entry.payload) for entry in store.drain(0, 9, 99, ("result",))] == [("c1", b"answer"), ("unclaimed", b"other")]
+    assert [store.claim(key, 14.0).result for key in ("c1", "unclaimed")] == [b"answer", b"other"]
+    assert (store.stats().produced, store.stats().payload_bytes) == (2, 11)
+
+
 def test_settling_an_unclaimed_command_enters_it(store):
     """A command that the cap pushed out while it ran is remembered again when it ends."""
     store.settle("c1", b"answer", 12.0)
@@ -332,6 +343,7 @@ def test_a_closed_store_says_so(store):
         store.stats,
         lambda: store.claim("c", 1.0),
         lambda: store.settle("c", b"", 1.0),
+        lambda: store.answer("c", b"", 1.0),
         store.tidy,
     ):
         with pytest.raises(LocalStorageError, match="closed"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from z4j_bare.buffer import paths
 from z4j_bare.buffer.faults import CORRUPT, cause_of, translated
 from z4j_bare.buffer.lock import OwnerLock
-from z4j_bare.buffer.rows import CORRUPTION, DROP_ORDER, EVENT, Legacy
+from z4j_bare.buffer.rows import CORRUPTION, DROP_ORDER, EVENT, STARTED, Legacy
 from z4j_bare.buffer.schema import counted
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
@@ -79,8 +79,10 @@ class Orphan:
             self._pending = []
         if self._legacy is None:
             # First of all: the brain may deliver a command of the dead one again as soon as we are connected.
-            self._legacy = self._store.legacy()
-            heir.inherit(Legacy({}, self._legacy.ledger))
+            legacy = self._store.legacy()
+            heir.inherit(Legacy({}, legacy.ledger))
+            self._read_testaments(heir, legacy)
+            self._legacy = legacy
         if heir.size() >= self._enough_rows or heir.byte_size() >= self._enough_bytes:
             return WAIT
         rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), DROP_ORDER)
@@ -94,6 +96,14 @@ class Orphan:
         heir.inherit(Legacy(self._legacy.losses))
         self._store.close(bequeathed=True)
         return DONE
+
+    @staticmethod
+    def _read_testaments(heir: BufferStore, legacy: Legacy) -> None:
+        """Answer the commands that died with their process: nobody knows how far they came, and none must run again."""
+        for entry in legacy.ledger:
+            known = heir.claim(entry.key, entry.at)
+            if known is not None and known.state == STARTED and entry.result:
+                heir.answer(entry.key, entry.result, entry.at)
 
     def condemn(self, heir: BufferStore) -> bool:
         """Set a file aside that has turned out corrupt, and count its rows as lost; ``False``: nothing is wrong with it."""

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats, Legacy
+from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats, LedgerEntry, Legacy
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from z4j_bare.concurrency import BaseConcurrency
 
 T = TypeVar("T")
@@ -41,6 +43,9 @@ MOVE_BYTES = 4 * 1024 * 1024
 
 Query = tuple[int, int, Sequence[str]]
 
+#: What other processes' stores know of a command, given our own store's path.
+Others = Callable[["Path", str], LedgerEntry | None]
+
 #: The figures of a store that has not been asked yet.
 UNKNOWN = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 
@@ -53,12 +58,17 @@ class Keeper:
 
     :param open_store: opens a new durable store; runs off the hub, at the first use.
     :param memory: makes the store that takes over when the disk fails.
+    :param others: asks the other processes' stores about a command; runs off the hub.
 
     ``generation`` changes whenever row ids start over, because the rows now live somewhere else.
     """
 
     def __init__(
-        self, open_store: Callable[[], Any], seam: BaseConcurrency, memory: Callable[[], MemoryStore] = MemoryStore
+        self,
+        open_store: Callable[[], Any],
+        seam: BaseConcurrency,
+        memory: Callable[[], MemoryStore] = MemoryStore,
+        others: Others | None = None,
     ) -> None:
         self.generation = 0
         self.failures = 0
@@ -67,6 +77,7 @@ class Keeper:
         self.adopting = 0
         self._open_store = open_store
         self._new_memory = memory
+        self._others = others
         self._seam = seam
         self._turn = seam.lock()
         self._disk: Any = None
@@ -126,6 +137,15 @@ class Keeper:
         """Delete undeliverable rows and count them; ``generation`` as in :meth:`exchange`."""
         self._run(lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0)
 
+    def claim(self, key: str, testament: bytes) -> LedgerEntry | None:
+        """Enter a command as started, unless it is known here or to another process; see ``IStore.claim``."""
+        entry: LedgerEntry | None = self._run(_claim, key, self._seam.wall(), testament, self._others)
+        return entry
+
+    def answer(self, key: str, result: bytes) -> None:
+        """Mark a command done and store its answer for sending; see ``IStore.answer``."""
+        self._run(_answer, key, result, self._seam.wall())
+
     def stats(self) -> BufferStats:
         """Ask the store for its figures now."""
         self._note(self._run(_stats))
@@ -150,9 +170,9 @@ class Keeper:
         """Close what is open; what is in memory gets a last chance to reach the disk."""
         with self._turn:
             memory = self._memory
-            if memory is not None and memory.size():
+            if memory is not None and (memory.size() or memory.legacy().ledger):
                 self._return_to_disk()
-                if self._memory is not None:
+                if self._memory is not None and memory.size():
                     logger.warning("z4j: %d rows were in memory only, and are lost with this process", memory.size())
             for store in (self._disk, self._memory):
                 if store is not None:
@@ -302,6 +322,19 @@ def _exchange(
         store.drain(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in (results, events)
     ]
     return store.stats() if look else None, found[0], found[1]
+
+
+def _claim(
+    store: Any, key: str, now: float, testament: bytes, others: Others | None
+) -> LedgerEntry | None:
+    # On memory we are on the hub, where no file may be read.
+    elsewhere = others(store.path, key) if others is not None and store.durable else None
+    found: LedgerEntry | None = elsewhere or store.claim(key, now, testament)
+    return found
+
+
+def _answer(store: Any, key: str, result: bytes, now: float) -> None:
+    store.answer(key, result, now)
 
 
 def _tidy(store: Any) -> bool:

@@ -33,12 +33,12 @@ class Ledger:
         row = self._connection.execute("SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)).fetchone()
         return None if row is None else LedgerEntry(*row)
 
-    def claim(self, key: str, now: float) -> LedgerEntry | None:
-        """Enter ``key`` as started, or return the earlier entry."""
+    def claim(self, key: str, now: float, testament: bytes) -> LedgerEntry | None:
+        """Enter ``key`` as started with its ``testament``, or return the earlier entry."""
         key = storable(key)
         earlier = self.find(key)
         if earlier is None:
-            self._enter(key, STARTED, b"", now)
+            self._enter(key, STARTED, testament, now)
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:

@@ -16,6 +16,7 @@ from z4j_bare.buffer.rows import (
     DONE,
     DROP_ORDER,
     LEDGER_CAP,
+    RESULT,
     STARTED,
     BufferEntry,
     BufferStats,
@@ -170,19 +171,24 @@ class MemoryStore:
         """Return the bytes of all payloads."""
         return self._payload
 
-    def claim(self, key: str, now: float) -> LedgerEntry | None:
+    def claim(self, key: str, now: float, testament: bytes = b"") -> LedgerEntry | None:
         """Enter command ``key`` as started; return the earlier entry if it was there already."""
         self._check()
         key = storable(key)
         earlier = self._ledger.get(key)
         if earlier is None:
-            self._enter(LedgerEntry(key, STARTED, b"", now))
+            self._enter(LedgerEntry(key, STARTED, testament, now))
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and keep its result for redeliveries."""
         self._check()
         self._enter(LedgerEntry(storable(key), DONE, result, now))
+
+    def answer(self, key: str, result: bytes, now: float) -> None:
+        """Mark command ``key`` done and append its result as a row."""
+        self.settle(key, result, now)
+        self.append([(RESULT, key, result)])
 
     def tidy(self) -> bool:
         """Do nothing: memory needs no tidying."""

@@ -26,6 +26,8 @@ CORRUPTION = "corrupt"
 
 STARTED = "started"
 DONE = "done"
+#: Started by another process, which will answer, or its heir.
+ELSEWHERE = "elsewhere"
 
 #: Commands the ledger remembers; the brain redelivers for a minute, so this is 160 commands a second.
 LEDGER_CAP = 10_000
@@ -68,9 +70,10 @@ class BufferStats:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What is known of one command: ``state`` is ``started`` or ``done``.
+    """What is known of one command: ``state`` is ``started``, ``done`` or, of another process's, ``elsewhere``.
 
-    ``result`` is empty until the command is done, and again when its bytes had to make room (a very old one).
+    ``result`` is the answer. Until the command is done, it is its testament: what to say if this process dies before
+    that. It is empty when its bytes had to make room (a very old one).
     """
 
     key: str

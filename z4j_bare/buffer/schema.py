@@ -83,11 +83,14 @@ def connect(path: Path, *, busy_timeout: float, max_bytes: int, deployment: str)
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what the block writes, or none of it.
+    """Commit what the block writes, or none of it; inside another such block, together with that.
 
     IMMEDIATE, because a transaction that starts by reading and is then refused the write lock cannot wait for
     it.
     """
+    if connection.in_transaction:
+        yield
+        return
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -20,6 +20,7 @@ from z4j_bare.buffer.rows import (
     CORRUPTION,
     DROP_ORDER,
     EVENT,
+    RESULT,
     BufferEntry,
     BufferStats,
     LedgerEntry,
@@ -208,14 +209,20 @@ class BufferStore:
     # -- the ledger of commands
 
     @storage_call
-    def claim(self, key: str, now: float) -> LedgerEntry | None:
+    def claim(self, key: str, now: float, testament: bytes = b"") -> LedgerEntry | None:
         """Enter command ``key`` as started; return the earlier entry if it was there already."""
-        return self._ledger.claim(key, now)
+        return self._ledger.claim(key, now, testament)
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and keep its result for redeliveries."""
         self._ledger.settle(key, result, now)
+
+    @storage_call
+    def answer(self, key: str, result: bytes, now: float) -> None:
+        """Mark command ``key`` done and append its result as a row, both or neither."""
+        row = (RESULT, storable(key), result, now, 0)
+        self._take([row], lambda: self._ledger.settle(key, result, now))
 
     # -- the file
 
@@ -293,7 +300,8 @@ class BufferStore:
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _take(self, rows: Sequence[Stamped]) -> int:
+    def _take(self, rows: Sequence[Stamped], also: Callable[[], None] = lambda: None) -> int:
+        """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
         if not rows:
             return 0
         self._space.ensure()
@@ -303,6 +311,7 @@ class BufferStore:
             if len(fitting) < len(rows):
                 self._refuse([row for row in rows if len(row[2]) > self._budget], change)
             self._evict(change)
+            also()
         try:
             self._space.shorten()
         except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
