@@ -67,6 +67,17 @@ class FrameTooLargeError(AgentError):
         self.limit = limit
 
 
+class CommandError(AgentError):
+    """An operator's command was not carried out; the text is the answer.
+
+    ``indeterminate`` says that it may have happened all the same.
+    """
+
+    def __init__(self, message: str, *, indeterminate: bool = False) -> None:
+        super().__init__(message)
+        self.indeterminate = indeterminate
+
+
 class LocalStorageError(AgentError):
     """The disk failed: full, read-only, corrupt, locked for too long."""
 

@@ -11,6 +11,7 @@ from z4j_bare.adapters import celery
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost, accepted
 from z4j_bare.adapters.redaction import merge_redaction
+from z4j_bare.errors import CommandError
 
 
 def config(**overrides):
@@ -123,7 +124,7 @@ def test_an_adapter_with_nothing(hosted):
     assert host.health() == {}
     assert host.dropped() == 0
     host.disconnect()
-    with pytest.raises(NotImplementedError, match="bare has no purge_queue"):
+    with pytest.raises(CommandError, match="bare does not support purge_queue"):
         host.invoke("purge_queue", timeout=5)
 
 
@@ -227,11 +228,13 @@ def test_health_that_takes_too_long(hosted, seam, until):
 
 
 def test_invoke_leaves_out_unknown_keywords(hosted):
-    """Keywords that an adapter's method does not take are dropped; one that takes any gets all."""
+    """Empty keywords and hints that an adapter's method does not take are dropped; one that takes any gets all."""
     host = hosted(Engine())
-    assert host.invoke("retry_task", "1", timeout=5, priority="high", task_name="n") == ("1", "high")
-    assert host.invoke("cancel_task", "1", timeout=5, priority="high") == "1"
-    assert host.invoke("anything", timeout=5, a=1) == {"a": 1}
+    assert host.invoke("retry_task", "1", timeout=5, priority="high", hints={"task_name": "n"}) == ("1", "high")
+    assert host.invoke("cancel_task", "1", timeout=5, priority=None) == "1"
+    assert host.invoke("anything", timeout=5, hints={"b": 2}, a=1) == {"a": 1, "b": 2}
+    with pytest.raises(CommandError, match="fake does not support cancel_task with eta and priority"):
+        host.invoke("cancel_task", "1", timeout=5, eta=7.0, priority="high", queue=None)
     assert accepted(dict, {"a": 1}) == {"a": 1}
 
 
@@ -245,7 +248,7 @@ def test_invoke_never_calls_twice(hosted):
             raise TypeError("from inside")
 
     with pytest.raises(TypeError, match="from inside"):
-        hosted(Typed()).invoke("cancel_task", "1", timeout=5, extra=1)
+        hosted(Typed()).invoke("cancel_task", "1", timeout=5, hints={"extra": 1})
     assert calls == ["1"]
 
 

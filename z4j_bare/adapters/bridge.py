@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 #: Workers for calls that need no loop; apart from the loop's own, so that eight hung offloads leave these
-#: alive.
-CALLERS = 4
+#: alive. As many as commands run at a time by default.
+CALLERS = 8
 #: Longest deadline in seconds that a caller may ask for.
 LONGEST_CALL = 3600.0
 #: Seconds that :meth:`Bridge.stop` waits for the loop to end.

@@ -8,12 +8,17 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import RETRY_BY_REFERENCE_CAPABILITY
 
 from z4j_bare.adapters.celery import nudge_events
+from z4j_bare.adapters.controls import CeleryControls
+from z4j_bare.capture.names import safe_name, value_matcher
+from z4j_bare.capture.redact import Redactor
+from z4j_bare.errors import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from z4j_bare.adapters.bridge import Bridge
     from z4j_bare.concurrency import BaseConcurrency
@@ -41,6 +46,14 @@ class EngineHost:
         self._bridge = bridge
         self._seam = seam
         self._sink = sink
+        #: Our own way of controlling workers, for the engine whose adapter does not wait for their answers.
+        self.controls: CeleryControls | None = None
+        redaction = getattr(engine, "redaction", None)
+        #: Hides in answers what the adapter hides in events.
+        self.redactor = Redactor(redaction if isinstance(redaction, RedactionEngine) else RedactionEngine())
+        if hasattr(engine, "celery_app"):
+            alias = partial(safe_name, matches=value_matcher(engine))
+            self.controls = CeleryControls(engine.celery_app, alias, seam)
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
@@ -81,9 +94,18 @@ class EngineHost:
     def capabilities(self) -> list[str]:
         """Return what the adapter can do now; ask again at every hello, celery-beat's answer changes."""
         able = {str(name) for name in self.engine.capabilities()}
-        if getattr(self.engine, "safe_retry_by_reference", None) is True:
+        if self.retries_by_reference:
             able.add(RETRY_BY_REFERENCE_CAPABILITY)
         return sorted(able)
+
+    @property
+    def retries_by_reference(self) -> bool:
+        """Whether the adapter promises never to retry with the brain's copy of the arguments, which is redacted."""
+        return getattr(self.engine, "safe_retry_by_reference", None) is True
+
+    def offers(self, method_name: str) -> bool:
+        """Whether the adapter has such a method."""
+        return callable(getattr(self.engine, method_name, None))
 
     def health(self, timeout: float = 5.0) -> dict[str, str]:
         """Return ``<engine>.<key>`` entries for the heartbeat, after at most ``timeout`` seconds.
@@ -110,16 +132,28 @@ class EngineHost:
         except Exception:
             return 0
 
-    def invoke(self, method_name: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+    def invoke(
+        self, method_name: str, *args: Any, timeout: float, hints: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Call an action of the adapter and return its result; never twice.
 
-        Keywords that this adapter's method does not take are left out. ``NotImplementedError`` without such a
-        method, ``TimeoutError`` after ``timeout`` seconds, else whatever the adapter raises.
+        Of the keywords, those that are ``None`` or mere ``hints`` are left out if this adapter's method does not take
+        them. ``CommandError`` for any other and for a method that it does not have, ``TimeoutError`` after ``timeout``
+        seconds, else whatever the adapter raises.
         """
         method = getattr(self.engine, method_name, None)
         if not callable(method):
-            raise NotImplementedError(f"{self.name} has no {method_name}")
-        return self._bridge.call(partial(method, *args, **accepted(method, kwargs)), timeout=timeout)
+            raise CommandError(f"engine {self.name} does not support {method_name}")
+        taken = accepted(method, {**kwargs, **(hints or {})})
+        refused = [key for key, value in kwargs.items() if value is not None and key not in taken]
+        if refused:
+            raise CommandError(f"engine {self.name} does not support {method_name} with {' and '.join(refused)}")
+        return self._bridge.call(partial(method, *args, **taken), timeout=timeout)
+
+    def control(self, action: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+        """Call one of our own :attr:`controls`, which take the time they have as ``seconds``; errors as ``invoke``."""
+        act = getattr(self.controls, action)
+        return self._bridge.call(partial(act, *args, seconds=timeout, **kwargs), timeout=timeout)
 
     def _connect_signals(self) -> None:
         connect = getattr(self.engine, "connect_signals", None)
