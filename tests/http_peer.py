@@ -102,9 +102,9 @@ class HttpPeer:
         """How many uploads are being worked on."""
         return sum(session.posting for session in self.sessions.values())
 
-    def command(self, action, parameters=None, *, timeout=60):
+    def command(self, action, parameters=None, *, timeout=60, identity=None):
         """Have a command ready for the next poll; return its id."""
-        identity = str(uuid4())
+        identity = identity or str(uuid4())
         payload = CommandPayload(action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout)
         self.commands.append(CommandFrame(id=identity, payload=payload))
         return identity

@@ -20,7 +20,7 @@ from z4j_bare.buffer.adopt import Orphan
 from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.opening import open_store
-from z4j_bare.buffer.rows import RESULT
+from z4j_bare.buffer.siblings import known_to_others
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source
 from z4j_bare.dispatcher import Dispatcher
@@ -84,7 +84,12 @@ class Agent:
         self.routes = Routes(str(config.brain_url), wish, self._token, settings, seam, dev_mode=config.dev_mode)
         self._version = version("z4j-bare")
         self.secret()  # a bad key must fail here, at the host's call, not in a loop
-        self.keeper = Keeper(self._open_store, seam, lambda: MemoryStore(max_rows=config.buffer_max_events))
+        self.keeper = Keeper(
+            self._open_store,
+            seam,
+            lambda: MemoryStore(max_rows=config.buffer_max_events),
+            partial(known_to_others, config.buffer_path),
+        )
         self.bridge = Bridge(seam)
         self.sources: list[Source] = []
         self.hosts = {engine.name: self._host(engine) for engine in engines}
@@ -98,7 +103,9 @@ class Agent:
             stored=self._wake_sender,
         )
         self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
-        self.dispatcher = Dispatcher(self.hosts, self._answer, seam, self.counters, settings.command_workers)
+        self.dispatcher = Dispatcher(
+            self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers
+        )
         self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
         self.lateness = Lateness(seam)
         self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
@@ -154,12 +161,14 @@ class Agent:
         deadline = self.seam.now() + seconds
         self._stopping.set()
         self.ring.wake.set()
+        self._within(deadline, self.dispatcher.stop)
         self._within(deadline, self._disconnect_adapters)
         self._within(deadline, self.flusher.flush)
         self._await_acks(min(deadline, self.seam.now() + self._settings.flush_seconds))
         self.supervisor.end()
         for task in self._tasks:
             task.join(max(0.0, deadline - self.seam.now()))
+        self.dispatcher.end()
         self._within(deadline, self.keeper.close)
         self.bridge.stop()
         self.seam.close()
@@ -275,10 +284,6 @@ class Agent:
         finally:
             if not self.seam.forked():
                 link.shut()
-
-    def _answer(self, command: str, payload: bytes) -> None:
-        self.keeper.append([(RESULT, command, payload)])
-        self._wake_sender()
 
     def _wake_sender(self) -> None:
         link = self.supervisor.link

@@ -333,7 +333,7 @@ def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting)
 
 
 def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
-    """Ack first, then one result, both under the command's id and with the delivery token; a redelivery only acks."""
+    """Ack first, then a result, both under the command's id and with the delivery token; a redelivery gets both again."""
     session, token = peer.last, str(uuid4())
     identity = session.command("retry_task", {"task_id": "t-9"}, token=token)
     result = until(lambda: session.of("command_result"))[0]
@@ -342,11 +342,12 @@ def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
     assert result.payload.delivery_claim_token == token
     assert (result.payload.status, result.payload.result, result.payload.error) == ("success", {"again": "t-9"}, None)
     session.command("retry_task", {"task_id": "t-9"}, token=token, identity=identity)
-    until(lambda: len(session.of("command_ack")) == 2)
+    until(lambda: len(session.of("command_ack")) == 2 and len(session.of("command_result")) == 2)
     session.close(1012)
     until(lambda: peer.last and peer.last is not session)
     peer.last.command("retry_task", {"task_id": "t-9"}, identity=identity)
-    until(lambda: peer.last.of("command_ack"))
+    until(lambda: peer.last.of("command_ack") and peer.last.of("command_result"))
+    assert all(frame.payload == result.payload for frame in peer.frames("command_result"))
     assert engine.calls == ["t-9"]
 
 
@@ -403,6 +404,24 @@ def test_a_hanging_command_holds_nothing_up(install, peer, engine, until):
     until(lambda: len(peer.frames("command_result")) == 2)
 
 
+def test_fifty_commands_and_one_hangs(install, peer, engine, until):
+    """Of fifty commands at once one hangs: all are acknowledged, the others answered, and beats and acks go on."""
+    peer.heartbeat = 1
+    runtime = install()
+    until(lambda: peer.last)
+    stuck = peer.last.command("cancel_task", {"task_id": "stuck"})
+    others = {peer.last.command("retry_task", {"task_id": f"t-{number}"}) for number in range(49)}
+    until(lambda: {frame.id for frame in peer.frames("command_ack")} == {*others, stuck})
+    until(lambda: {frame.id for frame in peer.frames("command_result")} == others)
+    beats = len(peer.frames("heartbeat"))
+    runtime.record_event(an_event(1))
+    until(lambda: runtime.stats()["acked"] == 1 and len(peer.frames("heartbeat")) > beats)
+    engine.release.set()
+    until(lambda: stuck in {frame.id for frame in peer.frames("command_result")})
+    assert len(engine.calls) == 50
+    assert peer.mishaps == []
+
+
 def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
     """A command that is still running at its deadline is answered as indeterminate, never executed again."""
     peer.last.command("cancel_task", {"task_id": "slow"}, timeout=3)
@@ -417,7 +436,7 @@ def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
         ("submit_task", {"name": "boom"}, "internal error: ValueError: boom"),
         ("retry_task", {}, "retry_task: task_id is required"),
         ("purge_queue", {}, "purge_queue"),
-        ("no.such.thing", {}, "not supported"),
+        ("no.such.thing", {}, "not an action that this agent knows"),
         ("retry_task", {"task_id": "x", "engine": "rq"}, "no engine 'rq'"),
     ],
 )

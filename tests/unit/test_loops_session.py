@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,7 @@ from z4j_core.transport.frames import (
 )
 from z4j_core.transport.framing import FrameSigner
 
-from tests.virtual import SECRET, FakeTransport, World
+from tests.virtual import SECRET, WELCOME, FakeTransport, World
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import (
     AgentError,
@@ -115,7 +116,7 @@ class Reading(World):
         super().__init__()
         self.signer = FrameSigner(secret=SECRET, agent_id="agent", project_id="project", session_id="session")
         self.acks, self.commands = [], []
-        self.loop = ReceiveLoop(self.link, self.acks.append, lambda frame, link: self.commands.append((frame, link)))
+        self.loop = ReceiveLoop(self.link, self.acks.append, lambda frame, link, late: self.commands.append((frame, link, late)))
         self.ended = outcome(self.seam, self.loop.run)
 
     def say(self, frame):
@@ -128,6 +129,21 @@ def reading():
     return Reading()
 
 
+def test_lateness_is_measured_against_the_fastest():
+    """What a frame took longer than the fastest of its session is lateness, whatever the clocks say; drift is forgiven."""
+    world = World(replace(WELCOME, server_time=5_000.0))
+    took = world.link.lateness
+    world.seam.advance(10)
+    assert took(5_010.0) == 0
+    assert took(5_003.0) == pytest.approx(7, abs=0.01)
+    assert took(5_012.0) == 0
+    assert took(5_010.0) == pytest.approx(2, abs=0.01)
+    world.seam.advance(100_000)
+    assert took(5_010.0 + 100_000 - 5) == 0, "five seconds in a day may be the clocks' own"
+    world.dial()
+    assert world.link.lateness(0.0) == 0, "without the brain's time the first frame counts as in time"
+
+
 def test_routes_frames(reading):
     """Acks go to the sender, commands to the dispatcher, everything else is ignored."""
     reading.say(EventBatchAckFrame(id="eba_1", payload=EventBatchAckPayload(acked_id="ev_1", received=1, accepted=0, rejected=1)))
@@ -135,7 +151,9 @@ def test_routes_frames(reading):
     reading.say(HeartbeatFrame(id="hb_1", payload=HeartbeatPayload()))
     reading.say(ErrorFrame(id="err", payload=ErrorPayload(code="x", message="y", fatal=False)))
     assert reading.acks == ["ev_1"]
-    assert [(frame.id, link) for frame, link in reading.commands] == [("c-1", reading.link)]
+    ((frame, link, late),) = reading.commands
+    assert (frame.id, link) == ("c-1", reading.link)
+    assert 0 <= late < 60
     assert reading.ended == []
 
 

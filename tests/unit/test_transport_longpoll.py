@@ -680,6 +680,18 @@ def test_commands_outlive_their_session(install, peer, engine, until):
     assert sorted(engine.calls) == [f"t-{number}" for number in range(5)]
 
 
+def test_a_redelivered_command_is_answered_again(install, peer, engine, until):
+    """A poll that brings a command again, as the brain does every ten seconds, gets its answer again and nothing else."""
+    install()
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    until(lambda: peer.frames("command_result"))
+    assert peer.command("retry_task", {"task_id": "t-1"}, identity=identity) == identity
+    until(lambda: len(peer.frames("command_result")) == 2)
+    first, second = peer.frames("command_result")
+    assert (first.id, first.payload) == (second.id, second.payload)
+    assert engine.calls == ["t-1"]
+
+
 def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
     """A result over the limit keeps its status and says how large it was."""
     engine.result = {"rows": ["x" * 100] * 200}

@@ -207,9 +207,9 @@ def test_hello_is_valid():
 
 def test_results_always_fit():
     """A result too large to send becomes a short failed one that says what happened."""
-    body = json.loads(frames.command_result("success", {"rows": ["x" * 100] * 5000}, None, "tok"))
+    body = json.loads(frames.command_result("success", {"rows": ["x" * 100] * 5000, "done": 5000, "all": True}, None, "tok"))
     assert body["status"] == "failed"
-    assert body["result"] == {"outcome": "success", "oversized": True}
+    assert body["result"] == {"outcome": "success", "shortened": True, "done": 5000, "all": True}
     assert "limit" in body["error"]
     assert body["delivery_claim_token"] == "tok"
 

@@ -1,136 +1,171 @@
-"""From a command frame to one answer: acknowledge, run beside the receive loop, report."""
+"""From a command frame to one answer: acknowledge, run once beside the receive loop, report."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.errors import Z4JError
 
-from z4j_bare.dispatcher.table import ENGINE_ACTIONS, Command, RefusedError
-from z4j_bare.errors import AgentError
-from z4j_bare.wire.frames import command_ack, command_result
+from z4j_bare.buffer.rows import ELSEWHERE, RESULT
+from z4j_bare.dispatcher.answers import Answer, encoded, indeterminate
+from z4j_bare.dispatcher.command import Command
+from z4j_bare.dispatcher.pool import Pool
+from z4j_bare.dispatcher.table import ENGINE_ACTIONS, check, choose
+from z4j_bare.errors import AgentError, CommandError
+from z4j_bare.wire.frames import command_ack
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.engines import EngineHost
+    from z4j_bare.buffer.keeper import Keeper
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.counters import Counters
     from z4j_bare.loops.link import Link
 
 logger = logging.getLogger("z4j.runtime.dispatcher")
 
-#: Command ids remembered, so that one delivered twice runs once.
+#: Command ids remembered in this process, for the ledger may have been on a disk that has failed since.
 REMEMBERED = 10_000
 
-#: Seconds kept back from a command's deadline for the answer's way.
+#: Seconds kept back from a command's time for the answer's way, but at most this part of it.
 MARGIN = 2.0
+MARGIN_PART = 0.25
 
 
 class Dispatcher:
-    """Runs at most ``workers`` commands at a time, each in a task of its own.
+    """Runs each command once, at most ``workers`` at a time, and answers it before its time is up.
 
-    :param answer: stores a ``command_result`` payload under the command's id.
+    :param keeper: its ledger says what has been begun and done, also by processes before this one.
+    :param stored: called after each answer, to wake the sender.
     """
 
     def __init__(
         self,
         hosts: Mapping[str, EngineHost],
-        answer: Callable[[str, bytes], None],
+        keeper: Keeper,
+        stored: Callable[[], None],
         seam: BaseConcurrency,
         counters: Counters,
         workers: int,
     ) -> None:
         self._hosts = hosts
-        self._answer = answer
+        self._keeper = keeper
+        self._stored = stored
         self._seam = seam
         self._counters = counters
-        self._workers = workers
-        self._running = 0
-        self._waiting: deque[Command] = deque()
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._present: set[str] = set()
+        self._begun: OrderedDict[str, None] = OrderedDict()
         self._turn = seam.lock()
+        self._stopping = self._ended = False
+        self._pool = Pool(self._carry_out, seam, workers)
 
-    def submit(self, frame: Any, link: Link) -> None:
-        """Acknowledge a command frame and see that it runs; called by the receive loop, never waits for the command."""
-        command = self._read(frame)
+    def submit(self, frame: Any, link: Link, late: float = 0.0) -> None:
+        """Acknowledge a command frame and see that it runs; called by the receive loop, never waits for the command.
+
+        :param late: for how many seconds it has lain unread.
+        """
+        command = self._read(frame, late)
         try:
             link.send("command_ack", command.id, command_ack(command.token))
         except AgentError as error:
             # For the brain it is dispatched, and most kinds never come again; the result will find another session.
             logger.debug("z4j: command %s is not acknowledged: %s", command.id, error)
         with self._turn:
-            if command.id in self._seen:
+            if command.id in self._present:
                 return
-            self._seen[command.id] = None
-            while len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
-            self._waiting.append(command)
-            if self._running >= self._workers:
-                return
-            self._running += 1
-        self._seam.spawn(self._work, name="z4j-command")
+            self._present.add(command.id)
+        self._pool.put(command)
 
-    def _read(self, frame: Any) -> Command:
+    def stop(self) -> None:
+        """Begin nothing more: what waits is answered as not started; what runs may end."""
+        self._stopping = True
+        for command in self._pool.clear():
+            self._carry_out(command)
+
+    def end(self) -> None:
+        """Answer nothing more, for the store is about to be closed: of what still runs its testament will tell."""
+        self._ended = True
+
+    def _read(self, frame: Any, late: float) -> Command:
         payload = frame.payload
-        seconds = payload.timeout_seconds if isinstance(payload.timeout_seconds, int) else 60
+        seconds = float(payload.timeout_seconds)
         return Command(
             id=str(frame.id),
-            action=str(payload.action),
-            target=payload.target if isinstance(payload.target, dict) else {},
-            parameters=payload.parameters if isinstance(payload.parameters, dict) else {},
-            deadline=self._seam.now() + max(1, seconds),
-            token=payload.delivery_claim_token if isinstance(payload.delivery_claim_token, str) else None,
+            action=payload.action,
+            target=payload.target,
+            parameters=payload.parameters,
+            until=self._seam.now() + seconds - late - min(MARGIN, seconds * MARGIN_PART),
+            token=payload.delivery_claim_token,
         )
 
-    def _work(self) -> None:
+    def _carry_out(self, command: Command) -> None:
         try:
-            while (command := self._next()) is not None:
+            if not self._ended and self._claimed(command):
                 self._counters.commands += 1
-                status, result, error = self._outcome(command)
-                self._answer(command.id, command_result(status, result, error, command.token))
-        except BaseException:
-            self._running -= 1
-            raise
+                self._settle(command, *self._outcome(command))
+        except Exception:
+            logger.exception("z4j: command %s could not be answered; please report it", command.action)
+        finally:
+            self._present.discard(command.id)
 
-    def _next(self) -> Command | None:
+    def _claimed(self, command: Command) -> bool:
+        """Whether this delivery is the one that runs; any other is answered as the ledger knows best."""
+        testament = encoded(command, indeterminate(command, "the agent ended before the command did: outcome unknown"))
+        earlier = self._keeper.claim(command.id, testament)
         with self._turn:
-            if self._waiting:
-                return self._waiting.popleft()
-            self._running -= 1
-            return None
+            again = command.id in self._begun
+            self._begun[command.id] = None
+            while len(self._begun) > REMEMBERED:
+                self._begun.popitem(last=False)
+        if earlier is None and not again:
+            return True
+        if earlier is None or (earlier.state != ELSEWHERE and not earlier.result):
+            self._settle(command, indeterminate(command, "delivered before: its result is no longer known"))
+        elif earlier.state != ELSEWHERE:
+            self._keeper.append([(RESULT, command.id, earlier.result)])
+            self._stored()
+        return False
 
-    def _outcome(self, command: Command) -> tuple[str, dict[str, Any] | None, str | None]:
+    def _settle(self, command: Command, answer: Answer, host: EngineHost | None = None) -> None:
+        if not self._ended:
+            self._keeper.answer(command.id, encoded(command, answer, host and host.redactor, self._seam.offload))
+            self._stored()
+
+    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | None]:
+        host: EngineHost | None = None
         try:
-            return self._execute(command)
-        except RefusedError as error:
-            return "failed", None, str(error)
-        except TimeoutError:
-            return "failed", {"indeterminate": True, "operation": command.action}, "still running: outcome unknown"
-        except Z4JError as error:
-            return "failed", None, f"{error.code}: {error.message}"
+            action = ENGINE_ACTIONS.get(command.action)
+            if action is None:
+                raise CommandError(f"{command.action} is not an action that this agent knows")
+            host = choose(command, self._hosts, action)
+            check(command, host, action)
+            return Answer.of(action.run(command, host, self._seconds(command))), host
         except Exception as error:
-            logger.exception("z4j: command %s failed", command.action)
-            return "failed", None, f"internal error: {type(error).__name__}: {error}"
+            return _failure(command, error), host
 
-    def _execute(self, command: Command) -> tuple[str, dict[str, Any] | None, str | None]:
-        call = ENGINE_ACTIONS.get(command.action)
-        if call is None:
-            raise RefusedError(f"{command.action} is not supported by this agent")
-        host = self._host(command)
-        if command.action not in host.capabilities():
-            raise RefusedError(f"engine {host.name} does not support {command.action}")
-        seconds = command.deadline - MARGIN - self._seam.now()
+    def _seconds(self, command: Command) -> float:
+        """Return the time that a command has, or raise ``CommandError`` when it must not begin any more."""
+        seconds = command.until - self._seam.now()
+        if self._stopping:
+            raise CommandError(f"{command.action} was not started: the agent is stopping")
         if seconds <= 0:
-            raise RefusedError(f"{command.action} waited too long for a free worker and was not started")
-        outcome = call(command, host, seconds)
-        return outcome.status, outcome.result, outcome.error
+            raise CommandError(f"{command.action} was not started: it came too late, or waited too long for its turn")
+        return seconds
 
-    def _host(self, command: Command) -> EngineHost:
-        name = command.parameters.get("engine") or command.target.get("engine")
-        if name is None and len(self._hosts) == 1:
-            return next(iter(self._hosts.values()))
-        if name not in self._hosts:
-            raise RefusedError(f"this agent has no engine {name!r}, only {', '.join(sorted(self._hosts)) or 'none'}")
-        return self._hosts[str(name)]
+
+def _failure(command: Command, error: Exception) -> Answer:
+    """Return what to say about a call that has raised."""
+    # Each adapter has an OffloadTimeoutError of its own (``adapter-surface`` 2.14).
+    if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
+        return indeterminate(command, "still running: outcome unknown")
+    if isinstance(error, AgentError):
+        unknown = getattr(error, "indeterminate", False)
+        return indeterminate(command, str(error)) if unknown else Answer("failed", None, str(error))
+    if isinstance(error, Z4JError):
+        return Answer("failed", None, f"{error.code}: {error.message}", foreign=True)
+    if isinstance(error, NotImplementedError):
+        return Answer("failed", None, str(error) or f"{command.action} is not supported", foreign=True)
+    logger.error("z4j: command %s failed", command.action, exc_info=error)
+    return Answer("failed", None, f"internal error: {type(error).__name__}: {error}", foreign=True)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.wire.session import Session
 
+#: Seconds by which two clocks that somebody looks after part in a second, generously.
+DRIFT = 1e-4
+
 
 class Link:
     """Sends signed frames from any loop; the transport's lock keeps seq order and wire order the same.
@@ -25,11 +28,27 @@ class Link:
         self.closing = seam.event()
         self.wake = seam.event()
         self._seam = seam
+        self._fastest = float("inf")
+        self._heard_at = seam.now()
+        if self.welcome.server_time is not None:
+            self.lateness(self.welcome.server_time)
 
     def send(self, kind: str, identity: str, payload: bytes) -> int:
         """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
         size: int = self.transport.send(lambda: self.session.sign(kind, identity, payload, self._seam.wall()))
         return size
+
+    def lateness(self, stamp: float) -> float:
+        """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.
+
+        Clocks may differ, so only frames can be compared with each other; what is late has waited for a worker that was
+        stopped or a hub that was blocked. The comparison forgets 0.1 ms a second, for clocks drift.
+        """
+        now = self._seam.now()
+        took = now - stamp
+        self._fastest = min(took, self._fastest + (now - self._heard_at) * DRIFT)
+        self._heard_at = now
+        return took - self._fastest
 
     def send_some(self, kind: str, identity: str, payload: bytes, lighter: Callable[[bytes], Iterator[bytes]]) -> bool:
         """Send the payload, or the first of its lighter versions that fits; return whether something was cut.

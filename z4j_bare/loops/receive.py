@@ -24,14 +24,14 @@ class ReceiveLoop:
     """Reads until the session ends.
 
     :param acked: called with the id of an acknowledged frame.
-    :param command: called with a command frame; must not wait.
+    :param command: called with a command frame, the link, and how many seconds late it was read; must not wait.
     """
 
-    def __init__(self, link: Link, acked: Callable[[str], None], command: Callable[[Any, Link], None]) -> None:
+    def __init__(self, link: Link, acked: Callable[[str], None], command: Callable[[Any, Link, float], None]) -> None:
         self._link = link
-        self._routes: dict[str, Callable[[Any], None]] = {
-            "event_batch_ack": lambda frame: acked(str(frame.payload.acked_id)),
-            "command": lambda frame: command(frame, link),
+        self._routes: dict[str, Callable[[Any, float], None]] = {
+            "event_batch_ack": lambda frame, _: acked(str(frame.payload.acked_id)),
+            "command": lambda frame, late: command(frame, link, late),
             "error": _complain,
         }
 
@@ -48,11 +48,12 @@ class ReceiveLoop:
         if message is None:
             return False
         frame = self._link.session.open(message)
-        self._routes.get(frame.type, _ignore)(frame)
+        late = self._link.lateness(frame.ts.timestamp()) if frame.ts else 0.0
+        self._routes.get(frame.type, _ignore)(frame, late)
         return True
 
 
-def _complain(frame: Any) -> None:
+def _complain(frame: Any, _late: float) -> None:
     code, text = str(frame.payload.code), str(frame.payload.message)[:500]
     if not frame.payload.fatal:
         logger.warning("z4j: the brain reports %s: %s", code, text)
@@ -62,5 +63,5 @@ def _complain(frame: Any) -> None:
         raise RemoteProtocolError(f"the brain ended the session with {code}: {text}")
 
 
-def _ignore(frame: Any) -> None:
+def _ignore(frame: Any, _late: float) -> None:
     logger.debug("z4j: ignored a %s frame", frame.type)

@@ -18,6 +18,9 @@ MAX_ERROR_CHARS = 8192
 #: Bytes of a result; beyond, a short one is sent that says so. A quarter of the brain's 1 MiB frame.
 MAX_RESULT_BYTES = 256 * 1024
 
+#: Numbers that are kept of a result which is too large, such as how many tasks a bulk retry has enqueued.
+MAX_FIGURES = 50
+
 #: Seconds; the brain's limit for an age, ten years. A clock that was wrong can make older rows.
 MAX_AGE = 315_360_000.0
 
@@ -90,8 +93,20 @@ def command_result(status: str, result: Mapping[str, Any] | None, error: str | N
     encoded = canonical(body)
     if len(encoded) <= MAX_RESULT_BYTES:
         return encoded
-    note = f"the command ended with {status}, but its result of {len(encoded)} bytes is over the {MAX_RESULT_BYTES} limit"
-    return canonical({**body, "status": "failed", "result": {"outcome": status, "oversized": True}, "error": note})
+    return shortened_result(status, result, f"of {len(encoded)} bytes, over the limit of {MAX_RESULT_BYTES}", token)
+
+
+def shortened_result(status: str, result: Mapping[str, Any] | None, why: str, token: str | None) -> bytes:
+    """Return the payload of a failed ``command_result`` in place of one that cannot be sent; its numbers are kept."""
+    numbers = [(key, value) for key, value in (result or {}).items() if isinstance(value, (bool, int, float))]
+    return canonical(
+        {
+            "status": "failed",
+            "result": {**dict(numbers[:MAX_FIGURES]), "outcome": status, "shortened": True},
+            "error": f"the command ended with {status}, but its result is {why}",
+            "delivery_claim_token": token,
+        }
+    )
 
 
 def agent_status(
