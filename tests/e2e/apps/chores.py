@@ -64,6 +64,11 @@ def retries(self):
     return self.request.retries
 
 
+@app.task(name="e2e.retries_later", bind=True)
+def retries_later(self):
+    raise self.retry(countdown=3600, exc=ConnectionError("later"))
+
+
 @app.task(name="e2e.fails_once")
 def fails_once(mark):
     """Fail unless the file is there, and leave it."""
