@@ -223,7 +223,7 @@ def test_consumers_rate_limit_and_purge(place, workers):
     assert place.outcome(place.send("add", 4, 4, queue=queue)) == ("SUCCESS", 8)
 
     limited = place.done("rate-limit", task_name="e2e.returns", rate="1/h", worker_name=ALIAS)
-    assert limited == {"task_name": "e2e.returns", "rate": "1/h", "workers": [ALIAS]}
+    assert limited == {"task_name": "e2e.returns", "rate": "1/h", "workers": [ALIAS], "refused": {}}
     first, held = (place.send("returns", 1, queue=queue) for _ in range(2))
     assert place.outcome(first)[0] == "SUCCESS"
     until(lambda: place.depth(queue) == 0, "the second task in the worker's hands", timeout=20)

@@ -267,9 +267,9 @@ def test_a_worker_that_falls_silent(cluster, worker):
 
 
 def test_a_broker_that_fails(cluster):
-    """An error of the broker is an answer."""
-    cluster.broken = ConnectionRefusedError("no broker")
-    assert "the broker failed: ConnectionRefusedError: no broker" in str(cluster.fails("pool_grow", ALIAS, 1))
+    """An error of the broker is an answer, without the address that it may quote."""
+    cluster.broken = ConnectionRefusedError("no broker at redis://:secret@host")
+    assert str(cluster.fails("pool_grow", ALIAS, 1)) == "the broker failed: ConnectionRefusedError"
 
 
 def test_consumers_come_and_go(cluster, worker):
@@ -313,10 +313,30 @@ def test_pools_that_cannot_restart(cluster, worker, pool):
 def test_a_rate_limit_on_one_and_on_all(cluster, worker):
     """The limit is set on the worker that was named, or on every one, and looked up there."""
     result = cluster.controls.rate_limit("shop.pay", "10/m", seconds=58, worker_name=ALIAS)
-    assert result.result == {"task_name": "shop.pay", "rate": "10/m", "workers": [ALIAS]}
+    assert result.result == {"task_name": "shop.pay", "rate": "10/m", "workers": [ALIAS], "refused": {}}
     assert [each.tasks["shop.pay"] for each in cluster.workers.values()] == [None, "10/m"]
     assert cluster.controls.rate_limit("shop.pay", "0", seconds=58).result["workers"] == ["w1@web-1", ALIAS]
     assert [each.tasks["shop.pay"] for each in cluster.workers.values()] == ["0", "0"]
+
+
+def test_not_every_worker_knows_every_task(cluster, worker):
+    """A limit for all is in force where the task is known, and the answer names who does not know it."""
+    worker.tasks = {"mail.send": None}
+    result = cluster.controls.rate_limit("mail.send", "1/s", seconds=58).result
+    assert (result["workers"], result["refused"]) == ([ALIAS], {"w1@web-1": "w1@web-1 says: unknown task"})
+
+
+def test_a_look_that_fails_is_not_the_last(cluster, worker):
+    """A worker too busy to answer one look at the effect is asked again."""
+
+    def grow(n):
+        worker.deaf = True
+        cluster.seam.spawn(lambda: cluster.seam.sleep(3) or setattr(worker, "deaf", False), name="recovers")
+        return worker._resize(n)
+
+    worker.on_pool_grow = grow
+    assert cluster.controls.pool_grow(ALIAS, 1, seconds=58).result["size"] == 5
+    assert cluster.seam.now() > 3
 
 
 def test_a_rate_limit_that_is_not_in_force(cluster, worker):
@@ -335,7 +355,7 @@ def test_a_running_task_is_ended(cluster, worker, pool):
     worker.pool = pool
     worker.states["t"] = "active"
     result = cluster.controls.cancel_task("t", seconds=58)
-    assert result.result == {"task_id": "t", "terminated": True, "worker": ALIAS, "workers": ["w1@web-1", ALIAS]}
+    assert result.result == {"task_id": "t", "terminated": True, "worker": ALIAS, "workers": ["w1@web-1", ALIAS], "refused": {}}
     assert [each.revoked for each in cluster.workers.values()] == [["t"], ["t"]]
 
 

@@ -99,17 +99,18 @@ class CeleryControls:
         if not _RATE(rate):
             raise CommandError(f"rate_limit: {rate!r} is no rate: 0, or a number with /s, /m or /h")
         node = self._nodes.find(worker_name, until) if worker_name else None
+        refused: dict[str, str] = {}
         if node is not None:
             self._nodes.tell(node, "rate_limit", until, task_name=task, rate_limit=rate)
-            answers = {node.name: None}
+            agreed = {node.name: ""}
         else:
-            answers = self._everybody("rate_limit", until, task_name=task, rate_limit=rate)
+            agreed, refused = self._everybody("rate_limit", until, task_name=task, rate_limit=rate)
         to = None if node is None else node.name
         limited = self._nodes.ask("registered", self._gather(until), to=to, taskinfoitems=["rate_limit"])
-        deaf = [name for name in answers if not _is_limited(limited.get(name), task, rate)]
+        deaf = [name for name in agreed if not _is_limited(limited.get(name), task, rate)]
         if deaf:
             raise CommandError(f"not in force on {', '.join(self._aliases(deaf))}", indeterminate=True)
-        facts = {"task_name": task, "rate": rate, "workers": self._aliases(answers)}
+        facts = {"task_name": task, "rate": rate, "workers": self._aliases(agreed), "refused": refused}
         return CommandResult(status="success", result=facts)
 
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandResult:
@@ -120,12 +121,13 @@ class CeleryControls:
         holder, runs = self._holder(task_id, until)
         if holder is not None and holder.pool in _END:
             raise CommandError(_not_supported(holder.pool, _END[holder.pool]))
-        answers = self._everybody("revoke", until, task_id=task_id, terminate=True, signal="SIGTERM")
+        agreed, refused = self._everybody("revoke", until, task_id=task_id, terminate=True, signal="SIGTERM")
         if holder is not None and runs:
             gone = self._nodes.see(lambda: self._ended(task_id, holder, until), until)
-            _expect(gone, holder, said(holder.alias, answers.get(holder.name)), "it still runs")
+            answer = agreed.get(holder.name) or refused.get(holder.alias, "nothing")
+            _expect(gone, holder, answer, "it still runs")
         facts = {"task_id": task_id, "terminated": runs, "worker": holder and holder.alias}
-        return CommandResult(status="success", result={**facts, "workers": self._aliases(answers)})
+        return CommandResult(status="success", result={**facts, "workers": self._aliases(agreed), "refused": refused})
 
     def _until(self, seconds: float) -> float:
         return self._nodes.now() + max(0.0, seconds - RESERVE)
@@ -152,14 +154,23 @@ class CeleryControls:
         _expect(size, node, answer, f"it does not run {wanted} tasks at a time")
         return _done(node, delta=abs(change), size=size)
 
-    def _everybody(self, command: str, until: float, **arguments: Any) -> dict[str, Any]:
-        """Give all workers a command; ``CommandError`` when one of them refuses, or none is there."""
+    def _everybody(self, command: str, until: float, **arguments: Any) -> tuple[dict[str, str], dict[str, str]]:
+        """Give all workers a command; return what those say that agree, by name, and those that refuse, by alias.
+
+        Not every worker knows every task. ``CommandError`` when all refuse, or none is there.
+        """
         answers = self._nodes.ask(command, self._gather(until), **arguments)
         if not answers:
             raise CommandError("no answer from any worker", indeterminate=True)
-        for name, answer in answers.items():
-            said(self._nodes.alias(name), answer)
-        return answers
+        agreed, refused = {}, {}
+        for name, answer in sorted(answers.items()):
+            try:
+                agreed[name] = said(self._nodes.alias(name), answer)
+            except CommandError as error:
+                refused[self._nodes.alias(name)] = str(error)
+        if not agreed:
+            raise CommandError("; ".join(refused.values()))
+        return agreed, refused
 
     def _holder(self, task_id: str, until: float) -> tuple[Node | None, bool]:
         """Return the worker whose pool has the task, and whether it runs already.

@@ -88,7 +88,8 @@ class Nodes:
         try:
             replies = self._seam.waiting(self._broadcast, command, arguments, to, max(0.1, seconds))
         except Exception as error:
-            raise CommandError(f"the broker failed: {type(error).__name__}: {error}", indeterminate=True) from error
+            # The text may quote the broker's address with its password; the class says enough.
+            raise CommandError(f"the broker failed: {type(error).__name__}", indeterminate=True) from error
         answers = {name: answer for reply in replies or () for name, answer in reply.items()}
         if len(self._real) > REMEMBERED:
             self._real.clear()
@@ -131,7 +132,7 @@ class Nodes:
         if name in self._real:
             return self.again(Node(self._real[name], self.alias(name), {}), until)
         others = ", ".join(sorted(map(self.alias, alive))) or "none"
-        raise CommandError(f"no answer from {name}; workers that answer: {others}")
+        raise CommandError(f"no answer from {self.alias(name)}; workers that answer: {others}")
 
     def again(self, node: Node, until: float) -> Node:
         """Ask a worker for its figures once more."""
@@ -146,10 +147,16 @@ class Nodes:
         return {str(queue.get("name")) for queue in answers.get(node.name) or ()}
 
     def see(self, look: Callable[[], T | None], until: float) -> T | None:
-        """Look until there is something to see, for :data:`EFFECT` seconds; return it, or ``None``."""
+        """Look until there is something to see, for :data:`EFFECT` seconds; return it, or ``None``.
+
+        A worker that is too busy to answer one look may answer the next.
+        """
         until = min(until, self.now() + EFFECT)
         while True:
-            found = look()
+            try:
+                found = look()
+            except CommandError:
+                found = None
             if found or self.now() + LOOK >= until:
                 return found
             self._seam.sleep(LOOK)

@@ -324,9 +324,7 @@ def _exchange(
     return store.stats() if look else None, found[0], found[1]
 
 
-def _claim(
-    store: Any, key: str, now: float, testament: bytes, others: Others | None
-) -> LedgerEntry | None:
+def _claim(store: Any, key: str, now: float, testament: bytes, others: Others | None) -> LedgerEntry | None:
     # On memory we are on the hub, where no file may be read.
     elsewhere = others(store.path, key) if others is not None and store.durable else None
     found: LedgerEntry | None = elsewhere or store.claim(key, now, testament)

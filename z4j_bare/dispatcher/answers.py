@@ -20,12 +20,11 @@ MAX_NODES = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a command ended. ``foreign`` says that the error's text is not our own, and may hold a secret."""
+    """How a command ended."""
 
     status: str
     result: dict[str, Any] | None
     error: str | None
-    foreign: bool = False
 
     @classmethod
     def of(cls, outcome: Any) -> Answer:
@@ -34,7 +33,7 @@ class Answer:
         result, error = getattr(outcome, "result", None), getattr(outcome, "error", None)
         if status not in ("success", "failed") or not isinstance(result, dict | None):
             return cls("failed", None, f"the adapter returned {type(outcome).__name__} for a result: outcome unknown")
-        return cls(status, result, None if error is None else str(error), foreign=True)
+        return cls(status, result, None if error is None else str(error))
 
 
 def indeterminate(command: Command, error: str) -> Answer:
@@ -68,7 +67,7 @@ def _encode(command: Command, answer: Answer, body: Any, redactor: Any) -> bytes
     error = answer.error
     if redactor is not None:
         body = redactor.scrub(body)
-        if error is not None and answer.foreign:
+        if error is not None:
             # By line: one address in a traceback must not cost the whole of it.
             error = "\n".join(redactor.scrub(line) for line in error.split("\n"))
     return command_result(answer.status, body, error, command.token)

@@ -164,8 +164,8 @@ def _failure(command: Command, error: Exception) -> Answer:
         unknown = getattr(error, "indeterminate", False)
         return indeterminate(command, str(error)) if unknown else Answer("failed", None, str(error))
     if isinstance(error, Z4JError):
-        return Answer("failed", None, f"{error.code}: {error.message}", foreign=True)
+        return Answer("failed", None, f"{error.code}: {error.message}")
     if isinstance(error, NotImplementedError):
-        return Answer("failed", None, str(error) or f"{command.action} is not supported", foreign=True)
+        return Answer("failed", None, str(error) or f"{command.action} is not supported")
     logger.error("z4j: command %s failed", command.action, exc_info=error)
-    return Answer("failed", None, f"internal error: {type(error).__name__}: {error}", foreign=True)
+    return Answer("failed", None, f"internal error: {type(error).__name__}: {error}")
