@@ -20,6 +20,7 @@ from tests.victims import Death, Verdict, Victims, judge, plan
 from z4j_bare.demo.process import HarnessError
 
 MODES = ("threads", "gevent", "eventlet")
+_PATIENCE = 600.0  # seconds for the last host to send the rest
 _HEADER = ("mode", "killed", "at the point", "recorded", "committed", "told", "missing", "doubled", "overtaken", "damaged")
 
 
@@ -77,7 +78,7 @@ class Block:
         with Victims(self.mode, agent, home) as victims:
             for trial in plan(trials, args.events, seed=1000 * args.seed + self.number):
                 self.deaths.append(victims.kill(trial))
-            victims.bury()
+            victims.bury(_PATIENCE)
         self.seconds = time.monotonic() - began
         rows = {row["task_id"]: row for row in peers.brain.tasks(agent.project)}
         self.verdicts = [judge(peers.brain, agent.project, death, rows) for death in self.deaths]

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -18,7 +19,7 @@ from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from benchmarks.trial import Plan, Stage
-from z4j_bare.demo.process import until
+from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import POOLS
 
 ENDS = ("killed", "stopped")
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the comparison."""
     parser.add_argument("--compare", action="store_true", help="outages of a worker, beside the existing agent")
     parser.add_argument("--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"])
+    parser.add_argument("--ends", nargs="+", choices=ENDS, default=list(ENDS))
     parser.add_argument("--pool", choices=POOLS, default="gevent")
     parser.add_argument("--tasks", type=int, default=500, help="of each worker (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1)
@@ -40,23 +42,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the brain's own rate, then each agent's outages; print and save the table."""
+    """Measure the brain's own rate, then each agent's outages; print and save the table of whatever has come through."""
     before = circumstances()
-    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
     found: list[Outcome] = []
+    failures: list[str] = []
     with Peers() as peers:
         rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
-        for number in range(args.rounds):
-            for end in ENDS:
+        for _ in range(args.rounds):
+            for end in args.ends:
                 for name in args.variants:
-                    progress(f"round {number + 1}: {name}, {end}")
-                    python = existing_python() if name == "existing" else sys.executable
-                    found.append(Outage(peers, plan, name, args.pool, python).after(end))
-                    progress(f"  {found[-1]}")
-    lines = [_line(end, name, found, rate) for end in ENDS for name in args.variants]
+                    _outage(peers, args, name, end, found, failures)
+    lines = [line for end in args.ends for name in args.variants for line in _lines(end, name, found, rate)]
     print(f"the brain ingests {rate:.0f} events/s; seconds from the next worker's readiness; medians of {args.rounds}")
     print(table(_HEADER, lines))
-    print(f"saved {save('outage', {**before, 'ingest_rate': rate, 'outages': [asdict(each) for each in found]})}")
+    for failure in failures:
+        print(f"failed: {failure}")
+    content = {**before, "ingest_rate": rate, "outages": [asdict(each) for each in found], "failures": failures}
+    print(f"saved {save('outage', content)}")
+
+
+def _outage(
+    peers: Peers, args: argparse.Namespace, name: str, end: str, found: list[Outcome], failures: list[str]
+) -> None:
+    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
+    python = existing_python() if name == "existing" else sys.executable
+    progress(f"{name}, {end}")
+    try:
+        found.append(Outage(peers, plan, name, args.pool, python).after(end))
+    except HarnessError as error:
+        tail = error.log.read_text(errors="replace")[-600:] if error.log and error.log.exists() else ""
+        failures.append(f"{name}, {end}: {error}\n{tail}")
+        progress(f"  failed: {failures[-1]}")
 
 
 @dataclass
@@ -129,10 +145,13 @@ class Outage(Stage):
         return first, last, known
 
 
-def _line(end: str, name: str, outcomes: list[Outcome], rate: float) -> tuple[object, ...]:
+def _lines(end: str, name: str, outcomes: list[Outcome], rate: float) -> Iterator[tuple[object, ...]]:
+    """Yield the line of one agent and one end, if there is anything to tell."""
     mine = [each for each in outcomes if (each.end, each.variant) == (end, name)]
+    if not mine:
+        return
     backlog = median(each.backlog for each in mine)
-    return (
+    yield (
         end,
         name,
         f"{median(each.tasks for each in mine):.0f}",

@@ -86,6 +86,7 @@ class Host:
             [sys.executable, str(HOST), mode, *map(str, numbers)],
             env=worker_environment(extra),
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the agent's warnings of sessions that were ended on purpose
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -105,7 +106,7 @@ class Host:
 
     def wait(self) -> None:
         """Wait for its end."""
-        self._reader.join(self._seconds + 90)
+        self._reader.join(self._seconds + 180)
 
     def _read(self) -> None:
         for line in self._process.stdout or ():

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import z4j_bare
+from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import worker_environment
 
 KINDS = ("task.received", "task.started", "task.succeeded")
@@ -136,10 +137,13 @@ class Victims:
         last = max((number for number in range(trial.events) if key(trial, number) in left), default=-1)
         return Death(trial, said["point"] == trial.point, max(said["stored"], last + 1), corrupt)
 
-    def bury(self, patience=60.0):
-        """Let a last host send everything that is left, for ``patience`` seconds."""
+    def bury(self, patience=90.0):
+        """Let a last host send everything that is left; ``HarnessError`` when ``patience`` seconds are not enough for it."""
         self._live(Trial("heir", patience=patience))
         self._answer()
+        left, _ = examine(self.home)
+        if left:
+            raise HarnessError(f"{len(left)} rows are still buffered after {patience:g} s: the brain is too slow")
 
     def _live(self, trial):
         self._server.stdin.write(json.dumps(asdict(trial)).encode() + b"\n")

@@ -27,6 +27,9 @@ GROUP = 10
 SAMPLE = 1.0
 CENSUS = 10.0
 
+#: Seconds that the last acks may take: what the brain skipped is sent again after 90.
+LAST = 120.0
+
 KINDS = (EventKind.TASK_RECEIVED, EventKind.TASK_STARTED, EventKind.TASK_SUCCEEDED)
 HOME = Path(os.environ["Z4J_HOME"])
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -60,7 +63,7 @@ def main(rate, seconds, reconnect):
                 census = now
             say(runtime, now - began, count=count)
         time.sleep(GROUP / rate)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LAST
     while runtime.stats()["acked"] < number and time.monotonic() < deadline:
         time.sleep(0.1)
     say(runtime, time.monotonic() - began, count=True)
