@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.transport.hmac import decode_agent_hmac_secret
@@ -39,7 +40,7 @@ from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
 from z4j_bare.settings import Settings, read_secret
 from z4j_bare.transport.fallback import Routes
-from z4j_bare.wire import frames
+from z4j_bare.wire import frames, policy
 from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Agent:
         self._schedulers = schedulers
         self._settings = settings
         self._started_at = datetime.now(UTC)
+        self._worker_suffix = ""
         self._stopping = seam.event()
         self._tasks: list[Any] = []
         self._sender: SendLoop | None = None
@@ -217,7 +219,7 @@ class Agent:
         self._identity = frames.Identity(
             framework=self._framework.name,
             agent_version=self._version,
-            worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}",
+            worker_id=f"{self._framework.name}-{pid}-{int(self._started_at.timestamp() * 1000)}{self._worker_suffix}",
             worker_pid=pid,
             worker_started_at=self._started_at,
             worker_role=config.worker_role or self._role(),
@@ -268,8 +270,15 @@ class Agent:
             for task in tasks:
                 task.join(LEAVE)
         if failures:
-            # A sender sees no more than a broken line; the reader may have read why.
-            raise next((error for error in failures if isinstance(error, RemoteError)), failures[0])
+            raise self._conclude(failures)
+
+    def _conclude(self, failures: list[AgentError]) -> AgentError:
+        """Return what ended a session: a sender sees no more than a broken line, the reader may have read why."""
+        told = [error for error in failures if getattr(error, "code", None) is not None]
+        error = next((each for each in failures if isinstance(each, RemoteError)), (told or failures)[0])
+        if getattr(error, "code", None) == policy.DISPLACED:
+            self._worker_suffix = f"-{token_hex(3)}"  # under the old id the two would replace each other for ever
+        return error
 
     def _in_session(self, link: Link, run: Callable[[], None], name: str, failures: list[AgentError]) -> None:
         try:

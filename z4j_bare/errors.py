@@ -55,6 +55,10 @@ class NetworkError(AgentError, ConnectionError):
         self.retry_after = retry_after
 
 
+class TurnedAwayError(NetworkError):
+    """The brain has no place for this session: a limit is reached, or another process took it (4002, 4429, HTTP 429)."""
+
+
 class FrameTooLargeError(AgentError):
     """A frame does not fit what the brain accepts in one piece; the session stands, and a smaller one may follow.
 

@@ -131,7 +131,7 @@ class AgentRuntime:
         return {
             "state": str(self.state),
             "auth_error_count": streaks.get("auth", 0),
-            "protocol_error_count": streaks.get("protocol", 0) + streaks.get("incompatible", 0),
+            "protocol_error_count": streaks.get("protocol", 0),
             "connection_error_count": streaks.get("connection", 0),
             "session_id": link.welcome.session_id if link else None,
         }

@@ -115,7 +115,7 @@ def test_the_status_is_the_brains_model(books):
     began = books.seam.wall()
     books.seam.advance(90)
     identity = Identity("celery", "1.13.0+green.1", "w", 1, datetime.now(UTC), engines=("celery",) * 40, schedulers=("beat",))
-    status = AgentStatusPayload.model_validate_json(books.figures.status({"auth": 2, "protocol": 1, "incompatible": 3, "connection": 4}, began, identity))
+    status = AgentStatusPayload.model_validate_json(books.figures.status({"auth": 2, "protocol": 4, "connection": 4}, began, identity))
     assert (status.auth_failure_streak, status.protocol_failure_streak, status.connection_failure_streak) == (2, 4, 4)
     assert status.last_successful_connect_at.timestamp() == began
     assert status.current_session_age_seconds == 90

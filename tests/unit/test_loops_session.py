@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import pairwise
 
 import pytest
@@ -27,13 +28,14 @@ from z4j_bare.errors import (
     IncompatibleError,
     NetworkError,
     RemoteProtocolError,
+    TurnedAwayError,
 )
 from z4j_bare.loops import heartbeat, watch
 from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
 from z4j_bare.loops.supervisor import Supervisor
-from z4j_bare.wire.policy import Backoff
+from z4j_bare.wire.policy import Backoff, closed
 
 
 @pytest.fixture
@@ -198,14 +200,14 @@ ACK = json.dumps(
 class Supervised:
     """A supervisor whose transports answer what the script says: bytes to welcome with, or an error to raise."""
 
-    def __init__(self, script=()):
-        self.seam = FakeConcurrency()
+    def __init__(self, script=(), seam=None, serving=None):
+        self.seam = seam or FakeConcurrency()
         self.counters = Counters()
         self.script = list(script)
         self.attempts = []
         self.transports = []
         self.stopping = self.seam.event()
-        self.serving = None
+        self.serving = serving
 
         def dial():
             transport = FakeTransport(self.seam)
@@ -222,6 +224,16 @@ class Supervised:
         self.supervisor = Supervisor(dial, lambda: b"hello", lambda: SECRET, serve, self.seam, self.counters)
         self.supervisor.backoff = Backoff(chance=lambda: 0.0)
         self.task = self.seam.spawn(self.supervisor.run, self.stopping, name="z4j-supervisor")
+
+
+def fail_with(seam, error, seconds):
+    """What serves a session by failing after some seconds."""
+
+    def serve(link):
+        seam.pause(link.closing, seconds)
+        raise error
+
+    return serve
 
 
 def test_one_session_while_it_lasts():
@@ -254,21 +266,78 @@ def test_waits_longer_with_each_failure(error, delays):
     assert world.supervisor.link is not None
 
 
-def test_a_session_resets_the_schedule():
-    """After a session the next failure waits as briefly as the first."""
+def test_a_session_that_holds_resets_the_schedule():
+    """After a session of half a minute the next failure waits as briefly as the first."""
     world = Supervised([NetworkError("x")] * 5 + [ACK] + [NetworkError("x")])
-    world.seam.advance(40)
+    world.seam.advance(31 + 31)
     assert world.counters.last_error == ""
     world.supervisor.link.shut()
     world.seam.advance(5)
     assert world.attempts[-1] - world.attempts[-2] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("error", "delays"),
+    [
+        (NetworkError("the brain fails on each hello", code=1011), [1, 2, 4, 8, 16, 30, 30]),
+        (TurnedAwayError("the 65th worker", code=4429), [10, 20, 40, 80, 160, 320, 600, 600]),
+        (AuthenticationRejectedError("a signature", code=4403), [10, 20, 40, 80]),
+    ],
+    ids=["1011", "4429", "4403"],
+)
+def test_sessions_that_die_young_come_later_and_later(error, delays):
+    """A welcome alone proves nothing: what ends session after session right behind it waits as a failed connect does."""
+    world = Supervised()
+    world.serving = fail_with(world.seam, error, 0.5)
+    world.seam.advance(sum(delays) + len(delays))
+    gaps = [later - earlier - 0.5 for earlier, later in pairwise(world.attempts)]
+    assert gaps == pytest.approx(delays)
+    assert world.counters.sessions == len(world.attempts)
+
+
+def test_two_that_replace_each_other_part():
+    """Two processes under one worker id, each thrown out when the other comes, end up minutes apart, not in a fight."""
+    seam, seats = FakeConcurrency(), []
+
+    def serve(link):
+        if seats:
+            seats.pop().transport.inbox.append(TurnedAwayError("replaced", code=4002))
+        seats.append(link)
+        link.transport.receive(1e9)
+
+    one, two = (Supervised(seam=seam, serving=serve) for _ in range(2))
+    seam.advance(6 * 3600)
+    for each in (one, two):
+        gaps = [later - earlier for earlier, later in pairwise(each.attempts)]
+        assert gaps[-1] >= 600
+        assert len(each.attempts) < 50
+
+
+def test_a_session_that_never_holds_is_not_a_line_each_time(caplog):
+    """What dies right after each welcome is told of as seldom as a brain that is away."""
+    caplog.set_level(logging.INFO)
+    world = Supervised()
+    world.serving = fail_with(world.seam, NetworkError("x", code=1011), 0.5)
+    world.seam.advance(1200)
+    lines = [record for record in caplog.records if record.name == "z4j.runtime.supervisor"]
+    assert len(world.attempts) > 40
+    assert len(lines) < 10
+
+
+def test_the_clock_is_named_when_it_is_off():
+    """A signature refused in a session says by how many seconds this host's clock differs from the brain's."""
+    stamp = datetime.fromtimestamp(1_700_000_000 + 75, UTC).isoformat()
+    world = Supervised([ACK[:-1] + f', "ts": "{stamp}"}}'.encode()])
+    world.serving = fail_with(world.seam, closed(4403), 0.5)
+    world.seam.advance(1)
+    assert "this host's clock is 75 s behind the brain's" in world.counters.last_error
+
+
 def test_a_bad_welcome_is_a_protocol_error():
     """A first message that is no hello_ack counts as the brain's fault, one of another protocol as an upgrade to make."""
     world = Supervised([b"nonsense", ACK.replace(b'"protocol_version": "2"', b'"protocol_version": "3"')])
     world.seam.advance(1.5)
-    assert world.supervisor.backoff.streaks == {"connection": 0, "protocol": 1, "auth": 0, "incompatible": 1}
+    assert world.supervisor.backoff.streaks == {"connection": 0, "protocol": 2, "auth": 0}
     assert "upgrade" in world.counters.last_error
 
 

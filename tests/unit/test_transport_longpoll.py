@@ -22,6 +22,7 @@ from z4j_bare.errors import (
     HostConfigurationError,
     NetworkError,
     RemoteProtocolError,
+    TurnedAwayError,
 )
 from z4j_bare.loops import heartbeat, send
 from z4j_bare.transport import longpoll
@@ -140,7 +141,7 @@ def test_each_session_has_a_nonce_of_its_own(dial, peer):
         (404, {}, NetworkError),
         (409, {}, NetworkError),
         (422, {}, NetworkError),
-        (429, {"Retry-After": "58"}, NetworkError),
+        (429, {"Retry-After": "58"}, TurnedAwayError),
         (500, {}, NetworkError),
         (503, {"Retry-After": "1"}, NetworkError),
     ],

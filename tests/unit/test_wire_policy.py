@@ -4,30 +4,48 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from z4j_bare.errors import AuthenticationRejectedError, IncompatibleError, NetworkError, RemoteProtocolError
+from z4j_bare.errors import (
+    AuthenticationRejectedError,
+    IncompatibleError,
+    NetworkError,
+    RemoteProtocolError,
+    TurnedAwayError,
+)
 from z4j_bare.wire import policy, window
 
+#: Close code, exception, what its text names.
+CLOSES = [
+    (4401, AuthenticationRejectedError, "Z4J_TOKEN"),
+    (4003, AuthenticationRejectedError, "revoked"),
+    (4403, AuthenticationRejectedError, "Z4J_AGENT_IP_ALLOWLIST"),
+    (4400, RemoteProtocolError, "frame"),
+    (4426, IncompatibleError, "upgrade"),
+    (4427, IncompatibleError, "upgrade"),
+    (4002, TurnedAwayError, "worker id"),
+    (4408, NetworkError, "no frame"),
+    (4429, TurnedAwayError, "64 workers"),
+    (1011, NetworkError, "failed"),
+    (1012, NetworkError, "restarting"),
+    (1001, NetworkError, "going away"),
+    (1000, NetworkError, "closed"),
+    (None, NetworkError, "lost"),
+    (4999, NetworkError, "lost"),
+]
 
-@pytest.mark.parametrize(
-    ("code", "kind", "named"),
-    [
-        (4401, AuthenticationRejectedError, "Z4J_TOKEN"),
-        (4003, AuthenticationRejectedError, "revoked"),
-        (4403, AuthenticationRejectedError, "Z4J_HMAC_SECRET"),
-        (4400, RemoteProtocolError, "frame"),
-        (4426, IncompatibleError, "upgrade"),
-        (4427, IncompatibleError, "upgrade"),
-        (4002, NetworkError, "slot"),
-        (4408, NetworkError, "no frame"),
-        (4429, NetworkError, "limit"),
-        (1011, NetworkError, "failed"),
-        (1012, NetworkError, "restarting"),
-        (1001, NetworkError, "going away"),
-        (1000, NetworkError, "closed"),
-        (None, NetworkError, "lost"),
-        (4999, NetworkError, "lost"),
-    ],
-)
+STATUSES = [
+    (400, NetworkError, "Z4J_ALLOWED_HOSTS"),
+    (401, AuthenticationRejectedError, "Z4J_TOKEN"),
+    (403, AuthenticationRejectedError, "archived"),
+    (404, NetworkError, "Z4J_BRAIN_URL"),
+    (409, NetworkError, "session"),
+    (422, NetworkError, "HTTP 422"),
+    (429, TurnedAwayError, "600 requests"),
+    (502, NetworkError, "HTTP 502"),
+    (503, NetworkError, "no room"),
+]
+
+
+@pytest.mark.parametrize(("code", "kind", "named"), CLOSES)
 def test_close_codes(code, kind, named):
     """Every close code of the contract has its class, and a text that names what to look at."""
     error = policy.closed(code, "because")
@@ -37,12 +55,35 @@ def test_close_codes(code, kind, named):
     assert error.code == code
 
 
-@pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationRejectedError), (403, AuthenticationRejectedError), (502, NetworkError), (429, NetworkError)])
-def test_http_statuses(status, kind):
-    """HTTP refusals fall into the same classes, and a Retry-After is kept."""
-    error = policy.refused(status, retry_after=7.0)
+@pytest.mark.parametrize(("status", "kind", "named"), STATUSES)
+def test_http_statuses(status, kind, named):
+    """HTTP refusals fall into the same classes, name what to look at, and a Retry-After is kept."""
+    error = policy.refused(status, "because", retry_after=7.0)
     assert type(error) is kind
-    assert error.retry_after == 7.0
+    assert named in str(error)
+    assert "because" in str(error)
+    assert (error.code, error.retry_after) == (status, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("behind", "said"),
+    [
+        (75.0, "this host's clock is 75 s behind the brain's"),
+        (-3600.4, "this host's clock is 3600 s ahead of the brain's"),
+        (49.0, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree to 49 s"),
+        (None, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature"),
+    ],
+)
+def test_a_refused_signature_means_the_clock_or_the_key(behind, said):
+    """A signature refused after the welcome is blamed on the clock only when the brain's differs by as much."""
+    for error in (policy.closed(4403), AuthenticationRejectedError("the first upload", code=409)):
+        explained = policy.explained(error, behind)
+        assert said in str(explained)
+        assert (type(explained), explained.code) == (AuthenticationRejectedError, error.code)
+    ours = policy.explained(RemoteProtocolError("the brain's frame failed verification: stale", code=4403), behind)
+    assert ("clock is" in str(ours)) == ("clock is" in said), "so with a frame of the brain that we refused"
+    revoked = policy.closed(4003)
+    assert policy.explained(revoked, behind) is revoked
 
 
 @pytest.mark.parametrize(
@@ -52,6 +93,7 @@ def test_http_statuses(status, kind):
         (RemoteProtocolError("x"), 1, 60),
         (AuthenticationRejectedError("x"), 10, 600),
         (IncompatibleError("x"), 120, 3600),
+        (TurnedAwayError("x"), 10, 600),
         (ValueError("x"), 1, 30),
     ],
 )
@@ -63,13 +105,25 @@ def test_schedules(error, first, longest):
     assert delays[-1] == longest
 
 
-def test_jitter_and_reset():
-    """Chance adds up to 30 percent, and a session resets the ladder."""
+def test_jitter():
+    """Chance adds up to 30 percent."""
     back = policy.Backoff(chance=lambda: 1.0)
     assert back.next(NetworkError("x")) == pytest.approx(1.3)
     assert back.next(NetworkError("x")) == pytest.approx(2.6)
-    back.reset()
-    assert back.next(NetworkError("x")) == pytest.approx(1.3)
+
+
+def test_only_a_steady_session_starts_over():
+    """A session that dies young leaves the delays as they have grown; the streaks that are reported end with any."""
+    back = policy.Backoff(chance=lambda: 0.0)
+    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [1, 10]
+    assert back.welcomed() == {"connection": 2, "protocol": 0, "auth": 0}
+    assert back.streaks == {"connection": 0, "protocol": 0, "auth": 0}
+    back.stood(29)
+    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [2, 20]
+    back.stood(30)
+    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [1, 40]
+    back.stood(1800)
+    assert back.next(TurnedAwayError("x")) == 10
 
 
 def test_classes_do_not_share_a_ladder():

@@ -25,6 +25,8 @@ class Link:
         self.transport = transport
         self.session = session
         self.welcome = session.welcome
+        #: Seconds by which the brain's clock was ahead of ours when it welcomed us, if it told.
+        self.behind = None if self.welcome.server_time is None else self.welcome.server_time - seam.wall()
         self.closing = seam.event()
         self.wake = seam.event()
         self._seam = seam

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.errors import AgentError, NoMoreThreadsError
+from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
 from z4j_bare.loops.link import Link
-from z4j_bare.wire.policy import Backoff, failure_class
+from z4j_bare.wire.policy import SCHEDULES, Backoff, explained, failure_class
 from z4j_bare.wire.session import Session, read_welcome
 
 if TYPE_CHECKING:
@@ -94,26 +94,37 @@ class Supervisor:
             welcome = read_welcome(transport.connect(self._hello()))
             link = Link(transport, Session(welcome, self._secret()), self._seam)
             self.link = link
-            if self._ended:
-                return
-            self._welcome(link)
-            self._serve(link)
+            if not self._ended:
+                self._stand(link)
         finally:
             self.link = self._attempt = None
             transport.close()
+
+    def _stand(self, link: Link) -> None:
+        began = self._seam.now()
+        self._welcome(link)
+        try:
+            self._serve(link)
+        except RemoteError as error:
+            raise explained(error, link.behind) from None
+        finally:
+            stood = self._seam.now() - began
+            self.backoff.stood(stood)
+            if stood >= SCHEDULES["connection"].steady:
+                self._failures = 0
 
     def _welcome(self, link: Link) -> None:
         self._now.clear()
         self._counters.sessions += 1
         self._counters.transport = link.transport.name
-        if self._failures:
-            logger.info("z4j: connected again after %d failed attempts", self._failures)
-        else:
-            logger.info("z4j: connected over %s, session %s", link.transport.name, link.welcome.session_id)
-        self._failures = 0
         self._counters.last_error = ""
-        self.connected_at, self.overcome = self._seam.wall(), self.backoff.streaks
-        self.backoff.reset()
+        self.connected_at, self.overcome = self._seam.wall(), self.backoff.welcomed()
+        if not self._failures:
+            logger.info("z4j: connected over %s, session %s", link.transport.name, link.welcome.session_id)
+        else:
+            # One failure after each welcome is a session that does not hold; no reason for a line each time.
+            level = logging.INFO if sum(self.overcome.values()) > 1 or self._failures == 1 else logging.DEBUG
+            logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
 
     def _after(self, error: AgentError, stopping: Any) -> None:
         if stopping.is_set():

@@ -119,11 +119,11 @@ def agent_status(
     identity: Identity,
     loss: Mapping[str, Any],
 ) -> bytes:
-    """Return the payload of an ``agent_status`` (2.7); ``streaks`` are failures in a row by their class."""
+    """Return the payload of an ``agent_status`` (2.7); ``streaks`` are failures in a row, by ``Backoff``'s names."""
     return canonical(
         {
             "auth_failure_streak": streaks.get("auth", 0),
-            "protocol_failure_streak": streaks.get("protocol", 0) + streaks.get("incompatible", 0),
+            "protocol_failure_streak": streaks.get("protocol", 0),
             "connection_failure_streak": streaks.get("connection", 0),
             "last_successful_connect_at": datetime.fromtimestamp(connected_at, UTC).isoformat(),
             "current_session_age_seconds": round(max(0.0, session_age), 3),
