@@ -270,15 +270,15 @@ class Agent:
             for task in tasks:
                 task.join(LEAVE)
         if failures:
-            raise self._conclude(failures)
+            raise self._conclude(sender, failures)
 
-    def _conclude(self, failures: list[AgentError]) -> AgentError:
+    def _conclude(self, sender: SendLoop, failures: list[AgentError]) -> AgentError:
         """Return what ended a session: a sender sees no more than a broken line, the reader may have read why."""
         told = [error for error in failures if getattr(error, "code", None) is not None]
         error = next((each for each in failures if isinstance(each, RemoteError)), (told or failures)[0])
         if getattr(error, "code", None) == policy.DISPLACED:
             self._worker_suffix = f"-{token_hex(3)}"  # under the old id the two would replace each other for ever
-        return error
+        return sender.judge(error)
 
     def _in_session(self, link: Link, run: Callable[[], None], name: str, failures: list[AgentError]) -> None:
         try:

@@ -59,6 +59,10 @@ class TurnedAwayError(NetworkError):
     """The brain has no place for this session: a limit is reached, or another process took it (4002, 4429, HTTP 429)."""
 
 
+class PoisonError(NetworkError):
+    """A session died of one frame, and the search for the row that the brain cannot take has come a step further."""
+
+
 class FrameTooLargeError(AgentError):
     """A frame does not fit what the brain accepts in one piece; the session stands, and a smaller one may follow.
 

@@ -125,6 +125,9 @@ class IStore(Interface):
     def discard(ids: Sequence[int], reason: str) -> int:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
 
+    def increment_attempts(ids: Sequence[int]) -> None:
+        """Note that these rows were on their way when the brain ended a session over a frame."""
+
     def stats() -> Any:
         """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
 

@@ -225,6 +225,44 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     assert f"no session ({policy.failure_class(policy.closed(code))})" in caplog.text
 
 
+@pytest.mark.parametrize("code", [1011, 4400, 4403])
+def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code):
+    """An event that ends every session it is sent in is found, dropped, counted and named; all others arrive."""
+    events = [an_event(number) for number in range(600)]
+    bad, heard = str(events[77].id), peer.heard
+
+    def picky(session, frame):
+        if frame.type == "event_batch" and any(event["id"] == bad for event in frame.payload.events):
+            session.close(code)
+        else:
+            heard(session, frame)
+
+    peer.heard = picky
+    runtime = install()
+    until(lambda: peer.last)
+    for event in events:
+        runtime.record_event(event)
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 599)
+    assert runtime.stats()["lost"] == {"poison": 1}
+    assert {event["data"]["number"] for event in peer.events()} == set(range(600))
+    assert len(peer.sessions) <= 8
+    assert "dropped what the brain cannot take: a 'task.succeeded' of 'stub', task 't-77'" in caplog.text
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_a_displaced_process_goes_on_under_another_worker_id(install, peer, until):
+    """Who is told that another process took its place does not take it back: the next hello has a worker id of its own."""
+    install()
+    first = until(lambda: peer.last)
+    first.close(4002)
+    second = until(lambda: peer.last is not first and peer.last)
+    old, new = first.hello.payload.worker_id, second.hello.payload.worker_id
+    assert new.startswith(f"{old}-")
+    second.close(1012)
+    third = until(lambda: peer.last is not second and peer.last)
+    assert third.hello.payload.worker_id == new
+
+
 def test_comes_back_after_a_reset(runtime, peer, until):
     """A line that breaks without a word is replaced."""
     first = peer.last

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtual import World
-from z4j_bare.errors import NetworkError
+from z4j_bare.errors import NetworkError, PoisonError
 from z4j_bare.loops.send import FRAME_BYTES, FRAME_EVENTS, SendLoop
 from z4j_bare.wire.session import Welcome
 from z4j_bare.wire.window import ACK_DEADLINE, MAX_EVENTS
@@ -252,6 +252,153 @@ def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
     world.sender.acked(old["id"])
     world.seam.advance(3)
     assert world.keeper.stats().rows == 10, "five in memory, and five that wait on the disk"
+
+
+# -- what the brain cannot take
+
+
+class Brain:
+    """A brain model that ends the session over any frame with a poisoned row, and acknowledges whatever else it gets.
+
+    ``deaths`` holds the errors that the sessions ended with, as the sender judged them.
+    """
+
+    def __init__(self, world, poison, *, code=1011, mute=False):
+        self.world = world
+        self.poison = set(poison)
+        self.code = code
+        self.mute = mute
+        self.arrived = []
+        self.deaths = []
+        self.welcome()
+
+    def welcome(self):
+        self.dead = False
+        self.world.transport.heard = self.hear
+
+    def hear(self, frame):
+        if self.dead:
+            return
+        if frame["type"] == "command_result":
+            rows = [int(frame["id"].removeprefix("c-"))]
+        else:
+            rows = [event["n"] for event in frame["payload"]["events"]]
+        self.dead = self.mute or not self.poison.isdisjoint(rows)
+        if not self.dead:
+            self.arrived += rows
+            if frame["type"] == "event_batch":
+                self.world.sender.acked(frame["id"])
+
+    def live(self, seconds=5.0):
+        """Let time pass; a session that dies ends as the agent ends it, and the next one begins."""
+        self.world.seam.advance(seconds)
+        if not self.dead:
+            return False
+        self.world.link.shut()
+        self.world.seam.advance(0.1)
+        self.deaths.append(self.world.sender.judge(NetworkError("the brain failed on a frame", code=self.code)))
+        self.world.dial()
+        self.world.begin()
+        self.welcome()
+        return True
+
+
+def test_a_poisoned_event_is_found_and_dropped(world, caplog):
+    """One event among 900 costs it alone and at most six sessions; the log names it, and its data stay out of the log."""
+    event = {"n": 400, "kind": "task.failed", "engine": "celery", "task_id": "t-400", "data": {"password": "hunter2"}}
+    world.store(400, wake=False)
+    world.keeper.append([("event", "", json.dumps(event).encode())])
+    world.stored += 1
+    world.store(499)
+    brain = Brain(world, {400})
+    while brain.live():
+        assert len(brain.deaths) < 20
+    assert sorted(set(brain.arrived)) == [number for number in range(900) if number != 400]
+    kinds = [type(death) for death in brain.deaths]
+    assert kinds[:2] == [NetworkError] * 2
+    assert set(kinds[2:]) == {PoisonError}
+    assert len(kinds) <= 6
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.lost, stats.produced) == (0, {"poison": 1}, stats.confirmed + 1)
+    (line,) = [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
+    assert "a 'task.failed' of 'celery', task 't-400', 106 bytes" in line
+    assert "hunter2" not in line
+
+
+def test_a_poisoned_result_is_found_and_dropped(world, caplog):
+    """A result that ends sessions is dropped as one event is, and neither events nor other results go with it."""
+    world.store(30, wake=False)
+    world.store(3, kind="result")
+    brain = Brain(world, {31}, code=4400)
+    while brain.live():
+        assert len(brain.deaths) < 20
+    assert sorted(set(brain.arrived)) == [number for number in range(33) if number != 31]
+    assert len(brain.deaths) == 3
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.lost, stats.lost_kinds) == (0, {"poison": 1}, {"result": 1})
+    assert "the result of command c-31" in caplog.text
+
+
+def test_a_brain_that_fails_on_everything_costs_nothing(world):
+    """Where every session dies, whatever it is sent, no row is held to be the reason; all arrive when the brain is well."""
+    world.store(300)
+    brain = Brain(world, (), mute=True)
+    for _ in range(50):
+        brain.live()
+    assert world.keeper.stats().lost == {}
+    assert [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")] == []
+    brain.mute = False
+    brain.live()
+    brain.live(30)
+    assert sorted(brain.arrived) == list(range(300))
+    assert world.rows() == 0
+
+
+def test_other_deaths_make_no_suspects(world):
+    """A line that breaks, a restart and a brain that closes say nothing about the rows on their way."""
+    world.store(10)
+    brain = Brain(world, (), mute=True)
+    for brain.code in (None, 1000, 1001, 1012, 4002, 4408, 4429, 503):
+        brain.live()
+    drained = world.disk.store.drain(0, 100, 10**6, ("event",))
+    assert [entry.attempts for entry in drained] == [0] * 10
+
+
+def test_the_search_outlives_the_process(world):
+    """What is known of the suspects is in the store, so that an heir goes on where the search was."""
+    world.store(900)
+    brain = Brain(world, {7})
+    for _ in range(4):
+        brain.live()
+    before = len(brain.deaths)
+    heir = Sending()
+    rows = world.disk.store.drain(0, 1000, 10**7, ("event",))
+    heir.keeper.adopt(lambda store: store.take_over(rows))
+    heir.link.wake.set()
+    brain.world = heir
+    brain.welcome()
+    while brain.live():
+        pass
+    assert before == 4
+    assert len(brain.deaths) - before <= 2, "from the beginning it would have been four at least"
+    assert sorted(set(brain.arrived)) == [number for number in range(900) if number != 7]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1500), st.lists(st.integers(0, 1499), max_size=5), st.integers(0, 5), st.sampled_from([1011, 4400, 4403]))
+def test_innocents_arrive_and_the_guilty_are_counted(events, poison, results, code):
+    """Any rows may be poisoned: those are lost and counted, all others arrive, in a bounded number of sessions."""
+    world = Sending()
+    world.store(events, wake=False)
+    world.store(results, kind="result")
+    guilty = {number for number in poison if number < world.stored}
+    brain = Brain(world, guilty, code=code)
+    while brain.live(10):
+        assert len(brain.deaths) <= 6 * len(guilty)
+    assert set(brain.arrived) == set(range(world.stored)) - guilty
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.lost.get("poison", 0)) == (0, len(guilty))
+    assert stats.produced == stats.confirmed + len(guilty)
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,7 +35,7 @@ from z4j_bare.loops.counters import Counters
 from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
 from z4j_bare.loops.supervisor import Supervisor
-from z4j_bare.wire.policy import Backoff, closed
+from z4j_bare.wire.policy import Backoff, closed, of_a_frame
 
 
 @pytest.fixture
@@ -161,13 +161,21 @@ def test_routes_frames(reading):
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [("scheduler_upgrade_required", IncompatibleError), ("agent_incompatible", IncompatibleError), ("anything", RemoteProtocolError)],
+    [("protocol_incompatible", IncompatibleError), ("agent_incompatible", IncompatibleError), ("anything", RemoteProtocolError)],
 )
 def test_fatal_complaints_end_the_session(reading, code, kind):
     """A fatal error frame ends the session, as an upgrade to make or as a protocol error."""
     reading.say(ErrorFrame(id="err", payload=ErrorPayload(code=code, message="because", fatal=True)))
     assert type(reading.ended[0]) is kind
     assert "because" in str(reading.ended[0])
+
+
+@pytest.mark.parametrize("fatal", [True, False])
+def test_an_event_that_the_brain_does_not_take_ends_the_session(reading, fatal):
+    """The answer to a batch with a legacy schedule event is a matter of that batch, not of an upgrade in an hour."""
+    reading.say(ErrorFrame(id="err_ev_1", payload=ErrorPayload(code="scheduler_upgrade_required", message="because", fatal=fatal)))
+    assert type(reading.ended[0]) is RemoteProtocolError
+    assert of_a_frame(reading.ended[0])
 
 
 @pytest.mark.parametrize("message", [b"", b"{}", b"\xff", b"[]", b'{"v":2,"type":"command","id":"x","payload":{"action":"retry_task"}}'])

@@ -716,6 +716,34 @@ def test_a_dead_session_is_replaced(install, peer, until):
     assert "HTTP 409" in runtime._agent.counters.last_error or not runtime._agent.counters.last_error
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(400, b"{}"), (403, b"blocked by the firewall"), (409, b"{}"), (422, b"{}"), (200, b'{"accepted":0,"error_code":"scheduler_upgrade_required"}')],
+    ids=["400", "403", "409", "422", "error-code"],
+)
+def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, status, body):
+    """An event, and a result, whose upload is refused each time is dropped and counted; everything else arrives."""
+    answer, events = peer.answer, [an_event(number) for number in range(12)]
+    engine.result = {"say": "hemlock"}
+    marks = [b"hemlock", str(events[5].id).encode()]
+
+    def picky(request):
+        return (status, {}, body) if request.method == "POST" and any(mark in request.body for mark in marks) else answer(request)
+
+    peer.answer = picky
+    runtime = install()
+    until(lambda: peer.frames("heartbeat") and peer.polling)
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    until(lambda: engine.calls)  # in the first session: the peer's polls of dead ones would take it along
+    for event in events:
+        runtime.record_event(event)
+    until(lambda: settled(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})
+    assert sorted({event["data"]["number"] for event in peer.events()}) == [number for number in range(12) if number != 5]
+    dropped = [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
+    assert sum("task 't-5'" in line for line in dropped) == sum(f"the result of command {identity}" in line for line in dropped) == 1
+    assert runtime.stats()["restarts"] == {}
+
+
 def test_an_answer_that_got_lost(install, peer, until):
     """What was sent without an answer is sent again, same id, in a new session."""
     runtime = install()

@@ -8,6 +8,7 @@ from z4j_bare.errors import (
     AuthenticationRejectedError,
     IncompatibleError,
     NetworkError,
+    PoisonError,
     RemoteProtocolError,
     TurnedAwayError,
 )
@@ -94,6 +95,7 @@ def test_a_refused_signature_means_the_clock_or_the_key(behind, said):
         (AuthenticationRejectedError("x"), 10, 600),
         (IncompatibleError("x"), 120, 3600),
         (TurnedAwayError("x"), 10, 600),
+        (PoisonError("x"), 1, 4),
         (ValueError("x"), 1, 30),
     ],
 )

@@ -137,6 +137,10 @@ class Keeper:
         """Delete undeliverable rows and count them; ``generation`` as in :meth:`exchange`."""
         self._run(lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0)
 
+    def suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
+        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`exchange`."""
+        self._run(lambda store: store.increment_attempts(ids) if generation in (None, self.generation) else None)
+
     def claim(self, key: str, testament: bytes) -> LedgerEntry | None:
         """Enter a command as started, unless it is known here or to another process; see ``IStore.claim``."""
         entry: LedgerEntry | None = self._run(_claim, key, self._seam.wall(), testament, self._others)

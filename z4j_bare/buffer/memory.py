@@ -137,10 +137,10 @@ class MemoryStore:
         """Note that these rows were on the wire when a session died."""
         self._check()
         wanted = frozenset(ids)
-        for queue in self._queues.values():
-            for index, entry in enumerate(queue):
-                if entry.id in wanted:
-                    queue[index] = replace(entry, attempts=entry.attempts + 1)
+        for kind, queue in self._queues.items():
+            self._queues[kind] = deque(
+                replace(entry, attempts=entry.attempts + 1) if entry.id in wanted else entry for entry in queue
+            )
 
     def stats(self) -> BufferStats:
         """Return rows, bytes, age of the oldest row and the counters."""

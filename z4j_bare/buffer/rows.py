@@ -23,6 +23,8 @@ KINDS = frozenset(DROP_ORDER)
 CAPACITY = "capacity"
 #: The reason under which rows of an unreadable file are counted.
 CORRUPTION = "corrupt"
+#: The reason under which rows that the brain cannot take are counted.
+POISON = "poison"
 
 STARTED = "started"
 DONE = "done"
@@ -37,7 +39,10 @@ Row = tuple[str, str, bytes]
 
 @dataclass(frozen=True, slots=True)
 class BufferEntry:
-    """One buffered row: ``id`` grows strictly, ``created_at`` is in seconds since the epoch."""
+    """One buffered row: ``id`` grows strictly, ``created_at`` is in seconds since the epoch.
+
+    ``attempts`` counts the sessions that the brain ended over a frame while this row was on its way.
+    """
 
     id: int
     kind: str

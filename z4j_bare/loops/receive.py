@@ -17,7 +17,10 @@ logger = logging.getLogger("z4j.runtime.receive")
 READ_TIMEOUT = 1.0
 
 #: Codes of a fatal ``error`` frame that an upgrade alone cures.
-_UPGRADE = frozenset({"scheduler_upgrade_required", "agent_incompatible", "protocol_incompatible"})
+_UPGRADE = frozenset({"agent_incompatible", "protocol_incompatible"})
+
+#: The code that one event brings about, in batch after batch (``brain-contract`` 2.4): as good as a close with 4400.
+_REFUSED_EVENT = "scheduler_upgrade_required"
 
 
 class ReceiveLoop:
@@ -55,6 +58,8 @@ class ReceiveLoop:
 
 def _complain(frame: Any, _late: float) -> None:
     code, text = str(frame.payload.code), str(frame.payload.message)[:500]
+    if code == _REFUSED_EVENT:
+        raise RemoteProtocolError(f"the brain does not take an event ({code}: {text})", code=4400)
     if not frame.payload.fatal:
         logger.warning("z4j: the brain reports %s: %s", code, text)
     elif code in _UPGRADE:

@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.rows import EVENT, RESULT
-from z4j_bare.errors import FrameTooLargeError
+from z4j_bare.buffer.rows import EVENT, POISON, RESULT
+from z4j_bare.errors import AgentError, FrameTooLargeError, PoisonError
+from z4j_bare.loops.suspects import describe, part
+from z4j_bare.wire import policy
 from z4j_bare.wire.events import shrink
 from z4j_bare.wire.frames import event_batch, frame_id
 from z4j_bare.wire.lighter import lighter_result
@@ -45,6 +47,9 @@ class SendLoop:
 
     A result has no ack of its own. The next ``event_batch``, empty if need be, is its receipt: the brain works through a
     connection in order, so that batch's ack says that the result has arrived too.
+
+    Rows that brought down two sessions (see ``suspects``) are tried apart: nothing else is on its way, and the brain has
+    acknowledged an empty batch in this very session, so that what kills every session is not held against them.
     """
 
     def __init__(self, link: Link, keeper: Keeper, seam: BaseConcurrency, counters: Counters) -> None:
@@ -52,7 +57,7 @@ class SendLoop:
         self._keeper = keeper
         self._seam = seam
         self._counters = counters
-        self._confirms = link.transport.confirms
+        self._confirms: bool = link.transport.confirms
         self._most = self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         # In threads an ack may come between the two halves of whatever the sender does to the window.
@@ -60,30 +65,65 @@ class SendLoop:
         self._done: deque[int] = deque()
         self._results: set[int] = set()
         self._more = False
+        # What a transport that confirms is uploading, and what an upload failed with.
+        self._uploading: Sequence[BufferEntry] = ()
+        self._failure: AgentError | None = None
+        self._proven = False
         self._rewind()
 
     def run(self) -> None:
-        """Send until the session ends. Raises ``NetworkError``."""
-        while not self._link.closing.is_set():
-            self._link.wake.clear()
-            if not self._turn():
-                self._seam.pause(self._link.wake, IDLE)
+        """Send until the session ends. Raises ``NetworkError``, or a ``RemoteError`` where the answer comes with a send."""
+        try:
+            while not self._link.closing.is_set():
+                self._link.wake.clear()
+                if not self._turn():
+                    self._seam.pause(self._link.wake, IDLE)
+        except AgentError as error:
+            self._failure = error
+            raise
 
     def acked(self, frame: str) -> None:
         """Take an ``event_batch_ack``; called by the receive loop."""
         with self._books:
             ids = self._window.acked(frame, self._seam.now())
             self._done.extend(ids)
-        if self._more and ids:
+            self._proven = True
+        if self._more:
             self._link.wake.set()
 
     def idle(self) -> bool:
         """Whether everything that was stored has been sent and acknowledged."""
         return not self._more and not self._window.frames and not self._owed
 
+    def judge(self, error: AgentError) -> AgentError:
+        """Draw the conclusion from what ended the session, once its loops have left; return what to report.
+
+        Rows that were on their way when the brain refused a frame are marked. The only one, in a session that worked until
+        then, is dropped and counted.
+        """
+        ids = self._undecided(error) if policy.of_a_frame(error) else []
+        if not ids:
+            return error
+        apart = [entry for entry in self._apart if entry.id in ids]
+        if len(ids) == len(apart) == 1:
+            self._keeper.discard(ids, POISON, self._generation)
+            logger.warning("z4j: dropped what the brain cannot take: %s (%s)", describe(apart[0]), error)
+        else:
+            self._keeper.suspect(ids, self._generation)
+        return PoisonError(str(error), code=getattr(error, "code", None)) if apart else error
+
+    def _undecided(self, error: AgentError) -> list[int]:
+        """Return the ids of the rows that may be what ``error`` is about."""
+        if self._confirms:
+            return [entry.id for entry in self._uploading] if error is self._failure else []
+        with self._books:
+            return [*self._owed, *self._window.ids]
+
     def _rewind(self) -> None:
         with self._books:
             self._window.reset()
+        # The suspects on their way.
+        self._apart: Sequence[BufferEntry] = ()
         self._generation = self._keeper.generation
         self._after_event = 0
         self._after_result = 0
@@ -97,17 +137,49 @@ class SendLoop:
         if silent:
             logger.warning("z4j: no ack for a long time; sending %d events again", self._window.events)
             self._rewind()
+        if self._apart and self._window.frames:
+            return False
+        self._apart = ()
         room = self._room(now)
-        results, events = self._fetch(room)
+        results, events, suspects = part(*self._fetch(room))
         for entry in results:
             self._send_result(entry)
+        self._send_events(events)
+        if suspects:
+            return self._try_apart(suspects)
+        # With a full window nobody looked: then the next ack has to wake us.
+        self._more = room == 0 or len(events) > 0 or len(results) == RESULTS
+        return self._more and self._room(now) > 0
+
+    def _try_apart(self, suspects: Sequence[BufferEntry]) -> bool:
+        """Send suspects when nothing else is on its way and the session has proved to work; return as ``_turn`` does."""
+        self._more = True  # first of all: the ack that it waits for wakes it
+        if self._window.frames:
+            return False
+        if not self._proven:
+            self._prove()
+            return self._confirms
+        self._apart = suspects
+        if suspects[0].kind == RESULT:
+            self._send_result(suspects[0])
+            suspects = ()
+        self._send_events(suspects)
+        return self._confirms
+
+    def _prove(self) -> None:
+        """Have an empty batch acknowledged."""
+        if self._confirms:
+            self._uploading = ()
+            self._link.send("event_batch", frame_id("ev"), event_batch(()))
+            self._proven = True
+        else:
+            self._send_batch(())
+
+    def _send_events(self, events: Sequence[BufferEntry]) -> None:
         if events and self._confirms:
             self._deliver(events)
         elif events or self._owed:
             self._send_batch(events)
-        # With a full window nobody looked: then the next ack has to wake us.
-        self._more = room == 0 or len(events) > 0 or len(results) == RESULTS
-        return self._more and self._room(now) > 0
 
     def _room(self, now: float) -> int:
         with self._books:
@@ -129,6 +201,7 @@ class SendLoop:
         return results, events
 
     def _send_result(self, entry: BufferEntry) -> None:
+        self._uploading = (entry,)
         self._counters.recut += self._link.send_some("command_result", entry.key, entry.payload, lighter_result)
         self._after_result = entry.id
         self._results.add(entry.id)
@@ -142,6 +215,7 @@ class SendLoop:
         payloads = [entry.payload for entry in events]
         payload, cut = event_batch(payloads), False
         while True:
+            self._uploading = events[: len(payloads)]
             try:
                 self._link.send("event_batch", frame_id("ev"), payload)
                 break

@@ -64,6 +64,7 @@ _STRANGER = "is Z4J_BRAIN_URL the brain's address, or does a proxy answer in its
 
 _SESSION_OVER = 409
 _TOO_LARGE = 413
+_UNPROCESSABLE = 422
 
 
 def longpoll_url(brain_url: str, *, dev_mode: bool) -> str:
@@ -266,9 +267,10 @@ class LongPollTransport:
         self._verified = True
         known.body_proven = max(known.body_proven, len(body))
         outcome = _object(answer.body)
+        if code := outcome.get("error_code"):
+            raise RemoteProtocolError(f"the brain does not take a frame ({str(code)[:200]})", code=_UNPROCESSABLE)
         if outcome.get("accepted") != 1:
-            reason = outcome.get("error_code") or outcome.get("errors")
-            raise NetworkError(f"the brain could not store a frame just now ({str(reason)[:200]})")
+            raise NetworkError(f"the brain could not store a frame just now ({str(outcome.get('errors'))[:200]})")
 
     def _poll(self) -> None:
         client = self._polls

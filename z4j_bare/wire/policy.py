@@ -14,6 +14,7 @@ from z4j_bare.errors import (
     AuthenticationRejectedError,
     IncompatibleError,
     NetworkError,
+    PoisonError,
     RemoteError,
     RemoteProtocolError,
     TurnedAwayError,
@@ -41,6 +42,8 @@ SCHEDULES = {
     "incompatible": Schedule(120, 3600),
     # Of two processes that replace each other each one stands for as long as the other waits: steady is more than that.
     "crowded": Schedule(10, 600, steady=1800),
+    # Brief, because the number of steps is bounded and no other row moves meanwhile.
+    "search": Schedule(1, 4),
 }
 
 #: By exception, the first that fits; anything else is "connection".
@@ -49,10 +52,11 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (IncompatibleError, "incompatible"),
     (RemoteProtocolError, "protocol"),
     (TurnedAwayError, "crowded"),
+    (PoisonError, "search"),
 )
 
 #: The brain knows three kinds of streaks; these classes count as another one's.
-_REPORTED = {"incompatible": "protocol", "crowded": "connection"}
+_REPORTED = {"incompatible": "protocol", "crowded": "connection", "search": "connection"}
 
 _CREDENTIALS = "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it, it was revoked, or its project is archived"
 _INACTIVE = "this agent was revoked, or its project archived, in the brain: mint a new Z4J_TOKEN"
@@ -91,6 +95,9 @@ _HTTP: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     503: (NetworkError, "HTTP 503: the brain is starting, or has no room"),
 }
 
+#: What may have been one frame's fault: the brain could not read it, or somebody on the way did not like it.
+_OF_A_FRAME = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
+
 #: What says that a signature was refused, in a session that had been welcomed.
 _UNVERIFIED = (4403, 409)
 
@@ -126,6 +133,11 @@ def explained(error: RemoteError, behind: float | None) -> RemoteError:
     else:
         return error
     return type(error)(text, code=error.code, retry_after=error.retry_after)
+
+
+def of_a_frame(error: AgentError) -> bool:
+    """Whether ``error`` may be the answer to one frame, and come back with it for ever."""
+    return getattr(error, "code", None) in _OF_A_FRAME
 
 
 def failure_class(error: BaseException) -> str:

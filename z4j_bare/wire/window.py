@@ -64,6 +64,11 @@ class Window:
         """Unacknowledged frames."""
         return len(self._flying) + len(self._behind)
 
+    @property
+    def ids(self) -> list[int]:
+        """The row ids of everything unacknowledged, in the order in which it was sent."""
+        return [identity for flying in self._flying.values() for identity in flying.ids]
+
     def room(self, now: float) -> int:
         """Return how many more events may be sent at ``now``."""
         self._adapt(now)
