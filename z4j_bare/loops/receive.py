@@ -43,8 +43,9 @@ class ReceiveLoop:
         transport = self._link.transport
         while not self._link.closing.is_set():
             self._take(transport.receive(READ_TIMEOUT))
-        # One poll brings many commands, and for the brain they are all on their way.
-        while transport.confirms and self._take(transport.receive(0.0)):
+        # What has arrived counts: acks, commands that for the brain are on their way, and the close code that says why the
+        # line broke under a sender.
+        while self._take(transport.receive(0.0)):
             pass
 
     def _take(self, message: bytes | None) -> bool:
