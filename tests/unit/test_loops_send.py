@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.virtual import World
 from z4j_bare.errors import NetworkError, PoisonError
-from z4j_bare.loops.send import FRAME_BYTES, FRAME_EVENTS, SendLoop
+from z4j_bare.loops.send import FRAME_BYTES, SendLoop
 from z4j_bare.wire.session import Welcome
-from z4j_bare.wire.window import ACK_DEADLINE, MAX_EVENTS
+from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, MAX_EVENTS
 
 
 class Sending(World):
@@ -48,7 +48,8 @@ def test_everything_goes_in_order(world):
     world.store(2600)
     world.seam.advance(5)
     assert world.transport.events() == list(range(2600))
-    assert max(len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")) == FRAME_EVENTS
+    sizes = [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")]
+    assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
     assert world.rows() == 0
     assert (world.counters.sent, world.counters.acked) == (2600, 2600)
     assert world.sender.idle()
@@ -57,19 +58,19 @@ def test_everything_goes_in_order(world):
 def test_the_window_holds(world):
     """Without acks exactly the window is sent; each ack lets as many follow, and the rest waits in the store."""
     world.store(2600)
-    world.seam.advance(3)
+    world.seam.advance(1.5)
     assert len(world.transport.events()) == MAX_EVENTS
     world.ack()
     world.seam.advance(1)
-    assert len(world.transport.events()) == MAX_EVENTS + FRAME_EVENTS
-    assert world.rows() == 2600 - FRAME_EVENTS
+    assert len(world.transport.events()) == MAX_EVENTS + FRAME_FIRST
+    assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
 
 
 def test_a_full_window_moves_with_each_ack(world):
     """After a wait longer than the idle time, an ack still wakes the sender at once."""
     world.store(3000)
-    world.seam.advance(4.5)
+    world.seam.advance(2.2)
     before = len(world.transport.events())
     world.ack()
     world.seam.advance(0.01)
@@ -136,6 +137,38 @@ def test_many_results_do_not_starve_events(world):
     assert world.rows() == 0
 
 
+def test_a_brain_that_cannot_keep_up_has_little_to_digest():
+    """At 100 events a second a result waits for at most 5 s behind the events on their way, and all events arrive."""
+    world = Sending()
+    seam, queue, waits = world.seam, [], []
+    world.transport.heard = queue.append
+
+    def digest():
+        while True:
+            if not queue:
+                seam.sleep(0.01)
+                continue
+            frame = queue.pop(0)
+            if frame["type"] == "command_result":
+                waits.append(seam.now() - asked[int(frame["id"].removeprefix("c-"))])
+            else:
+                seam.sleep(len(frame["payload"]["events"]) / 100)
+                world.sender.acked(frame["id"])
+
+    seam.spawn(digest, name="brain")
+    world.store(6000)
+    asked = {}
+    for _ in range(12):
+        seam.advance(5)
+        asked[world.stored] = seam.now()
+        world.store(1, kind="result")
+    seam.advance(30)
+    assert world.rows() == 0
+    assert sorted(world.transport.events()) == list(range(6000))
+    assert len(waits) == 12
+    assert max(waits[2:]) < 5, "the first two may meet the window before it has learned"
+
+
 def test_the_watchdog(world):
     """After 90 s without any ack everything unacknowledged is sent again, with the same content under new frame ids."""
     world.store(10)
@@ -190,7 +223,7 @@ def test_the_next_session_sends_it_again(world):
     world.answer_at_once()
     world.store(1)
     world.seam.advance(3)
-    assert world.transport.events() == list(range(500, 701))
+    assert world.transport.events() == list(range(FRAME_FIRST, 701))
 
 
 def test_a_broken_line_ends_the_loop(world):
@@ -439,3 +472,77 @@ def test_whatever_the_line_does(data):
     assert stats.produced == stats.confirmed
     results = world.stored - len(firsts)
     assert world.counters.acked + results == stats.produced
+
+
+class Moody:
+    """A brain model with a mood for each frame: an ack before the send returns, a late one, none, or the session's end.
+
+    When the moods are used up it acknowledges at once.
+    """
+
+    MOODS = ("early", "late", "later", "lost", "die")
+
+    def __init__(self, world, moods):
+        self.world = world
+        self.moods = list(moods)
+        self.received = []
+        self.welcome()
+
+    def welcome(self):
+        self.dead = False
+        self.world.transport.heard = self.hear
+
+    def hear(self, frame):
+        if self.dead or frame["type"] != "event_batch":
+            return
+        self.received += frame["payload"]["events"]
+        mood = self.moods.pop() if self.moods else "early"
+        if mood == "die":
+            self.dead = True
+        elif mood == "early":
+            self.world.sender.acked(frame["id"])
+        elif mood != "lost":
+            self.world.seam.spawn(self.answer, self.world.sender, frame["id"], 0.3 if mood == "late" else 40.0, name="ack")
+
+    def answer(self, sender, identity, seconds):
+        self.world.seam.sleep(seconds)
+        if sender is self.world.sender and not self.dead:
+            sender.acked(identity)
+
+    def live(self, seconds, code=None):
+        self.world.seam.advance(seconds)
+        if self.dead:
+            self.world.link.shut()
+            self.world.seam.advance(0.1)
+            self.world.sender.judge(NetworkError("gone", code=code))
+            self.world.dial()
+            self.world.begin()
+            self.welcome()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_brain_gets_every_event_as_it_was(data):
+    """Whatever the acks do, each event arrives, in order within its task, and each replay has the same id and time."""
+    world, events = Sending(), []
+    brain = Moody(world, data.draw(st.lists(st.sampled_from(Moody.MOODS), max_size=60), "moods"))
+    for _ in range(data.draw(st.integers(1, 6), "rounds")):
+        fresh = [
+            {"id": f"e-{number}", "n": number, "occurred_at": f"2026-11-23T10:00:00.{number:06d}+00:00", "task_id": f"t-{number % 7}"}
+            for number in range(len(events), len(events) + data.draw(st.integers(0, 300), "events"))
+        ]
+        events += fresh
+        world.keeper.append([("event", event["task_id"], json.dumps(event).encode()) for event in fresh])
+        world.link.wake.set()
+        seconds = data.draw(st.sampled_from([0.1, 1.0, 7.0, 95.0]), "seconds")
+        brain.live(seconds, data.draw(st.sampled_from([None, 1006, 1012, 4408]), "code"))
+    brain.moods.clear()
+    for _ in range(4):  # a session that was dying, and the watchdog for what was never acknowledged
+        brain.live(ACK_DEADLINE + 5)
+    assert {event["n"] for event in brain.received} == set(range(len(events)))
+    assert all(event == events[event["n"]] for event in brain.received)
+    for task in range(7):
+        firsts = list(dict.fromkeys(event["n"] for event in brain.received if event["n"] % 7 == task))
+        assert firsts == sorted(firsts)
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.lost, stats.produced) == (0, {}, stats.confirmed)

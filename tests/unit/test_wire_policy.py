@@ -187,6 +187,35 @@ def test_slow_acks_halve_and_fast_ones_grow():
     assert w.limit == 500
 
 
+def test_frames_cost_the_brain_no_more_than_a_second():
+    """The first frame is small; the next ones grow while each is ingested at once and shrink when one takes long."""
+    w, sizes = window.Window(), []
+    for number in range(6):
+        sizes.append(w.frame)
+        w.sent(str(number), (number,), w.frame, number)
+        w.acked(str(number), number + 0.2)
+    assert sizes == [50, 100, 200, 400, 500, 500]
+    w.sent("slow", (9,), 500, 10)
+    w.sent("behind it", (10,), 250, 10)
+    w.acked("slow", 12.5)
+    assert w.frame == 250
+    w.acked("behind it", 13.2)
+    assert w.frame == 250, "it took 0.7 s of the brain's time, and waited for the rest"
+    for number in range(10):
+        w.sent(f"slow {number}", (number,), 50, 20 + number * 10)
+        w.acked(f"slow {number}", 25 + number * 10)
+    assert w.frame == window.FRAME_FIRST
+
+
+def test_a_small_frame_tells_nothing_of_large_ones():
+    """A trickle of single events that are acknowledged at once does not make frames grow."""
+    w = window.Window()
+    for number in range(20):
+        w.sent(str(number), (number,), 1, number)
+        w.acked(str(number), number + 0.01)
+    assert w.frame == window.FRAME_FIRST
+
+
 def test_never_below_the_floor():
     """A brain that never answers leaves a window that still tries."""
     w = window.Window()

@@ -16,7 +16,7 @@ from z4j_bare.wire.events import shrink
 from z4j_bare.wire.frames import event_batch, frame_id
 from z4j_bare.wire.lighter import lighter_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
-from z4j_bare.wire.window import Window
+from z4j_bare.wire.window import FRAME_EVENTS, Window
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.keeper import Keeper
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.send")
 
-#: Bytes and events in one frame: signing and masking more would hold the hub too long, fewer would cost the brain a
-#: transaction each (163 events/s in frames of 50, 200 in frames of 500).
+#: Bytes of one frame: signing and masking more would hold the hub too long.
 FRAME_BYTES = 128 * 1024
-FRAME_EVENTS = 500
 
 #: Bytes of events below which the limit of a frame does not sink, however much its JSON grows on the way.
 SMALLEST = 512
@@ -188,7 +186,7 @@ class SendLoop:
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         confirmed = [self._done.popleft() for _ in range(len(self._done))]
         next_results = (self._after_result, RESULTS, (RESULT,))
-        next_events = (self._after_event, min(room, FRAME_EVENTS), (EVENT,))
+        next_events = (self._after_event, min(room, FRAME_EVENTS if self._confirms else self._window.frame), (EVENT,))
         results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit, self._generation)
         if self._keeper.generation != self._generation:  # another file, other ids
             self._rewind()
