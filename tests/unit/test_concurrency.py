@@ -300,14 +300,26 @@ def test_steps_are_timed(seam):
     assert seam.steps.take() == (0.0, "")
 
 
+def test_the_last_step_is_timed(seam):
+    """What a task does between its last wait and its end is a step like any other."""
+    assert seam.spawn(burn, 0.05, name="ending").join(10)
+    assert seam.steps.take()[0] >= 0.05
+
+
 def test_waiting_is_no_step(seam):
-    """Neither a wait nor an offloaded or foreign call counts as a step of ours."""
+    """No wait counts as a step of ours: not for time, an event, a lock or the end of a task, nor a foreign call."""
 
     def patient():
         seam.sleep(0.3)
         seam.pause(seam.event(), 0.3)
         seam.waiting(seam.event().wait, 0.3)
+        seam.waiting(seam.pause, seam.event(), 0.3)  # foreign code that comes back to the seam
+        with lock:
+            other.join(10)
 
+    lock = seam.lock()
+    lock.__enter__()
+    other = seam.spawn(lambda: (seam.sleep(0.3), lock.__exit__(None, None, None), seam.sleep(0.3)), name="other")
     assert seam.spawn(patient, name="patient").join(10)
     assert seam.steps.take()[0] < 0.25
 

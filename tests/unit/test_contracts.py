@@ -35,9 +35,9 @@ def test_events(either):
 
 
 def test_locks(either):
-    """What lock() returns can be entered and left."""
+    """What lock() returns keeps ILock, and can be entered and left."""
     lock = either.lock()
-    assert all(callable(getattr(lock, name)) for name in ILock.names())
+    assert verifyObject(ILock, lock)
     with lock:
         pass
 

@@ -29,12 +29,12 @@ class Job:
     done: Callable[[bool, Any], object]
     wanted: Callable[[], bool]
 
-    def run(self) -> None:
-        """Run the call unless nobody waits any more: what timed out unbegun must not happen afterwards."""
+    def run(self, call: Callable[..., Any]) -> None:
+        """Run the function with ``call``, unless nobody waits any more: what timed out unbegun must not happen."""
         if not self.wanted():
             return
         try:
-            ok, value = True, self.function(*self.args)
+            ok, value = True, call(self.function, *self.args)
         except ForkedChildError:
             raise
         except BaseException as error:
@@ -94,7 +94,7 @@ class Workers:
         if self.start() or self._stopped:
             self.submit(job)
         else:
-            job.run()
+            job.run(self._seam.waiting)
         return outcome.wait(timeout, what)
 
     def stop(self) -> None:
@@ -137,7 +137,7 @@ class Workers:
             self._rest(bell)
         else:
             self._hire()
-            job.run()
+            job.run(self._seam.waiting)  # an adapter's code waits by itself
 
     def _rest(self, bell: Any) -> None:
         bell.clear()

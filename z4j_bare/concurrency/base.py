@@ -13,20 +13,22 @@ from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
 from z4j_bare.errors import ForkedChildError, NoMoreThreadsError
-from z4j_bare.interfaces import ITask
+from z4j_bare.interfaces import ILock, ITask
 
 logger = logging.getLogger("z4j.runtime.concurrency")
 
-_resumed_at: ContextVar[float] = ContextVar("z4j_resumed_at", default=0.0)
+#: What ``Steps.begin`` returned when this task woke last; nothing in a task that is not ours.
+_resumed: ContextVar[Any] = ContextVar("z4j_resumed", default=None)
 
 
 @implementer(ITask)
 class Task:
     """A spawned loop, for every backend."""
 
-    def __init__(self, name: str, ended: Any) -> None:
+    def __init__(self, name: str, ended: Any, pause: Callable[[Any, float | None], bool]) -> None:
         self.name = name
         self._ended = ended
+        self._pause = pause
 
     def alive(self) -> bool:
         """Whether it has not ended yet."""
@@ -34,19 +36,47 @@ class Task:
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
-        return bool(self._ended.wait(timeout))
+        return self._pause(self._ended, timeout)
+
+
+@implementer(ILock)
+class Turn:
+    """A lock of the runtime's own; waiting for it ends the step, as every wait does.
+
+    :param inner: has ``acquire(blocking)`` and ``release()``.
+    """
+
+    def __init__(self, inner: Any, waiting: Callable[..., Any]) -> None:
+        self._inner = inner
+        self._waiting = waiting
+
+    def __enter__(self) -> None:
+        if not self._inner.acquire(False):
+            self._waiting(self._inner.acquire)
+
+    def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
+        self._inner.release()
 
 
 class Steps:
-    """The longest stretch that a task of ours ran without yielding, in seconds; reset by whoever reports it."""
+    """The longest stretch that a task of ours ran without yielding, in seconds; reset by whoever reports it.
+
+    It is wall time: on a busy machine that contains the time for which another process had the processor. The test suite
+    puts a stricter clock in its place.
+    """
 
     def __init__(self) -> None:
         self.longest = 0.0
         self.longest_task = ""
         self.count = 0
 
-    def note(self, seconds: float, task: str) -> None:
+    def begin(self) -> Any:
+        """Note that a task of ours wakes; return what :meth:`end` shall get."""
+        return time.perf_counter()
+
+    def end(self, began: Any, task: str) -> None:
         """Count one step."""
+        seconds = time.perf_counter() - began
         self.count += 1
         if seconds > self.longest:
             self.longest, self.longest_task = seconds, task
@@ -86,7 +116,7 @@ class BaseConcurrency:
 
     def spawn(self, function: Callable[..., object], *args: object, name: str) -> Task:
         """Run ``function(*args)`` in a daemon task; see ``IConcurrency``."""
-        task = Task(name, self.event())
+        task = Task(name, self.event(), self.pause)
         self._start(self._run, task, function, args)
         return task
 
@@ -124,6 +154,9 @@ class BaseConcurrency:
 
     def lock(self) -> Any:
         """Return a new lock of this runtime."""
+        return Turn(self._lock(), self.waiting)
+
+    def _lock(self) -> Any:
         raise NotImplementedError
 
     def selector(self) -> Any:
@@ -157,20 +190,21 @@ class BaseConcurrency:
     def _yielding(self, wait: Callable[..., Any], *args: Any) -> Any:
         if fork.epoch() != self._epoch:
             raise ForkedChildError
-        began = _resumed_at.get()
-        if began:
-            self.steps.note(time.perf_counter() - began, self._task_name.get())
+        began = _resumed.get()
+        if began is not None:
+            self.steps.end(began, self._task_name.get())
+            _resumed.set(None)  # what foreign code inside the wait asks of us is no step either
         try:
             return wait(*args)
         finally:
-            if began:
-                _resumed_at.set(time.perf_counter())
+            if began is not None:
+                _resumed.set(self.steps.begin())
             if fork.epoch() != self._epoch:
                 raise ForkedChildError
 
     def _run(self, task: Task, function: Callable[..., object], args: tuple[object, ...]) -> None:
-        _resumed_at.set(time.perf_counter())
         self._task_name.set(task.name)
+        _resumed.set(self.steps.begin())
         try:
             function(*args)
         except (ForkedChildError, NoMoreThreadsError):
@@ -179,6 +213,7 @@ class BaseConcurrency:
             logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
         finally:
             if not self.forked():
+                self.steps.end(_resumed.get(), task.name)
                 task._ended.set()  # noqa: SLF001 - the seam owns its tasks
 
 

@@ -76,10 +76,6 @@ class EventletConcurrency(BaseConcurrency):
         """Return a new event."""
         return Event()
 
-    def lock(self) -> Any:
-        """Return a new semaphore of one."""
-        return Semaphore(1)
-
     def selector(self) -> Any:
         """Return a selector that parks on the hub."""
         return selectors.DefaultSelector()
@@ -92,6 +88,9 @@ class EventletConcurrency(BaseConcurrency):
         """Start an unpatched daemon thread."""
         patcher.original("_thread").start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
+
+    def _lock(self) -> Any:
+        return Semaphore(1)
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         eventlet.spawn_n(run, task, *args)

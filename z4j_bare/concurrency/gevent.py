@@ -36,10 +36,6 @@ class GeventConcurrency(BaseConcurrency):
         """Return a new ``gevent.event.Event``."""
         return Event()
 
-    def lock(self) -> Any:
-        """Return a new semaphore of one."""
-        return BoundedSemaphore(1)
-
     def selector(self) -> Any:
         """Return a selector that parks on the hub."""
         return GeventSelector()
@@ -59,6 +55,9 @@ class GeventConcurrency(BaseConcurrency):
         # kill() waits for the thread: never for one that hangs in the disk, stop() is bounded.
         if pool is not None and not self.forked() and not self._slot.locked():
             pool.kill()
+
+    def _lock(self) -> Any:
+        return BoundedSemaphore(1)
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         gevent.Greenlet(run, task, *args).start()

@@ -30,13 +30,12 @@ class ThreadsConcurrency(BaseConcurrency):
         """Return a new ``threading.Event``."""
         return threading.Event()
 
-    def lock(self) -> Any:
-        """Return a new ``threading.Lock``."""
-        return threading.Lock()
-
     def selector(self) -> selectors.BaseSelector:
         """Return the best selector of this platform."""
         return selectors.DefaultSelector()
+
+    def _lock(self) -> Any:
+        return threading.Lock()
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         try:

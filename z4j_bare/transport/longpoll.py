@@ -168,8 +168,7 @@ class LongPollTransport:
 
     def send(self, build: Callable[[], bytes]) -> int:
         """Sign and upload one frame; when this returns, the brain has it."""
-        self._seam.waiting(self._order.__enter__)  # an upload takes its time, and the next one waits
-        try:
+        with self._order:
             client = self._open()
             self._seam.sleep(self._pace.delay(self._seam.now()))
             frame = build()
@@ -177,8 +176,6 @@ class LongPollTransport:
             if len(body) > self._known.body_limit:
                 raise FrameTooLargeError(len(body), self._known.body_limit)
             self._upload(client, body)
-        finally:
-            self._order.__exit__(None, None, None)
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
