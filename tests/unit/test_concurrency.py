@@ -306,6 +306,35 @@ def test_the_last_step_is_timed(seam):
     assert seam.steps.take()[0] >= 0.05
 
 
+def test_a_large_import_yields(seam, mode, tmp_path, monkeypatch):
+    """Under gevent others run between the files of an import; everywhere it happens once, and all get it whole."""
+    package = tmp_path / "z4j_large"
+    package.mkdir()
+    for name in "abc":
+        (package / f"{name}.py").touch()
+    (package / "__init__.py").write_text("import sys\nsys.z4j_begun += 1\nfrom z4j_large import a, b, c\nWHOLE = True\n")
+    monkeypatch.setattr(sys, "z4j_begun", 0, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran, found = [], []
+
+    def count():
+        while loading.alive():
+            ran.append(1)
+            seam.sleep(0)
+
+    def also():
+        import z4j_large
+
+        found.append(z4j_large.WHOLE)
+
+    loading = seam.spawn(lambda: found.append(seam.load("z4j_large").WHOLE), name="loading")
+    tasks = [seam.spawn(count, name="count"), seam.spawn(also, name="also"), loading]
+    assert all(task.join(10) for task in tasks)
+    assert (found, sys.z4j_begun) == ([True, True], 1)
+    assert mode != "gevent" or len(ran) > 3
+    assert not [finder for finder in sys.meta_path if "_Pauses" in repr(finder)]
+
+
 def test_waiting_is_no_step(seam):
     """No wait counts as a step of ours: not for time, an event, a lock or the end of a task, nor a foreign call."""
 

@@ -84,9 +84,9 @@ class Bridge:
 
         See :class:`~z4j_bare.adapters.pump.Pump`.
         """
-        from z4j_bare.adapters.pump import Pump
-
         loop = self.loop()
+        from z4j_bare.adapters.pump import Pump  # after the loop, which brought asyncio along
+
         pump = Pump(self._seam, loop, iterate, sink, name)
         self._pumps.append(pump)
         loop.call_soon_threadsafe(pump.begin)
@@ -123,11 +123,10 @@ class Bridge:
             raise AgentError("called from a step of the adapters' loop, which would wait for itself")
 
     def _build(self) -> None:
-        from z4j_bare.adapters.hubloop import HubLoop
-
+        hubloop = self._seam.load("z4j_bare.adapters.hubloop")
         with self._lock:
             if self._loop is None and not self._stopped:
-                loop = HubLoop(self._seam)
+                loop = hubloop.HubLoop(self._seam)
                 loop.start()
                 self._loop = loop
         self._refuse()
@@ -136,6 +135,7 @@ class Bridge:
         return max(0.0, deadline - self._seam.now())
 
     def _await(self, awaitable: Any, deadline: float, what: str) -> Any:
+        loop = self.loop()
         from z4j_bare.adapters.calls import LoopCall
 
-        return LoopCall(self._seam, self.loop(), awaitable).run(self._left(deadline), what)
+        return LoopCall(self._seam, loop, awaitable).run(self._left(deadline), what)

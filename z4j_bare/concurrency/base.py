@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from zope.interface import implementer
@@ -144,6 +145,10 @@ class BaseConcurrency:
     def waiting(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call foreign code that waits by itself, such as a library on patched sockets: not a step of ours."""
         return self._yielding(partial(function, *args, **kwargs))
+
+    def load(self, module: str) -> Any:
+        """Import and return a module that is large for one step of a hub."""
+        return import_module(module)
 
     def close(self) -> None:
         """Give native helpers back."""

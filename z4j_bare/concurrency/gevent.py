@@ -15,6 +15,7 @@ from gevent.threadpool import ThreadPool
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.bites import load_in_bites
 from z4j_bare.interfaces import IConcurrency
 
 
@@ -48,6 +49,10 @@ class GeventConcurrency(BaseConcurrency):
         """Start an unpatched daemon thread."""
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
+
+    def load(self, module: str) -> Any:
+        """Import and return a module, yielding between files."""
+        return load_in_bites(module, self.sleep)
 
     def close(self) -> None:
         """End the native thread."""

@@ -160,11 +160,9 @@ class Routes:
 
     def reachable(self) -> bool:
         """Whether the brain's health route answers."""
-        from z4j_bare.transport.http import Client
-
-        client = Client(self._api_url, {}, self._seam, self._tls)
+        client = self._seam.load("z4j_bare.transport.http").Client(self._api_url, {}, self._seam, self._tls)
         try:
-            return client.call("GET", "/health", timeout=HEALTH_TIMEOUT).status == 200  # noqa: PLR2004 - HTTP
+            return bool(client.call("GET", "/health", timeout=HEALTH_TIMEOUT).status == 200)  # noqa: PLR2004 - HTTP
         except NetworkError:
             return False
         finally:

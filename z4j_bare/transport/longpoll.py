@@ -145,8 +145,6 @@ class LongPollTransport:
 
     def connect(self, hello: bytes) -> bytes:
         """Probe with a fresh nonce; return a ``hello_ack`` made from the answer's headers, since this road has none."""
-        from z4j_bare.transport.http import Client
-
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
         contracts = [name for name, tokens in payload["capabilities"].items() if RETRY_CONTRACT in tokens]
@@ -155,13 +153,14 @@ class LongPollTransport:
             "X-Z4J-Session-Nonce": nonce,
             "X-Z4J-Retry-Contracts": ",".join(f"{name}=1" for name in sorted(contracts)),
         }
-        self._uploads = Client(self._url, headers, self._seam, self._tls)
-        self._polls = Client(self._url, headers, self._seam, self._tls)
-        self._polls.share_cookies(self._uploads)
+        http = self._seam.load("z4j_bare.transport.http")
+        self._uploads = uploads = http.Client(self._url, headers, self._seam, self._tls)
+        self._polls = http.Client(self._url, headers, self._seam, self._tls)
+        self._polls.share_cookies(uploads)
         if self._aborted:
             raise NetworkError("the line is closed")
         features = {"X-Z4J-Runtime-Features": ",".join(payload["runtime_features"])}
-        answer = self._uploads.call("GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features)
+        answer = uploads.call("GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features)
         if answer.status != 200:  # noqa: PLR2004 - HTTP
             raise _refusal(answer)
         return self._welcome(nonce, answer)
