@@ -5,6 +5,7 @@ import itertools
 import logging
 import time
 from collections import defaultdict
+from functools import partial
 
 import pytest
 from zope.interface.verify import verifyObject
@@ -42,6 +43,17 @@ def test_no_loop_for_calls_that_need_none(bridge):
     assert bridge.call(asyncio._get_running_loop, timeout=5) is None
     assert bridge.call(free, 1, other=2, timeout=5) == (1, 2, None)
     assert bridge._loop is None
+
+
+def test_a_late_call_is_named_without_its_arguments(bridge, seam):
+    """The time-out names the function, however it is wrapped: its arguments may be a mebibyte, and secret."""
+
+    def charge(_card):
+        return seam.event().wait(5)
+
+    with pytest.raises(TimeoutError, match="charge did not finish") as caught:
+        bridge.call(partial(partial(charge), "4111"), timeout=0.05)
+    assert "4111" not in str(caught.value)
 
 
 def test_a_blocking_body_blocks_nobody_else(bridge, seam):

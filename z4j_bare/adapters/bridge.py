@@ -67,7 +67,7 @@ class Bridge:
         its worker until it returns, and one that had not begun never runs. ``AgentError`` after :meth:`stop`.
         """
         self._refuse()
-        what = getattr(function, "__qualname__", None) or repr(function)
+        what = _name(function)
         deadline = self._seam.now() + min(timeout, LONGEST_CALL)
         job = partial(function, *args, **kwargs)
         if trampoline.needs_loop(function):
@@ -139,3 +139,10 @@ class Bridge:
         from z4j_bare.adapters.calls import LoopCall
 
         return LoopCall(self._seam, loop, awaitable).run(self._left(deadline), what)
+
+
+def _name(function: Any) -> str:
+    """Return what a call is called; not its ``repr``, which holds a command's arguments."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
