@@ -7,14 +7,14 @@ import pytest
 
 from tests.virtual import World
 from z4j_bare.capture.ring import Ring
-from z4j_bare.loops import flush
+from z4j_bare.loops import slices
 from z4j_bare.loops.flush import FlushLoop
 
 
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
     """The slice is in real seconds: here a busy machine must not make virtual time go on in the middle of a batch."""
-    monkeypatch.setattr(flush, "SLICE", 1e9)
+    monkeypatch.setattr(slices, "SLICE", 1e9)
 
 
 class Flushing(World):
@@ -111,7 +111,7 @@ def test_an_event_that_cannot_be_encoded_is_counted(world):
 
 def test_encoding_yields(world, monkeypatch):
     """Encoding that takes long lets others run in between: it happens on the host's only thread."""
-    monkeypatch.setattr(flush, "SLICE", 0.002)
+    monkeypatch.setattr(slices, "SLICE", 0.002)
     ran = []
 
     def slow(number):

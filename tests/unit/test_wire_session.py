@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from z4j_core.models import Event, EventKind
-from z4j_core.transport.frames import EventBatchFrame, EventBatchPayload, parse_frame
+from z4j_core.transport.frames import CommandFrame, CommandPayload, EventBatchFrame, EventBatchPayload, parse_frame
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 from z4j_core.transport.hmac import sign_envelope
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
-from z4j_bare.wire import events, frames, session
+from z4j_bare.wire import events, frames, patient, session
 from z4j_bare.wire.canonical import canonical, canonical_plain, plain
 
 SECRET = base64.urlsafe_b64decode("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")
@@ -153,6 +153,50 @@ def test_a_good_frame_opens():
         ours.open(message)
 
 
+def opened(ours, message):
+    """What comes of a message: its payload, or the class of its error."""
+    try:
+        return ours.open(message, lambda: None).payload.model_dump()
+    except RemoteProtocolError:
+        return RemoteProtocolError
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), anything, max_size=4).map(lambda value: json.loads(canonical(value))), st.sampled_from(["", "key", "alter", "again"]))
+def test_large_frames_are_judged_alike(parameters, attack):
+    """A large frame is verified in bites with the outcome of z4j_core's own verifier, whatever it holds."""
+    signer = FrameSigner(secret=bytes(32) if attack == "key" else SECRET, **BINDING)
+    payload = CommandPayload(action="submit_task", parameters={"kept": 1, **parameters}, timeout_seconds=7)
+    message = signer.sign_and_serialize(CommandFrame(id="c-1", payload=payload))
+    if attack == "alter":
+        message = message.replace(b'"kept":1', b'"kept":2')
+    whole, large = session.Session(WELCOME, SECRET), session.Session(WELCOME, SECRET)
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in range(2 if attack == "again" else 1):
+            expected = opened(whole, message)
+            patch.setattr(session, "LARGE", 0)
+            assert opened(large, message) == expected
+            patch.undo()
+    assert (expected is RemoteProtocolError) == bool(attack)
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything)
+def test_patient_json(value):
+    """Parsed and encoded in bites, JSON comes out as from the standard library."""
+    text, breaths = canonical(value), []
+    assert patient.loads(text, lambda: breaths.append(1)) == json.loads(text)
+    assert b"".join(patient.canonical_pieces(json.loads(text), lambda: breaths.append(1))) == text
+
+
+def test_patient_strings():
+    """A long string is encoded in pieces that no escape or wide character falls between."""
+    value = {"a": ('"\\\n\x00é\u2028\U0001f600' * patient.BITE)[:-3], "b": ["x" * patient.BITE * 2]}
+    pieces = list(patient.canonical_pieces(value, lambda: None))
+    assert b"".join(pieces) == canonical(value)
+    assert max(map(len, pieces)) < 10 * patient.BITE
+
+
 def test_a_foreign_signature_is_refused():
     """A frame signed with another key, or altered, is a remote protocol error."""
     ours = session.Session(WELCOME, bytes(32))
@@ -164,8 +208,10 @@ def test_a_foreign_signature_is_refused():
 @given(st.binary(max_size=200) | anything.map(canonical) | st.sampled_from([b"{}", b"[]", b'{"v":2,"type":"command"}', b'{"v":2,"type":"hello","payload":3}', b"[" * 100_000, b'{"v":' + b"9" * 5000 + b"}"]))
 def test_fuzz_open(message):
     """Whatever bytes arrive, only our remote-protocol error comes out of the receive path."""
-    with pytest.raises(RemoteProtocolError):
-        session.Session(WELCOME, SECRET).open(message)
+    for large in (session.LARGE, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(session, "LARGE", large)
+            assert opened(session.Session(WELCOME, SECRET), message) is RemoteProtocolError
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.rows import EVENT
+from z4j_bare.loops.slices import Slices
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.keeper import Keeper
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from z4j_bare.loops.counters import Counters
 
 logger = logging.getLogger("z4j.runtime.flush")
-
-#: Seconds of encoding before the loop yields: it is CPU on the host's only thread (design, rule 5).
-SLICE = 0.002
 
 #: Seconds between two looks at an empty ring, which wakes us by itself.
 QUIET = 5.0
@@ -89,14 +86,12 @@ class FlushLoop:
             return taken
 
     def _encode(self, batch: list[Captured]) -> list[bytes]:
-        encoded, began = [], time.perf_counter()
+        encoded, breathe = [], Slices(self._seam)
         for encode, event in batch:
             try:
                 encoded.append(encode(event))
             except Exception:
                 self._counters.unencodable += 1
                 logger.debug("z4j: an event could not be encoded", exc_info=True)
-            if time.perf_counter() - began > SLICE:
-                self._seam.sleep(0)
-                began = time.perf_counter()
+            breathe()
         return encoded

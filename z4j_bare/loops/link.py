@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import FrameTooLargeError
+from z4j_bare.loops.slices import Slices
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -39,6 +40,10 @@ class Link:
         """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
         size: int = self.transport.send(lambda: self.session.sign(kind, identity, payload, self._seam.wall()))
         return size
+
+    def open(self, message: bytes) -> Any:
+        """Verify a message of the brain and return z4j_core's model of it. Raises ``RemoteProtocolError``."""
+        return self.session.open(message, Slices(self._seam))
 
     def lateness(self, stamp: float) -> float:
         """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.

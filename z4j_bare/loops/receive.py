@@ -51,7 +51,7 @@ class ReceiveLoop:
     def _take(self, message: bytes | None) -> bool:
         if message is None:
             return False
-        frame = self._link.session.open(message)
+        frame = self._link.open(message)
         late = self._link.lateness(frame.ts.timestamp()) if frame.ts else 0.0
         self._routes.get(frame.type, _ignore)(frame, late)
         return True

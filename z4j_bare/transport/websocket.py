@@ -101,7 +101,10 @@ class WebSocketTransport:
 
         # TLS options belong here: ``connect`` takes them without a word and ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        self._ws = websocket.WebSocket(sslopt=tls, enable_multithread=False, fire_cont_frame=False)
+        # Its check that text is UTF-8 is a loop in Python, 0.3 s a MiB; the parser finds out as well.
+        self._ws = websocket.WebSocket(
+            sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
+        )
         self._ws.settimeout(CONNECT_TIMEOUT)
         try:
             self._seam.waiting(self._ws.connect, self._url, **self._options())
