@@ -92,7 +92,7 @@ class Steps:
 class BaseConcurrency:
     """The part of ``IConcurrency`` that is the same everywhere.
 
-    A backend implements the underscored methods plus ``event`` and ``lock``. Everything that waits passes through
+    A backend implements the underscored methods plus ``event``. Everything that waits passes through
     :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch on waking.
     """
 

@@ -1,0 +1,335 @@
+"""No step of ours holds the hub up: 1,000 events a second through the whole agent, while something is wrong or large.
+
+The ``judge`` of ``conftest.py`` fails a test in which a step takes more than 10 ms; in threads, where nobody waits for a step
+of ours, the same tests prove that the agent does its work meanwhile.
+"""
+
+import _socket
+import gc
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import pytest
+from z4j_core.models import CommandResult, Event, EventKind
+
+from tests.http_peer import HttpPeer
+from tests.peer import SECRET_TEXT, TOKEN, Peer
+from z4j_bare import _process_singleton, install_agent
+from z4j_bare.buffer.opening import open_store
+from z4j_bare.buffer.rows import EVENT
+from z4j_bare.transport import fallback, http, longpoll, websocket
+from z4j_bare.wire import policy
+from z4j_bare.wire.canonical import canonical_plain
+
+#: Events a second, and the seconds between two lots of them.
+RATE = 1000
+PULSE = 0.01
+
+#: Seconds of load in each test.
+LOAD = 1.5
+
+#: Seconds for which the resolver hangs.
+HANGING = 0.7
+
+#: Rows that wait at start, and how many of them go into the store at a time.
+MANY = 100_000
+LOT = 5_000
+
+
+class Engine:
+    """An engine that keeps what it is asked to submit."""
+
+    name = "stub"
+
+    def __init__(self):
+        self.submitted = []
+
+    def capabilities(self):
+        return {"submit_task"}
+
+    async def submit_task(self, name, **options):
+        self.submitted.append((name, options))
+        return CommandResult(status="success")
+
+
+class Load:
+    """The host's tasks: an even stream of events, and a ticker that tells how late the hub was, which is no assertion."""
+
+    def __init__(self, seam, runtime):
+        self.produced = 0
+        self.late = 0.0
+        self.note = "x" * 60
+        self._seam = seam
+        self._runtime = runtime
+
+    def run(self, seconds=LOAD):
+        """Record events at ``RATE`` for ``seconds``."""
+        before, began = self.produced, time.monotonic()
+        due = began
+        while (now := time.monotonic()) < began + seconds:
+            self.late = max(self.late, now - due)
+            for _ in range(before + int((now - began) * RATE) - self.produced):
+                self._runtime.record_event(an_event(self.produced, self.note))
+                self.produced += 1
+            due = time.monotonic() + PULSE
+            self._seam.sleep(PULSE)
+
+
+def an_event(number, note):
+    data = {
+        "task_name": "shop.tasks.charge", "queue": "celery", "worker": "celery@w1", "args": [number, "EUR"], "runtime_ms": 12.5,
+        "kwargs": {"order": f"o-{number}", "amount": 12.5, "retry": False, "note": note, "customer": {"id": number, "vip": True}},
+    }  # fmt: skip
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED, occurred_at=datetime.now(UTC), data=data
+    )
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Attempts at a session follow each other at once, and the store has room for what waits and what comes."""
+    monkeypatch.setenv("Z4J_BUFFER_MAX_EVENTS", str(2 * MANY))
+    for kind in list(policy.SCHEDULES):
+        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.05, 0.2))
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+@pytest.fixture
+def start(seam, engine, tmp_path, judge):
+    """``start(brain_url)``: a running agent and the load to put on it."""
+    made = []
+
+    def make(brain_url, **changes):
+        options = {"engines": [engine], "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        runtime = install_agent(brain_url=brain_url, buffer_path=tmp_path / "buffer.sqlite", **{**options, **changes})
+        made.append((runtime, Load(seam, runtime)))
+        return made[-1]
+
+    yield make
+    for runtime, load in made:
+        longest = judge.longest if judge else runtime.stats().get("longest_step_seconds", 0.0)
+        print(f"longest step {longest * 1000:.1f} ms, hub late by {load.late * 1000:.1f} ms at most")  # pytest -rP
+        runtime.stop(timeout=3)
+        _process_singleton.clear_runtime(expected=runtime)
+
+
+@pytest.fixture
+def peer(seam):
+    made = Peer(seam)
+    yield made
+    made.stop()
+    assert made.mishaps == []
+
+
+@pytest.fixture
+def delivered(until, peer):
+    """Wait until everything recorded has been acknowledged."""
+
+    def wait(runtime, load):
+        until(lambda: runtime.stats()["acked"] >= load.produced, 60)
+        assert len({event["id"] for event in peer.events()}) >= load.produced
+        assert runtime.stats()["lost"] == {}
+
+    return wait
+
+
+def test_a_healthy_brain(start, peer, delivered):
+    """The stream alone: recorded, stored, signed, sent and acknowledged."""
+    runtime, load = start(peer.url)
+    load.run()
+    delivered(runtime, load)
+
+
+LOCKER = """
+import sqlite3, sys, time
+held = sqlite3.connect(sys.argv[1], timeout=20, isolation_level=None)
+held.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+time.sleep(2)
+held.execute("COMMIT")
+"""
+
+
+def test_a_locked_database(start, peer, delivered, until):
+    """Another process locks the database for two seconds: the store waits in its native thread, and nothing is lost."""
+    runtime, load = start(peer.url)
+    load.run(0.5)
+    path = until(lambda: runtime._agent.keeper._disk).path
+    with subprocess.Popen([sys.executable, "-c", LOCKER, str(path)], stdout=subprocess.PIPE) as locker:
+        load.run(2.5)
+        assert locker.stdout.read() == b"locked\n"
+    assert locker.returncode == 0
+    delivered(runtime, load)
+
+
+@pytest.fixture
+def dead_dns(mode, monkeypatch):
+    """Name servers that never answer: the resolver hangs, natively or, under eventlet, on a green socket."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        if mode == "eventlet":
+            from eventlet.support import greendns
+
+            monkeypatch.setattr(greendns.resolver._resolver, "nameservers", ["127.0.0.1"])
+            monkeypatch.setattr(greendns.resolver._resolver, "port", silent.getsockname()[1])
+            monkeypatch.setattr(greendns.resolver._resolver, "lifetime", HANGING)
+        else:
+            monkeypatch.setattr(_socket, "getaddrinfo", no_answer)
+        yield
+
+
+def unpatched_sleep():
+    if os.environ.get("Z4J_TEST_MODE") != "gevent":
+        return time.sleep
+    from gevent.monkey import get_original
+
+    return get_original("time", "sleep")
+
+
+def no_answer(*_args, **_options):
+    """The C library's resolver in a network without name servers; blocks its native thread."""
+    unpatched_sleep()(HANGING)
+    raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def stored(until, runtime, load):
+    """Wait until everything recorded is in the store."""
+    until(lambda: runtime.stats()["stored"] >= load.produced)
+    assert runtime.stats()["lost"] == {}
+
+
+@pytest.mark.usefixtures("dead_dns")
+@pytest.mark.filterwarnings("ignore:please use dns.resolver:DeprecationWarning")  # eventlet's own
+@pytest.mark.parametrize("transport", ["auto", "longpoll"])
+def test_dead_dns(start, until, monkeypatch, transport):
+    """While the resolver hangs, events go on into the store."""
+    monkeypatch.setenv("Z4J_TRANSPORT", transport)
+    runtime, load = start("https://brain.invalid")
+    load.run(3 * HANGING)
+    stored(until, runtime, load)
+    until(lambda: runtime.stats()["last_error"])
+
+
+@pytest.mark.parametrize("transport", ["auto", "longpoll"])
+def test_a_black_hole(start, until, monkeypatch, transport):
+    """A brain that takes the connection and never says a word holds up nobody but the attempt."""
+    monkeypatch.setenv("Z4J_TRANSPORT", transport)
+    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.4)
+    monkeypatch.setattr(http, "CONNECT_TIMEOUT", 0.4)
+    monkeypatch.setattr(longpoll, "PROBE_TIMEOUT", 0.4)
+    monkeypatch.setattr(fallback, "HEALTH_TIMEOUT", 0.4)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as hole:
+        runtime, load = start(f"http://127.0.0.1:{hole.getsockname()[1]}")
+        load.run()
+        stored(until, runtime, load)
+        assert runtime.stats()["last_error"]
+
+
+def test_a_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
+    """A brain that reads no more in mid-session fills the line; the sender waits, is given up, and all arrives later."""
+    monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.5)
+    peer._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    runtime, load = start(peer.url)
+    first = until(lambda: peer.last)
+    load.run(0.5)
+    first.stalled = True
+    load.note = "x" * 8000  # a window of a thousand small ones fits into the kernel's buffers
+    load.run()
+    delivered(runtime, load)
+    assert len(peer.sessions) > 1
+
+
+@pytest.fixture
+def secure(seam, certificate, monkeypatch):
+    monkeypatch.setenv("Z4J_CA_BUNDLE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+@pytest.mark.parametrize("transport", ["ws", "longpoll"])
+def test_tls(start, seam, secure, until, monkeypatch, transport):
+    """Over TLS, handshake included: certificates are verified and records enciphered within our steps."""
+    monkeypatch.setenv("Z4J_TRANSPORT", transport)
+    peer = (Peer if transport == "ws" else HttpPeer)(seam, tls=secure)
+    try:
+        runtime, load = start(peer.url)
+        load.run()
+        until(lambda: runtime.stats()["acked"] >= load.produced)
+        assert runtime.stats()["transport"] == transport
+        for _ in range(3):
+            runtime.request_reconnect()
+            load.run(0.3)
+        until(lambda: runtime.stats()["acked"] >= load.produced)
+    finally:
+        peer.stop()
+        gc.collect()  # eventlet leaves the socket of a handshake that was broken off unclosed
+
+
+BULK = {
+    "string": ["x" * 1_040_000],
+    "numbers": list(range(150_000)),
+    "records": [{"id": number, "name": f"name {number}", "ok": True, "share": number / 7} for number in range(16_000)],
+}
+
+
+@pytest.mark.parametrize("bulk", BULK)
+def test_a_frame_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
+    """A command of 1 MiB is verified, acknowledged and carried out with all its arguments."""
+    runtime, load = start(peer.url)
+    session = until(lambda: peer.last)
+    load.run(0.5)
+    session.command("submit_task", {"name": "shop.import", "args": BULK[bulk]})
+    load.run(1.0)
+    until(lambda: peer.frames("command_result"))
+    assert engine.submitted[0][1]["args"] == tuple(BULK[bulk])
+    delivered(runtime, load)
+
+
+def rows():
+    """``MANY`` events as the store keeps them, in lots."""
+    for first in range(0, MANY, LOT):
+        yield [(EVENT, "", canonical_plain({"id": f"e-{number}", "data": {"n": number}})) for number in range(first, first + LOT)]
+
+
+def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
+    """With 100,000 rows that wait for the first session, the stream goes on while all are sent."""
+    peer.refuse = (503, {})
+    runtime, load = start(peer.url)
+    for lot in rows():
+        runtime._agent.keeper.append(lot)
+    peer.refuse = None
+    load.run()
+    until(lambda: runtime.stats()["acked"] >= MANY + load.produced, 120)
+    assert runtime.stats()["lost"] == {}
+
+
+@pytest.mark.parametrize("transport", ["ws", "longpoll"])
+def test_a_hundred_thousand_rows_of_a_dead_process(start, seam, until, monkeypatch, tmp_path, transport):
+    """With 100,000 rows in the file of a dead process, the stream goes on while they are adopted."""
+    monkeypatch.setenv("Z4J_TRANSPORT", transport)
+    peer = (Peer if transport == "ws" else HttpPeer)(seam)
+    runtime, load = start(peer.url, autostart=False)
+    left = open_store(tmp_path / "buffer.sqlite", deployment=runtime._build()._deployment())
+    for lot in rows():
+        left.append(lot)
+    left.close()
+    try:
+        runtime.start()
+        load.run()
+        until(lambda: runtime.stats()["acked"] > load.produced + 2 * LOT, 60)
+        assert runtime.stats()["lost"] == {}
+    finally:
+        runtime.stop(timeout=3)
+        peer.stop()
