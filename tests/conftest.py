@@ -7,10 +7,15 @@ import time
 from importlib import import_module
 
 import pytest
+from hypothesis import settings
 
 from tests.steps import Judge
 from z4j_bare import runtime
 from z4j_bare.concurrency import build, choose, detect
+
+#: A busy machine stalls any example: no assertion on durations tighter than a hang.
+settings.register_profile("z4j", deadline=None)
+settings.load_profile("z4j")
 
 
 @pytest.fixture(scope="session")

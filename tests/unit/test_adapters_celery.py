@@ -41,7 +41,7 @@ def test_submit_runs_an_eager_task_that_sees_no_loop(host, app):
     """submit_task, an offloading method, executes; the task may use asyncio.run."""
     seen = []
 
-    @app.task(name="t.work")
+    @app.task(name="t.work", shared=False)
     def work(number):
         async def program():
             await asyncio.sleep(0.001)
@@ -83,7 +83,7 @@ def test_a_hung_broker_is_reported_as_indeterminate(host, app, seam, monkeypatch
 def test_await_free_methods(host, app):
     """Discovery and reconciliation, which await nothing, run with no loop built."""
 
-    @app.task(name="t.found")
+    @app.task(name="t.found", shared=False)
     def found():
         return 1
 
@@ -110,7 +110,7 @@ def test_health(host, app):
 def test_signals_arrive_as_events(host, app, sunk, until):
     """Connected to the live signals, a task's life comes out of the sink in order; disconnecting ends it."""
 
-    @app.task(name="t.lives")
+    @app.task(name="t.lives", shared=False)
     def lives():
         return 1
 

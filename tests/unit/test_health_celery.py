@@ -137,11 +137,11 @@ def test_details_are_renewed_every_minute(app, consumer):
 
 def test_a_broker_that_answers_is_connected(app):
     """The probe names the broker's kind, and the depth of each queue it is asked for."""
-    probe = BrokerProbe("celery", app, lambda: ["celery"])
+    probe = BrokerProbe("celery", app, lambda: ["idle"])
     try:
         answer = probe()
         assert (answer["celery.broker_connected"], answer["celery.broker_type"]) == ("True", "memory")
-        assert json.loads(answer["celery.queue_depths"]) == {"celery": 0}
+        assert json.loads(answer["celery.queue_depths"]) == {"idle": 0}
     finally:
         probe.close()
 
