@@ -335,6 +335,22 @@ def test_a_large_import_yields(seam, mode, tmp_path, monkeypatch):
     assert not [finder for finder in sys.meta_path if "_Pauses" in repr(finder)]
 
 
+def test_waiting_inside_of_foreign_code_ends_no_step(seam):
+    """Foreign code that waits and then calls us back, where we wait, has no step counted for its own time."""
+
+    def foreign():
+        seam.event().wait(0.3)
+        seam.sleep(0.001)
+
+    def work():
+        seam.waiting(foreign)
+        seam.sleep(0)
+
+    seam.steps.take()
+    assert seam.spawn(work, name="calls").join(10)
+    assert seam.steps.take()[0] < 0.2
+
+
 def test_waiting_is_no_step(seam):
     """No wait counts as a step of ours: not for time, an event, a lock or the end of a task, nor a foreign call."""
 
