@@ -35,7 +35,7 @@ class Redactor:
             return self._text(value)
         if isinstance(value, dict):
             return {
-                self._text(key): self._hide(item) if self._secret(key) else self.scrub(item) for key, item in value.items()
+                self._text(key): self._hide(item) if self.secret(key) else self.scrub(item) for key, item in value.items()
             }
         if isinstance(value, list):
             return [self.scrub(item) for item in value]
@@ -47,7 +47,8 @@ class Redactor:
             return {self._text(key): self._hide(item) for key, item in value.items()}
         return [self._hide(item) for item in value] if isinstance(value, list) else REDACTED
 
-    def _secret(self, key: str) -> bool:
+    def secret(self, key: str) -> bool:
+        """Whether what stands under ``key`` has to be redacted."""
         found = self._keys.get(key)
         if found is None:
             found = self._remember(self._keys, key, self._key_matches(key))
