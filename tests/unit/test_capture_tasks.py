@@ -146,3 +146,15 @@ def test_presence_announces_each_worker_once():
     presence.announce("worker.offline")
     assert [(event["kind"], event["data"]["worker"]) for event in got] == [("worker.online", "w@a_example_com"), ("worker.offline", "w@a_example_com")]
     assert got[0]["occurred_at"] == "1970-01-01T00:00:01.500000+00:00"
+
+
+def test_presence_forgets():
+    """A worker that left is told once, one that fell silent is not told; neither is announced again."""
+    got = []
+    presence = Presence("celery", lambda _encode, record: got.append((record[0], record[4]["worker"])), RedactionEngine().value_matches)
+    left, silent = presence.seen("left@a.example.com"), presence.seen("silent@a")
+    presence.forget(left, left=True)
+    presence.forget(left, left=True)
+    presence.forget(silent, left=False)
+    presence.announce("worker.heartbeat")
+    assert got == [("worker.online", left), ("worker.online", silent), ("worker.offline", left)]

@@ -40,12 +40,18 @@ class Presence:
         self._clock = clock
         self._new_id = new_ids()
 
-    def seen(self, worker: str) -> None:
-        """Announce a worker that is new to us."""
+    def seen(self, worker: str) -> str:
+        """Announce a worker that is new to us; return its name as the brain can keep it."""
         name = safe_name(worker, self._matches)
         if name not in self.workers:
             self.workers[name] = None
             self._record("worker.online", name)
+        return name
+
+    def forget(self, name: str, *, left: bool) -> None:
+        """Announce a worker no longer; with ``left``, say that it went. ``name`` is what :meth:`seen` returned."""
+        if self.workers.pop(name, name) is None and left:
+            self._record("worker.offline", name)
 
     def announce(self, kind: str) -> None:
         """Record ``worker.online``, ``worker.heartbeat`` or ``worker.offline`` for every worker of ours."""
