@@ -23,7 +23,7 @@ from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.opening import open_store
 from z4j_bare.buffer.siblings import known_to_others
 from z4j_bare.capture.ring import Ring
-from z4j_bare.capture.sources import Source
+from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.errors import AgentError, HostConfigurationError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
@@ -119,8 +119,8 @@ class Agent:
             lateness=self.lateness,
             started=self._started_at.timestamp(),
             health=self._health.latest,
-            dropped=lambda: {name: host.dropped() for name, host in self.hosts.items()},
-            restarts=lambda: self.bridge.restarts,
+            dropped=self._dropped,
+            restarts=lambda: self.bridge.restarts + sum(source.failures() for source in self.sources),
         )
 
     def start(self) -> None:
@@ -134,9 +134,10 @@ class Agent:
             ("z4j-lateness", self.lateness.run),
             ("z4j-adopt", self._adopter.run),
         ]
-        loops += [(f"z4j-presence-{each.engine}", partial(each.presence.run, self.seam)) for each in self.sources]
         for name, run in loops:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
+        for name, run in (loop for source in self.sources for loop in source.loops()):
+            keep(run, name, self._stopping, self.seam, self.counters)  # a source's end is waited for by disconnect()
         self.seam.spawn(self._connect_adapters, name="z4j-adapters")
 
     def record(self, event: Event) -> None:
@@ -188,10 +189,13 @@ class Agent:
 
     def _host(self, engine: Any) -> EngineHost:
         merge_redaction(engine, self._config)  # first: the source goes by the merged patterns, and a bad one raises
-        only = os.environ.get("Z4J_CELERY_LOCAL_HOSTNAME", "").strip() or None
-        source = Source(engine, self.ring, self._settings, ready_worker(), only)
+        source = source_of(engine, self.ring, self._settings, self.seam, ready_worker())
         self.sources.append(source)
         return EngineHost(engine, self.bridge, self.seam, source.record)
+
+    def _dropped(self) -> dict[str, int]:
+        hosts = self.hosts.values()
+        return {host.name: host.dropped() + source.dropped() for host, source in zip(hosts, self.sources, strict=True)}
 
     def _open_store(self) -> BufferStore:
         config = self._config
@@ -302,7 +306,7 @@ class Agent:
     def _connect_adapters(self) -> None:
         try:
             for host, source in zip(self.hosts.values(), self.sources, strict=True):
-                host.connect(events=not source.in_process)
+                host.connect(events=source.adapted)
         except AgentError:
             if not self._stopping.is_set():  # a process that ends while it starts is no error
                 raise

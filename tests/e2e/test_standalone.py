@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.place import Place
-from z4j_bare.demo.process import Service
+from z4j_bare.demo.process import Service, until
 from z4j_bare.demo.worker import worker_environment
 
 pytestmark = pytest.mark.timeout(120)
+
+REDACTED = "[REDACTED]"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,8 @@ def agent(place):
         yield service
 
 
-def rows_of(place, count):
-    return [place.row(task_id, "success") for task_id in [place.send("add", number, 1) for number in range(count)]]
+def online(place):
+    return {row["name"] for row in place.brain.workers(place.project) if row["state"] == "online"}
 
 
 def test_every_task_of_an_agentless_worker_is_told(place, agent):
@@ -53,11 +55,53 @@ def test_every_task_of_an_agentless_worker_is_told(place, agent):
     assert ("ValueError" in row["exception"], row["worker_name"]) == (True, "early@place")
 
 
-@pytest.mark.xfail(reason="the adapter's monitor drops task-received, the only broker event with name and arguments")
 def test_its_rows_say_what_ran(place, agent):
-    """Rows of an agentless worker's tasks have name, queue and arguments."""
-    row = place.row(place.send("add", 2, 3), "success")
-    assert (row["name"], row["queue"], row["args"]) == ("e2e.add", place.home.name, [2, 3])
+    """Rows of an agentless worker's tasks have name, queue and arguments, their passwords hidden, and each event once."""
+    task_id = place.send("add", 2, 3, password="hunter2", note={"token": "abc", "plain": [1.5, None, "it's"]})
+    row = place.row(task_id, "success")
+    assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
+    assert (row["name"], row["queue"], row["args"], row["result"]) == ("e2e.add", place.home.name, [2, 3], 5)
+    assert row["kwargs"] == {"password": REDACTED, "note": {"token": REDACTED, "plain": [1.5, None, "it's"]}}
+    assert row["received_at"] <= row["started_at"] <= row["finished_at"]
+    assert "hunter2" not in str(place.brain.events(place.project, "celery", task_id))
+
+
+def test_what_cannot_be_read_gives_no_secret_away(place, agent):
+    """Arguments that Celery cut in the middle keep their shape and say so, and a password before the cut is hidden."""
+    row = place.row(place.send("add", 2, 3, password="hunter2", path="C:\\", long=["x" * 500] * 9), "success")
+    assert row["kwargs"]["password"] == REDACTED
+    assert "cut]" in str(row["kwargs"])
+    assert "hunter2" not in str(row)
+
+
+def test_annotations_hold(place, agent):
+    """``@z4j_meta`` keeps, hides and skips what its task asks for, here as inside a worker."""
+    silent = [place.send("skipped"), place.send("unsampled")]
+    keeps = place.send("keeps", "secret position", amount=12, customer="Ada")
+    hides = place.send("hides", amount=12, customer="Ada")
+    row = place.row(keeps, "success")
+    assert (row["args"], row["kwargs"], row["priority"]) == (REDACTED, {"amount": 12}, "high")
+    row = place.row(hides, "success")
+    assert (row["kwargs"], row["result"]) == ({"amount": 12, "customer": REDACTED}, REDACTED)
+    assert [place.outcome(task_id)[0] for task_id in silent] == ["SUCCESS", "SUCCESS"]
+    place.row(place.send("add", 0, 0), "success")  # sent later, so what was to come of the silent ones is here
+    assert [place.brain.task(place.project, "celery", task_id) for task_id in silent] == [None, None]
+
+
+def test_retries_are_counted(place, agent):
+    """A task that retries twice and then succeeds shows both retries, and has its arguments still."""
+    task_id = place.send("retries")
+    row = place.row(task_id, "success")
+    assert (row["retry_count"], row["name"]) == (2, "e2e.retries")
+    assert place.kinds(task_id).count("task.retried") == 2
+
+
+def test_a_chain_knows_its_parents(place, agent):
+    """The second task of a chain names the first as its parent and root."""
+    link = place.producer.signature("e2e.add", args=(10,))
+    second = (place.producer.signature("e2e.add", args=(1, 2)) | link).apply_async()
+    row = place.row(second.id, "success")
+    assert (row["parent_task_id"], row["root_task_id"]) == (second.parent.id, second.parent.id)
 
 
 def test_the_brain_accepts_controls_for_a_worker_it_saw(place, agent):
@@ -69,10 +113,12 @@ def test_the_brain_accepts_controls_for_a_worker_it_saw(place, agent):
 
 
 def test_a_worker_that_comes_later_is_told_too(place, agent):
-    """A worker without ``-E`` that starts long after the agent is made to send its events, and is announced."""
+    """A worker without ``-E`` that starts long after the agent is announced, sends its events and tells its queue."""
     place.worker("chores", pool="threads", name="late@place", agent=False, options=("-Q", "late"))
+    until(lambda: "late@place" in online(place), "the announcement of the late worker", timeout=8)
     place.warm_up(queue="late")
-    assert place.row(place.send("add", 1, 2, queue="late"), "success")["worker_name"] == "late@place"
+    row = place.row(place.send("add", 1, 2, queue="late"), "success")
+    assert (row["worker_name"], row["queue"], row["name"], row["args"]) == ("late@place", "late", "e2e.add", [1, 2])
     resize = place.brain.issue(
         place.project, "pool-resize", agent_id=place.agent.agent_id, worker_name="late@place", delta=1
     )

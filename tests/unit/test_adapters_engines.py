@@ -7,7 +7,6 @@ from z4j_core.errors import RedactionConfigError
 from z4j_core.models import Config
 from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
 
-from z4j_bare.adapters import celery
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost, accepted
 from z4j_bare.adapters.redaction import merge_redaction
@@ -307,23 +306,3 @@ def test_a_bad_pattern_is_refused():
     """A pattern that cannot be compiled stops the agent before anything is captured."""
     with pytest.raises(RedactionConfigError):
         merge_redaction(Engine(), config(redaction_extra_key_patterns=["("]))
-
-
-def test_nudge(seam, monkeypatch):
-    """enable_events is broadcast twice more, to the own node when it is known; failures do not end the second try."""
-    monkeypatch.setattr(celery, "PAUSES", (0.01, 0.01))
-    sent = []
-
-    class Control:
-        def enable_events(self, destination):
-            sent.append(destination)
-            raise OSError("broker away")
-
-    class Celery:
-        worker_hostname = "celery@w1"
-        celery_app = type("App", (), {"control": Control()})
-
-    assert celery.nudge_events(Celery(), seam).join(5)
-    Celery.worker_hostname = None
-    assert celery.nudge_events(Celery(), seam).join(5)
-    assert sent == [["celery@w1"]] * 2 + [None] * 2

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import RETRY_BY_REFERENCE_CAPABILITY
 
-from z4j_bare.adapters.celery import nudge_events
 from z4j_bare.adapters.controls import CeleryControls
 from z4j_bare.capture.names import safe_name, value_matcher
 from z4j_bare.capture.redact import Redactor
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.adapters")
 
-#: Seconds for ``connect_signals``: Celery's publishes to the broker and starts a thread.
+#: Seconds for ``connect_signals``, which may publish to a broker and start a thread.
 CONNECT_PATIENCE = 30.0
 #: Queues that adapters keep for life although an ``asyncio.Queue`` binds to the first loop that waits in it.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
@@ -44,7 +43,6 @@ class EngineHost:
         self.engine = engine
         self.name = str(getattr(engine, "name", type(engine).__name__))
         self._bridge = bridge
-        self._seam = seam
         self._sink = sink
         #: Our own way of controlling workers, for the engine whose adapter does not wait for their answers.
         self.controls: CeleryControls | None = None
@@ -57,7 +55,6 @@ class EngineHost:
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
-        self._going = False
 
     def connect(self, *, events: bool = True) -> None:
         """With ``events``, connect the adapter's signals and pump its events into the sink.
@@ -66,21 +63,14 @@ class EngineHost:
         """
         if not events:
             return
-        self._going = True
         self._unbind_queues()
         self._connect_signals()
         if self._end_pump is None and hasattr(self.engine, "subscribe_events"):
             stream = self.engine.subscribe_events
             self._end_pump = self._bridge.pump(stream, self._sink, f"z4j-events-{self.name}")
-        if hasattr(self.engine, "celery_app"):
-            nudge_events(self.engine, self._seam, lambda: self._going)
 
     def disconnect(self, timeout: float = 5.0) -> None:
-        """Disconnect the signals within ``timeout`` seconds, then drain and end the pump; never raises.
-
-        Celery's joins its monitor thread for up to 5 s; 0.2-0.9 s were measured.
-        """
-        self._going = False
+        """Disconnect the signals within ``timeout`` seconds, then drain and end the pump; never raises."""
         disconnect = getattr(self.engine, "disconnect_signals", None)
         try:
             if disconnect is not None:

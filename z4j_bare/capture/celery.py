@@ -1,7 +1,7 @@
-"""Task events of a Celery worker whose tasks run in its own process: gevent, eventlet, threads and solo.
+"""Task events from Celery's signals, as far as they fire in this process.
 
-Every handler copies a little, appends to the ring, and returns. The broker-event monitor of the adapter, which takes 30 %
-of a loaded worker's CPU, is not needed where the signals fire here.
+In gevent, eventlet, threads and solo pools that is all of them. Every handler copies a little, appends to the ring, and
+returns. Reading the broker's events instead takes 30 % of a loaded worker's CPU.
 """
 
 from __future__ import annotations
@@ -24,21 +24,35 @@ FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoke
 #: Characters of a traceback that are looked at; the encoder sends the first 4,096.
 TRACEBACK = 5120
 
+_HANDLERS = {
+    "task_received": "_on_received",
+    "task_prerun": "_on_prerun",
+    "task_postrun": "_on_postrun",
+    "task_failure": "_on_failure",
+    "task_retry": "_on_retry",
+    "task_revoked": "_on_revoked",
+    "task_rejected": "_on_rejected",
+    "task_unknown": "_on_unknown",
+}
+
 
 class CeleryCapture:
-    """The signal handlers of one worker.
+    """The signal handlers of one worker whose tasks run in its own process.
 
     :param engine: the ``CeleryEngineAdapter``; its redaction and its tasks' ``@z4j_meta`` hold as with its own hooks.
     :param put: ``Ring.put``.
-    :param hostname: the worker's node name.
+    :param hostname: the worker's node name; ``None`` in a process that is no worker.
     :param args: whether arguments are sent; likewise ``result``.
     """
+
+    #: The signals that are listened to.
+    signals: tuple[str, ...] = tuple(_HANDLERS)
 
     def __init__(
         self,
         engine: Any,
         put: Callable[[Callable[[Any], bytes], Any], None],
-        hostname: str,
+        hostname: str | None,
         *,
         args: bool = True,
         result: bool = True,
@@ -46,14 +60,14 @@ class CeleryCapture:
     ) -> None:
         from z4j_celery.meta import get_meta
 
-        self.worker = safe_name(hostname, engine.redaction.value_matches)
+        self.worker = None if hostname is None else safe_name(hostname, engine.redaction.value_matches)
+        self.tracks = Tracks()
         self._put = put
         self._args = args
         self._result = result
         self._clock = clock
         self._encode = Encoder(engine.name, Redactor(engine.redaction))
         self._kinds = Kinds(get_meta)
-        self._tracks = Tracks()
         self._epoch = fork.epoch()
         self._connected: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -63,16 +77,8 @@ class CeleryCapture:
 
         if self._connected:
             return
-        for signal, handler in (
-            (signals.task_received, self._on_received),
-            (signals.task_prerun, self._on_prerun),
-            (signals.task_postrun, self._on_postrun),
-            (signals.task_failure, self._on_failure),
-            (signals.task_retry, self._on_retry),
-            (signals.task_revoked, self._on_revoked),
-            (signals.task_rejected, self._on_rejected),
-            (signals.task_unknown, self._on_unknown),
-        ):
+        for name in self.signals:
+            signal, handler = getattr(signals, name), getattr(self, _HANDLERS[name])
             signal.connect(handler, weak=False)
             self._connected.append((signal, handler))
 
@@ -88,7 +94,7 @@ class CeleryCapture:
         kind = self._kinds.of(request.task)
         if fork.epoch() != self._epoch or not kind.reports(task_id):
             return
-        track = self._tracks.get(task_id) or self._tracks.add(task_id, Track(kind, _queue(request)))
+        track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
         own: dict[str, Any] = {"worker": self.worker, "queue": track.queue}
         if self._args:
             own["args"] = snapshot(request.args) if request.args else []
@@ -180,13 +186,13 @@ class CeleryCapture:
         """Return the track of a reported task; one that was received before us begins here."""
         if fork.epoch() != self._epoch:
             return None
-        track = self._tracks.get(task_id)
+        track = self.tracks.get(task_id)
         if track is not None:
             return track
         kind = self._kinds.of(task)
         if not kind.reports(task_id):
             return None
-        return self._tracks.add(task_id, Track(kind, _queue(getattr(task, "request", None))))
+        return self.tracks.add(task_id, Track(kind, _queue(getattr(task, "request", None))))
 
     def _finish(self, event: str, task_id: str, track: Track, own: dict[str, Any]) -> None:
         own["worker"] = self.worker
@@ -197,7 +203,26 @@ class CeleryCapture:
             own["_meta"] = track.kind.meta
         record: Record = (event, track.stamp(self._clock()), task_id, track.kind.fields, own)
         self._put(self._encode, record)
-        self._tracks.end(task_id)
+        self.tracks.end(task_id)
+
+
+class ParentCapture(CeleryCapture):
+    """What fires in a prefork worker's own process: a task comes, with its real arguments, or cannot be taken.
+
+    The rest fires in its children, and what fires in both is told by the broker's events.
+    """
+
+    signals = ("task_received", "task_rejected", "task_unknown")
+
+
+class EagerCapture(CeleryCapture):
+    """Tasks that a process runs itself although it is no worker: ``apply()``, ``task_always_eager``."""
+
+    signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
+
+    def _track(self, task_id: str, task: Any) -> Track | None:
+        eager = getattr(getattr(task, "request", None), "is_eager", False)
+        return super()._track(task_id, task) if eager else None
 
 
 def runs_in_process(consumer: Any) -> bool:

@@ -1,64 +1,62 @@
-"""Where an engine's events come from: its own process's signals, or the adapter's event stream."""
+"""Where an engine's events come from: signals of this process, the broker's events, or the adapter's own stream."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.capture.celery import CeleryCapture, runs_in_process
+from z4j_bare.capture.broker import TASK, BrokerStream
+from z4j_bare.capture.celery import CeleryCapture, EagerCapture, ParentCapture, runs_in_process
 from z4j_bare.capture.names import value_matcher
 from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.ring import Ring
-from z4j_bare.capture.stream import CeleryStream
-from z4j_bare.wire.events import encode_event, encode_fields
+from z4j_bare.capture.roster import Roster
+from z4j_bare.capture.translate import Translator
+from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
+    from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
+
+#: What runs until an event is set, and its name.
+Loop = tuple[str, Callable[[Any], None]]
 
 
 class Source:
-    """One engine's events.
+    """One engine's events, taken from the adapter's own stream."""
 
-    :param engine: the adapter; capture in process is for Celery's.
-    :param consumer: the Consumer of the Celery worker that this process is, or ``None``.
-    :param only: the one worker whose presence is announced when this process is no worker
-        (``Z4J_CELERY_LOCAL_HOSTNAME``); ``None`` means every worker that is seen.
-    """
+    #: Whether the adapter has to be connected for them.
+    adapted = True
 
-    def __init__(self, engine: Any, ring: Ring, settings: Settings, consumer: Any, only: str | None = None) -> None:
+    def __init__(self, engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency) -> None:
         self.engine = engine.name
+        self.presence = Presence(engine.name, ring.put, value_matcher(engine))
         self._ring = ring
         self._settings = settings
-        self._capture: CeleryCapture | None = None
-        matches = value_matcher(engine)
-        self.presence = Presence(engine.name, ring.put, matches)
-        hostname = getattr(consumer, "hostname", None) if hasattr(engine, "celery_app") else None
-        self._learn = hostname is None and only is None
-        if hostname is not None and runs_in_process(consumer):
-            self._capture = CeleryCapture(
-                engine, ring.put, hostname, args=settings.capture_args, result=settings.capture_result
-            )
-        self._stream = CeleryStream(engine, matches) if hasattr(engine, "celery_app") else None
-        self._known = hostname or only
+        self._seam = seam
 
-    @property
-    def in_process(self) -> bool:
-        """Whether the adapter's own event stream is not needed."""
-        return self._capture is not None
+    def loops(self) -> list[Loop]:
+        """Return what has to run from :meth:`connect` on; nothing has to wait for its end but :meth:`disconnect`."""
+        return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._seam))]
 
     def connect(self) -> None:
         """Begin to capture. Cheap, and on the caller's time, so that no early task is missed."""
-        if self._known is not None:
-            self.presence.seen(self._known)
-        if self._capture is not None:
-            self._capture.connect()
 
     def disconnect(self) -> None:
-        """Announce that the worker leaves, and end the capture."""
+        """End the capture once what has happened is told, and announce that the workers leave."""
         self.presence.announce("worker.offline")
-        if self._capture is not None:
-            self._capture.disconnect()
+
+    def failures(self) -> int:
+        """Return how often the stream of events broke."""
+        return 0
+
+    def dropped(self) -> int:
+        """Return how many events could not be read."""
+        return 0
 
     def record(self, event: Event) -> None:
         """Take an event of the adapter's own stream. Never waits, never raises."""
@@ -68,9 +66,80 @@ class Source:
             data.pop("kwargs", None)
         if not self._settings.capture_result:
             data.pop("result", None)
-        if self._learn and isinstance(worker := data.get("worker"), str):
+        if isinstance(worker := data.get("worker"), str):
             self.presence.seen(worker)
-        if self._stream is None:
-            self._ring.put(encode_event, event)
-        elif (fields := self._stream.complete(event)) is not None:
-            self._ring.put(encode_fields, fields)
+        self._ring.put(encode_event, event)
+
+
+class CelerySource(Source):
+    """Celery's events. What signals cannot tell comes from the broker; the adapter's own hooks and monitor are not used.
+
+    :param consumer: the Consumer of the Celery worker that this process is, or ``None``.
+    """
+
+    adapted = False
+
+    def __init__(self, engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency, consumer: Any) -> None:
+        super().__init__(engine, ring, settings, seam)
+        self._consumer = consumer
+        self._worker = getattr(consumer, "hostname", None)
+        only = None if self._worker else only_worker()
+        self._known = self._worker or only
+        args, result = settings.capture_args, settings.capture_result
+        in_process = self._worker is not None and runs_in_process(consumer)
+        handlers = CeleryCapture if in_process else EagerCapture if self._worker is None else ParentCapture
+        self._capture = handlers(engine, ring.put, self._worker, args=args, result=result)
+        self._stream: BrokerStream | None = None
+        if not in_process:
+            app = engine.celery_app
+            roster = Roster(app, self.presence, seam, mine=self._worker, only=only)
+            tracks = self._capture.tracks if self._worker else None
+            take = Translator(engine, ring.put, roster, tracks, args=args, result=result)
+            self._stream = BrokerStream(app, take, roster.tend, seam)
+
+    def loops(self) -> list[Loop]:
+        """Presence, and the broker's events where they are needed."""
+        return super().loops() + ([(TASK, self._stream.run)] if self._stream else [])
+
+    def connect(self) -> None:
+        """Listen to the signals, and have this worker send its events."""
+        if self._known is not None:
+            self.presence.seen(self._known)
+        self._capture.connect()
+        if self._stream is not None and self._worker is not None:
+            enable_here(self._consumer)
+
+    def disconnect(self) -> None:
+        """Read what the broker has yet, and stop listening."""
+        if self._stream is not None:
+            self._stream.finish()
+        super().disconnect()
+        self._capture.disconnect()
+
+    def failures(self) -> int:
+        """Return how often the connection to the broker broke."""
+        return self._stream.failures if self._stream else 0
+
+    def dropped(self) -> int:
+        """Return how many of the broker's events could not be read."""
+        return self._stream.unreadable if self._stream else 0
+
+
+def source_of(engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency, consumer: Any) -> Source:
+    """Return the source of an engine's events; ``consumer`` as in :class:`CelerySource`."""
+    if hasattr(engine, "celery_app"):
+        return CelerySource(engine, ring, settings, seam, consumer)
+    return Source(engine, ring, settings, seam)
+
+
+def only_worker() -> str | None:
+    """Return the one worker that a process which is none itself reports, by the variables that the adapter reads."""
+    names = (os.environ.get(name, "").strip() for name in ("Z4J_CELERY_LOCAL_HOSTNAME", "CELERY_HOSTNAME"))
+    return next(filter(None, names), None)
+
+
+def enable_here(consumer: Any) -> None:
+    """Do in a worker's own process what ``enable_events`` asks it to do: a broadcast can come before it listens."""
+    groups = getattr(getattr(consumer, "event_dispatcher", None), "groups", None)
+    if groups:  # empty means all
+        groups.add("task")

@@ -1,0 +1,181 @@
+"""Celery's events as the broker has them, for processes in which the signals do not fire.
+
+That is a prefork worker's own process, whose children have the signals, and any process that is no worker: the standalone
+agent, a web process, a script.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.errors import ForkedChildError, NoMoreThreadsError
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+
+logger = logging.getLogger("z4j.runtime.capture.broker")
+
+#: Seconds for a connection, and of one wait for events.
+CONNECT_TIMEOUT = 3.0
+TURN = 0.5
+
+#: Seconds before a broken connection is renewed: first, and at most. On Redis what is sent meanwhile is lost.
+FIRST = 0.5
+LONGEST = 15.0
+
+#: Seconds after which a connection counts as a good one, and the next failure as the first again.
+STEADY = 60.0
+
+#: Seconds of silence on a line that has spoken after which it is renewed: Redis does not say that a peer has vanished, and
+#: workers send a heartbeat every 2 s.
+SILENCE = 90.0
+
+#: Seconds at the end: without an event, after which there are no more to come, and in all.
+QUIET = 0.2
+LAST = 1.0
+
+#: Seconds of work after which others get their turn, and of that turn: gevent's ``sleep(0)`` lets only those run who wait
+#: for nothing, neither timers nor sockets, fifty times in a row.
+SLICE = 0.002
+BREATH = 1e-5
+
+TASK = "z4j-celery-events"
+
+
+class BrokerStream:
+    """Reads the event exchange of a Celery app and hands each event to ``take``.
+
+    :param take: gets a decoded event; it may raise for garbage, which is counted.
+    :param tend: called at each turn; neither waits nor raises.
+    """
+
+    def __init__(
+        self, app: Any, take: Callable[[dict[str, Any]], None], tend: Callable[[], None], seam: BaseConcurrency
+    ) -> None:
+        #: Connections that failed, and events that could not be read.
+        self.failures = 0
+        self.unreadable = 0
+        self._app = app
+        self._take = take
+        self._tend = tend
+        self._seam = seam
+        self._streak = 0
+        self._messages = 0
+        self._yielded = 0.0
+        self._over = seam.event()
+        self._over.set()
+
+    def run(self, stopping: Any) -> None:
+        """Read until ``stopping`` is set, and then what has been sent up to then. A lost broker is waited for."""
+        self._over.clear()
+        try:
+            while not stopping.is_set():
+                began = self._seam.now()
+                try:
+                    self._session(stopping)
+                except (ForkedChildError, NoMoreThreadsError):
+                    raise
+                except Exception as error:
+                    if self._seam.now() - began > STEADY:
+                        self._streak = 0
+                    self._failed(error)
+                    self._seam.pause(stopping, min(FIRST * 2 ** min(self._streak - 1, 10), LONGEST))
+        finally:
+            if not self._seam.forked():
+                self._over.set()
+
+    def finish(self) -> None:
+        """Wait until what was sent before ``stopping`` has been read, a little longer than ``LAST`` at most."""
+        self._seam.pause(self._over, TURN + LAST)
+
+    def _session(self, stopping: Any) -> None:
+        connection = self._app.connection_for_read(connect_timeout=CONNECT_TIMEOUT)
+        try:
+            self._seam.waiting(self._subscribe, connection)
+            self._listen(connection, stopping)
+            self._drain_last(connection)
+        finally:
+            if not self._seam.forked():  # the socket is the parent's, and so is the subscription that would be cancelled
+                self._seam.waiting(_release, connection)
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        self._streak += 1
+        # The text may quote the broker's address with its password; the class says enough.
+        logger.log(
+            logging.WARNING if self._streak == 1 else logging.DEBUG,
+            "z4j: cannot read Celery's events from the broker (%s); trying until it works",
+            type(error).__name__,
+        )
+
+    def _subscribe(self, connection: Any) -> None:
+        connection.connect()  # by itself kombu would try for ever
+        receiver = self._app.events.Receiver(connection)
+        consumer = connection.Consumer(
+            queues=[receiver.queue],
+            callbacks=[self._receive],
+            no_ack=True,
+            accept=receiver.accept,
+            on_decode_error=self._refuse,
+        )
+        consumer.consume()
+
+    def _listen(self, connection: Any, stopping: Any) -> None:
+        heard, messages = self._seam.now(), self._messages
+        while not stopping.is_set():
+            self._drain(connection, TURN)
+            connection.heartbeat_check()
+            self._tend()
+            now = self._seam.now()
+            if self._messages != messages:
+                heard, messages = now, self._messages
+            elif messages and now - heard > SILENCE:
+                logger.debug("z4j: no event for %.0f s; connecting anew", SILENCE)
+                return
+
+    def _drain_last(self, connection: Any) -> None:
+        deadline = self._seam.now() + LAST
+        while self._seam.now() < deadline and self._drain(connection, QUIET):
+            pass
+
+    def _drain(self, connection: Any, seconds: float) -> bool:
+        """Take what has come, waiting at most ``seconds``; return whether anything had."""
+        before = self._messages
+        try:
+            self._seam.waiting(connection.drain_events, timeout=seconds)
+        except TimeoutError as error:
+            if error.errno is not None:  # not ours, but the network's
+                raise
+            return False
+        if self._messages == before:  # the transport's own business; should it repeat, it must not keep the hub busy
+            self._seam.sleep(SLICE)
+        return True
+
+    def _receive(self, body: Any, _message: Any) -> None:
+        step = self._seam.steps.begin()
+        self._messages += 1
+        for event in body if isinstance(body, list) else [body]:
+            try:
+                self._take(event)
+            except Exception as error:
+                self.unreadable += 1
+                logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
+        self._seam.steps.end(step, TASK)
+        if perf_counter() - self._yielded > SLICE:  # kombu may hand over a whole burst in one go
+            self._seam.sleep(BREATH)
+            self._yielded = perf_counter()
+
+    def _refuse(self, _message: Any, error: Exception) -> None:
+        self._messages += 1
+        self.unreadable += 1
+        logger.debug("z4j: a message on the event exchange cannot be decoded: %s", type(error).__name__)
+
+
+def _release(connection: Any) -> None:
+    try:
+        connection.release()
+    except Exception as error:
+        logger.debug("z4j: closing the broker's connection failed: %s", type(error).__name__)
