@@ -20,6 +20,10 @@ _native_thread = patcher.original("_thread").get_ident
 #: Seconds after which a waiter looks at its flag by itself, for those raised in another native thread.
 LOOK = 1.0
 
+#: Seconds after which a wait for a socket is entered anew: a forked child shares the hub's epoll set, and what it closes
+#: there is no longer waited for in the parent either.
+LONGEST_WAIT = 1.0
+
 
 @implementer(IEvent)
 class Event:
@@ -103,6 +107,14 @@ class EventletConcurrency(BaseConcurrency):
             return tpool.execute(job, *args)
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+        while not self._wait_part(sock, min(timeout, LONGEST_WAIT), write):
+            timeout -= LONGEST_WAIT
+            if timeout <= 0 or self.forked():
+                return False
+        return True
+
+    @staticmethod
+    def _wait_part(sock: Any, timeout: float, write: bool) -> bool:
         try:
             hubs.trampoline(sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError)
         except TimeoutError:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.receive")
 
-#: Seconds that the reader waits at a time (``field-notes`` C.8).
-READ_TIMEOUT = 1.0
+#: Seconds that the reader waits at a time. ``abort`` wakes it at once; by itself it wakes to look for silence (a ping after
+#: 30 s), and each wake of an idle worker costs 0.25 ms.
+READ_TIMEOUT = 5.0
 
 #: Codes of a fatal ``error`` frame that an upgrade alone cures.
 _UPGRADE = frozenset({"agent_incompatible", "protocol_incompatible"})
