@@ -6,6 +6,7 @@ must not eat bytes that belong to the parent. The WebSocket framing is by hand, 
     peer = Peer(seam)
     peer.acks = "none"                 # or "all", or seconds by which each ack is late
     peer.refuse = (503, {})            # HTTP status and headers for the next upgrades; None lets them in
+    peer.noise = b"..."                # what answers the next requests instead, HTTP or not
     peer.greet = lambda session: ...   # what to do after a hello; default: send the hello_ack
     peer.sessions[-1].command("retry_task", {"task_id": "t-1"})
 """
@@ -166,6 +167,9 @@ class PeerSession:
         request, *lines = head.decode("latin-1").split("\r\n")
         self.path = request.split()[1]
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if self.peer.noise is not None:
+            self._push(self.peer.noise)
+            return False
         if "sec-websocket-key" not in self.headers:
             self.peer.sessions.remove(self)
             self.peer.requests.append(self)
@@ -273,6 +277,7 @@ class Peer:
         self.tls = tls
         self.acks = "all"
         self.refuse = None
+        self.noise = None
         self.heartbeat = 10
         self.max_frame = 1_048_576
         self.greet = PeerSession.welcome

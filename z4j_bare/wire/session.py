@@ -29,6 +29,9 @@ from z4j_bare.wire.canonical import canonical_plain
 #: Everything an id or a type may consist of without needing JSON escapes; others are escaped.
 _BARE = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 
+#: The frames that make a loop of ours do something.
+_ACTED_UPON = frozenset({"command", "event_batch_ack", "error"})
+
 #: Envelope bytes around a payload, generously: ids, nonce, ts, seq and a 64-character signature.
 ENVELOPE_BYTES = 512
 
@@ -116,7 +119,7 @@ class Session:
         return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), middle, seq, tail)
 
     def open(self, message: bytes, breathe: Callable[[], object] | None = None) -> Any:
-        """Verify an incoming frame and return z4j_core's model of it.
+        """Verify an incoming frame and return z4j_core's model of it; what is acted upon has all its fields.
 
         ``breathe`` is called every few microseconds while a large one is dealt with, and may let others run. Raises
         ``RemoteProtocolError`` and nothing else, whatever the bytes are.
@@ -124,7 +127,7 @@ class Session:
         try:
             if breathe is not None and len(message) > LARGE:
                 return self._open_large(message, breathe)
-            return self._verifier.parse_and_verify(message)
+            return _complete(self._verifier.parse_and_verify(message))
         except SignatureError as error:
             raise RemoteProtocolError(f"the brain's frame failed verification: {error}", code=4403) from None
         except (Z4JError, ValidationError, ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:
@@ -133,13 +136,13 @@ class Session:
     def _open_large(self, message: bytes, breathe: Callable[[], object]) -> Any:
         """Check the signature in bites; then have z4j_core judge the frame without its bulk, which we sign for that."""
         frame = patient.loads(message, breathe)
-        if not hmac.compare_digest(self._digest(frame, breathe), frame["hmac"]):
+        signature, payload = frame["hmac"], frame["payload"]  # what has none is not worth a digest
+        if not hmac.compare_digest(self._digest(frame, breathe), signature):
             raise SignatureError("the signature of a large frame does not match")
-        payload = frame["payload"]
-        bulk = {name: value for name, value in payload.items() if isinstance(value, dict | list)}
+        bulk = {name: value for name, value in payload.items() if isinstance(value, dict)}
         light = {**frame, "payload": {name: value for name, value in payload.items() if name not in bulk}}
         light["hmac"] = self._digest(light, breathe)
-        opened = self._verifier.parse_and_verify(canonical_plain(light))
+        opened = _complete(self._verifier.parse_and_verify(canonical_plain(light)))
         for name in bulk.keys() & type(opened.payload).model_fields.keys():
             setattr(opened.payload, name, bulk[name])
         return opened
@@ -151,6 +154,13 @@ class Session:
         for piece in patient.canonical_pieces(envelope, breathe):
             digest.update(piece)
         return digest.hexdigest()
+
+
+def _complete(frame: Any) -> Any:
+    """Return the frame validated: z4j_core checks the signature only, and a field that is missing would end a loop."""
+    if frame.type not in _ACTED_UPON:
+        return frame
+    return type(frame).model_validate({**vars(frame), "payload": vars(frame.payload)})
 
 
 def _quote(text: str) -> bytes:
