@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError, ProxyError
 
 from z4j_bare.errors import ForkedChildError, NetworkError
 from z4j_bare.transport.line import Line
+from z4j_bare.transport.wording import short
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -33,6 +34,9 @@ KEEP = 4.0
 
 #: Bytes of one answer at most; 50 commands are far below.
 LONGEST = 16 * 1024 * 1024
+
+#: What comes of addresses and answers that are none; ``TypeError`` of a proxy without a host.
+_MALFORMED = (ValueError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +167,8 @@ class Client:
             )  # fmt: skip
             with response:
                 content = b"".join(_bounded(response.iter_content(64 * 1024)))
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            raise NetworkError(f"cannot reach the brain: {_short(_root(error))}") from None
+        except (requests.RequestException, HTTPError, OSError, *_MALFORMED) as error:
+            raise NetworkError(f"cannot reach the brain: {short(_root(error))}") from None
         self._used = self._seam.now()
         return Answer(response.status_code, response.headers, content)
 
@@ -270,8 +274,3 @@ def _root(error: BaseException) -> BaseException:
             break
         error = inner
     return error
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).split("\n", 1)[0][:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

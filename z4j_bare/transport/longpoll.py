@@ -17,6 +17,7 @@ from zope.interface import implementer
 from z4j_bare.errors import AgentError, AuthenticationRejectedError, FrameTooLargeError, NetworkError, RemoteProtocolError
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.websocket import base_url
+from z4j_bare.transport.wording import printable
 from z4j_bare.wire import policy
 from z4j_bare.wire.canonical import canonical
 
@@ -264,9 +265,9 @@ class LongPollTransport:
         known.body_proven = max(known.body_proven, len(body))
         outcome = _object(answer.body)
         if code := outcome.get("error_code"):
-            raise RemoteProtocolError(f"the brain does not take a frame ({str(code)[:200]})", code=_UNPROCESSABLE)
+            raise RemoteProtocolError(f"the brain does not take a frame ({_quoted(code)})", code=_UNPROCESSABLE)
         if outcome.get("accepted") != 1:
-            raise NetworkError(f"the brain could not store a frame just now ({str(outcome.get('errors'))[:200]})")
+            raise NetworkError(f"the brain could not store a frame just now ({_quoted(outcome.get('errors'))})")
 
     def _poll(self) -> None:
         client = self._polls
@@ -326,7 +327,12 @@ def _reason(answer: Answer) -> str:
         said = _object(answer.body)
     except RemoteProtocolError:
         return ""
-    return str(said.get("detail") or said.get("message") or said.get("error") or "")[:200]
+    return _quoted(said.get("detail") or said.get("message") or said.get("error") or "")
+
+
+def _quoted(said: object) -> str:
+    """Return what the brain said, fit for a message of ours."""
+    return printable(str(said))[:200]
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from zope.interface import implementer
 from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.line import Line
+from z4j_bare.transport.wording import printable, short
 from z4j_bare.wire import policy
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class WebSocketTransport:
             status = self._ws.getstatus()
             if status is not None:  # the library lets redirects, and only those, pass for a success
                 raise policy.refused(status, "a redirect: set Z4J_BRAIN_URL to where it leads") from None
-            raise NetworkError(f"cannot reach the brain: {_short(error)}") from None
+            raise NetworkError(f"cannot reach the brain: {short(error)}") from None
         self._ws.sock = Line(self._ws.sock, self._seam, CONNECT_TIMEOUT, SEND_TIMEOUT)
         self._ws.lock = self._seam.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
@@ -133,7 +134,7 @@ class WebSocketTransport:
             try:
                 self._open().send_binary(frame)
             except (websocket.WebSocketException, OSError) as error:
-                raise NetworkError(f"the line broke while sending: {_short(error)}") from None
+                raise NetworkError(f"the line broke while sending: {short(error)}") from None
             finally:
                 self._sending = False
         return len(frame)
@@ -149,7 +150,7 @@ class WebSocketTransport:
         except websocket.WebSocketTimeoutException:
             return self._silence()
         except (websocket.WebSocketException, OSError, ValueError) as error:
-            raise NetworkError(f"the line broke: {_short(error)}") from None
+            raise NetworkError(f"the line broke: {short(error)}") from None
         self._heard, self._pinged = self._seam.now(), False
         if opcode == websocket.ABNF.OPCODE_CLOSE:
             raise close_error(frame.data)
@@ -196,7 +197,7 @@ class WebSocketTransport:
             try:
                 self._open().ping()
             except OSError as error:
-                raise NetworkError(f"the line broke: {_short(error)}") from None
+                raise NetworkError(f"the line broke: {short(error)}") from None
         return None
 
     def _options(self) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class WebSocketTransport:
 def close_error(data: bytes) -> AgentError:
     """Return the error for the body of a close frame: two bytes of code, then the reason."""
     code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None  # noqa: PLR2004 - RFC 6455, 5.5.1
-    return policy.closed(code, data[2:].decode(errors="replace"))
+    return policy.closed(code, printable(data[2:].decode(errors="replace")))
 
 
 def preload() -> None:
@@ -240,8 +241,3 @@ def _retry_after(headers: Mapping[str, str] | None) -> float | None:
     """Return the seconds of a ``Retry-After``; the form with a date is rare and counts as absent."""
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).split("\n", 1)[0][:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
