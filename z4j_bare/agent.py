@@ -211,8 +211,13 @@ class Agent:
         return Orphan(path, self._deployment(), max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes)
 
     def _deployment(self) -> str:
-        """Return whose rows ours are: they must not reach another project, nor be signed for one."""
-        return f"{self._config.project_id}-{sha256(self.secret()).hexdigest()[:16]}"
+        """Return whose rows ours are: our project's, by two names, so that they do not reach another.
+
+        One is made from its key and stays when the brain moves, one from the brain's address and outlives the key.
+        """
+        project = self._config.project_id
+        marks = self.secret(), str(self._config.brain_url).rstrip("/").encode()
+        return " ".join(sha256(b"%b %b" % (project.encode(), mark)).hexdigest()[:16] for mark in marks)
 
     def _token(self) -> str:
         path = self._settings.token_file

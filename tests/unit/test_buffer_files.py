@@ -220,6 +220,15 @@ def test_a_store_of_another_deployment_is_refused_and_left_alone(path, opened):
     assert opened(path, deployment="project-a").size() == 1
 
 
+@pytest.mark.parametrize("known_as", ["key-2 place-1", "key-1 place-2"])
+def test_one_name_in_common_makes_one_deployment(path, opened, known_as):
+    """After its key was rotated, or its brain has moved, a project's rows are still its own."""
+    store = opened(path, deployment="key-1 place-1")
+    store.append(row())
+    store.close()
+    assert opened(path, deployment=known_as).size() == 1
+
+
 def test_a_foreign_database_is_refused_and_left_alone(path):
     """A database that does not bear our mark, such as a store of the asyncio agent, is not touched."""
     path.parent.mkdir(mode=0o700)

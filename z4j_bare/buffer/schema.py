@@ -115,8 +115,14 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
     version = number(connection, "PRAGMA user_version")
     if version > VERSION:
         raise LocalStorageError(f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})")
-    if version and connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone() != (deployment,):
+    if version and not _of_deployment(connection, deployment):
         raise LocalStorageError(f"the store {path} belongs to another deployment")
+
+
+def _of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
+    """Whether the store bears one of the deployment's names, or neither has any."""
+    found = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
+    return found is not None and (found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split()))
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:

@@ -52,8 +52,8 @@ class BufferStore:
 
     The constructor takes ownership (see ``lock``) and opens ``path``, or creates it unless ``create`` is
     false (which is for adopting what another process left). ``busy_timeout`` is in seconds, 0 fails at once.
-    ``deployment`` says whose rows these are: a store of another deployment is refused, its rows must not
-    reach our brain.
+    ``deployment`` says whose rows these are, in one name or several: a store that shares none of them is refused,
+    its rows must not reach our brain.
 
     ``max_bytes`` bounds the file with WAL and SHM: rows get seven eighths of it, results of the ledger a
     sixteenth of that, and the rest is for the WAL. When a foreign reader keeps the WAL from being shortened,
