@@ -274,6 +274,14 @@ def test_waits_longer_with_each_failure(error, delays):
     assert world.supervisor.link is not None
 
 
+def test_another_kind_of_failure_is_warned_of(caplog):
+    """A failure that asks for another cure than the one before it is a warning of its own; more of the same are not."""
+    caplog.set_level(logging.DEBUG, "z4j")
+    Supervised([NetworkError("down")] * 3 + [AuthenticationRejectedError("a bad token")] * 3).seam.advance(200)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [("down" in message, "a bad token" in message) for message in warned] == [(True, False), (False, True)]
+
+
 def test_a_session_that_holds_resets_the_schedule():
     """After a session of half a minute the next failure waits as briefly as the first."""
     world = Supervised([NetworkError("x")] * 5 + [ACK] + [NetworkError("x")])

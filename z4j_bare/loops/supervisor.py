@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.supervisor")
 
-#: Every how many failures in a row one is logged again; the first always is.
+#: Every how many failures in a row one is logged again. The first always is, and one of another class: it asks for another
+#: cure.
 LOG_EVERY = 10
 
 
@@ -52,6 +53,7 @@ class Supervisor:
         self._counters = counters
         self._now = seam.event()
         self._failures = 0
+        self._kind = ""
         self._attempt: Any = None
         self._begun = False
         self._ended = False
@@ -130,11 +132,12 @@ class Supervisor:
         if stopping.is_set():
             return
         self._counters.last_error = str(error)
-        delay = self.backoff.next(error)
+        delay, kind = self.backoff.next(error), failure_class(error)
         level = logging.DEBUG if self._failures % LOG_EVERY else logging.INFO
-        if self._failures == 0:
+        if self._failures == 0 or kind != self._kind:
             level = logging.WARNING
         self._failures += 1
-        logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", failure_class(error), error, delay)
+        self._kind = kind
+        logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
         self._seam.pause(self._now, delay)
         self._now.clear()
