@@ -113,7 +113,7 @@ class AgentRuntime:
             agent.record(event)
 
     def buffer_size(self) -> int:
-        """Return the rows in the buffer, as of at most a second ago."""
+        """Return the rows in the buffer, as of a second ago, or a few where there is no session."""
         agent = self._agent
         return 0 if agent is None else agent.keeper.last_stats.rows
 

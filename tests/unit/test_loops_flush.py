@@ -61,6 +61,18 @@ def test_flushes_within_the_interval(world):
     assert len(world.woken) == 1, "the sender is told"
 
 
+def test_the_figures_follow_a_last_burst(world):
+    """Without a session nobody asks for rows: what was stored right after the last look is counted once all is quiet."""
+    world.seam.advance(1)
+    world.put(1)
+    world.seam.advance(0.3)
+    world.put(10)
+    world.seam.advance(0.3)
+    assert world.keeper.last_stats.rows < 11
+    world.seam.advance(2 * flush.QUIET)
+    assert world.keeper.last_stats.rows == 11
+
+
 def test_the_threshold_does_not_wait(world):
     """A full batch is flushed at once, without waiting for the interval."""
     world.seam.advance(1)

@@ -87,6 +87,7 @@ class Keeper:
         self._retry_at = 0.0
         self._retry_delay = RETRY_FIRST
         self._looked_at = float("-inf")
+        self._outdated = False
         self._tidied_at = float("-inf")
         self._untidy = True
         self._returned_at = float("-inf")
@@ -104,6 +105,12 @@ class Keeper:
         stats = self._run(_append, rows, self._due())
         if stats is not None:
             self._note(stats)
+        self._outdated = True
+
+    def refresh(self) -> None:
+        """Look at the figures if rows came since the last look."""
+        if self._outdated:
+            self.stats()
 
     def exchange(
         self, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, generation: int | None = None
@@ -190,7 +197,7 @@ class Keeper:
         memory = self._memory
         stands_in = memory is not None and memory.buffer_id == stats.buffer_id
         self.last_stats = _both(self._beneath, stats) if stands_in else stats
-        self._looked_at = self._seam.now()
+        self._looked_at, self._outdated = self._seam.now(), False
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._turn:

@@ -52,7 +52,8 @@ class FlushLoop:
         """Flush until ``stopping`` (an ``IEvent``) is set."""
         while not stopping.is_set():  # type: ignore[attr-defined]
             if self._ring.rest():
-                self._seam.pause(self._ring.wake, QUIET)
+                if not self._seam.pause(self._ring.wake, QUIET):
+                    self._keeper.refresh()
                 self._ring.wake.clear()
                 continue
             self._seam.pause(self._ring.wake, self._interval)  # let company come
