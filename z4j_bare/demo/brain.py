@@ -65,11 +65,11 @@ class Brain(BrainApi):
         self._service.spawn(self.healthy, timeout)
         self.login(self.email, self.password)
 
-    def stop(self) -> None:
-        """End it with SIGTERM; its agents see close code 1012."""
+    def stop(self, timeout: float = 20.0) -> None:
+        """End it with SIGTERM; its agents see close code 1012. It waits for polls, at most ``timeout`` seconds."""
         self.close()
         if self._service:
-            self._service.stop()
+            self._service.stop(timeout)
 
     def kill(self) -> None:
         """SIGKILL it; its agents see the connection reset."""
