@@ -3,6 +3,7 @@
 import datetime as dt
 import ipaddress
 import os
+import ssl
 import time
 from importlib import import_module
 
@@ -101,3 +102,11 @@ def certificate(tmp_path_factory):
         + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def server_tls(certificate):
+    """What a server with that certificate speaks."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context

@@ -10,9 +10,7 @@ It runs in the process under test, on the same seam, guarded against forks like 
 """
 
 import json
-import os
 import socket
-import ssl
 from email.utils import formatdate
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
@@ -21,7 +19,8 @@ from z4j_core.errors import SignatureError
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 
-from tests.peer import AGENT, PROJECT, SECRET, TOKEN, GoneError
+from tests.listener import GoneError, Listener, push, shut, some
+from tests.peer import AGENT, PROJECT, SECRET, TOKEN
 from z4j_bare.errors import ForkedChildError
 
 
@@ -58,25 +57,16 @@ class HttpPeer:
         self.seam = seam
         self.secret = secret
         self.token = token
-        self.tls = tls
         self.body_limit = 1_048_576
         self.answers = {}
         self.requests = []
         self.sessions = {}
         self.commands = []
         self.mishaps = []
-        self.connections = []
         self.post_seconds = 0.0
         self.drop_posts = 0
-        self.stopped = False
-        self._pid = os.getpid()
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(64)
-        self._listener.settimeout(0)
-        self.port = self._listener.getsockname()[1]
-        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
-        self._tasks = [seam.spawn(self._accept, name="http-peer-accept")]
+        self.door = Listener(seam, self._serve, name="http-peer", tls=tls)
+        self.port, self.url = self.door.port, self.door.url
 
     # -- what a test reads
 
@@ -111,18 +101,11 @@ class HttpPeer:
 
     def stop(self):
         """Hang up on everybody and stop listening."""
-        if os.getpid() != self._pid:
-            return
-        self.stopped = True
-        self.hang_up()
-        for task in self._tasks:
-            task.join(5)
-        self._listener.close()
+        self.door.stop()
 
     def hang_up(self):
         """Break every connection."""
-        for sock in self.connections:
-            shut(sock)
+        self.door.hang_up()
 
     # -- what it does by itself
 
@@ -160,7 +143,7 @@ class HttpPeer:
             self.mishaps.append("two polls at once")
         try:
             until = self.seam.now() + wait
-            while not self.commands and self.seam.now() < until and not self.stopped:
+            while not self.commands and self.seam.now() < until and not self.door.stopped:
                 self.seam.sleep(0.02)
         finally:
             session.polling -= 1
@@ -188,23 +171,9 @@ class HttpPeer:
             session.posting -= 1
         return 200, {}, json.dumps({"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}).encode()
 
-    def _accept(self):
-        while not self.stopped:
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                self.seam.wait_readable(self._listener, 0.1)
-                continue
-            sock.settimeout(0)
-            self.connections.append(sock)
-            self._tasks.append(self.seam.spawn(self._serve, sock, name="http-peer"))
-
     def _serve(self, sock):
         try:
-            if self.tls is not None:
-                raw, sock = sock, self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                self.connections[self.connections.index(raw)] = sock
-                self._patiently(sock, sock.do_handshake)
+            sock = self.door.secured(sock)
             self._converse(sock)
         except ForkedChildError:
             raise
@@ -218,16 +187,16 @@ class HttpPeer:
 
     def _converse(self, sock):
         ahead = b""
-        while not self.stopped:
+        while not self.door.stopped:
             while b"\r\n\r\n" not in ahead:
-                ahead += self._some(sock)
+                ahead += some(self.seam, sock)
             head, ahead = ahead.split(b"\r\n\r\n", 1)
             line, *lines = head.decode("latin-1").split("\r\n")
             method, target, _ = line.split()
             headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
             size = int(headers.get("content-length", 0))
             while len(ahead) < size:
-                ahead += self._some(sock)
+                ahead += some(self.seam, sock)
             body, ahead = ahead[:size], ahead[size:]
             request = Request(method, target, headers, body)
             self.requests.append(request)
@@ -237,27 +206,7 @@ class HttpPeer:
             status, extra, content = self.answer(request)
             extra = {"Date": formatdate(usegmt=True), "Content-Type": "application/json", "Content-Length": str(len(content)), **extra}
             text = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
-            self._push(sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
-
-    def _some(self, sock):
-        data = self._patiently(sock, lambda: sock.recv(65536))
-        if not data:
-            raise GoneError
-        return data
-
-    def _push(self, sock, data):
-        while data:
-            sent = self._patiently(sock, lambda: sock.send(data))  # noqa: B023 - called at once
-            data = data[sent:]
-
-    def _patiently(self, sock, action):
-        while True:
-            try:
-                return action()
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self.seam.wait_readable(sock, 1.0)
-            except ssl.SSLWantWriteError:
-                self.seam.wait_writable(sock, 1.0)
+            push(self.seam, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
 
 
 class Tunnel:
@@ -266,33 +215,12 @@ class Tunnel:
     def __init__(self, seam):
         self.seam = seam
         self.heads = []
-        self.stopped = False
-        self._socks = []
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(64)
-        self._listener.settimeout(0)
-        self.port = self._listener.getsockname()[1]
-        self._tasks = [seam.spawn(self._accept, name="tunnel")]
+        self.door = Listener(seam, self._join, name="tunnel")
+        self.port = self.door.port
 
     def stop(self):
-        self.stopped = True
-        for sock in self._socks:
-            shut(sock)
-        for task in self._tasks:
-            task.join(5)
-        self._listener.close()
-
-    def _accept(self):
-        while not self.stopped:
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                self.seam.wait_readable(self._listener, 0.1)
-                continue
-            sock.settimeout(0)
-            self._socks.append(sock)
-            self._tasks.append(self.seam.spawn(self._join, sock, name="tunnel-line"))
+        """Hang up on everybody and stop listening."""
+        self.door.stop()
 
     def _join(self, sock):
         head = b""
@@ -304,48 +232,27 @@ class Tunnel:
                 host, port = head.split()[1].decode().split(":")
                 with socket.create_connection((host, int(port))) as inner:
                     inner.settimeout(0)
-                    self._socks.append(inner)
+                    self.door.socks.append(inner)
                     sock.send(b"HTTP/1.1 200 Established\r\n\r\n")
-                    back = self.seam.spawn(pump, self.seam, inner, sock, name="tunnel-back")
-                    pump(self.seam, sock, inner)
-                    back.join(5)
-        except OSError:
+                    join(self.seam, sock, inner)
+        except (GoneError, OSError):
             pass
 
 
-def pump(seam, source, target, pieces=None):
+def join(seam, outer, inner, pieces=None):
+    """Copy both ways until either ends; of what comes from ``inner``, only so many ``pieces`` if that is given."""
+    back = seam.spawn(_pump, seam, inner, outer, pieces, name="pump")
+    _pump(seam, outer, inner)
+    back.join(5)
+
+
+def _pump(seam, source, target, pieces=None):
     """Copy until the end, or ``pieces`` reads; then hang up on both."""
     try:
         while pieces is None or pieces > 0:
-            data = some(seam, source)
-            while data:
-                try:
-                    data = data[target.send(data) :]
-                except BlockingIOError:
-                    seam.wait_writable(target, 1.0)
+            push(seam, target, some(seam, source))
             pieces = None if pieces is None else pieces - 1
-    except OSError:
+    except (GoneError, OSError):
         pass
     shut(source)
     shut(target)
-
-
-def some(seam, sock):
-    """Read what there is, waiting for it; ``OSError`` at the end."""
-    while True:
-        try:
-            data = sock.recv(65536)
-        except BlockingIOError:
-            seam.wait_readable(sock, 1.0)
-            continue
-        if not data:
-            raise OSError("gone")
-        return data
-
-
-def shut(sock):
-    """Break a socket."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass

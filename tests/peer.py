@@ -14,9 +14,6 @@ must not eat bytes that belong to the parent. The WebSocket framing is by hand, 
 import base64
 import hashlib
 import json
-import os
-import socket
-import ssl
 import struct
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -32,6 +29,7 @@ from z4j_core.transport.frames import (
 )
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 
+from tests.listener import GoneError, Listener, push, shut, some
 from z4j_bare.errors import ForkedChildError
 
 SECRET_TEXT = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
@@ -42,10 +40,6 @@ PROJECT = "22222222-2222-4222-8222-222222222222"
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-
-
-class GoneError(Exception):
-    """The agent hung up."""
 
 
 class PeerSession:
@@ -122,10 +116,7 @@ class PeerSession:
 
     def drop(self):
         """Hang up without a word."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        shut(self._sock)
 
     def welcome(self, **changes):
         """Send the hello_ack."""
@@ -140,10 +131,7 @@ class PeerSession:
 
     def run(self):
         try:
-            if self.peer.tls is not None:
-                self._sock = self.peer.tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
-                self._sock.setblocking(False)
-                self._patiently(self._sock.do_handshake)
+            self._sock = self.peer.door.secured(self._sock)
             if self._upgrade():
                 self._converse()
         except ForkedChildError:
@@ -232,22 +220,9 @@ class PeerSession:
         return data
 
     def _take_some(self):
-        while self.stalled and not self.peer.stopped:
+        while self.stalled and not self.peer.door.stopped:
             self.peer.seam.sleep(0.02)
-        data = self._patiently(lambda: self._sock.recv(65536))
-        if not data:
-            raise GoneError
-        return data
-
-    def _patiently(self, action):
-        """Call ``action`` until the socket, plain or TLS, lets it."""
-        while True:
-            try:
-                return action()
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self.peer.seam.wait_readable(self._sock, 1.0)
-            except ssl.SSLWantWriteError:
-                self.peer.seam.wait_writable(self._sock, 1.0)
+        return some(self.peer.seam, self._sock)
 
     def _write(self, opcode, data):
         size = len(data)
@@ -260,11 +235,7 @@ class PeerSession:
         self._push(head + data)
 
     def _push(self, data):
-        while data:
-            try:
-                data = data[self._sock.send(data) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                self.peer.seam.wait_writable(self._sock, 5.0)
+        push(self.peer.seam, self._sock, data)
 
 
 class Peer:
@@ -274,7 +245,6 @@ class Peer:
         self.seam = seam
         self.secret = secret
         self.token = token
-        self.tls = tls
         self.acks = "all"
         self.refuse = None
         self.noise = None
@@ -283,14 +253,8 @@ class Peer:
         self.greet = PeerSession.welcome
         self.sessions = []
         self.requests = []  # plain HTTP, which is answered with 404
-        self.stopped = False
-        self._pid = os.getpid()
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(64)
-        self._listener.settimeout(0)
-        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._tasks = [seam.spawn(self._accept, name="peer-accept")]
+        self.door = Listener(seam, self._meet, name="peer", tls=tls)
+        self.url = self.door.url
 
     @property
     def live(self):
@@ -323,19 +287,11 @@ class Peer:
         if self.acks == "all":
             session.ack(frame)
         else:
-            self._tasks.append(self.seam.spawn(self._late, session, frame, self.acks, name="peer-late-ack"))
+            self.door.spawn(self._late, session, frame, self.acks)
 
     def stop(self):
         """Hang up on everybody and stop listening."""
-        if os.getpid() != self._pid:
-            return
-        self.stopped = True
-        for session in self.sessions:
-            if not session.over:
-                session.drop()
-        for task in self._tasks:
-            task.join(5)
-        self._listener.close()
+        self.door.stop()
 
     def _late(self, session, frame, seconds):
         self.seam.sleep(seconds)
@@ -344,17 +300,10 @@ class Peer:
         except OSError:
             pass
 
-    def _accept(self):
-        while not self.stopped:
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                self.seam.wait_readable(self._listener, 0.1)
-                continue
-            sock.settimeout(0)
-            session = PeerSession(self, sock)
-            self.sessions.append(session)
-            self._tasks.append(self.seam.spawn(session.run, name="peer-session"))
+    def _meet(self, sock):
+        session = PeerSession(self, sock)
+        self.sessions.append(session)
+        session.run()
 
 
 def _unmask(data, mask):

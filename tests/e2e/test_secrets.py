@@ -3,7 +3,6 @@
 import base64
 import secrets
 import socket
-import ssl
 import stat
 import threading
 from contextlib import ExitStack, suppress
@@ -26,13 +25,12 @@ class Gateway:
     ``mood`` is what it does to those who come: ``well``, or answer ``407``, ``502``, or ``hang up``.
     """
 
-    def __init__(self, port, certificate, password):
+    def __init__(self, port, tls, password):
         self.mood = "well"
         self.served = 0
         self.refused = 0
         self._port = port
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._tls.load_cert_chain(certificate)
+        self._tls = tls
         self._pass = f"Proxy-Authorization: Basic {base64.b64encode(f'{USER}:{password}'.encode()).decode()}"
         self._socks = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -101,8 +99,8 @@ def brain(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gateway(brain, certificate):
-    made = Gateway(brain.port, certificate, secrets.token_urlsafe(24))
+def gateway(brain, server_tls):
+    made = Gateway(brain.port, server_tls, secrets.token_urlsafe(24))
     yield made
     made.close()
 

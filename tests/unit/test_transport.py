@@ -2,7 +2,6 @@
 
 import datetime as dt
 import socket
-import ssl
 import struct
 
 import pytest
@@ -240,10 +239,8 @@ def test_nobody_there(dial, seam):
 
 
 @pytest.fixture
-def secure(seam, certificate):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    made = Peer(seam, tls=context)
+def secure(seam, server_tls):
+    made = Peer(seam, tls=server_tls)
     yield made
     made.stop()
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests.http_peer import HttpPeer, pump, shut, some
+from tests.http_peer import HttpPeer, join
+from tests.listener import GoneError, Listener, some
 from tests.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, IncompatibleError, NetworkError
@@ -186,34 +187,12 @@ class Gate:
         self.seam = seam
         self.block = None
         self.upgrades = 0
-        self.stopped = False
-        self._ports = {"ws": int(ws_peer.url.rsplit(":", 1)[1]), "http": http_peer.port}
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(64)
-        self._listener.settimeout(0)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._tasks = [seam.spawn(self._accept, name="gate")]
-        self._socks = []
+        self._ports = {"ws": ws_peer.door.port, "http": http_peer.port}
+        self._door = Listener(seam, self._pass, name="gate")
+        self.url = self._door.url
 
     def stop(self):
-        self.stopped = True
-        for sock in self._socks:
-            shut(sock)
-        for task in self._tasks:
-            task.join(5)
-        self._listener.close()
-
-    def _accept(self):
-        while not self.stopped:
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                self.seam.wait_readable(self._listener, 0.1)
-                continue
-            sock.settimeout(0)
-            self._socks.append(sock)
-            self._tasks.append(self.seam.spawn(self._pass, sock, name="gate-line"))
+        self._door.stop()
 
     def _pass(self, sock):
         head = b""
@@ -228,7 +207,7 @@ class Gate:
                 pass
             else:
                 self._join(sock, head, "ws" if upgrade else "http", mute=upgrade and self.block == "mute")
-        except OSError:
+        except (GoneError, OSError):
             pass
         finally:
             sock.close()
@@ -236,11 +215,9 @@ class Gate:
     def _join(self, sock, head, kind, *, mute):
         with socket.create_connection(("127.0.0.1", self._ports[kind])) as inner:
             inner.settimeout(0)
-            self._socks.append(inner)
+            self._door.socks.append(inner)
             inner.send(head)
-            back = self.seam.spawn(pump, self.seam, inner, sock, 1 if mute else None, name="gate-back")
-            pump(self.seam, sock, inner)
-            back.join(5)
+            join(self.seam, sock, inner, 1 if mute else None)
 
 
 class StubEngine:

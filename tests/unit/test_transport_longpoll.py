@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import ssl
 import time
 from uuid import uuid4
 
@@ -444,10 +443,8 @@ def test_a_forward_proxy_carries_it(dial, peer, monkeypatch, seam):
 
 
 @pytest.fixture
-def secure(seam, certificate):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    made = HttpPeer(seam, tls=context)
+def secure(seam, server_tls):
+    made = HttpPeer(seam, tls=server_tls)
     yield made
     made.stop()
 
