@@ -44,7 +44,7 @@ class Listener:
         self.socks[self.socks.index(sock)] = wrapped
         try:
             patiently(self.seam, wrapped, wrapped.do_handshake)
-        except OSError:
+        except Exception:  # also what comes of a socket that is shut down meanwhile
             wrapped.close()
             raise
         return wrapped
@@ -62,7 +62,8 @@ class Listener:
         self.hang_up()
         for task in self._tasks:
             task.join(5)
-        self._listener.close()
+        for sock in (*self.socks, self._listener):
+            sock.close()
 
     def _accept(self):
         while not self.stopped:

@@ -75,7 +75,7 @@ class Slices(Toxic):
     def carry(self, data, *, down):
         del down
         while data:
-            size = random.randint(1, 40)
+            size = random.randint(1, 200)
             self.hits += 1
             yield data[:size]
             data = data[size:]

@@ -17,7 +17,7 @@ MODES = ("threads", "gevent", "eventlet")
 APP = Path(__file__).with_name("apps") / "embedded.py"
 
 #: Seconds after which something that should have happened has not.
-PATIENCE = 40.0
+PATIENCE = 90.0
 
 
 class Host(Service):

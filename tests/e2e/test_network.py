@@ -9,7 +9,7 @@ from tests.e2e.place import Place
 from tests.toxics import Bandwidth, BlackHole, Garbage, HalfOpen, Latency, Proxy, Refused, Reset, Slices
 from z4j_bare.demo.brain import Brain
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 #: What a session outlives, and what it does not.
 SLOW = {"latency": lambda: Latency(0.15), "bandwidth": lambda: Bandwidth(20_000), "slicing": Slices}
@@ -67,14 +67,14 @@ class TestSlow:
 
     @pytest.mark.parametrize("toxic", SLOW)
     def test_a_slow_network_only_slows(self, brain, patient, toxic):
-        """Over a line that is merely bad everything arrives while it is, once, and no session is given up."""
-        before = [host.ask("stats")["sessions"] for host in patient]
+        """Over a line that is merely bad everything arrives while it is, once; WebSocket sessions are not given up for it."""
+        before = {host: host.ask("stats")["sessions"] for host in patient if host.name.endswith("auto")}
         with everywhere(patient, SLOW[toxic]):
             for host in patient:
                 host.produce(toxic, 60, 1.0)
             all_told(patient, brain, toxic)
             assert all(host.toxic.hits for host in patient)
-        assert [host.ask("stats")["sessions"] for host in patient] == before
+        assert {host: host.ask("stats")["sessions"] for host in before} == before
 
 
 class TestBroken:
@@ -90,8 +90,7 @@ class TestBroken:
             for host in hurried:
                 host.produce(toxic, 40, 1.0)
             for host in hurried:
-                host.until(lambda stats, host=host: stats["last_error"] or stats["sessions"] > before[host], "trouble")
-                assert host.toxic.hits
+                host.until(lambda stats, host=host: host.toxic.hits and (stats["last_error"] or stats["sessions"] > before[host]), "trouble")
         for host in hurried:
             host.produce(toxic, 20, 0.2)
         all_told(hurried, brain, toxic)

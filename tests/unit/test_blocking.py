@@ -238,7 +238,7 @@ def test_a_black_hole(start, until, monkeypatch, transport):
 def test_a_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
     """A brain that reads no more in mid-session fills the line; the sender waits, is given up, and all arrives later."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.5)
-    peer._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.door._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     runtime, load = start(peer.url)
     first = until(lambda: peer.last)
     load.run(0.5)

@@ -7,8 +7,7 @@ import pytest
 
 from tests.virtual import World
 from z4j_bare.capture.ring import Ring
-from z4j_bare.loops import slices
-from z4j_bare.loops.flush import FlushLoop
+from z4j_bare.loops import flush, slices
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +24,7 @@ class Flushing(World):
         self.ring = Ring(limit, most, self.seam.event())
         self.stopping = self.seam.event()
         self.woken = []
-        self.flusher = FlushLoop(
+        self.flusher = flush.FlushLoop(
             self.ring, self.keeper, self.seam, self.counters, interval=interval, most=most, stored=lambda: self.woken.append(self.seam.now())
         )
         self.task = self.seam.spawn(self.flusher.run, self.stopping, name="z4j-flush")

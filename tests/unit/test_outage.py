@@ -16,7 +16,7 @@ from z4j_bare.agent import Agent
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import NetworkError
 from z4j_bare.framework import BareFrameworkAdapter
-from z4j_bare.loops import flush
+from z4j_bare.loops import slices
 from z4j_bare.settings import Settings
 from z4j_bare.wire.policy import JITTER, SCHEDULES
 
@@ -116,7 +116,7 @@ def an_event(number):
 )
 def outage(request, tmp_path, monkeypatch):
     """Ten minutes without a brain, and what came before and after."""
-    monkeypatch.setattr(flush, "SLICE", 1e9)  # in real seconds: a busy machine must not change virtual time
+    monkeypatch.setattr(slices, "SLICE", 1e9)  # in real seconds: a busy machine must not change virtual time
     made = Outage(tmp_path, **request.param)
     made.caps = request.param
     made.until(GONE)

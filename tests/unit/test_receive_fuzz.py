@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner
 from z4j_core.transport.hmac import sign_envelope
@@ -19,6 +20,8 @@ from z4j_core.transport.hmac import sign_envelope
 from tests.http_peer import HttpPeer
 from tests.peer import TOKEN, Peer
 from tests.virtual import SECRET, World
+from z4j_bare.buffer.rows import RESULT
+from z4j_bare.capture.redact import Redactor
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.dispatcher.table import ENGINE_ACTIONS
@@ -46,12 +49,18 @@ class Engine:
     """An engine host that keeps what it was asked for."""
 
     name = "stub"
+    controls = None
+    retries_by_reference = True
+    redactor = Redactor(RedactionEngine())
 
     def __init__(self):
         self.calls = []
 
     def capabilities(self):
         return sorted(ENGINE_ACTIONS)
+
+    def offers(self, _method):
+        return True
 
     def invoke(self, method, *_args, **_options):
         self.calls.append(method)
@@ -65,8 +74,7 @@ class Reading(World):
         super().__init__()
         self.engine = Engine()
         self.died = []
-        self.answers = []
-        dispatcher = Dispatcher({"stub": self.engine}, lambda *answer: self.answers.append(answer), self.seam, self.counters, 4)
+        dispatcher = Dispatcher({"stub": self.engine}, self.keeper, lambda: None, self.seam, self.counters, 4)
         self.acks = []
         loop = ReceiveLoop(self.link, self.acks.append, dispatcher.submit)
 
@@ -77,6 +85,11 @@ class Reading(World):
                 self.died.append(error)
 
         self.seam.spawn(run, name="reader")
+
+    @property
+    def answers(self):
+        """The keys of all answers that were stored for sending."""
+        return [row.key for row in self.disk.store.drain(0, 10_000, 10**9, (RESULT,))]
 
     def hear(self, *messages):
         """Let the messages arrive, and the session come to its end if it must."""

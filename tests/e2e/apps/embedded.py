@@ -78,7 +78,7 @@ class Host:
 
     def expose(self):
         """Return every text of ours that somebody could come to see: how things call themselves, and what errors say."""
-        ours = (each for each in gc.get_objects() if type(each).__module__.startswith(("z4j_bare", "z4j_core")))
+        ours = (each for each in gc.get_objects() if str(type(each).__module__).startswith(("z4j_bare", "z4j_core")))
         routes = self.runtime._agent.routes
         return {
             "reprs": [text for each in list(ours) for text in (repr(each), str(each))],
@@ -122,13 +122,13 @@ def an_event(lot, number):
 def hurry():
     """Wait a second where an agent waits half a minute: patience as such has its own tests."""
     policy.SCHEDULES.update(dict.fromkeys(policy.SCHEDULES, policy.Schedule(0.2, 1.0)))
-    websocket.CONNECT_TIMEOUT = websocket.SEND_TIMEOUT = longpoll.PROBE_TIMEOUT = 3.0
-    websocket.PING_AFTER, websocket.DEAD_AFTER = 0.7, 3.0
+    websocket.CONNECT_TIMEOUT = websocket.SEND_TIMEOUT = longpoll.PROBE_TIMEOUT = 5.0
+    websocket.PING_AFTER, websocket.DEAD_AFTER = 1.0, 5.0
     longpoll.POST_TIMEOUT, longpoll.GRACE = 5.0, 5.0
     longpoll.RATE = 3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
     fallback.Known = functools.partial(fallback.Known, wait=2)
     fallback.FIRST = fallback.LONGEST = fallback.HEALTH_TIMEOUT = 2.0
-    window.ACK_DEADLINE = 5.0
+    window.ACK_DEADLINE = 10.0
     send.IDLE = 0.2
 
 
