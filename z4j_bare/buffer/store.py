@@ -155,13 +155,16 @@ class BufferStore:
         """Delete delivered rows; return how many there were."""
         with self._books.change() as change:
             change.confirmed = change.remove(ids)
+        self._shorten()  # a deletion, too, is written to the log first
         return change.confirmed
 
     @storage_call
     def discard(self, ids: Sequence[int], reason: str) -> int:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
         with self._books.change() as change:
-            return change.remove(ids, reason)
+            removed = change.remove(ids, reason)
+        self._shorten()
+        return removed
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
@@ -312,11 +315,14 @@ class BufferStore:
                 self._refuse([row for row in rows if len(row[2]) > self._budget], change)
             self._evict(change)
             also()
+        self._shorten()
+        return sum(change.lost.values())
+
+    def _shorten(self) -> None:
         try:
             self._space.shorten()
         except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
             pass
-        return sum(change.lost.values())
 
     def _refuse(self, rows: Sequence[Stamped], change: Change) -> None:
         for row in rows:

@@ -30,7 +30,7 @@ PING_AFTER = 30.0
 DEAD_AFTER = 75.0
 
 #: Bytes of one frame from the brain at most. Its own are far below 1 MiB.
-LONGEST = 16 * 1024 * 1024
+LONGEST = 2 * 1024 * 1024
 
 #: The close code of a peer that is done.
 NORMAL = 1000
