@@ -31,6 +31,7 @@ class Link:
         self.closing = seam.event()
         self.wake = seam.event()
         self._seam = seam
+        self._breathe = Slices(seam)
         self._fastest = float("inf")
         self._heard_at = seam.now()
         if self.welcome.server_time is not None:
@@ -43,7 +44,8 @@ class Link:
 
     def open(self, message: bytes) -> Any:
         """Verify a message of the brain and return z4j_core's model of it. Raises ``RemoteProtocolError``."""
-        return self.session.open(message, Slices(self._seam))
+        self._breathe()  # fifty commands may have come in one piece, with no wait in between
+        return self.session.open(message, self._breathe)
 
     def lateness(self, stamp: float) -> float:
         """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.
