@@ -2,9 +2,9 @@
 
 What a step computes is its thread's CPU time without the garbage collector's, which takes from whoever allocated last. What
 it waited through in the kernel is the rest of its wall time without the time for which threads of this process were ready to
-run and another process had the processor. CPU time is exact. The rest is not, on a busy machine: a native thread that is off
-the processor with the interpreter's lock makes us wait, and may be gone before anybody asks it. So a short wait counts when
-it comes again in the same place.
+run and another process had the processor. Neither is exact on a busy machine: a virtual processor may stand still or share its
+core while CPU time passes, and a native thread that is off the processor with the interpreter's lock makes us wait, and may be
+gone before anybody asks it. So what is a little too long counts when it comes again in the same place.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ from z4j_bare.concurrency.base import Steps
 #: Seconds that a step of ours may take (design, rule 5, wants 0.002).
 LIMIT = 0.010
 
-#: Seconds of waiting in the kernel that count at once, and how often shorter ones have to be seen in one place.
+#: Seconds of CPU and of waiting in the kernel that count at once, and how often shorter ones have to be seen in one place.
+SURE_CPU = 0.025
 SURE = 0.100
 OFTEN = 3
 
@@ -156,7 +157,7 @@ class Judge:
             return
         stack = traceback.format_stack(frame, limit=12) if frame else ["its end"]
         self._doubts[task, *stack] += 1
-        if cpu > LIMIT or waited > SURE or self._doubts[task, *stack] >= OFTEN:
+        if cpu > SURE_CPU or waited > SURE or self._doubts[task, *stack] >= OFTEN:
             figures = f"{cpu * 1000:.1f} ms of CPU and {waited * 1000:.1f} ms of waiting"
             self.guilty.append(f"{task}: {figures} {kind}, up to\n{''.join(stack)}")
 

@@ -18,6 +18,7 @@ from uuid import uuid4
 import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
+from tests import steps
 from tests.http_peer import HttpPeer
 from tests.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
@@ -290,10 +291,11 @@ def test_a_frame_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
     runtime, load = start(peer.url)
     session = until(lambda: peer.last)
     load.run(0.5)
-    session.command("submit_task", {"name": "shop.import", "args": BULK[bulk]})
+    for _ in range(steps.OFTEN):
+        session.command("submit_task", {"name": "shop.import", "args": BULK[bulk]})
     load.run(1.0)
-    until(lambda: peer.frames("command_result"))
-    assert engine.submitted[0][1]["args"] == tuple(BULK[bulk])
+    until(lambda: len(peer.frames("command_result")) == steps.OFTEN)
+    assert all(options["args"] == tuple(BULK[bulk]) for _, options in engine.submitted)
     delivered(runtime, load)
 
 

@@ -54,6 +54,12 @@ def test_computing_is_seen(trial, seam):
     assert all(verdict.startswith("z4j-accused: 3") and "test_steps.py" in verdict for verdict in verdicts)
 
 
+def test_computing_a_little_too_long_is_seen_by_repetition(trial, seam):
+    """A step of 15 ms may be the machine's fault once; in the same place again and again it is not."""
+    verdicts = trial(lambda: (seam.sleep(0), burn(0.015), seam.sleep(0)), times=steps.OFTEN)
+    assert verdicts
+
+
 def test_computing_in_a_foreign_call_is_seen(trial, seam):
     """What foreign code computes inside a wait of ours is seen by the clock that follows the switches."""
     verdicts = trial(lambda: seam.waiting(lambda: (seam.sleep(0), burn(0.03), seam.sleep(0))))
