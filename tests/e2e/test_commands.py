@@ -16,9 +16,10 @@ from z4j_bare.demo.rest import BrainRefusedError
 
 pytestmark = pytest.mark.timeout(240)
 
-POOLS = ("gevent", "eventlet", "threads", "prefork")
-ENDING = ("gevent", "eventlet", "prefork")
-FIXED = ("threads",)
+EVENTLET, THREADS = (pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads"))
+POOLS = ("gevent", EVENTLET, THREADS, "prefork")
+ENDING = ("gevent", EVENTLET, "prefork")
+FIXED = (THREADS,)
 #: Where the brain's own question is waited for, which takes it more than a minute; no pool has a part in the answer.
 ASKED = ("gevent", "prefork")
 #: The second worker's name, and as the brain keeps it: it would take a dotted host for an e-mail address.
@@ -273,6 +274,7 @@ def test_twenty_at_once(place, workers):
     assert {row["status"] for row in rows} == {"completed"}, json.dumps([row["error"] for row in rows])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ASKED, indirect=True)
 def test_the_brain_asks_after_a_task(place, workers, old_task):
     """The brain's own question after a task that it has not heard of for long is answered with what Celery knows."""

@@ -18,7 +18,7 @@ from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 from z4j_bare.wire.events import encode_fields
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 ROWS = 50_000
 STEPS = ("task.received", "task.started", "task.succeeded")
@@ -49,7 +49,7 @@ def leave_a_store(place):
     """Write what a worker that died with ``ROWS`` undelivered rows would have left."""
     environment = place.environment()
     secret = decode_agent_hmac_secret(environment["Z4J_HMAC_SECRET"])
-    deployment = f"{environment['Z4J_PROJECT_ID']}-{sha256(secret).hexdigest()[:16]}"
+    deployment = sha256(b"%b %b" % (environment["Z4J_PROJECT_ID"].encode(), secret)).hexdigest()[:16]
     store = BufferStore(new_store_path(place.home / "agent" / "store"), deployment=deployment)
     for first in range(0, ROWS, 1000):
         store.append([(EVENT, "", event(number)) for number in range(first, first + 1000)])

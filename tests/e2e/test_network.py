@@ -9,7 +9,7 @@ from tests.e2e.place import Place
 from tests.toxics import Bandwidth, BlackHole, Garbage, HalfOpen, Latency, Proxy, Refused, Reset, Slices
 from z4j_bare.demo.brain import Brain
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 #: What a session outlives, and what it does not.
 SLOW = {"latency": lambda: Latency(0.15), "bandwidth": lambda: Bandwidth(20_000), "slicing": Slices}

@@ -9,7 +9,7 @@ from tests.e2e.host import PATIENCE, crowd
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 #: Seconds for which nobody may keep a host from running.
 HANG = 5.0
