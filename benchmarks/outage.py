@@ -73,6 +73,8 @@ def _outage(
         tail = error.log.read_text(errors="replace")[-600:] if error.log and error.log.exists() else ""
         failures.append(f"{name}, {end}: {error}\n{tail}")
         progress(f"  failed: {failures[-1]}")
+        if not peers.brain.running:
+            peers.brain.start()
 
 
 @dataclass
@@ -125,11 +127,10 @@ class Outage(Stage):
     def _backlog(self) -> int:
         """Count the rows in the buffer files; both agents call the table alike."""
         rows = 0
-        for path in (self._home / "agent").glob("**/*.sqlite*"):
-            if path.name.endswith((".sqlite", ".sqlite3")):
-                with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-                    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
-                        rows += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+        for path in (self._home / "agent").glob("**/*.sqlite"):
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+                if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+                    rows += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
         return rows
 
     def _arrivals(self, since: float, known: int, expected: int) -> tuple[float, float, int]:
