@@ -241,4 +241,3 @@ class Proxy:
             while isinstance(self.toxic, Refused) and not self.closed:
                 time.sleep(LOOK)
         self._listener = socket.create_server(("127.0.0.1", self.port))
-

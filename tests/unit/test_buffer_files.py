@@ -369,6 +369,17 @@ def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
     assert stats.produced == stats.rows + sum(stats.lost.values())
 
 
+def test_confirming_keeps_the_byte_cap(path, opened):
+    """A full store stays under its cap while it is emptied: the log of a large deletion is moved into the file at once."""
+    cap = 1024 * 1024
+    store = opened(path, max_bytes=cap)
+    while not store.stats().lost:
+        store.append(row(bytes(400)) * 100)
+    while ids := [entry.id for entry in store.drain(0, 500, cap, (EVENT,))]:
+        store.confirm(ids)
+        assert store.stats().bytes <= cap
+
+
 def test_the_byte_cap_holds_from_the_opening_on(path, opened):
     """A dead owner's file and log together may take more than the heir allows; the opening ends below the cap."""
     cap = 1024 * 1024
