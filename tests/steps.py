@@ -26,7 +26,7 @@ LIMIT = 0.010
 
 #: Seconds of CPU and of waiting in the kernel that count at once, and how often shorter ones have to be seen in one place.
 SURE_CPU = 0.025
-SURE = 0.100
+SURE = 0.500
 OFTEN = 3
 
 #: Seconds between two looks for new threads.

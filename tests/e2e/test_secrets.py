@@ -14,7 +14,7 @@ from tests.e2e.host import MODES, PATIENCE, Host
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 USER = "worker"
 

@@ -69,7 +69,7 @@ def test_computing_in_a_foreign_call_is_seen(trial, seam):
 
 def test_blocking_is_seen(trial, block):
     """A step that blocks its thread in the kernel is guilty at once when it is long, and by repetition when it is short."""
-    assert trial(lambda: block(0.2))
+    assert trial(lambda: block(steps.SURE + 0.1))
     assert trial(lambda: block(0.03), times=steps.OFTEN)
 
 
