@@ -37,10 +37,8 @@ SILENCE = 90.0
 QUIET = 0.2
 LAST = 1.0
 
-#: Seconds of work after which others get their turn, and of that turn: gevent's ``sleep(0)`` lets only those run who wait
-#: for nothing, neither timers nor sockets, fifty times in a row.
+#: Seconds of work after which others get their turn.
 SLICE = 0.002
-BREATH = 1e-5
 
 TASK = "z4j-celery-events"
 
@@ -165,7 +163,7 @@ class BrokerStream:
                 logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
         self._seam.steps.end(step, TASK)
         if perf_counter() - self._yielded > SLICE:  # kombu may hand over a whole burst in one go
-            self._seam.sleep(BREATH)
+            self._seam.sleep(0)
             self._yielded = perf_counter()
 
     def _refuse(self, _message: Any, error: Exception) -> None:

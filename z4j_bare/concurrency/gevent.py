@@ -18,6 +18,10 @@ from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.bites import load_in_bites
 from z4j_bare.interfaces import IConcurrency
 
+#: Seconds to sleep instead of none: gevent's ``sleep(0)`` lets only those run who wait for nothing, fifty times in a row,
+#: before a timer or a socket has its turn.
+BREATH = 1e-5
+
 
 @implementer(IConcurrency)
 class GeventConcurrency(BaseConcurrency):
@@ -68,7 +72,7 @@ class GeventConcurrency(BaseConcurrency):
         gevent.Greenlet(run, task, *args).start()
 
     def _sleep(self, seconds: float) -> None:
-        gevent.sleep(seconds)
+        gevent.sleep(seconds or BREATH)
 
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         with self._slot:
