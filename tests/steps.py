@@ -32,6 +32,9 @@ OFTEN = 3
 #: Seconds between two looks for new threads.
 EVERY = 0.05
 
+#: What the kernel tells of a thread: nanoseconds on a processor, nanoseconds waiting for one, turns.
+FIELDS = 3
+
 #: ``pread`` that keeps the interpreter's lock: ``os.pread`` would offer it to the native threads, which return it late.
 _pread = ctypes.PyDLL(None).pread
 
@@ -73,8 +76,12 @@ class Clock:
 
     def close(self):
         gc.callbacks.remove(self._collector)
-        for file in self._files.values():
-            os.close(file)
+        for thread in list(self._files):
+            self._forget(thread)
+
+    def _forget(self, thread):
+        with suppress(OSError):
+            os.close(self._files.pop(thread))
 
     def _mark(self):
         queued = self._queued()
@@ -88,10 +95,13 @@ class Clock:
 
     def _queued(self):
         for thread, file in list(self._files.items()):
-            if _pread(file, self._buffer, 99, ctypes.c_long(0)) > 0:
-                self._waits[thread] = int(self._buffer.value.split()[1])  # nanoseconds running, waiting; turns
-            else:
-                os.close(self._files.pop(thread))  # it has ended; what it waited stands
+            length = _pread(file, self._buffer, 99, ctypes.c_long(0))
+            if length <= 0:  # it has ended; what it waited stands
+                self._forget(thread)
+            elif len(fields := self._buffer.raw[:length].split()) == FIELDS:
+                self._waits[thread] = int(fields[1])
+            else:  # somebody closed our descriptor, and the number is another file's
+                del self._files[thread]
         return sum(self._waits.values()) / 1e9
 
     def _collector(self, phase, _info):
