@@ -24,6 +24,7 @@ from z4j_bare.buffer.opening import open_store
 from z4j_bare.buffer.siblings import known_to_others
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source, source_of
+from z4j_bare.control import RESTART, STATUS
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.errors import AgentError, HostConfigurationError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
@@ -32,6 +33,7 @@ from z4j_bare.health.probes import HealthLoop
 from z4j_bare.hosting import is_celery_worker, ready_worker
 from z4j_bare.loops.adopt import AdoptLoop
 from z4j_bare.loops.counters import Counters
+from z4j_bare.loops.desk import Desk
 from z4j_bare.loops.flush import FlushLoop
 from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
@@ -109,6 +111,7 @@ class Agent:
             self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers
         )
         self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
+        self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, seam)
         self.lateness = Lateness(seam)
         self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
         self.figures = Figures(
@@ -133,6 +136,7 @@ class Agent:
             ("z4j-health", self._health.run),
             ("z4j-lateness", self.lateness.run),
             ("z4j-adopt", self._adopter.run),
+            ("z4j-desk", self.desk.run),
         ]
         for name, run in loops:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
@@ -164,6 +168,7 @@ class Agent:
         deadline = self.seam.now() + seconds
         self._stopping.set()
         self.ring.wake.set()
+        self.desk.wake()
         self._within(deadline, self.dispatcher.stop)
         self._within(deadline, self._disconnect_adapters)
         self._within(deadline, self.flusher.flush)
@@ -180,6 +185,29 @@ class Agent:
         """Return the counters as plain JSON types."""
         link = self.supervisor.link
         return {"session_id": link.welcome.session_id if link else None, **self.figures.stats()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return who this is and how it is, for ``z4j-bare status``."""
+        config, link, sources = self._config, self.supervisor.link, self.sources
+        return {
+            "state": "running",
+            "project": config.project_id,
+            "brain_url": str(config.brain_url),
+            "agent_name": config.agent_name,
+            "framework": self._framework.name,
+            "version": self._version,
+            "role": config.worker_role or self._role(),
+            "started_at": self._started_at.isoformat(),
+            "connected": link is not None,
+            "connected_at": self.supervisor.connected_at if link else None,
+            "workers": {source.engine: sorted(source.presence.workers) for source in sources},
+            "oldest_age_seconds": self.keeper.last_stats.oldest_age,
+            **self.stats(),
+        }
+
+    def _restart(self) -> dict[str, Any]:
+        self.supervisor.reconnect()
+        return {}
 
     def capabilities(self) -> dict[str, list[str]]:
         """Return what each adapter can do just now; asked again at every connect, because answers can change."""

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from z4j_bare.control import install_sighup_handler
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.install import install_agent
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run until SIGINT or SIGTERM, then drain for at most ``DRAIN`` seconds. Exit code 0."""
+    """Run until SIGINT or SIGTERM, then drain for at most ``DRAIN`` seconds. SIGHUP connects anew. Exit code 0."""
     ended: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: ended.append(received))
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         hmac_secret_file=arguments.hmac_secret_file,
         project_id=arguments.project_id,
     )
+    install_sighup_handler(runtime)
     while not ended:
         time.sleep(POLL)
     runtime.stop(timeout=DRAIN)
