@@ -37,6 +37,7 @@ from z4j_bare.loops.desk import Desk
 from z4j_bare.loops.flush import FlushLoop
 from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
+from z4j_bare.loops.registry import RegistryLoop
 from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
@@ -112,6 +113,9 @@ class Agent:
         )
         self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
         self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, seam)
+        hints = getattr(framework, "discovery_hints", None)
+        dev = config.dev_mode or settings.dev_mode
+        self.registry = RegistryLoop(self.hosts, hints, lambda: self.supervisor.link, seam, dev=dev)
         self.lateness = Lateness(seam)
         self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
         self.figures = Figures(
@@ -137,6 +141,7 @@ class Agent:
             ("z4j-lateness", self.lateness.run),
             ("z4j-adopt", self._adopter.run),
             ("z4j-desk", self.desk.run),
+            ("z4j-registry", self.registry.run),
         ]
         for name, run in loops:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
@@ -169,6 +174,7 @@ class Agent:
         self._stopping.set()
         self.ring.wake.set()
         self.desk.wake()
+        self.registry.wake()
         self._within(deadline, self.dispatcher.stop)
         self._within(deadline, self._disconnect_adapters)
         self._within(deadline, self.flusher.flush)
@@ -281,6 +287,7 @@ class Agent:
     def _serve(self, link: Link) -> None:
         for source in self.sources:
             source.presence.announce("worker.online")
+        self.registry.wake()
         sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters)
         beat = HeartbeatLoop(
             link,

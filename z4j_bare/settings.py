@@ -27,6 +27,11 @@ def _switch(name: str, text: str) -> bool:
     raise HostConfigurationError(f"{name}={text!r} is neither on (1, true, yes, on) nor off (0, false, no, off)")
 
 
+def _on(_name: str, text: str) -> bool:
+    """Read a switch as the adapters do, for a variable of theirs: anything else is off."""
+    return text.lower() in _TRUE
+
+
 def _seconds(name: str, text: str) -> float:
     return _number(name, text, float)
 
@@ -72,6 +77,8 @@ class Settings:
     transport: str = setting("Z4J_TRANSPORT", _text, "auto")
     #: Start nothing at all.
     disabled: bool = setting("Z4J_DISABLED", _switch, False)
+    #: Look for tasks again whenever a ``tasks.py`` changes.
+    dev_mode: bool = setting("Z4J_DEV_MODE", _on, False)
     #: How long a captured event waits in memory at most: the loss window of a SIGKILL.
     flush_interval: float = setting("Z4J_FLUSH_INTERVAL_SECONDS", _seconds, 0.2, 0.01)
     #: How many of them wait at most.

@@ -77,6 +77,12 @@ def event_batch(events: Sequence[bytes]) -> bytes:
     return b'{"events":[' + b",".join(events) + b"]}"
 
 
+def registry_delta(engine: str, added: Sequence[bytes], removed: Sequence[str], updated: Sequence[bytes]) -> bytes:
+    """Return the payload of a ``registry_delta`` around definitions that are canonical JSON already."""
+    lists = b",".join(added), canonical(engine[:40]), canonical(list(removed)), b",".join(updated)
+    return b'{"added":[%b],"engine":%b,"removed":%b,"updated":[%b]}' % lists
+
+
 def command_ack(token: str | None) -> bytes:
     """Return the payload of a ``command_ack``; the delivery token is echoed unchanged (2.8)."""
     return canonical({"delivery_claim_token": token} if token else {})

@@ -1,0 +1,114 @@
+"""Tells when a ``tasks.py`` changes: for development, where tasks come and go while the worker runs.
+
+It looks at the files twice a second, on a native worker under gevent and eventlet. watchdog is not used: its observer reads
+inotify in a thread, which in a patched process is a greenlet that stops the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.safety import safe_call
+
+logger = logging.getLogger("z4j.runtime.watcher")
+
+#: Seconds between two looks, and for :meth:`TasksFileWatcher.stop`.
+LOOK = 0.5
+LEAVE = 2.0
+
+#: Seconds that a file has to be quiet, at least: editors write in steps.
+SHORTEST_WINDOW = 0.05
+
+#: Directories that hold no tasks of anybody's.
+_SKIPPED = frozenset({"__pycache__", "node_modules", "site-packages"})
+
+#: What two looks are compared by: size and time of the last change, by path.
+Look = Mapping[str, tuple[int, int]]
+
+
+class TasksFileWatcher:
+    """Watches the files of these names below ``app_paths``.
+
+    :param on_change: called with the path of each that was changed, made or removed, once it has been quiet for
+        ``debounce_ms``; in a task of the watcher's own. What it raises is logged.
+    """
+
+    def __init__(
+        self,
+        *,
+        app_paths: Iterable[Path],
+        on_change: Callable[[Path], object],
+        filenames: Iterable[str] = frozenset({"tasks.py"}),
+        debounce_ms: int = 250,
+    ) -> None:
+        self._paths = [Path(path) for path in app_paths]
+        self._on_change = on_change
+        self._names = frozenset(filenames)
+        self._window = max(SHORTEST_WINDOW, debounce_ms / 1000)
+        self._seam: Any = None
+        self._stopping: Any = None
+        self._task: Any = None
+
+    def start(self) -> bool:
+        """Begin to watch; return whether there is a directory to watch. Idempotent."""
+        if self._task is not None:
+            return True
+        roots = [str(path) for path in self._paths if path.is_dir()]
+        if not roots:
+            return False
+        self._seam = build(choose("auto", detect()))
+        self._stopping = self._seam.event()
+        self._task = self._seam.spawn(self._run, roots, name="z4j-watcher")
+        return True
+
+    def stop(self) -> None:
+        """End it, within two seconds. Idempotent."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._stopping.set()
+            task.join(LEAVE)
+            self._seam.close()
+
+    def _run(self, roots: list[str]) -> None:
+        known = self._look(roots, {})
+        while not self._seam.pause(self._stopping, LOOK):
+            found = self._look(roots, known)
+            if found != known:
+                found = self._settled(roots, found)
+                for path in sorted(known.keys() | found.keys()):
+                    if known.get(path) != found.get(path):
+                        safe_call(self._on_change, Path(path))
+                known = found
+
+    def _settled(self, roots: list[str], found: Look) -> Look:
+        """Look until two looks in a row show the same."""
+        while not self._seam.pause(self._stopping, self._window):
+            earlier, found = found, self._look(roots, found)
+            if found == earlier:
+                break
+        return found
+
+    def _look(self, roots: list[str], otherwise: Look) -> Look:
+        ok, found = self._seam.offload(_look, roots, self._names)
+        if ok:
+            return dict(found)
+        logger.debug("z4j: the watcher could not look: %s", found)
+        return otherwise
+
+
+def _look(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for root in roots:
+        for directory, below, files in os.walk(root):
+            below[:] = [name for name in below if name not in _SKIPPED and not name.startswith(".")]
+            for path in (Path(directory) / name for name in names.intersection(files)):
+                with suppress(OSError):  # removed since
+                    seen = path.stat()
+                    found[str(path)] = (seen.st_size, seen.st_mtime_ns)
+    return found
