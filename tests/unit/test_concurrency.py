@@ -199,6 +199,14 @@ def test_locks_exclude(seam):
     assert set(most) == {1}
 
 
+def test_preload_imports_where_a_thread_would_do_it_later(seam, mode, tmp_path, monkeypatch):
+    """A thread that imports at the moment of a fork leaves the child a lock for ever; greenlets need no such care."""
+    (tmp_path / "preloaded_here.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seam.preload("preloaded_here")
+    assert (sys.modules.pop("preloaded_here", None) is not None) == (mode == "threads")
+
+
 def test_offload_returns_outcomes_as_values(seam):
     """A result comes back as a value and so does an error: an exception in a native thread would be printed or lost."""
     assert seam.offload(divmod, 7, 2) == (True, (3, 1))

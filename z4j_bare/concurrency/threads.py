@@ -6,6 +6,7 @@ import select
 import selectors
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from zope.interface import implementer
@@ -29,6 +30,11 @@ class ThreadsConcurrency(BaseConcurrency):
     def event(self) -> threading.Event:
         """Return a new ``threading.Event``."""
         return threading.Event()
+
+    def preload(self, *modules: str) -> None:
+        """Import ``modules``: a thread that imports while its host forks leaves the child a lock that nobody opens."""
+        for module in modules:
+            import_module(module)
 
     def selector(self) -> selectors.BaseSelector:
         """Return the best selector of this platform."""
