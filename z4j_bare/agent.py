@@ -59,6 +59,8 @@ logger = logging.getLogger("z4j.runtime")
 
 #: Seconds that a session's loops get to leave after its end.
 LEAVE = 5.0
+#: Longest wait in seconds of :meth:`Agent.start` for adapters to connect, which takes them milliseconds.
+CONNECT_GRACE = 1.0
 
 
 class Agent:
@@ -131,7 +133,7 @@ class Agent:
         )
 
     def start(self) -> None:
-        """Spawn the loops and return; nothing here waits for the disk, the broker or the brain."""
+        """Spawn the loops and return; nothing here waits for the disk or the brain, and hardly for an adapter."""
         for source in self.sources:
             source.connect()
         loops: list[tuple[str, Callable[[Any], None]]] = [
@@ -147,7 +149,9 @@ class Agent:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
         for name, run in (loop for source in self.sources for loop in source.loops()):
             keep(run, name, self._stopping, self.seam, self.counters)  # a source's end is waited for by disconnect()
-        self.seam.spawn(self._connect_adapters, name="z4j-adapters")
+        connecting = self.seam.spawn(self._connect_adapters, name="z4j-adapters")
+        if any(source.adapted for source in self.sources):
+            connecting.join(CONNECT_GRACE)  # or the host's first tasks would run unheard
 
     def record(self, event: Event) -> None:
         """Take one event of the host's own making. Never waits, never raises."""

@@ -332,6 +332,20 @@ def test_retry_after_is_honoured(install, peer, until, monkeypatch):
         until(lambda: len(peer.sessions) > first, seconds=0.5)
 
 
+def test_the_host_s_first_task_is_heard(install, engine, seam):
+    """``start()`` returns with an adapter connected that takes its time, and without one that hangs."""
+    connected = []
+
+    def connect_signals():
+        seam.sleep(0.1)
+        connected.append(1)
+        engine.release.wait(HANG)
+
+    engine.connect_signals = connect_signals
+    install()
+    assert (connected, engine.release.is_set()) == ([1], False)
+
+
 def test_starts_without_a_brain(install, seam, until, engine):
     """start() returns at once with nobody listening, events wait, and the brain gets them when it comes up."""
     early = Peer(seam)
