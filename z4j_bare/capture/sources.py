@@ -129,6 +129,10 @@ def source_of(engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency
     """Return the source of an engine's events; ``consumer`` as in :class:`CelerySource`."""
     if hasattr(engine, "celery_app"):
         return CelerySource(engine, ring, settings, seam, consumer)
+    if hasattr(engine, "rq_app"):
+        from z4j_bare.capture.rq import RqSource
+
+        return RqSource(engine, ring, settings, seam)
     return Source(engine, ring, settings, seam)
 
 
