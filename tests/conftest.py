@@ -1,7 +1,5 @@
 """What every test may ask for: the seam of the mode the suite runs in, and a wait that has a deadline."""
 
-import datetime as dt
-import ipaddress
 import os
 import ssl
 import time
@@ -10,6 +8,7 @@ from importlib import import_module
 import pytest
 from hypothesis import settings
 
+from tests.certificates import make
 from tests.steps import Judge
 from z4j_bare import runtime
 from z4j_bare.concurrency import build, choose, detect
@@ -76,32 +75,7 @@ def clean_environment(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A certificate for 127.0.0.1 and ``brain.test`` that is its own authority."""
-    x509 = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "peer")])
-    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("brain.test")]
-    now = dt.datetime.now(dt.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "peer.pem"
-    path.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return path
+    return make(tmp_path_factory.mktemp("tls") / "peer.pem")
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ class HttpPeer:
         self.mishaps = []
         self.post_seconds = 0.0
         self.drop_posts = 0
-        self.door = Listener(seam, self._serve, name="http-peer", tls=tls)
+        self.door = Listener(seam, self.serve, name="http-peer", tls=tls)
         self.port, self.url = self.door.port, self.door.url
 
     # -- what a test reads
@@ -171,10 +171,11 @@ class HttpPeer:
             session.posting -= 1
         return 200, {}, json.dumps({"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}).encode()
 
-    def _serve(self, sock):
+    def serve(self, sock, ahead=b""):
+        """Converse over a socket, of which some bytes have been read already."""
         try:
             sock = self.door.secured(sock)
-            self._converse(sock)
+            self._converse(sock, ahead)
         except ForkedChildError:
             raise
         except (GoneError, OSError):
@@ -185,8 +186,7 @@ class HttpPeer:
             if not self.seam.forked():
                 sock.close()
 
-    def _converse(self, sock):
-        ahead = b""
+    def _converse(self, sock, ahead):
         while not self.door.stopped:
             while b"\r\n\r\n" not in ahead:
                 ahead += some(self.seam, sock)

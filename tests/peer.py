@@ -18,6 +18,7 @@ import struct
 from datetime import UTC, datetime
 from uuid import uuid4
 
+from z4j_core.errors import Z4JError
 from z4j_core.transport.frames import (
     CommandFrame,
     CommandPayload,
@@ -45,7 +46,7 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 class PeerSession:
     """One connection. ``frames`` holds what verified, in order; ``mishaps`` everything that a correct agent never sends."""
 
-    def __init__(self, peer, sock):
+    def __init__(self, peer, sock, ahead):
         self.peer = peer
         self.id = str(uuid4())
         self.path = ""
@@ -59,7 +60,7 @@ class PeerSession:
         self.over = False
         self.stalled = False
         self._sock = sock
-        self._ahead = b""
+        self._ahead = ahead
         self._order = peer.seam.lock()
         binding = {"secret": peer.secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": self.id}
         self.signer = FrameSigner(**binding)
@@ -148,7 +149,7 @@ class PeerSession:
                 self._sock.close()
 
     def _upgrade(self):
-        head = b""
+        head = self._ahead
         while b"\r\n\r\n" not in head:
             head += self._take_some()
         head, self._ahead = head.split(b"\r\n\r\n", 1)
@@ -177,8 +178,12 @@ class PeerSession:
         if self.headers.get("authorization") != f"Bearer {self.peer.token}":
             self.close(4401)
             return
-        self.hello = parse_frame(self._message())
-        assert self.hello.type == "hello"
+        try:
+            self.hello = parse_frame(self._message())
+            assert self.hello.type == "hello"
+        except (Z4JError, ValueError, AssertionError):
+            self.close(4400)
+            raise
         self.peer.greet(self)
         while True:
             message = self._message()
@@ -253,7 +258,7 @@ class Peer:
         self.greet = PeerSession.welcome
         self.sessions = []
         self.requests = []  # plain HTTP, which is answered with 404
-        self.door = Listener(seam, self._meet, name="peer", tls=tls)
+        self.door = Listener(seam, self.meet, name="peer", tls=tls)
         self.url = self.door.url
 
     @property
@@ -300,8 +305,9 @@ class Peer:
         except OSError:
             pass
 
-    def _meet(self, sock):
-        session = PeerSession(self, sock)
+    def meet(self, sock, ahead=b""):
+        """Converse over a socket, of which some bytes have been read already."""
+        session = PeerSession(self, sock, ahead)
         self.sessions.append(session)
         session.run()
 

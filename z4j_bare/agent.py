@@ -12,8 +12,6 @@ from importlib.metadata import version
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.transport.hmac import decode_agent_hmac_secret
-
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost
 from z4j_bare.adapters.redaction import merge_redaction
@@ -25,8 +23,9 @@ from z4j_bare.buffer.siblings import known_to_others
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.control import RESTART, STATUS
+from z4j_bare.credentials import read_key, read_token
 from z4j_bare.dispatcher import Dispatcher
-from z4j_bare.errors import AgentError, HostConfigurationError, NoMoreThreadsError, RemoteError
+from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
 from z4j_bare.health.lateness import Lateness
 from z4j_bare.health.probes import HealthLoop
@@ -41,7 +40,7 @@ from z4j_bare.loops.registry import RegistryLoop
 from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
-from z4j_bare.settings import Settings, read_secret
+from z4j_bare.settings import Settings
 from z4j_bare.transport.fallback import Routes
 from z4j_bare.wire import frames, policy
 from z4j_bare.wire.events import encode_event
@@ -159,18 +158,7 @@ class Agent:
 
     def secret(self) -> bytes:
         """Return the project's key. Raises ``HostConfigurationError`` naming the setting."""
-        path, value = self._settings.hmac_secret_file, self._config.hmac_secret
-        variable = "Z4J_HMAC_SECRET_FILE" if path else "Z4J_HMAC_SECRET"
-        if path is None and value is None:
-            raise HostConfigurationError("Z4J_HMAC_SECRET is missing: set it to the hmac_secret that the brain minted")
-        text = read_secret(path, variable) if path else value.get_secret_value() if value else ""
-        try:
-            key = decode_agent_hmac_secret(text)
-        except ValueError:
-            raise HostConfigurationError(f"{variable} is not the urlsafe-base64 text that the brain minted") from None
-        if len(key) < 32:  # noqa: PLR2004 - the protocol's key size
-            raise HostConfigurationError(f"{variable} decodes to {len(key)} bytes, but the brain mints 32: was it cut?")
-        return key
+        return read_key(self._config, self._settings)
 
     def stop(self, seconds: float) -> None:
         """Flush, wait for acks within the flush budget, say goodbye; all of it within ``seconds``."""
@@ -258,8 +246,7 @@ class Agent:
         return " ".join(sha256(b"%b %b" % (project.encode(), mark)).hexdigest()[:16] for mark in marks)
 
     def _token(self) -> str:
-        path = self._settings.token_file
-        return read_secret(path, "Z4J_TOKEN_FILE") if path else self._config.token.get_secret_value()
+        return read_token(self._config, self._settings)
 
     def _hello(self) -> bytes:
         config, pid = self._config, os.getpid()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_core.config import resolve_agent_config
 from z4j_core.paths import reject_deprecated_path_env
@@ -16,7 +16,10 @@ from z4j_bare.framework import BareFrameworkAdapter
 from z4j_bare.hosting import is_celery_worker, is_visitor, ready_worker, watch_for_ready
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
-from z4j_bare.settings import load_settings, read_secret
+from z4j_bare.settings import Settings, load_settings, read_secret
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config
 
 logger = logging.getLogger("z4j.runtime.install")
 
@@ -68,29 +71,24 @@ def install_agent(
     )
     if settings.disabled:
         return _inert(engines, schedulers, framework)
-    if token is None and settings.token_file is not None:
-        token = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
-    config = resolve_agent_config(
-        framework_name="bare",
-        explicit_kwargs={
-            "brain_url": brain_url,
-            "token": token,
-            "project_id": project_id,
-            "hmac_secret": hmac_secret,
-            "agent_name": agent_name,
-            "agent_id": agent_id,
-            # Only for a WebSocket agent does z4j_core not insist on the agent's id, which the brain tells us anyway.
-            "transport": "auto" if settings.transport == "longpoll" else transport,
-            "environment": environment,
-            "tags": tags,
-            "dev_mode": dev_mode,
-            "strict_mode": strict_mode,
-            "autostart": autostart,
-            "buffer_path": buffer_path,
-            "max_payload_bytes": max_payload_bytes,
-            "redaction_extra_key_patterns": redaction_extra_key_patterns,
-            "redaction_extra_value_patterns": redaction_extra_value_patterns,
-        },
+    config = resolve_config(
+        settings,
+        brain_url=brain_url,
+        token=token,
+        project_id=project_id,
+        hmac_secret=hmac_secret,
+        agent_name=agent_name,
+        agent_id=agent_id,
+        transport=transport,
+        environment=environment,
+        tags=tags,
+        dev_mode=dev_mode,
+        strict_mode=strict_mode,
+        autostart=autostart,
+        buffer_path=buffer_path,
+        max_payload_bytes=max_payload_bytes,
+        redaction_extra_key_patterns=redaction_extra_key_patterns,
+        redaction_extra_value_patterns=redaction_extra_value_patterns,
     )
     runtime = AgentRuntime(
         config=config, framework=_adapter(framework, config), engines=engines, schedulers=schedulers, settings=settings
@@ -99,6 +97,16 @@ def install_agent(
     if holder is runtime and config.autostart:
         _begin(runtime)
     return holder
+
+
+def resolve_config(settings: Settings, **keywords: Any) -> Config:
+    """Return z4j_core's configuration from keywords (``None``: not given) and the environment. Raises ``ConfigError``."""
+    if keywords.get("token") is None and settings.token_file is not None:
+        keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
+    if settings.transport == "longpoll":
+        # Only for a WebSocket agent does z4j_core not insist on the agent's id, which the brain tells us anyway.
+        keywords["transport"] = "auto"
+    return resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
 
 
 def _begin(runtime: AgentRuntime) -> None:

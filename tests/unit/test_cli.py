@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and an agent that runs until it is told to stop."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +10,10 @@ import time
 import pytest
 from z4j_core.version import PROTOCOL_VERSION
 
+from tests.front import Front
 from tests.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare.cli import main
-from z4j_bare.cli import run as run_command
+from z4j_bare.cli.apps import load_app
 from z4j_bare.errors import HostConfigurationError
 
 
@@ -63,7 +65,7 @@ def test_help_of_every_command(capsys):
 def test_bad_apps(path, said):
     """An application that cannot be loaded is one line that says what is wrong with it."""
     with pytest.raises(HostConfigurationError, match="--app") as caught:
-        run_command.load(path)
+        load_app(path)
     assert said in str(caught.value)
 
 
@@ -72,7 +74,7 @@ def test_good_apps(path):
     """Both usual spellings of an application are understood."""
     import json
 
-    assert run_command.load(path) is json.dumps
+    assert load_app(path) is json.dumps
 
 
 def test_configuration_errors_are_one_line(capsys, tmp_path, monkeypatch):
@@ -137,3 +139,50 @@ def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "z4j_bare", "version"], capture_output=True, text=True, timeout=60, check=True)
     assert "protocol" in done.stdout
     assert time.monotonic() - began < 60
+
+
+@pytest.fixture
+def spoken_to(monkeypatch):
+    """``spoken_to(url)``: the environment of an agent of that brain."""
+
+    def point(url):
+        for name, value in {"BRAIN_URL": url, "PROJECT_ID": "p", "TOKEN": TOKEN, "HMAC_SECRET": SECRET_TEXT}.items():
+            monkeypatch.setenv(f"Z4J_{name}", value)
+
+    return point
+
+
+def test_doctor_and_check(seam, spoken_to, capsys):
+    """Both say what they found, for people line by line and for machines as one object; the exit code says it too."""
+    front = Front(seam)
+    spoken_to(front.url)
+    try:
+        assert main(["doctor"]) == 0
+        said = capsys.readouterr().out
+        assert "all is well" in said
+        assert "\x1b" not in said
+        assert main(["check", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert [probe["name"] for probe in answer["probes"]] == ["buffer_path", "dns", "tcp", "tls", "http"]
+        assert front.ws.token not in str(answer)
+        front.http.token = "another"
+        assert main(["doctor"]) == 1
+        said = capsys.readouterr().out
+        assert "FAIL  token" in said
+        assert "-> copy Z4J_TOKEN" in said
+        assert "1 of 12 failed: token" in said
+    finally:
+        front.stop()
+
+
+@pytest.mark.parametrize("command", ["doctor", "check"])
+def test_settings_that_are_wrong(command, capsys, monkeypatch):
+    """A missing setting and a path variable of old are one line each that names them, without a traceback."""
+    assert main([command]) == 1
+    assert "brain_url" in capsys.readouterr().out
+    monkeypatch.setenv("Z4J_BUFFER_DIR", "/somewhere")
+    assert main([command, "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["ok"], answer["stage"]) == (False, "config")
+    assert "Z4J_BUFFER_DIR" in answer["error"]
+    assert "Z4J_HOME" in answer["error"]

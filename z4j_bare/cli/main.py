@@ -13,6 +13,8 @@ from z4j_core.errors import ConfigError
 #: Command, module, help. A module is imported when its command is asked for, so that ``version`` needs no demo extra.
 COMMANDS = {
     "run": ("z4j_bare.cli.run", "run a standalone agent beside the workers"),
+    "doctor": ("z4j_bare.cli.doctor", "find out why it does not connect, and what to do about it"),
+    "check": ("z4j_bare.cli.check", "see whether the brain can be reached from here"),
     "demo": ("z4j_bare.demo.command", "see it all work: a real brain, a real worker, one scripted day"),
     "version": ("z4j_bare.cli.version", "print the versions"),
 }
@@ -30,6 +32,7 @@ def build_parser(prog: str, wanted: str | None) -> argparse.ArgumentParser:
         if name == wanted:
             found = import_module(module)
             found.add_arguments(sub)
+            sub.epilog, sub.formatter_class = getattr(found, "EXAMPLES", None), argparse.RawDescriptionHelpFormatter
             sub.set_defaults(run=found.run)
     return parser
 

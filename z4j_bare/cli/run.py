@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from z4j_bare.cli.apps import load_app
 from z4j_bare.control import install_sighup_handler
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.install import install_agent
@@ -53,23 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load(path: str | None) -> Any:
-    """Import ``module:attr`` or ``module.attr``. Raises ``HostConfigurationError`` saying what is missing."""
-    if not path:
-        raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
-    module, separator, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    if not separator:
-        raise HostConfigurationError(f"--app {path!r} is not of the form module:attr")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as celery -A does: the app usually lies in the working directory
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError for an empty module name
-        raise HostConfigurationError(f"--app {path!r} cannot be loaded: {error}") from error
-
-
 def _celery(path: str | None) -> Any:
-    app = load(path)
+    app = load_app(path)
     try:
         from z4j_celery import CeleryEngineAdapter
     except ImportError as error:

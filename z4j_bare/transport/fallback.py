@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.link import Link
     from z4j_bare.settings import Settings
+    from z4j_bare.transport.http import Answer
 
 logger = logging.getLogger("z4j.runtime.fallback")
 
@@ -160,11 +161,17 @@ class Routes:
 
     def reachable(self) -> bool:
         """Whether the brain's health route answers."""
-        client = self._seam.load("z4j_bare.transport.http").Client(self._api_url, {}, self._seam, self._tls)
         try:
-            return bool(client.call("GET", "/health", timeout=HEALTH_TIMEOUT).status == 200)  # noqa: PLR2004 - HTTP
+            return self.health(HEALTH_TIMEOUT).status == 200  # noqa: PLR2004 - HTTP
         except NetworkError:
             return False
+
+    def health(self, timeout: float) -> Answer:
+        """Return what the brain's health route says. Raises ``NetworkError``."""
+        client = self._seam.load("z4j_bare.transport.http").Client(self._api_url, {}, self._seam, self._tls)
+        try:
+            answer: Answer = client.call("GET", "/health", timeout=timeout)
+            return answer
         finally:
             client.close()
 

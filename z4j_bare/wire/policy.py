@@ -65,6 +65,9 @@ _REPLACED = "another process said hello with this worker id (a copied or restore
 _FULL = "the brain's limit is reached: 600 connections a minute and address, or 64 workers on one token"
 _SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature"
 
+#: Close codes from here on are the brain's own; below, they are WebSocket's, and below 1000 HTTP's.
+APPLICATION_CODES = 4000
+
 #: The close code for a session whose place another process took.
 DISPLACED = 4002
 

@@ -1,0 +1,121 @@
+"""Which probes are made, in which order, and which are not worth making after others have failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.diagnostics import host, network
+from z4j_bare.diagnostics.remote import Remote, sequence
+from z4j_bare.diagnostics.result import ProbeResult, failed, skipped
+from z4j_bare.errors import HostConfigurationError
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config
+
+    from z4j_bare.settings import Settings
+
+Probe = Callable[[], ProbeResult]
+
+
+def examine(config: Config, settings: Settings, *, websocket: bool = True) -> Iterator[ProbeResult]:
+    """Yield every result as it comes: this host first, then the way to the brain, then the brain."""
+    yield host.probe_package()
+    yield host.probe_versions()
+    yield host.probe_concurrency(settings.concurrency)
+    yield host.probe_buffer_path(config.buffer_path)
+    yield from approach(config, settings, websocket=websocket)
+
+
+def glance(config: Config, settings: Settings) -> Iterator[ProbeResult]:
+    """Yield what can be found out without showing the token to anybody."""
+    yield host.probe_buffer_path(config.buffer_path)
+    yield from _in_turn([*_way(config, settings), ("http", "tls", partial(_healthy, config, settings))])
+
+
+def approach(config: Config, settings: Settings, *, websocket: bool = True) -> Iterator[ProbeResult]:
+    """Yield the results for the way to the brain and the brain."""
+    remote = None
+    try:
+        remote = Remote(config, settings, _seam(settings))
+        steps = sequence(remote, websocket=websocket)
+    except HostConfigurationError as error:
+        # What is wrong with a setting is told once, as the first thing that would need it.
+        steps = [("http", "tls", partial(failed, "http", str(error), "correct that setting"))]
+    try:
+        yield from _in_turn([*_way(config, settings), *steps])
+    finally:
+        if remote is not None:
+            remote.close()
+
+
+def run_all(config: Config) -> list[ProbeResult]:
+    """Return the results up to the first failure, for the settings in the environment."""
+    from z4j_bare.settings import load_settings
+
+    settings, results = load_settings(), []
+    for result in (host.probe_buffer_path(config.buffer_path), *approach(config, settings)):
+        results.append(result)
+        if not result.ok:
+            break
+    return results
+
+
+def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
+    """Upgrade to WebSocket with the agent's token and have a message answered; nothing is stored, no command taken."""
+    from z4j_bare.settings import load_settings
+
+    unverified = {"remote_connection_verified": False, "remote_authentication_verified": False}
+    try:
+        settings = load_settings()
+        remote = Remote(config, settings, _seam(settings), timeout)
+    except HostConfigurationError as error:
+        return failed("websocket", str(error), "correct that setting", **unverified)
+    result = remote.websocket()
+    result.details.update({**unverified, **result.details})
+    result.details["remote_authentication_verified"] = result.verdict == "OK"
+    return result
+
+
+def _seam(settings: Settings) -> Any:
+    return build(choose(settings.concurrency, detect()))
+
+
+def _healthy(config: Config, settings: Settings) -> ProbeResult:
+    try:
+        remote = Remote(config, settings, _seam(settings))
+    except HostConfigurationError as error:
+        return failed("http", str(error), "correct that setting")
+    return remote.health()
+
+
+def _way(config: Config, settings: Settings) -> list[tuple[str, str, Probe]]:
+    url = str(config.brain_url)
+    return [
+        ("dns", "", partial(network.probe_dns, url)),
+        ("tcp", "dns", partial(network.probe_tcp, url)),
+        ("tls", "tcp", partial(_tls, url, settings)),
+    ]
+
+
+def _tls(url: str, settings: Settings) -> ProbeResult:
+    from z4j_bare.transport.tls import tls_context
+
+    if network.target_of(url).scheme != "https":
+        return network.probe_tls(url)
+    try:
+        context = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
+    except HostConfigurationError as error:
+        return failed("tls", str(error), "name a PEM file that exists and holds certificates")
+    return network.probe_tls(url, context=context)
+
+
+def _in_turn(steps: list[tuple[str, str, Probe]]) -> Iterator[ProbeResult]:
+    bad: set[str] = set()
+    for name, ground, probe in steps:
+        result = skipped(name, f"not tried, because {ground} failed") if ground in bad else probe()
+        if not result.ok or ground in bad:
+            bad.add(name)
+        yield result
