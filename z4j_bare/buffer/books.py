@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import queries
-from z4j_bare.buffer.rows import BufferStats, losses_by, ranges
-from z4j_bare.buffer.schema import transaction
+from z4j_bare.buffer.rows import EVENT, BufferEntry, BufferStats, losses_by, ranges
+from z4j_bare.buffer.schema import number, transaction
+from z4j_bare.buffer.tail import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-
-#: A row without its id: kind, key, payload, when it was created, how often it was on the wire.
-Stamped = tuple[str, str, bytes, float, int]
 
 
 @dataclass(slots=True)
@@ -24,31 +22,39 @@ class Change:
 
     connection: sqlite3.Connection
     rows: int = 0
+    kept: int = 0
     payload: int = 0
     produced: int = 0
     confirmed: int = 0
     lost: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def insert(self, first: int, rows: Sequence[Stamped]) -> None:
-        """Insert rows under the ids from ``first`` on."""
-        self.connection.executemany(queries.INSERT, [(identity, *row) for identity, row in enumerate(rows, first)])
-        self.produced += len(rows)
-        self.rows += len(rows)
-        self.payload += sum(len(row[2]) for row in rows)
+    def insert(self, entries: Sequence[BufferEntry]) -> None:
+        """Insert rows, whose ids follow the last one given out."""
+        self.connection.executemany(queries.INSERT, entries)
+        self.produced += len(entries)
+        self.rows += len(entries)
+        self.kept += sum(entry.kind != EVENT for entry in entries)
+        self.payload += sum(len(entry.payload) for entry in entries)
 
-    def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
-        """Delete rows, as losses if there is a ``reason``; return how many there were."""
+    def remove(self, ids: Iterable[int], reason: str | None = None, weights: Iterable[Weight] | None = None) -> int:
+        """Delete rows, as losses if there is a ``reason``; return how many there were.
+
+        ``weights`` is what they weigh, if that is known: else they have to be read.
+        """
         removed = 0
         spans = ranges(ids)
-        for span in spans:
-            for kind, count, length in self.connection.execute(queries.WEIGH, span).fetchall():
-                removed += count
-                self.payload -= length
-                if reason is not None:
-                    self.lose(reason, kind, count)
+        for kind, count, length in self._weigh(spans) if weights is None else weights:
+            removed += count
+            self.payload -= length
+            self.kept -= 0 if kind == EVENT else count
+            if reason is not None:
+                self.lose(reason, kind, count)
         self.connection.executemany(queries.DELETE, spans)
         self.rows -= removed
         return removed
+
+    def _weigh(self, spans: Iterable[tuple[int, int]]) -> list[Weight]:
+        return [weight for span in spans for weight in self.connection.execute(queries.WEIGH, span).fetchall()]
 
     def lose(self, reason: str, kind: str, count: int) -> None:
         """Count rows of a kind as lost."""
@@ -75,6 +81,8 @@ class Books:
         self.rows: int
         self.payload: int
         self.rows, self.payload = connection.execute(queries.TOTALS).fetchone()
+        #: Rows that are no events.
+        self.kept = number(connection, queries.KEPT)
         self.lost: dict[tuple[str, str], int] = {
             (reason, kind): count for reason, kind, count in connection.execute("SELECT * FROM losses")
         }
@@ -87,6 +95,7 @@ class Books:
             yield change
             change.write()
         self.rows += change.rows
+        self.kept += change.kept
         self.payload += change.payload
         self.next_id += change.produced
         self.confirmed += change.confirmed

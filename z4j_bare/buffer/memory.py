@@ -95,7 +95,7 @@ class MemoryStore:
         lost = 0
         for row in rows:
             self._produced += 1
-            kind, entry = row.kind, replace(row, id=self._produced)
+            kind, entry = row.kind, row._replace(id=self._produced)
             if _weight(entry) > self._max_bytes:
                 self._lose(CAPACITY, kind, 1)
                 lost += 1
@@ -139,7 +139,7 @@ class MemoryStore:
         wanted = frozenset(ids)
         for kind, queue in self._queues.items():
             self._queues[kind] = deque(
-                replace(entry, attempts=entry.attempts + 1) if entry.id in wanted else entry for entry in queue
+                entry._replace(attempts=entry.attempts + 1) if entry.id in wanted else entry for entry in queue
             )
 
     def stats(self) -> BufferStats:

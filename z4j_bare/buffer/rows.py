@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.errors import LocalStorageError
 
@@ -37,11 +37,11 @@ LEDGER_CAP = 10_000
 Row = tuple[str, str, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class BufferEntry:
+class BufferEntry(NamedTuple):
     """One buffered row: ``id`` grows strictly, ``created_at`` is in seconds since the epoch.
 
-    ``attempts`` counts the sessions that the brain ended over a frame while this row was on its way.
+    ``attempts`` counts the sessions that the brain ended over a frame while this row was on its way. The fields are the
+    table's columns, so that an entry is what SQLite takes and gives.
     """
 
     id: int

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zope.interface import implementer
 
 from z4j_bare.buffer import paths, queries
-from z4j_bare.buffer.books import Books, Change, Stamped
+from z4j_bare.buffer.books import Books, Change
 from z4j_bare.buffer.faults import storage_call, translated
 from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
@@ -32,6 +32,7 @@ from z4j_bare.buffer.rows import (
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
 from z4j_bare.buffer.space import ROW_OVERHEAD, Space
+from z4j_bare.buffer.tail import Tail
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 
@@ -107,12 +108,17 @@ class BufferStore:
         """
         refuse_unknown_kinds(rows)
         now = self._clock()
-        return self._take([(kind, key if key.isascii() else storable(key), payload, now, 0) for kind, key, payload in rows])
+        first = self._books.next_id
+        return self._take([
+            BufferEntry(identity, kind, key if key.isascii() else storable(key), payload, now, 0)
+            for identity, (kind, key, payload) in enumerate(rows, first)
+        ])
 
     @storage_call
     def take_over(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
-        return self._take([(row.kind, row.key, row.payload, row.created_at, row.attempts) for row in rows])
+        first = self._books.next_id
+        return self._take([row._replace(id=identity) for identity, row in enumerate(rows, first)])
 
     @storage_call
     def inherit(self, legacy: Legacy) -> None:
@@ -134,12 +140,19 @@ class BufferStore:
         self._space.squeeze()
         with self._books.change() as change:
             change.remove(self._oldest(EVENT, max(RELIEF, self._books.rows // 10), 0), CAPACITY)
+        self._tail.restart(self._books.next_id)
         self._space.squeeze()
         return sum(change.lost.values())
 
     @storage_call
     def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        if EVENT not in kinds and not self._books.kept:
+            return []
+        at_hand = self._tail.after(after, limit, max_bytes) if tuple(kinds) == (EVENT,) else None
+        return self._read(after, limit, max_bytes, kinds) if at_hand is None else at_hand
+
+    def _read(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         entries: list[BufferEntry] = []
         # An open cursor would hold a snapshot, and with it the WAL.
         with closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor:
@@ -154,7 +167,8 @@ class BufferStore:
     def confirm(self, ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
         with self._books.change() as change:
-            change.confirmed = change.remove(ids)
+            change.confirmed = change.remove(ids, weights=self._tail.weigh(frozenset(ids)))
+        self._tail.forget(ids)
         self._shorten()  # a deletion, too, is written to the log first
         return change.confirmed
 
@@ -163,6 +177,7 @@ class BufferStore:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
         with self._books.change() as change:
             removed = change.remove(ids, reason)
+        self._tail.forget(ids)
         self._shorten()
         return removed
 
@@ -171,6 +186,7 @@ class BufferStore:
         """Note that these rows were on the wire when a session died."""
         with transaction(self._connection):
             self._connection.executemany(queries.ATTEMPT, ranges(ids))
+        self._tail.restart(self._books.next_id)
 
     @storage_call
     def stats(self) -> BufferStats:
@@ -224,7 +240,7 @@ class BufferStore:
     @storage_call
     def answer(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and append its result as a row, both or neither."""
-        row = (RESULT, storable(key), result, now, 0)
+        row = BufferEntry(self._books.next_id, RESULT, storable(key), result, now, 0)
         self._take([row], lambda: self._ledger.settle(key, result, now))
 
     # -- the file
@@ -291,6 +307,7 @@ class BufferStore:
         self._space = Space(self._connection, self.path, self._max_bytes)
         self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
+        self._tail = Tail(self._books.next_id)
 
     def _give_up(self, *, delete: bool) -> None:
         connection: sqlite3.Connection | None = getattr(self, "_connection", None)
@@ -303,18 +320,22 @@ class BufferStore:
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _take(self, rows: Sequence[Stamped], also: Callable[[], None] = lambda: None) -> int:
+    def _take(self, rows: Sequence[BufferEntry], also: Callable[[], None] = lambda: None) -> int:
         """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
         if not rows:
             return 0
         self._space.ensure()
-        fitting = [row for row in rows if len(row[2]) <= self._budget]
+        fitting = [row for row in rows if len(row.payload) <= self._budget]
         with self._books.change() as change:
-            change.insert(self._books.next_id, fitting)
+            change.insert(fitting)
             if len(fitting) < len(rows):
-                self._refuse([row for row in rows if len(row[2]) > self._budget], change)
+                self._refuse([row for row in rows if len(row.payload) > self._budget], change)
             self._evict(change)
             also()
+        if change.lost:
+            self._tail.restart(self._books.next_id)
+        else:
+            self._tail.add(fitting)
         self._shorten()
         return sum(change.lost.values())
 
@@ -324,10 +345,10 @@ class BufferStore:
         except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
             pass
 
-    def _refuse(self, rows: Sequence[Stamped], change: Change) -> None:
+    def _refuse(self, rows: Sequence[BufferEntry], change: Change) -> None:
         for row in rows:
             change.produced += 1
-            change.lose(CAPACITY, row[0], 1)
+            change.lose(CAPACITY, row.kind, 1)
 
     def _evict(self, change: Change) -> None:
         for kind in DROP_ORDER:
