@@ -106,7 +106,7 @@ class Agent:
             self.counters,
             interval=settings.flush_interval,
             most=settings.flush_events,
-            stored=self._wake_sender,
+            stored=self._stored,
         )
         self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
         self.dispatcher = Dispatcher(
@@ -333,6 +333,10 @@ class Agent:
         link = self.supervisor.link
         if link is not None:
             link.wake.set()
+
+    def _stored(self, events: int) -> None:
+        if self._sender is not None:
+            self._sender.stored(events)
 
     def _connect_adapters(self) -> None:
         try:

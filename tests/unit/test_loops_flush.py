@@ -25,7 +25,7 @@ class Flushing(World):
         self.stopping = self.seam.event()
         self.woken = []
         self.flusher = flush.FlushLoop(
-            self.ring, self.keeper, self.seam, self.counters, interval=interval, most=most, stored=lambda: self.woken.append(self.seam.now())
+            self.ring, self.keeper, self.seam, self.counters, interval=interval, most=most, stored=lambda _: self.woken.append(self.seam.now())
         )
         self.task = self.seam.spawn(self.flusher.run, self.stopping, name="z4j-flush")
 

@@ -112,6 +112,33 @@ def test_results_overtake_events(world):
     assert world.transport.sent[-2][1]["id"] == "c-5000"
 
 
+def test_a_busy_brain_gets_no_crumbs(world):
+    """With two frames under way, new events wait for an ack or until they fill a frame; nothing waits for a third."""
+    for _ in range(6):
+        world.store(5, wake=False)
+        world.sender.stored(5)
+        world.seam.advance(0.01)
+    assert [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")] == [5, 5]
+    world.ack()
+    world.seam.advance(0.01)
+    assert world.transport.events() == list(range(30))
+    for _ in range(2):
+        world.store(FRAME_FIRST, wake=False)
+        world.sender.stored(FRAME_FIRST)
+        world.seam.advance(0.01)
+    assert world.transport.events() == list(range(30 + 2 * FRAME_FIRST))
+
+
+def test_an_idle_brain_waits_for_nobody(world):
+    """A single event goes out as soon as it is stored, and after every ack the next one does."""
+    world.answer_at_once()
+    for number in range(1, 4):
+        world.store(1, wake=False)
+        world.sender.stored(1)
+        world.seam.advance(0.01)
+        assert len(world.transport.events()) == number
+
+
 def test_a_result_waits_for_its_receipt(world):
     """A result leaves the store with the ack of the batch behind it, not before; and it is sent once."""
     world.store(1, kind="result")

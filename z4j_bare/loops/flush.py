@@ -25,7 +25,7 @@ class FlushLoop:
     """Wakes ``interval`` seconds after the first event, or when the ring says that there are many.
 
     :param most: events in one transaction.
-    :param stored: called after each commit, to wake the sender.
+    :param stored: called after each commit with the number of events.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FlushLoop:
         *,
         interval: float,
         most: int,
-        stored: Callable[[], None],
+        stored: Callable[[int], None],
     ) -> None:
         self._ring = ring
         self._keeper = keeper
@@ -83,7 +83,7 @@ class FlushLoop:
                 self._ring.give_back(batch)
                 raise
             self._counters.stored += len(encoded)
-            self._stored()
+            self._stored(len(encoded))
             return taken
 
     def _encode(self, batch: list[Captured]) -> list[bytes]:

@@ -77,6 +77,11 @@ class Window:
         return len(self._flying) + len(self._behind)
 
     @property
+    def queued(self) -> int:
+        """Frames that the brain has still to get to."""
+        return len(self._flying)
+
+    @property
     def ids(self) -> list[int]:
         """The row ids of everything on its way; what was left behind is past the brain already."""
         return [identity for flying in self._flying.values() for identity in flying.ids]
