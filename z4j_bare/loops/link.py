@@ -47,6 +47,10 @@ class Link:
         self._breathe()  # fifty commands may have come in one piece, with no wait in between
         return self.session.open(message, self._breathe)
 
+    def rested(self) -> None:
+        """Note that whoever opens messages has waited for the next one; a yield right after that is for nobody."""
+        self._breathe.rested()
+
     def lateness(self, stamp: float) -> float:
         """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
+from z4j_bare.loops.slices import SLICE
 
 if TYPE_CHECKING:
     from z4j_bare.loops.link import Link
@@ -41,15 +43,18 @@ class ReceiveLoop:
 
     def run(self) -> None:
         """Read until we end the session ourselves; raise ``NetworkError`` or ``RemoteError`` when it ends otherwise."""
-        transport = self._link.transport
         while not self._link.closing.is_set():
-            self._take(transport.receive(READ_TIMEOUT))
+            self._take(READ_TIMEOUT)
         # What has arrived counts: acks, commands that for the brain are on their way, and the close code that says why the
         # line broke under a sender.
-        while self._take(transport.receive(0.0)):
+        while self._take(0.0):
             pass
 
-    def _take(self, message: bytes | None) -> bool:
+    def _take(self, timeout: float) -> bool:
+        began = time.perf_counter()
+        message = self._link.transport.receive(timeout)
+        if time.perf_counter() - began > SLICE:
+            self._link.rested()
         if message is None:
             return False
         frame = self._link.open(message)

@@ -19,6 +19,10 @@ class Slices:
         self._seam = seam
         self._began = time.perf_counter()
 
+    def rested(self) -> None:
+        """Begin a slice: the others have just had their turn."""
+        self._began = time.perf_counter()
+
     def __call__(self) -> None:
         """Yield if the slice is over."""
         if time.perf_counter() - self._began > SLICE:
