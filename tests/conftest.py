@@ -70,6 +70,7 @@ def clean_environment(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("Z4J_") and name != "Z4J_TEST_MODE"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("Z4J_ORCHESTRATED", "0")  # whoever runs the tests, in whatever container
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.control import RESTART, STATUS
 from z4j_bare.credentials import read_key, read_token
 from z4j_bare.dispatcher import Dispatcher
+from z4j_bare.dispatcher.departure import Departure
 from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
 from z4j_bare.health.lateness import Lateness
@@ -40,6 +41,7 @@ from z4j_bare.loops.registry import RegistryLoop
 from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
+from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings
 from z4j_bare.transport.fallback import Routes
 from z4j_bare.wire import frames, policy
@@ -217,7 +219,11 @@ class Agent:
         merge_redaction(engine, self._config)  # first: the source goes by the merged patterns, and a bad one raises
         source = source_of(engine, self.ring, self._settings, self.seam, ready_worker())
         self.sources.append(source)
-        return EngineHost(engine, self.bridge, self.seam, source.record)
+        host = EngineHost(engine, self.bridge, self.seam, source.record)
+        if host.controls is None and "restart_worker" not in (safe_call(engine.capabilities) or ()):
+            own, grace = source.presence.workers.keys(), self._settings.restart_grace
+            host.departure = Departure(host.name, own, self.stop, self.seam, grace)
+        return host
 
     def _dropped(self) -> dict[str, int]:
         hosts = self.hosts.values()

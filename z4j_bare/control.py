@@ -108,8 +108,10 @@ def write_pidfile(adapter_id: str) -> Path:
     """Write our pid down and return the file: the adapter's own, or one beside it if another live process has that."""
     first = pidfile_path(adapter_id)
     path = first if _vacant(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
-    written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    written.write_text(f"{os.getpid()}\n", encoding="ascii")
+    written = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
+    # A new file, never through a link: somebody else may be able to write this directory.
+    with written.open("x", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
     written.replace(path)
     return path
 

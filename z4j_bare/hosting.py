@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -13,6 +15,9 @@ _consumer: Any = None
 _VISITORS = {"amqp", "call", "control", "events", "graph", "inspect", "list", "logtool", "migrate"} | {
     "multi", "purge", "report", "result", "shell", "status", "upgrade"
 }
+
+#: The programs, or Django's command, that run the workers of engines whose adapters name no worker in their events.
+_NAMELESS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
 #: Global options of the ``celery`` command that take their value as a word of its own.
 _WITH_VALUE = frozenset({"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"})
@@ -39,6 +44,14 @@ def is_visitor(argv: Sequence[str] | None = None) -> bool:
 def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
     """Whether this process was started as a Celery worker."""
     return celery_command(argv) == "worker"
+
+
+def own_worker(engine: str, argv: Sequence[str] | None = None) -> str | None:
+    """Return a name for the worker that this process is, of an engine whose events name none; ``None`` if it is none."""
+    words = list(sys.argv if argv is None else argv)[:3]
+    if {PurePath(word).stem for word in words}.isdisjoint(_NAMELESS.get(engine, ())):
+        return None
+    return f"{engine}@{platform.node()}-{os.getpid()}"
 
 
 def watch_for_ready() -> None:

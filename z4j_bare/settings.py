@@ -102,6 +102,8 @@ class Settings:
     #: Send tasks' arguments, and what they return.
     capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)
+    #: How long a worker that ends for its restart has for the tasks that it runs.
+    restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
     #: Commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 

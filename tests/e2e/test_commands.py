@@ -16,10 +16,10 @@ from z4j_bare.demo.rest import BrainRefusedError
 
 pytestmark = pytest.mark.timeout(240)
 
-EVENTLET, THREADS = (pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads"))
-POOLS = ("gevent", EVENTLET, THREADS, "prefork")
+EVENTLET, THREADS, SOLO = (pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads", "solo"))
+POOLS = ("gevent", EVENTLET, THREADS, SOLO, "prefork")
 ENDING = ("gevent", EVENTLET, "prefork")
-FIXED = (THREADS,)
+FIXED = (THREADS, SOLO)
 #: Where the brain's own question is waited for, which takes it more than a minute; no pool has a part in the answer.
 ASKED = ("gevent", "prefork")
 #: The second worker's name, and as the brain keeps it: it would take a dotted host for an e-mail address.
@@ -160,8 +160,13 @@ def test_a_running_task_is_cancelled(place, workers, pool):
 
 @pytest.mark.parametrize("pool", FIXED, indirect=True)
 def test_a_running_task_that_cannot_be_cancelled(place, workers, pool):
-    """Where a running task cannot be ended the answer says so, and the task goes on to its end."""
-    running = place.send("wait", 6)
+    """Where a running task cannot be ended the answer says so, and the task goes on to its end.
+
+    It runs in the first worker, to which the brain gives every command: a solo worker that is busy answers nobody else.
+    """
+    queue = f"{place.home.name}-first"
+    place.done("add-consumer", worker_name="w1@place", queue=queue)
+    running = place.send("wait", 6, queue=queue)
     place.row(running, "started")
     error = place.refused("cancel-task", engine="celery", task_id=running)
     assert error.startswith(f"not supported by the {pool} pool: ")
@@ -244,6 +249,9 @@ def test_consumers_rate_limit_and_purge(place, workers):
     assert place.depth(queue) == 4
     assert "cannot measure" in place.refused("purge-queue", queue="no-such-queue", observed_depth=0)
     assert place.done("purge-queue", queue=queue, confirm_token=place.token(queue, 4))["purged"] == 4
+    assert place.depth(queue) == 0
+    place.send("add", 1, 1, queue=queue)
+    place.done("purge-queue", queue=queue, force=True)
     assert place.depth(queue) == 0
 
 

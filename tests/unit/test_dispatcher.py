@@ -23,7 +23,7 @@ class Host:
     """An engine host whose calls take as long as ``seconds`` says and do what ``act`` does."""
 
     name = "celery"
-    controls = None
+    controls = departure = None
     retries_by_reference = True
     redactor = Redactor(RedactionEngine())
 
@@ -353,8 +353,8 @@ class Odd:
         (None, "failed", "returned NoneType for a result"),
         (SimpleNamespace(status="maybe", result=None, error=None), "failed", "SimpleNamespace"),
         (SimpleNamespace(status="success", result=[1], error=None), "failed", "SimpleNamespace"),
-        (success(rows=["x" * 1000] * 1000), "failed", "over the limit of 262144"),
-        (success(rows=list(range(60_000)), all=60_000), "failed", "more than 50000 values"),
+        (success(rows=["x" * 1000] * 1000), "success", "over the limit of 262144"),
+        (success(rows=list(range(60_000)), all=60_000), "success", "more than 50000 values"),
         (success(odd=Odd(), nan=float("nan"), text="\ud800", keys={1: 2}), "success", None),
         (SimpleNamespace(status="failed", result=None, error="e" * 20_000), "failed", "e" * 100),
     ],
@@ -364,17 +364,33 @@ def test_every_outcome_is_sent(world, outcome, status, said):
     world.host.act = lambda *_: outcome
     body = world.answer(token="tok")
     assert (body["status"], body["delivery_claim_token"]) == (status, "tok")
-    assert said is None or said in body["error"]
+    assert said is None or said in (body["error"] or body["result"]["why"])
     assert len(json.dumps(body)) < 300_000
 
 
 def test_a_result_that_goes_round_in_circles(world):
-    """A result that contains itself becomes a short failed one."""
+    """A result that contains itself becomes a short one."""
     loop = {}
     loop["self"] = [loop, loop]
     world.host.act = lambda *_: success(**loop)
     body = world.answer()
-    assert (body["status"], body["result"]) == ("failed", {"outcome": "success", "shortened": True})
+    assert (body["status"], body["result"]) == ("success", {"shortened": True, "why": "the result is of more than 50000 values"})
+
+
+def test_a_failure_that_cannot_be_told(world):
+    """Where the redaction itself fails nothing unredacted leaves: the status does, and that the reason is lost."""
+    world.host.redactor = SimpleNamespace(scrub=lambda _: 1 / 0)
+    world.host.act = lambda *_: SimpleNamespace(status="failed", result={"secret": 1}, error="hunter2")
+    body = world.answer()
+    assert (body["status"], body["error"]) == ("failed", "retry_task failed, and the reason is not to be encoded (ZeroDivisionError)")
+    assert body["result"] == {"shortened": True, "why": "the result is not to be encoded (ZeroDivisionError)"}
+
+
+def test_numbers_of_a_large_result_are_redacted(world):
+    """What is kept of a result that is too large is redacted as the whole of it would have been."""
+    world.host.act = lambda *_: success(rows=list(range(60_000)), password=1234, done=5)
+    result = world.answer()["result"]
+    assert (result["password"], result["done"]) == ("[REDACTED]", 5)
 
 
 def test_results_are_redacted(world):

@@ -1,5 +1,8 @@
 """What kind of process this is, read from its command line."""
 
+import os
+import platform
+
 import pytest
 
 from z4j_bare import hosting
@@ -56,3 +59,20 @@ def test_the_own_command_line_is_the_default(monkeypatch):
     assert hosting.is_celery_worker()
     monkeypatch.setattr("sys.argv", ["pytest"])
     assert hosting.celery_command() is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "argv"),
+    [
+        ("huey", ["/usr/bin/huey_consumer.py", "shop.huey"]),
+        ("huey", ["manage.py", "run_huey"]),
+        ("arq", ["/usr/bin/arq", "shop.Worker"]),
+        ("taskiq", ["taskiq", "worker", "shop:broker"]),
+    ],
+)
+def test_workers_without_a_name(engine, argv):
+    """The worker of an engine that names none is known by its program, and gets a name of its own."""
+    assert hosting.own_worker(engine, argv) == f"{engine}@{platform.node()}-{os.getpid()}"
+    assert hosting.own_worker("rq", argv) is None
+    assert hosting.own_worker(engine, ["gunicorn", "shop"]) is None
+    assert hosting.own_worker(engine, []) is None

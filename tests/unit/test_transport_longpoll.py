@@ -691,12 +691,14 @@ def test_a_redelivered_command_is_answered_again(install, peer, engine, until):
 
 
 def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
-    """A result over the limit keeps its status and says how large it was."""
-    engine.result = {"rows": ["x" * 100] * 200}
+    """A result over the limit keeps its status and its numbers and says why there is no more, as over WebSocket."""
+    engine.result = {"rows": ["x" * 100] * 200, "done": 200}
     install()
     identity = peer.command("retry_task", {"task_id": "t-1"})
     result = until(lambda: peer.frames("command_result"))[0]
-    assert (result.id, result.payload.status, result.payload.result["oversized"]) == (identity, "success", True)
+    assert (result.id, result.payload.status) == (identity, "success")
+    assert result.payload.result.pop("why").endswith("bytes, more than this transport takes")
+    assert result.payload.result == {"shortened": True, "done": 200}
 
 
 def test_a_dead_session_is_replaced(install, peer, until):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.adapters.bridge import Bridge
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.dispatcher.departure import Departure
 
 logger = logging.getLogger("z4j.runtime.adapters")
 
@@ -47,6 +48,8 @@ class EngineHost:
         #: Our own way of controlling workers, for the engine whose adapter does not wait for their answers.
         self.controls: CeleryControls | None = None
         redaction = getattr(engine, "redaction", None)
+        #: How this process ends for a new one, for the engine that cannot restart a worker itself.
+        self.departure: Departure | None = None
         #: Hides in answers what the adapter hides in events.
         self.redactor = Redactor(redaction if isinstance(redaction, RedactionEngine) else RedactionEngine())
         if hasattr(engine, "celery_app"):
@@ -86,6 +89,8 @@ class EngineHost:
         able = {str(name) for name in self.engine.capabilities()}
         if self.retries_by_reference:
             able.add(RETRY_BY_REFERENCE_CAPABILITY)
+        if self.departure is not None and self.departure.possible:
+            able.add("restart_worker")
         return sorted(able)
 
     @property

@@ -14,6 +14,7 @@ from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.roster import Roster
 from z4j_bare.capture.translate import Translator
+from z4j_bare.hosting import own_worker
 from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Source:
 
     def connect(self) -> None:
         """Begin to capture. Cheap, and on the caller's time, so that no early task is missed."""
+        if name := own_worker(self.engine):
+            self.presence.seen(name)
 
     def disconnect(self) -> None:
         """End the capture once what has happened is told, and announce that the workers leave."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.wire.canonical import plain
-from z4j_bare.wire.frames import command_result, shortened_result
+from z4j_bare.wire.frames import command_result, shortened
 
 if TYPE_CHECKING:
     from z4j_bare.dispatcher.command import Command
@@ -25,6 +25,8 @@ class Answer:
     status: str
     result: dict[str, Any] | None
     error: str | None
+    #: What has to be done after the answer is stored.
+    then: Callable[[], object] | None = None
 
     @classmethod
     def of(cls, outcome: Any) -> Answer:
@@ -33,7 +35,7 @@ class Answer:
         result, error = getattr(outcome, "result", None), getattr(outcome, "error", None)
         if status not in ("success", "failed") or not isinstance(result, dict | None):
             return cls("failed", None, f"the adapter returned {type(outcome).__name__} for a result: outcome unknown")
-        return cls(status, result, None if error is None else str(error))
+        return cls(status, result, None if error is None else str(error), getattr(outcome, "then", None))
 
 
 def indeterminate(command: Command, error: str) -> Answer:
@@ -49,18 +51,20 @@ def encoded(
     :param redactor: hides what must not leave the host, as in events: the brain redacts no results.
     :param offload: runs the redaction, which takes 0.1 s for a large result, off the hub.
     """
+    result = answer.result
     try:
-        if _too_many(answer.result, MAX_NODES):
-            return shortened_result(answer.status, answer.result, f"of more than {MAX_NODES} values", command.token)
+        if _too_many(result, MAX_NODES):
+            result = shortened(result, f"of more than {MAX_NODES} values")
         # Foreign objects become text here: off the hub their code must not run.
-        body = plain(answer.result)
+        body = plain(result)
         ok, payload = offload(_encode, command, answer, body, redactor)
         if ok:
             return bytes(payload)
         raise payload
     except Exception as error:
         why = f"not to be encoded ({type(error).__name__})"
-        return shortened_result(answer.status, None, why, command.token)
+        lost = None if answer.error is None else f"{command.action} failed, and the reason is {why}"
+        return command_result(answer.status, shortened(None, why), lost, command.token)
 
 
 def _encode(command: Command, answer: Answer, body: Any, redactor: Any) -> bytes:

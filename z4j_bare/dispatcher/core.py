@@ -132,6 +132,8 @@ class Dispatcher:
         if not self._ended:
             self._keeper.answer(command.id, encoded(command, answer, host and host.redactor, self._seam.offload))
             self._stored()
+            if answer.then is not None:
+                self._seam.spawn(answer.then, name="z4j-departure")
 
     def _outcome(self, command: Command) -> tuple[Answer, EngineHost | None]:
         host: EngineHost | None = None

@@ -123,7 +123,9 @@ def reconcile_task(command: Command, host: EngineHost, seconds: float) -> Any:
 
 
 def restart_worker(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Give a worker a new pool."""
+    """Give a worker a new pool, or where the engine has no way to do that, a new process."""
+    if host.departure is not None:
+        return host.departure.order(_worker(command))
     return _controlled(host, "restart_worker", _worker(command), seconds=seconds)
 
 
@@ -251,6 +253,8 @@ def check(command: Command, host: EngineHost, action: Action) -> None:
 
 
 def _able(host: EngineHost, action: Action) -> bool:
+    if action.run is restart_worker and host.departure is not None:
+        return True  # which says itself why it would not
     return not action.needs or not set(action.needs).isdisjoint(host.capabilities())
 
 

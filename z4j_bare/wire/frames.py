@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from secrets import token_hex
 from typing import Any
 
@@ -12,14 +13,16 @@ from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.wire.canonical import canonical
 
-#: A result's error text; the frame model's limit (the brain's row keeps 1,024 of it).
+#: A result's error text: the frame model's limit, and what the brain's row keeps of it (2.8).
 MAX_ERROR_CHARS = 8192
+ERROR_CHARS = 1024
 
 #: Bytes of a result; beyond, a short one is sent that says so. A quarter of the brain's 1 MiB frame.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Numbers that are kept of a result which is too large, such as how many tasks a bulk retry has enqueued.
+#: Numbers that are kept of a result which is too large, and characters of their keys.
 MAX_FIGURES = 50
+MAX_KEY = 64
 
 #: Seconds; the brain's limit for an age, ten years. A clock that was wrong can make older rows.
 MAX_AGE = 315_360_000.0
@@ -89,7 +92,7 @@ def command_ack(token: str | None) -> bytes:
 
 
 def command_result(status: str, result: Mapping[str, Any] | None, error: str | None, token: str | None) -> bytes:
-    """Return the payload of a ``command_result`` that always fits: too large a result becomes a short failed one."""
+    """Return the payload of a ``command_result`` that always fits: of too large a result only the numbers are sent."""
     body = {
         "status": status,
         "result": None if result is None else dict(result),
@@ -99,20 +102,19 @@ def command_result(status: str, result: Mapping[str, Any] | None, error: str | N
     encoded = canonical(body)
     if len(encoded) <= MAX_RESULT_BYTES:
         return encoded
-    return shortened_result(status, result, f"of {len(encoded)} bytes, over the limit of {MAX_RESULT_BYTES}", token)
+    why = f"of {len(encoded)} bytes, over the limit of {MAX_RESULT_BYTES}"
+    return canonical({**body, "result": shortened(result, why)})
 
 
-def shortened_result(status: str, result: Mapping[str, Any] | None, why: str, token: str | None) -> bytes:
-    """Return the payload of a failed ``command_result`` in place of one that cannot be sent; its numbers are kept."""
-    numbers = [(key, value) for key, value in (result or {}).items() if isinstance(value, (bool, int, float))]
-    return canonical(
-        {
-            "status": "failed",
-            "result": {**dict(numbers[:MAX_FIGURES]), "outcome": status, "shortened": True},
-            "error": f"the command ended with {status}, but its result is {why}",
-            "delivery_claim_token": token,
-        }
-    )
+def shortened(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
+    """Return what is sent in place of a result that cannot be: its numbers, such as how many tasks were retried, and why.
+
+    The status stays: what has been done and is told as a failure gets done again, and the brain stops a schedule whose
+    firing "failed" (4.6).
+    """
+    items = (item for item in (result or {}).items() if isinstance(item[0], str) and len(item[0]) <= MAX_KEY)
+    numbers = ((key, value) for key, value in items if isinstance(value, (bool, int, float)))
+    return {**dict(islice(numbers, MAX_FIGURES)), "shortened": True, "why": f"the result is {why}"}
 
 
 def agent_status(

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from z4j_bare.wire.canonical import canonical_plain
-
-#: What the brain keeps of a result's error text (``brain-contract`` 2.8).
-ERROR_CHARS = 1024
+from z4j_bare.wire.frames import ERROR_CHARS, shortened
 
 #: Keys of one worker's details, in the order in which they go. The brain keeps what it knew of a key that is absent (2.6).
 WORKER_PARTS = ("active", "registered", "conf")
@@ -30,15 +28,15 @@ def lighter_heartbeat(payload: bytes) -> Iterator[bytes]:
 
 
 def lighter_result(payload: bytes) -> Iterator[bytes]:
-    """Yield a result with a short error text, then one that says only how the command ended."""
-    result: dict[str, Any] = json.loads(payload)
-    error = result.get("error")
+    """Yield a result with a short error text, then one that keeps its numbers, then one that says only how it ended."""
+    body: dict[str, Any] = json.loads(payload)
+    error = body.get("error")
     if isinstance(error, str) and len(error) > ERROR_CHARS:
-        yield canonical_plain({**result, "error": error[:ERROR_CHARS]})
-    # The status stays true: the brain stops a schedule whose firing "failed" (4.6).
-    short = {"oversized": True, "bytes": len(payload)}
+        yield canonical_plain({**body, "error": error[:ERROR_CHARS]})
+    why = f"of {len(payload)} bytes, more than this transport takes"
     note = f"{error[:200]} [... cut]" if isinstance(error, str) else None
-    yield canonical_plain({**result, "result": short, "error": note})
+    for result in (body.get("result"), None):
+        yield canonical_plain({**body, "result": shortened(result, why), "error": note})
 
 
 def _without(part: str, details: Any) -> Any:

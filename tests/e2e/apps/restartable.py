@@ -1,0 +1,55 @@
+"""A worker of an engine that knows no restart: one task at a time, and SIGTERM lets it finish the one it runs.
+
+``python restartable.py MODE``.
+"""
+
+# ruff: noqa: E402 - patching comes first
+
+import sys
+
+from tests.launch import patch
+
+patch(sys.argv[1])
+
+import logging
+import signal
+import time
+from datetime import UTC, datetime
+from uuid import uuid4
+
+from z4j_core.models import Event, EventKind
+
+from z4j_bare import install_agent
+from z4j_bare.dispatcher import departure
+
+WORKER = "stub@place"
+
+
+class Engine:
+    """Tells of its worker as adapters do: in the events of their stream."""
+
+    name = "stub"
+
+    def capabilities(self):
+        return {"submit_task"}
+
+    async def subscribe_events(self):
+        yield an_event("first", EventKind.TASK_STARTED)
+
+
+def an_event(task_id, kind):
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=task_id, kind=kind, occurred_at=datetime.now(UTC), data={"task_name": "t", "worker": WORKER}
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    departure.MIN_UPTIME = 3.0
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
+    runtime = install_agent(engines=[Engine()])
+    while not ended:
+        time.sleep(0.1)
+    time.sleep(0.5)  # the rest of its task
+    runtime.record_event(an_event("last", EventKind.TASK_SUCCEEDED))

@@ -1,0 +1,28 @@
+"""What supervisord does with a program: starts it, and starts it again when it ends with a code that is not expected.
+
+``python supervisord.py COMMAND...``; SIGTERM ends both. The name counts: the agent looks at its parent's command line.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+child = None
+ended = []
+
+
+def end(number, _frame):
+    ended.append(number)
+    if child is not None:
+        child.terminate()
+
+
+signal.signal(signal.SIGTERM, end)
+environment = {**os.environ, "SUPERVISOR_ENABLED": "1", "SUPERVISOR_PROCESS_NAME": "worker"}
+while not ended:
+    child = subprocess.Popen(sys.argv[1:], env=environment)
+    code = child.wait()
+    print(f"supervisor: {child.pid} ended with {code}", flush=True)
+    if code == 0:
+        break
