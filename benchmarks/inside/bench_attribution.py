@@ -6,6 +6,7 @@ microsecond a switch and half of one a call, is part of what is reported.
 """
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -43,7 +44,16 @@ def begin(**_signal):
     """Start to trace, once the worker is ready; the totals go to a file when the process ends."""
     if "gevent" in sys.modules or "eventlet" in sys.modules:
         _trace_greenlets()
+    gc.callbacks.append(_collected)
     atexit.register(_dump)
+
+
+def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
+    """Charge the garbage collector, whoever set it off: it is part of what its victim is charged, too."""
+    if phase == "start":
+        began[0] = thread_time()
+    else:
+        _charge(totals[f"collector {info['generation']}"], began[0])
 
 
 def _timed(function, name):
