@@ -69,8 +69,8 @@ def install_agent(
     settings = load_settings(
         concurrency=concurrency, transport=transport, token_file=token_file, hmac_secret_file=hmac_secret_file
     )
-    if settings.disabled:
-        return _inert(engines, schedulers, framework)
+    if settings.disabled or settings.testing:
+        return _inert(settings, engines, schedulers, framework)
     config = resolve_config(
         settings,
         brain_url=brain_url,
@@ -155,17 +155,14 @@ def _adapter(framework: Any, config: Any) -> Any:
     return framework(config) if isinstance(framework, type) else framework
 
 
-def _inert(engines: list[Any], schedulers: list[Any] | None, framework: Any) -> AgentRuntime:
+def _inert(settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: Any) -> AgentRuntime:
     """Return a runtime that never starts; made without a brain's address, because none need be set."""
     from z4j_core.models import Config
 
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
-    logger.info("z4j: Z4J_DISABLED is set; the agent stays out")
-    return AgentRuntime(
-        config=config,
-        framework=_adapter(framework, config),
-        engines=engines,
-        schedulers=schedulers,
-        settings=load_settings(disabled=True),
+    runtime = AgentRuntime(
+        config=config, framework=_adapter(framework, config), engines=engines, schedulers=schedulers, settings=settings
     )
+    runtime.start()
+    return runtime

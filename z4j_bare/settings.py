@@ -77,6 +77,8 @@ class Settings:
     transport: str = setting("Z4J_TRANSPORT", _text, "auto")
     #: Start nothing at all.
     disabled: bool = setting("Z4J_DISABLED", _switch, False)
+    #: Start nothing, and keep recorded events in ``runtime.recorded``: for the tests of whoever uses the agent.
+    testing: bool = setting("Z4J_TESTING", _switch, False)
     #: Look for tasks again whenever a ``tasks.py`` changes.
     dev_mode: bool = setting("Z4J_DEV_MODE", _on, False)
     #: How long a captured event waits in memory at most: the loss window of a SIGKILL.

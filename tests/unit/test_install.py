@@ -187,6 +187,16 @@ def test_disabled_is_inert(monkeypatch):
     runtime.stop()
 
 
+def test_testing_keeps_what_is_recorded(monkeypatch):
+    """Z4J_TESTING needs no other setting and starts nothing, and a test can look at the events that its code recorded."""
+    monkeypatch.setenv("Z4J_TESTING", "1")
+    runtime, event = install_agent(engines=[Engine()]), object()
+    runtime.record_event(event)
+    assert list(runtime.recorded) == [event]
+    assert runtime.state is RuntimeState.STOPPED
+    assert singleton.current_runtime() is None
+
+
 def test_disabled_by_hand(monkeypatch):
     """An adapter that builds AgentRuntime itself gets an inert one as well."""
     config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
