@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from z4j_core.models import Config
-from z4j_core.paths import reject_deprecated_path_env
+from z4j_core.paths import reject_deprecated_path_env, z4j_home
 
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.settings import Settings, load_settings
@@ -45,7 +45,7 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add what says which brain, and as whom. Secrets are better given by file: arguments show in the process list."""
     group = parser.add_argument_group("connection", "each also in the file (--config) and as an environment variable")
-    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file, which all others outweigh (Z4J_CONFIG)")
+    add_config(group)
     group.add_argument("--brain-url", metavar="URL", help="address of the brain (Z4J_BRAIN_URL)")
     group.add_argument("--project-id", metavar="SLUG", help="project slug (Z4J_PROJECT_ID)")
     group.add_argument("--token", help="the agent's token (Z4J_TOKEN); visible in the process list")
@@ -54,6 +54,11 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         "--hmac-secret-file", metavar="FILE", help="file with the project's key, re-read likewise (Z4J_HMAC_SECRET_FILE)"
     )
     add_home(group)
+
+
+def add_config(group: Any) -> None:
+    """Add the file with the settings."""
+    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file, which all others outweigh (Z4J_CONFIG)")
 
 
 def add_home(group: Any) -> None:
@@ -76,6 +81,11 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
             os.environ[f"Z4J_{name.upper()}"] = str(value)
     refuse_old_paths()
     return found
+
+
+def home() -> Path:
+    """Return the directory that agents keep their state in."""
+    return z4j_home()
 
 
 def refuse_old_paths() -> None:

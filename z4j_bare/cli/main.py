@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from z4j_core.errors import ConfigError
 
+from z4j_bare.cli import logs
+from z4j_bare.errors import LocalStorageError
+
 #: Command, module, help. A module is imported when its command is asked for, so that ``version`` needs no demo extra.
 COMMANDS = {
     "run": ("z4j_bare.cli.run", "run a standalone agent beside the workers"),
     "doctor": ("z4j_bare.cli.doctor", "find out why it does not connect, and what to do about it"),
     "check": ("z4j_bare.cli.check", "see whether the brain can be reached from here"),
+    "status": ("z4j_bare.cli.status", "how the agents of this host are; exits with 1 unless all are connected"),
+    "restart": ("z4j_bare.cli.restart", "have the agents of this host connect anew"),
+    "reload": ("z4j_bare.cli.restart", "the same as restart"),
     "demo": ("z4j_bare.demo.command", "see it all work: a real brain, a real worker, one scripted day"),
     "version": ("z4j_bare.cli.version", "print the versions"),
 }
 
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+#: Exit codes of every command: usage or configuration, and Ctrl-C. 0 is success, 1 what the command is there to find out.
+USAGE = 2
+INTERRUPTED = 130
 
 
 def build_parser(prog: str, wanted: str | None) -> argparse.ArgumentParser:
     """Return the parser; only the ``wanted`` command's module is imported for its options."""
     parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
-    parser.add_argument("--log-level", choices=LEVELS, default="INFO", help="what to log (default: INFO)")
+    parser.add_argument("--log-level", choices=logs.LEVELS, help="what to log (default: INFO; Z4J_LOG_LEVEL)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -44,11 +52,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
-        return 2
-    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        return USAGE
     try:
+        logs.configure(arguments.log_level or os.environ.get("Z4J_LOG_LEVEL") or "INFO")
         code: int = arguments.run(arguments)
-    except ConfigError as error:
-        print(f"z4j-bare: {error}", file=sys.stderr)
-        return 2
+    except (ConfigError, LocalStorageError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read us, head for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
+        return 0
     return code

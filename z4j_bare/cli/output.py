@@ -68,6 +68,21 @@ class Output:
             print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
 
     @contextmanager
+    def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
+        """Redraw in place; yields a function that takes one which writes everything. Without a terminal it appends."""
+        if self._console is None:
+            yield lambda draw: draw()
+            return
+        console = self._console
+
+        def redraw(draw: Callable[[], None]) -> None:
+            console.clear()
+            draw()
+
+        with console.screen(hide_cursor=True):
+            yield redraw
+
+    @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show how far something has come; yields a function that takes how much is done."""
         if self._console is None:

@@ -6,6 +6,7 @@ pidfile.
 
 from __future__ import annotations
 
+from z4j_bare.diagnostics.agents import probe_agents
 from z4j_bare.diagnostics.host import probe_buffer_path, probe_concurrency, probe_package, probe_versions
 from z4j_bare.diagnostics.network import probe_dns, probe_tcp, probe_tls
 from z4j_bare.diagnostics.plan import examine, glance, probe_websocket, run_all
@@ -15,6 +16,7 @@ __all__ = [
     "ProbeResult",
     "examine",
     "glance",
+    "probe_agents",
     "probe_buffer_path",
     "probe_concurrency",
     "probe_dns",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.diagnostics import host, network
+from z4j_bare.diagnostics.agents import probe_agents
 from z4j_bare.diagnostics.remote import Remote, sequence
 from z4j_bare.diagnostics.result import ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
@@ -26,6 +27,7 @@ def examine(config: Config, settings: Settings, *, websocket: bool = True) -> It
     yield host.probe_versions()
     yield host.probe_concurrency(settings.concurrency)
     yield host.probe_buffer_path(config.buffer_path)
+    yield probe_agents(config.project_id)
     yield from approach(config, settings, websocket=websocket)
 
 
