@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -110,7 +111,7 @@ def write_pidfile(adapter_id: str) -> Path:
     path = first if _vacant(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
     written = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
     # A new file, never through a link: somebody else may be able to write this directory.
-    with written.open("x", encoding="ascii") as file:
+    with open(written, "x", encoding="ascii", opener=partial(os.open, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
     written.replace(path)
     return path

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ def home():
 def test_a_pid_file_is_its_writers(monkeypatch):
     """The first process has the adapter's file, another live one a file beside it, and each removes its own alone."""
     first = control.write_pidfile("django")
+    assert stat.S_IMODE(first.stat().st_mode) == 0o600
     assert first == control.pidfile_path("django") == home() / "agent-django.pid"
     assert first.read_text() == f"{os.getpid()}\n"
     ours = os.getpid()
