@@ -3,8 +3,8 @@
 import logging
 import os
 import signal
-import stat
 import socket
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
