@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from z4j_bare.buffer.siblings import known_to_others
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.control import RESTART, STATUS
-from z4j_bare.credentials import read_key, read_token
+from z4j_bare.credentials import deployment_of, read_key, read_token
 from z4j_bare.dispatcher import Dispatcher
 from z4j_bare.dispatcher.departure import Departure
 from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
@@ -235,21 +234,13 @@ class Agent:
             config.buffer_path,
             max_rows=config.buffer_max_events,
             max_bytes=config.buffer_max_bytes,
-            deployment=self._deployment(),
+            deployment=deployment_of(config, self.secret()),
         )
 
     def _claim(self, path: Path) -> Orphan:
         config = self._config
-        return Orphan(path, self._deployment(), max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes)
-
-    def _deployment(self) -> str:
-        """Return whose rows ours are: our project's, by two names, so that they do not reach another.
-
-        One is made from its key and stays when the brain moves, one from the brain's address and outlives the key.
-        """
-        project = self._config.project_id
-        marks = self.secret(), str(self._config.brain_url).rstrip("/").encode()
-        return " ".join(sha256(b"%b %b" % (project.encode(), mark)).hexdigest()[:16] for mark in marks)
+        ours = deployment_of(config, self.secret())
+        return Orphan(path, ours, max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes)
 
     def _token(self) -> str:
         return read_token(self._config, self._settings)

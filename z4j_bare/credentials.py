@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from z4j_core.transport.hmac import decode_agent_hmac_secret
@@ -37,3 +38,12 @@ def read_key(config: Config, settings: Settings) -> bytes:
         length = len(key)
         raise HostConfigurationError(f"{variable} decodes to {length} bytes, but the brain mints {KEY_BYTES}: was it cut?")
     return key
+
+
+def deployment_of(config: Config, key: bytes) -> str:
+    """Return whose rows a store holds: the project's, by two names, so that they do not reach another.
+
+    One is made from its key and stays when the brain moves, one from the brain's address and outlives the key.
+    """
+    marks = key, str(config.brain_url).rstrip("/").encode()
+    return " ".join(sha256(b"%b %b" % (config.project_id.encode(), mark)).hexdigest()[:16] for mark in marks)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import paths
+from z4j_bare.buffer.inspect import read_only
 from z4j_bare.buffer.rows import DONE, ELSEWHERE, LedgerEntry
 from z4j_bare.errors import LocalStorageError
 
@@ -34,10 +34,8 @@ def known_to_others(buffer_path: str | os.PathLike[str], own: Path, key: str) ->
 
 
 def _ask(path: Path, key: str) -> LedgerEntry | None:
-    """Read one store without becoming its owner; for a file that was closed in order, no log and no index are made."""
-    mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1)) as connection:
+        with read_only(path) as connection:
             row = connection.execute("SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)).fetchone()
     except sqlite3.Error:
         return None

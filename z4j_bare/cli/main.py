@@ -21,6 +21,7 @@ COMMANDS = {
     "status": ("z4j_bare.cli.status", "how the agents of this host are; exits with 1 unless all are connected"),
     "restart": ("z4j_bare.cli.restart", "have the agents of this host connect anew"),
     "reload": ("z4j_bare.cli.restart", "the same as restart"),
+    "buffer": ("z4j_bare.cli.buffer", "look at what dead processes have left, save it, send it or throw it away"),
     "demo": ("z4j_bare.demo.command", "see it all work: a real brain, a real worker, one scripted day"),
     "version": ("z4j_bare.cli.version", "print the versions"),
 }

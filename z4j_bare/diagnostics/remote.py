@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.credentials import read_key, read_token
@@ -110,7 +109,7 @@ class Remote:
         """Show the token where no command is claimed and nothing is stored."""
         self._line = self._routes.longpoll()
         try:
-            self._welcome = self._line.connect(self._hello())
+            self._welcome = self._line.connect(silent_hello())
         except HostConfigurationError as error:
             return failed("token", str(error), "have the file hold the token that the brain minted, readable by this user")
         except AgentError as error:
@@ -148,17 +147,6 @@ class Remote:
         except (RemoteError, NetworkError, FrameTooLargeError) as error:
             return failed("signature", f"the brain did not take a signed frame: {error}", "see the brain's log for why")
         return passed("signature", "a signed frame was verified and acknowledged", remote_authentication_verified=True)
-
-    def _hello(self) -> bytes:
-        return frames.hello(
-            frames.Identity(
-                framework="doctor",
-                agent_version="",
-                worker_id=f"doctor-{token_hex(4)}",
-                worker_pid=0,
-                worker_started_at=datetime.now(UTC),
-            )
-        )
 
     def _token_refused(self, error: AgentError) -> ProbeResult:
         code, text = getattr(error, "code", None), str(error)
@@ -206,6 +194,14 @@ def sequence(remote: Remote, *, websocket: bool = True) -> list[tuple[str, str, 
     if websocket:
         probes.append(("websocket", "token", remote.websocket))
     return [*probes, ("signature", "token", remote.signature)]
+
+
+def silent_hello() -> bytes:
+    """Return a ``hello`` for the long-poll transport, which reads the features out of it and does not send it."""
+    identity = frames.Identity(
+        framework="bare", agent_version="", worker_id="", worker_pid=0, worker_started_at=datetime.now(UTC)
+    )
+    return frames.hello(identity)
 
 
 def _unhealthy(answer: Answer) -> tuple[str, str]:

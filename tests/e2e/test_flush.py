@@ -1,0 +1,53 @@
+"""What a dead process has left reaches the real brain by ``z4j-bare buffer flush``, without an agent."""
+
+import json
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime
+
+import pytest
+
+from z4j_bare.buffer.rows import EVENT
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.credentials import deployment_of, read_key
+from z4j_bare.demo.process import clean_environment
+from z4j_bare.install import resolve_config
+from z4j_bare.settings import load_settings
+from z4j_bare.wire.events import encode_fields
+
+pytestmark = pytest.mark.timeout(120)
+
+EVENTS = 60
+
+
+def test_flush(brain, tmp_path, monkeypatch):
+    """Every event is in the brain, the file is gone, and the brain has heard no hello."""
+    project, task = f"p-{uuid.uuid4().hex[:12]}", str(uuid.uuid4())
+    brain.create_project(project)
+    agent = brain.mint_agent(project, "heir")
+    for name, value in agent.env(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    config = resolve_config(settings)
+    store = BufferStore(
+        tmp_path / "home" / "z4j-green-dead.sqlite", deployment=deployment_of(config, read_key(config, settings))
+    )
+    stamp = datetime.now(UTC).isoformat()
+    store.append([(EVENT, "", event(task, stamp, number)) for number in range(EVENTS)])
+    store.close()
+    command = [sys.executable, "-m", "z4j_bare", "buffer", "flush", "--json"]
+    environment = {**clean_environment(), **agent.env(tmp_path / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"sent": EVENTS, "left": 0}
+    assert sorted(row["payload"]["number"] for row in brain.events(project, "stub", task)) == list(range(EVENTS))
+    assert list((tmp_path / "home").iterdir()) == []
+    assert brain.agent_workers(project) == []
+    brain.archive_project(project)
+
+
+def event(task, stamp, number):
+    return encode_fields(
+        {"id": str(uuid.uuid4()), "kind": "task.started", "engine": "stub", "task_id": task, "occurred_at": stamp, "data": {"number": number}}
+    )
