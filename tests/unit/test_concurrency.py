@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -378,6 +379,48 @@ def test_waiting_is_no_step(seam):
 
 
 # -- forks
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_no_fork_in_the_middle_of_an_offloaded_call(seam, until):
+    """A child never begins inside an offloaded call: SQLite's locks would be shut in it for ever, for the host as well."""
+    steps = []
+
+    def native():
+        steps.append("in")
+        end = time.perf_counter() + 0.1
+        while time.perf_counter() < end:
+            pass
+        steps.append("out")
+
+    def child_of_a_busy_moment():
+        steps.clear()
+        task = seam.spawn(seam.offload, native, name="busy")
+        until(lambda: steps)
+        pid = os.fork()
+        if not pid:
+            os._exit(steps != ["in", "out"])
+        assert task.join(10)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert [child_of_a_busy_moment() for _ in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_hung_call_does_not_hold_up_a_fork(seam, native_read, gate, monkeypatch):
+    """When the disk hangs the host forks all the same, and both processes can go on."""
+    monkeypatch.setattr(fork, "PATIENCE", 0.01)
+    read, release = gate
+    hung = seam.spawn(seam.offload, native_read, read, 1, name="hung")
+    seam.sleep(0.05)
+    shut = import_module(f"z4j_bare.concurrency.{seam.name}")._gate
+    pid = os.fork()
+    if not pid:
+        os._exit(shut.run(int))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    release()
+    assert hung.join(10)
+    assert shut.run(int) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

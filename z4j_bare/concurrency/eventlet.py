@@ -13,9 +13,11 @@ from eventlet.semaphore import Semaphore
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import IConcurrency, IEvent
 
 _native_thread = patcher.original("_thread").get_ident
+_gate = Gate(patcher.original("_thread").allocate_lock)
 
 #: Seconds after which a waiter looks at its flag by itself, for those raised in another native thread.
 LOOK = 1.0
@@ -104,7 +106,7 @@ class EventletConcurrency(BaseConcurrency):
 
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         with self._slot:
-            return tpool.execute(job, *args)
+            return tpool.execute(_gate.run, job, *args)
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         while not self._wait_part(sock, min(timeout, LONGEST_WAIT), write):

@@ -16,11 +16,14 @@ from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.bites import load_in_bites
+from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import IConcurrency
 
 #: Seconds to sleep instead of none: gevent's ``sleep(0)`` lets only those run who wait for nothing, fifty times in a row,
 #: before a timer or a socket has its turn.
 BREATH = 1e-5
+
+_gate = Gate(_original("_thread", "allocate_lock"))
 
 
 @implementer(IConcurrency)
@@ -78,7 +81,7 @@ class GeventConcurrency(BaseConcurrency):
         with self._slot:
             if self._pool is None:
                 self._pool = ThreadPool(1)
-            return self._pool.apply(job, args)
+            return self._pool.apply(_gate.run, (job, *args))
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         wait = wait_write if write else wait_read

@@ -12,8 +12,11 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.fork import Gate
 from z4j_bare.errors import NoMoreThreadsError
 from z4j_bare.interfaces import IConcurrency
+
+_gate = Gate(threading.Lock)
 
 
 @implementer(IConcurrency)
@@ -55,7 +58,7 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         with self._slot:
-            return job(*args)
+            return _gate.run(job, *args)
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):  # eventlet takes it away where it patches sockets; its select() knows no 1024
