@@ -91,6 +91,17 @@ def test_an_engine_that_only_submits():
     assert len(world.host.calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("engine", "priority", "passed"),
+    [("dramatiq", "normal", None), ("huey", "normal", None), ("dramatiq", "high", "high"), ("rq", "normal", "normal")],
+)
+def test_a_priority_that_says_nothing(engine, priority, passed):
+    """The brain gives every task a priority: an engine that knows none is asked only for one that means something."""
+    world = Commanded((engine,))
+    world.answer("retry_task", {"task_id": "t", "override_args": [], "override_kwargs": {}, "priority": priority})
+    assert world.host.calls[0][2]["priority"] == passed
+
+
 @pytest.mark.parametrize(("engine", "key"), [("huey", "__z4j_task_name__"), ("dramatiq", "__z4j_actor_name__"), ("rq", None)])
 def test_the_tasks_name_travels_where_it_is_looked_for(engine, key):
     """Huey and Dramatiq find the task's name among the keyword arguments."""

@@ -24,6 +24,9 @@ MAX_DELTA = 100
 #: Under which keyword these engines look for the task's name, as their messages alone do not tell it.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
+#: Engines whose adapters know the brain's words for priorities. It has one for every task, and others refuse any.
+RANKING = frozenset({"celery", "rq"})
+
 Run = Callable[["Command", "EngineHost", float], Any]
 
 
@@ -39,8 +42,9 @@ def submit_task(command: Command, host: EngineHost, seconds: float) -> Any:
     """Enqueue a task by name."""
     args, kwargs = command.arguments("args", "kwargs")
     name = command.required("name", "task_name")
+    when = _when(command, host)
     return host.invoke(
-        "submit_task", name, timeout=seconds, args=args or (), kwargs=kwargs or {}, queue=_queue(command), **_when(command)
+        "submit_task", name, timeout=seconds, args=args or (), kwargs=kwargs or {}, queue=_queue(command), **when
     )
 
 
@@ -61,7 +65,7 @@ def retry_task(command: Command, host: EngineHost, seconds: float) -> Any:
         hints={"task_name": name},
         override_args=args,
         override_kwargs=kwargs,
-        **_when(command),
+        **_when(command, host),
     )
 
 
@@ -188,7 +192,7 @@ def _resubmit(
         raise command.error(f"engine {host.name} keeps no arguments: override_args and override_kwargs are required")
     name = command.required("task_name", "name")
     return host.invoke(
-        "submit_task", name, timeout=seconds, args=args, kwargs=kwargs, queue=_queue(command), **_when(command)
+        "submit_task", name, timeout=seconds, args=args, kwargs=kwargs, queue=_queue(command), **_when(command, host)
     )
 
 
@@ -210,8 +214,10 @@ def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any]
     return args, kwargs
 
 
-def _when(command: Command) -> dict[str, Any]:
+def _when(command: Command, host: EngineHost) -> dict[str, Any]:
     priority = command.option("priority", (str, int), "a word or a whole number")
+    if priority == "normal" and host.name not in RANKING:
+        priority = None
     return {"eta": command.eta(time.time()), "priority": priority}
 
 
