@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -33,8 +33,7 @@ def test_flush(brain, tmp_path, monkeypatch):
     store = BufferStore(
         tmp_path / "home" / "z4j-green-dead.sqlite", deployment=deployment_of(config, read_key(config, settings))
     )
-    stamp = datetime.now(UTC).isoformat()
-    store.append([(EVENT, "", event(task, stamp, number)) for number in range(EVENTS)])
+    store.append([(EVENT, "", event(task, number)) for number in range(EVENTS)])
     store.close()
     command = [sys.executable, "-m", "z4j_bare", "buffer", "flush", "--json"]
     environment = {**clean_environment(), **agent.env(tmp_path / "home")}
@@ -47,7 +46,8 @@ def test_flush(brain, tmp_path, monkeypatch):
     brain.archive_project(project)
 
 
-def event(task, stamp, number):
+def event(task, number):
+    stamp = (datetime.now(UTC) + timedelta(seconds=number)).isoformat()  # by which the brain tells a task's events apart
     return encode_fields(
         {"id": str(uuid.uuid4()), "kind": "task.started", "engine": "stub", "task_id": task, "occurred_at": stamp, "data": {"number": number}}
     )
