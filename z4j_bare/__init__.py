@@ -19,6 +19,7 @@ __all__ = [
     "BareFrameworkAdapter",
     "BufferEntry",
     "BufferStore",
+    "NativeScheduleControl",
     "RuntimeState",
     "__version__",
     "install_agent",
@@ -38,4 +39,8 @@ def __getattr__(name: str) -> Any:
         from z4j_bare.buffer import rows, store
 
         return getattr(rows if name == "BufferEntry" else store, name)
+    if name == "NativeScheduleControl":
+        from z4j_bare.native_schedules import NativeScheduleControl
+
+        return NativeScheduleControl
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost
 from z4j_bare.adapters.redaction import merge_redaction
+from z4j_bare.adapters.schedulers import SchedulerHost
 from z4j_bare.buffer.adopt import Orphan
 from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
@@ -41,6 +42,7 @@ from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
 from z4j_bare.safety import safe_call
+from z4j_bare.schedules import Schedules
 from z4j_bare.settings import Settings
 from z4j_bare.transport.fallback import Routes
 from z4j_bare.wire import frames, policy
@@ -80,7 +82,6 @@ class Agent:
         self.ring = Ring(settings.ring_events, settings.flush_events, seam.event())
         self._config = config
         self._framework = framework
-        self._schedulers = schedulers
         self._settings = settings
         self._started_at = datetime.now(UTC)
         self._worker_suffix = ""
@@ -110,8 +111,10 @@ class Agent:
             stored=self._stored,
         )
         self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
+        told = [SchedulerHost(scheduler, self.bridge, config) for scheduler in schedulers]
+        self.schedules = Schedules(told, self.keeper, seam, self._wake_sender, settings.schedule_resync)
         self.dispatcher = Dispatcher(
-            self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers
+            self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers, self.schedules
         )
         self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
         self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, seam)
@@ -145,6 +148,8 @@ class Agent:
             ("z4j-desk", self.desk.run),
             ("z4j-registry", self.registry.run),
         ]
+        if self.schedules.streams:
+            loops.append(("z4j-schedules", self.schedules.run))
         for name, run in loops:
             self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
         for name, run in (loop for source in self.sources for loop in source.loops()):
@@ -168,6 +173,7 @@ class Agent:
         self.ring.wake.set()
         self.desk.wake()
         self.registry.wake()
+        self.schedules.wake()
         self._within(deadline, self.dispatcher.stop)
         self._within(deadline, self._disconnect_adapters)
         self._within(deadline, self.flusher.flush)
@@ -211,7 +217,7 @@ class Agent:
     def capabilities(self) -> dict[str, list[str]]:
         """Return what each adapter can do just now; asked again at every connect, because answers can change."""
         found = {name: list(host.capabilities()) for name, host in self.hosts.items()}
-        found.update({scheduler.name: sorted(scheduler.capabilities()) for scheduler in self._schedulers})
+        found.update({name: stream.host.capabilities() for name, stream in self.schedules.streams.items()})
         return found
 
     def _host(self, engine: Any) -> EngineHost:
@@ -256,7 +262,7 @@ class Agent:
             worker_role=config.worker_role or self._role(),
             agent_name=config.agent_name,
             engines=tuple(self.hosts),
-            schedulers=tuple(scheduler.name for scheduler in self._schedulers),
+            schedulers=tuple(self.schedules.streams),
             capabilities=self.capabilities(),
         )
         return frames.hello(self._identity)
@@ -298,6 +304,7 @@ class Agent:
                 failures.append(error)
         finally:
             link.shut()
+            self.schedules.lapse()
             self._sender = None
             for task in tasks:
                 task.join(LEAVE)
@@ -339,6 +346,7 @@ class Agent:
         try:
             for host, source in zip(self.hosts.values(), self.sources, strict=True):
                 host.connect(events=source.adapted)
+            self.schedules.connect()
         except AgentError:
             if not self._stopping.is_set():  # a process that ends while it starts is no error
                 raise
@@ -348,6 +356,7 @@ class Agent:
             source.disconnect()
         for host in self.hosts.values():
             host.disconnect()
+        self.schedules.disconnect()
 
     def _await_acks(self, deadline: float) -> None:
         while self.supervisor.busy and self.seam.now() < deadline:

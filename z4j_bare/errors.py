@@ -63,6 +63,10 @@ class PoisonError(NetworkError):
     """A session died of one frame, and the search for the row that the brain cannot take has come a step further."""
 
 
+class BrokenStreamError(NetworkError):
+    """The brain acknowledges a schedule stream no more: a row of it was lost on the way, to a full or failing disk."""
+
+
 class FrameTooLargeError(AgentError):
     """A frame does not fit what the brain accepts in one piece; the session stands, and a smaller one may follow.
 

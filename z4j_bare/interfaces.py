@@ -200,6 +200,61 @@ class ITransport(Interface):
         """Say goodbye if that takes no waiting, and release the line. For the owner only. Idempotent."""
 
 
+class ISchedulerHost(Interface):
+    """One scheduler adapter, for whoever tells its schedules and passes on what operators want of it."""
+
+    name: str = Attribute("The scheduler's name, such as 'celery-beat'; the brain calls it the owner of its schedules.")
+    redactor: Any = Attribute("Hides in a schedule what the brain would hide.")
+    answers: Any = Attribute("Hides the same in the answer to a command, and leaves as it is what the first one has left.")
+
+    def connect(changed: Callable[[], object]) -> None:
+        """Have ``changed()`` called, in any task or thread, when a schedule may have changed; never raises."""
+
+    def disconnect(timeout: float = 5.0) -> None:
+        """Undo that within ``timeout`` seconds; never raises."""
+
+    def capabilities() -> list[str]:
+        """Return what the scheduler can do now; never raises."""
+
+    def schedules(timeout: float) -> list[Any]:
+        """Return all of its schedules, or raise: what is left out counts as deleted."""
+
+    def schedule(identity: str, timeout: float) -> Any:
+        """Return one schedule by the scheduler's own name of it, ``None`` when there is none."""
+
+    def invoke(method_name: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+        """Call a method of the adapter once and return its result.
+
+        Raises ``CommandError`` when it has no such method, ``TimeoutError`` after ``timeout`` seconds, else what it raises.
+        """
+
+
+class INativeSchedules(Interface):
+    """What an operator has changed of schedules that are defined in code; ``z4j_core``'s ``NativeScheduleOverrides``.
+
+    Adapters call both methods from worker threads, and from the scheduler's own loop.
+    """
+
+    def resolve(baseline: list[Any], *, owner: str) -> list[Any]:
+        """Return the schedules in force: those of the code, with what was changed, deleted and added."""
+
+    def mutate(
+        *,
+        owner: str,
+        operation: str,
+        schedule_id: str | None,
+        expected: dict[str, Any] | None,
+        definition: dict[str, Any],
+        baseline: list[Any],
+        validate: Callable[[Any], None],
+        engine: str,
+    ) -> Any:
+        """Commit one change if the schedule is still as ``expected``; return it as it is now, ``None`` when deleted.
+
+        Raises ``ValueError`` for what cannot be done, and whatever ``validate`` raises.
+        """
+
+
 class IBridge(Interface):
     """Runs the coroutines of asyncio-flavoured adapters without showing the host a running loop."""
 

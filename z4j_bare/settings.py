@@ -106,6 +106,8 @@ class Settings:
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)
     #: How long a worker that ends for its restart has for the tasks that it runs.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
+    #: How often the schedulers' schedules are told anew although nothing said that they changed; 0 is never.
+    schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
     #: Commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtual import World
-from z4j_bare.errors import NetworkError, PoisonError
+from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
 from z4j_bare.loops.send import FRAME_BYTES, SendLoop
 from z4j_bare.wire.session import Welcome
 from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, MAX_EVENTS
@@ -150,6 +150,53 @@ def test_a_result_waits_for_its_receipt(world):
     assert world.rows() == 0
     assert len(world.transport.of("command_result")) == 1
     assert world.counters.acked == 0, "results are no events"
+
+
+def test_schedules_overtake_events_one_by_one(world):
+    """Frames of a schedule stream go ahead of events, each alone, all at once, and the result behind what it tells of."""
+    world.store(3000)
+    world.seam.advance(0.5)
+    before = len(world.transport.sent)
+    world.store(3, kind="projection", size=60_000, wake=False)
+    world.store(1, kind="result")
+    world.seam.advance(0.01)
+    sent = [frame for _, frame in world.transport.sent[before:]]
+    assert [frame["type"] for frame in sent] == ["event_batch"] * 3 + ["command_result", "event_batch"]
+    assert [[event["n"] for event in frame["payload"]["events"]] for frame in sent[:3]] == [[3000], [3001], [3002]]
+
+
+def test_schedules_are_no_events(world):
+    """Frames of a stream leave the store with their acks, and the figures of events do not count them."""
+    world.answer_at_once()
+    world.store(3, kind="projection")
+    world.seam.advance(5)
+    assert world.rows() == 0
+    assert (world.counters.sent, world.counters.acked) == (0, 0)
+    assert world.transport.events() == [0, 1, 2]
+    world.store(2)
+    world.seam.advance(5)
+    assert (world.counters.sent, world.counters.acked) == (2, 2)
+
+
+def test_schedules_that_get_no_ack():
+    """A stream that the brain keeps silent over is sent once more, in order, and then given up with the session."""
+    world = World()
+    sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
+    world.store(2, kind="projection")
+    given_up = []
+
+    def run():
+        with pytest.raises(BrokenStreamError):
+            sender.run()
+        given_up.append(world.seam.now())
+
+    began = world.seam.now()
+    world.seam.spawn(run, name="z4j-send")
+    world.seam.advance(ACK_DEADLINE + 5)
+    assert world.transport.events() == [0, 1, 0, 1]
+    world.seam.advance(ACK_DEADLINE + 5)
+    assert world.transport.events() == [0, 1, 0, 1]
+    assert given_up[0] - began > 2 * ACK_DEADLINE
 
 
 def test_many_results_do_not_starve_events(world):

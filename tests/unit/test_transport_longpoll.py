@@ -117,7 +117,7 @@ def test_the_probe(dial, peer):
     (probe,) = peer.requests
     assert (probe.method, probe.path, probe.query) == ("GET", "/api/v1/agent/commands", {"wait": "0", "max_frames": "0"})
     assert probe.headers["authorization"] == f"Bearer {TOKEN}"
-    assert probe.headers["x-z4j-runtime-features"] == "retry_by_reference"
+    assert probe.headers["x-z4j-runtime-features"] == "retry_by_reference,external_schedule_protocol_v1"
     assert (welcome.agent_id, welcome.project_id, welcome.session_id) == (AGENT, PROJECT, probe.nonce)
     assert (welcome.heartbeat_seconds, len(probe.nonce) >= 16) == (10.0, True)
     assert abs(welcome.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5

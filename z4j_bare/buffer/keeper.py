@@ -153,6 +153,10 @@ class Keeper:
         entry: LedgerEntry | None = self._run(_claim, key, self._seam.wall(), testament, self._others)
         return entry
 
+    def settle(self, key: str, result: bytes) -> None:
+        """Mark what was claimed under ``key`` as done; see ``IStore.settle``."""
+        self._run(_settle, key, result, self._seam.wall())
+
     def answer(self, key: str, result: bytes) -> None:
         """Mark a command done and store its answer for sending; see ``IStore.answer``."""
         self._run(_answer, key, result, self._seam.wall())
@@ -340,6 +344,10 @@ def _claim(store: Any, key: str, now: float, testament: bytes, others: Others | 
     elsewhere = others(store.path, key) if others is not None and store.durable else None
     found: LedgerEntry | None = elsewhere or store.claim(key, now, testament)
     return found
+
+
+def _settle(store: Any, key: str, result: bytes, now: float) -> None:
+    store.settle(key, result, now)
 
 
 def _answer(store: Any, key: str, result: bytes, now: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.errors import Z4JError
@@ -12,7 +13,9 @@ from z4j_core.errors import Z4JError
 from z4j_bare.buffer.rows import ELSEWHERE, RESULT
 from z4j_bare.dispatcher.answers import Answer, encoded, indeterminate
 from z4j_bare.dispatcher.command import Command
+from z4j_bare.dispatcher.once import Once, key_of
 from z4j_bare.dispatcher.pool import Pool
+from z4j_bare.dispatcher.schedules import SCHEDULE_ACTIONS
 from z4j_bare.dispatcher.table import ENGINE_ACTIONS, check, choose
 from z4j_bare.errors import AgentError, CommandError
 from z4j_bare.wire.frames import command_ack
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.counters import Counters
     from z4j_bare.loops.link import Link
+    from z4j_bare.schedules import Schedules
 
 logger = logging.getLogger("z4j.runtime.dispatcher")
 
@@ -39,6 +43,7 @@ class Dispatcher:
 
     :param keeper: its ledger says what has been begun and done, also by processes before this one.
     :param stored: called after each answer, to wake the sender.
+    :param schedules: the schedulers, if there are any.
     """
 
     def __init__(
@@ -49,8 +54,11 @@ class Dispatcher:
         seam: BaseConcurrency,
         counters: Counters,
         workers: int,
+        schedules: Schedules | None = None,
     ) -> None:
         self._hosts = hosts
+        self._schedules = schedules
+        self._once = Once(keeper, seam, lambda: self._ended)
         self._keeper = keeper
         self._stored = stored
         self._seam = seam
@@ -128,24 +136,42 @@ class Dispatcher:
             self._stored()
         return False
 
-    def _settle(self, command: Command, answer: Answer, host: EngineHost | None = None) -> None:
+    def _settle(self, command: Command, answer: Answer, host: EngineHost | Schedules | None = None) -> None:
         if not self._ended:
             self._keeper.answer(command.id, encoded(command, answer, host and host.redactor, self._seam.offload))
             self._stored()
             if answer.then is not None:
                 self._seam.spawn(answer.then, name="z4j-departure")
 
-    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | None]:
-        host: EngineHost | None = None
+    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | Schedules | None]:
+        host: EngineHost | Schedules | None = None
         try:
+            act = SCHEDULE_ACTIONS.get(command.action)
+            if act is not None and self._schedules is not None:
+                host = self._schedules
+                return self._effect(command, partial(act, command, self._schedules)), host
             action = ENGINE_ACTIONS.get(command.action)
             if action is None:
                 raise CommandError(f"{command.action} is not an action that this agent knows")
             host = choose(command, self._hosts, action)
             check(command, host, action)
-            return Answer.of(action.run(command, host, self._seconds(command))), host
+            return self._effect(command, partial(action.run, command, host)), host
         except Exception as error:
             return _failure(command, error), host
+
+    def _effect(self, command: Command, act: Callable[[float], Any]) -> Answer:
+        """Call ``act(seconds)``, once for an effect that has an id of its own."""
+        key = key_of(command)
+        if key is None:
+            return Answer.of(act(self._seconds(command)))
+        self._seconds(command)  # what must not begin must not be remembered as begun
+        return self._once.run(key, command, lambda: self._tried(command, act))
+
+    def _tried(self, command: Command, act: Callable[[float], Any]) -> Answer:
+        try:
+            return Answer.of(act(self._seconds(command)))
+        except Exception as error:
+            return _failure(command, error)
 
     def _seconds(self, command: Command) -> float:
         """Return the time that a command has, or raise ``CommandError`` when it must not begin any more."""

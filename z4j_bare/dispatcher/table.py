@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_core.models import CommandResult, DeadLetterPage
 
+from z4j_bare.dispatcher.schedules import fire
 from z4j_bare.errors import CommandError
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ ENGINE_ACTIONS: Mapping[str, Action] = {
     "add_consumer": Action(add_consumer, ("add_consumer",)),
     "cancel_consumer": Action(cancel_consumer, ("cancel_consumer",)),
     "rate_limit": Action(rate_limit, ("rate_limit",)),
+    "schedule.fire": Action(fire),
 }
 
 

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.rows import EVENT, POISON, RESULT
-from z4j_bare.errors import AgentError, FrameTooLargeError, PoisonError
+from z4j_bare.buffer.rows import EVENT, POISON, PROJECTION, RESULT
+from z4j_bare.errors import AgentError, BrokenStreamError, FrameTooLargeError, PoisonError
 from z4j_bare.loops.suspects import describe, part
 from z4j_bare.wire import policy
 from z4j_bare.wire.events import shrink
@@ -45,12 +45,18 @@ BUSY = 2
 #: Results sent in one turn, so that a flood of them cannot starve events.
 RESULTS = 50
 
+#: What overtakes events, in the order in which it was stored: the result of an order comes behind what it tells of.
+EXPRESS = (PROJECTION, RESULT)
+
 
 class SendLoop:
     """One per session: every row that is not confirmed is sent again in the next one, with the same id and time.
 
     A result has no ack of its own. The next ``event_batch``, empty if need be, is its receipt: the brain works through a
     connection in order, so that batch's ack says that the result has arrived too.
+
+    A frame of a schedule stream travels alone, because the brain acknowledges none that comes out of sequence. If it keeps
+    silent over one that it got twice, a row before it has been lost, and only a new session, with a new epoch, goes on.
 
     Rows that brought down two sessions (see ``suspects``) are tried apart: nothing else is on its way, and the brain has
     acknowledged an empty batch in this very session, so that what kills every session is not held against them.
@@ -67,13 +73,15 @@ class SendLoop:
         # In threads an ack may come between the two halves of whatever the sender does to the window.
         self._books = seam.lock()
         self._done: deque[int] = deque()
-        self._results: set[int] = set()
+        self._overtook: set[int] = set()
         self._more = False
         self._waiting = 0
         # What a transport that confirms is uploading, and what an upload failed with.
         self._uploading: Sequence[BufferEntry] = ()
         self._failure: AgentError | None = None
         self._proven = False
+        # Rows of schedule streams that were sent again for want of an ack.
+        self._doubted: set[int] = set()
         self._rewind()
 
     def run(self) -> None:
@@ -139,6 +147,8 @@ class SendLoop:
             self._window.reset()
         # The suspects on their way.
         self._apart: Sequence[BufferEntry] = ()
+        # Rows of schedule streams that are on their way.
+        self._told: set[int] = set()
         self._generation = self._keeper.generation
         self._after_event = 0
         self._after_result = 0
@@ -150,6 +160,9 @@ class SendLoop:
         with self._books:
             silent = self._window.silent(now)
         if silent:
+            if self._told & self._doubted:
+                raise BrokenStreamError("no ack for schedules: a new session tells them anew")
+            self._doubted = set(self._told)
             logger.warning("z4j: no ack for a long time; sending %d events again", self._window.events)
             self._rewind()
         if self._apart and self._window.frames:
@@ -158,13 +171,14 @@ class SendLoop:
         room = self._room(now)
         results, events, suspects = part(*self._fetch(room))
         for entry in results:
-            self._send_result(entry)
+            self._send_express(entry)
         self._send_events(events)
         if suspects:
             return self._try_apart(suspects)
         # With a full window nobody looked: then the next ack has to wake us.
         self._more = room == 0 or self._full(events, room) or len(results) == RESULTS
-        return self._more and self._room(now) > 0
+        # Of a schedule stream a frame or so is fetched at a time.
+        return any(row.kind == PROJECTION for row in results) or (self._more and self._room(now) > 0)
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
@@ -184,8 +198,8 @@ class SendLoop:
             self._prove()
             return self._confirms
         self._apart = suspects
-        if suspects[0].kind == RESULT:
-            self._send_result(suspects[0])
+        if suspects[0].kind in EXPRESS:
+            self._send_express(suspects[0])
             suspects = ()
         self._send_events(suspects)
         return self._confirms
@@ -211,24 +225,33 @@ class SendLoop:
 
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         confirmed = [self._done.popleft() for _ in range(len(self._done))]
-        next_results = (self._after_result, RESULTS, (RESULT,))
+        next_results = (self._after_result, RESULTS, EXPRESS)
         next_events = (self._after_event, self._most_events(room), (EVENT,))
         results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit, self._generation)
         if self._keeper.generation != self._generation:  # another file, other ids
             self._rewind()
             self._done.clear()
-            self._results.clear()
+            self._overtook.clear()
+            self._doubted.clear()
             return [], []
-        answered = self._results.intersection(confirmed)
-        self._results -= answered
-        self._counters.acked += len(confirmed) - len(answered)
+        self._told.difference_update(confirmed)
+        others = self._overtook.intersection(confirmed)
+        self._overtook -= others
+        self._counters.acked += len(confirmed) - len(others)
         return results, events
+
+    def _send_express(self, entry: BufferEntry) -> None:
+        if entry.kind == PROJECTION:
+            self._told.add(entry.id)
+            self._send_events((entry,))
+        else:
+            self._send_result(entry)
+        self._after_result = entry.id
+        self._overtook.add(entry.id)
 
     def _send_result(self, entry: BufferEntry) -> None:
         self._uploading = (entry,)
         self._counters.recut += self._link.send_some("command_result", entry.key, entry.payload, lighter_result)
-        self._after_result = entry.id
-        self._results.add(entry.id)
         if self._confirms:
             self._done.append(entry.id)
         else:
@@ -271,8 +294,8 @@ class SendLoop:
 
     def _note(self, events: Sequence[BufferEntry]) -> None:
         self._counters.frames += 1
-        self._counters.sent += len(events)
-        if events:
+        if events and events[-1].kind == EVENT:
+            self._counters.sent += len(events)
             self._after_event = events[-1].id
         self._counters.last_flush_at = self._seam.wall()
 

@@ -9,6 +9,7 @@ from itertools import islice
 from secrets import token_hex
 from typing import Any
 
+from z4j_core.schedule_external import EXTERNAL_SCHEDULE_RUNTIME_FEATURE
 from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.wire.canonical import canonical
@@ -27,7 +28,7 @@ MAX_KEY = 64
 #: Seconds; the brain's limit for an age, ten years. A clock that was wrong can make older rows.
 MAX_AGE = 315_360_000.0
 
-RUNTIME_FEATURES = ("retry_by_reference",)
+RUNTIME_FEATURES = ("retry_by_reference", EXTERNAL_SCHEDULE_RUNTIME_FEATURE)
 
 
 @dataclass(frozen=True, slots=True)

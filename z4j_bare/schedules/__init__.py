@@ -1,0 +1,7 @@
+"""What schedulers have planned: sequenced streams to the brain, and operators' orders back."""
+
+from __future__ import annotations
+
+from z4j_bare.schedules.streams import Schedules
+
+__all__ = ["Schedules"]
