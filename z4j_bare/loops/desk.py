@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket  # the C class, which nobody patches: its waits go through the seam
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -64,8 +65,6 @@ class Desk:
             self._listener.close()
 
     def _open(self) -> None:
-        import _socket
-
         self._files.append(control.write_pidfile(self._adapter))
         if not hasattr(_socket, "AF_UNIX"):
             raise OSError("this platform has no Unix sockets")
@@ -80,8 +79,6 @@ class Desk:
         self._listener = listener
 
     def _meet(self) -> None:
-        import _socket
-
         try:
             descriptor, _ = self._listener._accept()  # noqa: SLF001 - the C class has no other
         except OSError:  # closed, or the visitor has gone
