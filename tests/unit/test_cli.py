@@ -102,3 +102,35 @@ def test_settings_that_are_wrong(command, capsys, monkeypatch):
     assert (answer["ok"], answer["stage"]) == (False, "config")
     assert "Z4J_BUFFER_DIR" in answer["error"]
     assert "Z4J_HOME" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["z4j-bare", "do"], {"doctor"}),
+        (["z4j-bare", "status", "--wa"], {"--watch"}),
+        (["z4j-bare", "buffer", "fl"], {"flush"}),
+        (["z4j-bare", "buffer", "drop", "--y"], {"--yes"}),
+        (["z4j-bare", "run", "--concurrency", "g"], {"gevent"}),
+        (["z4j-bare", "--log-level", "DEBUG", "completion", ""], {"bash", "zsh", "fish", "-h", "--help"}),
+    ],
+)
+def test_completion_in_bash(capsys, typed, offered):
+    """Bash completes commands, their options and the values of those, as the parsers have them."""
+    assert main(["completion", "bash"]) == 0
+    words = " ".join(f"'{word}'" for word in typed)
+    script = capsys.readouterr().out + f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _z4j_bare; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    assert set(done.stdout.split()) == offered
+
+
+def test_completion_elsewhere(capsys):
+    """Zsh takes bash's script, fish has lines of its own for every command and option."""
+    assert main(["completion", "zsh"]) == 0
+    assert "bashcompinit" in capsys.readouterr().out
+    assert main(["completion", "fish"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("complete -c z4j-bare ") and line.count("'") % 2 == 0 for line in lines)
+    assert any("__fish_seen_subcommand_from buffer" in line and "-a flush" in line for line in lines)
+    assert any("-l watch" in line for line in lines)

@@ -69,7 +69,7 @@ def applied(monkeypatch, text, *words, mode=0o600, tmp_path=None, **environment)
         monkeypatch.setenv(f"Z4J_{name}", value)
     from z4j_bare.cli.main import build_parser
 
-    arguments = build_parser("z4j-bare", "run").parse_args(["run", "--config", str(path), *words])
+    arguments = build_parser("z4j-bare", ["run"]).parse_args(["run", "--config", str(path), *words])
     return configuration.apply(arguments)
 
 

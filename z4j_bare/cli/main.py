@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib import import_module
 
 from z4j_core.errors import ConfigError
@@ -23,6 +23,7 @@ COMMANDS = {
     "reload": ("z4j_bare.cli.restart", "the same as restart"),
     "buffer": ("z4j_bare.cli.buffer", "look at what dead processes have left, save it, send it or throw it away"),
     "demo": ("z4j_bare.demo.command", "see it all work: a real brain, a real worker, one scripted day"),
+    "completion": ("z4j_bare.cli.completion", "print what a shell needs to complete all this"),
     "version": ("z4j_bare.cli.version", "print the versions"),
 }
 
@@ -31,14 +32,14 @@ USAGE = 2
 INTERRUPTED = 130
 
 
-def build_parser(prog: str, wanted: str | None) -> argparse.ArgumentParser:
-    """Return the parser; only the ``wanted`` command's module is imported for its options."""
+def build_parser(prog: str, wanted: Container[str]) -> argparse.ArgumentParser:
+    """Return the parser; only the ``wanted`` commands' modules are imported for their options."""
     parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
     parser.add_argument("--log-level", choices=logs.LEVELS, help="what to log (default: INFO; Z4J_LOG_LEVEL)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name == wanted:
+        if name in wanted:
             found = import_module(module)
             found.add_arguments(sub)
             sub.epilog, sub.formatter_class = getattr(found, "EXAMPLES", None), argparse.RawDescriptionHelpFormatter
@@ -49,7 +50,7 @@ def build_parser(prog: str, wanted: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command and return the exit code: its own, 2 for a usage or configuration error."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(prog or "z4j-bare", next((word for word in words if word in COMMANDS), None))
+    parser = build_parser(prog or "z4j-bare", [word for word in words if word in COMMANDS][:1])
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
