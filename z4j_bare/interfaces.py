@@ -96,9 +96,6 @@ class IConcurrency(Interface):
     def load(module: str) -> Any:
         """Import and return a module that is large for one step: where that is safe, the import yields between files."""
 
-    def preload(*modules: str) -> None:
-        """Import now, on the host's time, what a task would :meth:`load` later, where a fork could cut that in two."""
-
     def close() -> None:
         """Give native helpers back. Tasks must have ended."""
 

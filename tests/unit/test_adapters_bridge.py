@@ -34,14 +34,6 @@ def test_contract(bridge):
     assert verifyObject(IBridge, bridge)
 
 
-def test_nothing_is_left_to_import_for_a_thread(seam, monkeypatch):
-    """Building a bridge has the seam see to every module that its first call or pump imports."""
-    seen = []
-    monkeypatch.setattr(seam, "preload", lambda *modules: seen.extend(modules))
-    Bridge(seam).stop()
-    assert {name.rpartition(".")[2] for name in seen} == {"hubloop", "pump", "calls"}
-
-
 def test_no_loop_for_calls_that_need_none(bridge):
     """Synchronous functions and await-free coroutines run without a loop being visible, or built."""
 

@@ -200,14 +200,6 @@ def test_locks_exclude(seam):
     assert set(most) == {1}
 
 
-def test_preload_imports_where_a_thread_would_do_it_later(seam, mode, tmp_path, monkeypatch):
-    """A thread that imports at the moment of a fork leaves the child a lock for ever; greenlets need no such care."""
-    (tmp_path / "preloaded_here.py").write_text("")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    seam.preload("preloaded_here")
-    assert (sys.modules.pop("preloaded_here", None) is not None) == (mode == "threads")
-
-
 def test_offload_returns_outcomes_as_values(seam):
     """A result comes back as a value and so does an error: an exception in a native thread would be printed or lost."""
     assert seam.offload(divmod, 7, 2) == (True, (3, 1))
@@ -404,6 +396,24 @@ def test_no_fork_in_the_middle_of_an_offloaded_call(seam, until):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     assert [child_of_a_busy_moment() for _ in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_no_fork_in_the_middle_of_an_import(seam, mode, until, tmp_path, monkeypatch):
+    """A module that a task of ours imports can be imported in a child that was forked meanwhile."""
+    if mode != "threads":
+        pytest.skip("the greenlet that imports is there in the child as well")
+    (tmp_path / "slow_here.py").write_text("import time\ntime.sleep(0.3)\nDONE = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = seam.spawn(import_module, "slow_here", name="importer")
+    until(lambda: "slow_here" in sys.modules)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(10)  # else it would wait for ever
+        os._exit(not import_module("slow_here").DONE)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert task.join(10)
+    del sys.modules["slow_here"]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -26,9 +26,6 @@ CALLERS = 8
 LONGEST_CALL = 3600.0
 #: Seconds that :meth:`Bridge.stop` waits for the loop to end.
 STOP_PATIENCE = 1.0
-#: What is imported at the first need.
-_HUBLOOP = "z4j_bare.adapters.hubloop"
-_LATE = (_HUBLOOP, "z4j_bare.adapters.pump", "z4j_bare.adapters.calls")
 
 
 @implementer(IBridge)
@@ -47,7 +44,6 @@ class Bridge:
         self._loop: HubLoop | None = None
         self._pumps: list[Pump] = []
         self._stopped = False
-        seam.preload(*_LATE)
 
     @property
     def restarts(self) -> int:
@@ -127,7 +123,7 @@ class Bridge:
             raise AgentError("called from a step of the adapters' loop, which would wait for itself")
 
     def _build(self) -> None:
-        hubloop = self._seam.load(_HUBLOOP)
+        hubloop = self._seam.load("z4j_bare.adapters.hubloop")
         with self._lock:
             if self._loop is None and not self._stopped:
                 loop = hubloop.HubLoop(self._seam)

@@ -150,9 +150,6 @@ class BaseConcurrency:
         """Import and return a module that is large for one step of a hub."""
         return import_module(module)
 
-    def preload(self, *modules: str) -> None:
-        """Do nothing: a greenlet that imports lives on in a forked child, where it gives up and lets go of the module."""
-
     def close(self) -> None:
         """Give native helpers back."""
 

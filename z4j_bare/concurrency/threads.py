@@ -6,17 +6,18 @@ import select
 import selectors
 import threading
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.fork import Gate
+from z4j_bare.concurrency.imports import Imports
 from z4j_bare.errors import NoMoreThreadsError
 from z4j_bare.interfaces import IConcurrency
 
 _gate = Gate(threading.Lock)
+_imports = Imports()
 
 
 @implementer(IConcurrency)
@@ -34,11 +35,6 @@ class ThreadsConcurrency(BaseConcurrency):
         """Return a new ``threading.Event``."""
         return threading.Event()
 
-    def preload(self, *modules: str) -> None:
-        """Import ``modules``: a thread that imports while its host forks leaves the child a lock that nobody opens."""
-        for module in modules:
-            import_module(module)
-
     def selector(self) -> selectors.BaseSelector:
         """Return the best selector of this platform."""
         return selectors.DefaultSelector()
@@ -48,7 +44,7 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         try:
-            threading.Thread(target=run, args=(task, *args), name=task.name, daemon=True).start()
+            threading.Thread(target=_imports.run, args=(run, task, *args), name=task.name, daemon=True).start()
         except RuntimeError as error:
             raise NoMoreThreadsError(f"task {task.name} cannot be started: {error}") from None
 
