@@ -34,7 +34,7 @@ def way_out(monkeypatch):
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
     clock, did = Clock(), []
     monkeypatch.setattr(departure, "leave_now", lambda: did.append("leave"))
-    monkeypatch.setattr(departure, "_last", SimpleNamespace(armed=False))
+    monkeypatch.setattr(departure, "end_with_failure", lambda: did.append("armed"))
     made = Departure("stub", {"w"}, lambda seconds: did.append(f"stop {seconds:g}"), clock, 30.0)
     clock.time += 61
     made.clock, made.did = clock, did
@@ -77,7 +77,7 @@ def test_a_worker_that_knows_no_signal(way_out, monkeypatch):
         "restarted_via": "self_exit", "worker_name": "w", "pid": os.getpid(), "supervisor": "Z4J_ORCHESTRATED=1", "exit_in_seconds": 35.0
     }  # fmt: skip
     leaving.then()
-    assert (way_out.did, way_out.clock.slept) == (["stop 5", "leave"], [])
+    assert (way_out.did, way_out.clock.slept) == (["armed", "stop 5", "leave"], [])
 
 
 @pytest.mark.parametrize(("engine", "number"), [("rq", signal.SIGTERM), ("huey", signal.SIGINT)])
@@ -87,7 +87,7 @@ def test_a_worker_that_finishes_at_a_signal(monkeypatch, way_out, engine, number
     monkeypatch.setattr(os, "kill", lambda pid, sent: way_out.did.append((pid, sent)))
     way_out._engine = engine
     way_out.order("w").then()
-    assert way_out.did == [(os.getpid(), number), "stop 5", "leave"]
+    assert way_out.did == ["armed", (os.getpid(), number), "stop 5", "leave"]
     assert way_out.clock.slept == [30.0]
 
 
@@ -138,6 +138,9 @@ class Engine:
 
 seam = build(sys.argv[1])
 peer = Peer(seam)
+import threading
+threading.Thread(target=lambda _: time.sleep(60), args=(departure.leave_now,), daemon=True).start()
+del departure  # whose globals, but not the module, are held beyond the interpreter's end
 ended = []
 if sys.argv[2] != "deaf":
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))

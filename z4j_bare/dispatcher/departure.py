@@ -88,7 +88,7 @@ class Departure:
 
     def _leave(self) -> None:
         """Have the worker finish by the signal that it knows, which stops the agent too; else end everything ourselves."""
-        _last.armed = True
+        end_with_failure()
         number = _GRACEFUL.get(self._engine, signal.SIGTERM)
         if is_caught(number):
             os.kill(os.getpid(), number)
@@ -99,19 +99,19 @@ class Departure:
 
 
 class _Last:
-    """Gives the process its exit code when the interpreter takes its modules apart, after all exit hooks of the host.
-
-    An ``atexit`` hook of ours that ended the process would skip those that were registered before it.
-    """
-
-    armed = False
+    """Gives the process its exit code when the interpreter takes ``sys`` apart, last but one of all modules."""
 
     def __del__(self, leave: Callable[[int], object] = os._exit, code: int = EXIT_CODE) -> None:
-        if self.armed:
-            leave(code)
+        leave(code)
 
 
-_last = _Last()
+def end_with_failure() -> None:
+    """Let the process end with :data:`EXIT_CODE`, however it ends, once all exit hooks of the host have run.
+
+    An ``atexit`` hook of ours that ended the process would skip those that were registered before it. A module of ours may
+    outlive the interpreter, held by a thread; ``sys`` does not.
+    """
+    sys._z4j_last = _Last()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def leave_now() -> None:
