@@ -24,6 +24,7 @@ from tests.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.buffer.opening import open_store
 from z4j_bare.buffer.rows import EVENT
+from z4j_bare.credentials import deployment_of
 from z4j_bare.transport import fallback, http, longpoll, websocket
 from z4j_bare.wire import policy
 from z4j_bare.wire.canonical import canonical_plain
@@ -323,7 +324,8 @@ def test_a_hundred_thousand_rows_of_a_dead_process(start, seam, until, monkeypat
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
     peer = (Peer if transport == "ws" else HttpPeer)(seam)
     runtime, load = start(peer.url, autostart=False)
-    left = open_store(tmp_path / "buffer.sqlite", deployment=runtime._build()._deployment())
+    deployment = deployment_of(runtime.config, runtime._build().secret())
+    left = open_store(tmp_path / "buffer.sqlite", deployment=deployment)
     for lot in rows():
         left.append(lot)
     left.close()
