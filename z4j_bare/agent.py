@@ -38,6 +38,7 @@ from z4j_bare.loops.flush import FlushLoop
 from z4j_bare.loops.heartbeat import HeartbeatLoop
 from z4j_bare.loops.receive import ReceiveLoop
 from z4j_bare.loops.registry import RegistryLoop
+from z4j_bare.loops.rivals import RivalsLoop
 from z4j_bare.loops.send import SendLoop
 from z4j_bare.loops.supervisor import Supervisor
 from z4j_bare.loops.watch import keep
@@ -146,6 +147,7 @@ class Agent:
             ("z4j-lateness", self.lateness.run),
             ("z4j-adopt", self._adopter.run),
             ("z4j-desk", self.desk.run),
+            ("z4j-rivals", RivalsLoop(self.describe, self.seam).run),
             ("z4j-registry", self.registry.run),
         ]
         if self.schedules.streams:

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests.peer import SECRET_TEXT, TOKEN, Peer
-from z4j_bare import control
 from z4j_bare.cli import adapters, configuration, logs, main
 from z4j_bare.cli import run as run_command
 from z4j_bare.cli.apps import load_app
@@ -274,17 +273,6 @@ def test_systemd_is_told(systemd, monkeypatch):
     assert systemd() == []
 
 
-def test_rivals_are_named(monkeypatch, caplog):
-    """An agent inside a worker, which reports it too, is warned of by pid and worker."""
-    monkeypatch.setenv("Z4J_PROJECT_ID", "p")
-    workers = {"celery": ["celery@a"]}
-    found = [{"adapter": "bare", "pid": 7, "project": "p", "workers": workers}, {"adapter": "bare", "pid": 8, "project": "q", "workers": workers}]
-    monkeypatch.setattr(control, "status", lambda: found)
-    run_command._name_rivals({"celery"})
-    (warning,) = caplog.records
-    assert "process 7 (bare) reports celery@a" in warning.getMessage()
-
-
 RUN = """
 import sys
 from tests.launch import patch
@@ -331,6 +319,8 @@ def test_a_whole_life(mode, until, standalone, systemd, number):
     """It connects, tells systemd, connects anew on SIGHUP, lets no second one in, and ends with a goodbye when told to."""
     process, peer = standalone(mode=mode), standalone.peer
     until(lambda: peer.frames("heartbeat"), seconds=40)
+    told = []
+    until(lambda: told.extend(systemd()) or any(line.startswith("STATUS=connected over ws") for line in told))
     second = standalone(mode=mode)
     until(lambda: second.poll() is not None)
     assert second.returncode == run_command.REFUSED
@@ -347,9 +337,7 @@ def test_a_whole_life(mode, until, standalone, systemd, number):
     lines = [json.loads(line) for line in said.splitlines()]
     assert any("connected over ws" in line["message"] for line in lines)
     assert TOKEN not in said
-    told = systemd()
-    assert (told[0], told[-1]) == ("READY=1", "STOPPING=1")
-    assert any(line.startswith("STATUS=connected over ws") for line in told)
+    assert (told[0], systemd()[-1]) == ("READY=1", "STOPPING=1")
 
 
 def test_two_by_wish_and_patched_by_flag(mode, until, standalone):

@@ -5,6 +5,8 @@ import json
 import os
 import socket
 import ssl
+import subprocess
+import sys
 from email.utils import formatdate
 from importlib import import_module
 from importlib.metadata import Distribution
@@ -374,3 +376,21 @@ def dist(folder, number):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: z4j-bare\nVersion: {number}\n")
     return Distribution.at(info)
+
+
+def test_an_application_that_patches_by_half(mode, tmp_path):
+    """``doctor --app`` imports it, and finds what it has left out: the real thing, in a process of its own."""
+    library = "eventlet" if mode == "eventlet" else "gevent"
+    patches = {
+        "gevent": "from gevent import monkey; monkey.patch_all(thread=False)",
+        "eventlet": "import eventlet; eventlet.monkey_patch(thread=False)",
+    }
+    (tmp_path / "half.py").write_text(f"{patches[library]}\napp = object()\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "z4j_bare", "doctor", "--json", "--app", "half:app", "--project-id", "p", "--token", "t"]
+    done = subprocess.run(
+        [*command, "--brain-url", "http://127.0.0.1:9"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    probes = {probe["name"]: probe for probe in json.loads(done.stdout)["probes"]}
+    assert probes["concurrency"]["details"]["cause"] == f"{library} has patched sockets but not threads"
+    assert library in probes["concurrency"]["details"]["fix"]

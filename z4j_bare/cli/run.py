@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -103,21 +103,11 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
     schedulers = wanted(arguments.scheduler, "Z4J_SCHEDULERS", file.schedulers)
     if not engines and not schedulers:
         engines = {"celery": {}}
-    found = adapters.build(adapters.ENGINES, engines, app), adapters.build(adapters.SCHEDULERS, schedulers, app)
-    _name_rivals({engine.name for engine in found[0]})
-    return install_agent(engines=found[0], schedulers=found[1], dev_mode=file.dev_mode)
-
-
-def _name_rivals(engines: set[str]) -> None:
-    """Warn of agents that run inside workers: what is read of those from the broker arrives twice."""
-    with suppress(OSError):
-        for agent in control.status():
-            workers = [name for engine in engines for name in agent.get("workers", {}).get(engine, ())]
-            if workers and agent.get("project") == os.environ.get("Z4J_PROJECT_ID"):
-                logger.warning(
-                    "z4j: process %d (%s) reports %s already, whose events will arrive twice: end one of the two agents",
-                    agent["pid"], agent["adapter"], ", ".join(workers),
-                )  # fmt: skip
+    return install_agent(
+        engines=adapters.build(adapters.ENGINES, engines, app),
+        schedulers=adapters.build(adapters.SCHEDULERS, schedulers, app),
+        dev_mode=file.dev_mode,
+    )
 
 
 def _serve(runtime: AgentRuntime, drain: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
+from z4j_bare.loops.rivals import workers_of
 
 EXAMPLES = """\
 examples:
@@ -184,11 +185,11 @@ def _key(agent: Agent) -> tuple[str, int]:
 
 
 def _reports(agent: Agent, worker: str | None) -> bool:
-    return worker is None or any(worker in names for names in agent.get("workers", {}).values())
+    return worker is None or worker in workers_of(agent)
 
 
 def _title(agent: Agent) -> str:
-    names = sorted({name for names in agent.get("workers", {}).values() for name in names})
+    names = sorted(workers_of(agent))
     if len(names) == 1:
         return str(names[0])
     return agent.get("agent_name") or (f"{agent['adapter']} ({len(names)} workers)" if names else agent["adapter"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from z4j_bare import control
 from z4j_bare.diagnostics.result import ProbeResult, passed, skipped, warned
+from z4j_bare.loops.rivals import workers_of
 
 Agent = dict[str, Any]
 
@@ -32,7 +33,7 @@ def doubled(agents: Sequence[Agent]) -> dict[str, list[int]]:
     """Return the workers that several agents report, with the pids of those."""
     reporters: dict[str, list[int]] = {}
     for agent in agents:
-        for worker in {name for names in agent.get("workers", {}).values() for name in names}:
+        for worker in workers_of(agent):
             reporters.setdefault(worker, []).append(agent["pid"])
     return {worker: pids for worker, pids in sorted(reporters.items()) if len(pids) > 1}
 
