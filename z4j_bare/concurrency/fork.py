@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 if not hasattr(os, "register_at_fork"):
-    raise ImportError("z4j-bare needs a POSIX system: forks, record locks. On Windows run the worker in WSL 2 or a container")
+    raise ImportError("z4j-bare needs a POSIX system (forks, record locks): on Windows use WSL 2 or a container")
 
 #: Longest time in seconds that a fork waits for a native thread of ours: a disk that hangs must not hold up the host.
 PATIENCE = 0.25
