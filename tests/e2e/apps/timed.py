@@ -1,0 +1,53 @@
+"""A host whose only adapter is a scheduler's: ``python timed.py MODE KIND``; it ends with SIGTERM."""
+
+# ruff: noqa: E402 - patching comes first
+
+import sys
+
+from tests.launch import patch
+
+patch(sys.argv[1])
+
+import os
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from z4j_bare import install_agent
+from z4j_bare.demo import broker
+
+HOME = Path(os.environ[broker.HOME])
+
+
+def mark(name):
+    (HOME / name).touch()
+
+
+def apscheduler():
+    """Jobs in memory, run by a thread or greenlet of APScheduler's own."""
+    from apscheduler.schedulers.background import BackgroundScheduler
+    from z4j_apscheduler import APSchedulerAdapter
+
+    scheduler = BackgroundScheduler(timezone="UTC")
+    scheduler.add_job(mark, "interval", hours=1, args=["triggered"], id="hourly", name="hourly")
+    scheduler.start()
+    return APSchedulerAdapter(scheduler=scheduler, tasks={"mark": mark})
+
+
+def rq():
+    """Jobs in Redis; nobody runs them."""
+    from redis import Redis
+    from rq_scheduler import Scheduler
+    from z4j_rqscheduler import RqSchedulerAdapter
+
+    scheduler = Scheduler(connection=Redis.from_url(os.environ[broker.BROKER]))
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    scheduler.schedule(soon, "os.getpid", interval=3600, id="hourly", repeat=None)
+    return RqSchedulerAdapter(scheduler=scheduler, managed=True, tasks={"os.getpid": os.getpid})
+
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+install_agent(engines=[], schedulers=[{"apscheduler": apscheduler, "rq": rq}[sys.argv[2]]()])
+while True:
+    time.sleep(0.1)
