@@ -48,7 +48,8 @@ def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
 
 def own_worker(engine: str, argv: Sequence[str] | None = None) -> str | None:
     """Return a name for the worker that this process is, of an engine whose events name none; ``None`` if it is none."""
-    words = list(sys.argv if argv is None else argv)[:3]
+    # taskiq takes its own name off sys.argv, and a child of multiprocessing has lost it elsewhere.
+    words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_NAMELESS.get(engine, ())):
         return None
     return f"{engine}@{platform.node()}-{os.getpid()}"

@@ -7,7 +7,7 @@ have ``KUBERNETES_SERVICE_HOST``. So each sign has to be borne out by where this
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,11 @@ _MOUNTS = {
 _INITS = frozenset({"tini", "dumb-init", "docker-init", "catatonit", "pause", "s6-svscan"})
 
 
+#: Programs whose worker processes are their children: those that start a new one, and those that end with it.
+_MANAGERS = frozenset({"taskiq", "gunicorn"})
+_MASTERS = frozenset({"dramatiq", "dramatiq-gevent"})
+
+
 @dataclass(frozen=True, slots=True)
 class OrchestratorDetection:
     """Whether somebody starts us again, and by what we know that."""
@@ -54,7 +59,7 @@ def detect_orchestrator(
     :param probe_filesystem: without it, only ``Z4J_ORCHESTRATED`` and pid 1 count.
 
     ``Z4J_ORCHESTRATED`` decides where it is set, the file ``/etc/z4j-orchestrated`` after it. Else it takes a container,
-    systemd or supervisord whose direct child this process is.
+    systemd or supervisord whose direct child this process is, or the master of this process.
     """
     env = os.environ if env is None else env
     wish = env.get("Z4J_ORCHESTRATED", "").strip().lower()
@@ -62,17 +67,10 @@ def detect_orchestrator(
         return OrchestratorDetection(False, f"Z4J_ORCHESTRATED={wish}")
     if wish in _YES:
         return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={wish}")
-    signs: list[Callable[[], str | None]] = [lambda: "pid 1" if (pid or os.getpid()) == 1 else None]
-    if probe_filesystem:
-        place = _Place(os.getpid() if pid is None else pid, env, root)
-        signs = [
-            lambda: f"/{MARKER}" if place.exists(MARKER) else None,
-            lambda: place.container(fs_marker_override),
-            place.systemd,
-            place.supervisord,
-            *signs,
-        ]
-    found = next(filter(None, (sign() for sign in signs)), None)
+    place = _Place(os.getpid() if pid is None else pid, env, root)
+    found = place.supervisor(fs_marker_override) if probe_filesystem else None
+    if found is None and place.pid == 1:
+        found = "pid 1"
     return OrchestratorDetection(found is not None, found)
 
 
@@ -80,15 +78,15 @@ class _Place:
     """Where a process stands, by ``/proc`` and what container engines leave."""
 
     def __init__(self, pid: int, env: Mapping[str, str], root: Path) -> None:
-        self._pid = pid
+        self.pid = pid
         self._env = env
         self._root = root
 
-    def exists(self, path: str) -> bool:
-        try:
-            return (self._root / path).exists()
-        except OSError:
-            return False
+    def supervisor(self, container: str | None) -> str | None:
+        """Return a label for whatever starts this process again, ``None`` where there is nothing."""
+        if self._exists(MARKER):
+            return f"/{MARKER}"
+        return self.container(container) or self.systemd() or self.supervisord() or self.master(container)
 
     def container(self, known: str | None) -> str | None:
         """Return a label when this is the process for which a container runs."""
@@ -99,18 +97,18 @@ class _Place:
             kind = "kubernetes"
         parent = self._parent()
         # Where a pod's containers share their pids, each one's first process has a parent that it cannot see.
-        first = self._pid == 1 or (parent == 0 and kind == "kubernetes")
+        first = self.pid == 1 or (parent == 0 and kind == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
-            return f"{kind}, pid {self._pid}"
+            return f"{kind}, pid {self.pid}"
         return None
 
     def systemd(self) -> str | None:
         """Return a label when systemd started this very process as a service, not a session's shell."""
-        unit = self._read(f"proc/{self._pid}/cgroup").rstrip().rpartition("/")[2]
+        unit = self._read(f"proc/{self.pid}/cgroup").rstrip().rpartition("/")[2]
         if not unit.endswith(".service") or not {"INVOCATION_ID", "NOTIFY_SOCKET"} & self._env.keys():
             return None
         by_systemd = self._read(f"proc/{self._parent()}/comm").strip() == "systemd"
-        return f"systemd, {unit}" if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self._pid) else None
+        return f"systemd, {unit}" if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self.pid) else None
 
     def supervisord(self) -> str | None:
         """Return a label when our parent is supervisord."""
@@ -120,10 +118,24 @@ class _Place:
             return None
         return f"supervisord, {self._env.get('SUPERVISOR_PROCESS_NAME', 'unnamed')}"
 
+    def master(self, container: str | None) -> str | None:
+        """Return a label when our parent minds its workers, or ends with them and has somebody who minds it."""
+        parent = self._parent()
+        names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
+        if kept := sorted(names & _MANAGERS):
+            return f"{kept[0]}, pid {parent}"
+        return _Place(parent, self._env, self._root).supervisor(container) if names & _MASTERS else None
+
+    def _exists(self, path: str) -> bool:
+        try:
+            return (self._root / path).exists()
+        except OSError:
+            return False
+
     def _engine(self) -> str | None:
         """Return which container engine runs us."""
         for path, engine in _FILES.items():
-            if self.exists(path):
+            if self._exists(path):
                 return engine
         for path, words in (("proc/self/cgroup", _CGROUPS), ("proc/1/cgroup", _CGROUPS), ("proc/self/mountinfo", _MOUNTS)):
             text = self._read(path)
@@ -135,7 +147,7 @@ class _Place:
     def _parent(self) -> int:
         """Return the parent's pid, -1 when it is not to be learned."""
         # The name in the second field may contain anything, brackets and spaces included.
-        fields = self._read(f"proc/{self._pid}/stat").rpartition(")")[2].split()
+        fields = self._read(f"proc/{self.pid}/stat").rpartition(")")[2].split()
         return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else -1
 
     def _read(self, path: str) -> str:

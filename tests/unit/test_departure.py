@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import z4j_bare
 from tests.unit.test_dispatcher import Commanded
 from z4j_bare.dispatcher import departure
 from z4j_bare.dispatcher.departure import EXIT_CODE, Departure, Leaving, is_caught
@@ -34,7 +36,7 @@ def way_out(monkeypatch):
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
     clock, did = Clock(), []
     monkeypatch.setattr(departure, "leave_now", lambda: did.append("leave"))
-    monkeypatch.setattr(departure, "end_with_failure", lambda: did.append("armed"))
+    monkeypatch.setattr(departure, "end_with_failure", lambda _: did.append("armed"))
     made = Departure("stub", {"w"}, lambda seconds: did.append(f"stop {seconds:g}"), clock, 30.0)
     clock.time += 61
     made.clock, made.did = clock, did
@@ -191,3 +193,28 @@ def test_a_process_ends(mode, kind):
     said = ["success", *(["busy"] if kind == "busy" else []), "worker.offline told", *own]
     assert (done.returncode, done.stdout.splitlines()) == (EXIT_CODE, said), done.stderr
     assert "Traceback" not in done.stderr
+
+
+CHILD = """
+import multiprocessing, sys
+from z4j_bare.dispatcher.departure import end_with_failure, leave_now
+
+def work():
+    end_with_failure(lambda: (print("finished", flush=True), leave_now()))
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+    child.start()
+    child.join()
+    print(child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_a_child_of_multiprocessing(way, tmp_path):
+    """Dramatiq's and taskiq's workers end without the interpreter's exit: the agent's end is the last of their hooks."""
+    (tmp_path / "master.py").write_text(CHILD)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "master.py"), way]
+    env = {**os.environ, "PYTHONPATH": str(Path(z4j_bare.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert done.stdout.split() == ["finished", str(EXIT_CODE)], done.stderr

@@ -80,6 +80,18 @@ def test_supervisord(tmp_path):
     assert not detect(machine(tmp_path / "b", 50, 40, proc__40__cmdline="bash\0"), 50, SUPERVISOR_ENABLED="1").detected
 
 
+def test_masters(tmp_path):
+    """A worker whose master starts a new one counts; one whose master ends with it does if somebody starts the master."""
+    taskiq = machine(tmp_path / "a", 50, 40, proc__40__cmdline="/usr/bin/python\0/usr/bin/taskiq\0worker\0shop:broker\0")
+    assert detect(taskiq, 50) == OrchestratorDetection(True, "taskiq, pid 40")
+    dramatiq = {"proc__40__cmdline": "/usr/bin/python\0/usr/bin/dramatiq\0shop\0"}
+    root = machine(tmp_path / "b", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30", proc__30__cmdline="supervisord\0")
+    assert detect(root, 50, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="d").signal == "supervisord, d"
+    assert not detect(machine(tmp_path / "c", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30"), 50).detected
+    inside = machine(tmp_path / "d", 8, 1, **{".dockerenv": ""}, proc__1__cmdline="dramatiq\0shop\0", proc__1__stat="1 (dramatiq) S 0")
+    assert detect(inside, 8).signal == "docker, pid 1"
+
+
 def test_what_the_operator_says_decides(tmp_path):
     """Z4J_ORCHESTRATED goes before everything, the marker file before what is found."""
     docker = machine(tmp_path, **{".dockerenv": "", "etc__z4j-orchestrated": ""})

@@ -30,6 +30,9 @@ MIN_UPTIME = 60.0
 #: Seconds for the agent's own end where nobody else brings it about.
 STOP = 5.0
 
+#: The priority of the last of multiprocessing's exit hooks.
+LAST = -1_000_000
+
 #: The signal at which an engine's worker finishes what it runs; huey takes SIGTERM for "at once".
 _GRACEFUL = {"huey": signal.SIGINT}
 
@@ -88,12 +91,15 @@ class Departure:
 
     def _leave(self) -> None:
         """Have the worker finish by the signal that it knows, which stops the agent too; else end everything ourselves."""
-        end_with_failure()
+        end_with_failure(self._finish)
         number = _GRACEFUL.get(self._engine, signal.SIGTERM)
         if is_caught(number):
             os.kill(os.getpid(), number)
             self._seam.sleep(self._grace)
             logger.warning("z4j: the worker has not ended within %g s; it ends now", self._grace)
+        self._finish()
+
+    def _finish(self) -> None:
         self._stop(STOP)
         leave_now()
 
@@ -105,12 +111,18 @@ class _Last:
         leave(code)
 
 
-def end_with_failure() -> None:
+def end_with_failure(finish: Callable[[], object]) -> None:
     """Let the process end with :data:`EXIT_CODE`, however it ends, once all exit hooks of the host have run.
+
+    A child of multiprocessing, such as Dramatiq's workers, has other hooks and never ends its interpreter: ``finish`` is
+    the last of those.
 
     An ``atexit`` hook of ours that ended the process would skip those that were registered before it. A module of ours may
     outlive the interpreter, held by a thread; ``sys`` does not.
     """
+    processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
+    if processes is not None and hooks is not None and processes.parent_process() is not None:
+        hooks.Finalize(None, finish, exitpriority=LAST)
     sys._z4j_last = _Last()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
