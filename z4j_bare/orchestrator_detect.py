@@ -31,7 +31,6 @@ _MOUNTS = {
 #: Programs that are pid 1 in a container for no more than to pass signals on; when their child ends, they do.
 _INITS = frozenset({"tini", "dumb-init", "docker-init", "catatonit", "pause", "s6-svscan"})
 
-
 #: Programs whose worker processes are their children: those that start a new one, and those that end with it.
 _MANAGERS = frozenset({"taskiq", "gunicorn"})
 _MASTERS = frozenset({"dramatiq", "dramatiq-gevent"})
