@@ -3,6 +3,7 @@
 import os
 import socket
 import ssl
+from contextlib import suppress
 from functools import partial
 
 
@@ -60,6 +61,8 @@ class Listener:
             return
         self.stopped = True
         self.hang_up()
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()  # so that whoever accepts looks at once
         for task in self._tasks:
             task.join(5)
         for sock in (*self.socks, self._listener):
