@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     patch(os.environ.get("Z4J_CONCURRENCY") or "auto")
     drain = _drain(arguments.drain)
     try:
-        with _place(alone=not arguments.allow_second):
-            _serve(_install(arguments, file), drain)
+        with _place(alone=not arguments.allow_second), _told_to_end() as ended:
+            _serve(_install(arguments, file), ended, drain)
     except _TakenError as error:
         print(f"z4j-bare: {error}", file=sys.stderr)
         return REFUSED
@@ -110,10 +110,20 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
     )
 
 
-def _serve(runtime: AgentRuntime, drain: float) -> None:
+@contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """Yield a list that SIGINT and SIGTERM are noted in, from before the agent starts: none may end it without a drain."""
     ended: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: ended.append(received))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda received, _frame: ended.append(received)) for number in numbers]
+    try:
+        yield ended
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _serve(runtime: AgentRuntime, ended: list[int], drain: float) -> None:
     control.install_sighup_handler(runtime)
     notifier = Notifier()
     notifier.ready()
