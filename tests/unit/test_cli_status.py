@@ -101,6 +101,17 @@ def test_watch(answers, capsys, monkeypatch):
     assert "▁▁█" in said
 
 
+@pytest.mark.parametrize("command", ["status", "restart"])
+def test_a_home_that_is_none(command, capsys, monkeypatch, tmp_path):
+    """A home that cannot be looked into is one line that names the setting."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("Z4J_HOME", str(tmp_path / "file" / "home"))
+    assert main([command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("z4j-bare: Z4J_HOME=")
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "x"])
 def test_bad_intervals(seconds):
     """An interval that is none is a usage error."""

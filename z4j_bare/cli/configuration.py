@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from z4j_core.models import Config
-from z4j_core.paths import reject_deprecated_path_env, z4j_home
+from z4j_core.paths import ensure_z4j_home, reject_deprecated_path_env, z4j_home
 
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.settings import Settings, load_settings
@@ -86,6 +86,18 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
 def home() -> Path:
     """Return the directory that agents keep their state in."""
     return z4j_home()
+
+
+def open_home() -> None:
+    """Make sure that agents can be looked for. Raises ``HostConfigurationError`` for a home that cannot be."""
+    try:
+        with os.scandir(ensure_z4j_home()):
+            pass
+    except OSError as error:
+        hint = "name the directory of the agents, and be their user"
+        raise HostConfigurationError(
+            f"Z4J_HOME={z4j_home()} cannot be used by uid {os.geteuid()} ({error.strerror}): {hint}"
+        ) from None
 
 
 def refuse_old_paths() -> None:

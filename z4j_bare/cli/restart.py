@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tell them and return the worst of the answers."""
     configuration.apply(arguments)
+    configuration.open_home()
     output = Output(machine=arguments.json)
     adapters = [arguments.adapter] if arguments.adapter else sorted({desk.adapter for desk in control.desks()}) or ["bare"]
     answers = {adapter: control.send_restart(adapter) for adapter in adapters}

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask, show, and return 0 if every agent is connected."""
     configuration.apply(arguments)
+    configuration.open_home()
     if arguments.quiet:
         return exit_code(ask(arguments))
     output = Output(machine=arguments.json)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.diagnostics import host, network
 from z4j_bare.diagnostics.agents import probe_agents
 from z4j_bare.diagnostics.remote import Remote, sequence
-from z4j_bare.diagnostics.result import ProbeResult, failed, skipped
+from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
+from z4j_bare.settings import Settings, load_settings
+from z4j_bare.transport.tls import tls_context
 
 if TYPE_CHECKING:
     from z4j_core.models import Config
-
-    from z4j_bare.settings import Settings
 
 Probe = Callable[[], ProbeResult]
 
@@ -41,7 +43,7 @@ def approach(config: Config, settings: Settings, *, websocket: bool = True) -> I
     """Yield the results for the way to the brain and the brain."""
     remote = None
     try:
-        remote = Remote(config, settings, _seam(settings))
+        remote = _remote(config, settings)
         steps = sequence(remote, websocket=websocket)
     except HostConfigurationError as error:
         # What is wrong with a setting is told once, as the first thing that would need it.
@@ -55,10 +57,10 @@ def approach(config: Config, settings: Settings, *, websocket: bool = True) -> I
 
 def run_all(config: Config) -> list[ProbeResult]:
     """Return the results up to the first failure, for the settings in the environment."""
-    from z4j_bare.settings import load_settings
-
-    settings, results = load_settings(), []
-    for result in (host.probe_buffer_path(config.buffer_path), *approach(config, settings)):
+    results = [host.probe_buffer_path(config.buffer_path)]
+    if not results[0].ok:
+        return results
+    for result in approach(config, load_settings()):
         results.append(result)
         if not result.ok:
             break
@@ -67,30 +69,28 @@ def run_all(config: Config) -> list[ProbeResult]:
 
 def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
     """Upgrade to WebSocket with the agent's token and have a message answered; nothing is stored, no command taken."""
-    from z4j_bare.settings import load_settings
-
     unverified = {"remote_connection_verified": False, "remote_authentication_verified": False}
     try:
-        settings = load_settings()
-        remote = Remote(config, settings, _seam(settings), timeout)
+        remote = _remote(config, load_settings(), timeout)
     except HostConfigurationError as error:
         return failed("websocket", str(error), "correct that setting", **unverified)
-    result = remote.websocket()
-    result.details.update({**unverified, **result.details})
-    result.details["remote_authentication_verified"] = result.verdict == "OK"
-    return result
+    with closing(remote):
+        result = remote.websocket()
+    details = {**unverified, **result.details, "remote_authentication_verified": result.verdict == OK}
+    return replace(result, details=details)
 
 
-def _seam(settings: Settings) -> Any:
-    return build(choose(settings.concurrency, detect()))
+def _remote(config: Config, settings: Settings, timeout: float = 5.0) -> Remote:
+    return Remote(config, settings, build(choose(settings.concurrency, detect())), timeout)
 
 
 def _healthy(config: Config, settings: Settings) -> ProbeResult:
     try:
-        remote = Remote(config, settings, _seam(settings))
+        remote = _remote(config, settings)
     except HostConfigurationError as error:
         return failed("http", str(error), "correct that setting")
-    return remote.health()
+    with closing(remote):
+        return remote.health()
 
 
 def _way(config: Config, settings: Settings) -> list[tuple[str, str, Probe]]:
@@ -103,8 +103,6 @@ def _way(config: Config, settings: Settings) -> list[tuple[str, str, Probe]]:
 
 
 def _tls(url: str, settings: Settings) -> ProbeResult:
-    from z4j_bare.transport.tls import tls_context
-
     if network.target_of(url).scheme != "https":
         return network.probe_tls(url)
     try:

@@ -71,6 +71,7 @@ class Remote:
         """Release what is open."""
         if self._line is not None:
             self._line.close()
+        self._seam.close()
 
     def health(self) -> ProbeResult:
         """Ask the brain's health route."""
