@@ -215,6 +215,7 @@ def test_what_is_not_sent_stays(home, front, capsys):
     said = capsys.readouterr().out
     assert "larger than the brain takes" in said
     assert "another deployment" in said
+    assert "goes on with their stream" in said
     assert all(path.exists() for path in (large, other, foreign))
     fine = leave(home, "fine", deployment=ours())
     front.http.token = "another"
