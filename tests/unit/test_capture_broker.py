@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from celery import Celery
 from kombu import Producer
+from kombu.utils import eventio
 
 from z4j_bare.capture import broker
 from z4j_bare.capture.broker import LAST, LONGEST, SILENCE, TURN, BrokerStream
@@ -267,3 +268,16 @@ def test_a_child_leaves_the_parent_s_connection_alone(world, monkeypatch):
     assert world.app.released == 0
     assert not world.stream._over.is_set()
     assert world.stream.failures == 0
+
+
+def test_a_process_that_was_patched_too_late(seam, mode, until, monkeypatch, caplog):
+    """Where kombu was imported before the patching, its wait would hold up the hub: the broker is left alone and a warning says why."""
+    asked = []
+    app = SimpleNamespace(connection_for_read=lambda **_: asked.append(1))
+    monkeypatch.setattr(eventio, "_selectf", lambda: None)
+    stopping = seam.event()
+    task = seam.spawn(BrokerStream(app, None, None, seam).run, stopping, name="late")
+    until(lambda: asked or "patched after it had imported kombu" in caplog.text)
+    stopping.set()
+    assert task.join(10)
+    assert bool(asked) == (mode == "threads")

@@ -7,6 +7,7 @@ agent, a web process, a script.
 from __future__ import annotations
 
 import logging
+import select
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,15 @@ SLICE = 0.002
 
 TASK = "z4j-celery-events"
 
+_HUBS = frozenset({"gevent", "eventlet"})
+
+
+def patched_late() -> bool:
+    """Whether kombu waits in the ``select`` of before the patching; it also remembers that there was none."""
+    from kombu.utils import eventio
+
+    return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
+
 
 class BrokerStream:
     """Reads the event exchange of a Celery app and hands each event to ``take``.
@@ -68,6 +78,13 @@ class BrokerStream:
 
     def run(self, stopping: Any) -> None:
         """Read until ``stopping`` is set, and then what has been sent up to then. A lost broker is waited for."""
+        if self._seam.name in _HUBS and patched_late():
+            logger.warning(
+                "z4j: this process was patched after it had imported kombu, whose waits would hold up the hub: nothing is"
+                " read from the broker. Patch first, for a preloaded application in gunicorn's configuration file"
+            )
+            self._seam.pause(stopping)
+            return
         self._over.clear()
         try:
             while not stopping.is_set():
