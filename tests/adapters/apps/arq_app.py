@@ -1,0 +1,49 @@
+"""arq: ``arq arq_app.WorkerSettings``."""
+
+import asyncio
+import os
+
+import chores
+from arq import create_pool, func
+from arq.connections import RedisSettings
+from z4j_arq import ArqEngineAdapter
+from z4j_arq.events import attach_to_worker_settings
+
+from z4j_bare import install_agent
+
+settings = RedisSettings.from_dsn(os.environ["REDIS_URL"])
+
+
+def task(chore):
+    """Return a chore as arq calls it, with a context before its arguments."""
+
+    async def run(_context, *args):
+        return await chore(*args)
+
+    return func(run, name=chore.__name__.removesuffix("_async"), max_tries=1)
+
+
+class WorkerSettings:
+    functions = [task(each) for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)]  # noqa: RUF012
+    redis_settings = settings
+    allow_abort_jobs = True
+    poll_delay = 0.05
+    keep_result = 60
+    job_completion_wait = 10  # what makes a SIGTERM a graceful one
+
+
+adapter = ArqEngineAdapter(redis_settings=settings, function_names=["add", "fails", "waits", "looks"])
+attach_to_worker_settings(WorkerSettings, adapter=adapter)
+
+
+def send(name, args):
+    async def enqueue():
+        pool = await create_pool(settings)
+        job = await pool.enqueue_job(name, *args)
+        await pool.aclose()
+        return job.job_id
+
+    return asyncio.run(enqueue())
+
+
+install_agent(engines=[adapter])

@@ -1,0 +1,26 @@
+"""Settings and views of a Django site in one module."""
+
+import chores
+from django.http import JsonResponse
+from django.urls import path
+
+SECRET_KEY = "none"
+ALLOWED_HOSTS = ["*"]
+INSTALLED_APPS = ["z4j_django"]
+ROOT_URLCONF = "django_app"
+USE_TZ = True
+CELERY_APP = "web_tasks:app"
+
+
+def add(request, x, y):
+    from web_tasks import add as task
+
+    return JsonResponse({"id": task.apply((x, y)).id})
+
+
+def look(request):
+    chores.looks(1.0)
+    return JsonResponse({})
+
+
+urlpatterns = [path("add/<int:x>/<int:y>", add), path("look", look)]

@@ -1,0 +1,23 @@
+"""Dramatiq, with threads and with dramatiq-gevent."""
+
+import os
+
+import chores
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from z4j_dramatiq import DramatiqEngineAdapter
+
+from z4j_bare import install_agent
+
+broker = RedisBroker(url=os.environ["REDIS_URL"])
+dramatiq.set_broker(broker)
+
+for task in (chores.add, chores.fails, chores.waits, chores.looks):
+    dramatiq.actor(task, actor_name=task.__name__, max_retries=0)
+
+
+def send(name, args):
+    return broker.get_actor(name).send(*args).message_id
+
+
+install_agent(engines=[DramatiqEngineAdapter(broker=broker)])

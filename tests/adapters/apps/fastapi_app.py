@@ -1,0 +1,20 @@
+"""A FastAPI site."""
+
+import chores
+from fastapi import FastAPI
+from web_tasks import add as task
+from web_tasks import app as celery_app
+from z4j_fastapi import z4j_lifespan
+
+app = FastAPI(lifespan=z4j_lifespan(celery_app=celery_app))
+
+
+@app.get("/add/{x}/{y}")
+def add(x: int, y: int):
+    return {"id": task.apply((x, y)).id}
+
+
+@app.get("/look")
+async def look():
+    await chores.looks_async(1.0)
+    return {}

@@ -1,0 +1,25 @@
+"""Huey with thread, greenlet and process workers."""
+
+import os
+
+import chores
+from huey import RedisHuey
+from z4j_huey import HueyEngineAdapter
+
+from z4j_bare import install_agent, post_fork
+
+huey = RedisHuey("matrix", url=os.environ["REDIS_URL"])
+tasks = {task.__name__: huey.task(name=task.__name__)(task) for task in (chores.add, chores.fails, chores.waits, chores.looks)}
+
+
+@huey.on_startup()
+def start_agent():
+    """Give a process worker an agent of its own; does nothing in the consumer's own process."""
+    post_fork()
+
+
+def send(name, args):
+    return tasks[name](*args).id
+
+
+install_agent(engines=[HueyEngineAdapter(huey=huey)])

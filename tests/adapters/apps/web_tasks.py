@@ -1,0 +1,14 @@
+"""A Celery app as a web process has it: it sends tasks, and runs some itself."""
+
+import os
+
+import chores
+from celery import Celery
+
+app = Celery("web", broker=os.environ["REDIS_URL"])
+app.conf.broker_connection_retry_on_startup = True
+
+
+@app.task(name="add")
+def add(x, y):
+    return chores.add(x, y)

@@ -1,0 +1,168 @@
+"""rq, dramatiq, huey, arq and taskiq: their workers with the published adapters, unmodified, on this package."""
+
+import os
+import signal
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from tests.adapters.stage import Stage
+from z4j_bare.demo.process import until
+
+pytestmark = pytest.mark.timeout(180)
+
+HUEY = ("huey_consumer", "-w", "2")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker of one queue.
+
+    :param command: console script and words; the agent comes in with ``app``, the module that the words name.
+    :param slots: how many tasks it runs at a time.
+    :param agents: how many of its processes have an agent.
+    :param ending: the signal that asks it to finish what it does and leave.
+    """
+
+    engine: str
+    title: str
+    app: str
+    command: tuple[str, ...]
+    slots: int = 1
+    agents: int = 1
+    ending: int = signal.SIGTERM
+
+    @property
+    def row(self):
+        return f"z4j-{self.engine}", self.title, self.engine
+
+    def called(self, chore):
+        """Return a task's name: RQ has no other than the function's path."""
+        return f"chores.{chore}" if self.engine == "rq" else chore
+
+
+WORKERS = [
+    Worker("rq", "Worker, forking", "rq_app", ("rq", "worker", "-c", "rq_app", "--name", "w1")),
+    Worker("rq", "SimpleWorker", "rq_app", ("rq", "worker", "-c", "rq_app", "--worker-class", "rq.SimpleWorker")),
+    Worker("dramatiq", "dramatiq, threads", "dramatiq_app", ("dramatiq", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
+    Worker("dramatiq", "dramatiq-gevent", "dramatiq_app", ("dramatiq-gevent", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
+    Worker("huey", "thread workers", "huey_app", (*HUEY, "huey_app.huey"), slots=2, ending=signal.SIGINT),
+    Worker(
+        "huey", "greenlet workers", "huey_gevent_app", (*HUEY, "-k", "greenlet", "huey_gevent_app.huey"),
+        slots=2, ending=signal.SIGINT,
+    ),
+    Worker(
+        "huey", "process workers, `post_fork()`", "huey_app", (*HUEY, "-k", "process", "huey_app.huey"),
+        slots=2, agents=3, ending=signal.SIGINT,
+    ),
+    Worker("arq", "arq", "arq_app", ("arq", "arq_app.WorkerSettings"), slots=10),
+    Worker("taskiq", "taskiq worker", "taskiq_app", ("taskiq", "worker", "-w", "1", "taskiq_app:broker"), slots=10),
+]  # fmt: skip
+
+
+def rows():
+    """One of them is quick and needs little: it is part of CI."""
+    for each in WORKERS:
+        marks = () if each.title == "SimpleWorker" else pytest.mark.long
+        yield pytest.param(each, id=f"{each.engine}-{each.title.split()[0].strip(',')}", marks=marks)
+
+
+@pytest.fixture(scope="module", params=rows())
+def worker(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stage(worker, brain, redis_url, tmp_path_factory):
+    """The worker, running, with a session of every agent in it."""
+    with Stage(brain, redis_url, tmp_path_factory.mktemp(worker.engine), worker.app, worker.engine) as here:
+        here.host = here.start(*worker.command, processes=worker.agents)
+        yield here
+
+
+def test_events_reach_the_brain(worker, stage, prove):
+    """A task that ends well and one that fails have rows with name and state, and their lives as events."""
+    good, bad = stage.send(("add", 1, 2), ("fails", "broken"))
+    ended, failed = stage.row(good, "success"), stage.row(bad, "failure")
+    assert (ended["name"], failed["name"]) == (worker.called("add"), worker.called("fails"))
+    kinds = stage.kinds(good) | stage.kinds(bad)
+    assert {"task.started", "task.succeeded", "task.failed"} <= kinds
+    if worker.engine != "arq":  # whose adapter says nothing of errors
+        assert "broken" in failed["exception"]
+    prove(worker.row, "events", ", ".join(sorted(kind.removeprefix("task.") for kind in kinds)))
+
+
+def test_a_submitted_task_runs_and_no_loop_shows(worker, stage, prove):
+    """What an operator submits runs; a task that looks on all the while sees no loop but its host's own."""
+    stage.send(("looks", 2.0))
+    row = stage.submit(worker.called("add"), 30, 12)
+    assert row["status"] == "completed", row["error"]
+    until(lambda: [line for line in stage.did("add") if line["x"] == 30], "the submitted task", timeout=20)
+    stage.row(row["result"]["task_id"], "success")
+    until(lambda: stage.did("looks"), "the end of the looking", timeout=20)
+    looked = stage.did("looks")[-1]
+    assert (looked["seen"], looked["own"]) == (0, "ran")
+    assert looked["glances"] > 100
+    prove(worker.row, "loop visible to tasks", "never")
+    prove(worker.row, "command", "`submit_task`")
+
+
+def cancelled(worker, stage):
+    """Cancel a task that waits for a free slot."""
+    *busy, doomed = stage.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
+    until(lambda: len(stage.did("waits")) >= worker.slots, "a busy worker", timeout=20)
+    row = stage.command("cancel-task", task_id=doomed)
+    assert row["status"] == "completed", row["error"]
+    for task_id in busy:
+        stage.row(task_id, "success")
+    stage.row(*stage.send(("add", 50, 0)), "success")
+    assert {40, 50} & {line["x"] for line in stage.did("add")} == {50}
+
+
+def aborted(worker, stage):
+    """Cancel a task that runs."""
+    (doomed,) = stage.send(("waits", 60.0))
+    until(lambda: stage.did("waits"), "the running task", timeout=20)
+    row = stage.command("cancel-task", task_id=doomed)
+    assert row["status"] == "completed", row["error"]
+    stage.row(doomed, "failure")
+    assert not stage.did("waited")
+
+
+def retried(worker, stage):
+    """Run a task again, with the operator's own arguments."""
+    (task_id,) = stage.send(("fails", "once"))
+    stage.row(task_id, "failure")
+    row = stage.command("retry-task", task_id=task_id, override_args=["twice"], override_kwargs={})
+    assert row["status"] == "completed", row["error"]
+    assert "twice" in until(partial(exception_with, stage, "twice"), "the retried task", timeout=20)
+
+
+def exception_with(stage, text):
+    rows = stage.brain.tasks(stage.project, state="failure")
+    return next((row["exception"] for row in rows if text in (row["exception"] or "")), None)
+
+
+CONTROLS = {"rq": cancelled, "huey": cancelled, "arq": aborted, "dramatiq": retried}
+
+
+def test_a_control_takes_effect(worker, stage, prove):
+    """An operator's cancellation, or retry where the queue knows no other control, changes what the worker does."""
+    control = CONTROLS.get(worker.engine)
+    if control is None:
+        pytest.skip("its adapter offers nothing but submit_task")
+    control(worker, stage)
+    prove(worker.row, "command", f"`submit_task`, `{'retry_task' if control is retried else 'cancel_task'}`")
+
+
+def test_a_stop_loses_nothing(worker, stage, prove):
+    """Asked to leave in the middle of many tasks, the worker ends with 0, and what had run is in the brain or, while that is busy, on disk."""
+    before = len(stage.did("add"))
+    ids = stage.send(*[("add", number, 1) for number in range(60)])
+    until(lambda: len(stage.did("add")) > before + 15, "a few tasks", timeout=20)
+    os.kill(stage.host.pid, worker.ending)
+    until(lambda: not stage.host.running, "the worker's end", timeout=30)
+    assert stage.host.exit_code == 0
+    assert stage.told(ids) + stage.left() >= len(stage.did("add")) - before
+    prove(worker.row, "clean stop", f"{signal.Signals(worker.ending).name}, exit code 0, nothing lost")
