@@ -6,13 +6,20 @@ can be imported before a process is patched.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare._process_singleton import post_fork
 from z4j_bare.framework import BareFrameworkAdapter
 from z4j_bare.install import install_agent
 from z4j_bare.runtime import AgentRuntime, RuntimeState
 from z4j_bare.safety import safe_boundary, safe_call
+
+if TYPE_CHECKING:
+    from z4j_bare.buffer.rows import BufferEntry
+    from z4j_bare.buffer.store import BufferStore
+    from z4j_bare.native_schedules import NativeScheduleControl
+
+    __version__: str
 
 __all__ = [
     "AgentRuntime",
