@@ -35,28 +35,24 @@ def supervised(request, brain, agent_credentials, tmp_path):
 
 
 def test_restart(supervised, brain):
-    """The worker finishes, tells everything, ends and comes back as another process; before its time it refuses to."""
+    """The worker finishes, tells everything, ends and comes back as another process."""
     service = supervised()
     agent = supervised.agent
-
-    def restart():
-        issued = brain.issue(agent.project, "restart-worker", agent_id=agent.agent_id, worker_name=WORKER, engine="stub")
-        return brain.wait_command(agent.project, issued["id"])
 
     def pids():
         return {row["pid"] for row in brain.agent_workers(agent.project) if row["state"] == "online"}
 
     (first,) = pids()
-    early = restart()
-    assert early["status"] == "failed"
-    assert "it may be restarted after 3 s" in early["error"]
-    row = until(lambda: row if (row := restart())["status"] == "completed" else None, "the restart", timeout=30, interval=1)
+    issued = brain.issue(agent.project, "restart-worker", agent_id=agent.agent_id, worker_name=WORKER, engine="stub")
+    row = brain.wait_command(agent.project, issued["id"])
+    assert row["status"] == "completed", row["error"]
     assert (row["result"]["pid"], row["result"]["supervisor"]) == (first, "supervisord, worker")
     (second,) = until(lambda: found if (found := pids()) and first not in found else None, "the next process", timeout=40)
     assert second != first
     task = until(lambda: brain.task(agent.project, "stub", "last"), "what the first process did last", timeout=20)
     assert task["state"] == "success"
-    assert not list(service.cwd.glob(f"home/z4j-green-{first}-*")), "worker.offline, which came last, is acknowledged too"
+    # worker.offline came last. Where the brain was too slow for the budget of the end, the next process delivers it.
+    until(lambda: not list(service.cwd.glob(f"home/z4j-green-{first}-*")), "the end of the first one's store", timeout=75)
     assert f"supervisor: {first} ended with 75" in service.output()
 
 
