@@ -26,7 +26,9 @@ from z4j_bare import install_agent
 class Engine:
     name = "stub"
     def capabilities(self):
-        return {"cancel_task"}
+        return {"cancel_task", "submit_task"}
+    async def submit_task(self, name, **_options):
+        return await self.cancel_task(name)
     async def cancel_task(self, task_id):
         with open(diary, "a") as file:
             file.write(task_id + "\\n")
@@ -98,6 +100,27 @@ def test_killed_between_started_and_done(peer, agent, diary, until):
         assert "the agent ended before the command did" in answer.error
     assert answers
     assert diary.read_text() == "t-1\nt-2\n"
+
+
+def test_a_fire_is_not_repeated_after_a_kill(peer, agent, diary, until):
+    """After a SIGKILL in the middle of a fire neither its command nor another one enqueues it again; both outcomes are unknown."""
+    fire = {"task_name": "t-1", "fire_id": "f-1", "args": [], "kwargs": {}}
+    first = agent("hang")
+    began = peer.last.command("schedule.fire", fire)
+    until(lambda: diary.read_text() == "t-1\n")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    agent("quick")
+    again = peer.last.command("schedule.fire", fire)
+    other = peer.last.command("schedule.fire", {**fire, "task_name": "t-2", "fire_id": "f-2"})
+    until(lambda: {began, again, other} <= {frame.id for frame in peer.frames("command_result")})
+    answers = {frame.id: frame.payload for frame in peer.frames("command_result")}
+    for identity in (began, again):
+        assert answers[identity].status == "failed"
+        assert answers[identity].result == {"indeterminate": True, "operation": "schedule.fire"}
+    assert answers[other].result == {"task": "t-2"}
+    assert diary.read_text() == "t-1\nt-2\n"
+    assert peer.mishaps == []
 
 
 def test_the_ledger_survives_a_clean_stop(peer, agent, diary, until):
