@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.peer import SECRET_TEXT, TOKEN, Peer
+from tests.peer import SECRET_TEXT, TOKEN, Peer, PeerSession
 from tests.streams import KEY, StreamBrain, StubScheduler, schedule
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.loops import receive, send
@@ -103,7 +103,7 @@ def test_the_life_of_a_stream(runtime, peer, scheduler, until):
 
 def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
     """What the old session did not take is not held against the new one, which begins with a whole snapshot."""
-    until(lambda: told(peer) == ["activation"])
+    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
     peer.acks = "none"
     scheduler.sink("updated", None)
     until(lambda: len(told(peer)) == 2)
@@ -114,6 +114,19 @@ def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
     until(lambda: runtime.buffer_size() == 0)
     assert peer.brain.ignored >= 1
     assert peer.mishaps == []
+
+
+def test_a_session_without_an_epoch(runtime, peer, scheduler, until):
+    """A session in which the brain does not ask for the schedules hears nothing of them, whatever the one before was told."""
+    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
+    peer.greet = PeerSession.welcome
+    peer.last.drop()
+    until(lambda: len(peer.sessions) >= 2 and peer.last and peer.last.frames)
+    scheduler.sink("updated", None)
+    identity = peer.last.command("schedule.resync")
+    assert until(lambda: answer(peer, identity)).result["schedulers_drained"] == 0
+    until(lambda: runtime.buffer_size() == 0)
+    assert told(peer) == ["activation"]
 
 
 def test_stopping_unhooks_the_scheduler(runtime, peer, scheduler, until):
