@@ -133,14 +133,16 @@ def test_an_engine_that_fails(loop, until, caplog):
     until(lambda: session.names("added") == ["a"])
 
 
-def test_development(loop, until, monkeypatch, tmp_path, seam):
+def test_development(loop, until, monkeypatch, tmp_path):
     """With dev_mode a tasks.py that changes is looked at again, in the framework's directories."""
+    looks, look = [], watcher._look
     monkeypatch.setattr(watcher, "LOOK", 0.02)
+    monkeypatch.setattr(watcher, "_look", lambda *args: looks.append(1) or look(*args))
     engine, session = Engine("a"), Session()
     loop(engine, session, dev=True, paths=[tmp_path])
     until(lambda: session.deltas)
     assert tmp_path in engine.hints[0].app_paths
-    seam.sleep(0.2)
+    until(lambda: len(looks) > 1)
     engine.tasks["b"] = None
     (tmp_path / "tasks.py").write_text("b = 1")
     until(lambda: session.names("added") == ["a", "b"])
