@@ -10,7 +10,7 @@ import sys
 from z4j_bare.demo.process import HarnessError
 
 #: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is its help.
-NAMES = ("host", "hot", "ingest", "burst", "crash", "soak")
+NAMES = ("host", "hot", "ingest", "burst", "crash", "soak", "parity")
 
 
 def main() -> int:
