@@ -227,6 +227,16 @@ def test_the_byte_cap_holds_at_every_step(make):
     assert len(kept) * 5000 > MIB // 2
 
 
+def test_suspects_do_not_grow_the_log(make):
+    """To count a large row's deaths again and again takes no more room than the cap allows."""
+    store = make(max_bytes=MIB)
+    store.append([(EVENT, "t", bytes(250_000))])
+    for _ in range(12):
+        store.increment_attempts([1])
+        assert store.stats().bytes <= MIB
+    assert [entry.attempts for entry in store.drain(0, 1, MIB, (EVENT,))] == [12]
+
+
 def test_the_byte_cap_spares_small_rows(make):
     """Rows of no bytes at all are not swept out by the thousand when little room is needed."""
     store = make(max_bytes=MIB)

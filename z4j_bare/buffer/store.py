@@ -187,6 +187,7 @@ class BufferStore:
         with transaction(self._connection):
             self._connection.executemany(queries.ATTEMPT, ranges(ids))
         self._tail.restart(self._books.next_id)
+        self._shorten()  # a number changed, and the log holds the whole row once more
 
     @storage_call
     def stats(self) -> BufferStats:
