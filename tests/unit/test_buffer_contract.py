@@ -228,9 +228,9 @@ def test_the_byte_cap_holds_at_every_step(make):
 
 
 def test_suspects_do_not_grow_the_log(make):
-    """To count a large row's deaths again and again takes no more room than the cap allows."""
+    """To count a large row's deaths again and again in a store that is nearly full takes no more room than the cap allows."""
     store = make(max_bytes=MIB)
-    store.append([(EVENT, "t", bytes(250_000))])
+    store.append([(EVENT, "t", bytes(size)) for size in (250_000, 250_000, 250_000, 100_000)])
     for _ in range(12):
         store.increment_attempts([1])
         assert store.stats().bytes <= MIB
