@@ -1,0 +1,35 @@
+"""arq's worker with a cron job that operators may change: its adapter wants the worker itself."""
+
+import os
+
+import chores
+from arq import cron, func
+from arq.connections import RedisSettings
+from arq.worker import Worker
+from z4j_arqcron import ArqCronAdapter
+
+from z4j_bare import NativeScheduleControl, install_agent
+
+
+async def nightly(_context):
+    chores.note("nightly")
+
+
+async def add(_context, x, y):
+    return await chores.add_async(x, y)
+
+
+def main():
+    worker = Worker(
+        functions=[func(add, name="add"), func(nightly, name="nightly")],
+        cron_jobs=[cron(nightly, name="nightly", hour=3, minute=0, second=0)],
+        redis_settings=RedisSettings.from_dsn(os.environ["REDIS_URL"]),
+        poll_delay=0.05,
+    )
+    control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "arq-schedules.sqlite"))
+    install_agent(engines=[], schedulers=[ArqCronAdapter(worker=worker, control=control)])
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Huey's consumer with a periodic task that operators may change: ``huey_consumer huey_periodic_app.huey``."""
+
+import os
+
+import chores
+from huey import RedisHuey, crontab
+from z4j_huey import HueyEngineAdapter
+from z4j_hueyperiodic import HueyPeriodicAdapter
+
+from z4j_bare import NativeScheduleControl, install_agent
+
+huey = RedisHuey("matrix", url=os.environ["REDIS_URL"], utc=True)
+
+
+@huey.periodic_task(crontab(minute="0", hour="3"), name="nightly")
+def nightly():
+    chores.note("nightly")
+
+
+huey.task(name="add")(chores.add)
+control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "huey-schedules.sqlite"))
+install_agent(engines=[HueyEngineAdapter(huey=huey)], schedulers=[HueyPeriodicAdapter(huey=huey, control=control)])
