@@ -164,5 +164,6 @@ def test_a_stop_loses_nothing(worker, stage, prove):
     os.kill(stage.host.pid, worker.ending)
     until(lambda: not stage.host.running, "the worker's end", timeout=30)
     assert stage.host.exit_code == 0
-    assert stage.told(ids) + stage.left() >= len(stage.did("add")) - before
+    ran = len(stage.did("add")) - before
+    until(lambda: stage.told(ids) + stage.left() >= ran, f"the ends of {ran} tasks, in the brain or on disk", timeout=20)
     prove(worker.row, "clean stop", f"{signal.Signals(worker.ending).name}, exit code 0, nothing lost")
