@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import queries
-from z4j_bare.buffer.rows import EVENT, BufferEntry, BufferStats, losses_by, ranges
+from z4j_bare.buffer.rows import EVENT, KIND, PAYLOAD, BufferEntry, BufferStats, losses_by, ranges
 from z4j_bare.buffer.schema import number, transaction
 from z4j_bare.buffer.tail import Weight
 
@@ -33,8 +33,8 @@ class Change:
         self.connection.executemany(queries.INSERT, entries)
         self.produced += len(entries)
         self.rows += len(entries)
-        self.kept += sum(entry.kind != EVENT for entry in entries)
-        self.payload += sum(len(entry.payload) for entry in entries)
+        self.kept += len(entries) - list(map(KIND, entries)).count(EVENT)
+        self.payload += sum(map(len, map(PAYLOAD, entries)))
 
     def remove(self, ids: Iterable[int], reason: str | None = None, weights: Iterable[Weight] | None = None) -> int:
         """Delete rows, as losses if there is a ``reason``; return how many there were.

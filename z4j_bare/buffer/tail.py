@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
-from z4j_bare.buffer.rows import EVENT, BufferEntry
+from z4j_bare.buffer.rows import EVENT, IDENTITY, KIND, PAYLOAD, BufferEntry
 
 #: Rows, and bytes of their payloads, that are kept in memory. The in-flight window takes 1,000; a backlog comes from disk.
 ROWS = 2_000
@@ -25,10 +26,11 @@ class Tail:
 
     def add(self, entries: Sequence[BufferEntry]) -> None:
         """Take rows that have been written, in the order of their ids."""
-        for entry in entries:
-            self._entries[entry.id] = entry
-            self._bytes += len(entry.payload)
-            self._end = entry.id + 1
+        if not entries:
+            return
+        self._entries.update(zip(map(IDENTITY, entries), entries, strict=True))
+        self._bytes += sum(map(len, map(PAYLOAD, entries)))
+        self._end = entries[-1].id + 1
         while len(self._entries) > ROWS or self._bytes > BYTES:
             first = next(iter(self._entries))
             self._bytes -= len(self._entries.pop(first).payload)
@@ -51,21 +53,16 @@ class Tail:
 
     def weigh(self, ids: Iterable[int]) -> list[Weight] | None:
         """Return what these rows weigh, by kind; ``None`` if one of them is not here."""
-        sums: dict[str, tuple[int, int]] = {}
-        for identity in ids:
-            entry = self._entries.get(identity)
-            if entry is None:
-                return None
-            count, length = sums.get(entry.kind, (0, 0))
-            sums[entry.kind] = count + 1, length + len(entry.payload)
-        return [(kind, count, length) for kind, (count, length) in sums.items()]
+        try:
+            entries = [self._entries[identity] for identity in ids]
+        except KeyError:
+            return None
+        return [_weight(kind, entries) for kind in set(map(KIND, entries))]
 
     def forget(self, ids: Iterable[int]) -> None:
         """Drop rows that have been deleted."""
-        for identity in ids:
-            entry = self._entries.pop(identity, None)
-            if entry is not None:
-                self._bytes -= len(entry.payload)
+        here = [entry for entry in map(self._entries.pop, ids, repeat(None)) if entry is not None]
+        self._bytes -= sum(map(len, map(PAYLOAD, here)))
 
     def restart(self, start: int) -> None:
         """Forget everything: rows before ``start`` have changed."""
@@ -74,3 +71,8 @@ class Tail:
         #: Every row of the store from this id on is here.
         self._reach = start
         self._end = start
+
+
+def _weight(kind: str, entries: Sequence[BufferEntry]) -> Weight:
+    lengths = [len(entry.payload) for entry in entries if entry.kind == kind]
+    return kind, len(lengths), sum(lengths)
