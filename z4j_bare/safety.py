@@ -13,6 +13,14 @@ R = TypeVar("R")
 
 logger = logging.getLogger("z4j.runtime.safety")
 
+#: Exceptions that are no errors: hosts raise them from a signal handler, in whatever code runs just then, ours included.
+_ORDERS = {
+    "billiard.exceptions.SoftTimeLimitExceeded",
+    "huey.exceptions.TaskTimeout",
+    "rq.exceptions.StopRequested",
+    "rq.timeouts.BaseTimeoutException",
+}
+
 #: Attributes that ``logging`` refuses in ``extra`` because every record has them already.
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
@@ -21,11 +29,14 @@ def safe_call(func: Callable[..., R], *args: Any, **kwargs: Any) -> R | None:
     """Call ``func`` and return its result, or ``None`` after logging an ordinary exception.
 
     Only ``Exception`` is held back. ``SystemExit``, ``KeyboardInterrupt``, ``GreenletExit``, ``gevent.Timeout`` and
-    ``eventlet.Timeout`` pass: a user's time-out may fire inside a signal handler of ours, and it is the user's.
+    ``eventlet.Timeout`` pass: a user's time-out may fire inside a signal handler of ours, and it is the user's. So do the
+    time limits of Celery, RQ and huey and RQ's request to stop, although they are an ``Exception``.
     """
     try:
         return func(*args, **kwargs)
     except Exception as error:
+        if _is_order(error):
+            raise
         _report(func, error)
         return None
 
@@ -41,6 +52,8 @@ def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
         try:
             return func(*args, **kwargs)
         except Exception as error:
+            if _is_order(error):
+                raise
             _report(func, error)
             return None
 
@@ -50,6 +63,11 @@ def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
 def safe_log_extra(extra: dict[str, Any]) -> dict[str, Any]:
     """Copy ``extra`` with ``user_`` in front of every key that ``logging`` reserves."""
     return {f"user_{key}" if key in _RESERVED else key: value for key, value in extra.items()}
+
+
+def _is_order(error: Exception) -> bool:
+    """Whether a host has raised it to be obeyed. Told by names: nothing of a host's is imported here."""
+    return not _ORDERS.isdisjoint(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
 
 
 def _report(func: Callable[..., Any], error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from importlib import import_module
 
 import pytest
 
@@ -58,6 +59,31 @@ def test_time_outs_of_the_host_pass(mode):
         safe_call(fail, Timeout())
     with pytest.raises(Timeout):
         safe_boundary(fail)(Timeout())
+
+
+ORDERS = ["billiard.exceptions.SoftTimeLimitExceeded", "huey.exceptions.TaskTimeout"]
+ORDERS += ["rq.exceptions.StopRequested", "rq.timeouts.BaseTimeoutException"]
+
+
+def order_of(host):
+    """The host's own class, or one of its name where the host is not installed."""
+    module, _, name = host.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError:
+        return type(name, (Exception,), {"__module__": module})
+
+
+@pytest.mark.parametrize("host", ORDERS)
+def test_orders_of_the_host_pass(host):
+    """What a queue raises from its signal handlers reaches it, also as a subclass, although it is an Exception."""
+    kind = order_of(host)
+    derived = type("Derived", (kind,), {})
+    for raised in (kind(), derived()):
+        with pytest.raises(kind):
+            safe_call(fail, raised)
+        with pytest.raises(kind):
+            safe_boundary(fail)(raised)
 
 
 def test_the_wrapper_keeps_its_looks():

@@ -1,79 +1,118 @@
-"""RQ's ``SimpleWorker``, which the adapter passes by.
+"""RQ's events, told while its worker is busy.
 
-z4j_rq hooks the class that defines ``execute_job`` for ``Worker``; ``SimpleWorker`` has one of its own (RQ 3.0), whose jobs
-would run unheard. What is told of them is the adapter's business all the same.
+RQ's handler of SIGTERM and SIGINT sets a flag while the worker works, and raises ``StopRequested``, an ordinary exception,
+at any other moment. z4j_rq's own hook surrounds ``execute_job``, at whose end the worker is idle already: raised there, the
+request to stop passes for an error of the hook's, which swallows it and tells a job that went well as failed. It also
+passes by ``SimpleWorker``, which has an ``execute_job`` of its own. So the hooks here are further inside, and the adapter's
+stays off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.capture.sources import Source
+from z4j_bare.concurrency import fork
 from z4j_bare.safety import safe_boundary
 
-_METHOD = "execute_job"
+if TYPE_CHECKING:
+    from z4j_core.models import Event
+
+Method = Callable[..., Any]
 
 
 class RqSource(Source):
-    """RQ's events, those of ``SimpleWorker`` included."""
+    """RQ's events, made by the adapter's callbacks: those that users attach to a job work as well."""
 
-    _hooked: tuple[type, Callable[..., Any]] | None = None
+    adapted = False
+
+    def __init__(self, engine: Any, *args: Any) -> None:
+        super().__init__(engine, *args)
+        self._redaction = engine.redaction
+        self._epoch = fork.epoch()
+        self._hooks: list[tuple[type, str, Method | None, Method]] = []
 
     def connect(self) -> None:
-        """Put the hook on, unless somebody else has one there."""
-        owner = _simple_worker()
-        if owner is None:
+        """Take the callbacks' events, and put the hooks on. Idempotent."""
+        from z4j_rq.events import callbacks
+
+        super().connect()
+        callbacks.install(sink=self._take, redaction=self._redaction)
+        if self._hooks:
             return
-        original = getattr(owner, _METHOD)
-        if original.__module__.partition(".")[0] == "rq":
-            self._hooked = owner, original
-            setattr(owner, _METHOD, told(original))
+        for owner, name, outcome in _places():
+            hook = told(getattr(owner, name), outcome)
+            self._hooks.append((owner, name, vars(owner).get(name), hook))
+            setattr(owner, name, hook)
 
     def disconnect(self) -> None:
-        """Take the hook off."""
-        hooked, self._hooked = self._hooked, None
-        if hooked is not None:
-            owner, original = hooked
-            setattr(owner, _METHOD, original)
+        """Take the hooks off; one that somebody else has wrapped stays, and tells nobody."""
+        from z4j_rq.events import callbacks
+
+        while self._hooks:
+            owner, name, own, hook = self._hooks.pop()
+            if vars(owner).get(name) is hook:
+                delattr(owner, name)
+                if own is not None:  # else inherited
+                    setattr(owner, name, own)
+        callbacks.uninstall()
         super().disconnect()
 
+    def _take(self, event: Event) -> None:
+        if fork.epoch() == self._epoch:  # nobody would ever read what a forked work horse puts into its copy of the ring
+            self.record(event)
 
-def told(execute_job: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a worker's ``execute_job(job, queue)``: the adapter hears of the start and of the outcome."""
-    from z4j_rq.events import capture_failure, capture_started
 
-    @wraps(execute_job)
-    def execute_and_tell(worker: Any, job: Any, queue: Any) -> Any:
+def told(method: Method, outcome: Callable[[Any], str]) -> Method:
+    """Wrap a worker's ``method(job, queue, ...)``: the adapter hears of the start, and of ``outcome(job)`` afterwards."""
+    from z4j_rq.events import capture_failure, capture_started, capture_success
+
+    ends = {"finished": capture_success, "failed": capture_failure, "stopped": capture_failure}
+
+    @safe_boundary
+    def tell_end(job: Any) -> None:
+        end = ends.get(outcome(job))  # a job that waits for another attempt has none
+        if end is not None:
+            end(job)
+
+    @wraps(method)
+    def perform_and_tell(worker: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
         job.worker_name = worker.name  # RQ itself sets it later than the start is told
         capture_started(job)
         try:
-            outcome = execute_job(worker, job, queue)
+            returned = method(worker, job, *args, **kwargs)
         except BaseException:
             capture_failure(job)
             raise
-        _tell_outcome(job)
-        return outcome
+        tell_end(job)
+        return returned
 
-    return execute_and_tell
-
-
-@safe_boundary
-def _tell_outcome(job: Any) -> None:
-    """Tell how a job ended, which RQ has written to Redis by then; one that waits for another attempt has not."""
-    from z4j_rq.events import capture_failure, capture_success
-
-    status = job.get_status()
-    if status == "finished":
-        capture_success(job)
-    elif status in ("failed", "stopped"):
-        capture_failure(job)
+    return perform_and_tell
 
 
-def _simple_worker() -> type | None:
+def _places() -> Iterator[tuple[type, str, Callable[[Any], str]]]:
+    """Yield where each worker of RQ is busy with one job, and how to read there how it ended."""
     try:
-        from rq.worker import SimpleWorker
+        from rq.worker import SimpleWorker, Worker
     except ImportError:  # a process without a worker can have an engine that needs no rq
-        return None
-    return SimpleWorker  # type: ignore[no-any-return]
+        return
+    yield Worker, "monitor_work_horse", _written  # the parent's part; the job itself runs in a child
+    yield SimpleWorker, "perform_job", _known
+
+
+def _written(job: Any) -> str:
+    """Return the status that the work horse has written to Redis; of a job that is gone from there, RQ keeps no result."""
+    from rq.exceptions import InvalidJobOperation
+
+    try:
+        return job.get_status() or "finished"
+    except InvalidJobOperation:
+        return "finished"
+
+
+def _known(job: Any) -> str:
+    """Return the status that the worker has just given the job; RQ 2 gives none where it keeps no result."""
+    status: str = job.get_status(refresh=False)
+    return "finished" if status == "started" else status
