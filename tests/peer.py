@@ -312,6 +312,13 @@ class Peer:
         session.run()
 
 
+def settled(runtime, number):
+    """Whether a runtime has heard of just so many events that they arrived, and keeps none."""
+    runtime._agent.keeper.stats()
+    stats = runtime.stats()
+    return stats["acked"] == number and not stats["buffered"]
+
+
 def _unmask(data, mask):
     if not data:
         return data

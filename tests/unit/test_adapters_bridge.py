@@ -17,13 +17,6 @@ from z4j_bare.interfaces import IBridge
 
 
 @pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop(5)
-
-
-@pytest.fixture
 def impatient(monkeypatch):
     """Restarts without their pauses."""
     monkeypatch.setattr(pump_module, "backoff", lambda: itertools.repeat(0.001))

@@ -67,13 +67,6 @@ class Bare:
 
 
 @pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop(5)
-
-
-@pytest.fixture
 def sunk():
     return []
 

@@ -6,18 +6,9 @@ import select
 import time
 import warnings
 
-import pytest
-
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.marks import LONGEST_PARK
 from z4j_bare.errors import ForkedChildError
-
-
-@pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop(5)
 
 
 def in_child(check):

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.hubloop import HubLoop
 from z4j_bare.adapters.marks import LONGEST_PARK, StepScopedSelector
 
@@ -20,13 +19,6 @@ def loop(seam):
     made.start()
     yield made
     assert made.shutdown(5)
-
-
-@pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop()
 
 
 class Samples:

@@ -7,7 +7,6 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from tests.streams import CONFIG, KEY, StubScheduler, schedule
-from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.schedulers import SchedulerHost
 from z4j_bare.errors import CommandError
 from z4j_bare.interfaces import ISchedulerHost
@@ -21,13 +20,6 @@ class Slow(StubScheduler):
     async def list_schedules(self):
         await asyncio.sleep(self.seconds)
         return await super().list_schedules()
-
-
-@pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop(5)
 
 
 @pytest.fixture

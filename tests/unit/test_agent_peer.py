@@ -69,13 +69,6 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture
-def peer(seam):
-    made = Peer(seam)
-    yield made
-    made.stop()
-
-
-@pytest.fixture
 def engine(seam):
     made = StubEngine(seam)
     yield made

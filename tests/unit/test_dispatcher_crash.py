@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import z4j_bare
-from tests.peer import SECRET_TEXT, TOKEN, Peer
+from tests.peer import SECRET_TEXT, TOKEN
 
 #: An agent whose engine writes down each call and hangs in it, unless it is told to be quick.
 AGENT = """
@@ -41,13 +41,6 @@ while not select.select([sys.stdin], [], [], 0)[0]:
     time.sleep(0.05)
 runtime.stop(timeout=5)
 """
-
-
-@pytest.fixture
-def peer(seam):
-    made = Peer(seam)
-    yield made
-    made.stop()
 
 
 @pytest.fixture

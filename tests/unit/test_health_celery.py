@@ -9,7 +9,6 @@ celery = pytest.importorskip("celery")
 
 from celery.worker import state  # noqa: E402
 
-from z4j_bare.adapters.bridge import Bridge  # noqa: E402
 from z4j_bare.health import probes, worker  # noqa: E402
 from z4j_bare.health.broker import BrokerProbe  # noqa: E402
 from z4j_bare.health.worker import WorkerDetails, distant_details, own_details  # noqa: E402
@@ -54,13 +53,6 @@ def consumer(app):
     return SimpleNamespace(
         app=app, hostname="w@web-1.example.com", controller=controller, task_consumer=SimpleNamespace(queues=[queue])
     )
-
-
-@pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop(5)
 
 
 def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch):

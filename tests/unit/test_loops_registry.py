@@ -9,7 +9,6 @@ from z4j_core.models import DiscoveryHints, TaskDefinition
 from z4j_core.transport.frames import parse_frame
 
 from z4j_bare import watcher
-from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.discovery import discover, without_defaults
 from z4j_bare.adapters.engines import EngineHost
 from z4j_bare.errors import FrameTooLargeError, NetworkError
@@ -54,13 +53,6 @@ class Session:
 
     def names(self, what):
         return sorted(each["name"] if what != "removed" else each for delta in self.deltas for each in delta[what])
-
-
-@pytest.fixture
-def bridge(seam):
-    made = Bridge(seam)
-    yield made
-    made.stop()
 
 
 @pytest.fixture

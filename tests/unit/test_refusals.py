@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.http_peer import HttpPeer
-from tests.peer import AGENT, PROJECT, SECRET_TEXT, TOKEN, Peer
+from tests.peer import AGENT, PROJECT, SECRET_TEXT, TOKEN
 from z4j_bare import _process_singleton, install_agent
 
 #: Seconds of the first delay by class; up to 30 % are added by chance.
@@ -61,13 +61,6 @@ def check(failure, kind, named, wish=0.0):
     assert found == kind
     assert named in text
     assert max(wish, FIRST[kind]) <= delay <= max(wish, FIRST[kind] * 1.3)
-
-
-@pytest.fixture
-def peer(seam):
-    made = Peer(seam)
-    yield made
-    made.stop()
 
 
 @pytest.fixture

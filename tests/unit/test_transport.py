@@ -113,13 +113,6 @@ def a_hello():
 
 
 @pytest.fixture
-def peer(seam):
-    made = Peer(seam)
-    yield made
-    made.stop()
-
-
-@pytest.fixture
 def dial(seam):
     made = []
 

@@ -12,7 +12,7 @@ from z4j_core.models import CommandResult, Event, EventKind
 
 from tests.http_peer import HttpPeer, join
 from tests.listener import GoneError, Listener, some
-from tests.peer import SECRET_TEXT, TOKEN, Peer
+from tests.peer import SECRET_TEXT, TOKEN, Peer, settled
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, IncompatibleError, NetworkError
 from z4j_bare.loops import send
@@ -270,12 +270,6 @@ def install(gate, monkeypatch):
     for runtime in made:
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)
-
-
-def settled(runtime, number):
-    runtime._agent.keeper.stats()
-    stats = runtime.stats()
-    return stats["acked"] == number and not stats["buffered"]
 
 
 @pytest.mark.parametrize("block", ["403", "reset", "mute"])

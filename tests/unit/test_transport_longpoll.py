@@ -13,7 +13,7 @@ import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
 from tests.http_peer import HttpPeer, Tunnel
-from tests.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN
+from tests.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, settled
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import (
     AuthenticationRejectedError,
@@ -603,12 +603,6 @@ def install(peer, engine, monkeypatch):
     for runtime in made:
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)
-
-
-def settled(runtime, number):
-    runtime._agent.keeper.stats()
-    stats = runtime.stats()
-    return stats["acked"] == number and not stats["buffered"]
 
 
 def test_everything_over_long_poll(install, peer, engine, until):

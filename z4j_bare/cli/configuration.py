@@ -66,6 +66,14 @@ def add_home(group: Any) -> None:
     group.add_argument("--home", metavar="DIR", help="directory of the agents' state (Z4J_HOME, default ~/.z4j)")
 
 
+def add_agents(parser: argparse.ArgumentParser) -> None:
+    """Add which of the agents that run here are meant, and how to answer."""
+    parser.add_argument("--adapter", "-a", metavar="NAME", help="only agents of this framework adapter (bare, django, ...)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_config(parser)
+    add_home(parser)
+
+
 def apply(arguments: argparse.Namespace) -> FileSettings:
     """Put the file's and the flags' settings into the environment; return the file's tables.
 
@@ -88,8 +96,12 @@ def home() -> Path:
     return z4j_home()
 
 
-def open_home() -> None:
-    """Make sure that agents can be looked for. Raises ``HostConfigurationError`` for a home that cannot be."""
+def open_home(arguments: argparse.Namespace) -> None:
+    """:func:`apply`, and make sure that agents can be looked for.
+
+    Raises ``HostConfigurationError`` for a home that cannot be used.
+    """
+    apply(arguments)
     try:
         with os.scandir(ensure_z4j_home()):
             pass

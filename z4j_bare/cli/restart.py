@@ -20,16 +20,12 @@ exit codes: 0 all were told, 1 none runs or one does not answer, 2 usage, or a p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add whom to tell."""
-    parser.add_argument("--adapter", "-a", metavar="NAME", help="framework adapter, such as bare or django (default: all)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    configuration.add_config(parser)
-    configuration.add_home(parser)
+    configuration.add_agents(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Tell them and return the worst of the answers."""
-    configuration.apply(arguments)
-    configuration.open_home()
+    configuration.open_home(arguments)
     output = Output(machine=arguments.json)
     adapters = [arguments.adapter] if arguments.adapter else sorted({desk.adapter for desk in control.desks()}) or ["bare"]
     answers = {adapter: control.send_restart(adapter) for adapter in adapters}

@@ -39,20 +39,16 @@ Agent = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where to look, for whom, and how often."""
-    parser.add_argument("--adapter", "-a", metavar="NAME", help="only agents of this framework adapter (bare, django, ...)")
+    configuration.add_agents(parser)
     parser.add_argument("--worker", metavar="NAME", help="only agents that report this worker")
     often = "look again and again (default: every second)"
     parser.add_argument("--watch", nargs="?", type=_interval, const=1.0, metavar="SECONDS", help=often)
     parser.add_argument("--quiet", "-q", action="store_true", help="say nothing, for probes")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    configuration.add_config(parser)
-    configuration.add_home(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask, show, and return 0 if every agent is connected."""
-    configuration.apply(arguments)
-    configuration.open_home()
+    configuration.open_home(arguments)
     if arguments.quiet:
         return exit_code(ask(arguments))
     output = Output(machine=arguments.json)

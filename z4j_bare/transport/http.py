@@ -226,9 +226,12 @@ class _Adapter(HTTPAdapter):
 
 
 def _pools(dress: Callable[[Any], Wire], seam: BaseConcurrency) -> dict[str, Any]:
-    class Plain(HTTPConnection):
+    class Seamed:
+        sock: Any
+
         def connect(self) -> None:
-            seam.waiting(super().connect)
+            connection: Any = super()
+            seam.waiting(connection.connect)
             self.sock = dress(self.sock)
 
         @property
@@ -236,15 +239,11 @@ def _pools(dress: Callable[[Any], Wire], seam: BaseConcurrency) -> dict[str, Any
             connection: Any = super()
             return bool(seam.waiting(lambda: connection.is_connected))
 
-    class Secure(HTTPSConnection):
-        def connect(self) -> None:
-            seam.waiting(super().connect)
-            self.sock = dress(self.sock)
+    class Plain(Seamed, HTTPConnection):
+        pass
 
-        @property
-        def is_connected(self) -> bool:
-            connection: Any = super()
-            return bool(seam.waiting(lambda: connection.is_connected))
+    class Secure(Seamed, HTTPSConnection):
+        pass
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain

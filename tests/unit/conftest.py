@@ -1,0 +1,22 @@
+"""What the tests of several rooms ask for: a bridge to the adapters' loop, and a peer in the brain's place."""
+
+import pytest
+
+from tests.peer import Peer
+from z4j_bare.adapters.bridge import Bridge
+
+
+@pytest.fixture
+def bridge(seam):
+    """A bridge of this mode, stopped at the end."""
+    made = Bridge(seam)
+    yield made
+    made.stop(5)
+
+
+@pytest.fixture
+def peer(seam):
+    """A peer that listens, stopped at the end."""
+    made = Peer(seam)
+    yield made
+    made.stop()
