@@ -6,6 +6,8 @@ import logging
 import threading
 from typing import Any
 
+from z4j_bare.hosting import is_loading
+
 logger = logging.getLogger("z4j.runtime.singleton")
 
 _lock = threading.Lock()
@@ -16,9 +18,12 @@ _owner: str | None = None
 def try_register(runtime: Any, *, owner: str) -> Any:
     """Claim the process for ``runtime`` and return the runtime that has it.
 
-    A runtime that has been stopped is no claim: after a web server's shutdown its slot is free for the next one.
+    A runtime that has been stopped is no claim: after a web server's shutdown its slot is free for the next one. Nor is
+    that of an application which a command of ours imports: it gets its runtime back, and the process stays free.
     """
     global _runtime, _owner
+    if is_loading():
+        return runtime
     with _lock:
         if _runtime is None or _runtime is runtime or _vacant(_runtime):
             _runtime, _owner = runtime, owner

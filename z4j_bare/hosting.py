@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
 _consumer: Any = None
+_loading = False
 
 #: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
 _VISITORS = {"amqp", "call", "control", "events", "graph", "inspect", "list", "logtool", "migrate"} | {
@@ -70,6 +72,25 @@ def watch_for_ready() -> None:
 def ready_worker() -> Any:
     """Return the Consumer of this process's Celery worker once ``worker_ready`` has been sent, else ``None``."""
     return _consumer
+
+
+@contextmanager
+def loading_application() -> Iterator[None]:
+    """While a command of ours imports an application, the agent that it installs neither starts nor takes the process.
+
+    ``z4j-bare run`` is that agent itself, with engines and settings of its own, and ``doctor`` must disturb nobody.
+    """
+    global _loading
+    before, _loading = _loading, True
+    try:
+        yield
+    finally:
+        _loading = before
+
+
+def is_loading() -> bool:
+    """Whether an application is being imported for a command of ours."""
+    return _loading
 
 
 def _note_ready(sender: Any = None, **_kwargs: Any) -> None:

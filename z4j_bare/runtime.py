@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.hosting import is_loading
 from z4j_bare.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -79,8 +80,12 @@ class AgentRuntime:
     def start(self) -> None:
         """Start the loops and return at once; connecting goes on in the background. Idempotent.
 
-        Raises ``HostConfigurationError`` for a setting that is missing or wrong, or a process it cannot live in.
+        Does nothing while a command of ours imports the application that calls it. Raises ``HostConfigurationError`` for a
+        setting that is missing or wrong, or a process it cannot live in.
         """
+        if is_loading():
+            logger.debug("z4j: the application is only being looked at; its agent stays out")
+            return
         with self._lock:
             if self.state is not RuntimeState.STOPPED:
                 return

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.peer import SECRET_TEXT, TOKEN, Peer
+from z4j_bare import RuntimeState
+from z4j_bare import _process_singleton as singleton
 from z4j_bare.cli import adapters, configuration, logs, main
 from z4j_bare.cli import run as run_command
 from z4j_bare.cli.apps import load_app
@@ -30,6 +32,9 @@ from z4j_bare.errors import HostConfigurationError
         ("json:no_such_attribute", "cannot be loaded"),
         (":app", "cannot be loaded"),
         ("json:", "cannot be loaded"),
+        ("json.no_such", "of the form module:attr?"),
+        ("os:path", "is a module: name the object in it"),
+        (3, "is 3, not of the form"),
     ],
 )
 def test_bad_apps(path, said):
@@ -43,6 +48,50 @@ def test_bad_apps(path, said):
 def test_good_apps(path):
     """Both usual spellings of an application are understood."""
     assert load_app(path) is json.dumps
+
+
+def test_an_application_that_fails_at_import(tmp_path, monkeypatch):
+    """What the application itself lacks is one line, too, which names where the application was named."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needy_app.py").write_text("import os\napp = os.environ['NEEDY_DATABASE']\n")
+    with pytest.raises(HostConfigurationError, match=r"the app of celery 'needy_app:app'.*KeyError: 'NEEDY_DATABASE'"):
+        adapters.build(adapters.ENGINES, {"celery": {"app": "needy_app:app"}}, None)
+
+
+INSTALLS = """\
+from z4j_bare import AgentRuntime, BareFrameworkAdapter, install_agent
+
+class Engine:
+    name = "stub"
+
+    def capabilities(self):
+        return set()
+
+runtime = install_agent(engines=[Engine()])
+config = runtime.config
+own = AgentRuntime(config=config, framework=BareFrameworkAdapter(config), engines=[Engine()])
+own.start()
+"""
+
+
+def test_the_agent_of_an_application_stays_out(tmp_path, monkeypatch):
+    """An application that installs an agent, as ours does after the docs, is imported without its agent.
+
+    It would take the process from `run`, whose engines and settings are others, and connect under `doctor`.
+    """
+    for name, value in {"BRAIN_URL": "http://127.0.0.1:9", "TOKEN": TOKEN, "PROJECT_ID": "p", "HMAC_SECRET": SECRET_TEXT}.items():
+        monkeypatch.setenv(f"Z4J_{name}", value)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "agent_app.py").write_text(INSTALLS)
+    runtime = load_app("agent_app:runtime")
+    module = sys.modules["agent_app"]
+    assert (runtime.state, module.own.state) == (RuntimeState.STOPPED, RuntimeState.STOPPED)
+    assert singleton.current_runtime() is None
+    runtime.start()  # afterwards nothing holds it back
+    try:
+        assert runtime.state is RuntimeState.RUNNING
+    finally:
+        runtime.stop(timeout=2)
 
 
 def test_configuration_errors_are_one_line(capsys, tmp_path, monkeypatch):
@@ -283,7 +332,7 @@ class Engine:
     name = "stub"
     def capabilities(self):
         return set()
-adapters.ENGINES["celery"] = SimpleNamespace(build=lambda _app, _options: Engine())
+adapters.ENGINES["celery"] = SimpleNamespace(build=lambda *_given: Engine())
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -26,9 +26,12 @@ class Kind:
     parameter: str
     read: Callable[[Any], dict[str, Any]] | None = None
 
-    def build(self, app: str | None, options: Mapping[str, Any]) -> Any:
-        """Import what is needed and return the adapter. Raises ``HostConfigurationError`` naming what is missing."""
-        found = load_app(app)
+    def build(self, app: str | None, options: Mapping[str, Any], setting: str = "--app") -> Any:
+        """Import what is needed and return the adapter. Raises ``HostConfigurationError`` naming what is missing.
+
+        ``setting`` is where the operator named ``app``.
+        """
+        found = load_app(app, setting)
         try:
             adapter = getattr(import_module(self.package.replace("-", "_")), self.attribute)
         except ImportError as error:
@@ -90,5 +93,6 @@ def build(kinds: Mapping[str, Kind], wanted: Mapping[str, Mapping[str, Any]], ap
     made = []
     for name, options in wanted.items():
         rest = {key: value for key, value in options.items() if key != "app"}
-        made.append(kinds[known(name, kinds)].build(options.get("app") or app, rest))
+        own = options.get("app")
+        made.append(kinds[known(name, kinds)].build(own or app, rest, f"the app of {name}" if own else "--app"))
     return made

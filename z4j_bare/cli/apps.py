@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from z4j_bare.errors import HostConfigurationError
+from z4j_bare.hosting import loading_application
+
+logger = logging.getLogger("z4j.runtime.cli")
 
 
-def load_app(path: str | None) -> Any:
-    """Import ``module:attr`` or ``module.attr``. Raises ``HostConfigurationError`` saying what is missing."""
+def load_app(path: Any, setting: str = "--app") -> Any:
+    """Import ``module:attr`` or ``module.attr``; an agent that it installs stays out.
+
+    Raises ``HostConfigurationError`` naming the ``setting`` that it comes from and what is wrong.
+    """
     if not path:
         raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
+    if not isinstance(path, str):
+        raise HostConfigurationError(f'{setting} is {path!r}, not of the form "module:attr"')
     module, separator, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not separator:
-        raise HostConfigurationError(f"--app {path!r} is not of the form module:attr")
+        raise HostConfigurationError(f"{setting} {path!r} is not of the form module:attr")
+    found = _imported(path, module, attribute, setting)
+    if isinstance(found, ModuleType):
+        raise HostConfigurationError(f"{setting} {path!r} is a module: name the object in it, such as {path}:app")
+    return found
+
+
+def _imported(path: str, module: str, attribute: str, setting: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as celery -A does: the app usually lies in the working directory
     try:
-        return getattr(import_module(module), attribute)
+        with loading_application():
+            return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError for an empty module name
-        raise HostConfigurationError(f"--app {path!r} cannot be loaded: {error}") from error
+        hint = "" if ":" in path else "; is it of the form module:attr?"
+        raise HostConfigurationError(f"{setting} {path!r} cannot be loaded: {error}{hint}") from error
+    except Exception as error:  # the application's own: a variable that it misses, a file
+        logger.debug("z4j: importing %s failed", module, exc_info=True)
+        text = f"{setting} {path!r} cannot be loaded: {type(error).__name__}: {error} (--log-level DEBUG shows where)"
+        raise HostConfigurationError(text) from error
