@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.config import resolve_agent_config
+from z4j_core.errors import ConfigError
+from z4j_core.models import Config
 from z4j_core.paths import reject_deprecated_path_env
 
 from z4j_bare import _process_singleton as singleton
@@ -19,7 +21,7 @@ from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings, read_secret
 
 if TYPE_CHECKING:
-    from z4j_core.models import Config
+    from collections.abc import Mapping
 
 logger = logging.getLogger("z4j.runtime.install")
 
@@ -100,13 +102,54 @@ def install_agent(
 
 
 def resolve_config(settings: Settings, **keywords: Any) -> Config:
-    """Return z4j_core's configuration from keywords (``None``: not given) and the environment. Raises ``ConfigError``."""
+    """Return z4j_core's configuration from keywords (``None``: not given) and the environment.
+
+    Raises ``HostConfigurationError`` naming the variable.
+    """
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
         # Only for a WebSocket agent does z4j_core not insist on the agent's id, which the brain tells us anyway.
         keywords["transport"] = "auto"
-    return resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
+    try:
+        config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
+    except ConfigError as error:
+        raise HostConfigurationError(_in_a_line(error), details=error.details) from None
+    _try_patterns(config)
+    return config
+
+
+def _in_a_line(error: ConfigError) -> str:
+    """Return what z4j_core found wrong in one line that names the variables, without pydantic's own report."""
+    cause = error.__cause__
+    if cause is not None and hasattr(cause, "errors"):
+        return "; ".join(map(_wrong, cause.errors(include_url=False)))
+    name, _, rest = str(error).partition(" ")
+    return f"{_variable(name)} {rest}" if name in Config.model_fields else str(error)
+
+
+def _wrong(found: Mapping[str, Any]) -> str:
+    name = str(next(iter(found["loc"]), ""))
+    value = "" if name in ("", "token", "hmac_secret") else f"={found['input']!r:.100}"
+    return f"{_variable(name) or 'settings'}{value}: {found['msg']}"
+
+
+def _variable(name: str) -> str:
+    return f"Z4J_{name.upper()}" if name else ""
+
+
+def _try_patterns(config: Config) -> None:
+    """Raise ``HostConfigurationError`` for a pattern that redaction cannot take: nothing may be captured without it."""
+    for name in ("extra_key_patterns", "extra_value_patterns"):
+        patterns: dict[str, Any] = {name: tuple(getattr(config, f"redaction_{name}"))}
+        if not patterns[name]:
+            continue
+        from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
+
+        try:
+            RedactionEngine(RedactionConfig(**patterns))
+        except ConfigError as error:
+            raise HostConfigurationError(f"{_variable(f'redaction_{name}')}: {error}") from None
 
 
 def _begin(runtime: AgentRuntime) -> None:
@@ -157,8 +200,6 @@ def _adapter(framework: Any, config: Any) -> Any:
 
 def _inert(settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: Any) -> AgentRuntime:
     """Return a runtime that never starts; made without a brain's address, because none need be set."""
-    from z4j_core.models import Config
-
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(

@@ -129,6 +129,12 @@ def test_the_token_file_is_enough(tmp_path):
         ({"hmac_secret": "spaces are not base64 !!"}, RuntimeError, "Z4J_HMAC_SECRET"),
         ({"hmac_secret": "c2hvcnQ="}, RuntimeError, "decodes to 5 bytes"),
         ({"brain_url": "http://brain.example.com"}, HostConfigurationError, "Z4J_BRAIN_URL"),
+        ({"brain_url": "nonsense"}, HostConfigurationError, "Z4J_BRAIN_URL='nonsense': Input should be a valid URL"),
+        ({"max_payload_bytes": 3}, HostConfigurationError, "Z4J_MAX_PAYLOAD_BYTES=3: Input should be greater"),
+        ({"tags": "x", "agent_name": "y" * 65}, HostConfigurationError, "Z4J_TAGS='x'"),
+        ({"token": 3}, HostConfigurationError, "Z4J_TOKEN: Input should be a valid string"),
+        ({"redaction_extra_key_patterns": ["("]}, HostConfigurationError, "Z4J_REDACTION_EXTRA_KEY_PATTERNS: "),
+        ({"redaction_extra_value_patterns": ["x["]}, HostConfigurationError, "Z4J_REDACTION_EXTRA_VALUE_PATTERNS: "),
         ({"concurrency": "asyncio"}, HostConfigurationError, "Z4J_CONCURRENCY"),
     ],
 )
@@ -138,9 +144,26 @@ def test_wrong_settings_name_themselves(changes, kind, said):
         install_agent(**{"engines": [Engine()], **GIVEN, **changes})
     text = f"{caught.value} {getattr(caught.value, 'details', '')}"
     assert said in text
+    assert "\n" not in text
     assert SECRET_TEXT not in text
     assert str(changes.get("hmac_secret")) not in str(caught.value)
     assert singleton.current_runtime() is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "said"),
+    [
+        ("Z4J_BUFFER_MAX_EVENTS", "many", "Z4J_BUFFER_MAX_EVENTS must be an integer"),
+        ("Z4J_HEARTBEAT_SECONDS", "0", "Z4J_HEARTBEAT_SECONDS=0: "),
+        ("Z4J_TRANSPORT", "pigeon", "Z4J_TRANSPORT='pigeon': "),
+    ],
+)
+def test_wrong_variables_name_themselves(monkeypatch, variable, text, said):
+    """What z4j_core finds wrong with a variable is one line of ours, and names the variable."""
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(HostConfigurationError, match=f"^{said}") as caught:
+        install_agent(engines=[Engine()], **GIVEN)
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_secret_files(tmp_path):
