@@ -146,6 +146,10 @@ def test_export(home, capsys, tmp_path):
         assert "living process" in capsys.readouterr().err
 
 
+def no_more(_question):
+    raise EOFError
+
+
 def test_drop(home, capsys, monkeypatch):
     """Dropping wants names or --all, and somebody's yes; the files of the living stay."""
     path = leave(home, "dead")
@@ -159,6 +163,9 @@ def test_drop(home, capsys, monkeypatch):
     assert "--yes" in capsys.readouterr().err
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _question: "n")
+    assert main(["buffer", "drop", path.name]) == 1
+    assert path.exists()
+    monkeypatch.setattr("builtins.input", no_more)
     assert main(["buffer", "drop", path.name]) == 1
     assert path.exists()
     monkeypatch.setattr("builtins.input", lambda _question: "y")
@@ -221,6 +228,9 @@ def test_what_is_not_sent_stays(home, front, capsys):
     front.http.token = "another"
     assert main(["buffer", "flush", fine.name]) == 1
     assert "FAIL" in capsys.readouterr().out
+    code, found = answer(capsys, "flush")
+    assert (code, found["sent"], [each["store"] for each in found["passed_over"]]) == (1, 0, [foreign.name])
+    assert "Z4J_TOKEN" in found["error"]
     assert answer(capsys, "stats", fine.name)[1]["rows"] == 3
 
 

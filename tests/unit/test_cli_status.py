@@ -81,7 +81,7 @@ def test_one_worker_or_adapter(answers, capsys):
     assert main(["status", "-q", "--worker", "celery@a"]) == 0
     assert main(["status", "-q", "--adapter", "django"]) == 1
     assert main(["status", "--worker", "celery@b"]) == 1
-    assert "no agent runs here" in capsys.readouterr().out
+    assert "no agent that reports celery@b runs here" in capsys.readouterr().out
 
 
 def test_watch(answers, capsys, monkeypatch):

@@ -156,7 +156,7 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     config, settings = configuration.resolved(arguments)
     dead = left_behind(arguments)
     total = sum(each.total for each in dead)
-    flush = Flush(config, settings)
+    flush, trouble = Flush(config, settings), ""
     try:
         with output.progress("sent", total) as done:
             for each in dead:
@@ -164,14 +164,16 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     except LocalStorageError:
         raise
     except AgentError as error:
-        output.mark("FAIL", "flush", str(error), "z4j-bare doctor tells more; nothing that was not acknowledged is gone")
+        trouble = str(error)
+        output.mark("FAIL", "flush", trouble, "z4j-bare doctor tells more; nothing that was not acknowledged is gone")
     finally:
         flush.close()
     for path, why in flush.passed_over:
         output.mark("SKIP", "store", f"{path.name}: {why}")
     left = sum(inspect.look(each.path).total for each in dead if each.path.exists())
     output.say(f"{flush.sent} of {total} rows are with the brain, {left} are still here")
-    output.answer({"sent": flush.sent, "left": left})
+    passed = [{"store": path.name, "why": why} for path, why in flush.passed_over]
+    output.answer({"sent": flush.sent, "left": left, "passed_over": passed, "error": trouble})
     return 1 if left else 0
 
 
@@ -193,7 +195,11 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise HostConfigurationError("there is nobody to ask: pass --yes to delete without asking")
-    return input(question).strip().lower() in ("y", "yes")
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D is no yes
+        print()
+        return False
 
 
 def _row(each: Look) -> list[str]:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     time.sleep(SAMPLE if first else 0)
     agents = rated(first, ask(arguments), SAMPLE)
     output.answer({"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents})
-    show(output, agents)
+    show(output, agents, whose(arguments))
     return exit_code(agents)
 
 
@@ -86,10 +86,17 @@ def rated(before: Sequence[Agent], now: Sequence[Agent], seconds: float) -> list
     return list(now)
 
 
-def show(output: Output, agents: Sequence[Agent]) -> None:
-    """Write the table, or where nothing was found and what that may mean."""
+def whose(arguments: argparse.Namespace) -> str:
+    """Return which agents were asked for, as it stands after the word "agent"; all is nothing."""
+    adapter = f" of {arguments.adapter}" if arguments.adapter else ""
+    return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
+
+
+def show(output: Output, agents: Sequence[Agent], wanted: str) -> None:
+    """Write the table, or where none of the ``wanted`` was found and what that may mean."""
     if not agents:
-        output.say(f"no agent runs here: looked in {configuration.home()} (Z4J_HOME of the workers, and their user?)")
+        hint = "Z4J_HOME of the workers, and their user?"
+        output.say(f"no agent{wanted} runs here: looked in {configuration.home()} ({hint})")
         return
     output.table(COLUMNS, [row(agent) for agent in agents])
 
@@ -162,7 +169,7 @@ class Watch:
                 history.setdefault(_key(agent), deque(maxlen=HISTORY)).append(agent.get(figure, 0))
 
     def _draw(self) -> None:
-        show(self._output, self._last)
+        show(self._output, self._last, whose(self._arguments))
         for agent in self._last:
             rates, depths = self._rates[_key(agent)], self._depths[_key(agent)]
             self._output.say(f"{_title(agent)} [{agent['pid']}]")
@@ -171,9 +178,13 @@ class Watch:
 
 
 def _interval(text: str) -> float:
-    seconds = float(text)
+    wrong = argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most 3600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise wrong from None
     if not 0 < seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
-        raise argparse.ArgumentTypeError("a number of seconds above 0")
+        raise wrong
     return seconds
 
 
