@@ -44,3 +44,18 @@ def test_adapters_resolve_to_us():
 def test_the_changelog_knows_the_version():
     """The installed version has its entry in the changelog."""
     assert f"## [{version('z4j-bare')}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_docs_install_this_version(setup_cfg):
+    """Every version of ours that a page tells to install or to pin is the present one."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {found for page in pages for found in re.findall(r"\b1\.\d+\.\d+\+green\.\d+", page.read_text())}
+    assert named == {setup_cfg["metadata"]["version"]}
+
+
+def test_no_page_sends_to_the_other_package():
+    """No page takes the existing agent for this one: its page on the index, or an install by the bare name."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*")]
+    lines = [line for page in pages if page.is_file() for line in page.read_text().splitlines()]
+    assert [line for line in lines if "pypi.org/project/z4j-bare" in line] == []
+    assert [line for line in lines if re.match(r"\s*pip install ['\"]?z4j-bare(\[\w+\])?['\"]?(\s|$)", line)] == []
