@@ -85,10 +85,21 @@ class Stage:
             raise HarnessError(f"send.py {self.app}: {done.stderr.strip()[-1500:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
+    def warm_up(self):
+        """Enqueue tasks until the brain has heard of one: what a child of Celery's prefork tells before the agent listens is lost."""
+        sent = []
+        until(lambda: sent.extend(self.send(("add", 0, 0))) or self.told(sent), "the end of a first task", timeout=PATIENCE)
+
     def did(self, what=None):
         """Return what tasks have noted so far, or only what they did by the name ``what``."""
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
         return [line for line in map(json.loads, lines) if what in (None, line["did"])]
+
+    def saw_no_loop(self):
+        """Wait until a task has looked, and assert that it saw no loop but its host's own, and could run one of its own."""
+        looked = until(lambda: self.did("looks"), "the end of the looking", timeout=PATIENCE)[-1]
+        assert (looked["seen"], looked["own"]) == (0, "ran")
+        assert looked["glances"] > 100
 
     def row(self, task_id, state):
         """Return the brain's row of a task once it is in ``state``."""
