@@ -1,28 +1,34 @@
-"""The compatibility table: what the tests of a whole run have proven, a row per host."""
+"""The compatibility table: what the tests of whole runs have proven, a row per host."""
 
 from importlib.metadata import version
 
 BEGIN, END = "<!-- adapters: begin -->", "<!-- adapters: end -->"
 COLUMNS = ("events", "command", "clean stop", "loop visible to tasks")
-
-#: Celery's rows are proven by tests that run in CI; these are their files.
-CELERY = dict(zip(COLUMNS, ("`test_pools.py`", "`test_commands.py`", "`test_exit.py`", "`test_pools.py`"), strict=True))
-ELSEWHERE = {
-    ("z4j-celery", f"worker, {pool}", "celery"): CELERY for pool in ("gevent", "eventlet", "threads", "solo", "prefork")
-}
+HEAD = ["| adapter | host | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
 
 
 def render(proven):
-    """Return the table as Markdown lines; ``proven`` maps ``(adapter, host, package)`` to its cells by column."""
-    lines = ["| adapter | host | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    for (adapter, host, package), cells in {**ELSEWHERE, **proven}.items():
+    """Return rows as Markdown lines; ``proven`` maps ``(adapter, host, package)`` to its cells by column."""
+    lines = []
+    for (adapter, host, package), cells in proven.items():
         names = [f"{adapter} {version(adapter)}", f"{host} ({package} {version(package)})"]
         lines.append("| " + " | ".join([*names, *(cells.get(column, "") for column in COLUMNS)]) + " |")
     return lines
 
 
 def write(path, proven):
-    """Put the table between the two marks of the document at ``path``."""
+    """Put the rows between the two marks of the document at ``path``, in the place of all that these adapters had there.
+
+    Other adapters' rows stay: not all adapters can be installed beside each other.
+    """
     before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text("\n".join([before + BEGIN, "", *render(proven), "", END]) + after)
+    old, _, after = rest.partition(END)
+    here = {adapter for adapter, _host, _package in proven}
+    others = [line for line in old.splitlines() if line.startswith("| z4j-") and _adapter(line) not in here]
+    rows = sorted([*others, *render(proven)], key=_adapter)
+    path.write_text("\n".join([before + BEGIN, "", *HEAD, *rows, "", END]) + after)
+
+
+def _adapter(line):
+    """Return the distribution that a row is about."""
+    return line.split()[1]

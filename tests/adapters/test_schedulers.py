@@ -23,6 +23,8 @@ class Host:
     :param adapter: its distribution.
     :param scheduler: what the brain calls the scheduler.
     :param package: whose schedules they are.
+    :param ending: the signal that ends it; taskiq's scheduler knows only Ctrl-C.
+    :param code: its exit code then; Python sends itself a Ctrl-C again that nobody has caught.
     """
 
     adapter: str
@@ -31,6 +33,7 @@ class Host:
     app: str
     command: tuple[str, ...]
     ending: int = signal.SIGTERM
+    code: int = 0
 
     @property
     def row(self):
@@ -45,7 +48,7 @@ HOSTS = [
     Host("z4j-arqcron", "arq-cron", "arq", "arq_cron_app", ("python", str(APPS / "arq_cron_app.py"))),
     Host(
         "z4j-taskiqscheduler", "taskiq-scheduler", "taskiq", "taskiq_scheduler_app",
-        ("python", str(APPS / "taskiq_scheduler_app.py")),
+        ("python", str(APPS / "taskiq_scheduler_app.py")), signal.SIGINT, -signal.SIGINT,
     ),
 ]  # fmt: skip
 
@@ -77,7 +80,8 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
         nightly = place.nightly()
         prove(host.row, "events", "schedules told")
         place.act(nightly, "trigger")
-        until(lambda: place.did("nightly"), "the triggered task", timeout=20)
+        place.saw_no_loop()
+        prove(host.row, "loop visible to tasks", "never")
         place.change("update", host.scheduler, nightly, expression="30 4 * * *")
         made = {**MADE, "kind": "cron", "expression": "* * * * *"}
         place.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
@@ -86,6 +90,8 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
         place.gone("made")
         os.kill(running.pid, host.ending)
         until(lambda: not running.running, "the end of the process", timeout=20)
+        assert running.exit_code == host.code
+        prove(host.row, "clean stop", f"{signal.Signals(host.ending).name}, exit code {host.code}")
         place.start(*host.command)
         # The brain allows a change of what the scheduler has told it, in the state in which it told it.
         until(lambda: place.takes(host.scheduler, nightly, "45 5 * * *"), "a change in the next process", timeout=40, interval=1)

@@ -1,15 +1,27 @@
 """What an operator does with schedules over the brain's REST API, and waits for."""
 
+import sys
 import uuid
+from importlib.util import find_spec
 
+import pytest
+
+from tests.e2e.place import APPS, Place
 from z4j_bare.demo import process
+from z4j_bare.demo.process import Service, clean_environment
 from z4j_bare.demo.rest import BrainRefusedError
 
+MODES = ("threads", "gevent", "eventlet")
 PATIENCE = 30.0
 TOO_MANY = 429
 
 #: What is created, wherever it is.
 MADE = {"name": "made", "kind": "interval", "expression": "3600", "timezone": "UTC", "queue": None, "kwargs": {}, "is_enabled": True}
+
+
+def needs(module, why="not installed; tox installs it"):
+    """Mark a test that nothing can be said of without ``module``."""
+    return pytest.mark.skipif(find_spec(module) is None, reason=f"{module}: {why}")
 
 
 class Operator:
@@ -81,3 +93,30 @@ class Operator:
     def resync(self):
         """Ask for all schedules; on SQLite the brain answers 500 although it has asked the agent."""
         self.post("/schedules:resync", tolerated=(500,))
+
+
+class Plans(Operator, Place):
+    """A place whose operator looks after schedules."""
+
+    def marked(self, name="triggered"):
+        """Wait for the file that a triggered task leaves, and remove it."""
+        process.until((self.home / name).exists, f"the mark {name}", timeout=PATIENCE)
+        (self.home / name).unlink()
+
+
+class Timed(Service):
+    """A host with nothing but a scheduler: ``apps/timed.py``, as a context manager; it has a session when it begins."""
+
+    def __init__(self, place, mode, kind):
+        self.place = place
+        super().__init__(
+            f"the {kind} host in {mode}",
+            [sys.executable, str(APPS / "timed.py"), mode, kind],
+            environment={**clean_environment(), **place.environment()},
+            cwd=place.home,
+            log=place.home / "host.log",
+        )
+
+    def __enter__(self):
+        self.spawn(lambda: bool(self.place.sessions()), PATIENCE)
+        return self

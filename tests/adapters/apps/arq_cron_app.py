@@ -12,7 +12,7 @@ from z4j_bare import NativeScheduleControl, install_agent
 
 
 async def nightly(_context):
-    chores.note("nightly")
+    await chores.looks_async(1.0)
 
 
 async def add(_context, x, y):

@@ -16,7 +16,7 @@ broker = InMemoryBroker()
 
 @broker.task(task_name="nightly", schedule=[{"cron": "0 3 * * *"}])
 async def nightly():
-    chores.note("nightly")
+    await chores.looks_async(1.0)
 
 
 broker.task(task_name="add")(chores.add_async)

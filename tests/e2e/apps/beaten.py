@@ -7,6 +7,7 @@ import django
 from celery import Celery
 from django.conf import settings
 from django.core.management import call_command
+from looking import sees_a_loop
 
 from z4j_bare.demo import broker
 
@@ -44,6 +45,9 @@ app.conf.result_backend = os.environ[broker.BROKER]
 @app.task(name="e2e.mark")
 def mark(name):
     (HOME / name).touch()
+
+
+app.task(name="e2e.sees_a_loop")(sees_a_loop)
 
 
 @app.task(name="e2e.edit")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from asgiref.sync import async_to_sync
 from celery import Celery
+from looking import sees_a_loop
 from z4j_celery.meta import z4j_meta
 
 from z4j_bare.demo import broker, orm
@@ -113,18 +114,7 @@ def returns(size):
     return "r" * size
 
 
-@app.task(name="e2e.sees_a_loop")
-def sees_a_loop():
-    """Say whether any moment of half a second shows a running loop: the agent's own greenlets run in between."""
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            time.sleep(0.001)
-        else:
-            return True
-    return False
+app.task(name="e2e.sees_a_loop")(sees_a_loop)
 
 
 @app.task(name="e2e.runs_asyncio")

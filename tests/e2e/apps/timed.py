@@ -14,6 +14,8 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from looking import sees_a_loop
+
 from z4j_bare import install_agent
 from z4j_bare.demo import broker
 
@@ -24,6 +26,12 @@ def mark(name):
     (HOME / name).touch()
 
 
+def look(name):
+    """Leave the file only where no loop is seen."""
+    if not sees_a_loop():
+        mark(name)
+
+
 def apscheduler():
     """Jobs in memory, run by a thread or greenlet of APScheduler's own."""
     from apscheduler.schedulers.background import BackgroundScheduler
@@ -32,7 +40,15 @@ def apscheduler():
     scheduler = BackgroundScheduler(timezone="UTC")
     scheduler.add_job(mark, "interval", hours=1, args=["triggered"], id="hourly", name="hourly")
     scheduler.start()
-    return APSchedulerAdapter(scheduler=scheduler, tasks={"mark": mark})
+    return APSchedulerAdapter(scheduler=scheduler, tasks={"mark": mark, "look": look})
+
+
+def switched():
+    """The same with an adapter that can switch jobs on and off, and change nothing else."""
+    adapter = apscheduler()
+    capabilities = adapter.capabilities() - {"external_schedule_mutation_v1", "create", "update", "delete"}
+    adapter.capabilities = lambda: capabilities
+    return adapter
 
 
 def rq():
@@ -48,6 +64,6 @@ def rq():
 
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-install_agent(engines=[], schedulers=[{"apscheduler": apscheduler, "rq": rq}[sys.argv[2]]()])
+install_agent(engines=[], schedulers=[{"apscheduler": apscheduler, "switched": switched, "rq": rq}[sys.argv[2]]()])
 while True:
     time.sleep(0.1)
