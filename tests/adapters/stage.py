@@ -146,7 +146,7 @@ class Stage:
             name=f"{name}-{uuid.uuid4().hex[:6]}", engine=self.engine, task_name=name, args=list(args), **body,
         )  # fmt: skip
         self.brain.post(f"/projects/{self.project}/schedules/{schedule['id']}/trigger")
-        newest = self.brain.commands(self.project)[0]
+        newest = next(row for row in self.brain.commands(self.project) if row["action"] == "submit_task")
         return self.brain.wait_command(self.project, newest["id"])
 
     def command(self, route, **body):
