@@ -46,6 +46,13 @@ def test_the_changelog_knows_the_version():
     assert f"## [{version('z4j-bare')}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_source_distribution_is_whole():
+    """What stands in the repository beside the package goes along: pages, tests, and what runs them."""
+    manifest = (ROOT / "MANIFEST.in").read_text()
+    wanted = ("CHANGELOG.md", "tox.ini", "ruff.toml", "docs", "tests", "benchmarks")
+    assert [name for name in wanted if name not in manifest] == []
+
+
 def test_the_docs_install_this_version(setup_cfg):
     """Every version of ours that a page tells to install or to pin is the present one."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
