@@ -91,6 +91,37 @@ def test_doctor_and_check(seam, spoken_to, capsys):
         front.stop()
 
 
+STUB = """\
+class Engine:
+    name = "stub"
+
+    def capabilities(self):
+        return set()
+
+runtime = install_agent(engines=[Engine()])
+"""
+
+
+def test_doctor_with_an_app_and_a_file(seam, capsys, monkeypatch, tmp_path):
+    """The application that the doctor imports finds the settings of --config, and nobody says hello."""
+    front = Front(seam)
+    names = ("brain_url", "project_id", "token", "hmac_secret")
+    for name in names:
+        monkeypatch.setenv(f"Z4J_{name.upper()}", "")  # restored at the end, whatever the command puts there
+    file = tmp_path / "agent.toml"
+    values = zip(names, (front.url, "p", TOKEN, SECRET_TEXT), strict=True)
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in values))
+    file.chmod(0o600)
+    (tmp_path / "doctored_app.py").write_text("from z4j_bare import install_agent\n" + STUB)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert main(["doctor", "--config", str(file), "--app", "doctored_app:runtime"]) == 0
+        assert "all is well" in capsys.readouterr().out
+        assert [each for each in front.ws.sessions if each.hello] == []
+    finally:
+        front.stop()
+
+
 @pytest.mark.parametrize("command", ["doctor", "check"])
 def test_settings_that_are_wrong(command, capsys, monkeypatch):
     """A missing setting and a path variable of old are one line each that names them, without a traceback."""

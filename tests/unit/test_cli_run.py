@@ -94,6 +94,14 @@ def test_the_agent_of_an_application_stays_out(tmp_path, monkeypatch):
         runtime.stop(timeout=2)
 
 
+def test_what_the_agent_of_an_application_lacks(tmp_path, monkeypatch):
+    """A setting that is missing to the application's own install_agent is told as that, not as an import that failed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lacking_app.py").write_text(INSTALLS)
+    with pytest.raises(HostConfigurationError, match=r"^missing required Z4J settings: brain_url"):
+        load_app("lacking_app:runtime")
+
+
 def test_configuration_errors_are_one_line(capsys, tmp_path, monkeypatch):
     """A missing setting is one line on stderr and exit code 2, without a traceback."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from z4j_core.errors import ConfigError
+
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.hosting import loading_application
 
@@ -17,7 +19,8 @@ logger = logging.getLogger("z4j.runtime.cli")
 def load_app(path: Any, setting: str = "--app") -> Any:
     """Import ``module:attr`` or ``module.attr``; an agent that it installs stays out.
 
-    Raises ``HostConfigurationError`` naming the ``setting`` that it comes from and what is wrong.
+    Raises ``HostConfigurationError`` naming the ``setting`` that it comes from and what is wrong, or the ``ConfigError`` of
+    the application's own ``install_agent``.
     """
     if not path:
         raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
@@ -38,6 +41,8 @@ def _imported(path: str, module: str, attribute: str, setting: str) -> Any:
     try:
         with loading_application():
             return getattr(import_module(module), attribute)
+    except ConfigError:  # of its own install_agent, which has said what is wrong
+        raise
     except (ImportError, AttributeError, ValueError) as error:  # ValueError for an empty module name
         hint = "" if ":" in path else "; is it of the form module:attr?"
         raise HostConfigurationError(f"{setting} {path!r} cannot be loaded: {error}{hint}") from error

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output(machine=arguments.json)
     try:
         if arguments.app:
+            configuration.apply(arguments)  # what it installs wants the same settings
             load_app(arguments.app)
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
