@@ -24,7 +24,7 @@ FRAME_FIRST = 50
 FRAME_EVENTS = 500
 
 #: Seconds of the brain's time below which the next frame is twice as large, and above which it is half as large. Each frame
-#: costs the worker half a millisecond, its ack included, whatever it carries: 34 us a task in frames of 50.
+#: costs the worker half a millisecond or more, its ack included, whatever it carries.
 BRIEF = 0.6
 LONG = 1.2
 
