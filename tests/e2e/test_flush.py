@@ -39,7 +39,7 @@ def test_flush(brain, tmp_path, monkeypatch):
     environment = {**clean_environment(), **agent.env(tmp_path / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"sent": EVENTS, "left": 0}
+    assert json.loads(done.stdout) == {"sent": EVENTS, "left": 0, "passed_over": [], "error": ""}
     assert sorted(row["payload"]["number"] for row in brain.events(project, "stub", task)) == list(range(EVENTS))
     assert list((tmp_path / "home").iterdir()) == []
     assert brain.agent_workers(project) == []
