@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import stat
+from _thread import RLock
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from z4j_core.schedule_external import (
 )
 from zope.interface import implementer
 
+from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import INativeSchedules
 
 #: What the file says it is.
@@ -47,6 +49,9 @@ PATIENCE = 5.0
 
 #: Bits of the file's mode that would let others read what arguments hold.
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+#: Nobody patches this lock. Whoever validates a change may look at the schedules, so that it has to be one to enter twice.
+_gate = Gate(RLock)
 
 _TABLES = (
     "CREATE TABLE identity (owner TEXT PRIMARY KEY)",
@@ -118,7 +123,7 @@ class NativeScheduleControl:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as connection:
+        with _gate.inside(), closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as connection:
             _prepare(connection, self.path)
             try:
                 yield connection

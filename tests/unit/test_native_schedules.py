@@ -3,7 +3,9 @@
 import os
 import sqlite3
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +18,7 @@ from zope.interface.verify import verifyObject
 from tests.streams import schedule
 from z4j_bare import NativeScheduleControl
 from z4j_bare import native_schedules as module
+from z4j_bare.concurrency import fork
 from z4j_bare.interfaces import INativeSchedules
 
 CODE = [schedule("hourly"), schedule("daily", expression="86400")]
@@ -67,6 +70,42 @@ def test_changes_survive(control, tmp_path):
         change(again, "create", owner="cron", expected=None, **NEW)
     assert change(again, "delete", made.external_id) is None
     assert set(in_force(again)) == {"hourly"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_no_fork_amid_a_change(seam, control, until, monkeypatch):
+    """A child never begins while another thread is inside SQLite for a change: its locks would be shut in it for ever."""
+    monkeypatch.setattr(fork, "PATIENCE", 30.0)
+    steps = []
+    os.register_at_fork(before=partial(steps.append, "fork"))  # the hook that came last runs first
+
+    def slow(_):
+        steps.append("in")
+        while "fork" not in steps:
+            pass
+        end = time.perf_counter() + 0.05
+        while time.perf_counter() < end:
+            pass
+        steps.append("out")
+
+    def work(_sleep=None):
+        change(control, "create", validate=slow, **NEW)
+
+    if not seam.native(work):
+        seam.spawn(work, name="change")
+    until(lambda: steps)
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if steps == ["in", "fork", "out"] and control.resolve(CODE, owner="beat") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert set(in_force(control)) == {"hourly", "daily", "new"}
+
+
+def test_a_validation_may_look(control):
+    """Whoever validates a change can ask for the schedules in force, which are those before it."""
+    seen = []
+    change(control, "create", validate=lambda _: seen.extend(in_force(control)), **NEW)
+    assert seen == ["hourly", "daily"]
 
 
 def test_compare_and_set(control):

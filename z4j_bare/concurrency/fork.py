@@ -52,6 +52,10 @@ class Gate:
         with self._lock:
             return job(*args)
 
+    def inside(self) -> Any:
+        """Return what to hold, by ``with``, for the time of a stay that is no call."""
+        return self._lock
+
     def _close(self) -> None:
         self._shut = self._lock.acquire(timeout=PATIENCE)
 
