@@ -88,6 +88,7 @@ class Agent:
         self._worker_suffix = ""
         self._stopping = seam.event()
         self._tasks: list[Any] = []
+        self._chores: list[Any] = []
         self._sender: SendLoop | None = None
         wish = settings.transport if settings.transport != "auto" else config.transport
         self.routes = Routes(str(config.brain_url), wish, self._token, settings, seam, dev_mode=config.dev_mode)
@@ -192,6 +193,11 @@ class Agent:
         """Return the counters as plain JSON types."""
         link = self.supervisor.link
         return {"session_id": link.welcome.session_id if link else None, **self.figures.stats()}
+
+    def stuck(self, seconds: float) -> list[str]:
+        """Return the names of the loops that have ended, or have been busy with one thing for longer than that."""
+        hung = {task.name for task in self._tasks + self._chores if task.stuck(seconds)}
+        return sorted(hung.union(task.name for task in self._tasks if not task.alive()))
 
     def describe(self) -> dict[str, Any]:
         """Return who this is and how it is, for ``z4j-bare status``."""
@@ -298,7 +304,7 @@ class Agent:
         chores: list[tuple[Callable[[], None], str]] = [(sender.run, "z4j-send"), (beat.run, "z4j-heartbeat")]
         if self.routes.watches(link):
             chores.append((partial(self.routes.watch, link), "z4j-fallback"))
-        tasks = [self.seam.spawn(self._in_session, link, run, name, failures, name=name) for run, name in chores]
+        self._chores = [self.seam.spawn(self._in_session, link, run, name, failures, name=name) for run, name in chores]
         try:
             ReceiveLoop(link, sender.acked, self.dispatcher.submit).run()
         except AgentError as error:
@@ -308,7 +314,7 @@ class Agent:
             link.shut()
             self.schedules.lapse()
             self._sender = None
-            for task in tasks:
+            for task in self._chores:
                 task.join(LEAVE)
         if failures:
             raise self._conclude(sender, failures)

@@ -20,6 +20,9 @@ class ITask(Interface):
     def alive() -> bool:
         """Whether it has not ended yet."""
 
+    def stuck(seconds: float) -> bool:
+        """Whether it has computed, or waited for what the seam knows nothing of, for longer than that."""
+
     def join(timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
 

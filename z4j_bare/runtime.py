@@ -154,6 +154,14 @@ class AgentRuntime:
         agent = self._agent
         return {"state": str(self.state), **(agent.stats() if agent else {})}
 
+    def stuck(self, seconds: float) -> list[str]:
+        """Return the names of the agent's loops that do not go on: ended, or busy with one thing for longer than that.
+
+        A loop that waits, for the disk or the brain, is none of them: a new process would wait as well.
+        """
+        agent = self._agent
+        return [] if agent is None or self.state is not RuntimeState.RUNNING else agent.stuck(seconds)
+
     def reinit_after_fork(self) -> None:
         """Start over in a forked child, with a buffer of its own. Does nothing in the process that started it."""
         agent = self._agent

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -356,8 +357,8 @@ def standalone(seam, tmp_path):
     )
     started = []
 
-    def start(*words, mode="threads"):
-        command = [sys.executable, "-W", "ignore", "-c", RUN, mode, "run", "--config", str(tmp_path / "agent.toml"), *words]
+    def start(*words, mode="threads", script=RUN):
+        command = [sys.executable, "-W", "ignore", "-c", script, mode, "run", "--config", str(tmp_path / "agent.toml"), *words]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -394,6 +395,48 @@ def test_a_whole_life(mode, until, standalone, systemd):
     assert any("connected over ws" in line["message"] for line in lines)
     assert TOKEN not in said
     assert (told[0], systemd()[-1]) == ("READY=1", "STOPPING=1")
+
+
+#: An agent whose flush loop computes, or hangs in foreign code, for as long as there is a file.
+JAMMED = RUN.replace(
+    "sys.exit(main",
+    """
+import ctypes, os
+from pathlib import Path
+from z4j_bare.cli import run
+from z4j_bare.loops.flush import FlushLoop
+jam, seen = Path(os.environ["Z4J_HOME"], "jam"), Path(os.environ["Z4J_HOME"], "seen")
+def jammed(self, stopping):
+    while not stopping.is_set():
+        while jam.exists():
+            seen.touch()
+            ctypes.CDLL(None).usleep(10_000)
+        self._seam.sleep(0.02)
+FlushLoop.run = jammed
+run.STUCK = 0.5
+sys.exit(main""",
+)
+
+
+def test_a_stuck_loop_starves_the_watchdog(mode, until, standalone, systemd, monkeypatch, tmp_path):
+    """While a loop of the agent does not go on, systemd's watchdog is not fed; where another thread can, it tells why."""
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    jam, seen = tmp_path / "home" / "jam", tmp_path / "home" / "seen"
+    process = standalone(mode=mode, script=JAMMED)
+    until(lambda: "WATCHDOG=1" in systemd(), seconds=40)
+    jam.touch()
+    until(seen.exists)
+    if mode == "threads":  # else the hub is stuck as a whole
+        until(lambda: "STATUS=stuck: z4j-flush" in systemd())
+    else:
+        systemd()
+    time.sleep(3 * run_command.POLL)  # three more looks
+    assert "WATCHDOG=1" not in systemd()
+    jam.unlink()
+    until(lambda: "WATCHDOG=1" in systemd())
+    process.send_signal(signal.SIGTERM)
+    until(lambda: process.poll() is not None)
+    assert process.returncode == 0
 
 
 def test_two_by_wish_and_patched_by_flag(mode, until, standalone):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from z4j_bare.agent import Agent
 from z4j_bare.concurrency import CHOICES, Detection, build, choose, detect, fork
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import ForkedChildError, HostConfigurationError
@@ -178,6 +179,36 @@ def test_set_and_clear_in_a_hurry(seam):
         assert seam.pause(pong, 10)
         pong.clear()
     assert task.join(10)
+
+
+def test_who_does_not_wait_is_stuck(seam, until):
+    """A task held up by what the seam knows nothing of is stuck; one that waits through the seam, or has ended, is not."""
+    bell, begun = seam.event(), []
+
+    def task(wait):
+        begun.append(wait)
+        wait(bell, 20)
+
+    held = seam.spawn(task, lambda event, seconds: event.wait(seconds), name="held")
+    waiting = seam.spawn(task, seam.pause, name="waiting")
+    until(lambda: len(begun) == 2 and held.stuck(0.02) and not waiting.stuck(0))
+    assert not held.stuck(20)
+    assert not waiting.stuck(0)
+    bell.set()
+    assert held.join(10)
+    assert waiting.join(10)
+    assert not held.stuck(0)
+
+
+def test_an_agent_names_the_loops_that_do_not_go_on(seam):
+    """Of an agent's loops one that has ended is named; of a session's, which come and go, it is not, nor is one that waits."""
+    bell = seam.event()
+    ended, waiting = seam.spawn(int, name="ended"), seam.spawn(seam.pause, bell, 20, name="waiting")
+    assert ended.join(10)
+    assert Agent.stuck(SimpleNamespace(_tasks=[ended, waiting], _chores=[]), 20) == ["ended"]
+    assert Agent.stuck(SimpleNamespace(_tasks=[waiting], _chores=[ended]), 20) == []
+    bell.set()
+    assert waiting.join(10)
 
 
 # -- locks and offloading

@@ -56,6 +56,10 @@ REFUSED = 3
 
 #: Seconds between two looks at the flag that a signal sets; for the final drain; and of that, for what follows the acks.
 POLL = 0.5
+
+#: Seconds that a loop of the agent may be busy with one thing before systemd's watchdog is no longer fed; its steps take
+#: milliseconds, and an import from a slow disk some seconds.
+STUCK = 60.0
 DRAIN = 10.0
 FAREWELL = 1.0
 
@@ -128,8 +132,10 @@ def _serve(runtime: AgentRuntime, ended: list[int], drain: float) -> None:
     notifier = Notifier()
     notifier.ready()
     while not ended:
-        notifier.alive()
-        notifier.status(_summary(runtime.stats()))
+        stuck = runtime.stuck(STUCK)
+        if not stuck:
+            notifier.alive()
+        notifier.status(f"stuck: {', '.join(stuck)}" if stuck else _summary(runtime.stats()))
         time.sleep(POLL)
     logger.info("z4j: %s: the agent ends, within %.0f s", signal.Signals(ended[0]).name, drain)
     notifier.stopping()

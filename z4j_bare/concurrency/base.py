@@ -28,12 +28,19 @@ class Task:
 
     def __init__(self, name: str, ended: Any, pause: Callable[[Any, float | None], bool]) -> None:
         self.name = name
+        #: When it woke last, in monotonic seconds; ``None`` while it waits.
+        self.woke: float | None = None
         self._ended = ended
         self._pause = pause
 
     def alive(self) -> bool:
         """Whether it has not ended yet."""
         return not self._ended.is_set()
+
+    def stuck(self, seconds: float) -> bool:
+        """Whether it has computed, or waited for what the seam knows nothing of, for longer than that."""
+        woke = self.woke
+        return woke is not None and time.monotonic() - woke > seconds
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
@@ -97,7 +104,7 @@ class BaseConcurrency:
     """
 
     name = ""
-    _task_name: ContextVar[str] = ContextVar("z4j_task", default="")
+    _task: ContextVar[Task] = ContextVar("z4j_task")
 
     def __init__(self) -> None:
         self._epoch = fork.epoch()
@@ -197,18 +204,22 @@ class BaseConcurrency:
             raise ForkedChildError
         began = _resumed.get()
         if began is not None:
-            self.steps.end(began, self._task_name.get())
+            task = self._task.get()
+            task.woke = None
+            self.steps.end(began, task.name)
             _resumed.set(None)  # what foreign code inside the wait asks of us is no step either
         try:
             return wait(*args)
         finally:
             if began is not None:
                 _resumed.set(self.steps.begin())
+                task.woke = time.monotonic()
             if fork.epoch() != self._epoch:
                 raise ForkedChildError
 
     def _run(self, task: Task, function: Callable[..., object], args: tuple[object, ...]) -> None:
-        self._task_name.set(task.name)
+        self._task.set(task)
+        task.woke = time.monotonic()
         _resumed.set(self.steps.begin())
         try:
             function(*args)
@@ -219,6 +230,7 @@ class BaseConcurrency:
         finally:
             if not self.forked():
                 self.steps.end(_resumed.get(), task.name)
+                task.woke = None
                 task._ended.set()  # noqa: SLF001 - the seam owns its tasks
 
 
