@@ -11,6 +11,7 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
+from greenlet import getcurrent
 
 from z4j_bare.agent import Agent
 from z4j_bare.concurrency import CHOICES, Detection, build, choose, detect, fork
@@ -268,6 +269,32 @@ def test_offload_is_one_at_a_time(seam):
     tasks = [seam.spawn(seam.offload, pure, name="w") for _ in range(8)]
     assert all(task.join(20) for task in tasks)
     assert set(overlaps) == {1}
+
+
+def test_offload_stays_on_one_thread(seam):
+    """One task's calls all run on the same native thread: each more would get memory of its own for SQLite."""
+    assert len({seam.offload(seam.native_ident) for _ in range(30)}) == 1
+
+
+def test_a_call_that_nobody_waits_for_any_more(seam, native_read, gate, mode, until):
+    """Whoever is killed while he waits for an offloaded call leaves nothing that the next one takes for his own."""
+    if mode == "threads":
+        pytest.skip("nobody can kill a thread")
+    read, release = gate
+    kill, begun = import_module(mode).kill, []
+
+    def impatient():
+        begun.append(getcurrent())
+        seam.offload(native_read, read, 1)
+
+    task = seam.spawn(impatient, name="impatient")
+    until(lambda: begun)
+    seam.sleep(0.05)
+    kill(begun[0])
+    assert task.join(10)
+    release()
+    assert [seam.offload(divmod, number, 1) for number in range(5)] == [(True, (number, 0)) for number in range(5)]
+    seam.close()
 
 
 def test_close_does_not_wait_for_a_hung_call(seam, native_read, gate, mode):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from _queue import SimpleQueue
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import eventlet
-from eventlet import hubs, patcher, tpool
+from eventlet import hubs, patcher
 from eventlet.green import selectors
 from eventlet.semaphore import Semaphore
 from zope.interface import implementer
@@ -16,11 +19,14 @@ from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import IConcurrency, IEvent
 
-_native_thread = patcher.original("_thread").get_ident
-_gate = Gate(patcher.original("_thread").allocate_lock)
+_socket = patcher.original("socket")
+_thread = patcher.original("_thread")
+_native_thread = _thread.get_ident
+_gate = Gate(_thread.allocate_lock)
 
-#: Seconds after which a waiter looks at its flag by itself, for those raised in another native thread.
-LOOK = 1.0
+#: Seconds after which a waiter looks at its flag by itself. One raised in another native thread is seen when the hub wakes
+#: next, twice a second at least while an agent runs, unless the hub was just sorting its timers.
+LOOK = 5.0
 
 #: Seconds after which a wait for a socket is entered anew: a forked child shares the hub's epoll set, and what it closes
 #: there is no longer waited for in the parent either.
@@ -36,12 +42,17 @@ class Event:
         self._waiters = 0
         self._gate = Semaphore(0)
         self._thread = _native_thread()
+        self._hub: Any = None  # not before somebody waits: a hub does not survive the fork of a daemon
 
     def set(self) -> None:
         """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
         self._flag = True
-        if _native_thread() != self._thread:
-            return  # a hub can only be woken from its own thread; the waiter sees the flag at its next look
+        if _native_thread() == self._thread:
+            self._release()
+        elif self._hub is not None:
+            self._hub.schedule_call_global(0, self._release)  # appends to a list; a hub cannot be woken from elsewhere
+
+    def _release(self) -> None:
         for _ in range(self._waiters):
             self._gate.release()
         self._waiters = 0
@@ -57,6 +68,7 @@ class Event:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds."""
         deadline = None if timeout is None else monotonic() + timeout
+        self._hub = hubs.get_hub()
         while not self._flag:
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
@@ -68,15 +80,54 @@ class Event:
         return True
 
 
+class Helper:
+    """One native thread, which does one job at a time while the caller's hub goes on.
+
+    ``eventlet.tpool`` has twenty, and each job goes to the one that has rested longest: its caches are cold, and each gets
+    memory of its own for SQLite.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[list[Any], Callable[[], Any]] | None] = SimpleQueue()  # in C: nobody patches it
+        self._ear, self._bell = _socket.socketpair()
+        self._ear.setblocking(False)
+        _thread.start_new_thread(self._work, ())
+
+    def call(self, job: Callable[[], Any]) -> Any:
+        """Return what ``job()`` returns. It must not raise, log, or touch what belongs to a hub."""
+        result: list[Any] = []
+        self._jobs.put((result, job))
+        while not result:
+            wait_io(self._ear, LONGEST_WAIT, write=False)
+            with suppress(BlockingIOError):
+                self._ear.recv(64)  # also what was rung for one who did not stay to hear it
+        return result[0]
+
+    def close(self) -> None:
+        """End the thread. Nobody may be in :meth:`call`."""
+        self._jobs.put(None)
+        self._ear.close()
+
+    def _work(self) -> None:
+        with self._bell:
+            while (task := self._jobs.get()) is not None:
+                result, job = task
+                result.append(job())
+                with suppress(OSError):  # whoever asked may have been killed meanwhile, and the other end closed
+                    self._bell.send(b"!")
+                del task, result, job  # or they would live until the next one
+
+
 @implementer(IConcurrency)
 class EventletConcurrency(BaseConcurrency):
-    """One green thread per task; offloaded work goes to eventlet's native pool, one call at a time."""
+    """One green thread per task; offloaded work goes to one native thread."""
 
     name = "eventlet"
 
     def __init__(self) -> None:
         super().__init__()
         self._slot = Semaphore(1)
+        self._helper: Helper | None = None
 
     def event(self) -> Event:
         """Return a new event."""
@@ -92,8 +143,15 @@ class EventletConcurrency(BaseConcurrency):
 
     def native(self, function: Callable[..., object], *args: object) -> bool:
         """Start an unpatched daemon thread."""
-        patcher.original("_thread").start_new_thread(function, (patcher.original("time").sleep, *args))
+        _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
+
+    def close(self) -> None:
+        """End the native thread, unless it hangs in the disk: ``stop()`` is bounded."""
+        if not self.forked() and not self._slot.locked():
+            helper, self._helper = self._helper, None
+            if helper is not None:
+                helper.close()
 
     def _lock(self) -> Any:
         return Semaphore(1)
@@ -106,19 +164,22 @@ class EventletConcurrency(BaseConcurrency):
 
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         with self._slot:
-            return tpool.execute(_gate.run, job, *args)
+            if self._helper is None:
+                self._helper = Helper()
+            return self._helper.call(partial(_gate.run, job, *args))
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
-        while not self._wait_part(sock, min(timeout, LONGEST_WAIT), write):
+        while not wait_io(sock, min(timeout, LONGEST_WAIT), write=write):
             timeout -= LONGEST_WAIT
             if timeout <= 0 or self.forked():
                 return False
         return True
 
-    @staticmethod
-    def _wait_part(sock: Any, timeout: float, write: bool) -> bool:
-        try:
-            hubs.trampoline(sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError)
-        except TimeoutError:
-            return False
-        return True
+
+def wait_io(sock: Any, timeout: float, *, write: bool) -> bool:
+    """Wait at most ``timeout`` seconds; return whether ``sock`` is ready."""
+    try:
+        hubs.trampoline(sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError)
+    except TimeoutError:
+        return False
+    return True
