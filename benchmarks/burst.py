@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure the brain's own rate, then each agent's burst; print and save the table."""
     before = circumstances()
-    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
+    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0)
     trials: dict[str, list[Trial]] = {name: [] for name in args.variants}
     rates: list[float] = []
     with Peers() as peers:

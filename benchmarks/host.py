@@ -106,6 +106,9 @@ def _round(
             progress(f"round {number + 1}: {pool}, batch {batch + 1}")
             for stage in _turned(stages, batch):
                 stage.batch()
+        for step in (Stage.rest, Stage.tick, Stage.late):
+            for stage in _turned(stages, number):
+                step(stage)
     return {stage.trial.variant: stage.trial for stage in stages}
 
 

@@ -93,7 +93,7 @@ def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list
         items = ring.take(3 * calls)
         for place, event in enumerate(("received", "started", "succeeded")):
             batch = items[place * calls : (place + 1) * calls]
-            found[f"encode {event}"] = costs_of(lambda i, batch=batch: batch[i][0](batch[i][1]), calls)  # type: ignore[misc]
+            found[f"encode {event}"] = costs_of(lambda i, batch=batch: batch[i][0](batch[i]), calls)  # type: ignore[misc]
     if name != "none":  # they do not depend on the arguments
         found = {piece: costs for piece, costs in found.items() if piece.endswith(("received", "snapshot"))}
     return {f"{piece}, {name}": costs for piece, costs in found.items()}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 def _outage(
     peers: Peers, args: argparse.Namespace, name: str, end: str, found: list[Outcome], failures: list[str]
 ) -> None:
-    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0, ticker=False)
+    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0)
     python = existing_python() if name == "existing" else sys.executable
     progress(f"{name}, {end}")
     try:

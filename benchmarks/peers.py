@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import random
 import shutil
 import string
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from redis import Redis
 from redis.exceptions import RedisError
 
+import z4j_bare
 from z4j_bare.demo.brain import Brain, free_port
 from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
 
@@ -44,6 +46,8 @@ class Peers:
 
     def __enter__(self) -> Self:
         self._stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        # As pip does at an install: what a worker has to compile itself costs it a megabyte.
+        compileall.compile_dir(Path(z4j_bare.__file__).parent, quiet=1)
         try:
             self._stack.enter_context(self._redis_service())
             self._redis = self._stack.enter_context(Redis(port=self._port))

@@ -48,7 +48,6 @@ class Plan:
     patience: float = 120.0
     loglevel: str = "WARNING"
     attribute: bool = False
-    ticker: bool = True
     probes: int = _PROBES
     core: int | None = None
 
@@ -58,7 +57,8 @@ class Trial:
     """What one worker did in all its batches. Seconds, bytes.
 
     ``cpu`` is counted from each batch's release until its last row, of which the first ``tasks_seconds`` pass until the
-    last task has ended; ``idle`` is the CPU used per second between the batches, while others had theirs.
+    last task has ended; ``idle`` is the CPU used per second between the batches, while others had theirs. ``lateness``
+    comes from one more batch, because the ticker that tells it costs more than an agent that idles.
     """
 
     variant: str
@@ -95,12 +95,13 @@ class Stage:
         self._home.mkdir()
         self._agent: Credentials | None = None if variant == "off" else peers.new_agent(title)
         self.trial = Trial(variant, pool)
-        self._spans: list[tuple[float, float]] = []
+        self._span = (0.0, 0.0)
 
     def run(self) -> Trial:
         """Live for one batch."""
         with self.open():
             self.batch()
+            self.rest()
         return self.trial
 
     @contextmanager
@@ -116,7 +117,6 @@ class Stage:
                 self._warm_up()
                 self._opened = self._meter.read()
                 yield
-                self._look_idle()
                 worker.stop()
             self.trial.lateness = self._lateness()
             self.trial.attribution = self._attribution()
@@ -127,28 +127,41 @@ class Stage:
 
     def batch(self) -> None:
         """Release the tasks, and watch until the brain has their rows."""
-        trial, plan = self.trial, self._plan
-        ends, rows = len(self._ends()), self._rows()
+        trial, plan, rows = self.trial, self._plan, self._rows()
+        began, last, ended = self._tasks()
+        if self._agent:
+            trial.rows = (trial.rows or 0) + self._rows() - rows
+        trial.batches += 1
+        trial.tasks += plan.tasks
+        trial.tasks_seconds += last - began.at
+        trial.end_seconds += ended.at - began.at
+        trial.cpu += ended.cpu - began.cpu
+
+    def tick(self) -> None:
+        """Let the ticker begin; what the worker uses from now on counts no longer."""
+        (self._home / "tick").touch()
+        until(lambda: any(self._home.glob("ticks.*")), "the ticker", timeout=_READY_SECONDS)
+
+    def late(self) -> None:
+        """Release as many tasks as in a batch, for the sake of the ticker alone."""
+        began, _, ended = self._tasks()
+        self._span = (began.at, ended.at)
+
+    def _tasks(self) -> tuple[Reading, float, Reading]:
+        """Release the tasks; return when that was, when the last had ended, and when the brain had its last row."""
+        plan, ends, rows = self._plan, len(self._ends()), self._rows()
         self._peers.stage(plan.tasks, plan.arguments)
         began = self._meter.read()
         self._peers.release(self._database)
         done = f"the {plan.tasks} tasks of a {self._pool} worker ({self._variant})"
         until(lambda: len(self._ends()) >= ends + plan.tasks, done, timeout=plan.patience)
         ended = self._await_rows(rows + plan.tasks)
-        if self._agent:
-            trial.rows = (trial.rows or 0) + self._rows() - rows
-        trial.batches += 1
-        trial.tasks += plan.tasks
-        trial.tasks_seconds += self._ends()[-1] - began.at
-        trial.end_seconds += ended.at - began.at
-        trial.cpu += ended.cpu - began.cpu
-        self._spans.append((began.at, ended.at))
+        return began, self._ends()[-1], ended
 
-    def _look_idle(self) -> None:
-        """Take the figures of a worker between its batches."""
+    def rest(self) -> None:
+        """Take the figures of a worker between its batches, which are over."""
         trial, now = self.trial, self._meter.read()
-        own = sum(ended - began for began, ended in self._spans)
-        trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(0.1, now.at - self._opened.at - own)
+        trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(0.1, now.at - self._opened.at - trial.end_seconds)
         trial.rss = now.rss
         trial.load = os.getloadavg()[0]
         if self._agent:
@@ -159,7 +172,6 @@ class Stage:
             "BENCH_HOME": str(self._home),
             "BENCH_BROKER": self._peers.broker(self._database),
             "BENCH_VARIANT": self._variant,
-            "BENCH_TICKER": str(int(self._plan.ticker)),
             "BENCH_ATTRIBUTE": str(int(self._plan.attribute)),
             "BENCH_CORE": "" if self._plan.core is None else str(self._plan.core),
             "PYTHONPATH": self._search_path(),
@@ -234,8 +246,8 @@ class Stage:
         values = array("d")
         for tape in self._home.glob("ticks.*"):
             values.frombytes(tape.read_bytes())
-        ticks = list(zip(values[::2], values[1::2], strict=True))
-        return sorted(late for began, ended in self._spans for at, late in ticks if began <= at <= ended)
+        began, ended = self._span
+        return sorted(late for at, late in zip(values[::2], values[1::2], strict=True) if began <= at <= ended)
 
     def _attribution(self) -> dict[str, list[float]]:
         for path in self._home.glob("attribution.*.json"):

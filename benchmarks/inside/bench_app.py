@@ -30,8 +30,7 @@ def nap(**_arguments: object) -> None:
     bench_meter.ended()
 
 
-if os.environ.get("BENCH_TICKER") == "1":
-    signals.worker_ready.connect(bench_meter.start_ticker, weak=False)
+signals.worker_ready.connect(bench_meter.start_ticker, weak=False)
 signals.worker_ready.connect(bench_meter.ready, weak=False)
 
 if os.environ.get("BENCH_ATTRIBUTE") == "1":

@@ -16,6 +16,8 @@ HOME = Path(os.environ["BENCH_HOME"])
 TASKS = 1 << 17
 TICKS = 1 << 17
 INTERVAL = 0.005
+#: Seconds between two looks whether the ticker shall begin.
+LOOK = 1.0
 
 _end = Struct("d")
 _tick = Struct("dd")
@@ -58,11 +60,13 @@ def ready(**_signal):
 
 
 def start_ticker(**_signal):
-    """Start the ticker: a greenlet where threads are patched, else a thread."""
+    """Let the ticker begin when it is asked to: a greenlet where threads are patched, else a thread."""
     threading.Thread(target=_run_ticker, daemon=True, name="bench-ticker").start()
 
 
 def _run_ticker():
+    while not (HOME / "tick").exists():
+        time.sleep(LOOK)
     tape = Tape("ticks", _tick, TICKS)
     while True:
         due = time.monotonic() + INTERVAL
