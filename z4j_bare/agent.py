@@ -20,6 +20,7 @@ from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.opening import open_store
 from z4j_bare.buffer.siblings import known_to_others
+from z4j_bare.capture.encode import encode_model
 from z4j_bare.capture.ring import Ring
 from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.control import RESTART, STATUS
@@ -47,7 +48,6 @@ from z4j_bare.schedules import Schedules
 from z4j_bare.settings import Settings
 from z4j_bare.transport.fallback import Routes
 from z4j_bare.wire import frames, policy
-from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,7 +163,7 @@ class Agent:
 
     def record(self, event: Event) -> None:
         """Take one event of the host's own making. Never waits, never raises."""
-        self.ring.put(encode_event, event)
+        self.ring.put((encode_model, event))
 
     def secret(self) -> bytes:
         """Return the project's key. Raises ``HostConfigurationError`` naming the setting."""

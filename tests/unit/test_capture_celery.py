@@ -42,7 +42,7 @@ def app():
 def events(app):
     """Capture connected to the app's worker; yields the list of decoded events."""
     got = []
-    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda encode, record: got.append(json.loads(encode(record))), "w@h.example.com")
+    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda record: got.append(json.loads(record[0](record))), "w@h.example.com")
     capture.connect()
     got_capture = SimpleNamespace(list=got, capture=capture)
     yield got_capture
@@ -144,7 +144,7 @@ def test_refused_messages(app, events):
 def test_nothing_of_arguments_and_results_when_switched_off(app):
     """Z4J_CAPTURE_ARGS=0 and Z4J_CAPTURE_RESULT=0 send neither."""
     got = []
-    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda encode, record: got.append(json.loads(encode(record))), "w@h", args=False, result=False)
+    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda record: got.append(json.loads(record[0](record))), "w@h", args=False, result=False)
     capture.connect()
     try:
         receive(app, "shop.add", args=("secret",))

@@ -22,7 +22,7 @@ class World:
         self.queues = {}
         self.fails = None
         self.announced = []
-        presence = Presence("celery", lambda _encode, record: self.announced.append((record[0], record[4]["worker"])), RedactionEngine().value_matches)
+        presence = Presence("celery", lambda record: self.announced.append((record[1], record[-1]["worker"])), RedactionEngine().value_matches)
         self.presence = presence
         control = SimpleNamespace(enable_events=self.enable, inspect=self.inspect)
         self.app = SimpleNamespace(

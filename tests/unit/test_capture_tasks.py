@@ -88,7 +88,7 @@ def test_ids_are_uuids_of_version_4():
 @given(st.text(st.characters(codec="utf-8"), max_size=30), st.floats(1e9, 2e9), st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), st.integers() | st.text(st.characters(codec="utf-8"), max_size=9), max_size=5))
 def test_encoded_events_are_canonical(task_id, stamp, kwargs):
     """The hand-assembled envelope is the canonical JSON of what it says."""
-    encoded = encoder()(("task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs}))
+    encoded = encoder()((None, "task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs}))
     assert canonical_plain(json.loads(encoded)) == encoded
     assert json.loads(encoded)["task_id"] == task_id
 
@@ -96,19 +96,19 @@ def test_encoded_events_are_canonical(task_id, stamp, kwargs):
 def test_times_are_utc_with_microseconds():
     """A stamp becomes ISO 8601 in UTC; also when the second changes and comes back."""
     make = encoder()
-    times = [json.loads(make(("task.started", stamp, "t", {}, {})))["occurred_at"] for stamp in (0.25, 61.000001, 0.5)]
+    times = [json.loads(make((None, "task.started", stamp, "t", {}, {})))["occurred_at"] for stamp in (0.25, 61.000001, 0.5)]
     assert times == ["1970-01-01T00:00:00.250000+00:00", "1970-01-01T00:01:01.000001+00:00", "1970-01-01T00:00:00.500000+00:00"]
 
 
 def test_unencodable_text_is_made_plain():
     """A lone surrogate or NaN in a task's data costs its own characters, not the event."""
-    data = json.loads(encoder()(("task.received", 1.0, "t\ud800", {}, {"kwargs": {"a": "\ud800", "b": float("nan")}})))
+    data = json.loads(encoder()((None, "task.received", 1.0, "t\ud800", {}, {"kwargs": {"a": "\ud800", "b": float("nan")}})))
     assert data["data"]["kwargs"] == {"a": "?", "b": "nan"}
     assert data["task_id"] == "t?"
 
 
 def own(meta, **data):
-    return json.loads(encoder()(("task.received", 1.0, "t", {}, {**data, "_meta": meta})))["data"]
+    return json.loads(encoder()((None, "task.received", 1.0, "t", {}, {**data, "_meta": meta})))["data"]
 
 
 def test_kept_kwargs():
@@ -124,7 +124,7 @@ def test_redacted_kwargs_and_result():
 
 def test_long_tracebacks_are_cut_after_redaction():
     """A traceback is cut to what the adapter's own hooks send, with their mark."""
-    data = json.loads(encoder()(("task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020})))["data"]
+    data = json.loads(encoder()((None, "task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020})))["data"]
     assert data["traceback"].endswith("[... traceback truncated ...]")
     assert len(data["traceback"]) < 4200
 
@@ -140,7 +140,7 @@ def test_only_names_that_redaction_swallows_are_rewritten():
 def test_presence_announces_each_worker_once():
     """A worker seen again is no news; an announcement names every worker known."""
     got = []
-    presence = Presence("celery", lambda encode, item: got.append(json.loads(encode(item))), RedactionEngine().value_matches, clock=lambda: 1.5)
+    presence = Presence("celery", lambda item: got.append(json.loads(item[0](item))), RedactionEngine().value_matches, clock=lambda: 1.5)
     presence.seen("w@a.example.com")
     presence.seen("w@a.example.com")
     presence.announce("worker.offline")
@@ -151,7 +151,7 @@ def test_presence_announces_each_worker_once():
 def test_presence_forgets():
     """A worker that left is told once, one that fell silent is not told; neither is announced again."""
     got = []
-    presence = Presence("celery", lambda _encode, record: got.append((record[0], record[4]["worker"])), RedactionEngine().value_matches)
+    presence = Presence("celery", lambda record: got.append((record[1], record[-1]["worker"])), RedactionEngine().value_matches)
     left, silent = presence.seen("left@a.example.com"), presence.seen("silent@a")
     presence.forget(left, left=True)
     presence.forget(left, left=True)

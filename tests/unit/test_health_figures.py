@@ -59,7 +59,7 @@ class Books:
 
     def overflow(self, number):
         for _ in range(number + 1):
-            self.ring.put(bytes, b"")
+            self.ring.put((len,))
 
 
 @pytest.fixture

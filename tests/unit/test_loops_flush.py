@@ -31,7 +31,7 @@ class Flushing(World):
 
     def put(self, number):
         for _ in range(number):
-            self.ring.put(encode, self.stored)
+            self.ring.put((encode, self.stored))
             self.stored += 1
 
     def numbers(self):
@@ -42,8 +42,8 @@ class Flushing(World):
         return self.ring.produced, len(self.ring) + self.ring.lost + self.counters.unencodable + self.counters.stored
 
 
-def encode(number):
-    return b'{"n":%d}' % number
+def encode(captured):
+    return b'{"n":%d}' % captured[1]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_flush_from_several_tasks_keeps_order(world):
 def test_an_event_that_cannot_be_encoded_is_counted(world):
     """One event whose encoding fails costs itself and is counted; the others get through."""
     world.put(3)
-    world.ring.put(lambda _event: 1 / 0, None)
+    world.ring.put((lambda _captured: 1 / 0,))
     world.put(3)
     world.seam.advance(1)
     assert world.numbers() == [0, 1, 2, 3, 4, 5]
@@ -125,14 +125,14 @@ def test_encoding_yields(world, monkeypatch):
     monkeypatch.setattr(slices, "SLICE", 0.002)
     ran = []
 
-    def slow(number):
+    def slow(captured):
         began = time.perf_counter()
         while time.perf_counter() - began < 0.003:
             pass
-        return encode(number)
+        return encode(captured)
 
     for number in range(10):
-        world.ring.put(slow, number)
+        world.ring.put((slow, number))
     world.seam.spawn(lambda: [ran.append(len(world.numbers())) or world.seam.sleep(0) for _ in range(5)], name="other")
     world.seam.advance(1)
     assert ran[:2] == [0, 0], "it ran while the batch was still being encoded"
@@ -177,7 +177,7 @@ def test_an_unexpected_error_is_counted_not_hidden(world, caplog):
     world.seam.advance(0.1)
     append, world.disk.store.append = world.disk.store.append, None
     world.put(2)
-    world.ring.put(lambda _event: 1 / 0, None)
+    world.ring.put((lambda _captured: 1 / 0,))
     world.put(2)
     world.seam.advance(1)
     assert "z4j-flush" in caplog.text
@@ -215,14 +215,14 @@ def test_the_ring_keeps_count_between_threads(seam):
 
     def produce():
         for number in range(2000):
-            ring.put(encode, number)
+            ring.put((encode, number))
             if not number % 100:
                 seam.sleep(0)
 
     tasks = [seam.spawn(produce, name="p") for _ in range(4)]
     assert all(task.join(20) for task in tasks)
     assert len(ring) == 1000
-    ring.put(encode, 0)
+    ring.put((encode, 0))
     assert (ring.produced, ring.lost) == (8001, 7001)
     assert len(ring.take(5000)) == 1000
     assert ring.take(5) == []

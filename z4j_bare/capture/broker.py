@@ -41,8 +41,6 @@ LAST = 1.0
 #: Seconds of work after which others get their turn.
 SLICE = 0.002
 
-TASK = "z4j-celery-events"
-
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
@@ -59,6 +57,8 @@ class BrokerStream:
     :param take: gets a decoded event; it may raise for garbage, which is counted.
     :param tend: called at each turn; neither waits nor raises.
     """
+
+    name = "z4j-celery-events"
 
     def __init__(
         self, app: Any, take: Callable[[dict[str, Any]], None], tend: Callable[[], None], seam: BaseConcurrency
@@ -178,7 +178,7 @@ class BrokerStream:
             except Exception as error:
                 self.unreadable += 1
                 logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
-        self._seam.steps.end(step, TASK)
+        self._seam.steps.end(step, self.name)
         if perf_counter() - self._yielded > SLICE:  # kombu may hand over a whole burst in one go
             self._seam.sleep(0)
             self._yielded = perf_counter()

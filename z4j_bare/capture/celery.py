@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from z4j_bare.capture.encode import Encoder, Record
+from z4j_bare.capture.encode import REMEMBERED, Encoder, Record
 from z4j_bare.capture.names import safe_name
 from z4j_bare.capture.redact import Redactor
+from z4j_bare.capture.ring import Put
 from z4j_bare.capture.snapshot import snapshot
 from z4j_bare.capture.tasks import Kinds, Track, Tracks
 from z4j_bare.concurrency import fork
@@ -23,6 +24,10 @@ FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoke
 
 #: Characters of a traceback that are looked at; the encoder sends the first 4,096.
 TRACEBACK = 5120
+
+#: Of tasks without them: two containers less for the garbage collector to count. Nobody changes what was captured.
+_NO_ARGS: list[Any] = []
+_NO_KWARGS: dict[str, Any] = {}
 
 _HANDLERS = {
     "task_received": "_on_received",
@@ -51,7 +56,7 @@ class CeleryCapture:
     def __init__(
         self,
         engine: Any,
-        put: Callable[[Callable[[Any], bytes], Any], None],
+        put: Put,
         hostname: str | None,
         *,
         args: bool = True,
@@ -68,6 +73,7 @@ class CeleryCapture:
         self._clock = clock
         self._encode = Encoder(engine.name, Redactor(engine.redaction))
         self._kinds = Kinds(get_meta)
+        self._places: dict[str | None, dict[str, Any]] = {}
         self._epoch = fork.epoch()
         self._connected: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -97,23 +103,23 @@ class CeleryCapture:
         track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
         own: dict[str, Any] = {"worker": self.worker, "queue": track.queue}
         if self._args:
-            own["args"] = snapshot(request.args) if request.args else []
-            own["kwargs"] = snapshot(request.kwargs) if request.kwargs else {}
+            own["args"] = snapshot(request.args) if request.args else _NO_ARGS
+            own["kwargs"] = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
         if request.parent_id:
             own["parent_task_id"] = request.parent_id
         if request.root_id:
             own["root_task_id"] = request.root_id
         if kind.meta is not None:
             own["_meta"] = kind.meta
-        self._put(self._encode, (RECEIVED, track.stamp(self._clock(), RECEIVED), task_id, kind.fields, own))
+        self._put((self._encode, RECEIVED, track.stamp(self._clock(), RECEIVED), task_id, kind.fields, own))
 
     @safe_boundary
     def _on_prerun(self, task_id: str = "", task: Any = None, **_kwargs: Any) -> None:
         track = self._track(task_id, task)
         if track is not None:
             track.began = time.perf_counter()
-            own = {"worker": self.worker, "queue": track.queue}
-            self._put(self._encode, (STARTED, track.stamp(self._clock(), STARTED), task_id, track.kind.fields, own))
+            stamp = track.stamp(self._clock(), STARTED)
+            self._put((self._encode, STARTED, stamp, task_id, track.kind.fields, self._place(track.queue)))
 
     @safe_boundary
     def _on_postrun(
@@ -150,7 +156,7 @@ class CeleryCapture:
                 "retry_count": int(getattr(request, "retries", 0) or 0) + 1,
             }
             stamp = track.stamp(self._clock(), RETRIED)
-            self._put(self._encode, (RETRIED, stamp, request.id, track.kind.fields, own))
+            self._put((self._encode, RETRIED, stamp, request.id, track.kind.fields, own))
 
     @safe_boundary
     def _on_revoked(
@@ -180,7 +186,7 @@ class CeleryCapture:
     def _refused(self, task_id: str, name: str, reason: Any) -> None:
         if fork.epoch() == self._epoch:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
-            self._put(self._encode, (REJECTED, self._clock(), task_id, {}, own))
+            self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
     def _track(self, task_id: str, task: Any) -> Track | None:
         """Return the track of a reported task; one that was received before us begins here."""
@@ -194,6 +200,15 @@ class CeleryCapture:
             return None
         return self.tracks.add(task_id, Track(kind, _queue(getattr(task, "request", None))))
 
+    def _place(self, queue: str | None) -> dict[str, Any]:
+        """Return the only own fields of a ``task.started``, the same object for all that ran here."""
+        place = self._places.get(queue)
+        if place is None:
+            if len(self._places) >= REMEMBERED:
+                self._places.clear()
+            place = self._places[queue] = {"worker": self.worker, "queue": queue}
+        return place
+
     def _finish(self, event: str, task_id: str, track: Track, own: dict[str, Any]) -> None:
         own["worker"] = self.worker
         own["queue"] = track.queue
@@ -201,8 +216,8 @@ class CeleryCapture:
             own["runtime_ms"] = int((time.perf_counter() - track.began) * 1000)
         if track.kind.meta is not None:
             own["_meta"] = track.kind.meta
-        record: Record = (event, track.stamp(self._clock()), task_id, track.kind.fields, own)
-        self._put(self._encode, record)
+        record: Record = (self._encode, event, track.stamp(self._clock()), task_id, track.kind.fields, own)
+        self._put(record)
         self.tracks.end(task_id)
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import count
 from json.encoder import encode_basestring
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.capture.redact import Redactor
-from z4j_bare.wire.events import encode_fields
+from z4j_bare.wire.events import encode_event, encode_fields
+
+if TYPE_CHECKING:
+    from z4j_core.models import Event
 
 #: Characters of a traceback, as the adapter's own hooks send it.
 TRACEBACK = 4096
@@ -23,8 +26,9 @@ REMEMBERED = 4096
 
 _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
-#: Kind of event, stamp (seconds since the epoch), task id, fields common to all events of that kind of task, own fields.
-Record = tuple[str, float, str, dict[str, Any], dict[str, Any]]
+#: Its encoder, kind of event, stamp (seconds since the epoch), task id, fields common to all events of that kind of task,
+#: fields of its own.
+Record = tuple[Callable[[Any], bytes], str, float, str, dict[str, Any], dict[str, Any]]
 
 
 def new_ids() -> Callable[[], str]:
@@ -52,7 +56,7 @@ class Encoder:
 
     def __call__(self, record: Record) -> bytes:
         """Return the bytes of one event."""
-        kind, stamp, task_id, common, own = record
+        _, kind, stamp, task_id, common, own = record
         try:
             data = self._bare(common, own) if len(own) == len(_BARE) else _encode(self._data(common, own))
             return (
@@ -148,3 +152,8 @@ def _traceback(text: Any) -> Any:
     if isinstance(text, str) and len(text) > TRACEBACK:
         return text[:TRACEBACK] + "\n[... traceback truncated ...]"
     return text
+
+
+def encode_model(captured: tuple[Any, Event]) -> bytes:
+    """Return the bytes of an event that came as z4j_core's model, captured with this function."""
+    return encode_event(captured[1])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.capture.encode import Record, new_ids
 from z4j_bare.capture.names import safe_name
+from z4j_bare.capture.ring import Put
 from z4j_bare.wire.events import encode_fields
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Presence:
     def __init__(
         self,
         engine: str,
-        put: Callable[[Callable[[Any], bytes], Any], None],
+        put: Put,
         matches: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -66,11 +67,11 @@ class Presence:
             self.announce("worker.heartbeat" if turn % ONLINE_EVERY else "worker.online")
 
     def _record(self, kind: str, worker: str) -> None:
-        record: Record = (kind, self._clock(), self._new_id(), {}, {"worker": worker})
-        self._put(self._encode, record)
+        record: Record = (self._encode, kind, self._clock(), self._new_id(), {}, {"worker": worker})
+        self._put(record)
 
     def _encode(self, record: Record) -> bytes:
-        kind, stamp, identity, _common, data = record
+        _, kind, stamp, identity, _common, data = record
         occurred = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}+00:00"
         fields = {"id": identity, "kind": kind, "engine": self._engine, "task_id": "", "occurred_at": occurred}
         return encode_fields({**fields, "data": data}, trusted=True)

@@ -7,19 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.capture.broker import TASK, BrokerStream
 from z4j_bare.capture.celery import CeleryCapture, EagerCapture, ParentCapture, runs_in_process
+from z4j_bare.capture.encode import encode_model
 from z4j_bare.capture.names import value_matcher
 from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.ring import Ring
-from z4j_bare.capture.roster import Roster
-from z4j_bare.capture.translate import Translator
 from z4j_bare.hosting import own_worker
-from z4j_bare.wire.events import encode_event
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
+    from z4j_bare.capture.broker import BrokerStream
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
 
@@ -71,7 +69,7 @@ class Source:
             data.pop("result", None)
         if isinstance(worker := data.get("worker"), str):
             self.presence.seen(worker)
-        self._ring.put(encode_event, event)
+        self._ring.put((encode_model, event))
 
 
 class CelerySource(Source):
@@ -92,17 +90,23 @@ class CelerySource(Source):
         in_process = self._worker is not None and runs_in_process(consumer)
         handlers = CeleryCapture if in_process else EagerCapture if self._worker is None else ParentCapture
         self._capture = handlers(engine, ring.put, self._worker, args=args, result=result)
-        self._stream: BrokerStream | None = None
-        if not in_process:
-            app = engine.celery_app
-            roster = Roster(app, self.presence, seam, mine=self._worker, only=only)
-            tracks = self._capture.tracks if self._worker else None
-            take = Translator(engine, ring.put, roster, tracks, args=args, result=result)
-            self._stream = BrokerStream(app, take, roster.tend, seam)
+        self._stream = None if in_process else self._broker_stream(engine, only)
+
+    def _broker_stream(self, engine: Any, only: str | None) -> BrokerStream:
+        from z4j_bare.capture.broker import BrokerStream  # most workers need none of these
+        from z4j_bare.capture.roster import Roster
+        from z4j_bare.capture.translate import Translator
+
+        app, settings = engine.celery_app, self._settings
+        roster = Roster(app, self.presence, self._seam, mine=self._worker, only=only)
+        tracks = self._capture.tracks if self._worker else None
+        args, result = settings.capture_args, settings.capture_result
+        take = Translator(engine, self._ring.put, roster, tracks, args=args, result=result)
+        return BrokerStream(app, take, roster.tend, self._seam)
 
     def loops(self) -> list[Loop]:
         """Presence, and the broker's events where they are needed."""
-        return super().loops() + ([(TASK, self._stream.run)] if self._stream else [])
+        return super().loops() + ([(self._stream.name, self._stream.run)] if self._stream else [])
 
     def connect(self) -> None:
         """Listen to the signals, and have this worker send its events."""

@@ -21,6 +21,7 @@ from z4j_bare.capture.celery import (
 from z4j_bare.capture.encode import Encoder, Record
 from z4j_bare.capture.redact import Redactor
 from z4j_bare.capture.reprs import Repr, keep, read
+from z4j_bare.capture.ring import Put
 from z4j_bare.capture.snapshot import snapshot
 from z4j_bare.capture.tasks import Kind, Kinds, Track, Tracks
 
@@ -54,7 +55,7 @@ class Translator:
     def __init__(
         self,
         engine: Any,
-        put: Callable[[Callable[[Any], bytes], Any], None],
+        put: Put,
         roster: Roster,
         tracks: Tracks | None = None,
         *,
@@ -116,12 +117,12 @@ class Translator:
         if track.kind.meta is not None:
             own["_meta"] = track.kind.meta
         stamp = track.stamp(self._stamp(event), kind if kind in _REPEATING else None)
-        record: Record = (kind, stamp, task_id, track.kind.fields, own)
-        self._put(self._finish, record)
+        record: Record = (self._finish, kind, stamp, task_id, track.kind.fields, own)
+        self._put(record)
 
     def _finish(self, record: Record) -> bytes:
         """Read what is text yet, and encode: on the flush loop's time."""
-        own = record[4]
+        own = record[-1]
         for name, value in own.items():
             if isinstance(value, Repr):
                 own[name] = read(value, self._secret)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.rows import EVENT
@@ -19,6 +20,9 @@ logger = logging.getLogger("z4j.runtime.flush")
 
 #: Seconds between two looks at an empty ring, which wakes us by itself.
 QUIET = 5.0
+
+#: The encoder of what has been encoded before.
+_ENCODED = itemgetter(1)
 
 
 class FlushLoop:
@@ -77,7 +81,7 @@ class FlushLoop:
             taken = len(batch)
             try:
                 encoded = self._encode(batch)
-                batch = [(bytes, each) for each in encoded]
+                batch = [(_ENCODED, each) for each in encoded]
                 self._keeper.append([(EVENT, "", each) for each in encoded])
             except BaseException:
                 self._ring.give_back(batch)
@@ -88,9 +92,9 @@ class FlushLoop:
 
     def _encode(self, batch: list[Captured]) -> list[bytes]:
         encoded, breathe = [], Slices(self._seam)
-        for encode, event in batch:
+        for captured in batch:
             try:
-                encoded.append(encode(event))
+                encoded.append(captured[0](captured))
             except Exception:
                 self._counters.unencodable += 1
                 logger.debug("z4j: an event could not be encoded", exc_info=True)
