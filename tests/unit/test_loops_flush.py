@@ -83,6 +83,18 @@ def test_the_threshold_does_not_wait(world):
     assert len(world.numbers()) == 256
 
 
+def test_a_few_more_wait_for_company(world):
+    """What a full batch has left over does not go to the store by itself, but with what comes within the interval."""
+    world.seam.advance(1)
+    world.put(260)
+    world.seam.advance(0.001)
+    assert len(world.numbers()) == 256
+    world.put(6)
+    world.seam.advance(0.2)
+    assert world.numbers() == list(range(266))
+    assert len(world.woken) == 2
+
+
 def test_an_idle_loop_sleeps(world):
     """With nothing captured the loop hardly wakes, and the first event after a long rest is still stored in time."""
     world.seam.advance(60)

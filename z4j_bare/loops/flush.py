@@ -60,11 +60,12 @@ class FlushLoop:
                     self._keeper.refresh()
                 self._ring.wake.clear()
                 continue
-            self._seam.pause(self._ring.wake, self._interval)  # let company come
+            if len(self._ring) < self._most:
+                self._seam.pause(self._ring.wake, self._interval)  # let company come
             self._ring.wake.clear()
-            # What came during a commit waits for the next wake: commits of a dozen events, one after the other, cost the
-            # worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
-            while self._commit() == self._most:
+            # What came during a commit waits for the next wake, unless it is a whole batch: commits of a dozen events, one
+            # after the other, cost the worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
+            while self._commit() == self._most <= len(self._ring):
                 pass
 
     def flush(self) -> None:
