@@ -125,6 +125,9 @@ class IStore(Interface):
         deleted.
         """
 
+    def at_hand(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
+        """Return what ``drain`` does if that takes no I/O, else ``None``. Also outside ``offload``, between other calls."""
+
     def confirm(ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
 

@@ -10,6 +10,7 @@ from z4j_bare.buffer import keeper as module
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.keeper import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, Keeper
 from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.rows import UNKNOWN
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError
 
@@ -118,6 +119,18 @@ def world():
 def test_causes_are_told_apart(cause):
     """The error made here is one that the keeper has a remedy for."""
     assert cause_of(trouble(cause)) == cause
+
+
+def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
+    """Rows of a moment ago are fetched on the hub; the disk is asked when figures are due, or there is something to delete."""
+    world.put(3)
+    trips, offload = [], world.seam.offload
+    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
+    assert (world.there(), trips) == ([0, 1, 2], [])
+    world.seam.advance(1.5 * module.LOOK_EVERY)
+    assert (world.there(), len(trips)) == ([0, 1, 2], 1)
+    world.keeper.exchange((1, 2, 3), *NOTHING)
+    assert (world.there(), len(trips)) == ([], 3), "the last one tidied"
 
 
 # -- busy
@@ -361,7 +374,7 @@ def test_figures_from_before_the_first_look(world):
         raise trouble("other")
 
     world.keeper._open_store = refuse
-    assert world.keeper.last_stats is module.UNKNOWN
+    assert world.keeper.last_stats is UNKNOWN
     world.put(2)
     assert world.keeper.stats().buffer_id != "unopened"
     assert world.adds_up()

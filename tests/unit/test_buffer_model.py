@@ -70,7 +70,9 @@ class StoreMachine(RuleBasedStateMachine):
             if len(expected) == limit or (room < 0 and expected):
                 break
             expected.append(row)
+        at_hand = self.store.at_hand(after, limit, max_bytes, kinds)
         found = self.store.drain(after, limit, max_bytes, kinds)
+        assert at_hand in (None, found)
         assert [(entry.id, entry.kind, entry.payload) for entry in found] == expected
         assert [entry.attempts for entry in found] == [self.attempts[row[0]] for row in expected]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from z4j_core.transport.frames import AgentStatusPayload, HeartbeatPayload, TelemetryLossPayload
 
-from z4j_bare.buffer.keeper import UNKNOWN
+from z4j_bare.buffer.rows import UNKNOWN
 from z4j_bare.capture.ring import Ring
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.health.figures import Figures

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats, LedgerEntry, Legacy
+from z4j_bare.buffer.rows import (
+    EVENT,
+    PROJECTION,
+    RESULT,
+    UNKNOWN,
+    BufferEntry,
+    BufferStats,
+    LedgerEntry,
+    Legacy,
+    added,
+    both,
+)
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
@@ -45,9 +56,6 @@ Query = tuple[int, int, Sequence[str]]
 
 #: What other processes' stores know of a command, given our own store's path.
 Others = Callable[["Path", str], LedgerEntry | None]
-
-#: The figures of a store that has not been asked yet.
-UNKNOWN = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 
 
 class Keeper:
@@ -118,10 +126,15 @@ class Keeper:
         """Delete confirmed rows and read the next ones, results and events, in one trip.
 
         A query is ``(after, limit, kinds)``. ``generation`` is the one that the confirmed ids are of: in another one the
-        same numbers are other rows, and nothing is deleted. A trip with nothing to do tidies the file a little.
+        same numbers are other rows, and nothing is deleted. A trip with nothing to do tidies the file a little; what is in
+        memory anyway takes none.
         """
         look = self._due()
-        tidy = self._seam.now() - self._tidied_at >= TIDY_EVERY
+        tidy = self._untidy and self._seam.now() - self._tidied_at >= TIDY_EVERY
+        if not (confirmed or look):
+            at_hand = self._at_hand(results, events, max_bytes)
+            if at_hand is not None and (any(at_hand) or not tidy):
+                return at_hand
         tidied = False
 
         def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
@@ -129,7 +142,7 @@ class Keeper:
             valid = confirmed if generation in (None, self.generation) else ()
             found = _exchange(store, valid, results, events, max_bytes, look)
             self._untidy = self._untidy or bool(valid)
-            if tidy and self._untidy and not (valid or found[1] or found[2]):
+            if tidy and not (valid or found[1] or found[2]):
                 self._untidy, tidied = not _tidy(store), True
             return found
 
@@ -200,8 +213,18 @@ class Keeper:
     def _note(self, stats: BufferStats) -> None:
         memory = self._memory
         stands_in = memory is not None and memory.buffer_id == stats.buffer_id
-        self.last_stats = _both(self._beneath, stats) if stands_in else stats
+        self.last_stats = both(self._beneath, stats) if stands_in else stats
         self._looked_at, self._outdated = self._seam.now(), False
+
+    def _at_hand(
+        self, results: Query, events: Query, max_bytes: int
+    ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
+        with self._turn:  # nobody is inside the store meanwhile
+            disk = self._disk
+            if disk is None or self._memory is not None:
+                return None
+            found = _each(disk.at_hand, (results, events), max_bytes)
+        return None if None in found else (found[0], found[1])
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._turn:
@@ -293,7 +316,7 @@ class Keeper:
             ok, value = self._seam.offload(self._disk.remembered)
             below = value if ok else below
         owed = Legacy(self._owed)
-        return replace(below, lost=_added(below.lost, owed.by(0)), lost_kinds=_added(below.lost_kinds, owed.by(1)))
+        return replace(below, lost=added(below.lost, owed.by(0)), lost_kinds=added(below.lost_kinds, owed.by(1)))
 
     def _return_to_disk(self) -> None:
         memory = self._memory
@@ -328,14 +351,16 @@ def _append(store: Any, rows: Sequence[tuple[str, str, bytes]], look: bool) -> B
     return stats
 
 
+def _each(read: Callable[..., Any], queries: Sequence[Query], max_bytes: int) -> list[Any]:
+    return [read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries]
+
+
 def _exchange(
     store: Any, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, look: bool
 ) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
     if confirmed:
         store.confirm(confirmed)
-    found = [
-        store.drain(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in (results, events)
-    ]
+    found = _each(store.drain, (results, events), max_bytes)
     return store.stats() if look else None, found[0], found[1]
 
 
@@ -375,23 +400,3 @@ def _move(heir: Any, source: Any) -> int:
         moved += len(rows)
     heir.inherit(left)
     return moved
-
-
-def _added(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
-
-
-def _both(disk: BufferStats, memory: BufferStats) -> BufferStats:
-    """Return the figures while memory stands in for the disk: the rows down there are still ours."""
-    return replace(
-        memory,
-        rows=disk.rows + memory.rows,
-        bytes=disk.bytes + memory.bytes,
-        payload_bytes=disk.payload_bytes + memory.payload_bytes,
-        oldest_age=memory.oldest_age if disk.oldest_age is None else disk.oldest_age,
-        lost=_added(disk.lost, memory.lost),
-        lost_kinds=_added(disk.lost_kinds, memory.lost_kinds),
-        produced=disk.produced + memory.produced,
-        confirmed=disk.confirmed + memory.confirmed,
-        buffer_id=memory.buffer_id if disk.buffer_id == UNKNOWN.buffer_id else disk.buffer_id,
-    )

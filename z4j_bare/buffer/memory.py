@@ -118,6 +118,10 @@ class MemoryStore:
             entries.append(entry)
         return entries
 
+    def at_hand(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry] | None:
+        """Return what ``drain`` does: nothing here takes I/O."""
+        return self.drain(after, limit, max_bytes, kinds)
+
     def confirm(self, ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
         self._check()

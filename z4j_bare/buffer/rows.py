@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,6 +78,10 @@ class BufferStats:
     durable: bool
 
 
+#: The figures of a store that has not been asked yet.
+UNKNOWN = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
+
+
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
     """What is known of one command: ``state`` is ``started``, ``done`` or, of another process's, ``elsewhere``.
@@ -133,3 +137,24 @@ def losses_by(counts: dict[tuple[str, str], int], field: int) -> dict[str, int]:
     for pair, count in counts.items():
         sums[pair[field]] = sums.get(pair[field], 0) + count
     return sums
+
+
+def added(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    """Return the sums of two sets of counters."""
+    return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
+
+
+def both(disk: BufferStats, memory: BufferStats) -> BufferStats:
+    """Return the figures while memory stands in for the disk: the rows down there are still ours."""
+    return replace(
+        memory,
+        rows=disk.rows + memory.rows,
+        bytes=disk.bytes + memory.bytes,
+        payload_bytes=disk.payload_bytes + memory.payload_bytes,
+        oldest_age=memory.oldest_age if disk.oldest_age is None else disk.oldest_age,
+        lost=added(disk.lost, memory.lost),
+        lost_kinds=added(disk.lost_kinds, memory.lost_kinds),
+        produced=disk.produced + memory.produced,
+        confirmed=disk.confirmed + memory.confirmed,
+        buffer_id=memory.buffer_id if disk.buffer_id == UNKNOWN.buffer_id else disk.buffer_id,
+    )

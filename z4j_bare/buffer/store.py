@@ -147,10 +147,14 @@ class BufferStore:
     @storage_call
     def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        found = self.at_hand(after, limit, max_bytes, kinds)
+        return self._read(after, limit, max_bytes, kinds) if found is None else found
+
+    def at_hand(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry] | None:
+        """Return what ``drain`` does, or ``None`` if that takes a look at the file. On any thread, between other calls."""
         if EVENT not in kinds and not self._books.kept:
             return []
-        at_hand = self._tail.after(after, limit, max_bytes) if tuple(kinds) == (EVENT,) else None
-        return self._read(after, limit, max_bytes, kinds) if at_hand is None else at_hand
+        return self._tail.after(after, limit, max_bytes) if tuple(kinds) == (EVENT,) else None
 
     def _read(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         entries: list[BufferEntry] = []
