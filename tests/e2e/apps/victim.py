@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-fork, waitpid = os.fork, os.waitpid  # gevent's own start a hub, which the children would inherit
+# A hub's own would start it, and the children inherit it; and eventlet's write goes on for ever when nobody reads any more.
+fork, waitpid, write = os.fork, os.waitpid, os.write
 
 from tests.launch import patch  # noqa: E402
 
@@ -126,7 +127,7 @@ class Host:
 
     def say(self, point):
         stored = self.runtime.stats().get("stored", 0) if self.runtime else 0
-        os.write(1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n")
+        write(1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n")
 
 
 def serve():
@@ -138,7 +139,7 @@ def serve():
             finally:
                 os._exit(0)
         waitpid(child, 0)
-        os.write(1, b"{}\n")
+        write(1, b"{}\n")
 
 
 if __name__ == "__main__":
