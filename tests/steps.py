@@ -1,7 +1,8 @@
 """The judge of steps: who of ours held the hub for longer than he may, told apart from who was made to wait for it.
 
-What a step computes is its thread's CPU time without the garbage collector's, which takes from whoever allocated last. What
-it waited through in the kernel is the rest of its wall time without the time for which threads of this process were ready to
+What a step computes is its thread's CPU time without the garbage collector's, which takes from whoever allocated last, and
+without greenlet's, which looks through the heap for what an ended native thread has left, in whoever runs then. What it
+waited through in the kernel is the rest of its wall time without the time for which threads of this process were ready to
 run and another process had the processor. Neither is exact on a busy machine: a virtual processor may stand still or share its
 core while CPU time passes, and a native thread that is off the processor with the interpreter's lock makes us wait, and may be
 gone before anybody asks it. So what is a little too long counts when it comes again in the same place.
@@ -18,6 +19,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import greenlet
+from greenlet import _greenlet
 
 from z4j_bare.concurrency.base import Steps
 
@@ -35,6 +37,9 @@ EVERY = 0.05
 #: What the kernel tells of a thread: nanoseconds on a processor, nanoseconds waiting for one, turns.
 FIELDS = 3
 
+#: What C's ``clock()`` counts in a second, on every POSIX system.
+CLOCKS = 1_000_000
+
 #: ``pread`` that keeps the interpreter's lock: ``os.pread`` would offer it to the native threads, which return it late.
 _pread = ctypes.PyDLL(None).pread
 
@@ -48,7 +53,7 @@ class Mark(NamedTuple):
 
 
 class Clock:
-    """Tells time with the collector's taken off."""
+    """Tells time with the collectors' taken off."""
 
     def __init__(self):
         self._collected = 0.0
@@ -85,7 +90,8 @@ class Clock:
 
     def _mark(self):
         queued = self._queued()
-        return Mark(time.perf_counter() - self._collected, time.thread_time() - self._collected, queued)
+        aside = self._collected + (_greenlet.get_clocks_used_doing_optional_cleanup() or 0) / CLOCKS
+        return Mark(time.perf_counter() - aside, time.thread_time() - aside, queued)
 
     def _look(self):
         for thread in set(os.listdir("/proc/self/task")) - self._files.keys():

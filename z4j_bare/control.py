@@ -22,6 +22,8 @@ from typing import Any
 
 from z4j_core.paths import ensure_z4j_home
 
+from z4j_bare.concurrency.files import open_file
+
 #: Words that a desk understands.
 STATUS, RESTART = "status", "restart"
 
@@ -111,7 +113,7 @@ def write_pidfile(adapter_id: str) -> Path:
     path = first if _vacant(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
     written = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
     # A new file, never through a link: somebody else may be able to write this directory.
-    with open(written, "x", encoding="ascii", opener=partial(os.open, mode=0o600)) as file:
+    with open(written, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
     written.replace(path)
     return path
@@ -178,7 +180,7 @@ def address(path: Path) -> Iterator[str]:
     if len(os.fsencode(path)) < _LONGEST_PATH:
         yield str(path)
         return
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    directory = open_file(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:

@@ -27,6 +27,7 @@ from z4j_core.schedule_external import (
 )
 from zope.interface import implementer
 
+from z4j_bare.concurrency.files import open_file
 from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import INativeSchedules
 
@@ -113,7 +114,7 @@ class NativeScheduleControl:
     def _create(self) -> None:
         """Create the file if there is none, with a mode that nobody else can read from the beginning."""
         try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            os.close(open_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
             found = self.path.lstat()
             if not stat.S_ISREG(found.st_mode):

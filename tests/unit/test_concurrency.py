@@ -1,5 +1,6 @@
 """The seam in the mode of this run, the choice of a seam, and the one with virtual time."""
 
+import gc
 import json
 import os
 import signal
@@ -14,9 +15,14 @@ import pytest
 from greenlet import getcurrent
 
 from z4j_bare.agent import Agent
+from z4j_bare.buffer.lock import is_owned
+from z4j_bare.buffer.paths import lock_of, new_store_path
+from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import CHOICES, Detection, build, choose, detect, fork
 from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.control import write_pidfile
 from z4j_bare.errors import ForkedChildError, HostConfigurationError
+from z4j_bare.native_schedules import NativeScheduleControl
 
 
 @pytest.fixture
@@ -274,6 +280,27 @@ def test_offload_is_one_at_a_time(seam):
 def test_offload_stays_on_one_thread(seam):
     """One task's calls all run on the same native thread: each more would get memory of its own for SQLite."""
     assert len({seam.offload(seam.native_ident) for _ in range(30)}) == 1
+
+
+def test_files_leave_no_hub_on_the_native_thread(seam, mode, tmp_path):
+    """Files of ours that are opened off eventlet's hub give that thread none: greenlet would search the heap for it at the end."""
+    if mode != "eventlet":
+        pytest.skip("only eventlet's os.open looks for a hub")
+    from eventlet import hubs
+
+    def opened():
+        write_pidfile("django")
+        store = BufferStore(new_store_path(tmp_path), deployment="p")
+        owned = is_owned(lock_of(store.path))
+        store.close()
+        NativeScheduleControl(tmp_path / "schedules.db")
+        return owned, hasattr(hubs._threadlocal, "hub")
+
+    gc.disable()  # what it finalizes there may be anybody's
+    try:
+        assert seam.offload(opened) == (True, (True, False))
+    finally:
+        gc.enable()
 
 
 def test_a_call_that_nobody_waits_for_any_more(seam, native_read, gate, mode, until):

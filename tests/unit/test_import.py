@@ -58,7 +58,10 @@ def test_patching_after_the_import_still_works():
 
 def test_without_forks_it_says_so():
     """Where there are no forks, as on Windows, the entry point's import names what is missing and where it works."""
-    code = "import os; del os.fork, os.register_at_fork\nimport z4j_bare\nz4j_bare.install_agent"
+    code = (
+        "import os, shutil, sys; del os.fork, os.register_at_fork; sys.modules['posix'] = None\n"
+        "import z4j_bare\nz4j_bare.install_agent"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "ImportError: z4j-bare needs a POSIX system" in done.stderr

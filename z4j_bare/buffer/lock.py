@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.paths import remove
+from z4j_bare.concurrency.files import open_file
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def is_owned(path: Path) -> bool:
     if os.path.realpath(path) in _held:  # closing a descriptor of it here would drop the lock
         return True
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -78,7 +79,7 @@ def is_owned(path: Path) -> bool:
 
 def _locked(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise LocalStorageError(
             f"cannot make {path} as uid {os.geteuid()}: {error.strerror}; point Z4J_HOME at a writable directory"

@@ -10,6 +10,7 @@ import os
 import stat
 from pathlib import Path
 
+from z4j_bare.concurrency.files import open_file
 from z4j_bare.errors import LocalStorageError
 
 #: Different from ``buffer-*.sqlite``, so that stores of the asyncio agent (another schema) are left alone.
@@ -124,7 +125,7 @@ def create_file(path: Path) -> None:
     # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops the record
     # locks of this process on it, SQLite's included; hence this happens before SQLite opens it, and never
     # again.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    os.close(open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def check_file(path: Path) -> None:
