@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from z4j_bare.buffer import EVENT, RESULT, BufferStore, new_store_path, queries, schema
+from z4j_bare.buffer import EVENT, RESULT, BufferStore, lock, new_store_path, queries, schema
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, cause_of
 from z4j_bare.buffer.paths import create_file, lock_of
 from z4j_bare.errors import LocalStorageError
@@ -134,7 +134,7 @@ def test_a_read_only_directory_is_reported(path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(lock, "open_file", refuse)
     with pytest.raises(LocalStorageError, match=r"cannot make .*store.sqlite.lock.*Read-only.*Z4J_HOME") as caught:
         BufferStore(path)
     assert cause_of(caught.value) == READ_ONLY

@@ -20,6 +20,7 @@ from tests.http_peer import Tunnel
 from tests.listener import Listener, push
 from tests.peer import SECRET_TEXT, TOKEN
 from z4j_bare import diagnostics
+from z4j_bare.buffer import lock
 from z4j_bare.buffer.paths import places
 from z4j_bare.diagnostics import host, network, result
 from z4j_bare.errors import HostConfigurationError
@@ -218,7 +219,7 @@ def test_longpoll_by_choice(front, patient):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_read_only_home(patient, front, tmp_path, monkeypatch, number):
     """A home that cannot be written names itself, the user and Z4J_HOME, and where the buffer would lie instead."""
-    really, home = os.open, tmp_path / "home"
+    really, home = lock.open_file, tmp_path / "home"
     home.mkdir(mode=0o700)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
 
@@ -227,7 +228,7 @@ def test_read_only_home(patient, front, tmp_path, monkeypatch, number):
             raise OSError(number, os.strerror(number))
         return really(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(lock, "open_file", refuse)
     bad = only_failure(patient(front.url))
     assert bad.name == "buffer_path"
     assert str(home) in bad.text
