@@ -369,9 +369,10 @@ class Agent:
     def _await_acks(self, deadline: float) -> None:
         while self.supervisor.busy and self.seam.now() < deadline:
             sender = self._sender
+            if sender is not None:
+                sender.hurry()
             if (sender is None or sender.idle()) and not self.keeper.stats().rows:
                 return
-            self._wake_sender()
             self.seam.sleep(0.02)
 
     def _within(self, deadline: float, function: Callable[[], object]) -> None:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.virtual import World
 from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
-from z4j_bare.loops.send import FRAME_BYTES, SendLoop
+from z4j_bare.loops.send import FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import Welcome
-from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, MAX_EVENTS
+from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, MAX_EVENTS, SLOW
 
 
 class Sending(World):
@@ -113,20 +113,43 @@ def test_results_overtake_events(world):
 
 
 def test_a_busy_brain_gets_no_crumbs(world):
-    """With two frames under way, new events wait for an ack or until they fill a frame; nothing waits for a third."""
-    for _ in range(6):
-        world.store(5, wake=False)
-        world.sender.stored(5)
+    """While a frame is under way, new events wait for its ack or until they fill another; full ones wait for nothing."""
+
+    def more(events):
+        world.store(events, wake=False)
+        world.sender.stored(events)
         world.seam.advance(0.01)
-    assert [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")] == [5, 5]
+
+    for _ in range(6):
+        more(5)
+    assert world.transport.events() == list(range(5))
+    assert not world.sender.idle()
     world.ack()
     world.seam.advance(0.01)
     assert world.transport.events() == list(range(30))
     for _ in range(2):
-        world.store(FRAME_FIRST, wake=False)
-        world.sender.stored(FRAME_FIRST)
-        world.seam.advance(0.01)
+        more(FRAME_FIRST)
     assert world.transport.events() == list(range(30 + 2 * FRAME_FIRST))
+    more(FRAME_FIRST + 5)
+    assert len(world.transport.events()) == 30 + 3 * FRAME_FIRST
+    assert not world.sender.idle()
+
+
+def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
+    """Events behind a frame that the brain has skipped are sent some seconds later, and at once when the agent stops."""
+    world.store(5)
+    world.seam.advance(0.01)
+    world.store(5)
+    world.seam.advance(0.5)
+    assert len(world.transport.events()) == 5
+    world.seam.advance(SLOW + IDLE)
+    assert len(world.transport.events()) == 10
+    world.store(5)
+    world.seam.advance(0.5)
+    assert len(world.transport.events()) == 10
+    world.sender.hurry()
+    world.seam.advance(0.01)
+    assert len(world.transport.events()) == 15
 
 
 def test_an_idle_brain_waits_for_nobody(world):

@@ -38,9 +38,6 @@ SMALLEST = 512
 IDLE = 1.0
 QUIET = 5.0
 
-#: Frames that keep the brain busy: with so many before it, another is worth sending when it is full, or when an ack comes.
-#: Each costs the worker 0.5 ms, ack included, however few events it carries.
-BUSY = 2
 
 #: Results sent in one turn, so that a flood of them cannot starve events.
 RESULTS = 50
@@ -76,6 +73,8 @@ class SendLoop:
         self._overtook: set[int] = set()
         self._more = False
         self._waiting = 0
+        self._held = 0
+        self._hurrying = False
         # What a transport that confirms is uploading, and what an upload failed with.
         self._uploading: Sequence[BufferEntry] = ()
         self._failure: AgentError | None = None
@@ -101,18 +100,23 @@ class SendLoop:
             ids = self._window.acked(frame, self._seam.now())
             self._done.extend(ids)
             self._proven = True
-        if self._more or self._waiting:
+        if self._more or self._waiting or self._held:
             self._link.wake.set()
 
     def stored(self, events: int) -> None:
         """Take note of events that were committed; called by the flush loop."""
         self._waiting += events  # first: an ack that comes now has to see it
-        if self._window.queued < BUSY or self._waiting >= self._window.frame:
+        if self._held + self._waiting >= self._window.frame or not self._window.queued:
             self._link.wake.set()
+
+    def hurry(self) -> None:
+        """Let nothing wait for company from now on: the agent stops."""
+        self._hurrying = True
+        self._link.wake.set()
 
     def idle(self) -> bool:
         """Whether everything that was stored has been sent and acknowledged."""
-        return not (self._more or self._waiting or self._window.frames or self._owed)
+        return not (self._more or self._waiting or self._held or self._window.frames or self._owed)
 
     def judge(self, error: AgentError) -> AgentError:
         """Draw the conclusion from what ended the session, once its loops have left; return what to report.
@@ -156,7 +160,7 @@ class SendLoop:
 
     def _turn(self) -> bool:
         """Confirm, look, send; return whether there may be more to send at once."""
-        now, self._waiting = self._seam.now(), 0
+        now, self._waiting, self._held = self._seam.now(), 0, 0
         with self._books:
             silent = self._window.silent(now)
         if silent:
@@ -172,13 +176,25 @@ class SendLoop:
         results, events, suspects = part(*self._fetch(room))
         for entry in results:
             self._send_express(entry)
-        self._send_events(events)
+        if self._worthwhile(events, room, now):
+            self._send_events(events)
+        else:
+            self._held = len(events)
         if suspects:
             return self._try_apart(suspects)
         # With a full window nobody looked: then the next ack has to wake us.
         self._more = room == 0 or self._full(events, room) or len(results) == RESULTS
         # Of a schedule stream a frame or so is fetched at a time.
         return any(row.kind == PROJECTION for row in results) or (self._more and self._room(now) > 0)
+
+    def _worthwhile(self, events: Sequence[BufferEntry], room: int, now: float) -> bool:
+        """Whether ``events`` are worth a frame of their own now, which costs the worker as much as a full one.
+
+        While the brain has another one to digest, what does not fill a frame waits for company, or for that one's ack.
+        """
+        with self._books:
+            busy = self._window.busy(now)
+        return not busy or bool(self._owed) or self._hurrying or self._full(events, room)
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""

@@ -23,10 +23,9 @@ FAST = 1.0
 FRAME_FIRST = 50
 FRAME_EVENTS = 500
 
-#: Seconds of the brain's time below which the next frame is twice as large, and above which it is half as large. Each frame
-#: costs the worker half a millisecond or more, its ack included, whatever it carries.
-BRIEF = 0.6
-LONG = 1.2
+#: Seconds of the brain's time that a frame should take: not more, for the operators' sake, and not less, because each costs
+#: the worker a millisecond or two, its ack included, whatever it carries.
+GOAL = 1.0
 
 #: Seconds without any ack, while something is unacknowledged, after which everything is sent again.
 ACK_DEADLINE = 90.0
@@ -129,6 +128,10 @@ class Window:
         overdue = bool(self._behind) and now - self._behind_since > ACK_DEADLINE
         return overdue or (bool(self._flying) and now - self._last_ack > ACK_DEADLINE)
 
+    def busy(self, now: float) -> bool:
+        """Whether the brain has a frame to digest, and has not been silent for so long that it may have skipped it."""
+        return bool(self._flying) and now - max(self._last_ack, next(reversed(self._flying.values())).sent_at) < SLOW
+
     def reset(self) -> None:
         """Forget what is in flight, because it will be sent again."""
         self._flying.clear()
@@ -145,11 +148,11 @@ class Window:
             self._events -= self._behind[name].events
 
     def _measure(self, events: int, cost: float) -> None:
-        """Learn from what a frame cost the brain, in seconds; a small one tells nothing of larger ones."""
-        if cost > LONG:
-            self.frame = max(FRAME_FIRST, self.frame // 2)
-        elif cost < BRIEF and 2 * events >= self.frame:
-            self.frame = min(FRAME_EVENTS, self.frame * 2)
+        """Learn from what a frame cost the brain, in seconds, by a factor of two at most; a brief small one tells nothing."""
+        if cost <= GOAL and 2 * events < self.frame:
+            return
+        fitting = int(events * GOAL / max(cost, GOAL * events / FRAME_EVENTS, 1e-9))
+        self.frame = max(FRAME_FIRST, self.frame // 2, min(FRAME_EVENTS, self.frame * 2, fitting))
 
     def _adapt(self, now: float) -> None:
         oldest = next(iter(self._flying.values()), None)
