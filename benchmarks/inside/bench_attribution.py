@@ -20,7 +20,7 @@ _names = {}
 
 #: Module, class, methods that never yield: measured on their own, inside whatever loop calls them.
 PARTS = (
-    ("z4j_bare.capture.encode", "Encoder", ("__call__",)),
+    ("z4j_bare.capture.scribe", "Scribe", ("received", "started", "succeeded", "other")),
     ("z4j_bare.wire.session", "Session", ("sign", "open")),
     ("z4j_bare.buffer.store", "BufferStore", ("append", "drain", "confirm", "stats")),
 )

@@ -13,6 +13,7 @@ from z4j_bare.capture.encode import Encoder, new_ids
 from z4j_bare.capture.names import safe_name
 from z4j_bare.capture.presence import Presence
 from z4j_bare.capture.redact import Redactor
+from z4j_bare.capture.scribe import Scribe
 from z4j_bare.capture.tasks import AHEAD, REMEMBERED, Kind, Kinds, Track, Tracks
 from z4j_bare.wire.canonical import canonical_plain
 
@@ -158,3 +159,57 @@ def test_presence_forgets():
     presence.forget(silent, left=False)
     presence.announce("worker.heartbeat")
     assert got == [("worker.online", left), ("worker.online", silent), ("worker.offline", left)]
+
+
+names = st.text(st.characters(codec="utf-8"), max_size=9)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | names,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+ids = st.none() | names | st.just("\ud800")
+metas = st.sampled_from([None, TaskMeta(tags=("a", "b"), priority="high"), TaskMeta(redact_result=True, keep_kwargs=frozenset({"a"}))])
+
+
+@given(
+    task=st.tuples(names, st.none() | names | st.just("\udfff"), metas, st.none() | names),
+    call=st.tuples(st.lists(anything, max_size=3), st.dictionaries(names | st.just("password"), anything, max_size=3)) | st.none(),
+    above=st.tuples(ids, ids),
+    outcome=st.tuples(st.booleans(), anything | st.just(float("nan")), st.booleans()),
+)
+def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
+    """The three events of a task, spliced from text, are the bytes that the encoder makes of the same fields."""
+    name, queue, meta, worker = task
+    track, redactor = Track(Kind(name, meta), queue), Redactor(RedactionEngine())
+    scribe, plain = Scribe("celery", redactor, worker), Encoder("celery", redactor)
+    track.began = 1.0 if outcome[2] else 0.0
+    own = {"worker": worker, "queue": queue} | ({} if meta is None else {"_meta": meta})
+    expected = [
+        ("task.received", own | ({} if call is None else {"args": call[0], "kwargs": call[1]})),
+        ("task.started", {"worker": worker, "queue": queue}),
+        ("task.succeeded", own | ({"result": outcome[1]} if outcome[0] else {}) | ({"runtime_ms": 500} if outcome[2] else {})),
+    ]
+    expected[0][1].update({key: each for key, each in zip(("parent_task_id", "root_task_id"), above, strict=True) if each})
+    args, kwargs = call or (None, None)
+    written = [
+        scribe.received((None, 5.0, "t", track, args, kwargs, *above)),
+        scribe.started((None, 5.1, "t", track)),
+        scribe.succeeded((None, 5.2, "t", track, 1.5, *outcome[:2])),
+    ]
+    for bytes_, stamp, (kind, fields) in zip(written, (5.0, 5.1, 5.2), expected, strict=True):
+        assert without_id(bytes_) == without_id(plain((None, kind, stamp, "t", track.kind.fields, fields)))
+        assert canonical_plain(json.loads(bytes_)) == bytes_
+
+
+def without_id(event):
+    return {**json.loads(event), "id": ""}
+
+
+def test_notes_are_stamped_in_the_order_of_the_ring():
+    """Whatever is written up later, a note that is stamped at once has its time before those that others stamp meanwhile."""
+    track, scribe = Track(Kind("a", None), "q"), Scribe("celery", Redactor(RedactionEngine()), "w")
+    note = scribe.at_once((scribe.received, 10.0, "t", track, None, None, None, None))
+    assert track.stamp(10.5, "task.started") == 10.5
+    assert json.loads(note[0](note))["occurred_at"].endswith("00:00:10.000000+00:00")
+    other = (scribe.started, 11.0, "t", track)
+    assert scribe.at_once(other) is other

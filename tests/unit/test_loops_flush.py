@@ -239,3 +239,27 @@ def test_the_ring_keeps_count_between_threads(seam):
     assert len(ring.take(5000)) == 1000
     assert ring.take(5) == []
     assert ring.lost == 7001
+
+
+def test_a_flush_that_is_cut_short_encodes_nothing_twice(world):
+    """What a kill leaves of a batch goes back in its order, and what was encoded is not encoded again: a stamp is given once."""
+    calls = []
+
+    class Killed(BaseException):
+        pass
+
+    def once(captured):
+        calls.append(captured[1])
+        if calls == [0, 1, 2]:
+            raise Killed
+        return encode(captured)
+
+    world.seam.advance(0.1)
+    for number in range(5):
+        world.ring.put((once, number))
+    with pytest.raises(Killed):
+        world.flusher.flush()
+    assert world.balance() == (5, 5)
+    world.flusher.flush()
+    assert world.numbers() == list(range(5))
+    assert calls == [0, 1, 2, 2, 3, 4]

@@ -6,21 +6,18 @@ returns. Reading the broker's events instead takes 30 % of a loaded worker's CPU
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from time import perf_counter, time
 from typing import Any
 
-from z4j_bare.capture.encode import REMEMBERED, Encoder, Record
 from z4j_bare.capture.names import safe_name
 from z4j_bare.capture.redact import Redactor
 from z4j_bare.capture.ring import Put
+from z4j_bare.capture.scribe import Scribe
 from z4j_bare.capture.snapshot import snapshot
-from z4j_bare.capture.tasks import Kinds, Track, Tracks
+from z4j_bare.capture.tasks import FAILED, REJECTED, RETRIED, REVOKED, Kinds, Track, Tracks
 from z4j_bare.concurrency import fork
-from z4j_bare.safety import safe_boundary
-
-RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
-FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
+from z4j_bare.safety import excused, safe_boundary
 
 #: Characters of a traceback that are looked at; the encoder sends the first 4,096.
 TRACEBACK = 5120
@@ -61,7 +58,7 @@ class CeleryCapture:
         *,
         args: bool = True,
         result: bool = True,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -71,9 +68,12 @@ class CeleryCapture:
         self._args = args
         self._result = result
         self._clock = clock
-        self._encode = Encoder(engine.name, Redactor(engine.redaction))
+        scribe = Scribe(engine.name, Redactor(engine.redaction), self.worker)
+        # Bound once: a bound method made at each event is one more thing for the garbage collector to count.
+        self._received, self._started, self._succeeded = scribe.received, scribe.started, scribe.succeeded
+        self._other, self._encode = scribe.other, scribe.encode
+        self._at_once = scribe.at_once
         self._kinds = Kinds(get_meta)
-        self._places: dict[str | None, dict[str, Any]] = {}
         self._epoch = fork.epoch()
         self._connected: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -94,44 +94,50 @@ class CeleryCapture:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
 
-    @safe_boundary
+    # The first three are called for every task, and so have no boundary around them but a ``try`` of their own.
+
     def _on_received(self, request: Any = None, **_kwargs: Any) -> None:
-        task_id = request.id
-        kind = self._kinds.of(request.task)
-        if fork.epoch() != self._epoch or not kind.reports(task_id):
-            return
-        track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
-        own: dict[str, Any] = {"worker": self.worker, "queue": track.queue}
-        if self._args:
-            own["args"] = snapshot(request.args) if request.args else _NO_ARGS
-            own["kwargs"] = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
-        if request.parent_id:
-            own["parent_task_id"] = request.parent_id
-        if request.root_id:
-            own["root_task_id"] = request.root_id
-        if kind.meta is not None:
-            own["_meta"] = kind.meta
-        self._put((self._encode, RECEIVED, track.stamp(self._clock(), RECEIVED), task_id, kind.fields, own))
+        try:
+            task_id = request.id
+            kind = self._kinds.of(request.task)
+            if fork.epoch() != self._epoch or not kind.reports(task_id):
+                return
+            track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
+            args = kwargs = None
+            if self._args:
+                args = snapshot(request.args) if request.args else _NO_ARGS
+                kwargs = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
+            above, root = request.parent_id, request.root_id
+            self._put((self._received, self._clock(), task_id, track, args, kwargs, above, root))
+        except Exception as error:
+            if not excused(self._on_received, error):
+                raise
 
-    @safe_boundary
     def _on_prerun(self, task_id: str = "", task: Any = None, **_kwargs: Any) -> None:
-        track = self._track(task_id, task)
-        if track is not None:
-            track.began = time.perf_counter()
-            stamp = track.stamp(self._clock(), STARTED)
-            self._put((self._encode, STARTED, stamp, task_id, track.kind.fields, self._place(track.queue)))
+        try:
+            track = self._track(task_id, task)
+            if track is not None:
+                track.began = perf_counter()
+                self._put((self._started, self._clock(), task_id, track))
+        except Exception as error:
+            if not excused(self._on_prerun, error):
+                raise
 
-    @safe_boundary
     def _on_postrun(
         self, task_id: str = "", task: Any = None, retval: Any = None, state: Any = None, **_kwargs: Any
     ) -> None:
         # task_success carries no id. Failures have a signal of their own, and a task that gevent killed has no state.
         if state != "SUCCESS":
             return
-        track = self._track(task_id, task)
-        if track is not None:
-            own: dict[str, Any] = {"result": snapshot(retval)} if self._result else {}
-            self._finish(SUCCEEDED, task_id, track, own)
+        try:
+            track = self._track(task_id, task)
+            if track is not None:
+                self.tracks.pop(task_id, None)
+                result = snapshot(retval) if self._result else None
+                self._put((self._succeeded, self._clock(), task_id, track, perf_counter(), self._result, result))
+        except Exception as error:
+            if not excused(self._on_postrun, error):
+                raise
 
     @safe_boundary
     def _on_failure(
@@ -149,14 +155,9 @@ class CeleryCapture:
     def _on_retry(self, sender: Any = None, request: Any = None, reason: Any = None, **_kwargs: Any) -> None:
         track = self._track(request.id, sender)
         if track is not None:
-            own = {
-                "worker": self.worker,
-                "queue": track.queue,
-                "reason": snapshot(_text(reason)),
-                "retry_count": int(getattr(request, "retries", 0) or 0) + 1,
-            }
-            stamp = track.stamp(self._clock(), RETRIED)
-            self._put((self._encode, RETRIED, stamp, request.id, track.kind.fields, own))
+            retries = int(getattr(request, "retries", 0) or 0) + 1
+            own = {"reason": snapshot(_text(reason)), "retry_count": retries}
+            self._put((self._other, self._clock(), request.id, track, RETRIED, own, None))
 
     @safe_boundary
     def _on_revoked(
@@ -200,34 +201,22 @@ class CeleryCapture:
             return None
         return self.tracks.add(task_id, Track(kind, _queue(getattr(task, "request", None))))
 
-    def _place(self, queue: str | None) -> dict[str, Any]:
-        """Return the only own fields of a ``task.started``, the same object for all that ran here."""
-        place = self._places.get(queue)
-        if place is None:
-            if len(self._places) >= REMEMBERED:
-                self._places.clear()
-            place = self._places[queue] = {"worker": self.worker, "queue": queue}
-        return place
-
     def _finish(self, event: str, task_id: str, track: Track, own: dict[str, Any]) -> None:
-        own["worker"] = self.worker
-        own["queue"] = track.queue
-        if track.began:
-            own["runtime_ms"] = int((time.perf_counter() - track.began) * 1000)
-        if track.kind.meta is not None:
-            own["_meta"] = track.kind.meta
-        record: Record = (self._encode, event, track.stamp(self._clock()), task_id, track.kind.fields, own)
-        self._put(record)
+        self._put((self._other, self._clock(), task_id, track, event, own, perf_counter()))
         self.tracks.end(task_id)
 
 
 class ParentCapture(CeleryCapture):
     """What fires in a prefork worker's own process: a task comes, with its real arguments, or cannot be taken.
 
-    The rest fires in its children, and what fires in both is told by the broker's events.
+    The rest fires in its children, and what fires in both is told by the broker's events, which are stamped by the same
+    tracks as they come.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")
+
+    def __init__(self, engine: Any, put: Put, hostname: str | None, **options: Any) -> None:
+        super().__init__(engine, lambda note: put(self._at_once(note)), hostname, **options)
 
 
 class EagerCapture(CeleryCapture):

@@ -28,7 +28,7 @@ _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=
 
 #: Its encoder, kind of event, stamp (seconds since the epoch), task id, fields common to all events of that kind of task,
 #: fields of its own.
-Record = tuple[Callable[[Any], bytes], str, float, str, dict[str, Any], dict[str, Any]]
+Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], dict[str, Any]]
 
 
 def new_ids() -> Callable[[], str]:
@@ -52,17 +52,22 @@ class Encoder:
         self._new_id = new_ids()
         self._second = -1
         self._prefix = ""
-        self._constant: dict[tuple[str, str | None, str], str] = {}
+
+    def envelope(self, kind: str, stamp: float, task_id: str, data: str) -> bytes:
+        """Return the bytes of an event whose data are canonical JSON already.
+
+        Raises ``ValueError`` for text with a lone surrogate.
+        """
+        return (
+            f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
+            f'"occurred_at":"{self._iso(stamp)}","task_id":{encode_basestring(task_id)}}}'
+        ).encode()
 
     def __call__(self, record: Record) -> bytes:
         """Return the bytes of one event."""
         _, kind, stamp, task_id, common, own = record
         try:
-            data = self._bare(common, own) if len(own) == len(_BARE) else _encode(self._data(common, own))
-            return (
-                f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
-                f'"occurred_at":"{self._iso(stamp)}","task_id":{encode_basestring(task_id)}}}'
-            ).encode()
+            return self.envelope(kind, stamp, task_id, encode_text(self._data(common, own)))
         except ValueError:  # a lone surrogate or a NaN: the sanitiser's business
             return encode_fields(
                 {
@@ -87,18 +92,6 @@ class Encoder:
             annotate(data, meta)
         return data
 
-    def _bare(self, common: dict[str, Any], own: dict[str, Any]) -> str:
-        """Return the data of an event that tells nothing of its own, as every ``task.started`` does: a third of them."""
-        if own.keys() != _BARE or "task_name" not in common:
-            return _encode(self._data(common, own))
-        key = (common["task_name"], own["queue"], own["worker"])
-        found = self._constant.get(key)
-        if found is None:
-            if len(self._constant) >= REMEMBERED:
-                self._constant.clear()
-            found = self._constant[key] = _encode({**common, **own})
-        return found
-
     def _iso(self, stamp: float) -> str:
         # Formatting a datetime costs a microsecond; within one second only the fraction changes.
         second = int(stamp)
@@ -108,12 +101,11 @@ class Encoder:
         return f"{self._prefix}.{min(999_999, round((stamp - second) * 1_000_000)):06d}+00:00"
 
 
-_BARE = {"worker", "queue"}
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")
 
 
 def _c_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
-    """Return ``encoder.encode`` for dictionaries, without the set-up that it repeats at each call, half of its time."""
+    """Return ``encoder.encode`` for trees, without the set-up that it repeats at each call, half of its time."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # an interpreter without the C module
         return encoder.encode
@@ -131,7 +123,8 @@ def _c_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
     return lambda data: "".join(run(data, 0))
 
 
-_encode = _c_encode(_encoder)
+#: Return canonical JSON of plain values. Raises ``ValueError`` for a float that is no number.
+encode_text = _c_encode(_encoder)
 
 
 def annotate(data: dict[str, Any], meta: Any) -> None:

@@ -6,6 +6,10 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+#: Kinds of events.
+RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
+FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
+
 #: Tasks remembered at most; a task that goes back to the broker for another worker is never heard of again.
 REMEMBERED = 20_000
 
@@ -37,7 +41,7 @@ class Kind:
 
 #: Where a track keeps the last second of the events that come more than once. An attribute each: a dictionary in every task
 #: that waits is one more thing for the garbage collector to walk.
-_SECONDS = {"task.received": "received", "task.started": "started", "task.retried": "retried", "task.rejected": "rejected"}
+_SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
 class Track:
@@ -53,16 +57,16 @@ class Track:
         self.retries = 0
         self.received = self.started = self.retried = self.rejected = 0
 
-    def stamp(self, now: float, event: str | None = None) -> float:
+    def stamp(self, now: float, event: str = "") -> float:
         """Return the time for an event: never before the last one, and in a second of its own among events of its kind.
 
         The brain drops a second event of one kind for a task within the same whole second (``brain-contract`` 5.3).
 
-        :param event: the kind, for those that come more than once.
+        :param event: the kind; only of those that may come more than once is a second reserved.
         """
         clock, now = now, max(now, self.last)
-        if event is not None:
-            slot = _SECONDS[event]
+        slot = _SECONDS.get(event)
+        if slot is not None:
             taken: int = getattr(self, slot)
             if int(now) <= taken < clock + AHEAD - 1:
                 now = taken + 1.0
@@ -71,29 +75,19 @@ class Track:
         return now
 
 
-class Tracks:
-    """Every task that is here, bounded; the oldest are forgotten first."""
-
-    def __init__(self) -> None:
-        self._tracks: dict[str, Track] = {}
-
-    def get(self, task_id: str) -> Track | None:
-        """Return what is known of a task."""
-        return self._tracks.get(task_id)
+class Tracks(dict[str, Track]):
+    """Every task that is here, by its id, bounded; the oldest are forgotten first."""
 
     def add(self, task_id: str, track: Track) -> Track:
         """Remember a task."""
-        if len(self._tracks) >= REMEMBERED:
-            self._tracks.pop(next(iter(self._tracks)), None)
-        self._tracks[task_id] = track
+        if len(self) >= REMEMBERED:
+            self.pop(next(iter(self)), None)
+        self[task_id] = track
         return track
 
     def end(self, task_id: str) -> Track | None:
         """Forget a task that has ended, and return what was known of it."""
-        return self._tracks.pop(task_id, None)
-
-    def __len__(self) -> int:
-        return len(self._tracks)
+        return self.pop(task_id, None)
 
 
 class Kinds:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.capture.celery import (
+from z4j_bare.capture.celery import TRACEBACK
+from z4j_bare.capture.encode import Encoder, Record
+from z4j_bare.capture.redact import Redactor
+from z4j_bare.capture.reprs import Repr, keep, read
+from z4j_bare.capture.ring import Put
+from z4j_bare.capture.snapshot import snapshot
+from z4j_bare.capture.tasks import (
     FAILED,
     RECEIVED,
     REJECTED,
@@ -16,14 +22,11 @@ from z4j_bare.capture.celery import (
     REVOKED,
     STARTED,
     SUCCEEDED,
-    TRACEBACK,
+    Kind,
+    Kinds,
+    Track,
+    Tracks,
 )
-from z4j_bare.capture.encode import Encoder, Record
-from z4j_bare.capture.redact import Redactor
-from z4j_bare.capture.reprs import Repr, keep, read
-from z4j_bare.capture.ring import Put
-from z4j_bare.capture.snapshot import snapshot
-from z4j_bare.capture.tasks import Kind, Kinds, Track, Tracks
 
 if TYPE_CHECKING:
     from z4j_bare.capture.roster import Roster
@@ -37,7 +40,6 @@ LONGEST_NAME = 500
 
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
 _FINAL = frozenset({SUCCEEDED, FAILED, REVOKED})
-_REPEATING = frozenset({RECEIVED, STARTED, RETRIED, REJECTED})
 
 #: A task that was here before us: its events tell no name.
 UNKNOWN = Kind("<unknown>", None)
@@ -116,7 +118,7 @@ class Translator:
         own["queue"] = track.queue
         if track.kind.meta is not None:
             own["_meta"] = track.kind.meta
-        stamp = track.stamp(self._stamp(event), kind if kind in _REPEATING else None)
+        stamp = track.stamp(self._stamp(event), kind)
         record: Record = (self._finish, kind, stamp, task_id, track.kind.fields, own)
         self._put(record)
 

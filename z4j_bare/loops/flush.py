@@ -76,28 +76,30 @@ class FlushLoop:
     def _commit(self) -> int:
         """Store the oldest events, at most one transaction's worth, and return how many they were."""
         with self._turn:
-            batch = self._ring.take(self._most)
-            if not batch:
+            left = self._ring.take(self._most)
+            if not left:
                 return 0
-            taken = len(batch)
+            taken, encoded = len(left), list[bytes]()
+            left.reverse()
             try:
-                encoded = self._encode(batch)
-                batch = [(_ENCODED, each) for each in encoded]
+                self._encode(left, encoded)
                 self._keeper.append([(EVENT, "", each) for each in encoded])
             except BaseException:
-                self._ring.give_back(batch)
+                self._ring.give_back([*((_ENCODED, each) for each in encoded), *reversed(left)])
                 raise
             self._counters.stored += len(encoded)
             self._stored(len(encoded))
             return taken
 
-    def _encode(self, batch: list[Captured]) -> list[bytes]:
-        encoded, breathe = [], Slices(self._seam)
-        for captured in batch:
+    def _encode(self, left: list[Captured], encoded: list[bytes]) -> None:
+        """Move the events from ``left``, last first, to ``encoded``: each but once, for a task's stamps grow with each."""
+        breathe = Slices(self._seam)
+        while left:
+            captured = left[-1]
             try:
                 encoded.append(captured[0](captured))
             except Exception:
                 self._counters.unencodable += 1
                 logger.debug("z4j: an event could not be encoded", exc_info=True)
+            left.pop()
             breathe()
-        return encoded

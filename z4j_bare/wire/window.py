@@ -148,7 +148,7 @@ class Window:
             self._events -= self._behind[name].events
 
     def _measure(self, events: int, cost: float) -> None:
-        """Learn from what a frame cost the brain, in seconds, by a factor of two at most; a brief small one tells nothing."""
+        """Learn from what a frame cost the brain, in seconds, a factor of two at most; a brief small one tells nothing."""
         if cost <= GOAL and 2 * events < self.frame:
             return
         fitting = int(events * GOAL / max(cost, GOAL * events / FRAME_EVENTS, 1e-9))
