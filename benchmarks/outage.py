@@ -19,6 +19,7 @@ from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from benchmarks.trial import Plan, Stage
+from z4j_bare.buffer.inspect import look
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import POOLS
 
@@ -125,9 +126,12 @@ class Outage(Stage):
         return Outcome(end, self._variant, ended - known, backlog, ready - began, first_row, last_row, ended - rows)
 
     def _backlog(self) -> int:
-        """Count the rows in the buffer files; both agents call the table alike."""
+        """Count the rows in the buffer files."""
+        paths = [*(self._home / "agent").glob("**/*.sqlite")]
+        if self._variant == "ours":
+            return sum(look(path).total for path in paths)
         rows = 0
-        for path in (self._home / "agent").glob("**/*.sqlite"):
+        for path in paths:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
                     rows += connection.execute("SELECT count(*) FROM entries").fetchone()[0]

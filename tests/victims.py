@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import z4j_bare
+from z4j_bare.buffer.inspect import rows
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import worker_environment
 
@@ -172,7 +173,7 @@ def examine(home):
                 if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     corrupt.append(path.name)
                 elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):  # killed while making it
-                    events = (json.loads(row[0]) for row in connection.execute("SELECT payload FROM entries"))
+                    events = (json.loads(row.payload) for row in rows(Path(folder) / "copy"))
                     keys.update((event["task_id"], event["kind"]) for event in events)
     return keys, corrupt
 

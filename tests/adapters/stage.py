@@ -2,16 +2,16 @@
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import uuid
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 from redis import Redis
 
 import z4j_bare
+from z4j_bare.buffer.inspect import rows
 from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
 
 APPS = Path(__file__).with_name("apps")
@@ -129,11 +129,8 @@ class Stage:
 
     def left(self):
         """Return how many ends of tasks are in the files that ended processes have left for the next one."""
-        ends = 0
-        for path in (self.home / "agent").glob("z4j-green-*.sqlite"):
-            with closing(sqlite3.connect(path)) as file:
-                ends += sum(b"task.succeeded" in bytes(row[0]) for row in file.execute("SELECT payload FROM entries"))
-        return ends
+        paths = (self.home / "agent").glob("z4j-green-*.sqlite")
+        return sum(b"task.succeeded" in row.payload for path in paths for row in rows(path))
 
     def submit(self, name, *args):
         """Have the operator submit a task by its name, and return the finished command.

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 import time
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import pytest
 from tests.e2e.place import Place
 from tests.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from tests.victims import POINTS, Victims, judge, key, plan
+from z4j_bare.buffer.inspect import look
 from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
@@ -54,12 +54,7 @@ def place(own_brain, tmp_path, redis_url):
 
 def buffered(home):
     """Count the rows of all stores there, as a reader beside their owners may."""
-    total = 0
-    for path in home.glob("**/z4j-green-*.sqlite"):
-        with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5) as connection:
-            total += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
-        connection.close()
-    return total
+    return sum(look(path).total for path in home.glob("**/z4j-green-*.sqlite"))
 
 
 @pytest.mark.parametrize("pool", MODES)

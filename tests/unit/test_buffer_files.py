@@ -5,10 +5,11 @@ import os
 import sqlite3
 import stat
 import time
+from contextlib import closing
 
 import pytest
 
-from z4j_bare.buffer import EVENT, RESULT, BufferStore, lock, new_store_path, queries, schema
+from z4j_bare.buffer import EVENT, RESULT, BufferStore, inspect, lock, new_store_path, queries, schema
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, cause_of
 from z4j_bare.buffer.paths import create_file, lock_of
 from z4j_bare.errors import LocalStorageError
@@ -544,3 +545,92 @@ def test_results_are_found_without_walking_the_events(path, opened):
         plan = store._connection.execute("EXPLAIN QUERY PLAN " + queries.drain(kinds), (0, 10)).fetchall()
         assert "entries_kept" in str(plan)
         assert "TEMP B-TREE" not in str(plan)
+
+
+# -- events that came together
+
+
+def batches(store):
+    return schema.number(store._connection, "SELECT count(*) FROM batches")
+
+
+def singles(store):
+    return schema.number(store._connection, "SELECT count(*) FROM entries")
+
+
+def test_events_that_came_together_are_one_row(path, opened):
+    """An append is one insertion, acks in order loosen nothing, and how far they came is known after a restart."""
+    store = opened(path)
+    store.append_events([b"%d" % number for number in range(100)])
+    store.append_events([b"%d" % number for number in range(100, 150)])
+    assert (batches(store), singles(store), store.size()) == (2, 0, 150)
+    assert store.confirm(range(1, 71)) == 70
+    assert (batches(store), singles(store), store.size()) == (2, 0, 80)
+    store.close()
+    store = opened(path)
+    assert store.size() == 80
+    assert store.byte_size() == sum(len(entry.payload) for entry in store.drain(0, 1000, 1 << 20, (EVENT,)))
+    assert [entry.payload for entry in store.drain(0, 2, 1 << 20, (EVENT,))] == [b"70", b"71"]
+    assert store.confirm(range(71, 121)) == 50
+    assert (batches(store), singles(store), store.size()) == (1, 0, 30)
+
+
+def test_events_that_part_are_rows_of_their_own(path, opened):
+    """What is dropped, doubted or acknowledged out of turn costs its batch no more than its form."""
+    store = opened(path)
+    store.append_events([b"%d" % number for number in range(10)])
+    assert store.confirm([5]) == 1
+    assert (batches(store), singles(store)) == (0, 9)
+    store.append_events([b"%d" % number for number in range(10, 20)])
+    store.increment_attempts([12])
+    assert (batches(store), singles(store)) == (0, 19)
+    found = store.drain(0, 100, 1 << 20, (EVENT,))
+    assert [entry.id for entry in found] == [1, 2, 3, 4, *range(6, 21)]
+    assert [entry.id for entry in found if entry.attempts] == [12]
+
+
+def test_a_batch_is_no_larger_than_a_small_store_bears(path, opened):
+    """A batch is evicted as a whole, bytes for bytes; so a small store's are small, and large events stand alone."""
+    store = opened(path, max_bytes=1024 * 1024)
+    store.append_events([b"x" * 10_000] * 12)
+    assert batches(store) >= 6
+    assert store.size() == 12
+    assert store.append_events([b"y" * 200_000]) == 0
+    assert [len(entry.payload) for entry in store.drain(12, 10, 1 << 20, (EVENT,))] == [200_000]
+
+
+def test_what_a_failed_change_did_is_forgotten(path, opened, monkeypatch):
+    """A transaction that is taken back in the middle of an ack leaves batches, figures and cursor as they were."""
+    store = opened(path)
+    store.append_events([b"%d" % number for number in range(10)])
+    monkeypatch.setattr(type(store._books.batches), "_count", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.confirm(range(1, 5))
+    monkeypatch.undo()
+    assert store.at_hand(0, 10, 1 << 20, (EVENT,)) is None, "that takes a look at the file"
+    assert len(store.drain(0, 100, 1 << 20, (EVENT,))) == store.size() == 10
+    assert store.confirm(range(1, 5)) == 4
+    assert (store.size(), store.byte_size()) == (6, 6)
+
+
+def test_a_store_of_the_first_version_is_brought_forward(path, opened):
+    """Rows of an agent that knew no batches are read, sent and confirmed beside new ones."""
+    path.parent.mkdir(mode=0o700)
+    create_file(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in schema.MIGRATIONS[0]:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id={schema.APPLICATION_ID}")
+        connection.execute("PRAGMA user_version=1")
+        meta = {"buffer_id": "b", "deployment": "", "created_at": 1.0, "pid": 1, "next_id": 3, "confirmed": 1}
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        connection.execute("INSERT INTO entries VALUES (2, 'event', '', X'61', 1.0, 0)")
+    assert [row.payload for row in inspect.rows(path)] == [b"a"]
+    assert inspect.look(path).total == 1
+    store = opened(path)
+    store.append_events([b"b", b"c"])
+    assert [(entry.id, entry.payload) for entry in store.drain(0, 10, 100, (EVENT,))] == [(2, b"a"), (3, b"b"), (4, b"c")]
+    assert [row.payload for row in inspect.rows(path)] == [b"a", b"b", b"c"]
+    assert (inspect.look(path).rows, inspect.look(path).payload_bytes) == ({"event": 3}, 3)
+    assert store.confirm([2, 3]) == 2
+    assert (store.size(), store.stats().produced, store.stats().confirmed) == (1, 4, 3)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore, adopt, tail
+from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore, adopt, batches
 from z4j_bare.buffer.rows import DROP_ORDER
 
 ALL = (EVENT, RESULT, PROJECTION)
@@ -44,11 +44,21 @@ class StoreMachine(RuleBasedStateMachine):
     def picked(self, picks):
         return sorted({self.rows[pick][0] for pick in picks if pick < len(self.rows)}, reverse=True)
 
-    @rule(rows=ROWS)
-    def append(self, rows):
+    @rule(rows=ROWS, key=st.sampled_from(["", "key"]), filler=st.sampled_from([b"x", b"\n"]))
+    def append(self, rows, key, filler):
         first = self.produced
-        batch = [(kind, "key", b"%08d" % (first + n) + bytes(size)) for n, (kind, size) in enumerate(rows)]
+        batch = [(kind, key, b"%08d" % (first + n) + filler * size) for n, (kind, size) in enumerate(rows)]
         evicted = self.store.append(batch)
+        self.grown(batch, evicted)
+
+    @rule(sizes=st.lists(SIZES, max_size=8))
+    def append_events(self, sizes):
+        payloads = [b"%08d" % (self.produced + n) + b"x" * size for n, size in enumerate(sizes)]
+        evicted = self.store.append_events(payloads)
+        self.grown([(EVENT, "", payload) for payload in payloads], evicted)
+
+    def grown(self, batch, evicted):
+        first = self.produced
         self.produced += len(batch)
         self.lost += evicted
         new = [(first + n + 1, kind, payload) for n, (kind, _, payload) in enumerate(batch)]
@@ -268,11 +278,11 @@ _settings = settings(
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_steps():
-    """Adoption in steps of two rows, so that it can be left in the middle, and a tail that is shorter than the store."""
+    """Adoption in steps of two rows, so that it can be left in the middle, and less kept in memory than the store holds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adopt, "STEP_ROWS", 2)
-        patch.setattr(tail, "ROWS", 7)
-        patch.setattr(tail, "BYTES", 300_000)
+        patch.setattr(batches, "ROWS", 7)
+        patch.setattr(batches, "BYTES", 300_000)
         yield
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import queries
+from z4j_bare.buffer.batches import Batches
 from z4j_bare.buffer.rows import EVENT, KIND, PAYLOAD, BufferEntry, BufferStats, losses_by, ranges
 from z4j_bare.buffer.schema import number, transaction
-from z4j_bare.buffer.tail import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +21,7 @@ class Change:
     """One transaction: what it does to the rows, and how the counters will differ."""
 
     connection: sqlite3.Connection
+    books: Books
     rows: int = 0
     kept: int = 0
     payload: int = 0
@@ -29,31 +30,55 @@ class Change:
     lost: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def insert(self, entries: Sequence[BufferEntry]) -> None:
-        """Insert rows, whose ids follow the last one given out."""
-        self.connection.executemany(queries.INSERT, entries)
-        self.produced += len(entries)
-        self.rows += len(entries)
+        """Insert rows, each by itself, under ids that follow the last one given out."""
+        first = self.books.next_id + self.produced
+        self._single([entry._replace(id=identity) for identity, entry in enumerate(entries, first)])
+        self._note(len(entries), sum(map(len, map(PAYLOAD, entries))))
         self.kept += len(entries) - list(map(KIND, entries)).count(EVENT)
-        self.payload += sum(map(len, map(PAYLOAD, entries)))
 
-    def remove(self, ids: Iterable[int], reason: str | None = None, weights: Iterable[Weight] | None = None) -> int:
-        """Delete rows, as losses if there is a ``reason``; return how many there were.
+    def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
+        """Insert events that came together at ``at``, likewise."""
+        self._single(self.books.batches.insert(self.books.next_id + self.produced, payloads, at) if payloads else ())
+        self._note(len(payloads), sum(map(len, payloads)))
 
-        ``weights`` is what they weigh, if that is known: else they have to be read.
-        """
-        removed = 0
+    def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
+        """Delete rows, as losses if there is a ``reason``; return how many there were."""
+        spans, before = ranges(ids), self.rows
+        self._removed(EVENT, *self.books.batches.remove(spans), reason)
+        if self.books.rows + self.rows > self.books.batches.rows:  # there are others
+            for kind, count, length in self._weigh(spans):
+                self._removed(kind, count, length, reason)
+            self.connection.executemany(queries.DELETE, spans)
+        return before - self.rows
+
+    def doubt(self, ids: Iterable[int]) -> None:
+        """Count an attempt for each of these rows."""
         spans = ranges(ids)
-        for kind, count, length in self._weigh(spans) if weights is None else weights:
-            removed += count
-            self.payload -= length
-            self.kept -= 0 if kind == EVENT else count
-            if reason is not None:
-                self.lose(reason, kind, count)
-        self.connection.executemany(queries.DELETE, spans)
-        self.rows -= removed
-        return removed
+        self.books.batches.loosen(spans)
+        self.connection.executemany(queries.ATTEMPT, spans)
 
-    def _weigh(self, spans: Iterable[tuple[int, int]]) -> list[Weight]:
+    def refuse(self, kind: str, reason: str) -> None:
+        """Count a row that is not even inserted as produced and lost."""
+        self.produced += 1
+        self.lose(reason, kind, 1)
+
+    def _single(self, entries: Sequence[BufferEntry]) -> None:
+        if entries:
+            self.connection.executemany(queries.INSERT, entries)
+
+    def _note(self, count: int, payload: int) -> None:
+        self.produced += count
+        self.rows += count
+        self.payload += payload
+
+    def _removed(self, kind: str, count: int, length: int, reason: str | None) -> None:
+        self.rows -= count
+        self.payload -= length
+        self.kept -= 0 if kind == EVENT else count
+        if reason is not None and count:
+            self.lose(reason, kind, count)
+
+    def _weigh(self, spans: Iterable[tuple[int, int]]) -> list[tuple[str, int, int]]:
         return [weight for span in spans for weight in self.connection.execute(queries.WEIGH, span).fetchall()]
 
     def lose(self, reason: str, kind: str, count: int) -> None:
@@ -72,8 +97,9 @@ class Change:
 class Books:
     """The counters of one store, read once and then kept in memory: ``stats`` is asked every second."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, largest_batch: int) -> None:
         self._connection = connection
+        self.batches = Batches(connection, largest_batch)
         meta = dict(connection.execute("SELECT key, value FROM meta"))
         self.buffer_id: str = meta["buffer_id"]
         self.next_id: int = meta["next_id"]
@@ -81,19 +107,38 @@ class Books:
         self.rows: int
         self.payload: int
         self.rows, self.payload = connection.execute(queries.TOTALS).fetchone()
+        self.rows += self.batches.rows
+        self.payload += self.batches.weight
         #: Rows that are no events.
         self.kept = number(connection, queries.KEPT)
         self.lost: dict[tuple[str, str], int] = {
             (reason, kind): count for reason, kind, count in connection.execute("SELECT * FROM losses")
         }
 
+    @property
+    def loose(self) -> int:
+        """Events that are not in a batch."""
+        return self.rows - self.kept - self.batches.rows
+
+    def oldest(self) -> float | None:
+        """Return when the oldest row came."""
+        first: tuple[int, float] | None = self._connection.execute(queries.FIRST).fetchone()
+        batch = self.batches.oldest()
+        if batch is None or (first is not None and first[0] < batch[1]):
+            return None if first is None else first[1]
+        return batch[2]
+
     @contextmanager
     def change(self) -> Iterator[Change]:
         """Commit what the block does to the rows, with the counters that tell of it, or none of it."""
-        change = Change(self._connection)
-        with transaction(self._connection):
-            yield change
-            change.write()
+        change = Change(self._connection, self)
+        try:
+            with transaction(self._connection):
+                yield change
+                change.write()
+        except BaseException:
+            self.batches.forget()
+            raise
         self.rows += change.rows
         self.kept += change.kept
         self.payload += change.payload

@@ -8,17 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from heapq import merge
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer import paths
+from z4j_bare.buffer.batches import Batches
 from z4j_bare.buffer.lock import OwnerLock, is_owned
-from z4j_bare.buffer.rows import losses_by
+from z4j_bare.buffer.rows import EVENT, BufferEntry, losses_by
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _ROWS = "SELECT id, kind, key, payload, created_at, attempts FROM entries ORDER BY id"
+_HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Look:
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
     mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1)) as connection:
+    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)) as connection:
+        connection.execute("BEGIN")  # one moment, whatever its owner does meanwhile
         yield connection
 
 
@@ -70,6 +74,11 @@ def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
     meta = dict(connection.execute("SELECT key, value FROM meta"))
     rows = dict(connection.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
     size, first = connection.execute("SELECT coalesce(sum(length(payload)), 0), min(created_at) FROM entries").fetchone()
+    batches = _batches(connection)
+    if batches is not None and (oldest := batches.oldest()) is not None:
+        rows[EVENT] = rows.get(EVENT, 0) + batches.rows
+        size += batches.weight
+        first = oldest[2] if first is None else min(first, oldest[2])
     losses = {(reason, kind): number for reason, kind, number in connection.execute("SELECT * FROM losses")}
     return {
         "pid": int(meta["pid"]),
@@ -82,6 +91,11 @@ def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
     }
 
 
+def _batches(connection: sqlite3.Connection) -> Batches | None:
+    """Return the batches of a store, unless it is of an agent that knew none."""
+    return Batches(connection, 0) if connection.execute(_HAS_BATCHES).fetchone()[0] else None
+
+
 @contextmanager
 def abandoned(path: Path) -> Iterator[OwnerLock]:
     """Own a dead process's store meanwhile. Raises ``LocalStorageError`` when its process lives."""
@@ -92,11 +106,12 @@ def abandoned(path: Path) -> Iterator[OwnerLock]:
         lock.release(delete=not path.exists())
 
 
-def rows(path: Path) -> Iterator[tuple[int, str, str, bytes, float, int]]:
-    """Yield the rows of a store, oldest first: id, kind, key, payload, time, attempts. Raises ``LocalStorageError``."""
+def rows(path: Path) -> Iterator[BufferEntry]:
+    """Yield the rows of a store, oldest first. Raises ``LocalStorageError``."""
     try:
         with read_only(path) as connection:
-            yield from connection.execute(_ROWS)
+            batches = _batches(connection)
+            yield from merge(map(BufferEntry._make, connection.execute(_ROWS)), batches.read(0) if batches else ())
     except sqlite3.Error as error:
         raise LocalStorageError(f"the store {path} cannot be read: {error}") from error
 

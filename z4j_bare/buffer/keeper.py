@@ -110,7 +110,14 @@ class Keeper:
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
         """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""
-        stats = self._run(_append, rows, self._due())
+        self._add(lambda store: store.append(rows))
+
+    def append_events(self, payloads: Sequence[bytes]) -> None:
+        """Commit events; see ``IStore.append_events``."""
+        self._add(lambda store: store.append_events(payloads))
+
+    def _add(self, add: Callable[[Any], int]) -> None:
+        stats = self._run(_append, add, self._due())
         if stats is not None:
             self._note(stats)
         self._outdated = True
@@ -345,9 +352,9 @@ class Keeper:
         logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)
 
 
-def _append(store: Any, rows: Sequence[tuple[str, str, bytes]], look: bool) -> BufferStats | None:
+def _append(store: Any, add: Callable[[Any], int], look: bool) -> BufferStats | None:
     stats = store.stats() if look else None  # first: if it fails, the call is repeated, and rows must not be
-    store.append(rows)
+    add(store)
     return stats
 
 

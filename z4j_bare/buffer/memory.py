@@ -15,6 +15,7 @@ from z4j_bare.buffer.rows import (
     CAPACITY,
     DONE,
     DROP_ORDER,
+    EVENT,
     LEDGER_CAP,
     RESULT,
     STARTED,
@@ -69,6 +70,10 @@ class MemoryStore:
         return self._take(
             [BufferEntry(0, kind, key if key.isascii() else storable(key), payload, now, 0) for kind, key, payload in rows]
         )
+
+    def append_events(self, payloads: Sequence[bytes]) -> int:
+        """Take events without keys in, as ``append`` does."""
+        return self.append([(EVENT, "", payload) for payload in payloads])
 
     def take_over(self, rows: Sequence[BufferEntry]) -> int:
         """Take rows of another store; they get new ids and keep their age and attempts."""

@@ -15,7 +15,17 @@ ATTEMPT = "UPDATE entries SET attempts = attempts + 1 WHERE id BETWEEN ? AND ?"
 WEIGH = "SELECT kind, count(*), sum(length(payload)) FROM entries WHERE id BETWEEN ? AND ? GROUP BY kind"
 TOTALS = "SELECT count(*), coalesce(sum(length(payload)), 0) FROM entries"
 KEPT = "SELECT count(*) FROM entries INDEXED BY entries_kept WHERE kind <> 'event'"
-FIRST = "SELECT created_at FROM entries ORDER BY id LIMIT 1"
+FIRST = "SELECT id, created_at FROM entries ORDER BY id LIMIT 1"
+INSERT_BATCH = "INSERT INTO batches VALUES (?, ?, ?, ?)"
+DELETE_BATCH = "DELETE FROM batches WHERE last = ?"
+BATCHES = "SELECT last, count, created_at, payloads FROM batches WHERE last > ? ORDER BY last"
+BATCHES_WITHIN = (
+    "SELECT last, count, created_at, payloads FROM batches WHERE last >= ? AND last - count < ? ORDER BY last"
+)
+OLDEST_BATCH = "SELECT last, last - count + 1, created_at FROM batches ORDER BY last LIMIT 1"
+BATCH_TOTALS = "SELECT count(*), coalesce(sum(count), 0), coalesce(sum(length(payloads) - count + 1), 0) FROM batches"
+DONE = "UPDATE meta SET value = ? WHERE key = 'done'"
+DONE_SO_FAR = "SELECT value FROM meta WHERE key = 'done'"
 LOSE = "INSERT INTO losses VALUES (?, ?, ?) ON CONFLICT (reason, kind) DO UPDATE SET rows = losses.rows + excluded.rows"
 COUNT = "UPDATE meta SET value = value + ? WHERE key = ?"
 

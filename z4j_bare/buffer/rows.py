@@ -54,7 +54,7 @@ class BufferEntry(NamedTuple):
 
 
 #: An entry's fields as functions, for ``map`` over whole batches, which takes a fraction of a loop's time.
-IDENTITY, KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("id", "kind", "payload"))
+KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,11 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
         return [(ordered[0], ordered[-1])]
     breaks = [index for index in range(1, len(ordered)) if ordered[index] != ordered[index - 1] + 1]
     return [(ordered[first], ordered[last - 1]) for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)]
+
+
+def came_together(entry: BufferEntry) -> float | None:
+    """Return when an event came, if it is like all others that came then, so that they may be stored together."""
+    return entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
 
 
 def storable(text: str) -> str:

@@ -48,6 +48,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             at REAL NOT NULL
         )""",
     ),
+    (
+        # Events of one append, ``last - count + 1`` to ``last``, their payloads with a newline between each two. Those up
+        # to ``done`` in ``meta`` have gone.
+        """CREATE TABLE batches (
+            last INTEGER PRIMARY KEY,
+            count INTEGER NOT NULL,
+            created_at REAL NOT NULL,
+            payloads BLOB NOT NULL
+        )""",
+    ),
 )
 VERSION = len(MIGRATIONS)
 
@@ -155,6 +165,7 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
             ("pid", os.getpid()),
             ("next_id", 1),
             ("confirmed", 0),
+            ("done", 0),
         ),
     )
 

@@ -6,12 +6,13 @@ import os
 import sqlite3
 import time
 from contextlib import closing
-from itertools import count, repeat
-from typing import TYPE_CHECKING
+from heapq import merge
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
-from z4j_bare.buffer import paths, queries
+from z4j_bare.buffer import batches, paths, queries
 from z4j_bare.buffer.books import Books, Change
 from z4j_bare.buffer.faults import storage_call, translated
 from z4j_bare.buffer.ledger import Ledger
@@ -28,18 +29,17 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Legacy,
     Row,
-    ranges,
+    came_together,
     refuse_unknown_kinds,
     storable,
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
 from z4j_bare.buffer.space import ROW_OVERHEAD, Space
-from z4j_bare.buffer.tail import Tail
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
 MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
@@ -47,6 +47,9 @@ MAX_BYTES = 256 * 1024 * 1024
 MIN_BYTES = 1024 * 1024
 #: Events that a full disk costs at a time: this many, or a tenth if that is more.
 RELIEF = 500
+
+#: Rows to take: of ``None``, entries whose ids are still to be given; of a time, the payloads of events that came together.
+Lot = tuple[float | None, "Sequence[Any]"]
 
 
 @implementer(IStore)
@@ -109,16 +112,22 @@ class BufferStore:
         or an event that finds only rows more precious than itself, is counted as lost at once.
         """
         refuse_unknown_kinds(rows)
-        kinds, keys, payloads = zip(*rows, strict=True) if rows else ((), (), ())
-        safe = [key if key.isascii() else storable(key) for key in keys]
-        fields = zip(count(self._books.next_id), kinds, safe, payloads, repeat(self._clock()), repeat(0))
-        return self._take(list(map(tuple.__new__, repeat(BufferEntry), fields)))  # all in C: 0.1 us a row
+        if all(kind == EVENT and not key for kind, key, _ in rows):
+            return self._take([(self._clock(), [payload for _, _, payload in rows])])
+        now = self._clock()
+        safe = [(kind, key if key.isascii() else storable(key), payload) for kind, key, payload in rows]
+        return self._take([(None, [BufferEntry(0, *row, now, 0) for row in safe])])
+
+    @storage_call
+    def append_events(self, payloads: Sequence[bytes]) -> int:
+        """Commit events without keys as ``append`` does."""
+        return self._take([(self._clock(), payloads)])
 
     @storage_call
     def take_over(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
-        first = self._books.next_id
-        return self._take([row._replace(id=identity) for identity, row in enumerate(rows, first)])
+        groups = ((at, list(group)) for at, group in groupby(rows, came_together))
+        return self._take([(at, rows if at is None else list(map(PAYLOAD, rows))) for at, rows in groups])
 
     @storage_call
     def inherit(self, legacy: Legacy) -> None:
@@ -140,7 +149,6 @@ class BufferStore:
         self._space.squeeze()
         with self._books.change() as change:
             change.remove(self._oldest(EVENT, max(RELIEF, self._books.rows // 10), 0), CAPACITY)
-        self._tail.restart(self._books.next_id)
         self._space.squeeze()
         return sum(change.lost.values())
 
@@ -154,25 +162,28 @@ class BufferStore:
         """Return what ``drain`` does, or ``None`` if that takes a look at the file. On any thread, between other calls."""
         if EVENT not in kinds and not self._books.kept:
             return []
-        return self._tail.after(after, limit, max_bytes) if tuple(kinds) == (EVENT,) else None
+        alone = tuple(kinds) == (EVENT,) and not self._books.loose
+        return self._books.batches.at_hand(after, limit, max_bytes) if alone else None
 
     def _read(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         entries: list[BufferEntry] = []
         # An open cursor would hold a snapshot, and with it the WAL.
-        with closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor:
-            for row in cursor:
-                max_bytes -= len(row[3])
-                if max_bytes < 0 and entries:
+        with (
+            closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor,
+            closing(self._books.batches.read(after) if EVENT in kinds else iter_nothing()) as batched,
+        ):
+            for row in merge(map(BufferEntry._make, cursor), batched):  # ids differ: nothing else is compared
+                max_bytes -= len(row.payload)
+                if len(entries) >= limit or (max_bytes < 0 and entries):
                     break
-                entries.append(BufferEntry(*row))
+                entries.append(row)
         return entries
 
     @storage_call
     def confirm(self, ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
         with self._books.change() as change:
-            change.confirmed = change.remove(ids, weights=self._tail.weigh(frozenset(ids)))
-        self._tail.forget(ids)
+            change.confirmed = change.remove(ids)
         self._shorten()  # a deletion, too, is written to the log first
         return change.confirmed
 
@@ -181,16 +192,14 @@ class BufferStore:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
         with self._books.change() as change:
             removed = change.remove(ids, reason)
-        self._tail.forget(ids)
         self._shorten()
         return removed
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
         """Note that these rows were on the wire when a session died."""
-        with transaction(self._connection):
-            self._connection.executemany(queries.ATTEMPT, ranges(ids))
-        self._tail.restart(self._books.next_id)
+        with self._books.change() as change:
+            change.doubt(ids)
         self._shorten()  # a number changed, and the log holds the whole row once more
 
     @storage_call
@@ -200,8 +209,8 @@ class BufferStore:
         Raises when the file has lost its name: what SQLite goes on writing would vanish with this process.
         """
         self.path.lstat()
-        oldest = self._connection.execute(queries.FIRST).fetchone()
-        age = None if oldest is None else max(0.0, self._clock() - oldest[0])
+        oldest = self._books.oldest()
+        age = None if oldest is None else max(0.0, self._clock() - oldest)
         return self._books.figures(self._space.disk_bytes(), age)
 
     def remembered(self) -> BufferStats:
@@ -245,8 +254,8 @@ class BufferStore:
     @storage_call
     def answer(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and append its result as a row, both or neither."""
-        row = BufferEntry(self._books.next_id, RESULT, storable(key), result, now, 0)
-        self._take([row], lambda: self._ledger.settle(key, result, now))
+        row = BufferEntry(0, RESULT, storable(key), result, now, 0)
+        self._take([(None, [row])], lambda: self._ledger.settle(key, result, now))
 
     # -- the file
 
@@ -307,12 +316,11 @@ class BufferStore:
         self._load()
 
     def _load(self) -> None:
-        self._books = Books(self._connection)
+        self._books = Books(self._connection, min(batches.LARGEST, self._budget // 32))
         self.buffer_id = self._books.buffer_id
         self._space = Space(self._connection, self.path, self._max_bytes)
         self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
-        self._tail = Tail(self._books.next_id)
 
     def _give_up(self, *, delete: bool) -> None:
         connection: sqlite3.Connection | None = getattr(self, "_connection", None)
@@ -325,37 +333,37 @@ class BufferStore:
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _take(self, rows: Sequence[BufferEntry], also: Callable[[], None] = lambda: None) -> int:
+    def _take(self, lots: Sequence[Lot], also: Callable[[], None] = lambda: None) -> int:
         """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
-        if not rows:
+        if not any(rows for _, rows in lots):
             return 0
         self._space.ensure()
-        fitting = rows
-        if max(map(len, map(PAYLOAD, rows))) > self._budget:
-            fitting = [row for row in rows if len(row.payload) <= self._budget]
         with self._books.change() as change:
-            change.insert(fitting)
-            if len(fitting) < len(rows):
-                self._refuse([row for row in rows if len(row.payload) > self._budget], change)
+            for at, rows in lots:
+                self._insert(at, rows, change)
             self._evict(change)
             also()
-        if change.lost:
-            self._tail.restart(self._books.next_id)
-        else:
-            self._tail.add(fitting)
         self._shorten()
         return sum(change.lost.values())
+
+    def _insert(self, at: float | None, rows: Sequence[Any], change: Change) -> None:
+        length = len if at is not None else _payload_length
+        fitting = rows
+        if max(map(length, rows)) > self._budget:
+            fitting = [row for row in rows if length(row) <= self._budget]
+            for row in rows:
+                if length(row) > self._budget:
+                    change.refuse(EVENT if at is not None else row.kind, CAPACITY)
+        if at is not None:
+            change.insert_events(fitting, at)
+        else:
+            change.insert(fitting)
 
     def _shorten(self) -> None:
         try:
             self._space.shorten()
         except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
             pass
-
-    def _refuse(self, rows: Sequence[BufferEntry], change: Change) -> None:
-        for row in rows:
-            change.produced += 1
-            change.lose(CAPACITY, row.kind, 1)
 
     def _evict(self, change: Change) -> None:
         for kind in DROP_ORDER:
@@ -372,10 +380,24 @@ class BufferStore:
     def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
         """Return the oldest rows of a kind that make up the excess, as far as one step goes."""
         victims: list[int] = []
-        with closing(self._connection.execute(queries.oldest(kind), (max(excess_rows, 1000),))) as cursor:
-            for identity, length in cursor:
+        limit = max(excess_rows, 1000)
+        with (
+            closing(self._connection.execute(queries.oldest(kind), (limit,))) as cursor,
+            closing(self._books.batches.read(0) if kind == EVENT else iter_nothing()) as batched,
+        ):
+            events = ((entry.id, len(entry.payload)) for entry in batched)
+            for identity, length in islice(merge(cursor, events), limit):
                 if len(victims) >= excess_rows and excess_bytes <= 0:
                     break
                 victims.append(identity)
                 excess_bytes -= length + ROW_OVERHEAD
         return victims
+
+
+def iter_nothing() -> Generator[BufferEntry, None, None]:
+    """Yield nothing, closeable."""
+    yield from ()
+
+
+def _payload_length(entry: BufferEntry) -> int:
+    return len(entry.payload)

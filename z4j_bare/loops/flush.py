@@ -7,7 +7,6 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.rows import EVENT
 from z4j_bare.loops.slices import Slices
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class FlushLoop:
             left.reverse()
             try:
                 self._encode(left, encoded)
-                self._keeper.append([(EVENT, "", each) for each in encoded])
+                self._keeper.append_events(encoded)
             except BaseException:
                 self._ring.give_back([*((_ENCODED, each) for each in encoded), *reversed(left)])
                 raise

@@ -1,0 +1,213 @@
+"""Events that came together, as one row of the file until they have gone.
+
+A row for each event cost three times the CPU, most of it SQLite's: a batch of 256 is one insertion and one deletion. Acks
+come in order, so that what has gone of the oldest batch is one number; whatever else happens to an event (it is doubted,
+dropped, or acknowledged before its elders) loosens its batch into rows of its own, in the table that all other rows are in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import closing
+from typing import TYPE_CHECKING, NamedTuple
+
+from z4j_bare.buffer import queries
+from z4j_bare.buffer.rows import EVENT, BufferEntry
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Generator, Iterable, Iterator, Sequence
+
+#: Bytes of one batch at most; a look at a backlog reads batches whole.
+LARGEST = 512 * 1024
+
+#: Events, and their bytes, that are kept in memory, the newest: what was written a moment ago is sent without being read
+#: back. The in-flight window takes 1,000.
+ROWS = 2_000
+BYTES = 1024 * 1024
+
+_SEPARATOR = b"\n"  # canonical JSON has none
+
+
+class Batch(NamedTuple):
+    """Events ``first`` to ``last``, all of the same time."""
+
+    first: int
+    last: int
+    at: float
+    payloads: Sequence[bytes]
+
+    def entries(self, after: int) -> Iterator[BufferEntry]:
+        """Yield the events with ``id > after``."""
+        start = max(self.first, after + 1)
+        for identity, payload in enumerate(self.payloads[start - self.first :], start):
+            yield BufferEntry(identity, EVENT, "", payload, self.at, 0)
+
+    def weight(self, start: int, last: int) -> int:
+        """Return the bytes of the events from ``start`` to ``last``."""
+        return sum(map(len, self.payloads[start - self.first : last + 1 - self.first]))
+
+
+class Batches:
+    """The batches of one store.
+
+    Everything that writes is to be called inside a transaction; after one that failed, :meth:`forget`.
+
+    :param largest: bytes of one batch at most.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, largest: int) -> None:
+        self._connection = connection
+        self._largest = largest
+        #: The newest batches, all that there are from the first of these on.
+        self._kept: deque[Batch] = deque()
+        self._kept_rows = self._kept_bytes = self._number = 0
+        #: Events, the bytes of their payloads, and the last event that has gone of those in batches.
+        self.rows = self.weight = self.done = 0
+        self._known = False
+        self._know()
+
+    def forget(self) -> None:
+        """Note that the file may have changed in another way than it looked: it is read again at the next change."""
+        self._known = False
+
+    def oldest(self) -> tuple[int, int, float] | None:
+        """Return the last and the first id of the oldest batch, and when it came."""
+        if len(self._kept) < self._number:
+            found: tuple[int, int, float] = self._connection.execute(queries.OLDEST_BATCH).fetchone()
+            return found
+        return (self._kept[0].last, self._kept[0].first, self._kept[0].at) if self._kept else None
+
+    # -- changes
+
+    def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
+        """Insert events whose ids begin with ``first``; return those that cannot be in a batch."""
+        self._know()
+        joined = _SEPARATOR.join(payloads)
+        if joined.count(_SEPARATOR) >= len(payloads):
+            return [BufferEntry(identity, EVENT, "", payload, at, 0) for identity, payload in enumerate(payloads, first)]
+        if len(joined) > self._largest and len(payloads) > 1:
+            half = len(payloads) // 2
+            return self.insert(first, payloads[:half], at) + self.insert(first + half, payloads[half:], at)
+        batch = Batch(first, first + len(payloads) - 1, at, payloads)
+        self._connection.execute(queries.INSERT_BATCH, (batch.last, len(payloads), at, joined))
+        self._count(1, len(payloads), len(joined) - len(payloads) + 1)
+        self._keep(batch)
+        return []
+
+    def remove(self, spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """Delete the events within ``spans``, each ``(first, last)``; return how many that were, and their bytes.
+
+        A batch that loses others than its oldest events, or that is not the oldest, is loosened instead, and keeps them.
+        """
+        self._know()
+        rows, weight, done = self.rows, self.weight, self.done
+        loosened = [0, 0]
+        for first, last in spans:
+            for batch in self._touched(first, last):
+                start, end = max(batch.first, self.done + 1), min(batch.last, last)
+                if first <= start and end == batch.last:
+                    self._drop(batch, start)
+                elif first <= start and (oldest := self.oldest()) and batch.last == oldest[0]:
+                    self._count(0, start - end - 1, -batch.weight(start, end))
+                    self.done = end
+                else:
+                    loosened = [sum(pair) for pair in zip(loosened, self._loosen(batch), strict=True)]
+        if self.done != done:
+            self._connection.execute(queries.DONE, (self.done,))
+        return rows - self.rows - loosened[0], weight - self.weight - loosened[1]
+
+    def loosen(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Turn the batches that touch ``spans`` into rows of their own."""
+        self._know()
+        for first, last in spans:
+            for batch in self._touched(first, last):
+                self._loosen(batch)
+
+    # -- looks
+
+    def at_hand(self, after: int, limit: int, max_bytes: int) -> list[BufferEntry] | None:
+        """Return the oldest events with ``id > after`` as ``IStore.drain`` does; ``None`` if that takes the file."""
+        after = max(after, self.done)
+        kept = self._kept
+        if not self._known or (len(kept) < self._number and (not kept or after + 1 < kept[0].first)):
+            return None
+        found: list[BufferEntry] = []
+        for batch in kept:
+            if batch.last <= after:
+                continue
+            for entry in batch.entries(after):
+                max_bytes -= len(entry.payload)
+                if len(found) >= limit or (max_bytes < 0 and found):
+                    return found
+                found.append(entry)
+        return found
+
+    def read(self, after: int) -> Generator[BufferEntry, None, None]:
+        """Yield the events with ``id > after`` from the file, oldest first."""
+        after = max(after, self.done)
+        with closing(self._found(queries.BATCHES, after)) as batches:
+            for batch in batches:
+                yield from batch.entries(after)
+
+    # -- how
+
+    def _know(self) -> None:
+        if self._known:
+            return
+        self._kept.clear()
+        self._kept_rows = self._kept_bytes = 0
+        self.done = self._connection.execute(queries.DONE_SO_FAR).fetchone()[0]
+        self._number, self.rows, self.weight = self._connection.execute(queries.BATCH_TOTALS).fetchone()
+        oldest = next(self._found(queries.BATCHES, self.done), None)
+        if oldest is not None and oldest.first <= self.done:
+            self._count(0, oldest.first - self.done - 1, -oldest.weight(oldest.first, self.done))
+        self._known = True
+
+    def _found(self, query: str, *values: int) -> Generator[Batch, None, None]:
+        with closing(self._connection.execute(query, values)) as cursor:
+            for last, count, at, joined in cursor:
+                yield Batch(last - count + 1, last, at, joined.split(_SEPARATOR))
+
+    def _touched(self, first: int, last: int) -> list[Batch]:
+        kept = self._kept
+        if len(kept) == self._number or (kept and first >= kept[0].first):
+            found: list[Batch] = []
+            for batch in kept:
+                if batch.first > last:
+                    break
+                if batch.last >= first:
+                    found.append(batch)
+            return found
+        return list(self._found(queries.BATCHES_WITHIN, first, last))
+
+    def _count(self, number: int, rows: int, weight: int) -> None:
+        self._number += number
+        self.rows += rows
+        self.weight += weight
+
+    def _loosen(self, batch: Batch) -> tuple[int, int]:
+        """Give each event of a batch a row of its own; return how many, and their bytes."""
+        start = max(batch.first, self.done + 1)
+        self._connection.executemany(queries.INSERT, batch.entries(self.done))
+        self._drop(batch, start)
+        return batch.last + 1 - start, batch.weight(start, batch.last)
+
+    def _drop(self, batch: Batch, start: int) -> None:
+        """Delete a batch of which the events from ``start`` on were left."""
+        self._connection.execute(queries.DELETE_BATCH, (batch.last,))
+        self._count(-1, start - batch.last - 1, -batch.weight(start, batch.last))
+        if self._kept and batch.last >= self._kept[0].last:
+            self._kept.remove(batch)
+            self._let_go(batch)
+
+    def _keep(self, batch: Batch) -> None:
+        self._kept.append(batch)
+        self._kept_rows += len(batch.payloads)
+        self._kept_bytes += batch.weight(batch.first, batch.last)
+        while self._kept and (self._kept_rows > ROWS or self._kept_bytes > BYTES):
+            self._let_go(self._kept.popleft())
+
+    def _let_go(self, batch: Batch) -> None:
+        self._kept_rows -= len(batch.payloads)
+        self._kept_bytes -= batch.weight(batch.first, batch.last)
