@@ -175,6 +175,7 @@ class Agent:
         self._stopping.set()
         self.ring.wake.set()
         self.desk.wake()
+        self.lateness.wake()
         self.registry.wake()
         self.schedules.wake()
         self._within(deadline, self.dispatcher.stop)

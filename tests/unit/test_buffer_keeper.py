@@ -128,6 +128,8 @@ def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
     monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
     assert (world.there(), trips) == ([0, 1, 2], [])
     world.seam.advance(1.5 * module.LOOK_EVERY)
+    assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
+    world.seam.advance(module.LOOK_ALONE)
     assert (world.there(), len(trips)) == ([0, 1, 2], 1)
     world.keeper.exchange((1, 2, 3), *NOTHING)
     assert (world.there(), len(trips)) == ([], 3), "the last one tidied"

@@ -392,6 +392,39 @@ def test_the_last_step_is_timed(seam):
     assert seam.steps.take()[0] >= 0.05
 
 
+def test_a_hub_calls_what_its_timer_says(seam, mode, until):
+    """A timer's function is called again and again until it is ended, by the hub; threads have none."""
+    calls = []
+    end = seam.timer(0.01, lambda: calls.append(getcurrent()))
+    if mode == "threads":
+        assert end is None
+        return
+    until(lambda: len(calls) >= 3)
+    assert getcurrent() not in calls
+    end()
+    seen = len(calls)
+    seam.sleep(0.1)
+    assert len(calls) == seen
+
+
+def test_a_childs_copy_of_a_timer_is_dead(seam, mode, until):
+    """A forked child's hub calls nothing of its parent's."""
+    if mode == "threads":
+        pytest.skip("threads have no hub")
+    calls = []
+    end = seam.timer(0.01, lambda: calls.append(os.getpid()))
+    until(lambda: calls)
+    pid = os.fork()
+    if pid == 0:
+        calls.clear()
+        time.sleep(0.2)  # patched: the child's hub runs
+        os._exit(len(calls))
+    assert os.waitpid(pid, 0)[1] == 0
+    calls.clear()
+    until(lambda: calls)
+    end()
+
+
 def test_a_large_import_yields(seam, mode, tmp_path, monkeypatch):
     """Under gevent others run between the files of an import; everywhere it happens once, and all get it whole."""
     package = tmp_path / "z4j_large"

@@ -27,6 +27,7 @@ def lateness(seam, until):
     until(lambda: made._due)
     yield made
     stopping.set()
+    made.wake()
     until(lambda: not task.alive())
 
 

@@ -41,8 +41,9 @@ BUSY_PATIENCE = 3.0
 BUSY_FIRST = 0.05
 BUSY_LONGEST = 0.5
 
-#: Seconds between two looks at the figures.
+#: Seconds between two looks at the figures: on a trip that is made anyway, and for their own sake.
 LOOK_EVERY = 1.0
+LOOK_ALONE = 5.0
 
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
 TIDY_EVERY = 1.0
@@ -138,7 +139,7 @@ class Keeper:
         """
         look = self._due()
         tidy = self._untidy and self._seam.now() - self._tidied_at >= TIDY_EVERY
-        if not (confirmed or look):
+        if not (confirmed or self._due(LOOK_ALONE)):
             at_hand = self._at_hand(results, events, max_bytes)
             if at_hand is not None and (any(at_hand) or not tidy):
                 return at_hand
@@ -214,8 +215,8 @@ class Keeper:
                     self._seam.offload(store.close)
             self._disk = self._memory = None
 
-    def _due(self) -> bool:
-        return self._seam.now() - self._looked_at > LOOK_EVERY
+    def _due(self, every: float = LOOK_EVERY) -> bool:
+        return self._seam.now() - self._looked_at > every
 
     def _note(self, stats: BufferStats) -> None:
         memory = self._memory

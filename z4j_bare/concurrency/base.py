@@ -187,6 +187,21 @@ class BaseConcurrency:
         del function, args
         return False
 
+    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object] | None:
+        """Have the hub itself call ``function()`` every ``seconds``; return what ends that, or ``None``: no hub here.
+
+        It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much.
+        """
+        del seconds, function
+        return None
+
+    def _tick(self, function: Callable[[], object]) -> bool:
+        """Call ``function``; ``False`` instead in a forked child, which has a copy of its parent's timers."""
+        if self.forked():
+            return False
+        function()
+        return True
+
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         raise NotImplementedError
 

@@ -146,6 +146,18 @@ class EventletConcurrency(BaseConcurrency):
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
 
+    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Start a timer of the hub's."""
+        hub = hubs.get_hub()
+        timers: list[Any] = []
+
+        def tick() -> None:
+            if self._tick(function):
+                timers[:] = [hub.schedule_call_global(seconds, tick)]
+
+        timers.append(hub.schedule_call_global(seconds, tick))
+        return lambda: [timer.cancel() for timer in timers]
+
     def close(self) -> None:
         """End the native thread, unless it hangs in the disk: ``stop()`` is bounded."""
         if not self.forked() and not self._slot.locked():

@@ -57,6 +57,20 @@ class GeventConcurrency(BaseConcurrency):
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
 
+    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Start a timer of libev's, which keeps nothing alive."""
+        timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
+
+        def tick() -> None:
+            if self._tick(function):
+                timer.again(tick)  # from now on, not from when this one was due
+            else:
+                timer.stop()
+
+        timer.start(tick)
+        end: Callable[[], object] = timer.close
+        return end
+
     def load(self, module: str) -> Any:
         """Import and return a module, yielding between files."""
         return load_in_bites(module, self.sleep)

@@ -31,6 +31,7 @@ class BrokerProbe:
         self._app = app
         self._queues = queues
         self._connection: Any = None
+        self._channel: Any = None
 
     def __call__(self) -> Mapping[str, str]:
         """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``. Never raises.
@@ -48,7 +49,7 @@ class BrokerProbe:
 
     def close(self) -> None:
         """Drop the connection."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._channel = self._connection, None, None
         if connection is not None:
             try:
                 connection.release()
@@ -66,15 +67,16 @@ class BrokerProbe:
         return {name: self._depth(name) for name in names}
 
     def _depth(self, name: str) -> int:
-        channel = self._connection.channel()
+        if self._channel is None:
+            self._channel = self._connection.channel()
         try:
-            return int(channel.queue_declare(queue=name, passive=True).message_count)
+            return int(self._channel.queue_declare(queue=name, passive=True).message_count)
         except self._connection.channel_errors as error:
+            if getattr(self._channel, "closed", True):  # AMQP's has been; a new one on Redis costs six round trips
+                self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis has no empty lists, so an empty queue is one that does not exist
             raise
-        finally:
-            channel.close()
 
 
 def queue_names(app: Any, consumer: Any) -> Callable[[], Iterable[str]]:

@@ -1,8 +1,8 @@
 """How late the hub is, and who made it so.
 
-A ticker measures how much later than asked it wakes. While it is overdue by a second, a native thread looks at the stack of
-the hub's thread: that is the code which does not yield. It costs one native wake-up a second and nothing per switch or
-per task; it only reads, and neither logs nor locks.
+A timer of the hub's measures how much later than asked it is called. While it is overdue by a second, a native thread
+looks at the stack of the hub's thread: that is the code which does not yield. It costs one native wake-up a second and
+nothing per switch or per task; it only reads, and neither logs nor locks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.hub")
 
-#: Seconds between ticks: 20 samples per heartbeat. A tick of an otherwise idle worker costs 0.1 ms, all caches being cold.
+#: Seconds between ticks: 20 samples per heartbeat.
 TICK = 0.5
 
 #: Seconds of lateness at which the culprit is looked for, and between two looks at one that goes on.
@@ -44,19 +44,40 @@ class Lateness:
         self._seen: tuple[float, str] = (0.0, "")
         self._warned_at = float("-inf")
         self._stack_of = 0
+        self._alarm = seam.event()
+        self._stall = 0.0
 
     def run(self, stopping: Any) -> None:
-        """Tick until ``stopping`` is set."""
+        """Tick until ``stopping`` is set, and :meth:`wake` called."""
         self._stack_of = self._seam.native_ident()
         self._seam.native(self._watch, stopping)
-        while not stopping.is_set():
-            self._due = self._seam.now() + TICK
-            self._seam.pause(stopping, TICK)
-            late = self._seam.now() - self._due
-            if len(self._samples) < MOST_SAMPLES:
-                self._samples.append(max(0.0, late))
-            if late > BLOCKED:
-                self._blame(late)
+        self._due = self._seam.now() + TICK
+        end = self._seam.timer(TICK, self._tick)
+        try:
+            while not stopping.is_set():
+                self._seam.pause(self._alarm, None if end else TICK)
+                self._alarm.clear()
+                if not end:
+                    self._tick()
+                if self._stall:
+                    self._blame(self._stall)
+        finally:
+            if end:
+                end()
+
+    def wake(self) -> None:
+        """Let the loop look at ``stopping``; waits for nothing."""
+        self._alarm.set()
+
+    def _tick(self) -> None:
+        """Take a sample; on the hub, where nothing may log."""
+        now = self._seam.now()
+        late, self._due = now - self._due, now + TICK
+        if len(self._samples) < MOST_SAMPLES:
+            self._samples.append(max(0.0, late))
+        if late > BLOCKED:
+            self._stall = late
+            self._alarm.set()
 
     def take(self) -> tuple[float, float, str]:
         """Return p99 and maximum in seconds since the last call, and who blocked the hub longest, if anybody was seen."""
@@ -67,7 +88,7 @@ class Lateness:
         return samples[min(len(samples) - 1, int(len(samples) * 0.99))], samples[-1], culprit
 
     def _blame(self, late: float) -> None:
-        now = self._seam.now()
+        now, self._stall = self._seam.now(), 0.0
         if self._seen[1] and now - self._warned_at > WARN_EVERY:
             self._warned_at = now
             logger.warning("z4j: the hub stood still for %.1f s; it was in %s", late, self._seen[1])

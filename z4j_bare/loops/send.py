@@ -100,7 +100,8 @@ class SendLoop:
             ids = self._window.acked(frame, self._seam.now())
             self._done.extend(ids)
             self._proven = True
-        if self._more or self._waiting or self._held:
+            queued = self._window.queued
+        if self._more or ((self._waiting or self._held) and not queued):
             self._link.wake.set()
 
     def stored(self, events: int) -> None:
