@@ -355,7 +355,7 @@ def test_a_disk_that_fails_and_returns(world):
     world.seam.advance(1)
     world.disk.full = True
     world.store(20)
-    world.seam.advance(1)
+    world.seam.advance(IDLE + 0.1)
     assert not world.keeper.durable
     assert world.keeper.generation == 1
     assert set(world.transport.events()) == set(range(50))

@@ -100,7 +100,7 @@ class CeleryCapture:
         try:
             task_id = request.id
             kind = self._kinds.of(request.task)
-            if fork.epoch() != self._epoch or not kind.reports(task_id):
+            if fork.epoch() != self._epoch or not (kind.whole or kind.reports(task_id)):
                 return
             track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
             args = kwargs = None

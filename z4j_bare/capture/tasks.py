@@ -20,12 +20,14 @@ AHEAD = 5.0
 class Kind:
     """What is the same for every run of a task: its ``@z4j_meta`` annotations, and the fields they add to each event."""
 
-    __slots__ = ("fields", "meta", "name", "rate")
+    __slots__ = ("fields", "meta", "name", "rate", "whole")
 
     def __init__(self, name: str, meta: Any) -> None:
         self.name = name
         self.meta = meta
         self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
+        #: Whether every run is reported.
+        self.whole = self.rate >= 1.0
         self.fields: dict[str, Any] = {"task_name": name}
         if meta is not None:
             if meta.tags:
@@ -36,7 +38,7 @@ class Kind:
 
     def reports(self, task_id: str) -> bool:
         """Whether this run is reported: by a hash of its id, so that a run is reported wholly or not at all."""
-        return self.rate >= 1.0 or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
+        return self.whole or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
 
 
 #: Where a track keeps the last second of the events that come more than once. An attribute each: a dictionary in every task
@@ -52,10 +54,8 @@ class Track:
     def __init__(self, kind: Kind, queue: str | None) -> None:
         self.kind = kind
         self.queue = queue
-        self.began = 0.0
-        self.last = 0.0
+        self.began = self.last = 0.0
         self.retries = 0
-        self.received = self.started = self.retried = self.rejected = 0
 
     def stamp(self, now: float, event: str = "") -> float:
         """Return the time for an event: never before the last one, and in a second of its own among events of its kind.
@@ -67,7 +67,7 @@ class Track:
         clock, now = now, max(now, self.last)
         slot = _SECONDS.get(event)
         if slot is not None:
-            taken: int = getattr(self, slot)
+            taken: int = getattr(self, slot, 0)  # not set before the first
             if int(now) <= taken < clock + AHEAD - 1:
                 now = taken + 1.0
             setattr(self, slot, int(now))
@@ -95,13 +95,15 @@ class Kinds:
 
     def __init__(self, read_meta: Callable[[Any], Any]) -> None:
         self._read_meta = read_meta
-        self._kinds: dict[str, Kind] = {}
+        #: By name.
+        self.known: dict[str, Kind] = {}
 
     def of(self, task: Any) -> Kind:
         """Return the kind of a task object or name."""
-        name = task if isinstance(task, str) else getattr(task, "name", None) or type(task).__name__
-        found = self._kinds.get(name)
-        if found is None:
-            meta = None if isinstance(task, str) else self._read_meta(task)
-            found = self._kinds[name] = Kind(name, meta)
+        name = getattr(task, "name", None) or (task if isinstance(task, str) else type(task).__name__)
+        return self.known.get(name) or self._meet(name, task)
+
+    def _meet(self, name: str, task: Any) -> Kind:
+        meta = None if isinstance(task, str) else self._read_meta(task)
+        found = self.known[name] = Kind(name, meta)
         return found

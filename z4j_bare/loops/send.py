@@ -34,8 +34,9 @@ FRAME_BYTES = 128 * 1024
 SMALLEST = 512
 
 #: Seconds between two looks at the store when nobody wakes the loop: while something is under way, or in memory only,
-#: and else. A look at an idle worker's store costs 0.5 ms.
-IDLE = 1.0
+#: and else. A look that deletes what was acknowledged costs a worker 1 ms; what was not deleted yet when it is killed, the
+#: brain gets twice.
+IDLE = 2.0
 QUIET = 5.0
 
 
@@ -175,27 +176,28 @@ class SendLoop:
         self._apart = ()
         room = self._room(now)
         results, events, suspects = part(*self._fetch(room))
+        full = self._full(events, room)  # now: with an ack that comes at once, the next frame may be larger
         for entry in results:
             self._send_express(entry)
-        if self._worthwhile(events, room, now):
+        if full or self._worthwhile(now):
             self._send_events(events)
         else:
             self._held = len(events)
         if suspects:
             return self._try_apart(suspects)
         # With a full window nobody looked: then the next ack has to wake us.
-        self._more = room == 0 or self._full(events, room) or len(results) == RESULTS
+        self._more = room == 0 or full or len(results) == RESULTS
         # Of a schedule stream a frame or so is fetched at a time.
         return any(row.kind == PROJECTION for row in results) or (self._more and self._room(now) > 0)
 
-    def _worthwhile(self, events: Sequence[BufferEntry], room: int, now: float) -> bool:
-        """Whether ``events`` are worth a frame of their own now, which costs the worker as much as a full one.
+    def _worthwhile(self, now: float) -> bool:
+        """Whether a few events are worth a frame of their own now, which costs the worker as much as a full one.
 
-        While the brain has another one to digest, what does not fill a frame waits for company, or for that one's ack.
+        While the brain has another one to digest they wait for company, or for that one's ack.
         """
         with self._books:
             busy = self._window.busy(now)
-        return not busy or bool(self._owed) or self._hurrying or self._full(events, room)
+        return not busy or bool(self._owed) or self._hurrying
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
