@@ -15,6 +15,7 @@ from eventlet.green import selectors
 from eventlet.semaphore import Semaphore
 from zope.interface import implementer
 
+from z4j_bare.concurrency import fork
 from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.fork import Gate
 from z4j_bare.interfaces import IConcurrency, IEvent
@@ -28,8 +29,8 @@ _gate = Gate(_thread.allocate_lock)
 #: next, twice a second at least while an agent runs, unless the hub was just sorting its timers.
 LOOK = 5.0
 
-#: Seconds after which a wait for a socket is entered anew: a forked child shares the hub's epoll set, and what it closes
-#: there is no longer waited for in the parent either.
+#: Seconds after which a wait for a socket is entered anew in a process that has forked: its child shares the hub's epoll set,
+#: and what it closes there is no longer waited for in the parent either.
 LONGEST_WAIT = 1.0
 
 
@@ -181,11 +182,13 @@ class EventletConcurrency(BaseConcurrency):
             return self._helper.call(partial(_gate.run, job, *args))
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
-        while not wait_io(sock, min(timeout, LONGEST_WAIT), write=write):
-            timeout -= LONGEST_WAIT
+        while True:
+            longest = LONGEST_WAIT if fork.parental() else LOOK
+            if wait_io(sock, min(timeout, longest), write=write):
+                return True
+            timeout -= longest
             if timeout <= 0 or self.forked():
                 return False
-        return True
 
 
 def wait_io(sock: Any, timeout: float, *, write: bool) -> bool:

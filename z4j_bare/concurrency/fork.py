@@ -16,6 +16,7 @@ if not hasattr(os, "register_at_fork"):
 PATIENCE = 0.25
 
 _epoch = 0
+_children = False
 
 
 def epoch() -> int:
@@ -23,13 +24,25 @@ def epoch() -> int:
     return _epoch
 
 
+def parental() -> bool:
+    """Whether this process has ever forked a child that may run Python; ``subprocess`` as a rule forks none."""
+    return _children
+
+
+# Both assign and do nothing else: a hook that yields would run the parent's greenlets inside fork() (gevent #2204).
+
+
 def _bump() -> None:
-    # Assigns and nothing else: a hook that yields would run the parent's greenlets inside fork() (gevent #2204).
     global _epoch
     _epoch += 1
 
 
-os.register_at_fork(after_in_child=_bump)
+def _bear() -> None:
+    global _children
+    _children = True
+
+
+os.register_at_fork(after_in_child=_bump, after_in_parent=_bear)
 
 
 class Gate:
