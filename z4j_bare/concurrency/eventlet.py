@@ -29,8 +29,8 @@ _gate = Gate(_thread.allocate_lock)
 #: next, twice a second at least while an agent runs, unless the hub was just sorting its timers.
 LOOK = 5.0
 
-#: Seconds after which a wait for a socket is entered anew in a process that has forked: its child shares the hub's epoll set,
-#: and what it closes there is no longer waited for in the parent either.
+#: Seconds after which a wait for a socket is entered anew in a process that has forked: its child shares the hub's epoll
+#: set, and what it closes there is no longer waited for in the parent either.
 LONGEST_WAIT = 1.0
 
 
