@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import closing
+from itertools import count, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.buffer import queries
-from z4j_bare.buffer.rows import EVENT, BufferEntry
+from z4j_bare.buffer.rows import EVENT, PAYLOAD, BufferEntry, fitting
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Generator, Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
 #: Bytes of one batch at most; a look at a backlog reads batches whole.
 LARGEST = 512 * 1024
@@ -37,11 +38,12 @@ class Batch(NamedTuple):
     at: float
     payloads: Sequence[bytes]
 
-    def entries(self, after: int) -> Iterator[BufferEntry]:
-        """Yield the events with ``id > after``."""
+    def entries(self, after: int) -> list[BufferEntry]:
+        """Return the events with ``id > after``."""
         start = max(self.first, after + 1)
-        for identity, payload in enumerate(self.payloads[start - self.first :], start):
-            yield BufferEntry(identity, EVENT, "", payload, self.at, 0)
+        payloads = self.payloads[start - self.first :]
+        fields = zip(count(start), repeat(EVENT), repeat(""), payloads, repeat(self.at), repeat(0))
+        return list(map(tuple.__new__, repeat(BufferEntry), fields))  # all in C: 0.1 us each
 
     def weight(self, start: int, last: int) -> int:
         """Return the bytes of the events from ``start`` to ``last``."""
@@ -136,11 +138,12 @@ class Batches:
         for batch in kept:
             if batch.last <= after:
                 continue
-            for entry in batch.entries(after):
-                max_bytes -= len(entry.payload)
-                if len(found) >= limit or (max_bytes < 0 and found):
-                    return found
-                found.append(entry)
+            entries = batch.entries(after)
+            weight = sum(map(len, map(PAYLOAD, entries)))
+            if len(found) + len(entries) > limit or weight > max_bytes:
+                return found + fitting(entries, limit - len(found), max_bytes, alone=not found)
+            found += entries
+            max_bytes -= weight
         return found
 
     def read(self, after: int) -> Generator[BufferEntry, None, None]:
@@ -166,8 +169,8 @@ class Batches:
 
     def _found(self, query: str, *values: int) -> Generator[Batch, None, None]:
         with closing(self._connection.execute(query, values)) as cursor:
-            for last, count, at, joined in cursor:
-                yield Batch(last - count + 1, last, at, joined.split(_SEPARATOR))
+            for last, number, at, joined in cursor:
+                yield Batch(last - number + 1, last, at, joined.split(_SEPARATOR))
 
     def _touched(self, first: int, last: int) -> list[Batch]:
         kept = self._kept

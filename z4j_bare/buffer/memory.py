@@ -24,6 +24,7 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Legacy,
     Row,
+    fitting,
     losses_by,
     refuse_unknown_kinds,
     storable,
@@ -112,16 +113,9 @@ class MemoryStore:
     def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
         self._check()
-        entries: list[BufferEntry] = []
         queues = [self._queues[kind] for kind in DROP_ORDER if kind in kinds]
-        for entry in heapq.merge(*queues, key=lambda entry: entry.id):
-            if entry.id <= after:
-                continue
-            max_bytes -= len(entry.payload)
-            if len(entries) >= limit or (max_bytes < 0 and entries):
-                break
-            entries.append(entry)
-        return entries
+        rows = heapq.merge(*queues, key=lambda entry: entry.id)
+        return fitting((entry for entry in rows if entry.id > after), limit, max_bytes)
 
     def at_hand(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry] | None:
         """Return what ``drain`` does: nothing here takes I/O."""

@@ -126,6 +126,17 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
     return [(ordered[first], ordered[last - 1]) for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)]
 
 
+def fitting(entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone: bool = True) -> list[BufferEntry]:
+    """Return the first ``entries``: at most ``limit``, of ``max_bytes`` together, or one, if it may be ``alone``."""
+    found: list[BufferEntry] = []
+    for entry in entries:
+        max_bytes -= len(entry.payload)
+        if len(found) >= limit or (max_bytes < 0 and (found or not alone)):
+            break
+        found.append(entry)
+    return found
+
+
 def came_together(entry: BufferEntry) -> float | None:
     """Return when an event came, if it is like all others that came then, so that they may be stored together."""
     return entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None

@@ -30,6 +30,7 @@ from z4j_bare.buffer.rows import (
     Legacy,
     Row,
     came_together,
+    fitting,
     refuse_unknown_kinds,
     storable,
 )
@@ -166,18 +167,13 @@ class BufferStore:
         return self._books.batches.at_hand(after, limit, max_bytes) if alone else None
 
     def _read(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
-        entries: list[BufferEntry] = []
         # An open cursor would hold a snapshot, and with it the WAL.
         with (
             closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor,
             closing(self._books.batches.read(after) if EVENT in kinds else iter_nothing()) as batched,
         ):
-            for row in merge(map(BufferEntry._make, cursor), batched):  # ids differ: nothing else is compared
-                max_bytes -= len(row.payload)
-                if len(entries) >= limit or (max_bytes < 0 and entries):
-                    break
-                entries.append(row)
-        return entries
+            # Ids differ: nothing else is compared.
+            return fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
 
     @storage_call
     def confirm(self, ids: Sequence[int]) -> int:
