@@ -119,7 +119,7 @@ class IStore(Interface):
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
-        """``append`` events with empty keys; the sequence is kept, and must not be changed afterwards."""
+        """``append`` events with empty keys."""
 
     def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
         """Return the oldest ``BufferEntry`` rows with ``id > after`` of these kinds, at most ``limit`` of them.

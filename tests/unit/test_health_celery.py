@@ -138,6 +138,25 @@ def test_a_broker_that_answers_is_connected(app):
         probe.close()
 
 
+def test_a_channel_is_kept_while_it_is_good(app):
+    """Probes share one channel; a kept one that is out of date costs another try, not a false alarm."""
+    probe = BrokerProbe("celery", app, lambda: ["one", "two"])
+    try:
+        probe()
+        kept = probe._channel
+        assert probe()["celery.broker_connected"] == "True"
+        assert probe._channel is kept
+
+        def stale(**_options):
+            raise ConnectionResetError
+
+        kept.queue_declare = stale
+        assert probe()["celery.broker_connected"] == "True"
+        assert probe._channel not in (None, kept)
+    finally:
+        probe.close()
+
+
 def test_a_broker_that_is_away_is_not(app):
     """A refused connection is an answer too, without the broker's address in it."""
     app.conf.broker_url = "redis://:secret@127.0.0.1:1/0"

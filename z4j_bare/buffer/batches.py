@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     first: int
     last: int
     at: float
-    payloads: Sequence[bytes]
+    payloads: list[bytes]
 
     def entries(self, after: int) -> list[BufferEntry]:
         """Return the events with ``id > after``."""
@@ -91,7 +91,7 @@ class Batches:
         if len(joined) > self._largest and len(payloads) > 1:
             half = len(payloads) // 2
             return self.insert(first, payloads[:half], at) + self.insert(first + half, payloads[half:], at)
-        batch = Batch(first, first + len(payloads) - 1, at, payloads)
+        batch = Batch(first, first + len(payloads) - 1, at, list(payloads))
         self._connection.execute(queries.INSERT_BATCH, (batch.last, len(payloads), at, joined))
         self._count(1, len(payloads), len(joined) - len(payloads) + 1)
         self._keep(batch)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from z4j_bare.buffer import trips
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.rows import (
     EVENT,
-    PROJECTION,
-    RESULT,
     UNKNOWN,
     BufferEntry,
     BufferStats,
@@ -24,8 +23,7 @@ from z4j_bare.buffer.rows import (
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from z4j_bare.buffer.trips import Others, Query
     from z4j_bare.concurrency import BaseConcurrency
 
 T = TypeVar("T")
@@ -48,15 +46,6 @@ LOOK_ALONE = 5.0
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
 TIDY_EVERY = 1.0
 WARN_EVERY = 60.0
-
-#: Rows moved from one store to another in one transaction, and their bytes.
-MOVE = 500
-MOVE_BYTES = 4 * 1024 * 1024
-
-Query = tuple[int, int, Sequence[str]]
-
-#: What other processes' stores know of a command, given our own store's path.
-Others = Callable[["Path", str], LedgerEntry | None]
 
 
 class Keeper:
@@ -118,7 +107,7 @@ class Keeper:
         self._add(lambda store: store.append_events(payloads))
 
     def _add(self, add: Callable[[Any], int]) -> None:
-        stats = self._run(_append, add, self._due())
+        stats = self._run(trips.append, add, self._due())
         if stats is not None:
             self._note(stats)
         self._outdated = True
@@ -148,10 +137,10 @@ class Keeper:
         def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
             nonlocal tidied
             valid = confirmed if generation in (None, self.generation) else ()
-            found = _exchange(store, valid, results, events, max_bytes, look)
+            found = trips.exchange(store, valid, results, events, max_bytes, look)
             self._untidy = self._untidy or bool(valid)
             if tidy and not (valid or found[1] or found[2]):
-                self._untidy, tidied = not _tidy(store), True
+                self._untidy, tidied = not trips.tidy(store), True
             return found
 
         stats, found_results, found_events = self._run(trip)
@@ -171,20 +160,20 @@ class Keeper:
 
     def claim(self, key: str, testament: bytes) -> LedgerEntry | None:
         """Enter a command as started, unless it is known here or to another process; see ``IStore.claim``."""
-        entry: LedgerEntry | None = self._run(_claim, key, self._seam.wall(), testament, self._others)
+        entry: LedgerEntry | None = self._run(trips.claim, key, self._seam.wall(), testament, self._others)
         return entry
 
     def settle(self, key: str, result: bytes) -> None:
         """Mark what was claimed under ``key`` as done; see ``IStore.settle``."""
-        self._run(_settle, key, result, self._seam.wall())
+        self._run(trips.settle, key, result, self._seam.wall())
 
     def answer(self, key: str, result: bytes) -> None:
         """Mark a command done and store its answer for sending; see ``IStore.answer``."""
-        self._run(_answer, key, result, self._seam.wall())
+        self._run(trips.answer, key, result, self._seam.wall())
 
     def stats(self) -> BufferStats:
         """Ask the store for its figures now."""
-        self._note(self._run(_stats))
+        self._note(self._run(trips.stats))
         return self.last_stats
 
     def adopt(self, step: Callable[[Any], T]) -> T | None:
@@ -231,7 +220,7 @@ class Keeper:
             disk = self._disk
             if disk is None or self._memory is not None:
                 return None
-            found = _each(disk.at_hand, (results, events), max_bytes)
+            found = trips.each(disk.at_hand, (results, events), max_bytes)
         return None if None in found else (found[0], found[1])
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -292,7 +281,7 @@ class Keeper:
         """Take along what the file without a name still holds."""
         disk, self._disk = self._disk, None
         self.generation += 1
-        ok, moved = self._seam.offload(self._on_disk, _move, (disk,))
+        ok, moved = self._seam.offload(self._on_disk, trips.move, (disk,))
         if left := disk.size():
             self._owe({(GONE, EVENT): left})
         self._seam.offload(disk.close)
@@ -328,7 +317,7 @@ class Keeper:
 
     def _return_to_disk(self) -> None:
         memory = self._memory
-        ok, value = self._attempt(_move, (memory,))
+        ok, value = self._attempt(trips.move, (memory,))
         if ok:
             self._memory = None
             self.generation += 1
@@ -351,60 +340,3 @@ class Keeper:
         if not quiet:
             self._warned[sort] = now
         logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)
-
-
-def _append(store: Any, add: Callable[[Any], int], look: bool) -> BufferStats | None:
-    stats = store.stats() if look else None  # first: if it fails, the call is repeated, and rows must not be
-    add(store)
-    return stats
-
-
-def _each(read: Callable[..., Any], queries: Sequence[Query], max_bytes: int) -> list[Any]:
-    return [read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries]
-
-
-def _exchange(
-    store: Any, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, look: bool
-) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
-    if confirmed:
-        store.confirm(confirmed)
-    found = _each(store.drain, (results, events), max_bytes)
-    return store.stats() if look else None, found[0], found[1]
-
-
-def _claim(store: Any, key: str, now: float, testament: bytes, others: Others | None) -> LedgerEntry | None:
-    # On memory we are on the hub, where no file may be read.
-    elsewhere = others(store.path, key) if others is not None and store.durable else None
-    found: LedgerEntry | None = elsewhere or store.claim(key, now, testament)
-    return found
-
-
-def _settle(store: Any, key: str, result: bytes, now: float) -> None:
-    store.settle(key, result, now)
-
-
-def _answer(store: Any, key: str, result: bytes, now: float) -> None:
-    store.answer(key, result, now)
-
-
-def _tidy(store: Any) -> bool:
-    try:
-        return bool(store.tidy())
-    except LocalStorageError:  # it costs no row; if it is serious, the next append says so
-        return False
-
-
-def _stats(store: Any) -> BufferStats:
-    stats: BufferStats = store.stats()
-    return stats
-
-
-def _move(heir: Any, source: Any) -> int:
-    """Move everything from one store to another, so that a failure on the way doubles rows at worst."""
-    left, moved = source.legacy(), 0
-    while rows := source.drain(0, MOVE, MOVE_BYTES, (EVENT, RESULT, PROJECTION)):
-        heir.take_over(rows)
-        source.confirm([row.id for row in rows])
-        moved += len(rows)
-    heir.inherit(left)
-    return moved

@@ -38,10 +38,13 @@ class BrokerProbe:
 
         ``.broker_type`` is kombu's word: ``redis``, ``amqp``, ``sqs``, ``memory``.
         """
+        kept = self._channel is not None
         try:
             depths = self._depths()
         except Exception as error:
             self.close()
+            if kept:  # what was kept may be older than a broker that has been restarted
+                return self()
             # The text may quote the broker's address with its password; the class says enough.
             return self._answer(broker_connected="False", broker_error=type(error).__name__)
         kind = self._connection.transport.driver_type
