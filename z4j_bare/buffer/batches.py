@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import closing
-from itertools import count, repeat
+from itertools import count, repeat, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.buffer import queries
@@ -175,14 +175,9 @@ class Batches:
     def _touched(self, first: int, last: int) -> list[Batch]:
         kept = self._kept
         if len(kept) == self._number or (kept and first >= kept[0].first):
-            found: list[Batch] = []
-            for batch in kept:
-                if batch.first > last:
-                    break
-                if batch.last >= first:
-                    found.append(batch)
-            return found
-        return list(self._found(queries.BATCHES_WITHIN, first, last))
+            return [batch for batch in kept if batch.first <= last and batch.last >= first]
+        with closing(self._found(queries.BATCHES, first - 1)) as batches:
+            return list(takewhile(lambda batch: batch.first <= last, batches))
 
     def _count(self, number: int, rows: int, weight: int) -> None:
         self._number += number

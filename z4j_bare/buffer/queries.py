@@ -19,9 +19,6 @@ FIRST = "SELECT id, created_at FROM entries ORDER BY id LIMIT 1"
 INSERT_BATCH = "INSERT INTO batches VALUES (?, ?, ?, ?)"
 DELETE_BATCH = "DELETE FROM batches WHERE last = ?"
 BATCHES = "SELECT last, count, created_at, payloads FROM batches WHERE last > ? ORDER BY last"
-BATCHES_WITHIN = (
-    "SELECT last, count, created_at, payloads FROM batches WHERE last >= ? AND last - count < ? ORDER BY last"
-)
 OLDEST_BATCH = "SELECT last, last - count + 1, created_at FROM batches ORDER BY last LIMIT 1"
 BATCH_TOTALS = "SELECT count(*), coalesce(sum(count), 0), coalesce(sum(length(payloads) - count + 1), 0) FROM batches"
 DONE = "UPDATE meta SET value = ? WHERE key = 'done'"
