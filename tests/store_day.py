@@ -28,10 +28,13 @@ def calls(store):
         kinds = ("event", "event", "result")
         rows = [(kinds[n % 3], f"t{n}", b"%d-%d" % (cycle, n) + bytes(700)) for n in range(24)]
         yield "append", lambda rows=rows: store.append(rows)
+        together = [b"%d-e%d" % (cycle, n) + bytes(700) for n in range(12)]
+        yield "append", lambda together=together: store.append_events(together)
         yield "send", lambda: sent.extend(store.drain(sent[-1].id if sent else 0, 20, 1 << 20, ("event", "result")))
         yield "ack", lambda: None
         yield "delete", lambda: store.confirm([entry.id for entry in sent[-20:-6]])
         yield "discard", lambda: store.discard([entry.id for entry in sent[-6:-4]], "rejected")
+        yield "doubt", lambda: store.increment_attempts([entry.id for entry in sent[-4:-2]])
         yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"testament")
         yield "settle", lambda cycle=cycle: store.settle(f"c{cycle}", b"%d" % cycle, 1.0)
         yield "answer", lambda cycle=cycle: store.answer(f"a{cycle}", b"%d" % cycle, 1.0)
@@ -41,7 +44,7 @@ def calls(store):
 def state(store):
     """Return all that a store promises to keep: rows, counters, commands."""
     stats = store.stats()
-    rows = [(row.id, row.kind, row.payload) for row in store.drain(0, 10**6, 1 << 40, tuple(KINDS))]
+    rows = [(row.id, row.kind, row.payload, row.attempts) for row in store.drain(0, 10**6, 1 << 40, tuple(KINDS))]
     ledger = store._connection.execute("SELECT key, state, result FROM ledger ORDER BY seq").fetchall()
     return {"rows": rows, "produced": stats.produced, "confirmed": stats.confirmed, "lost": stats.lost, "ledger": ledger}
 

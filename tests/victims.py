@@ -25,7 +25,7 @@ KINDS = ("task.received", "task.started", "task.succeeded")
 SHOWN = ("state", "args", "received_at", "started_at", "finished_at", "created_at", "updated_at")
 
 #: Where a host can be killed, and how many SQL statements a call has there (0: none; a few more do no harm).
-POINTS = {"append": 18, "send": 0, "sent": 0, "ack": 0, "delete": 6, "adopt": 60}
+POINTS = {"append": 6, "send": 0, "sent": 0, "ack": 0, "delete": 5, "adopt": 12}
 
 #: Events of one commit: a life has several, and several frames.
 GROUP = 12

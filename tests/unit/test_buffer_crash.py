@@ -194,7 +194,7 @@ def spread(items, number):
     return [items[index * len(items) // number] for index in range(number)]
 
 
-@pytest.mark.parametrize("operation", ["append", "send", "ack", "delete", "discard", "claim", "settle", "tidy"])
+@pytest.mark.parametrize("operation", ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "tidy"])
 def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
     """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""
     points = [

@@ -95,7 +95,7 @@ class Host:
     def set_trap(self):
         """Stop at the ``nth`` call of what the point names: at its ``statement`` if it is the store's, else before or after."""
         owners = {
-            "append": (BufferStore, "append"),
+            "append": (BufferStore, "append_events"),
             "delete": (BufferStore, "confirm"),
             "adopt": (BufferStore, "take_over"),
             "send": (Link, "send"),
