@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Bytes of one batch at most; a look at a backlog reads batches whole.
-LARGEST = 512 * 1024
+#: Bytes of one batch at most, as many as a frame has: a look at a backlog reads and takes apart whole batches, with the
+#: interpreter's lock in the native thread's hands.
+LARGEST = 128 * 1024
 
 #: Events, and their bytes, that are kept in memory, the newest: what was written a moment ago is sent without being read
 #: back. The in-flight window takes 1,000.
