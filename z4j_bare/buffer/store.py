@@ -344,16 +344,16 @@ class BufferStore:
 
     def _insert(self, at: float | None, rows: Sequence[Any], change: Change) -> None:
         length = len if at is not None else _payload_length
-        fitting = rows
+        admitted = rows
         if max(map(length, rows)) > self._budget:
-            fitting = [row for row in rows if length(row) <= self._budget]
+            admitted = [row for row in rows if length(row) <= self._budget]
             for row in rows:
                 if length(row) > self._budget:
                     change.refuse(EVENT if at is not None else row.kind, CAPACITY)
         if at is not None:
-            change.insert_events(fitting, at)
+            change.insert_events(admitted, at)
         else:
-            change.insert(fitting)
+            change.insert(admitted)
 
     def _shorten(self) -> None:
         try:

@@ -6,16 +6,12 @@ costs here, where 256 notes are written up in a row. So a handler notes what may
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any
 
 from z4j_bare.capture.encode import REMEMBERED, Encoder, encode_text
 from z4j_bare.capture.redact import Redactor
 from z4j_bare.capture.tasks import RECEIVED, STARTED, SUCCEEDED, Track
-
-#: What the ring holds of an event: who writes it up, when it was (seconds since the epoch), of which task, and what else.
-Note = tuple[Callable[[Any], bytes], float, str, Track, *tuple[Any, ...]]
 
 
 class _Place:
