@@ -228,6 +228,20 @@ def test_never_below_the_floor():
     assert w.limit == window.MIN_EVENTS
 
 
+def test_few_frames_wait_in_the_brain():
+    """With three frames to digest there is no room for a fourth, until an ack comes or the brain seems to have skipped them."""
+    w = window.Window()
+    for number in range(window.QUEUE):
+        assert w.room(number / 10)
+        w.sent(str(number), (number,), 50, number / 10)
+    assert w.room(1.0) == 0
+    w.acked("0", 1.0)
+    assert w.room(1.0) == 900
+    w.sent("another", (9,), 50, 1.1)
+    assert w.room(1.1 + window.SLOW - 0.1) == 0
+    assert w.room(1.1 + window.SLOW + 0.1) > 0
+
+
 def test_silence_counts_from_the_last_ack():
     """Nothing is sent again while acks of anything arrive, however old the oldest frame is."""
     w = window.Window()
