@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.virtual import World
 from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
-from z4j_bare.loops.send import FRAME_BYTES, IDLE, SendLoop
+from z4j_bare.loops.send import DELETE_AT_LAST, FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import Welcome
 from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, QUEUE, SLOW
 
@@ -16,12 +16,14 @@ from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, QUEUE,
 class Sending(World):
     """A world with a running send loop; ``ack()`` acknowledges the oldest frame that is not yet."""
 
+    roomy = True
+
     def __init__(self, *args):
         super().__init__(*args)
         self.begin()
 
     def begin(self):
-        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters)
+        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters, lambda: self.roomy)
         self.acked = 0
         self.task = self.seam.spawn(self.sender.run, name="z4j-send")
 
@@ -63,8 +65,19 @@ def test_the_window_holds(world):
     world.ack()
     world.seam.advance(1)
     assert len(world.transport.events()) == (QUEUE + 1) * FRAME_FIRST
+    world.seam.advance(DELETE_AT_LAST - 0.9)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
+
+
+def test_what_is_acknowledged_leaves_a_full_store_first(world):
+    """Near the store's caps an ack deletes at once: what the brain has must not count as lost for want of room."""
+    world.roomy = False
+    world.store(2600)
+    world.seam.advance(0.5)
+    world.ack()
+    world.seam.advance(0.01)
+    assert world.rows() == 2600 - FRAME_FIRST
 
 
 def test_a_full_window_moves_with_each_ack(world):
@@ -203,7 +216,7 @@ def test_schedules_are_no_events(world):
 def test_schedules_that_get_no_ack():
     """A stream that the brain keeps silent over is sent once more, in order, and then given up with the session."""
     world = World()
-    sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
+    sender = SendLoop(world.link, world.keeper, world.seam, world.counters, lambda: True)
     world.store(2, kind="projection")
     given_up = []
 
@@ -314,6 +327,7 @@ def test_the_next_session_sends_it_again(world):
     world.link.shut()
     world.seam.advance(1)
     assert not world.task.alive()
+    world.sender.leave()
     world.dial()
     world.begin()
     world.answer_at_once()
@@ -337,7 +351,7 @@ def test_a_broken_line_ends_the_loop(world):
     world.seam.advance(1)
     world.dial()
     world.transport.broken = NetworkError("reset")
-    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
+    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters, lambda: True)
     world.seam.spawn(run, name="run")
     world.store(3)
     world.seam.advance(2)
