@@ -385,6 +385,19 @@ def test_a_disk_that_fails_and_returns(world):
     assert world.rows() == 0
 
 
+def test_what_the_new_store_still_holds_is_not_counted_when_a_session_ends(world):
+    """Acks that wait to be noted while the disk fails count for nothing at the session's end: their rows come again."""
+    world.store(5)
+    world.seam.advance(0.5)
+    world.ack()
+    world.disk.full = True
+    world.store(20, wake=False)
+    world.link.shut()
+    world.sender.leave()
+    assert world.keeper.generation == 1
+    assert world.counters.acked == 0
+
+
 def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
     """An ack that arrives after the disk has failed deletes nothing from the memory that took over."""
     world.store(5)

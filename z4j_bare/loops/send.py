@@ -64,11 +64,11 @@ class SendLoop:
     A frame of a schedule stream travels alone, because the brain acknowledges none that comes out of sequence. If it keeps
     silent over one that it got twice, a row before it has been lost, and only a new session, with a new epoch, goes on.
 
-    :param roomy: whether the store is far from its caps. In a full one, what the brain has must make room first, and would
-        be counted as lost.
-
     Rows that brought down two sessions (see ``suspects``) are tried apart: nothing else is on its way, and the brain has
     acknowledged an empty batch in this very session, so that what kills every session is not held against them.
+
+    :param roomy: whether the store is far from its caps. In a full one, what the brain has must make room first, and would
+        be counted as lost.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class SendLoop:
         confirmed = self._take_done()
         if confirmed:
             self._keeper.exchange(confirmed, _NOTHING, _NOTHING, 0, self._generation)
-            self._count(confirmed)
+            if self._keeper.generation == self._generation:  # else they are still there, under other ids
+                self._count(confirmed)
 
     def idle(self) -> bool:
         """Whether everything that was stored has been sent and acknowledged."""
