@@ -1,8 +1,8 @@
 """What the agent costs a Celery worker: no agent, ours and the existing one in turn, on the same brain and broker.
 
-The workers of a round live together, share one processor, and get small batches of tasks in turn: a machine that is slow
-for a minute is slow for all. CPU is counted from the release of a batch until the brain has its last row, so that work put
-off is counted too; what the agentless worker uses in the meantime, idling, is taken off.
+The workers of a round live together, share one processor, and get small batches of the same tasks at the same moments: a
+machine that is slow for a second is slow for all. CPU is counted from the release of a batch until the brain has its last
+row, so that work put off is counted too; what the agentless worker uses in the meantime, idling, is taken off.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -17,11 +18,13 @@ from benchmarks.existing import existing_python
 from benchmarks.figures import quantile, summary
 from benchmarks.peers import ARGUMENTS, Peers, progress
 from benchmarks.report import circumstances, picture, save, table
-from benchmarks.trial import VARIANTS, Plan, Stage, Trial
+from benchmarks.trial import VARIANTS, Plan, Stage, Trial, in_step
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import POOLS
 
 T = TypeVar("T")
+
+_IDLE_SECONDS = 5.0  # of a round, in which all workers rest, to see what that costs
 
 _HEADER = (
     "pool",
@@ -96,7 +99,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _round(
     peers: Peers, plan: Plan, pool: str, number: int, names: list[str], pythons: dict[str, str], batches: int
 ) -> dict[str, Trial]:
-    """Start one worker of each variant, and give them batches in turn, beginning with another one each time."""
+    """Start one worker of each variant, and give them batches in step."""
     peers.purge()
     stages = [Stage(peers, plan, name, pool, pythons[name], database) for database, name in enumerate(names)]
     with ExitStack() as living:
@@ -104,8 +107,8 @@ def _round(
             living.enter_context(stage.open())
         for batch in range(batches):
             progress(f"round {number + 1}: {pool}, batch {batch + 1}")
-            for stage in _turned(stages, batch):
-                stage.batch()
+            in_step(peers, plan, stages)
+        time.sleep(_IDLE_SECONDS)
         for step in (Stage.rest, Stage.tick, Stage.late):
             for stage in _turned(stages, number):
                 step(stage)

@@ -72,16 +72,20 @@ class Peers:
         self.brain.create_project(project)
         return self.brain.mint_agent(project, title[:40])
 
-    def stage(self, count: int, arguments: str) -> None:
-        """Put tasks where no worker looks."""
+    def stage(self, count: int, arguments: str) -> list[bytes]:
+        """Return the messages of new tasks, which no worker has seen."""
         with self._producer.producer_or_acquire() as producer:
             for number in range(count):
                 self._producer.send_task(TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer)
+        messages: list[bytes] = self._redis_staging.lrange(QUEUE, 0, -1)
+        self._redis_staging.delete(QUEUE)
+        return messages
 
-    def release(self, database: int) -> None:
-        """Hand all staged tasks to a worker at once, so that no producer competes with it for the processor."""
-        if not self._redis_staging.move(QUEUE, database):
-            raise HarnessError("the queue was not empty when the next batch was released")
+    def release(self, database: int, messages: list[bytes]) -> None:
+        """Hand staged tasks to a worker at once, so that no producer competes with it for the processor."""
+        with Redis(port=self._port, db=database) as client:
+            if client.rpush(QUEUE, *messages) > len(messages):
+                raise HarnessError("the queue was not empty when the next batch was released")
 
     def purge(self) -> None:
         """Forget every message and binding of the last trial."""

@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from array import array
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import z4j_bare
@@ -19,16 +21,17 @@ from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from benchmarks.peers import Peers
-    from z4j_bare.demo.rest import Credentials
+    from z4j_bare.demo.rest import BrainApi, Credentials
 
 INSIDE = Path(__file__).with_name("inside")
 VARIANTS = ("off", "ours", "existing")
 
 _READY_SECONDS = 60.0
 _WARM_TASKS = 300
+_GATE_SECONDS = 60.0
 _STALLED = 15.0  # seconds without a new row after which an agent counts as having lost the rest
 _PROBES = 10
 _PROBE_PATIENCE = 20.0
@@ -57,8 +60,8 @@ class Trial:
     """What one worker did in all its batches. Seconds, bytes.
 
     ``cpu`` is counted from each batch's release until its last row, of which the first ``tasks_seconds`` pass until the
-    last task has ended; ``idle`` is the CPU used per second between the batches, while others had theirs. ``lateness``
-    comes from one more batch, because the ticker that tells it costs more than an agent that idles.
+    last task has ended; ``idle`` is the CPU used per second at all other times. ``lateness`` comes from one more batch,
+    because the ticker that tells it costs more than an agent that idles.
     """
 
     variant: str
@@ -94,13 +97,14 @@ class Stage:
         self._home = peers.home / f"{title}-{time.monotonic_ns()}"
         self._home.mkdir()
         self._agent: Credentials | None = None if variant == "off" else peers.new_agent(title)
+        self._brain: BrainApi = peers.brain
         self.trial = Trial(variant, pool)
         self._span = (0.0, 0.0)
 
     def run(self) -> Trial:
         """Live for one batch."""
         with self.open():
-            self.batch()
+            in_step(self._peers, self._plan, [self])
             self.rest()
         return self.trial
 
@@ -116,7 +120,8 @@ class Stage:
                 self._meter = Meter(worker.pid)
                 self._warm_up()
                 self._opened = self._meter.read()
-                yield
+                with closing(self._peers.brain.sibling()) as self._brain:  # each worker has a thread that watches it
+                    yield
                 worker.stop()
             self.trial.lateness = self._lateness()
             self.trial.attribution = self._attribution()
@@ -125,14 +130,14 @@ class Stage:
             tail = log.read_text(errors="replace")[-600:] if log.exists() else ""
             raise HarnessError(f"{error}\n{tail}") from None
 
-    def batch(self) -> None:
-        """Release the tasks, and watch until the brain has their rows."""
-        trial, plan, rows = self.trial, self._plan, self._rows()
-        began, last, ended = self._tasks()
+    def batch(self, messages: list[bytes], gate: Barrier) -> None:
+        """Release the tasks when all are at the gate, and watch until the brain has their rows."""
+        trial, rows = self.trial, self._rows()
+        began, last, ended = self._tasks(messages, gate)
         if self._agent:
             trial.rows = (trial.rows or 0) + self._rows() - rows
         trial.batches += 1
-        trial.tasks += plan.tasks
+        trial.tasks += len(messages)
         trial.tasks_seconds += last - began.at
         trial.end_seconds += ended.at - began.at
         trial.cpu += ended.cpu - began.cpu
@@ -144,18 +149,18 @@ class Stage:
 
     def late(self) -> None:
         """Release as many tasks as in a batch, for the sake of the ticker alone."""
-        began, _, ended = self._tasks()
+        began, _, ended = self._tasks(self._peers.stage(self._plan.tasks, self._plan.arguments), Barrier(1))
         self._span = (began.at, ended.at)
 
-    def _tasks(self) -> tuple[Reading, float, Reading]:
+    def _tasks(self, messages: list[bytes], gate: Barrier) -> tuple[Reading, float, Reading]:
         """Release the tasks; return when that was, when the last had ended, and when the brain had its last row."""
         plan, ends, rows = self._plan, len(self._ends()), self._rows()
-        self._peers.stage(plan.tasks, plan.arguments)
+        gate.wait(_GATE_SECONDS)
         began = self._meter.read()
-        self._peers.release(self._database)
-        done = f"the {plan.tasks} tasks of a {self._pool} worker ({self._variant})"
-        until(lambda: len(self._ends()) >= ends + plan.tasks, done, timeout=plan.patience)
-        ended = self._await_rows(rows + plan.tasks)
+        self._peers.release(self._database, messages)
+        done = f"the {len(messages)} tasks of a {self._pool} worker ({self._variant})"
+        until(lambda: len(self._ends()) >= ends + len(messages), done, timeout=plan.patience)
+        ended = self._await_rows(rows + len(messages))
         return began, self._ends()[-1], ended
 
     def rest(self) -> None:
@@ -213,14 +218,13 @@ class Stage:
         self._marked = self._meter.read()
 
     def _release(self, count: int) -> None:
-        self._peers.stage(count, self._plan.arguments)
-        self._peers.release(self._database)
+        self._peers.release(self._database, self._peers.stage(count, self._plan.arguments))
 
     def _rows(self) -> int:
         """Return how many tasks the brain shows as succeeded; 0 without an agent."""
         if not self._agent:
             return 0
-        return succeeded(self._peers.brain.stats(self._agent.project))
+        return succeeded(self._brain.stats(self._agent.project))
 
     def _probe(self) -> float:
         """Return the seconds from a single task's end to its row in the brain, on an idle worker; ``inf`` if never."""
@@ -254,6 +258,17 @@ class Stage:
             found: dict[str, list[float]] = json.loads(path.read_text())
             return found
         return {}
+
+
+def in_step(peers: Peers, plan: Plan, stages: Sequence[Stage]) -> None:
+    """Give all workers the same tasks at the same moment, and watch until the brain has their rows.
+
+    The speed of a shared machine changes within a second by more than what is measured, and then it changes for all.
+    """
+    messages, gate = peers.stage(plan.tasks, plan.arguments), Barrier(len(stages))
+    with ThreadPoolExecutor(len(stages)) as watchers:
+        for watcher in [watchers.submit(stage.batch, messages, gate) for stage in stages]:
+            watcher.result()
 
 
 def succeeded(stats: dict[str, Any]) -> int:

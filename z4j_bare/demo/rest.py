@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from z4j_bare.demo.process import HarnessError, until
 
@@ -19,6 +21,8 @@ FINISHED_COMMAND = frozenset({"completed", "failed", "timeout", "cancelled"})
 _PAGE = 500  # the brain's own maximum
 _TIMEOUT = 30.0
 _AGENT_OFFLINE = 503
+# The server closes a connection that nobody used for 5 s, and perhaps just when we do.
+_AGAIN = Retry(1, status=0, other=0, allowed_methods=("GET",))
 
 
 class BrainRefusedError(HarnessError):
@@ -63,6 +67,7 @@ class BrainApi:
         self.url = url
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy variable must not catch loopback
+        self._session.mount("http://", HTTPAdapter(max_retries=_AGAIN))
 
     def login(self, email: str, password: str) -> None:
         """Open a session; the brain allows 20 of them a minute."""
