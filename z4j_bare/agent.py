@@ -291,7 +291,7 @@ class Agent:
         for source in self.sources:
             source.presence.announce("worker.online")
         self.registry.wake()
-        sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters, self._roomy)
+        sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters)
         beat = HeartbeatLoop(
             link,
             self.seam,
@@ -317,7 +317,6 @@ class Agent:
             self._sender = None
             for task in self._chores:
                 task.join(LEAVE)
-            sender.leave()
         if failures:
             raise self._conclude(sender, failures)
 
@@ -347,9 +346,6 @@ class Agent:
         link = self.supervisor.link
         if link is not None:
             link.wake.set()
-
-    def _roomy(self) -> bool:
-        return self.keeper.last_stats.far_from(self._config.buffer_max_events, self._config.buffer_max_bytes)
 
     def _stored(self, events: int) -> None:
         if self._sender is not None:

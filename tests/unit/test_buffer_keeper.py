@@ -102,7 +102,7 @@ class World:
 
     def there(self):
         """What a sender would find now."""
-        return [int(row.payload) for row in self.keeper.exchange((), (0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]]
+        return [int(row.payload) for row in self.keeper.drain((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]]
 
     def adds_up(self):
         stats = self.keeper.stats()
@@ -131,8 +131,80 @@ def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
     assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
     world.seam.advance(module.LOOK_ALONE)
     assert (world.there(), len(trips)) == ([0, 1, 2], 1)
-    world.keeper.exchange((1, 2, 3), *NOTHING)
-    assert (world.there(), len(trips)) == ([], 3), "the last one tidied"
+    world.keeper.confirm((1, 2, 3), 3, 0)
+    assert (world.there(), len(trips)) == ([], 2)
+
+
+def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
+    """A look that finds newer rows in memory leaves them for a while; one that finds nothing, or an append, takes them along."""
+    world.put(4)
+    trips, offload = [], world.seam.offload
+    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
+    world.keeper.confirm((1,), 1, 0)
+    found = world.keeper.drain((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
+    assert ([row.id for row in found], world.keeper.acked, trips) == ([2, 3, 4], 0, [])
+    assert not world.keeper.settled
+    world.put(1)
+    assert (world.keeper.acked, len(trips)) == (1, 1)
+    world.keeper.confirm((2,), 1, 0)
+    world.seam.advance(module.CONFIRM_LATEST)
+    assert world.keeper.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
+    assert (world.keeper.acked, len(trips)) == (2, 2)
+    world.keeper.confirm((3, 4, 5), 3, 0)
+    assert world.keeper.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
+    assert (world.keeper.acked, world.keeper.settled, world.keeper.last_stats.lost) == (5, True, {})
+
+
+def test_confirmed_rows_are_never_found(world):
+    """A sender that begins anew does not get what the brain has, although it is in memory still."""
+    world.put(3)
+    world.keeper.confirm((1, 2), 2, 0)
+    assert world.there() == [2]
+
+
+@pytest.mark.parametrize("add", [Keeper.append, lambda keeper, rows: keeper.append_events([payload for _, _, payload in rows])])
+def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
+    """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
+    world.keeper._open_store = lambda: MemoryStore(max_rows=10)
+    rows = [("event", "", b"%d" % number) for number in range(10)]
+    add(world.keeper, rows)
+    world.keeper.confirm(range(1, 8), 7, 0)
+    add(world.keeper, rows[:7])
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.confirmed, stats.lost, world.keeper.acked) == (10, 7, {}, 7)
+
+
+def test_a_confirmed_row_leaves_once(world):
+    """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
+    world.put(3)
+    world.keeper.confirm((1, 2), 2, 0)
+    world.ail(BUSY, 2)
+    world.put(1)
+    assert (world.keeper.acked, world.keeper.stats().confirmed) == (2, 2)
+    assert world.adds_up()
+
+
+def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
+    """Ids of rows in memory mean other rows on the disk to which the store returns."""
+    world.put(3)
+    world.ail("other")
+    world.put(2)
+    world.heal()
+    world.keeper.confirm((1, 2), 2, world.keeper.generation)
+    world.seam.advance(RETRY_FIRST)
+    assert world.there() == [0, 1, 2, 3, 4]
+    assert world.keeper.durable
+    assert world.adds_up()
+
+
+def test_closing_deletes_what_the_brain_has(world):
+    """The next process does not send it again."""
+    world.put(3)
+    deleted = []
+    world.stores[0].confirm = lambda ids: deleted.extend(ids)
+    world.keeper.confirm((1, 3), 2, 0)
+    world.keeper.close()
+    assert (deleted, world.keeper.acked) == ([1, 3], 2)
 
 
 # -- busy
@@ -199,7 +271,8 @@ def test_a_corrupt_file_is_replaced(world, caplog):
     assert len(world.stores) == 2
     assert world.keeper.durable
     assert world.keeper.generation == generation + 1
-    world.keeper.exchange([1, 2], *NOTHING, generation)
+    world.keeper.confirm([1, 2], 2, generation)
+    world.keeper.drain(*NOTHING)
     world.keeper.discard([1, 2], "poison", generation)
     assert world.there() == [5, 6]
     assert world.keeper.stats().lost == {"corrupt": 5}
@@ -321,11 +394,12 @@ def test_an_idle_store_is_tidied_until_nothing_is_left(world):
     """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
     world.put(3)
     world.stores[0].untidy = 3
-    world.keeper.exchange([1, 2, 3], *NOTHING, 0)
+    world.keeper.confirm([1, 2, 3], 3, 0)
+    world.keeper.drain(*NOTHING)
     assert world.stores[0].done == []
     for _ in range(50):
         world.seam.advance(0.1)
-        world.keeper.exchange((), *NOTHING, 0)
+        world.keeper.drain(*NOTHING)
     assert world.stores[0].done == ["tidy"] * 3
 
 
@@ -346,9 +420,10 @@ def test_tidying_that_fails_costs_nothing(world):
         raise trouble(FULL)
 
     world.stores[0].tidy = fail
-    world.keeper.exchange([1], *NOTHING, 0)
+    world.keeper.confirm([1], 1, 0)
+    world.keeper.drain(*NOTHING)
     world.seam.advance(1)
-    world.keeper.exchange((), *NOTHING, 0)
+    world.keeper.drain(*NOTHING)
     assert world.keeper.durable
 
 

@@ -171,7 +171,7 @@ def test_a_ledger_that_was_lost(world):
     world.command(identity="after")
     world.seam.advance(1)
     assert len(world.host.calls) == 2
-    rows = world.keeper.exchange([], (0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
+    rows = world.keeper.drain((0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
     by_key = {row.key: json.loads(row.payload) for row in rows}
     assert "no longer known" in by_key["before"]["error"]
     assert by_key["after"]["status"] == "success"

@@ -35,7 +35,7 @@ class Flushing(World):
             self.stored += 1
 
     def numbers(self):
-        return [json.loads(row.payload)["n"] for row in self.keeper.exchange((), (0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]]
+        return [json.loads(row.payload)["n"] for row in self.keeper.drain((0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]]
 
     def balance(self):
         """Produced against everything it may have become."""

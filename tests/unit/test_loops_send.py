@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtual import World
+from z4j_bare.buffer.keeper import CONFIRM_LATEST
 from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
-from z4j_bare.loops.send import DELETE_AT_LAST, FRAME_BYTES, IDLE, SendLoop
+from z4j_bare.loops.send import FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import Welcome
 from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, QUEUE, SLOW
 
@@ -16,14 +17,12 @@ from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, QUEUE,
 class Sending(World):
     """A world with a running send loop; ``ack()`` acknowledges the oldest frame that is not yet."""
 
-    roomy = True
-
     def __init__(self, *args):
         super().__init__(*args)
         self.begin()
 
     def begin(self):
-        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters, lambda: self.roomy)
+        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters)
         self.acked = 0
         self.task = self.seam.spawn(self.sender.run, name="z4j-send")
 
@@ -53,7 +52,7 @@ def test_everything_goes_in_order(world):
     sizes = [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")]
     assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
     assert world.rows() == 0
-    assert (world.counters.sent, world.counters.acked) == (2600, 2600)
+    assert (world.counters.sent, world.keeper.acked) == (2600, 2600)
     assert world.sender.idle()
 
 
@@ -65,19 +64,9 @@ def test_the_window_holds(world):
     world.ack()
     world.seam.advance(1)
     assert len(world.transport.events()) == (QUEUE + 1) * FRAME_FIRST
-    world.seam.advance(DELETE_AT_LAST - 0.9)
+    world.seam.advance(CONFIRM_LATEST - 0.9)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
-
-
-def test_what_is_acknowledged_leaves_a_full_store_first(world):
-    """Near the store's caps an ack deletes at once: what the brain has must not count as lost for want of room."""
-    world.roomy = False
-    world.store(2600)
-    world.seam.advance(0.5)
-    world.ack()
-    world.seam.advance(0.01)
-    assert world.rows() == 2600 - FRAME_FIRST
 
 
 def test_a_full_window_moves_with_each_ack(world):
@@ -184,7 +173,7 @@ def test_a_result_waits_for_its_receipt(world):
     world.seam.advance(5)
     assert world.rows() == 0
     assert len(world.transport.of("command_result")) == 1
-    assert world.counters.acked == 0, "results are no events"
+    assert world.keeper.acked == 0, "results are no events"
 
 
 def test_schedules_overtake_events_one_by_one(world):
@@ -206,17 +195,17 @@ def test_schedules_are_no_events(world):
     world.store(3, kind="projection")
     world.seam.advance(5)
     assert world.rows() == 0
-    assert (world.counters.sent, world.counters.acked) == (0, 0)
+    assert (world.counters.sent, world.keeper.acked) == (0, 0)
     assert world.transport.events() == [0, 1, 2]
     world.store(2)
     world.seam.advance(5)
-    assert (world.counters.sent, world.counters.acked) == (2, 2)
+    assert (world.counters.sent, world.keeper.acked) == (2, 2)
 
 
 def test_schedules_that_get_no_ack():
     """A stream that the brain keeps silent over is sent once more, in order, and then given up with the session."""
     world = World()
-    sender = SendLoop(world.link, world.keeper, world.seam, world.counters, lambda: True)
+    sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
     world.store(2, kind="projection")
     given_up = []
 
@@ -327,7 +316,6 @@ def test_the_next_session_sends_it_again(world):
     world.link.shut()
     world.seam.advance(1)
     assert not world.task.alive()
-    world.sender.leave()
     world.dial()
     world.begin()
     world.answer_at_once()
@@ -351,7 +339,7 @@ def test_a_broken_line_ends_the_loop(world):
     world.seam.advance(1)
     world.dial()
     world.transport.broken = NetworkError("reset")
-    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters, lambda: True)
+    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
     world.seam.spawn(run, name="run")
     world.store(3)
     world.seam.advance(2)
@@ -385,17 +373,15 @@ def test_a_disk_that_fails_and_returns(world):
     assert world.rows() == 0
 
 
-def test_what_the_new_store_still_holds_is_not_counted_when_a_session_ends(world):
-    """Acks that wait to be noted while the disk fails count for nothing at the session's end: their rows come again."""
+def test_what_the_failed_disk_still_holds_is_not_counted(world):
+    """Acks whose rows were not deleted yet when the disk fails count for nothing: their rows come again."""
     world.store(5)
     world.seam.advance(0.5)
     world.ack()
     world.disk.full = True
     world.store(20, wake=False)
-    world.link.shut()
-    world.sender.leave()
     assert world.keeper.generation == 1
-    assert world.counters.acked == 0
+    assert world.keeper.acked == 0
 
 
 def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
@@ -594,7 +580,7 @@ def test_whatever_the_line_does(data):
     assert stats.rows == 0
     assert stats.produced == stats.confirmed
     results = world.stored - len(firsts)
-    assert world.counters.acked + results == stats.produced
+    assert world.keeper.acked + results == stats.produced
 
 
 class Moody:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from z4j_bare.buffer import trips
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
@@ -43,9 +45,21 @@ BUSY_LONGEST = 0.5
 LOOK_EVERY = 1.0
 LOOK_ALONE = 5.0
 
+#: Seconds for which what the brain has may wait for a trip that deletes it. A trip costs a worker 1 ms.
+CONFIRM_LATEST = 2.0
+
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
 TIDY_EVERY = 1.0
 WARN_EVERY = 60.0
+
+
+class Confirmed(NamedTuple):
+    """Rows that the brain has, of one ``generation``, and that are still here; how many are ``events``, and since when."""
+
+    generation: int
+    ids: Sequence[int]
+    events: int
+    at: float
 
 
 class Keeper:
@@ -70,6 +84,8 @@ class Keeper:
     ) -> None:
         self.generation = 0
         self.failures = 0
+        #: Events that the brain has, and that were deleted.
+        self.acked = 0
         self.last_stats = UNKNOWN
         #: Rows in a dead process's file that wait for their turn; the adopting loop's.
         self.adopting = 0
@@ -82,6 +98,7 @@ class Keeper:
         self._memory: MemoryStore | None = None
         self._beneath = UNKNOWN
         self._owed: dict[tuple[str, str], int] = {}
+        self._confirmed: deque[Confirmed] = deque()
         self._retry_at = 0.0
         self._retry_delay = RETRY_FIRST
         self._looked_at = float("-inf")
@@ -97,6 +114,11 @@ class Keeper:
     def durable(self) -> bool:
         """Whether rows survive the process just now."""
         return self._memory is None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the disk is well, and holds nothing that the brain has."""
+        return self.durable and not self._confirmed
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
         """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""
@@ -117,29 +139,31 @@ class Keeper:
         if self._outdated:
             self.stats()
 
-    def exchange(
-        self, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, generation: int | None = None
-    ) -> tuple[list[BufferEntry], list[BufferEntry]]:
-        """Delete confirmed rows and read the next ones, results and events, in one trip.
+    def confirm(self, ids: Sequence[int], events: int, generation: int) -> None:
+        """Take note of rows that the brain has, ``events`` of them events; the next trip deletes them.
 
-        A query is ``(after, limit, kinds)``. ``generation`` is the one that the confirmed ids are of: in another one the
-        same numbers are other rows, and nothing is deleted. A trip with nothing to do tidies the file a little; what is in
-        memory anyway takes none.
+        ``generation`` is the one that the ids are of: in another one the same numbers are other rows, which stay.
         """
-        look = self._due()
-        tidy = self._untidy and self._seam.now() - self._tidied_at >= TIDY_EVERY
-        if not (confirmed or self._due(LOOK_ALONE)):
+        if ids:
+            self._confirmed.append(Confirmed(generation, ids, events, self._seam.now()))
+
+    def drain(self, results: Query, events: Query, max_bytes: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
+        """Read the next rows, results and events, in one trip; none of them is confirmed.
+
+        A query is ``(after, limit, kinds)``. A trip with nothing to do tidies the file a little; what is in memory anyway
+        takes none, as long as the rest can wait.
+        """
+        look, chores = self._due(), self._chores()
+        if not self._due(LOOK_ALONE) and self._may_wait(events):
             at_hand = self._at_hand(results, events, max_bytes)
-            if at_hand is not None and (any(at_hand) or not tidy):
+            if at_hand is not None and (any(at_hand) or not (chores or self._confirmed)):
                 return at_hand
         tidied = False
 
         def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
             nonlocal tidied
-            valid = confirmed if generation in (None, self.generation) else ()
-            found = trips.exchange(store, valid, results, events, max_bytes, look)
-            self._untidy = self._untidy or bool(valid)
-            if tidy and not (valid or found[1] or found[2]):
+            found = trips.drain(store, results, events, max_bytes, look)
+            if chores and not (found[1] or found[2]):
                 self._untidy, tidied = not trips.tidy(store), True
             return found
 
@@ -151,11 +175,11 @@ class Keeper:
         return found_results, found_events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows and count them; ``generation`` as in :meth:`exchange`."""
+        """Delete undeliverable rows and count them; ``generation`` as in :meth:`confirm`."""
         self._run(lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0)
 
     def suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`exchange`."""
+        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`confirm`."""
         self._run(lambda store: store.increment_attempts(ids) if generation in (None, self.generation) else None)
 
     def claim(self, key: str, testament: bytes) -> LedgerEntry | None:
@@ -201,8 +225,17 @@ class Keeper:
                     logger.warning("z4j: %d rows were in memory only, and are lost with this process", memory.size())
             for store in (self._disk, self._memory):
                 if store is not None:
-                    self._seam.offload(store.close)
+                    self._seam.offload(self._bury, store)
             self._disk = self._memory = None
+
+    def _chores(self) -> bool:
+        """Whether the file is to be tidied, should nothing else be to do."""
+        return self._untidy and not self._confirmed and self._seam.now() - self._tidied_at >= TIDY_EVERY
+
+    def _may_wait(self, events: Query) -> bool:
+        """Whether a look at these events may leave confirmed rows where they are: it finds none, and they are young."""
+        now, after = self._seam.now(), events[0]
+        return all(now - each.at < CONFIRM_LATEST and max(each.ids) <= after for each in tuple(self._confirmed))
 
     def _due(self, every: float = LOOK_EVERY) -> bool:
         return self._seam.now() - self._looked_at > every
@@ -232,7 +265,7 @@ class Keeper:
                 if ok:
                     return value
                 self._fall_back(value)
-            return function(self._memory, *args)
+            return self._visit(self._memory, function, args)
 
     def _attempt(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
         """Call on the disk, with patience for a busy one and one remedy for an ill one; return as ``offload`` does."""
@@ -258,7 +291,32 @@ class Keeper:
         if self._owed:
             self._disk.inherit(Legacy(self._owed))
             self._owed = {}
-        return function(self._disk, *args)
+        return self._visit(self._disk, function, args)
+
+    def _visit(self, store: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call ``function`` on a store without what the brain has: in a full one it would be evicted, and count as lost."""
+        self._delete_confirmed(store)
+        return function(store, *args)
+
+    def _delete_confirmed(self, store: Any) -> None:
+        if not self._confirmed or store is not (self._memory or self._disk):
+            return
+        noted = list(islice(self._confirmed, len(self._confirmed)))  # more may come meanwhile
+        valid = [each for each in noted if each.generation == self.generation]
+        if valid:
+            store.confirm([identity for each in valid for identity in each.ids])
+            self._untidy = True
+        for _ in noted:
+            self._confirmed.popleft()
+        self.acked += sum(each.events for each in valid)
+
+    def _bury(self, store: Any) -> None:
+        try:
+            self._delete_confirmed(store)
+        except LocalStorageError:  # the next process sends them again
+            pass
+        finally:
+            store.close()
 
     # -- remedies: called on the hub, with the error; whether the call is worth another try
 

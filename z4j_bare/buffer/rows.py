@@ -57,10 +57,6 @@ class BufferEntry(NamedTuple):
 KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 
-#: Rows that are far more than come in a few seconds.
-SPARE_ROWS = 20_000
-
-
 @dataclass(frozen=True, slots=True)
 class BufferStats:
     """One moment of a store.
@@ -80,10 +76,6 @@ class BufferStats:
     confirmed: int
     buffer_id: str
     durable: bool
-
-    def far_from(self, max_rows: int, max_bytes: int) -> bool:
-        """Whether the disk has room for all that may come until the next look at these figures, and much more."""
-        return self.durable and self.rows + SPARE_ROWS <= max_rows and 2 * self.payload_bytes <= max_bytes
 
 
 #: The figures of a store that has not been asked yet.

@@ -36,12 +36,10 @@ def each(read: Callable[..., Any], queries: Sequence[Query], max_bytes: int) -> 
     return [read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries]
 
 
-def exchange(
-    store: Any, confirmed: Sequence[int], results: Query, events: Query, max_bytes: int, look: bool
+def drain(
+    store: Any, results: Query, events: Query, max_bytes: int, look: bool
 ) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
-    """Delete what was confirmed and read the next rows; with the figures, if they are wanted."""
-    if confirmed:
-        store.confirm(confirmed)
+    """Read the next rows; with the figures, if they are wanted."""
     found = each(store.drain, (results, events), max_bytes)
     return store.stats() if look else None, found[0], found[1]
 

@@ -112,7 +112,7 @@ class Figures:
             "produced": self._ring.produced,
             "stored": counters.stored,
             "sent": counters.sent,
-            "acked": counters.acked,
+            "acked": self._keeper.acked,
             "lost": self.lost(),
             "buffered": buffer.rows,
             "buffer_bytes": buffer.bytes,

@@ -12,7 +12,6 @@ class Counters:
 
     stored: int = 0
     sent: int = 0
-    acked: int = 0
     frames: int = 0
     sessions: int = 0
     heartbeats: int = 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer.rows import EVENT, POISON, PROJECTION, RESULT
@@ -38,21 +37,11 @@ SMALLEST = 512
 IDLE = 2.0
 QUIET = 5.0
 
-#: When acknowledged rows are deleted: a second after the first ack if the loop looks anyway, two seconds after it in any
-#: case, or as soon as there are so many. A look that deletes costs a worker 1 ms, and one that does not need the disk at
-#: all 0.1; what was not deleted yet when it is killed, the brain gets twice.
-DELETE_AFTER = 1.0
-DELETE_AT_LAST = 2.0
-DELETE_ROWS = 1_000
-
 #: Results sent in one turn, so that a flood of them cannot starve events.
 RESULTS = 50
 
 #: What overtakes events, in the order in which it was stored: the result of an order comes behind what it tells of.
 EXPRESS = (PROJECTION, RESULT)
-
-#: A query for no rows at all.
-_NOTHING = (0, 0, ())
 
 
 class SendLoop:
@@ -66,26 +55,18 @@ class SendLoop:
 
     Rows that brought down two sessions (see ``suspects``) are tried apart: nothing else is on its way, and the brain has
     acknowledged an empty batch in this very session, so that what kills every session is not held against them.
-
-    :param roomy: whether the store is far from its caps. In a full one, what the brain has must make room first, and would
-        be counted as lost.
     """
 
-    def __init__(
-        self, link: Link, keeper: Keeper, seam: BaseConcurrency, counters: Counters, roomy: Callable[[], bool]
-    ) -> None:
+    def __init__(self, link: Link, keeper: Keeper, seam: BaseConcurrency, counters: Counters) -> None:
         self._link = link
         self._keeper = keeper
         self._seam = seam
         self._counters = counters
-        self._roomy = roomy
         self._confirms: bool = link.transport.confirms
         self._most = self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         # In threads an ack may come between the two halves of whatever the sender does to the window.
         self._books = seam.lock()
-        self._done: deque[int] = deque()
-        self._done_since = 0.0
         self._overtook: set[int] = set()
         self._more = False
         self._waiting = 0
@@ -114,7 +95,7 @@ class SendLoop:
         """Take an ``event_batch_ack``; called by the receive loop."""
         with self._books:
             now = self._seam.now()
-            self._finish(self._window.acked(frame, now), now)
+            self._finish(self._window.acked(frame, now))
             self._proven = True
             queued = self._window.queued
         if self._more or ((self._waiting or self._held) and not queued):
@@ -130,14 +111,6 @@ class SendLoop:
         """Let nothing wait for company from now on: the agent stops."""
         self._hurrying = True
         self._link.wake.set()
-
-    def leave(self) -> None:
-        """Delete what the brain has, once the loops of the session have left: the next one would send it again."""
-        confirmed = self._take_done()
-        if confirmed:
-            self._keeper.exchange(confirmed, _NOTHING, _NOTHING, 0, self._generation)
-            if self._keeper.generation == self._generation:  # else they are still there, under other ids
-                self._count(confirmed)
 
     def idle(self) -> bool:
         """Whether everything that was stored has been sent and acknowledged."""
@@ -169,17 +142,15 @@ class SendLoop:
 
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
-        if self._done:
-            left = self._done_since + DELETE_AT_LAST - self._seam.now()
-            return left if left > 0 else IDLE  # there was no looking: suspects are on their way
-        # No ack is due, and the disk needs no second try.
-        return QUIET if self._keeper.durable and self.idle() else IDLE
+        # No ack is due, nothing is to be deleted, and the disk needs no second try.
+        return QUIET if self.idle() and self._keeper.settled else IDLE
 
-    def _finish(self, ids: Sequence[int], now: float) -> None:
+    def _finish(self, ids: Sequence[int]) -> None:
         """Take note of rows that the brain has."""
-        if not self._done:
-            self._done_since = now
-        self._done.extend(ids)
+        others = self._overtook.intersection(ids)
+        self._overtook.difference_update(others)
+        self._told.difference_update(others)
+        self._keeper.confirm(ids, len(ids) - len(others), self._generation)
 
     def _rewind(self) -> None:
         with self._books:
@@ -208,7 +179,7 @@ class SendLoop:
             return False
         self._apart = ()
         room = self._room(now)
-        results, events, suspects = part(*self._fetch(room, now))
+        results, events, suspects = part(*self._fetch(room))
         full = self._full(events, room)  # now: with an ack that comes at once, the next frame may be larger
         for entry in results:
             self._send_express(entry)
@@ -275,49 +246,31 @@ class SendLoop:
         with self._books:
             return self._window.room(now)
 
-    def _fetch(self, room: int, now: float) -> tuple[list[BufferEntry], list[BufferEntry]]:
-        confirmed = self._take_done() if self._deletes(now) else []
+    def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         next_results = (self._after_result, RESULTS, EXPRESS)
         next_events = (self._after_event, self._most_events(room), (EVENT,))
-        results, events = self._keeper.exchange(confirmed, next_results, next_events, self._limit, self._generation)
+        results, events = self._keeper.drain(next_results, next_events, self._limit)
         if self._keeper.generation != self._generation:  # another file, other ids
             self._rewind()
-            self._done.clear()
             self._overtook.clear()
             self._doubted.clear()
             return [], []
-        self._count(confirmed)
         return results, events
 
-    def _take_done(self) -> list[int]:
-        return [self._done.popleft() for _ in range(len(self._done))]
-
-    def _count(self, confirmed: Sequence[int]) -> None:
-        self._told.difference_update(confirmed)
-        others = self._overtook.intersection(confirmed)
-        self._overtook -= others
-        self._counters.acked += len(confirmed) - len(others)
-
-    def _deletes(self, now: float) -> bool:
-        """Whether what the brain has is deleted by this look; by a first one always, or it would be sent again."""
-        first = not (self._after_event or self._after_result)
-        many = len(self._done) >= DELETE_ROWS
-        return first or many or self._hurrying or now - self._done_since >= DELETE_AFTER or not self._roomy()
-
     def _send_express(self, entry: BufferEntry) -> None:
+        self._overtook.add(entry.id)  # first: the ack may come while we send
         if entry.kind == PROJECTION:
             self._told.add(entry.id)
             self._send_events((entry,))
         else:
             self._send_result(entry)
         self._after_result = entry.id
-        self._overtook.add(entry.id)
 
     def _send_result(self, entry: BufferEntry) -> None:
         self._uploading = (entry,)
         self._counters.recut += self._link.send_some("command_result", entry.key, entry.payload, lighter_result)
         if self._confirms:
-            self._finish((entry.id,), self._seam.now())
+            self._finish((entry.id,))
         else:
             self._owed.append(entry.id)
 
@@ -341,7 +294,7 @@ class SendLoop:
         self._counters.recut += cut
         # It may have been an unusual batch: the next ones are a little longer each, and trying costs no request.
         self._limit = min(self._most, self._limit + self._limit // 16)
-        self._finish([entry.id for entry in events[: len(payloads)]], self._seam.now())
+        self._finish([entry.id for entry in events[: len(payloads)]])
         self._note(events[: len(payloads)])
 
     def _send_batch(self, events: Sequence[BufferEntry]) -> None:
@@ -353,8 +306,7 @@ class SendLoop:
         ids = [*self._owed, *(entry.id for entry in events)]
         self._owed = []
         with self._books:
-            now = self._seam.now()
-            self._finish(self._window.sent(frame, ids, len(events), now), now)
+            self._finish(self._window.sent(frame, ids, len(events), self._seam.now()))
         self._note(events)
 
     def _note(self, events: Sequence[BufferEntry]) -> None:
