@@ -69,6 +69,19 @@ def test_the_window_holds(world):
     assert not world.sender.idle()
 
 
+@pytest.mark.parametrize("acknowledged", [3, 5])
+def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
+    """With nothing stored any more, acknowledged rows are deleted within four seconds, whether or not others wait for an ack."""
+    for _ in range(5):
+        world.store(1)
+        world.link.wake.set()
+        world.seam.advance(SLOW + 0.1)  # a frame each
+    for _ in range(acknowledged):
+        world.ack()
+    world.seam.advance(IDLE + CONFIRM_LATEST)
+    assert world.disk.store.size() == 5 - acknowledged
+
+
 def test_a_full_window_moves_with_each_ack(world):
     """After a wait longer than the idle time, an ack still wakes the sender at once."""
     world.store(3000)
