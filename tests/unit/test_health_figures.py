@@ -20,11 +20,12 @@ from z4j_bare.wire.frames import Identity
 
 
 class FakeKeeper:
-    """The three attributes that figures read."""
+    """What figures read of it."""
 
     durable = True
     failures = 0
     adopting = 0
+    acked = 3
     last_stats = replace(UNKNOWN, buffer_id="b-1", rows=5, oldest_age=12.5)
 
 
