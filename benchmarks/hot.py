@@ -25,7 +25,12 @@ from benchmarks.report import circumstances, save, table
 from z4j_bare.demo.process import HarnessError, clean_environment
 
 FIVE = {"user_id": 40_001, "order": "A-000123", "amount": 1.23, "currency": "EUR", "notify": True}
-ARGUMENTS = {"none": {}, "five": FIVE, "1k": {"body": "lorem ip" * 128}, "8k": {"body": "lorem ip" * 1024}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "five": FIVE,
+    "1k": {"body": "lorem ip" * 128},
+    "8k": {"body": "lorem ip" * 1024},
+}
 ROWS = 256  # what one flush commits at most
 
 _SCRIPT = Path(__file__).with_name("inside") / "bench_record_event.py"

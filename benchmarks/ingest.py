@@ -140,7 +140,7 @@ def _events(count: int) -> Iterator[bytes]:
             task = str(uuid4())
         extra = ({"args": [], "kwargs": {}, "root_task_id": task}, {}, {"result": None, "runtime_ms": 10})[kind]
         name = ("task.received", "task.started", "task.succeeded")[kind]
-        yield encode((name, time.time(), task, common, {**own, **extra}))
+        yield encode((encode, name, time.time(), task, common, {**own, **extra}))
 
 
 def _frames(events: Iterator[bytes], size: int) -> Iterator[list[bytes]]:

@@ -36,7 +36,7 @@ _PATIENCE = 20.0
 _SETTLE = 6.0
 
 #: Task id, name, arguments, keyword arguments.
-TASKS = (
+TASKS: tuple[tuple[str, str, list[Any], dict[str, Any]], ...] = (
     ("add", "shop.add", [1, 2], {}),
     ("fails", "shop.fails", ["broken"], {}),
     ("retries", "shop.retries", ["at last"], {}),

@@ -24,7 +24,7 @@ _RSS_BARS = ("rss_mb", "RSS (MB)")
 
 def circumstances() -> dict[str, Any]:
     """Return date, machine and versions: without them a figure means nothing."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)

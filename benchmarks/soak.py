@@ -95,7 +95,7 @@ class Host:
     @property
     def whole(self) -> bool:
         """Whether the last sample says that everything produced has been acknowledged, and nothing lost."""
-        last = self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
+        last: dict[str, Any] = self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
         return bool(last["acked"] >= last["produced"]) and not last["lost"]
 
     def steady(self, key: str) -> tuple[list[float], list[float]]:
