@@ -103,10 +103,14 @@ class Feed:
             self._failure = error
 
     def _count_down(self, count: int) -> None:
+        heard = time.monotonic()
         while count > 0:
             message = self._transport.receive(_PATIENCE)
-            if message is None:
-                return
+            if message is None:  # or the brain's ping
+                if time.monotonic() - heard > _PATIENCE:
+                    return
+                continue
+            heard = time.monotonic()
             frame: Any = self._session.open(message)
             if frame.type == "event_batch_ack":
                 with self._turn:

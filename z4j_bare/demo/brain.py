@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _BOOT_SECONDS = 60.0
 
+#: Seconds that the brain waits for SQLite while another connection of its own writes. With the driver's 5 it answers 500
+#: to an operator's request on a machine whose disk stalls.
+_DATABASE_SECONDS = 20
+
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on at this moment."""
@@ -95,6 +99,7 @@ class Brain(BrainApi):
             **clean_environment(),
             "HOME": str(self.home),
             "Z4J_HOME": str(self.home),
+            "Z4J_DATABASE_URL": f"sqlite+aiosqlite:///{self.home.resolve()}/z4j.db?timeout={_DATABASE_SECONDS}",
             "Z4J_ENVIRONMENT": "dev",  # otherwise its cookies are marked Secure and plain http cannot log in
             "Z4J_BOOTSTRAP_ADMIN_EMAIL": self.email,
             "Z4J_BOOTSTRAP_ADMIN_PASSWORD": self.password,
