@@ -11,7 +11,7 @@ from z4j_bare.buffer.keeper import CONFIRM_LATEST
 from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
 from z4j_bare.loops.send import FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import Welcome
-from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS, FRAME_FIRST, QUEUE, SLOW
+from z4j_bare.wire.window import ACK_DEADLINE, BREATH, FRAME_EVENTS, FRAME_FIRST, SLOW
 
 
 class Sending(World):
@@ -56,15 +56,17 @@ def test_everything_goes_in_order(world):
     assert world.sender.idle()
 
 
-def test_the_window_holds(world):
-    """Without acks a few frames are sent; each ack lets another follow, and the rest waits in the store."""
+def test_one_frame_at_a_time(world):
+    """Without an ack a second frame waits; each ack lets one follow, a breath later, and the rest waits in the store."""
     world.store(2600)
     world.seam.advance(1.5)
-    assert len(world.transport.events()) == QUEUE * FRAME_FIRST
+    assert len(world.transport.events()) == FRAME_FIRST
     world.ack()
-    world.seam.advance(1)
-    assert len(world.transport.events()) == (QUEUE + 1) * FRAME_FIRST
-    world.seam.advance(CONFIRM_LATEST - 0.9)
+    world.seam.advance(BREATH - 0.01)
+    assert len(world.transport.events()) == FRAME_FIRST
+    world.seam.advance(0.02)
+    assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame
+    world.seam.advance(CONFIRM_LATEST - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
 
@@ -83,12 +85,12 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
 
 
 def test_a_full_window_moves_with_each_ack(world):
-    """After a wait longer than the idle time, an ack still wakes the sender at once."""
+    """After a wait longer than the idle time, an ack still wakes the sender."""
     world.store(3000)
     world.seam.advance(2.2)
     before = len(world.transport.events())
     world.ack()
-    world.seam.advance(0.01)
+    world.seam.advance(BREATH + 0.01)
     assert len(world.transport.events()) > before
 
 
@@ -128,7 +130,7 @@ def test_results_overtake_events(world):
 
 
 def test_a_busy_brain_gets_no_crumbs(world):
-    """While a frame is under way, new events wait for its ack or until they fill another; full ones wait for nothing."""
+    """While a frame is under way new events wait for its ack, however many they are, and then travel together."""
 
     def more(events):
         world.store(events, wake=False)
@@ -139,13 +141,12 @@ def test_a_busy_brain_gets_no_crumbs(world):
         more(5)
     assert world.transport.events() == list(range(5))
     assert not world.sender.idle()
+    more(FRAME_FIRST - 30)
+    assert world.transport.events() == list(range(5))
     world.ack()
-    world.seam.advance(0.01)
-    assert world.transport.events() == list(range(30))
-    more(FRAME_FIRST)
-    assert world.transport.events() == list(range(30 + FRAME_FIRST))
-    more(FRAME_FIRST + 5)
-    assert len(world.transport.events()) == 30 + 2 * FRAME_FIRST
+    world.seam.advance(BREATH + 0.01)
+    assert world.transport.events() == list(range(FRAME_FIRST))
+    assert len(world.transport.of("event_batch")) == 2
     assert not world.sender.idle()
 
 
@@ -167,13 +168,25 @@ def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
 
 
 def test_an_idle_brain_waits_for_nobody(world):
-    """A single event goes out as soon as it is stored, and after every ack the next one does."""
+    """A single event goes out as soon as it is stored, unless an ack has just come, and what has just come then soon after."""
     world.answer_at_once()
     for number in range(1, 4):
         world.store(1, wake=False)
         world.sender.stored(1)
         world.seam.advance(0.01)
         assert len(world.transport.events()) == number
+        world.seam.advance(BREATH)
+    world.store(1, wake=False)
+    world.sender.stored(1)
+    world.seam.advance(0.01)
+    world.store(1, wake=False)
+    world.sender.stored(1)
+    world.seam.advance(0.01)
+    assert len(world.transport.events()) == 4
+    world.seam.advance(BREATH)
+    assert len(world.transport.events()) == 5
+    world.seam.advance(BREATH)
+    assert world.sender.idle()
 
 
 def test_a_result_waits_for_its_receipt(world):

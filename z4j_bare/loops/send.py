@@ -68,10 +68,8 @@ class SendLoop:
         # In threads an ack may come between the two halves of whatever the sender does to the window.
         self._books = seam.lock()
         self._overtook: set[int] = set()
+        # Whether there may be events that have not been looked at.
         self._more = False
-        self._waiting = 0
-        self._held = 0
-        self._hurrying = False
         # What a transport that confirms is uploading, and what an upload failed with.
         self._uploading: Sequence[BufferEntry] = ()
         self._failure: AgentError | None = None
@@ -97,24 +95,23 @@ class SendLoop:
             now = self._seam.now()
             self._finish(self._window.acked(frame, now))
             self._proven = True
-            queued = self._window.queued
-        if self._more or ((self._waiting or self._held) and not queued):
+        if self._more:
             self._link.wake.set()
 
     def stored(self, events: int) -> None:
-        """Take note of events that were committed; called by the flush loop."""
-        self._waiting += events  # first: an ack that comes now has to see it
-        if self._held + self._waiting >= self._window.frame or not self._window.queued:
+        """Take note of events that were committed; called by the flush loop. If a frame is under way, its ack wakes us."""
+        self._more = self._more or events > 0  # first: an ack that comes now has to see it
+        if not self._window.queued:
             self._link.wake.set()
 
     def hurry(self) -> None:
-        """Let nothing wait for company from now on: the agent stops."""
-        self._hurrying = True
+        """Let nothing wait from now on: the agent stops."""
+        self._window.hurry()
         self._link.wake.set()
 
     def idle(self) -> bool:
         """Whether everything that was stored has been sent and acknowledged."""
-        return not (self._more or self._waiting or self._held or self._window.frames or self._owed)
+        return not (self._more or self._window.frames or self._owed)
 
     def judge(self, error: AgentError) -> AgentError:
         """Draw the conclusion from what ended the session, once its loops have left; return what to report.
@@ -142,8 +139,9 @@ class SendLoop:
 
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
+        rest = self._window.rest(self._seam.now()) if self._more else 0.0
         # No ack is due, nothing is to be deleted, and the disk needs no second try.
-        return QUIET if self.idle() and self._keeper.settled else IDLE
+        return rest or (QUIET if self.idle() and self._keeper.settled else IDLE)
 
     def _finish(self, ids: Sequence[int]) -> None:
         """Take note of rows that the brain has."""
@@ -166,7 +164,7 @@ class SendLoop:
 
     def _turn(self) -> bool:
         """Confirm, look, send; return whether there may be more to send at once."""
-        now, self._waiting, self._held = self._seam.now(), 0, 0
+        now = self._seam.now()
         with self._books:
             silent = self._window.silent(now)
         if silent:
@@ -178,30 +176,19 @@ class SendLoop:
         if self._apart and self._window.frames:
             return False
         self._apart = ()
+        self._more = False  # before the look: what is stored from now on may be missed by it
         room = self._room(now)
         results, events, suspects = part(*self._fetch(room))
         full = self._full(events, room)  # now: with an ack that comes at once, the next frame may be larger
         for entry in results:
             self._send_express(entry)
-        if full or self._worthwhile(now):
-            self._send_events(events)
-        else:
-            self._held = len(events)
+        self._send_events(events)
         if suspects:
             return self._try_apart(suspects)
-        # With a full window nobody looked: then the next ack has to wake us.
-        self._more = room == 0 or full or len(results) == RESULTS
+        if room == 0 or full or len(results) == RESULTS:  # without room nobody looked
+            self._more = True
         # Of a schedule stream a frame or so is fetched at a time.
         return any(row.kind == PROJECTION for row in results) or (self._more and self._room(now) > 0)
-
-    def _worthwhile(self, now: float) -> bool:
-        """Whether a few events are worth a frame of their own now, which costs the worker as much as a full one.
-
-        While the brain has another one to digest they wait for company, or for that one's ack.
-        """
-        with self._books:
-            busy = self._window.busy(now)
-        return not busy or bool(self._owed) or self._hurrying
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
