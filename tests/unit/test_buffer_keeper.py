@@ -152,7 +152,19 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     assert (world.keeper.acked, len(trips)) == (2, 2)
     world.keeper.confirm((3, 4, 5), 3, 0)
     assert world.keeper.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
-    assert (world.keeper.acked, world.keeper.settled, world.keeper.last_stats.lost) == (5, True, {})
+    assert (world.keeper.acked, world.keeper.last_stats.lost) == (5, {})
+
+
+def test_settled_is_who_has_nothing_left_to_do(world):
+    """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
+    world.put(1)
+    world.keeper.confirm((1,), 1, 0)
+    nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
+    assert world.keeper.drain(*nothing) == ([], [])
+    assert (world.keeper.acked, world.keeper.settled) == (1, False)
+    world.seam.advance(module.TIDY_EVERY)
+    assert world.keeper.drain(*nothing) == ([], [])
+    assert world.keeper.settled
 
 
 def test_confirmed_rows_are_never_found(world):

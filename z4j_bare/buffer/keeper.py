@@ -117,8 +117,8 @@ class Keeper:
 
     @property
     def settled(self) -> bool:
-        """Whether the disk is well, and holds nothing that the brain has."""
-        return self.durable and not self._confirmed
+        """Whether the disk is well and tidy, and holds nothing that the brain has."""
+        return self.durable and not self._confirmed and not self._untidy
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
         """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""

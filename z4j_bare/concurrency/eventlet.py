@@ -26,12 +26,14 @@ _native_thread = _thread.get_ident
 _gate = Gate(_thread.allocate_lock)
 
 #: Seconds after which a waiter looks at its flag by itself. One raised in another native thread is seen when the hub wakes
-#: next, twice a second at least while an agent runs, unless the hub was just sorting its timers.
-LOOK = 5.0
+#: next, once a second at least while an agent runs, unless the hub was just sorting its timers. Each look wakes an idle
+#: worker for 0.2 ms, and an agent has ten waiters.
+LOOK = 60.0
 
 #: Seconds after which a wait for a socket is entered anew in a process that has forked: its child shares the hub's epoll
-#: set, and what it closes there is no longer waited for in the parent either.
+#: set, and what it closes there is no longer waited for in the parent either; and in one that has not forked yet.
 LONGEST_WAIT = 1.0
+LONGEST_UNFORKED = 10.0
 
 
 @implementer(IEvent)
@@ -183,7 +185,7 @@ class EventletConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         while True:
-            longest = LONGEST_WAIT if fork.parental() else LOOK
+            longest = LONGEST_WAIT if fork.parental() else LONGEST_UNFORKED
             if wait_io(sock, min(timeout, longest), write=write):
                 return True
             timeout -= longest

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.flush")
 
-#: Seconds between two looks at an empty ring, which wakes us by itself.
+#: Seconds that an empty ring, which wakes us by itself, is left alone: until the figures are looked at, and after that.
 QUIET = 5.0
+ASLEEP = 60.0
 
 #: The encoder of what has been encoded before.
 _ENCODED = itemgetter(1)
@@ -53,9 +54,13 @@ class FlushLoop:
 
     def run(self, stopping: object) -> None:
         """Flush until ``stopping`` (an ``IEvent``) is set."""
+        patience = QUIET
         while not stopping.is_set():  # type: ignore[attr-defined]
             if self._ring.rest():
-                if not self._seam.pause(self._ring.wake, QUIET):
+                if self._seam.pause(self._ring.wake, patience):
+                    patience = QUIET
+                else:
+                    patience = ASLEEP
                     self._keeper.refresh()
                 self._ring.wake.clear()
                 continue

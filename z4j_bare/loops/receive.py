@@ -17,7 +17,7 @@ logger = logging.getLogger("z4j.runtime.receive")
 
 #: Seconds that the reader waits at a time. ``abort`` wakes it at once; by itself it wakes to look for silence (a ping after
 #: 30 s), and each wake of an idle worker costs 0.25 ms.
-READ_TIMEOUT = 5.0
+READ_TIMEOUT = 10.0
 
 #: Codes of a fatal ``error`` frame that an upgrade alone cures.
 _UPGRADE = frozenset({"agent_incompatible", "protocol_incompatible"})

@@ -32,10 +32,10 @@ FRAME_BYTES = 128 * 1024
 #: Bytes of events below which the limit of a frame does not sink, however much its JSON grows on the way.
 SMALLEST = 512
 
-#: Seconds between two looks at the store when nobody wakes the loop: while something is under way, or in memory only,
-#: and else.
+#: Seconds between two looks at the store when nobody wakes the loop: while something is under way, in memory only, or to be
+#: tidied, and else.
 IDLE = 2.0
-QUIET = 5.0
+QUIET = 30.0
 
 #: Results sent in one turn, so that a flood of them cannot starve events.
 RESULTS = 50
@@ -140,7 +140,7 @@ class SendLoop:
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
         rest = self._window.rest(self._seam.now()) if self._more else 0.0
-        # No ack is due, nothing is to be deleted, and the disk needs no second try.
+        # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
         return rest or (QUIET if self.idle() and self._keeper.settled else IDLE)
 
     def _finish(self, ids: Sequence[int]) -> None:
