@@ -3,8 +3,8 @@
 The brain ingests one connection strictly in order (``brain-contract`` 7a), so a long window is latency for everything sent
 behind it: a command's result waited 33 s behind 4,000 unacknowledged events. It ingests a frame in one transaction, and on
 SQLite nobody else writes meanwhile: others try again every 100 ms, and after 5 s an operator's request is refused (500).
-While frames of a second came three at a time, five of six writers had to wait, for 1.3 to 5.0 s; while frames of 1.5 s came
-one at a time with a breath between them, nine of 29, for 0.9 to 3.8 s, and the brain ingested as much.
+While a bare feed sent frames of a second three at a time, five of six writers waited, 1.3 to 5.0 s; while it sent frames of
+1.5 s one at a time with a breath between them, nine of 29, 0.9 to 3.8 s, and the brain ingested as much.
 """
 
 from __future__ import annotations
