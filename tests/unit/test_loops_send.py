@@ -94,6 +94,26 @@ def test_a_full_window_moves_with_each_ack(world):
     assert len(world.transport.events()) > before
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_look_that_outlasts_the_breath(world, monkeypatch, begun):
+    """On a slow disk a look may begin before the ack, or in the breath after it, and end later: the next frame follows at once."""
+    drain = world.keeper.drain
+
+    def slowly(*query):
+        world.seam.sleep(0.5)
+        return drain(*query)
+
+    world.store(200)
+    world.seam.advance(0.5)
+    monkeypatch.setattr(world.keeper, "drain", slowly)
+    if begun:
+        world.link.wake.set()
+        world.seam.advance(0.01)
+    world.ack()
+    world.seam.advance(1.2)
+    assert len(world.transport.of("event_batch")) == 2
+
+
 def test_frames_stay_below_their_size(world):
     """Rows of 30 kB travel a few to a frame, never beyond 128 KiB."""
     world.answer_at_once()

@@ -57,13 +57,12 @@ class FlushLoop:
         patience = QUIET
         while not stopping.is_set():  # type: ignore[attr-defined]
             if self._ring.rest():
-                if self._seam.pause(self._ring.wake, patience):
-                    patience = QUIET
-                else:
-                    patience = ASLEEP
+                if not self._seam.pause(self._ring.wake, patience):
                     self._keeper.refresh()
+                    patience = ASLEEP
                 self._ring.wake.clear()
                 continue
+            patience = QUIET
             if len(self._ring) < self._most:
                 self._seam.pause(self._ring.wake, self._interval)  # let company come
             self._ring.wake.clear()

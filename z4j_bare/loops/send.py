@@ -139,9 +139,11 @@ class SendLoop:
 
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
-        rest = self._window.rest(self._seam.now()) if self._more else 0.0
+        rest = self._window.rest(self._seam.now())
+        if self._more and (rest or not self._window.frames):
+            return rest  # only the brain's breath keeps us, which may have just ended
         # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
-        return rest or (QUIET if self.idle() and self._keeper.settled else IDLE)
+        return QUIET if self.idle() and self._keeper.settled else IDLE
 
     def _finish(self, ids: Sequence[int]) -> None:
         """Take note of rows that the brain has."""
@@ -188,7 +190,7 @@ class SendLoop:
         if room == 0 or full or len(results) == RESULTS:  # without room nobody looked
             self._more = True
         # Of a schedule stream a frame or so is fetched at a time.
-        return any(row.kind == PROJECTION for row in results) or (self._more and self._room(now) > 0)
+        return any(row.kind == PROJECTION for row in results) or (self._more and self._room(self._seam.now()) > 0)
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
