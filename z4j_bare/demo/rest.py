@@ -22,7 +22,7 @@ _PAGE = 500  # the brain's own maximum
 _TIMEOUT = 30.0
 _AGENT_OFFLINE = 503
 # The server closes a connection that nobody used for 5 s, and perhaps just when we do.
-_AGAIN = Retry(1, status=0, other=0, allowed_methods=("GET",))
+_AGAIN = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
 class BrainRefusedError(HarnessError):
