@@ -54,7 +54,8 @@ class Feed:
         from z4j_core.transport.hmac import decode_agent_hmac_secret
 
         from z4j_bare.concurrency.threads import ThreadsConcurrency
-        from z4j_bare.transport.websocket import WebSocketTransport, websocket_url
+        from z4j_bare.transport.addresses import websocket_url
+        from z4j_bare.transport.websocket import WebSocketTransport
 
         self._secret = decode_agent_hmac_secret(agent.hmac_secret)
         self._seam = ThreadsConcurrency()

@@ -26,7 +26,6 @@ from z4j_bare.capture.sources import Source, source_of
 from z4j_bare.control import RESTART, STATUS
 from z4j_bare.credentials import deployment_of, read_key, read_token
 from z4j_bare.dispatcher import Dispatcher
-from z4j_bare.dispatcher.departure import Departure
 from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
 from z4j_bare.health.figures import Figures
 from z4j_bare.health.lateness import Lateness
@@ -235,6 +234,8 @@ class Agent:
         self.sources.append(source)
         host = EngineHost(engine, self.bridge, self.seam, source.record)
         if host.controls is None and "restart_worker" not in (safe_call(engine.capabilities) or ()):
+            from z4j_bare.dispatcher.departure import Departure  # Celery's workers need none
+
             own, grace = source.presence.workers.keys(), self._settings.restart_grace
             host.departure = Departure(host.name, own, self.stop, self.seam, grace)
         return host

@@ -36,6 +36,14 @@ def test_the_rooms_are_light():
     assert loaded.isdisjoint(heavy), loaded.intersection(heavy)
 
 
+def test_an_agent_is_no_larger_than_its_worker_needs():
+    """An agent without a scheduler loads what it needs to be built, and none of what serves schedules, long-poll or a look from outside."""
+    loaded = loaded_by("import z4j_bare.agent")
+    unneeded = ("schedules.stream", "schedules.orders", "transport.longpoll", "transport.http", "buffer.inspect", "dispatcher.departure")
+    assert "z4j_bare.transport.websocket" in loaded
+    assert loaded.isdisjoint({f"z4j_bare.{each}" for each in unneeded})
+
+
 def test_public_names():
     """Everything in ``__all__`` exists, the lazy names included, and an unknown one is an AttributeError."""
     import z4j_bare

@@ -28,7 +28,8 @@ from z4j_bare.dispatcher.table import ENGINE_ACTIONS
 from z4j_bare.errors import AgentError, RemoteError, RemoteProtocolError
 from z4j_bare.loops.receive import ReceiveLoop
 from z4j_bare.transport import longpoll
-from z4j_bare.transport.websocket import WebSocketTransport, close_error, websocket_url
+from z4j_bare.transport.addresses import longpoll_url, websocket_url
+from z4j_bare.transport.websocket import WebSocketTransport, close_error
 from z4j_bare.wire import frames
 from z4j_bare.wire.session import Session, read_welcome
 
@@ -278,7 +279,7 @@ def streaming(peer):
 
 
 def polling(peer):
-    url = longpoll.longpoll_url(peer.url, dev_mode=False)
+    url = longpoll_url(peer.url, dev_mode=False)
     return longpoll.LongPollTransport(url, lambda: TOKEN, peer.seam, longpoll.Known(wait=0))
 
 

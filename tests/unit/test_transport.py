@@ -9,9 +9,10 @@ import pytest
 from tests.peer import TOKEN, Peer
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
 from z4j_bare.transport import websocket
+from z4j_bare.transport.addresses import websocket_url
 from z4j_bare.transport.line import Line
 from z4j_bare.transport.tls import tls_context
-from z4j_bare.transport.websocket import WebSocketTransport, close_error, websocket_url
+from z4j_bare.transport.websocket import WebSocketTransport, close_error
 from z4j_bare.wire.frames import Identity, hello
 from z4j_bare.wire.session import read_welcome
 

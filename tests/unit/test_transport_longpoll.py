@@ -25,7 +25,8 @@ from z4j_bare.errors import (
 )
 from z4j_bare.loops import heartbeat, send
 from z4j_bare.transport import longpoll
-from z4j_bare.transport.longpoll import BODY_FIRST, Known, LongPollTransport, Pace, longpoll_url
+from z4j_bare.transport.addresses import longpoll_url
+from z4j_bare.transport.longpoll import BODY_FIRST, Known, LongPollTransport, Pace
 from z4j_bare.transport.tls import tls_context
 from z4j_bare.wire import policy
 from z4j_bare.wire.frames import Identity, event_batch, hello

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import merge
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from z4j_bare.buffer import paths
 from z4j_bare.buffer.batches import Batches
 from z4j_bare.buffer.lock import OwnerLock, is_owned
 from z4j_bare.buffer.rows import EVENT, BufferEntry, losses_by
+from z4j_bare.buffer.schema import read_only
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
@@ -44,15 +45,6 @@ class Look:
     def total(self) -> int:
         """All rows."""
         return sum(self.rows.values())
-
-
-@contextmanager
-def read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
-    mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)) as connection:
-        connection.execute("BEGIN")  # one moment, whatever its owner does meanwhile
-        yield connection
 
 
 def stores(buffer_path: str | os.PathLike[str]) -> list[Path]:

@@ -8,6 +8,7 @@ import uuid
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from z4j_bare.buffer import paths
 from z4j_bare.buffer.rows import CORRUPTION, EVENT
 from z4j_bare.errors import LocalStorageError
 
@@ -168,6 +169,15 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
             ("done", 0),
         ),
     )
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
+    mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
+    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)) as connection:
+        connection.execute("BEGIN")  # one moment, whatever its owner does meanwhile
+        yield connection
 
 
 def counted(path: Path) -> dict[tuple[str, str], int]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.models import CommandResult
 
 from z4j_bare.errors import CommandError
-from z4j_bare.schedules import orders
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.engines import EngineHost
@@ -61,12 +60,16 @@ def activate(command: Command, schedules: Schedules, seconds: float) -> CommandR
 
 def control(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
     """Switch a schedule of a stream on or off."""
+    from z4j_bare.schedules import orders  # most workers have no scheduler
+
     done = orders.control(_stream(command, schedules), command.parameters, seconds)
     return CommandResult(status="success", result=done)
 
 
 def mutate(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
     """Create, change, delete or trigger a schedule of a stream."""
+    from z4j_bare.schedules import orders
+
     done = orders.mutate(_stream(command, schedules), command.parameters, seconds)
     return CommandResult(status="success", result=done)
 

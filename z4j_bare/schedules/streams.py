@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import AgentError, CommandError
-from z4j_bare.schedules.stream import Stream
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.schedulers import SchedulerHost
     from z4j_bare.buffer.keeper import Keeper
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.schedules.stream import Stream
 
 logger = logging.getLogger("z4j.runtime.schedules")
 
@@ -35,7 +35,7 @@ class Schedules:
         stored: Callable[[], None],
         interval: float,
     ) -> None:
-        self.streams = {host.name: Stream(host, keeper, seam, stored) for host in hosts}
+        self.streams = {host.name: _stream(host, keeper, seam, stored) for host in hosts}
         #: Hides in answers to commands what is hidden in schedules; ``None`` without a scheduler.
         self.redactor = next((stream.host.answers for stream in self.streams.values()), None)
         self._seam = seam
@@ -113,3 +113,9 @@ class Schedules:
                 logger.debug("z4j: the schedules of %s are not told (%s): %s", stream.name, reason, error)
             except Exception as error:
                 logger.warning("z4j: the schedules of %s could not be read: %s", stream.name, error)
+
+
+def _stream(*args: Any) -> Stream:
+    from z4j_bare.schedules.stream import Stream  # most workers have no scheduler
+
+    return Stream(*args)

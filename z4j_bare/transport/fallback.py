@@ -10,9 +10,9 @@ from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError, RemoteError
 from z4j_bare.interfaces import ITransport
-from z4j_bare.transport.longpoll import Known, LongPollTransport, longpoll_url
+from z4j_bare.transport.addresses import longpoll_url, websocket_url
 from z4j_bare.transport.tls import tls_context
-from z4j_bare.transport.websocket import WebSocketTransport, websocket_url
+from z4j_bare.transport.websocket import WebSocketTransport
 from z4j_bare.transport.websocket import preload as preload_websocket
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from z4j_bare.loops.link import Link
     from z4j_bare.settings import Settings
     from z4j_bare.transport.http import Answer
+    from z4j_bare.transport.longpoll import Known, LongPollTransport
 
 logger = logging.getLogger("z4j.runtime.fallback")
 
@@ -137,12 +138,13 @@ class Routes:
         self._api_url = longpoll_url(brain_url, dev_mode=dev_mode)
         self._token = token
         self._seam = seam
-        self._known = Known()
+        self._known: Known | None = None
         self._tls = None
         if self._ws_url.startswith("wss:"):
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
         if wish == LONGPOLL:
-            import z4j_bare.transport.http  # noqa: F401
+            import z4j_bare.transport.http
+            import z4j_bare.transport.longpoll  # noqa: F401
         else:
             preload_websocket()
 
@@ -157,7 +159,12 @@ class Routes:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        return LongPollTransport(self._api_url, self._token, self._seam, self._known, self._tls)
+        longpoll = self._seam.load("z4j_bare.transport.longpoll")  # few workers need it
+        self._known = self._known or longpoll.Known()
+        made: LongPollTransport = longpoll.LongPollTransport(
+            self._api_url, self._token, self._seam, self._known, self._tls
+        )
+        return made
 
     def reachable(self) -> bool:
         """Whether the brain's health route answers."""

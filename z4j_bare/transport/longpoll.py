@@ -16,7 +16,6 @@ from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, AuthenticationRejectedError, FrameTooLargeError, NetworkError, RemoteProtocolError
 from z4j_bare.interfaces import ITransport
-from z4j_bare.transport.websocket import base_url
 from z4j_bare.transport.wording import printable
 from z4j_bare.wire import policy
 from z4j_bare.wire.canonical import canonical
@@ -68,12 +67,6 @@ _TOO_LARGE = 413
 _UNPROCESSABLE = 422
 
 
-def longpoll_url(brain_url: str, *, dev_mode: bool) -> str:
-    """Return ``<brain_url>/api/v1``; raises like ``websocket_url``."""
-    parts = base_url(brain_url, dev_mode=dev_mode)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}/api/v1"
-
-
 @dataclass(slots=True)
 class Known:
     """What one session learns for all later ones of this process."""
@@ -118,7 +111,7 @@ class _Inbox:
 class LongPollTransport:
     """One long-poll session: uploads one at a time, and one poll beside them in a task of its own.
 
-    :param url: from :func:`longpoll_url`.
+    :param url: from :func:`~z4j_bare.transport.addresses.longpoll_url`.
     :param token: called at every connect, so that a rotated token file is noticed.
     :param known: shared by all sessions.
     :param tls: an ``ssl.SSLContext`` for an ``https`` address.

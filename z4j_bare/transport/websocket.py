@@ -6,11 +6,10 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, urlsplit
 
 from zope.interface import implementer
 
-from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError
+from z4j_bare.errors import AgentError, NetworkError
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.line import Line
 from z4j_bare.transport.wording import printable, short
@@ -35,36 +34,11 @@ LONGEST = 2 * 1024 * 1024
 #: The close code of a peer that is done.
 NORMAL = 1000
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
-    """Return the brain's address in parts; a path prefix is kept.
-
-    Raises ``HostConfigurationError`` for plain HTTP to a host that is not this one, unless ``dev_mode``.
-    """
-    parts = urlsplit(brain_url.rstrip("/"))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise HostConfigurationError(f"Z4J_BRAIN_URL={brain_url!r} is not an http(s) address")
-    if parts.scheme == "http" and parts.hostname not in LOOPBACK and not dev_mode:
-        raise HostConfigurationError(
-            f"Z4J_BRAIN_URL={brain_url!r} would send the token in the clear: use https://, or dev_mode on a trusted network"
-        )
-    return parts
-
-
-def websocket_url(brain_url: str, *, dev_mode: bool) -> str:
-    """Return ``<brain_url>/ws/agent`` with the scheme turned to ``ws`` or ``wss``; see :func:`base_url`."""
-    parts = base_url(brain_url, dev_mode=dev_mode)
-    scheme = "wss" if parts.scheme == "https" else "ws"
-    return f"{scheme}://{parts.netloc}{parts.path}/ws/agent"
-
-
 @implementer(ITransport)
 class WebSocketTransport:
     """One WebSocket session.
 
-    :param url: from :func:`websocket_url`.
+    :param url: from :func:`~z4j_bare.transport.addresses.websocket_url`.
     :param token: called at every connect, so that a rotated token file is noticed.
     :param tls: an ``ssl.SSLContext`` for a ``wss`` address.
     """

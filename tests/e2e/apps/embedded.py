@@ -126,7 +126,7 @@ def hurry():
     websocket.PING_AFTER, websocket.DEAD_AFTER = 1.0, 5.0
     longpoll.POST_TIMEOUT, longpoll.GRACE = 5.0, 5.0
     longpoll.RATE = 3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
-    fallback.Known = functools.partial(fallback.Known, wait=2)
+    longpoll.Known = functools.partial(longpoll.Known, wait=2)
     fallback.FIRST = fallback.LONGEST = fallback.HEALTH_TIMEOUT = 2.0
     window.ACK_DEADLINE = 10.0
     send.IDLE = 0.2
