@@ -47,13 +47,15 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
-def cpu_per_task(trial: Trial, off: Trial) -> float:
+def cpu_per_task(trial: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
-    The agent goes on sending when the tasks are done, and the worker under it idles on. What the worker without an agent
-    used per second in that very time, idling, is the host's, and is taken off; everything else is the agent's.
+    The agent goes on sending when the tasks are done, and the worker under it goes on as well. What the worker without an
+    agent used in that very time is the host's, and is taken off; everything else is the agent's. What it uses per second on
+    average would not do: Celery waits for each message at most two seconds, and eventlet wakes when each of these would
+    have been over, which is soon after a batch, and not at other times.
     """
-    return (trial.cpu - off.idle * max(0.0, trial.end_seconds - trial.tasks_seconds)) / trial.tasks
+    return (trial.cpu - trial.beside) / trial.tasks
 
 
 def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
@@ -73,7 +75,7 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
         mine = [figure(each, name) for each in rounds]
         return mine, paired_ratio(mine, [figure(each, "off") for each in rounds])
 
-    cpu, cpu_ratio = values(lambda each, who: cpu_per_task(each[who], each["off"]))
+    cpu, cpu_ratio = values(lambda each, who: cpu_per_task(each[who]))
     rate, rate_ratio = values(lambda each, who: each[who].tasks / each[who].tasks_seconds)
     lateness = [[quantile(trial.lateness, share) for trial in trials] for share in (0.5, 0.99, 1.0)]
     delays = sorted(delay for trial in trials for delay in trial.row_delays)

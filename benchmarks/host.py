@@ -2,7 +2,7 @@
 
 The workers of a round live together, share one processor, and get small batches of the same tasks at the same moments: a
 machine that is slow for a second is slow for all. CPU is counted from the release of a batch until the brain has its last
-row, so that work put off is counted too; what the agentless worker uses in the meantime, idling, is taken off.
+row, so that work put off is counted too; what the agentless worker uses at the same time, idling, is taken off.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ class Trial:
     """What one worker did in all its batches. Seconds, bytes.
 
     ``cpu`` is counted from each batch's release until its last row, of which the first ``tasks_seconds`` pass until the
-    last task has ended; ``idle`` is the CPU used per second at all other times. ``lateness`` comes from one more batch,
-    because the ticker that tells it costs more than an agent that idles.
+    last task has ended; ``beside`` is what the worker without an agent used in the same time, after its own last task.
+    ``idle`` is the CPU used per second at all other times. ``lateness`` comes from one more batch, because the ticker that
+    tells it costs more than an agent that idles.
     """
 
     variant: str
@@ -71,6 +72,7 @@ class Trial:
     tasks_seconds: float = 0.0
     end_seconds: float = 0.0
     cpu: float = 0.0
+    beside: float = 0.0
     idle: float = 0.0
     rows: int | None = None
     rss: int = 0
@@ -100,6 +102,8 @@ class Stage:
         self._brain: BrainApi = peers.brain
         self.trial = Trial(variant, pool)
         self._span = (0.0, 0.0)
+        self._agentless: Stage | None = None
+        self._beside = 0.0
 
     def run(self) -> Trial:
         """Live for one batch."""
@@ -117,9 +121,9 @@ class Stage:
         try:
             with self._worker() as worker:
                 worker.spawn((self._home / "ready").exists, _READY_SECONDS)
-                self._meter = Meter(worker.pid)
+                self.meter = Meter(worker.pid)
                 self._warm_up()
-                self._opened = self._meter.read()
+                self._opened = self.meter.read()
                 with closing(self._peers.brain.sibling()) as self._brain:  # each worker has a thread that watches it
                     yield
                 worker.stop()
@@ -142,6 +146,15 @@ class Stage:
         trial.end_seconds += ended.at - began.at
         trial.cpu += ended.cpu - began.cpu
 
+    def stand_beside(self, agentless: Stage | None) -> None:
+        """Read the CPU clock of a worker without an agent, too, at the end of each batch."""
+        self._agentless = None if agentless is self else agentless
+
+    def compare(self) -> None:
+        """Take what the worker without an agent used between the end of its batch and that of ours; both are over."""
+        if self._agentless is not None:
+            self.trial.beside += max(0.0, self._beside - self._agentless.marked.cpu)
+
     def tick(self) -> None:
         """Let the ticker begin; what the worker uses from now on counts no longer."""
         (self._home / "tick").touch()
@@ -156,7 +169,7 @@ class Stage:
         """Release the tasks; return when that was, when the last had ended, and when the brain had its last row."""
         plan, ends, rows = self._plan, len(self._ends()), self._rows()
         gate.wait(_GATE_SECONDS)
-        began = self._meter.read()
+        began = self.meter.read()
         self._peers.release(self._database, messages)
         done = f"the {len(messages)} tasks of a {self._pool} worker ({self._variant})"
         until(lambda: len(self._ends()) >= ends + len(messages), done, timeout=plan.patience)
@@ -165,7 +178,7 @@ class Stage:
 
     def rest(self) -> None:
         """Take the figures of a worker between its batches, which are over."""
-        trial, now = self.trial, self._meter.read()
+        trial, now = self.trial, self.meter.read()
         trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(0.1, now.at - self._opened.at - trial.end_seconds)
         trial.rss = now.rss
         trial.load = os.getloadavg()[0]
@@ -209,13 +222,16 @@ class Stage:
 
     def _await_rows(self, expected: int) -> Reading:
         """Wait until the brain has ``expected`` rows, or no new one for long; return the moment of the last one."""
-        if not self._agent:
-            return self._meter.read()
-        wait_count(self._rows, expected, quiet=_STALLED, timeout=self._plan.patience, news=self._mark)
-        return self._marked
+        if self._agent:
+            wait_count(self._rows, expected, quiet=_STALLED, timeout=self._plan.patience, news=self._mark)
+        else:
+            self._mark()
+        return self.marked
 
     def _mark(self) -> None:
-        self._marked = self._meter.read()
+        self.marked = self.meter.read()
+        if self._agentless is not None:
+            self._beside = self._agentless.meter.read().cpu
 
     def _release(self, count: int) -> None:
         self._peers.release(self._database, self._peers.stage(count, self._plan.arguments))
@@ -266,9 +282,14 @@ def in_step(peers: Peers, plan: Plan, stages: Sequence[Stage]) -> None:
     The speed of a shared machine changes within a second by more than what is measured, and then it changes for all.
     """
     messages, gate = peers.stage(plan.tasks, plan.arguments), Barrier(len(stages))
+    agentless = next((stage for stage in stages if stage.trial.variant == "off"), None)
+    for stage in stages:
+        stage.stand_beside(agentless)
     with ThreadPoolExecutor(len(stages)) as watchers:
         for watcher in [watchers.submit(stage.batch, messages, gate) for stage in stages]:
             watcher.result()
+    for stage in stages:
+        stage.compare()
 
 
 def succeeded(stats: dict[str, Any]) -> int:
