@@ -15,7 +15,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError
 
 CODES = {BUSY: sqlite3.SQLITE_BUSY, FULL: sqlite3.SQLITE_FULL, CORRUPT: sqlite3.SQLITE_CORRUPT, GONE: None}
-NOTHING = ((0, 0, ()), (0, 0, ()), 1)
+NOTHING = ((0, 0, ()), (0, 1, ("event",)), 1)
 
 
 def trouble(cause):
@@ -136,7 +136,7 @@ def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
 
 
 def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
-    """A look that finds newer rows in memory leaves them for a while; one that finds nothing, or an append, takes them along."""
+    """A look that finds newer rows in memory leaves them for a while, as does one for results only; one that finds nothing, or an append, takes them along."""
     world.put(4)
     trips, offload = [], world.seam.offload
     monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
@@ -147,6 +147,8 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     world.put(1)
     assert (world.keeper.acked, len(trips)) == (1, 1)
     world.keeper.confirm((2,), 1, 0)
+    assert world.keeper.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
+    assert (world.keeper.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
     world.seam.advance(module.CONFIRM_LATEST)
     assert world.keeper.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
     assert (world.keeper.acked, len(trips)) == (2, 2)

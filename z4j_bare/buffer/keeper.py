@@ -151,12 +151,12 @@ class Keeper:
         """Read the next rows, results and events, in one trip; none of them is confirmed.
 
         A query is ``(after, limit, kinds)``. A trip with nothing to do tidies the file a little; what is in memory anyway
-        takes none, as long as the rest can wait.
+        takes none, as long as the rest can wait, and it can while nobody asks for events.
         """
         look, chores = self._due(), self._chores()
         if not self._due(LOOK_ALONE) and self._may_wait(events):
-            at_hand = self._at_hand(results, events, max_bytes)
-            if at_hand is not None and (any(at_hand) or not (chores or self._confirmed)):
+            at_hand, busy = self._at_hand(results, events, max_bytes), not events[1]
+            if at_hand is not None and (busy or any(at_hand) or not (chores or self._confirmed)):
                 return at_hand
         tidied = False
 
