@@ -34,6 +34,7 @@ LONGEST = 2 * 1024 * 1024
 #: The close code of a peer that is done.
 NORMAL = 1000
 
+
 @implementer(ITransport)
 class WebSocketTransport:
     """One WebSocket session.
