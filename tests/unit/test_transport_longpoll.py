@@ -362,7 +362,6 @@ def test_abort_wakes_the_sender(live, peer, seam, until):
     live.transport.abort()
     assert task.join(5)
     assert failed
-    peer.stopped = True
 
 
 def test_an_impatient_poll_does_not_spin(live, peer, seam, monkeypatch):
