@@ -7,6 +7,7 @@ import sqlite3
 import pytest
 
 from z4j_bare.buffer import keeper as module
+from z4j_bare.buffer import receipts
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.keeper import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, Keeper
 from z4j_bare.buffer.memory import MemoryStore
@@ -149,7 +150,7 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     world.keeper.confirm((2,), 1, 0)
     assert world.keeper.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
     assert (world.keeper.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
-    world.seam.advance(module.CONFIRM_LATEST)
+    world.seam.advance(receipts.LATEST)
     assert world.keeper.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
     assert (world.keeper.acked, len(trips)) == (2, 2)
     world.keeper.confirm((3, 4, 5), 3, 0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from z4j_bare.buffer import trips
 from z4j_bare.buffer.faults import BUSY, CORRUPT, FULL, GONE, cause_of
 from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.receipts import Receipt, Receipts
 from z4j_bare.buffer.rows import (
     EVENT,
     UNKNOWN,
@@ -45,21 +44,9 @@ BUSY_LONGEST = 0.5
 LOOK_EVERY = 1.0
 LOOK_ALONE = 5.0
 
-#: Seconds for which what the brain has may wait for a trip that deletes it. A trip costs a worker 1 ms.
-CONFIRM_LATEST = 2.0
-
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
 TIDY_EVERY = 1.0
 WARN_EVERY = 60.0
-
-
-class Confirmed(NamedTuple):
-    """Rows that the brain has, of one ``generation``, and that are still here; how many are ``events``, and since when."""
-
-    generation: int
-    ids: Sequence[int]
-    events: int
-    at: float
 
 
 class Keeper:
@@ -84,8 +71,6 @@ class Keeper:
     ) -> None:
         self.generation = 0
         self.failures = 0
-        #: Events that the brain has, and that were deleted.
-        self.acked = 0
         self.last_stats = UNKNOWN
         #: Rows in a dead process's file that wait for their turn; the adopting loop's.
         self.adopting = 0
@@ -98,7 +83,7 @@ class Keeper:
         self._memory: MemoryStore | None = None
         self._beneath = UNKNOWN
         self._owed: dict[tuple[str, str], int] = {}
-        self._confirmed: deque[Confirmed] = deque()
+        self._receipts = Receipts()
         self._retry_at = 0.0
         self._retry_delay = RETRY_FIRST
         self._looked_at = float("-inf")
@@ -116,9 +101,14 @@ class Keeper:
         return self._memory is None
 
     @property
+    def acked(self) -> int:
+        """Events that the brain has, and that were deleted."""
+        return self._receipts.events
+
+    @property
     def settled(self) -> bool:
         """Whether the disk is well and tidy, and holds nothing that the brain has."""
-        return self.durable and not self._confirmed and not self._untidy
+        return self.durable and not self._receipts and not self._untidy
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
         """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""
@@ -145,7 +135,7 @@ class Keeper:
         ``generation`` is the one that the ids are of: in another one the same numbers are other rows, which stay.
         """
         if ids:
-            self._confirmed.append(Confirmed(generation, ids, events, self._seam.now()))
+            self._receipts.note(Receipt(generation, ids, events, self._seam.now()))
 
     def drain(self, results: Query, events: Query, max_bytes: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         """Read the next rows, results and events, in one trip; none of them is confirmed.
@@ -154,9 +144,9 @@ class Keeper:
         takes none, as long as the rest can wait, and it can while nobody asks for events.
         """
         look, chores = self._due(), self._chores()
-        if not self._due(LOOK_ALONE) and self._may_wait(events):
+        if not self._due(LOOK_ALONE) and self._receipts.may_wait(events[0], self._seam.now()):
             at_hand, busy = self._at_hand(results, events, max_bytes), not events[1]
-            if at_hand is not None and (busy or any(at_hand) or not (chores or self._confirmed)):
+            if at_hand is not None and (busy or any(at_hand) or not (chores or self._receipts)):
                 return at_hand
         tidied = False
 
@@ -230,12 +220,7 @@ class Keeper:
 
     def _chores(self) -> bool:
         """Whether the file is to be tidied, should nothing else be to do."""
-        return self._untidy and not self._confirmed and self._seam.now() - self._tidied_at >= TIDY_EVERY
-
-    def _may_wait(self, events: Query) -> bool:
-        """Whether a look at these events may leave confirmed rows where they are: it finds none, and they are young."""
-        now, after = self._seam.now(), events[0]
-        return all(now - each.at < CONFIRM_LATEST and max(each.ids) <= after for each in tuple(self._confirmed))
+        return self._untidy and not self._receipts and self._seam.now() - self._tidied_at >= TIDY_EVERY
 
     def _due(self, every: float = LOOK_EVERY) -> bool:
         return self._seam.now() - self._looked_at > every
@@ -299,16 +284,9 @@ class Keeper:
         return function(store, *args)
 
     def _delete_confirmed(self, store: Any) -> None:
-        if not self._confirmed or store is not (self._memory or self._disk):
-            return
-        noted = list(islice(self._confirmed, len(self._confirmed)))  # more may come meanwhile
-        valid = [each for each in noted if each.generation == self.generation]
-        if valid:
-            store.confirm([identity for each in valid for identity in each.ids])
-            self._untidy = True
-        for _ in noted:
-            self._confirmed.popleft()
-        self.acked += sum(each.events for each in valid)
+        if self._receipts and store is (self._memory or self._disk):
+            self._untidy = True  # first: at no moment may the store look settled
+            self._receipts.redeem(store, self.generation)
 
     def _bury(self, store: Any) -> None:
         try:
