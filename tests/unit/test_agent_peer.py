@@ -219,6 +219,7 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     assert f"no session ({policy.failure_class(policy.closed(code))})" in caplog.text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("code", [1011, 4400, 4403])
 def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code):
     """An event that ends every session it is sent in is found, dropped, counted and named; all others arrive."""

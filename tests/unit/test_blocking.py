@@ -29,6 +29,8 @@ from z4j_bare.transport import fallback, http, longpoll, websocket
 from z4j_bare.wire import policy
 from z4j_bare.wire.canonical import canonical_plain
 
+pytestmark = pytest.mark.thorough
+
 #: Events a second, and the seconds between two lots of them.
 RATE = 1000
 PULSE = 0.01

@@ -512,6 +512,7 @@ def test_two_heirs_never_share_a_file(process, home):
         store.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trial", range(6))
 def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
     """An heir dies at a random step: the next one finds every row, at most one step of them twice."""

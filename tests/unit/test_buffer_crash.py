@@ -15,6 +15,8 @@ from z4j_bare.buffer import BufferStore
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.errors import LocalStorageError
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(z4j_bare.__file__).parent.parent
 
 WRITER = """

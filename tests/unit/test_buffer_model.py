@@ -14,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore, adopt, batches
 from z4j_bare.buffer.rows import DROP_ORDER
 
+pytestmark = pytest.mark.thorough
+
 ALL = (EVENT, RESULT, PROJECTION)
 MAX_ROWS = 12
 MAX_BYTES = 1024 * 1024

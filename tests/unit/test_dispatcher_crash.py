@@ -11,6 +11,8 @@ import pytest
 import z4j_bare
 from tests.peer import SECRET_TEXT, TOKEN
 
+pytestmark = pytest.mark.thorough
+
 #: An agent whose engine writes down each call and hangs in it, unless it is told to be quick.
 AGENT = """
 import select, sys

@@ -20,6 +20,8 @@ from z4j_bare.loops import slices
 from z4j_bare.settings import Settings
 from z4j_bare.wire.policy import JITTER, SCHEDULES
 
+pytestmark = pytest.mark.thorough
+
 #: Virtual seconds: when the brain goes and comes back, and between two events.
 GONE, BACK, GAP = 31.0, 631.0, 0.25
 

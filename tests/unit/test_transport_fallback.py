@@ -289,6 +289,7 @@ def test_falls_back(install, gate, peers, until, caplog, block):
     assert http_peer.mishaps == []
 
 
+@pytest.mark.thorough
 def test_returns_and_loses_nothing(install, gate, peers, until, monkeypatch, caplog):
     """Back and forth under load, every event arrives once and in order on whichever road was open, and commands run."""
     caplog.set_level(logging.INFO, "z4j")
