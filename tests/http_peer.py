@@ -142,14 +142,19 @@ class HttpPeer:
         if session.polling > 1:
             self.mishaps.append("two polls at once")
         try:
-            until = self.seam.now() + wait
-            while not self.commands and self.seam.now() < until and not self.door.stopped:
-                self.seam.sleep(0.02)
+            self._wait(wait, lambda: self.commands)
         finally:
             session.polling -= 1
         ready, self.commands = self.commands[:most], self.commands[most:]
         frames = [session.signer.sign_and_serialize(frame) for frame in ready]
         return 200, ids, json.dumps({"frames": [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]}).encode()
+
+    def _wait(self, seconds, ready=lambda: False):
+        """Let others run, so that two requests at once show, and wait for ``ready()``, the peer's end or ``seconds``."""
+        self.seam.sleep(0)
+        until = self.seam.now() + seconds
+        while not ready() and self.seam.now() < until and not self.door.stopped:
+            self.seam.sleep(0.02)
 
     def _events(self, request):
         session = self.sessions.get(request.nonce)
@@ -159,9 +164,7 @@ class HttpPeer:
         if session.posting > 1:
             self.mishaps.append("two uploads at once")
         try:
-            until = self.seam.now() + self.post_seconds
-            while self.seam.now() < until and not self.door.stopped:
-                self.seam.sleep(0.02)
+            self._wait(self.post_seconds)
             frames = json.loads(request.body)["frames"]
             for text in frames:
                 session.frames.append(session.verifier.parse_and_verify(text.encode()))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtual import World
-from z4j_bare.buffer.receipts import LATEST
+from z4j_bare.buffer import receipts
 from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
 from z4j_bare.loops.send import FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import Welcome
@@ -66,7 +66,7 @@ def test_one_frame_at_a_time(world):
     assert len(world.transport.events()) == FRAME_FIRST
     world.seam.advance(0.02)
     assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame
-    world.seam.advance(LATEST - 0.1)
+    world.seam.advance(receipts.LATEST - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
 
@@ -80,7 +80,7 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
         world.seam.advance(SLOW + 0.1)  # a frame each
     world.keeper.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
-    world.seam.advance(IDLE + LATEST)
+    world.seam.advance(IDLE + receipts.LATEST)
     assert world.disk.store.size() == 5 - acknowledged
 
 
