@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.adapters.bridge import Bridge
 from z4j_bare.adapters.engines import EngineHost
 from z4j_bare.adapters.redaction import merge_redaction
-from z4j_bare.adapters.schedulers import SchedulerHost
 from z4j_bare.buffer.adopt import Orphan
 from z4j_bare.buffer.keeper import Keeper
 from z4j_bare.buffer.memory import MemoryStore
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config, Event
 
+    from z4j_bare.adapters.schedulers import SchedulerHost
     from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.link import Link
@@ -112,8 +112,7 @@ class Agent:
             stored=self._stored,
         )
         self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
-        told = [SchedulerHost(scheduler, self.bridge, config) for scheduler in schedulers]
-        self.schedules = Schedules(told, self.keeper, seam, self._wake_sender, settings.schedule_resync)
+        self.schedules = Schedules(self._told(schedulers), self.keeper, seam, self._wake_sender, settings.schedule_resync)
         self.dispatcher = Dispatcher(
             self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers, self.schedules
         )
@@ -233,12 +232,19 @@ class Agent:
         source = source_of(engine, self.ring, self._settings, self.seam, ready_worker())
         self.sources.append(source)
         host = EngineHost(engine, self.bridge, self.seam, source.record)
-        if host.controls is None and "restart_worker" not in (safe_call(engine.capabilities) or ()):
+        if not hasattr(engine, "celery_app") and "restart_worker" not in (safe_call(engine.capabilities) or ()):
             from z4j_bare.dispatcher.departure import Departure  # Celery's workers need none
 
             own, grace = source.presence.workers.keys(), self._settings.restart_grace
             host.departure = Departure(host.name, own, self.stop, self.seam, grace)
         return host
+
+    def _told(self, schedulers: Sequence[Any]) -> list[SchedulerHost]:
+        if not schedulers:
+            return []
+        from z4j_bare.adapters.schedulers import SchedulerHost  # most workers have none
+
+        return [SchedulerHost(scheduler, self.bridge, self._config) for scheduler in schedulers]
 
     def _dropped(self) -> dict[str, int]:
         hosts = self.hosts.values()

@@ -1,5 +1,6 @@
 """Commands in virtual time: acknowledged at once, run once, at most so many at a time, answered in time whatever happens."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -366,6 +367,19 @@ def test_every_outcome_is_sent(world, outcome, status, said):
     assert (body["status"], body["delivery_claim_token"]) == (status, "tok")
     assert said is None or said in (body["error"] or body["result"]["why"])
     assert len(json.dumps(body)) < 300_000
+
+
+def test_files_that_are_not_those_of_the_start(world, monkeypatch):
+    """What carries out commands is loaded with the first: if that fails, each command is answered with the cure, and none waits."""
+    with monkeypatch.context() as changed:
+        changed.setattr(world.seam, "load", lambda name: importlib.import_module(f"{name}_of_another_version"))
+        said = world.answer(identity="c-1")
+    assert said["status"] == "failed"
+    assert "executor_of_another_version" in said["error"]
+    assert said["error"].endswith("if it was upgraded, restart this process")
+    world.command(identity="c-2")
+    world.seam.advance(1)
+    assert world.answers[1][1]["status"] == "success"
 
 
 def test_a_result_that_goes_round_in_circles(world):

@@ -37,9 +37,10 @@ def test_the_rooms_are_light():
 
 
 def test_an_agent_is_no_larger_than_its_worker_needs():
-    """An agent without a scheduler loads what it needs to be built, and none of what serves schedules, long-poll or a look from outside."""
+    """An agent without a scheduler loads what it needs to be built, and none of what serves commands, schedules, long-poll, developers or a look from outside."""
     loaded = loaded_by("import z4j_bare.agent")
-    unneeded = ("schedules.stream", "schedules.orders", "transport.longpoll", "transport.http", "buffer.inspect", "dispatcher.departure")
+    unneeded = ("schedules.stream", "schedules.orders", "adapters.schedulers", "transport.longpoll", "transport.http", "buffer.inspect")
+    unneeded += ("dispatcher.executor", "dispatcher.table", "dispatcher.departure", "adapters.controls", "adapters.nodes", "watcher")
     assert "z4j_bare.transport.websocket" in loaded
     assert loaded.isdisjoint({f"z4j_bare.{each}" for each in unneeded})
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import RETRY_BY_REFERENCE_CAPABILITY
 
-from z4j_bare.adapters.controls import CeleryControls
 from z4j_bare.capture.names import safe_name, value_matcher
 from z4j_bare.capture.redact import Redactor
 from z4j_bare.errors import CommandError
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from z4j_bare.adapters.bridge import Bridge
+    from z4j_bare.adapters.controls import CeleryControls
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.dispatcher.departure import Departure
 
@@ -44,17 +44,14 @@ class EngineHost:
         self.engine = engine
         self.name = str(getattr(engine, "name", type(engine).__name__))
         self._bridge = bridge
+        self._seam = seam
         self._sink = sink
-        #: Our own way of controlling workers, for the engine whose adapter does not wait for their answers.
-        self.controls: CeleryControls | None = None
+        self._controls: CeleryControls | None = None
         redaction = getattr(engine, "redaction", None)
         #: How this process ends for a new one, for the engine that cannot restart a worker itself.
         self.departure: Departure | None = None
         #: Hides in answers what the adapter hides in events.
         self.redactor = Redactor(redaction if isinstance(redaction, RedactionEngine) else RedactionEngine())
-        if hasattr(engine, "celery_app"):
-            alias = partial(safe_name, matches=value_matcher(engine))
-            self.controls = CeleryControls(engine.celery_app, alias, seam)
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
@@ -92,6 +89,16 @@ class EngineHost:
         if self.departure is not None and self.departure.possible:
             able.add("restart_worker")
         return sorted(able)
+
+    @property
+    def controls(self) -> CeleryControls | None:
+        """Our own way of controlling workers, for the engine whose adapter does not wait for their answers."""
+        if self._controls is None and hasattr(self.engine, "celery_app"):
+            from z4j_bare.adapters.controls import CeleryControls  # like all that carries out commands: at the first one
+
+            alias = partial(safe_name, matches=value_matcher(self.engine))
+            self._controls = CeleryControls(self.engine.celery_app, alias, self._seam)
+        return self._controls
 
     @property
     def retries_by_reference(self) -> bool:

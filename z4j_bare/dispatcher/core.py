@@ -5,25 +5,20 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from z4j_core.errors import Z4JError
 
 from z4j_bare.buffer.rows import ELSEWHERE, RESULT
 from z4j_bare.dispatcher.answers import Answer, encoded, indeterminate
 from z4j_bare.dispatcher.command import Command
-from z4j_bare.dispatcher.once import Once, key_of
 from z4j_bare.dispatcher.pool import Pool
-from z4j_bare.dispatcher.schedules import SCHEDULE_ACTIONS
-from z4j_bare.dispatcher.table import ENGINE_ACTIONS, check, choose
-from z4j_bare.errors import AgentError, CommandError
+from z4j_bare.errors import AgentError
 from z4j_bare.wire.frames import command_ack
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.engines import EngineHost
     from z4j_bare.buffer.keeper import Keeper
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.dispatcher.executor import Executor
     from z4j_bare.loops.counters import Counters
     from z4j_bare.loops.link import Link
     from z4j_bare.schedules import Schedules
@@ -58,7 +53,6 @@ class Dispatcher:
     ) -> None:
         self._hosts = hosts
         self._schedules = schedules
-        self._once = Once(keeper, seam, lambda: self._ended)
         self._keeper = keeper
         self._stored = stored
         self._seam = seam
@@ -66,6 +60,8 @@ class Dispatcher:
         self._present: set[str] = set()
         self._begun: OrderedDict[str, None] = OrderedDict()
         self._turn = seam.lock()
+        self._loading = seam.lock()
+        self._loaded: Executor | None = None
         self._stopping = self._ended = False
         self._pool = Pool(self._carry_out, seam, workers)
 
@@ -144,56 +140,18 @@ class Dispatcher:
                 self._seam.spawn(answer.then, name="z4j-departure")
 
     def _outcome(self, command: Command) -> tuple[Answer, EngineHost | Schedules | None]:
-        host: EngineHost | Schedules | None = None
         try:
-            act = SCHEDULE_ACTIONS.get(command.action)
-            if act is not None and self._schedules is not None:
-                host = self._schedules
-                return self._effect(command, partial(act, command, self._schedules)), host
-            action = ENGINE_ACTIONS.get(command.action)
-            if action is None:
-                raise CommandError(f"{command.action} is not an action that this agent knows")
-            host = choose(command, self._hosts, action)
-            check(command, host, action)
-            return self._effect(command, partial(action.run, command, host)), host
-        except Exception as error:
-            return _failure(command, error), host
+            executor = self._executor()
+        except Exception as error:  # the files are no longer those that this process was started from
+            why = f"the agent cannot load what carries out commands ({type(error).__name__}: {error})"
+            return Answer("failed", None, f"{why}: if it was upgraded, restart this process"), None
+        return executor.outcome(command)
 
-    def _effect(self, command: Command, act: Callable[[float], Any]) -> Answer:
-        """Call ``act(seconds)``, once for an effect that has an id of its own."""
-        key = key_of(command)
-        if key is None:
-            return Answer.of(act(self._seconds(command)))
-        self._seconds(command)  # what must not begin must not be remembered as begun
-        return self._once.run(key, command, lambda: self._tried(command, act))
-
-    def _tried(self, command: Command, act: Callable[[float], Any]) -> Answer:
-        try:
-            return Answer.of(act(self._seconds(command)))
-        except Exception as error:
-            return _failure(command, error)
-
-    def _seconds(self, command: Command) -> float:
-        """Return the time that a command has, or raise ``CommandError`` when it must not begin any more."""
-        seconds = command.until - self._seam.now()
-        if self._stopping:
-            raise CommandError(f"{command.action} was not started: the agent is stopping")
-        if seconds <= 0:
-            raise CommandError(f"{command.action} was not started: it came too late, or waited too long for its turn")
-        return seconds
-
-
-def _failure(command: Command, error: Exception) -> Answer:
-    """Return what to say about a call that has raised."""
-    # Each adapter has an OffloadTimeoutError of its own (``adapter-surface`` 2.14).
-    if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
-        return indeterminate(command, "still running: outcome unknown")
-    if isinstance(error, AgentError):
-        unknown = getattr(error, "indeterminate", False)
-        return indeterminate(command, str(error)) if unknown else Answer("failed", None, str(error))
-    if isinstance(error, Z4JError):
-        return Answer("failed", None, f"{error.code}: {error.message}")
-    if isinstance(error, NotImplementedError):
-        return Answer("failed", None, str(error) or f"{command.action} is not supported")
-    logger.error("z4j: command %s failed", command.action, exc_info=error)
-    return Answer("failed", None, f"internal error: {type(error).__name__}: {error}")
+    def _executor(self) -> Executor:
+        """Return what carries commands out, loaded with the first one: 0.2 MB that most workers never need."""
+        with self._loading:
+            if self._loaded is None:
+                module = self._seam.load("z4j_bare.dispatcher.executor")
+                parts = self._hosts, self._schedules, self._keeper, self._seam
+                self._loaded = module.Executor(*parts, lambda: self._stopping, lambda: self._ended)
+            return self._loaded

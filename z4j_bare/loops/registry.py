@@ -12,13 +12,13 @@ from z4j_core.models import DiscoveryHints
 from z4j_bare.adapters.discovery import discover, places
 from z4j_bare.errors import AgentError, FrameTooLargeError
 from z4j_bare.loops.slices import Slices
-from z4j_bare.watcher import TasksFileWatcher
 from z4j_bare.wire.frames import frame_id, registry_delta
 
 if TYPE_CHECKING:
     from z4j_bare.adapters.engines import EngineHost
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.loops.link import Link
+    from z4j_bare.watcher import TasksFileWatcher
 
 logger = logging.getLogger("z4j.runtime.registry")
 
@@ -144,6 +144,8 @@ class RegistryLoop:
     def _watch(self) -> TasksFileWatcher | None:
         if not self._dev or not self._hosts:
             return None
+        from z4j_bare.watcher import TasksFileWatcher  # a tool of developers
+
         watcher = TasksFileWatcher(app_paths=self._hinted().app_paths, on_change=self._changed)
         if not watcher.start():
             logger.info("z4j: Z4J_DEV_MODE is set, but no directory is known where tasks are declared")
