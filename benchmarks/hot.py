@@ -172,9 +172,8 @@ def _store(calls: int) -> dict[str, list[float]]:
 
 
 def _wire(calls: int) -> dict[str, list[float]]:
-    """Measure one event's share of a full frame signed, and masked by the WebSocket library."""
-    from websocket import ABNF
-
+    """Measure one event's share of a full frame signed, and masked."""
+    from z4j_bare.transport.binary import Binary
     from z4j_bare.wire.frames import event_batch
     from z4j_bare.wire.session import Session, Welcome
 
@@ -187,7 +186,5 @@ def _wire(calls: int) -> dict[str, list[float]]:
         "sign, per event": costs_of(
             lambda _: session.sign("event_batch", "ev_0", event_batch(events), time.time()), rounds, len(events)
         ),
-        "mask, per event": costs_of(
-            lambda _: ABNF.create_frame(frame, ABNF.OPCODE_BINARY).format(), rounds, len(events)
-        ),
+        "mask, per event": costs_of(lambda _: Binary(frame).format(), rounds, len(events)),
     }

@@ -5,11 +5,15 @@ import socket
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websocket import ABNF
 
 from tests.peer import TOKEN, Peer
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
 from z4j_bare.transport import websocket
 from z4j_bare.transport.addresses import websocket_url
+from z4j_bare.transport.binary import PIECE, Binary
 from z4j_bare.transport.line import Line
 from z4j_bare.transport.tls import tls_context
 from z4j_bare.transport.websocket import WebSocketTransport, close_error
@@ -54,6 +58,25 @@ def test_close_frames():
     assert close_error(b"").code is None
     assert close_error(b"\x03").code is None
     assert "\ufffd" in str(close_error(struct.pack("!H", 1011) + b"\xff"))
+
+
+# -- a binary message
+
+SIZES = (0, 1, 125, 126, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, (1 << 16) - 1, 1 << 16, 70_001)
+
+
+@given(st.binary(min_size=4, max_size=4), st.sampled_from(SIZES) | st.integers(0, 3 * PIECE), st.randoms())
+def test_a_binary_message(key, size, random):
+    """A message of any size is the frame that websocket-client makes of it with the same key."""
+    data = random.randbytes(size)
+    theirs, ours = ABNF.create_frame(data, ABNF.OPCODE_BINARY), Binary(data)
+    theirs.get_mask_key = ours.get_mask_key = lambda length: key[:length]
+    assert ours.format() == theirs.format()
+
+
+def test_the_key_of_a_message():
+    """Each message has a key of its own that nobody can foresee: the same one looks different each time."""
+    assert len({Binary(b"x" * 8).format() for _ in range(16)}) == 16
 
 
 # -- the line

@@ -11,6 +11,7 @@ from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, NetworkError
 from z4j_bare.interfaces import ITransport
+from z4j_bare.transport.binary import Binary
 from z4j_bare.transport.line import Line
 from z4j_bare.transport.wording import printable, short
 from z4j_bare.wire import policy
@@ -107,7 +108,7 @@ class WebSocketTransport:
             frame = build()
             self._sending = True
             try:
-                self._open().send_binary(frame)
+                self._open().send_frame(Binary(frame))
             except (websocket.WebSocketException, OSError) as error:
                 raise NetworkError(f"the line broke while sending: {short(error)}") from None
             finally:
