@@ -1,8 +1,8 @@
 """How late the hub is, and who made it so.
 
 A timer of the hub's measures how much later than asked it is called. While it is overdue by a second, a native thread
-looks at the stack of the hub's thread: that is the code which does not yield. It costs one native wake-up a second and
-nothing per switch or per task; it only reads, and neither logs nor locks.
+looks at the stack of the hub's thread: that is the code which does not yield. It costs a native wake-up every other second
+and nothing per switch or per task; it only reads, and neither logs nor locks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ TICK_OF_THREADS = 2.0
 #: Seconds of lateness at which the culprit is looked for, and between two looks at one that goes on.
 BLOCKED = 1.0
 LOOK = 0.25
-
-#: Seconds between two glances at a hub that is on time: not longer than ``BLOCKED``, to be there when it has passed.
-GLANCE = 1.0
 
 #: Seconds between two warnings.
 WARN_EVERY = 60.0
@@ -99,7 +96,7 @@ class Lateness:
 
     def _watch(self, sleep: Any, stopping: Any) -> None:
         """Run in a native thread of its own: reads stacks and assigns, nothing else."""
-        pause = GLANCE
+        pause = TICK
         while not stopping.is_set():
             sleep(pause)
             late = self._seam.now() - self._due
@@ -111,9 +108,10 @@ class Lateness:
 
 
 def next_look(late: float) -> float:
-    """Return the seconds until the watcher should look again, at the latest when the hub will be ``BLOCKED`` late."""
-    if late <= 0.0:
-        return GLANCE
+    """Return the seconds until the watcher should look again: just after the hub, if it does not tick, is ``BLOCKED`` late.
+
+    ``late`` is negative until the next tick is due. A hub on time is looked at after every other tick.
+    """
     return LOOK if late >= BLOCKED else BLOCKED - late + LOOK / 10
 
 
