@@ -112,7 +112,7 @@ class Agent:
             stored=self._stored,
         )
         self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
-        self.schedules = Schedules(self._told(schedulers), self.keeper, seam, self._wake_sender, settings.schedule_resync)
+        self.schedules = Schedules(self._hosted(schedulers), self.keeper, seam, self._wake_sender, settings.schedule_resync)
         self.dispatcher = Dispatcher(
             self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers, self.schedules
         )
@@ -239,7 +239,7 @@ class Agent:
             host.departure = Departure(host.name, own, self.stop, self.seam, grace)
         return host
 
-    def _told(self, schedulers: Sequence[Any]) -> list[SchedulerHost]:
+    def _hosted(self, schedulers: Sequence[Any]) -> list[SchedulerHost]:
         if not schedulers:
             return []
         from z4j_bare.adapters.schedulers import SchedulerHost  # most workers have none
