@@ -32,12 +32,13 @@ Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], d
 
 
 def new_ids() -> Callable[[], str]:
-    """Return a source of UUIDs of version 4: random in their first ten bytes, counted in the last six.
+    """Return a source of UUIDs of version 4: random in their first ten bytes, counted in the last twelve digits.
 
-    One ``uuid4`` per event costs more than the rest of its envelope.
+    One ``uuid4`` per event costs more than the rest of its envelope. Decimal digits will do, and need no filling up if the
+    first number has them all; they last 28,000 years at 1,000 events a second.
     """
-    prefix, numbers = str(uuid4())[:24], count(1)
-    return lambda: f"{prefix}{next(numbers) & 0xFFFFFFFFFFFF:012x}"
+    prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
+    return lambda: f"{prefix}{next(numbers)}"
 
 
 class Encoder:
@@ -51,7 +52,7 @@ class Encoder:
         self._redactor = redactor
         self._new_id = new_ids()
         self._second = -1
-        self._prefix = ""
+        self._moment = ""
 
     def envelope(self, kind: str, stamp: float, task_id: str, data: str) -> bytes:
         """Return the bytes of an event whose data are canonical JSON already.
@@ -97,8 +98,8 @@ class Encoder:
         second = int(stamp)
         if second != self._second:
             self._second = second
-            self._prefix = datetime.fromtimestamp(second, UTC).isoformat()[:19]
-        return f"{self._prefix}.{min(999_999, round((stamp - second) * 1_000_000)):06d}+00:00"
+            self._moment = datetime.fromtimestamp(second, UTC).isoformat()[:19] + ".%06d+00:00"
+        return self._moment % ((stamp - second) * 1_000_000)
 
 
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")

@@ -66,7 +66,7 @@ class Scribe:
         stamp = track.stamp(now)
         try:
             place = self._place(track)
-            shown = f',"result":{encode_text(self._scrub(result) if result else result)}' if has_result else ""
+            shown = f',"result":{self._shown(result)}' if has_result else ""
             runtime = f',"runtime_ms":{_runtime(track, ended)}' if track.began else ""
             return self.encode.envelope(SUCCEEDED, stamp, task_id, f"{{{place.queue}{shown}{runtime},{place.rest}")
         except ValueError:
@@ -100,6 +100,11 @@ class Scribe:
 
     def _scrubbed(self, value: Any, empty: str) -> str:
         return encode_text(self._scrub(value)) if value else empty  # what is empty hides nothing
+
+    def _shown(self, result: Any) -> str:
+        if result is None:
+            return "null"
+        return encode_text(self._scrub(result) if result else result)
 
     def _finish(self, own: dict[str, Any], track: Track, ended: float | None) -> dict[str, Any]:
         own = {**own, "worker": self._worker, "queue": track.queue}

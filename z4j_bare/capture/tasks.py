@@ -55,7 +55,7 @@ class Track:
         self.kind = kind
         self.queue = queue
         self.began = self.last = 0.0
-        self.retries = 0
+        self.retries = self.received = self.started = self.retried = self.rejected = 0
 
     def stamp(self, now: float, event: str = "") -> float:
         """Return the time for an event: never before the last one, and in a second of its own among events of its kind.
@@ -67,10 +67,11 @@ class Track:
         clock, now = now, max(now, self.last)
         slot = _SECONDS.get(event)
         if slot is not None:
-            taken: int = getattr(self, slot, 0)  # not set before the first
-            if int(now) <= taken < clock + AHEAD - 1:
-                now = taken + 1.0
-            setattr(self, slot, int(now))
+            second, taken = int(now), getattr(self, slot)
+            if second <= taken < clock + AHEAD - 1:
+                second = taken + 1
+                now = float(second)
+            setattr(self, slot, second)
         self.last = now
         return now
 
