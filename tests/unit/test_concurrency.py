@@ -407,6 +407,22 @@ def test_a_hub_calls_what_its_timer_says(seam, mode, until):
     assert len(calls) == seen
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_a_timer_may_be_for_once(seam, mode, until, seconds):
+    """Such a one is called a single time, and may be ended before that; what ends it does no harm afterwards."""
+    calls = []
+    first = seam.timer(seconds, lambda: calls.append("first"), once=True)
+    second = seam.timer(0.05, lambda: calls.append("second"), once=True)
+    if mode == "threads":
+        assert first is None is second
+        return
+    second()
+    until(lambda: calls)
+    first()
+    seam.sleep(0.1)
+    assert calls == ["first"]
+
+
 def test_a_childs_copy_of_a_timer_is_dead(seam, mode, until):
     """A forked child's hub calls nothing of its parent's."""
     if mode == "threads":

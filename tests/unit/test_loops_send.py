@@ -31,6 +31,10 @@ class Sending(World):
             self.sender.acked(self.transport.of("event_batch")[self.acked]["id"])
             self.acked += 1
 
+    def hub_timer(self, seconds, function, *, once):
+        assert once
+        return self.seam.spawn(lambda: (self.seam.sleep(seconds), function()), name="hub")
+
     def answer_at_once(self):
         self.transport.heard = lambda frame: frame["type"] == "event_batch" and self.sender.acked(frame["id"])
 
@@ -38,9 +42,13 @@ class Sending(World):
         return self.keeper.stats().rows
 
 
-@pytest.fixture
-def world():
-    return Sending()
+@pytest.fixture(params=["hub", "no hub"])
+def world(request):
+    """A sender is woken after the brain's breath by the hub, and by itself where there is none."""
+    world = Sending()
+    if request.param == "hub":
+        world.seam.timer = world.hub_timer
+    return world
 
 
 def test_everything_goes_in_order(world):
@@ -69,6 +77,20 @@ def test_one_frame_at_a_time(world):
     world.seam.advance(receipts.LATEST - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
+
+
+def test_a_hub_wakes_the_sender_when_the_breath_is_over(monkeypatch):
+    """An ack wakes no sender that has to wait: one look for each frame, where there is a hub to time it."""
+    world, turns = Sending(), []
+    world.seam.timer = world.hub_timer
+    monkeypatch.setattr(world.sender, "_turn", lambda turn=world.sender._turn: turns.append(1) or turn())
+    world.store(2000)
+    world.seam.advance(1)
+    begun = len(turns)
+    for _ in range(3):
+        world.ack()
+        world.seam.advance(BREATH + 0.01)
+    assert (len(world.transport.of("event_batch")), len(turns) - begun) == (4, 3)
 
 
 @pytest.mark.parametrize("acknowledged", [3, 5])

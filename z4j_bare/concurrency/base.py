@@ -187,12 +187,17 @@ class BaseConcurrency:
         del function, args
         return False
 
-    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object] | None:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object] | None:
         """Have the hub itself call ``function()`` every ``seconds``; return what ends that, or ``None``: no hub here.
 
-        It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much.
+        It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much. For the
+        hub's own tasks only.
+
+        :param once: call it a single time.
         """
-        del seconds, function
+        del seconds, function, once
         return None
 
     def _tick(self, function: Callable[[], object]) -> bool:

@@ -149,13 +149,15 @@ class EventletConcurrency(BaseConcurrency):
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
 
-    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object]:
         """Start a timer of the hub's."""
         hub = hubs.get_hub()
         timers: list[Any] = []
 
         def tick() -> None:
-            if self._tick(function):
+            if self._tick(function) and not once:
                 timers[:] = [hub.schedule_call_global(seconds, tick)]
 
         timers.append(hub.schedule_call_global(seconds, tick))

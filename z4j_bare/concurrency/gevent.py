@@ -57,15 +57,17 @@ class GeventConcurrency(BaseConcurrency):
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
 
-    def timer(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object]:
         """Start a timer of libev's, which keeps nothing alive."""
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
         def tick() -> None:
-            if self._tick(function):
+            if self._tick(function) and not once:
                 timer.again(tick)  # from now on, not from when this one was due
             else:
-                timer.stop()
+                timer.close()
 
         timer.start(tick)
         end: Callable[[], object] = timer.close

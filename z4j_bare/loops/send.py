@@ -95,7 +95,9 @@ class SendLoop:
             now = self._seam.now()
             self._finish(self._window.acked(frame, now))
             self._proven = True
-        if self._more:
+            rest = self._window.rest(now)
+        # Where there is a hub, it wakes us when the brain has had its breath, and not twice, now and then.
+        if self._more and self._seam.timer(rest, self._link.wake.set, once=True) is None:
             self._link.wake.set()
 
     def stored(self, events: int) -> None:

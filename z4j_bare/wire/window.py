@@ -102,7 +102,7 @@ class Window:
 
     def rest(self, now: float) -> float:
         """Return for how many seconds the brain is left alone."""
-        return max(0.0, self._rests_until - now)
+        return 0.0 if self._hurried else max(0.0, self._rests_until - now)
 
     def hurry(self) -> None:
         """Let what is left out at once: who sends has no time to wait."""
