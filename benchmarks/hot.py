@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> None:
 def record_event(python: str, calls: int) -> list[float]:
     """Return the sorted costs of ``record_event`` under an interpreter of either agent."""
     progress(f"record_event under {python}")
-    command = [python, str(_SCRIPT), str(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=clean_environment())
+    command, environment = [python, str(_SCRIPT), str(calls)], clean_environment()
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # it may lead to this agent, which would be measured beside itself
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     if done.returncode:
         raise HarnessError(f"{_SCRIPT.name} failed: {done.stderr.strip()[-500:]}")
     costs: list[float] = json.loads(done.stdout.splitlines()[-1])
