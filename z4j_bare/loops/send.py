@@ -96,7 +96,7 @@ class SendLoop:
             self._finish(self._window.acked(frame, now))
             self._proven = True
             rest = self._window.rest(now)
-        # Where there is a hub, it wakes us when the brain has had its breath, and not twice, now and then.
+        # A hub wakes us once, when the brain has had its breath. Without one we wake now, see that, and wait it out.
         if self._more and self._seam.timer(rest, self._link.wake.set, once=True) is None:
             self._link.wake.set()
 
