@@ -89,6 +89,15 @@ def test_a_new_worker_is_announced_and_greeted_at_once(world):
     assert world.announced == [("worker.online", "w@web_example_com")]
 
 
+def test_a_worker_that_is_made_to_send_events_keeps_its_queues(world):
+    """Its word for that is the one for its start: what it does meanwhile still has the queue that it told."""
+    world.queues = {"w@h": ["q"]}
+    world.roster.saw("w@h")
+    world.seam.advance(20)
+    world.roster.came("w@h")
+    assert world.roster.queue_of("w@h", "t") == "q"
+
+
 def test_an_answer_ends_the_greeting(world):
     """A worker that told its queues has heard us: one greeting is enough, until it starts again."""
     world.queues = {"w@h": ["q"]}

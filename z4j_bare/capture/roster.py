@@ -86,10 +86,14 @@ class Roster:
         return worker.label
 
     def came(self, hostname: str) -> None:
-        """Note that a worker has just started: whatever it was told before, it does not know."""
+        """Note that a worker has just started: whatever it was told before, it does not know.
+
+        Or that it has just been made to send its events, which Celery tells in the same words: the queues that it told a
+        moment ago hold until it is asked again.
+        """
         if self.saw(hostname) is not None:
             worker = self._workers[hostname]
-            worker.queues, worker.greeted, worker.due, self._look = (), 0, self._seam.now(), 0.0
+            worker.greeted, worker.due, self._look = 0, self._seam.now(), 0.0
 
     def left(self, hostname: str) -> None:
         """Note that a worker said goodbye."""
