@@ -22,7 +22,8 @@ from benchmarks.existing import existing_python
 from benchmarks.figures import quantile
 from benchmarks.peers import progress
 from benchmarks.report import circumstances, save, table
-from z4j_bare.demo.process import HarnessError, clean_environment
+from z4j_bare.demo.process import HarnessError
+from z4j_bare.demo.worker import worker_environment
 
 FIVE = {"user_id": 40_001, "order": "A-000123", "amount": 1.23, "currency": "EUR", "notify": True}
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -62,9 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def record_event(python: str, calls: int) -> list[float]:
     """Return the sorted costs of ``record_event`` under an interpreter of either agent."""
     progress(f"record_event under {python}")
-    command, environment = [python, str(_SCRIPT), str(calls)], clean_environment()
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)  # it may lead to this agent, which would be measured beside itself
+    command, environment = [python, str(_SCRIPT), str(calls)], worker_environment({}, python)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     if done.returncode:
         raise HarnessError(f"{_SCRIPT.name} failed: {done.stderr.strip()[-500:]}")
