@@ -187,9 +187,7 @@ class BaseConcurrency:
         del function, args
         return False
 
-    def timer(
-        self, seconds: float, function: Callable[[], object], *, once: bool = False
-    ) -> Callable[[], object] | None:
+    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object] | None:
         """Have the hub itself call ``function()`` every ``seconds``; return what ends that, or ``None``: no hub here.
 
         It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much. For the

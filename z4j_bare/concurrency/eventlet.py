@@ -149,9 +149,7 @@ class EventletConcurrency(BaseConcurrency):
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
 
-    def timer(
-        self, seconds: float, function: Callable[[], object], *, once: bool = False
-    ) -> Callable[[], object]:
+    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object]:
         """Start a timer of the hub's."""
         hub = hubs.get_hub()
         timers: list[Any] = []

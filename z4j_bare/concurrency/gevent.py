@@ -57,9 +57,7 @@ class GeventConcurrency(BaseConcurrency):
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
 
-    def timer(
-        self, seconds: float, function: Callable[[], object], *, once: bool = False
-    ) -> Callable[[], object]:
+    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object]:
         """Start a timer of libev's, which keeps nothing alive."""
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
