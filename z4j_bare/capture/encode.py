@@ -99,7 +99,8 @@ class Encoder:
         if second != self._second:
             self._second = second
             self._moment = datetime.fromtimestamp(second, UTC).isoformat()[:19] + ".%06d+00:00"
-        return self._moment % ((stamp - second) * 1_000_000)
+        # The format cuts, and so rounds; never up to the next second.
+        return self._moment % min(999_999, (stamp - second) * 1_000_000 + 0.5)
 
 
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")
