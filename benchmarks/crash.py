@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import outage
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from tests.victims import Death, Verdict, Victims, judge, plan
+from tests.support.crash_harness import Death, Verdict, Victims, judge, plan
 from z4j_bare.demo.process import HarnessError
 
 MODES = ("threads", "gevent", "eventlet")

@@ -85,7 +85,7 @@ def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list
     """Measure the three signals of a task as Celery sends them, the snapshot alone, and the encoder."""
     from celery import signals
 
-    from z4j_bare.capture.snapshot import snapshot
+    from z4j_bare.events.snapshot import snapshot
 
     progress(f"capture, arguments: {name}")
     with _captured(calls) as (task, ring):
@@ -110,8 +110,8 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
     from celery import Celery
     from z4j_celery import CeleryEngineAdapter
 
-    from z4j_bare.capture.celery import CeleryCapture
-    from z4j_bare.capture.ring import Ring
+    from z4j_bare.engines.celery.signals import CeleryCapture
+    from z4j_bare.events.ring import Ring
 
     app = Celery("bench", broker="memory://")
 

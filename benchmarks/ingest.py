@@ -54,7 +54,7 @@ class Feed:
         from z4j_core.transport.hmac import decode_agent_hmac_secret
 
         from z4j_bare.concurrency.threads import ThreadsConcurrency
-        from z4j_bare.transport.addresses import websocket_url
+        from z4j_bare.transport.endpoint import websocket_url
         from z4j_bare.transport.websocket import WebSocketTransport
 
         self._secret = decode_agent_hmac_secret(agent.hmac_secret)
@@ -129,8 +129,8 @@ def _events(count: int) -> Iterator[bytes]:
     """Yield the events of tasks without arguments, three a task, as the capture makes them."""
     from z4j_core.redaction.engine import RedactionEngine
 
-    from z4j_bare.capture.encode import Encoder
-    from z4j_bare.capture.redact import Redactor
+    from z4j_bare.events.encode import Encoder
+    from z4j_bare.events.redaction import Redactor
 
     encode = Encoder("celery", Redactor(RedactionEngine()))
     own = {"worker": "worker@bench", "queue": "bench"}
@@ -146,7 +146,7 @@ def _events(count: int) -> Iterator[bytes]:
 
 def _frames(events: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
     """Yield batches of at most ``size`` events and 128 KiB, as the send loop makes them."""
-    from z4j_bare.loops.send import FRAME_BYTES
+    from z4j_bare.pipeline.send import FRAME_BYTES
 
     batch: list[bytes] = []
     room = FRAME_BYTES

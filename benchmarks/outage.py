@@ -19,7 +19,7 @@ from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from benchmarks.trial import Plan, Stage
-from z4j_bare.buffer.inspect import look
+from z4j_bare.buffer.report import look
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import POOLS
 

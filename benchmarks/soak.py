@@ -23,7 +23,7 @@ from benchmarks.crash import MODES
 from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from tests.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
+from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.rest import Credentials

@@ -8,8 +8,8 @@ from importlib import import_module
 import pytest
 from hypothesis import settings
 
-from tests.certificates import make
-from tests.steps import Judge
+from tests.support.certificates import make
+from tests.support.steps import Judge
 from z4j_bare import runtime
 from z4j_bare.concurrency import build, choose, detect
 
@@ -56,7 +56,7 @@ def judge(mode, monkeypatch):
         return
     if mode == "eventlet":  # no import in bites there: the one that comes with the first fallback would be guilty
         import_module("z4j_bare.transport.http")
-        import_module("z4j_bare.adapters.hubloop")
+        import_module("z4j_bare.asyncio_bridge.hubloop")
     judge = Judge()
     monkeypatch.setattr(runtime, "build", lambda name: judge.watch(build(name)))
     yield judge

@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from z4j_bare.hosting import is_loading
+from z4j_bare.process import is_loading
 
 logger = logging.getLogger("z4j.runtime.singleton")
 

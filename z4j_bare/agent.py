@@ -11,51 +11,52 @@ from importlib.metadata import version
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.adapters.bridge import Bridge
-from z4j_bare.adapters.engines import EngineHost
-from z4j_bare.adapters.redaction import merge_redaction
-from z4j_bare.buffer.adopt import Orphan
-from z4j_bare.buffer.keeper import Keeper
+from z4j_bare.asyncio_bridge.bridge import Bridge
+from z4j_bare.buffer.adopt_loop import AdoptLoop
+from z4j_bare.buffer.manager import Keeper
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.opening import open_store
+from z4j_bare.buffer.opener import open_store
+from z4j_bare.buffer.recovery import Orphan
 from z4j_bare.buffer.siblings import known_to_others
-from z4j_bare.capture.encode import encode_model
-from z4j_bare.capture.ring import Ring
-from z4j_bare.capture.sources import Source, source_of
+from z4j_bare.commands import Dispatcher
 from z4j_bare.control import RESTART, STATUS
 from z4j_bare.credentials import deployment_of, read_key, read_token
-from z4j_bare.dispatcher import Dispatcher
+from z4j_bare.engines.host import EngineHost
 from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
-from z4j_bare.health.figures import Figures
-from z4j_bare.health.lateness import Lateness
-from z4j_bare.health.probes import HealthLoop
-from z4j_bare.hosting import is_celery_worker, ready_worker
-from z4j_bare.loops.adopt import AdoptLoop
-from z4j_bare.loops.counters import Counters
-from z4j_bare.loops.desk import Desk
-from z4j_bare.loops.flush import FlushLoop
-from z4j_bare.loops.heartbeat import HeartbeatLoop
-from z4j_bare.loops.receive import ReceiveLoop
-from z4j_bare.loops.registry import RegistryLoop
-from z4j_bare.loops.rivals import RivalsLoop
-from z4j_bare.loops.send import SendLoop
-from z4j_bare.loops.supervisor import Supervisor
-from z4j_bare.loops.watch import keep
+from z4j_bare.events.adapter_redaction import merge_redaction
+from z4j_bare.events.encode import encode_model
+from z4j_bare.events.ring import Ring
+from z4j_bare.events.source import Source, source_of
+from z4j_bare.monitoring.control_server import Desk
+from z4j_bare.monitoring.counters import Counters
+from z4j_bare.monitoring.duplicate_agents import RivalsLoop
+from z4j_bare.monitoring.health import HealthLoop
+from z4j_bare.monitoring.hub_lag import Lateness
+from z4j_bare.monitoring.metrics import Figures
+from z4j_bare.monitoring.registry import RegistryLoop
+from z4j_bare.pipeline.flush import FlushLoop
+from z4j_bare.pipeline.heartbeat import HeartbeatLoop
+from z4j_bare.pipeline.receive import ReceiveLoop
+from z4j_bare.pipeline.send import SendLoop
+from z4j_bare.pipeline.session import Supervisor
+from z4j_bare.pipeline.watch import keep
+from z4j_bare.process import is_celery_worker, ready_worker
 from z4j_bare.safety import safe_call
 from z4j_bare.schedules import Schedules
 from z4j_bare.settings import Settings
-from z4j_bare.transport.fallback import Routes
-from z4j_bare.wire import frames, policy
+from z4j_bare.transport.auto import Routes
+from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import frames
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from z4j_core.models import Config, Event
 
-    from z4j_bare.adapters.schedulers import SchedulerHost
     from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.loops.link import Link
+    from z4j_bare.pipeline.link import Link
+    from z4j_bare.schedules.host import SchedulerHost
 
 logger = logging.getLogger("z4j.runtime")
 
@@ -233,7 +234,7 @@ class Agent:
         self.sources.append(source)
         host = EngineHost(engine, self.bridge, self.seam, source.record)
         if not hasattr(engine, "celery_app") and "restart_worker" not in (safe_call(engine.capabilities) or ()):
-            from z4j_bare.dispatcher.departure import Departure  # Celery's workers need none
+            from z4j_bare.commands.process_restart import Departure  # Celery's workers need none
 
             own, grace = source.presence.workers.keys(), self._settings.restart_grace
             host.departure = Departure(host.name, own, self.stop, self.seam, grace)
@@ -242,7 +243,7 @@ class Agent:
     def _hosted(self, schedulers: Sequence[Any]) -> list[SchedulerHost]:
         if not schedulers:
             return []
-        from z4j_bare.adapters.schedulers import SchedulerHost  # most workers have none
+        from z4j_bare.schedules.host import SchedulerHost  # most workers have none
 
         return [SchedulerHost(scheduler, self.bridge, self._config) for scheduler in schedulers]
 

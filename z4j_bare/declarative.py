@@ -20,7 +20,7 @@ from z4j_core.celerybeat_compat import (
     parse_celery_beat_schedule,
 )
 
-from z4j_bare.transport.wording import printable
+from z4j_bare.transport.error_text import printable
 
 if TYPE_CHECKING:
     import requests

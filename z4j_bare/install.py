@@ -15,7 +15,7 @@ from z4j_bare import _process_singleton as singleton
 from z4j_bare.control import register_shutdown_atexit
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.framework import BareFrameworkAdapter
-from z4j_bare.hosting import is_celery_worker, is_visitor, ready_worker, watch_for_ready
+from z4j_bare.process import is_celery_worker, is_visitor, ready_worker, watch_for_ready
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings, read_secret

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import build, choose, detect
-from z4j_bare.hosting import is_loading
+from z4j_bare.process import is_loading
 from z4j_bare.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ _names = {}
 
 #: Module, class, methods that never yield: measured on their own, inside whatever loop calls them.
 PARTS = (
-    ("z4j_bare.capture.scribe", "Scribe", ("received", "started", "succeeded", "other")),
+    ("z4j_bare.engines.celery.task_encoder", "Scribe", ("received", "started", "succeeded", "other")),
     ("z4j_bare.wire.session", "Session", ("sign", "open")),
     ("z4j_bare.buffer.store", "BufferStore", ("append", "drain", "confirm", "stats")),
 )
@@ -29,7 +29,7 @@ HANDLERS = ("_on_received", "_on_prerun", "_on_postrun", "_on_failure", "_on_ret
 
 def install_parts():
     """Wrap the agent's handlers, loops and parts; to be called before the agent is installed."""
-    from z4j_bare.capture.celery import CeleryCapture
+    from z4j_bare.engines.celery.signals import CeleryCapture
 
     for name in HANDLERS:
         setattr(CeleryCapture, name, _timed(getattr(CeleryCapture, name), f"handler {name[4:]}"))

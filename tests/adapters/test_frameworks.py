@@ -9,7 +9,7 @@ import pytest
 import requests
 from redis import Redis
 
-from tests.adapters.stage import Stage
+from tests.support.adapter_hosts import Stage
 from z4j_bare.demo.brain import free_port
 from z4j_bare.demo.process import until
 

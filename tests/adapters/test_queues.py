@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.adapters.stage import Stage
+from tests.support.adapter_hosts import Stage
 from z4j_bare.demo.process import until
 
 pytestmark = pytest.mark.timeout(180)

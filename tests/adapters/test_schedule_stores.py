@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from redis import Redis
 
-from tests.e2e.plans import MADE, MODES, Plans, Timed, needs
+from tests.support.schedule_project import MADE, MODES, Plans, Timed, needs
 from z4j_bare.demo.rest import BrainRefusedError
 
 pytestmark = pytest.mark.timeout(240)
@@ -60,7 +60,7 @@ def test_celerys_static_schedule(place, prove):
 @pytest.mark.parametrize("pool", POOLS)
 def test_django_celery_beat(place, prove, pool):
     """Rows of django-celery-beat are switched, triggered, changed, created and deleted from the brain, in every pool."""
-    worker = place.worker("beaten", pool=pool)
+    worker = place.worker("django_beat_app", pool=pool)
     assert place.known("hourly")["source"] == "celery-beat:database"
     place.act("hourly", "trigger")
     place.marked()

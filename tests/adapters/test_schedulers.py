@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.adapters.stage import APPS, Stage
-from tests.e2e.plans import MADE, Operator
+from tests.support.adapter_hosts import APPS, Stage
+from tests.support.schedule_project import MADE, Operator
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 

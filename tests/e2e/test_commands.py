@@ -9,7 +9,7 @@ import pytest
 from z4j_core.purge_token import compute_purge_confirm_token
 from z4j_core.transport.hmac import decode_agent_hmac_secret
 
-from tests.e2e.place import Place
+from tests.support.e2e_project import Place
 from z4j_bare import control
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.place import Place
-from tests.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
-from tests.victims import POINTS, Victims, judge, key, plan
-from z4j_bare.buffer.inspect import look
+from tests.support.crash_harness import POINTS, Victims, judge, key, plan
+from tests.support.e2e_project import Place
+from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
+from z4j_bare.buffer.report import look
 from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until

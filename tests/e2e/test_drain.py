@@ -9,8 +9,8 @@ import pytest
 import requests
 from z4j_core.transport.hmac import decode_agent_hmac_secret
 
-from tests.e2e.place import Place
-from z4j_bare.buffer.paths import new_store_path
+from tests.support.e2e_project import Place
+from z4j_bare.buffer.files import new_store_path
 from z4j_bare.buffer.rows import EVENT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.demo.brain import Brain

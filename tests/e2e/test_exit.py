@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.place import APPS, Place
+from tests.support.e2e_project import APPS, Place
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import POOLS, worker_environment
 

@@ -9,10 +9,10 @@ from uuid import uuid4
 import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests.e2e.place import Place
+from tests.support.e2e_project import Place
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.demo.process import until
-from z4j_bare.transport import fallback
+from z4j_bare.transport import auto as fallback
 
 pytestmark = pytest.mark.timeout(180)
 

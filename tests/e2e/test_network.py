@@ -4,9 +4,9 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.e2e.host import crowd
-from tests.e2e.place import Place
-from tests.toxics import Bandwidth, BlackHole, Garbage, HalfOpen, Latency, Proxy, Refused, Reset, Slices
+from tests.support.e2e_host import crowd
+from tests.support.e2e_project import Place
+from tests.support.toxics import Bandwidth, BlackHole, Garbage, HalfOpen, Latency, Proxy, Refused, Reset, Slices
 from z4j_bare.demo.brain import Brain
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]

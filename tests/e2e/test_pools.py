@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.e2e.place import Place
+from tests.support.e2e_project import Place
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import CONCURRENCY, POOLS
 

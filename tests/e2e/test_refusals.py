@@ -5,7 +5,7 @@ import secrets
 
 import pytest
 
-from tests.e2e.host import PATIENCE, crowd
+from tests.support.e2e_host import PATIENCE, crowd
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.e2e.plans import MODES, PATIENCE, Plans, Timed, needs
-from tests.peer import SECRET_TEXT, TOKEN, Peer
+from tests.support.peer import SECRET_TEXT, TOKEN, Peer
+from tests.support.schedule_project import MODES, PATIENCE, Plans, Timed, needs
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.demo import process
 from z4j_bare.demo.brain import Brain, free_port

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.host import MODES, PATIENCE, Host
+from tests.support.e2e_host import MODES, PATIENCE, Host
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 

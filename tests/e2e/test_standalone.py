@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.place import Place
+from tests.support.e2e_project import Place
 from z4j_bare.demo.process import Service, until
 from z4j_bare.demo.worker import worker_environment
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.peer import Peer
-from z4j_bare.adapters.bridge import Bridge
+from tests.support.peer import Peer
+from z4j_bare.asyncio_bridge.bridge import Bridge
 
 
 @pytest.fixture

@@ -18,15 +18,16 @@ from uuid import uuid4
 import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests import steps
-from tests.http_peer import HttpPeer
-from tests.peer import SECRET_TEXT, TOKEN, Peer
+from tests.support import steps
+from tests.support.http_peer import HttpPeer
+from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
-from z4j_bare.buffer.opening import open_store
+from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import EVENT
 from z4j_bare.credentials import deployment_of
-from z4j_bare.transport import fallback, http, longpoll, websocket
-from z4j_bare.wire import policy
+from z4j_bare.transport import auto as fallback
+from z4j_bare.transport import http, longpoll, websocket
+from z4j_bare.wire import close_codes as policy
 from z4j_bare.wire.canonical import canonical_plain
 
 pytestmark = pytest.mark.thorough

@@ -3,12 +3,12 @@
 import pytest
 from zope.interface.verify import verifyObject
 
-from z4j_bare.adapters.bridge import Bridge
+from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.buffer import BufferStore, MemoryStore
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.interfaces import IBridge, IConcurrency, IEvent, ILock, IStore, ITask, ITransport
 from z4j_bare.settings import load_settings
-from z4j_bare.transport.fallback import Routes
+from z4j_bare.transport.auto import Routes
 
 
 @pytest.fixture(params=["real", "fake"])

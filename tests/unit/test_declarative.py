@@ -8,7 +8,7 @@ import pytest
 import requests
 from celery.schedules import crontab
 
-from tests.http_peer import HttpPeer
+from tests.support.http_peer import HttpPeer
 from z4j_bare.declarative import ReconcileResult, ScheduleReconciler, _spec_to_brain_payload, _z4j_native_schedules_to_specs
 
 KEY = "z4j_key_that_nobody_may_log"

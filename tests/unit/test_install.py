@@ -6,9 +6,10 @@ import sys
 import pytest
 from z4j_core.errors import ConfigError
 
-from tests.peer import SECRET_TEXT
-from z4j_bare import AgentRuntime, BareFrameworkAdapter, RuntimeState, hosting, install, install_agent
+from tests.support.peer import SECRET_TEXT
+from z4j_bare import AgentRuntime, BareFrameworkAdapter, RuntimeState, install, install_agent
 from z4j_bare import _process_singleton as singleton
+from z4j_bare import process as hosting
 from z4j_bare.errors import HostConfigurationError
 
 
@@ -298,7 +299,7 @@ EXIT = """
 import sys
 from tests.launch import patch
 patch(sys.argv[1])
-from tests.peer import Peer, SECRET_TEXT, TOKEN
+from tests.support.peer import Peer, SECRET_TEXT, TOKEN
 from z4j_bare import install_agent
 from z4j_bare.concurrency import build
 import os, time

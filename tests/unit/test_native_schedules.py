@@ -15,7 +15,7 @@ from z4j_core.protocols.scheduler import NativeScheduleOverrides
 from z4j_core.schedule_external import normalize_external_schedule
 from zope.interface.verify import verifyObject
 
-from tests.streams import schedule
+from tests.support.streams import schedule
 from z4j_bare import NativeScheduleControl
 from z4j_bare import native_schedules as module
 from z4j_bare.concurrency import fork

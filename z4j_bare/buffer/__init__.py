@@ -11,8 +11,8 @@ whatever was committed. Against power failure WAL with ``synchronous=NORMAL`` pr
 
 from __future__ import annotations
 
+from z4j_bare.buffer.files import new_store_path
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.paths import new_store_path
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry, BufferStats, LedgerEntry
 from z4j_bare.buffer.store import BufferStore
 

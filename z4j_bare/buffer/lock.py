@@ -13,7 +13,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.paths import remove
+from z4j_bare.buffer.files import remove
 from z4j_bare.concurrency.files import open_file
 from z4j_bare.errors import LocalStorageError
 

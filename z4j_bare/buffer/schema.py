@@ -8,7 +8,7 @@ import uuid
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import paths
+from z4j_bare.buffer import files as paths
 from z4j_bare.buffer.rows import CORRUPTION, EVENT
 from z4j_bare.errors import LocalStorageError
 

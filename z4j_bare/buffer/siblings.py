@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import paths
+from z4j_bare.buffer import files as paths
 from z4j_bare.buffer.rows import DONE, ELSEWHERE, LedgerEntry
 from z4j_bare.buffer.schema import read_only
 from z4j_bare.errors import LocalStorageError

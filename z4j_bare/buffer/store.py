@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
-from z4j_bare.buffer import batches, paths, queries
-from z4j_bare.buffer.books import Books, Change
-from z4j_bare.buffer.faults import storage_call, translated
+from z4j_bare.buffer import batches, queries
+from z4j_bare.buffer import files as paths
+from z4j_bare.buffer.accounting import Books, Change
+from z4j_bare.buffer.disk_usage import ROW_OVERHEAD, Space
+from z4j_bare.buffer.errors import storage_call, translated
 from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.buffer.rows import (
@@ -35,7 +37,6 @@ from z4j_bare.buffer.rows import (
     storable,
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
-from z4j_bare.buffer.space import ROW_OVERHEAD, Space
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 

@@ -11,7 +11,7 @@ from typing import Any
 from z4j_core.errors import ConfigError
 
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.hosting import loading_application
+from z4j_bare.process import loading_application
 
 logger = logging.getLogger("z4j.runtime.cli")
 

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from z4j_bare.buffer import inspect, paths
-from z4j_bare.buffer.faults import BUSY, cause_of
-from z4j_bare.buffer.inspect import Look
+from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import report as inspect
+from z4j_bare.buffer.errors import BUSY, cause_of
+from z4j_bare.buffer.report import Look
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
 from z4j_bare.cli.status import span

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.faults import BUSY, cause_of
+from z4j_bare.buffer.errors import BUSY, cause_of
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.credentials import deployment_of, read_key, read_token
 from z4j_bare.diagnostics.remote import silent_hello
 from z4j_bare.errors import FrameTooLargeError, LocalStorageError
-from z4j_bare.transport.fallback import LONGPOLL, Routes
+from z4j_bare.transport.auto import LONGPOLL, Routes
 from z4j_bare.wire import frames
 from z4j_bare.wire.lighter import lighter_result
 from z4j_bare.wire.session import Session, read_welcome

@@ -14,8 +14,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
-from z4j_bare.buffer import paths
-from z4j_bare.buffer.faults import BUSY, cause_of
+from z4j_bare.buffer import files as paths
+from z4j_bare.buffer.errors import BUSY, cause_of
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
 from z4j_bare.cli.systemd import Notifier

@@ -12,7 +12,7 @@ from typing import Any
 from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
-from z4j_bare.loops.rivals import workers_of
+from z4j_bare.monitoring.duplicate_agents import workers_of
 
 EXAMPLES = """\
 examples:

@@ -7,7 +7,7 @@ from typing import Any
 
 from z4j_bare import control
 from z4j_bare.diagnostics.result import ProbeResult, passed, skipped, warned
-from z4j_bare.loops.rivals import workers_of
+from z4j_bare.monitoring.duplicate_agents import workers_of
 
 Agent = dict[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import z4j_bare
-from z4j_bare.buffer import paths
+from z4j_bare.buffer import files as paths
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import choose, detect
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned

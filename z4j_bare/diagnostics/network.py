@@ -15,7 +15,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.transport.wording import short
+from z4j_bare.transport.error_text import short
 
 if TYPE_CHECKING:
     import ssl

@@ -23,9 +23,10 @@ from z4j_bare.errors import (
     NetworkError,
     RemoteError,
 )
-from z4j_bare.transport.fallback import LONGPOLL, WS, Routes
-from z4j_bare.transport.wording import printable
-from z4j_bare.wire import frames, policy
+from z4j_bare.transport.auto import LONGPOLL, WS, Routes
+from z4j_bare.transport.error_text import printable
+from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import frames
 from z4j_bare.wire.session import Session, read_welcome
 
 if TYPE_CHECKING:

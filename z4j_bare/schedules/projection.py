@@ -24,7 +24,7 @@ from z4j_bare.errors import CommandError
 from z4j_bare.wire.canonical import canonical_plain, plain
 
 if TYPE_CHECKING:
-    from z4j_bare.capture.redact import Redactor
+    from z4j_bare.events.redaction import Redactor
 
 #: Bytes of rows in one frame; with all that goes around them it stays below what the sender puts into one, 128 KiB.
 FRAME_BYTES = 96 * 1024

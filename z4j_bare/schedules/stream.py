@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.schedule_external import external_schedule_source_scope
 
 from z4j_bare.buffer.rows import PROJECTION
+from z4j_bare.concurrency.timeslice import Slices
 from z4j_bare.errors import CommandError
-from z4j_bare.loops.slices import Slices
 from z4j_bare.schedules import projection
 from z4j_bare.schedules.projection import Authority, Row
 
 if TYPE_CHECKING:
-    from z4j_bare.adapters.schedulers import SchedulerHost
-    from z4j_bare.buffer.keeper import Keeper
+    from z4j_bare.buffer.manager import Keeper
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.schedules.host import SchedulerHost
 
 logger = logging.getLogger("z4j.runtime.schedules")
 

@@ -19,8 +19,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ProxyError
 
 from z4j_bare.errors import ForkedChildError, NetworkError
-from z4j_bare.transport.line import Line
-from z4j_bare.transport.wording import short
+from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.error_text import short
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency

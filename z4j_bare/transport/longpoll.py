@@ -16,8 +16,8 @@ from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, AuthenticationRejectedError, FrameTooLargeError, NetworkError, RemoteProtocolError
 from z4j_bare.interfaces import ITransport
-from z4j_bare.transport.wording import printable
-from z4j_bare.wire import policy
+from z4j_bare.transport.error_text import printable
+from z4j_bare.wire import close_codes as policy
 from z4j_bare.wire.canonical import canonical
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class _Inbox:
 class LongPollTransport:
     """One long-poll session: uploads one at a time, and one poll beside them in a task of its own.
 
-    :param url: from :func:`~z4j_bare.transport.addresses.longpoll_url`.
+    :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
     :param token: called at every connect, so that a rotated token file is noticed.
     :param known: shared by all sessions.
     :param tls: an ``ssl.SSLContext`` for an ``https`` address.

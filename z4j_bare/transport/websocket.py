@@ -12,9 +12,9 @@ from zope.interface import implementer
 from z4j_bare.errors import AgentError, NetworkError
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.binary import Binary
-from z4j_bare.transport.line import Line
-from z4j_bare.transport.wording import printable, short
-from z4j_bare.wire import policy
+from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.error_text import printable, short
+from z4j_bare.wire import close_codes as policy
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -40,7 +40,7 @@ NORMAL = 1000
 class WebSocketTransport:
     """One WebSocket session.
 
-    :param url: from :func:`~z4j_bare.transport.addresses.websocket_url`.
+    :param url: from :func:`~z4j_bare.transport.endpoint.websocket_url`.
     :param token: called at every connect, so that a rotated token file is noticed.
     :param tls: an ``ssl.SSLContext`` for a ``wss`` address.
     """

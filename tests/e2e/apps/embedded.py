@@ -1,6 +1,6 @@
 """A host that is nothing but a host: it installs the agent and does what the lines on its control connection ask for.
 
-``python embedded.py MODE PORT``; see :mod:`tests.e2e.host`.
+``python embedded.py MODE PORT``; see :mod:`tests.support.e2e_host`.
 """
 
 # ruff: noqa: E402 - patching comes first
@@ -26,9 +26,11 @@ from uuid import uuid4
 from z4j_core.models import CommandResult, Event, EventKind
 
 from z4j_bare import install_agent
-from z4j_bare.loops import send
-from z4j_bare.transport import fallback, longpoll, websocket
-from z4j_bare.wire import policy, window
+from z4j_bare.pipeline import send
+from z4j_bare.transport import auto as fallback
+from z4j_bare.transport import longpoll, websocket
+from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import window
 
 EPOCH = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
 

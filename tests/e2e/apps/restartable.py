@@ -20,7 +20,7 @@ from uuid import uuid4
 from z4j_core.models import Event, EventKind
 
 from z4j_bare import install_agent
-from z4j_bare.dispatcher import departure
+from z4j_bare.commands import process_restart as departure
 
 WORKER = "stub@place"
 

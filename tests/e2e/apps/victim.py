@@ -1,7 +1,7 @@
 """Hosts of the agent that are to die: ``python victim.py threads|gevent|eventlet``, with the agent's settings in ``Z4J_*``.
 
 It patches and imports once, and forks a host for each request, because a start costs more than such a life. A request is a
-line of JSON, the fields of ``tests.victims.Trial``; the host answers with a line of JSON when it has come to the point, and
+line of JSON, the fields of ``tests.support.crash_harness.Trial``; the host answers with a line of JSON when it has come to the point, and
 waits there for its end. A host without a point stays until it has nothing left to send, and ends by itself.
 """
 
@@ -26,12 +26,12 @@ from uuid import uuid4  # noqa: E402
 from z4j_core.models import Event, EventKind  # noqa: E402
 
 import z4j_bare.agent  # noqa: E402, F401 - before the forks
-from tests.store_day import Watch  # noqa: E402
-from tests.victims import GROUP, KINDS, ONLINE, Trial  # noqa: E402
+from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial  # noqa: E402
+from tests.support.store_scenario import Watch  # noqa: E402
 from z4j_bare import install_agent  # noqa: E402
 from z4j_bare.buffer.store import BufferStore  # noqa: E402
-from z4j_bare.loops.link import Link  # noqa: E402
-from z4j_bare.loops.send import SendLoop  # noqa: E402
+from z4j_bare.pipeline.link import Link  # noqa: E402
+from z4j_bare.pipeline.send import SendLoop  # noqa: E402
 
 #: Seconds between two groups of events.
 PAUSE = 0.02

@@ -1,0 +1,44 @@
+"""A whole scripted brain behind one address, which speaks WebSocket and HTTP, under TLS if asked for.
+
+``front.http`` and ``front.ws`` are the two peers; ``front.blocks = 403`` is a proxy that lets no upgrade through.
+"""
+
+from tests.support.http_peer import HttpPeer
+from tests.support.listener import GoneError, Listener, push, some
+from tests.support.peer import SECRET, TOKEN, Peer
+
+
+class Front:
+    """The door, and the two peers behind it."""
+
+    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
+        self.seam = seam
+        self.blocks = None
+        self.ws = Peer(seam, secret=secret, token=token)
+        self.http = HttpPeer(seam, secret=secret, token=token)
+        self.door = Listener(seam, self._meet, name="front", tls=tls)
+        self.url = self.door.url
+
+    def stop(self):
+        """Hang up on everybody and stop listening."""
+        for door in (self.ws.door, self.http.door):
+            door.stopped = True  # so that the three leave at the same time
+        for part in (self.door, self.ws, self.http):
+            part.stop()
+
+    def _meet(self, sock):
+        head = b""
+        try:
+            sock = self.door.secured(sock)
+            while b"\r\n\r\n" not in head:
+                head += some(self.seam, sock)
+            if b"upgrade: websocket" not in head.lower():
+                self.http.serve(sock, head)
+            elif self.blocks is None:
+                self.ws.meet(sock, head)
+            else:
+                push(self.seam, sock, b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % self.blocks)
+        except (GoneError, OSError):
+            pass
+        finally:
+            sock.close()

@@ -1,0 +1,263 @@
+"""A scripted brain behind plain HTTP: the long-poll routes, the health route, and misbehaviour on request.
+
+It runs in the process under test, on the same seam, guarded against forks like :mod:`tests.support.peer`; the HTTP is by hand::
+
+    peer = HttpPeer(seam)
+    peer.body_limit = 8192
+    peer.answers["POST"] = [(503, {"Retry-After": "7"}, b"{}")]     # the next answers to this method, instead of its own
+    peer.sessions["nonce"].frames                                   # what verified, in order
+    peer.command("retry_task", {"task_id": "t-1"})                  # for the next poll
+"""
+
+import json
+import socket
+from email.utils import formatdate
+from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
+
+from z4j_core.errors import SignatureError
+from z4j_core.transport.frames import CommandFrame, CommandPayload
+from z4j_core.transport.framing import FrameSigner, FrameVerifier
+
+from tests.support.listener import GoneError, Listener, push, shut, some
+from tests.support.peer import AGENT, PROJECT, SECRET, TOKEN
+from z4j_bare.errors import ForkedChildError
+
+
+class Nonce:
+    """One long-poll session: its verifier, its signer, and the frames that verified."""
+
+    def __init__(self, secret, nonce):
+        binding = {"secret": secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": nonce}
+        self.signer = FrameSigner(**binding)
+        self.verifier = FrameVerifier(**binding)
+        self.frames = []
+        self.dead = False
+        self.posts_die = False
+        self.polling = 0
+        self.posting = 0
+
+
+class Request:
+    """What one request was."""
+
+    def __init__(self, method, target, headers, body):
+        self.method = method
+        self.path = urlsplit(target).path
+        self.query = {name: values[0] for name, values in parse_qs(urlsplit(target).query).items()}
+        self.headers = headers
+        self.body = body
+        self.nonce = headers.get("x-z4j-session-nonce", "")
+
+
+class HttpPeer:
+    """The listener and its script. ``mishaps`` holds everything that a correct agent never does."""
+
+    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
+        self.seam = seam
+        self.secret = secret
+        self.token = token
+        self.body_limit = 1_048_576
+        self.answers = {}
+        self.requests = []
+        self.sessions = {}
+        self.commands = []
+        self.mishaps = []
+        self.post_seconds = 0.0
+        self.drop_posts = 0
+        self.door = Listener(seam, self.serve, name="http-peer", tls=tls)
+        self.port, self.url = self.door.port, self.door.url
+
+    # -- what a test reads
+
+    def of(self, method):
+        """The requests of one method, in order of arrival."""
+        return [request for request in self.requests if request.method == method]
+
+    def frames(self, kind):
+        """The frames of one type that verified, over all sessions."""
+        return [frame for session in self.sessions.values() for frame in session.frames if frame.type == kind]
+
+    def events(self):
+        """The events that arrived, replays included."""
+        return [event for frame in self.frames("event_batch") for event in frame.payload.events]
+
+    @property
+    def polling(self):
+        """How many polls hang, over all sessions."""
+        return sum(session.polling for session in self.sessions.values())
+
+    @property
+    def posting(self):
+        """How many uploads are being worked on."""
+        return sum(session.posting for session in self.sessions.values())
+
+    def command(self, action, parameters=None, *, timeout=60, identity=None):
+        """Have a command ready for the next poll; return its id."""
+        identity = identity or str(uuid4())
+        payload = CommandPayload(action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout)
+        self.commands.append(CommandFrame(id=identity, payload=payload))
+        return identity
+
+    def stop(self):
+        """Hang up on everybody and stop listening."""
+        self.door.stop()
+
+    def hang_up(self):
+        """Break every connection."""
+        self.door.hang_up()
+
+    # -- what it does by itself
+
+    def answer(self, request):
+        """Return status, headers and body for a request."""
+        scripted = self.answers.get(request.method)
+        if scripted:
+            return scripted.pop(0)
+        if request.path == "/api/v1/health":
+            return 200, {}, b'{"status":"ok"}'
+        if request.path == "/ws/agent":
+            return 404, {}, b'{"detail":"Not Found"}'
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return 401, {}, b'{"detail":"invalid agent token"}'
+        if len(request.body) > self.body_limit:
+            return 413, {}, b'{"error":"payload_too_large"}'
+        if request.path == "/api/v1/agent/commands" and request.method == "GET":
+            return self._commands(request)
+        if request.path == "/api/v1/agent/events" and request.method == "POST":
+            return self._events(request)
+        self.mishaps.append(f"{request.method} {request.path}")
+        return 404, {}, b"{}"
+
+    def _commands(self, request):
+        wait, most = float(request.query["wait"]), int(request.query["max_frames"])
+        ids = {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT}
+        if most == 0:
+            self.sessions[request.nonce] = Nonce(self.secret, request.nonce)
+            return 200, ids, b'{"frames":[]}'
+        session = self.sessions.get(request.nonce)
+        if session is None or session.dead:
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        session.polling += 1
+        if session.polling > 1:
+            self.mishaps.append("two polls at once")
+        try:
+            self._wait(wait, lambda: self.commands)
+        finally:
+            session.polling -= 1
+        ready, self.commands = self.commands[:most], self.commands[most:]
+        frames = [session.signer.sign_and_serialize(frame) for frame in ready]
+        return 200, ids, json.dumps({"frames": [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]}).encode()
+
+    def _wait(self, seconds, ready=lambda: False):
+        """Let others run, so that two requests at once show, and wait for ``ready()``, the peer's end or ``seconds``."""
+        self.seam.sleep(0)
+        until = self.seam.now() + seconds
+        while not ready() and self.seam.now() < until and not self.door.stopped:
+            self.seam.sleep(0.02)
+
+    def _events(self, request):
+        session = self.sessions.get(request.nonce)
+        if session is None or session.dead or session.posts_die:
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        session.posting += 1
+        if session.posting > 1:
+            self.mishaps.append("two uploads at once")
+        try:
+            self._wait(self.post_seconds)
+            frames = json.loads(request.body)["frames"]
+            for text in frames:
+                session.frames.append(session.verifier.parse_and_verify(text.encode()))
+        except SignatureError as error:
+            session.dead = True
+            self.mishaps.append(error)
+            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+        finally:
+            session.posting -= 1
+        return 200, {}, json.dumps({"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}).encode()
+
+    def serve(self, sock, ahead=b""):
+        """Converse over a socket, of which some bytes have been read already."""
+        try:
+            sock = self.door.secured(sock)
+            self._converse(sock, ahead)
+        except ForkedChildError:
+            raise
+        except (GoneError, OSError):
+            pass
+        except Exception as error:
+            self.mishaps.append(error)
+        finally:
+            if not self.seam.forked():
+                sock.close()
+
+    def _converse(self, sock, ahead):
+        while not self.door.stopped:
+            while b"\r\n\r\n" not in ahead:
+                ahead += some(self.seam, sock)
+            head, ahead = ahead.split(b"\r\n\r\n", 1)
+            line, *lines = head.decode("latin-1").split("\r\n")
+            method, target, _ = line.split()
+            headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
+            size = int(headers.get("content-length", 0))
+            while len(ahead) < size:
+                ahead += some(self.seam, sock)
+            body, ahead = ahead[:size], ahead[size:]
+            request = Request(method, target, headers, body)
+            self.requests.append(request)
+            if method == "POST" and self.drop_posts:
+                self.drop_posts -= 1
+                return
+            status, extra, content = self.answer(request)
+            extra = {"Date": formatdate(usegmt=True), "Content-Type": "application/json", "Content-Length": str(len(content)), **extra}
+            text = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
+            push(self.seam, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
+
+
+class Tunnel:
+    """A forward proxy that knows nothing but CONNECT. ``heads`` holds the requests."""
+
+    def __init__(self, seam):
+        self.seam = seam
+        self.heads = []
+        self.door = Listener(seam, self._join, name="tunnel")
+        self.port = self.door.port
+
+    def stop(self):
+        """Hang up on everybody and stop listening."""
+        self.door.stop()
+
+    def _join(self, sock):
+        head = b""
+        try:
+            with sock:
+                while b"\r\n\r\n" not in head:
+                    head += some(self.seam, sock)
+                self.heads.append(head.decode())
+                host, port = head.split()[1].decode().split(":")
+                with socket.create_connection((host, int(port))) as inner:
+                    inner.settimeout(0)
+                    self.door.socks.append(inner)
+                    sock.send(b"HTTP/1.1 200 Established\r\n\r\n")
+                    join(self.seam, sock, inner)
+        except (GoneError, OSError):
+            pass
+
+
+def join(seam, outer, inner, pieces=None):
+    """Copy both ways until either ends; of what comes from ``inner``, only so many ``pieces`` if that is given."""
+    back = seam.spawn(_pump, seam, inner, outer, pieces, name="pump")
+    _pump(seam, outer, inner)
+    back.join(5)
+
+
+def _pump(seam, source, target, pieces=None):
+    """Copy until the end, or ``pieces`` reads; then hang up on both."""
+    try:
+        while pieces is None or pieces > 0:
+            push(seam, target, some(seam, source))
+            pieces = None if pieces is None else pieces - 1
+    except (GoneError, OSError):
+        pass
+    shut(source)
+    shut(target)

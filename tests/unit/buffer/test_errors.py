@@ -1,0 +1,307 @@
+"""Real faults of a real disk: full, cut off, deleted, not ours; the keeper's callers never see an exception."""
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import z4j_bare
+from z4j_bare.buffer import BufferStore, lock, new_store_path
+from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import opener as opening
+from z4j_bare.buffer.errors import OTHER, cause_of
+from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.opener import open_store
+from z4j_bare.buffer.rows import KINDS
+from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.errors import LocalStorageError
+
+ROOT = Path(z4j_bare.__file__).parent.parent
+ALL = tuple(KINDS)
+
+#: Fills a store under a limit on the size of files; tells what became of the rows, then lifts the limit.
+FULL = """
+import json, logging, resource, sys
+logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+from z4j_bare.buffer import BufferStore, new_store_path
+from z4j_bare.buffer.manager import Keeper
+from z4j_bare.concurrency.fake import FakeConcurrency
+keep, (_, hard) = FakeConcurrency(), resource.getrlimit(resource.RLIMIT_FSIZE)
+stores = []
+def open_store():
+    stores.append(BufferStore(new_store_path(sys.argv[1])))
+    return stores[-1]
+keeper = Keeper(open_store, keep)
+keeper.append([("result", "c", b"precious")])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
+produced = 1
+durable = []
+for turn in range(60):
+    keeper.append([("event", "t", bytes(1000)) for _ in range(100)])
+    produced += 100
+    keep.advance(1)
+    durable.append(keeper.durable)
+def books():
+    stats = keeper.stats()
+    return {"produced": produced, "rows": stats.rows, "lost": sum(stats.lost.values()), "results_lost": stats.lost_kinds.get("result", 0)}
+during = books()
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+keep.advance(400)
+keeper.append([("event", "t", b"after")])
+produced += 1
+after = books()
+check = stores[-1]._connection.execute("PRAGMA integrity_check").fetchone()[0]
+newest = [row.payload == b"after" for row in stores[-1].drain(0, 10**6, 1 << 40, ("event",))]
+print(json.dumps({"during": during, "after": after, "durable": durable, "at_the_end": keeper.durable, "check": check, "newest": any(newest)}))
+"""
+
+
+class Real:
+    """A keeper on real stores in virtual time."""
+
+    def __init__(self, home, **options):
+        self.seam = FakeConcurrency()
+        self.home = home
+        self.options = {"busy_timeout": 0, **options}
+        self.stores = []
+        self.keeper = Keeper(self.open, self.seam)
+        self.produced = 0
+
+    def open(self):
+        self.stores.append(open_store(self.home, **self.options))
+        return self.stores[-1]
+
+    def put(self, number=10, size=0):
+        self.keeper.append([("event", "t", b"%d" % (self.produced + n) + bytes(size)) for n in range(number)])
+        self.produced += number
+
+    def there(self):
+        found = self.keeper.drain((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
+        return [int(row.payload.rstrip(b"\0")) for row in found]
+
+    def adds_up(self):
+        stats = self.keeper.stats()
+        return self.produced == stats.rows + sum(stats.lost.values()) + stats.confirmed
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The configured path; what replaces its directory is of this test alone."""
+    spare = tmp_path / "tmp"
+    spare.mkdir()
+    monkeypatch.setattr(paths, "places", lambda path: [Path(path).parent, spare / "z4j-1"])
+    return tmp_path / "home" / "buffer.sqlite"
+
+
+@pytest.fixture
+def real(home):
+    one = Real(home)
+    yield one
+    one.keeper.close()
+
+
+# -- full
+
+
+@pytest.mark.parametrize("limit", [200_000, 1_500_000])
+def test_a_file_at_its_size_limit_keeps_the_newest_and_the_books(tmp_path, limit):
+    """Under RLIMIT_FSIZE the oldest events go or memory takes over; nothing is raised, and every row is accounted for."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", FULL, str(tmp_path / "home" / "b"), str(limit)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    for books in (said["during"], said["after"]):
+        assert books["produced"] == books["rows"] + books["lost"]
+        assert books["results_lost"] == 0
+    assert said["check"] == "ok"
+    assert said["at_the_end"]
+    assert said["newest"]
+    assert "disk is full" in done.stderr or "in memory only" in done.stderr
+    assert len(done.stderr.splitlines()) <= 6, "the log is not filled"
+
+
+# -- corrupt, cut off, deleted
+
+
+@pytest.mark.parametrize("how", ["cut to a page and a half", "cut to nothing", "overwritten"])
+def test_a_damaged_file_is_replaced_while_in_use(real, how):
+    """Whatever happens to the file under a living store, appends go on, the disk is used, and every row is accounted for."""
+    for _ in range(30):
+        real.put(100, size=500)
+    path = real.stores[0].path
+    real.stores[0]._space._checkpoint()
+    size = path.stat().st_size
+    if how == "overwritten":
+        with path.open("r+b") as file:
+            for page in range(0, size, 4096):
+                file.seek(page + 100)
+                file.write(os.urandom(3000))
+    else:
+        os.truncate(path, 6000 if "page" in how else 0)
+    real.stores[0]._connection.execute("PRAGMA shrink_memory")
+    for _ in range(3):
+        real.put(100, size=500)
+        real.there()
+        real.seam.advance(1)
+    assert real.keeper.durable
+    assert real.there()[-1] == real.produced - 1
+    assert real.adds_up()
+    aside = [found.name for found in path.parent.iterdir() if ".corrupt-" in found.name]
+    assert len([name for name in aside if not name.endswith("-wal")]) == len(real.stores) - 1 == 1
+
+
+def test_a_deleted_file_is_noticed_within_a_second(real):
+    """Somebody cleans the directory up: the rows come along to a new file as soon as the figures are looked at."""
+    real.put(10)
+    for found in list(real.home.parent.iterdir()):
+        found.unlink()
+    real.seam.advance(2)
+    assert real.there() == list(range(10))
+    real.put(5)
+    assert real.stores[-1].path.exists()
+    assert len(real.stores) == 2
+    assert real.there() == list(range(15))
+    assert real.adds_up()
+
+
+def test_a_deleted_directory_is_made_again(real):
+    """Even the whole of Z4J_HOME may go."""
+    real.put(10)
+    for found in list(real.home.parent.iterdir()):
+        found.unlink()
+    real.home.parent.rmdir()
+    real.seam.advance(2)
+    assert real.there() == list(range(10))
+    assert real.keeper.durable
+    assert real.stores[-1].path.exists()
+
+
+# -- somewhere else
+
+
+def spoil(home, how):
+    directory = home.parent
+    if how == "a link":
+        (directory.parent / "other").mkdir(mode=0o700)
+        directory.symlink_to(directory.parent / "other")
+    elif how == "a file":
+        directory.touch()
+    elif how == "writable by others":
+        directory.mkdir()
+        directory.chmod(0o777)
+    elif how == "somebody else's":
+        directory.mkdir(mode=0o700)
+        os.chown(directory, 12345, 12345)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a link",
+        "a file",
+        "writable by others",
+        pytest.param("somebody else's", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")),
+    ],
+)
+def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
+    """The store lies in a private temporary directory; one warning says what is wrong and names Z4J_HOME."""
+    spoil(home, how)
+    real.put(3)
+    real.put(3)
+    assert real.stores[0].path.parent.name == "z4j-1"
+    assert real.keeper.durable
+    assert real.there() == list(range(6))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "Z4J_HOME" in warnings[0]
+    assert "z4j-1" in warnings[0]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
+    """A directory in which nothing can be made is passed over."""
+    really = lock.open_file
+    home.parent.mkdir(mode=0o700)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(home.parent)):
+            raise OSError(number, os.strerror(number))
+        return really(path, *args, **kwargs)
+
+    monkeypatch.setattr(lock, "open_file", refuse)
+    real.put(3)
+    assert real.stores[0].path.parent.name == "z4j-1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
+    """Without record locks a dead owner could not be told from a living one: not a place for a store."""
+
+    def refuse(*_args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(LocalStorageError, match=r"no record locks.*Z4J_HOME") as caught:
+        open_store(home)
+    assert cause_of(caught.value) == OTHER
+
+
+def test_a_squatted_name_is_not_used(home, tmp_path):
+    """When somebody sits on the name that can be foreseen, one that cannot is used."""
+    spoil(home, "writable by others")
+    (tmp_path / "tmp" / "z4j-1").symlink_to(tmp_path)
+    store = open_store(home)
+    assert store.path.parent.name.startswith("z4j-1-")
+    assert paths.is_private(store.path.parent)
+    store.close()
+
+
+def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
+    """Another directory is no cure for a full disk, and the error is that of the configured one."""
+
+    def refuse(path, **_options):
+        raise LocalStorageError("full") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(opening, "BufferStore", refuse)
+    with pytest.raises(LocalStorageError, match=r"^full$"):
+        open_store(home)
+
+
+def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
+    """Nothing is raised when no directory will do; the rows live in memory, and the warning names the configured one."""
+    spoil(home, "a file")
+    (tmp_path / "tmp").rmdir()
+    (tmp_path / "tmp").touch()
+    real.put(3)
+    assert not real.keeper.durable
+    assert real.there() == [0, 1, 2]
+    assert str(home.parent) in caplog.text
+    assert real.adds_up()
+
+
+def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypatch):
+    """TMPDIR is honoured, and the names hold the user's id."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    found = paths.places(tmp_path / "home" / "b.sqlite")
+    assert found[:2] == [tmp_path / "home", tmp_path / "t" / f"z4j-{os.geteuid()}"]
+
+
+# -- time
+
+
+def test_a_clock_set_back_makes_no_negative_age(home):
+    """A row from the future is new."""
+    now = [2000.0]
+    store = BufferStore(new_store_path(home), clock=lambda: now[0])
+    store.append([("event", "", b"1")])
+    now[0] = 1000.0
+    assert store.stats().oldest_age == 0
+    store.claim("c", 2000.0)
+    assert [entry.key for entry in store.legacy().ledger] == ["c"]
+    store.close()

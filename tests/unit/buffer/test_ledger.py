@@ -1,0 +1,102 @@
+"""Asking other processes' stores about a command: the living and the dead, without becoming their owner."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import z4j_bare
+from z4j_bare.buffer import BufferStore, new_store_path
+from z4j_bare.buffer.siblings import known_to_others
+
+OWNER = """
+import sys
+from z4j_bare.buffer import BufferStore, new_store_path
+store = BufferStore(new_store_path(sys.argv[1]))
+store.claim("begun", 1.0, b"testament")
+store.answer("done", b"answer", 2.0)
+if "tidy" in sys.argv:
+    store.tidy()
+if "close" in sys.argv:
+    store.append([("event", "", b"keeps the file")])
+    store.close()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The configured path; no store of this machine's own reaches a test."""
+    monkeypatch.setattr("z4j_bare.buffer.files.places", lambda path: [Path(path).parent])
+    return tmp_path / "home" / "buffer.sqlite"
+
+
+@pytest.fixture
+def mine(home):
+    store = BufferStore(new_store_path(home))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def owner(home):
+    """``owner(*words)``: another process with a store there; it lives until the test's end."""
+    started = []
+
+    def start(*words):
+        environment = {**os.environ, "PYTHONPATH": str(Path(z4j_bare.__file__).parent.parent)}
+        command = [sys.executable, "-c", OWNER, str(home), *words]
+        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == b"ready\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("words", [(), ("tidy",), ("close",), ("killed",)])
+def test_what_others_know(home, mine, owner, words):
+    """Done is known with its answer, begun is somebody else's, of a living owner, a killed one, and one that closed."""
+    process = owner(*words)
+    if "killed" in words:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert known_to_others(home, mine.path, "done").result == b"answer"
+    begun = known_to_others(home, mine.path, "begun")
+    assert (begun.state, begun.result) == ("elsewhere", b"")
+    assert known_to_others(home, mine.path, "new") is None
+
+
+def test_our_own_is_not_asked(home, mine):
+    """What our own store knows is no other process's."""
+    mine.claim("mine", 1.0)
+    assert known_to_others(home, mine.path, "mine") is None
+
+
+def test_asking_takes_nothing_from_anybody(home, mine, owner):
+    """A store that is asked is still its owner's: the file, its log and its lock are as before, and can be adopted later."""
+    process = owner()
+    before = sorted(path.name for path in home.parent.iterdir())
+    known_to_others(home, mine.path, "begun")
+    assert sorted(path.name for path in home.parent.iterdir()) == before
+    process.kill()
+    process.wait()
+    known_to_others(home, mine.path, "begun")
+    (path,) = (path for path in home.parent.glob("*.sqlite") if path != mine.path)
+    with_heir = BufferStore(path, create=False)
+    assert with_heir.claim("begun", 9.0).result == b"testament"
+    with_heir.close()
+
+
+def test_files_that_are_no_stores_of_ours(home, mine):
+    """Noise under our name, an empty file, a directory that is gone: then nothing is known, and nothing raises."""
+    (home.parent / "z4j-green-1-aaaaaaaa.sqlite").write_bytes(b"noise" * 1000)
+    (home.parent / "z4j-green-2-aaaaaaaa.sqlite").touch()
+    assert known_to_others(home, mine.path, "c") is None
+    assert known_to_others(home.parent / "none" / "b.sqlite", mine.path, "c") is None

@@ -1,0 +1,472 @@
+"""The keeper in virtual time: patience with a busy disk, a remedy for an ill one, and the books while there is none."""
+
+import errno
+import logging
+import sqlite3
+
+import pytest
+
+from z4j_bare.buffer import manager as module
+from z4j_bare.buffer import receipts
+from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, GONE, cause_of
+from z4j_bare.buffer.manager import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, Keeper
+from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.rows import UNKNOWN
+from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.errors import LocalStorageError
+
+CODES = {BUSY: sqlite3.SQLITE_BUSY, FULL: sqlite3.SQLITE_FULL, CORRUPT: sqlite3.SQLITE_CORRUPT, GONE: None}
+NOTHING = ((0, 0, ()), (0, 1, ("event",)), 1)
+
+
+def trouble(cause):
+    """A storage error as the store raises it."""
+    if cause == GONE:
+        root = OSError(errno.ENOENT, "No such file or directory")
+    elif CODES.get(cause):
+        root = sqlite3.OperationalError(cause)
+        root.sqlite_errorcode = CODES[cause]
+    else:
+        root = sqlite3.OperationalError("disk I/O error")
+    error = LocalStorageError(f"cannot append to the store: {cause}")
+    error.__cause__ = root
+    return error
+
+
+class Ill(MemoryStore):
+    """A store that can be made to fail, and remembers what was done to it."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.world = world
+        self.done = []
+        self.untidy = 0
+
+    def append(self, rows):
+        self.world.strike()
+        return super().append(rows)
+
+    def take_over(self, rows):
+        self.world.strike()
+        return super().take_over(rows)
+
+    def relieve(self):
+        self.done.append("relieve")
+        self.world.cured += 1
+        ids = [row.id for row in self.drain(0, 2, 1 << 20, ("event",))]
+        return self.discard(ids, "capacity")
+
+    def written_off(self):
+        left = self.legacy()
+        left.losses["corrupt", "event"] = self.size()
+        return left
+
+    def set_aside(self):
+        self.done.append("set aside")
+        self.close()
+
+    def tidy(self):
+        self.done.append("tidy")
+        self.untidy = max(0, self.untidy - 1)
+        return not self.untidy
+
+
+class World:
+    """A keeper over ill stores: ``cause`` is what ails them, ``strikes`` how many calls it takes."""
+
+    def __init__(self):
+        self.seam = FakeConcurrency()
+        self.stores = []
+        self.cause, self.strikes, self.cured, self.calls = "", 0, 0, 0
+        self.keeper = Keeper(self.open, self.seam)
+        self.sent = 0
+
+    def open(self):
+        self.stores.append(Ill(self))
+        return self.stores[-1]
+
+    def strike(self):
+        self.calls += 1
+        if self.strikes > 0:
+            self.strikes -= 1
+            raise trouble(self.cause)
+
+    def ail(self, cause, strikes=10**9):
+        self.cause, self.strikes = cause, strikes
+
+    def heal(self):
+        self.strikes = 0
+
+    def put(self, number):
+        self.keeper.append([("event", "", b"%d" % (self.sent + n)) for n in range(number)])
+        self.sent += number
+
+    def there(self):
+        """What a sender would find now."""
+        return [int(row.payload) for row in self.keeper.drain((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]]
+
+    def adds_up(self):
+        stats = self.keeper.stats()
+        assert sum(stats.lost.values()) == sum(stats.lost_kinds.values())
+        return self.sent == stats.rows + sum(stats.lost.values()) + stats.confirmed
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.mark.parametrize("cause", sorted(CODES))
+def test_causes_are_told_apart(cause):
+    """The error made here is one that the keeper has a remedy for."""
+    assert cause_of(trouble(cause)) == cause
+
+
+def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
+    """Rows of a moment ago are fetched on the hub; the disk is asked when figures are due, or there is something to delete."""
+    world.put(3)
+    trips, offload = [], world.seam.offload
+    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
+    assert (world.there(), trips) == ([0, 1, 2], [])
+    world.seam.advance(1.5 * module.LOOK_EVERY)
+    assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
+    world.seam.advance(module.LOOK_ALONE)
+    assert (world.there(), len(trips)) == ([0, 1, 2], 1)
+    world.keeper.confirm((1, 2, 3), 3, 0)
+    assert (world.there(), len(trips)) == ([], 2)
+
+
+def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
+    """A look that finds newer rows in memory leaves them for a while, as does one for results only; one that finds nothing, or an append, takes them along."""
+    world.put(4)
+    trips, offload = [], world.seam.offload
+    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
+    world.keeper.confirm((1,), 1, 0)
+    found = world.keeper.drain((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
+    assert ([row.id for row in found], world.keeper.acked, trips) == ([2, 3, 4], 0, [])
+    assert not world.keeper.settled
+    world.put(1)
+    assert (world.keeper.acked, len(trips)) == (1, 1)
+    world.keeper.confirm((2,), 1, 0)
+    assert world.keeper.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
+    assert (world.keeper.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
+    world.seam.advance(receipts.LATEST)
+    assert world.keeper.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
+    assert (world.keeper.acked, len(trips)) == (2, 2)
+    world.keeper.confirm((3, 4, 5), 3, 0)
+    assert world.keeper.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
+    assert (world.keeper.acked, world.keeper.last_stats.lost) == (5, {})
+
+
+def test_settled_is_who_has_nothing_left_to_do(world):
+    """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
+    world.put(1)
+    world.keeper.confirm((1,), 1, 0)
+    nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
+    assert world.keeper.drain(*nothing) == ([], [])
+    assert (world.keeper.acked, world.keeper.settled) == (1, False)
+    world.seam.advance(module.TIDY_EVERY)
+    assert world.keeper.drain(*nothing) == ([], [])
+    assert world.keeper.settled
+
+
+def test_confirmed_rows_are_never_found(world):
+    """A sender that begins anew does not get what the brain has, although it is in memory still."""
+    world.put(3)
+    world.keeper.confirm((1, 2), 2, 0)
+    assert world.there() == [2]
+
+
+@pytest.mark.parametrize("add", [Keeper.append, lambda keeper, rows: keeper.append_events([payload for _, _, payload in rows])])
+def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
+    """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
+    world.keeper._open_store = lambda: MemoryStore(max_rows=10)
+    rows = [("event", "", b"%d" % number) for number in range(10)]
+    add(world.keeper, rows)
+    world.keeper.confirm(range(1, 8), 7, 0)
+    add(world.keeper, rows[:7])
+    stats = world.keeper.stats()
+    assert (stats.rows, stats.confirmed, stats.lost, world.keeper.acked) == (10, 7, {}, 7)
+
+
+def test_a_confirmed_row_leaves_once(world):
+    """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
+    world.put(3)
+    world.keeper.confirm((1, 2), 2, 0)
+    world.ail(BUSY, 2)
+    world.put(1)
+    assert (world.keeper.acked, world.keeper.stats().confirmed) == (2, 2)
+    assert world.adds_up()
+
+
+def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
+    """Ids of rows in memory mean other rows on the disk to which the store returns."""
+    world.put(3)
+    world.ail("other")
+    world.put(2)
+    world.heal()
+    world.keeper.confirm((1, 2), 2, world.keeper.generation)
+    world.seam.advance(RETRY_FIRST)
+    assert world.there() == [0, 1, 2, 3, 4]
+    assert world.keeper.durable
+    assert world.adds_up()
+
+
+def test_closing_deletes_what_the_brain_has(world):
+    """The next process does not send it again."""
+    world.put(3)
+    deleted = []
+    world.stores[0].confirm = lambda ids: deleted.extend(ids)
+    world.keeper.confirm((1, 3), 2, 0)
+    world.keeper.close()
+    assert (deleted, world.keeper.acked) == ([1, 3], 2)
+
+
+# -- busy
+
+
+def test_a_busy_disk_is_asked_again(world):
+    """A disk that is locked for a second costs that second, and nothing else."""
+    world.ail(BUSY, 4)
+    world.put(3)
+    assert 0 < world.seam.now() < 1.5
+    assert (world.keeper.durable, world.keeper.failures, world.keeper.generation) == (True, 0, 0)
+    assert world.there() == [0, 1, 2]
+
+
+def test_patience_with_a_busy_disk_ends(world):
+    """A disk that stays locked is given up after a few seconds, in which others run."""
+    ticks = []
+    world.seam.spawn(lambda: [ticks.append(world.seam.now()) or world.seam.sleep(0.1) for _ in range(20)], name="host")
+    world.ail(BUSY)
+    world.put(1)
+    assert BUSY_PATIENCE <= world.seam.now() <= BUSY_PATIENCE + 1
+    assert len(ticks) == 20
+    assert not world.keeper.durable
+    assert world.adds_up()
+
+
+# -- full, corrupt, gone
+
+
+def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
+    """A full disk is relieved once and asked again; what that cost is counted and said once a minute."""
+    world.put(4)
+    for _ in range(3):
+        world.ail(FULL, 1)
+        world.put(2)
+    assert world.keeper.durable
+    assert world.stores[0].done.count("relieve") == 3
+    assert world.there() == [6, 7, 8, 9]
+    assert world.keeper.stats().lost == {"capacity": 6}
+    assert world.adds_up()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "z4j: the disk is full: the 2 oldest events had to go (cannot append to the store: full)"
+    ]
+
+
+def test_a_disk_that_stays_full_leaves_memory(world):
+    """When making room did not help, the rows go to memory, and nothing more is evicted for them."""
+    world.put(4)
+    world.ail(FULL)
+    world.put(2)
+    assert world.stores[0].done == ["relieve"]
+    assert not world.keeper.durable
+    assert world.adds_up()
+    assert world.keeper.last_stats.rows == 4
+
+
+def test_a_corrupt_file_is_replaced(world, caplog):
+    """The file is set aside, a new one begun, the rows of the old one are counted, and old ids mean nothing any more."""
+    world.put(5)
+    generation = world.keeper.generation
+    world.ail(CORRUPT, 1)
+    world.put(2)
+    assert world.stores[0].done == ["set aside"]
+    assert len(world.stores) == 2
+    assert world.keeper.durable
+    assert world.keeper.generation == generation + 1
+    world.keeper.confirm([1, 2], 2, generation)
+    world.keeper.drain(*NOTHING)
+    world.keeper.discard([1, 2], "poison", generation)
+    assert world.there() == [5, 6]
+    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert world.adds_up()
+    assert caplog.text.count("is corrupt") == 1
+
+
+def test_losses_are_kept_when_no_new_file_can_be_opened(world):
+    """A corrupt file and then no disk at all: what was lost is still told, from memory and then from the next file."""
+    world.put(5)
+    opened = world.keeper._open_store
+
+    def refuse():
+        raise trouble("other")
+
+    world.keeper._open_store = refuse
+    world.ail(CORRUPT, 1)
+    world.put(2)
+    assert not world.keeper.durable
+    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert world.adds_up()
+    world.keeper._open_store = opened
+    world.seam.advance(RETRY_FIRST)
+    assert world.there() == [5, 6]
+    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert world.adds_up()
+
+
+def test_a_deleted_file_is_replaced_with_its_rows(world):
+    """When the file has lost its name, its rows come along to a new one: they would vanish with the process."""
+    world.put(5)
+    world.ail(GONE, 1)
+    world.put(2)
+    assert world.stores[0].closed
+    assert world.there() == [0, 1, 2, 3, 4, 5, 6]
+    assert world.keeper.durable
+    assert world.adds_up()
+
+
+# -- memory and back
+
+
+def test_losses_in_memory_reach_the_disk(world):
+    """What overflowed while there was only memory is lost for good, and is still told after the return."""
+    world.keeper._new_memory = lambda: MemoryStore(max_rows=3)
+    world.put(2)
+    world.ail("other")
+    world.put(10)
+    assert world.keeper.stats().rows == 5
+    assert world.keeper.stats().buffer_id == world.stores[0].buffer_id
+    assert world.adds_up()
+    world.heal()
+    world.seam.advance(RETRY_FIRST)
+    assert world.there() == [0, 1, 9, 10, 11]
+    assert world.keeper.stats().lost == {"capacity": 7}
+    assert world.adds_up()
+
+
+def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
+    """Flapping does not fill the log: each sort of warning comes once a minute at most."""
+    for _ in range(4):
+        world.ail("other")
+        world.put(1)
+        world.heal()
+        world.seam.advance(RETRY_FIRST * 4)
+        world.put(1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sum("in memory only" in text for text in warnings) <= 2
+    assert sum("on disk again" in text for text in warnings) <= 2
+    assert world.keeper.failures >= 3
+    world.seam.advance(RETRY_LONGEST)
+    assert world.there() == list(range(8))
+
+
+def test_attempts_to_return_grow_rarer(world):
+    """A dead disk is tried 5 s later, then less and less often, down to every five minutes."""
+    world.ail("other")
+    world.put(1)
+    world.calls = 0
+    for _ in range(2000):
+        world.seam.advance(1)
+        world.there()
+    assert 6 <= world.calls <= 6 + 2000 / RETRY_LONGEST + 1
+
+
+def test_closing_saves_what_is_in_memory(world):
+    """At a clean stop the rows in memory get a last chance to reach the disk."""
+    world.put(1)
+    world.ail("other")
+    world.put(2)
+    world.heal()
+    disk = world.stores[0]
+    kept, disk.close = [], lambda: kept.append(disk.size())
+    world.keeper.close()
+    assert kept == [3]
+
+
+def test_closing_says_what_it_could_not_save(world, caplog):
+    """With the disk still failing, the log says how many rows went with the process."""
+    world.ail("other")
+    world.put(2)
+    world.keeper.close()
+    assert "2 rows were in memory only" in caplog.text
+
+
+def test_a_bug_is_not_taken_for_a_bad_disk(world):
+    """Only a storage error leads to memory; anything else is ours and ends the loop that made it."""
+    world.put(1)
+    world.stores[0].append = None
+    with pytest.raises(TypeError):
+        world.put(1)
+    assert world.keeper.durable
+
+
+# -- tidying
+
+
+def test_an_idle_store_is_tidied_until_nothing_is_left(world):
+    """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
+    world.put(3)
+    world.stores[0].untidy = 3
+    world.keeper.confirm([1, 2, 3], 3, 0)
+    world.keeper.drain(*NOTHING)
+    assert world.stores[0].done == []
+    for _ in range(50):
+        world.seam.advance(0.1)
+        world.keeper.drain(*NOTHING)
+    assert world.stores[0].done == ["tidy"] * 3
+
+
+def test_tidying_waits_while_there_is_work(world):
+    """A turn that found rows or confirmed some does not tidy."""
+    world.put(3)
+    for _ in range(5):
+        world.seam.advance(1)
+        assert len(world.there()) == 3
+    assert world.stores[0].done == []
+
+
+def test_tidying_that_fails_costs_nothing(world):
+    """An error in housekeeping is no reason to leave the disk."""
+    world.put(1)
+
+    def fail():
+        raise trouble(FULL)
+
+    world.stores[0].tidy = fail
+    world.keeper.confirm([1], 1, 0)
+    world.keeper.drain(*NOTHING)
+    world.seam.advance(1)
+    world.keeper.drain(*NOTHING)
+    assert world.keeper.durable
+
+
+def test_the_notice_is_passed_on_once(world, caplog):
+    """Where the store lies if not where it was wanted is said once, on our side of the offload."""
+    world.put(1)
+    world.stores[0].notice = "point Z4J_HOME somewhere"
+    world.put(1)
+    world.put(1)
+    assert caplog.text.count("Z4J_HOME") == 1
+
+
+def test_appends_refresh_the_figures(world):
+    """Without a session nobody asks for rows; the figures are at most a second and an append old all the same."""
+    for _ in range(4):
+        world.put(5)
+        world.seam.advance(1.1)
+    assert world.keeper.last_stats.rows == 15
+
+
+def test_figures_from_before_the_first_look(world):
+    """Without a disk from the start the figures are those of memory."""
+
+    def refuse():
+        raise trouble("other")
+
+    world.keeper._open_store = refuse
+    assert world.keeper.last_stats is UNKNOWN
+    world.put(2)
+    assert world.keeper.stats().buffer_id != "unopened"
+    assert world.adds_up()

@@ -1,0 +1,551 @@
+"""Dead processes' stores: whose are taken, by whom, how fast, and that no row is lost on the way."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import z4j_bare
+from z4j_bare.buffer import BufferStore, new_store_path
+from z4j_bare.buffer.adopt_loop import EVERY, REFUSED, AdoptLoop
+from z4j_bare.buffer.files import lock_of
+from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.recovery import ENOUGH_ROWS, STEP_ROWS, Orphan, orphans
+from z4j_bare.buffer.rows import KINDS
+from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.errors import LocalStorageError
+
+ROOT = Path(z4j_bare.__file__).parent.parent
+ALL = tuple(KINDS)
+CAPS = {"max_rows": 100_000, "max_bytes": 1 << 28}
+
+#: Appends rows, has 30 evicted and 7 acknowledged, knows two commands; says when; then waits for its end.
+OWNER = """
+import sys
+from z4j_bare.buffer import BufferStore, new_store_path
+path, rows = new_store_path(sys.argv[1]), int(sys.argv[2])
+store = BufferStore(path, deployment=sys.argv[3], max_rows=rows - 30)
+for first in range(0, rows, 500):
+    store.append([("event", "t", b"%d" % n) for n in range(first, min(rows, first + 500))])
+store.confirm([entry.id for entry in store.drain(0, 7, 1 << 20, ("event",))])
+now = __import__("time").time()
+store.claim("begun", now)
+store.claim("done", now)
+store.settle("done", b"answer", now)
+if "fork" in sys.argv:
+    import os, signal
+    child = os.fork()
+    if not child:
+        signal.pause()
+    print(child, end=" ")
+print(path, flush=True)
+for line in sys.stdin:
+    store.append([("event", "t", b"late")])
+    print(store.size(), flush=True)
+"""
+
+#: Adopts whatever it can get, a few rows a step; says each step; then waits.
+HEIR = """
+import sys
+from z4j_bare.buffer import BufferStore, new_store_path
+from z4j_bare.buffer import recovery as adopt
+from z4j_bare.errors import LocalStorageError
+adopt.STEP_ROWS, adopt.ENOUGH_ROWS = 25, 10**6
+home = sys.argv[1]
+mine = BufferStore(new_store_path(home), deployment="p")
+print("ready", flush=True)
+sys.stdin.readline()
+for path in adopt.orphans(home, ()):
+    try:
+        orphan = adopt.Orphan(path, "p", max_rows=10**6, max_bytes=1 << 28)
+    except LocalStorageError:
+        continue
+    while orphan.step(mine) != "done":
+        print("step", flush=True)
+print("end", flush=True)
+sys.stdin.readline()
+mine.close()
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    """The configured path: its directory is what counts."""
+    return tmp_path / "home" / "buffer.sqlite"
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_directory(tmp_path, monkeypatch):
+    """No orphan of this machine's own reaches a test."""
+    monkeypatch.setattr("z4j_bare.buffer.files.places", lambda path: [Path(path).parent])
+
+
+@pytest.fixture
+def process():
+    """Starts a bare Python with one of the scripts above; whatever still runs is killed after the test."""
+    started = []
+
+    def start(script, *args):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(args[0].parent)}
+        command = [sys.executable, "-c", script, *map(str, args)]
+        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()
+        running.wait()
+        running.stdin.close()
+        running.stdout.close()
+
+
+class Heir:
+    """A keeper on a real store in virtual time, with the loop that adopts."""
+
+    def __init__(self, home, **options):
+        self.seam = FakeConcurrency()
+        self.home = home
+        self.store = None
+        self.options = {"deployment": "p", **options}
+        self.keeper = Keeper(self.open, self.seam)
+        self.woken = 0
+        self.stopping = self.seam.event()
+        self.loop = AdoptLoop(str(home), self.claim, self.keeper, self.seam, self.wake)
+        self.task = None
+
+    def open(self):
+        self.store = BufferStore(new_store_path(self.home), **self.options)
+        return self.store
+
+    def claim(self, path):
+        return Orphan(path, "p", max_rows=self.options.get("max_rows", 100_000), max_bytes=1 << 28)
+
+    def wake(self):
+        self.woken += 1
+
+    def run(self, seconds=1.0):
+        self.task = self.task or self.seam.spawn(self.loop.run, self.stopping, name="z4j-adopt")
+        self.seam.advance(seconds)
+
+    def rows(self):
+        return [entry.payload for entry in self.store.drain(0, 10**6, 1 << 40, ALL)] if self.store else []
+
+    def acknowledge(self, number):
+        """Be the brain: take the oldest rows off the store."""
+        ids = [entry.id for entry in self.store.drain(0, number, 1 << 40, ALL)]
+        self.keeper.confirm(ids, len(ids), self.keeper.generation)
+        self.keeper.stats()
+
+    def end(self):
+        self.stopping.set()
+        self.seam.advance(1)
+        if self.task is not None:
+            assert not self.task.alive()
+        self.keeper.close()
+
+
+@pytest.fixture
+def heir(home):
+    one = Heir(home)
+    yield one
+    one.end()
+
+
+def orphan(home, rows=10, deployment="p", first=0, clock=None, size=0):
+    """Leave a store as a dead process would; return its path."""
+    options = {"clock": clock} if clock else {}
+    store = BufferStore(new_store_path(home), deployment=deployment, **options)
+    for start in range(first, first + rows, 5000):
+        store.append([("event", "t", b"%d" % number + b" " * size) for number in range(start, min(first + rows, start + 5000))])
+    store._connection.close()
+    store._lock.release()
+    return store.path
+
+
+def numbers(rows):
+    return [int(row) for row in rows]
+
+
+def killed(process):
+    path = process.stdout.readline().decode().split()[-1]
+    process.kill()
+    process.wait()
+    return Path(path)
+
+
+# -- whose
+
+
+def test_a_killed_process_is_inherited(process, home, heir):
+    """Rows, losses and commands of a SIGKILLed owner come over, at once; its file goes; the books balance."""
+    path = killed(process(OWNER, home, 1000, "p"))
+    heir.run(1.0)
+    assert numbers(heir.rows()) == list(range(37, 1000))
+    stats = heir.keeper.stats()
+    assert stats.lost == {"capacity": 30}
+    assert 7 + stats.rows + sum(stats.lost.values()) == 1000, "produced = acknowledged + buffered + lost"
+    assert stats.produced == stats.confirmed + stats.rows + sum(stats.lost.values())
+    assert heir.store.claim("done", 1e12).result == b"answer"
+    assert heir.store.claim("begun", 1e12).state == "started"
+    assert heir.store.claim("new", 1e12) is None
+    assert not path.exists()
+    assert not lock_of(path).exists()
+    assert heir.woken >= 2
+
+
+def test_testaments_are_read(home, heir):
+    """A command that died with its process is answered with its testament, one that was done with its answer."""
+    store = BufferStore(new_store_path(home), deployment="p")
+    store.claim("died", 1e12, b"testament")
+    store.claim("silent", 1e12)
+    store.answer("done", b"answer", 1e12)
+    store._connection.close()
+    store._lock.release()
+    heir.run(1.0)
+    results = {entry.key: entry.payload for entry in heir.store.drain(0, 9, 99, ("result",))}
+    assert results == {"died": b"testament", "done": b"answer"}
+    assert [heir.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == ["done", "started", "done"]
+    assert orphans(home, {heir.store.path}) == []
+
+
+def test_a_forked_child_does_not_keep_its_dead_parent_alive(process, home, heir):
+    """A child that lives on has the parent's descriptors, but not its lock."""
+    owner = process(OWNER, home, 100, "p", "fork")
+    child = int(owner.stdout.readline().split()[0])
+    try:
+        owner.kill()
+        owner.wait()
+        heir.run(1.0)
+        assert len(heir.rows()) == 63
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_living_owner_is_left_alone(process, home, heir):
+    """While its owner lives a store is not touched; the owner goes on writing; after its death it is adopted within a minute."""
+    owner = process(OWNER, home, 100, "p")
+    path = Path(owner.stdout.readline().decode().strip())
+    before = path.stat().st_ino
+    heir.run(100.0)
+    owner.stdin.write(b"\n")
+    assert int(owner.stdout.readline()) == 64
+    assert heir.rows() == []
+    assert path.stat().st_ino == before
+    owner.kill()
+    owner.wait()
+    heir.run(EVERY)
+    assert len(heir.rows()) == 64
+
+
+def test_another_deployments_rows_stay(home, heir):
+    """Another project's rows must not reach our brain: its file stays as it is, and is not opened again for a while."""
+    path = orphan(home, deployment="another")
+    before, claims, claim = path.read_bytes(), [], heir.loop._claim
+    heir.loop._claim = lambda found: claims.append(found) or claim(found)
+    heir.run(EVERY * 4)
+    assert heir.rows() == []
+    assert path.read_bytes() == before
+    assert claims.count(path) == 1
+    heir.run(REFUSED)
+    assert claims.count(path) == 2
+
+
+def test_stores_of_the_existing_agent_stay(home, heir):
+    """``buffer-*.sqlite`` is not ours: not opened, not locked, not renamed."""
+    home.parent.mkdir(mode=0o700)
+    theirs = home.parent / "buffer-123-0123456789ab.sqlite"
+    theirs.write_bytes(b"whatever is in there")
+    heir.run(EVERY * 2)
+    assert theirs.read_bytes() == b"whatever is in there"
+    assert not lock_of(theirs).exists()
+
+
+@pytest.mark.parametrize("how", ["link", "open", "directory", "garbage mark"])
+def test_files_that_are_not_safe_stay(home, heir, how):
+    """A link, a file that others may write, a directory, another program's database: nothing of it is adopted or removed."""
+    path = orphan(home)
+    if how == "link":
+        target = home.parent / "elsewhere"
+        path.rename(target)
+        path.symlink_to(target)
+    elif how == "open":
+        path.chmod(0o666)
+    elif how == "directory":
+        path.unlink()
+        path.mkdir()
+    else:
+        data = bytearray(path.read_bytes())
+        data[68:72] = b"none"
+        path.write_bytes(data)
+    heir.run(EVERY)
+    assert heir.rows() == []
+    assert os.path.lexists(path)
+
+
+def test_our_own_store_is_no_orphan(home, heir):
+    """A look at the directory does not touch the lock of the store that we own."""
+    heir.keeper.append([("event", "", b"1")])
+    heir.run(EVERY * 2)
+    assert numbers(heir.rows()) == [1]
+    assert heir.store.path in orphans(home, ())
+
+
+def test_a_directory_that_is_not_private_is_not_searched(home):
+    """Whoever may write the directory could put files there."""
+    orphan(home)
+    home.parent.chmod(0o777)
+    assert orphans(home, ()) == []
+
+
+def test_no_directory_is_no_orphan(tmp_path):
+    """Looking makes nothing."""
+    assert orphans(tmp_path / "nowhere" / "buffer", ()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+# -- how
+
+
+def test_rows_keep_their_age_and_attempts(home, heir):
+    """A row that was on the wire before, or waited for long, does not start over."""
+    path = orphan(home, 3, clock=lambda: 1000.0)
+    store = BufferStore(path, deployment="p")
+    store.increment_attempts([2])
+    store._connection.close()
+    store._lock.release()
+    heir.run()
+    found = heir.store.drain(0, 10, 100, ALL)
+    assert [(entry.created_at, entry.attempts) for entry in found] == [(1000.0, 0), (1000.0, 1), (1000.0, 0)]
+
+
+def test_several_files_the_oldest_first(home, heir):
+    """All orphans are adopted, the one that has waited longest first."""
+    for index in (2, 0, 1):
+        path = orphan(home, 5, first=index * 5)
+        os.utime(path, (1000 + index, 1000 + index))
+    heir.run()
+    assert numbers(heir.rows()) == list(range(15))
+
+
+def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
+    """No more than the window and a step is ever between a fresh event and the brain; the rest waits on the disk."""
+    path = orphan(home, 6000)
+    heir.run()
+    assert ENOUGH_ROWS <= len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
+    assert heir.keeper.adopting == 6000 - len(heir.rows())
+    heir.keeper.append([("event", "", b"-1")])
+    assert numbers(heir.rows()).index(-1) < ENOUGH_ROWS + STEP_ROWS
+    seen, turns = 0, 0
+    while len(heir.rows()):
+        seen += min(300, len(heir.rows()))
+        heir.acknowledge(300)
+        heir.seam.advance(0.5)
+        turns += 1
+        assert len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
+    assert seen == 6001
+    assert turns <= 22, "the brain never waited for rows"
+    assert heir.keeper.adopting == 0
+    assert not path.exists()
+
+
+def test_a_small_heir_takes_less(home):
+    """The heir's caps are for its own events: adopting fills a quarter of them and a step, and evicts nothing."""
+    orphan(home, 3000)
+    heir = Heir(home, max_rows=1000)
+    heir.run()
+    assert 250 <= len(heir.rows()) < 250 + STEP_ROWS
+    assert heir.keeper.stats().lost == {}
+    heir.end()
+
+
+def test_stopping_lets_the_rest_go(home):
+    """A clean stop in the middle leaves the rest to the next heir, who finds every row once."""
+    orphan(home, 4000)
+    first = Heir(home)
+    first.run()
+    first.end()
+    second = Heir(home)
+    second.run()
+    rows = []
+    while second.rows():
+        rows += numbers(second.rows())
+        second.acknowledge(5000)
+        second.seam.advance(1)
+    assert sorted(rows) == list(range(4000))
+    second.end()
+    assert list(home.parent.iterdir()) == []
+
+
+def test_nothing_moves_into_memory(home, heir):
+    """While our own disk fails, rows stay where they are safe."""
+    path = orphan(home, 10)
+    open_store, heir.keeper._open_store = heir.keeper._open_store, None
+
+    def refuse():
+        raise LocalStorageError("no disk")
+
+    heir.keeper._open_store = refuse
+    heir.keeper.append([("event", "", b"1")])
+    heir.run(3.0)
+    assert path.exists()
+    heir.keeper._open_store = open_store
+    heir.seam.advance(10)
+    heir.keeper.append([("event", "", b"1")])
+    heir.run(EVERY)
+    assert len(heir.rows()) == 12
+    assert not path.exists()
+
+
+def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
+    """It is renamed, said once, and only the newest such file is kept."""
+    for index in range(2):
+        path = orphan(home, 200, first=index)
+        path.write_bytes(b"no database at all" + bytes(9000))
+        heir.run(EVERY)
+    aside = [found.name for found in home.parent.iterdir() if ".corrupt-" in found.name]
+    assert len(aside) == 1
+    assert aside[0].startswith(path.name)
+    assert not path.exists()
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
+
+
+def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
+    """When the heir's own append fails, nothing leaves the orphan, the heir's keeper stays where it was, and it tries later."""
+    path = orphan(home, 10)
+    heir.keeper.append([("event", "", b"100")])
+    take_over = heir.store.take_over
+
+    def refuse(rows):
+        raise LocalStorageError("the disk is full")
+
+    heir.store.take_over = refuse
+    heir.run(3)
+    assert heir.keeper.durable
+    assert path.exists()
+    heir.store.take_over = take_over
+    heir.run(REFUSED + EVERY)
+    assert sorted(numbers(heir.rows())) == [*range(10), 100]
+
+
+def test_a_step_that_failed_is_finished_not_repeated(home, heir):
+    """When the orphan cannot delete what the heir has taken, no row is taken twice once it can."""
+    orphan(home, 700)
+    refusals, confirm = [3], BufferStore.confirm
+
+    def refuse(store, ids):
+        if store is not heir.store and refusals[0]:
+            refusals[0] -= 1
+            raise LocalStorageError("the disk is full")
+        return confirm(store, ids)
+
+    BufferStore.confirm = refuse
+    try:
+        heir.run(200)
+    finally:
+        BufferStore.confirm = confirm
+    assert refusals == [0]
+    assert numbers(heir.rows()) == list(range(700))
+
+
+def damage(path, first):
+    """Overwrite the pages between ``first`` (a fraction of the file) and the last few, which hold the counters."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for page in range(int(size * first) // 4096 * 4096, size - 8 * 4096, 4096):
+            file.seek(page)
+            file.write(os.urandom(4096))
+
+
+def test_rows_that_cannot_be_read_are_counted(home, heir):
+    """A damaged orphan is set aside; its counters, if they can be read, still tell how many rows that costs."""
+    path = orphan(home, 5000, size=1000)
+    damage(path, 0.5)
+    heir.run(1)
+    assert heir.keeper.stats().lost == {"corrupt": 5000}
+    assert not path.exists()
+
+
+def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
+    """What the orphan lost after it was claimed is counted too: every row is with the heir or among the losses."""
+    path = orphan(home, 5000, size=1000)
+    heir.run(1)
+    damage(path, 0.5)
+    for _ in range(20):
+        heir.acknowledge(5000)
+        heir.seam.advance(1)
+    stats = heir.keeper.stats()
+    assert 1000 <= stats.confirmed < 5000
+    assert stats.confirmed + stats.lost["corrupt"] == 5000
+    assert not path.exists()
+    assert any(f"{path.name}.corrupt-" in found.name for found in home.parent.iterdir())
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+
+
+# -- several heirs
+
+
+def test_two_heirs_never_share_a_file(process, home):
+    """Two processes look at the same time: every file goes to one of them, and every row arrives once."""
+    for index in range(12):
+        orphan(home, 200, first=index * 200)
+    heirs = [process(HEIR, home) for _ in range(2)]
+    for each in heirs:
+        assert each.stdout.readline() == b"ready\n"
+    for each in heirs:
+        each.stdin.write(b"go\n")
+    for each in heirs:
+        while each.stdout.readline() != b"end\n":
+            assert each.poll() is None
+    for each in heirs:
+        each.kill()
+        each.wait()
+    left = [BufferStore(path, deployment="p", create=False) for path in orphans(home, ())]
+    assert len(left) == 2
+    rows = [int(entry.payload) for store in left for entry in store.drain(0, 10**6, 1 << 40, ALL)]
+    assert sorted(rows) == list(range(2400))
+    for store in left:
+        store.close()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("trial", range(6))
+def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
+    """An heir dies at a random step: the next one finds every row, at most one step of them twice."""
+    orphan(home, 1500)
+    first = process(HEIR, home)
+    assert first.stdout.readline() == b"ready\n"
+    first.stdin.write(b"go\n")
+    for _ in range(random.Random(trial).randrange(1, 50)):
+        assert first.stdout.readline() == b"step\n"
+    first.kill()
+    first.wait()
+    second = Heir(home)
+    second.run()
+    rows = []
+    while second.rows():
+        rows += numbers(second.rows())
+        second.acknowledge(5000)
+        second.seam.advance(1)
+    assert set(rows) == set(range(1500))
+    assert len(rows) <= 1525
+    second.end()
+    assert list(home.parent.iterdir()) == []
+
+
+def test_the_loop_runs_in_this_mode(home, seam, until):
+    """The same off the hub of this mode: an orphan's rows are in our store, and the loop ends when told to."""
+    orphan(home, 700)
+    keeper = Keeper(lambda: BufferStore(new_store_path(home), deployment="p"), seam)
+    stopping = seam.event()
+    loop = AdoptLoop(str(home), lambda path: Orphan(path, "p", **CAPS), keeper, seam, int)
+    task = seam.spawn(loop.run, stopping, name="z4j-adopt")
+    until(lambda: keeper.stats().rows == 700)
+    stopping.set()
+    assert task.join(10)
+    keeper.close()

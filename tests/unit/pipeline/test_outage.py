@@ -1,0 +1,167 @@
+"""The brain is away for ten minutes of virtual time: the whole agent on the fake seam, with a real store."""
+
+import datetime as dt
+import json
+from itertools import pairwise
+from uuid import uuid4
+
+import pytest
+from z4j_core.models import Config, Event, EventKind
+from z4j_core.transport.frames import EventBatchAckFrame, EventBatchAckPayload
+from z4j_core.transport.framing import FrameSigner
+
+from tests.support.peer import SECRET, SECRET_TEXT
+from tests.support.virtual import FakeTransport
+from z4j_bare.agent import Agent
+from z4j_bare.concurrency import timeslice as slices
+from z4j_bare.concurrency.fake import FakeConcurrency
+from z4j_bare.errors import NetworkError
+from z4j_bare.framework import BareFrameworkAdapter
+from z4j_bare.settings import Settings
+from z4j_bare.wire.close_codes import JITTER, SCHEDULES
+
+pytestmark = pytest.mark.thorough
+
+#: Virtual seconds: when the brain goes and comes back, and between two events.
+GONE, BACK, GAP = 31.0, 631.0, 0.25
+
+
+class Brain:
+    """Takes sessions and acknowledges what they send, except while it is away."""
+
+    def __init__(self, seam):
+        self.seam = seam
+        self.away = False
+        self.attempts = []
+        self.sessions = []
+        self.heard = []
+
+    def transport(self):
+        made = FakeTransport(self.seam)
+        self.attempts.append(self.seam.now())
+        if self.away:
+            made.answer = NetworkError("connection refused")
+        else:
+            self._admit(made, f"session-{len(self.sessions)}")
+        return made
+
+    def go(self):
+        self.away = True
+        self.sessions[-1].broken = NetworkError("reset")
+        self.sessions[-1].inbox.append(NetworkError("reset"))
+
+    def frames(self, kind):
+        return [(when, frame["payload"]) for when, frame in self.heard if frame["type"] == kind]
+
+    def numbers(self):
+        return [event["data"]["number"] for _, payload in self.frames("event_batch") for event in payload["events"]]
+
+    def _admit(self, transport, session):
+        ids = {"agent_id": "agent", "project_id": "project", "session_id": session}
+        payload = {"protocol_version": "2", "brain_version": "1", "heartbeat_interval_seconds": 10, **ids}
+        transport.answer = json.dumps({"v": 2, "type": "hello_ack", "id": "h", "payload": payload}).encode()
+        signer = FrameSigner(secret=SECRET, **ids)
+
+        def heard(frame):
+            self.heard.append((self.seam.now(), frame))
+            if frame["type"] == "event_batch":
+                number = len(frame["payload"]["events"])
+                ack = EventBatchAckPayload(acked_id=frame["id"], received=number, accepted=number, rejected=0)
+                transport.inbox.append(signer.sign_and_serialize(EventBatchAckFrame(id="a", payload=ack)))
+
+        transport.heard = heard
+        self.sessions.append(transport)
+
+
+class Outage:
+    """An agent that records an event every ``GAP`` seconds, its brain, and the books at every second."""
+
+    def __init__(self, home, **caps):
+        self.seam = FakeConcurrency()
+        self.brain = Brain(self.seam)
+        config = Config(
+            brain_url="http://localhost", token="t" * 43, project_id="p", hmac_secret=SECRET_TEXT,
+            buffer_path=home / "buffer.sqlite", **caps,
+        )  # fmt: skip
+        self.agent = Agent(config, BareFrameworkAdapter(config), [], [], Settings(), self.seam)
+        self.agent.supervisor._transport = self.brain.transport
+        self.produced = 0
+        self.books = []
+        self.agent.start()
+        self._producer = self.seam.spawn(self._produce, name="producer")
+
+    def _produce(self):
+        while self.seam.now() < BACK + 60:
+            self.agent.record(an_event(self.produced))
+            self.produced += 1
+            self.seam.sleep(GAP)
+
+    def until(self, when):
+        """Let virtual time pass, and look at the books once a second."""
+        while self.seam.now() < when:
+            self.seam.advance(min(1.0, when - self.seam.now()))
+            buffer, stats = self.agent.keeper.stats(), self.agent.stats()
+            self.books.append(
+                (stats["produced"], stats["acked"] + buffer.rows + len(self.agent.ring) + sum(stats["lost"].values()), buffer)
+            )
+
+
+def an_event(number):
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC), data={"number": number, "text": "x" * 200},
+    )  # fmt: skip
+
+
+@pytest.fixture(
+    params=[{}, {"buffer_max_events": 1000}, {"buffer_max_bytes": 1_048_576}], ids=["uncapped", "rows", "bytes"]
+)
+def outage(request, tmp_path, monkeypatch):
+    """Ten minutes without a brain, and what came before and after."""
+    monkeypatch.setattr(slices, "SLICE", 1e9)  # in real seconds: a busy machine must not change virtual time
+    made = Outage(tmp_path, **request.param)
+    made.caps = request.param
+    made.until(GONE)
+    made.in_doubt = len(made.brain.numbers()) - made.agent.stats()["acked"]  # the brain has them, but not we its ack
+    made.brain.go()
+    made.until(BACK)
+    made.brain.away = False
+    made.until(BACK + 120)
+    yield made
+    made.agent.stop(5.0)
+
+
+def test_ten_minutes_without_a_brain(outage):
+    """Back-off keeps its schedule, heartbeats do not pile up, caps hold, the books balance, and the rest is delivered."""
+    brain, caps = outage.brain, outage.caps
+    assert all(produced == accounted for produced, accounted, _ in outage.books)
+    assert outage.books[-1][0] == outage.produced
+    lost = outage.agent.stats()["lost"]
+    if caps:
+        assert set(lost) == {"capacity"}
+        assert lost["capacity"] > 0
+    else:
+        assert lost == {}
+    assert max(buffer.rows for *_, buffer in outage.books) <= caps.get("buffer_max_events", 100_000)
+    assert max(buffer.bytes for *_, buffer in outage.books) <= caps.get("buffer_max_bytes", 2**28)
+    assert outage.books[-1][2].rows == 0
+
+    schedule = SCHEDULES["connection"]
+    tries = [when for when in brain.attempts if when >= GONE]
+    delays = [later - earlier for earlier, later in pairwise([GONE, *tries])]
+    for turn, delay in enumerate(delays):
+        due = min(schedule.longest, schedule.first * 2**turn)
+        assert due <= delay <= due * (1 + JITTER) + 0.01, f"attempt {turn}"
+    assert BACK <= tries[-1] <= BACK + schedule.longest * (1 + JITTER)
+    assert len(brain.sessions) == 2
+
+    beats = [when for when, _ in brain.frames("heartbeat")]
+    assert [when for when in beats if GONE < when < tries[-1]] == []
+    assert all(later - earlier >= 9.9 for earlier, later in pairwise(beats))
+    assert min(when for when in beats if when > GONE) - tries[-1] < 1
+
+    delivered = list(dict.fromkeys(brain.numbers()))  # what was on its way when the line broke came again
+    assert delivered == sorted(delivered)
+    counted_lost_but_there = len(delivered) - (outage.produced - sum(lost.values()))
+    assert 0 <= counted_lost_but_there <= (outage.in_doubt if caps else 0)
+    assert delivered[-1] == outage.produced - 1

@@ -1,0 +1,183 @@
+"""Every row of the brain's close-code and HTTP tables, through the whole agent: how it counts, how long it waits, what it says."""
+
+import json
+import logging
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.support.http_peer import HttpPeer
+from tests.support.peer import AGENT, PROJECT, SECRET_TEXT, TOKEN
+from z4j_bare import _process_singleton, install_agent
+
+#: Seconds of the first delay by class; up to 30 % are added by chance.
+FIRST = {"connection": 1, "protocol": 1, "auth": 10, "incompatible": 120, "crowded": 10}
+
+ONCE, WELCOMED = "instead of a welcome", "after the welcome"
+
+
+class StubEngine:
+    """An engine that can do nothing."""
+
+    name = "stub"
+
+    def capabilities(self):
+        return set()
+
+
+@pytest.fixture
+def install():
+    """``install(**options)``: a started agent; stopped at the end."""
+    made = []
+
+    def make(**options):
+        made.append(install_agent(engines=[StubEngine()], token=TOKEN, project_id="demo", hmac_secret=SECRET_TEXT, **options))
+        return made[-1]
+
+    yield make
+    for runtime in made:
+        runtime.stop(timeout=3)
+        _process_singleton.clear_runtime(expected=runtime)
+
+
+@pytest.fixture
+def first_failure(install, until, caplog):
+    """``first_failure(**options)``: start an agent; return class, text and delay of the first session that failed."""
+    caplog.set_level(logging.INFO, "z4j.runtime.supervisor")
+
+    def run(**options):
+        install(**options)
+        record = until(lambda: next((each for each in caplog.records if "no session" in each.getMessage()), None))
+        kind, error, delay = record.args
+        assert record.levelname == "WARNING"
+        return kind, str(error), delay
+
+    return run
+
+
+def check(failure, kind, named, wish=0.0):
+    """Compare a failure with what the table says of it."""
+    found, text, delay = failure
+    assert found == kind
+    assert named in text
+    assert max(wish, FIRST[kind]) <= delay <= max(wish, FIRST[kind] * 1.3)
+
+
+@pytest.fixture
+def http_peer(seam):
+    made = HttpPeer(seam)
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "kind", "named"),
+    [
+        (ONCE, 4400, "protocol", "could not read a frame"),
+        (ONCE, 4401, "auth", "Z4J_TOKEN (or Z4J_TOKEN_FILE)"),
+        (ONCE, 4403, "auth", "Z4J_AGENT_IP_ALLOWLIST"),
+        (ONCE, 4426, "incompatible", "upgrade z4j-bare or the brain"),
+        (ONCE, 4427, "incompatible", "upgrade z4j-bare or the brain"),
+        (ONCE, 4429, "crowded", "600 connections a minute"),
+        (ONCE, 1011, "connection", "failed on a frame"),
+        (ONCE, 1012, "connection", "restarting"),
+        (WELCOMED, 4002, "crowded", "another process said hello with this worker id"),
+        (WELCOMED, 4003, "auth", "mint a new Z4J_TOKEN"),
+        (WELCOMED, 4400, "protocol", "could not read a frame"),
+        (WELCOMED, 4403, "auth", "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE)"),
+        (WELCOMED, 4408, "connection", "no frame for too long"),
+        (WELCOMED, 4429, "crowded", "64 workers on one token"),
+        (WELCOMED, 1011, "connection", "failed on a frame"),
+        (WELCOMED, 1012, "connection", "restarting"),
+        (WELCOMED, 1001, "connection", "going away"),
+        (WELCOMED, 1000, "connection", "closed the session"),
+    ],
+)
+def test_close_codes(peer, first_failure, when, code, kind, named):
+    """Each close code, before and after the welcome, has its class, its delay and a text that says where to look."""
+
+    def greet(session):
+        if when == WELCOMED:
+            session.welcome()
+        session.close(code)
+
+    peer.greet = greet
+    check(first_failure(brain_url=peer.url, transport="ws"), kind, named)
+
+
+@pytest.mark.parametrize(("ahead", "way"), [(75, "behind"), (-75, "ahead of")])
+def test_a_clock_that_is_off(peer, first_failure, ahead, way):
+    """A signature refused by a brain whose welcome was stamped 75 s off is the clock's fault, and the text says how far."""
+
+    def greet(session):
+        payload = {"protocol_version": "2", "brain_version": "1", "agent_id": AGENT, "project_id": PROJECT, "session_id": session.id}
+        stamp = (datetime.now(UTC) + timedelta(seconds=ahead)).isoformat()
+        session.send(json.dumps({"v": 2, "type": "hello_ack", "id": "hack_1", "ts": stamp, "payload": payload}).encode())
+        session.close(4403)
+
+    peer.greet = greet
+    kind, text, _ = first_failure(brain_url=peer.url, transport="ws")
+    assert kind == "auth"
+    assert any(f"this host's clock is {seconds} s {way} the brain's" in text for seconds in (74, 75, 76))
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "kind", "named", "wish"),
+    [
+        (302, {"Location": "http://127.0.0.1:9/"}, "connection", "a redirect: set Z4J_BRAIN_URL", 0),
+        (401, {}, "auth", "Z4J_TOKEN", 0),
+        (403, {}, "auth", "Z4J_AGENT_IP_ALLOWLIST", 0),
+        (404, {}, "connection", "Z4J_BRAIN_URL", 0),
+        (429, {"Retry-After": "58"}, "crowded", "600 requests", 58),
+        (503, {"Retry-After": "7"}, "connection", "HTTP 503", 7),
+    ],
+)
+def test_refused_upgrades(peer, first_failure, status, headers, kind, named, wish):
+    """Each HTTP answer in place of an upgrade has its class and text, and a Retry-After is kept."""
+    peer.refuse = (status, headers)
+    check(first_failure(brain_url=peer.url, transport="ws"), kind, named, wish)
+
+
+PROBE, UPLOAD, POLL = "probe", "upload", "poll"
+ARCHIVED = b'{"error":"project_inactive","message":"project is archived","request_id":"r","details":{}}'
+DENIED = b'{"error":"ip_denied","message":"source not allowed","request_id":"r","details":{"surface":"agent"}}'
+INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+
+
+@pytest.mark.parametrize("where", [PROBE, UPLOAD, POLL])
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "kind", "named", "wish"),
+    [
+        (400, {}, b'{"error":"invalid_host"}', "connection", "Z4J_ALLOWED_HOSTS? (invalid_host)", 0),
+        (401, {}, b'{"detail":"invalid agent token"}', "auth", "Z4J_TOKEN (or Z4J_TOKEN_FILE)", 0),
+        (403, {}, ARCHIVED, "auth", "(project is archived)", 0),
+        (403, {}, DENIED, "auth", "(source not allowed)", 0),
+        (409, {}, INVALIDATED, "connection", "fresh session nonce", 0),
+        (422, {}, b'{"detail":[]}', "connection", "HTTP 422", 0),
+        (429, {"Retry-After": "58"}, b'{"detail":"too many requests"}', "crowded", "(too many requests)", 58),
+        (502, {}, b"<html>", "connection", "HTTP 502", 0),
+        (503, {"Retry-After": "7"}, b'{"detail":"at capacity"}', "connection", "(at capacity)", 7),
+    ],
+    ids=["400", "401", "403-archived", "403-address", "409", "422", "429", "502", "503"],
+)
+def test_http_statuses(http_peer, first_failure, where, status, headers, body, kind, named, wish):
+    """Each status of the long-poll routes, wherever it comes, has its class, its delay and the brain's own words."""
+    answer = http_peer.answer
+
+    def scripted(request):
+        here = UPLOAD if request.method == "POST" else PROBE if request.query.get("max_frames") == "0" else POLL
+        return (status, headers, body) if here == where else answer(request)
+
+    http_peer.answer = scripted
+    if (status, where) == (409, UPLOAD):  # a new nonce, well probed: then it is the signature that was refused
+        kind, named = "auth", "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree"
+    check(first_failure(brain_url=http_peer.url, transport="longpoll"), kind, named, wish)
+
+
+def test_a_body_too_large_ends_no_session(http_peer, install, until):
+    """413 is the one refusal that the session outlives: smaller bodies follow at once."""
+    http_peer.body_limit = 2048
+    runtime = install(brain_url=http_peer.url, transport="longpoll")
+    until(lambda: http_peer.frames("heartbeat"))
+    assert len(http_peer.sessions) == 1
+    assert runtime.stats()["last_error"] == ""

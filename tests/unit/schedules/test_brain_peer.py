@@ -1,0 +1,136 @@
+"""Schedules through the whole runtime, against a scripted brain, in the mode of this run."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.support.peer import SECRET_TEXT, TOKEN, Peer, PeerSession
+from tests.support.streams import KEY, StreamBrain, StubScheduler, schedule
+from z4j_bare import _process_singleton, install_agent
+from z4j_bare.pipeline import receive, send
+from z4j_bare.wire import close_codes as policy
+
+
+class Awaiting(StubScheduler):
+    """A scheduler whose calls need a loop, as those of the real adapters do."""
+
+    async def list_schedules(self):
+        await asyncio.sleep(0.01)
+        return await super().list_schedules()
+
+    async def get_schedule(self, identity):
+        await asyncio.sleep(0.01)
+        return await super().get_schedule(identity)
+
+
+@pytest.fixture
+def scheduler():
+    return Awaiting(schedule("hourly"), *(schedule(f"n{number}", kwargs={"filler": "x" * 500}) for number in range(400)))
+
+
+@pytest.fixture
+def peer(seam, monkeypatch):
+    """A peer that grants an epoch in each session, as the brain does; everything in hundredths of a second."""
+    for kind in list(policy.SCHEDULES):
+        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(send, "QUIET", 0.05)
+    monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
+    made = Peer(seam)
+    made.brain, made.heard_events = StreamBrain(), 0
+
+    def greet(session):
+        session.welcome()
+        made.brain.activation = session.command("schedule.external.activate", made.brain.grant(), target={"type": "scheduler", "scheduler": "beat"})
+
+    made.greet = greet
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def runtime(peer, scheduler, monkeypatch):
+    """An agent with nothing but a scheduler."""
+    monkeypatch.setenv("Z4J_FLUSH_SECONDS", "0.5")
+    made = install_agent(engines=[], schedulers=[scheduler], brain_url=peer.url, token=TOKEN, project_id="demo", hmac_secret=SECRET_TEXT)
+    yield made
+    made.stop(timeout=3)
+    _process_singleton.clear_runtime(expected=made)
+
+
+def told(peer):
+    """Hand what arrived to the brain's model; return the reasons of all snapshots so far."""
+    events = peer.events()
+    for event in events[peer.heard_events :]:
+        peer.brain.hear(json.loads(json.dumps(event)))
+    peer.heard_events = len(events)
+    return peer.brain.told
+
+
+def answer(peer, identity):
+    return next((frame.payload for frame in peer.frames("command_result") if frame.id == identity), None)
+
+
+def test_the_life_of_a_stream(runtime, peer, scheduler, until):
+    """Hello offers the protocol; activation, signal, control and mutation are told in order, and no legacy event ever is."""
+    until(lambda: told(peer) == ["activation"])
+    hello = peer.sessions[0].hello.payload
+    assert (hello.schedulers, "external_schedule_protocol_v1" in hello.runtime_features) == (["beat"], True)
+    assert "external_schedule_stable_snapshot_v1" in hello.capabilities["beat"]
+    assert len(peer.brain.rows) == 401
+    result = until(lambda: answer(peer, peer.brain.activation))
+    assert (result.status, result.result["schedule_count"], result.result["sequence"]) == ("success", 401, 1)
+
+    scheduler.kept["id:new"] = schedule("new")
+    until(lambda: scheduler.sink)("created", scheduler.kept["id:new"])
+    until(lambda: told(peer) == ["activation", "signal"])
+    assert "id:new" in peer.brain.rows
+
+    session = peer.last
+    control = session.command("schedule.external.control", peer.brain.control(KEY, on=False), token="c")
+    assert until(lambda: answer(peer, control)).status == "success"
+    assert told(peer)[-1] == "external-control", "told before it was answered"
+    mutation = session.command("schedule.external.mutate", peer.brain.mutation("delete", KEY), token="m")
+    result = until(lambda: answer(peer, mutation))
+    assert (result.status, result.delivery_claim_token) == ("success", "m")
+    assert told(peer)[-1].startswith("native-mutation:")
+    assert KEY not in peer.brain.rows
+    until(lambda: runtime.buffer_size() == 0)
+    assert peer.mishaps == []
+    assert runtime.stats()["acked"] == 0
+
+
+def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
+    """What the old session did not take is not held against the new one, which begins with a whole snapshot."""
+    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
+    peer.acks = "none"
+    scheduler.sink("updated", None)
+    until(lambda: len(told(peer)) == 2)
+    peer.acks = "all"
+    peer.last.drop()
+    until(lambda: len(peer.sessions) >= 2 and len(told(peer)) == 3)
+    assert peer.brain.told == ["activation", "signal", "activation"]
+    until(lambda: runtime.buffer_size() == 0)
+    assert peer.brain.ignored >= 1
+    assert peer.mishaps == []
+
+
+def test_a_session_without_an_epoch(runtime, peer, scheduler, until):
+    """A session in which the brain does not ask for the schedules hears nothing of them, whatever the one before was told."""
+    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
+    peer.greet = PeerSession.welcome
+    peer.last.drop()
+    until(lambda: len(peer.sessions) >= 2 and peer.last and peer.last.frames)
+    scheduler.sink("updated", None)
+    identity = peer.last.command("schedule.resync")
+    assert until(lambda: answer(peer, identity)).result["schedulers_drained"] == 0
+    until(lambda: runtime.buffer_size() == 0)
+    assert told(peer) == ["activation"]
+
+
+def test_stopping_unhooks_the_scheduler(runtime, peer, scheduler, until):
+    """After a stop the scheduler's signals reach nobody."""
+    until(lambda: told(peer) and scheduler.sink)
+    runtime.stop(timeout=5)
+    assert scheduler.sink is None

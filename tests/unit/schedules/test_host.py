@@ -1,0 +1,108 @@
+"""One scheduler adapter, hosted: what it says, what it cannot, how long it may take."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from tests.support.streams import CONFIG, KEY, StubScheduler, schedule
+from z4j_bare.errors import CommandError
+from z4j_bare.interfaces import ISchedulerHost
+from z4j_bare.schedules.host import SchedulerHost
+
+
+class Slow(StubScheduler):
+    """An adapter whose list needs a loop, and takes its time."""
+
+    seconds = 0.01
+
+    async def list_schedules(self):
+        await asyncio.sleep(self.seconds)
+        return await super().list_schedules()
+
+
+@pytest.fixture
+def hosted(bridge):
+    return lambda scheduler: SchedulerHost(scheduler, bridge, CONFIG)
+
+
+def test_it_keeps_its_contract(hosted):
+    """The host keeps ISchedulerHost."""
+    assert verifyObject(ISchedulerHost, hosted(StubScheduler()))
+
+
+def test_it_lists_and_acts(hosted):
+    """Coroutines with and without an await return what they return, in any mode."""
+    host = hosted(Slow(schedule("hourly")))
+    assert [each.name for each in host.schedules(30)] == ["hourly"]
+    assert host.schedule(KEY, 30).name == "hourly"
+    assert host.schedule("none", 30) is None
+    assert host.invoke("disable_schedule", KEY, timeout=30).status == "success"
+
+
+def test_it_takes_no_longer(hosted):
+    """A list that hangs is a time-out, and the host lists again afterwards."""
+    scheduler = Slow(schedule("hourly"))
+    host = hosted(scheduler)
+    scheduler.seconds = 60
+    with pytest.raises(TimeoutError):
+        host.schedules(0.05)
+    scheduler.seconds = 0
+    assert len(host.schedules(30)) == 1
+
+
+def test_it_passes_on_what_an_adapter_raises(hosted):
+    """An error of the adapter's is the caller's, and a method that it has not is a refusal."""
+    scheduler = StubScheduler()
+    scheduler.failure = OSError("no database")
+    with pytest.raises(OSError, match="no database"):
+        hosted(scheduler).schedules(30)
+    with pytest.raises(CommandError, match="beat does not support pause"):
+        hosted(scheduler).invoke("pause", timeout=1)
+
+
+def test_signals_ring(hosted):
+    """Whatever the adapter's signals say, the host only rings; after a disconnect there are none."""
+    rings = []
+    host = hosted(scheduler := StubScheduler())
+    host.connect(lambda: rings.append(1))
+    scheduler.sink("created", object())
+    scheduler.sink("deleted", None)
+    assert len(rings) == 2
+    host.disconnect()
+    assert scheduler.sink is None
+
+
+def test_an_adapter_that_fails_to_connect(hosted, caplog):
+    """An adapter that cannot connect, disconnect or tell what it can is a warning, and stays usable."""
+    scheduler = StubScheduler(schedule("hourly"))
+    host = hosted(scheduler)
+    assert "list" in host.capabilities()
+    for name in ("connect_signals", "disconnect_signals", "capabilities"):
+        setattr(scheduler, name, lambda *_: 1 / 0)
+    host.connect(lambda: None)
+    host.disconnect()
+    assert "list" in host.capabilities(), "what it said last"
+    assert len(host.schedules(30)) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "z4j: beat did not connect; its changes are noticed later",
+        "z4j: beat did not disconnect",
+    ]
+
+
+def test_an_adapter_with_nothing(hosted, caplog):
+    """One without signals is polled, one that tells no capability has none."""
+    host = hosted(SimpleNamespace(name="bare"))
+    host.connect(lambda: None)
+    host.disconnect()
+    assert host.capabilities() == []
+    assert caplog.records == []
+
+
+def test_redaction_obeys_the_operator(bridge):
+    """The operator's own patterns hide more; the brain's defaults are always on."""
+    config = SimpleNamespace(redaction_extra_key_patterns=("shoe_size",), redaction_extra_value_patterns=(), max_payload_bytes=100)
+    host = SchedulerHost(StubScheduler(), bridge, config)
+    assert host.redactor.scrub({"shoe_size": 1, "token": 2}) == {"shoe_size": "[REDACTED]", "token": "[REDACTED]"}
+    assert len(host.redactor.scrub("x" * 5000)) < 200

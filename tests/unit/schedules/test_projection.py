@@ -1,0 +1,125 @@
+"""Rows, frames and digests: exactly what z4j_core defines, whatever stands in a schedule."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
+
+from tests.support.streams import StreamBrain, schedule
+from z4j_bare.errors import CommandError
+from z4j_bare.events.redaction import Redactor
+from z4j_bare.schedules import projection
+from z4j_bare.schedules.host import LONGEST_TEXT
+from z4j_bare.schedules.projection import Authority
+
+REDACTOR = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=LONGEST_TEXT)))
+
+#: Names and texts that the brain's rules would hide, among any others.
+SECRETS = st.sampled_from(["a@example.com", "token", "password", "postgres://u:p@h/db", "x" * 9000, "[REDACTED]", '"schedules":[', "\u2028é"])
+TEXTS = st.one_of(st.text(max_size=20), SECRETS)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)
+NAMES = st.one_of(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30), st.just("for a@example.com")).filter(str.strip)
+
+
+def row(each):
+    return projection.row_of(each, "beat", REDACTOR)
+
+
+def granted():
+    brain = StreamBrain()
+    return brain, Authority.of(brain.grant(), "beat")
+
+
+def told(brain, authority, rows, sequence=1):
+    events = [json.loads(event) for event in projection.snapshot(authority, sequence, projection.ordered(rows), "test", lambda: None)]
+    for event in events:
+        brain.hear(event)
+    return events
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(NAMES.map(str.strip), st.tuples(st.lists(VALUES, max_size=3), st.dictionaries(TEXTS, VALUES, max_size=3)), max_size=5))
+def test_any_schedules_arrive(wanted):
+    """Whatever names and arguments schedules have, the brain takes the snapshot, and knows each by a key of its own."""
+    brain, authority = granted()
+    rows = [row(schedule(name).model_copy(update={"args": args, "kwargs": kwargs})) for name, (args, kwargs) in wanted.items()]
+    told(brain, authority, rows)
+    assert len(brain.rows) == len(wanted)
+    assert brain.told == ["test"]
+
+
+@settings(max_examples=30)
+@given(NAMES, st.lists(VALUES, max_size=3))
+def test_a_control_projection_arrives(name, args):
+    """The one row of a control projection has the digest that z4j_core computes."""
+    brain, authority = granted()
+    known = row(schedule(name).model_copy(update={"args": args}))
+    told(brain, authority, [known])
+    brain.hear(json.loads(projection.control(authority, 2, known, "operation", "external-control")))
+    assert brain.sequence == 2
+
+
+def test_large_snapshots_come_in_frames(monkeypatch):
+    """Rows are divided into frames of bounded size, in the order of their keys, with one terminal frame behind them."""
+    brain, authority = granted()
+    rows = [row(schedule(f"n{number}", kwargs={"filler": "x" * 900})) for number in range(300)]
+    events = told(brain, authority, rows)
+    frames = [event["data"]["external_snapshot_frame"] for event in events]
+    assert [frame["frame_kind"] for frame in frames] == ["rows"] * (len(frames) - 1) + ["terminal"]
+    assert len(frames) > 4
+    assert max(len(json.dumps(event)) for event in events) < 128 * 1024
+    assert len(brain.rows) == 300
+
+
+def test_no_schedules_are_a_snapshot_too():
+    """An empty list is one terminal frame: everything was deleted."""
+    brain, authority = granted()
+    (event,) = told(brain, authority, [])
+    assert event["data"]["external_snapshot_frame"]["frame_count"] == 0
+
+
+def test_what_the_brain_would_hide_is_hidden_before():
+    """Secrets in arguments leave redacted; a schedule whose own name would be swallowed is known by a digest of it."""
+    found = row(schedule("for a@example.com", external_id=None, kwargs={"api_key": "k", "x": 1}))
+    assert found.fields["kwargs"] == {"api_key": "[REDACTED]", "x": 1}
+    assert found.key == found.fields["name"]
+    assert found.key.startswith("redacted-")
+    assert found.native == "for a@example.com"
+    assert found.source["kwargs"] == {"api_key": "k", "x": 1}
+    assert b"example.com" not in found.encoded
+
+
+def test_arguments_that_are_no_json():
+    """Foreign objects in arguments become text instead of spoiling the snapshot of all the others."""
+    brain, authority = granted()
+    odd = schedule("odd").model_copy(update={"args": [object, {1, 2}, float("nan")], "last_run_at": datetime(2026, 1, 1, tzinfo=UTC)})
+    told(brain, authority, [row(odd)])
+    assert brain.rows["id:odd"]["args"] == ["<class 'object'>", [1, 2], "nan"]
+    assert brain.rows["id:odd"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
+
+
+def test_what_cannot_be_told():
+    """Two schedules of one key, a row beyond the brain's frame, and an object that is no schedule are errors."""
+    with pytest.raises(ValueError, match="two schedules have the key id:a"):
+        projection.ordered([row(schedule("a")), row(schedule("b")), row(schedule("a"))])
+    with pytest.raises(ValueError, match="over the limit"):
+        row(schedule("large", args=["x" * 7000] * 100))
+    with pytest.raises(ValueError, match="int is no schedule"):
+        row(3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stream_id": ""}, {"epoch_uuid": None}, {"epoch_number": 0}, {"epoch_number": True}, {"epoch_number": "1"}, {"adapter_instance_id": 3}, {"source_scope": "{}"}],
+)
+def test_an_authority_is_read_with_care(changes):
+    """Parameters that name no stream, epoch or scope are refused as such."""
+    with pytest.raises(CommandError):
+        Authority.of({**StreamBrain().grant(), **changes}, "beat")

@@ -1,0 +1,823 @@
+"""The whole runtime against a scripted brain, in the mode of this run."""
+
+import json
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import pytest
+from z4j_core.models import CommandResult, Event, EventKind
+from z4j_core.transport.frames import CommandFrame, CommandPayload
+from z4j_core.transport.framing import FrameSigner
+
+from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, TOKEN, Peer
+from z4j_bare import RuntimeState, _process_singleton, install_agent
+from z4j_bare.pipeline import receive, send
+from z4j_bare.transport import websocket
+from z4j_bare.wire import close_codes as policy
+
+#: Seconds under which something counts as not having hung; never a measure of speed.
+HANG = 15.0
+
+
+class StubEngine:
+    """An engine that keeps what it was asked for."""
+
+    name = "stub"
+
+    def __init__(self, seam):
+        self.calls = []
+        self.release = seam.event()
+        self._seam = seam
+
+    def capabilities(self):
+        return {"retry_task", "cancel_task", "submit_task"}
+
+    async def retry_task(self, task_id, **_options):
+        self.calls.append(task_id)
+        return CommandResult(status="success", result={"again": task_id})
+
+    async def cancel_task(self, task_id):
+        self.calls.append(task_id)
+        self.release.wait(HANG)
+        return CommandResult(status="success")
+
+    async def submit_task(self, name, **_options):
+        self.calls.append(name)
+        raise ValueError(name)
+
+
+def an_event(number=0, **data):
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED, occurred_at=datetime.now(UTC), data={"number": number, **data}
+    )
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Everything in hundredths of a second: the schedules and intervals themselves have their own tests."""
+    for kind in list(policy.SCHEDULES):
+        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
+    monkeypatch.setenv("Z4J_FLUSH_INTERVAL_SECONDS", "0.02")
+    monkeypatch.setenv("Z4J_FLUSH_SECONDS", "0.5")
+
+
+@pytest.fixture
+def engine(seam):
+    made = StubEngine(seam)
+    yield made
+    made.release.set()
+
+
+@pytest.fixture
+def install(peer, engine):
+    """``install(**changes)``: a started agent whose brain is the peer; stopped at the end."""
+    made = []
+
+    def make(**changes):
+        options = {"engines": [engine], "brain_url": peer.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        made.append(install_agent(**{**options, **changes}))
+        return made[-1]
+
+    yield make
+    engine.release.set()
+    for runtime in made:
+        runtime.stop(timeout=3)
+        _process_singleton.clear_runtime(expected=runtime)
+
+
+@pytest.fixture
+def runtime(install, peer, until):
+    """An agent with a session."""
+    made = install()
+    until(lambda: peer.last and peer.last.frames and made.supervisor_state()["session_id"])
+    return made
+
+
+def settled(runtime):
+    """Whether everything produced has been accounted for, and nothing waits any more."""
+    runtime._agent.keeper.stats()
+    stats = runtime.stats()
+    return stats["produced"] == stats["acked"] + stats["buffered"] + sum(stats["lost"].values()) and not stats["buffered"]
+
+
+def test_introduces_itself(install, peer, until, mode):
+    """The upgrade carries the token, the hello says who this is, and the first heartbeat follows at once."""
+    runtime = install(agent_name="web-1")
+    beat = until(lambda: peer.frames("heartbeat"))[0]
+    session = peer.sessions[0]
+    assert session.path == "/ws/agent"
+    assert session.headers["authorization"] == f"Bearer {TOKEN}"
+    assert "origin" not in session.headers
+    hello = session.hello.payload
+    assert (hello.framework, hello.engines, hello.host) == ("bare", ["stub"], {"name": "web-1"})
+    assert hello.capabilities == {"stub": ["cancel_task", "retry_task", "submit_task"]}
+    assert (hello.worker_pid, hello.worker_id.split("-")[1]) == (os.getpid(), str(os.getpid()))
+    assert beat.payload.adapter_health["z4j.concurrency"] == mode
+    assert runtime.state is RuntimeState.RUNNING
+    assert runtime.supervisor_state()["session_id"] == session.id
+    assert runtime.stats()["session_id"] == session.id
+
+
+def test_heartbeats_at_the_brains_pace(install, peer, until):
+    """Heartbeats come at the interval that hello_ack names, numbered without a gap."""
+    peer.heartbeat = 1
+    install()
+    until(lambda: len(peer.frames("heartbeat")) >= 3)
+    assert [frame.seq for frame in peer.sessions[0].frames] == list(range(1, len(peer.sessions[0].frames) + 1))
+    assert peer.mishaps == []
+
+
+def test_the_agent_reports_on_itself(install, peer, until):
+    """The first heartbeat of a session is followed by an ``agent_status`` that names the engine and the losses."""
+    install()
+    status = until(lambda: peer.frames("agent_status"))[0].payload
+    assert (status.engines, status.connection_failure_streak) == (["stub"], 0)
+    assert status.telemetry_loss.event_records == 0
+    assert status.last_successful_connect_at
+
+
+def test_no_report_when_it_is_switched_off(install, peer, until, monkeypatch):
+    """With ``Z4J_AGENT_STATUS_DISABLED`` heartbeats go on and no ``agent_status`` is sent."""
+    monkeypatch.setenv("Z4J_AGENT_STATUS_DISABLED", "1")
+    peer.heartbeat = 1
+    install()
+    until(lambda: len(peer.frames("heartbeat")) >= 2)
+    assert peer.frames("agent_status") == []
+
+
+def test_no_heartbeat_keeps_the_session_alive(install, peer, until, monkeypatch):
+    """With Z4J_HEARTBEAT off an empty batch stands in, because the brain closes a session that is silent for 90 s."""
+    monkeypatch.setenv("Z4J_HEARTBEAT", "off")
+    install()
+    assert until(lambda: peer.frames("event_batch"))[0].payload.events == []
+    assert peer.frames("heartbeat") == []
+
+
+def test_events_are_delivered_and_deleted(runtime, peer, until):
+    """Every recorded event arrives once, in order, and leaves the buffer with the brain's ack."""
+    events = [an_event(number) for number in range(1300)]
+    for event in events:
+        runtime.record_event(event)
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 1300)
+    assert [event["id"] for event in peer.events()] == [str(event.id) for event in events]
+    assert max(len(frame.payload.events) for frame in peer.frames("event_batch")) <= 500
+    assert runtime.buffer_size() == 0
+
+
+def test_late_acks_do_not_cause_replays(install, peer, until):
+    """Acks that come late delete what they are for; nothing is sent twice in the meantime."""
+    peer.acks = 0.3
+    runtime = install()
+    for number in range(600):
+        runtime.record_event(an_event(number))
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 600)
+    assert [event["data"]["number"] for event in peer.events()] == list(range(600))
+
+
+def test_large_events(runtime, peer, until):
+    """Events of 100 kB each travel in frames of bounded size, whole and in order."""
+    for number in range(6):
+        runtime.record_event(an_event(number, result="x" * 100_000))
+    until(lambda: len(peer.events()) == 6)
+    assert [len(event["data"]["result"]) for event in peer.events()] == [100_000] * 6
+    assert all(len(frame.payload.events) == 1 for frame in peer.frames("event_batch") if frame.payload.events)
+
+
+def test_a_small_frame_limit_is_obeyed(install, peer, until):
+    """An event over the brain's own frame limit is cut and marked, instead of closing session after session."""
+    peer.max_frame = 20_000
+    runtime = install()
+    runtime.record_event(an_event(1, result="x" * 100_000))
+    runtime.record_event(an_event(2))
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 2)
+    first, second = peer.events()
+    assert "bytes cut" in first["data"]["result"]
+    assert second["data"]["number"] == 2
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1009, 1011, 1012, 4002, 4003, 4400, 4401, 4403, 4408, 4426, 4427, 4429])
+def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
+    """Whatever code ends the session is told apart, and the next one gets the events with the same id and time."""
+    peer.acks = "none"
+    runtime = install()
+    event = an_event(7)
+    runtime.record_event(event)
+    until(lambda: len(peer.events()) == 1)
+    peer.acks = "all"
+    peer.last.close(code, "as scripted")
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 1)
+    assert {(sent["id"], sent["occurred_at"]) for sent in peer.events()} == {(str(event.id), event.occurred_at.isoformat())}
+    assert runtime.stats()["restarts"] == {}
+    assert peer.mishaps == []
+    assert f"no session ({policy.failure_class(policy.closed(code))})" in caplog.text
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("code", [1011, 4400, 4403])
+def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code):
+    """An event that ends every session it is sent in is found, dropped, counted and named; all others arrive."""
+    events = [an_event(number) for number in range(600)]
+    bad, heard = str(events[77].id), peer.heard
+
+    def picky(session, frame):
+        if frame.type == "event_batch" and any(event["id"] == bad for event in frame.payload.events):
+            session.close(code)
+        else:
+            heard(session, frame)
+
+    peer.heard = picky
+    runtime = install()
+    until(lambda: peer.last)
+    for event in events:
+        runtime.record_event(event)
+    until(lambda: settled(runtime) and runtime.stats()["acked"] == 599)
+    assert runtime.stats()["lost"] == {"poison": 1}
+    assert {event["data"]["number"] for event in peer.events()} == set(range(600))
+    assert len(peer.sessions) <= 8
+    assert "dropped what the brain cannot take: a 'task.succeeded' of 'stub', task 't-77'" in caplog.text
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_a_displaced_process_goes_on_under_another_worker_id(install, peer, until):
+    """Who is told that another process took its place does not take it back: the next hello has a worker id of its own."""
+    install()
+    first = until(lambda: peer.last)
+    first.close(4002)
+    second = until(lambda: peer.last is not first and peer.last)
+    old, new = first.hello.payload.worker_id, second.hello.payload.worker_id
+    assert new.startswith(f"{old}-")
+    second.close(1012)
+    third = until(lambda: peer.last is not second and peer.last)
+    assert third.hello.payload.worker_id == new
+
+
+def test_comes_back_after_a_reset(runtime, peer, until):
+    """A line that breaks without a word is replaced."""
+    first = peer.last
+    first.drop()
+    until(lambda: peer.last and peer.last is not first)
+
+
+def test_comes_back_after_a_half_open_line(install, peer, until, monkeypatch):
+    """A peer that neither reads nor answers any more is pinged, given up and replaced."""
+    monkeypatch.setattr(websocket, "PING_AFTER", 0.2)
+    monkeypatch.setattr(websocket, "DEAD_AFTER", 0.6)
+    install()
+    first = until(lambda: peer.last)
+    first.stalled = True
+    until(lambda: peer.last and peer.last is not first)
+
+
+def test_an_idle_line_is_kept(install, peer, until, monkeypatch):
+    """A quiet peer that answers pings keeps its session."""
+    monkeypatch.setattr(websocket, "PING_AFTER", 0.1)
+    monkeypatch.setattr(websocket, "DEAD_AFTER", 5.0)
+    install()
+    until(lambda: peer.last and peer.last.pings >= 2)
+    assert len(peer.sessions) == 1
+
+
+def test_answers_pings(runtime, peer, until):
+    """The brain's pings are answered, or it would drop the line after a minute."""
+    peer.last.send(b"are you there", PING)
+    until(lambda: peer.last.pongs)
+
+
+@pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 502, 503])
+def test_refused_upgrades_are_retried(install, peer, until, status):
+    """An HTTP refusal of any kind is an error to come back from, and tells the operator what it was."""
+    peer.refuse = (status, {"Location": peer.url.replace("http", "ws")})
+    runtime = install(transport="ws")
+    until(lambda: len(peer.sessions) >= 2)
+    assert runtime.state is RuntimeState.RUNNING
+    named = {401: "Z4J_TOKEN", 403: "archived"}.get(status, f"HTTP {status}")
+    until(lambda: named in runtime.stats()["last_error"])
+    peer.refuse = None
+    until(lambda: peer.last)
+
+
+def test_redirects_are_not_followed(install, peer, seam, until):
+    """The token goes to the configured brain and nowhere else, whatever that one answers."""
+    elsewhere = Peer(seam)
+    try:
+        peer.refuse = (302, {"Location": elsewhere.url.replace("http", "ws") + "/ws/agent"})
+        install()
+        until(lambda: len(peer.sessions) >= 3)
+        assert elsewhere.sessions == []
+    finally:
+        elsewhere.stop()
+
+
+def test_retry_after_is_honoured(install, peer, until, monkeypatch):
+    """A refusal that says how long to wait is not asked again before that."""
+    monkeypatch.setitem(policy.SCHEDULES, "incompatible", policy.Schedule(120, 3600))  # the bound on what a server may wish
+    peer.refuse = (429, {"Retry-After": "3000"})
+    runtime = install()
+    until(lambda: runtime.stats()["last_error"])
+    first = len(peer.sessions)
+    peer.refuse = None
+    with pytest.raises(AssertionError):
+        until(lambda: len(peer.sessions) > first, seconds=0.5)
+
+
+def test_the_host_s_first_task_is_heard(install, engine, seam):
+    """``start()`` returns with an adapter connected that takes its time, and without one that hangs."""
+    connected = []
+
+    def connect_signals():
+        seam.sleep(0.1)
+        connected.append(1)
+        engine.release.wait(HANG)
+
+    engine.connect_signals = connect_signals
+    install()
+    assert (connected, engine.release.is_set()) == ([1], False)
+
+
+def test_starts_without_a_brain(install, seam, until, engine):
+    """start() returns at once with nobody listening, events wait, and the brain gets them when it comes up."""
+    early = Peer(seam)
+    early.stop()
+    runtime = install(brain_url=early.url)
+    runtime.record_event(an_event(1))
+    until(lambda: runtime.stats()["last_error"])
+    assert runtime.state is RuntimeState.RUNNING
+    assert runtime.supervisor_state()["connection_error_count"] >= 1
+    until(lambda: runtime.stats()["stored"] == 1)
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        lambda session: session.send(b"not json at all"),
+        lambda session: session.send(b'{"v":2,"type":"heartbeat","id":"x","payload":{}}'),
+        lambda session: session.welcome(protocol_version="3"),
+        lambda session: session.welcome(heartbeat_interval_seconds=0),
+        lambda session: session.send(b"", CLOSE),
+        lambda session: session.send(b"\x00" * 70_000, TEXT),
+        lambda session: session.send_raw(b"\xff\xff\xff\xff\xff\xff"),
+        lambda session: session.drop(),
+        lambda session: None,
+    ],
+    ids=["no-json", "no-ack", "protocol-3", "bad-interval", "bare-close", "zeros", "bad-opcode", "hang-up", "silence"],
+)
+def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting):
+    """Whatever the brain says instead of hello_ack, the agent comes back and no loop dies."""
+    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.5)
+    peer.greet = greeting
+    runtime = install()
+    until(lambda: len(peer.sessions) >= 2)
+    peer.greet = type(peer.sessions[0]).welcome
+    until(lambda: peer.last and peer.last.frames)
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
+    """Ack first, then a result, both under the command's id and with the delivery token; a redelivery gets both again."""
+    session, token = peer.last, str(uuid4())
+    identity = session.command("retry_task", {"task_id": "t-9"}, token=token)
+    result = until(lambda: session.of("command_result"))[0]
+    assert [frame.type for frame in session.frames if frame.id == identity] == ["command_ack", "command_result"]
+    assert session.of("command_ack")[0].payload.delivery_claim_token == token
+    assert result.payload.delivery_claim_token == token
+    assert (result.payload.status, result.payload.result, result.payload.error) == ("success", {"again": "t-9"}, None)
+    session.command("retry_task", {"task_id": "t-9"}, token=token, identity=identity)
+    until(lambda: len(session.of("command_ack")) == 2 and len(session.of("command_result")) == 2)
+    session.close(1012)
+    until(lambda: peer.last and peer.last is not session)
+    peer.last.command("retry_task", {"task_id": "t-9"}, identity=identity)
+    until(lambda: peer.last.of("command_ack") and peer.last.of("command_result"))
+    assert all(frame.payload == result.payload for frame in peer.frames("command_result"))
+    assert engine.calls == ["t-9"]
+
+
+def test_a_receipt_follows_a_result(runtime, peer, until):
+    """A result has no ack of its own, so an empty batch follows it; with that one's ack the result leaves the buffer."""
+    session = peer.last
+    session.command("retry_task", {"task_id": "t-1"})
+    until(lambda: session.of("command_result"))
+    batch = until(lambda: session.of("event_batch"))[-1]
+    assert batch.payload.events == []
+    assert batch.seq > session.of("command_result")[0].seq
+    until(lambda: runtime.buffer_size() == 0 and runtime.stats()["stored"] == 0)
+
+
+def test_commands_do_not_spoil_the_books(runtime, peer, until):
+    """Results are no events: produced equals acknowledged + buffered + lost with commands in between."""
+    for number in range(5):
+        peer.last.command("retry_task", {"task_id": f"t-{number}"})
+    for number in range(20):
+        runtime.record_event(an_event(number))
+    until(lambda: len(peer.frames("command_result")) == 5 and len(peer.events()) == 20)
+    until(lambda: settled(runtime))
+    assert runtime.stats()["acked"] == 20
+
+
+def test_a_result_outlives_its_session(runtime, peer, engine, until):
+    """A result that is ready only after the line broke is delivered in the next session."""
+    identity = peer.last.command("cancel_task", {"task_id": "t-1"})
+    until(lambda: engine.calls)
+    first = peer.last
+    peer.refuse = (503, {})
+    first.drop()
+    until(lambda: len(peer.sessions) >= 2)
+    engine.release.set()
+    peer.refuse = None
+    until(lambda: peer.last and peer.last.of("command_result"))
+    assert peer.frames("command_result")[0].id == identity
+    assert first.of("command_result") == []
+
+
+def test_a_hanging_command_holds_nothing_up(install, peer, engine, until):
+    """While one command hangs, heartbeats go on, events are acknowledged and other commands are answered."""
+    peer.heartbeat = 1
+    runtime = install()
+    until(lambda: peer.last)
+    peer.last.command("cancel_task", {"task_id": "stuck"})
+    until(lambda: engine.calls == ["stuck"])
+    beats = len(peer.frames("heartbeat"))
+    other = peer.last.command("retry_task", {"task_id": "t-2"})
+    runtime.record_event(an_event(1))
+    until(lambda: [frame.id for frame in peer.frames("command_result")] == [other])
+    until(lambda: len(peer.events()) == 1 and len(peer.frames("heartbeat")) >= beats + 1)
+    engine.release.set()
+    until(lambda: len(peer.frames("command_result")) == 2)
+
+
+def test_fifty_commands_and_one_hangs(install, peer, engine, until):
+    """Of fifty commands at once one hangs: all are acknowledged, the others answered, and beats and acks go on."""
+    peer.heartbeat = 1
+    runtime = install()
+    until(lambda: peer.last)
+    stuck = peer.last.command("cancel_task", {"task_id": "stuck"})
+    others = {peer.last.command("retry_task", {"task_id": f"t-{number}"}) for number in range(49)}
+    until(lambda: {frame.id for frame in peer.frames("command_ack")} == {*others, stuck})
+    until(lambda: {frame.id for frame in peer.frames("command_result")} == others)
+    beats = len(peer.frames("heartbeat"))
+    runtime.record_event(an_event(1))
+    until(lambda: runtime.stats()["acked"] == 1 and len(peer.frames("heartbeat")) > beats)
+    engine.release.set()
+    until(lambda: stuck in {frame.id for frame in peer.frames("command_result")})
+    assert len(engine.calls) == 50
+    assert peer.mishaps == []
+
+
+def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
+    """A command that is still running at its deadline is answered as indeterminate, never executed again."""
+    peer.last.command("cancel_task", {"task_id": "slow"}, timeout=3)
+    result = until(lambda: peer.frames("command_result"))[0].payload
+    assert (result.status, result.result) == ("failed", {"indeterminate": True, "operation": "cancel_task"})
+    assert engine.calls == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("action", "parameters", "said"),
+    [
+        ("submit_task", {"name": "boom"}, "internal error: ValueError: boom"),
+        ("retry_task", {}, "retry_task: task_id is required"),
+        ("purge_queue", {}, "purge_queue"),
+        ("no.such.thing", {}, "not an action that this agent knows"),
+        ("retry_task", {"task_id": "x", "engine": "rq"}, "no engine 'rq'"),
+    ],
+)
+def test_failures_are_answers(runtime, peer, until, action, parameters, said):
+    """A command that cannot be carried out gets a failed result that says why."""
+    peer.last.command(action, parameters)
+    payload = until(lambda: peer.frames("command_result"))[0].payload
+    assert payload.status == "failed"
+    assert said in payload.error
+
+
+def a_command(identity="c-1"):
+    return CommandFrame(id=identity, payload=CommandPayload(action="retry_task", parameters={"task_id": "forged"}))
+
+
+def wrongly_signed(session):
+    signer = FrameSigner(secret=bytes(32), agent_id=AGENT, project_id=PROJECT, session_id=session.id)
+    session.send(session.signed(a_command(), signer))
+
+
+def of_another_session(session):
+    signer = FrameSigner(secret=session.peer.secret, agent_id=AGENT, project_id=PROJECT, session_id=str(uuid4()))
+    session.send(session.signed(a_command(), signer))
+
+
+def unsigned(session):
+    session.send(json.dumps({"v": 2, "type": "command", "id": "c", "payload": {"action": "retry_task", "parameters": {"task_id": "forged"}}}).encode())
+
+
+def altered(session):
+    session.send(session.signed(a_command()).replace(b"forged", b"FORGED"))
+
+
+def oversized(session):
+    with suppress(OSError):  # the agent may hang up before it has all been written
+        session.send(b'{"v":2,"type":"command","payload":{"x":"' + b"y" * 3_000_000 + b'"}}')
+
+
+def half_a_frame(session):
+    session.send_raw(b"\x82\x7f" + (10_000).to_bytes(8, "big") + b"only this much")
+    session.drop()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        wrongly_signed,
+        of_another_session,
+        unsigned,
+        altered,
+        oversized,
+        half_a_frame,
+        lambda session: session.send(b""),
+        lambda session: session.send(b"\xff\xfe\xfd"),
+        lambda session: session.send(b"[" * 50_000),
+        lambda session: session.send(b"null", TEXT),
+        lambda session: session.send_raw(b"\xff" * 500),
+        lambda session: session.send_raw(b"\x82\xff" + b"\xff" * 12),
+    ],
+    ids=["key", "session", "unsigned", "altered", "oversized", "half", "empty", "no-utf8", "deep", "null", "noise", "masked"],
+)
+def test_attacks_execute_nothing(runtime, peer, engine, until, attack):
+    """Nothing unsigned, altered or malformed runs a command or kills a loop; the agent ends that session and comes back."""
+    first = peer.last
+    attack(first)
+    first_gone = until(lambda: peer.last and peer.last is not first)
+    assert first_gone
+    runtime.record_event(an_event(1))
+    until(lambda: peer.events())
+    assert engine.calls == []
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_a_replayed_command_does_not_run_twice(runtime, peer, engine, until):
+    """A recorded frame sent once more ends the session and runs nothing, in the same session and in the next."""
+    first = peer.last
+    recorded = first.signed(a_command())
+    first.send(recorded)
+    until(lambda: engine.calls == ["forged"])
+    first.send(recorded)
+    until(lambda: peer.last and peer.last is not first)
+    second = peer.last
+    second.send(recorded)
+    until(lambda: peer.last and peer.last is not second)
+    assert engine.calls == ["forged"]
+
+
+def test_unknown_frames_are_ignored(runtime, peer, until):
+    """A frame type that is not for agents, well signed, changes nothing; a complaint that is not fatal neither."""
+    first = peer.last
+    first.error("something", fatal=False)
+    first.command("retry_task", {"task_id": "t-1"})
+    until(lambda: first.of("command_result"))
+    assert peer.last is first
+
+
+def test_a_fatal_error_frame_ends_the_session(runtime, peer, until):
+    """A fatal complaint ends the session; the agent comes back and says what it was told."""
+    first = peer.last
+    peer.refuse = (503, {})
+    first.error("bad_frame", fatal=True)
+    until(lambda: len(peer.sessions) >= 2)
+    peer.refuse = None
+    until(lambda: peer.last)
+
+
+@pytest.mark.parametrize("stalled", [False, True], ids=["reads", "reads-nothing"])
+def test_stop_is_bounded(install, peer, until, stalled):
+    """stop() returns within its budget with a peer that neither acknowledges nor closes, and leaves nothing running."""
+    peer.acks = "none"
+    runtime = install()
+    until(lambda: peer.last)
+    peer.last.stalled = stalled
+    for number in range(3000):
+        runtime.record_event(an_event(number, text="x" * 300))
+    until(lambda: runtime.stats()["sent"] or stalled)
+    began = time.monotonic()
+    runtime.stop(timeout=2.0)
+    assert time.monotonic() - began < HANG
+    assert runtime.state is RuntimeState.STOPPED
+    runtime.stop()
+    runtime.record_event(an_event(1))
+    assert runtime.stats() == {"state": "stopped"}
+
+
+def test_stop_delivers_first(runtime, peer, until):
+    """What was recorded just before stop() is delivered, acknowledged, and the brain gets a close frame."""
+    session = peer.last
+    for number in range(400):
+        runtime.record_event(an_event(number))
+    runtime.stop()
+    until(lambda: session.over)
+    assert [event["data"]["number"] for event in peer.events()] == list(range(400))
+    assert session.goodbye == 1000
+
+
+def test_stop_while_nobody_listens(install, seam, until):
+    """stop() does not wait for a brain that is not there."""
+    gone = Peer(seam)
+    gone.stop()
+    runtime = install(brain_url=gone.url)
+    runtime.record_event(an_event(1))
+    until(lambda: runtime.stats()["last_error"])
+    began = time.monotonic()
+    runtime.stop(timeout=2.0)
+    assert time.monotonic() - began < HANG
+
+
+def test_starts_again_after_stop(runtime, peer, until):
+    """A stopped runtime can be started again, and what it had not delivered is not lost by that."""
+    runtime.stop()
+    runtime.start()
+    until(lambda: len(peer.live) == 1 and runtime.supervisor_state()["session_id"] == peer.last.id)
+    runtime.record_event(an_event(5))
+    until(lambda: [event["data"]["number"] for event in peer.events()] == [5])
+
+
+def test_a_session_loop_that_dies(install, peer, until, monkeypatch, caplog):
+    """A bug in a session's loop is counted and logged, ends that session, and the next one waits its turn and works."""
+    real, died = send.SendLoop.run, []
+
+    def run(loop):
+        if len(died) < 2:
+            died.append(1)
+            raise ValueError("a bug")
+        real(loop)
+
+    monkeypatch.setattr(send.SendLoop, "run", run)
+    runtime = install()
+    runtime.record_event(an_event(1))
+    until(lambda: peer.events())
+    assert runtime.stats()["restarts"] == {"z4j-send": 2}
+    assert "loop z4j-send died of ValueError; next attempt" in caplog.text
+
+
+def test_request_reconnect(runtime, peer, until):
+    """request_reconnect() ends the session and makes a new one at once, and cuts a back-off short."""
+    first = peer.last
+    runtime.request_reconnect()
+    until(lambda: peer.last and peer.last is not first)
+    until(lambda: first.over)
+    assert len(peer.live) == 1
+
+
+def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
+    """During a back-off of an hour, request_reconnect() brings the next attempt now."""
+    monkeypatch.setitem(policy.SCHEDULES, "connection", policy.Schedule(3600, 3600))
+    peer.refuse = (503, {})
+    runtime = install()
+    until(lambda: runtime.stats()["last_error"])
+    peer.refuse = None
+    runtime.request_reconnect()
+    until(lambda: peer.last)
+
+
+def test_rotated_files_are_read_again(install, peer, until, tmp_path):
+    """Token and key files are read at every connect: a rotation needs no restart."""
+    token, key = tmp_path / "token", tmp_path / "key"
+    token.write_text("old token\n")
+    key.write_text("c" * 43 + "\n")
+    runtime = install(token=None, hmac_secret=None, token_file=token, hmac_secret_file=key)
+    until(lambda: len(peer.sessions) >= 2)
+    assert runtime.supervisor_state()["auth_error_count"] >= 1
+    token.write_text(f"{TOKEN}\n")
+    key.write_text(f"{SECRET_TEXT}\n")
+    until(lambda: peer.last and peer.last.frames)
+    assert [type(mishap).__name__ for mishap in peer.mishaps if type(mishap).__name__ != "SignatureError"] == []
+
+
+def test_a_lost_token_file_is_survived(install, peer, until, tmp_path):
+    """A token file that vanishes is an error that names it; the agent goes on when it is back."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    runtime = install(token=None, token_file=token)
+    first = until(lambda: peer.last)
+    token.unlink()
+    first.drop()
+    until(lambda: "Z4J_TOKEN_FILE" in runtime.stats()["last_error"])
+    token.write_text(TOKEN)
+    until(lambda: peer.last and peer.last is not first)
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_no_secret_reaches_the_log(install, peer, until, caplog):
+    """At DEBUG, through refusals, closes and a stop, neither token nor key is logged in any spelling."""
+    caplog.set_level(logging.DEBUG)
+    peer.refuse = (401, {})
+    runtime = install()
+    until(lambda: len(peer.sessions) >= 2)
+    peer.refuse = None
+    first = until(lambda: peer.last)
+    wrongly_signed(first)
+    until(lambda: peer.last and peer.last is not first and peer.last.frames)
+    peer.last.close(4401)
+    runtime.stop()
+    assert caplog.records
+    text = "\n".join(f"{record.getMessage()} {record.exc_text}" for record in caplog.records)
+    for secret in (TOKEN, SECRET_TEXT, SECRET_TEXT.rstrip("="), bytes(range(32)).hex()):
+        assert secret not in text
+        assert secret not in repr(vars(runtime))
+
+
+def in_child(work, seconds=40.0):
+    """Fork, run ``work()`` in the child and return what it printed, as parsed JSON; the child never returns here."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(int(seconds))
+            os.write(write, json.dumps(work()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    return pid, read
+
+
+def reap(pid, read, until):
+    """Wait for the child cooperatively; return what it said."""
+    status = []
+
+    def ended():
+        found, code = os.waitpid(pid, os.WNOHANG)
+        if found:
+            status.append(code)
+        return found
+
+    until(ended, seconds=45)
+    said = os.read(read, 65536)
+    os.close(read)
+    assert status == [0], f"the child ended with {status}: {said!r}"
+    return json.loads(said)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
+def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
+    """A forked child, even one that goes on running its hub, takes nothing from the session and adds nothing to it."""
+    if idle and mode == "eventlet":
+        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+    peer.heartbeat = 1
+    runtime = install()
+    session = until(lambda: peer.last and peer.last.frames and peer.last)
+    before = runtime.supervisor_state()["session_id"]
+    assert before == session.id
+
+    def child():
+        from time import sleep
+
+        if idle:
+            sleep(idle)
+        runtime.record_event(an_event(666))
+        runtime.request_reconnect()
+        runtime.stop()
+        return [str(runtime.state), runtime.stats().get("produced", 0)]
+
+    pid, read = in_child(child)
+    for number in range(50):
+        runtime.record_event(an_event(number))
+    assert reap(pid, read, until) == ["stopped", 0]
+    beats = len(session.of("heartbeat"))
+    until(lambda: settled(runtime) and len(session.of("heartbeat")) >= beats + 1)
+    assert runtime.supervisor_state()["session_id"] == before
+    assert len(peer.sessions) == 1
+    assert [frame.seq for frame in session.frames] == list(range(1, len(session.frames) + 1))
+    assert [event["data"]["number"] for event in peer.events()] == list(range(50))
+    assert peer.mishaps == []
+    session.command("retry_task", {"task_id": "after"})
+    until(lambda: session.of("command_result"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_can_have_an_agent_of_its_own(runtime, peer, until, mode):
+    """reinit_after_fork() gives the child its own session and buffer, and the parent keeps both of its own."""
+    if mode == "eventlet":
+        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+    first = peer.last
+
+    def child():
+        runtime.reinit_after_fork()
+        runtime.record_event(an_event(42))
+        deadline = time.monotonic() + 30
+        from time import sleep
+
+        while time.monotonic() < deadline and runtime.stats()["acked"] < 1:
+            sleep(0.02)
+        acked = runtime.stats()["acked"]
+        runtime.stop()
+        return [acked]
+
+    pid, read = in_child(child)
+    assert reap(pid, read, until) == [1]
+    assert [event["data"]["number"] for event in peer.events()] == [42]
+    assert peer.last is first
+    runtime.record_event(an_event(43))
+    until(lambda: len(peer.events()) == 2)

@@ -1,0 +1,73 @@
+"""A proxy variable that is wrong: an error that says so, and does not say the password."""
+
+import logging
+
+import pytest
+
+from z4j_bare.errors import NetworkError
+from z4j_bare.transport.error_text import short
+from z4j_bare.transport.http import Client
+from z4j_bare.transport.websocket import WebSocketTransport, close_error
+
+WRONG = {
+    "port-no-number": "http://user:hunter2@127.0.0.1:port",
+    "port-too-large": "http://user:hunter2@127.0.0.1:99999",
+    "no-host": "http://user:hunter2@",
+    "half-a-bracket": "http://user:hunter2@[::1",
+    "no-scheme": "user:hunter2@127.0.0.1:9",
+    "unknown-scheme": "ftp://user:hunter2@127.0.0.1:9",
+    "hash-in-password": "http://user:hunter2#hunter3@127.0.0.1:9",
+    "slash-in-password": "http://user:hunter2/hunter3@127.0.0.1:9",
+    "at-in-password": "http://user:hunter2@hunter3@127.0.0.1:9",
+    "colon-in-password": "http://user:hunter2:hunter3@127.0.0.1:9",
+    "refused": "http://user:hunter2@127.0.0.1:9",
+}
+
+
+@pytest.fixture(params=WRONG.values(), ids=WRONG.keys())
+def proxied(request, monkeypatch):
+    """An environment that leads nowhere."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, request.param)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def knock(seam, scheme):
+    """Try to reach a brain by that scheme."""
+    if scheme.startswith("http"):
+        client = Client(f"{scheme}://192.0.2.1/api/v1", {}, seam)
+        try:
+            client.call("GET", "/health", timeout=5.0)
+        finally:
+            client.close()
+    else:
+        transport = WebSocketTransport(f"{scheme}://192.0.2.1/ws/agent", lambda: "token", seam)
+        try:
+            transport.upgrade()
+        finally:
+            transport.close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ws", "wss"])
+def test_a_wrong_proxy_is_a_network_error_without_its_password(proxied, seam, caplog, scheme):
+    """Whatever is wrong with the variable, the loops get our error, and neither it nor a log at DEBUG has the password."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(NetworkError) as caught:
+        knock(seam, scheme)
+    assert "hunter" not in str(caught.value)
+    assert "hunter" not in caplog.text
+
+
+def test_only_passwords_are_struck_out(monkeypatch):
+    """What is no proxy's password stays, and one of a character or two does not eat the text."""
+    monkeypatch.setenv("https_proxy", "http://me:a@proxy:1")
+    monkeypatch.setenv("all_proxy", "http://proxy:1")
+    assert short(ValueError("a proxy\nand more")) == "ValueError: a proxy"
+    assert short(TimeoutError()) == "TimeoutError"
+
+
+def test_noise_does_not_reach_the_log():
+    """What a peer sends in place of words can neither forge a line nor steer a terminal."""
+    assert short(OSError("BadStatusLine: \x1b[2J\r\x07ok")) == "OSError: BadStatusLine: ?[2J??ok"
+    assert str(close_error(b"\x0f\xa0bye\x1b[0m\nz4j: forged")).isprintable()

@@ -1,0 +1,778 @@
+"""Long-poll against a scripted HTTP brain, in the mode of this run: the transport alone, then the whole runtime over it."""
+
+import datetime as dt
+import gc
+import json
+import logging
+import os
+import signal
+import time
+from uuid import uuid4
+
+import pytest
+from z4j_core.models import CommandResult, Event, EventKind
+
+from tests.support.http_peer import HttpPeer, Tunnel
+from tests.support.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, settled
+from z4j_bare import _process_singleton, install_agent
+from z4j_bare.errors import (
+    AuthenticationRejectedError,
+    FrameTooLargeError,
+    HostConfigurationError,
+    NetworkError,
+    RemoteProtocolError,
+    TurnedAwayError,
+)
+from z4j_bare.pipeline import heartbeat, send
+from z4j_bare.transport import longpoll
+from z4j_bare.transport.endpoint import longpoll_url
+from z4j_bare.transport.longpoll import BODY_FIRST, Known, LongPollTransport, Pace
+from z4j_bare.transport.tls import tls_context
+from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire.frames import Identity, event_batch, hello
+from z4j_bare.wire.session import Session, read_welcome
+
+CAPABILITIES = {"celery": ["retry_task", "retry_by_reference_v1"], "rq": ["retry_by_reference_v1"], "huey": ["retry_task"]}
+
+
+def a_hello():
+    now = dt.datetime.now(dt.UTC)
+    identity = Identity(
+        framework="bare", agent_version="1.13.0", worker_id="w-1", worker_pid=1, worker_started_at=now, capabilities=CAPABILITIES
+    )
+    return hello(identity)
+
+
+@pytest.fixture
+def peer(seam):
+    made = HttpPeer(seam)
+    yield made
+    made.stop()
+    assert made.mishaps == []
+
+
+class Dial:
+    """A transport, its session, and short ways to use them."""
+
+    def __init__(self, peer, seam, known=None, token=TOKEN, secret=SECRET):
+        self.known = known or Known()
+        self.seam = seam
+        self.secret = secret
+        self.url = longpoll_url(peer.url, dev_mode=False)
+        self.transport = LongPollTransport(self.url, lambda: token, seam, self.known)
+
+    def connect(self):
+        self.session = Session(read_welcome(self.transport.connect(a_hello())), self.secret)
+        return self.session.welcome
+
+    def send(self, payload=b'{"events":[]}', kind="event_batch", identity="ev_1"):
+        return self.transport.send(lambda: self.session.sign(kind, identity, payload, self.seam.wall()))
+
+
+@pytest.fixture
+def dial(peer, seam):
+    made = []
+
+    def make(**how):
+        made.append(Dial(peer, seam, **how))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.transport.close()
+
+
+@pytest.fixture
+def live(dial):
+    one = dial()
+    one.connect()
+    return one
+
+
+# -- connecting
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("https://brain.example.com", "https://brain.example.com/api/v1"),
+        ("https://brain.example.com/z4j/", "https://brain.example.com/z4j/api/v1"),
+        ("http://127.0.0.1:7700", "http://127.0.0.1:7700/api/v1"),
+    ],
+)
+def test_addresses(given, made):
+    """The brain's address becomes that of its API, a path prefix included."""
+    assert longpoll_url(given, dev_mode=False) == made
+
+
+def test_no_token_in_the_clear():
+    """Plain HTTP to another host is refused, unless dev_mode takes the responsibility."""
+    with pytest.raises(HostConfigurationError, match="in the clear"):
+        longpoll_url("http://brain.example.com", dev_mode=False)
+    assert longpoll_url("http://brain.example.com", dev_mode=True).startswith("http://")
+
+
+def test_the_probe(dial, peer):
+    """A connect is one request that claims nothing and says who asks; its answer becomes a hello_ack."""
+    welcome = dial().connect()
+    (probe,) = peer.requests
+    assert (probe.method, probe.path, probe.query) == ("GET", "/api/v1/agent/commands", {"wait": "0", "max_frames": "0"})
+    assert probe.headers["authorization"] == f"Bearer {TOKEN}"
+    assert probe.headers["x-z4j-runtime-features"] == "retry_by_reference,external_schedule_protocol_v1"
+    assert (welcome.agent_id, welcome.project_id, welcome.session_id) == (AGENT, PROJECT, probe.nonce)
+    assert (welcome.heartbeat_seconds, len(probe.nonce) >= 16) == (10.0, True)
+    assert abs(welcome.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5
+
+
+def test_each_session_has_a_nonce_of_its_own(dial, peer):
+    """No nonce is used for two sessions, because seq starts over in each."""
+    for _ in range(3):
+        dial().connect()
+    assert len({request.nonce for request in peer.requests}) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "kind"),
+    [
+        (401, {}, AuthenticationRejectedError),
+        (403, {}, AuthenticationRejectedError),
+        (302, {"Location": "http://127.0.0.1:9/"}, NetworkError),
+        (400, {}, NetworkError),
+        (404, {}, NetworkError),
+        (409, {}, NetworkError),
+        (422, {}, NetworkError),
+        (429, {"Retry-After": "58"}, TurnedAwayError),
+        (500, {}, NetworkError),
+        (503, {"Retry-After": "1"}, NetworkError),
+    ],
+)
+@pytest.mark.parametrize("where", ["probe", "upload", "poll"])
+def test_refusals(dial, peer, status, headers, kind, where):
+    """Every status means the same wherever it comes: its class, its number, the brain's words and its wish for a pause."""
+    one = dial()
+    if where != "probe":
+        one.connect()
+        one.send()
+    peer.answers["POST" if where == "upload" else "GET"] = [(status, headers, b'{"detail":"as scripted"}')]
+    act = {"probe": one.connect, "upload": one.send, "poll": lambda: one.transport.receive(10.0)}[where]
+    with pytest.raises(kind, match="as scripted") as caught:
+        act()
+    assert type(caught.value) is kind
+    assert caught.value.code == status
+    assert caught.value.retry_after == (float(headers["Retry-After"]) if "Retry-After" in headers else None)
+    assert not any(request.path == "/" for request in peer.requests)
+
+
+def test_a_token_that_is_unknown(dial):
+    """The brain's own refusal of a token names the setting."""
+    with pytest.raises(AuthenticationRejectedError, match="Z4J_TOKEN"):
+        dial(token="wrong").connect()
+
+
+@pytest.mark.parametrize("body", [b"<html>Blocked</html>", b"[]", b"", b"\xff", b"[" * 50_000])
+def test_an_answer_that_is_not_the_brains(dial, peer, body):
+    """A page of a proxy in place of an answer is a protocol error that says so, in every place."""
+    one = dial()
+    peer.answers["GET"] = [(200, {}, body)]
+    with pytest.raises(RemoteProtocolError, match="proxy"):
+        one.connect()
+    two = dial()
+    two.connect()
+    peer.answers["POST"] = [(200, {}, body)]
+    with pytest.raises(RemoteProtocolError, match="proxy"):
+        two.send()
+    peer.answers["GET"] = [(200, {}, body)]
+    with pytest.raises(RemoteProtocolError, match="proxy"):
+        two.transport.receive(5.0)
+
+
+def test_nobody_there(seam, peer, dial):
+    """A refused connection is a network error, soon."""
+    peer.stop()
+    with pytest.raises(NetworkError, match="cannot reach the brain"):
+        dial().connect()
+
+
+# -- uploads
+
+
+def test_an_upload(live, peer):
+    """One POST carries one signed frame as a string, and its return is the ack."""
+    live.send(b'{"events":[{"n":"caf\xc3\xa9 \\" \\\\"}]}')
+    (request,) = peer.of("POST")
+    assert request.headers["content-type"] == "application/json"
+    assert request.nonce == live.session.welcome.session_id
+    assert peer.events() == [{"n": 'café " \\'}]
+
+
+def test_one_upload_at_a_time(live, peer, seam):
+    """Senders from many tasks take turns, in the order of their signatures."""
+    peer.post_seconds = 0.02
+    tasks = [seam.spawn(live.send, name=f"sender-{number}") for number in range(8)]
+    assert all(task.join(20) for task in tasks)
+    (session,) = peer.sessions.values()
+    assert [frame.seq for frame in session.frames] == list(range(1, 9))
+
+
+def test_a_rejected_frame_is_not_acknowledged(live, peer):
+    """A 200 that did not accept the frame is an error, with the brain's reason."""
+    peer.answers["POST"] = [(200, {}, b'{"accepted":0,"rejected":1,"errors":["busy"],"error_code":null}')]
+    with pytest.raises(NetworkError, match="busy"):
+        live.send()
+
+
+def test_an_upload_without_an_answer(live, peer):
+    """A line that breaks after the request leaves the frame unconfirmed."""
+    peer.drop_posts = 1
+    with pytest.raises(NetworkError):
+        live.send()
+
+
+def test_a_refused_signature_names_its_causes(dial, peer):
+    """A 409 to the first frame of a fresh nonce is about key or clock, and waits as long as a refused token."""
+    one = dial(secret=bytes(32))
+    one.connect()
+    with pytest.raises(AuthenticationRejectedError, match=r"Z4J_HMAC_SECRET.*clock"):
+        one.send()
+    peer.mishaps.clear()  # the bad signature was on purpose
+
+
+def test_the_body_limit_is_learned(dial, peer):
+    """413 halves the limit until a body fits; the session stands, and the next session of the process knows."""
+    peer.body_limit = 8192
+    one = dial()
+    assert one.connect().max_frame_bytes > 100_000
+    with pytest.raises(FrameTooLargeError) as caught:
+        one.send(event_batch([b'"%s"' % (b"x" * 90_000)]))
+    while (limit := caught.value.limit) > 8192:
+        with pytest.raises(FrameTooLargeError) as caught:
+            one.send(event_batch([b'"%s"' % (b"x" * (limit - 1000))]))
+    one.send(event_batch([b'{"x":"%s"}' % (b"x" * 7000)]))
+    assert one.known.body_limit == 8192
+    before = len(peer.requests)
+    two = dial(known=one.known)
+    assert 8000 < two.connect().max_frame_bytes < 8192
+    with pytest.raises(FrameTooLargeError) as caught:
+        two.send(event_batch([b'"%s"' % (b"x" * 8000)]))
+    assert (caught.value.limit, len(peer.requests)) == (8192, before + 1)
+
+
+def test_the_escapes_count(dial, peer):
+    """A frame travels as a JSON string, so its quotes cost two bytes each; the body never exceeds the limit by them."""
+    one = dial(known=Known(body_limit=8192))
+    one.connect()
+    with pytest.raises(FrameTooLargeError) as caught:
+        one.send(event_batch([b'{"k":"v"}'] * 600))
+    assert caught.value.size > 8192 > len(event_batch([b'{"k":"v"}'] * 600))
+    assert peer.of("POST") == []
+
+
+def test_a_line_that_breaks_under_a_large_body_is_a_hint(live, peer):
+    """Who refuses by size may hang up before answering: an unproven size is halved then, but never below the usual 8 KiB."""
+    peer.drop_posts = 100
+    for _ in range(8):
+        with pytest.raises(NetworkError):
+            live.send(event_batch([b'"%s"' % (b"x" * min(90_000, live.known.body_limit - 1000))]))
+    assert live.known.body_limit == 8192
+
+
+@pytest.mark.parametrize("size", [2, 8192, 8193, BODY_FIRST])
+def test_the_limit_sinks_below_what_was_refused(size):
+    """After a refusal the limit is under the refused size, or at its floor."""
+    known = Known()
+    known.too_large(size)
+    assert known.body_limit < size or known.body_limit == longpoll.BODY_LEAST
+
+
+def test_the_pace():
+    """A burst goes at once, then the pace holds it below half of what the brain allows an address in a minute."""
+    pace, now, sent = Pace(), 0.0, 0
+    while now < 60:
+        now += pace.delay(now)
+        sent += 1
+    assert 250 < sent <= 335
+    assert Pace().delay(0.0) == 0.0
+
+
+# -- polls
+
+
+def test_commands_come_one_by_one(live, peer, until):
+    """What a poll brought is handed out frame by frame, in order, each verifying under the session's nonce."""
+    ids = [peer.command("retry_task") for _ in range(5)]
+    got = []
+    while len(got) < 5:
+        message = live.transport.receive(10.0)
+        assert message is not None
+        got.append(live.session.open(message).id)
+    assert got == ids
+    polls = [request for request in peer.of("GET") if request.query["max_frames"] != "0"]
+    assert polls[0].query == {"wait": "30", "max_frames": "50"}
+    assert polls[0].headers["x-z4j-retry-contracts"] == "celery=1,rq=1"
+
+
+def test_receive_times_out_on_its_own(live, peer):
+    """A reader's patience is its own, whatever the poll's is; the poll goes on."""
+    assert live.transport.receive(0.05) is None
+    assert live.transport.receive(0.05) is None
+    assert len([request for request in peer.of("GET") if request.query["max_frames"] != "0"]) <= 1
+
+
+def test_uploads_do_not_wait_for_polls(live, peer, until):
+    """A frame goes out while a poll hangs."""
+    live.transport.receive(0.01)
+    until(lambda: peer.polling)
+    live.send()
+    assert peer.polling
+
+
+def test_abort_wakes_the_reader(live, peer, seam, until):
+    """abort() from another task ends a waiting receive at once, and the poll with it."""
+    ended = []
+
+    def read():
+        with pytest.raises(NetworkError):
+            live.transport.receive(30.0)
+        ended.append(seam.now())
+
+    task = seam.spawn(read, name="reader")
+    until(lambda: peer.polling)
+    began = seam.now()
+    live.transport.abort()
+    live.transport.abort()
+    assert task.join(10)
+    assert ended[0] - began < 5
+    assert live.transport._task.join(5)
+    with pytest.raises(NetworkError):
+        live.send()
+
+
+def test_abort_wakes_the_sender(live, peer, seam, until):
+    """abort() also ends an upload that gets no answer."""
+    peer.post_seconds = 20.0
+    failed = []
+
+    def write():
+        with pytest.raises(NetworkError):
+            live.send()
+        failed.append(True)
+
+    task = seam.spawn(write, name="writer")
+    until(lambda: peer.posting)
+    live.transport.abort()
+    assert task.join(5)
+    assert failed
+
+
+def test_an_impatient_poll_does_not_spin(live, peer, seam, monkeypatch):
+    """Empty answers that come at once, as of a cache, are asked for no more than once a second."""
+    peer.answers["GET"] = [(200, {}, b'{"frames":[]}')] * 50
+    began = seam.now()
+    while seam.now() - began < 1.2:
+        live.transport.receive(0.1)
+    assert len(peer.answers["GET"]) >= 48
+
+
+def test_something_cuts_long_polls(live, peer):
+    """After a 504 the next session's polls are shorter, because a proxy on the way has less patience than the brain."""
+    peer.answers["GET"] = [(504, {}, b"")]
+    with pytest.raises(NetworkError, match="504"):
+        live.transport.receive(5.0)
+    assert live.known.wait == 15
+
+
+def test_drain_loses_no_command(live, peer, seam, until, monkeypatch):
+    """drain() lets the poll that is out come back and hands out all it brought, and no other poll follows."""
+    got = []
+
+    def read():
+        try:
+            while True:
+                message = live.transport.receive(0.1)
+                if message is not None:
+                    got.append(live.session.open(message).id)
+        except NetworkError:
+            pass
+
+    live.known.wait = 5
+    reader = seam.spawn(read, name="reader")
+    until(lambda: peer.polling)
+    drained = seam.spawn(live.transport.drain, name="drain")
+    seam.sleep(0.1)
+    assert drained.alive()
+    identity = peer.command("retry_task")
+    assert drained.join(10)
+    until(lambda: got == [identity])
+    polls = len(peer.of("GET"))
+    live.transport.receive(0.5)
+    assert len(peer.of("GET")) == polls
+    live.transport.abort()
+    assert reader.join(5)
+
+
+# -- surroundings
+
+
+def test_only_the_environments_proxies_decide(dial, peer, monkeypatch, tmp_path):
+    """A proxy variable is used and NO_PROXY spares an address; a .netrc never replaces the token."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login a password b\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(NetworkError, match="ProxyError"):
+        dial().connect()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    dial().connect()
+    assert peer.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_forward_proxy_carries_it(dial, peer, monkeypatch, seam):
+    """Through a forward proxy the request names the whole address, and the session works."""
+    monkeypatch.setenv("http_proxy", peer.url)
+    monkeypatch.setattr(peer, "answer", lambda request: (200, {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT}, b'{"frames":[]}'))
+    one = Dial(peer, seam)
+    one.transport = LongPollTransport("http://brain.invalid/api/v1", lambda: TOKEN, seam, Known())
+    one.connect()
+    one.transport.close()
+    assert peer.requests[0].headers["host"] == "brain.invalid"
+
+
+@pytest.fixture
+def secure(seam, server_tls):
+    made = HttpPeer(seam, tls=server_tls)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def dial_secure(secure, seam):
+    made = []
+
+    def make(ca):
+        one = Dial(secure, seam)
+        one.transport = LongPollTransport(one.url, lambda: TOKEN, seam, one.known, tls_context(ca, None, None))
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.transport.close()
+
+
+def test_over_tls(dial_secure, secure, certificate):
+    """Over TLS frames of any size go up while a poll hangs, and commands come down."""
+    one = dial_secure(certificate)
+    one.connect()
+    one.transport.receive(0.01)
+    for size in (10, 100_000):
+        one.send(event_batch([b'{"x":"%s"}' % (b"x" * size)]))
+    identity = secure.command("retry_task")
+    assert one.session.open(one.transport.receive(10.0)).id == identity
+    assert [len(event["x"]) for event in secure.events()] == [10, 100_000]
+    assert secure.mishaps == []
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+def test_an_unknown_authority_is_refused(dial_secure, secure, certificate):
+    """A certificate that nobody vouches for ends the connection before the token is sent."""
+    with pytest.raises(NetworkError, match="certificate verify failed"):
+        dial_secure(None).connect()
+    gc.collect()
+    assert secure.requests == []
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+def test_requests_adds_no_authorities(dial_secure, secure, certificate, monkeypatch, tmp_path):
+    """What the setting names is all that counts: neither requests' own bundle nor its variables widen it."""
+    monkeypatch.setenv("CURL_CA_BUNDLE", str(certificate))
+    one = dial_secure(None)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with pytest.raises(NetworkError):
+        one.connect()
+    gc.collect()  # eventlet leaves a socket whose handshake failed to the collector
+    one = dial_secure(certificate)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
+    one.connect()
+    assert len(one.transport._tls.get_ca_certs()) == 1
+
+
+def test_through_a_tunnel(dial_secure, secure, certificate, seam, monkeypatch):
+    """Over TLS a proxy sees CONNECT and its own credentials, never the token."""
+    tunnel = Tunnel(seam)
+    try:
+        monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{tunnel.port}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        one = dial_secure(certificate)
+        one.connect()
+        one.send()
+        one.transport.close()
+        assert tunnel.heads
+        assert all(head.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for head in tunnel.heads)
+        assert all("Proxy-Authorization: Basic dXNlcjpwYXNz" in head and TOKEN not in head for head in tunnel.heads)
+        assert secure.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
+        assert len(secure.frames("event_batch")) == 1
+    finally:
+        tunnel.stop()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
+def test_a_forked_child_leaves_the_line_alone(live, peer, seam, until, mode, idle):
+    """A child neither uses, reads nor breaks its parent's connections: the session goes on as if nobody had forked."""
+    if idle and mode == "eventlet":
+        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+    live.transport.receive(0.01)
+    until(lambda: peer.polling)
+    live.send()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(20)
+            time.sleep(idle)
+            try:
+                live.send()
+            except BaseException as error:
+                code = 0 if type(error).__name__ == "ForkedChildError" else 2
+            live.transport.abort()
+            live.transport.close()
+        finally:
+            os._exit(code)
+    identity = peer.command("retry_task")
+    message = until(lambda: live.transport.receive(0.1))
+    live.send()
+    assert live.session.open(message).id == identity
+    status = until(lambda: [code for found, code in [os.waitpid(pid, os.WNOHANG)] if found])
+    assert status == [0]
+    live.send()
+    assert [frame.seq for frame in peer.frames("event_batch")] == [1, 2, 3]
+
+
+# -- the whole runtime
+
+
+class StubEngine:
+    name = "stub"
+
+    def __init__(self):
+        self.calls = []
+        self.result = {"done": True}
+
+    def capabilities(self):
+        return {"retry_task", "retry_by_reference_v1"}
+
+    async def retry_task(self, task_id, **_options):
+        self.calls.append(task_id)
+        return CommandResult(status="success", result=self.result)
+
+
+def an_event(number=0, **data):
+    return Event.model_construct(
+        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC), data={"number": number, **data},
+    )
+
+
+@pytest.fixture
+def engine():
+    return StubEngine()
+
+
+@pytest.fixture
+def install(peer, engine, monkeypatch):
+    """A started agent on forced long-poll, impatient and unpaced."""
+    for kind in list(policy.SCHEDULES):
+        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(longpoll, "RATE", 1000.0)
+    peer.body_limit = 8192
+    made = []
+
+    def make(**changes):
+        options = {"engines": [engine], "brain_url": peer.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        made.append(install_agent(**{**options, "transport": "longpoll", **changes}))
+        return made[-1]
+
+    yield make
+    for runtime in made:
+        runtime.stop(timeout=3)
+        _process_singleton.clear_runtime(expected=runtime)
+
+
+def test_everything_over_long_poll(install, peer, engine, until):
+    """Without an agent id given, heartbeats, events, commands and results all work within a body limit of 8 KiB."""
+    runtime = install()
+    beat = until(lambda: peer.frames("heartbeat"))[0]
+    assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
+    for number in range(300):
+        runtime.record_event(an_event(number, text='say "hi" \\ to é'))
+    until(lambda: settled(runtime, 300), 30)
+    assert [event["data"]["number"] for event in peer.events()] == list(range(300))
+    assert len(peer.frames("event_batch")) < 30
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    result = until(lambda: peer.frames("command_result"))[0]
+    assert (result.id, result.payload.status, engine.calls) == (identity, "success", ["t-1"])
+    assert max(len(request.body) for request in peer.of("POST")[8:]) <= 8192
+    assert runtime.stats()["restarts"] == {}
+    assert runtime.stats()["recut"] == 0
+
+
+def test_a_large_event_is_cut_not_dropped(install, peer, until):
+    """An event over the limit loses traceback, result and args in that order, as far as needed, and is marked and counted."""
+    runtime = install()
+    runtime.record_event(an_event(1, traceback="t" * 6000, result="r" * 4000, args=[1]))
+    runtime.record_event(an_event(2, traceback='"' * 9000, result="r" * 9000, args=["a" * 9000]))
+    runtime.record_event(an_event(3))
+    until(lambda: settled(runtime, 3))
+    first, second, third = (event["data"] for event in peer.events())
+    assert "bytes cut" in first["traceback"]
+    assert (first["result"], first["args"]) == ("r" * 4000, [1])
+    assert all("bytes cut" in second[name] for name in ("traceback", "result", "args"))
+    assert third == {"number": 3}
+    until(lambda: runtime.stats()["recut"] == 2)
+    assert runtime.stats()["lost"] == {}
+
+
+def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
+    """A heartbeat over the limit loses what is active, then registered, conf and all details, but goes out every time."""
+    runtime = install()
+    until(lambda: peer.frames("heartbeat"))
+    agent = runtime._agent
+    big = {"w1": {"active": [{"x": "y" * 50}] * 200, "registered": ["r"] * 3, "conf": {"timezone": "UTC"}, "stats": {"pid": 7}}}
+    huge = {"w1": {"stats": {"x": "y" * 9000}}}
+    for details, left in ((big, {"w1": {"registered": ["r"] * 3, "conf": {"timezone": "UTC"}, "stats": {"pid": 7}}}), (huge, None)):
+        monkeypatch.setattr(agent.figures, "_health", lambda details=details: {"stub.worker_details": json.dumps(details)})
+        before = len(peer.frames("heartbeat"))
+        runtime.request_reconnect()
+        beat = until(lambda before=before: peer.frames("heartbeat")[before:])[0]
+        found = beat.payload.adapter_health.get("stub.worker_details")
+        assert (json.loads(found) if found else None) == left
+    assert beat.payload.adapter_health["z4j.cut"] == "worker_details"
+    assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
+    until(lambda: runtime.stats()["recut"] == 2)
+
+
+def test_commands_outlive_their_session(install, peer, engine, until):
+    """All commands of one poll run although the first acknowledgement meets a dead session; the results go by the next."""
+    runtime = install()
+    # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
+    until(lambda: peer.frames("heartbeat") and peer.frames("agent_status") and peer.polling and not peer.posting)
+    until(lambda: runtime.stats()["heartbeats"])
+    for session in peer.sessions.values():
+        session.posts_die = True
+    ids = [peer.command("retry_task", {"task_id": f"t-{number}"}) for number in range(5)]
+    until(lambda: len(peer.frames("command_result")) == 5)
+    assert sorted(frame.id for frame in peer.frames("command_result")) == sorted(ids)
+    assert sorted(engine.calls) == [f"t-{number}" for number in range(5)]
+
+
+def test_a_redelivered_command_is_answered_again(install, peer, engine, until):
+    """A poll that brings a command again, as the brain does every ten seconds, gets its answer again and nothing else."""
+    install()
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    until(lambda: peer.frames("command_result"))
+    assert peer.command("retry_task", {"task_id": "t-1"}, identity=identity) == identity
+    until(lambda: len(peer.frames("command_result")) == 2)
+    first, second = peer.frames("command_result")
+    assert (first.id, first.payload) == (second.id, second.payload)
+    assert engine.calls == ["t-1"]
+
+
+def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
+    """A result over the limit keeps its status and its numbers and says why there is no more, as over WebSocket."""
+    engine.result = {"rows": ["x" * 100] * 200, "done": 200}
+    install()
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    result = until(lambda: peer.frames("command_result"))[0]
+    assert (result.id, result.payload.status) == (identity, "success")
+    assert result.payload.result.pop("why").endswith("bytes, more than this transport takes")
+    assert result.payload.result == {"shortened": True, "done": 200}
+
+
+def test_a_dead_session_is_replaced(install, peer, until):
+    """After 409 a new nonce is probed, and the events go again with the same id."""
+    runtime = install()
+    until(lambda: peer.frames("heartbeat"))
+    for session in list(peer.sessions.values()):
+        session.dead = True
+    event = an_event(1)
+    runtime.record_event(event)
+    until(lambda: settled(runtime, 1))
+    assert [sent["id"] for sent in peer.events()] == [str(event.id)]
+    assert len(peer.sessions) >= 2
+    assert "HTTP 409" in runtime._agent.counters.last_error or not runtime._agent.counters.last_error
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(400, b"{}"), (403, b"blocked by the firewall"), (409, b"{}"), (422, b"{}"), (200, b'{"accepted":0,"error_code":"scheduler_upgrade_required"}')],
+    ids=["400", "403", "409", "422", "error-code"],
+)
+def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, status, body):
+    """An event, and a result, whose upload is refused each time is dropped and counted; everything else arrives."""
+    answer, events = peer.answer, [an_event(number) for number in range(12)]
+    engine.result = {"say": "hemlock"}
+    marks = [b"hemlock", str(events[5].id).encode()]
+
+    def picky(request):
+        return (status, {}, body) if request.method == "POST" and any(mark in request.body for mark in marks) else answer(request)
+
+    peer.answer = picky
+    runtime = install()
+    until(lambda: peer.frames("heartbeat") and peer.polling)
+    identity = peer.command("retry_task", {"task_id": "t-1"})
+    until(lambda: engine.calls)  # in the first session: the peer's polls of dead ones would take it along
+    for event in events:
+        runtime.record_event(event)
+    until(lambda: settled(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})
+    assert sorted({event["data"]["number"] for event in peer.events()}) == [number for number in range(12) if number != 5]
+    dropped = [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
+    assert sum("task 't-5'" in line for line in dropped) == sum(f"the result of command {identity}" in line for line in dropped) == 1
+    assert runtime.stats()["restarts"] == {}
+
+
+def test_an_answer_that_got_lost(install, peer, until):
+    """What was sent without an answer is sent again, same id, in a new session."""
+    runtime = install()
+    until(lambda: peer.frames("heartbeat"))
+    event = an_event(1)
+    peer.drop_posts = 1
+    runtime.record_event(event)
+    until(lambda: settled(runtime, 1))
+    assert {sent["id"] for sent in peer.events()} == {str(event.id)}
+
+
+def test_stop_is_bounded(install, peer, seam, until):
+    """A poll that hangs does not hold up stop(), and what was recorded before is delivered."""
+    runtime = install()
+    until(lambda: peer.polling)
+    runtime.record_event(an_event(1))
+    began = seam.now()
+    runtime.stop(timeout=5)
+    assert seam.now() - began < 5
+    assert len(peer.events()) == 1
+
+
+def test_no_secret_in_the_log(install, peer, until, caplog):
+    """Not even at DEBUG does the log hold the token or the key."""
+    caplog.set_level(logging.DEBUG)
+    runtime = install()
+    runtime.record_event(an_event(1))
+    until(lambda: settled(runtime, 1))
+    assert TOKEN not in caplog.text
+    assert SECRET_TEXT not in caplog.text
+
+
+def test_quiet_agents_stay_alive(install, peer, until, monkeypatch):
+    """With heartbeats off an empty batch stands in, as over WebSocket."""
+    monkeypatch.setenv("Z4J_HEARTBEAT", "off")
+    monkeypatch.setattr(heartbeat, "QUIET_INTERVAL", 0.1)
+    install()
+    until(lambda: len(peer.frames("event_batch")) >= 2)
+    assert peer.frames("heartbeat") == []

@@ -1,0 +1,312 @@
+"""The line and the WebSocket transport: addresses, time-outs, TLS, and a line that breaks in every possible place."""
+
+import datetime as dt
+import socket
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websocket import ABNF
+
+from tests.support.peer import TOKEN, Peer
+from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
+from z4j_bare.transport import websocket
+from z4j_bare.transport.binary import PIECE, Binary
+from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.endpoint import websocket_url
+from z4j_bare.transport.tls import tls_context
+from z4j_bare.transport.websocket import WebSocketTransport, close_error
+from z4j_bare.wire.frames import Identity, hello
+from z4j_bare.wire.session import read_welcome
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("https://brain.example.com", "wss://brain.example.com/ws/agent"),
+        ("https://brain.example.com:8443/z4j/", "wss://brain.example.com:8443/z4j/ws/agent"),
+        ("http://localhost:7700", "ws://localhost:7700/ws/agent"),
+        ("http://127.0.0.1:7700/", "ws://127.0.0.1:7700/ws/agent"),
+        ("http://[::1]:7700", "ws://[::1]:7700/ws/agent"),
+    ],
+)
+def test_addresses(given, made):
+    """The brain's address becomes that of its WebSocket, a path prefix included."""
+    assert websocket_url(given, dev_mode=False) == made
+
+
+@pytest.mark.parametrize("given", ["http://brain.example.com", "http://10.0.0.7:7700", "http://localhost.example.com"])
+def test_no_token_in_the_clear(given):
+    """Plain HTTP to another host is refused, unless dev_mode takes the responsibility."""
+    with pytest.raises(HostConfigurationError, match="in the clear"):
+        websocket_url(given, dev_mode=False)
+    assert websocket_url(given, dev_mode=True).startswith("ws://")
+
+
+@pytest.mark.parametrize("given", ["ftp://x", "brain.example.com", "https://", ""])
+def test_no_addresses(given):
+    """What is no http(s) address is refused under the setting's name."""
+    with pytest.raises(HostConfigurationError, match="Z4J_BRAIN_URL"):
+        websocket_url(given, dev_mode=True)
+
+
+def test_close_frames():
+    """A close frame's code and reason are read, and one without a body is a plain loss."""
+    assert close_error(struct.pack("!H", 4401) + b"who are you").code == 4401
+    assert isinstance(close_error(struct.pack("!H", 4401)), AuthenticationRejectedError)
+    assert close_error(b"").code is None
+    assert close_error(b"\x03").code is None
+    assert "\ufffd" in str(close_error(struct.pack("!H", 1011) + b"\xff"))
+
+
+# -- a binary message
+
+SIZES = (0, 1, 125, 126, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, (1 << 16) - 1, 1 << 16, 70_001)
+
+
+@given(st.binary(min_size=4, max_size=4), st.sampled_from(SIZES) | st.integers(0, 3 * PIECE), st.randoms())
+def test_a_binary_message(key, size, random):
+    """A message of any size is the frame that websocket-client makes of it with the same key."""
+    data = random.randbytes(size)
+    theirs, ours = ABNF.create_frame(data, ABNF.OPCODE_BINARY), Binary(data)
+    theirs.get_mask_key = ours.get_mask_key = lambda length: key[:length]
+    assert ours.format() == theirs.format()
+
+
+def test_the_key_of_a_message():
+    """Each message has a key of its own that nobody can foresee: the same one looks different each time."""
+    assert len({Binary(b"x" * 8).format() for _ in range(16)}) == 16
+
+
+# -- the line
+
+
+@pytest.fixture
+def ends(seam):
+    left, right = socket.socketpair()
+    yield Line(left, seam, 0.05, 0.05), right
+    left.close()
+    right.close()
+
+
+def test_the_line_reads_ahead(ends):
+    """Bytes come in the pieces that are asked for, whatever pieces they arrived in."""
+    line, other = ends
+    other.sendall(b"abcdef")
+    assert (line.recv(1), line.recv(2), line.recv(10)) == (b"a", b"bc", b"def")
+
+
+def test_the_line_times_out(ends):
+    """A silent line and a full one are time-outs, after the reader's and the writer's own patience."""
+    line, _other = ends
+    with pytest.raises(TimeoutError):
+        line.recv(1)
+    with pytest.raises(TimeoutError):
+        [line.send(b"x" * 65536) for _ in range(1000)]
+    line.settimeout(0.01)
+    line.settimeout(None)
+    with pytest.raises(TimeoutError):
+        line.recv(1)
+    with pytest.raises(BlockingIOError):
+        line.offer(b"x")
+    assert line.gettimeout() == 0
+
+
+def test_the_line_ends(ends, seam, until):
+    """A reader that waits sees the end when the other side hangs up, and when somebody here breaks the line."""
+    line, other = ends
+    line.settimeout(20)
+    got = []
+    task = seam.spawn(lambda: got.append(line.recv(1)), name="reader")
+    seam.sleep(0.02)
+    line.shutdown(socket.SHUT_RDWR)
+    assert task.join(10)
+    assert got == [b""]
+    assert other.recv(1) == b""
+    line.close()
+    assert line.fileno() == -1
+
+
+# -- the transport
+
+
+def a_hello():
+    now = dt.datetime.now(dt.UTC)
+    return hello(Identity(framework="bare", agent_version="1.13.0", worker_id="w-1", worker_pid=1, worker_started_at=now))
+
+
+@pytest.fixture
+def dial(seam):
+    made = []
+
+    def make(peer, tls=None):
+        made.append(WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, seam, tls))
+        return made[-1]
+
+    yield make
+    for transport in made:
+        transport.close()
+
+
+def test_a_session(peer, dial, until):
+    """Connect says hello and returns the answer; messages come and go; close says goodbye and may be repeated."""
+    transport = dial(peer)
+    assert read_welcome(transport.connect(a_hello())).session_id == peer.sessions[0].id
+    assert transport.receive(0.01) is None
+    peer.last.send(b"to the agent")
+    assert transport.receive(10) == b"to the agent"
+    peer.last.send(b"x" * 300_000)
+    assert transport.receive(10) == b"x" * 300_000
+    session = peer.last
+    transport.close()
+    transport.close()
+    transport.abort()
+    until(lambda: session.goodbye == 1000)
+    for use in (lambda: transport.send(bytes), lambda: transport.receive(0.01)):
+        with pytest.raises(NetworkError, match="closed"):
+            use()
+
+
+def test_a_message_in_pieces(peer, dial, seam):
+    """A message that arrives byte by byte, with pauses longer than the reader's time-out, is put together."""
+    transport = dial(peer)
+    transport.connect(a_hello())
+    session = peer.last
+
+    def dribble():
+        for byte in b"\x82\x05hello":
+            session.send_raw(bytes([byte]))
+            seam.sleep(0.02)
+
+    seam.spawn(dribble, name="dribble")
+    got = None
+    while got is None:
+        got = transport.receive(0.005)
+    assert got == b"hello"
+
+
+def test_fragments_and_pings(peer, dial, until):
+    """A fragmented message with a ping in the middle is one message, and the ping is answered."""
+    transport = dial(peer)
+    transport.connect(a_hello())
+    peer.last.send_raw(b"\x02\x03one" + b"\x89\x01!" + b"\x80\x03two")
+    got = [message for message in (transport.receive(0.3) for _ in range(3)) if message is not None]
+    assert got == [b"onetwo"]
+    until(lambda: peer.last.pongs == 1)
+
+
+def test_abort_wakes_the_reader(peer, dial, seam):
+    """A reader that waits for long wakes with an error when another task breaks the line."""
+    transport = dial(peer)
+    transport.connect(a_hello())
+    got = []
+
+    def read():
+        try:
+            transport.receive(30)
+        except NetworkError as error:
+            got.append(error)
+
+    task = seam.spawn(read, name="reader")
+    seam.sleep(0.02)
+    transport.abort()
+    assert task.join(10)
+    assert len(got) == 1
+
+
+def test_a_refusal_right_after_the_upgrade(peer, dial):
+    """The reason is told apart although the brain hangs up before our hello gets there."""
+    peer.token = "another"
+    for _ in range(10):
+        with pytest.raises(AuthenticationRejectedError) as caught:
+            dial(peer).connect(a_hello())
+        assert caught.value.code == 4401
+
+
+def test_a_failed_build_sends_nothing(peer, dial, until):
+    """A frame that cannot be built costs only itself: the order and the line are intact afterwards."""
+    transport = dial(peer)
+    transport.connect(a_hello())
+    with pytest.raises(ZeroDivisionError):
+        transport.send(lambda: 1 // 0)
+    transport.send(lambda: b"this will not verify")
+    until(lambda: peer.mishaps)
+
+
+def test_a_full_line_is_dead_after_a_while(peer, dial, monkeypatch):
+    """A peer that stops reading costs the writer its patience, then the line."""
+    monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.1)
+    transport = dial(peer)
+    transport.connect(a_hello())
+    peer.last.stalled = True
+    with pytest.raises(NetworkError, match="while sending"):
+        [transport.send(lambda: b"x" * 1_000_000) for _ in range(200)]
+
+
+def test_nobody_there(dial, seam):
+    """A closed port is a network error that says so."""
+    gone = Peer(seam)
+    gone.stop()
+    with pytest.raises(NetworkError, match="cannot reach the brain"):
+        dial(gone).connect(a_hello())
+
+
+# -- TLS
+
+
+@pytest.fixture
+def secure(seam, server_tls):
+    made = Peer(seam, tls=server_tls)
+    yield made
+    made.stop()
+
+
+def test_a_session_over_tls(secure, dial, certificate, seam, until):
+    """Over TLS both directions work at once and nothing is torn."""
+    transport = dial(secure, tls_context(certificate, None, None))
+    transport.connect(a_hello())
+    session = secure.last
+    got, number = [], 60
+
+    def read():
+        while len(got) < number:
+            message = transport.receive(1.0)
+            if message is not None:
+                got.append(message)
+
+    task = seam.spawn(read, name="reader")
+    for turn in range(number):
+        session.send(b"%d " % turn * 5000)
+        transport.send(a_hello)  # ignored in mid-session
+    assert task.join(20)
+    assert got == [b"%d " % turn * 5000 for turn in range(number)]
+    transport.close()
+    until(lambda: session.over)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+def test_an_unknown_authority_is_refused(secure, dial):
+    """A certificate that nobody vouches for ends the connection before the token is sent."""
+    with pytest.raises(NetworkError, match="certificate verify failed"):
+        dial(secure, tls_context(None, None, None)).connect(a_hello())
+    assert all(session.headers == {} for session in secure.sessions)
+
+
+def test_abort_over_tls(secure, dial, certificate, seam):
+    """A TLS reader that waits wakes with an error when another task breaks the line."""
+    transport = dial(secure, tls_context(certificate, None, None))
+    transport.connect(a_hello())
+    got = []
+
+    def read():
+        try:
+            transport.receive(30)
+        except NetworkError as error:
+            got.append(error)
+
+    task = seam.spawn(read, name="reader")
+    seam.sleep(0.02)
+    transport.abort()
+    assert task.join(10)
+    assert len(got) == 1

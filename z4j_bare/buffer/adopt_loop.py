@@ -1,0 +1,134 @@
+"""What a killed worker could not send: its store is adopted as soon as another one runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.buffer.errors import BUSY, CORRUPT, cause_of
+from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
+from z4j_bare.errors import LocalStorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.concurrency import BaseConcurrency
+
+logger = logging.getLogger("z4j.runtime.adopt")
+
+#: Seconds before each look for orphans: at once, then a few times soon, because a worker is often restarted while its
+#: predecessor is still dying, then every minute.
+FIRST = (0.0, 2.0, 5.0, 15.0, 30.0)
+EVERY = 60.0
+
+#: Seconds between two steps while the heir has enough to do; rows come in as the brain takes them off us.
+PACE = 0.2
+
+#: Seconds for which a file that we may not have, or cannot use, is left alone.
+REFUSED = 600.0
+
+#: How often a step that failed is tried again, and after how many seconds.
+RETRIES = 20
+RETRY = 30.0
+
+
+class AdoptLoop:
+    """Moves orphaned rows into our own store, one file at a time.
+
+    :param claim: makes an :class:`Orphan` of a path; runs off the hub.
+    :param stored: called after each step, to wake the sender.
+    """
+
+    def __init__(
+        self,
+        buffer_path: str,
+        claim: Callable[[Path], Orphan],
+        keeper: Keeper,
+        seam: BaseConcurrency,
+        stored: Callable[[], None],
+    ) -> None:
+        self._buffer_path = buffer_path
+        self._claim = claim
+        self._keeper = keeper
+        self._seam = seam
+        self._stored = stored
+        self._refused: dict[Path, float] = {}
+
+    def run(self, stopping: Any) -> None:
+        """Adopt until ``stopping`` (an ``IEvent``) is set."""
+        for delay in chain(FIRST, repeat(EVERY)):
+            if self._seam.pause(stopping, delay):
+                return
+            self._look(stopping)
+
+    def _look(self, stopping: Any) -> None:
+        now = self._seam.now()
+        self._refused = {path: until for path, until in self._refused.items() if until > now}
+        ok, found = self._seam.offload(orphans, self._buffer_path, self._refused)
+        if not ok:
+            logger.debug("z4j: cannot look for buffers of dead processes: %s", found)
+            return
+        for path in found:
+            if stopping.is_set():
+                return
+            ok, orphan = self._seam.offload(self._claim, path)
+            if ok:
+                if orphan.corrupt:
+                    logger.warning("z4j: %s was set aside: %s", path.name, orphan.corrupt)
+                self._take(orphan, stopping)
+            else:
+                self._refuse(path, orphan)
+
+    def _take(self, orphan: Orphan, stopping: Any) -> None:
+        failures = 0
+        try:
+            while not stopping.is_set():
+                self._keeper.adopting = orphan.left()
+                try:
+                    ended = self._move(orphan, stopping)
+                except LocalStorageError as error:
+                    # Letting it go would have the rows of the failed step moved again by whoever comes next.
+                    failures += 1
+                    ended = failures > RETRIES or self._condemned(orphan, error)
+                    if ended:
+                        self._refuse(orphan.path, error)
+                    else:
+                        self._seam.pause(stopping, RETRY)
+                if ended:
+                    return
+        finally:
+            self._keeper.adopting = 0
+            if not self._seam.forked():
+                self._seam.offload(orphan.close)
+
+    def _move(self, orphan: Orphan, stopping: Any) -> bool:
+        """Take one step, and the time that it asks for; return whether it was the last."""
+        outcome = self._keeper.adopt(orphan.step)
+        if outcome == DONE:
+            self._stored()
+            if orphan.moved:
+                logger.info("z4j: adopted %d rows of %s, whose process is dead", orphan.moved, orphan.path.name)
+            return True
+        if outcome == MOVED:
+            self._stored()
+            self._seam.sleep(0)
+        else:
+            self._seam.pause(stopping, PACE)
+        return False
+
+    def _condemned(self, orphan: Orphan, error: LocalStorageError) -> bool:
+        try:
+            return cause_of(error) == CORRUPT and bool(self._keeper.adopt(orphan.condemn))
+        except LocalStorageError:
+            return False
+
+    def _refuse(self, path: Path, error: BaseException) -> None:
+        cause = cause_of(error) if isinstance(error, LocalStorageError) else ""
+        if cause == BUSY:  # its owner lives, or another heir was faster
+            return
+        self._refused[path] = self._seam.now() + REFUSED
+        level = logging.WARNING if cause == CORRUPT else logging.DEBUG
+        logger.log(level, "z4j: %s is not adopted: %s", path.name, error)
