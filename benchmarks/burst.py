@@ -19,11 +19,20 @@ _CALIBRATION = 3000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--tasks", type=int, default=4000, help="released at once (default: %(default)s)")
+    parser.add_argument(
+        "--tasks", type=int, default=4000, help="released at once (default: %(default)s)"
+    )
     parser.add_argument("--pool", choices=POOLS, default="gevent")
-    parser.add_argument("--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"])
+    parser.add_argument(
+        "--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"]
+    )
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for rows (default: %(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=300.0,
+        help="seconds to wait for rows (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
                 trials[name].append(Stage(peers, plan, name, args.pool, python).run())
     rows = [_line(name, found) for name, found in trials.items()]
     print(f"the brain ingests {median(rates):.0f} events/s of one connection in frames of 500")
-    print(table(("agent", "tasks", "rows in the brain", "seconds to the last row", "events/s"), rows))
+    print(
+        table(("agent", "tasks", "rows in the brain", "seconds to the last row", "events/s"), rows)
+    )
     content = {name: [trial.to_object() for trial in found] for name, found in trials.items()}
     print(f"saved {save('burst', {**before, 'ingest_rates': rates, 'trials': content})}")
 

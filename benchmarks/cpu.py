@@ -31,7 +31,9 @@ class Meter:
         """Return this moment's figures."""
         family = [self._process, *self._process.children(recursive=True)]
         at = time.monotonic()
-        return Reading(at, sum(_cpu(each.pid) for each in family), sum(_rss(each) for each in family))
+        return Reading(
+            at, sum(_cpu(each.pid) for each in family), sum(_rss(each) for each in family)
+        )
 
 
 def _cpu(pid: int) -> float:

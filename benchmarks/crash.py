@@ -21,16 +21,38 @@ from z4j_bare.demo.process import HarnessError
 
 MODES = ("threads", "gevent", "eventlet")
 _PATIENCE = 600.0  # seconds for the last host to send the rest
-_HEADER = ("mode", "killed", "at the point", "recorded", "committed", "told", "missing", "doubled", "overtaken", "damaged")
+_HEADER = (
+    "mode",
+    "killed",
+    "at the point",
+    "recorded",
+    "committed",
+    "told",
+    "missing",
+    "doubled",
+    "overtaken",
+    "damaged",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--trials", type=int, default=1000, help="hosts killed, over all modes (default: %(default)s)")
-    parser.add_argument("--events", type=int, default=102, help="each records (default: %(default)s)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=1000,
+        help="hosts killed, over all modes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--events", type=int, default=102, help="each records (default: %(default)s)"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--block", type=int, default=50, help="hosts of one mode in turn (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another one dies elsewhere (default: %(default)s)")
+    parser.add_argument(
+        "--block", type=int, default=50, help="hosts of one mode in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another one dies elsewhere (default: %(default)s)"
+    )
     outage.add_arguments(parser)
 
 
@@ -47,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
                 block = Block(mode, number)
                 blocks.append(block)
                 block.run(peers, trials, args)
-                progress(f"block {number + 1}: {trials} {mode} killed in {block.seconds:.0f} s, faults: {block.faults}")
+                progress(
+                    f"block {number + 1}: {trials} {mode} killed in {block.seconds:.0f} s, faults: {block.faults}"
+                )
     finally:
         _publish(args, before, blocks)
     if faults := sum(block.faults for block in blocks):
@@ -67,7 +91,9 @@ class Block:
     @property
     def faults(self) -> int:
         """How many events are missing or doubled, and how many files were damaged."""
-        return sum(len(verdict.faults) for verdict in self.verdicts) + sum(len(death.corrupt) for death in self.deaths)
+        return sum(len(verdict.faults) for verdict in self.verdicts) + sum(
+            len(death.corrupt) for death in self.deaths
+        )
 
     def run(self, peers: Peers, trials: int, args: argparse.Namespace) -> None:
         """Kill them one after the other, let a last one send the rest, and judge each."""
@@ -97,8 +123,20 @@ def _publish(args: argparse.Namespace, before: dict[str, Any], blocks: list[Bloc
     done = [block for block in blocks if block.verdicts]
     if not done:
         return
-    print(table(_HEADER, [_line(mode, [each for each in done if mode in (each.mode, "all")]) for mode in _titles(done)]))
-    kills = Counter(death.trial.point if death.reached else "elsewhere" for block in done for death in block.deaths)
+    print(
+        table(
+            _HEADER,
+            [
+                _line(mode, [each for each in done if mode in (each.mode, "all")])
+                for mode in _titles(done)
+            ],
+        )
+    )
+    kills = Counter(
+        death.trial.point if death.reached else "elsewhere"
+        for block in done
+        for death in block.deaths
+    )
     print("killed at: " + ", ".join(f"{point} {number}" for point, number in sorted(kills.items())))
     content = {
         **before,

@@ -14,12 +14,26 @@ OUT = Path(__file__).with_name("out")
 VERSION = "1.13.0"
 
 #: What both environments must share in the very same version, so that only the agent differs.
-SHARED = ("celery", "kombu", "gevent", "eventlet", "greenlet", "redis", "z4j-celery", "z4j-core", "pydantic", "packaging")
+SHARED = (
+    "celery",
+    "kombu",
+    "gevent",
+    "eventlet",
+    "greenlet",
+    "redis",
+    "z4j-celery",
+    "z4j-core",
+    "pydantic",
+    "packaging",
+)
 
 
 def existing_python(folder: Path = OUT / "existing-venv") -> str:
     """Return the interpreter of the environment in ``folder``; makes it anew when what it should hold has changed."""
-    wanted = [f"z4j-bare=={VERSION}", *(f"{name}=={found}" for name, found in shared_versions().items())]
+    wanted = [
+        f"z4j-bare=={VERSION}",
+        *(f"{name}=={found}" for name, found in shared_versions().items()),
+    ]
     python, mark = folder / "bin" / "python", folder / "bench-requirements.json"
     if mark.exists() and json.loads(mark.read_text()) == wanted:
         return str(python)

@@ -13,8 +13,36 @@ if TYPE_CHECKING:
 
 #: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is near enough.
 _T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
 )
 
 
@@ -91,6 +119,8 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
         "idle_ms_per_s": median(trial.idle for trial in trials) * 1e3,
         "rss_mb": median(trial.rss for trial in trials) / 1e6,
         "rows": [trial.rows for trial in trials],
-        "last_row_s": median((trial.end_seconds - trial.tasks_seconds) / trial.batches for trial in trials),
+        "last_row_s": median(
+            (trial.end_seconds - trial.tasks_seconds) / trial.batches for trial in trials
+        ),
         "row_delay_ms": [median(delays) * 1e3, delays[-1] * 1e3] if delays else None,
     }

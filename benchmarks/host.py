@@ -43,16 +43,37 @@ _HEADER = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--pools", nargs="+", choices=POOLS, default=["gevent", "eventlet", "threads", "prefork"])
+    parser.add_argument(
+        "--pools", nargs="+", choices=POOLS, default=["gevent", "eventlet", "threads", "prefork"]
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--batches", type=int, default=8, help="for each worker of a round (default: %(default)s)")
-    parser.add_argument("--tasks", type=int, default=250, help="tasks of 10 ms per batch (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, default=8, help="for each worker of a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tasks", type=int, default=250, help="tasks of 10 ms per batch (default: %(default)s)"
+    )
     parser.add_argument("--arguments", choices=ARGUMENTS, default="none")
-    parser.add_argument("--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)")
-    parser.add_argument("--patience", type=float, default=180.0, help="seconds to wait for rows (default: %(default)s)")
-    parser.add_argument("--loglevel", default="WARNING", help="of the worker; Celery's default (default: %(default)s)")
-    parser.add_argument("--attribute", action="store_true", help="measure where the CPU goes, which costs some itself")
+    parser.add_argument(
+        "--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=180.0,
+        help="seconds to wait for rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loglevel",
+        default="WARNING",
+        help="of the worker; Celery's default (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attribute",
+        action="store_true",
+        help="measure where the CPU goes, which costs some itself",
+    )
     parser.add_argument("--no-pin", action="store_true", help="leave all processors to everybody")
 
 
@@ -71,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
                 for pool in args.pools:
                     names = _turned(args.variants, number)
                     try:
-                        rounds[pool].append(_round(peers, plan, pool, number, names, pythons, args.batches))
+                        rounds[pool].append(
+                            _round(peers, plan, pool, number, names, pythons, args.batches)
+                        )
                     except HarnessError as error:
                         failures.append(f"round {number + 1}, {pool}: {error}")
                         progress(f"  failed: {error}")
@@ -84,7 +107,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     core = None
     if not args.no_pin and len(cores) > 1:
         core = cores[-1]
-        os.sched_setaffinity(0, cores[:-1])  # brain, broker and harness inherit it; the worker leaves it for its own
+        os.sched_setaffinity(
+            0, cores[:-1]
+        )  # brain, broker and harness inherit it; the worker leaves it for its own
     return Plan(
         tasks=args.tasks,
         arguments=args.arguments,
@@ -97,11 +122,20 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _round(
-    peers: Peers, plan: Plan, pool: str, number: int, names: list[str], pythons: dict[str, str], batches: int
+    peers: Peers,
+    plan: Plan,
+    pool: str,
+    number: int,
+    names: list[str],
+    pythons: dict[str, str],
+    batches: int,
 ) -> dict[str, Trial]:
     """Start one worker of each variant, and give them batches in step."""
     peers.purge()
-    stages = [Stage(peers, plan, name, pool, pythons[name], database) for database, name in enumerate(names)]
+    stages = [
+        Stage(peers, plan, name, pool, pythons[name], database)
+        for database, name in enumerate(names)
+    ]
     with ExitStack() as living:
         for stage in stages:
             living.enter_context(stage.open())
@@ -121,12 +155,24 @@ def _turned(items: list[T], number: int) -> list[T]:
 
 
 def _publish(
-    args: argparse.Namespace, before: dict[str, Any], rounds: dict[str, list[dict[str, Trial]]], failures: list[str]
+    args: argparse.Namespace,
+    before: dict[str, Any],
+    rounds: dict[str, list[dict[str, Trial]]],
+    failures: list[str],
 ) -> None:
     pools = {pool: found for pool, done in rounds.items() if (found := summary(done))}
     if not pools:
         return
-    print(table(_HEADER, [_line(pool, name, each) for pool, found in pools.items() for name, each in found.items()]))
+    print(
+        table(
+            _HEADER,
+            [
+                _line(pool, name, each)
+                for pool, found in pools.items()
+                for name, each in found.items()
+            ],
+        )
+    )
     for failure in failures:
         print(f"failed: {failure}")
     content = {
@@ -165,5 +211,7 @@ def _compact(trials: dict[str, Trial]) -> dict[str, Any]:
     content = {name: trial.to_object() for name, trial in trials.items()}
     for name, trial in trials.items():
         shares = (0.5, 0.9, 0.99, 0.999, 1.0) if trial.lateness else ()
-        content[name]["lateness"] = {str(share): quantile(trial.lateness, share) for share in shares}
+        content[name]["lateness"] = {
+            str(share): quantile(trial.lateness, share) for share in shares
+        }
     return content

@@ -39,24 +39,34 @@ _SCRIPT = Path(__file__).with_name("inside") / "bench_record_event.py"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--calls", type=int, default=5000, help="calls per piece (default: %(default)s)")
+    parser.add_argument(
+        "--calls", type=int, default=5000, help="calls per piece (default: %(default)s)"
+    )
     parser.add_argument("--no-existing", action="store_true", help="leave the existing agent out")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure every piece; print and save the table."""
     before = circumstances()
-    figures: dict[str, list[float]] = {"record_event (ours)": record_event(sys.executable, args.calls)}
+    figures: dict[str, list[float]] = {
+        "record_event (ours)": record_event(sys.executable, args.calls)
+    }
     if not args.no_existing:
         figures["record_event (existing)"] = record_event(existing_python(), args.calls)
     for name, arguments in ARGUMENTS.items():
         figures |= _capture(name, arguments, args.calls)
     figures |= _store(args.calls)
     figures |= _wire(args.calls)
-    rows = [(name, *(f"{quantile(costs, share):.2f}" for share in (0.5, 0.99))) for name, costs in figures.items()]
+    rows = [
+        (name, *(f"{quantile(costs, share):.2f}" for share in (0.5, 0.99)))
+        for name, costs in figures.items()
+    ]
     print(table(("piece", "p50 us", "p99 us"), rows))
     shares = (0.0, 0.5, 0.9, 0.99, 1.0)
-    quantiles = {name: {str(share): quantile(costs, share) for share in shares} for name, costs in figures.items()}
+    quantiles = {
+        name: {str(share): quantile(costs, share) for share in shares}
+        for name, costs in figures.items()
+    }
     print(f"saved {save('hot', {**before, 'calls': args.calls, 'microseconds': quantiles})}")
 
 
@@ -64,7 +74,9 @@ def record_event(python: str, calls: int) -> list[float]:
     """Return the sorted costs of ``record_event`` under an interpreter of either agent."""
     progress(f"record_event under {python}")
     command, environment = [python, str(_SCRIPT), str(calls)], worker_environment({}, python)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=environment
+    )
     if done.returncode:
         raise HarnessError(f"{_SCRIPT.name} failed: {done.stderr.strip()[-500:]}")
     costs: list[float] = json.loads(done.stdout.splitlines()[-1])
@@ -91,7 +103,9 @@ def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list
     with _captured(calls) as (task, ring):
         requests = [_request(task, f"task-{number}", arguments) for number in range(calls)]
         found = {
-            "task_received": costs_of(lambda i: signals.task_received.send(sender=None, request=requests[i]), calls),
+            "task_received": costs_of(
+                lambda i: signals.task_received.send(sender=None, request=requests[i]), calls
+            ),
             "task_prerun": costs_of(lambda i: _prerun(task, requests[i]), calls),
             "task_postrun": costs_of(lambda i: _postrun(task, requests[i]), calls),
             "snapshot": costs_of(lambda _: snapshot(arguments), calls),
@@ -101,7 +115,11 @@ def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list
             batch = items[place * calls : (place + 1) * calls]
             found[f"encode {event}"] = costs_of(lambda i, batch=batch: batch[i][0](batch[i]), calls)  # type: ignore[misc]
     if name != "none":  # they do not depend on the arguments
-        found = {piece: costs for piece, costs in found.items() if piece.endswith(("received", "snapshot"))}
+        found = {
+            piece: costs
+            for piece, costs in found.items()
+            if piece.endswith(("received", "snapshot"))
+        }
     return {f"{piece}, {name}": costs for piece, costs in found.items()}
 
 
@@ -131,21 +149,31 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
 def _request(task: Any, task_id: str, arguments: dict[str, Any]) -> Any:
     route = {"routing_key": "bench"}
     return SimpleNamespace(
-        id=task_id, task=task, args=[], kwargs=dict(arguments), parent_id=None, root_id=task_id, delivery_info=route
+        id=task_id,
+        task=task,
+        args=[],
+        kwargs=dict(arguments),
+        parent_id=None,
+        root_id=task_id,
+        delivery_info=route,
     )
 
 
 def _prerun(task: Any, request: Any) -> None:
     from celery import signals
 
-    signals.task_prerun.send(sender=task, task_id=request.id, task=task, args=(), kwargs=request.kwargs)
+    signals.task_prerun.send(
+        sender=task, task_id=request.id, task=task, args=(), kwargs=request.kwargs
+    )
 
 
 def _postrun(task: Any, request: Any) -> None:
     from celery import signals
 
     ended = {"retval": None, "state": "SUCCESS"}
-    signals.task_postrun.send(sender=task, task_id=request.id, task=task, args=(), kwargs=request.kwargs, **ended)
+    signals.task_postrun.send(
+        sender=task, task_id=request.id, task=task, args=(), kwargs=request.kwargs, **ended
+    )
 
 
 def _store(calls: int) -> dict[str, list[float]]:
@@ -160,13 +188,21 @@ def _store(calls: int) -> dict[str, list[float]]:
         Path(home).chmod(0o700)
         store = BufferStore(Path(home) / "bench.sqlite")
         try:
-            found = {"store append, per row": costs_of(lambda _: store.append([row] * ROWS), rounds, ROWS)}
-            found["store append of 12, per row"] = costs_of(lambda _: store.append([row] * 12), rounds, 12)
+            found = {
+                "store append, per row": costs_of(
+                    lambda _: store.append([row] * ROWS), rounds, ROWS
+                )
+            }
+            found["store append of 12, per row"] = costs_of(
+                lambda _: store.append([row] * 12), rounds, 12
+            )
             limit = 1 << 30
             drains = costs_of(lambda i: store.drain(i * ROWS, ROWS, limit, (EVENT,)), rounds, ROWS)
             found["store drain, per row"] = drains
             ids = [range(i * ROWS + 1, (i + 1) * ROWS + 1) for i in range(rounds)]
-            found["store confirm, per row"] = costs_of(lambda i: store.confirm(ids[i]), rounds, ROWS)
+            found["store confirm, per row"] = costs_of(
+                lambda i: store.confirm(ids[i]), rounds, ROWS
+            )
         finally:
             store.close()
     return found
@@ -174,18 +210,20 @@ def _store(calls: int) -> dict[str, list[float]]:
 
 def _wire(calls: int) -> dict[str, list[float]]:
     """Measure one event's share of a full frame signed, and masked."""
-    from z4j_bare.transport.binary import Binary
+    from z4j_bare.transport.binary import BinaryFrame
     from z4j_bare.wire.frames import event_batch
-    from z4j_bare.wire.session import Session, Welcome
+    from z4j_bare.wire.session import HelloAck, Session
 
     progress("wire")
-    session = Session(Welcome("agent", "project", "session"), bytes(32))
+    session = Session(HelloAck("agent", "project", "session"), bytes(32))
     events = [b"x" * 300] * 420
     frame = session.sign("event_batch", "ev_0", event_batch(events), 0.0)
     rounds = max(20, calls // len(events))
     return {
         "sign, per event": costs_of(
-            lambda _: session.sign("event_batch", "ev_0", event_batch(events), time.time()), rounds, len(events)
+            lambda _: session.sign("event_batch", "ev_0", event_batch(events), time.time()),
+            rounds,
+            len(events),
         ),
-        "mask, per event": costs_of(lambda _: Binary(frame).format(), rounds, len(events)),
+        "mask, per event": costs_of(lambda _: BinaryFrame(frame).format(), rounds, len(events)),
     }

@@ -28,7 +28,9 @@ _PATIENCE = 120.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--events", type=int, default=3000, help="per frame size (default: %(default)s)")
+    parser.add_argument(
+        "--events", type=int, default=3000, help="per frame size (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
 
 
@@ -42,7 +44,10 @@ def run(args: argparse.Namespace) -> None:
                 count = args.events if size > 1 else max(1, args.events // 6)  # 49 a second
                 progress(f"round {number + 1}: {count} events in frames of {size}")
                 rates[size].append(Feed(peers.new_agent("ingest")).rate(count, size))
-    rows = [(size, *(f"{each:.0f}" for each in (min(found), median(found), max(found)))) for size, found in rates.items()]
+    rows = [
+        (size, *(f"{each:.0f}" for each in (min(found), median(found), max(found))))
+        for size, found in rates.items()
+    ]
     print(table(("events a frame", "lowest events/s", "median", "highest"), rows))
     print(f"saved {save('ingest', {**before, 'events_per_second': rates})}")
 
@@ -58,18 +63,18 @@ class Feed:
         from z4j_bare.transport.websocket import WebSocketTransport
 
         self._secret = decode_agent_hmac_secret(agent.hmac_secret)
-        self._seam = ThreadsConcurrency()
+        self._backend = ThreadsConcurrency()
         url = websocket_url(agent.brain_url, dev_mode=False)
-        self._transport = WebSocketTransport(url, lambda: agent.token, self._seam)
+        self._transport = WebSocketTransport(url, lambda: agent.token, self._backend)
         self._flying: dict[str, int] = {}
         self._turn = threading.Condition()
         self._failure: AgentError | None = None
 
     def rate(self, count: int, size: int) -> float:
         """Return events a second, from the first frame sent to the last ack received."""
-        from z4j_bare.wire.session import Session, read_welcome
+        from z4j_bare.wire.session import Session, parse_hello_ack
 
-        self._session = Session(read_welcome(self._transport.connect(_hello())), self._secret)
+        self._session = Session(parse_hello_ack(self._transport.connect(_hello())), self._secret)
         reader = threading.Thread(target=self._read, args=(count,), daemon=True)
         reader.start()
         try:
@@ -92,7 +97,9 @@ class Feed:
 
         frame = frame_id("ev")
         with self._turn:
-            self._turn.wait_for(lambda: sum(self._flying.values()) + len(events) <= IN_FLIGHT, _PATIENCE)
+            self._turn.wait_for(
+                lambda: sum(self._flying.values()) + len(events) <= IN_FLIGHT, _PATIENCE
+            )
             self._flying[frame] = len(events)
         payload = event_batch(events)
         self._transport.send(lambda: self._session.sign("event_batch", frame, payload, time.time()))
@@ -122,7 +129,9 @@ def _hello() -> bytes:
     from z4j_bare.wire.frames import Identity, hello
 
     now = datetime.now(UTC)
-    return hello(Identity("bare", "1.13.0", f"bench-{uuid4().hex[:8]}", 1, now, engines=("celery",)))
+    return hello(
+        Identity("bare", "1.13.0", f"bench-{uuid4().hex[:8]}", 1, now, engines=("celery",))
+    )
 
 
 def _events(count: int) -> Iterator[bytes]:
@@ -139,7 +148,11 @@ def _events(count: int) -> Iterator[bytes]:
         kind = number % 3
         if kind == 0:
             task = str(uuid4())
-        extra = ({"args": [], "kwargs": {}, "root_task_id": task}, {}, {"result": None, "runtime_ms": 10})[kind]
+        extra = (
+            {"args": [], "kwargs": {}, "root_task_id": task},
+            {},
+            {"result": None, "runtime_ms": 10},
+        )[kind]
         name = ("task.received", "task.started", "task.succeeded")[kind]
         yield encode((encode, name, time.time(), task, common, {**own, **extra}))
 

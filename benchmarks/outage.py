@@ -28,24 +28,44 @@ _CALIBRATION = 1500
 _SETTLE = 2.0  # seconds between the last task and the kill: both agents commit well within it
 _READY_SECONDS = 60.0
 _STALLED = 60.0  # seconds without another row after which the rest counts as lost
-_HEADER = ("worker", "agent", "tasks", "rows in the files", "first row s", "last row s", "5 s + backlog/rate", "lost")
+_HEADER = (
+    "worker",
+    "agent",
+    "tasks",
+    "rows in the files",
+    "first row s",
+    "last row s",
+    "5 s + backlog/rate",
+    "lost",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the comparison."""
-    parser.add_argument("--compare", action="store_true", help="outages of a worker, beside the existing agent")
-    parser.add_argument("--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"])
+    parser.add_argument(
+        "--compare", action="store_true", help="outages of a worker, beside the existing agent"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"]
+    )
     parser.add_argument("--ends", nargs="+", choices=ENDS, default=list(ENDS))
     parser.add_argument("--pool", choices=POOLS, default="gevent")
-    parser.add_argument("--tasks", type=int, default=500, help="of each worker (default: %(default)s)")
+    parser.add_argument(
+        "--tasks", type=int, default=500, help="of each worker (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--patience", type=float, default=240.0, help="seconds to wait for rows (default: %(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=240.0,
+        help="seconds to wait for rows (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure the brain's own rate, then each agent's outages; print and save the table of whatever has come through."""
     before = circumstances()
-    found: list[Outcome] = []
+    found: list[CallFuture] = []
     failures: list[str] = []
     with Peers() as peers:
         rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
@@ -53,17 +73,34 @@ def run(args: argparse.Namespace) -> None:
             for end in args.ends:
                 for name in args.variants:
                     _outage(peers, args, name, end, found, failures)
-    lines = [line for end in args.ends for name in args.variants for line in _lines(end, name, found, rate)]
-    print(f"the brain ingests {rate:.0f} events/s; seconds from the next worker's readiness; medians of {args.rounds}")
+    lines = [
+        line
+        for end in args.ends
+        for name in args.variants
+        for line in _lines(end, name, found, rate)
+    ]
+    print(
+        f"the brain ingests {rate:.0f} events/s; seconds from the next worker's readiness; medians of {args.rounds}"
+    )
     print(table(_HEADER, lines))
     for failure in failures:
         print(f"failed: {failure}")
-    content = {**before, "ingest_rate": rate, "outages": [asdict(each) for each in found], "failures": failures}
+    content = {
+        **before,
+        "ingest_rate": rate,
+        "outages": [asdict(each) for each in found],
+        "failures": failures,
+    }
     print(f"saved {save('outage', content)}")
 
 
 def _outage(
-    peers: Peers, args: argparse.Namespace, name: str, end: str, found: list[Outcome], failures: list[str]
+    peers: Peers,
+    args: argparse.Namespace,
+    name: str,
+    end: str,
+    found: list[CallFuture],
+    failures: list[str],
 ) -> None:
     plan = Plan(tasks=args.tasks, patience=args.patience, probes=0)
     python = existing_python() if name == "existing" else sys.executable
@@ -71,7 +108,9 @@ def _outage(
     try:
         found.append(Outage(peers, plan, name, args.pool, python).after(end))
     except HarnessError as error:
-        tail = error.log.read_text(errors="replace")[-600:] if error.log and error.log.exists() else ""
+        tail = (
+            error.log.read_text(errors="replace")[-600:] if error.log and error.log.exists() else ""
+        )
         failures.append(f"{name}, {end}: {error}\n{tail}")
         progress(f"  failed: {failures[-1]}")
         if not peers.brain.running:
@@ -79,7 +118,7 @@ def _outage(
 
 
 @dataclass
-class Outcome:
+class CallFuture:
     """What became of the ``tasks`` that the brain did not know when it went away.
 
     ``backlog`` is in rows of the buffer, ``boot``, ``first`` and ``last`` in seconds, the latter two from the next worker's
@@ -99,7 +138,7 @@ class Outcome:
 class Outage(Stage):
     """Runs two workers on one home: the first ends while the brain is away, the second finds what it left."""
 
-    def after(self, end: str) -> Outcome:
+    def after(self, end: str) -> CallFuture:
         """Let the first worker be killed or stopped as ``end`` says; return what the brain got to know of its tasks."""
         self._peers.purge()
         with self._worker() as first:
@@ -109,7 +148,11 @@ class Outage(Stage):
             known, done = self._rows(), len(self._ends())
             self._peers.brain.stop()
             self._release(self._plan.tasks)
-            until(lambda: len(self._ends()) >= done + self._plan.tasks, "the tasks", timeout=self._plan.patience)
+            until(
+                lambda: len(self._ends()) >= done + self._plan.tasks,
+                "the tasks",
+                timeout=self._plan.patience,
+            )
             time.sleep(_SETTLE)
             if end == "killed":
                 os.kill(first.pid, signal.SIGKILL)
@@ -123,7 +166,16 @@ class Outage(Stage):
             second.spawn((self._home / "ready").exists, _READY_SECONDS)
             ready = time.monotonic()
             first_row, last_row, rows = self._arrivals(ready, known, ended)
-        return Outcome(end, self._variant, ended - known, backlog, ready - began, first_row, last_row, ended - rows)
+        return CallFuture(
+            end,
+            self._variant,
+            ended - known,
+            backlog,
+            ready - began,
+            first_row,
+            last_row,
+            ended - rows,
+        )
 
     def _backlog(self) -> int:
         """Count the rows in the buffer files."""
@@ -133,7 +185,9 @@ class Outage(Stage):
         rows = 0
         for path in paths:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-                if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+                if connection.execute(
+                    "SELECT 1 FROM sqlite_master WHERE name = 'entries'"
+                ).fetchone():
                     rows += connection.execute("SELECT count(*) FROM entries").fetchone()[0]
         return rows
 
@@ -150,7 +204,9 @@ class Outage(Stage):
         return first, last, known
 
 
-def _lines(end: str, name: str, outcomes: list[Outcome], rate: float) -> Iterator[tuple[object, ...]]:
+def _lines(
+    end: str, name: str, outcomes: list[CallFuture], rate: float
+) -> Iterator[tuple[object, ...]]:
     """Yield the line of one agent and one end, if there is anything to tell."""
     mine = [each for each in outcomes if (each.end, each.variant) == (end, name)]
     if not mine:

@@ -46,35 +46,85 @@ TASKS: tuple[tuple[str, str, list[Any], dict[str, Any]], ...] = (
 #: Label, route, body.
 COMMANDS = (
     ("retry", "retry-task", {"engine": "celery", "task_id": "fails"}),
-    ("retry changed", "retry-task", {"engine": "celery", "task_id": "add", "override_args": [3, 4], "override_kwargs": {}}),
+    (
+        "retry changed",
+        "retry-task",
+        {"engine": "celery", "task_id": "add", "override_args": [3, 4], "override_kwargs": {}},
+    ),
     ("cancel", "cancel-task", {"engine": "celery", "task_id": "waits"}),
     ("rate limit", "rate-limit", {"task_name": "shop.greets", "rate": "100/s"}),
     ("grow", "pool-resize", {"worker_name": NAME, "delta": 1, "engine": "celery"}),
     ("consume", "add-consumer", {"worker_name": NAME, "queue": "more", "engine": "celery"}),
-    ("consume no more", "cancel-consumer", {"worker_name": NAME, "queue": "more", "engine": "celery"}),
+    (
+        "consume no more",
+        "cancel-consumer",
+        {"worker_name": NAME, "queue": "more", "engine": "celery"},
+    ),
     ("purge", "purge-queue", {"queue": "idle", "force": True}),
     ("cancel nothing", "cancel-task", {"engine": "celery", "task_id": "never-was"}),
 )
 
 #: Of a task's row and of an agent's, what is recorded; times and durations count as there or not there.
-_TASK = ("name", "queue", "state", "priority", "args", "kwargs", "result", "exception", "retry_count", "worker_name")
-_THERE = ("received_at", "started_at", "finished_at", "runtime_ms", "traceback", "parent_task_id", "root_task_id")
-_AGENT = ("state", "framework_adapter", "engine_adapters", "scheduler_adapters", "capabilities", "protocol_version")
+_TASK = (
+    "name",
+    "queue",
+    "state",
+    "priority",
+    "args",
+    "kwargs",
+    "result",
+    "exception",
+    "retry_count",
+    "worker_name",
+)
+_THERE = (
+    "received_at",
+    "started_at",
+    "finished_at",
+    "runtime_ms",
+    "traceback",
+    "parent_task_id",
+    "root_task_id",
+)
+_AGENT = (
+    "state",
+    "framework_adapter",
+    "engine_adapters",
+    "scheduler_adapters",
+    "capabilities",
+    "protocol_version",
+)
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 #: What we know to differ: pool and path as patterns, and why ours is right.
 REASONS: tuple[tuple[str, str, str], ...] = (
-    ("*", "task *: worker_name", "ours names the worker in each event; the brain clears it when one does not"),
+    (
+        "*",
+        "task *: worker_name",
+        "ours names the worker in each event; the brain clears it when one does not",
+    ),
     ("*", "task *: runtime_ms", "ours tells the run time with the end"),
     ("*", "task retries: retry_count", "ours tells the count with the retry"),
     ("*", "task retries: events", "ours tells each attempt's receipt"),
-    ("*", "task *: result", "ours tells the value, redacted by key; the other Celery's text of it, secrets included"),
-    ("*", "task waits: *", "ours tells a task that was killed as revoked, not as succeeded as well"),
+    (
+        "*",
+        "task *: result",
+        "ours tells the value, redacted by key; the other Celery's text of it, secrets included",
+    ),
+    (
+        "*",
+        "task waits: *",
+        "ours tells a task that was killed as revoked, not as succeeded as well",
+    ),
     ("*", "other tasks", "ours had the retried task's end in the brain"),
     ("*", "queues", "ours has carried out add-consumer"),
     ("*", "agent: processes", "ours tells the role of the process"),
-    ("*", "command cancel*: *", "ours tells what the workers answered, and whether a task was ended"),
+    (
+        "*",
+        "command cancel*: *",
+        "ours tells what the workers answered, and whether a task was ended",
+    ),
     ("*", "command rate limit: *", "ours names the workers that obeyed"),
     ("*", "command grow: *", "ours announces its worker, without which the brain refuses"),
     ("*", "command consume*: *", "ours announces its worker, without which the brain refuses"),
@@ -114,7 +164,11 @@ class Difference:
     why: str = field(init=False)
 
     def __post_init__(self) -> None:
-        matching = (why for pool, path, why in REASONS if fnmatchcase(self.pool, pool) and fnmatchcase(self.path, path))
+        matching = (
+            why
+            for pool, path, why in REASONS
+            if fnmatchcase(self.pool, pool) and fnmatchcase(self.path, path)
+        )
         self.why = next(matching, DOUBLED if self._doubled() else "")
 
     def _doubled(self) -> bool:
@@ -125,7 +179,12 @@ class Difference:
 
     def line(self) -> tuple[str, ...]:
         """Return it as a line of the table."""
-        return self.pool, self.path, *(f"{value!r:.60}" for value in (self.existing, self.ours)), self.why or "UNEXPLAINED"
+        return (
+            self.pool,
+            self.path,
+            *(f"{value!r:.60}" for value in (self.existing, self.ours)),
+            self.why or "UNEXPLAINED",
+        )
 
 
 class _Day:
@@ -154,7 +213,13 @@ class _Day:
             producer.send_task("shop.add", args=[0, 0], task_id="idle", queue="idle")
             commands = {label: self._command(route, body) for label, route, body in COMMANDS}
             time.sleep(_SETTLE)
-            return {**self._tasks(), **self._others(), **self._workers(), **self._agents(), **commands_by_path(commands)}
+            return {
+                **self._tasks(),
+                **self._others(),
+                **self._workers(),
+                **self._agents(),
+                **commands_by_path(commands),
+            }
 
     def _worker(self) -> Worker:
         python = existing_python() if self._variant == "existing" else sys.executable
@@ -178,14 +243,20 @@ class _Day:
     def _producer(self) -> Iterator[Any]:
         from celery import Celery
 
-        app = Celery("parity_producer", broker=self._peers.broker(), changes={"task_send_sent_event": True})
+        app = Celery(
+            "parity_producer", broker=self._peers.broker(), changes={"task_send_sent_event": True}
+        )
         with app:
             yield app
 
     def _online(self) -> bool:
-        return bool(self._brain.agent(self._agent.project, self._agent.agent_id)["state"] == "online")
+        return bool(
+            self._brain.agent(self._agent.project, self._agent.agent_id)["state"] == "online"
+        )
 
-    def _await(self, *task_ids: str, states: tuple[str, ...] = ("success", "failure", "revoked")) -> None:
+    def _await(
+        self, *task_ids: str, states: tuple[str, ...] = ("success", "failure", "revoked")
+    ) -> None:
         """Wait until the brain has these tasks in such a state; not for ever, as one of the agents may not tell it."""
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
@@ -196,7 +267,9 @@ class _Day:
 
     def _command(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            issued = self._brain.issue(self._agent.project, route, agent_id=self._agent.agent_id, **body)
+            issued = self._brain.issue(
+                self._agent.project, route, agent_id=self._agent.agent_id, **body
+            )
             row = self._brain.wait_command(self._agent.project, issued["id"])
         except BrainRefusedError as error:
             return {"status": f"refused by the brain with {error.status}"}
@@ -209,14 +282,22 @@ class _Day:
             found |= {f"task {task_id}: {key}": row.get(key) for key in _TASK}
             found |= {f"task {task_id}: {key}": row.get(key) is not None for key in _THERE}
             events = self._brain.events(self._agent.project, "celery", task_id)
-            found[f"task {task_id}: events"] = dict(sorted(Counter(event["kind"] for event in events).items()))
+            found[f"task {task_id}: events"] = dict(
+                sorted(Counter(event["kind"] for event in events).items())
+            )
         return found
 
     def _others(self) -> dict[str, Any]:
         """Return what the commands set going, whose ids are new."""
         known = {each[0] for each in TASKS} | {"parent-child", "waits"}
-        rows = [row for row in self._brain.tasks(self._agent.project) if row["task_id"] not in known]
-        return {"other tasks": dict(sorted(Counter(f"{row['name']} {row['state']}" for row in rows).items()))}
+        rows = [
+            row for row in self._brain.tasks(self._agent.project) if row["task_id"] not in known
+        ]
+        return {
+            "other tasks": dict(
+                sorted(Counter(f"{row['name']} {row['state']}" for row in rows).items())
+            )
+        }
 
     def _workers(self) -> dict[str, Any]:
         rows = self._brain.workers(self._agent.project)
@@ -236,7 +317,11 @@ class _Day:
 
 def commands_by_path(commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the fields of all commands under paths of their own."""
-    return {f"command {label}: {key}": value for label, row in commands.items() for key, value in row.items()}
+    return {
+        f"command {label}: {key}": value
+        for label, row in commands.items()
+        for key, value in row.items()
+    }
 
 
 def _compare(pool: str, found: dict[str, dict[str, Any]]) -> list[Difference]:

@@ -41,7 +41,7 @@ class Peers:
         self._port = free_port()
         self._stack = ExitStack()
         self._projects = 0
-        self._random = random.Random(1)  # noqa: S311 - the same arguments in every run
+        self._random = random.Random(1)
         self.brain = Brain(self.home / "brain")
 
     def __enter__(self) -> Self:
@@ -76,7 +76,9 @@ class Peers:
         """Return the messages of new tasks, which no worker has seen."""
         with self._producer.producer_or_acquire() as producer:
             for number in range(count):
-                self._producer.send_task(TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer)
+                self._producer.send_task(
+                    TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer
+                )
         messages: list[bytes] = self._redis_staging.lrange(QUEUE, 0, -1)
         self._redis_staging.delete(QUEUE)
         return messages
@@ -95,7 +97,16 @@ class Peers:
         script = shutil.which("redis-server")
         if script is None:
             raise HarnessError("redis-server is not installed")
-        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        options = [
+            "--port",
+            str(self._port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         service = Service(
             "redis-server",
             [script, *options],
@@ -117,14 +128,22 @@ class Peers:
         from celery import Celery
 
         self._redis_staging = self._stack.enter_context(Redis(port=self._port, db=_STAGING))
-        return Celery("bench_producer", broker=self.broker(_STAGING), changes={"task_default_queue": QUEUE})
+        return Celery(
+            "bench_producer", broker=self.broker(_STAGING), changes={"task_default_queue": QUEUE}
+        )
 
     def _arguments(self, kind: str, number: int) -> dict[str, Any]:
         if kind == "none":
             return {}
         if kind == "five":
             order = f"A-{number:06d}"
-            return {"user_id": 40_000 + number, "order": order, "amount": number / 100, "currency": "EUR", "notify": True}
+            return {
+                "user_id": 40_000 + number,
+                "order": order,
+                "amount": number / 100,
+                "currency": "EUR",
+                "notify": True,
+            }
         return {"body": self._prose({"1k": 1024, "8k": 8192}[kind])}
 
     def _prose(self, length: int) -> str:
@@ -133,7 +152,12 @@ class Peers:
 
 
 def wait_count(
-    count: Callable[[], int], expected: int, *, quiet: float, timeout: float, news: Callable[[], None] = lambda: None
+    count: Callable[[], int],
+    expected: int,
+    *,
+    quiet: float,
+    timeout: float,
+    news: Callable[[], None] = lambda: None,
 ) -> int:
     """Call ``count()`` until it is ``expected``, has not changed for ``quiet`` seconds, or ``timeout`` passed.
 

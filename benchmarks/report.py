@@ -15,7 +15,17 @@ from typing import Any
 
 from benchmarks.existing import OUT
 
-_PACKAGES = ("z4j-bare", "z4j-core", "z4j-celery", "z4j", "celery", "gevent", "eventlet", "redis", "websocket-client")
+_PACKAGES = (
+    "z4j-bare",
+    "z4j-core",
+    "z4j-celery",
+    "z4j",
+    "celery",
+    "gevent",
+    "eventlet",
+    "redis",
+    "websocket-client",
+)
 _COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "existing": "#d93025"}
 _CPU_BARS = ("cpu_ms", "worker CPU per task (ms)")
 _LATE_BARS = ("late_p99_ms", "hub lateness p99 (ms)")
@@ -52,7 +62,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table whose columns line up on a terminal too."""
     cells = [[str(each) for each in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -74,7 +87,9 @@ def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str
     plt.close(figure)
 
 
-def _bars(panel: Any, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+def _bars(
+    panel: Any, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> None:
     for offset, (variant, color) in enumerate(_COLORS.items()):
         heights = [figures.get(variant, {}).get(key, 0.0) for figures in pools.values()]
         places = [place + (offset - 1) * 0.27 for place in range(len(pools))]

@@ -49,11 +49,22 @@ _WARM_UP = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--minutes", type=float, default=10.0, help="against each (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=500.0, help="events/s against the peer (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="against each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=500.0, help="events/s against the peer (default: %(default)s)"
+    )
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=list(AGAINST))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="side by side")
-    parser.add_argument("--reconnect", type=float, default=20.0, help="seconds between two sessions (default: %(default)s)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="side by side"
+    )
+    parser.add_argument(
+        "--reconnect",
+        type=float,
+        default=20.0,
+        help="seconds between two sessions (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,7 +84,13 @@ class Host:
     """One host as a subprocess, and the samples that it prints. A context manager."""
 
     def __init__(
-        self, mode: str, against: str, rate: float, args: argparse.Namespace, agent: Credentials, home: Path
+        self,
+        mode: str,
+        against: str,
+        rate: float,
+        args: argparse.Namespace,
+        agent: Credentials,
+        home: Path,
     ) -> None:
         self.title = f"{mode}, {against}"
         self.rate = rate
@@ -95,13 +112,17 @@ class Host:
     @property
     def whole(self) -> bool:
         """Whether the last sample says that everything produced has been acknowledged, and nothing lost."""
-        last: dict[str, Any] = self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
+        last: dict[str, Any] = (
+            self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
+        )
         return bool(last["acked"] >= last["produced"]) and not last["lost"]
 
     def steady(self, key: str) -> tuple[list[float], list[float]]:
         """Return minutes and values of one figure after the warm-up."""
         end = self.samples[-1]["at"]
-        kept = [each for each in self.samples if each["at"] >= end * _WARM_UP and each[key] is not None]
+        kept = [
+            each for each in self.samples if each["at"] >= end * _WARM_UP and each[key] is not None
+        ]
         return [each["at"] / 60 for each in kept], [float(each[key]) for each in kept]
 
     def wait(self) -> None:
@@ -115,7 +136,12 @@ class Host:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.wait()
         self._reader.join(5.0)
@@ -140,7 +166,9 @@ def _beside_peers(args: argparse.Namespace) -> list[Host]:
         hosts = []
         for mode, peer in zip(args.modes, peers, strict=True):
             agent = Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT)
-            hosts.append(stack.enter_context(Host(mode, "peer", args.rate, args, agent, folder / mode)))
+            hosts.append(
+                stack.enter_context(Host(mode, "peer", args.rate, args, agent, folder / mode))
+            )
         progress(f"{args.minutes:g} minutes against scripted peers")
         time.sleep(args.reconnect / 2)
         ends = time.monotonic() + args.minutes * 60 - args.reconnect
@@ -159,11 +187,17 @@ def _beside_brain(args: argparse.Namespace) -> list[Host]:
     with ExitStack() as stack, Peers() as peers:
         rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
         share = rate / 2 / len(args.modes)
-        progress(f"{args.minutes:g} minutes against the brain, which ingests {rate:.0f} events/s: {share:.0f} per host")
+        progress(
+            f"{args.minutes:g} minutes against the brain, which ingests {rate:.0f} events/s: {share:.0f} per host"
+        )
         hosts = []
         for mode in args.modes:
             agent = peers.new_agent(f"soak-{mode}")
-            hosts.append(stack.enter_context(Host(mode, "brain", share, args, agent, peers.home / f"soak-{mode}")))
+            hosts.append(
+                stack.enter_context(
+                    Host(mode, "brain", share, args, agent, peers.home / f"soak-{mode}")
+                )
+            )
         for host in hosts:
             host.wait()
     return hosts
@@ -175,19 +209,34 @@ def slope(moments: Sequence[float], values: Sequence[float]) -> float:
         return 0.0
     middle, mean = fmean(moments), fmean(values)
     spread = sum((moment - middle) ** 2 for moment in moments)
-    return sum((moment - middle) * (value - mean) for moment, value in zip(moments, values, strict=True)) / spread
+    return (
+        sum(
+            (moment - middle) * (value - mean)
+            for moment, value in zip(moments, values, strict=True)
+        )
+        / spread
+    )
 
 
-def _publish(args: argparse.Namespace, before: dict[str, Any], found: dict[str, list[Host]]) -> None:
+def _publish(
+    args: argparse.Namespace, before: dict[str, Any], found: dict[str, list[Host]]
+) -> None:
     hosts = [host for each in found.values() for host in each if host.samples]
     if not hosts:
         return
     titles = [f"{title}: last, per minute" for _, title, _ in FIGURES]
-    print(table(("host", "events/s", "events", "sessions", *titles, "CPU %", "acked"), [_line(host) for host in hosts]))
+    print(
+        table(
+            ("host", "events/s", "events", "sessions", *titles, "CPU %", "acked"),
+            [_line(host) for host in hosts],
+        )
+    )
     content = {
         **before,
         "options": {key: value for key, value in vars(args).items() if key != "name"},
-        "slopes_per_minute": {host.title: {key: slope(*host.steady(key)) for key, _, _ in FIGURES} for host in hosts},
+        "slopes_per_minute": {
+            host.title: {key: slope(*host.steady(key)) for key, _, _ in FIGURES} for host in hosts
+        },
         "samples": {host.title: host.samples for host in hosts},
     }
     path = save("soak", content)
@@ -200,7 +249,9 @@ def _line(host: Host) -> tuple[object, ...]:
     figures = []
     for key, _, unit in FIGURES:
         moments, values = host.steady(key)
-        figures.append(f"{values[-1] / unit:.4g}, {slope(moments, values) / unit:+.3f}" if values else "-")
+        figures.append(
+            f"{values[-1] / unit:.4g}, {slope(moments, values) / unit:+.3f}" if values else "-"
+        )
     cpu = f"{100 * last['cpu'] / last['at']:.1f}"
     acked = "all" if host.whole else f"{last['acked']} of {last['produced']}, lost {last['lost']}"
     return host.title, f"{host.rate:.0f}", last["produced"], last["sessions"], *figures, cpu, acked
@@ -215,7 +266,11 @@ def _draw(path: Path, hosts: Sequence[Host]) -> None:
     figure, panels = plt.subplots(1, len(FIGURES), figsize=(4 * len(FIGURES), 3.6))
     for panel, (key, title, unit) in zip(panels, FIGURES, strict=True):
         for host in hosts:
-            kept = [(each["at"] / 60, each[key] / unit) for each in host.samples if each[key] is not None]
+            kept = [
+                (each["at"] / 60, each[key] / unit)
+                for each in host.samples
+                if each[key] is not None
+            ]
             panel.plot(*zip(*kept, strict=True), label=host.title, linewidth=1)
         panel.set_title(title)
         panel.set_ylim(bottom=0)

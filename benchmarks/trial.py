@@ -92,8 +92,16 @@ class Stage:
     :param database: the broker's, one for each of the workers that are alive together.
     """
 
-    def __init__(self, peers: Peers, plan: Plan, variant: str, pool: str, python: str, database: int = 0) -> None:
-        self._peers, self._plan, self._variant, self._pool, self._python = peers, plan, variant, pool, python
+    def __init__(
+        self, peers: Peers, plan: Plan, variant: str, pool: str, python: str, database: int = 0
+    ) -> None:
+        self._peers, self._plan, self._variant, self._pool, self._python = (
+            peers,
+            plan,
+            variant,
+            pool,
+            python,
+        )
         self._database = database
         title = f"{pool}-{variant}"
         self._home = peers.home / f"{title}-{time.monotonic_ns()}"
@@ -124,7 +132,9 @@ class Stage:
                 self.meter = Meter(worker.pid)
                 self._warm_up()
                 self._opened = self.meter.read()
-                with closing(self._peers.brain.sibling()) as self._brain:  # each worker has a thread that watches it
+                with closing(
+                    self._peers.brain.sibling()
+                ) as self._brain:  # each worker has a thread that watches it
                     yield
                 worker.stop()
             self.trial.lateness = self._lateness()
@@ -162,7 +172,9 @@ class Stage:
 
     def late(self) -> None:
         """Release as many tasks as in a batch, for the sake of the ticker alone."""
-        began, _, ended = self._tasks(self._peers.stage(self._plan.tasks, self._plan.arguments), Barrier(1))
+        began, _, ended = self._tasks(
+            self._peers.stage(self._plan.tasks, self._plan.arguments), Barrier(1)
+        )
         self._span = (began.at, ended.at)
 
     def _tasks(self, messages: list[bytes], gate: Barrier) -> tuple[Reading, float, Reading]:
@@ -179,7 +191,9 @@ class Stage:
     def rest(self) -> None:
         """Take the figures of a worker between its batches, which are over."""
         trial, now = self.trial, self.meter.read()
-        trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(0.1, now.at - self._opened.at - trial.end_seconds)
+        trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(
+            0.1, now.at - self._opened.at - trial.end_seconds
+        )
         trial.rss = now.rss
         trial.load = os.getloadavg()[0]
         if self._agent:
@@ -223,7 +237,9 @@ class Stage:
     def _await_rows(self, expected: int) -> Reading:
         """Wait until the brain has ``expected`` rows, or no new one for long; return the moment of the last one."""
         if self._agent:
-            wait_count(self._rows, expected, quiet=_STALLED, timeout=self._plan.patience, news=self._mark)
+            wait_count(
+                self._rows, expected, quiet=_STALLED, timeout=self._plan.patience, news=self._mark
+            )
         else:
             self._mark()
         return self.marked
@@ -267,7 +283,9 @@ class Stage:
         for tape in self._home.glob("ticks.*"):
             values.frombytes(tape.read_bytes())
         began, ended = self._span
-        return sorted(late for at, late in zip(values[::2], values[1::2], strict=True) if began <= at <= ended)
+        return sorted(
+            late for at, late in zip(values[::2], values[1::2], strict=True) if began <= at <= ended
+        )
 
     def _attribution(self) -> dict[str, list[float]]:
         for path in self._home.glob("attribution.*.json"):

@@ -64,16 +64,21 @@ def _written(name: str) -> str:
 def _own_settings() -> list[list[str]]:
     notes = _comments(settings.Settings)
     return [
-        [f"`{each.metadata['variable']}`", _shown(each.default), notes[each.name]] for each in fields(settings.Settings)
+        [f"`{each.metadata['variable']}`", _shown(each.default), notes[each.name]]
+        for each in fields(settings.Settings)
     ]
 
 
 def _core_settings() -> list[list[str]]:
-    variables = {**resolver._FIELD_TO_ENV, **resolver._LIST_ENV_VARS, "tags": "Z4J_TAGS"}  # noqa: SLF001 - its only list
+    variables = {**resolver._FIELD_TO_ENV, **resolver._LIST_ENV_VARS, "tags": "Z4J_TAGS"}
     if missing := set(Config.model_fields) - set(_CORE) - _INTERNAL:
         raise LookupError(f"no description of {sorted(missing)} in docs/reference.py")
     return [
-        [f"`{variables[name]}`", _shown(Config.model_fields[name].get_default(call_default_factory=True)), text]
+        [
+            f"`{variables[name]}`",
+            _shown(Config.model_fields[name].get_default(call_default_factory=True)),
+            text,
+        ]
         for name, text in _CORE.items()
     ]
 
@@ -93,12 +98,18 @@ def _comments(kind: type) -> dict[str, str]:
 def _shown(value: Any) -> str:
     if value is True or value is False:
         return "on" if value else "off"
-    return f"`{value}`" if isinstance(value, (int, float)) or (isinstance(value, str) and value) else "-"
+    return (
+        f"`{value}`"
+        if isinstance(value, (int, float)) or (isinstance(value, str) and value)
+        else "-"
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _contracts() -> str:
@@ -113,7 +124,11 @@ def _contracts() -> str:
 
 def _contract(contract: Any, node: ast.ClassDef) -> str:
     parts = [f"\n## {contract.__name__}\n\n{_plain(contract.__doc__)}\n"]
-    order = [item.name if isinstance(item, ast.FunctionDef) else item.target.id for item in node.body if _member(item)]
+    order = [
+        item.name if isinstance(item, ast.FunctionDef) else item.target.id
+        for item in node.body
+        if _member(item)
+    ]
     for name in order:
         member = contract[name]
         title = f"{name}{member.getSignatureString()}" if isinstance(member, Method) else name
@@ -122,7 +137,9 @@ def _contract(contract: Any, node: ast.ClassDef) -> str:
 
 
 def _member(item: ast.stmt) -> bool:
-    return isinstance(item, ast.FunctionDef) or (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
+    return isinstance(item, ast.FunctionDef) or (
+        isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )
 
 
 def _plain(doc: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What every test may ask for: the seam of the mode the suite runs in, and a wait that has a deadline."""
+"""What every test may ask for: the backend of the mode the suite runs in, and a wait that has a deadline."""
 
 import os
 import ssl
@@ -25,8 +25,8 @@ def mode():
 
 
 @pytest.fixture
-def seam(mode):
-    """The real seam of this mode, as the agent itself would choose it."""
+def backend(mode):
+    """The real backend of this mode, as the agent itself would choose it."""
     chosen = choose("auto", detect())
     assert chosen == mode
     found = build(chosen)
@@ -35,14 +35,14 @@ def seam(mode):
 
 
 @pytest.fixture
-def until(seam):
+def until(backend):
     """``until(condition)``: wait for it cooperatively, at most 30 seconds (a hang, on a busy machine), and return it."""
 
     def wait(condition, seconds=30.0):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, "the condition never came true"
-            seam.sleep(0.01)
+            backend.sleep(0.01)
         return value
 
     return wait
@@ -54,7 +54,9 @@ def judge(mode, monkeypatch):
     if mode == "threads":
         yield None
         return
-    if mode == "eventlet":  # no import in bites there: the one that comes with the first fallback would be guilty
+    if (
+        mode == "eventlet"
+    ):  # no import in bites there: the one that comes with the first fallback would be guilty
         import_module("z4j_bare.transport.http")
         import_module("z4j_bare.asyncio_bridge.hubloop")
     judge = Judge()
@@ -67,7 +69,9 @@ def judge(mode, monkeypatch):
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
     """No setting of the developer's own reaches a test, and state goes to the test's own directory."""
-    for name in [name for name in os.environ if name.startswith("Z4J_") and name != "Z4J_TEST_MODE"]:
+    for name in [
+        name for name in os.environ if name.startswith("Z4J_") and name != "Z4J_TEST_MODE"
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("Z4J_ORCHESTRATED", "0")  # whoever runs the tests, in whatever container

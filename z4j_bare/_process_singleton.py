@@ -29,7 +29,11 @@ def try_register(runtime: Any, *, owner: str) -> Any:
             _runtime, _owner = runtime, owner
             return runtime
         holder, holder_owner = _runtime, _owner
-    logger.info("z4j: %s asked for an agent, but %s has installed one in this process; that one stays", owner, holder_owner)
+    logger.info(
+        "z4j: %s asked for an agent, but %s has installed one in this process; that one stays",
+        owner,
+        holder_owner,
+    )
     return holder
 
 

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.buffer.adopt_loop import AdoptLoop
-from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.recovery import Orphan
-from z4j_bare.buffer.siblings import known_to_others
+from z4j_bare.buffer.siblings import find_in_other_stores
 from z4j_bare.commands import Dispatcher
 from z4j_bare.control import RESTART, STATUS
-from z4j_bare.credentials import deployment_of, read_key, read_token
+from z4j_bare.credentials import deployment_id, read_key, read_token
 from z4j_bare.engines.host import EngineHost
-from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
+from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
 from z4j_bare.events.adapter_redaction import merge_redaction
 from z4j_bare.events.encode import encode_model
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import Source, source_of
+from z4j_bare.events.source import EventSource, make_source
 from z4j_bare.monitoring.control_server import Desk
 from z4j_bare.monitoring.counters import Counters
-from z4j_bare.monitoring.duplicate_agents import RivalsLoop
+from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 from z4j_bare.monitoring.health import HealthLoop
-from z4j_bare.monitoring.hub_lag import Lateness
-from z4j_bare.monitoring.metrics import Figures
+from z4j_bare.monitoring.hub_lag import HubLagMonitor
+from z4j_bare.monitoring.metrics import AgentMetrics
 from z4j_bare.monitoring.registry import RegistryLoop
 from z4j_bare.pipeline.flush import FlushLoop
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
@@ -42,11 +42,10 @@ from z4j_bare.pipeline.session import Supervisor
 from z4j_bare.pipeline.watch import keep
 from z4j_bare.process import is_celery_worker, ready_worker
 from z4j_bare.safety import safe_call
-from z4j_bare.schedules import Schedules
+from z4j_bare.schedules import ScheduleManager
 from z4j_bare.settings import Settings
-from z4j_bare.transport.auto import Routes
-from z4j_bare.wire import close_codes as policy
-from z4j_bare.wire import frames
+from z4j_bare.transport.auto import TransportFactory
+from z4j_bare.wire import close_codes, frames
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
     from z4j_bare.schedules.host import SchedulerHost
 
 logger = logging.getLogger("z4j.runtime")
@@ -76,64 +75,86 @@ class Agent:
         engines: Sequence[Any],
         schedulers: Sequence[Any],
         settings: Settings,
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
     ) -> None:
-        self.seam = seam
+        self.backend = backend
         self.counters = Counters()
-        self.ring = Ring(settings.ring_events, settings.flush_events, seam.event())
+        self.ring = Ring(settings.ring_events, settings.flush_events, backend.event())
         self._config = config
         self._framework = framework
         self._settings = settings
         self._started_at = datetime.now(UTC)
         self._worker_suffix = ""
-        self._stopping = seam.event()
+        self._stop_event = backend.event()
         self._tasks: list[Any] = []
         self._chores: list[Any] = []
         self._sender: SendLoop | None = None
         wish = settings.transport if settings.transport != "auto" else config.transport
-        self.routes = Routes(str(config.brain_url), wish, self._token, settings, seam, dev_mode=config.dev_mode)
+        self.routes = TransportFactory(
+            str(config.brain_url), wish, self._token, settings, backend, dev_mode=config.dev_mode
+        )
         self._version = version("z4j-bare")
         self.secret()  # a bad key must fail here, at the host's call, not in a loop
-        self.keeper = Keeper(
+        self.buffer = BufferManager(
             self._open_store,
-            seam,
+            backend,
             lambda: MemoryStore(max_rows=config.buffer_max_events),
-            partial(known_to_others, config.buffer_path),
+            partial(find_in_other_stores, config.buffer_path),
         )
-        self.bridge = Bridge(seam)
-        self.sources: list[Source] = []
+        self.bridge = Bridge(backend)
+        self.sources: list[EventSource] = []
         self.hosts = {engine.name: self._host(engine) for engine in engines}
         self.flusher = FlushLoop(
             self.ring,
-            self.keeper,
-            seam,
+            self.buffer,
+            backend,
             self.counters,
             interval=settings.flush_interval,
             most=settings.flush_events,
             stored=self._stored,
         )
-        self._adopter = AdoptLoop(str(config.buffer_path), self._claim, self.keeper, seam, self._wake_sender)
-        self.schedules = Schedules(self._hosted(schedulers), self.keeper, seam, self._wake_sender, settings.schedule_resync)
-        self.dispatcher = Dispatcher(
-            self.hosts, self.keeper, self._wake_sender, seam, self.counters, settings.command_workers, self.schedules
+        self._adopter = AdoptLoop(
+            str(config.buffer_path), self._claim, self.buffer, backend, self._wake_sender
         )
-        self.supervisor = Supervisor(self.routes.transport, self._hello, self.secret, self._serve, seam, self.counters)
-        self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, seam)
+        self.schedules = ScheduleManager(
+            self._hosted(schedulers),
+            self.buffer,
+            backend,
+            self._wake_sender,
+            settings.schedule_resync,
+        )
+        self.dispatcher = Dispatcher(
+            self.hosts,
+            self.buffer,
+            self._wake_sender,
+            backend,
+            self.counters,
+            settings.command_workers,
+            self.schedules,
+        )
+        self.supervisor = Supervisor(
+            self.routes.transport, self._hello, self.secret, self._serve, backend, self.counters
+        )
+        self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, backend)
         hints = getattr(framework, "discovery_hints", None)
         dev = config.dev_mode or settings.dev_mode
-        self.registry = RegistryLoop(self.hosts, hints, lambda: self.supervisor.link, seam, dev=dev)
-        self.lateness = Lateness(seam)
-        self._health = HealthLoop(self.hosts, self.bridge, seam, ready_worker())
-        self.figures = Figures(
+        self.registry = RegistryLoop(
+            self.hosts, hints, lambda: self.supervisor.link, backend, dev=dev
+        )
+        self.lateness = HubLagMonitor(backend)
+        self._health = HealthLoop(self.hosts, self.bridge, backend, ready_worker())
+        self.figures = AgentMetrics(
             ring=self.ring,
             counters=self.counters,
-            keeper=self.keeper,
-            seam=seam,
+            buffer=self.buffer,
+            backend=backend,
             lateness=self.lateness,
             started=self._started_at.timestamp(),
             health=self._health.latest,
             dropped=self._dropped,
-            restarts=lambda: self.bridge.restarts + sum(source.failures() for source in self.sources),
+            restarts=lambda: (
+                self.bridge.restarts + sum(source.failures() for source in self.sources)
+            ),
         )
 
     def start(self) -> None:
@@ -147,16 +168,18 @@ class Agent:
             ("z4j-lateness", self.lateness.run),
             ("z4j-adopt", self._adopter.run),
             ("z4j-desk", self.desk.run),
-            ("z4j-rivals", RivalsLoop(self.describe, self.seam).run),
+            ("z4j-rivals", DuplicateAgentCheck(self.describe, self.backend).run),
             ("z4j-registry", self.registry.run),
         ]
         if self.schedules.streams:
             loops.append(("z4j-schedules", self.schedules.run))
         for name, run in loops:
-            self._tasks.append(keep(run, name, self._stopping, self.seam, self.counters))
+            self._tasks.append(keep(run, name, self._stop_event, self.backend, self.counters))
         for name, run in (loop for source in self.sources for loop in source.loops()):
-            keep(run, name, self._stopping, self.seam, self.counters)  # a source's end is waited for by disconnect()
-        connecting = self.seam.spawn(self._connect_adapters, name="z4j-adapters")
+            keep(
+                run, name, self._stop_event, self.backend, self.counters
+            )  # a source's end is waited for by disconnect()
+        connecting = self.backend.spawn(self._connect_adapters, name="z4j-adapters")
         if any(source.adapted for source in self.sources):
             connecting.join(CONNECT_GRACE)  # or the host's first tasks would run unheard
 
@@ -170,8 +193,8 @@ class Agent:
 
     def stop(self, seconds: float) -> None:
         """Flush, wait for acks within the flush budget, say goodbye; all of it within ``seconds``."""
-        deadline = self.seam.now() + seconds
-        self._stopping.set()
+        deadline = self.backend.now() + seconds
+        self._stop_event.set()
         self.ring.wake.set()
         self.desk.wake()
         self.lateness.wake()
@@ -180,19 +203,19 @@ class Agent:
         self._within(deadline, self.dispatcher.stop)
         self._within(deadline, self._disconnect_adapters)
         self._within(deadline, self.flusher.flush)
-        self._await_acks(min(deadline, self.seam.now() + self._settings.flush_seconds))
+        self._await_acks(min(deadline, self.backend.now() + self._settings.flush_seconds))
         self.supervisor.end()
         for task in self._tasks:
-            task.join(max(0.0, deadline - self.seam.now()))
+            task.join(max(0.0, deadline - self.backend.now()))
         self.dispatcher.end()
-        self._within(deadline, self.keeper.close)
+        self._within(deadline, self.buffer.close)
         self.bridge.stop()
-        self.seam.close()
+        self.backend.close()
 
     def stats(self) -> dict[str, Any]:
         """Return the counters as plain JSON types."""
         link = self.supervisor.link
-        return {"session_id": link.welcome.session_id if link else None, **self.figures.stats()}
+        return {"session_id": link.hello_ack.session_id if link else None, **self.figures.stats()}
 
     def stuck(self, seconds: float) -> list[str]:
         """Return the names of the loops that have ended, or have been busy with one thing for longer than that."""
@@ -214,7 +237,7 @@ class Agent:
             "connected": link is not None,
             "connected_at": self.supervisor.connected_at if link else None,
             "workers": {source.engine: sorted(source.presence.workers) for source in sources},
-            "oldest_age_seconds": self.keeper.last_stats.oldest_age,
+            "oldest_age_seconds": self.buffer.last_stats.oldest_age,
             **self.stats(),
         }
 
@@ -225,19 +248,27 @@ class Agent:
     def capabilities(self) -> dict[str, list[str]]:
         """Return what each adapter can do just now; asked again at every connect, because answers can change."""
         found = {name: list(host.capabilities()) for name, host in self.hosts.items()}
-        found.update({name: stream.host.capabilities() for name, stream in self.schedules.streams.items()})
+        found.update(
+            {name: stream.host.capabilities() for name, stream in self.schedules.streams.items()}
+        )
         return found
 
     def _host(self, engine: Any) -> EngineHost:
-        merge_redaction(engine, self._config)  # first: the source goes by the merged patterns, and a bad one raises
-        source = source_of(engine, self.ring, self._settings, self.seam, ready_worker())
+        merge_redaction(
+            engine, self._config
+        )  # first: the source goes by the merged patterns, and a bad one raises
+        source = make_source(engine, self.ring, self._settings, self.backend, ready_worker())
         self.sources.append(source)
-        host = EngineHost(engine, self.bridge, self.seam, source.record)
-        if not hasattr(engine, "celery_app") and "restart_worker" not in (safe_call(engine.capabilities) or ()):
-            from z4j_bare.commands.process_restart import Departure  # Celery's workers need none
+        host = EngineHost(engine, self.bridge, self.backend, source.record)
+        if not hasattr(engine, "celery_app") and "restart_worker" not in (
+            safe_call(engine.capabilities) or ()
+        ):
+            from z4j_bare.commands.process_restart import (
+                ProcessRestart,
+            )  # Celery's workers need none
 
             own, grace = source.presence.workers.keys(), self._settings.restart_grace
-            host.departure = Departure(host.name, own, self.stop, self.seam, grace)
+            host.process_restart = ProcessRestart(host.name, own, self.stop, self.backend, grace)
         return host
 
     def _hosted(self, schedulers: Sequence[Any]) -> list[SchedulerHost]:
@@ -249,7 +280,10 @@ class Agent:
 
     def _dropped(self) -> dict[str, int]:
         hosts = self.hosts.values()
-        return {host.name: host.dropped() + source.dropped() for host, source in zip(hosts, self.sources, strict=True)}
+        return {
+            host.name: host.dropped() + source.dropped()
+            for host, source in zip(hosts, self.sources, strict=True)
+        }
 
     def _open_store(self) -> BufferStore:
         config = self._config
@@ -257,13 +291,15 @@ class Agent:
             config.buffer_path,
             max_rows=config.buffer_max_events,
             max_bytes=config.buffer_max_bytes,
-            deployment=deployment_of(config, self.secret()),
+            deployment=deployment_id(config, self.secret()),
         )
 
     def _claim(self, path: Path) -> Orphan:
         config = self._config
-        ours = deployment_of(config, self.secret())
-        return Orphan(path, ours, max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes)
+        ours = deployment_id(config, self.secret())
+        return Orphan(
+            path, ours, max_rows=config.buffer_max_events, max_bytes=config.buffer_max_bytes
+        )
 
     def _token(self) -> str:
         return read_token(self._config, self._settings)
@@ -295,25 +331,31 @@ class Agent:
         role = getattr(self._framework, "default_worker_role", None)
         return role() if callable(role) else role
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, link: Connection) -> None:
         for source in self.sources:
             source.presence.announce("worker.online")
         self.registry.wake()
-        sender = self._sender = SendLoop(link, self.keeper, self.seam, self.counters)
+        sender = self._sender = SendLoop(link, self.buffer, self.backend, self.counters)
         beat = HeartbeatLoop(
             link,
-            self.seam,
+            self.backend,
             self.counters,
             self.figures.heartbeat,
-            interval=min(float(self._config.heartbeat_seconds), link.welcome.heartbeat_seconds),
+            interval=min(float(self._config.heartbeat_seconds), link.hello_ack.heartbeat_seconds),
             enabled=self._settings.heartbeat,
             status=None if self._settings.status_disabled else self._status,
         )
         failures: list[AgentError] = []
-        chores: list[tuple[Callable[[], None], str]] = [(sender.run, "z4j-send"), (beat.run, "z4j-heartbeat")]
+        chores: list[tuple[Callable[[], None], str]] = [
+            (sender.run, "z4j-send"),
+            (beat.run, "z4j-heartbeat"),
+        ]
         if self.routes.watches(link):
             chores.append((partial(self.routes.watch, link), "z4j-fallback"))
-        self._chores = [self.seam.spawn(self._in_session, link, run, name, failures, name=name) for run, name in chores]
+        self._chores = [
+            self.backend.spawn(self._in_session, link, run, name, failures, name=name)
+            for run, name in chores
+        ]
         try:
             ReceiveLoop(link, sender.acked, self.dispatcher.submit).run()
         except AgentError as error:
@@ -331,12 +373,18 @@ class Agent:
     def _conclude(self, sender: SendLoop, failures: list[AgentError]) -> AgentError:
         """Return what ended a session: a sender sees no more than a broken line, the reader may have read why."""
         told = [error for error in failures if getattr(error, "code", None) is not None]
-        error = next((each for each in failures if isinstance(each, RemoteError)), (told or failures)[0])
-        if getattr(error, "code", None) == policy.DISPLACED:
-            self._worker_suffix = f"-{token_hex(3)}"  # under the old id the two would replace each other for ever
+        error = next(
+            (each for each in failures if isinstance(each, RemoteError)), (told or failures)[0]
+        )
+        if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
+            self._worker_suffix = (
+                f"-{token_hex(3)}"  # under the old id the two would replace each other for ever
+            )
         return sender.judge(error)
 
-    def _in_session(self, link: Link, run: Callable[[], None], name: str, failures: list[AgentError]) -> None:
+    def _in_session(
+        self, link: Connection, run: Callable[[], None], name: str, failures: list[AgentError]
+    ) -> None:
         try:
             run()
         except AgentError as error:
@@ -344,10 +392,14 @@ class Agent:
                 failures.append(error)
         except Exception as error:
             self.counters.restarts[name] += 1
-            logger.exception("z4j: loop %s died; its session ends and a new one begins. Please report it", name)
-            failures.append(AgentError(f"loop {name} died of {type(error).__name__}"))  # an error: the next one backs off
+            logger.exception(
+                "z4j: loop %s died; its session ends and a new one begins. Please report it", name
+            )
+            failures.append(
+                AgentError(f"loop {name} died of {type(error).__name__}")
+            )  # an error: the next one backs off
         finally:
-            if not self.seam.forked():
+            if not self.backend.forked():
                 link.shut()
 
     def _wake_sender(self) -> None:
@@ -365,7 +417,7 @@ class Agent:
                 host.connect(events=source.adapted)
             self.schedules.connect()
         except AgentError:
-            if not self._stopping.is_set():  # a process that ends while it starts is no error
+            if not self._stop_event.is_set():  # a process that ends while it starts is no error
                 raise
 
     def _disconnect_adapters(self) -> None:
@@ -376,18 +428,18 @@ class Agent:
         self.schedules.disconnect()
 
     def _await_acks(self, deadline: float) -> None:
-        while self.supervisor.busy and self.seam.now() < deadline:
+        while self.supervisor.busy and self.backend.now() < deadline:
             sender = self._sender
             if sender is not None:
                 sender.hurry()
-            if (sender is None or sender.idle()) and not self.keeper.stats().rows:
+            if (sender is None or sender.idle()) and not self.buffer.stats().rows:
                 return
-            self.seam.sleep(0.02)
+            self.backend.sleep(0.02)
 
     def _within(self, deadline: float, function: Callable[[], object]) -> None:
         try:
-            task = self.seam.spawn(function, name="z4j-stop")
-        except NoMoreThreadsError:
+            task = self.backend.spawn(function, name="z4j-stop")
+        except InterpreterShutdownError:
             function()
             return
-        task.join(max(0.0, deadline - self.seam.now()))
+        task.join(max(0.0, deadline - self.backend.now()))

@@ -90,11 +90,16 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     answer, 2 where there are no Unix sockets.
     """
     if os.name != "posix":
-        return 2, "agents cannot be reached from outside on this platform: restart the process that hosts the agent"
+        return (
+            2,
+            "agents cannot be reached from outside on this platform: restart the process that hosts the agent",
+        )
     answers = [_asked(desk, RESTART) for desk in desks(_word(adapter_id)) if not _buried(desk)]
     _remove_stale(adapter_id)
     told = ", ".join(str(answer["pid"]) for answer in answers if "error" not in answer)
-    silent = ", ".join(f"{answer['pid']} ({answer['error']})" for answer in answers if "error" in answer)
+    silent = ", ".join(
+        f"{answer['pid']} ({answer['error']})" for answer in answers if "error" in answer
+    )
     if silent:
         return 1, f"no good answer from process {silent}; told: {told or 'none'}"
     if not told:
@@ -160,7 +165,7 @@ def register_shutdown_atexit(callback: Callable[[], object]) -> str:
 
     atexit.register(once)
     try:
-        threading._register_atexit(once)  # type: ignore[attr-defined]  # noqa: SLF001 - no public equivalent
+        threading._register_atexit(once)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError, TypeError):
         return "atexit"
     return "threading"

@@ -28,22 +28,30 @@ def read_key(config: Config, settings: Settings) -> bytes:
     path, value = settings.hmac_secret_file, config.hmac_secret
     variable = "Z4J_HMAC_SECRET_FILE" if path else "Z4J_HMAC_SECRET"
     if path is None and value is None:
-        raise HostConfigurationError("Z4J_HMAC_SECRET is missing: set it to the hmac_secret that the brain minted")
+        raise HostConfigurationError(
+            "Z4J_HMAC_SECRET is missing: set it to the hmac_secret that the brain minted"
+        )
     text = read_secret(path, variable) if path else value.get_secret_value() if value else ""
     try:
         key = decode_agent_hmac_secret(text)
     except ValueError:
-        raise HostConfigurationError(f"{variable} is not the urlsafe-base64 text that the brain minted") from None
+        raise HostConfigurationError(
+            f"{variable} is not the urlsafe-base64 text that the brain minted"
+        ) from None
     if len(key) < KEY_BYTES:
         length = len(key)
-        raise HostConfigurationError(f"{variable} decodes to {length} bytes, but the brain mints {KEY_BYTES}: was it cut?")
+        raise HostConfigurationError(
+            f"{variable} decodes to {length} bytes, but the brain mints {KEY_BYTES}: was it cut?"
+        )
     return key
 
 
-def deployment_of(config: Config, key: bytes) -> str:
+def deployment_id(config: Config, key: bytes) -> str:
     """Return whose rows a store holds: the project's, by two names, so that they do not reach another.
 
     One is made from its key and stays when the brain moves, one from the brain's address and outlives the key.
     """
     marks = key, str(config.brain_url).rstrip("/").encode()
-    return " ".join(sha256(b"%b %b" % (config.project_id.encode(), mark)).hexdigest()[:16] for mark in marks)
+    return " ".join(
+        sha256(b"%b %b" % (config.project_id.encode(), mark)).hexdigest()[:16] for mark in marks
+    )

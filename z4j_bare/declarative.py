@@ -34,7 +34,12 @@ _QUOTED = 200
 
 #: What the brain calls its counts, and what we call them.
 _IMPORTED = {name: name for name in ("inserted", "updated", "unchanged", "failed", "deleted")}
-_COMPARED = {"insert": "inserted", "update": "updated", "unchanged": "unchanged", "delete": "deleted"}
+_COMPARED = {
+    "insert": "inserted",
+    "update": "updated",
+    "unchanged": "unchanged",
+    "delete": "deleted",
+}
 
 
 @dataclass(slots=True)
@@ -58,21 +63,31 @@ class ScheduleReconciler:
     :param project_slug: 3 to 50 of ``a-z0-9-``, the first and the last no hyphen; else ``ValueError``.
     """
 
-    def __init__(self, *, brain_url: str, api_key: str, project_slug: str, timeout_seconds: float = 30.0) -> None:
+    def __init__(
+        self, *, brain_url: str, api_key: str, project_slug: str, timeout_seconds: float = 30.0
+    ) -> None:
         if not _SLUG(project_slug):
-            raise ValueError(f"{project_slug!r} is no project slug: 3 to 50 of a-z, 0-9 and hyphens inside")
+            raise ValueError(
+                f"{project_slug!r} is no project slug: 3 to 50 of a-z, 0-9 and hyphens inside"
+            )
         self._url = f"{str(brain_url).rstrip('/')}/api/v1/projects/{project_slug}/schedules"
         self._api_key = api_key
         self._timeout = timeout_seconds
 
     def collect_specs(
-        self, *, z4j_schedules: Mapping[str, Any] | None, celery_beat_schedules: Mapping[str, Any] | None
+        self,
+        *,
+        z4j_schedules: Mapping[str, Any] | None,
+        celery_beat_schedules: Mapping[str, Any] | None,
     ) -> list[ScheduleSpec]:
         """Return the schedules of both notations; of two with one name z4j's own is taken."""
         native = {spec.name: spec for spec in _z4j_native_schedules_to_specs(z4j_schedules or {})}
         beat = {spec.name: spec for spec in parse_celery_beat_entries(celery_beat_schedules or {})}
         for name in native.keys() & beat.keys():
-            logger.warning("z4j: schedule %r is declared twice; z4j's own entry is taken, celery-beat's left out", name)
+            logger.warning(
+                "z4j: schedule %r is declared twice; z4j's own entry is taken, celery-beat's left out",
+                name,
+            )
         return list({**beat, **native}.values())
 
     def reconcile(
@@ -90,13 +105,20 @@ class ScheduleReconciler:
         A refusal of the brain's counts every schedule as failed and is logged; what is wrong on the way there raises
         ``requests.RequestException``.
         """
-        specs = self.collect_specs(z4j_schedules=z4j_schedules, celery_beat_schedules=celery_beat_schedules)
-        schedules = [_spec_to_brain_payload(spec, engine=engine, scheduler=scheduler, source=source) for spec in specs]
+        specs = self.collect_specs(
+            z4j_schedules=z4j_schedules, celery_beat_schedules=celery_beat_schedules
+        )
+        schedules = [
+            _spec_to_brain_payload(spec, engine=engine, scheduler=scheduler, source=source)
+            for spec in specs
+        ]
         body = {"schedules": schedules, "mode": "replace_for_source", "source_filter": source}
         answer = self._post("diff" if dry_run else "import", body)
-        if answer.status_code != 200:  # noqa: PLR2004 - HTTP; a redirect is not followed, for it would take the key along
+        if answer.status_code != 200:
             said = printable(answer.text[:_QUOTED].replace(self._api_key, "***"))
-            logger.error("z4j: the brain refused the schedules with HTTP %d: %s", answer.status_code, said)
+            logger.error(
+                "z4j: the brain refused the schedules with HTTP %d: %s", answer.status_code, said
+            )
             return ReconcileResult(failed=len(schedules), dry_run=dry_run)
         return _result(answer.json(), dry_run=dry_run)
 
@@ -111,7 +133,11 @@ class ScheduleReconciler:
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
             # As ``auth``: a .netrc would replace the header.
             return session.post(
-                f"{self._url}:{verb}", json=body, auth=self._sign, timeout=self._timeout, allow_redirects=False
+                f"{self._url}:{verb}",
+                json=body,
+                auth=self._sign,
+                timeout=self._timeout,
+                allow_redirects=False,
             )
 
     def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -124,7 +150,9 @@ def _result(counts: Mapping[str, Any], *, dry_run: bool) -> ReconcileResult:
     errors = counts.get("errors") or {}
     return ReconcileResult(
         **{ours: _number(counts.get(theirs, 0)) for theirs, ours in names.items()},
-        errors={int(place): str(text) for place, text in errors.items()} if isinstance(errors, Mapping) else {},
+        errors={int(place): str(text) for place, text in errors.items()}
+        if isinstance(errors, Mapping)
+        else {},
         dry_run=dry_run,
     )
 

@@ -28,7 +28,9 @@ class RemoteError(AgentError):
     server's own wish in seconds.
     """
 
-    def __init__(self, message: str, *, code: int | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: int | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
@@ -49,21 +51,23 @@ class IncompatibleError(RemoteError):
 class NetworkError(AgentError, ConnectionError):
     """The line failed: refused, reset, timed out, closed."""
 
-    def __init__(self, message: str, *, code: int | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: int | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
 
 
-class TurnedAwayError(NetworkError):
+class SessionLimitError(NetworkError):
     """The brain has no place for this session: a limit is reached, or another process took it (4002, 4429, HTTP 429)."""
 
 
-class PoisonError(NetworkError):
+class PoisonRowError(NetworkError):
     """A session died of one frame, and the search for the row that the brain cannot take has come a step further."""
 
 
-class BrokenStreamError(NetworkError):
+class ScheduleStreamError(NetworkError):
     """The brain acknowledges a schedule stream no more: a row of it was lost on the way, to a full or failing disk."""
 
 
@@ -94,7 +98,7 @@ class LocalStorageError(AgentError):
     """The disk failed: full, read-only, corrupt, locked for too long."""
 
 
-class NoMoreThreadsError(AgentError, RuntimeError):
+class InterpreterShutdownError(AgentError, RuntimeError):
     """No task can be started: CPython 3.12 and later start no thread once the interpreter is going down."""
 
 

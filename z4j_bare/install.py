@@ -15,7 +15,12 @@ from z4j_bare import _process_singleton as singleton
 from z4j_bare.control import register_shutdown_atexit
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.framework import BareFrameworkAdapter
-from z4j_bare.process import is_celery_worker, is_visitor, ready_worker, watch_for_ready
+from z4j_bare.process import (
+    is_celery_worker,
+    is_inspection_command,
+    ready_worker,
+    track_worker_ready,
+)
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings, read_secret
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.install")
 
-watch_for_ready()
+track_worker_ready()
 
 
 def install_agent(
@@ -67,9 +72,14 @@ def install_agent(
     """
     reject_deprecated_path_env()
     if not engines and not schedulers:
-        raise HostConfigurationError("install_agent needs at least one engine or scheduler: pass engines=[...]")
+        raise HostConfigurationError(
+            "install_agent needs at least one engine or scheduler: pass engines=[...]"
+        )
     settings = load_settings(
-        concurrency=concurrency, transport=transport, token_file=token_file, hmac_secret_file=hmac_secret_file
+        concurrency=concurrency,
+        transport=transport,
+        token_file=token_file,
+        hmac_secret_file=hmac_secret_file,
     )
     if settings.disabled or settings.testing:
         return _inert(settings, engines, schedulers, framework)
@@ -93,7 +103,11 @@ def install_agent(
         redaction_extra_value_patterns=redaction_extra_value_patterns,
     )
     runtime = AgentRuntime(
-        config=config, framework=_adapter(framework, config), engines=engines, schedulers=schedulers, settings=settings
+        config=config,
+        framework=_adapter(framework, config),
+        engines=engines,
+        schedulers=schedulers,
+        settings=settings,
     )
     holder: AgentRuntime = singleton.try_register(runtime, owner="install_agent")
     if holder is runtime and config.autostart:
@@ -153,7 +167,7 @@ def _try_patterns(config: Config) -> None:
 
 
 def _begin(runtime: AgentRuntime) -> None:
-    if is_visitor():
+    if is_inspection_command():
         logger.debug("z4j: a visiting celery command; the agent stays inert")
     elif is_celery_worker() and ready_worker() is None:
         _start_with_worker(runtime)
@@ -198,12 +212,18 @@ def _adapter(framework: Any, config: Any) -> Any:
     return framework(config) if isinstance(framework, type) else framework
 
 
-def _inert(settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: Any) -> AgentRuntime:
+def _inert(
+    settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: Any
+) -> AgentRuntime:
     """Return a runtime that never starts; made without a brain's address, because none need be set."""
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(
-        config=config, framework=_adapter(framework, config), engines=engines, schedulers=schedulers, settings=settings
+        config=config,
+        framework=_adapter(framework, config),
+        engines=engines,
+        schedulers=schedulers,
+        settings=settings,
     )
     runtime.start()
     return runtime

@@ -21,7 +21,7 @@ class ITask(Interface):
         """Whether it has not ended yet."""
 
     def stuck(seconds: float) -> bool:
-        """Whether it has computed, or waited for what the seam knows nothing of, for longer than that."""
+        """Whether it has computed, or waited for what the backend knows nothing of, for longer than that."""
 
     def join(timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
@@ -54,9 +54,9 @@ class ILock(Interface):
 
 
 class IConcurrency(Interface):
-    """The seam: the only place that knows which runtime carries the agent's loops.
+    """The backend: the only place that knows which runtime carries the agent's loops.
 
-    Every method that waits raises ``ForkedChildError`` when it wakes in a process other than the one that built the seam.
+    Every method that waits raises ``ForkedChildError`` when it wakes in a process other than the one that built the backend.
     """
 
     name: str = Attribute("'threads', 'gevent', 'eventlet' or 'fake'.")
@@ -71,7 +71,7 @@ class IConcurrency(Interface):
         """Run ``function(*args)`` in a daemon task and return its :class:`ITask`.
 
         The task never keeps the process alive. An exception that escapes ``function`` is logged, once, on this side of
-        the seam; it is a bug.
+        the backend; it is a bug.
         """
 
     def sleep(seconds: float) -> None:
@@ -146,19 +146,19 @@ class IStore(Interface):
     def remembered() -> Any:
         """Return the same without asking the disk, which has failed; it never raises."""
 
-    def take_over(rows: Sequence[Any]) -> int:
+    def import_rows(rows: Sequence[Any]) -> int:
         """Commit ``BufferEntry`` rows of another store: new ids, but the age and the attempts that they have."""
 
-    def legacy() -> Any:
-        """Return a ``Legacy``: the losses, and the commands that are young enough to be delivered again."""
+    def export_state() -> Any:
+        """Return a ``StoreState``: the losses, and the commands that are young enough to be delivered again."""
 
-    def inherit(legacy: Any) -> None:
+    def import_state(export_state: Any) -> None:
         """Count another store's losses as produced and lost here, and learn of its commands."""
 
-    def claim(key: str, now: float, testament: bytes = b"") -> Any:
+    def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
         """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already.
 
-        ``testament`` is the result payload that an heir sends if this process dies before the command is done.
+        ``provisional_result`` is the result payload that an heir sends if this process dies before the command is done.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
@@ -209,9 +209,13 @@ class ITransport(Interface):
 class ISchedulerHost(Interface):
     """One scheduler adapter, for whoever tells its schedules and passes on what operators want of it."""
 
-    name: str = Attribute("The scheduler's name, such as 'celery-beat'; the brain calls it the owner of its schedules.")
+    name: str = Attribute(
+        "The scheduler's name, such as 'celery-beat'; the brain calls it the owner of its schedules."
+    )
     redactor: Any = Attribute("Hides in a schedule what the brain would hide.")
-    answers: Any = Attribute("Hides the same in the answer to a command, and leaves as it is what the first one has left.")
+    answers: Any = Attribute(
+        "Hides the same in the answer to a command, and leaves as it is what the first one has left."
+    )
 
     def connect(changed: Callable[[], object]) -> None:
         """Have ``changed()`` called, in any task or thread, when a schedule may have changed; never raises."""
@@ -270,7 +274,9 @@ class IBridge(Interface):
         Raises ``TimeoutError`` after ``timeout`` seconds (the coroutine is cancelled) and whatever the adapter raises.
         """
 
-    def pump(iterate: Callable[[], Any], sink: Callable[[Any], None], name: str) -> Callable[[], None]:
+    def pump(
+        iterate: Callable[[], Any], sink: Callable[[Any], None], name: str
+    ) -> Callable[[], None]:
         """Feed every item of an adapter's async generator to ``sink``; return a function that ends it."""
 
     def loop() -> Any:

@@ -28,7 +28,7 @@ from z4j_core.schedule_external import (
 from zope.interface import implementer
 
 from z4j_bare.concurrency.files import open_file
-from z4j_bare.concurrency.fork import Gate
+from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.interfaces import INativeSchedules
 
 #: What the file says it is.
@@ -52,7 +52,7 @@ PATIENCE = 5.0
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 #: Nobody patches this lock. Whoever validates a change may look at the schedules, so that it has to be one to enter twice.
-_gate = Gate(RLock)
+_gate = ForkGuard(RLock)
 
 _TABLES = (
     "CREATE TABLE identity (owner TEXT PRIMARY KEY)",
@@ -102,8 +102,14 @@ class NativeScheduleControl:
             connection.execute("BEGIN IMMEDIATE")
             _claim(connection, owner)
             current = {_key(each): each for each in _in_force(baseline, _changes(connection))}
-            before = None if schedule_id is None else _unchanged(current, schedule_id, expected, owner)
-            after = None if operation == "delete" else _changed(before, definition, owner=owner, engine=engine)
+            before = (
+                None if schedule_id is None else _unchanged(current, schedule_id, expected, owner)
+            )
+            after = (
+                None
+                if operation == "delete"
+                else _changed(before, definition, owner=owner, engine=engine)
+            )
             if after is not None:
                 _refuse_twins(after, current.values())
                 validate(after)
@@ -120,11 +126,18 @@ class NativeScheduleControl:
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError(f"{self.path} is no regular file") from None
             if os.name == "posix" and found.st_mode & _OTHERS:
-                raise ValueError(f"{self.path} can be read or written by others: chmod 600 {self.path}") from None
+                raise ValueError(
+                    f"{self.path} can be read or written by others: chmod 600 {self.path}"
+                ) from None
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        with _gate.inside(), closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as connection:
+        with (
+            _gate.inside(),
+            closing(
+                sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+            ) as connection,
+        ):
             _prepare(connection, self.path)
             try:
                 yield connection
@@ -137,7 +150,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables of a new file, or check that the file is ours."""
     if _marks(connection) == (0, 0):
         connection.execute("BEGIN IMMEDIATE")
-        if _marks(connection) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+        if (
+            _marks(connection) == (0, 0)
+            and not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        ):
             for table in _TABLES:
                 connection.execute(table)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -174,13 +190,19 @@ def _read(body: bytes) -> Schedule | None:
 
 
 def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) -> None:
-    body = b"null" if schedule is None else canonical_external_json(schedule.model_dump(mode="json"))
+    body = (
+        b"null" if schedule is None else canonical_external_json(schedule.model_dump(mode="json"))
+    )
     if len(body) > RECORD_BYTES:
         raise ValueError(f"the schedule takes {len(body)} bytes, over the limit of {RECORD_BYTES}")
     connection.execute("INSERT OR REPLACE INTO overrides VALUES (?, ?)", (key, body))
-    number, size = connection.execute("SELECT count(*), sum(length(body)) FROM overrides").fetchone()
+    number, size = connection.execute(
+        "SELECT count(*), sum(length(body)) FROM overrides"
+    ).fetchone()
     if number > RECORDS or size > TOTAL_BYTES:
-        raise ValueError(f"{number} changed schedules of {size} bytes are over the limit of {RECORDS} and {TOTAL_BYTES}")
+        raise ValueError(
+            f"{number} changed schedules of {size} bytes are over the limit of {RECORDS} and {TOTAL_BYTES}"
+        )
 
 
 def _key(schedule: Schedule | None) -> str:
@@ -196,11 +218,17 @@ def _in_force(baseline: list[Schedule], changes: dict[str, Schedule | None]) -> 
     return [each for each in found.values() if each is not None]
 
 
-def _check(operation: str, schedule_id: str | None, expected: Any, definition: dict[str, Any]) -> None:
+def _check(
+    operation: str, schedule_id: str | None, expected: Any, definition: dict[str, Any]
+) -> None:
     if operation not in {"create", "update", "delete"}:
         raise ValueError(f"{operation} is no change of a schedule")
-    if (operation == "create") != (schedule_id is None) or (operation == "create") != (expected is None):
-        raise ValueError("schedule_id and expected come with an update or a deletion, and with nothing else")
+    if (operation == "create") != (schedule_id is None) or (operation == "create") != (
+        expected is None
+    ):
+        raise ValueError(
+            "schedule_id and expected come with an update or a deletion, and with nothing else"
+        )
     unknown = sorted(set(definition) - EDITABLE)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be changed")
@@ -216,11 +244,15 @@ def _unchanged(
         raise NotFoundError(f"there is no schedule {schedule_id!r}")
     present = normalize_external_schedule(found.model_dump(mode="json"), owner=owner)
     if external_schedule_configuration(present) != external_schedule_configuration(expected or {}):
-        raise ConflictError(f"schedule {schedule_id!r} was changed meanwhile; look again before you change it")
+        raise ConflictError(
+            f"schedule {schedule_id!r} was changed meanwhile; look again before you change it"
+        )
     return found
 
 
-def _changed(before: Schedule | None, definition: dict[str, Any], *, owner: str, engine: str) -> Schedule:
+def _changed(
+    before: Schedule | None, definition: dict[str, Any], *, owner: str, engine: str
+) -> Schedule:
     """Return the schedule after the change, validated by the model. Raises ``ValueError`` for a bad definition."""
     now = datetime.now(UTC).isoformat()
     if before is not None:

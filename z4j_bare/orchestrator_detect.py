@@ -19,7 +19,13 @@ MARKER = "etc/z4j-orchestrated"
 _FILES = {".dockerenv": "docker", "run/.containerenv": "podman"}
 
 #: Words in the cgroups of v1, and in the mounts under cgroup v2, where a container sees its own cgroup as ``/``.
-_CGROUPS = {"kubepods": "kubernetes", "libpod": "podman", "docker": "docker", "crio": "cri-o", "containerd": "containerd"}
+_CGROUPS = {
+    "kubepods": "kubernetes",
+    "libpod": "podman",
+    "docker": "docker",
+    "crio": "cri-o",
+    "containerd": "containerd",
+}
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -85,7 +91,12 @@ class _Place:
         """Return a label for whatever starts this process again, ``None`` where there is nothing."""
         if self._exists(MARKER):
             return f"/{MARKER}"
-        return self.container(container) or self.systemd() or self.supervisord() or self.master(container)
+        return (
+            self.container(container)
+            or self.systemd()
+            or self.supervisord()
+            or self.master(container)
+        )
 
     def container(self, known: str | None) -> str | None:
         """Return a label when this is the process for which a container runs."""
@@ -104,10 +115,17 @@ class _Place:
     def systemd(self) -> str | None:
         """Return a label when systemd started this very process as a service, not a session's shell."""
         unit = self._read(f"proc/{self.pid}/cgroup").rstrip().rpartition("/")[2]
-        if not unit.endswith(".service") or not {"INVOCATION_ID", "NOTIFY_SOCKET"} & self._env.keys():
+        if (
+            not unit.endswith(".service")
+            or not {"INVOCATION_ID", "NOTIFY_SOCKET"} & self._env.keys()
+        ):
             return None
         by_systemd = self._read(f"proc/{self._parent()}/comm").strip() == "systemd"
-        return f"systemd, {unit}" if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self.pid) else None
+        return (
+            f"systemd, {unit}"
+            if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self.pid)
+            else None
+        )
 
     def supervisord(self) -> str | None:
         """Return a label when our parent is supervisord."""
@@ -123,7 +141,11 @@ class _Place:
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
         if kept := sorted(names & _MANAGERS):
             return f"{kept[0]}, pid {parent}"
-        return _Place(parent, self._env, self._root).supervisor(container) if names & _MASTERS else None
+        return (
+            _Place(parent, self._env, self._root).supervisor(container)
+            if names & _MASTERS
+            else None
+        )
 
     def _exists(self, path: str) -> bool:
         try:
@@ -136,7 +158,11 @@ class _Place:
         for path, engine in _FILES.items():
             if self._exists(path):
                 return engine
-        for path, words in (("proc/self/cgroup", _CGROUPS), ("proc/1/cgroup", _CGROUPS), ("proc/self/mountinfo", _MOUNTS)):
+        for path, words in (
+            ("proc/self/cgroup", _CGROUPS),
+            ("proc/1/cgroup", _CGROUPS),
+            ("proc/self/mountinfo", _MOUNTS),
+        ):
             text = self._read(path)
             for word, engine in words.items():
                 if word in text:

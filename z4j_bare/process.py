@@ -14,15 +14,25 @@ _consumer: Any = None
 _loading = False
 
 #: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
-_VISITORS = {"amqp", "call", "control", "events", "graph", "inspect", "list", "logtool", "migrate"} | {
-    "multi", "purge", "report", "result", "shell", "status", "upgrade"
-}
+_VISITORS = {
+    "amqp",
+    "call",
+    "control",
+    "events",
+    "graph",
+    "inspect",
+    "list",
+    "logtool",
+    "migrate",
+} | {"multi", "purge", "report", "result", "shell", "status", "upgrade"}
 
 #: The programs, or Django's command, that run the workers of engines whose adapters name no worker in their events.
 _NAMELESS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
 #: Global options of the ``celery`` command that take their value as a word of its own.
-_WITH_VALUE = frozenset({"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"})
+_WITH_VALUE = frozenset(
+    {"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"}
+)
 
 
 def celery_command(argv: Sequence[str] | None = None) -> str | None:
@@ -38,7 +48,7 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
     return None
 
 
-def is_visitor(argv: Sequence[str] | None = None) -> bool:
+def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
     """Whether this is ``celery inspect`` and its like, where the agent stays inert."""
     return celery_command(argv) in _VISITORS
 
@@ -48,7 +58,7 @@ def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
     return celery_command(argv) == "worker"
 
 
-def own_worker(engine: str, argv: Sequence[str] | None = None) -> str | None:
+def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | None:
     """Return a name for the worker that this process is, of an engine whose events name none; ``None`` if it is none."""
     # taskiq takes its own name off sys.argv, and a child of multiprocessing has lost it elsewhere.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
@@ -57,7 +67,7 @@ def own_worker(engine: str, argv: Sequence[str] | None = None) -> str | None:
     return f"{engine}@{platform.node()}-{os.getpid()}"
 
 
-def watch_for_ready() -> None:
+def track_worker_ready() -> None:
     """In a Celery worker, remember that ``worker_ready`` has been sent.
 
     Called when this package is imported, which an app module does long before: an agent that is installed from inside

@@ -70,7 +70,7 @@ class AgentRuntime:
     def state(self) -> RuntimeState:
         """Where the runtime is in its life; in a forked child always ``stopped``."""
         agent = self._agent
-        return RuntimeState.STOPPED if agent is not None and agent.seam.forked() else self._state
+        return RuntimeState.STOPPED if agent is not None and agent.backend.forked() else self._state
 
     @property
     def retired(self) -> bool:
@@ -102,7 +102,9 @@ class AgentRuntime:
         self._ever_ran = True
         self._state = RuntimeState.RUNNING
         agent.start()
-        logger.info("z4j: agent started for project %s on %s", self.config.project_id, agent.seam.name)
+        logger.info(
+            "z4j: agent started for project %s on %s", self.config.project_id, agent.backend.name
+        )
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop within ``timeout`` seconds, hung peer or not. Idempotent; does nothing in a forked child."""
@@ -120,7 +122,7 @@ class AgentRuntime:
     def record_event(self, event: Event) -> None:
         """Take one event: microseconds, no I/O, never raises. Silent when stopped and in a forked child."""
         agent = self._agent
-        if agent is not None and not agent.seam.forked():
+        if agent is not None and not agent.backend.forked():
             agent.record(event)
         elif self.recorded is not None:
             self.recorded.append(event)
@@ -128,12 +130,12 @@ class AgentRuntime:
     def buffer_size(self) -> int:
         """Return the rows in the buffer, as of a second ago, or a few where there is no session."""
         agent = self._agent
-        return 0 if agent is None else agent.keeper.last_stats.rows
+        return 0 if agent is None else agent.buffer.last_stats.rows
 
     def request_reconnect(self) -> None:
         """End the session, if there is one, and connect anew at once. Callable from any thread."""
         agent = self._agent
-        if agent is not None and not agent.seam.forked():
+        if agent is not None and not agent.backend.forked():
             agent.supervisor.reconnect()
 
     def supervisor_state(self) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class AgentRuntime:
             "auth_error_count": streaks.get("auth", 0),
             "protocol_error_count": streaks.get("protocol", 0),
             "connection_error_count": streaks.get("connection", 0),
-            "session_id": link.welcome.session_id if link else None,
+            "session_id": link.hello_ack.session_id if link else None,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -160,28 +162,40 @@ class AgentRuntime:
         A loop that waits, for the disk or the brain, is none of them: a new process would wait as well.
         """
         agent = self._agent
-        return [] if agent is None or self.state is not RuntimeState.RUNNING else agent.stuck(seconds)
+        return (
+            [] if agent is None or self.state is not RuntimeState.RUNNING else agent.stuck(seconds)
+        )
 
     def reinit_after_fork(self) -> None:
         """Start over in a forked child, with a buffer of its own. Does nothing in the process that started it."""
         agent = self._agent
-        if agent is None or not agent.seam.forked():
+        if agent is None or not agent.backend.forked():
             return
         self._agent = None
         self._state = RuntimeState.STOPPED
         self._lock = threading.Lock()  # the parent may have held it at the fork
-        self.config = self.config.model_copy(update={"buffer_path": Path(self.config.buffer_path).with_name("fork.sqlite")})
+        self.config = self.config.model_copy(
+            update={"buffer_path": Path(self.config.buffer_path).with_name("fork.sqlite")}
+        )
         self.start()
 
     def _build(self) -> Agent | None:
         settings = self._settings or load_settings()
         if settings.disabled or settings.testing:
             self.recorded = deque(maxlen=RECORDED) if settings.testing else None
-            logger.info("z4j: %s is set; the agent stays out", "Z4J_DISABLED" if settings.disabled else "Z4J_TESTING")
+            logger.info(
+                "z4j: %s is set; the agent stays out",
+                "Z4J_DISABLED" if settings.disabled else "Z4J_TESTING",
+            )
             return None
         from z4j_bare.agent import Agent
 
-        seam = build(choose(settings.concurrency, detect()))
+        backend = build(choose(settings.concurrency, detect()))
         return Agent(
-            self.config, self.framework, list(self.engines.values()), list(self.schedulers.values()), settings, seam
+            self.config,
+            self.framework,
+            list(self.engines.values()),
+            list(self.schedulers.values()),
+            settings,
+            backend,
         )

@@ -76,13 +76,17 @@ def safe_log_extra(extra: dict[str, Any]) -> dict[str, Any]:
 
 def _is_order(error: Exception) -> bool:
     """Whether a host has raised it to be obeyed. Told by names: nothing of a host's is imported here."""
-    return not _ORDERS.isdisjoint(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+    return not _ORDERS.isdisjoint(
+        f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__
+    )
 
 
 def _report(func: Callable[..., Any], error: Exception) -> None:
     name = getattr(func, "__qualname__", repr(func))
     try:
-        logger.error("z4j: %s failed with %s; the host goes on", name, type(error).__name__, exc_info=error)
+        logger.error(
+            "z4j: %s failed with %s; the host goes on", name, type(error).__name__, exc_info=error
+        )
     except Exception:
         # Logging itself is broken; the type alone tells enough and can hold no secret.
         sys.stderr.write(f"z4j: {name} failed with {type(error).__name__}\n")

@@ -24,7 +24,9 @@ _FALSE = frozenset({"0", "false", "no", "off", ""})
 def _switch(name: str, text: str) -> bool:
     if text.lower() in _TRUE | _FALSE:
         return text.lower() in _TRUE
-    raise HostConfigurationError(f"{name}={text!r} is neither on (1, true, yes, on) nor off (0, false, no, off)")
+    raise HostConfigurationError(
+        f"{name}={text!r} is neither on (1, true, yes, on) nor off (0, false, no, off)"
+    )
 
 
 def _on(_name: str, text: str) -> bool:
@@ -61,7 +63,9 @@ def _text(_name: str, text: str) -> str:
     return text
 
 
-def setting(variable: str, read: Callable[[str, str], Any], default: Any, low: float | None = None) -> Any:
+def setting(
+    variable: str, read: Callable[[str, str], Any], default: Any, low: float | None = None
+) -> Any:
     """Declare one field: its variable, how its text is read, its default and its lower bound."""
     return field(default=default, metadata={"variable": variable, "read": read, "low": low})
 
@@ -94,13 +98,13 @@ class Settings:
     #: Send no ``agent_status``, the agent's report on itself that the brain keeps as history.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _switch, False)
     #: Re-read at every connect, so that a rotated secret needs no restart.
-    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)  # noqa: RUF009
-    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)  # noqa: RUF009
+    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
+    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
     #: PEM bundle of certificate authorities; ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE`` are honoured after it.
-    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)  # noqa: RUF009
+    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
     #: Client certificate (PEM, key included unless ``Z4J_CLIENT_KEY`` names it).
-    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)  # noqa: RUF009
-    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)  # noqa: RUF009
+    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
+    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
     #: Send tasks' arguments, and what they return.
     capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)
@@ -115,7 +119,9 @@ class Settings:
         for each in fields(self):
             low, value = each.metadata["low"], getattr(self, each.name)
             if low is not None and value < low:
-                raise HostConfigurationError(f"{each.metadata['variable']}={value} is below its minimum of {low}")
+                raise HostConfigurationError(
+                    f"{each.metadata['variable']}={value} is below its minimum of {low}"
+                )
 
 
 def load_settings(env: Mapping[str, str] | None = None, **keywords: Any) -> Settings:

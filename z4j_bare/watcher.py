@@ -29,7 +29,7 @@ SHORTEST_WINDOW = 0.05
 _SKIPPED = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 #: What two looks are compared by: size and time of the last change, by path.
-Look = Mapping[str, tuple[int, int]]
+Snapshot = Mapping[str, tuple[int, int]]
 
 
 class TasksFileWatcher:
@@ -51,8 +51,8 @@ class TasksFileWatcher:
         self._on_change = on_change
         self._names = frozenset(filenames)
         self._window = max(SHORTEST_WINDOW, debounce_ms / 1000)
-        self._seam: Any = None
-        self._stopping: Any = None
+        self._backend: Any = None
+        self._stop_event: Any = None
         self._task: Any = None
 
     def start(self) -> bool:
@@ -62,22 +62,22 @@ class TasksFileWatcher:
         roots = [str(path) for path in self._paths if path.is_dir()]
         if not roots:
             return False
-        self._seam = build(choose("auto", detect()))
-        self._stopping = self._seam.event()
-        self._task = self._seam.spawn(self._run, roots, name="z4j-watcher")
+        self._backend = build(choose("auto", detect()))
+        self._stop_event = self._backend.event()
+        self._task = self._backend.spawn(self._run, roots, name="z4j-watcher")
         return True
 
     def stop(self) -> None:
         """End it, within two seconds. Idempotent."""
         task, self._task = self._task, None
         if task is not None:
-            self._stopping.set()
+            self._stop_event.set()
             task.join(LEAVE)
-            self._seam.close()
+            self._backend.close()
 
     def _run(self, roots: list[str]) -> None:
         known = self._look(roots, {})
-        while not self._seam.pause(self._stopping, LOOK):
+        while not self._backend.pause(self._stop_event, LOOK):
             found = self._look(roots, known)
             if found != known:
                 found = self._settled(roots, found)
@@ -86,16 +86,16 @@ class TasksFileWatcher:
                         safe_call(self._on_change, Path(path))
                 known = found
 
-    def _settled(self, roots: list[str], found: Look) -> Look:
+    def _settled(self, roots: list[str], found: Snapshot) -> Snapshot:
         """Look until two looks in a row show the same."""
-        while not self._seam.pause(self._stopping, self._window):
+        while not self._backend.pause(self._stop_event, self._window):
             earlier, found = found, self._look(roots, found)
             if found == earlier:
                 break
         return found
 
-    def _look(self, roots: list[str], otherwise: Look) -> Look:
-        ok, found = self._seam.offload(_look, roots, self._names)
+    def _look(self, roots: list[str], otherwise: Snapshot) -> Snapshot:
+        ok, found = self._backend.offload(_look, roots, self._names)
         if ok:
             return dict(found)
         logger.debug("z4j: the watcher could not look: %s", found)

@@ -20,7 +20,11 @@ _names = {}
 
 #: Module, class, methods that never yield: measured on their own, inside whatever loop calls them.
 PARTS = (
-    ("z4j_bare.engines.celery.task_encoder", "Scribe", ("received", "started", "succeeded", "other")),
+    (
+        "z4j_bare.engines.celery.task_encoder",
+        "TaskEncoder",
+        ("received", "started", "succeeded", "other"),
+    ),
     ("z4j_bare.wire.session", "Session", ("sign", "open")),
     ("z4j_bare.buffer.store", "BufferStore", ("append", "drain", "confirm", "stats")),
 )
@@ -48,7 +52,7 @@ def begin(**_signal):
     atexit.register(_dump)
 
 
-def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
+def _collected(phase, info, began=[0.0]):
     """Charge the garbage collector, whoever set it off: it is part of what its victim is charged, too."""
     if phase == "start":
         began[0] = thread_time()

@@ -31,7 +31,7 @@ def main(count: int) -> None:
         runtime = install_agent(
             engines=[CeleryEngineAdapter(celery_app=Celery("bench", broker="memory://"))],
             brain_url="http://127.0.0.1:9",
-            token="bench",  # noqa: S106 - nobody answers there
+            token="bench",
             project_id="bench",
             hmac_secret=base64.urlsafe_b64encode(bytes(range(32))).decode(),
         )
@@ -59,7 +59,13 @@ def _event(number: int) -> Event:
         task_id=f"task-{number}",
         kind=EventKind.TASK_RECEIVED,
         occurred_at=datetime.now(UTC),
-        data={"task_name": "bench.nap", "queue": "bench", "worker": "w@bench", "args": [], "kwargs": {"number": number}},
+        data={
+            "task_name": "bench.nap",
+            "queue": "bench",
+            "worker": "w@bench",
+            "args": [],
+            "kwargs": {"number": number},
+        },
     )
 
 

@@ -34,7 +34,9 @@ def fails(text: str) -> None:
 def retries(self, text: str) -> str:
     """Succeed at the second attempt."""
     if not self.request.retries:
-        raise self.retry(countdown=1.5, exc=ValueError("not yet"))  # events of one second and kind are one to the brain
+        raise self.retry(
+            countdown=1.5, exc=ValueError("not yet")
+        )  # events of one second and kind are one to the brain
     return text
 
 

@@ -15,7 +15,11 @@ _claims = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-table", action="store_true", help="write what a whole run has proven to docs/compatibility.md")
+    parser.addoption(
+        "--write-table",
+        action="store_true",
+        help="write what a whole run has proven to docs/compatibility.md",
+    )
 
 
 @pytest.fixture
@@ -35,5 +39,8 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--write-table", default=False) and exitstatus == pytest.ExitCode.OK:
+    if (
+        session.config.getoption("--write-table", default=False)
+        and exitstatus == pytest.ExitCode.OK
+    ):
         table.write(DOCUMENT, _proven)

@@ -12,7 +12,9 @@ def render(proven):
     lines = []
     for (adapter, host, package), cells in proven.items():
         names = [f"{adapter} {version(adapter)}", f"{host} ({package} {version(package)})"]
-        lines.append("| " + " | ".join([*names, *(cells.get(column, "") for column in COLUMNS)]) + " |")
+        lines.append(
+            "| " + " | ".join([*names, *(cells.get(column, "") for column in COLUMNS)]) + " |"
+        )
     return lines
 
 
@@ -24,7 +26,11 @@ def write(path, proven):
     before, _, rest = path.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     here = {adapter for adapter, _host, _package in proven}
-    others = [line for line in old.splitlines() if line.startswith("| z4j-") and _adapter(line) not in here]
+    others = [
+        line
+        for line in old.splitlines()
+        if line.startswith("| z4j-") and _adapter(line) not in here
+    ]
     rows = sorted([*others, *render(proven)], key=_adapter)
     path.write_text("\n".join([before + BEGIN, "", *HEAD, *rows, "", END]) + after)
 

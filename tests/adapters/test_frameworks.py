@@ -43,15 +43,43 @@ class Site:
 
 
 SITES = [
-    Site("django", "runserver with autoreload", "django", ("django-admin", "runserver", "{port}"), ending=signal.SIGINT),
-    Site("django", "gunicorn gevent, preloaded, `post_fork()`", "gunicorn", (*GUNICORN, "gevent", "-c", "python:gunicorn_gevent_conf", "django_wsgi"), agents=2),
-    Site("django", "gunicorn gthread, preloaded, `post_fork()`", "gunicorn", (*GUNICORN, "gthread", "-c", "python:gunicorn_conf", "django_wsgi"), agents=2),
+    Site(
+        "django",
+        "runserver with autoreload",
+        "django",
+        ("django-admin", "runserver", "{port}"),
+        ending=signal.SIGINT,
+    ),
+    Site(
+        "django",
+        "gunicorn gevent, preloaded, `post_fork()`",
+        "gunicorn",
+        (*GUNICORN, "gevent", "-c", "python:gunicorn_gevent_conf", "django_wsgi"),
+        agents=2,
+    ),
+    Site(
+        "django",
+        "gunicorn gthread, preloaded, `post_fork()`",
+        "gunicorn",
+        (*GUNICORN, "gthread", "-c", "python:gunicorn_conf", "django_wsgi"),
+        agents=2,
+    ),
     Site("flask", "gunicorn gthread", "gunicorn", (*GUNICORN, "gthread", "flask_app:app")),
-    Site("fastapi", "uvicorn", "uvicorn", ("uvicorn", "fastapi_app:app", "--port", "{port}"), code=-signal.SIGTERM),
+    Site(
+        "fastapi",
+        "uvicorn",
+        "uvicorn",
+        ("uvicorn", "fastapi_app:app", "--port", "{port}"),
+        code=-signal.SIGTERM,
+    ),
 ]
 
 
-@pytest.fixture(scope="module", params=SITES, ids=lambda site: "-".join([site.framework, *site.title.split()[:2]]).strip(","))
+@pytest.fixture(
+    scope="module",
+    params=SITES,
+    ids=lambda site: "-".join([site.framework, *site.title.split()[:2]]).strip(","),
+)
 def site(request):
     return request.param
 
@@ -94,7 +122,10 @@ def test_a_submitted_task_is_in_the_queue(site, stage, prove):
     assert row["status"] == "completed", row["error"]
     with Redis.from_url(stage.redis_url) as broker:
         (message,) = [json.loads(each) for each in broker.lrange("celery", 0, -1)]
-    assert (message["headers"]["id"], message["headers"]["argsrepr"]) == (row["result"]["task_id"], "(30, 12)")
+    assert (message["headers"]["id"], message["headers"]["argsrepr"]) == (
+        row["result"]["task_id"],
+        "(30, 12)",
+    )
     prove(site.row, "command", "`submit_task`")
 
 
@@ -115,4 +146,8 @@ def test_a_stop_loses_nothing(site, stage, prove):
     until(lambda: not stage.host.running, "the server's end", timeout=30)
     assert stage.host.exit_code == site.code
     assert stage.told(last) + stage.left() >= len(last)
-    prove(site.row, "clean stop", f"{signal.Signals(site.ending).name}, exit code {site.code}, nothing lost")
+    prove(
+        site.row,
+        "clean stop",
+        f"{signal.Signals(site.ending).name}, exit code {site.code}, nothing lost",
+    )

@@ -77,7 +77,9 @@ def rows():
     """One of them is quick and needs little: it is part of CI."""
     for each in WORKERS:
         marks = () if each.title == "SimpleWorker" else pytest.mark.long
-        yield pytest.param(each, id=f"{each.engine}-{each.title.split()[0].strip(',')}", marks=marks)
+        yield pytest.param(
+            each, id=f"{each.engine}-{each.title.split()[0].strip(',')}", marks=marks
+        )
 
 
 @pytest.fixture(scope="module", params=rows())
@@ -88,7 +90,9 @@ def worker(request):
 @pytest.fixture(scope="module")
 def stage(worker, brain, redis_url, tmp_path_factory):
     """The worker, running, with a session of every agent in it."""
-    with Stage(brain, redis_url, tmp_path_factory.mktemp(worker.engine), worker.app, worker.engine) as here:
+    with Stage(
+        brain, redis_url, tmp_path_factory.mktemp(worker.engine), worker.app, worker.engine
+    ) as here:
         here.host = here.start(*worker.command, processes=worker.agents)
         if worker.title == "prefork pool":
             here.warm_up()
@@ -112,7 +116,11 @@ def test_a_submitted_task_runs_and_no_loop_shows(worker, stage, prove):
     stage.send(("looks", 2.0))
     row = stage.submit(worker.called("add"), 30, 12)
     assert row["status"] == "completed", row["error"]
-    until(lambda: [line for line in stage.did("add") if line["x"] == 30], "the submitted task", timeout=20)
+    until(
+        lambda: [line for line in stage.did("add") if line["x"] == 30],
+        "the submitted task",
+        timeout=20,
+    )
     stage.row(row["result"]["task_id"], "success")
     stage.saw_no_loop()
     prove(worker.row, "loop visible to tasks", "never")
@@ -152,7 +160,13 @@ def retried(worker, stage):
     stage.row(task_id, "failure")
     row = stage.command("retry-task", task_id=task_id, override_args=["twice"], override_kwargs={})
     assert row["status"] == "completed", row["error"]
-    until(lambda: any("twice" in error(each) for each in stage.brain.tasks(stage.project, state="failure")), "the retried task", timeout=20)
+    until(
+        lambda: any(
+            "twice" in error(each) for each in stage.brain.tasks(stage.project, state="failure")
+        ),
+        "the retried task",
+        timeout=20,
+    )
 
 
 #: What each queue's operator can do beside submitting; taskiq's can nothing.
@@ -167,7 +181,11 @@ CONTROLS = {
 
 def test_a_control_takes_effect(worker, stage, prove):
     """An operator's retry or cancellation, or both where the queue knows both, changes what the worker does."""
-    controls = {what: act for what, act in CONTROLS.get(worker.engine, {}).items() if worker.aborts or act is not aborted}
+    controls = {
+        what: act
+        for what, act in CONTROLS.get(worker.engine, {}).items()
+        if worker.aborts or act is not aborted
+    }
     if not controls:
         pytest.skip("its adapter offers nothing but submit_task")
     for act in controls.values():
@@ -184,5 +202,11 @@ def test_a_stop_loses_nothing(worker, stage, prove):
     until(lambda: not stage.host.running, "the worker's end", timeout=30)
     assert stage.host.exit_code == 0
     ran = len(stage.did("add")) - before
-    until(lambda: stage.told(ids) + stage.left() >= ran, f"the ends of {ran} tasks, in the brain or on disk", timeout=20)
-    prove(worker.row, "clean stop", f"{signal.Signals(worker.ending).name}, exit code 0, nothing lost")
+    until(
+        lambda: stage.told(ids) + stage.left() >= ran,
+        f"the ends of {ran} tasks, in the brain or on disk",
+        timeout=20,
+    )
+    prove(
+        worker.row, "clean stop", f"{signal.Signals(worker.ending).name}, exit code 0, nothing lost"
+    )

@@ -35,7 +35,12 @@ def test_celerys_static_schedule(place, prove):
     """Celery's own schedule is known to the brain without its secrets; a trigger runs its task, a resync tells what is new."""
     worker = place.worker("planned", pool="gevent")
     row = place.known("hourly")
-    assert (row["scheduler"], row["task_name"], row["expression"], row["args"]) == ("celery-beat", "e2e.fails_once", "3600", ["triggered"])
+    assert (row["scheduler"], row["task_name"], row["expression"], row["args"]) == (
+        "celery-beat",
+        "e2e.fails_once",
+        "3600",
+        ["triggered"],
+    )
     (other,) = (row for name, row in place.schedules().items() if name != "hourly")
     assert other["name"].startswith("redacted-")
     assert other["kwargs"] == {"x": 3, "y": 4, "api_key": "[REDACTED]"}
@@ -52,7 +57,13 @@ def test_celerys_static_schedule(place, prove):
     assert "not for the brain" not in log
     assert "please report" not in log
     assert place.run("sees_a_loop") == ("SUCCESS", False)
-    proven(prove, ("z4j-celerybeat", "static schedule, gevent worker", "celery"), "trigger", worker, loop=True)
+    proven(
+        prove,
+        ("z4j-celerybeat", "static schedule, gevent worker", "celery"),
+        "trigger",
+        worker,
+        loop=True,
+    )
 
 
 @pytest.mark.long
@@ -106,7 +117,9 @@ def test_apscheduler(place, prove, mode):
         place.known("hourly", expression="7200.0")
         place.act("hourly", "trigger")
         place.marked("changed")
-        place.change("create", "apscheduler", **{**MADE, "expression": "1"}, task_name="look", args=["made"])
+        place.change(
+            "create", "apscheduler", **{**MADE, "expression": "1"}, task_name="look", args=["made"]
+        )
         place.marked("made")  # the scheduler's own clock runs it, and it has seen no loop
         place.change("delete", "apscheduler", "made")
         place.gone("made")
@@ -115,7 +128,9 @@ def test_apscheduler(place, prove, mode):
 
 
 @pytest.mark.long
-@needs("rq_scheduler", "its crontab and django-celery-beat's exclude each other: tox -e adapters-rq")
+@needs(
+    "rq_scheduler", "its crontab and django-celery-beat's exclude each other: tox -e adapters-rq"
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_rq_scheduler(place, prove, mode):
     """Jobs of rq-scheduler are switched, triggered and deleted from the brain, judged by what Redis then holds."""
@@ -134,7 +149,12 @@ def test_rq_scheduler(place, prove, mode):
         place.gone(name)
         assert redis.zcard(active) == 0
         redis.delete("rq:queue:default")
-        proven(prove, ("z4j-rqscheduler", f"Scheduler, {mode}", "rq-scheduler"), "trigger, disable, enable, delete", host)
+        proven(
+            prove,
+            ("z4j-rqscheduler", f"Scheduler, {mode}", "rq-scheduler"),
+            "trigger, disable, enable, delete",
+            host,
+        )
 
 
 def beat_rows(place):
@@ -142,5 +162,7 @@ def beat_rows(place):
     with closing(sqlite3.connect(place.home / "beat.sqlite3")) as connection:
         return {
             name: (bool(enabled), args)
-            for name, enabled, args in connection.execute("SELECT name, enabled, args FROM django_celery_beat_periodictask")
+            for name, enabled, args in connection.execute(
+                "SELECT name, enabled, args FROM django_celery_beat_periodictask"
+            )
         }

@@ -58,7 +58,11 @@ class Calendar(Operator, Stage):
 
     def nightly(self):
         """Return the name of the one schedule in code, once it is known: taskiq's has a digest behind it."""
-        names = until(lambda: [name for name in self.schedules() if name.startswith("nightly")], "the schedule", timeout=30)
+        names = until(
+            lambda: [name for name in self.schedules() if name.startswith("nightly")],
+            "the schedule",
+            timeout=30,
+        )
         return names[0]
 
     def takes(self, scheduler, schedule, expression):
@@ -85,7 +89,9 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
         place.change("update", host.scheduler, nightly, expression="30 4 * * *")
         made = {**MADE, "kind": "cron", "expression": "* * * * *"}
         place.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
-        until(lambda: place.did("add"), "the created schedule's task, at the full minute", timeout=90)
+        until(
+            lambda: place.did("add"), "the created schedule's task, at the full minute", timeout=90
+        )
         place.change("delete", host.scheduler, "made")
         place.gone("made")
         os.kill(running.pid, host.ending)
@@ -94,6 +100,11 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
         prove(host.row, "clean stop", f"{signal.Signals(host.ending).name}, exit code {host.code}")
         place.start(*host.command)
         # The brain allows a change of what the scheduler has told it, in the state in which it told it.
-        until(lambda: place.takes(host.scheduler, nightly, "45 5 * * *"), "a change in the next process", timeout=40, interval=1)
+        until(
+            lambda: place.takes(host.scheduler, nightly, "45 5 * * *"),
+            "a change in the next process",
+            timeout=40,
+            interval=1,
+        )
         assert set(place.schedules()) == {nightly}
         prove(host.row, "command", "trigger, create, update, delete")

@@ -46,20 +46,31 @@ def test_toml(monkeypatch):
     """The file holds settings that exist, and adapters that do."""
     for name in configuration.known_settings():
         monkeypatch.setenv(f"Z4J_{name.upper()}", "")
-    found = configuration.apply(understood(["z4j-bare", "run", "--config", str(DEPLOY / "agent.toml")]))
+    found = configuration.apply(
+        understood(["z4j-bare", "run", "--config", str(DEPLOY / "agent.toml")])
+    )
     assert [known(name, ENGINES) for name in found.engines] == ["celery"]
     assert [known(name, SCHEDULERS) for name in found.schedulers] == ["celerybeat"]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here (Debian: apt-get install systemd)")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None,
+    reason="no systemd-analyze here (Debian: apt-get install systemd)",
+)
 def test_systemd(tmp_path):
     """``systemd-analyze verify`` has nothing to say of the unit, once its program and its user are there."""
     unit = tmp_path / "z4j-bare.service"
     text = (DEPLOY / "z4j-bare.service").read_text()
     assert "/opt/shop/venv/bin/z4j-bare" in text
-    unit.write_text(text.replace("/opt/shop/venv/bin/z4j-bare", sys.executable).replace("User=shop", "User=root"))
+    unit.write_text(
+        text.replace("/opt/shop/venv/bin/z4j-bare", sys.executable).replace(
+            "User=shop", "User=root"
+        )
+    )
     done = run("systemd-analyze", "verify", "--man=no", str(unit))
-    said = [line for line in done.stderr.splitlines() if "z4j-bare.service" in line]  # not what it finds in the host's own
+    said = [
+        line for line in done.stderr.splitlines() if "z4j-bare.service" in line
+    ]  # not what it finds in the host's own
     assert (done.returncode, said) == (0, [])
 
 
@@ -67,7 +78,12 @@ def test_systemd_starts_what_there_is():
     """The unit's command line is ours, and it is told which exit codes are not worth another try."""
     unit = (DEPLOY / "z4j-bare.service").read_text()
     understood(shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1]))
-    for line in ("Type=notify", "WatchdogSec=30", "RestartPreventExitStatus=2 3", "StateDirectoryMode=0700"):
+    for line in (
+        "Type=notify",
+        "WatchdogSec=30",
+        "RestartPreventExitStatus=2 3",
+        "StateDirectoryMode=0700",
+    ):
         assert f"\n{line}\n" in unit
 
 
@@ -118,9 +134,14 @@ def test_kubernetes(number):
     mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
     assert Path(environment["Z4J_HOME"]).parent == Path(mounts[claim["metadata"]["name"]])
     assert set(mounts) == {claim["metadata"]["name"], *(each["name"] for each in spec["volumes"])}
-    assert all(environment[name].startswith(mounts["secrets"]) for name in ("Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE"))
+    assert all(
+        environment[name].startswith(mounts["secrets"])
+        for name in ("Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE")
+    )
     assert "livenessProbe" not in container
-    assert found["spec"]["selector"]["matchLabels"] == found["spec"]["template"]["metadata"]["labels"]
+    assert (
+        found["spec"]["selector"]["matchLabels"] == found["spec"]["template"]["metadata"]["labels"]
+    )
     if container["command"][0] == "z4j-bare":
         arguments = understood(container["command"])
         assert spec["terminationGracePeriodSeconds"] > arguments.drain

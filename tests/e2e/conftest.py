@@ -52,11 +52,25 @@ def redis_url(tmp_path_factory):
     """The address of a private Redis that keeps nothing."""
     server = shutil.which("redis-server")
     if server is None:
-        pytest.fail("these tests need redis-server on the PATH (Debian: apt-get install redis-server)")
+        pytest.fail(
+            "these tests need redis-server on the PATH (Debian: apt-get install redis-server)"
+        )
     port = free_port()
-    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    command = [
+        server,
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]
     with (tmp_path_factory.mktemp("redis") / "redis.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         url = f"redis://127.0.0.1:{port}/0"
         until(lambda: _answers(url), "an answer of Redis", timeout=10)

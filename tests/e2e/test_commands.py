@@ -17,7 +17,9 @@ from z4j_bare.demo.rest import BrainRefusedError
 
 pytestmark = pytest.mark.timeout(240)
 
-EVENTLET, THREADS, SOLO = (pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads", "solo"))
+EVENTLET, THREADS, SOLO = (
+    pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads", "solo")
+)
 POOLS = ("gevent", EVENTLET, THREADS, SOLO, "prefork")
 ENDING = ("gevent", EVENTLET, "prefork")
 FIXED = (THREADS, SOLO)
@@ -37,8 +39,14 @@ def pool(request):
 def place(pool, redis_url, tmp_path_factory):
     """A place with a brain of its own: the brain takes ten bulk actions a minute from one address."""
     home = tmp_path_factory.mktemp(pool)
-    often = {"Z4J_RECONCILIATION_SWEEP_SECONDS": "30", "Z4J_RECONCILIATION_STALE_THRESHOLD_SECONDS": "60"}
-    with Brain(home / "brain", environment=often) as brain, Commands(brain, redis_url, home) as here:
+    often = {
+        "Z4J_RECONCILIATION_SWEEP_SECONDS": "30",
+        "Z4J_RECONCILIATION_STALE_THRESHOLD_SECONDS": "60",
+    }
+    with (
+        Brain(home / "brain", environment=often) as brain,
+        Commands(brain, redis_url, home) as here,
+    ):
         yield here
 
 
@@ -46,9 +54,15 @@ def place(pool, redis_url, tmp_path_factory):
 def workers(place, pool):
     """Two workers on one token, the second one's pool may be restarted."""
     first = place.worker("commanded", pool=pool, name="w1@place", concurrency=3)
-    second = place.worker("commanded", pool=pool, name=SECOND, concurrency=3, environment={"E2E_RESTARTS": "1"})
+    second = place.worker(
+        "commanded", pool=pool, name=SECOND, concurrency=3, environment={"E2E_RESTARTS": "1"}
+    )
     place.warm_up()
-    until(lambda: {"w1@place", ALIAS} <= {row["name"] for row in place.online()}, "both workers online", timeout=40)
+    until(
+        lambda: {"w1@place", ALIAS} <= {row["name"] for row in place.online()},
+        "both workers online",
+        timeout=40,
+    )
     return first, second
 
 
@@ -92,11 +106,18 @@ class Commands(Place):
 
     def inspect(self, method, *args, node=SECOND):
         """Ask the second worker, and return its answer."""
-        return (getattr(self.producer.control.inspect(destination=[node], timeout=5), method)(*args) or {}).get(node)
+        return (
+            getattr(self.producer.control.inspect(destination=[node], timeout=5), method)(*args)
+            or {}
+        ).get(node)
 
     def size(self):
         figures = self.inspect("stats")["pool"]
-        return len(figures["processes"]) if "prefork" in figures["implementation"] else figures["max-concurrency"]
+        return (
+            len(figures["processes"])
+            if "prefork" in figures["implementation"]
+            else figures["max-concurrency"]
+        )
 
     def queues(self, node=SECOND):
         return {queue["name"] for queue in self.inspect("active_queues", node=node)}
@@ -116,7 +137,14 @@ def test_retry_with_and_without_overrides(place, workers, old_task):
     place.row(failed, "failure")
     result = place.done("retry-task", engine="celery", task_id=failed)
     assert place.outcome(result["new_task_id"]) == ("SUCCESS", "succeeded")
-    result = place.done("retry-task", engine="celery", task_id=failed, override_args=["other"], override_kwargs={}, eta_seconds=1)
+    result = place.done(
+        "retry-task",
+        engine="celery",
+        task_id=failed,
+        override_args=["other"],
+        override_kwargs={},
+        eta_seconds=1,
+    )
     assert place.outcome(result["new_task_id"])[0] == "FAILURE"
     assert (place.home / "other").exists()
 
@@ -128,7 +156,9 @@ def test_bulk_retry(place, workers):
         place.row(task_id, "failure")
     result = place.done("bulk-retry", filter={"task_ids": failed, "engine": "celery"}, max=10)
     assert (result["requested"], result["succeeded"], result["failed"]) == (3, 3, 0)
-    assert [place.outcome(result["new_task_ids"][task_id])[0] for task_id in failed] == ["SUCCESS"] * 3
+    assert [place.outcome(result["new_task_ids"][task_id])[0] for task_id in failed] == [
+        "SUCCESS"
+    ] * 3
 
 
 def test_a_manual_trigger_submits(place, workers):
@@ -154,7 +184,9 @@ def test_a_running_task_is_cancelled(place, workers, pool):
     assert result["terminated"] is True
     assert result["worker"] in ("w1@place", ALIAS)
     assert result["workers"] == sorted(("w1@place", ALIAS))
-    if pool != "prefork":  # there the process dies of the signal, and no code of the task's runs any more
+    if (
+        pool != "prefork"
+    ):  # there the process dies of the signal, and no code of the task's runs any more
         until((place.home / "wait.ended").exists, "the end of the cancelled task", timeout=20)
     place.row(running, "revoked")
 
@@ -187,7 +219,12 @@ def test_a_waiting_task_is_cancelled(place, workers):
 @pytest.mark.parametrize("pool", ENDING, indirect=True)
 def test_a_pool_grows_and_shrinks(place, workers, pool):
     """The second worker's pool has as many slots as the answer says, and the first one's is as it was."""
-    assert place.done("pool-resize", worker_name=ALIAS, delta=2) == {"worker": ALIAS, "pool": pool, "delta": 2, "size": 5}
+    assert place.done("pool-resize", worker_name=ALIAS, delta=2) == {
+        "worker": ALIAS,
+        "pool": pool,
+        "delta": 2,
+        "size": 5,
+    }
     assert place.size() == 5
     assert place.done("pool-resize", worker_name=ALIAS, delta=-2)["size"] == 3
     assert place.size() == 3
@@ -199,22 +236,30 @@ def test_a_pool_grows_and_shrinks(place, workers, pool):
 def test_a_pool_of_fixed_size(place, workers, pool):
     """A pool that cannot be resized is answered as such."""
     for delta in (1, -1):
-        assert place.refused("pool-resize", worker_name=ALIAS, delta=delta).startswith(f"not supported by the {pool} pool: ")
+        assert place.refused("pool-resize", worker_name=ALIAS, delta=delta).startswith(
+            f"not supported by the {pool} pool: "
+        )
 
 
 def test_restart(place, workers, pool):
     """Prefork's processes are replaced where Celery allows it; otherwise the answer says why not."""
     if pool != "prefork":
-        assert place.refused("restart-worker", worker_name=ALIAS).startswith(f"not supported by the {pool} pool: ")
+        assert place.refused("restart-worker", worker_name=ALIAS).startswith(
+            f"not supported by the {pool} pool: "
+        )
         return
-    assert "worker_pool_restarts is off on w1@place" in place.refused("restart-worker", worker_name="w1@place")
+    assert "worker_pool_restarts is off on w1@place" in place.refused(
+        "restart-worker", worker_name="w1@place"
+    )
     before = set(place.inspect("stats")["pool"]["processes"])
     result = place.done("restart-worker", worker_name=ALIAS)
     assert result["replaced"] >= 1
     assert result["replaced"] + result["pending"] == 3
 
     def replaced():
-        tasks = [place.send("sees_a_loop") for _ in range(8)]  # half a second each: every process gets one
+        tasks = [
+            place.send("sees_a_loop") for _ in range(8)
+        ]  # half a second each: every process gets one
         assert {place.outcome(task)[0] for task in tasks} == {"SUCCESS"}
         return before.isdisjoint(place.inspect("stats")["pool"]["processes"])
 
@@ -236,12 +281,18 @@ def test_consumers_rate_limit_and_purge(place, workers):
     until(lambda: place.depth(queue) == 0, "the second task in the worker's hands", timeout=20)
     assert place.outcome(place.send("add", 5, 5, queue=queue)) == ("SUCCESS", 10)
     assert not place.producer.AsyncResult(held).ready()
-    assert place.done("rate-limit", task_name="e2e.returns", rate="0")["workers"] == sorted(("w1@place", ALIAS))
-    assert "unknown task" in place.refused("rate-limit", task_name="no.such", rate="1/s", worker_name=ALIAS)
+    assert place.done("rate-limit", task_name="e2e.returns", rate="0")["workers"] == sorted(
+        ("w1@place", ALIAS)
+    )
+    assert "unknown task" in place.refused(
+        "rate-limit", task_name="no.such", rate="1/s", worker_name=ALIAS
+    )
 
     place.done("cancel-consumer", worker_name=ALIAS, queue=queue)
     assert queue not in place.queues()
-    assert f"does not consume from {queue}" in place.refused("cancel-consumer", worker_name=ALIAS, queue=queue)
+    assert f"does not consume from {queue}" in place.refused(
+        "cancel-consumer", worker_name=ALIAS, queue=queue
+    )
     for _ in range(4):
         place.send("add", 1, 1, queue=queue)
     # The worker's last BRPOP may have one more, which kombu puts back as nobody's.
@@ -250,7 +301,9 @@ def test_consumers_rate_limit_and_purge(place, workers):
     assert "confirm_token mismatch" in place.refused("purge-queue", queue=queue, observed_depth=3)
     assert place.depth(queue) == 4
     assert "cannot measure" in place.refused("purge-queue", queue="no-such-queue", observed_depth=0)
-    assert place.done("purge-queue", queue=queue, confirm_token=place.token(queue, 4))["purged"] == 4
+    assert (
+        place.done("purge-queue", queue=queue, confirm_token=place.token(queue, 4))["purged"] == 4
+    )
     assert place.depth(queue) == 0
     place.send("add", 1, 1, queue=queue)
     place.done("purge-queue", queue=queue, force=True)
@@ -276,12 +329,21 @@ def test_what_celery_has_not(place, workers):
 def test_twenty_at_once(place, workers):
     """Twenty commands at once are all answered, and tasks go on meanwhile."""
     issued = [
-        place.brain.issue(place.project, "rate-limit", agent_id=place.agent.agent_id, task_name="e2e.add", rate="0", worker_name=ALIAS)
+        place.brain.issue(
+            place.project,
+            "rate-limit",
+            agent_id=place.agent.agent_id,
+            task_name="e2e.add",
+            rate="0",
+            worker_name=ALIAS,
+        )
         for _ in range(20)
     ]
     assert place.run("add", 2, 2) == ("SUCCESS", 4)
     rows = [place.brain.wait_command(place.project, row["id"]) for row in issued]
-    assert {row["status"] for row in rows} == {"completed"}, json.dumps([row["error"] for row in rows])
+    assert {row["status"] for row in rows} == {"completed"}, json.dumps(
+        [row["error"] for row in rows]
+    )
 
 
 def test_told_from_outside(place, workers, monkeypatch):
@@ -309,16 +371,32 @@ def test_the_brain_asks_after_a_task(place, workers, old_task):
     """The brain's own question after a task that it has not heard of for long is answered with what Celery knows."""
 
     def answered():
-        rows = [row for row in place.brain.commands(place.project) if row["action"] == "reconcile_task"]
-        return next((row for row in rows if row["target_id"] == old_task and row["status"] == "completed"), None)
+        rows = [
+            row for row in place.brain.commands(place.project) if row["action"] == "reconcile_task"
+        ]
+        return next(
+            (row for row in rows if row["target_id"] == old_task and row["status"] == "completed"),
+            None,
+        )
 
     row = until(answered, "the answer to the brain's question", timeout=120, interval=0.5)
-    assert row["result"] == {"task_id": old_task, "engine_state": "pending", "finished_at": None, "exception": None}
+    assert row["result"] == {
+        "task_id": old_task,
+        "engine_state": "pending",
+        "finished_at": None,
+        "exception": None,
+    }
 
 
 def test_nothing_was_logged_as_an_error(place, workers):
     """Last of all: no worker complains about the agent."""
     for worker in workers:
         log = worker.output()
-        for complaint in ("please report", "died and runs again", "cannot switch", "BlockingSwitchOutError", "z4j: command"):
+        for complaint in (
+            "please report",
+            "died and runs again",
+            "cannot switch",
+            "BlockingSwitchOutError",
+            "z4j: command",
+        ):
             assert complaint not in log, complaint

@@ -32,7 +32,7 @@ FIRST = 40.0
 
 
 @contextmanager
-def stopping(peer):
+def stop_event(peer):
     try:
         yield peer
     finally:
@@ -76,7 +76,9 @@ def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
     began = time.monotonic()
 
     def known():
-        return {row["task_id"] for row in place.brain.tasks(place.project) if row["state"] == "success"}
+        return {
+            row["task_id"] for row in place.brain.tasks(place.project) if row["state"] == "success"
+        }
 
     until(lambda: known().intersection(ids), "the first of them", timeout=FIRST, interval=0.1)
     first = time.monotonic() - began
@@ -84,12 +86,18 @@ def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
     last = time.monotonic() - began
     for task_id in ids[:: TASKS // 6]:
         assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
-    until(lambda: len(list(place.home.glob("**/z4j-green-*.sqlite"))) == 1, "the end of the orphan's file", timeout=20)
+    until(
+        lambda: len(list(place.home.glob("**/z4j-green-*.sqlite"))) == 1,
+        "the end of the orphan's file",
+        timeout=20,
+    )
     reports = place.brain.get(f"/projects/{place.project}/agents/{place.agent.agent_id}/health")
     assert len({report["worker_id"] for report in reports}) == 2, "each worker reported on itself"
     assert {report["telemetry_loss"]["event_records"] for report in reports} == {0}
     with capsys.disabled():
-        print(f"\n{pool}, {rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready")
+        print(
+            f"\n{pool}, {rows} rows: first task {first:.1f} s, last {last:.1f} s after the next worker was ready"
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,17 +111,24 @@ def test_every_committed_event_arrives_once(mode, brain, agent_credentials, tmp_
     verdicts = [judge(brain, agent.project, death, rows) for death in deaths]
     assert [death for death in deaths if death.corrupt] == []
     assert [verdict.faults for verdict in verdicts] == [[]] * TRIALS
-    assert {death.trial.point for death in deaths if death.reached} == set(POINTS), "the points at which somebody died"
+    assert {death.trial.point for death in deaths if death.reached} == set(POINTS), (
+        "the points at which somebody died"
+    )
     assert sum(death.reached for death in deaths) >= TRIALS * 3 // 4
     with capsys.disabled():
-        told, committed = sum(verdict.told for verdict in verdicts), sum(death.committed for death in deaths)
-        print(f"\n{mode}: {committed} events known to be committed, {told} told, {sum(d.reached for d in deaths)} at their point")
+        told, committed = (
+            sum(verdict.told for verdict in verdicts),
+            sum(death.committed for death in deaths),
+        )
+        print(
+            f"\n{mode}: {committed} events known to be committed, {told} told, {sum(d.reached for d in deaths)} at their point"
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_events_of_the_killed_arrive_in_order(mode, tmp_path):
     """A peer that never refuses a frame hears of each killed host's events, all committed ones, in the order in which they happened."""
-    with stopping(Peer(ThreadsConcurrency())) as peer:
+    with stop_event(Peer(ThreadsConcurrency())) as peer:
         agent = Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT)
         with Victims(mode, agent, tmp_path) as victims:
             deaths = [victims.kill(trial) for trial in plan(len(POINTS), EVENTS, seed=1)]

@@ -92,7 +92,9 @@ def test_a_real_broker_is_left_as_it_was(redis_url, tmp_path):
     """On Redis every figure agrees too, other people's keys stay and none of the demo's do."""
     with Redis.from_url(redis_url) as client:
         client.set("theirs", "1")
-        code, out, err = run_demo(tmp_path, "--pool", "prefork", "--tasks", "10", "--broker", redis_url)
+        code, out, err = run_demo(
+            tmp_path, "--pool", "prefork", "--tasks", "10", "--broker", redis_url
+        )
         assert code == 0, out + err
         assert "Every figure agrees." in out
         assert client.keys() == [b"theirs"]
@@ -118,7 +120,10 @@ def test_keep_leaves_the_brain_up_until_a_signal(tmp_path):
     """With --keep the object names a dashboard that answers, and Ctrl-C ends it without touching the directory."""
     with start_demo(tmp_path, "--pool", "threads", "--tasks", "5", "--keep", "--json") as demo:
         report = json.loads(demo.stdout.readline())
-        brain = Brain(Path(report["directory"]) / "brain", port=int(report["dashboard"]["url"].rpartition(":")[2]))
+        brain = Brain(
+            Path(report["directory"]) / "brain",
+            port=int(report["dashboard"]["url"].rpartition(":")[2]),
+        )
         brain.login(report["dashboard"]["email"], report["dashboard"]["password"])
         assert len(brain.tasks("demo", name="demo.uses_asyncio")) == 5
         brain.close()
@@ -150,7 +155,9 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
 def test_a_brain_that_does_not_boot_names_its_log(tmp_path):
     """A brain that ends while starting raises an error with the path of the log that says why."""
     broken = Brain(tmp_path / "brain", environment={"Z4J_DATABASE_URL": "nonsense://"})
-    with pytest.raises(HarnessError, match=r"the brain ended with code \d+ while starting") as caught:
+    with pytest.raises(
+        HarnessError, match=r"the brain ended with code \d+ while starting"
+    ) as caught:
         broken.start()
     assert caught.value.log.stat().st_size > 0
 
@@ -163,12 +170,18 @@ def test_a_worker_that_does_not_come_up_names_its_log(tmp_path):
     assert "no_such_application" in caught.value.log.read_text()
 
 
-def test_the_fixtures_make_a_worker_the_brain_can_see(brain, agent_credentials, worker, redis_url, tmp_path):
+def test_the_fixtures_make_a_worker_the_brain_can_see(
+    brain, agent_credentials, worker, redis_url, tmp_path
+):
     """A worker from the fixtures, on Redis, connects its agent; a revoked agent disappears from the brain's list."""
     agent = agent_credentials("fixture")
     environment = {**agent.env(tmp_path / "agent"), **broker.environment(tmp_path, redis_url)}
     running = worker("z4j_bare.demo.app", pool="threads", environment=environment)
-    until(lambda: brain.agent(agent.project, agent.agent_id)["state"] == "online", "the agent online", timeout=30)
+    until(
+        lambda: brain.agent(agent.project, agent.agent_id)["state"] == "online",
+        "the agent online",
+        timeout=30,
+    )
     until(lambda: brain.agent_workers(agent.project), "its process", timeout=10)
     assert running.stop() == 0
     brain.revoke_agent(agent.project, agent.agent_id)

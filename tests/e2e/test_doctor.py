@@ -25,7 +25,9 @@ def doctor(agent, home, **changes):
     """Return exit code and answer of ``z4j-bare doctor --json``, told by probe."""
     environment = {**clean_environment(), **agent.env(home), **changes}
     command = [sys.executable, "-m", "z4j_bare", "doctor", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stderr == ""
     answer = json.loads(done.stdout)
     assert answer["ok"] == (done.returncode == 0)
@@ -40,9 +42,11 @@ def the_failure(probes):
 def test_a_good_set_up(brain, agent, tmp_path):
     """All is well; the brain has heard no hello, so that a living agent's row keeps its engines."""
     probes = doctor(agent, tmp_path / "home")
-    assert {name: probe["message"] for name, probe in probes.items() if not probe["message"].startswith("OK")} == {
-        "tls": "SKIP: the address is plain http"
-    }
+    assert {
+        name: probe["message"]
+        for name, probe in probes.items()
+        if not probe["message"].startswith("OK")
+    } == {"tls": "SKIP: the address is plain http"}
     assert brain.agent_workers(agent.project) == []
     assert brain.agent(agent.project, agent.agent_id)["framework_adapter"] == "unknown"
     assert list((tmp_path / "home").iterdir()) == []
@@ -63,4 +67,7 @@ def test_what_the_brain_refuses(brain, agent, tmp_path):
     brain.create_project(project)
     doomed = brain.mint_agent(project, "doomed")
     brain.archive_project(project)
-    assert the_failure(doctor(doomed, tmp_path / "home")) == ("token", f"the project {project} is archived")
+    assert the_failure(doctor(doomed, tmp_path / "home")) == (
+        "token",
+        f"the project {project} is archived",
+    )

@@ -40,8 +40,20 @@ def place(tmp_path, redis_url):
 def event(number):
     """Return the bytes of the ``number``-th event; three make a task."""
     task, step = divmod(number, len(STEPS))
-    data = {"task_name": "e2e.add", "queue": "celery", "worker": "old@place", "args": [task, 1], "kwargs": {}}
-    fields = {"id": str(uuid4()), "kind": STEPS[step], "engine": "celery", "task_id": f"old-{task}", "data": data}
+    data = {
+        "task_name": "e2e.add",
+        "queue": "celery",
+        "worker": "old@place",
+        "args": [task, 1],
+        "kwargs": {},
+    }
+    fields = {
+        "id": str(uuid4()),
+        "kind": STEPS[step],
+        "engine": "celery",
+        "task_id": f"old-{task}",
+        "data": data,
+    }
     return encode_fields({**fields, "occurred_at": datetime.now(UTC).isoformat()})
 
 
@@ -49,7 +61,9 @@ def leave_a_store(place):
     """Write what a worker that died with ``ROWS`` undelivered rows would have left."""
     environment = place.environment()
     secret = decode_agent_hmac_secret(environment["Z4J_HMAC_SECRET"])
-    deployment = sha256(b"%b %b" % (environment["Z4J_PROJECT_ID"].encode(), secret)).hexdigest()[:16]
+    deployment = sha256(b"%b %b" % (environment["Z4J_PROJECT_ID"].encode(), secret)).hexdigest()[
+        :16
+    ]
     store = BufferStore(new_store_path(place.home / "agent" / "store"), deployment=deployment)
     for first in range(0, ROWS, 1000):
         store.append([(EVENT, "", event(number)) for number in range(first, first + 1000)])
@@ -63,7 +77,11 @@ def issue(place, refusals):
     def issued():
         try:
             return place.brain.issue(
-                place.project, "cancel-task", agent_id=place.agent.agent_id, engine="celery", task_id=uuid4().hex
+                place.project,
+                "cancel-task",
+                agent_id=place.agent.agent_id,
+                engine="celery",
+                task_id=uuid4().hex,
             )
         except BrainRefusedError as error:
             if error.status != requests.codes.internal_server_error:
@@ -79,7 +97,11 @@ def test_a_result_does_not_wait_for_the_backlog(place, capsys):
     leave_a_store(place)
     place.worker(pool="gevent")
     began = time.monotonic()
-    until(lambda: place.brain.task(place.project, "celery", "old-0"), "the first row", timeout=PATIENCE)
+    until(
+        lambda: place.brain.task(place.project, "celery", "old-0"),
+        "the first row",
+        timeout=PATIENCE,
+    )
     first = time.monotonic() - began
     took, refusals = [], []
     for _ in range(COMMANDS):
@@ -89,9 +111,15 @@ def test_a_result_does_not_wait_for_the_backlog(place, capsys):
         done = place.brain.wait_command(place.project, issued["id"], timeout=PATIENCE)
         took.append(time.monotonic() - sent)
         assert (done["status"], done["error"]) == ("completed", None)
-    behind = next(number for number in range(ROWS) if not place.brain.task(place.project, "celery", f"old-{number * 100}"))
+    behind = next(
+        number
+        for number in range(ROWS)
+        if not place.brain.task(place.project, "celery", f"old-{number * 100}")
+    )
     assert behind * 100 < ROWS // len(STEPS), "the drain was over: nothing was overtaken"
     with capsys.disabled():
         seconds = ", ".join(f"{each:.1f}" for each in took)
-        print(f"\n{ROWS} rows: first after {first:.1f} s; commands completed after {seconds} s; {behind * 100} tasks were in")
+        print(
+            f"\n{ROWS} rows: first after {first:.1f} s; commands completed after {seconds} s; {behind * 100} tasks were in"
+        )
         print(f"{len(refusals)} commands were refused with 500")

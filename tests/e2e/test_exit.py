@@ -75,7 +75,9 @@ def test_a_silent_brain_holds_nothing_up(place):
         url = {"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"}
 
         def start(pool):
-            return place.worker(pool=pool, name=f"{pool}@place", environment=url, options=("-Q", pool))
+            return place.worker(
+                pool=pool, name=f"{pool}@place", environment=url, options=("-Q", pool)
+            )
 
         def stop(worker):
             began = time.monotonic()

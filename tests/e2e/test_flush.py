@@ -10,7 +10,7 @@ import pytest
 
 from z4j_bare.buffer.rows import EVENT
 from z4j_bare.buffer.store import BufferStore
-from z4j_bare.credentials import deployment_of, read_key
+from z4j_bare.credentials import deployment_id, read_key
 from z4j_bare.demo.process import clean_environment
 from z4j_bare.install import resolve_config
 from z4j_bare.settings import load_settings
@@ -31,23 +31,37 @@ def test_flush(brain, tmp_path, monkeypatch):
     settings = load_settings()
     config = resolve_config(settings)
     store = BufferStore(
-        tmp_path / "home" / "z4j-green-dead.sqlite", deployment=deployment_of(config, read_key(config, settings))
+        tmp_path / "home" / "z4j-green-dead.sqlite",
+        deployment=deployment_id(config, read_key(config, settings)),
     )
     store.append([(EVENT, "", event(task, number)) for number in range(EVENTS)])
     store.close()
     command = [sys.executable, "-m", "z4j_bare", "buffer", "flush", "--json"]
     environment = {**clean_environment(), **agent.env(tmp_path / "home")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"sent": EVENTS, "left": 0, "passed_over": [], "error": ""}
-    assert sorted(row["payload"]["number"] for row in brain.events(project, "stub", task)) == list(range(EVENTS))
+    assert sorted(row["payload"]["number"] for row in brain.events(project, "stub", task)) == list(
+        range(EVENTS)
+    )
     assert list((tmp_path / "home").iterdir()) == []
     assert brain.agent_workers(project) == []
     brain.archive_project(project)
 
 
 def event(task, number):
-    stamp = (datetime.now(UTC) + timedelta(seconds=number)).isoformat()  # by which the brain tells a task's events apart
+    stamp = (
+        datetime.now(UTC) + timedelta(seconds=number)
+    ).isoformat()  # by which the brain tells a task's events apart
     return encode_fields(
-        {"id": str(uuid.uuid4()), "kind": "task.started", "engine": "stub", "task_id": task, "occurred_at": stamp, "data": {"number": number}}
+        {
+            "id": str(uuid.uuid4()),
+            "kind": "task.started",
+            "engine": "stub",
+            "task_id": task,
+            "occurred_at": stamp,
+            "data": {"number": number},
+        }
     )

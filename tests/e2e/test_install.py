@@ -39,9 +39,15 @@ def test_z4j_celery_starts_the_agent_by_itself(place, automatic):
     """With the environment and ``import z4j_celery`` alone the worker reports its tasks and takes commands."""
     row = place.row(place.send("add", 1, 2), "success")
     assert (row["args"], row["result"], row["worker_name"]) == ([1, 2], 5 - 2, "w@automatic")
-    assert [(row["pid"], row["role"]) for row in place.brain.agent_workers(place.project)] == [(automatic.pid, "task")]
+    assert [(row["pid"], row["role"]) for row in place.brain.agent_workers(place.project)] == [
+        (automatic.pid, "task")
+    ]
     resize = place.brain.issue(
-        place.project, "pool-resize", agent_id=place.agent.agent_id, worker_name="w@automatic", delta=1
+        place.project,
+        "pool-resize",
+        agent_id=place.agent.agent_id,
+        worker_name="w@automatic",
+        delta=1,
     )
     assert resize["action"] == "pool_grow"
 

@@ -33,17 +33,26 @@ def host(place):
 
 def test_events_and_heartbeats_arrive(place, host):
     """Tasks are told whole, and heartbeats keep the agent online though no process ever said hello."""
-    rows = [place.row(task_id, "success") for task_id in [place.send("add", number, 1) for number in range(60)]]
+    rows = [
+        place.row(task_id, "success")
+        for task_id in [place.send("add", number, 1) for number in range(60)]
+    ]
     assert [row["result"] for row in rows] == list(range(1, 61))
     assert place.kinds(rows[-1]["task_id"]) == ["task.received", "task.started", "task.succeeded"]
     assert place.sessions() == {}
-    until(lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online", "the agent online", timeout=20)
+    until(
+        lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online",
+        "the agent online",
+        timeout=20,
+    )
     assert "connected over longpoll" in host.output()
 
 
 def test_what_is_too_large_is_cut(place, host):
     """A task whose arguments alone are over the body limit still has its row, with a mark in their place."""
-    row = place.row(place.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success")
+    row = place.row(
+        place.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success"
+    )
     assert row["result"] == 3
     assert "bytes cut" in str((row["args"], row["kwargs"]))
 
@@ -52,10 +61,18 @@ def test_commands_and_results_travel(place, host):
     """A retry and a cancellation are carried out and completed, though their results go by POST."""
     task_id = place.send("fails", "no")
     place.row(task_id, "failure")
-    issued = place.brain.issue(place.project, "retry-task", agent_id=place.agent.agent_id, engine="celery", task_id=task_id)
+    issued = place.brain.issue(
+        place.project, "retry-task", agent_id=place.agent.agent_id, engine="celery", task_id=task_id
+    )
     done = place.brain.wait_command(place.project, issued["id"])
     assert (done["status"], done["error"]) == ("completed", None)
-    issued = place.brain.issue(place.project, "cancel-task", agent_id=place.agent.agent_id, engine="celery", task_id=uuid4().hex)
+    issued = place.brain.issue(
+        place.project,
+        "cancel-task",
+        agent_id=place.agent.agent_id,
+        engine="celery",
+        task_id=uuid4().hex,
+    )
     done = place.brain.wait_command(place.project, issued["id"])
     assert (done["status"], done["error"]) == ("completed", None)
 
@@ -103,7 +120,9 @@ class Proxy:
                 head += piece
             if b"upgrade: websocket" in head.lower() and self.blocking:
                 self.refused += 1
-                sock.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked")
+                sock.sendall(
+                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked"
+                )
                 return
             inner = socket.create_connection(self._brain)
             self._socks.append(inner)
@@ -147,7 +166,11 @@ def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeyp
     agent = agent_credentials()
     proxy = Proxy(brain)
     runtime = install_agent(
-        engines=[Engine()], brain_url=proxy.url, token=agent.token, project_id=agent.project, hmac_secret=agent.hmac_secret
+        engines=[Engine()],
+        brain_url=proxy.url,
+        token=agent.token,
+        project_id=agent.project,
+        hmac_secret=agent.hmac_secret,
     )
     try:
         for number in range(50):
@@ -155,7 +178,9 @@ def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeyp
         until(lambda: runtime.stats()["acked"] == 50, "acks over long-poll", timeout=30)
         assert runtime.stats()["transport"] == "longpoll"
         assert brain.agent(agent.project, agent.agent_id)["state"] == "online"
-        issued = brain.issue(agent.project, "cancel-task", agent_id=agent.agent_id, engine="stub", task_id="t-1")
+        issued = brain.issue(
+            agent.project, "cancel-task", agent_id=agent.agent_id, engine="stub", task_id="t-1"
+        )
         assert brain.wait_command(agent.project, issued["id"])["status"] == "completed"
         proxy.blocking = False
         for number in range(50, 100):
@@ -167,7 +192,9 @@ def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeyp
         assert proxy.refused >= 1
         assert len(brain.agent_workers(agent.project)) == 1
         assert sorted(row["result"] for row in brain.tasks(agent.project)) == list(range(150))
-        assert {len(brain.events(agent.project, "stub", f"t-{number}")) for number in (0, 75, 149)} == {1}
+        assert {
+            len(brain.events(agent.project, "stub", f"t-{number}")) for number in (0, 75, 149)
+        } == {1}
     finally:
         runtime.stop()
         _process_singleton.clear_runtime(expected=runtime)

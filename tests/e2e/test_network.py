@@ -6,13 +6,27 @@ import pytest
 
 from tests.support.e2e_host import crowd
 from tests.support.e2e_project import Place
-from tests.support.toxics import Bandwidth, BlackHole, Garbage, HalfOpen, Latency, Proxy, Refused, Reset, Slices
+from tests.support.toxics import (
+    Bandwidth,
+    BlackHole,
+    Garbage,
+    HalfOpen,
+    Latency,
+    Proxy,
+    Refused,
+    Reset,
+    TimeSlice,
+)
 from z4j_bare.demo.brain import Brain
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 #: What a session outlives, and what it does not.
-SLOW = {"latency": lambda: Latency(0.15), "bandwidth": lambda: Bandwidth(20_000), "slicing": Slices}
+SLOW = {
+    "latency": lambda: Latency(0.15),
+    "bandwidth": lambda: Bandwidth(20_000),
+    "slicing": TimeSlice,
+}
 BROKEN = {
     "half-open": HalfOpen,
     "reset": Reset,
@@ -68,7 +82,9 @@ class TestSlow:
     @pytest.mark.parametrize("toxic", SLOW)
     def test_a_slow_network_only_slows(self, brain, patient, toxic):
         """Over a line that is merely bad everything arrives while it is, once; WebSocket sessions are not given up for it."""
-        before = {host: host.ask("stats")["sessions"] for host in patient if host.name.endswith("auto")}
+        before = {
+            host: host.ask("stats")["sessions"] for host in patient if host.name.endswith("auto")
+        }
         with everywhere(patient, SLOW[toxic]):
             for host in patient:
                 host.produce(toxic, 60, 1.0)
@@ -90,7 +106,13 @@ class TestBroken:
             for host in hurried:
                 host.produce(toxic, 40, 1.0)
             for host in hurried:
-                host.until(lambda stats, host=host: host.toxic.hits and (stats["last_error"] or stats["sessions"] > before[host]), "trouble")
+                host.until(
+                    lambda stats, host=host: (
+                        host.toxic.hits
+                        and (stats["last_error"] or stats["sessions"] > before[host])
+                    ),
+                    "trouble",
+                )
         for host in hurried:
             host.produce(toxic, 20, 0.2)
         all_told(hurried, brain, toxic)
@@ -125,7 +147,9 @@ def test_a_worker_on_a_bad_network(brain, redis_url, tmp_path, pool):
                 sent += [place.send("add", number, 1) for number in range(40)]
                 assert [place.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
         assert {place.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))
-        assert {tuple(place.kinds(task_id)) for task_id in sent[::10]} == {("task.received", "task.started", "task.succeeded")}
+        assert {tuple(place.kinds(task_id)) for task_id in sent[::10]} == {
+            ("task.received", "task.started", "task.succeeded")
+        }
         assert worker.stop() == 0
         assert "please report" not in worker.output()
     proxy.close()

@@ -40,17 +40,25 @@ def test_poisoned_rows_cost_themselves_alone(brain, agent_credentials, caplog, c
         engines=[Engine()], brain_url=agent.brain_url, token=agent.token, project_id=agent.project,
         hmac_secret=agent.hmac_secret, transport="ws",
     )  # fmt: skip
-    fields = {"id": str(uuid4()), "kind": "task.succeeded", "engine": "stub", "task_id": "bad", "data": {"x": float("nan")}}
+    fields = {
+        "id": str(uuid4()),
+        "kind": "task.succeeded",
+        "engine": "stub",
+        "task_id": "bad",
+        "data": {"x": float("nan")},
+    }
     try:
         for number in range(EVENTS):
             runtime.record_event(an_event(number))
             if number == EVENTS // 2:
                 until(lambda: runtime.stats()["stored"] > EVENTS // 2, "the first half", timeout=20)
-                runtime._agent.keeper.append([(EVENT, "bad", json.dumps(fields).encode())])
-                runtime._agent.keeper.append([(RESULT, str(uuid4()), b'{"status":"nonsense"}')])
-        until(lambda: not runtime._agent.keeper.stats().rows, "an empty buffer", timeout=120)
+                runtime._agent.buffer.append([(EVENT, "bad", json.dumps(fields).encode())])
+                runtime._agent.buffer.append([(RESULT, str(uuid4()), b'{"status":"nonsense"}')])
+        until(lambda: not runtime._agent.buffer.stats().rows, "an empty buffer", timeout=120)
         assert runtime.stats()["lost"] == {"poison": 2}
-        assert sorted(row["result"] for row in brain.tasks(agent.project) if row["task_id"] != "bad") == list(range(EVENTS))
+        assert sorted(
+            row["result"] for row in brain.tasks(agent.project) if row["task_id"] != "bad"
+        ) == list(range(EVENTS))
         with capsys.disabled():
             print(f"\n{runtime.stats()['sessions']} sessions")
     finally:

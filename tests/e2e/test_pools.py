@@ -69,7 +69,11 @@ def test_the_worker_page_is_filled(place, host, pool, names):
         return (row := rows.get(names[1])) and row["pid"] and row
 
     row = until(filled, "the worker's details", timeout=60)
-    assert (row["pid"], row["queues"], row["concurrency"]) == (host.pid, [place.home.name], CONCURRENCY[pool])
+    assert (row["pid"], row["queues"], row["concurrency"]) == (
+        host.pid,
+        [place.home.name],
+        CONCURRENCY[pool],
+    )
 
 
 def test_a_queue_that_is_empty_is_no_broken_broker(place, host):
@@ -116,8 +120,13 @@ def test_annotations_hold(place, host):
     row = place.row(hides, "success")
     assert (row["kwargs"], row["result"]) == ({"amount": 12, "customer": REDACTED}, REDACTED)
     assert [place.outcome(task_id)[0] for task_id in silent] == ["SUCCESS", "SUCCESS"]
-    place.row(place.send("add", 0, 0), "success")  # sent later, so what was to come of the silent ones is here
-    assert [place.brain.task(place.project, "celery", task_id) for task_id in silent] == [None, None]
+    place.row(
+        place.send("add", 0, 0), "success"
+    )  # sent later, so what was to come of the silent ones is here
+    assert [place.brain.task(place.project, "celery", task_id) for task_id in silent] == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("task", ["runs_asyncio", "runs_asgiref", "runs_orm"])
@@ -168,7 +177,11 @@ def test_an_operator_cancels_and_retries(place, host, pool):
     running = place.send("wait", 60)
     place.row(running, "started")
     cancelled = place.brain.issue(
-        place.project, "cancel-task", agent_id=place.agent.agent_id, engine="celery", task_id=running
+        place.project,
+        "cancel-task",
+        agent_id=place.agent.agent_id,
+        engine="celery",
+        task_id=running,
     )
     assert place.brain.wait_command(place.project, cancelled["id"])["status"] == "completed"
     until((place.home / "wait.ended").exists, "the end of the cancelled task", timeout=20)
@@ -186,7 +199,9 @@ def test_an_operator_cancels_and_retries(place, host, pool):
 
 def test_the_brain_accepts_worker_controls(place, host, names):
     """The worker is online under a name that redaction leaves alone, and the brain takes a pool-resize for it."""
-    assert [row["name"] for row in place.brain.workers(place.project) if row["state"] == "online"] == [names[1]]
+    assert [
+        row["name"] for row in place.brain.workers(place.project) if row["state"] == "online"
+    ] == [names[1]]
     resize = place.brain.issue(
         place.project, "pool-resize", agent_id=place.agent.agent_id, worker_name=names[1], delta=1
     )
@@ -196,7 +211,9 @@ def test_the_brain_accepts_worker_controls(place, host, names):
 
 def test_one_process_speaks_for_the_worker(place, host, pool):
     """Only the worker's main process has said hello, once; prefork's later children never, and their tasks are told."""
-    pids = {place.outcome(task_id)[1] for task_id in [place.send("pid", number) for number in range(12)]}
+    pids = {
+        place.outcome(task_id)[1] for task_id in [place.send("pid", number) for number in range(12)]
+    }
     assert len(pids) >= (3 if pool == "prefork" else 1)
     assert (host.pid in pids) is (pool != "prefork")
     rows = place.brain.agent_workers(place.project)
@@ -207,7 +224,9 @@ def test_one_process_speaks_for_the_worker(place, host, pool):
 def test_sigterm_ends_it_with_everything_told(place, host, pool):
     """A warm shutdown, last of all, lets the running task end, exits 0 in time, and no event is missing."""
     finished = [place.send("add", number, 1) for number in range(30)]
-    assert {place.outcome(task_id)[0] for task_id in finished} == {"SUCCESS"}  # the worker gives back what only waits
+    assert {place.outcome(task_id)[0] for task_id in finished} == {
+        "SUCCESS"
+    }  # the worker gives back what only waits
     running = place.send("wait", 2)
     until((place.home / "wait.started").exists, "the last task's start", timeout=30)
     os.kill(host.pid, signal.SIGTERM)
@@ -219,11 +238,21 @@ def test_sigterm_ends_it_with_everything_told(place, host, pool):
     assert {known.get(task_id) for task_id in (*finished, running)} == {"success"}
     assert known["shutting-down"] == "success"
     log = host.output()
-    for complaint in ("Traceback", "cannot switch", "BlockingSwitchOutError", "died and runs again", "please report"):
+    for complaint in (
+        "Traceback",
+        "cannot switch",
+        "BlockingSwitchOutError",
+        "died and runs again",
+        "please report",
+    ):
         assert complaint not in _expected_removed(log), complaint
 
 
 def _expected_removed(log):
     """Return the log without the tracebacks of tasks that fail on purpose."""
     blocks = log.split("\n[")
-    return "\n[".join(block for block in blocks if "Task e2e.fails" not in block and "Task e2e.retries" not in block)
+    return "\n[".join(
+        block
+        for block in blocks
+        if "Task e2e.fails" not in block and "Task e2e.retries" not in block
+    )

@@ -26,7 +26,10 @@ def each_complains(hosts, setting):
 
 def refusals(host):
     """What an operator sees of refusals in the host's log: what is wrong, and the seconds to the next attempt."""
-    return re.findall(r"WARNING z4j\.runtime\.supervisor z4j: no session \(auth\): (.*); next attempt in (\d+) s", host.output())
+    return re.findall(
+        r"WARNING z4j\.runtime\.supervisor z4j: no session \(auth\): (.*); next attempt in (\d+) s",
+        host.output(),
+    )
 
 
 @pytest.mark.parametrize("end", ["revoked", "archived"])
@@ -77,15 +80,26 @@ def test_a_rotated_secret(tmp_path_factory):
                 host.come_back(Z4J_HMAC_SECRET=fresh)
                 host.produce("rotated", 10, 0.1)
             for host in hosts:
-                until(lambda host=host: host.delivered(changed, "rotated"), "all events", timeout=PATIENCE)
+                until(
+                    lambda host=host: host.delivered(changed, "rotated"),
+                    "all events",
+                    timeout=PATIENCE,
+                )
 
 
 def rotated(brain):
     """Stop the brain, and return it with another secret, under which the tokens it has given out stay good."""
     lines = (brain.home / "secret.env").read_text().splitlines()
-    old = next(value for name, _, value in (line.partition("=") for line in lines) if name == "Z4J_SECRET")
+    old = next(
+        value for name, _, value in (line.partition("=") for line in lines) if name == "Z4J_SECRET"
+    )
     changed = Brain(
-        brain.home, port=brain.port, environment={"Z4J_SECRET": secrets.token_urlsafe(48), "Z4J_PREVIOUS_SECRETS": old.strip('"')}
+        brain.home,
+        port=brain.port,
+        environment={
+            "Z4J_SECRET": secrets.token_urlsafe(48),
+            "Z4J_PREVIOUS_SECRETS": old.strip('"'),
+        },
     )
     changed.password = brain.password
     brain.stop()

@@ -25,7 +25,10 @@ def place(brain, redis_url, tmp_path):
 def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
     """What z4j-scheduler finds due is enqueued by the worker's agent, each time once, and its task runs."""
     environment = {"Z4J_EMBEDDED_SCHEDULER": "true", "Z4J_SCHEDULER_BIND_PORT": str(free_port())}
-    with Brain(tmp_path / "brain", environment=environment) as brain, Plans(brain, redis_url, tmp_path) as place:
+    with (
+        Brain(tmp_path / "brain", environment=environment) as brain,
+        Plans(brain, redis_url, tmp_path) as place,
+    ):
         place.worker("planned", pool=pool)
         place.known("hourly")
         made = brain.post(
@@ -34,10 +37,16 @@ def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
         )  # fmt: skip
 
         def fired():
-            rows = [row for row in brain.commands(place.project) if row["action"] == "schedule.fire"]
+            rows = [
+                row for row in brain.commands(place.project) if row["action"] == "schedule.fire"
+            ]
             return rows if len([row for row in rows if row["status"] == "completed"]) >= 3 else None
 
-        done = [row["result"]["task_id"] for row in process.until(fired, "three fires", timeout=60) if row["status"] == "completed"]
+        done = [
+            row["result"]["task_id"]
+            for row in process.until(fired, "three fires", timeout=60)
+            if row["status"] == "completed"
+        ]
         assert len(set(done)) == len(done)
         assert {place.outcome(task) for task in done} == {("SUCCESS", 23)}
         fires = brain.get(f"/projects/{place.project}/schedules/{made['id']}/fires")
@@ -55,7 +64,9 @@ def test_switches_without_mutation(place, mode):
         for what, on in (("disable", False), ("enable", True)):
             done = place.act("hourly", what)
             assert bool(place.known("hourly", is_enabled=on)["next_run_at"]) is on
-            operation = place.brain.get(f"/projects/{place.project}/schedules/external-control-operations/{done['operation_id']}")
+            operation = place.brain.get(
+                f"/projects/{place.project}/schedules/external-control-operations/{done['operation_id']}"
+            )
             assert operation["status"] == "APPLIED", operation
         actions = [row["action"] for row in place.brain.commands(place.project, status="completed")]
         assert actions.count("schedule.external.control") == 2
@@ -80,7 +91,7 @@ def test_the_next_process_tells_them(place):
 
 @pytest.mark.long
 @needs("z4j_apscheduler")
-def test_what_rest_cannot_emit(seam, until, monkeypatch):
+def test_what_rest_cannot_emit(backend, until, monkeypatch):
     """The actions of older brains, each delivered twice, reach APScheduler once; a scripted peer sends them."""
     from apscheduler.schedulers.background import BackgroundScheduler
     from z4j_apscheduler import APSchedulerAdapter
@@ -90,17 +101,32 @@ def test_what_rest_cannot_emit(seam, until, monkeypatch):
     scheduler = BackgroundScheduler(timezone="UTC")
     scheduler.add_job(ran.append, "interval", hours=1, args=[1], id="hourly", name="hourly")
     scheduler.start()
-    peer = Peer(seam)
-    options = {"brain_url": peer.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
-    runtime = install_agent(engines=[], schedulers=[APSchedulerAdapter(scheduler=scheduler)], **options)
+    peer = Peer(backend)
+    options = {
+        "brain_url": peer.url,
+        "token": TOKEN,
+        "project_id": "demo",
+        "hmac_secret": SECRET_TEXT,
+    }
+    runtime = install_agent(
+        engines=[], schedulers=[APSchedulerAdapter(scheduler=scheduler)], **options
+    )
     try:
         until(lambda: peer.last and peer.last.frames)
 
         def order(action):
-            identity = peer.last.command(f"schedule.{action}", {"schedule_id": "hourly"}, target={"scheduler": "apscheduler"})
-            results = until(lambda: [frame for frame in peer.frames("command_result") if frame.id == identity])
+            identity = peer.last.command(
+                f"schedule.{action}", {"schedule_id": "hourly"}, target={"scheduler": "apscheduler"}
+            )
+            results = until(
+                lambda: [frame for frame in peer.frames("command_result") if frame.id == identity]
+            )
             peer.last.command(f"schedule.{action}", {"schedule_id": "hourly"}, identity=identity)
-            again = until(lambda: [frame for frame in peer.frames("command_result") if frame.id == identity][1:])
+            again = until(
+                lambda: [frame for frame in peer.frames("command_result") if frame.id == identity][
+                    1:
+                ]
+            )
             assert again[0].payload == results[0].payload
             assert results[0].payload.status == "success", results[0].payload.error
 

@@ -32,7 +32,9 @@ class Gateway:
         self.refused = 0
         self._port = port
         self._tls = tls
-        self._pass = f"Proxy-Authorization: Basic {base64.b64encode(f'{USER}:{password}'.encode()).decode()}"
+        self._pass = (
+            f"Proxy-Authorization: Basic {base64.b64encode(f'{USER}:{password}'.encode()).decode()}"
+        )
         self._socks = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://{USER}:{password}@127.0.0.1:{self._listener.getsockname()[1]}"
@@ -71,10 +73,15 @@ class Gateway:
             else:
                 self.refused += 1
                 if mood != "hang up":
-                    sock.sendall(f"HTTP/1.1 {mood} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                    sock.sendall(
+                        f"HTTP/1.1 {mood} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                    )
 
     def _join(self, sock):
-        with self._tls.wrap_socket(sock, server_side=True) as outer, socket.create_connection(("127.0.0.1", self._port)) as inner:
+        with (
+            self._tls.wrap_socket(sock, server_side=True) as outer,
+            socket.create_connection(("127.0.0.1", self._port)) as inner,
+        ):
             self._socks += [outer, inner]
             back = threading.Thread(target=_copy, args=(inner, outer), daemon=True)
             back.start()
@@ -95,7 +102,9 @@ def _copy(source, target):
 def brain(tmp_path_factory):
     """A brain that lets itself be called by another name."""
     hosts = '["brain.test", "127.0.0.1"]'
-    with Brain(tmp_path_factory.mktemp("brain"), environment={"Z4J_ALLOWED_HOSTS": hosts}) as running:
+    with Brain(
+        tmp_path_factory.mktemp("brain"), environment={"Z4J_ALLOWED_HOSTS": hosts}
+    ) as running:
         yield running
 
 
@@ -122,7 +131,9 @@ def hosts(brain, gateway, certificate, tmp_path_factory):
                     "Z4J_CA_BUNDLE": str(certificate),
                     "Z4J_TRANSPORT": transport,
                     "HURRY": "1",
-                    **dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), gateway.url),
+                    **dict.fromkeys(
+                        ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), gateway.url
+                    ),
                 }
                 made.append(stack.enter_context(Host(mode, agent, home, **variables)))
         for host in made:
@@ -136,7 +147,11 @@ def spellings(secret):
     with suppress(ValueError):
         raw = base64.urlsafe_b64decode(secret)
     plain = {secret, secret.rstrip("="), base64.b64encode(secret.encode()).decode().rstrip("=")}
-    return plain | {raw.hex(), repr(raw)[2:-1], base64.b64encode(raw).decode().rstrip("=")} if raw != secret.encode() else plain
+    return (
+        plain | {raw.hex(), repr(raw)[2:-1], base64.b64encode(raw).decode().rstrip("=")}
+        if raw != secret.encode()
+        else plain
+    )
 
 
 def command_lines():
@@ -157,7 +172,9 @@ def failed_with(answer, host):
 
 def run_the_day(hosts, gateway, brain):
     """Sessions, events, every failure of the proxy, a token that is revoked; the brain restarts in between."""
-    each = lambda condition, what: [until(lambda host=host: condition(host), what, timeout=PATIENCE) for host in hosts]  # noqa: E731
+    each = lambda condition, what: [
+        until(lambda host=host: condition(host), what, timeout=PATIENCE) for host in hosts
+    ]
     each(lambda host: host.ask("stats")["sessions"], "sessions")
     texts = []
     for mood, answer in (("407", "407"), ("502", "502"), ("hang up", "")):
@@ -183,7 +200,9 @@ def day(hosts, gateway, brain):
     """What the day left: texts of the living, the process list, and where the files are."""
     texts = run_the_day(hosts, gateway, brain)
     lines = list(command_lines())
-    modes = {path: path.stat().st_mode for host in hosts for path in (host.cwd / "agent").rglob("*")}
+    modes = {
+        path: path.stat().st_mode for host in hosts for path in (host.cwd / "agent").rglob("*")
+    }
     contents = {path: path.read_bytes() for host in hosts for path in files_of(host.cwd)}
     for host in hosts:
         assert host.leave() == 0

@@ -30,14 +30,37 @@ def agent(place):
         path = place.home / option.strip("-")
         path.write_text(secret + "\n")
         options += [option, str(path)]
-    command = [sys.executable, "-m", "z4j_bare", "--log-level", "DEBUG", "run", "--engine", "celery"]
-    command += ["--app", "chores:app", "--brain-url", place.brain.url, "--project-id", place.project, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "z4j_bare",
+        "--log-level",
+        "DEBUG",
+        "run",
+        "--engine",
+        "celery",
+    ]
+    command += [
+        "--app",
+        "chores:app",
+        "--brain-url",
+        place.brain.url,
+        "--project-id",
+        place.project,
+        *options,
+    ]
     environment = place.environment(agent=False, Z4J_HOME=str(place.home / "agent"))
     service = Service(
-        "the agent", command, environment=worker_environment(environment), cwd=place.home, log=place.home / "agent.log"
+        "the agent",
+        command,
+        environment=worker_environment(environment),
+        cwd=place.home,
+        log=place.home / "agent.log",
     )
     with service:
-        service.spawn(lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online", 40)
+        service.spawn(
+            lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online", 40
+        )
         place.warm_up()
         yield service
 
@@ -48,7 +71,10 @@ def online(place):
 
 def test_every_task_of_an_agentless_worker_is_told(place, agent):
     """All tasks have rows with their state, worker, start and end."""
-    rows = [place.row(task_id, "success") for task_id in [place.send("add", number, 1) for number in range(20)]]
+    rows = [
+        place.row(task_id, "success")
+        for task_id in [place.send("add", number, 1) for number in range(20)]
+    ]
     assert {row["worker_name"] for row in rows} == {"early@place"}
     assert all(row["started_at"] and row["finished_at"] and row["runtime_ms"] >= 20 for row in rows)
     row = place.row(place.send("fails", "broken"), "failure")
@@ -57,18 +83,30 @@ def test_every_task_of_an_agentless_worker_is_told(place, agent):
 
 def test_its_rows_say_what_ran(place, agent):
     """Rows of an agentless worker's tasks have name, queue and arguments, their passwords hidden, and each event once."""
-    task_id = place.send("add", 2, 3, password="hunter2", note={"token": "abc", "plain": [1.5, None, "it's"]})
+    task_id = place.send(
+        "add", 2, 3, password="hunter2", note={"token": "abc", "plain": [1.5, None, "it's"]}
+    )
     row = place.row(task_id, "success")
     assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
-    assert (row["name"], row["queue"], row["args"], row["result"]) == ("e2e.add", place.home.name, [2, 3], 5)
-    assert row["kwargs"] == {"password": REDACTED, "note": {"token": REDACTED, "plain": [1.5, None, "it's"]}}
+    assert (row["name"], row["queue"], row["args"], row["result"]) == (
+        "e2e.add",
+        place.home.name,
+        [2, 3],
+        5,
+    )
+    assert row["kwargs"] == {
+        "password": REDACTED,
+        "note": {"token": REDACTED, "plain": [1.5, None, "it's"]},
+    }
     assert row["received_at"] <= row["started_at"] <= row["finished_at"]
     assert "hunter2" not in str(place.brain.events(place.project, "celery", task_id))
 
 
 def test_what_cannot_be_read_gives_no_secret_away(place, agent):
     """Arguments that Celery cut in the middle keep their shape and say so, and a password before the cut is hidden."""
-    row = place.row(place.send("add", 2, 3, password="hunter2", path="C:\\", long=["x" * 500] * 9), "success")
+    row = place.row(
+        place.send("add", 2, 3, password="hunter2", path="C:\\", long=["x" * 500] * 9), "success"
+    )
     assert row["kwargs"]["password"] == REDACTED
     assert "cut]" in str(row["kwargs"])
     assert "hunter2" not in str(row)
@@ -84,8 +122,13 @@ def test_annotations_hold(place, agent):
     row = place.row(hides, "success")
     assert (row["kwargs"], row["result"]) == ({"amount": 12, "customer": REDACTED}, REDACTED)
     assert [place.outcome(task_id)[0] for task_id in silent] == ["SUCCESS", "SUCCESS"]
-    place.row(place.send("add", 0, 0), "success")  # sent later, so what was to come of the silent ones is here
-    assert [place.brain.task(place.project, "celery", task_id) for task_id in silent] == [None, None]
+    place.row(
+        place.send("add", 0, 0), "success"
+    )  # sent later, so what was to come of the silent ones is here
+    assert [place.brain.task(place.project, "celery", task_id) for task_id in silent] == [
+        None,
+        None,
+    ]
 
 
 def test_retries_are_counted(place, agent):
@@ -107,7 +150,11 @@ def test_a_chain_knows_its_parents(place, agent):
 def test_the_brain_accepts_controls_for_a_worker_it_saw(place, agent):
     """The standalone agent announces the worker, so that the brain takes a pool-resize for it."""
     resize = place.brain.issue(
-        place.project, "pool-resize", agent_id=place.agent.agent_id, worker_name="early@place", delta=1
+        place.project,
+        "pool-resize",
+        agent_id=place.agent.agent_id,
+        worker_name="early@place",
+        delta=1,
     )
     assert resize["action"] == "pool_grow"
 
@@ -118,9 +165,18 @@ def test_a_worker_that_comes_later_is_told_too(place, agent):
     until(lambda: "late@place" in online(place), "the announcement of the late worker", timeout=8)
     place.warm_up(queue="late")
     row = place.row(place.send("add", 1, 2, queue="late"), "success")
-    assert (row["worker_name"], row["queue"], row["name"], row["args"]) == ("late@place", "late", "e2e.add", [1, 2])
+    assert (row["worker_name"], row["queue"], row["name"], row["args"]) == (
+        "late@place",
+        "late",
+        "e2e.add",
+        [1, 2],
+    )
     resize = place.brain.issue(
-        place.project, "pool-resize", agent_id=place.agent.agent_id, worker_name="late@place", delta=1
+        place.project,
+        "pool-resize",
+        agent_id=place.agent.agent_id,
+        worker_name="late@place",
+        delta=1,
     )
     assert resize["action"] == "pool_grow"
 

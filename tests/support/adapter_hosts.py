@@ -14,7 +14,7 @@ import z4j_bare
 from z4j_bare.buffer.report import rows
 from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
 
-APPS = Path(__file__).with_name("apps")
+APPS = Path(__file__).parents[1] / "adapters" / "apps"
 SCRIPTS = Path(sys.executable).parent
 PATIENCE = 40.0
 
@@ -65,7 +65,13 @@ class Stage:
     def start(self, script, *words, processes=1, **environment):
         """Start a console script as the host, wait until as many agents are online, and return its :class:`Service`."""
         command = [str(SCRIPTS / script), *words]
-        host = Service(script, command, environment=self.environment(**environment), cwd=self.home, log=self.home / "host.log")
+        host = Service(
+            script,
+            command,
+            environment=self.environment(**environment),
+            cwd=self.home,
+            log=self.home / "host.log",
+        )
         self._stack.enter_context(host)
         host.spawn(lambda: self.sessions() >= processes, PATIENCE)
         return host
@@ -88,7 +94,11 @@ class Stage:
     def warm_up(self):
         """Enqueue tasks until the brain has heard of one: what a child of Celery's prefork tells before the agent listens is lost."""
         sent = []
-        until(lambda: sent.extend(self.send(("add", 0, 0))) or self.told(sent), "the end of a first task", timeout=PATIENCE)
+        until(
+            lambda: sent.extend(self.send(("add", 0, 0))) or self.told(sent),
+            "the end of a first task",
+            timeout=PATIENCE,
+        )
 
     def did(self, what=None):
         """Return what tasks have noted so far, or only what they did by the name ``what``."""
@@ -124,7 +134,11 @@ class Stage:
 
         By their events: on SQLite it may keep an event and refuse its row for a moment, and never make up for that.
         """
-        known = (task_id for task_id in task_ids if self.brain.task(self.project, self.engine, task_id) is not None)
+        known = (
+            task_id
+            for task_id in task_ids
+            if self.brain.task(self.project, self.engine, task_id) is not None
+        )
         return sum("task.succeeded" in self.kinds(task_id) for task_id in known)
 
     def left(self):
@@ -137,16 +151,26 @@ class Stage:
 
         The brain's way to it is a schedule's "run now".
         """
-        body = {"kind": "interval", "expression": "86400", "timezone": "UTC", "queue": None, "kwargs": {}}
+        body = {
+            "kind": "interval",
+            "expression": "86400",
+            "timezone": "UTC",
+            "queue": None,
+            "kwargs": {},
+        }
         schedule = self.brain.post(
             f"/projects/{self.project}/schedules",
             name=f"{name}-{uuid.uuid4().hex[:6]}", engine=self.engine, task_name=name, args=list(args), **body,
         )  # fmt: skip
         self.brain.post(f"/projects/{self.project}/schedules/{schedule['id']}/trigger")
-        newest = next(row for row in self.brain.commands(self.project) if row["action"] == "submit_task")
+        newest = next(
+            row for row in self.brain.commands(self.project) if row["action"] == "submit_task"
+        )
         return self.brain.wait_command(self.project, newest["id"])
 
     def command(self, route, **body):
         """Issue a command and return its row once it is finished."""
-        issued = self.brain.issue(self.project, route, agent_id=self.agent.agent_id, engine=self.engine, **body)
+        issued = self.brain.issue(
+            self.project, route, agent_id=self.agent.agent_id, engine=self.engine, **body
+        )
         return self.brain.wait_command(self.project, issued["id"])

@@ -33,7 +33,7 @@ GROUP = 12
 #: Points that a host without a session never comes to.
 ONLINE = frozenset(("send", "sent", "ack", "delete"))
 
-SCRIPT = Path(__file__).with_name("e2e") / "apps" / "victim.py"
+SCRIPT = Path(__file__).parents[1] / "e2e" / "apps" / "victim.py"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,12 @@ def plan(number, events, seed=0):
     chance = random.Random(seed)
     trials = []
     for index, point in zip(range(number), itertools.cycle(POINTS)):
-        nth = 1 if point == "adopt" else chance.randint(1, 3)  # one step takes all that one victim leaves
-        trials.append(Trial(f"v{seed}-{index:04d}", events, point, nth, chance.randint(0, POINTS[point])))
+        nth = (
+            1 if point == "adopt" else chance.randint(1, 3)
+        )  # one step takes all that one victim leaves
+        trials.append(
+            Trial(f"v{seed}-{index:04d}", events, point, nth, chance.randint(0, POINTS[point]))
+        )
     return trials
 
 
@@ -135,7 +139,9 @@ class Victims:
         os.kill(said["pid"], signal.SIGKILL)
         self._answer()
         left, corrupt = examine(self.home)
-        last = max((number for number in range(trial.events) if key(trial, number) in left), default=-1)
+        last = max(
+            (number for number in range(trial.events) if key(trial, number) in left), default=-1
+        )
         return Death(trial, said["point"] == trial.point, max(said["stored"], last + 1), corrupt)
 
     def bury(self, patience=90.0):
@@ -144,7 +150,9 @@ class Victims:
         self._answer()
         left, _ = examine(self.home)
         if left:
-            raise HarnessError(f"{len(left)} rows are still buffered after {patience:g} s: the brain is too slow")
+            raise HarnessError(
+                f"{len(left)} rows are still buffered after {patience:g} s: the brain is too slow"
+            )
 
     def _live(self, trial):
         self._server.stdin.write(json.dumps(asdict(trial)).encode() + b"\n")
@@ -164,7 +172,9 @@ def examine(home):
     """Return what dead processes left there: ``(task id, kind)`` of all rows, and the names of files that are not whole."""
     keys, corrupt = set(), []
     for path in home.glob("**/z4j-green-*.sqlite"):
-        with tempfile.TemporaryDirectory() as folder:  # opening the file itself would shorten its log
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # opening the file itself would shorten its log
             for suffix in ("", "-wal"):
                 source = path.with_name(path.name + suffix)
                 if source.exists():
@@ -172,7 +182,9 @@ def examine(home):
             with closing(sqlite3.connect(Path(folder) / "copy")) as connection:
                 if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     corrupt.append(path.name)
-                elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):  # killed while making it
+                elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (
+                    0,
+                ):  # killed while making it
                     events = (json.loads(row.payload) for row in rows(Path(folder) / "copy"))
                     keys.update((event["task_id"], event["kind"]) for event in events)
     return keys, corrupt
@@ -183,13 +195,19 @@ def judge(brain, project, death, rows):
     trial, told, doubled, overtaken = death.trial, [], [], []
     for task in range(-(-trial.events // len(KINDS))):
         row = rows.get(trial.task(task))
-        kinds = [event["kind"] for event in brain.events(project, "celery", trial.task(task))] if row else []
+        kinds = (
+            [event["kind"] for event in brain.events(project, "celery", trial.task(task))]
+            if row
+            else []
+        )
         doubled += [(trial.task(task), kind) for kind in set(kinds) if kinds.count(kind) > 1]
         told += [task * len(KINDS) + step for step, kind in enumerate(KINDS) if kind in kinds]
         if row and not _in_order(row, kinds, task):
             overtaken.append((trial.task(task), kinds, {name: row[name] for name in SHOWN}))
     missing = [key(trial, number) for number in range(death.committed) if number not in told]
-    stray = [key(trial, number) for number in told if number >= len(told)]  # with one before it missing
+    stray = [
+        key(trial, number) for number in told if number >= len(told)
+    ]  # with one before it missing
     return Verdict(len(told), missing, stray, doubled, overtaken)
 
 
@@ -197,4 +215,8 @@ def _in_order(row, kinds, task):
     """Whether a row shows all that its events say: one that comes after a later one leaves no trace in it."""
     received, started, succeeded = (kind in kinds for kind in KINDS)
     shows = bool(row["received_at"]) == received and bool(row["started_at"]) == started
-    return shows and (not received or row["args"] == [task]) and (row["state"] == "success") == succeeded
+    return (
+        shows
+        and (not received or row["args"] == [task])
+        and (row["state"] == "success") == succeeded
+    )

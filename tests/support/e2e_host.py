@@ -14,7 +14,7 @@ from tests.support.toxics import Proxy
 from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
 
 MODES = ("threads", "gevent", "eventlet")
-APP = Path(__file__).with_name("apps") / "embedded.py"
+APP = Path(__file__).parents[1] / "e2e" / "apps" / "embedded.py"
 
 #: Seconds after which something that should have happened has not.
 PATIENCE = 90.0
@@ -85,7 +85,13 @@ class Host(Service):
 
     def produce(self, lot, count, seconds):
         """Have it record ``count`` more events of the lot ``<lot>-<name>`` within some seconds, beside everything else."""
-        self.ask("produce", lot=f"{lot}-{self.name}", first=self._produced[lot], count=count, seconds=seconds)
+        self.ask(
+            "produce",
+            lot=f"{lot}-{self.name}",
+            first=self._produced[lot],
+            count=count,
+            seconds=seconds,
+        )
         self._produced[lot] += count
 
     def produced(self):
@@ -95,7 +101,12 @@ class Host(Service):
     def settled(self):
         """Whether the brain has acknowledged everything that was produced here."""
         stats = self.ask("stats")
-        return not stats["busy"] and stats["produced"] == stats["acked"] and not stats["buffered"] and not stats["lost"]
+        return (
+            not stats["busy"]
+            and stats["produced"] == stats["acked"]
+            and not stats["buffered"]
+            and not stats["lost"]
+        )
 
     def settle(self):
         """Wait for that."""
@@ -129,7 +140,9 @@ def crowd(brain, homes, transports=("auto",), **environment):
             stack.callback(proxy.close)
             home = homes.mktemp(f"{mode}-{transport}")
             agent = brain.mint_agent(project, home.name)
-            host = Host(mode, agent, home, Z4J_BRAIN_URL=proxy.url, Z4J_TRANSPORT=transport, **environment)
+            host = Host(
+                mode, agent, home, Z4J_BRAIN_URL=proxy.url, Z4J_TRANSPORT=transport, **environment
+            )
             host.proxy = proxy
             hosts.append(stack.enter_context(host))
         for host in hosts:

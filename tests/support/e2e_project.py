@@ -12,7 +12,7 @@ from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.rest import BrainRefusedError
 from z4j_bare.demo.worker import Worker
 
-APPS = Path(__file__).with_name("apps")
+APPS = Path(__file__).parents[1] / "e2e" / "apps"
 FINISHED = frozenset({"success", "failure", "revoked"})
 PATIENCE = 40.0
 
@@ -26,7 +26,9 @@ class Place:
     def __init__(self, brain, redis_url, home):
         self.brain = brain
         self.home = home
-        self.redis_url = redis_url.rpartition("/")[0] + "/1"  # the demo's tests look at what is left in the first
+        self.redis_url = (
+            redis_url.rpartition("/")[0] + "/1"
+        )  # the demo's tests look at what is left in the first
         self.project = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
@@ -34,12 +36,16 @@ class Place:
         self.brain.create_project(self.project)
         self.agent = self.brain.mint_agent(self.project, "agent")
         self.producer = self._stack.enter_context(broker.producer(self.home, self.redis_url))
-        self.producer.conf.result_backend = self.redis_url  # one write per result: files can be read half written
+        self.producer.conf.result_backend = (
+            self.redis_url
+        )  # one write per result: files can be read half written
         return self
 
     def __exit__(self, *exc):
         self._stack.__exit__(*exc)
-        with suppress(BrainRefusedError):  # one that still digests answers 500; nobody else uses this project
+        with suppress(
+            BrainRefusedError
+        ):  # one that still digests answers 500; nobody else uses this project
             self.brain.archive_project(self.project)
 
     def environment(self, *, agent=True, **extra):
@@ -55,7 +61,9 @@ class Place:
         log = self.home / f"{name}.log"
         env = self.environment(agent=agent, **(environment or {}))
         worker = Worker(app, pool=pool, log=log, environment=env, name=name, **how)
-        worker.command[1:3] = []  # the script of that name, as z4j_celery's own start knows no ``python -m celery``
+        worker.command[
+            1:3
+        ] = []  # the script of that name, as z4j_celery's own start knows no ``python -m celery``
         worker.command[0] = str(Path(sys.executable).with_name("celery"))
         self._stack.enter_context(worker)
         worker.start()
@@ -88,10 +96,17 @@ class Place:
             return row if row and row["state"] in ({state} if state else FINISHED) else None
 
         try:
-            return until(there, f"a row of task {task_id} in state {state or 'final'}", timeout=timeout, interval=0.1)
+            return until(
+                there,
+                f"a row of task {task_id} in state {state or 'final'}",
+                timeout=timeout,
+                interval=0.1,
+            )
         except HarnessError as error:
             kinds, celery = self.kinds(task_id), self.producer.AsyncResult(task_id)
-            raise HarnessError(f"{error}: events {kinds}, row {row}, Celery says {celery.state} {celery.result!r}") from None
+            raise HarnessError(
+                f"{error}: events {kinds}, row {row}, Celery says {celery.state} {celery.result!r}"
+            ) from None
 
     def kinds(self, task_id):
         """Return the kinds of a task's events, sorted: the brain keeps their times to the second."""
@@ -110,4 +125,7 @@ class Place:
 
     def sessions(self):
         """Return which processes said hello, and when each did last."""
-        return {row["worker_id"]: row["last_connect_at"] for row in self.brain.agent_workers(self.project)}
+        return {
+            row["worker_id"]: row["last_connect_at"]
+            for row in self.brain.agent_workers(self.project)
+        }

@@ -11,12 +11,12 @@ from tests.support.peer import SECRET, TOKEN, Peer
 class Front:
     """The door, and the two peers behind it."""
 
-    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
-        self.seam = seam
+    def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
+        self.backend = backend
         self.blocks = None
-        self.ws = Peer(seam, secret=secret, token=token)
-        self.http = HttpPeer(seam, secret=secret, token=token)
-        self.door = Listener(seam, self._meet, name="front", tls=tls)
+        self.ws = Peer(backend, secret=secret, token=token)
+        self.http = HttpPeer(backend, secret=secret, token=token)
+        self.door = Listener(backend, self._meet, name="front", tls=tls)
         self.url = self.door.url
 
     def stop(self):
@@ -31,13 +31,18 @@ class Front:
         try:
             sock = self.door.secured(sock)
             while b"\r\n\r\n" not in head:
-                head += some(self.seam, sock)
+                head += some(self.backend, sock)
             if b"upgrade: websocket" not in head.lower():
                 self.http.serve(sock, head)
             elif self.blocks is None:
                 self.ws.meet(sock, head)
             else:
-                push(self.seam, sock, b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % self.blocks)
+                push(
+                    self.backend,
+                    sock,
+                    b"HTTP/1.1 %d No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    % self.blocks,
+                )
         except (GoneError, OSError):
             pass
         finally:

@@ -1,8 +1,8 @@
 """A scripted brain behind plain HTTP: the long-poll routes, the health route, and misbehaviour on request.
 
-It runs in the process under test, on the same seam, guarded against forks like :mod:`tests.support.peer`; the HTTP is by hand::
+It runs in the process under test, on the same backend, guarded against forks like :mod:`tests.support.peer`; the HTTP is by hand::
 
-    peer = HttpPeer(seam)
+    peer = HttpPeer(backend)
     peer.body_limit = 8192
     peer.answers["POST"] = [(503, {"Retry-After": "7"}, b"{}")]     # the next answers to this method, instead of its own
     peer.sessions["nonce"].frames                                   # what verified, in order
@@ -53,8 +53,8 @@ class Request:
 class HttpPeer:
     """The listener and its script. ``mishaps`` holds everything that a correct agent never does."""
 
-    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
-        self.seam = seam
+    def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
+        self.backend = backend
         self.secret = secret
         self.token = token
         self.body_limit = 1_048_576
@@ -65,7 +65,7 @@ class HttpPeer:
         self.mishaps = []
         self.post_seconds = 0.0
         self.drop_posts = 0
-        self.door = Listener(seam, self.serve, name="http-peer", tls=tls)
+        self.door = Listener(backend, self.serve, name="http-peer", tls=tls)
         self.port, self.url = self.door.port, self.door.url
 
     # -- what a test reads
@@ -76,7 +76,12 @@ class HttpPeer:
 
     def frames(self, kind):
         """The frames of one type that verified, over all sessions."""
-        return [frame for session in self.sessions.values() for frame in session.frames if frame.type == kind]
+        return [
+            frame
+            for session in self.sessions.values()
+            for frame in session.frames
+            if frame.type == kind
+        ]
 
     def events(self):
         """The events that arrived, replays included."""
@@ -95,7 +100,9 @@ class HttpPeer:
     def command(self, action, parameters=None, *, timeout=60, identity=None):
         """Have a command ready for the next poll; return its id."""
         identity = identity or str(uuid4())
-        payload = CommandPayload(action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout)
+        payload = CommandPayload(
+            action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout
+        )
         self.commands.append(CommandFrame(id=identity, payload=payload))
         return identity
 
@@ -137,7 +144,11 @@ class HttpPeer:
             return 200, ids, b'{"frames":[]}'
         session = self.sessions.get(request.nonce)
         if session is None or session.dead:
-            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+            return (
+                409,
+                {},
+                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
+            )
         session.polling += 1
         if session.polling > 1:
             self.mishaps.append("two polls at once")
@@ -147,19 +158,33 @@ class HttpPeer:
             session.polling -= 1
         ready, self.commands = self.commands[:most], self.commands[most:]
         frames = [session.signer.sign_and_serialize(frame) for frame in ready]
-        return 200, ids, json.dumps({"frames": [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]}).encode()
+        return (
+            200,
+            ids,
+            json.dumps(
+                {
+                    "frames": [
+                        frame.decode() if isinstance(frame, bytes) else frame for frame in frames
+                    ]
+                }
+            ).encode(),
+        )
 
     def _wait(self, seconds, ready=lambda: False):
         """Let others run, so that two requests at once show, and wait for ``ready()``, the peer's end or ``seconds``."""
-        self.seam.sleep(0)
-        until = self.seam.now() + seconds
-        while not ready() and self.seam.now() < until and not self.door.stopped:
-            self.seam.sleep(0.02)
+        self.backend.sleep(0)
+        until = self.backend.now() + seconds
+        while not ready() and self.backend.now() < until and not self.door.stopped:
+            self.backend.sleep(0.02)
 
     def _events(self, request):
         session = self.sessions.get(request.nonce)
         if session is None or session.dead or session.posts_die:
-            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+            return (
+                409,
+                {},
+                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
+            )
         session.posting += 1
         if session.posting > 1:
             self.mishaps.append("two uploads at once")
@@ -171,10 +196,20 @@ class HttpPeer:
         except SignatureError as error:
             session.dead = True
             self.mishaps.append(error)
-            return 409, {}, b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
+            return (
+                409,
+                {},
+                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
+            )
         finally:
             session.posting -= 1
-        return 200, {}, json.dumps({"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}).encode()
+        return (
+            200,
+            {},
+            json.dumps(
+                {"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}
+            ).encode(),
+        )
 
     def serve(self, sock, ahead=b""):
         """Converse over a socket, of which some bytes have been read already."""
@@ -188,20 +223,23 @@ class HttpPeer:
         except Exception as error:
             self.mishaps.append(error)
         finally:
-            if not self.seam.forked():
+            if not self.backend.forked():
                 sock.close()
 
     def _converse(self, sock, ahead):
         while not self.door.stopped:
             while b"\r\n\r\n" not in ahead:
-                ahead += some(self.seam, sock)
+                ahead += some(self.backend, sock)
             head, ahead = ahead.split(b"\r\n\r\n", 1)
             line, *lines = head.decode("latin-1").split("\r\n")
             method, target, _ = line.split()
-            headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
+            headers = {
+                name.lower(): value.strip()
+                for name, _, value in (each.partition(":") for each in lines)
+            }
             size = int(headers.get("content-length", 0))
             while len(ahead) < size:
-                ahead += some(self.seam, sock)
+                ahead += some(self.backend, sock)
             body, ahead = ahead[:size], ahead[size:]
             request = Request(method, target, headers, body)
             self.requests.append(request)
@@ -209,18 +247,23 @@ class HttpPeer:
                 self.drop_posts -= 1
                 return
             status, extra, content = self.answer(request)
-            extra = {"Date": formatdate(usegmt=True), "Content-Type": "application/json", "Content-Length": str(len(content)), **extra}
+            extra = {
+                "Date": formatdate(usegmt=True),
+                "Content-Type": "application/json",
+                "Content-Length": str(len(content)),
+                **extra,
+            }
             text = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
-            push(self.seam, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
+            push(self.backend, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
 
 
 class Tunnel:
     """A forward proxy that knows nothing but CONNECT. ``heads`` holds the requests."""
 
-    def __init__(self, seam):
-        self.seam = seam
+    def __init__(self, backend):
+        self.backend = backend
         self.heads = []
-        self.door = Listener(seam, self._join, name="tunnel")
+        self.door = Listener(backend, self._join, name="tunnel")
         self.port = self.door.port
 
     def stop(self):
@@ -232,30 +275,30 @@ class Tunnel:
         try:
             with sock:
                 while b"\r\n\r\n" not in head:
-                    head += some(self.seam, sock)
+                    head += some(self.backend, sock)
                 self.heads.append(head.decode())
                 host, port = head.split()[1].decode().split(":")
                 with socket.create_connection((host, int(port))) as inner:
                     inner.settimeout(0)
                     self.door.socks.append(inner)
                     sock.send(b"HTTP/1.1 200 Established\r\n\r\n")
-                    join(self.seam, sock, inner)
+                    join(self.backend, sock, inner)
         except (GoneError, OSError):
             pass
 
 
-def join(seam, outer, inner, pieces=None):
+def join(backend, outer, inner, pieces=None):
     """Copy both ways until either ends; of what comes from ``inner``, only so many ``pieces`` if that is given."""
-    back = seam.spawn(_pump, seam, inner, outer, pieces, name="pump")
-    _pump(seam, outer, inner)
+    back = backend.spawn(_pump, backend, inner, outer, pieces, name="pump")
+    _pump(backend, outer, inner)
     back.join(5)
 
 
-def _pump(seam, source, target, pieces=None):
+def _pump(backend, source, target, pieces=None):
     """Copy until the end, or ``pieces`` reads; then hang up on both."""
     try:
         while pieces is None or pieces > 0:
-            push(seam, target, some(seam, source))
+            push(backend, target, some(backend, source))
             pieces = None if pieces is None else pieces - 1
     except (GoneError, OSError):
         pass

@@ -1,4 +1,4 @@
-"""What every scripted peer stands on: a listener on loopback and patience with sockets, on the seam of the run."""
+"""What every scripted peer stands on: a listener on loopback and patience with sockets, on the backend of the run."""
 
 import os
 import socket
@@ -17,8 +17,8 @@ class Listener:
     :param tls: an ``ssl.SSLContext`` for :meth:`secured`; it also makes the ``url`` an ``https`` one.
     """
 
-    def __init__(self, seam, serve, *, name, tls=None):
-        self.seam = seam
+    def __init__(self, backend, serve, *, name, tls=None):
+        self.backend = backend
         self.stopped = False
         self.socks = []
         self._serve = serve
@@ -34,7 +34,7 @@ class Listener:
 
     def spawn(self, function, *args):
         """Run a task that ``stop`` will wait for."""
-        self._tasks.append(self.seam.spawn(function, *args, name=self._name))
+        self._tasks.append(self.backend.spawn(function, *args, name=self._name))
 
     def secured(self, sock):
         """Return the socket as it is, or under TLS if that is spoken here."""
@@ -44,7 +44,7 @@ class Listener:
         wrapped.setblocking(False)
         self.socks[self.socks.index(sock)] = wrapped
         try:
-            patiently(self.seam, wrapped, wrapped.do_handshake)
+            patiently(self.backend, wrapped, wrapped.do_handshake)
         except Exception:  # also what comes of a socket that is shut down meanwhile
             wrapped.close()
             raise
@@ -62,7 +62,9 @@ class Listener:
         self.stopped = True
         self.hang_up()
         with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1).close()  # so that whoever accepts looks at once
+            socket.create_connection(
+                ("127.0.0.1", self.port), 1
+            ).close()  # so that whoever accepts looks at once
         for task in self._tasks:
             task.join(5)
         for sock in (*self.socks, self._listener):
@@ -73,14 +75,14 @@ class Listener:
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
-                self.seam.wait_readable(self._listener, 0.1)
+                self.backend.wait_readable(self._listener, 0.1)
                 continue
             sock.settimeout(0)
             self.socks.append(sock)
             self.spawn(self._serve, sock)
 
 
-def patiently(seam, sock, action, *, write=False):
+def patiently(backend, sock, action, *, write=False):
     """Call ``action`` until the socket, plain or TLS, lets it: a ``write`` waits for room. Every wait guards against forks."""
     while True:
         try:
@@ -89,22 +91,22 @@ def patiently(seam, sock, action, *, write=False):
             room = write
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             room = isinstance(error, ssl.SSLWantWriteError)
-        wait = seam.wait_writable if room else seam.wait_readable
+        wait = backend.wait_writable if room else backend.wait_readable
         wait(sock, 1.0)
 
 
-def some(seam, sock):
+def some(backend, sock):
     """Read what there is, waiting for it. Raises ``GoneError`` at the end."""
-    data = patiently(seam, sock, lambda: sock.recv(65536))
+    data = patiently(backend, sock, lambda: sock.recv(65536))
     if not data:
         raise GoneError
     return data
 
 
-def push(seam, sock, data):
+def push(backend, sock, data):
     """Write all of ``data``."""
     while data:
-        data = data[patiently(seam, sock, partial(sock.send, data), write=True) :]
+        data = data[patiently(backend, sock, partial(sock.send, data), write=True) :]
 
 
 def shut(sock):

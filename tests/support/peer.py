@@ -1,9 +1,9 @@
 """A brain on loopback that does as it is told: it signs and verifies with z4j_core, and misbehaves on request.
 
-It runs in the process under test, on the same seam, and guards every read against forks: a copy of it in a forked child
+It runs in the process under test, on the same backend, and guards every read against forks: a copy of it in a forked child
 must not eat bytes that belong to the parent. The WebSocket framing is by hand, so that it can be wrong on purpose::
 
-    peer = Peer(seam)
+    peer = Peer(backend)
     peer.acks = "none"                 # or "all", or seconds by which each ack is late
     peer.refuse = (503, {})            # HTTP status and headers for the next upgrades; None lets them in
     peer.noise = b"..."                # what answers the next requests instead, HTTP or not
@@ -61,8 +61,13 @@ class PeerSession:
         self.stalled = False
         self._sock = sock
         self._ahead = ahead
-        self._order = peer.seam.lock()
-        binding = {"secret": peer.secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": self.id}
+        self._order = peer.backend.lock()
+        binding = {
+            "secret": peer.secret,
+            "agent_id": AGENT,
+            "project_id": PROJECT,
+            "session_id": self.id,
+        }
         self.signer = FrameSigner(**binding)
         self.verifier = FrameVerifier(**binding)
 
@@ -72,23 +77,35 @@ class PeerSession:
 
     # -- what a test may make it do
 
-    def command(self, action, parameters=None, *, target=None, timeout=60, token=None, identity=None):
+    def command(
+        self, action, parameters=None, *, target=None, timeout=60, token=None, identity=None
+    ):
         """Send a signed command; return its id."""
         identity = identity or str(uuid4())
         payload = CommandPayload(
-            action=action, target=target or {}, parameters=parameters or {}, timeout_seconds=timeout, delivery_claim_token=token
+            action=action,
+            target=target or {},
+            parameters=parameters or {},
+            timeout_seconds=timeout,
+            delivery_claim_token=token,
         )
         self.send_signed(CommandFrame(id=identity, payload=payload))
         return identity
 
     def error(self, code, *, fatal):
         """Send a signed error frame."""
-        self.send_signed(ErrorFrame(id="err_1", payload=ErrorPayload(code=code, message="as scripted", fatal=fatal)))
+        self.send_signed(
+            ErrorFrame(
+                id="err_1", payload=ErrorPayload(code=code, message="as scripted", fatal=fatal)
+            )
+        )
 
     def ack(self, frame):
         """Acknowledge an event batch."""
         number = len(frame.payload.events)
-        payload = EventBatchAckPayload(acked_id=frame.id, received=number, accepted=number, rejected=0)
+        payload = EventBatchAckPayload(
+            acked_id=frame.id, received=number, accepted=number, rejected=0
+        )
         self.send_signed(EventBatchAckFrame(id=f"eba_{frame.id}"[:64], payload=payload))
 
     def signed(self, frame, signer=None):
@@ -119,14 +136,24 @@ class PeerSession:
         """Hang up without a word."""
         shut(self._sock)
 
-    def welcome(self, **changes):
+    def hello_ack(self, **changes):
         """Send the hello_ack."""
         payload = {
-            "protocol_version": "2", "brain_version": "1.13.0", "agent_id": AGENT, "project_id": PROJECT, "session_id": self.id,
-            "heartbeat_interval_seconds": self.peer.heartbeat, "max_frame_size_bytes": self.peer.max_frame, **changes,
+            "protocol_version": "2",
+            "brain_version": "1.13.0",
+            "agent_id": AGENT,
+            "project_id": PROJECT,
+            "session_id": self.id,
+            "heartbeat_interval_seconds": self.peer.heartbeat,
+            "max_frame_size_bytes": self.peer.max_frame,
+            **changes,
         }
         stamp = datetime.now(UTC).isoformat()
-        self.send(json.dumps({"v": 2, "type": "hello_ack", "id": "hack_1", "ts": stamp, "payload": payload}).encode())
+        self.send(
+            json.dumps(
+                {"v": 2, "type": "hello_ack", "id": "hack_1", "ts": stamp, "payload": payload}
+            ).encode()
+        )
 
     # -- what it does by itself
 
@@ -144,7 +171,7 @@ class PeerSession:
         except Exception as error:
             self.mishaps.append(error)
         finally:
-            if not self.peer.seam.forked():
+            if not self.peer.backend.forked():
                 self.over = True
                 self._sock.close()
 
@@ -155,7 +182,10 @@ class PeerSession:
         head, self._ahead = head.split(b"\r\n\r\n", 1)
         request, *lines = head.decode("latin-1").split("\r\n")
         self.path = request.split()[1]
-        self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        self.headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+        }
         if self.peer.noise is not None:
             self._push(self.peer.noise)
             return False
@@ -167,10 +197,16 @@ class PeerSession:
         if self.peer.refuse is not None:
             status, headers = self.peer.refuse
             extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            self._push(f"HTTP/1.1 {status} No\r\n{extra}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            self._push(
+                f"HTTP/1.1 {status} No\r\n{extra}Content-Length: 0\r\nConnection: close\r\n\r\n".encode()
+            )
             return False
-        accept = base64.b64encode(hashlib.sha1(self.headers["sec-websocket-key"].encode() + GUID).digest())
-        self._push(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n")
+        accept = base64.b64encode(
+            hashlib.sha1(self.headers["sec-websocket-key"].encode() + GUID).digest()
+        )
+        self._push(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        )
         self._push(b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
         return True
 
@@ -226,8 +262,8 @@ class PeerSession:
 
     def _take_some(self):
         while self.stalled and not self.peer.door.stopped:
-            self.peer.seam.sleep(0.02)
-        return some(self.peer.seam, self._sock)
+            self.peer.backend.sleep(0.02)
+        return some(self.peer.backend, self._sock)
 
     def _write(self, opcode, data):
         size = len(data)
@@ -240,14 +276,14 @@ class PeerSession:
         self._push(head + data)
 
     def _push(self, data):
-        push(self.peer.seam, self._sock, data)
+        push(self.peer.backend, self._sock, data)
 
 
 class Peer:
     """The listener and its script."""
 
-    def __init__(self, seam, *, secret=SECRET, token=TOKEN, tls=None):
-        self.seam = seam
+    def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
+        self.backend = backend
         self.secret = secret
         self.token = token
         self.acks = "all"
@@ -255,16 +291,18 @@ class Peer:
         self.noise = None
         self.heartbeat = 10
         self.max_frame = 1_048_576
-        self.greet = PeerSession.welcome
+        self.greet = PeerSession.hello_ack
         self.sessions = []
         self.requests = []  # plain HTTP, which is answered with 404
-        self.door = Listener(seam, self.meet, name="peer", tls=tls)
+        self.door = Listener(backend, self.meet, name="peer", tls=tls)
         self.url = self.door.url
 
     @property
     def live(self):
         """The sessions that said hello and stand."""
-        return [session for session in self.sessions if session.hello is not None and not session.over]
+        return [
+            session for session in self.sessions if session.hello is not None and not session.over
+        ]
 
     @property
     def last(self):
@@ -299,7 +337,7 @@ class Peer:
         self.door.stop()
 
     def _late(self, session, frame, seconds):
-        self.seam.sleep(seconds)
+        self.backend.sleep(seconds)
         try:
             session.ack(frame)
         except OSError:
@@ -314,7 +352,7 @@ class Peer:
 
 def settled(runtime, number):
     """Whether a runtime has heard of just so many events that they arrived, and keeps none."""
-    runtime._agent.keeper.stats()
+    runtime._agent.buffer.stats()
     stats = runtime.stats()
     return stats["acked"] == number and not stats["buffered"]
 

@@ -16,7 +16,15 @@ PATIENCE = 30.0
 TOO_MANY = 429
 
 #: What is created, wherever it is.
-MADE = {"name": "made", "kind": "interval", "expression": "3600", "timezone": "UTC", "queue": None, "kwargs": {}, "is_enabled": True}
+MADE = {
+    "name": "made",
+    "kind": "interval",
+    "expression": "3600",
+    "timezone": "UTC",
+    "queue": None,
+    "kwargs": {},
+    "is_enabled": True,
+}
 
 
 def needs(module, why="not installed; tox installs it"):
@@ -29,7 +37,10 @@ class Operator:
 
     def schedules(self):
         """The brain's rows, by name."""
-        return {row["name"]: row for row in self.brain.get(f"/projects/{self.project}/schedules")["items"]}
+        return {
+            row["name"]: row
+            for row in self.brain.get(f"/projects/{self.project}/schedules")["items"]
+        }
 
     def known(self, name, **wanted):
         """Wait until the brain knows a schedule like that; return its row."""
@@ -41,7 +52,9 @@ class Operator:
         return process.until(there, f"schedule {name} with {wanted}", timeout=PATIENCE)
 
     def gone(self, name):
-        process.until(lambda: name not in self.schedules(), f"the end of schedule {name}", timeout=PATIENCE)
+        process.until(
+            lambda: name not in self.schedules(), f"the end of schedule {name}", timeout=PATIENCE
+        )
 
     def act(self, name, what):
         """``trigger``, ``enable`` or ``disable`` a schedule, and wait for the command's success."""
@@ -84,7 +97,9 @@ class Operator:
     def answered(self, before):
         """Wait for the one command that was not there before, and return its result."""
         fresh = process.until(
-            lambda: [row for row in self.brain.commands(self.project) if row["id"] not in before], "a command", timeout=PATIENCE
+            lambda: [row for row in self.brain.commands(self.project) if row["id"] not in before],
+            "a command",
+            timeout=PATIENCE,
         )
         row = self.brain.wait_command(self.project, fresh[0]["id"])
         assert row["status"] == "completed", row["error"]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import greenlet
 from greenlet import _greenlet
 
-from z4j_bare.concurrency.base import Steps
+from z4j_bare.concurrency.base import StepTimer
 
 #: Seconds that a step of ours may take (design, rule 5, wants 0.002).
 LIMIT = 0.010
@@ -120,7 +120,7 @@ class Clock:
 class Judge:
     """Watches the hub of this thread. ``guilty`` holds a text for each step of ours that took too long.
 
-    Two clocks run. The seams' own ends a step where the seam waits, and tells whether a wait of ours evades it. The other
+    Two clocks run. The backends' own ends a step where the backend waits, and tells whether a wait of ours evades it. The other
     follows every switch of greenlets, and sees what foreign code does inside a wait: a handshake, a resolver.
     """
 
@@ -134,10 +134,10 @@ class Judge:
         self._pid = os.getpid()
         self._before = greenlet.settrace(self._switched)
 
-    def watch(self, seam):
-        """Judge the tasks of ``seam`` from now on; return it."""
-        seam.steps = Watched(self)
-        return seam
+    def watch(self, backend):
+        """Judge the tasks of ``backend`` from now on; return it."""
+        backend.steps = Watched(self)
+        return backend
 
     def stop(self):
         greenlet.settrace(self._before)
@@ -178,8 +178,8 @@ class Judge:
             self.guilty.append(f"{task}: {figures} {kind}, up to\n{''.join(stack)}")
 
 
-class Watched(Steps):
-    """The steps of one seam, told to a judge."""
+class Watched(StepTimer):
+    """The steps of one backend, told to a judge."""
 
     def __init__(self, judge):
         super().__init__()

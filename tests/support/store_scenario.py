@@ -30,7 +30,12 @@ def calls(store):
         yield "append", lambda rows=rows: store.append(rows)
         together = [b"%d-e%d" % (cycle, n) + bytes(700) for n in range(12)]
         yield "append", lambda together=together: store.append_events(together)
-        yield "send", lambda: sent.extend(store.drain(sent[-1].id if sent else 0, 20, 1 << 20, ("event", "result")))
+        yield (
+            "send",
+            lambda: sent.extend(
+                store.drain(sent[-1].id if sent else 0, 20, 1 << 20, ("event", "result"))
+            ),
+        )
         yield "ack", lambda: None
         yield "delete", lambda: store.confirm([entry.id for entry in sent[-20:-6]])
         yield "discard", lambda: store.discard([entry.id for entry in sent[-6:-4]], "rejected")
@@ -44,9 +49,20 @@ def calls(store):
 def state(store):
     """Return all that a store promises to keep: rows, counters, commands."""
     stats = store.stats()
-    rows = [(row.id, row.kind, row.payload, row.attempts) for row in store.drain(0, 10**6, 1 << 40, tuple(KINDS))]
-    ledger = store._connection.execute("SELECT key, state, result FROM ledger ORDER BY seq").fetchall()
-    return {"rows": rows, "produced": stats.produced, "confirmed": stats.confirmed, "lost": stats.lost, "ledger": ledger}
+    rows = [
+        (row.id, row.kind, row.payload, row.attempts)
+        for row in store.drain(0, 10**6, 1 << 40, tuple(KINDS))
+    ]
+    ledger = store._connection.execute(
+        "SELECT key, state, result FROM ledger ORDER BY seq"
+    ).fetchall()
+    return {
+        "rows": rows,
+        "produced": stats.produced,
+        "confirmed": stats.confirmed,
+        "lost": stats.lost,
+        "ledger": ledger,
+    }
 
 
 class Watch:

@@ -16,11 +16,13 @@ from z4j_core.schedule_external import (
 
 from tests.support.virtual import World
 from z4j_bare.buffer.rows import PROJECTION
-from z4j_bare.schedules import Schedules
+from z4j_bare.schedules import ScheduleManager
 from z4j_bare.schedules.host import SchedulerHost
 
 #: What a host reads of z4j_core's ``Config``.
-CONFIG = SimpleNamespace(redaction_extra_key_patterns=(), redaction_extra_value_patterns=(), max_payload_bytes=8192)
+CONFIG = SimpleNamespace(
+    redaction_extra_key_patterns=(), redaction_extra_value_patterns=(), max_payload_bytes=8192
+)
 #: The key of the first schedule in :class:`Planned`.
 KEY = "id:hourly"
 
@@ -91,7 +93,11 @@ class StubScheduler:
         if operation == "delete":
             del self.kept[schedule_id]
             return None
-        made = schedule(**definition) if operation == "create" else self.kept[schedule_id].model_copy(update=definition)
+        made = (
+            schedule(**definition)
+            if operation == "create"
+            else self.kept[schedule_id].model_copy(update=definition)
+        )
         self.kept[made.external_id] = made
         return made
 
@@ -126,8 +132,18 @@ class StreamBrain:
         self.authority = {
             "stream_id": self.stream, "epoch_uuid": str(uuid4()), "epoch_number": self.epochs, "adapter_instance_id": str(uuid4()),
         }  # fmt: skip
-        named = {"scheduler": self.owner, "owner": self.owner, "source_scope": self.scope, "stable_source": True}
-        return {**named, **self.authority, "registry_owner_id": str(uuid4()), "session_generation": 1}
+        named = {
+            "scheduler": self.owner,
+            "owner": self.owner,
+            "source_scope": self.scope,
+            "stable_source": True,
+        }
+        return {
+            **named,
+            **self.authority,
+            "registry_owner_id": str(uuid4()),
+            "session_generation": 1,
+        }
 
     def hear(self, event):
         """Take one event of a stream, in the order of the wire."""
@@ -154,7 +170,20 @@ class StreamBrain:
         if body["frame_kind"] == "rows":
             return
         frames, self.frames = self.frames, []
-        assert len({(frame["snapshot_id"], frame["snapshot_digest"], frame["row_count"], frame["frame_count"]) for frame in frames}) == 1
+        assert (
+            len(
+                {
+                    (
+                        frame["snapshot_id"],
+                        frame["snapshot_digest"],
+                        frame["row_count"],
+                        frame["frame_count"],
+                    )
+                    for frame in frames
+                }
+            )
+            == 1
+        )
         rows = [row for frame in frames for row in frame["schedules"]]
         assert (len(rows), len(frames) - 1) == (body["row_count"], body["frame_count"])
         whole = external_projection_body(
@@ -172,7 +201,11 @@ class StreamBrain:
         names = body.keys() - {"protocol_version"}
         assert external_projection_body(**{name: body[name] for name in names}) == body
         assert external_projection_digest(body) == data["payload_digest"]
-        assert (event["kind"], body["kind"], body["complete"]) == ("schedule.updated", "control", False)
+        assert (event["kind"], body["kind"], body["complete"]) == (
+            "schedule.updated",
+            "control",
+            False,
+        )
         (row,) = body["schedules"]
         self.rows[row["source_key"]] = row
         self._accept(data["reason"])
@@ -203,13 +236,13 @@ class StreamBrain:
 class Direct:
     """A bridge for virtual time: every call takes ``seconds`` and then runs a coroutine that awaits nothing."""
 
-    def __init__(self, seam):
-        self.seam = seam
+    def __init__(self, backend):
+        self.backend = backend
         self.seconds = 0.0
 
     def call(self, function, *args, timeout, **kwargs):
         seconds = self.seconds
-        self.seam.sleep(min(seconds, timeout))
+        self.backend.sleep(min(seconds, timeout))
         if seconds > timeout:
             raise TimeoutError
         outcome = function(*args, **kwargs)
@@ -226,10 +259,18 @@ class Plans:
     """For a ``World``: a room with one scheduler, and the brain at the other end of the store."""
 
     def plan(self, *schedules, interval=900):
-        self.scheduler = StubScheduler(*(schedules or (schedule("hourly"), schedule("daily", is_enabled=False))))
-        self.bridge = Direct(self.seam)
+        self.scheduler = StubScheduler(
+            *(schedules or (schedule("hourly"), schedule("daily", is_enabled=False)))
+        )
+        self.bridge = Direct(self.backend)
         self.rings = 0
-        self.room = Schedules([SchedulerHost(self.scheduler, self.bridge, CONFIG)], self.keeper, self.seam, self._ring, interval)
+        self.room = ScheduleManager(
+            [SchedulerHost(self.scheduler, self.bridge, CONFIG)],
+            self.buffer,
+            self.backend,
+            self._ring,
+            interval,
+        )
         self.stream = self.room.streams["beat"]
         self.brain = StreamBrain()
         self.room.connect()
@@ -245,8 +286,8 @@ class Plans:
 
     def run(self):
         """Start the room's loop."""
-        self.stopping = self.seam.event()
-        self.task = self.seam.spawn(self.room.run, self.stopping, name="z4j-schedules")
+        self.stop_event = self.backend.event()
+        self.task = self.backend.spawn(self.room.run, self.stop_event, name="z4j-schedules")
 
     def deliver(self):
         """Hand every projection stored to the brain; return the reasons of what it took."""

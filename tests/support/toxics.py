@@ -69,7 +69,7 @@ class Bandwidth(Toxic):
             yield data[start : start + size]
 
 
-class Slices(Toxic):
+class TimeSlice(Toxic):
     """Everything comes in pieces of a few bytes."""
 
     def carry(self, data, *, down):
@@ -134,7 +134,7 @@ class Refused(Toxic):
         self.hits += 1
 
 
-class Line(threading.Thread):
+class CooperativeSocket(threading.Thread):
     """One connection and its other half."""
 
     def __init__(self, proxy, sock):
@@ -226,7 +226,7 @@ class Proxy:
                 self._deaf()
             elif select.select([self._listener], [], [], LOOK)[0]:
                 sock, _ = self._listener.accept()
-                line = Line(self, sock)
+                line = CooperativeSocket(self, sock)
                 self.lines.add(line)
                 self.toxic.admit(line)
                 line.start()
@@ -235,9 +235,9 @@ class Proxy:
     def _deaf(self):
         """Refuse connections, but keep the port: anybody's next socket could take it."""
         self._listener.close()
-        with socket.socket() as keeper:
-            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            keeper.bind(("127.0.0.1", self.port))
+        with socket.socket() as buffer:
+            buffer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            buffer.bind(("127.0.0.1", self.port))
             while isinstance(self.toxic, Refused) and not self.closed:
                 time.sleep(LOOK)
         self._listener = socket.create_server(("127.0.0.1", self.port))

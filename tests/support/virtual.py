@@ -3,16 +3,16 @@
 import json
 from collections import deque
 
-from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError, NetworkError
 from z4j_bare.monitoring.counters import Counters
-from z4j_bare.pipeline.link import Link
-from z4j_bare.wire.session import Session, Welcome
+from z4j_bare.pipeline.link import Connection
+from z4j_bare.wire.session import HelloAck, Session
 
 SECRET = bytes(range(32))
-WELCOME = Welcome("agent", "project", "session")
+WELCOME = HelloAck("agent", "project", "session")
 
 
 class FakeTransport:
@@ -21,7 +21,7 @@ class FakeTransport:
     name = "fake"
     confirms = False
 
-    def __init__(self, seam):
+    def __init__(self, backend):
         self.sent = []
         self.inbox = deque()
         self.broken = None
@@ -30,7 +30,7 @@ class FakeTransport:
         self.answer = b""
         self.hellos = []
         self.heard = lambda frame: None
-        self._seam = seam
+        self._backend = backend
 
     def connect(self, hello):
         self.hellos.append(hello)
@@ -43,12 +43,12 @@ class FakeTransport:
             raise self.broken
         message = build()
         frame = json.loads(message)
-        self.sent.append((self._seam.now(), frame))
+        self.sent.append((self._backend.now(), frame))
         self.heard(frame)
         return len(message)
 
     def receive(self, timeout):
-        self._seam.wait_until(lambda: self.inbox or self.aborted, timeout)
+        self._backend.wait_until(lambda: self.inbox or self.aborted, timeout)
         if self.inbox:
             item = self.inbox.popleft()
             if isinstance(item, BaseException):
@@ -70,7 +70,9 @@ class FakeTransport:
 
     def events(self):
         """The events sent, in order, replays included."""
-        return [event["n"] for frame in self.of("event_batch") for event in frame["payload"]["events"]]
+        return [
+            event["n"] for frame in self.of("event_batch") for event in frame["payload"]["events"]
+        ]
 
 
 class Disk:
@@ -99,27 +101,33 @@ class Disk:
 
 
 class World:
-    """A seam, a disk, a keeper and the link of one session."""
+    """A backend, a disk, a keeper and the link of one session."""
 
-    def __init__(self, welcome=WELCOME):
-        self.seam = FakeConcurrency()
+    def __init__(self, hello_ack=WELCOME):
+        self.backend = FakeConcurrency()
         self.disk = Disk()
-        self.keeper = Keeper(self.disk.open, self.seam)
+        self.buffer = BufferManager(self.disk.open, self.backend)
         self.counters = Counters()
         self.stored = 0
-        self.dial(welcome)
+        self.dial(hello_ack)
 
-    def dial(self, welcome=WELCOME):
+    def dial(self, hello_ack=WELCOME):
         """A new session on a new transport."""
-        self.transport = FakeTransport(self.seam)
-        self.link = Link(self.transport, Session(welcome, SECRET), self.seam)
+        self.transport = FakeTransport(self.backend)
+        self.link = Connection(self.transport, Session(hello_ack, SECRET), self.backend)
 
     def store(self, number, *, size=0, kind="event", wake=True):
         """Put numbered rows into the store."""
         rows = []
         for _ in range(number):
-            rows.append((kind, f"c-{self.stored}", json.dumps({"n": self.stored, "x": "x" * size}, separators=(",", ":")).encode()))
+            rows.append(
+                (
+                    kind,
+                    f"c-{self.stored}",
+                    json.dumps({"n": self.stored, "x": "x" * size}, separators=(",", ":")).encode(),
+                )
+            )
             self.stored += 1
-        self.keeper.append(rows)
+        self.buffer.append(rows)
         if wake:
             self.link.wake.set()

@@ -13,7 +13,15 @@ from uuid import uuid4
 from z4j_core.models import Config, Event, EventKind
 
 import z4j_bare
-from z4j_bare import AgentRuntime, BareFrameworkAdapter, BufferStore, RuntimeState, install_agent, safe_boundary, safe_call
+from z4j_bare import (
+    AgentRuntime,
+    BareFrameworkAdapter,
+    BufferStore,
+    RuntimeState,
+    install_agent,
+    safe_boundary,
+    safe_call,
+)
 from z4j_bare._process_singleton import clear_runtime, try_register
 from z4j_bare.control import register_shutdown_atexit
 
@@ -75,7 +83,9 @@ def adapt(config: Config) -> None:
     """Do what framework adapters do."""
     framework = BareFrameworkAdapter(config)
     framework.on_startup(boundary)
-    runtime = AgentRuntime(config=config, framework=framework, engines=[ShopEngine()], schedulers=[])
+    runtime = AgentRuntime(
+        config=config, framework=framework, engines=[ShopEngine()], schedulers=[]
+    )
     if try_register(runtime, owner="shop") is runtime and config.autostart:
         runtime.start()
         framework.fire_startup()

@@ -7,16 +7,16 @@ from z4j_bare.asyncio_bridge.bridge import Bridge
 
 
 @pytest.fixture
-def bridge(seam):
+def bridge(backend):
     """A bridge of this mode, stopped at the end."""
-    made = Bridge(seam)
+    made = Bridge(backend)
     yield made
     made.stop(5)
 
 
 @pytest.fixture
-def peer(seam):
+def peer(backend):
     """A peer that listens, stopped at the end."""
-    made = Peer(seam)
+    made = Peer(backend)
     yield made
     made.stop()

@@ -18,7 +18,7 @@ from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, T
 from z4j_bare import RuntimeState, _process_singleton, install_agent
 from z4j_bare.pipeline import receive, send
 from z4j_bare.transport import websocket
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 
 #: Seconds under which something counts as not having hung; never a measure of speed.
 HANG = 15.0
@@ -29,10 +29,10 @@ class StubEngine:
 
     name = "stub"
 
-    def __init__(self, seam):
+    def __init__(self, backend):
         self.calls = []
-        self.release = seam.event()
-        self._seam = seam
+        self.release = backend.event()
+        self._backend = backend
 
     def capabilities(self):
         return {"retry_task", "cancel_task", "submit_task"}
@@ -53,15 +53,22 @@ class StubEngine:
 
 def an_event(number=0, **data):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED, occurred_at=datetime.now(UTC), data={"number": number, **data}
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=datetime.now(UTC),
+        data={"number": number, **data},
     )
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Everything in hundredths of a second: the schedules and intervals themselves have their own tests."""
-    for kind in list(policy.SCHEDULES):
-        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    for kind in list(close_codes.BACKOFF_POLICIES):
+        monkeypatch.setitem(
+            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+        )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
     monkeypatch.setenv("Z4J_FLUSH_INTERVAL_SECONDS", "0.02")
@@ -69,8 +76,8 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture
-def engine(seam):
-    made = StubEngine(seam)
+def engine(backend):
+    made = StubEngine(backend)
     yield made
     made.release.set()
 
@@ -81,7 +88,13 @@ def install(peer, engine):
     made = []
 
     def make(**changes):
-        options = {"engines": [engine], "brain_url": peer.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        options = {
+            "engines": [engine],
+            "brain_url": peer.url,
+            "token": TOKEN,
+            "project_id": "demo",
+            "hmac_secret": SECRET_TEXT,
+        }
         made.append(install_agent(**{**options, **changes}))
         return made[-1]
 
@@ -102,9 +115,12 @@ def runtime(install, peer, until):
 
 def settled(runtime):
     """Whether everything produced has been accounted for, and nothing waits any more."""
-    runtime._agent.keeper.stats()
+    runtime._agent.buffer.stats()
     stats = runtime.stats()
-    return stats["produced"] == stats["acked"] + stats["buffered"] + sum(stats["lost"].values()) and not stats["buffered"]
+    return (
+        stats["produced"] == stats["acked"] + stats["buffered"] + sum(stats["lost"].values())
+        and not stats["buffered"]
+    )
 
 
 def test_introduces_itself(install, peer, until, mode):
@@ -130,7 +146,9 @@ def test_heartbeats_at_the_brains_pace(install, peer, until):
     peer.heartbeat = 1
     install()
     until(lambda: len(peer.frames("heartbeat")) >= 3)
-    assert [frame.seq for frame in peer.sessions[0].frames] == list(range(1, len(peer.sessions[0].frames) + 1))
+    assert [frame.seq for frame in peer.sessions[0].frames] == list(
+        range(1, len(peer.sessions[0].frames) + 1)
+    )
     assert peer.mishaps == []
 
 
@@ -187,7 +205,11 @@ def test_large_events(runtime, peer, until):
         runtime.record_event(an_event(number, result="x" * 100_000))
     until(lambda: len(peer.events()) == 6)
     assert [len(event["data"]["result"]) for event in peer.events()] == [100_000] * 6
-    assert all(len(frame.payload.events) == 1 for frame in peer.frames("event_batch") if frame.payload.events)
+    assert all(
+        len(frame.payload.events) == 1
+        for frame in peer.frames("event_batch")
+        if frame.payload.events
+    )
 
 
 def test_a_small_frame_limit_is_obeyed(install, peer, until):
@@ -202,7 +224,9 @@ def test_a_small_frame_limit_is_obeyed(install, peer, until):
     assert second["data"]["number"] == 2
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1009, 1011, 1012, 4002, 4003, 4400, 4401, 4403, 4408, 4426, 4427, 4429])
+@pytest.mark.parametrize(
+    "code", [1000, 1001, 1009, 1011, 1012, 4002, 4003, 4400, 4401, 4403, 4408, 4426, 4427, 4429]
+)
 def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     """Whatever code ends the session is told apart, and the next one gets the events with the same id and time."""
     peer.acks = "none"
@@ -213,10 +237,12 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     peer.acks = "all"
     peer.last.close(code, "as scripted")
     until(lambda: settled(runtime) and runtime.stats()["acked"] == 1)
-    assert {(sent["id"], sent["occurred_at"]) for sent in peer.events()} == {(str(event.id), event.occurred_at.isoformat())}
+    assert {(sent["id"], sent["occurred_at"]) for sent in peer.events()} == {
+        (str(event.id), event.occurred_at.isoformat())
+    }
     assert runtime.stats()["restarts"] == {}
     assert peer.mishaps == []
-    assert f"no session ({policy.failure_class(policy.closed(code))})" in caplog.text
+    assert f"no session ({close_codes.failure_class(close_codes.closed(code))})" in caplog.text
 
 
 @pytest.mark.thorough
@@ -227,7 +253,9 @@ def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code)
     bad, heard = str(events[77].id), peer.heard
 
     def picky(session, frame):
-        if frame.type == "event_batch" and any(event["id"] == bad for event in frame.payload.events):
+        if frame.type == "event_batch" and any(
+            event["id"] == bad for event in frame.payload.events
+        ):
             session.close(code)
         else:
             heard(session, frame)
@@ -241,7 +269,10 @@ def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code)
     assert runtime.stats()["lost"] == {"poison": 1}
     assert {event["data"]["number"] for event in peer.events()} == set(range(600))
     assert len(peer.sessions) <= 8
-    assert "dropped what the brain cannot take: a 'task.succeeded' of 'stub', task 't-77'" in caplog.text
+    assert (
+        "dropped what the brain cannot take: a 'task.succeeded' of 'stub', task 't-77'"
+        in caplog.text
+    )
     assert runtime.stats()["restarts"] == {}
 
 
@@ -303,9 +334,9 @@ def test_refused_upgrades_are_retried(install, peer, until, status):
     until(lambda: peer.last)
 
 
-def test_redirects_are_not_followed(install, peer, seam, until):
+def test_redirects_are_not_followed(install, peer, backend, until):
     """The token goes to the configured brain and nowhere else, whatever that one answers."""
-    elsewhere = Peer(seam)
+    elsewhere = Peer(backend)
     try:
         peer.refuse = (302, {"Location": elsewhere.url.replace("http", "ws") + "/ws/agent"})
         install()
@@ -317,7 +348,9 @@ def test_redirects_are_not_followed(install, peer, seam, until):
 
 def test_retry_after_is_honoured(install, peer, until, monkeypatch):
     """A refusal that says how long to wait is not asked again before that."""
-    monkeypatch.setitem(policy.SCHEDULES, "incompatible", policy.Schedule(120, 3600))  # the bound on what a server may wish
+    monkeypatch.setitem(
+        close_codes.BACKOFF_POLICIES, "incompatible", close_codes.BackoffPolicy(120, 3600)
+    )  # the bound on what a server may wish
     peer.refuse = (429, {"Retry-After": "3000"})
     runtime = install()
     until(lambda: runtime.stats()["last_error"])
@@ -327,12 +360,12 @@ def test_retry_after_is_honoured(install, peer, until, monkeypatch):
         until(lambda: len(peer.sessions) > first, seconds=0.5)
 
 
-def test_the_host_s_first_task_is_heard(install, engine, seam):
+def test_the_host_s_first_task_is_heard(install, engine, backend):
     """``start()`` returns with an adapter connected that takes its time, and without one that hangs."""
     connected = []
 
     def connect_signals():
-        seam.sleep(0.1)
+        backend.sleep(0.1)
         connected.append(1)
         engine.release.wait(HANG)
 
@@ -341,9 +374,9 @@ def test_the_host_s_first_task_is_heard(install, engine, seam):
     assert (connected, engine.release.is_set()) == ([1], False)
 
 
-def test_starts_without_a_brain(install, seam, until, engine):
+def test_starts_without_a_brain(install, backend, until, engine):
     """start() returns at once with nobody listening, events wait, and the brain gets them when it comes up."""
-    early = Peer(seam)
+    early = Peer(backend)
     early.stop()
     runtime = install(brain_url=early.url)
     runtime.record_event(an_event(1))
@@ -358,15 +391,25 @@ def test_starts_without_a_brain(install, seam, until, engine):
     [
         lambda session: session.send(b"not json at all"),
         lambda session: session.send(b'{"v":2,"type":"heartbeat","id":"x","payload":{}}'),
-        lambda session: session.welcome(protocol_version="3"),
-        lambda session: session.welcome(heartbeat_interval_seconds=0),
+        lambda session: session.hello_ack(protocol_version="3"),
+        lambda session: session.hello_ack(heartbeat_interval_seconds=0),
         lambda session: session.send(b"", CLOSE),
         lambda session: session.send(b"\x00" * 70_000, TEXT),
         lambda session: session.send_raw(b"\xff\xff\xff\xff\xff\xff"),
         lambda session: session.drop(),
         lambda session: None,
     ],
-    ids=["no-json", "no-ack", "protocol-3", "bad-interval", "bare-close", "zeros", "bad-opcode", "hang-up", "silence"],
+    ids=[
+        "no-json",
+        "no-ack",
+        "protocol-3",
+        "bad-interval",
+        "bare-close",
+        "zeros",
+        "bad-opcode",
+        "hang-up",
+        "silence",
+    ],
 )
 def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting):
     """Whatever the brain says instead of hello_ack, the agent comes back and no loop dies."""
@@ -374,7 +417,7 @@ def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting)
     peer.greet = greeting
     runtime = install()
     until(lambda: len(peer.sessions) >= 2)
-    peer.greet = type(peer.sessions[0]).welcome
+    peer.greet = type(peer.sessions[0]).hello_ack
     until(lambda: peer.last and peer.last.frames)
     assert runtime.stats()["restarts"] == {}
 
@@ -384,10 +427,17 @@ def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
     session, token = peer.last, str(uuid4())
     identity = session.command("retry_task", {"task_id": "t-9"}, token=token)
     result = until(lambda: session.of("command_result"))[0]
-    assert [frame.type for frame in session.frames if frame.id == identity] == ["command_ack", "command_result"]
+    assert [frame.type for frame in session.frames if frame.id == identity] == [
+        "command_ack",
+        "command_result",
+    ]
     assert session.of("command_ack")[0].payload.delivery_claim_token == token
     assert result.payload.delivery_claim_token == token
-    assert (result.payload.status, result.payload.result, result.payload.error) == ("success", {"again": "t-9"}, None)
+    assert (result.payload.status, result.payload.result, result.payload.error) == (
+        "success",
+        {"again": "t-9"},
+        None,
+    )
     session.command("retry_task", {"task_id": "t-9"}, token=token, identity=identity)
     until(lambda: len(session.of("command_ack")) == 2 and len(session.of("command_result")) == 2)
     session.close(1012)
@@ -473,7 +523,10 @@ def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
     """A command that is still running at its deadline is answered as indeterminate, never executed again."""
     peer.last.command("cancel_task", {"task_id": "slow"}, timeout=3)
     result = until(lambda: peer.frames("command_result"))[0].payload
-    assert (result.status, result.result) == ("failed", {"indeterminate": True, "operation": "cancel_task"})
+    assert (result.status, result.result) == (
+        "failed",
+        {"indeterminate": True, "operation": "cancel_task"},
+    )
     assert engine.calls == ["slow"]
 
 
@@ -496,21 +549,36 @@ def test_failures_are_answers(runtime, peer, until, action, parameters, said):
 
 
 def a_command(identity="c-1"):
-    return CommandFrame(id=identity, payload=CommandPayload(action="retry_task", parameters={"task_id": "forged"}))
+    return CommandFrame(
+        id=identity, payload=CommandPayload(action="retry_task", parameters={"task_id": "forged"})
+    )
 
 
 def wrongly_signed(session):
-    signer = FrameSigner(secret=bytes(32), agent_id=AGENT, project_id=PROJECT, session_id=session.id)
+    signer = FrameSigner(
+        secret=bytes(32), agent_id=AGENT, project_id=PROJECT, session_id=session.id
+    )
     session.send(session.signed(a_command(), signer))
 
 
 def of_another_session(session):
-    signer = FrameSigner(secret=session.peer.secret, agent_id=AGENT, project_id=PROJECT, session_id=str(uuid4()))
+    signer = FrameSigner(
+        secret=session.peer.secret, agent_id=AGENT, project_id=PROJECT, session_id=str(uuid4())
+    )
     session.send(session.signed(a_command(), signer))
 
 
 def unsigned(session):
-    session.send(json.dumps({"v": 2, "type": "command", "id": "c", "payload": {"action": "retry_task", "parameters": {"task_id": "forged"}}}).encode())
+    session.send(
+        json.dumps(
+            {
+                "v": 2,
+                "type": "command",
+                "id": "c",
+                "payload": {"action": "retry_task", "parameters": {"task_id": "forged"}},
+            }
+        ).encode()
+    )
 
 
 def altered(session):
@@ -543,7 +611,20 @@ def half_a_frame(session):
         lambda session: session.send_raw(b"\xff" * 500),
         lambda session: session.send_raw(b"\x82\xff" + b"\xff" * 12),
     ],
-    ids=["key", "session", "unsigned", "altered", "oversized", "half", "empty", "no-utf8", "deep", "null", "noise", "masked"],
+    ids=[
+        "key",
+        "session",
+        "unsigned",
+        "altered",
+        "oversized",
+        "half",
+        "empty",
+        "no-utf8",
+        "deep",
+        "null",
+        "noise",
+        "masked",
+    ],
 )
 def test_attacks_execute_nothing(runtime, peer, engine, until, attack):
     """Nothing unsigned, altered or malformed runs a command or kills a loop; the agent ends that session and comes back."""
@@ -620,9 +701,9 @@ def test_stop_delivers_first(runtime, peer, until):
     assert session.goodbye == 1000
 
 
-def test_stop_while_nobody_listens(install, seam, until):
+def test_stop_while_nobody_listens(install, backend, until):
     """stop() does not wait for a brain that is not there."""
-    gone = Peer(seam)
+    gone = Peer(backend)
     gone.stop()
     runtime = install(brain_url=gone.url)
     runtime.record_event(an_event(1))
@@ -670,7 +751,9 @@ def test_request_reconnect(runtime, peer, until):
 
 def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
     """During a back-off of an hour, request_reconnect() brings the next attempt now."""
-    monkeypatch.setitem(policy.SCHEDULES, "connection", policy.Schedule(3600, 3600))
+    monkeypatch.setitem(
+        close_codes.BACKOFF_POLICIES, "connection", close_codes.BackoffPolicy(3600, 3600)
+    )
     peer.refuse = (503, {})
     runtime = install()
     until(lambda: runtime.stats()["last_error"])
@@ -690,7 +773,11 @@ def test_rotated_files_are_read_again(install, peer, until, tmp_path):
     token.write_text(f"{TOKEN}\n")
     key.write_text(f"{SECRET_TEXT}\n")
     until(lambda: peer.last and peer.last.frames)
-    assert [type(mishap).__name__ for mishap in peer.mishaps if type(mishap).__name__ != "SignatureError"] == []
+    assert [
+        type(mishap).__name__
+        for mishap in peer.mishaps
+        if type(mishap).__name__ != "SignatureError"
+    ] == []
 
 
 def test_a_lost_token_file_is_survived(install, peer, until, tmp_path):
@@ -764,7 +851,9 @@ def reap(pid, read, until):
 def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
     """A forked child, even one that goes on running its hub, takes nothing from the session and adds nothing to it."""
     if idle and mode == "eventlet":
-        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+        pytest.skip(
+            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
+        )
     peer.heartbeat = 1
     runtime = install()
     session = until(lambda: peer.last and peer.last.frames and peer.last)
@@ -800,7 +889,9 @@ def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
 def test_a_child_can_have_an_agent_of_its_own(runtime, peer, until, mode):
     """reinit_after_fork() gives the child its own session and buffer, and the parent keeps both of its own."""
     if mode == "eventlet":
-        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+        pytest.skip(
+            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
+        )
     first = peer.last
 
     def child():

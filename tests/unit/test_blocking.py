@@ -24,10 +24,10 @@ from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import EVENT
-from z4j_bare.credentials import deployment_of
+from z4j_bare.credentials import deployment_id
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import http, longpoll, websocket
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.canonical import canonical_plain
 
 pytestmark = pytest.mark.thorough
@@ -66,11 +66,11 @@ class Engine:
 class Load:
     """The host's tasks: an even stream of events, and a ticker that tells how late the hub was, which is no assertion."""
 
-    def __init__(self, seam, runtime):
+    def __init__(self, backend, runtime):
         self.produced = 0
         self.late = 0.0
         self.note = "x" * 60
-        self._seam = seam
+        self._backend = backend
         self._runtime = runtime
 
     def run(self, seconds=LOAD):
@@ -83,7 +83,7 @@ class Load:
                 self._runtime.record_event(an_event(self.produced, self.note))
                 self.produced += 1
             due = time.monotonic() + PULSE
-            self._seam.sleep(PULSE)
+            self._backend.sleep(PULSE)
 
 
 def an_event(number, note):
@@ -92,7 +92,12 @@ def an_event(number, note):
         "kwargs": {"order": f"o-{number}", "amount": 12.5, "retry": False, "note": note, "customer": {"id": number, "vip": True}},
     }  # fmt: skip
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED, occurred_at=datetime.now(UTC), data=data
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=datetime.now(UTC),
+        data=data,
     )
 
 
@@ -100,8 +105,10 @@ def an_event(number, note):
 def impatient(monkeypatch):
     """Attempts at a session follow each other at once, and the store has room for what waits and what comes."""
     monkeypatch.setenv("Z4J_BUFFER_MAX_EVENTS", str(2 * MANY))
-    for kind in list(policy.SCHEDULES):
-        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.05, 0.2))
+    for kind in list(close_codes.BACKOFF_POLICIES):
+        monkeypatch.setitem(
+            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.05, 0.2)
+        )
 
 
 @pytest.fixture
@@ -110,27 +117,36 @@ def engine():
 
 
 @pytest.fixture
-def start(seam, engine, tmp_path, judge):
+def start(backend, engine, tmp_path, judge):
     """``start(brain_url)``: a running agent and the load to put on it."""
     made = []
 
     def make(brain_url, **changes):
-        options = {"engines": [engine], "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
-        runtime = install_agent(brain_url=brain_url, buffer_path=tmp_path / "buffer.sqlite", **{**options, **changes})
-        made.append((runtime, Load(seam, runtime)))
+        options = {
+            "engines": [engine],
+            "token": TOKEN,
+            "project_id": "demo",
+            "hmac_secret": SECRET_TEXT,
+        }
+        runtime = install_agent(
+            brain_url=brain_url, buffer_path=tmp_path / "buffer.sqlite", **{**options, **changes}
+        )
+        made.append((runtime, Load(backend, runtime)))
         return made[-1]
 
     yield make
     for runtime, load in made:
         longest = judge.longest if judge else runtime.stats().get("longest_step_seconds", 0.0)
-        print(f"longest step {longest * 1000:.1f} ms, hub late by {load.late * 1000:.1f} ms at most")  # pytest -rP
+        print(
+            f"longest step {longest * 1000:.1f} ms, hub late by {load.late * 1000:.1f} ms at most"
+        )  # pytest -rP
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)
 
 
 @pytest.fixture
-def peer(seam):
-    made = Peer(seam)
+def peer(backend):
+    made = Peer(backend)
     yield made
     made.stop()
     assert made.mishaps == []
@@ -169,8 +185,10 @@ def test_a_locked_database(start, peer, delivered, until):
     """Another process locks the database for two seconds: the store waits in its native thread, and nothing is lost."""
     runtime, load = start(peer.url)
     load.run(0.5)
-    path = until(lambda: runtime._agent.keeper._disk).path
-    with subprocess.Popen([sys.executable, "-c", LOCKER, str(path)], stdout=subprocess.PIPE) as locker:
+    path = until(lambda: runtime._agent.buffer._disk).path
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(path)], stdout=subprocess.PIPE
+    ) as locker:
         load.run(2.5)
         assert locker.stdout.read() == b"locked\n"
     assert locker.returncode == 0
@@ -240,7 +258,7 @@ def test_a_black_hole(start, until, monkeypatch, transport):
         assert runtime.stats()["last_error"]
 
 
-class Narrow(websocket.Line):
+class Narrow(websocket.CooperativeSocket):
     """A line with less room than the frames that may be unacknowledged."""
 
     def __init__(self, sock, *rest):
@@ -251,7 +269,7 @@ class Narrow(websocket.Line):
 def test_a_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
     """A brain that reads no more in mid-session fills the line; the sender waits, is given up, and all arrives later."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.5)
-    monkeypatch.setattr(websocket, "Line", Narrow)
+    monkeypatch.setattr(websocket, "CooperativeSocket", Narrow)
     peer.door._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     runtime, load = start(peer.url)
     first = until(lambda: peer.last)
@@ -264,19 +282,21 @@ def test_a_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
 
 
 @pytest.fixture
-def secure(seam, certificate, monkeypatch):
+def secure(backend, certificate, monkeypatch):
     monkeypatch.setenv("Z4J_CA_BUNDLE", str(certificate))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     return context
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # eventlet's own
 @pytest.mark.parametrize("transport", ["ws", "longpoll"])
-def test_tls(start, seam, secure, until, monkeypatch, transport):
+def test_tls(start, backend, secure, until, monkeypatch, transport):
     """Over TLS, handshake included: certificates are verified and records enciphered within our steps."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
-    peer = (Peer if transport == "ws" else HttpPeer)(seam, tls=secure)
+    peer = (Peer if transport == "ws" else HttpPeer)(backend, tls=secure)
     try:
         runtime, load = start(peer.url)
         load.run()
@@ -294,7 +314,10 @@ def test_tls(start, seam, secure, until, monkeypatch, transport):
 BULK = {
     "string": ["x" * 1_040_000],
     "numbers": list(range(150_000)),
-    "records": [{"id": number, "name": f"name {number}", "ok": True, "share": number / 7} for number in range(16_000)],
+    "records": [
+        {"id": number, "name": f"name {number}", "ok": True, "share": number / 7}
+        for number in range(16_000)
+    ],
 }
 
 
@@ -315,7 +338,10 @@ def test_a_frame_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
 def rows():
     """``MANY`` events as the store keeps them, in lots."""
     for first in range(0, MANY, LOT):
-        yield [(EVENT, "", canonical_plain({"id": f"e-{number}", "data": {"n": number}})) for number in range(first, first + LOT)]
+        yield [
+            (EVENT, "", canonical_plain({"id": f"e-{number}", "data": {"n": number}}))
+            for number in range(first, first + LOT)
+        ]
 
 
 def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
@@ -323,7 +349,7 @@ def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
     peer.refuse = (503, {})
     runtime, load = start(peer.url)
     for lot in rows():
-        runtime._agent.keeper.append(lot)
+        runtime._agent.buffer.append(lot)
     peer.refuse = None
     load.run()
     until(lambda: runtime.stats()["acked"] >= MANY + load.produced, 120)
@@ -331,12 +357,14 @@ def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
 
 
 @pytest.mark.parametrize("transport", ["ws", "longpoll"])
-def test_a_hundred_thousand_rows_of_a_dead_process(start, seam, until, monkeypatch, tmp_path, transport):
+def test_a_hundred_thousand_rows_of_a_dead_process(
+    start, backend, until, monkeypatch, tmp_path, transport
+):
     """With 100,000 rows in the file of a dead process, the stream goes on while they are adopted."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
-    peer = (Peer if transport == "ws" else HttpPeer)(seam)
+    peer = (Peer if transport == "ws" else HttpPeer)(backend)
     runtime, load = start(peer.url, autostart=False)
-    deployment = deployment_of(runtime.config, runtime._build().secret())
+    deployment = deployment_id(runtime.config, runtime._build().secret())
     left = open_store(tmp_path / "buffer.sqlite", deployment=deployment)
     for lot in rows():
         left.append(lot)

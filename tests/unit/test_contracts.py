@@ -8,17 +8,17 @@ from z4j_bare.buffer import BufferStore, MemoryStore
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.interfaces import IBridge, IConcurrency, IEvent, ILock, IStore, ITask, ITransport
 from z4j_bare.settings import load_settings
-from z4j_bare.transport.auto import Routes
+from z4j_bare.transport.auto import TransportFactory
 
 
 @pytest.fixture(params=["real", "fake"])
-def either(request, seam):
-    """The seam of this mode, and the one with virtual time."""
-    return seam if request.param == "real" else FakeConcurrency()
+def either(request, backend):
+    """The backend of this mode, and the one with virtual time."""
+    return backend if request.param == "real" else FakeConcurrency()
 
 
 def test_seams(either):
-    """The seam of every mode, the fake included, keeps IConcurrency."""
+    """The backend of every mode, the fake included, keeps IConcurrency."""
     assert verifyObject(IConcurrency, either)
 
 
@@ -50,15 +50,17 @@ def test_stores(tmp_path):
     assert verifyObject(IStore, MemoryStore())
 
 
-def test_transports(seam):
+def test_transports(backend):
     """Every transport keeps ITransport."""
-    routes = Routes("http://127.0.0.1:1", "auto", str, load_settings(), seam, dev_mode=False)
+    routes = TransportFactory(
+        "http://127.0.0.1:1", "auto", str, load_settings(), backend, dev_mode=False
+    )
     for transport in (routes.transport(), routes.websocket(), routes.longpoll()):
         assert verifyObject(ITransport, transport)
 
 
-def test_bridges(seam):
+def test_bridges(backend):
     """The bridge keeps IBridge."""
-    bridge = Bridge(seam)
+    bridge = Bridge(backend)
     assert verifyObject(IBridge, bridge)
     bridge.stop()

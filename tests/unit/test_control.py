@@ -20,7 +20,13 @@ print(register_shutdown_atexit(lambda: os.write(1, b"ours;")), end=";", flush=Tr
 @pytest.mark.parametrize("last", ["", "raise SystemExit(3)", "raise ValueError('the host died')"])
 def test_runs_once_at_exit(mode, last):
     """The hook runs exactly once however the interpreter ends, and before the host's own exit hooks."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE.format(last=last), mode], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CODE.format(last=last), mode],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.stdout in ("threading;ours;host;", "atexit;ours;host;")
     assert (done.returncode == 0) is (last == "")
 

@@ -9,15 +9,20 @@ import requests
 from celery.schedules import crontab
 
 from tests.support.http_peer import HttpPeer
-from z4j_bare.declarative import ReconcileResult, ScheduleReconciler, _spec_to_brain_payload, _z4j_native_schedules_to_specs
+from z4j_bare.declarative import (
+    ReconcileResult,
+    ScheduleReconciler,
+    _spec_to_brain_payload,
+    _z4j_native_schedules_to_specs,
+)
 
 KEY = "z4j_key_that_nobody_may_log"
 
 
 @pytest.fixture
-def brain(seam):
+def brain(backend):
     """A scripted brain; what it shall answer stands in ``answers``."""
-    peer = HttpPeer(seam)
+    peer = HttpPeer(backend)
     yield peer
     peer.stop()
 
@@ -29,10 +34,26 @@ def reconciler(brain):
 
 def test_import(brain, reconciler):
     """Both notations go out in one request under the API key; what the brain counted comes back."""
-    brain.answers["POST"] = [(200, {}, json.dumps({"inserted": 1, "updated": 1, "failed": 1, "errors": {"1": "bad"}}).encode())]
+    brain.answers["POST"] = [
+        (
+            200,
+            {},
+            json.dumps({"inserted": 1, "updated": 1, "failed": 1, "errors": {"1": "bad"}}).encode(),
+        )
+    ]
     result = reconciler.reconcile(
-        z4j_schedules={"own": {"task": "shop.own", "kind": "cron", "expression": "0 * * * *", "queue": "q", "args": [1]}},
-        celery_beat_schedules={"beat": {"task": "shop.beat", "schedule": crontab(minute=5), "kwargs": {"a": 2}}},
+        z4j_schedules={
+            "own": {
+                "task": "shop.own",
+                "kind": "cron",
+                "expression": "0 * * * *",
+                "queue": "q",
+                "args": [1],
+            }
+        },
+        celery_beat_schedules={
+            "beat": {"task": "shop.beat", "schedule": crontab(minute=5), "kwargs": {"a": 2}}
+        },
         scheduler="celery-beat",
         source="django",
     )
@@ -43,14 +64,27 @@ def test_import(brain, reconciler):
     body = json.loads(request.body)
     assert (body["mode"], body["source_filter"]) == ("replace_for_source", "django")
     beat, own = body["schedules"]
-    assert (beat["name"], beat["kind"], beat["kwargs"], beat["scheduler"]) == ("beat", "cron", {"a": 2}, "celery-beat")
-    assert (own["task_name"], own["queue"], own["args"], own["timezone"], own["is_enabled"]) == ("shop.own", "q", [1], "UTC", True)
+    assert (beat["name"], beat["kind"], beat["kwargs"], beat["scheduler"]) == (
+        "beat",
+        "cron",
+        {"a": 2},
+        "celery-beat",
+    )
+    assert (own["task_name"], own["queue"], own["args"], own["timezone"], own["is_enabled"]) == (
+        "shop.own",
+        "q",
+        [1],
+        "UTC",
+        True,
+    )
     assert len(own["source_hash"]) == 64
 
 
 def test_dry_run(brain, reconciler):
     """A dry run asks for the differences only."""
-    brain.answers["POST"] = [(200, {}, b'{"insert": 3, "update": [1, 2], "unchanged": 4, "delete": 5}')]
+    brain.answers["POST"] = [
+        (200, {}, b'{"insert": 3, "update": [1, 2], "unchanged": 4, "delete": 5}')
+    ]
     result = reconciler.reconcile(z4j_schedules={}, dry_run=True)
     assert result == ReconcileResult(inserted=3, updated=2, unchanged=4, deleted=5, dry_run=True)
     assert brain.requests[0].path.endswith("schedules:diff")
@@ -70,7 +104,10 @@ def test_refusal(brain, reconciler, caplog):
 def test_the_way_there(brain, reconciler):
     """A redirect is not followed, and a brain that is not there is an error of requests."""
     brain.answers["POST"] = [(307, {"Location": brain.url + "/elsewhere"}, b"{}")]
-    assert reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}}).failed == 1
+    assert (
+        reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}}).failed
+        == 1
+    )
     assert len(brain.requests) == 1
     brain.stop()
     with pytest.raises(requests.ConnectionError):
@@ -83,10 +120,18 @@ def test_specs(caplog):
         "every": {"task": "t", "schedule": timedelta(seconds=30)},
         "cron": {"task_name": "t", "expression": "*/5 * * * *", "timezone": "Europe/Berlin"},
     }
-    bad = {"no task": {"schedule": "0 * * * *"}, "no time": {"task": "t"}, "no table": 7, "strange": {"task": "t", "schedule": object()}}
+    bad = {
+        "no task": {"schedule": "0 * * * *"},
+        "no time": {"task": "t"},
+        "no table": 7,
+        "strange": {"task": "t", "schedule": object()},
+    }
     with caplog.at_level(logging.WARNING):
         specs = _z4j_native_schedules_to_specs({**good, **bad})
-    assert [(spec.name, spec.kind, spec.timezone) for spec in specs] == [("every", "interval", "UTC"), ("cron", "cron", "Europe/Berlin")]
+    assert [(spec.name, spec.kind, spec.timezone) for spec in specs] == [
+        ("every", "interval", "UTC"),
+        ("cron", "cron", "Europe/Berlin"),
+    ]
     assert [record.args[0] for record in caplog.records] == list(bad)
 
 
@@ -106,7 +151,10 @@ def test_the_hash():
     first = _spec_to_brain_payload(spec, engine="celery")
     assert first == _spec_to_brain_payload(spec, engine="celery")
     assert "scheduler" not in first
-    others = [_spec_to_brain_payload(spec, engine="rq"), _spec_to_brain_payload(spec, engine="celery", scheduler="s")]
+    others = [
+        _spec_to_brain_payload(spec, engine="rq"),
+        _spec_to_brain_payload(spec, engine="celery", scheduler="s"),
+    ]
     assert len({row["source_hash"] for row in (first, *others)}) == 3
 
 

@@ -6,13 +6,28 @@ import sys
 
 import pytest
 
-FORBIDDEN = ("ssl", "asyncio", "requests", "urllib3", "websocket", "websockets", "httpx", "gevent", "eventlet", "celery", "sqlite3", "z4j_brain")
+FORBIDDEN = (
+    "ssl",
+    "asyncio",
+    "requests",
+    "urllib3",
+    "websocket",
+    "websockets",
+    "httpx",
+    "gevent",
+    "eventlet",
+    "celery",
+    "sqlite3",
+    "z4j_brain",
+)
 
 
 def loaded_by(code):
     """What ``sys.modules`` holds after ``code`` in a fresh interpreter, beyond what z4j_core's own models load."""
     full = f"import sys; before = set(sys.modules)\n{code}\nimport json; print(json.dumps(sorted(set(sys.modules) - before)))"
-    done = subprocess.run([sys.executable, "-c", full], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", full], capture_output=True, text=True, timeout=60, check=True
+    )
     return set(json.loads(done.stdout))
 
 
@@ -24,14 +39,26 @@ def once(mode):
 
 def test_the_import_is_light():
     """``import z4j_bare`` and naming its public entry points load nothing network-related and no runtime."""
-    loaded = loaded_by("import z4j_bare; z4j_bare.install_agent, z4j_bare.AgentRuntime, z4j_bare.safe_boundary")
+    loaded = loaded_by(
+        "import z4j_bare; z4j_bare.install_agent, z4j_bare.AgentRuntime, z4j_bare.safe_boundary"
+    )
     assert loaded.isdisjoint(FORBIDDEN), loaded.intersection(FORBIDDEN)
 
 
 def test_the_rooms_are_light():
-    """The wire, the loops and the choice of a seam load no library of a runtime either."""
-    rooms = ("concurrency", "wire.session", "wire.policy", "loops.send", "loops.supervisor", "dispatcher", "transport.websocket", "control", "hosting")
-    loaded = loaded_by("".join(f"import z4j_bare.{room}\n" for room in rooms))
+    """The wire, the loops and the choice of a backend load no library of a runtime either."""
+    packages = (
+        "concurrency",
+        "wire.session",
+        "wire.close_codes",
+        "pipeline.send",
+        "pipeline.session",
+        "commands",
+        "transport.websocket",
+        "control",
+        "process",
+    )
+    loaded = loaded_by("".join(f"import z4j_bare.{package}\n" for package in packages))
     heavy = ("gevent", "eventlet", "requests", "websocket", "celery", "asyncio")
     assert loaded.isdisjoint(heavy), loaded.intersection(heavy)
 
@@ -39,8 +66,22 @@ def test_the_rooms_are_light():
 def test_an_agent_is_no_larger_than_its_worker_needs():
     """An agent without a scheduler loads what it needs to be built, and none of what serves commands, schedules, long-poll, developers or a look from outside."""
     loaded = loaded_by("import z4j_bare.agent")
-    unneeded = ("schedules.stream", "schedules.orders", "adapters.schedulers", "transport.longpoll", "transport.http", "buffer.inspect")
-    unneeded += ("dispatcher.executor", "dispatcher.table", "dispatcher.departure", "adapters.controls", "adapters.nodes", "watcher")
+    unneeded = (
+        "schedules.stream",
+        "schedules.operations",
+        "schedules.host",
+        "transport.longpoll",
+        "transport.http",
+        "buffer.report",
+    )
+    unneeded += (
+        "commands.executor",
+        "commands.actions",
+        "commands.process_restart",
+        "engines.celery.controls",
+        "engines.celery.remote_control",
+        "watcher",
+    )
     assert "z4j_bare.transport.websocket" in loaded
     assert loaded.isdisjoint({f"z4j_bare.{each}" for each in unneeded})
 
@@ -71,6 +112,8 @@ def test_without_forks_it_says_so():
         "import os, shutil, sys; del os.fork, os.register_at_fork; sys.modules['posix'] = None\n"
         "import z4j_bare\nz4j_bare.install_agent"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode != 0
     assert "ImportError: z4j-bare needs a POSIX system" in done.stderr

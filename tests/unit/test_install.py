@@ -25,7 +25,12 @@ class Consumer:
     hostname = "w1@host"
 
 
-GIVEN = {"brain_url": "http://127.0.0.1:9", "token": "tok", "project_id": "demo", "hmac_secret": SECRET_TEXT}
+GIVEN = {
+    "brain_url": "http://127.0.0.1:9",
+    "token": "tok",
+    "project_id": "demo",
+    "hmac_secret": SECRET_TEXT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +102,24 @@ def test_frameworks(given):
     config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
     singleton.clear_runtime()
     instance = BareFrameworkAdapter(config)
-    runtime = install_agent(engines=[Engine()], autostart=False, framework=instance if given == "instance" else given, **GIVEN)
+    runtime = install_agent(
+        engines=[Engine()],
+        autostart=False,
+        framework=instance if given == "instance" else given,
+        **GIVEN,
+    )
     assert isinstance(runtime.framework, BareFrameworkAdapter)
     assert given != "instance" or runtime.framework is instance
 
 
 def test_settings_come_from_the_environment(monkeypatch):
     """What is not given as a keyword comes from Z4J_*."""
-    for name, value in (("BRAIN_URL", GIVEN["brain_url"]), ("TOKEN", "tok"), ("PROJECT_ID", "from-env"), ("HMAC_SECRET", SECRET_TEXT)):
+    for name, value in (
+        ("BRAIN_URL", GIVEN["brain_url"]),
+        ("TOKEN", "tok"),
+        ("PROJECT_ID", "from-env"),
+        ("HMAC_SECRET", SECRET_TEXT),
+    ):
         monkeypatch.setenv(f"Z4J_{name}", value)
     runtime = install_agent(engines=[Engine()])
     assert runtime.state is RuntimeState.RUNNING
@@ -130,12 +145,28 @@ def test_the_token_file_is_enough(tmp_path):
         ({"hmac_secret": "spaces are not base64 !!"}, RuntimeError, "Z4J_HMAC_SECRET"),
         ({"hmac_secret": "c2hvcnQ="}, RuntimeError, "decodes to 5 bytes"),
         ({"brain_url": "http://brain.example.com"}, HostConfigurationError, "Z4J_BRAIN_URL"),
-        ({"brain_url": "nonsense"}, HostConfigurationError, "Z4J_BRAIN_URL='nonsense': Input should be a valid URL"),
-        ({"max_payload_bytes": 3}, HostConfigurationError, "Z4J_MAX_PAYLOAD_BYTES=3: Input should be greater"),
+        (
+            {"brain_url": "nonsense"},
+            HostConfigurationError,
+            "Z4J_BRAIN_URL='nonsense': Input should be a valid URL",
+        ),
+        (
+            {"max_payload_bytes": 3},
+            HostConfigurationError,
+            "Z4J_MAX_PAYLOAD_BYTES=3: Input should be greater",
+        ),
         ({"tags": "x", "agent_name": "y" * 65}, HostConfigurationError, "Z4J_TAGS='x'"),
         ({"token": 3}, HostConfigurationError, "Z4J_TOKEN: Input should be a valid string"),
-        ({"redaction_extra_key_patterns": ["("]}, HostConfigurationError, "Z4J_REDACTION_EXTRA_KEY_PATTERNS: "),
-        ({"redaction_extra_value_patterns": ["x["]}, HostConfigurationError, "Z4J_REDACTION_EXTRA_VALUE_PATTERNS: "),
+        (
+            {"redaction_extra_key_patterns": ["("]},
+            HostConfigurationError,
+            "Z4J_REDACTION_EXTRA_KEY_PATTERNS: ",
+        ),
+        (
+            {"redaction_extra_value_patterns": ["x["]},
+            HostConfigurationError,
+            "Z4J_REDACTION_EXTRA_VALUE_PATTERNS: ",
+        ),
         ({"concurrency": "asyncio"}, HostConfigurationError, "Z4J_CONCURRENCY"),
     ],
 )
@@ -225,7 +256,9 @@ def test_disabled_by_hand(monkeypatch):
     """An adapter that builds AgentRuntime itself gets an inert one as well."""
     config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
     monkeypatch.setenv("Z4J_DISABLED", "true")
-    runtime = AgentRuntime(config=config, framework=BareFrameworkAdapter(config), engines=[Engine()])
+    runtime = AgentRuntime(
+        config=config, framework=BareFrameworkAdapter(config), engines=[Engine()]
+    )
     runtime.start()
     assert runtime.state is RuntimeState.STOPPED
 
@@ -309,12 +342,12 @@ class Engine:
     def capabilities(self):
         return set()
 
-seam = build(sys.argv[1])
-peer = Peer(seam)
+backend = build(sys.argv[1])
+peer = Peer(backend)
 runtime = install_agent(engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
 deadline = time.monotonic() + 20
 while not peer.frames("heartbeat") and time.monotonic() < deadline:
-    seam.sleep(0.02)
+    backend.sleep(0.02)
 import atexit
 stop = runtime.stop
 def watched(*args, **options):
@@ -328,8 +361,16 @@ print(len(peer.frames("heartbeat")), flush=True)
 
 def test_the_exit_of_the_process_stops_the_agent(mode):
     """At interpreter exit the agent stops once, within its budget, in every mode, and the process ends."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", EXIT, mode], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["1", "stopped True stopped"]), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXIT, mode],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["1", "stopped True stopped"]), (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

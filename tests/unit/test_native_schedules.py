@@ -22,7 +22,13 @@ from z4j_bare.concurrency import fork
 from z4j_bare.interfaces import INativeSchedules
 
 CODE = [schedule("hourly"), schedule("daily", expression="86400")]
-NEW = {"name": "new", "task_name": "a.task", "kind": "interval", "expression": "60", "kwargs": {"x": 1}}
+NEW = {
+    "name": "new",
+    "task_name": "a.task",
+    "kind": "interval",
+    "expression": "60",
+    "kwargs": {"x": 1},
+}
 
 
 @pytest.fixture
@@ -30,10 +36,23 @@ def control(tmp_path):
     return NativeScheduleControl(tmp_path / "schedules.sqlite")
 
 
-def change(control, operation, identity=None, *, validate=lambda _: None, expected=None, owner="beat", **definition):
+def change(
+    control,
+    operation,
+    identity=None,
+    *,
+    validate=lambda _: None,
+    expected=None,
+    owner="beat",
+    **definition,
+):
     if identity is not None and expected is None:
         current = {each.external_id: each for each in control.resolve(CODE, owner=owner)}
-        expected = normalize_external_schedule(current[identity].model_dump(mode="json"), owner="beat") if identity in current else {}
+        expected = (
+            normalize_external_schedule(current[identity].model_dump(mode="json"), owner="beat")
+            if identity in current
+            else {}
+        )
     return control.mutate(
         owner=owner, operation=operation, schedule_id=identity, expected=expected, definition=definition, baseline=CODE, validate=validate, engine="huey",
     )  # fmt: skip
@@ -73,7 +92,7 @@ def test_changes_survive(control, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_no_fork_amid_a_change(seam, control, until, monkeypatch):
+def test_no_fork_amid_a_change(backend, control, until, monkeypatch):
     """A child never begins while another thread is inside SQLite for a change: its locks would be shut in it for ever."""
     monkeypatch.setattr(fork, "PATIENCE", 30.0)
     steps = []
@@ -91,8 +110,8 @@ def test_no_fork_amid_a_change(seam, control, until, monkeypatch):
     def work(_sleep=None):
         change(control, "create", validate=slow, **NEW)
 
-    if not seam.native(work):
-        seam.spawn(work, name="change")
+    if not backend.native(work):
+        backend.spawn(work, name="change")
     until(lambda: steps)
     pid = os.fork()
     if not pid:
@@ -227,7 +246,14 @@ def test_many_at_once(control):
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(["create", "update", "delete"]), st.sampled_from("abc"), st.booleans()), max_size=8))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["create", "update", "delete"]), st.sampled_from("abc"), st.booleans()
+        ),
+        max_size=8,
+    )
+)
 def test_it_is_a_dictionary(tmp_path_factory, steps):
     """Any changes in any order leave what a dictionary of schedules would hold."""
     control = NativeScheduleControl(tmp_path_factory.mktemp("native") / "s.sqlite")
@@ -241,4 +267,6 @@ def test_it_is_a_dictionary(tmp_path_factory, steps):
             model[name] = (model[name][0], on)
         elif operation == "delete" and name in model:
             change(control, "delete", model.pop(name)[0])
-    assert {name: (each.external_id, each.is_enabled) for name, each in in_force(control).items()} == model
+    assert {
+        name: (each.external_id, each.is_enabled) for name, each in in_force(control).items()
+    } == model

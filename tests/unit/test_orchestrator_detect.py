@@ -14,7 +14,10 @@ HIDDEN = "0::/\n"  # what a container sees of its own cgroup under v2
 
 def machine(root, pid=1, parent=0, **files):
     """Lay out ``/proc`` and other files below ``root``; underscores in names are slashes, ``mine`` is ``proc/<pid>``."""
-    made = {f"proc/{pid}/stat": f"{pid} (a name) with) S {parent} 1 1", **{name.replace("__", "/"): text for name, text in files.items()}}
+    made = {
+        f"proc/{pid}/stat": f"{pid} (a name) with) S {parent} 1 1",
+        **{name.replace("__", "/"): text for name, text in files.items()},
+    }
     for name, text in made.items():
         path = root / name.replace("mine", f"proc/{pid}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,25 +51,42 @@ def test_containers(tmp_path, files, label):
 
 def test_a_container_stands_and_falls_with_one_process(tmp_path):
     """In a container counts its first process, or the child of a mere init; what was started beside those does not."""
-    assert detect(machine(tmp_path / "a", 7, 1, **{".dockerenv": "", "proc__1__comm": "tini\n"}), 7).signal == "docker, pid 7"
-    assert not detect(machine(tmp_path / "b", 7, 1, **{".dockerenv": "", "proc__1__comm": "bash\n"}), 7).detected
-    assert not detect(machine(tmp_path / "c", 7, 0, **{".dockerenv": ""}), 7).detected  # docker exec
+    assert (
+        detect(
+            machine(tmp_path / "a", 7, 1, **{".dockerenv": "", "proc__1__comm": "tini\n"}), 7
+        ).signal
+        == "docker, pid 7"
+    )
+    assert not detect(
+        machine(tmp_path / "b", 7, 1, **{".dockerenv": "", "proc__1__comm": "bash\n"}), 7
+    ).detected
+    assert not detect(
+        machine(tmp_path / "c", 7, 0, **{".dockerenv": ""}), 7
+    ).detected  # docker exec
     shared = machine(tmp_path / "d", 7, 0, **{".dockerenv": ""})
     assert detect(shared, 7, KUBERNETES_SERVICE_HOST="10.0.0.1").signal == "kubernetes, pid 7"
 
 
 def test_kubernetes_in_the_environment_alone(tmp_path):
     """A developer's shell with the cluster's variables is no pod."""
-    assert detect(machine(tmp_path, 77, 70, mine__cgroup=SESSION), 77, KUBERNETES_SERVICE_HOST="10.0.0.1") == OrchestratorDetection(False, None)
+    assert detect(
+        machine(tmp_path, 77, 70, mine__cgroup=SESSION), 77, KUBERNETES_SERVICE_HOST="10.0.0.1"
+    ) == OrchestratorDetection(False, None)
 
 
 def test_systemd(tmp_path):
     """A service's main process counts; a terminal of a session with systemd's variables, or a service's grandchild, does not."""
     root = machine(tmp_path / "a", 50, 1, mine__cgroup=SERVICE, proc__1__comm="systemd\n")
-    assert detect(root, 50, INVOCATION_ID="x") == OrchestratorDetection(True, "systemd, celery.service")
+    assert detect(root, 50, INVOCATION_ID="x") == OrchestratorDetection(
+        True, "systemd, celery.service"
+    )
     assert detect(root, 50, NOTIFY_SOCKET="/run/x").detected
     assert not detect(root, 50).detected
-    assert not detect(machine(tmp_path / "b", 50, 1, mine__cgroup=SESSION, proc__1__comm="systemd\n"), 50, INVOCATION_ID="x").detected
+    assert not detect(
+        machine(tmp_path / "b", 50, 1, mine__cgroup=SESSION, proc__1__comm="systemd\n"),
+        50,
+        INVOCATION_ID="x",
+    ).detected
     grandchild = machine(tmp_path / "c", 50, 40, mine__cgroup=SERVICE, proc__40__comm="sh\n")
     assert not detect(grandchild, 50, INVOCATION_ID="x").detected
     assert detect(grandchild, 50, INVOCATION_ID="x", SYSTEMD_EXEC_PID="50").detected
@@ -74,21 +94,52 @@ def test_systemd(tmp_path):
 
 def test_supervisord(tmp_path):
     """The child of supervisord counts; a process that merely has inherited its variables does not."""
-    root = machine(tmp_path / "a", 50, 40, proc__40__cmdline="/usr/bin/python3\0/usr/bin/supervisord\0-n\0")
-    assert detect(root, 50, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="worker").signal == "supervisord, worker"
+    root = machine(
+        tmp_path / "a", 50, 40, proc__40__cmdline="/usr/bin/python3\0/usr/bin/supervisord\0-n\0"
+    )
+    assert (
+        detect(root, 50, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="worker").signal
+        == "supervisord, worker"
+    )
     assert not detect(root, 50).detected
-    assert not detect(machine(tmp_path / "b", 50, 40, proc__40__cmdline="bash\0"), 50, SUPERVISOR_ENABLED="1").detected
+    assert not detect(
+        machine(tmp_path / "b", 50, 40, proc__40__cmdline="bash\0"), 50, SUPERVISOR_ENABLED="1"
+    ).detected
 
 
 def test_masters(tmp_path):
     """A worker whose master starts a new one counts; one whose master ends with it does if somebody starts the master."""
-    taskiq = machine(tmp_path / "a", 50, 40, proc__40__cmdline="/usr/bin/python\0/usr/bin/taskiq\0worker\0shop:broker\0")
+    taskiq = machine(
+        tmp_path / "a",
+        50,
+        40,
+        proc__40__cmdline="/usr/bin/python\0/usr/bin/taskiq\0worker\0shop:broker\0",
+    )
     assert detect(taskiq, 50) == OrchestratorDetection(True, "taskiq, pid 40")
     dramatiq = {"proc__40__cmdline": "/usr/bin/python\0/usr/bin/dramatiq\0shop\0"}
-    root = machine(tmp_path / "b", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30", proc__30__cmdline="supervisord\0")
-    assert detect(root, 50, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="d").signal == "supervisord, d"
-    assert not detect(machine(tmp_path / "c", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30"), 50).detected
-    inside = machine(tmp_path / "d", 8, 1, **{".dockerenv": ""}, proc__1__cmdline="dramatiq\0shop\0", proc__1__stat="1 (dramatiq) S 0")
+    root = machine(
+        tmp_path / "b",
+        50,
+        40,
+        **dramatiq,
+        proc__40__stat="40 (dramatiq) S 30",
+        proc__30__cmdline="supervisord\0",
+    )
+    assert (
+        detect(root, 50, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="d").signal
+        == "supervisord, d"
+    )
+    assert not detect(
+        machine(tmp_path / "c", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30"), 50
+    ).detected
+    inside = machine(
+        tmp_path / "d",
+        8,
+        1,
+        **{".dockerenv": ""},
+        proc__1__cmdline="dramatiq\0shop\0",
+        proc__1__stat="1 (dramatiq) S 0",
+    )
     assert detect(inside, 8).signal == "docker, pid 1"
 
 
@@ -96,16 +147,27 @@ def test_what_the_operator_says_decides(tmp_path):
     """Z4J_ORCHESTRATED goes before everything, the marker file before what is found."""
     docker = machine(tmp_path, **{".dockerenv": "", "etc__z4j-orchestrated": ""})
     for no in ("0", "false", "No", " off "):
-        assert detect(docker, Z4J_ORCHESTRATED=no) == OrchestratorDetection(False, f"Z4J_ORCHESTRATED={no.strip().lower()}")
+        assert detect(docker, Z4J_ORCHESTRATED=no) == OrchestratorDetection(
+            False, f"Z4J_ORCHESTRATED={no.strip().lower()}"
+        )
     assert detect(tmp_path / "nothing", 5, Z4J_ORCHESTRATED="yes").detected
     assert detect(docker).signal == "/etc/z4j-orchestrated"
-    assert detect_orchestrator(pid=1, env={}, fs_marker_override="lxc", root=tmp_path / "nothing").signal == "lxc, pid 1"
+    assert (
+        detect_orchestrator(
+            pid=1, env={}, fs_marker_override="lxc", root=tmp_path / "nothing"
+        ).signal
+        == "lxc, pid 1"
+    )
 
 
 def test_without_the_filesystem(tmp_path):
     """Asked not to look, only pid 1 and the operator's word count."""
-    assert detect_orchestrator(pid=1, env={}, probe_filesystem=False) == OrchestratorDetection(True, "pid 1")
-    assert not detect_orchestrator(pid=2, env={}, probe_filesystem=False, root=machine(tmp_path, **{".dockerenv": ""})).detected
+    assert detect_orchestrator(pid=1, env={}, probe_filesystem=False) == OrchestratorDetection(
+        True, "pid 1"
+    )
+    assert not detect_orchestrator(
+        pid=2, env={}, probe_filesystem=False, root=machine(tmp_path, **{".dockerenv": ""})
+    ).detected
 
 
 @pytest.mark.parametrize("stat", ["", "1", "1 (x", "1 (x) S what", "\udcff(\udcff) \udcff"])

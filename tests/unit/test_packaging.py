@@ -32,7 +32,11 @@ def test_lowest_is_what_setup_cfg_allows(setup_cfg):
     promised = bounds(setup_cfg["options"]["install_requires"])
     for extra in ("celery", "demo", "eventlet"):
         promised |= bounds(setup_cfg["options.extras_require"][extra])
-    pinned = dict(line.split("==") for line in (ROOT / "tests/lowest.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "tests/lowest.txt").read_text().splitlines()
+        if "==" in line
+    )
     assert pinned == promised
 
 
@@ -56,14 +60,24 @@ def test_the_source_distribution_is_whole():
 def test_the_docs_install_this_version(setup_cfg):
     """Every version of ours that a page tells to install or to pin is the present one."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    named = {found for page in pages for found in re.findall(r"\b1\.\d+\.\d+\+green\.\d+", page.read_text())}
+    named = {
+        found
+        for page in pages
+        for found in re.findall(r"\b1\.\d+\.\d+\+green\.\d+", page.read_text())
+    }
     assert named == {setup_cfg["metadata"]["version"]}
 
 
 def test_no_page_sends_to_the_other_package():
     """No page takes the existing agent for this one: its page on the index, or an install by the bare name."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*")]
-    texts = [page.read_text() for page in pages if page.is_file() and page.suffix != ".pyc"]  # conf.py may have been imported
+    texts = [
+        page.read_text() for page in pages if page.is_file() and page.suffix != ".pyc"
+    ]  # conf.py may have been imported
     lines = [line for text in texts for line in text.splitlines()]
     assert [line for line in lines if "pypi.org/project/z4j-bare" in line] == []
-    assert [line for line in lines if re.match(r"\s*pip install ['\"]?z4j-bare(\[\w+\])?['\"]?(\s|$)", line)] == []
+    assert [
+        line
+        for line in lines
+        if re.match(r"\s*pip install ['\"]?z4j-bare(\[\w+\])?['\"]?(\s|$)", line)
+    ] == []

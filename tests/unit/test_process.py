@@ -11,7 +11,10 @@ TABLE = [
     (["celery", "-A", "shop", "worker", "-P", "gevent"], "worker"),
     (["/usr/local/bin/celery", "--app=shop", "worker"], "worker"),
     (["celery", "-Ashop", "worker"], "worker"),
-    (["celery", "--app", "shop", "-b", "redis://x", "--workdir", "/srv", "worker", "-c", "100"], "worker"),
+    (
+        ["celery", "--app", "shop", "-b", "redis://x", "--workdir", "/srv", "worker", "-c", "100"],
+        "worker",
+    ),
     (["celery", "--config", "worker", "inspect", "ping"], "inspect"),
     (["celery", "--no-color", "--quiet", "inspect", "active"], "inspect"),
     (["celery", "worker", "-A", "shop"], "worker"),
@@ -41,16 +44,33 @@ def test_commands(argv, command):
     assert hosting.is_celery_worker(argv) is (command == "worker")
 
 
-@pytest.mark.parametrize("command", ["inspect", "status", "control", "purge", "shell", "events", "list", "report", "call", "result", "multi"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect",
+        "status",
+        "control",
+        "purge",
+        "shell",
+        "events",
+        "list",
+        "report",
+        "call",
+        "result",
+        "multi",
+    ],
+)
 def test_visitors(command):
     """Commands that come and go are visitors."""
-    assert hosting.is_visitor(["celery", "-A", "shop", command])
+    assert hosting.is_inspection_command(["celery", "-A", "shop", command])
 
 
-@pytest.mark.parametrize("argv", [["celery", "worker"], ["celery", "beat"], ["gunicorn", "x"], ["celery"], []])
+@pytest.mark.parametrize(
+    "argv", [["celery", "worker"], ["celery", "beat"], ["gunicorn", "x"], ["celery"], []]
+)
 def test_residents(argv):
     """Workers, beat and other programs are no visitors."""
-    assert not hosting.is_visitor(argv)
+    assert not hosting.is_inspection_command(argv)
 
 
 def test_the_own_command_line_is_the_default(monkeypatch):
@@ -72,7 +92,7 @@ def test_the_own_command_line_is_the_default(monkeypatch):
 )
 def test_workers_without_a_name(engine, argv):
     """The worker of an engine that names none is known by its program, and gets a name of its own."""
-    assert hosting.own_worker(engine, argv) == f"{engine}@{platform.node()}-{os.getpid()}"
-    assert hosting.own_worker("rq", argv) is None
-    assert hosting.own_worker(engine, ["gunicorn", "shop"]) is None
-    assert hosting.own_worker(engine, []) is None
+    assert hosting.local_worker_name(engine, argv) == f"{engine}@{platform.node()}-{os.getpid()}"
+    assert hosting.local_worker_name("rq", argv) is None
+    assert hosting.local_worker_name(engine, ["gunicorn", "shop"]) is None
+    assert hosting.local_worker_name(engine, []) is None

@@ -93,7 +93,11 @@ def test_the_wrapper_keeps_its_looks():
         """Say so."""
 
     wrapped = safe_boundary(documented)
-    assert (wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__) == ("documented", "Say so.", documented)
+    assert (wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__) == (
+        "documented",
+        "Say so.",
+        documented,
+    )
 
 
 class Receiver:
@@ -125,7 +129,11 @@ def test_celery_takes_a_wrapped_method(caplog):
 
 def test_broken_logging_is_survived(monkeypatch, capsys):
     """When logging itself fails, one line without the message, which may hold a secret, goes to stderr."""
-    monkeypatch.setattr(logging.getLogger("z4j.runtime.safety"), "error", lambda *_args, **_options: fail(OSError("full")))
+    monkeypatch.setattr(
+        logging.getLogger("z4j.runtime.safety"),
+        "error",
+        lambda *_args, **_options: fail(OSError("full")),
+    )
     assert safe_call(fail, ValueError("a secret")) is None
     said = capsys.readouterr().err
     assert "fail failed with ValueError" in said
@@ -135,7 +143,13 @@ def test_broken_logging_is_survived(monkeypatch, capsys):
 def test_log_extra():
     """Keys that logging reserves are renamed, so that a user's own cannot break a log call."""
     extra = safe_log_extra({"message": 1, "args": 2, "name": 3, "asctime": 4, "mine": 5})
-    assert extra == {"user_message": 1, "user_args": 2, "user_name": 3, "user_asctime": 4, "mine": 5}
+    assert extra == {
+        "user_message": 1,
+        "user_args": 2,
+        "user_name": 3,
+        "user_asctime": 4,
+        "mine": 5,
+    }
     logging.getLogger("z4j.test").warning("x", extra=extra)
 
 

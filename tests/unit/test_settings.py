@@ -14,8 +14,18 @@ def test_defaults():
     """Without any setting the documented defaults hold, and they cannot be changed afterwards."""
     found = load_settings({})
     assert (found.concurrency, found.disabled, found.heartbeat) == ("auto", False, True)
-    assert (found.flush_interval, found.flush_events, found.flush_seconds, found.ring_events) == (0.2, 256, 2.0, 10_000)
-    assert (found.token_file, found.hmac_secret_file, found.ca_bundle, found.command_workers) == (None, None, None, 8)
+    assert (found.flush_interval, found.flush_events, found.flush_seconds, found.ring_events) == (
+        0.2,
+        256,
+        2.0,
+        10_000,
+    )
+    assert (found.token_file, found.hmac_secret_file, found.ca_bundle, found.command_workers) == (
+        None,
+        None,
+        None,
+        8,
+    )
     with pytest.raises(FrozenInstanceError):
         found.disabled = True
 
@@ -30,7 +40,12 @@ def test_precedence(monkeypatch):
     """A keyword beats the environment, the environment beats the default, an empty value counts as none."""
     env = {"Z4J_CONCURRENCY": "gevent", "Z4J_FLUSH_EVENTS": " 7 ", "Z4J_RING_EVENTS": ""}
     found = load_settings(env, concurrency="threads", flush_seconds=None)
-    assert (found.concurrency, found.flush_events, found.ring_events, found.flush_seconds) == ("threads", 7, 10_000, 2.0)
+    assert (found.concurrency, found.flush_events, found.ring_events, found.flush_seconds) == (
+        "threads",
+        7,
+        10_000,
+        2.0,
+    )
     monkeypatch.setenv("Z4J_COMMAND_WORKERS", "3")
     assert load_settings().command_workers == 3
 
@@ -80,7 +95,9 @@ def test_mistakes_are_named(variable, text):
 
 def test_keywords_are_checked_too():
     """A keyword below its bound is refused under the variable's name."""
-    with pytest.raises(HostConfigurationError, match="Z4J_FLUSH_EVENTS=0 is below its minimum of 1"):
+    with pytest.raises(
+        HostConfigurationError, match="Z4J_FLUSH_EVENTS=0 is below its minimum of 1"
+    ):
         load_settings({}, flush_events=0)
 
 

@@ -48,10 +48,13 @@ def test_clearing():
     assert (singleton.current_runtime(), singleton.current_owner()) == (None, None)
 
 
-def test_racing_for_the_slot(seam):
+def test_racing_for_the_slot(backend):
     """Of many that register at once exactly one gets the process, and all are told the same."""
     winners = []
-    tasks = [seam.spawn(lambda: winners.append(singleton.try_register(object(), owner="x")), name="r") for _ in range(20)]
+    tasks = [
+        backend.spawn(lambda: winners.append(singleton.try_register(object(), owner="x")), name="r")
+        for _ in range(20)
+    ]
     assert all(task.join(10) for task in tasks)
     assert len(winners) == 20
     assert len(set(map(id, winners))) == 1

@@ -21,7 +21,7 @@ def looked(monkeypatch, until):
 
 
 @pytest.fixture
-def watch(seam):
+def watch(backend):
     """``watch(*paths)``: a started watcher, and the list of what it has told."""
     started = []
 
@@ -57,14 +57,14 @@ def test_changes_are_told(watch, tmp_path, until, looked):
     until(lambda: told == [new, old, new])
 
 
-def test_a_file_that_is_still_written(watch, tmp_path, until, seam, looked):
+def test_a_file_that_is_still_written(watch, tmp_path, until, backend, looked):
     """What changes on and on is told when it is quiet."""
     path = tmp_path / "tasks.py"
     told = watch(tmp_path)
     looked()
     for size in range(1, 21):
         path.write_text("x" * size)
-        seam.sleep(0.02)
+        backend.sleep(0.02)
     until(lambda: told)
     assert len(told) < 20  # one, but for a machine that stalls between two of the writes
 

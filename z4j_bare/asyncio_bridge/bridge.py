@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zope.interface import implementer
 
 from z4j_bare.asyncio_bridge import trampoline
-from z4j_bare.asyncio_bridge.worker_pool import Workers
+from z4j_bare.asyncio_bridge.worker_pool import WorkerPool
 from z4j_bare.errors import AgentError, ForkedChildError
 from z4j_bare.interfaces import IBridge
 
@@ -37,10 +37,10 @@ class Bridge:
     methods is for loop steps: the loop would wait for itself.
     """
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
-        self._lock = seam.lock()
-        self._workers = Workers(seam, "z4j-call", CALLERS)
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._lock = backend.lock()
+        self._workers = WorkerPool(backend, "z4j-call", CALLERS)
         self._loop: HubLoop | None = None
         self._pumps: list[Pump] = []
         self._stopped = False
@@ -48,7 +48,9 @@ class Bridge:
     @property
     def restarts(self) -> int:
         """How often a pump or the loop had to be started again."""
-        return sum(pump.restarts for pump in self._pumps) + (self._loop.restarts if self._loop else 0)
+        return sum(pump.restarts for pump in self._pumps) + (
+            self._loop.restarts if self._loop else 0
+        )
 
     @property
     def dropped(self) -> int:
@@ -68,7 +70,7 @@ class Bridge:
         """
         self._refuse()
         what = _name(function)
-        deadline = self._seam.now() + min(timeout, LONGEST_CALL)
+        deadline = self._backend.now() + min(timeout, LONGEST_CALL)
         job = partial(function, *args, **kwargs)
         if trampoline.needs_loop(function):
             return self._await(job(), deadline, what)
@@ -87,7 +89,7 @@ class Bridge:
         loop = self.loop()
         from z4j_bare.asyncio_bridge.pump import Pump  # after the loop, which brought asyncio along
 
-        pump = Pump(self._seam, loop, iterate, sink, name)
+        pump = Pump(self._backend, loop, iterate, sink, name)
         self._pumps.append(pump)
         loop.call_soon_threadsafe(pump.begin)
         return pump.end
@@ -100,12 +102,12 @@ class Bridge:
         if self._loop is None:
             self._refuse()
             self._build()
-        assert self._loop is not None  # noqa: S101 - _build has just set it
+        assert self._loop is not None
         return self._loop
 
     def stop(self, timeout: float = STOP_PATIENCE) -> None:
         """Cancel what runs, end the loop within ``timeout`` seconds. Idempotent; no-op in a forked child."""
-        if self._seam.forked():
+        if self._backend.forked():
             return
         self._stopped = True
         self._workers.stop()
@@ -115,30 +117,32 @@ class Bridge:
             loop.shutdown(timeout)
 
     def _refuse(self) -> None:
-        if self._seam.forked():
+        if self._backend.forked():
             raise ForkedChildError
         if self._stopped:
             raise AgentError("the agent is stopping")
         if self._loop is not None and self._loop.in_step():
-            raise AgentError("called from a step of the adapters' loop, which would wait for itself")
+            raise AgentError(
+                "called from a step of the adapters' loop, which would wait for itself"
+            )
 
     def _build(self) -> None:
-        hubloop = self._seam.load("z4j_bare.asyncio_bridge.hubloop")
+        hubloop = self._backend.load("z4j_bare.asyncio_bridge.hubloop")
         with self._lock:
             if self._loop is None and not self._stopped:
-                loop = hubloop.HubLoop(self._seam)
+                loop = hubloop.HubLoop(self._backend)
                 loop.start()
                 self._loop = loop
         self._refuse()
 
     def _left(self, deadline: float) -> float:
-        return max(0.0, deadline - self._seam.now())
+        return max(0.0, deadline - self._backend.now())
 
     def _await(self, awaitable: Any, deadline: float, what: str) -> Any:
         loop = self.loop()
         from z4j_bare.asyncio_bridge.calls import LoopCall
 
-        return LoopCall(self._seam, loop, awaitable).run(self._left(deadline), what)
+        return LoopCall(self._backend, loop, awaitable).run(self._left(deadline), what)
 
 
 def _name(function: Any) -> str:

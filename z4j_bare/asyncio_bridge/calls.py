@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.asyncio_bridge.future import Outcome, as_exception
+from z4j_bare.asyncio_bridge.future import CallFuture, as_exception
 from z4j_bare.errors import AgentError
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class LoopCall:
     """Runs an awaitable as a task of the loop while its caller waits in another greenlet or thread."""
 
-    def __init__(self, seam: BaseConcurrency, loop: HubLoop, awaitable: Any) -> None:
+    def __init__(self, backend: BaseConcurrency, loop: HubLoop, awaitable: Any) -> None:
         self._loop = loop
         self._awaitable = awaitable
-        self._outcome = Outcome(seam)
+        self._outcome = CallFuture(backend)
         self._task: asyncio.Task[Any] | None = None
 
     def run(self, timeout: float, what: str) -> Any:

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 
-class Outcome:
+class CallFuture:
     """One result on its way from a worker or a loop step to the greenlet or thread that waits for it."""
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
-        self._settled = seam.event()
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._settled = backend.event()
         self._ok = False
         self._value: Any = None
         self.abandoned = False
@@ -35,7 +35,7 @@ class Outcome:
         However the wait ends early (time-out, greenlet killed, fork), the outcome counts as abandoned.
         """
         try:
-            settled = self._seam.pause(self._settled, timeout)
+            settled = self._backend.pause(self._settled, timeout)
         finally:
             self.abandoned = not self._settled.is_set()
         if not settled:

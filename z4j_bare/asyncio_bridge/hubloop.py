@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from z4j_bare.asyncio_bridge.marks import StepScopedSelector
-from z4j_bare.asyncio_bridge.worker_pool import Job, Workers
+from z4j_bare.asyncio_bridge.worker_pool import Job, WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ class HubLoop(asyncio.SelectorEventLoop):
     """The loop that asyncio-flavoured adapters run on: ``start()``, use, ``shutdown()``.
 
     Differs from the stock loop in what a host notices: its running mark is on its thread during a step only,
-    the given executor is ignored in favour of workers on the seam, ``call_soon_threadsafe`` never raises,
+    the given executor is ignored in favour of workers on the backend, ``call_soon_threadsafe`` never raises,
     nothing is ever set as "the current event loop", and a forked copy leaves without touching a file
     descriptor that it shares.
     """
@@ -35,10 +35,10 @@ class HubLoop(asyncio.SelectorEventLoop):
     #: Loops in use, so that no garbage collection in a forked child closes what the parent still polls.
     _alive: ClassVar[set[HubLoop]] = set()
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
-        self._scope = StepScopedSelector(seam)
-        self._workers = Workers(seam, "z4j-offload", OFFLOADERS)
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._scope = StepScopedSelector(backend)
+        self._workers = WorkerPool(backend, "z4j-offload", OFFLOADERS)
         self._task: Any = None
         self._ending = False
         self.dropped = 0
@@ -57,7 +57,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         """Spawn the loop and its first worker; returns without waiting. Also inside a user's running loop."""
         self._alive.add(self)
         self._workers.start()
-        self._task = self._seam.spawn(self._main, name="z4j-hubloop")
+        self._task = self._backend.spawn(self._main, name="z4j-hubloop")
 
     def shutdown(self, timeout: float) -> bool:
         """Cancel every task and end the loop; whether it has ended after ``timeout`` seconds. Idempotent."""
@@ -82,7 +82,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         After :meth:`shutdown`, and in a forked child, the call is counted in ``dropped`` and comes back
         cancelled.
         """
-        if not self._ending and not self._seam.forked():
+        if not self._ending and not self._backend.forked():
             try:
                 return super().call_soon_threadsafe(callback, *args, context=context)
             except RuntimeError:  # closed between the question and the call
@@ -94,7 +94,7 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(  # type: ignore[override]
         self,
-        executor: Any,  # noqa: ARG002 - ignored on purpose
+        executor: Any,
         func: Callable[..., Any],
         *args: Any,
     ) -> asyncio.Future[Any]:
@@ -104,12 +104,14 @@ class HubLoop(asyncio.SelectorEventLoop):
         4, row 1).
         """
         future = self.create_future()
-        self._workers.submit(Job(func, args, partial(self._deliver, future), lambda: not future.cancelled()))
+        self._workers.submit(
+            Job(func, args, partial(self._deliver, future), lambda: not future.cancelled())
+        )
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Log as asyncio does, with the mark off; say nothing about what a forked child leaves behind."""
-        if not self._seam.forked():
+        if not self._backend.forked():
             with self._scope.hidden():
                 super().call_exception_handler(context)
 
@@ -127,9 +129,9 @@ class HubLoop(asyncio.SelectorEventLoop):
     def _main(self) -> None:
         try:
             while not self._run_steps() and not self.is_closed():
-                self._seam.sleep(RESTART_PAUSE)
+                self._backend.sleep(RESTART_PAUSE)
         finally:
-            if not self._seam.forked():
+            if not self._backend.forked():
                 self._discard()
 
     def _run_steps(self) -> bool:
@@ -143,7 +145,9 @@ class HubLoop(asyncio.SelectorEventLoop):
         finally:
             self._scope.leave()
         self.restarts += 1
-        logger.error("z4j: an error escaped from the adapters' loop, which goes on", exc_info=escaped)
+        logger.error(
+            "z4j: an error escaped from the adapters' loop, which goes on", exc_info=escaped
+        )
         return False
 
     def _discard(self) -> None:
@@ -170,7 +174,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             patience = max(0.0, deadline - self.time())
             await asyncio.wait(left, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         for task in left:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else can tell
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 def _settle(future: asyncio.Future[Any], ok: bool, value: Any) -> None:

@@ -36,9 +36,9 @@ class StepScopedSelector(selectors.BaseSelector):
     sibling greenlet) had on the thread when a step began is put back when the step ends.
     """
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
-        self._inner: selectors.BaseSelector = seam.selector()
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._inner: selectors.BaseSelector = backend.selector()
         self._loop: AbstractEventLoop | None = None
         self._outer: AbstractEventLoop | None = None
         self._outer_hooks = self._hooks = sys.get_asyncgen_hooks()
@@ -95,14 +95,14 @@ class StepScopedSelector(selectors.BaseSelector):
         if self._called:
             timeout = 0
         try:
-            if timeout is not None and timeout <= 0 and self._seam.now() < self._give_way_at:
+            if timeout is not None and timeout <= 0 and self._backend.now() < self._give_way_at:
                 return []
             return self._park(LONGEST_PARK if timeout is None else min(timeout, LONGEST_PARK))
         finally:
             self._parked = self._called = False
 
     def wait(self, timeout: float) -> bool:
-        """Select; shaped like an event, so that ``seam.pause`` guards it against forks and times the step."""
+        """Select; shaped like an event, so that ``backend.pause`` guards it against forks and times the step."""
         self._ready = self._inner.select(timeout)
         return bool(self._ready)
 
@@ -110,11 +110,13 @@ class StepScopedSelector(selectors.BaseSelector):
         self._hide()
         try:
             if timeout <= 0:
-                self._seam.sleep(0)  # gevent's selector does not run the hub when asked not to block
-            self._seam.pause(self, timeout)
+                self._backend.sleep(
+                    0
+                )  # gevent's selector does not run the hub when asked not to block
+            self._backend.pause(self, timeout)
         finally:
             self._show()
-            self._give_way_at = self._seam.now() + SLICE
+            self._give_way_at = self._backend.now() + SLICE
         ready, self._ready = self._ready, []
         return ready
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.asyncio_bridge.future import Outcome
+from z4j_bare.asyncio_bridge.future import CallFuture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ class Pump:
 
     def __init__(
         self,
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
         loop: HubLoop,
         iterate: Callable[[], Any],
         sink: Callable[[Any], object],
@@ -54,7 +54,7 @@ class Pump:
         self._iterate = iterate
         self._sink = sink
         self._name = name
-        self._ended = Outcome(seam)
+        self._ended = CallFuture(backend)
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self.delivered = 0
@@ -90,7 +90,9 @@ class Pump:
                 pause = next(pauses)
                 self.restarts += 1
                 with self._loop.unmarked():  # a log handler may switch greenlets
-                    logger.warning("z4j: %s failed; again in %g s", self._name, pause, exc_info=error)
+                    logger.warning(
+                        "z4j: %s failed; again in %g s", self._name, pause, exc_info=error
+                    )
             await asyncio.sleep(pause)
 
     async def _feed(self) -> None:
@@ -120,7 +122,9 @@ class Pump:
         deadline, seen = self._loop.time() + DRAIN, -1
         while seen != self.delivered and self._loop.time() < deadline:
             seen = self.delivered
-            for _ in range(3):  # an item takes three turns of the loop from call_soon_threadsafe to the sink
+            for _ in range(
+                3
+            ):  # an item takes three turns of the loop from call_soon_threadsafe to the sink
                 await asyncio.sleep(0)
         if self._task is not None:
             self._task.cancel()

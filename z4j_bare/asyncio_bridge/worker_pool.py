@@ -1,4 +1,4 @@
-"""Persistent workers on the seam, for everything in adapters that blocks.
+"""Persistent workers on the backend, for everything in adapters that blocks.
 
 Persistent, because Celery keeps one result backend per thread or greenlet: a fresh greenlet per job pays a
 new Redis connection each time, 0.3 s at 50 ms per reply (``adapter-surface`` 4, row 19).
@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.asyncio_bridge.future import Outcome, as_exception
+from z4j_bare.asyncio_bridge.future import CallFuture, as_exception
 from z4j_bare.errors import AgentError, ForkedChildError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Job:
         self.done(ok, value)
 
 
-class Workers:
+class WorkerPool:
     """At most ``limit`` workers; a hung call occupies its own and no other.
 
     The last to become idle works first, so that few connections are opened. There is always one to spare
@@ -50,11 +50,11 @@ class Workers:
     greenlets there (``adapter-surface`` 5.2).
     """
 
-    def __init__(self, seam: BaseConcurrency, name: str, limit: int) -> None:
-        self._seam = seam
+    def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
+        self._backend = backend
         self._name = name
         self._limit = limit
-        self._lock = seam.lock()
+        self._lock = backend.lock()
         self._jobs: deque[Job] = deque()
         self._idle: list[Any] = []
         self._numbers = itertools.count(1)
@@ -89,12 +89,12 @@ class Workers:
 
         Runs inline when no worker can be had: CPython 3.12 starts no thread once the interpreter is going down.
         """
-        outcome = Outcome(self._seam)
+        outcome = CallFuture(self._backend)
         job = Job(function, args, outcome.settle, outcome.wanted)
         if self.start() or self._stopped:
             self.submit(job)
         else:
-            job.run(self._seam.waiting)
+            job.run(self._backend.waiting)
         return outcome.wait(timeout, what)
 
     def stop(self) -> None:
@@ -114,22 +114,24 @@ class Workers:
                 return
             self.size += 1
         try:
-            self._seam.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
+            self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
         except RuntimeError:  # no more threads to be had; those there are carry on
             self.size -= 1
 
     def _work(self) -> None:
-        bell = self._seam.event()
+        bell = self._backend.event()
         try:
             while not self._stopped:
                 self._turn(bell)
         finally:
-            if not self._seam.forked():  # there the lock may be a copy that nobody will release
+            if not self._backend.forked():  # there the lock may be a copy that nobody will release
                 with self._lock:
                     self.size -= 1
 
     def _turn(self, bell: Any) -> None:
-        if self._seam.forked():  # a copy that woke inside a job must not take the parent's next one
+        if (
+            self._backend.forked()
+        ):  # a copy that woke inside a job must not take the parent's next one
             raise ForkedChildError
         try:
             job = self._jobs.popleft()
@@ -137,14 +139,14 @@ class Workers:
             self._rest(bell)
         else:
             self._hire()
-            job.run(self._seam.waiting)  # an adapter's code waits by itself
+            job.run(self._backend.waiting)  # an adapter's code waits by itself
 
     def _rest(self, bell: Any) -> None:
         bell.clear()
         self._idle.append(bell)
         # Looked at again after lying down: whoever appended a job just before saw no idle bell to ring.
         if not self._jobs and not self._stopped:
-            self._seam.pause(bell)
+            self._backend.pause(bell)
         try:
             self._idle.remove(bell)
         except ValueError:

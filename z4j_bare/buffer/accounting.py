@@ -21,7 +21,7 @@ class Change:
     """One transaction: what it does to the rows, and how the counters will differ."""
 
     connection: sqlite3.Connection
-    books: Books
+    books: Accounting
     rows: int = 0
     kept: int = 0
     payload: int = 0
@@ -38,7 +38,11 @@ class Change:
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
         """Insert events that came together at ``at``, likewise."""
-        self._single(self.books.batches.insert(self.books.next_id + self.produced, payloads, at) if payloads else ())
+        self._single(
+            self.books.batches.insert(self.books.next_id + self.produced, payloads, at)
+            if payloads
+            else ()
+        )
         self._note(len(payloads), sum(map(len, payloads)))
 
     def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
@@ -79,7 +83,11 @@ class Change:
             self.lose(reason, kind, count)
 
     def _weigh(self, spans: Iterable[tuple[int, int]]) -> list[tuple[str, int, int]]:
-        return [weight for span in spans for weight in self.connection.execute(queries.WEIGH, span).fetchall()]
+        return [
+            weight
+            for span in spans
+            for weight in self.connection.execute(queries.WEIGH, span).fetchall()
+        ]
 
     def lose(self, reason: str, kind: str, count: int) -> None:
         """Count rows of a kind as lost."""
@@ -94,7 +102,7 @@ class Change:
             self.connection.execute(queries.LOSE, (reason, kind, count))
 
 
-class Books:
+class Accounting:
     """The counters of one store, read once and then kept in memory: ``stats`` is asked every second."""
 
     def __init__(self, connection: sqlite3.Connection, largest_batch: int) -> None:
@@ -112,7 +120,8 @@ class Books:
         #: Rows that are no events.
         self.kept = number(connection, queries.KEPT)
         self.lost: dict[tuple[str, str], int] = {
-            (reason, kind): count for reason, kind, count in connection.execute("SELECT * FROM losses")
+            (reason, kind): count
+            for reason, kind, count in connection.execute("SELECT * FROM losses")
         }
 
     @property

@@ -14,7 +14,7 @@ from z4j_bare.errors import LocalStorageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
 
 logger = logging.getLogger("z4j.runtime.adopt")
@@ -46,49 +46,49 @@ class AdoptLoop:
         self,
         buffer_path: str,
         claim: Callable[[Path], Orphan],
-        keeper: Keeper,
-        seam: BaseConcurrency,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
         stored: Callable[[], None],
     ) -> None:
         self._buffer_path = buffer_path
         self._claim = claim
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._stored = stored
         self._refused: dict[Path, float] = {}
 
-    def run(self, stopping: Any) -> None:
-        """Adopt until ``stopping`` (an ``IEvent``) is set."""
+    def run(self, stop_event: Any) -> None:
+        """Adopt until ``stop_event`` (an ``IEvent``) is set."""
         for delay in chain(FIRST, repeat(EVERY)):
-            if self._seam.pause(stopping, delay):
+            if self._backend.pause(stop_event, delay):
                 return
-            self._look(stopping)
+            self._look(stop_event)
 
-    def _look(self, stopping: Any) -> None:
-        now = self._seam.now()
+    def _look(self, stop_event: Any) -> None:
+        now = self._backend.now()
         self._refused = {path: until for path, until in self._refused.items() if until > now}
-        ok, found = self._seam.offload(orphans, self._buffer_path, self._refused)
+        ok, found = self._backend.offload(orphans, self._buffer_path, self._refused)
         if not ok:
             logger.debug("z4j: cannot look for buffers of dead processes: %s", found)
             return
         for path in found:
-            if stopping.is_set():
+            if stop_event.is_set():
                 return
-            ok, orphan = self._seam.offload(self._claim, path)
+            ok, orphan = self._backend.offload(self._claim, path)
             if ok:
                 if orphan.corrupt:
                     logger.warning("z4j: %s was set aside: %s", path.name, orphan.corrupt)
-                self._take(orphan, stopping)
+                self._take(orphan, stop_event)
             else:
                 self._refuse(path, orphan)
 
-    def _take(self, orphan: Orphan, stopping: Any) -> None:
+    def _take(self, orphan: Orphan, stop_event: Any) -> None:
         failures = 0
         try:
-            while not stopping.is_set():
-                self._keeper.adopting = orphan.left()
+            while not stop_event.is_set():
+                self._buffer.adopting = orphan.left()
                 try:
-                    ended = self._move(orphan, stopping)
+                    ended = self._move(orphan, stop_event)
                 except LocalStorageError as error:
                     # Letting it go would have the rows of the failed step moved again by whoever comes next.
                     failures += 1
@@ -96,32 +96,36 @@ class AdoptLoop:
                     if ended:
                         self._refuse(orphan.path, error)
                     else:
-                        self._seam.pause(stopping, RETRY)
+                        self._backend.pause(stop_event, RETRY)
                 if ended:
                     return
         finally:
-            self._keeper.adopting = 0
-            if not self._seam.forked():
-                self._seam.offload(orphan.close)
+            self._buffer.adopting = 0
+            if not self._backend.forked():
+                self._backend.offload(orphan.close)
 
-    def _move(self, orphan: Orphan, stopping: Any) -> bool:
+    def _move(self, orphan: Orphan, stop_event: Any) -> bool:
         """Take one step, and the time that it asks for; return whether it was the last."""
-        outcome = self._keeper.adopt(orphan.step)
+        outcome = self._buffer.adopt(orphan.step)
         if outcome == DONE:
             self._stored()
             if orphan.moved:
-                logger.info("z4j: adopted %d rows of %s, whose process is dead", orphan.moved, orphan.path.name)
+                logger.info(
+                    "z4j: adopted %d rows of %s, whose process is dead",
+                    orphan.moved,
+                    orphan.path.name,
+                )
             return True
         if outcome == MOVED:
             self._stored()
-            self._seam.sleep(0)
+            self._backend.sleep(0)
         else:
-            self._seam.pause(stopping, PACE)
+            self._backend.pause(stop_event, PACE)
         return False
 
     def _condemned(self, orphan: Orphan, error: LocalStorageError) -> bool:
         try:
-            return cause_of(error) == CORRUPT and bool(self._keeper.adopt(orphan.condemn))
+            return cause_of(error) == CORRUPT and bool(self._buffer.adopt(orphan.condemn))
         except LocalStorageError:
             return False
 
@@ -129,6 +133,6 @@ class AdoptLoop:
         cause = cause_of(error) if isinstance(error, LocalStorageError) else ""
         if cause == BUSY:  # its owner lives, or another heir was faster
             return
-        self._refused[path] = self._seam.now() + REFUSED
+        self._refused[path] = self._backend.now() + REFUSED
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG
         logger.log(level, "z4j: %s is not adopted: %s", path.name, error)

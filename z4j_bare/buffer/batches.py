@@ -77,7 +77,9 @@ class Batches:
     def oldest(self) -> tuple[int, int, float] | None:
         """Return the last and the first id of the oldest batch, and when it came."""
         if len(self._kept) < self._number:
-            found: tuple[int, int, float] = self._connection.execute(queries.OLDEST_BATCH).fetchone()
+            found: tuple[int, int, float] = self._connection.execute(
+                queries.OLDEST_BATCH
+            ).fetchone()
             return found
         return (self._kept[0].last, self._kept[0].first, self._kept[0].at) if self._kept else None
 
@@ -88,10 +90,15 @@ class Batches:
         self._know()
         joined = _SEPARATOR.join(payloads)
         if joined.count(_SEPARATOR) >= len(payloads):
-            return [BufferEntry(identity, EVENT, "", payload, at, 0) for identity, payload in enumerate(payloads, first)]
+            return [
+                BufferEntry(identity, EVENT, "", payload, at, 0)
+                for identity, payload in enumerate(payloads, first)
+            ]
         if len(joined) > self._largest and len(payloads) > 1:
             half = len(payloads) // 2
-            return self.insert(first, payloads[:half], at) + self.insert(first + half, payloads[half:], at)
+            return self.insert(first, payloads[:half], at) + self.insert(
+                first + half, payloads[half:], at
+            )
         batch = Batch(first, first + len(payloads) - 1, at, list(payloads))
         self._connection.execute(queries.INSERT_BATCH, (batch.last, len(payloads), at, joined))
         self._count(1, len(payloads), len(joined) - len(payloads) + 1)
@@ -115,7 +122,9 @@ class Batches:
                     self._count(0, start - end - 1, -batch.weight(start, end))
                     self.done = end
                 else:
-                    loosened = [sum(pair) for pair in zip(loosened, self._loosen(batch), strict=True)]
+                    loosened = [
+                        sum(pair) for pair in zip(loosened, self._loosen(batch), strict=True)
+                    ]
         if self.done != done:
             self._connection.execute(queries.DONE, (self.done,))
         return rows - self.rows - loosened[0], weight - self.weight - loosened[1]
@@ -133,7 +142,9 @@ class Batches:
         """Return the oldest events with ``id > after`` as ``IStore.drain`` does; ``None`` if that takes the file."""
         after = max(after, self.done)
         kept = self._kept
-        if not self._known or (len(kept) < self._number and (not kept or after + 1 < kept[0].first)):
+        if not self._known or (
+            len(kept) < self._number and (not kept or after + 1 < kept[0].first)
+        ):
             return None
         found: list[BufferEntry] = []
         for batch in kept:
@@ -162,7 +173,9 @@ class Batches:
         self._kept.clear()
         self._kept_rows = self._kept_bytes = 0
         self.done = self._connection.execute(queries.DONE_SO_FAR).fetchone()[0]
-        self._number, self.rows, self.weight = self._connection.execute(queries.BATCH_TOTALS).fetchone()
+        self._number, self.rows, self.weight = self._connection.execute(
+            queries.BATCH_TOTALS
+        ).fetchone()
         oldest = next(self._found(queries.BATCHES, self.done), None)
         if oldest is not None and oldest.first <= self.done:
             self._count(0, oldest.first - self.done - 1, -oldest.weight(oldest.first, self.done))

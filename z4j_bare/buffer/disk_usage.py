@@ -22,7 +22,7 @@ SPARE_PAGES = 64
 ROW_OVERHEAD = 64
 
 
-class Space:
+class DiskUsage:
     """The bytes of one store: main file, write-ahead log and its index."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path, max_bytes: int) -> None:

@@ -60,7 +60,9 @@ def cause_of(error: LocalStorageError) -> str:
     """Sort an error by its remedy: ``busy`` (soon again), ``full``, ``corrupt``, ``read-only``, ``gone``, ``other``."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
-        code = getattr(cause, "sqlite_errorcode", None)  # absent on errors of the sqlite3 module itself
+        code = getattr(
+            cause, "sqlite_errorcode", None
+        )  # absent on errors of the sqlite3 module itself
         return OTHER if code is None else _BY_DETAIL.get(code) or _BY_SQLITE.get(code & 0xFF, OTHER)
     if isinstance(cause, OSError):
         return _BY_ERRNO.get(cause.errno or 0, OTHER)

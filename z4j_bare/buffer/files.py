@@ -76,7 +76,7 @@ def _trouble(found: os.stat_result) -> str:
 def places(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return the directories where stores of this user may lie: the configured one, then those it is replaced by."""
     name = f"z4j-{os.geteuid()}"
-    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
+    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
 
 
@@ -125,7 +125,9 @@ def create_file(path: Path) -> None:
     # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops the record
     # locks of this process on it, SQLite's included; hence this happens before SQLite opens it, and never
     # again.
-    os.close(open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    os.close(
+        open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    )
 
 
 def check_file(path: Path) -> None:
@@ -137,9 +139,13 @@ def check_file(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise LocalStorageError(f"the store {path} is not a regular file")
     if found.st_uid != os.geteuid():
-        raise LocalStorageError(f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}")
+        raise LocalStorageError(
+            f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}"
+        )
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise LocalStorageError(f"the store {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o})")
+        raise LocalStorageError(
+            f"the store {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
+        )
 
 
 def files_of(path: Path) -> tuple[Path, Path, Path]:
@@ -170,4 +176,6 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no home directory, no working directory
-        raise LocalStorageError(f"cannot resolve the buffer path {path}: {error}; {_HINT}") from error
+        raise LocalStorageError(
+            f"cannot resolve the buffer path {path}: {error}; {_HINT}"
+        ) from error

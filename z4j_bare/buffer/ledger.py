@@ -30,15 +30,17 @@ class Ledger:
 
     def find(self, key: str) -> LedgerEntry | None:
         """Return what is known of command ``key``."""
-        row = self._connection.execute("SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)).fetchone()
+        row = self._connection.execute(
+            "SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)
+        ).fetchone()
         return None if row is None else LedgerEntry(*row)
 
-    def claim(self, key: str, now: float, testament: bytes) -> LedgerEntry | None:
-        """Enter ``key`` as started with its ``testament``, or return the earlier entry."""
+    def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
+        """Enter ``key`` as started with its ``provisional_result``, or return the earlier entry."""
         key = storable(key)
         earlier = self.find(key)
         if earlier is None:
-            self._enter(key, STARTED, testament, now)
+            self._enter(key, STARTED, provisional_result, now)
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
@@ -50,7 +52,8 @@ class Ledger:
             return
         with transaction(self._connection):
             self._connection.execute(
-                "UPDATE ledger SET state = ?, result = ?, at = ? WHERE key = ?", (DONE, result, now, key)
+                "UPDATE ledger SET state = ?, result = ?, at = ? WHERE key = ?",
+                (DONE, result, now, key),
             )
             size = self._fit(self._bytes + len(result) - len(earlier.result))
         self._bytes = size
@@ -63,9 +66,12 @@ class Ledger:
     def young(self, now: float) -> tuple[LedgerEntry, ...]:
         """Return the entries younger than the retention, oldest first."""
         query = "SELECT key, state, result, at FROM ledger WHERE at > ? ORDER BY seq"
-        return tuple(LedgerEntry(*row) for row in self._connection.execute(query, (now - RETENTION,)).fetchall())
+        return tuple(
+            LedgerEntry(*row)
+            for row in self._connection.execute(query, (now - RETENTION,)).fetchall()
+        )
 
-    def inherit(self, entry: LedgerEntry) -> None:
+    def import_state(self, entry: LedgerEntry) -> None:
         """Enter what another store knows, unless more is known here."""
         earlier = self.find(entry.key)
         if earlier is None:
@@ -76,7 +82,8 @@ class Ledger:
     def _enter(self, key: str, state: str, result: bytes, now: float) -> None:
         with transaction(self._connection):
             cursor = self._connection.execute(
-                "INSERT INTO ledger (key, state, result, at) VALUES (?, ?, ?, ?)", (key, state, result, now)
+                "INSERT INTO ledger (key, state, result, at) VALUES (?, ?, ?, ?)",
+                (key, state, result, now),
             )
             last = ((cursor.lastrowid or 0) - LEDGER_CAP,)
             freed = self._connection.execute(
@@ -93,9 +100,11 @@ class Ledger:
         last = 0
         query = "SELECT seq, length(result) FROM ledger WHERE length(result) > 0 ORDER BY seq"
         with closing(self._connection.execute(query)) as cursor:
-            for last, length in cursor:  # noqa: B007  (the last one seen is the boundary)
+            for last, length in cursor:
                 size -= length
                 if size <= self._max_bytes:
                     break
-        self._connection.execute("UPDATE ledger SET result = x'' WHERE seq <= ? AND length(result) > 0", (last,))
+        self._connection.execute(
+            "UPDATE ledger SET result = x'' WHERE seq <= ? AND length(result) > 0", (last,)
+        )
         return size

@@ -36,7 +36,9 @@ class OwnerLock:
         self._path = path
         self._name = os.path.realpath(path)
         if _held.setdefault(self._name, self) is not self:
-            raise LocalStorageError(f"the store of {path} is open in this process, or was in the one that forked it")
+            raise LocalStorageError(
+                f"the store of {path} is open in this process, or was in the one that forked it"
+            )
         try:
             self._descriptor = _locked(path)
         except BaseException:
@@ -67,7 +69,9 @@ def is_owned(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise LocalStorageError(f"cannot look at {path} as uid {os.geteuid()}: {error.strerror}") from error
+        raise LocalStorageError(
+            f"cannot look at {path} as uid {os.geteuid()}: {error.strerror}"
+        ) from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -90,9 +94,16 @@ def _locked(path: Path) -> int:
             raise LocalStorageError(f"the store of {path} has just been deleted by its owner")
     except OSError as error:
         os.close(descriptor)
-        if error.errno not in {errno.EAGAIN, errno.EACCES}:  # ENOLCK, EOPNOTSUPP: some network file systems
-            raise LocalStorageError(f"no record locks for {path}: {error.strerror}; move Z4J_HOME") from error
-        raise LocalStorageError(f"the store of {path} belongs to a living process: {error.strerror}") from error
+        if error.errno not in {
+            errno.EAGAIN,
+            errno.EACCES,
+        }:  # ENOLCK, EOPNOTSUPP: some network file systems
+            raise LocalStorageError(
+                f"no record locks for {path}: {error.strerror}; move Z4J_HOME"
+            ) from error
+        raise LocalStorageError(
+            f"the store of {path} belongs to a living process: {error.strerror}"
+        ) from error
     except LocalStorageError:
         os.close(descriptor)
         raise

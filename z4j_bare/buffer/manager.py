@@ -17,7 +17,7 @@ from z4j_bare.buffer.rows import (
     BufferEntry,
     BufferStats,
     LedgerEntry,
-    Legacy,
+    StoreState,
     added,
     both,
 )
@@ -49,7 +49,7 @@ TIDY_EVERY = 1.0
 WARN_EVERY = 60.0
 
 
-class Keeper:
+class BufferManager:
     """What the loops see of the store. Every call is one offloaded transaction; nothing here raises for a bad disk.
 
     A busy disk is asked again for a while. A full one loses its oldest events, a corrupt file is set aside, one that was
@@ -65,7 +65,7 @@ class Keeper:
     def __init__(
         self,
         open_store: Callable[[], Any],
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
         memory: Callable[[], MemoryStore] = MemoryStore,
         others: Others | None = None,
     ) -> None:
@@ -77,8 +77,8 @@ class Keeper:
         self._open_store = open_store
         self._new_memory = memory
         self._others = others
-        self._seam = seam
-        self._turn = seam.lock()
+        self._backend = backend
+        self._turn = backend.lock()
         self._disk: Any = None
         self._memory: MemoryStore | None = None
         self._beneath = UNKNOWN
@@ -135,16 +135,18 @@ class Keeper:
         ``generation`` is the one that the ids are of: in another one the same numbers are other rows, which stay.
         """
         if ids:
-            self._receipts.note(Receipt(generation, ids, events, self._seam.now()))
+            self._receipts.note(Receipt(generation, ids, events, self._backend.now()))
 
-    def drain(self, results: Query, events: Query, max_bytes: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
+    def drain(
+        self, results: Query, events: Query, max_bytes: int
+    ) -> tuple[list[BufferEntry], list[BufferEntry]]:
         """Read the next rows, results and events, in one trip; none of them is confirmed.
 
         A query is ``(after, limit, kinds)``. A trip with nothing to do tidies the file a little; what is in memory anyway
         takes none, as long as the rest can wait, and it can while nobody asks for events.
         """
         look, chores = self._due(), self._chores()
-        if not self._due(LOOK_ALONE) and self._receipts.may_wait(events[0], self._seam.now()):
+        if not self._due(LOOK_ALONE) and self._receipts.may_wait(events[0], self._backend.now()):
             at_hand, busy = self._at_hand(results, events, max_bytes), not events[1]
             if at_hand is not None and (busy or any(at_hand) or not (chores or self._receipts)):
                 return at_hand
@@ -161,29 +163,37 @@ class Keeper:
         if stats is not None:
             self._note(stats)
         if tidied:
-            self._tidied_at = self._seam.now()
+            self._tidied_at = self._backend.now()
         return found_results, found_events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
         """Delete undeliverable rows and count them; ``generation`` as in :meth:`confirm`."""
-        self._run(lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0)
+        self._run(
+            lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0
+        )
 
     def suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
         """Note that these rows were on their way when a session died; ``generation`` as in :meth:`confirm`."""
-        self._run(lambda store: store.increment_attempts(ids) if generation in (None, self.generation) else None)
+        self._run(
+            lambda store: (
+                store.increment_attempts(ids) if generation in (None, self.generation) else None
+            )
+        )
 
-    def claim(self, key: str, testament: bytes) -> LedgerEntry | None:
+    def claim(self, key: str, provisional_result: bytes) -> LedgerEntry | None:
         """Enter a command as started, unless it is known here or to another process; see ``IStore.claim``."""
-        entry: LedgerEntry | None = self._run(trips.claim, key, self._seam.wall(), testament, self._others)
+        entry: LedgerEntry | None = self._run(
+            trips.claim, key, self._backend.wall(), provisional_result, self._others
+        )
         return entry
 
     def settle(self, key: str, result: bytes) -> None:
         """Mark what was claimed under ``key`` as done; see ``IStore.settle``."""
-        self._run(trips.settle, key, result, self._seam.wall())
+        self._run(trips.settle, key, result, self._backend.wall())
 
     def answer(self, key: str, result: bytes) -> None:
         """Mark a command done and store its answer for sending; see ``IStore.answer``."""
-        self._run(trips.answer, key, result, self._seam.wall())
+        self._run(trips.answer, key, result, self._backend.wall())
 
     def stats(self) -> BufferStats:
         """Ask the store for its figures now."""
@@ -198,7 +208,7 @@ class Keeper:
         with self._turn:
             if self._memory is not None:
                 return None
-            ok, value = self._seam.offload(self._on_disk, step, ())
+            ok, value = self._backend.offload(self._on_disk, step, ())
             self._say()
         if not ok:
             raise value
@@ -209,27 +219,34 @@ class Keeper:
         """Close what is open; what is in memory gets a last chance to reach the disk."""
         with self._turn:
             memory = self._memory
-            if memory is not None and (memory.size() or memory.legacy().ledger):
+            if memory is not None and (memory.size() or memory.export_state().ledger):
                 self._return_to_disk()
                 if self._memory is not None and memory.size():
-                    logger.warning("z4j: %d rows were in memory only, and are lost with this process", memory.size())
+                    logger.warning(
+                        "z4j: %d rows were in memory only, and are lost with this process",
+                        memory.size(),
+                    )
             for store in (self._disk, self._memory):
                 if store is not None:
-                    self._seam.offload(self._bury, store)
+                    self._backend.offload(self._bury, store)
             self._disk = self._memory = None
 
     def _chores(self) -> bool:
         """Whether the file is to be tidied, should nothing else be to do."""
-        return self._untidy and not self._receipts and self._seam.now() - self._tidied_at >= TIDY_EVERY
+        return (
+            self._untidy
+            and not self._receipts
+            and self._backend.now() - self._tidied_at >= TIDY_EVERY
+        )
 
     def _due(self, every: float = LOOK_EVERY) -> bool:
-        return self._seam.now() - self._looked_at > every
+        return self._backend.now() - self._looked_at > every
 
     def _note(self, stats: BufferStats) -> None:
         memory = self._memory
         stands_in = memory is not None and memory.buffer_id == stats.buffer_id
         self.last_stats = both(self._beneath, stats) if stands_in else stats
-        self._looked_at, self._outdated = self._seam.now(), False
+        self._looked_at, self._outdated = self._backend.now(), False
 
     def _at_hand(
         self, results: Query, events: Query, max_bytes: int
@@ -243,7 +260,7 @@ class Keeper:
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._turn:
-            if self._memory is not None and self._seam.now() >= self._retry_at:
+            if self._memory is not None and self._backend.now() >= self._retry_at:
                 self._return_to_disk()
             if self._memory is None:
                 ok, value = self._attempt(function, args)
@@ -254,15 +271,15 @@ class Keeper:
 
     def _attempt(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
         """Call on the disk, with patience for a busy one and one remedy for an ill one; return as ``offload`` does."""
-        deadline, delay, remedied = self._seam.now() + BUSY_PATIENCE, BUSY_FIRST, False
+        deadline, delay, remedied = self._backend.now() + BUSY_PATIENCE, BUSY_FIRST, False
         while True:
-            ok, value = self._seam.offload(self._on_disk, function, args)
+            ok, value = self._backend.offload(self._on_disk, function, args)
             self._say()
             if ok or not isinstance(value, LocalStorageError):
                 return ok, value
             cause = cause_of(value)
-            if cause == BUSY and self._seam.now() < deadline:
-                self._seam.sleep(delay)
+            if cause == BUSY and self._backend.now() < deadline:
+                self._backend.sleep(delay)
                 delay = min(delay * 2, BUSY_LONGEST)
                 continue
             remedy = self._remedies.get(cause)
@@ -274,7 +291,7 @@ class Keeper:
         if self._disk is None:
             self._disk = self._open_store()
         if self._owed:
-            self._disk.inherit(Legacy(self._owed))
+            self._disk.import_state(StoreState(self._owed))
             self._owed = {}
         return self._visit(self._disk, function, args)
 
@@ -299,29 +316,40 @@ class Keeper:
     # -- remedies: called on the hub, with the error; whether the call is worth another try
 
     def _relieve(self, error: LocalStorageError) -> bool:
-        ok, cost = self._seam.offload(self._disk.relieve)
+        ok, cost = self._backend.offload(self._disk.relieve)
         if ok:
-            self._warn("full", "z4j: the disk is full: the %d oldest events had to go (%s)", cost, error)
+            self._warn(
+                "full", "z4j: the disk is full: the %d oldest events had to go (%s)", cost, error
+            )
         return ok
 
     def _set_aside(self, error: LocalStorageError) -> bool:
         """Count every row of the corrupt file as lost: it may still hold some, but nobody can tell which."""
         disk, self._disk = self._disk, None
         self._owe(disk.written_off().losses)
-        self._seam.offload(disk.set_aside)
+        self._backend.offload(disk.set_aside)
         self.generation += 1
-        self._warn("corrupt", "z4j: the buffer is corrupt; its file was set aside and a new one begun (%s)", error)
+        self._warn(
+            "corrupt",
+            "z4j: the buffer is corrupt; its file was set aside and a new one begun (%s)",
+            error,
+        )
         return True
 
     def _abandon(self, error: LocalStorageError) -> bool:
         """Take along what the file without a name still holds."""
         disk, self._disk = self._disk, None
         self.generation += 1
-        ok, moved = self._seam.offload(self._on_disk, trips.move, (disk,))
+        ok, moved = self._backend.offload(self._on_disk, trips.move, (disk,))
         if left := disk.size():
             self._owe({(GONE, EVENT): left})
-        self._seam.offload(disk.close)
-        self._warn("gone", "z4j: the buffer's file was deleted; a new one was begun, %s rows came along (%s)", moved, error)
+        self._backend.offload(disk.close)
+        self._warn(
+            "gone",
+            "z4j: the buffer's file was deleted; a new one was begun, %s rows came along (%s)",
+            moved,
+            error,
+        )
         return ok
 
     def _owe(self, losses: dict[tuple[str, str], int]) -> None:
@@ -337,19 +365,25 @@ class Keeper:
         self._memory = self._new_memory()
         self.generation += 1
         self._beneath = self._below()
-        if self._seam.now() - self._returned_at > RETRY_LONGEST:
+        if self._backend.now() - self._returned_at > RETRY_LONGEST:
             self._retry_delay = RETRY_FIRST
-        self._retry_at = self._seam.now() + self._retry_delay
-        self._warn("memory", "z4j: the buffer is in memory only, because the disk failed: %s", error)
+        self._retry_at = self._backend.now() + self._retry_delay
+        self._warn(
+            "memory", "z4j: the buffer is in memory only, because the disk failed: %s", error
+        )
 
     def _below(self) -> BufferStats:
         """Return what is on the disk that failed, as far as we remember: it is still buffered, or already lost."""
         below = self.last_stats
         if self._disk is not None:
-            ok, value = self._seam.offload(self._disk.remembered)
+            ok, value = self._backend.offload(self._disk.remembered)
             below = value if ok else below
-        owed = Legacy(self._owed)
-        return replace(below, lost=added(below.lost, owed.by(0)), lost_kinds=added(below.lost_kinds, owed.by(1)))
+        owed = StoreState(self._owed)
+        return replace(
+            below,
+            lost=added(below.lost, owed.by(0)),
+            lost_kinds=added(below.lost_kinds, owed.by(1)),
+        )
 
     def _return_to_disk(self) -> None:
         memory = self._memory
@@ -358,10 +392,10 @@ class Keeper:
             self._memory = None
             self.generation += 1
             self._untidy, self._looked_at = True, float("-inf")
-            self._returned_at = self._seam.now()
+            self._returned_at = self._backend.now()
             self._warn("disk", "z4j: the buffer is on disk again; %d rows came along", value)
         self._retry_delay = min(self._retry_delay * 2, RETRY_LONGEST)
-        self._retry_at = self._seam.now() + self._retry_delay
+        self._retry_at = self._backend.now() + self._retry_delay
 
     def _say(self) -> None:
         """Pass on, once, what the store could not log where it was opened."""
@@ -371,7 +405,7 @@ class Keeper:
             logger.warning("z4j: %s", notice)
 
     def _warn(self, sort: str, text: str, *args: object) -> None:
-        now = self._seam.now()
+        now = self._backend.now()
         quiet = now - self._warned.get(sort, float("-inf")) < WARN_EVERY
         if not quiet:
             self._warned[sort] = now

@@ -22,8 +22,8 @@ from z4j_bare.buffer.rows import (
     BufferEntry,
     BufferStats,
     LedgerEntry,
-    Legacy,
     Row,
+    StoreState,
     fitting,
     losses_by,
     refuse_unknown_kinds,
@@ -50,7 +50,11 @@ class MemoryStore:
     durable = False
 
     def __init__(
-        self, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time
+        self,
+        *,
+        max_rows: int = MAX_ROWS,
+        max_bytes: int = MAX_BYTES,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.buffer_id = str(uuid.uuid4())
         self.closed = False
@@ -69,33 +73,36 @@ class MemoryStore:
         refuse_unknown_kinds(rows)
         now = self._clock()
         return self._take(
-            [BufferEntry(0, kind, key if key.isascii() else storable(key), payload, now, 0) for kind, key, payload in rows]
+            [
+                BufferEntry(0, kind, key if key.isascii() else storable(key), payload, now, 0)
+                for kind, key, payload in rows
+            ]
         )
 
     def append_events(self, payloads: Sequence[bytes]) -> int:
         """Take events without keys in, as ``append`` does."""
         return self.append([(EVENT, "", payload) for payload in payloads])
 
-    def take_over(self, rows: Sequence[BufferEntry]) -> int:
+    def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Take rows of another store; they get new ids and keep their age and attempts."""
         self._check()
         return self._take(rows)
 
-    def inherit(self, legacy: Legacy) -> None:
+    def import_state(self, export_state: StoreState) -> None:
         """Take another store's losses for its own, and learn of its commands."""
         self._check()
-        for (reason, kind), count in legacy.losses.items():
+        for (reason, kind), count in export_state.losses.items():
             self._produced += count
             self._lose(reason, kind, count)
-        for entry in legacy.ledger:
+        for entry in export_state.ledger:
             earlier = self._ledger.get(entry.key)
             if earlier is None or (earlier.state == STARTED and entry.state == DONE):
                 self._enter(entry)
 
-    def legacy(self) -> Legacy:
+    def export_state(self) -> StoreState:
         """Return what an heir has to know besides the rows."""
         self._check()
-        return Legacy(dict(self._lost), tuple(self._ledger.values()))
+        return StoreState(dict(self._lost), tuple(self._ledger.values()))
 
     def _take(self, rows: Sequence[BufferEntry]) -> int:
         lost = 0
@@ -110,14 +117,18 @@ class MemoryStore:
             self._count(entry, 1)
         return lost + self._evict()
 
-    def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
+    def drain(
+        self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
+    ) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
         self._check()
         queues = [self._queues[kind] for kind in DROP_ORDER if kind in kinds]
         rows = heapq.merge(*queues, key=lambda entry: entry.id)
         return fitting((entry for entry in rows if entry.id > after), limit, max_bytes)
 
-    def at_hand(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry] | None:
+    def at_hand(
+        self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
+    ) -> list[BufferEntry] | None:
         """Return what ``drain`` does: nothing here takes I/O."""
         return self.drain(after, limit, max_bytes, kinds)
 
@@ -142,13 +153,18 @@ class MemoryStore:
         wanted = frozenset(ids)
         for kind, queue in self._queues.items():
             self._queues[kind] = deque(
-                entry._replace(attempts=entry.attempts + 1) if entry.id in wanted else entry for entry in queue
+                entry._replace(attempts=entry.attempts + 1) if entry.id in wanted else entry
+                for entry in queue
             )
 
     def stats(self) -> BufferStats:
         """Return rows, bytes, age of the oldest row and the counters."""
         self._check()
-        oldest = min((queue[0] for queue in self._queues.values() if queue), key=lambda entry: entry.id, default=None)
+        oldest = min(
+            (queue[0] for queue in self._queues.values() if queue),
+            key=lambda entry: entry.id,
+            default=None,
+        )
         return BufferStats(
             rows=self._rows,
             bytes=self._bytes,
@@ -174,13 +190,13 @@ class MemoryStore:
         """Return the bytes of all payloads."""
         return self._payload
 
-    def claim(self, key: str, now: float, testament: bytes = b"") -> LedgerEntry | None:
+    def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
         """Enter command ``key`` as started; return the earlier entry if it was there already."""
         self._check()
         key = storable(key)
         earlier = self._ledger.get(key)
         if earlier is None:
-            self._enter(LedgerEntry(key, STARTED, testament, now))
+            self._enter(LedgerEntry(key, STARTED, provisional_result, now))
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:

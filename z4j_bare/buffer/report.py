@@ -26,7 +26,7 @@ _HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class StoreReport:
     """One store at one moment. ``living`` says that its process runs, ``trouble`` why it cannot be read."""
 
     path: Path
@@ -52,26 +52,31 @@ def stores(buffer_path: str | os.PathLike[str]) -> list[Path]:
     return [path for place in paths.places(buffer_path) for path in paths.stores_in(place)]
 
 
-def look(path: Path) -> Look:
+def look(path: Path) -> StoreReport:
     """Return how a store is; never raises for one that cannot be read."""
     size, living = sum(map(paths.size_of, paths.files_of(path))), is_owned(paths.lock_of(path))
     try:
         with read_only(path) as connection:
-            return Look(path, living, size, **_figures(connection))
+            return StoreReport(path, living, size, **_figures(connection))
     except (sqlite3.Error, KeyError, TypeError) as error:
-        return Look(path, living, size, trouble=f"cannot be read: {error}")
+        return StoreReport(path, living, size, trouble=f"cannot be read: {error}")
 
 
 def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
     meta = dict(connection.execute("SELECT key, value FROM meta"))
     rows = dict(connection.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
-    size, first = connection.execute("SELECT coalesce(sum(length(payload)), 0), min(created_at) FROM entries").fetchone()
+    size, first = connection.execute(
+        "SELECT coalesce(sum(length(payload)), 0), min(created_at) FROM entries"
+    ).fetchone()
     batches = _batches(connection)
     if batches is not None and (oldest := batches.oldest()) is not None:
         rows[EVENT] = rows.get(EVENT, 0) + batches.rows
         size += batches.weight
         first = oldest[2] if first is None else min(first, oldest[2])
-    losses = {(reason, kind): number for reason, kind, number in connection.execute("SELECT * FROM losses")}
+    losses = {
+        (reason, kind): number
+        for reason, kind, number in connection.execute("SELECT * FROM losses")
+    }
     return {
         "pid": int(meta["pid"]),
         "rows": rows,
@@ -103,7 +108,10 @@ def rows(path: Path) -> Iterator[BufferEntry]:
     try:
         with read_only(path) as connection:
             batches = _batches(connection)
-            yield from merge(map(BufferEntry._make, connection.execute(_ROWS)), batches.read(0) if batches else ())
+            yield from merge(
+                map(BufferEntry._make, connection.execute(_ROWS)),
+                batches.read(0) if batches else (),
+            )
     except sqlite3.Error as error:
         raise LocalStorageError(f"the store {path} cannot be read: {error}") from error
 

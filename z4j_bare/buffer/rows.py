@@ -97,7 +97,7 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Legacy:
+class StoreState:
     """What a store leaves besides its rows: losses by ``(reason, kind)``, and what is known of young commands."""
 
     losses: dict[tuple[str, str], int]
@@ -123,10 +123,15 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
     if ordered[-1] - ordered[0] == len(ordered) - 1:  # the usual case
         return [(ordered[0], ordered[-1])]
     breaks = [index for index in range(1, len(ordered)) if ordered[index] != ordered[index - 1] + 1]
-    return [(ordered[first], ordered[last - 1]) for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)]
+    return [
+        (ordered[first], ordered[last - 1])
+        for first, last in zip([0, *breaks], [*breaks, len(ordered)], strict=True)
+    ]
 
 
-def fitting(entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone: bool = True) -> list[BufferEntry]:
+def fitting(
+    entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone: bool = True
+) -> list[BufferEntry]:
     """Return the first ``entries``: at most ``limit``, of ``max_bytes`` together, or one, if it may be ``alone``."""
     found: list[BufferEntry] = []
     for entry in entries:
@@ -139,7 +144,9 @@ def fitting(entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone
 
 def came_together(entry: BufferEntry) -> float | None:
     """Return when an event came, if it is like all others that came then, so that they may be stored together."""
-    return entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
+    return (
+        entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
+    )
 
 
 def storable(text: str) -> str:

@@ -70,7 +70,9 @@ def wal_pages(max_bytes: int) -> int:
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
 
-def connect(path: Path, *, busy_timeout: float, max_bytes: int, deployment: str) -> sqlite3.Connection:
+def connect(
+    path: Path, *, busy_timeout: float, max_bytes: int, deployment: str
+) -> sqlite3.Connection:
     """Open an existing file with every pragma set, but leave its tables alone.
 
     ``busy_timeout`` is in seconds, 0 fails at once. Raises ``sqlite3.Error``, or ``LocalStorageError`` for a
@@ -121,11 +123,15 @@ def number(connection: sqlite3.Connection, query: str) -> int:
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str) -> None:
     mark = number(connection, "PRAGMA application_id")
-    if mark != APPLICATION_ID and (mark or number(connection, "SELECT count(*) FROM sqlite_master")):
+    if mark != APPLICATION_ID and (
+        mark or number(connection, "SELECT count(*) FROM sqlite_master")
+    ):
         raise LocalStorageError(f"{path} is not a store of this agent (application id {mark:#x})")
     version = number(connection, "PRAGMA user_version")
     if version > VERSION:
-        raise LocalStorageError(f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})")
+        raise LocalStorageError(
+            f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})"
+        )
     if version and not _of_deployment(connection, deployment):
         raise LocalStorageError(f"the store {path} belongs to another deployment")
 
@@ -133,17 +139,25 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 def _of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
     """Whether the store bears one of the deployment's names, or neither has any."""
     found = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
-    return found is not None and (found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split()))
+    return found is not None and (
+        found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split())
+    )
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL, which writes the first page and settles it
+    connection.execute(
+        "PRAGMA auto_vacuum=INCREMENTAL"
+    )  # before WAL, which writes the first page and settles it
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
-        raise LocalStorageError(f"{path}: this file system offers journal mode {mode}, not WAL; move Z4J_HOME")
+        raise LocalStorageError(
+            f"{path}: this file system offers journal mode {mode}, not WAL; move Z4J_HOME"
+        )
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    connection.execute("PRAGMA secure_delete=OFF")  # some distributions build it in: twice the writes per delete
+    connection.execute(
+        "PRAGMA secure_delete=OFF"
+    )  # some distributions build it in: twice the writes per delete
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")
 
@@ -175,7 +189,9 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
     mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)) as connection:
+    with closing(
+        sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
+    ) as connection:
         connection.execute("BEGIN")  # one moment, whatever its owner does meanwhile
         yield connection
 
@@ -185,7 +201,10 @@ def counted(path: Path) -> dict[tuple[str, str], int]:
     try:
         with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:
             meta = dict(connection.execute("SELECT key, value FROM meta"))
-            losses = {(reason, kind): rows for reason, kind, rows in connection.execute("SELECT * FROM losses")}
+            losses = {
+                (reason, kind): rows
+                for reason, kind, rows in connection.execute("SELECT * FROM losses")
+            }
             left = meta["next_id"] - 1 - meta["confirmed"] - sum(losses.values())
             return {**losses, (CORRUPTION, EVENT): losses.get((CORRUPTION, EVENT), 0) + left}
     except (sqlite3.Error, KeyError, TypeError):

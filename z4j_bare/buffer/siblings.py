@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def known_to_others(buffer_path: str | os.PathLike[str], own: Path, key: str) -> LedgerEntry | None:
+def find_in_other_stores(
+    buffer_path: str | os.PathLike[str], own: Path, key: str
+) -> LedgerEntry | None:
     """Return what is known of command ``key`` beside our ``own`` store, in those of the living and of the dead.
 
     One that is not done is ``elsewhere``: its process answers, or whoever adopts its store. For ``offload``; never raises.
@@ -36,7 +38,9 @@ def known_to_others(buffer_path: str | os.PathLike[str], own: Path, key: str) ->
 def _ask(path: Path, key: str) -> LedgerEntry | None:
     try:
         with read_only(path) as connection:
-            row = connection.execute("SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)).fetchone()
+            row = connection.execute(
+                "SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)
+            ).fetchone()
     except sqlite3.Error:
         return None
     return None if row is None else LedgerEntry(*row)

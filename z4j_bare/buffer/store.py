@@ -14,8 +14,8 @@ from zope.interface import implementer
 
 from z4j_bare.buffer import batches, queries
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.accounting import Books, Change
-from z4j_bare.buffer.disk_usage import ROW_OVERHEAD, Space
+from z4j_bare.buffer.accounting import Accounting, Change
+from z4j_bare.buffer.disk_usage import ROW_OVERHEAD, DiskUsage
 from z4j_bare.buffer.errors import storage_call, translated
 from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
@@ -29,8 +29,8 @@ from z4j_bare.buffer.rows import (
     BufferEntry,
     BufferStats,
     LedgerEntry,
-    Legacy,
     Row,
+    StoreState,
     came_together,
     fitting,
     refuse_unknown_kinds,
@@ -51,7 +51,7 @@ MIN_BYTES = 1024 * 1024
 RELIEF = 500
 
 #: Rows to take: of ``None``, entries whose ids are still to be given; of a time, the payloads of events that came together.
-Lot = tuple[float | None, "Sequence[Any]"]
+InsertGroup = tuple[float | None, "Sequence[Any]"]
 
 
 @implementer(IStore)
@@ -117,7 +117,9 @@ class BufferStore:
         if all(kind == EVENT and not key for kind, key, _ in rows):
             return self._take([(self._clock(), [payload for _, _, payload in rows])])
         now = self._clock()
-        safe = [(kind, key if key.isascii() else storable(key), payload) for kind, key, payload in rows]
+        safe = [
+            (kind, key if key.isascii() else storable(key), payload) for kind, key, payload in rows
+        ]
         return self._take([(None, [BufferEntry(0, *row, now, 0) for row in safe])])
 
     @storage_call
@@ -126,24 +128,26 @@ class BufferStore:
         return self._take([(self._clock(), payloads)])
 
     @storage_call
-    def take_over(self, rows: Sequence[BufferEntry]) -> int:
+    def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
         groups = ((at, list(group)) for at, group in groupby(rows, came_together))
-        return self._take([(at, rows if at is None else list(map(PAYLOAD, rows))) for at, rows in groups])
+        return self._take(
+            [(at, rows if at is None else list(map(PAYLOAD, rows))) for at, rows in groups]
+        )
 
     @storage_call
-    def inherit(self, legacy: Legacy) -> None:
+    def import_state(self, export_state: StoreState) -> None:
         """Take another store's losses for its own, as produced here and lost, and learn of its commands."""
         with self._books.change() as change:
-            change.lost.update(legacy.losses)
-            change.produced = sum(legacy.losses.values())
-        for entry in legacy.ledger:
-            self._ledger.inherit(entry)
+            change.lost.update(export_state.losses)
+            change.produced = sum(export_state.losses.values())
+        for entry in export_state.ledger:
+            self._ledger.import_state(entry)
 
     @storage_call
-    def legacy(self) -> Legacy:
+    def export_state(self) -> StoreState:
         """Return what an heir has to know besides the rows."""
-        return Legacy(dict(self._books.lost), self._ledger.young(self._clock()))
+        return StoreState(dict(self._books.lost), self._ledger.young(self._clock()))
 
     @storage_call
     def relieve(self) -> int:
@@ -155,23 +159,33 @@ class BufferStore:
         return sum(change.lost.values())
 
     @storage_call
-    def drain(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
+    def drain(
+        self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
+    ) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
         found = self.at_hand(after, limit, max_bytes, kinds)
         return self._read(after, limit, max_bytes, kinds) if found is None else found
 
-    def at_hand(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry] | None:
+    def at_hand(
+        self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
+    ) -> list[BufferEntry] | None:
         """Return what ``drain`` does, or ``None`` if that takes a look at the file. On any thread, between other calls."""
         if EVENT not in kinds and not self._books.kept:
             return []
         alone = tuple(kinds) == (EVENT,) and not self._books.loose
         return self._books.batches.at_hand(after, limit, max_bytes) if alone else None
 
-    def _read(self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> list[BufferEntry]:
+    def _read(
+        self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
+    ) -> list[BufferEntry]:
         # An open cursor would hold a snapshot, and with it the WAL.
         with (
-            closing(self._connection.execute(queries.drain(kinds), (after, max(0, limit)))) as cursor,
-            closing(self._books.batches.read(after) if EVENT in kinds else iter_nothing()) as batched,
+            closing(
+                self._connection.execute(queries.drain(kinds), (after, max(0, limit)))
+            ) as cursor,
+            closing(
+                self._books.batches.read(after) if EVENT in kinds else iter_nothing()
+            ) as batched,
         ):
             # Ids differ: nothing else is compared.
             return fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
@@ -222,11 +236,11 @@ class BufferStore:
         except sqlite3.DatabaseError:
             return False
 
-    def written_off(self) -> Legacy:
+    def written_off(self) -> StoreState:
         """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
         lost = dict(self._books.lost)
         lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self._books.rows
-        return Legacy(lost)
+        return StoreState(lost)
 
     def size(self) -> int:
         """Return the number of rows."""
@@ -239,9 +253,9 @@ class BufferStore:
     # -- the ledger of commands
 
     @storage_call
-    def claim(self, key: str, now: float, testament: bytes = b"") -> LedgerEntry | None:
+    def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
         """Enter command ``key`` as started; return the earlier entry if it was there already."""
-        return self._ledger.claim(key, now, testament)
+        return self._ledger.claim(key, now, provisional_result)
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float) -> None:
@@ -271,13 +285,17 @@ class BufferStore:
 
         ``bequeathed`` says that an heir knows the commands.
         """
-        if self.closed:  # a forked child must not close its parent's connection: that could remove the WAL
+        if (
+            self.closed
+        ):  # a forked child must not close its parent's connection: that could remove the WAL
             return
         self._closed = True
         delete = False
         try:
             with translated(self.path, "close"):
-                delete = self._books.rows == 0 and (bequeathed or self._ledger.recent(self._clock()) == 0)
+                delete = self._books.rows == 0 and (
+                    bequeathed or self._ledger.recent(self._clock()) == 0
+                )
                 self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
         finally:
             self._give_up(delete=delete)
@@ -313,9 +331,9 @@ class BufferStore:
         self._load()
 
     def _load(self) -> None:
-        self._books = Books(self._connection, min(batches.LARGEST, self._budget // 32))
+        self._books = Accounting(self._connection, min(batches.LARGEST, self._budget // 32))
         self.buffer_id = self._books.buffer_id
-        self._space = Space(self._connection, self.path, self._max_bytes)
+        self._space = DiskUsage(self._connection, self.path, self._max_bytes)
         self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
 
@@ -330,7 +348,7 @@ class BufferStore:
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _take(self, lots: Sequence[Lot], also: Callable[[], None] = lambda: None) -> int:
+    def _take(self, lots: Sequence[InsertGroup], also: Callable[[], None] = lambda: None) -> int:
         """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
         if not any(rows for _, rows in lots):
             return 0
@@ -359,7 +377,10 @@ class BufferStore:
     def _shorten(self) -> None:
         try:
             self._space.shorten()
-        except (sqlite3.Error, OSError):  # the rows are safe; if this is serious, the next append says so
+        except (
+            sqlite3.Error,
+            OSError,
+        ):  # the rows are safe; if this is serious, the next append says so
             pass
 
     def _evict(self, change: Change) -> None:

@@ -26,14 +26,18 @@ MOVE_BYTES = 4 * 1024 * 1024
 
 def append(store: Any, add: Callable[[Any], int], look: bool) -> BufferStats | None:
     """Call ``add(store)``; return the figures from before, if they are wanted."""
-    stats = store.stats() if look else None  # first: if it fails, the call is repeated, and rows must not be
+    stats = (
+        store.stats() if look else None
+    )  # first: if it fails, the call is repeated, and rows must not be
     add(store)
     return stats
 
 
 def each(read: Callable[..., Any], queries: Sequence[Query], max_bytes: int) -> list[Any]:
     """Return what ``read`` does for each query, and nothing where none is wanted."""
-    return [read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries]
+    return [
+        read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries
+    ]
 
 
 def drain(
@@ -44,11 +48,13 @@ def drain(
     return store.stats() if look else None, found[0], found[1]
 
 
-def claim(store: Any, key: str, now: float, testament: bytes, others: Others | None) -> LedgerEntry | None:
+def claim(
+    store: Any, key: str, now: float, provisional_result: bytes, others: Others | None
+) -> LedgerEntry | None:
     """Enter a command, unless it is known here or to another process."""
     # On memory we are on the hub, where no file may be read.
     elsewhere = others(store.path, key) if others is not None and store.durable else None
-    found: LedgerEntry | None = elsewhere or store.claim(key, now, testament)
+    found: LedgerEntry | None = elsewhere or store.claim(key, now, provisional_result)
     return found
 
 
@@ -78,10 +84,10 @@ def stats(store: Any) -> BufferStats:
 
 def move(heir: Any, source: Any) -> int:
     """Move everything from one store to another, so that a failure on the way doubles rows at worst."""
-    left, moved = source.legacy(), 0
+    left, moved = source.export_state(), 0
     while rows := source.drain(0, MOVE, MOVE_BYTES, (EVENT, RESULT, PROJECTION)):
-        heir.take_over(rows)
+        heir.import_rows(rows)
         source.confirm([row.id for row in rows])
         moved += len(rows)
-    heir.inherit(left)
+    heir.import_state(left)
     return moved

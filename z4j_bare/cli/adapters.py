@@ -35,18 +35,27 @@ class Kind:
         try:
             adapter = getattr(import_module(self.package.replace("-", "_")), self.attribute)
         except ImportError as error:
-            raise HostConfigurationError(f"the adapter is missing: pip install {self.package} ({error})") from error
+            raise HostConfigurationError(
+                f"the adapter is missing: pip install {self.package} ({error})"
+            ) from error
         try:
-            return adapter(**(self.read(found) if self.read else {self.parameter: found}), **options)
+            return adapter(
+                **(self.read(found) if self.read else {self.parameter: found}), **options
+            )
         except (TypeError, ValueError, AttributeError) as error:
-            raise HostConfigurationError(f"{self.attribute} cannot be made of {app}: {error}") from error
+            raise HostConfigurationError(
+                f"{self.attribute} cannot be made of {app}: {error}"
+            ) from error
 
 
 def _arq_worker(settings: Any) -> dict[str, Any]:
     """Read arq's ``WorkerSettings``; its redis settings alone will do as well."""
     if not hasattr(settings, "functions"):
         return {"redis_settings": settings}
-    names = [getattr(each, "name", None) or getattr(each, "__name__", str(each)) for each in settings.functions]
+    names = [
+        getattr(each, "name", None) or getattr(each, "__name__", str(each))
+        for each in settings.functions
+    ]
     found = {"redis_settings": settings.redis_settings, "function_names": names}
     queue = getattr(settings, "queue_name", None)
     return {**found, "queue_name": queue} if queue else found
@@ -88,11 +97,17 @@ def known(name: str, kinds: Mapping[str, Kind]) -> str:
     return found
 
 
-def build(kinds: Mapping[str, Kind], wanted: Mapping[str, Mapping[str, Any]], app: str | None) -> list[Any]:
+def build(
+    kinds: Mapping[str, Kind], wanted: Mapping[str, Mapping[str, Any]], app: str | None
+) -> list[Any]:
     """Return the adapters; ``wanted`` has options by name, of which ``app`` defaults to the common one."""
     made = []
     for name, options in wanted.items():
         rest = {key: value for key, value in options.items() if key != "app"}
         own = options.get("app")
-        made.append(kinds[known(name, kinds)].build(own or app, rest, f"the app of {name}" if own else "--app"))
+        made.append(
+            kinds[known(name, kinds)].build(
+                own or app, rest, f"the app of {name}" if own else "--app"
+            )
+        )
     return made

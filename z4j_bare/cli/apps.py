@@ -31,7 +31,9 @@ def load_app(path: Any, setting: str = "--app") -> Any:
         raise HostConfigurationError(f"{setting} {path!r} is not of the form module:attr")
     found = _imported(path, module, attribute, setting)
     if isinstance(found, ModuleType):
-        raise HostConfigurationError(f"{setting} {path!r} is a module: name the object in it, such as {path}:app")
+        raise HostConfigurationError(
+            f"{setting} {path!r} is a module: name the object in it, such as {path}:app"
+        )
     return found
 
 
@@ -43,9 +45,15 @@ def _imported(path: str, module: str, attribute: str, setting: str) -> Any:
             return getattr(import_module(module), attribute)
     except ConfigError:  # of its own install_agent, which has said what is wrong
         raise
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError for an empty module name
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+    ) as error:  # ValueError for an empty module name
         hint = "" if ":" in path else "; is it of the form module:attr?"
-        raise HostConfigurationError(f"{setting} {path!r} cannot be loaded: {error}{hint}") from error
+        raise HostConfigurationError(
+            f"{setting} {path!r} cannot be loaded: {error}{hint}"
+        ) from error
     except Exception as error:  # the application's own: a variable that it misses, a file
         logger.debug("z4j: importing %s failed", module, exc_info=True)
         text = f"{setting} {path!r} cannot be loaded: {type(error).__name__}: {error} (--log-level DEBUG shows where)"

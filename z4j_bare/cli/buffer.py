@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from z4j_bare.buffer import files as paths
 from z4j_bare.buffer import report as inspect
 from z4j_bare.buffer.errors import BUSY, cause_of
-from z4j_bare.buffer.report import Look
+from z4j_bare.buffer.report import StoreReport
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
 from z4j_bare.cli.status import span
@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in ACTIONS.items():
         action = actions.add_parser(name, help=text)
-        action.add_argument("stores", nargs="*", metavar="STORE", help="only these (default: all that are left behind)")
+        action.add_argument(
+            "stores",
+            nargs="*",
+            metavar="STORE",
+            help="only these (default: all that are left behind)",
+        )
         action.add_argument("--json", action="store_true", help="one JSON object instead of text")
         if name == "flush":
             configuration.add_connection(action)
@@ -80,24 +85,33 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def looks(arguments: argparse.Namespace) -> list[Look]:
+def looks(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the stores in question. Raises ``HostConfigurationError`` for a name that is none."""
     found = inspect.stores(configuration.home() / "store")
     wanted = []
     for name in arguments.stores:
-        match = next((path for path in found if name in (path.name, str(path)) or Path(name).absolute() == path), None)
+        match = next(
+            (
+                path
+                for path in found
+                if name in (path.name, str(path)) or Path(name).absolute() == path
+            ),
+            None,
+        )
         if match is None:
             raise HostConfigurationError(f"there is no store {name!r}: see z4j-bare buffer list")
         wanted.append(match)
     return [inspect.look(path) for path in wanted or found]
 
 
-def left_behind(arguments: argparse.Namespace) -> list[Look]:
+def left_behind(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the stores without a living process. Raises ``LocalStorageError`` for one that was named and has one."""
     found = looks(arguments)
     if arguments.stores:
         for living in (each for each in found if each.living):
-            with inspect.abandoned(living.path):  # says whose it is, if it has not ended this moment
+            with inspect.abandoned(
+                living.path
+            ):  # says whose it is, if it has not ended this moment
                 pass
     return [each for each in found if not each.living]
 
@@ -166,7 +180,12 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
         raise
     except AgentError as error:
         trouble = str(error)
-        output.mark("FAIL", "flush", trouble, "z4j-bare doctor tells more; nothing that was not acknowledged is gone")
+        output.mark(
+            "FAIL",
+            "flush",
+            trouble,
+            "z4j-bare doctor tells more; nothing that was not acknowledged is gone",
+        )
     finally:
         flush.close()
     for path, why in flush.passed_over:
@@ -180,10 +199,16 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
 
 def _drop(output: Output, arguments: argparse.Namespace) -> int:
     if not arguments.stores and not arguments.all:
-        raise HostConfigurationError("name the stores to drop, or pass --all; z4j-bare buffer list shows them")
+        raise HostConfigurationError(
+            "name the stores to drop, or pass --all; z4j-bare buffer list shows them"
+        )
     dead = left_behind(arguments)
     rows = sum(each.total for each in dead)
-    if dead and not arguments.yes and not _agreed(f"Delete {len(dead)} stores with {rows} rows for good? [y/N] "):
+    if (
+        dead
+        and not arguments.yes
+        and not _agreed(f"Delete {len(dead)} stores with {rows} rows for good? [y/N] ")
+    ):
         output.say("nothing was deleted")
         return 1
     for each in dead:
@@ -203,13 +228,20 @@ def _agreed(question: str) -> bool:
         return False
 
 
-def _row(each: Look) -> list[str]:
+def _row(each: StoreReport) -> list[str]:
     process = f"{each.pid} lives" if each.living else f"{each.pid or '?'} is gone"
     age = "" if each.oldest_age is None else span(each.oldest_age)
-    return [str(each.path), process, str(each.total), age, f"{each.disk_bytes / 1024:.0f} KiB", each.trouble]
+    return [
+        str(each.path),
+        process,
+        str(each.total),
+        age,
+        f"{each.disk_bytes / 1024:.0f} KiB",
+        each.trouble,
+    ]
 
 
-def _sums(found: list[Look]) -> dict[str, int]:
+def _sums(found: list[StoreReport]) -> dict[str, int]:
     lost: dict[str, int] = {}
     for each in found:
         for reason, number in each.lost.items():
@@ -217,7 +249,7 @@ def _sums(found: list[Look]) -> dict[str, int]:
     return lost
 
 
-def _plain(each: Look) -> dict[str, Any]:
+def _plain(each: StoreReport) -> dict[str, Any]:
     return {
         "path": str(each.path), "living": each.living, "pid": each.pid, "rows": each.rows, "lost": each.lost,
         "payload_bytes": each.payload_bytes, "disk_bytes": each.disk_bytes, "oldest_age_seconds": each.oldest_age,

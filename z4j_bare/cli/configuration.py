@@ -30,7 +30,15 @@ _NOT_IN_A_FILE = frozenset({"buffer_path", "engines", "schedulers"})
 _SECRETS = frozenset({"token", "hmac_secret"})
 
 #: Flags of :func:`add_connection`, which are the fields of their settings.
-_FLAGS = ("brain_url", "token", "token_file", "hmac_secret_file", "project_id", "home", "concurrency")
+_FLAGS = (
+    "brain_url",
+    "token",
+    "token_file",
+    "hmac_secret_file",
+    "project_id",
+    "home",
+    "concurrency",
+)
 
 
 @dataclass(slots=True)
@@ -44,31 +52,51 @@ class FileSettings:
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add what says which brain, and as whom. Secrets are better given by file: arguments show in the process list."""
-    group = parser.add_argument_group("connection", "each also in the file (--config) and as an environment variable")
+    group = parser.add_argument_group(
+        "connection", "each also in the file (--config) and as an environment variable"
+    )
     add_config(group)
     group.add_argument("--brain-url", metavar="URL", help="address of the brain (Z4J_BRAIN_URL)")
     group.add_argument("--project-id", metavar="SLUG", help="project slug (Z4J_PROJECT_ID)")
     group.add_argument("--token", help="the agent's token (Z4J_TOKEN); visible in the process list")
-    group.add_argument("--token-file", metavar="FILE", help="file with the token, re-read at each connect (Z4J_TOKEN_FILE)")
     group.add_argument(
-        "--hmac-secret-file", metavar="FILE", help="file with the project's key, re-read likewise (Z4J_HMAC_SECRET_FILE)"
+        "--token-file",
+        metavar="FILE",
+        help="file with the token, re-read at each connect (Z4J_TOKEN_FILE)",
+    )
+    group.add_argument(
+        "--hmac-secret-file",
+        metavar="FILE",
+        help="file with the project's key, re-read likewise (Z4J_HMAC_SECRET_FILE)",
     )
     add_home(group)
 
 
 def add_config(group: Any) -> None:
     """Add the file with the settings."""
-    group.add_argument("--config", type=Path, metavar="FILE", help="TOML file, which all others outweigh (Z4J_CONFIG)")
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file, which all others outweigh (Z4J_CONFIG)",
+    )
 
 
 def add_home(group: Any) -> None:
     """Add the directory that agents keep their state in."""
-    group.add_argument("--home", metavar="DIR", help="directory of the agents' state (Z4J_HOME, default ~/.z4j)")
+    group.add_argument(
+        "--home", metavar="DIR", help="directory of the agents' state (Z4J_HOME, default ~/.z4j)"
+    )
 
 
 def add_agents(parser: argparse.ArgumentParser) -> None:
     """Add which of the agents that run here are meant, and how to answer."""
-    parser.add_argument("--adapter", "-a", metavar="NAME", help="only agents of this framework adapter (bare, django, ...)")
+    parser.add_argument(
+        "--adapter",
+        "-a",
+        metavar="NAME",
+        help="only agents of this framework adapter (bare, django, ...)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     add_config(parser)
     add_home(parser)
@@ -190,4 +218,6 @@ def _switch(path: Path, value: Any) -> bool | None:
 def _tables(path: Path, name: str, value: Any) -> dict[str, dict[str, Any]]:
     if isinstance(value, Mapping) and all(isinstance(each, Mapping) for each in value.values()):
         return {key: dict(each) for key, each in value.items()}
-    raise HostConfigurationError(f'--config {path}: {name} are tables: [{name}.NAME] and below it app = "shop.celery:app"')
+    raise HostConfigurationError(
+        f'--config {path}: {name} are tables: [{name}.NAME] and below it app = "shop.celery:app"'
+    )

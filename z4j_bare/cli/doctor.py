@@ -27,7 +27,11 @@ exit codes: 0 all is well, 1 a probe failed or a setting is wrong, 2 usage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the connection and what to leave out."""
     configuration.add_connection(parser)
-    parser.add_argument("--app", metavar="MODULE:ATTR", help="import this first, to see whether it patches the process")
+    parser.add_argument(
+        "--app",
+        metavar="MODULE:ATTR",
+        help="import this first, to see whether it patches the process",
+    )
     parser.add_argument("--no-websocket", action="store_true", help="do not try WebSocket")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -62,7 +66,9 @@ def report(output: Output, config: Any, results: Iterable[ProbeResult]) -> int:
     bad = [result.name for result in seen if not result.ok]
     verdict = f"{len(bad)} of {len(seen)} failed: {', '.join(bad)}" if bad else "all is well"
     output.say(verdict, "bold red" if bad else "bold green")
-    output.answer({"ok": not bad, "config": _public(config), "probes": [_plain(result) for result in seen]})
+    output.answer(
+        {"ok": not bad, "config": _public(config), "probes": [_plain(result) for result in seen]}
+    )
     return 1 if bad else 0
 
 
@@ -76,4 +82,9 @@ def _public(config: Any) -> dict[str, str]:
 
 
 def _plain(result: ProbeResult) -> dict[str, Any]:
-    return {"name": result.name, "ok": result.ok, "message": result.message, "details": result.details}
+    return {
+        "name": result.name,
+        "ok": result.ok,
+        "message": result.message,
+        "details": result.details,
+    }

@@ -38,7 +38,11 @@ def make_main_for_adapter(adapter_id: str) -> Main:
 
 
 def make_engine_main(
-    engine_id: str, *, upstream_package: str, broker_env: str | None = None, upstream_attribute: str | None = None
+    engine_id: str,
+    *,
+    upstream_package: str,
+    broker_env: str | None = None,
+    upstream_attribute: str | None = None,
 ) -> Main:
     """Return ``main(argv=None)`` of an engine adapter, which sees whether both packages are there and a broker is named.
 
@@ -64,10 +68,14 @@ def make_engine_main(
 
 
 def _engine_parser(engine_id: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"z4j-{engine_id}", description=f"The z4j adapter for {engine_id}.")
+    parser = argparse.ArgumentParser(
+        prog=f"z4j-{engine_id}", description=f"The z4j adapter for {engine_id}."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _ENGINE_COMMANDS.items():
-        commands.add_parser(name, help=text).add_argument("--json", action="store_true", help="one JSON object")
+        commands.add_parser(name, help=text).add_argument(
+            "--json", action="store_true", help="one JSON object"
+        )
     return parser
 
 
@@ -76,7 +84,9 @@ def _importable(package: str) -> ProbeResult:
         import_module(package.replace("-", "_"))
     except Exception as error:
         cause = f"{package} cannot be imported ({type(error).__name__}: {error})"
-        return failed(package, cause, f"pip install {package}, in the environment that the workers use")
+        return failed(
+            package, cause, f"pip install {package}, in the environment that the workers use"
+        )
     return passed(package, f"{package} {_version(package)}", version=_version(package))
 
 
@@ -84,14 +94,21 @@ def _broker(variable: str | None) -> Iterator[ProbeResult]:
     if variable and os.environ.get(variable):
         yield passed("broker", f"{variable} is set")
     elif variable:
-        yield warned("broker", f"{variable} is not set", "nothing, if the application configures its broker itself")
+        yield warned(
+            "broker",
+            f"{variable} is not set",
+            "nothing, if the application configures its broker itself",
+        )
 
 
 def _report(output: Output, results: Sequence[ProbeResult]) -> int:
     for result in results:
         output.mark(result.verdict, result.name, result.text, result.fix)
     good = all(result.ok for result in results)
-    probes = [{"name": each.name, "ok": each.ok, "message": each.message, "details": each.details} for each in results]
+    probes = [
+        {"name": each.name, "ok": each.ok, "message": each.message, "details": each.details}
+        for each in results
+    ]
     output.answer({"ok": good, "probes": probes})
     return 0 if good else 1
 

@@ -14,13 +14,13 @@ from z4j_bare.buffer.errors import BUSY, cause_of
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
-from z4j_bare.credentials import deployment_of, read_key, read_token
+from z4j_bare.credentials import deployment_id, read_key, read_token
 from z4j_bare.diagnostics.remote import silent_hello
 from z4j_bare.errors import FrameTooLargeError, LocalStorageError
-from z4j_bare.transport.auto import LONGPOLL, Routes
+from z4j_bare.transport.auto import LONGPOLL, TransportFactory
 from z4j_bare.wire import frames
-from z4j_bare.wire.lighter import lighter_result
-from z4j_bare.wire.session import Session, read_welcome
+from z4j_bare.wire.lighter import shrink_result
+from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,17 +44,19 @@ class Flush:
         self.sent = 0
         self.passed_over: list[tuple[Path, str]] = []
         self._config = config
-        self._seam = build(choose(settings.concurrency, detect()))
+        self._backend = build(choose(settings.concurrency, detect()))
         self._key = read_key(config, settings)
         self._most = ROWS
         url, token = str(config.brain_url), partial(read_token, config, settings)
-        self._line = Routes(url, LONGPOLL, token, settings, self._seam, dev_mode=config.dev_mode).longpoll()
+        self._line = TransportFactory(
+            url, LONGPOLL, token, settings, self._backend, dev_mode=config.dev_mode
+        ).longpoll()
         self._session: Session | None = None
 
     def close(self) -> None:
         """Release the line."""
         self._line.close()
-        self._seam.close()
+        self._backend.close()
 
     def send(self, path: Path, done: Callable[[int], None]) -> None:
         """Send one store's rows and delete its file when it is empty; ``done`` gets the running total.
@@ -63,7 +65,9 @@ class Flush:
         take the rows. A store of another project is passed over.
         """
         try:
-            store = BufferStore(path, deployment=deployment_of(self._config, self._key), create=False)
+            store = BufferStore(
+                path, deployment=deployment_id(self._config, self._key), create=False
+            )
         except LocalStorageError as error:
             if cause_of(error) == BUSY:
                 raise
@@ -73,18 +77,29 @@ class Flush:
             for kind, deliver in ((RESULT, self._results), (EVENT, self._events)):
                 self._drain(store, kind, deliver, done)
             if others := store.drain(0, 1, BYTES, (PROJECTION,)):
-                self.passed_over.append((path, f"{others[0].kind} rows are for the agent that goes on with their stream"))
+                self.passed_over.append(
+                    (
+                        path,
+                        f"{others[0].kind} rows are for the agent that goes on with their stream",
+                    )
+                )
         finally:
             store.close()
 
     def _drain(
-        self, store: Any, kind: str, deliver: Callable[[Sequence[BufferEntry]], int], done: Callable[[int], None]
+        self,
+        store: Any,
+        kind: str,
+        deliver: Callable[[Sequence[BufferEntry]], int],
+        done: Callable[[int], None],
     ) -> None:
         after = 0
         while rows := store.drain(after, ROWS, BYTES, (kind,)):
             delivered = deliver(rows)
             if not delivered:  # one row that no frame can carry stays
-                self.passed_over.append((store.path, f"row {rows[0].id} is larger than the brain takes"))
+                self.passed_over.append(
+                    (store.path, f"row {rows[0].id} is larger than the brain takes")
+                )
                 after = rows[0].id
                 continue
             store.confirm([row.id for row in rows[:delivered]])
@@ -96,7 +111,11 @@ class Flush:
         number = min(len(rows), self._most)
         while number:
             try:
-                self._post("event_batch", frames.frame_id("ev"), frames.event_batch([row.payload for row in rows[:number]]))
+                self._post(
+                    "event_batch",
+                    frames.frame_id("ev"),
+                    frames.event_batch([row.payload for row in rows[:number]]),
+                )
                 return number
             except FrameTooLargeError:
                 number //= 2
@@ -105,7 +124,7 @@ class Flush:
 
     def _results(self, rows: Sequence[BufferEntry]) -> int:
         row = rows[0]
-        for payload in (row.payload, *lighter_result(row.payload)):
+        for payload in (row.payload, *shrink_result(row.payload)):
             try:
                 self._post("command_result", row.key, payload)
                 return 1
@@ -115,8 +134,8 @@ class Flush:
 
     def _post(self, kind: str, identity: str, payload: bytes) -> None:
         session = self._session or self._connect()
-        self._line.send(lambda: session.sign(kind, identity, payload, self._seam.wall()))
+        self._line.send(lambda: session.sign(kind, identity, payload, self._backend.wall()))
 
     def _connect(self) -> Session:
-        self._session = Session(read_welcome(self._line.connect(silent_hello())), self._key)
+        self._session = Session(parse_hello_ack(self._line.connect(silent_hello())), self._key)
         return self._session

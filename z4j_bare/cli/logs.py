@@ -46,4 +46,6 @@ def configure(level: str, form: str = "text") -> None:
         root.removeHandler(handler)
     handler = _OurHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=level.upper(), handlers=[handler])  # nothing where somebody else has set logging up
+    logging.basicConfig(
+        level=level.upper(), handlers=[handler]
+    )  # nothing where somebody else has set logging up

@@ -18,11 +18,20 @@ COMMANDS = {
     "run": ("z4j_bare.cli.run", "run a standalone agent beside the workers"),
     "doctor": ("z4j_bare.cli.doctor", "find out why it does not connect, and what to do about it"),
     "check": ("z4j_bare.cli.check", "see whether the brain can be reached from here"),
-    "status": ("z4j_bare.cli.status", "how the agents of this host are; exits with 1 unless all are connected"),
+    "status": (
+        "z4j_bare.cli.status",
+        "how the agents of this host are; exits with 1 unless all are connected",
+    ),
     "restart": ("z4j_bare.cli.restart", "have the agents of this host connect anew"),
     "reload": ("z4j_bare.cli.restart", "the same as restart"),
-    "buffer": ("z4j_bare.cli.buffer", "look at what dead processes have left, save it, send it or throw it away"),
-    "demo": ("z4j_bare.demo.command", "see it all work: a real brain, a real worker, one scripted day"),
+    "buffer": (
+        "z4j_bare.cli.buffer",
+        "look at what dead processes have left, save it, send it or throw it away",
+    ),
+    "demo": (
+        "z4j_bare.demo.command",
+        "see it all work: a real brain, a real worker, one scripted day",
+    ),
     "completion": ("z4j_bare.cli.completion", "print what a shell needs to complete all this"),
     "version": ("z4j_bare.cli.version", "print the versions"),
 }
@@ -35,14 +44,19 @@ INTERRUPTED = 130
 def build_parser(prog: str, wanted: Container[str]) -> argparse.ArgumentParser:
     """Return the parser; only the ``wanted`` commands' modules are imported for their options."""
     parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
-    parser.add_argument("--log-level", choices=logs.LEVELS, help="what to log (default: INFO; Z4J_LOG_LEVEL)")
+    parser.add_argument(
+        "--log-level", choices=logs.LEVELS, help="what to log (default: INFO; Z4J_LOG_LEVEL)"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in wanted:
             found = import_module(module)
             found.add_arguments(sub)
-            sub.epilog, sub.formatter_class = getattr(found, "EXAMPLES", None), argparse.RawDescriptionHelpFormatter
+            sub.epilog, sub.formatter_class = (
+                getattr(found, "EXAMPLES", None),
+                argparse.RawDescriptionHelpFormatter,
+            )
             sub.set_defaults(run=found.run)
     return parser
 
@@ -64,6 +78,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read us, head for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter's last flush would complain
         return 0
     return code

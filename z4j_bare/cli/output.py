@@ -44,7 +44,9 @@ class Output:
         if self._console is None:
             print(text, file=self._stream, flush=True)
         else:
-            self._console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(
+                text, style=style or None, markup=False, highlight=False, soft_wrap=True
+            )
 
     def mark(self, verdict: str, name: str, text: str, fix: str = "") -> None:
         """Write a line with a verdict (a key of :data:`MARKS`), and below it what to do about it."""
@@ -60,7 +62,11 @@ class Output:
             return
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
-            self.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            self.say(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
 
     def answer(self, value: Any) -> None:
         """Write the answer for machines."""

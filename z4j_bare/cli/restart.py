@@ -27,10 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Tell them and return the worst of the answers."""
     configuration.open_home(arguments)
     output = Output(machine=arguments.json)
-    adapters = [arguments.adapter] if arguments.adapter else sorted({desk.adapter for desk in control.desks()}) or ["bare"]
+    adapters = (
+        [arguments.adapter]
+        if arguments.adapter
+        else sorted({desk.adapter for desk in control.desks()}) or ["bare"]
+    )
     answers = {adapter: control.send_restart(adapter) for adapter in adapters}
     for code, text in answers.values():
         output.say(text, "bold red" if code else "")
     worst = max(code for code, _ in answers.values())
-    output.answer({"ok": worst == 0, "adapters": {name: text for name, (_, text) in answers.items()}})
+    output.answer(
+        {"ok": worst == 0, "adapters": {name: text for name, (_, text) in answers.items()}}
+    )
     return worst

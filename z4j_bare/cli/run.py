@@ -71,18 +71,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pair = "NAME[=MODULE:ATTR]"
     for option, kinds in (("--engine", adapters.ENGINES), ("--scheduler", adapters.SCHEDULERS)):
         group.add_argument(
-            option, action="append", type=_choice(kinds), metavar=pair, help=f"one of {', '.join(kinds)}; may be repeated"
+            option,
+            action="append",
+            type=_choice(kinds),
+            metavar=pair,
+            help=f"one of {', '.join(kinds)}; may be repeated",
         )
     group.add_argument(
-        "--app", "--celery-app", dest="app", metavar="MODULE:ATTR", help="the object for all that name none (Z4J_APP)"
+        "--app",
+        "--celery-app",
+        dest="app",
+        metavar="MODULE:ATTR",
+        help="the object for all that name none (Z4J_APP)",
     )
     group = parser.add_argument_group("process")
     group.add_argument(
-        "--concurrency", choices=("auto", "threads", "gevent", "eventlet"), help="patch the process first where asked for"
+        "--concurrency",
+        choices=("auto", "threads", "gevent", "eventlet"),
+        help="patch the process first where asked for",
     )
-    group.add_argument("--drain", type=float, metavar="SECONDS", help=f"for the last acks at the end (default: {DRAIN:g})")
+    group.add_argument(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help=f"for the last acks at the end (default: {DRAIN:g})",
+    )
     group.add_argument("--log-format", choices=logs.FORMATS, help="default: text (Z4J_LOG_FORMAT)")
-    group.add_argument("--allow-second", action="store_true", help="beside another standalone agent of this project")
+    group.add_argument(
+        "--allow-second",
+        action="store_true",
+        help="beside another standalone agent of this project",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,7 +138,9 @@ def _told_to_end() -> Iterator[list[int]]:
     """Yield a list that SIGINT and SIGTERM are noted in, from before the agent starts: none may end it without a drain."""
     ended: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda received, _frame: ended.append(received)) for number in numbers]
+    before = [
+        signal.signal(number, lambda received, _frame: ended.append(received)) for number in numbers
+    ]
     try:
         yield ended
     finally:
@@ -138,19 +159,23 @@ def _serve(runtime: AgentRuntime, ended: list[int], drain: float) -> None:
         notifier.status(f"stuck: {', '.join(stuck)}" if stuck else _summary(runtime.stats()))
         time.sleep(POLL)
     logger.info("z4j: %s: the agent ends, within %.0f s", signal.Signals(ended[0]).name, drain)
-    notifier.stopping()
+    notifier.stop_event()
     runtime.stop(timeout=drain)
 
 
 def wanted(
-    flags: list[tuple[str, str | None]] | None, variable: str, tables: Mapping[str, Mapping[str, Any]]
+    flags: list[tuple[str, str | None]] | None,
+    variable: str,
+    tables: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Mapping[str, Any]]:
     """Return options by adapter: those that flags name, else those of the variable, else those of the file.
 
     What the file says of an adapter holds for it whoever named it, except its ``app``.
     """
     kinds = adapters.ENGINES if variable == "Z4J_ENGINES" else adapters.SCHEDULERS
-    pairs = flags or [_pair(word, kinds) for word in os.environ.get(variable, "").split(",") if word.strip()]
+    pairs = flags or [
+        _pair(word, kinds) for word in os.environ.get(variable, "").split(",") if word.strip()
+    ]
     options = {adapters.known(name, kinds): dict(table) for name, table in tables.items()}
     if not pairs:
         return dict(options)
@@ -178,9 +203,13 @@ def _drain(flag: float | None) -> float:
     try:
         seconds = float(text) if flag is None else flag
     except ValueError:
-        raise HostConfigurationError(f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds") from None
-    if not 0 <= seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
-        raise HostConfigurationError(f"a drain of {seconds:g} s: between 0 and 3600 (--drain, Z4J_DRAIN_SECONDS)")
+        raise HostConfigurationError(
+            f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds"
+        ) from None
+    if not 0 <= seconds <= 3600:
+        raise HostConfigurationError(
+            f"a drain of {seconds:g} s: between 0 and 3600 (--drain, Z4J_DRAIN_SECONDS)"
+        )
     os.environ.setdefault("Z4J_FLUSH_SECONDS", f"{max(0.0, seconds - FAREWELL):g}")
     return seconds
 
@@ -200,10 +229,14 @@ def _place(*, alone: bool) -> Iterator[None]:
     try:
         if alone and project:
             directory = paths.private_directory(configuration.home())
-            lock = OwnerLock(directory / f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock")
+            lock = OwnerLock(
+                directory / f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock"
+            )
     except LocalStorageError as error:
         if cause_of(error) != BUSY:
-            logger.warning("z4j: whether another standalone agent runs here cannot be told: %s", error)
+            logger.warning(
+                "z4j: whether another standalone agent runs here cannot be told: %s", error
+            )
         else:
             pids = ", ".join(str(desk.pid) for desk in control.desks("bare")) or "unknown"
             hint = "stop it, give this one a Z4J_HOME of its own, or pass --allow-second"

@@ -30,7 +30,17 @@ SAMPLE = 0.5
 #: Looks that a sparkline shows.
 HISTORY = 60
 
-COLUMNS = ("agent", "pid", "mode", "session", "buffered", "oldest", "events/s", "sent", "last error")
+COLUMNS = (
+    "agent",
+    "pid",
+    "mode",
+    "session",
+    "buffered",
+    "oldest",
+    "events/s",
+    "sent",
+    "last error",
+)
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     configuration.add_agents(parser)
     parser.add_argument("--worker", metavar="NAME", help="only agents that report this worker")
     often = "look again and again (default: every second)"
-    parser.add_argument("--watch", nargs="?", type=_interval, const=1.0, metavar="SECONDS", help=often)
+    parser.add_argument(
+        "--watch", nargs="?", type=_interval, const=1.0, metavar="SECONDS", help=often
+    )
     parser.add_argument("--quiet", "-q", action="store_true", help="say nothing, for probes")
 
 
@@ -57,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     first = ask(arguments)
     time.sleep(SAMPLE if first else 0)
     agents = rated(first, ask(arguments), SAMPLE)
-    output.answer({"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents})
+    output.answer(
+        {"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents}
+    )
     show(output, agents, whose(arguments))
     return exit_code(agents)
 
@@ -183,7 +197,7 @@ def _interval(text: str) -> float:
         seconds = float(text)
     except ValueError:
         raise wrong from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
+    if not 0 < seconds <= 3600:
         raise wrong
     return seconds
 
@@ -200,7 +214,9 @@ def _title(agent: Agent) -> str:
     names = sorted(workers_of(agent))
     if len(names) == 1:
         return str(names[0])
-    return agent.get("agent_name") or (f"{agent['adapter']} ({len(names)} workers)" if names else agent["adapter"])
+    return agent.get("agent_name") or (
+        f"{agent['adapter']} ({len(names)} workers)" if names else agent["adapter"]
+    )
 
 
 def _session(agent: Agent) -> str:

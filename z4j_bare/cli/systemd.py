@@ -33,7 +33,7 @@ class Notifier:
             self._barked_at = now
             self._send("WATCHDOG=1")
 
-    def stopping(self) -> None:
+    def stop_event(self) -> None:
         """Tell that the end has begun."""
         self._send("STOPPING=1")
 

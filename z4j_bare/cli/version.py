@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print one line per package that matters and is installed, the protocol and Python."""
     output = Output(machine=arguments.json)
-    found = {**dict(installed_versions()), "protocol": PROTOCOL_VERSION, "python": platform.python_version()}
+    found = {
+        **dict(installed_versions()),
+        "protocol": PROTOCOL_VERSION,
+        "python": platform.python_version(),
+    }
     for name, number in found.items():
         output.say(f"{name} {number}")
     output.answer(found)

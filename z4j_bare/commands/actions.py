@@ -45,7 +45,13 @@ def submit_task(command: Command, host: EngineHost, seconds: float) -> Any:
     name = command.required("name", "task_name")
     when = _when(command, host)
     return host.invoke(
-        "submit_task", name, timeout=seconds, args=args or (), kwargs=kwargs or {}, queue=_queue(command), **when
+        "submit_task",
+        name,
+        timeout=seconds,
+        args=args or (),
+        kwargs=kwargs or {},
+        queue=_queue(command),
+        **when,
     )
 
 
@@ -83,14 +89,23 @@ def bulk_retry(command: Command, host: EngineHost, seconds: float) -> Any:
     _refuse_unsafe(command, host)
     args, kwargs = _overrides(command)
     most = command.whole("max", 1000, most=MAX_BULK)
-    return host.invoke("bulk_retry", dict(chosen), timeout=seconds, max=most, override_args=args, override_kwargs=kwargs)
+    return host.invoke(
+        "bulk_retry",
+        dict(chosen),
+        timeout=seconds,
+        max=most,
+        override_args=args,
+        override_kwargs=kwargs,
+    )
 
 
 def purge_queue(command: Command, host: EngineHost, seconds: float) -> Any:
     """Empty a queue; the adapter compares the token with the queue's depth."""
     queue = command.required("queue", "id")
     token = command.option("confirm_token", str, "text")
-    return host.invoke("purge_queue", queue, timeout=seconds, confirm_token=token, force=command.flag("force"))
+    return host.invoke(
+        "purge_queue", queue, timeout=seconds, confirm_token=token, force=command.flag("force")
+    )
 
 
 def requeue_dead_letter(command: Command, host: EngineHost, seconds: float) -> Any:
@@ -113,9 +128,17 @@ def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> Any
     """Return a page of what has failed for good."""
     limit = command.whole("limit", 100, most=MAX_PAGE)
     cursor = command.option("cursor", str, "text")
-    page = host.invoke("list_dead_letters", command.text("queue", "id"), timeout=seconds, limit=limit, cursor=cursor)
+    page = host.invoke(
+        "list_dead_letters",
+        command.text("queue", "id"),
+        timeout=seconds,
+        limit=limit,
+        cursor=cursor,
+    )
     if not isinstance(page, DeadLetterPage):
-        raise command.error(f"engine {host.name} returned {type(page).__name__} in place of a page of dead letters")
+        raise command.error(
+            f"engine {host.name} returned {type(page).__name__} in place of a page of dead letters"
+        )
     return CommandResult(status="success", result=page.model_dump(mode="json"))
 
 
@@ -123,14 +146,16 @@ def reconcile_task(command: Command, host: EngineHost, seconds: float) -> Any:
     """Return what the engine itself knows of a task; an engine that cannot tell knows nothing of it."""
     task_id = _task_id(command, host)
     if not host.offers("reconcile_task"):
-        return CommandResult(status="success", result={"task_id": task_id, "engine_state": "unknown"})
+        return CommandResult(
+            status="success", result={"task_id": task_id, "engine_state": "unknown"}
+        )
     return host.invoke("reconcile_task", task_id, timeout=seconds)
 
 
 def restart_worker(command: Command, host: EngineHost, seconds: float) -> Any:
     """Give a worker a new pool, or where the engine has no way to do that, a new process."""
-    if host.departure is not None:
-        return host.departure.order(_worker(command))
+    if host.process_restart is not None:
+        return host.process_restart.order(_worker(command))
     return _controlled(host, "restart_worker", _worker(command), seconds=seconds)
 
 
@@ -146,12 +171,16 @@ def pool_shrink(command: Command, host: EngineHost, seconds: float) -> Any:
 
 def add_consumer(command: Command, host: EngineHost, seconds: float) -> Any:
     """Let a worker consume from one more queue."""
-    return _controlled(host, "add_consumer", _worker(command), command.required("queue"), seconds=seconds)
+    return _controlled(
+        host, "add_consumer", _worker(command), command.required("queue"), seconds=seconds
+    )
 
 
 def cancel_consumer(command: Command, host: EngineHost, seconds: float) -> Any:
     """Let a worker consume from a queue no longer."""
-    return _controlled(host, "cancel_consumer", _worker(command), command.required("queue"), seconds=seconds)
+    return _controlled(
+        host, "cancel_consumer", _worker(command), command.required("queue"), seconds=seconds
+    )
 
 
 def rate_limit(command: Command, host: EngineHost, seconds: float) -> Any:
@@ -187,26 +216,42 @@ def _controlled(host: EngineHost, action: str, *args: Any, seconds: float, **kwa
 
 
 def _resubmit(
-    command: Command, host: EngineHost, seconds: float, args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None
+    command: Command,
+    host: EngineHost,
+    seconds: float,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any] | None,
 ) -> Any:
     """Retry with an engine that can only submit: it keeps no arguments, so the operator has to give them."""
     if args is None or kwargs is None:
-        raise command.error(f"engine {host.name} keeps no arguments: override_args and override_kwargs are required")
+        raise command.error(
+            f"engine {host.name} keeps no arguments: override_args and override_kwargs are required"
+        )
     name = command.required("task_name", "name")
     return host.invoke(
-        "submit_task", name, timeout=seconds, args=args, kwargs=kwargs, queue=_queue(command), **_when(command, host)
+        "submit_task",
+        name,
+        timeout=seconds,
+        args=args,
+        kwargs=kwargs,
+        queue=_queue(command),
+        **_when(command, host),
     )
 
 
 def _refuse_unsafe(command: Command, host: EngineHost) -> None:
     """Refuse an adapter so old that it would retry with the brain's redacted copy of the arguments."""
     if host.name in NAME_KEYS and not host.retries_by_reference:
-        raise command.error(f"this version of the {host.name} adapter cannot retry safely: upgrade it")
+        raise command.error(
+            f"this version of the {host.name} adapter cannot retry safely: upgrade it"
+        )
 
 
 def _task_id(command: Command, host: EngineHost) -> str:
     """Return the task's id; the target's own id has the engine in front of it."""
-    return command.text("task_id") or command.required("task_id", "id").removeprefix(f"{host.name}:")
+    return command.text("task_id") or command.required("task_id", "id").removeprefix(
+        f"{host.name}:"
+    )
 
 
 def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
@@ -248,7 +293,11 @@ def choose(command: Command, hosts: Mapping[str, EngineHost], action: Action) ->
         if name not in hosts:
             raise CommandError(f"this agent has no engine {name!r}, only {_list(hosts)}")
         return hosts[name]
-    able = hosts if len(hosts) == 1 else {key: host for key, host in hosts.items() if _able(host, action)}
+    able = (
+        hosts
+        if len(hosts) == 1
+        else {key: host for key, host in hosts.items() if _able(host, action)}
+    )
     if len(able) != 1:
         raise command.error(f"engine is required: this agent has {_list(hosts)}")
     return next(iter(able.values()))
@@ -261,7 +310,7 @@ def check(command: Command, host: EngineHost, action: Action) -> None:
 
 
 def _able(host: EngineHost, action: Action) -> bool:
-    if action.run is restart_worker and host.departure is not None:
+    if action.run is restart_worker and host.process_restart is not None:
         return True  # which says itself why it would not
     return not action.needs or not set(action.needs).isdisjoint(host.capabilities())
 

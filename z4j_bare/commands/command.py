@@ -45,7 +45,9 @@ class Command:
     def option(self, name: str, kind: type | tuple[type, ...], what: str) -> Any:
         """Return a parameter of this type, or ``None``; a bool is no number."""
         value = self.parameters.get(name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        if value is not None and (
+            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ):
             raise self.error(f"{name} must be {what}")
         return value
 
@@ -60,16 +62,26 @@ class Command:
         """Return a switch, off unless given."""
         return bool(self.option(name, bool, "true or false"))
 
-    def arguments(self, args: str, kwargs: str) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
+    def arguments(
+        self, args: str, kwargs: str
+    ) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
         """Return a task's arguments by the names of their parameters, ``None`` where there are none."""
-        positional, named = self.option(args, list, "a list"), self.option(kwargs, dict, "an object")
+        positional, named = (
+            self.option(args, list, "a list"),
+            self.option(kwargs, dict, "an object"),
+        )
         if any(not isinstance(name, str) or name.startswith(RESERVED) for name in named or ()):
             raise self.error(f"{kwargs}: names that begin with {RESERVED} are reserved")
-        return None if positional is None else tuple(positional), None if named is None else dict(named)
+        return None if positional is None else tuple(positional), None if named is None else dict(
+            named
+        )
 
     def eta(self, wall: float) -> float | None:
         """Return when a task shall run, in seconds since the epoch: ``eta``, or ``eta_seconds`` from ``wall``."""
-        eta, delay = (self.option(name, (int, float), "a number of seconds") for name in ("eta", "eta_seconds"))
+        eta, delay = (
+            self.option(name, (int, float), "a number of seconds")
+            for name in ("eta", "eta_seconds")
+        )
         if eta is not None:
             return float(eta)
         return None if delay is None else wall + float(delay)

@@ -15,13 +15,13 @@ from z4j_bare.errors import AgentError
 from z4j_bare.wire.frames import command_ack
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.commands.executor import Executor
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
     from z4j_bare.monitoring.counters import Counters
-    from z4j_bare.pipeline.link import Link
-    from z4j_bare.schedules import Schedules
+    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.schedules import ScheduleManager
 
 logger = logging.getLogger("z4j.runtime.dispatcher")
 
@@ -44,28 +44,28 @@ class Dispatcher:
     def __init__(
         self,
         hosts: Mapping[str, EngineHost],
-        keeper: Keeper,
+        buffer: BufferManager,
         stored: Callable[[], None],
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
         counters: Counters,
         workers: int,
-        schedules: Schedules | None = None,
+        schedules: ScheduleManager | None = None,
     ) -> None:
         self._hosts = hosts
         self._schedules = schedules
-        self._keeper = keeper
+        self._buffer = buffer
         self._stored = stored
-        self._seam = seam
+        self._backend = backend
         self._counters = counters
         self._present: set[str] = set()
         self._begun: OrderedDict[str, None] = OrderedDict()
-        self._turn = seam.lock()
-        self._loading = seam.lock()
+        self._turn = backend.lock()
+        self._loading = backend.lock()
         self._loaded: Executor | None = None
-        self._stopping = self._ended = False
-        self._pool = Pool(self._carry_out, seam, workers)
+        self._stop_event = self._ended = False
+        self._pool = Pool(self._carry_out, backend, workers)
 
-    def submit(self, frame: Any, link: Link, late: float = 0.0) -> None:
+    def submit(self, frame: Any, link: Connection, late: float = 0.0) -> None:
         """Acknowledge a command frame and see that it runs; called by the receive loop, never waits for the command.
 
         :param late: for how many seconds it has lain unread.
@@ -84,7 +84,7 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Begin nothing more: what waits is answered as not started; what runs may end."""
-        self._stopping = True
+        self._stop_event = True
         for command in self._pool.clear():
             self._carry_out(command)
 
@@ -100,7 +100,7 @@ class Dispatcher:
             action=payload.action,
             target=payload.target,
             parameters=payload.parameters,
-            until=self._seam.now() + seconds - late - min(MARGIN, seconds * MARGIN_PART),
+            until=self._backend.now() + seconds - late - min(MARGIN, seconds * MARGIN_PART),
             token=payload.delivery_claim_token,
         )
 
@@ -110,14 +110,19 @@ class Dispatcher:
                 self._counters.commands += 1
                 self._settle(command, *self._outcome(command))
         except Exception:
-            logger.exception("z4j: command %s could not be answered; please report it", command.action)
+            logger.exception(
+                "z4j: command %s could not be answered; please report it", command.action
+            )
         finally:
             self._present.discard(command.id)
 
     def _claimed(self, command: Command) -> bool:
         """Whether this delivery is the one that runs; any other is answered as the ledger knows best."""
-        testament = encoded(command, indeterminate(command, "the agent ended before the command did: outcome unknown"))
-        earlier = self._keeper.claim(command.id, testament)
+        provisional_result = encoded(
+            command,
+            indeterminate(command, "the agent ended before the command did: outcome unknown"),
+        )
+        earlier = self._buffer.claim(command.id, provisional_result)
         with self._turn:
             again = command.id in self._begun
             self._begun[command.id] = None
@@ -126,24 +131,34 @@ class Dispatcher:
         if earlier is None and not again:
             return True
         if earlier is None or (earlier.state != ELSEWHERE and not earlier.result):
-            self._settle(command, indeterminate(command, "delivered before: its result is no longer known"))
+            self._settle(
+                command, indeterminate(command, "delivered before: its result is no longer known")
+            )
         elif earlier.state != ELSEWHERE:
-            self._keeper.append([(RESULT, command.id, earlier.result)])
+            self._buffer.append([(RESULT, command.id, earlier.result)])
             self._stored()
         return False
 
-    def _settle(self, command: Command, answer: Answer, host: EngineHost | Schedules | None = None) -> None:
+    def _settle(
+        self, command: Command, answer: Answer, host: EngineHost | ScheduleManager | None = None
+    ) -> None:
         if not self._ended:
-            self._keeper.answer(command.id, encoded(command, answer, host and host.redactor, self._seam.offload))
+            self._buffer.answer(
+                command.id, encoded(command, answer, host and host.redactor, self._backend.offload)
+            )
             self._stored()
             if answer.then is not None:
-                self._seam.spawn(answer.then, name="z4j-departure")
+                self._backend.spawn(answer.then, name="z4j-departure")
 
-    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | Schedules | None]:
+    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | ScheduleManager | None]:
         try:
             executor = self._executor()
-        except Exception as error:  # the files are no longer those that this process was started from
-            why = f"the agent cannot load what carries out commands ({type(error).__name__}: {error})"
+        except (
+            Exception
+        ) as error:  # the files are no longer those that this process was started from
+            why = (
+                f"the agent cannot load what carries out commands ({type(error).__name__}: {error})"
+            )
             return Answer("failed", None, f"{why}: if it was upgraded, restart this process"), None
         return executor.outcome(command)
 
@@ -151,7 +166,9 @@ class Dispatcher:
         """Return what carries commands out, loaded with the first one: 0.2 MB that most workers never need."""
         with self._loading:
             if self._loaded is None:
-                module = self._seam.load("z4j_bare.commands.executor")
-                parts = self._hosts, self._schedules, self._keeper, self._seam
-                self._loaded = module.Executor(*parts, lambda: self._stopping, lambda: self._ended)
+                module = self._backend.load("z4j_bare.commands.executor")
+                parts = self._hosts, self._schedules, self._buffer, self._backend
+                self._loaded = module.Executor(
+                    *parts, lambda: self._stop_event, lambda: self._ended
+                )
             return self._loaded

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.errors import Z4JError
 
 from z4j_bare.commands.actions import ENGINE_ACTIONS, check, choose
-from z4j_bare.commands.once import Once, key_of
+from z4j_bare.commands.once import IdempotentEffects, key_of
 from z4j_bare.commands.results import Answer, indeterminate
 from z4j_bare.errors import AgentError, CommandError
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.commands.command import Command
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.schedules import Schedules
+    from z4j_bare.schedules import ScheduleManager
 
 logger = logging.getLogger("z4j.runtime.dispatcher")
 
@@ -39,21 +39,21 @@ class Executor:
     def __init__(
         self,
         hosts: Mapping[str, EngineHost],
-        schedules: Schedules | None,
-        keeper: Keeper,
-        seam: BaseConcurrency,
-        stopping: Callable[[], bool],
+        schedules: ScheduleManager | None,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
+        stop_event: Callable[[], bool],
         ended: Callable[[], bool],
     ) -> None:
         self._hosts = hosts
         self._schedules = schedules
-        self._seam = seam
-        self._stopping = stopping
-        self._once = Once(keeper, seam, ended)
+        self._backend = backend
+        self._stop_event = stop_event
+        self._once = IdempotentEffects(buffer, backend, ended)
 
-    def outcome(self, command: Command) -> tuple[Answer, EngineHost | Schedules | None]:
+    def outcome(self, command: Command) -> tuple[Answer, EngineHost | ScheduleManager | None]:
         """Return the answer to a command, and whose redactor is to look at it; never raises."""
-        host: EngineHost | Schedules | None = None
+        host: EngineHost | ScheduleManager | None = None
         try:
             act = SCHEDULE_ACTIONS.get(command.action)
             if act is not None and self._schedules is not None:
@@ -84,11 +84,13 @@ class Executor:
 
     def _seconds(self, command: Command) -> float:
         """Return the time that a command has, or raise ``CommandError`` when it must not begin any more."""
-        seconds = command.until - self._seam.now()
-        if self._stopping():
+        seconds = command.until - self._backend.now()
+        if self._stop_event():
             raise CommandError(f"{command.action} was not started: the agent is stopping")
         if seconds <= 0:
-            raise CommandError(f"{command.action} was not started: it came too late, or waited too long for its turn")
+            raise CommandError(
+                f"{command.action} was not started: it came too late, or waited too long for its turn"
+            )
         return seconds
 
 

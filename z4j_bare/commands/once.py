@@ -11,7 +11,7 @@ from z4j_bare.buffer.rows import DONE
 from z4j_bare.commands.results import Answer, encoded, indeterminate
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.commands.command import Command
     from z4j_bare.concurrency import BaseConcurrency
 
@@ -31,18 +31,20 @@ def key_of(command: Command) -> str | None:
     return f"{prefix}:{identity}" if isinstance(identity, str) and identity else None
 
 
-class Once:
+class IdempotentEffects:
     """Remembers effects by their own ids, beside the commands: over restarts, and in other processes of the agent.
 
     :param ended: whether the store is about to be closed, so that nothing must be entered any more.
     """
 
-    def __init__(self, keeper: Keeper, seam: BaseConcurrency, ended: Callable[[], bool]) -> None:
+    def __init__(
+        self, buffer: BufferManager, backend: BaseConcurrency, ended: Callable[[], bool]
+    ) -> None:
         self._ended = ended
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._running: dict[str, Any] = {}
-        self._turn = seam.lock()
+        self._turn = backend.lock()
 
     def run(self, key: str, command: Command, act: Callable[[], Answer]) -> Answer:
         """Return the answer of ``act()``, or the one that the same effect had for an earlier command.
@@ -50,18 +52,18 @@ class Once:
         While that is still being carried out here, its end is waited for; one that a crash has cut short, or that runs
         in another process, is indeterminate.
         """
-        done = self._seam.event()
+        done = self._backend.event()
         while (running := self._begin(key, done)) is not done:
-            if not self._seam.pause(running, max(0.0, command.until - self._seam.now())):
+            if not self._backend.pause(running, max(0.0, command.until - self._backend.now())):
                 return indeterminate(command, "still running for another command: outcome unknown")
         try:
             # No testament: it would be sent under this key, which is no command's.
-            earlier = self._keeper.claim(key, b"")
+            earlier = self._buffer.claim(key, b"")
             if earlier is not None:
                 return _again(earlier.result if earlier.state == DONE else b"", key, command)
             answer = act()
             if not self._ended():
-                self._keeper.settle(key, encoded(command, answer))
+                self._buffer.settle(key, encoded(command, answer))
             return answer
         finally:
             del self._running[key]

@@ -20,14 +20,16 @@ class Pool:
     What has waited until its time was up gets called beside those, to be refused.
     """
 
-    def __init__(self, work: Callable[[Command], None], seam: BaseConcurrency, workers: int) -> None:
+    def __init__(
+        self, work: Callable[[Command], None], backend: BaseConcurrency, workers: int
+    ) -> None:
         self._work = work
-        self._seam = seam
+        self._backend = backend
         self._workers = workers
         self._running = 0
         self._watched = False
         self._waiting: deque[Command] = deque()
-        self._turn = seam.lock()
+        self._turn = backend.lock()
 
     def put(self, command: Command) -> None:
         """Run it, or let it wait for a worker; returns at once."""
@@ -39,9 +41,9 @@ class Pool:
             elif watch:
                 self._watched = True
         if hire:
-            self._seam.spawn(self._serve, name="z4j-command")
+            self._backend.spawn(self._serve, name="z4j-command")
         elif watch:
-            self._seam.spawn(self._watch, name="z4j-command-watch")
+            self._backend.spawn(self._watch, name="z4j-command-watch")
 
     def clear(self) -> list[Command]:
         """Take out all that wait, and return them."""
@@ -66,7 +68,7 @@ class Pool:
 
     def _watch(self) -> None:
         while (due := self._due()) is not None:
-            self._seam.sleep(min(LOOK, max(0.0, due - self._seam.now())))
+            self._backend.sleep(min(LOOK, max(0.0, due - self._backend.now())))
             for command in self._expired():
                 self._work(command)
 
@@ -77,7 +79,7 @@ class Pool:
             return min((command.until for command in self._waiting), default=None)
 
     def _expired(self) -> list[Command]:
-        now = self._seam.now()
+        now = self._backend.now()
         with self._turn:
             late = [command for command in self._waiting if command.until <= now]
             self._waiting = deque(command for command in self._waiting if command.until > now)

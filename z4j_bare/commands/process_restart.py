@@ -38,7 +38,7 @@ _GRACEFUL = {"huey": signal.SIGINT}
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class RestartAccepted:
     """A good answer, and what has to be done once it is stored."""
 
     result: dict[str, Any]
@@ -47,7 +47,7 @@ class Leaving:
     error: str | None = None
 
 
-class Departure:
+class ProcessRestart:
     """The way out for one engine's worker.
 
     :param workers: names of this process's own worker, as the brain keeps them.
@@ -56,14 +56,19 @@ class Departure:
     """
 
     def __init__(
-        self, engine: str, workers: Collection[str], stop: Callable[[float], None], seam: BaseConcurrency, grace: float
+        self,
+        engine: str,
+        workers: Collection[str],
+        stop: Callable[[float], None],
+        backend: BaseConcurrency,
+        grace: float,
     ) -> None:
         self._engine = engine
         self._workers = workers
         self._stop = stop
-        self._seam = seam
+        self._backend = backend
         self._grace = grace
-        self._began = seam.now()
+        self._began = backend.now()
         self._leaving = False
 
     @cached_property
@@ -71,23 +76,38 @@ class Departure:
         """Whether this process would be started again; the brain is told of no ability otherwise."""
         return detect_orchestrator().detected
 
-    def order(self, worker: str) -> Leaving:
+    def order(self, worker: str) -> RestartAccepted:
         """Return the answer to ``restart_worker``; raise ``CommandError`` where leaving would be wrong."""
         if worker not in self._workers:
             raise CommandError(f"this command reached pid {os.getpid()}, which is not {worker}")
         found = detect_orchestrator()
         if not found.detected:
-            why = f"{found.signal} says that nothing" if found.signal else "nothing that is known of"
-            raise CommandError(f"{why} starts pid {os.getpid()} again; set Z4J_ORCHESTRATED=1 if something does")
-        age = self._seam.now() - self._began
+            why = (
+                f"{found.signal} says that nothing" if found.signal else "nothing that is known of"
+            )
+            raise CommandError(
+                f"{why} starts pid {os.getpid()} again; set Z4J_ORCHESTRATED=1 if something does"
+            )
+        age = self._backend.now() - self._began
         if age < MIN_UPTIME:
-            raise CommandError(f"pid {os.getpid()} runs for {age:.0f} s; it may be restarted after {MIN_UPTIME:g} s")
+            raise CommandError(
+                f"pid {os.getpid()} runs for {age:.0f} s; it may be restarted after {MIN_UPTIME:g} s"
+            )
         if self._leaving:
             raise CommandError(f"pid {os.getpid()} is on its way out already")
         self._leaving = True
-        logger.warning("z4j: an operator restarts %s: this process ends now, with exit code %d", worker, EXIT_CODE)
-        facts = {"restarted_via": "self_exit", "worker_name": worker, "pid": os.getpid(), "supervisor": found.signal}
-        return Leaving({**facts, "exit_in_seconds": self._grace + STOP}, self._leave)
+        logger.warning(
+            "z4j: an operator restarts %s: this process ends now, with exit code %d",
+            worker,
+            EXIT_CODE,
+        )
+        facts = {
+            "restarted_via": "self_exit",
+            "worker_name": worker,
+            "pid": os.getpid(),
+            "supervisor": found.signal,
+        }
+        return RestartAccepted({**facts, "exit_in_seconds": self._grace + STOP}, self._leave)
 
     def _leave(self) -> None:
         """Have the worker finish by the signal that it knows, which stops the agent too; else end everything ourselves."""
@@ -95,7 +115,7 @@ class Departure:
         number = _GRACEFUL.get(self._engine, signal.SIGTERM)
         if is_caught(number):
             os.kill(os.getpid(), number)
-            self._seam.sleep(self._grace)
+            self._backend.sleep(self._grace)
             logger.warning("z4j: the worker has not ended within %g s; it ends now", self._grace)
         self._finish()
 
@@ -123,7 +143,7 @@ def end_with_failure(finish: Callable[[], object]) -> None:
     processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
     if processes is not None and hooks is not None and processes.parent_process() is not None:
         hooks.Finalize(None, finish, exitpriority=LAST)
-    sys._z4j_last = _Last()  # type: ignore[attr-defined]  # noqa: SLF001
+    sys._z4j_last = _Last()  # type: ignore[attr-defined]
 
 
 def leave_now() -> None:
@@ -139,7 +159,10 @@ def leave_now() -> None:
 def is_caught(number: int, status: Path = Path("/proc/self/status")) -> bool:
     """Whether this process has a handler for a signal. gevent's are in C, and Python knows nothing of them."""
     try:
-        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
+        fields = dict(
+            line.split(":", 1)
+            for line in status.read_text(encoding="ascii", errors="replace").splitlines()
+        )
         return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
     except (OSError, KeyError, ValueError):
         return callable(signal.getsignal(number))

@@ -34,8 +34,14 @@ class Answer:
         status = getattr(outcome, "status", None)
         result, error = getattr(outcome, "result", None), getattr(outcome, "error", None)
         if status not in ("success", "failed") or not isinstance(result, dict | None):
-            return cls("failed", None, f"the adapter returned {type(outcome).__name__} for a result: outcome unknown")
-        return cls(status, result, None if error is None else str(error), getattr(outcome, "then", None))
+            return cls(
+                "failed",
+                None,
+                f"the adapter returned {type(outcome).__name__} for a result: outcome unknown",
+            )
+        return cls(
+            status, result, None if error is None else str(error), getattr(outcome, "then", None)
+        )
 
 
 def indeterminate(command: Command, error: str) -> Answer:
@@ -44,7 +50,10 @@ def indeterminate(command: Command, error: str) -> Answer:
 
 
 def encoded(
-    command: Command, answer: Answer, redactor: Any = None, offload: Offload = lambda call, *args: (True, call(*args))
+    command: Command,
+    answer: Answer,
+    redactor: Any = None,
+    offload: Offload = lambda call, *args: (True, call(*args)),
 ) -> bytes:
     """Return the payload of a ``command_result``.
 

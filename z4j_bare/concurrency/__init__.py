@@ -1,4 +1,4 @@
-"""The seam: detection, one file per runtime, the fork epoch, and a fake with virtual time for tests.
+"""The backend: detection, one file per runtime, the fork epoch, and a fake with virtual time for tests.
 
 The only room that knows the names gevent and eventlet. Importing it loads neither.
 """

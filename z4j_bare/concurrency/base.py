@@ -13,12 +13,12 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
-from z4j_bare.errors import ForkedChildError, NoMoreThreadsError
+from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 from z4j_bare.interfaces import ILock, ITask
 
 logger = logging.getLogger("z4j.runtime.concurrency")
 
-#: What ``Steps.begin`` returned when this task woke last; nothing in a task that is not ours.
+#: What ``StepTimer.begin`` returned when this task woke last; nothing in a task that is not ours.
 _resumed: ContextVar[Any] = ContextVar("z4j_resumed", default=None)
 
 
@@ -38,7 +38,7 @@ class Task:
         return not self._ended.is_set()
 
     def stuck(self, seconds: float) -> bool:
-        """Whether it has computed, or waited for what the seam knows nothing of, for longer than that."""
+        """Whether it has computed, or waited for what the backend knows nothing of, for longer than that."""
         woke = self.woke
         return woke is not None and time.monotonic() - woke > seconds
 
@@ -48,7 +48,7 @@ class Task:
 
 
 @implementer(ILock)
-class Turn:
+class CooperativeLock:
     """A lock of the runtime's own; waiting for it ends the step, as every wait does.
 
     :param inner: has ``acquire(blocking)`` and ``release()``.
@@ -66,7 +66,7 @@ class Turn:
         self._inner.release()
 
 
-class Steps:
+class StepTimer:
     """The longest stretch that a task of ours ran without yielding, in seconds; reset by whoever reports it.
 
     It is wall time: on a busy machine that contains the time for which another process had the processor. The test suite
@@ -108,7 +108,7 @@ class BaseConcurrency:
 
     def __init__(self) -> None:
         self._epoch = fork.epoch()
-        self.steps = Steps()
+        self.steps = StepTimer()
 
     def now(self) -> float:
         """Monotonic seconds."""
@@ -119,7 +119,7 @@ class BaseConcurrency:
         return time.time()
 
     def forked(self) -> bool:
-        """Whether this process is a child of the one that built the seam."""
+        """Whether this process is a child of the one that built the backend."""
         return fork.epoch() != self._epoch
 
     def spawn(self, function: Callable[..., object], *args: object, name: str) -> Task:
@@ -166,7 +166,7 @@ class BaseConcurrency:
 
     def lock(self) -> Any:
         """Return a new lock of this runtime."""
-        return Turn(self._lock(), self.waiting)
+        return CooperativeLock(self._lock(), self.waiting)
 
     def _lock(self) -> Any:
         raise NotImplementedError
@@ -187,7 +187,9 @@ class BaseConcurrency:
         del function, args
         return False
 
-    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object] | None:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object] | None:
         """Have the hub itself call ``function()`` every ``seconds``; return what ends that, or ``None``: no hub here.
 
         It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much. For the
@@ -241,7 +243,7 @@ class BaseConcurrency:
         _resumed.set(self.steps.begin())
         try:
             function(*args)
-        except (ForkedChildError, NoMoreThreadsError):
+        except (ForkedChildError, InterpreterShutdownError):
             return  # a copy in a child, or a process that is ending: neither is an error to report
         except Exception:
             logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
@@ -249,7 +251,7 @@ class BaseConcurrency:
             if not self.forked():
                 self.steps.end(_resumed.get(), task.name)
                 task.woke = None
-                task._ended.set()  # noqa: SLF001 - the seam owns its tasks
+                task._ended.set()
 
 
 def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:

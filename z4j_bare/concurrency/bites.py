@@ -23,7 +23,9 @@ class _Pauses:
         self._home = getcurrent()
         self._sleep = sleep
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         del name, path, target
         if getcurrent() is self._home:
             self._sleep(0)

@@ -63,8 +63,14 @@ def choose(setting: str, found: Detection) -> str:
     Raises ``HostConfigurationError`` for an unknown setting and for one that the process cannot carry.
     """
     if setting not in CHOICES:
-        raise HostConfigurationError(f"Z4J_CONCURRENCY={setting!r} is not one of {', '.join(CHOICES)}")
-    wanted = setting if setting != "auto" else (found.library if found.outcome != "partial" else "threads")
+        raise HostConfigurationError(
+            f"Z4J_CONCURRENCY={setting!r} is not one of {', '.join(CHOICES)}"
+        )
+    wanted = (
+        setting
+        if setting != "auto"
+        else (found.library if found.outcome != "partial" else "threads")
+    )
     _check(wanted or "threads", setting, found)
     return wanted or "threads"
 
@@ -72,7 +78,8 @@ def choose(setting: str, found: Detection) -> str:
 def _check(wanted: str, setting: str, found: Detection) -> None:
     if wanted == "threads" and found.thread:
         raise HostConfigurationError(
-            f"{found.library} has patched threads" + ("" if found.socket else " but not sockets")
+            f"{found.library} has patched threads"
+            + ("" if found.socket else " but not sockets")
             + f", so Z4J_CONCURRENCY={setting} cannot work: call {found.library}'s full monkey patch before anything "
             "else is imported, and leave Z4J_CONCURRENCY at auto"
         )
@@ -84,7 +91,7 @@ def _check(wanted: str, setting: str, found: Detection) -> None:
 
 
 def build(name: str) -> BaseConcurrency:
-    """Import the backend called ``name`` and return a new seam."""
+    """Import the backend called ``name`` and return a new backend."""
     module, attribute = _BACKENDS[name]
-    seam: BaseConcurrency = getattr(import_module(module), attribute)()
-    return seam
+    backend: BaseConcurrency = getattr(import_module(module), attribute)()
+    return backend

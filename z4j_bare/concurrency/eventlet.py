@@ -17,13 +17,13 @@ from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
 from z4j_bare.concurrency.base import BaseConcurrency, Task
-from z4j_bare.concurrency.fork import Gate
+from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.interfaces import IConcurrency, IEvent
 
 _socket = patcher.original("socket")
 _thread = patcher.original("_thread")
 _native_thread = _thread.get_ident
-_gate = Gate(_thread.allocate_lock)
+_gate = ForkGuard(_thread.allocate_lock)
 
 #: Seconds after which a waiter looks at its flag by itself. One raised in another native thread is seen when the hub wakes
 #: next, once a second at least while an agent runs, unless the hub was just sorting its timers. Each look wakes an idle
@@ -45,7 +45,9 @@ class Event:
         self._waiters = 0
         self._gate = Semaphore(0)
         self._thread = _native_thread()
-        self._hub: Any = None  # not before somebody waits: a hub does not survive the fork of a daemon
+        self._hub: Any = (
+            None  # not before somebody waits: a hub does not survive the fork of a daemon
+        )
 
     def set(self) -> None:
         """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
@@ -53,7 +55,9 @@ class Event:
         if _native_thread() == self._thread:
             self._release()
         elif self._hub is not None:
-            self._hub.schedule_call_global(0, self._release)  # appends to a list; a hub cannot be woken from elsewhere
+            self._hub.schedule_call_global(
+                0, self._release
+            )  # appends to a list; a hub cannot be woken from elsewhere
 
     def _release(self) -> None:
         for _ in range(self._waiters):
@@ -83,7 +87,7 @@ class Event:
         return True
 
 
-class Helper:
+class NativeWorker:
     """One native thread, which does one job at a time while the caller's hub goes on.
 
     ``eventlet.tpool`` has twenty, and each job goes to the one that has rested longest: its caches are cold, and each gets
@@ -91,7 +95,9 @@ class Helper:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[list[Any], Callable[[], Any]] | None] = SimpleQueue()  # in C: nobody patches it
+        self._jobs: SimpleQueue[tuple[list[Any], Callable[[], Any]] | None] = (
+            SimpleQueue()
+        )  # in C: nobody patches it
         self._ear, self._bell = _socket.socketpair()
         self._ear.setblocking(False)
         _thread.start_new_thread(self._work, ())
@@ -116,7 +122,9 @@ class Helper:
             while (task := self._jobs.get()) is not None:
                 result, job = task
                 result.append(job())
-                with suppress(OSError):  # whoever asked may have been killed meanwhile, and the other end closed
+                with suppress(
+                    OSError
+                ):  # whoever asked may have been killed meanwhile, and the other end closed
                     self._bell.send(b"!")
                 del task, result, job  # or they would live until the next one
 
@@ -130,7 +138,7 @@ class EventletConcurrency(BaseConcurrency):
     def __init__(self) -> None:
         super().__init__()
         self._slot = Semaphore(1)
-        self._helper: Helper | None = None
+        self._helper: NativeWorker | None = None
 
     def event(self) -> Event:
         """Return a new event."""
@@ -149,7 +157,9 @@ class EventletConcurrency(BaseConcurrency):
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
 
-    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object]:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object]:
         """Start a timer of the hub's."""
         hub = hubs.get_hub()
         timers: list[Any] = []
@@ -180,7 +190,7 @@ class EventletConcurrency(BaseConcurrency):
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         with self._slot:
             if self._helper is None:
-                self._helper = Helper()
+                self._helper = NativeWorker()
             return self._helper.call(partial(_gate.run, job, *args))
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
@@ -196,7 +206,9 @@ class EventletConcurrency(BaseConcurrency):
 def wait_io(sock: Any, timeout: float, *, write: bool) -> bool:
     """Wait at most ``timeout`` seconds; return whether ``sock`` is ready."""
     try:
-        hubs.trampoline(sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError)
+        hubs.trampoline(
+            sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError
+        )
     except TimeoutError:
         return False
     return True

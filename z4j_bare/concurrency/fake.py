@@ -1,11 +1,11 @@
-"""A seam with virtual time, for this package's tests and for users'.
+"""A backend with virtual time, for this package's tests and for users'.
 
 Tasks are bare greenlets, run one at a time in a fixed order; ``sleep`` costs nothing. Works under any patching because it
 never touches a hub::
 
-    seam = FakeConcurrency()
-    seam.spawn(my_loop, name="loop")
-    seam.advance(600)          # ten minutes of loops, in milliseconds
+    backend = FakeConcurrency()
+    backend.spawn(my_loop, name="loop")
+    backend.advance(600)          # ten minutes of loops, in milliseconds
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from z4j_bare.interfaces import IConcurrency, IEvent, ILock
 class FakeEvent:
     """An event whose waiters wake at the virtual instant it is set."""
 
-    def __init__(self, seam: FakeConcurrency) -> None:
-        self._seam = seam
+    def __init__(self, backend: FakeConcurrency) -> None:
+        self._backend = backend
         self._flag = False
 
     def set(self) -> None:
@@ -44,19 +44,19 @@ class FakeEvent:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait in virtual time."""
-        return self._seam.wait_until(self.is_set, timeout)
+        return self._backend.wait_until(self.is_set, timeout)
 
 
 @implementer(ILock)
 class FakeLock:
     """A lock in virtual time."""
 
-    def __init__(self, seam: FakeConcurrency) -> None:
-        self._seam = seam
+    def __init__(self, backend: FakeConcurrency) -> None:
+        self._backend = backend
         self._free = True
 
     def __enter__(self) -> None:
-        self._seam.wait_until(lambda: self._free, None)
+        self._backend.wait_until(lambda: self._free, None)
         self._free = False
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
@@ -121,7 +121,11 @@ class FakeConcurrency(BaseConcurrency):
     def _next(self, deadline: float) -> greenlet | None:
         """Take the task that may run now, else the one that wakes first, and move the clock there."""
         awake = [entry for entry in self._parked if entry[3]()]
-        entry = min(awake, key=lambda item: item[1]) if awake else (self._parked[0] if self._parked else None)
+        entry = (
+            min(awake, key=lambda item: item[1])
+            if awake
+            else (self._parked[0] if self._parked else None)
+        )
         if entry is None or (not awake and entry[0] > deadline):
             return None
         self._parked.remove(entry)
@@ -140,7 +144,7 @@ class FakeConcurrency(BaseConcurrency):
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         return job(*args)
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:  # noqa: ARG002 - virtual time has no sockets
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         return write or self.wait_until(lambda: False, timeout)
 
 

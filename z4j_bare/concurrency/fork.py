@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 if not hasattr(os, "register_at_fork"):
-    raise ImportError("z4j-bare needs a POSIX system (forks, record locks): on Windows use WSL 2 or a container")
+    raise ImportError(
+        "z4j-bare needs a POSIX system (forks, record locks): on Windows use WSL 2 or a container"
+    )
 
 #: Longest time in seconds that a fork waits for a native thread of ours: a disk that hangs must not hold up the host.
 PATIENCE = 0.25
@@ -45,7 +47,7 @@ def _bear() -> None:
 os.register_at_fork(after_in_child=_bump, after_in_parent=_bear)
 
 
-class Gate:
+class ForkGuard:
     """Keeps ``os.fork`` away from what runs inside, which must be short and must not fork.
 
     SQLite does not reset its mutexes in a child: of 200 that were forked while another thread opened and closed files, 33
@@ -58,7 +60,9 @@ class Gate:
         self._make_lock = make_lock
         self._lock = make_lock()
         self._shut = False
-        os.register_at_fork(before=self._close, after_in_parent=self._open, after_in_child=self._open_in_child)
+        os.register_at_fork(
+            before=self._close, after_in_parent=self._open, after_in_child=self._open_in_child
+        )
 
     def run(self, job: Callable[..., Any], *args: Any) -> Any:
         """Call ``job(*args)`` on a native thread; other such calls and forks wait."""

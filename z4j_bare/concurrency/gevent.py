@@ -16,14 +16,14 @@ from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
 from z4j_bare.concurrency.bites import load_in_bites
-from z4j_bare.concurrency.fork import Gate
+from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.interfaces import IConcurrency
 
 #: Seconds to sleep instead of none: gevent's ``sleep(0)`` lets only those run who wait for nothing, fifty times in a row,
 #: before a timer or a socket has its turn.
 BREATH = 1e-5
 
-_gate = Gate(_original("_thread", "allocate_lock"))
+_gate = ForkGuard(_original("_thread", "allocate_lock"))
 
 
 @implementer(IConcurrency)
@@ -57,7 +57,9 @@ class GeventConcurrency(BaseConcurrency):
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
 
-    def timer(self, seconds: float, function: Callable[[], object], *, once: bool = False) -> Callable[[], object]:
+    def timer(
+        self, seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object]:
         """Start a timer of libev's, which keeps nothing alive."""
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 

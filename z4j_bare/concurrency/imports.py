@@ -19,7 +19,7 @@ PATIENCE = 2.0
 LOOK = 0.001
 
 
-class Imports:
+class ImportForkGuard:
     """The native threads of ours, and the wait for what they import."""
 
     def __init__(self) -> None:

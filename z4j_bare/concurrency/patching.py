@@ -20,7 +20,9 @@ def patch(name: str) -> None:
     try:
         _patchers[name]()
     except ImportError as error:
-        raise HostConfigurationError(f"Z4J_CONCURRENCY={name} needs the library: pip install {name} ({error})") from error
+        raise HostConfigurationError(
+            f"Z4J_CONCURRENCY={name} needs the library: pip install {name} ({error})"
+        ) from error
 
 
 def _patch_gevent() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
-from z4j_bare.concurrency.fork import Gate
-from z4j_bare.concurrency.imports import Imports
-from z4j_bare.errors import NoMoreThreadsError
+from z4j_bare.concurrency.fork import ForkGuard
+from z4j_bare.concurrency.imports import ImportForkGuard
+from z4j_bare.errors import InterpreterShutdownError
 from z4j_bare.interfaces import IConcurrency
 
-_gate = Gate(threading.Lock)
-_imports = Imports()
+_gate = ForkGuard(threading.Lock)
+_imports = ImportForkGuard()
 
 
 @implementer(IConcurrency)
@@ -44,9 +44,11 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
         try:
-            threading.Thread(target=_imports.run, args=(run, task, *args), name=task.name, daemon=True).start()
+            threading.Thread(
+                target=_imports.run, args=(run, task, *args), name=task.name, daemon=True
+            ).start()
         except RuntimeError as error:
-            raise NoMoreThreadsError(f"task {task.name} cannot be started: {error}") from None
+            raise InterpreterShutdownError(f"task {task.name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
         # Not time.sleep: where only sockets are patched, that one builds a hub of its own in this thread.
@@ -57,7 +59,9 @@ class ThreadsConcurrency(BaseConcurrency):
             return _gate.run(job, *args)
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
-        if not hasattr(select, "poll"):  # eventlet takes it away where it patches sockets; its select() knows no 1024
+        if not hasattr(
+            select, "poll"
+        ):  # eventlet takes it away where it patches sockets; its select() knows no 1024
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # not select(): file descriptors above 1024
         poller.register(sock, select.POLLOUT if write else select.POLLIN)

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 SLICE = 0.002
 
 
-class Slices:
+class TimeSlice:
     """Call it often: it yields whenever a slice is over."""
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
         self._began = time.perf_counter()
 
     def rested(self) -> None:
@@ -26,5 +26,5 @@ class Slices:
     def __call__(self) -> None:
         """Yield if the slice is over."""
         if time.perf_counter() - self._began > SLICE:
-            self._seam.sleep(0)
+            self._backend.sleep(0)
             self._began = time.perf_counter()

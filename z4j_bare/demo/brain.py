@@ -44,7 +44,9 @@ class Brain(BrainApi):
 
     email = "admin@example.test"
 
-    def __init__(self, home: Path, *, port: int = 0, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, *, port: int = 0, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.home = home
         self.port = port or free_port()
         self.password = invent_password()
@@ -93,7 +95,9 @@ class Brain(BrainApi):
     def _build_service(self) -> Service:
         script = brain_command()
         if script is None:
-            raise HarnessError("there is no brain in this environment: pip install 'z4j-bare[demo]'")
+            raise HarnessError(
+                "there is no brain in this environment: pip install 'z4j-bare[demo]'"
+            )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         environment = {
             **clean_environment(),
@@ -118,7 +122,10 @@ class Brain(BrainApi):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if kind is None:
             self.stop()

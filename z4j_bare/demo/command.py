@@ -46,11 +46,25 @@ class InterruptedBySignal(KeyboardInterrupt):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``z4j-bare demo`` understands to its parser."""
-    parser.add_argument("--pool", choices=POOLS, default="gevent", help="the worker's pool (default: %(default)s)")
-    parser.add_argument("--tasks", type=_count, default=_TASKS, metavar="N", help="plain tasks (default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="leave the brain up until Ctrl-C, and its directory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--broker", metavar="URL", help="a real broker instead of files in a private directory")
+    parser.add_argument(
+        "--pool", choices=POOLS, default="gevent", help="the worker's pool (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_count,
+        default=_TASKS,
+        metavar="N",
+        help="plain tasks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the brain up until Ctrl-C, and its directory"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the table"
+    )
+    parser.add_argument(
+        "--broker", metavar="URL", help="a real broker instead of files in a private directory"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,14 +99,18 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def _spend_day(home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: Lines) -> Report:
+def _spend_day(
+    home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: Lines
+) -> Report:
     """Start the worker, let the day pass, stop the worker, compare."""
     began = time.monotonic()
     brain.create_project(_PROJECT)
     agent = brain.mint_agent(_PROJECT, f"demo-{args.pool}")
     environment = {**agent.env(home / "agent"), **broker.environment(home, args.broker)}
     with (
-        Worker(_APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER) as worker,
+        Worker(
+            _APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER
+        ) as worker,
         Watch(brain.sibling(), _PROJECT) as watch,
     ):
         progress.stage(f"starting the {args.pool} worker")
@@ -109,7 +127,11 @@ def _spend_day(home: Path, brain: Brain, producer: Celery, args: argparse.Namesp
 
 def _hold(brain: Brain, home: Path) -> None:
     """Leave the brain up until Ctrl-C or SIGTERM."""
-    print(f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}", file=sys.stderr, flush=True)
+    print(
+        f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         brain.wait()
     except InterruptedBySignal:

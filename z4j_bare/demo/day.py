@@ -172,7 +172,9 @@ class Day:
         """Give it time to show what was sent so far; what is missing then will be missing in the table."""
         self._progress.stage("waiting for the brain")
         waiting = {sent.task_id for sent in self._record.sent}
-        self._try_until(lambda: waiting <= self._peers.watch.first_finished.keys(), self._long_patience)
+        self._try_until(
+            lambda: waiting <= self._peers.watch.first_finished.keys(), self._long_patience
+        )
 
     def _send(self, kind: str, name: str, expected: str, *args: Any, **options: Any) -> str:
         task_id = self._publish(name, *args, **options)
@@ -185,7 +187,9 @@ class Day:
     def _command(self, route: str, task_id: str) -> Row:
         """Issue a command as the operator does and return its row once it is finished."""
         brain, agent = self._peers.brain, self._peers.agent
-        issued = brain.issue(agent.project, route, agent_id=agent.agent_id, engine="celery", task_id=task_id)
+        issued = brain.issue(
+            agent.project, route, agent_id=agent.agent_id, engine="celery", task_id=task_id
+        )
         self._record.commands.append(issued["id"])
         return brain.wait_command(agent.project, issued["id"])
 
@@ -212,7 +216,9 @@ class Day:
 
         def check_with_worker() -> bool:
             if not worker.running:
-                raise HarnessError(f"{worker.title} ended with code {worker.exit_code}", log=worker.log)
+                raise HarnessError(
+                    f"{worker.title} ended with code {worker.exit_code}", log=worker.log
+                )
             finished = self._peers.watch.first_finished
             self._progress.seen(sum(sent.task_id in finished for sent in self._record.sent))
             return check()

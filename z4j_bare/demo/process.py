@@ -53,7 +53,15 @@ class Service:
     when the block fails. ``title`` is how error messages call it; ``cwd`` becomes its working directory.
     """
 
-    def __init__(self, title: str, command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, log: Path) -> None:
+    def __init__(
+        self,
+        title: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+    ) -> None:
         self.title = title
         self.command = list(command)
         self.environment = dict(environment)
@@ -100,10 +108,14 @@ class Service:
         except BaseException as exc:
             self.kill()
             if isinstance(exc, HarnessError):
-                raise HarnessError(f"{self.title} did not come up within {timeout:g} s", log=self.log) from None
+                raise HarnessError(
+                    f"{self.title} did not come up within {timeout:g} s", log=self.log
+                ) from None
             raise
         if not self.running:
-            raise HarnessError(f"{self.title} ended with code {self.exit_code} while starting", log=self.log)
+            raise HarnessError(
+                f"{self.title} ended with code {self.exit_code} while starting", log=self.log
+            )
 
     def stop(self, timeout: float = 20.0) -> int:
         """Ask it to end, wait ``timeout`` seconds, kill what is left; return the exit code."""
@@ -140,7 +152,10 @@ class Service:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if kind is None:
             self.stop()

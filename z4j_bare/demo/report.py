@@ -59,7 +59,11 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether every figure agrees and both peers were in order."""
-        return all(figure.agrees for figure in self.figures) and not self.mismatches and not self.problems
+        return (
+            all(figure.agrees for figure in self.figures)
+            and not self.mismatches
+            and not self.problems
+        )
 
     def to_object(self) -> dict[str, Any]:
         """Return it for ``--json``."""
@@ -116,7 +120,11 @@ def _loop_figure(record: Record, rows: dict[str, Row]) -> Figure:
 
 def _retries_figure(peers: Peers, record: Record) -> Figure:
     retrying = [sent.task_id for sent in record.sent if sent.kind == RETRYING]
-    events = [event for task_id in retrying for event in peers.brain.events(peers.agent.project, "celery", task_id)]
+    events = [
+        event
+        for task_id in retrying
+        for event in peers.brain.events(peers.agent.project, "celery", task_id)
+    ]
     retried = sum(event["kind"] == "task.retried" for event in events)
     return Figure("retries", len(retrying), retried, "task.retried")
 
@@ -124,7 +132,10 @@ def _retries_figure(peers: Peers, record: Record) -> Figure:
 def _commands_figure(peers: Peers, record: Record) -> Figure:
     rows = [peers.brain.command(peers.agent.project, command_id) for command_id in record.commands]
     failed = [row for row in rows if row["status"] != "completed"]
-    note = "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed) or "completed"
+    note = (
+        "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed)
+        or "completed"
+    )
     return Figure("operator's commands", len(rows), len(rows) - len(failed), note)
 
 
@@ -135,7 +146,9 @@ def _strangers_figure(record: Record, rows: dict[str, Row]) -> Figure:
 
 def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:
     state = rows[sent.task_id]["state"] if sent.task_id in rows else None
-    return None if state == sent.expected else Mismatch(sent.task_id, sent.kind, sent.expected, state)
+    return (
+        None if state == sent.expected else Mismatch(sent.task_id, sent.kind, sent.expected, state)
+    )
 
 
 def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | None]:
@@ -143,7 +156,8 @@ def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | No
     delays = [
         (seen - ended, sent.kind)
         for sent in record.sent
-        if (ended := peers.journal.last_end(sent.task_id)) and (seen := peers.watch.first_finished.get(sent.task_id))
+        if (ended := peers.journal.last_end(sent.task_id))
+        and (seen := peers.watch.first_finished.get(sent.task_id))
     ]
     delay, kind = max(delays, default=(None, None))
     return (None if delay is None else round(delay, 3)), kind
@@ -171,7 +185,9 @@ def _problems(report: Report) -> list[str]:
     if report.agent["state_at_work"] != "online":
         problems.append(f"the agent was {report.agent['state_at_work']} while the worker ran")
     if report.worker["seen"] != [report.worker["name"]]:
-        problems.append(f"the brain lists the workers {report.worker['seen']}, not {report.worker['name']}")
+        problems.append(
+            f"the brain lists the workers {report.worker['seen']}, not {report.worker['name']}"
+        )
     if report.worker["exit_code"] != 0:
         problems.append(f"the worker ended with code {report.worker['exit_code']}")
     return problems

@@ -101,7 +101,9 @@ class BrainApi:
     def mint_agent(self, project: str, name: str) -> Credentials:
         """Create an agent and return its credentials."""
         minted = self.post(f"/projects/{project}/agents", name=name)
-        return Credentials(self.url, project, minted["agent"]["id"], minted["token"], minted["hmac_secret"])
+        return Credentials(
+            self.url, project, minted["agent"]["id"], minted["token"], minted["hmac_secret"]
+        )
 
     def revoke_agent(self, project: str, agent_id: str) -> None:
         """Revoke its token; open sessions close with 4003, later ones are refused with 4401."""
@@ -192,7 +194,9 @@ class BrainApi:
         return self._call("POST", path, json=body)
 
     def _call(self, method: str, path: str, **request: Any) -> Any:
-        headers = {"X-CSRF-Token": self._session.cookies.get("z4j_csrf", "")} if method != "GET" else {}
+        headers = (
+            {"X-CSRF-Token": self._session.cookies.get("z4j_csrf", "")} if method != "GET" else {}
+        )
         url = f"{self.url}/api/v1{path}"
         answer = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **request)
         if not answer.ok:

@@ -22,7 +22,13 @@ def render(report: Report) -> str:
 
 def _cells(report: Report) -> list[tuple[str, ...]]:
     return [
-        (figure.kind, str(figure.produced), str(figure.seen), "yes" if figure.agrees else "NO", figure.note)
+        (
+            figure.kind,
+            str(figure.produced),
+            str(figure.seen),
+            "yes" if figure.agrees else "NO",
+            figure.note,
+        )
         for figure in report.figures
     ]
 
@@ -35,7 +41,9 @@ def _rich_table(report: Report) -> str:
     table = Table(
         Column(_HEAD[0], no_wrap=True),
         Column(_HEAD[1], justify="right"),
-        Column(_HEAD[2], justify="right", max_width=len("the brain")),  # in two lines: the table fits 80 columns
+        Column(
+            _HEAD[2], justify="right", max_width=len("the brain")
+        ),  # in two lines: the table fits 80 columns
         Column(_HEAD[3], justify="center"),
         Column(_HEAD[4]),
         box=box.SIMPLE_HEAD,
@@ -51,7 +59,10 @@ def _rich_table(report: Report) -> str:
 def _plain_table(report: Report) -> str:
     rows = [_HEAD, *_cells(report)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -78,7 +89,9 @@ def _facts(report: Report) -> list[str]:
 
 def _complaints(report: Report) -> list[str]:
     wrong = report.mismatches
-    lines = [f"{one.kind} {one.task_id}: {one.seen or 'missing'}, not {one.expected}" for one in wrong]
+    lines = [
+        f"{one.kind} {one.task_id}: {one.seen or 'missing'}, not {one.expected}" for one in wrong
+    ]
     if len(lines) > _MISMATCHES_SHOWN:
         lines[_MISMATCHES_SHOWN:] = [f"and {len(lines) - _MISMATCHES_SHOWN} more"]
     return [f"  WRONG     {line}" for line in [*report.problems, *lines]]

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 TERMINAL = frozenset({"success", "failure", "revoked"})
 _INTERVAL = 0.1
-_SHARE = 2  # a pause lasts at least this many times as long as the poll before it, to spare the brain
+_SHARE = (
+    2  # a pause lasts at least this many times as long as the poll before it, to spare the brain
+)
 
 
 class Watch:
@@ -62,7 +64,10 @@ class Watch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._over.set()
         self._thread.join()

@@ -7,7 +7,12 @@ pidfile.
 from __future__ import annotations
 
 from z4j_bare.diagnostics.agents import probe_agents
-from z4j_bare.diagnostics.host import probe_buffer_path, probe_concurrency, probe_package, probe_versions
+from z4j_bare.diagnostics.host import (
+    probe_buffer_path,
+    probe_concurrency,
+    probe_package,
+    probe_versions,
+)
 from z4j_bare.diagnostics.network import probe_dns, probe_tcp, probe_tls
 from z4j_bare.diagnostics.plan import examine, glance, probe_websocket, run_all
 from z4j_bare.diagnostics.result import ProbeResult

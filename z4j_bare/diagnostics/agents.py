@@ -42,7 +42,9 @@ def _silent(agents: Sequence[Agent]) -> tuple[str, str] | None:
     silent = [agent for agent in agents if "error" in agent]
     if not silent:
         return None
-    cause = "; ".join(f"process {agent['pid']} does not answer ({agent['error']})" for agent in silent)
+    cause = "; ".join(
+        f"process {agent['pid']} does not answer ({agent['error']})" for agent in silent
+    )
     return cause, "see whether it is stopped, its hub blocked, or another user's"
 
 
@@ -50,13 +52,22 @@ def _doubled(agents: Sequence[Agent]) -> tuple[str, str] | None:
     twice = doubled(agents)
     if not twice:
         return None
-    cause = "; ".join(f"{worker} is reported by processes {', '.join(map(str, pids))}" for worker, pids in twice.items())
-    return cause, "each event arrives twice: stop the standalone agent, or take the agent out of the worker"
+    cause = "; ".join(
+        f"{worker} is reported by processes {', '.join(map(str, pids))}"
+        for worker, pids in twice.items()
+    )
+    return (
+        cause,
+        "each event arrives twice: stop the standalone agent, or take the agent out of the worker",
+    )
 
 
 def _unconnected(agents: Sequence[Agent]) -> tuple[str, str] | None:
     apart = [agent for agent in agents if not agent.get("connected")]
     if not apart:
         return None
-    told = [f"process {agent['pid']} has no session ({agent.get('last_error') or 'not yet'})" for agent in apart]
+    told = [
+        f"process {agent['pid']} has no session ({agent.get('last_error') or 'not yet'})"
+        for agent in apart
+    ]
     return "; ".join(told), "it buffers and tries again; the lines below say what is in its way"

@@ -35,16 +35,30 @@ def probe_package(found: Sequence[Distribution] | None = None) -> ProbeResult:
 
     :param found: the distributions to look among; default: everything on ``sys.path``.
     """
-    ours = [each for each in (distributions() if found is None else found) if _name(each) == "z4j-bare"]
+    ours = [
+        each for each in (distributions() if found is None else found) if _name(each) == "z4j-bare"
+    ]
     fix = "pip install --force-reinstall 'z4j-bare==<version>+green.<n>', and pin it in a constraints file"
     versions = sorted({each.version for each in ours})
     details = {"versions": versions, "path": str(Path(z4j_bare.__file__).parent)}
     if not ours:
-        return failed("package", "z4j-bare is not installed: its files lie on the path without metadata", fix, **details)
+        return failed(
+            "package",
+            "z4j-bare is not installed: its files lie on the path without metadata",
+            fix,
+            **details,
+        )
     if len(versions) > 1:
-        return failed("package", f"several releases are installed side by side ({', '.join(versions)})", fix, **details)
+        return failed(
+            "package",
+            f"several releases are installed side by side ({', '.join(versions)})",
+            fix,
+            **details,
+        )
     if MARK not in versions[0]:
-        return failed("package", f"z4j-bare {versions[0]} is the asyncio agent, not this one", fix, **details)
+        return failed(
+            "package", f"z4j-bare {versions[0]} is the asyncio agent, not this one", fix, **details
+        )
     return passed("package", f"z4j-bare {versions[0]}", **details)
 
 
@@ -58,7 +72,9 @@ def probe_versions() -> ProbeResult:
 
 def installed_versions() -> Iterator[tuple[str, str]]:
     """Yield name and version of each package that matters and is installed, adapters included."""
-    adapters = sorted({_name(each) for each in distributions() if _name(each).startswith("z4j-")} - set(PACKAGES))
+    adapters = sorted(
+        {_name(each) for each in distributions() if _name(each).startswith("z4j-")} - set(PACKAGES)
+    )
     for name in (*PACKAGES, *adapters):
         try:
             yield name, version(name)
@@ -69,16 +85,26 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 def probe_concurrency(setting: str = "auto") -> ProbeResult:
     """Tell what carries the agent in this process, and whether it is patched by half."""
     found = detect()
-    details: dict[str, Any] = {"library": found.library, "thread": found.thread, "socket": found.socket}
+    details: dict[str, Any] = {
+        "library": found.library,
+        "thread": found.thread,
+        "socket": found.socket,
+    }
     fix = f"call {found.library or 'gevent'}'s full monkey patch before anything else is imported"
     if found.outcome == "partial":
         done, left = ("threads", "sockets") if found.thread else ("sockets", "threads")
-        return failed("concurrency", f"{found.library} has patched {done} but not {left}", fix, **details)
+        return failed(
+            "concurrency", f"{found.library} has patched {done} but not {left}", fix, **details
+        )
     try:
         name = choose(setting, found)
     except HostConfigurationError as error:
         return failed("concurrency", str(error), "set Z4J_CONCURRENCY to auto", **details)
-    how = "nothing is patched" if found.outcome == "none" else f"{found.library} has patched threads and sockets"
+    how = (
+        "nothing is patched"
+        if found.outcome == "none"
+        else f"{found.library} has patched threads and sockets"
+    )
     return passed("concurrency", f"{name}: {how}", chosen=name, **details)
 
 
@@ -101,7 +127,12 @@ def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
 def _no_buffer(directory: Path, error: LocalStorageError) -> ProbeResult:
     other = next((place for place in paths.places(directory / "x")[1:] if _serves(place)), None)
     fix = f"point Z4J_HOME at a directory of uid {os.geteuid()} alone, writable, on a local file system"
-    details = {"path": str(directory), "uid": os.geteuid(), "fallback": str(other or ""), "fallback_writable": bool(other)}
+    details = {
+        "path": str(directory),
+        "uid": os.geteuid(),
+        "fallback": str(other or ""),
+        "fallback_writable": bool(other),
+    }
     return failed("buffer_path", str(error), fix, **details)
 
 

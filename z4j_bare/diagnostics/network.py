@@ -55,7 +55,11 @@ class Target:
     @property
     def through(self) -> str:
         """How to mention the proxy; empty without one, and never with its password."""
-        return "" if self.proxy is None else f" through the proxy {self.first_hop[0]}:{self.first_hop[1]}"
+        return (
+            ""
+            if self.proxy is None
+            else f" through the proxy {self.first_hop[0]}:{self.first_hop[1]}"
+        )
 
 
 def target_of(brain_url: str) -> Target:
@@ -64,14 +68,18 @@ def target_of(brain_url: str) -> Target:
         parts = urlsplit(brain_url)
         port = parts.port or _PORTS.get(parts.scheme, 0)
     except ValueError as error:
-        raise HostConfigurationError(f"Z4J_BRAIN_URL={brain_url!r} is not an address: {error}") from None
+        raise HostConfigurationError(
+            f"Z4J_BRAIN_URL={brain_url!r} is not an address: {error}"
+        ) from None
     if not parts.hostname or not port:
         raise HostConfigurationError(f"Z4J_BRAIN_URL={brain_url!r} is not an http(s) address")
     proxy = None if proxy_bypass(parts.netloc) else getproxies_environment().get(parts.scheme)
     try:
         return Target(parts.scheme, parts.hostname, port, _proxy_parts(proxy))
     except ValueError as error:
-        raise HostConfigurationError(f"{parts.scheme.upper()}_PROXY is not an address: {short(error)}") from None
+        raise HostConfigurationError(
+            f"{parts.scheme.upper()}_PROXY is not an address: {short(error)}"
+        ) from None
 
 
 def _proxy_parts(proxy: str | None) -> SplitResult | None:
@@ -95,17 +103,30 @@ def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
     asking.join(timeout)
     if not found:
         fix = "check this host's name servers (/etc/resolv.conf)"
-        return failed("dns", f"no name server answered for {host} within {timeout:g} s", fix, host=host)
+        return failed(
+            "dns", f"no name server answered for {host} within {timeout:g} s", fix, host=host
+        )
     if isinstance(found[0], Exception):
         fix = f"check the host name in {target.setting}, and this host's name servers"
         number = getattr(found[0], "errno", None)
-        return failed("dns", f"{host} is not a known name ({short(found[0])})", fix, host=host, errno=number)
-    return passed("dns", f"{host} is {', '.join(found[0])}{target.through}", host=host, addresses=found[0])
+        return failed(
+            "dns", f"{host} is not a known name ({short(found[0])})", fix, host=host, errno=number
+        )
+    return passed(
+        "dns", f"{host} is {', '.join(found[0])}{target.through}", host=host, addresses=found[0]
+    )
 
 
 def _look_up(host: str, found: list[Any]) -> None:
     try:
-        found.append(sorted({str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}))
+        found.append(
+            sorted(
+                {
+                    str(each[4][0])
+                    for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                }
+            )
+        )
     except Exception as error:  # eventlet's resolver has errors of its own
         found.append(error)
 
@@ -121,13 +142,21 @@ def probe_tcp(brain_url: str, timeout: float = 5.0) -> ProbeResult:
             pass
     except TimeoutError:
         fix = "look for a firewall or a security group between here and there"
-        return failed("tcp", f"{host}:{port} does not answer within {timeout:g} s", fix, errno=None, **where)
+        return failed(
+            "tcp", f"{host}:{port} does not answer within {timeout:g} s", fix, errno=None, **where
+        )
     except ConnectionRefusedError as error:
         fix = f"check the port in {target.setting}, and whether the brain runs"
         return failed("tcp", f"nobody listens on {host}:{port}", fix, errno=error.errno, **where)
     except OSError as error:
         fix = f"check {target.setting} and this host's routes"
-        return failed("tcp", f"{host}:{port} cannot be reached ({short(error)})", fix, errno=error.errno, **where)
+        return failed(
+            "tcp",
+            f"{host}:{port} cannot be reached ({short(error)})",
+            fix,
+            errno=error.errno,
+            **where,
+        )
     took = (time.monotonic() - began) * 1000
     return passed("tcp", f"connected to {host}:{port} in {took:.1f} ms", **where)
 
@@ -146,15 +175,24 @@ def probe_tls(brain_url: str, timeout: float = 5.0, context: Any = None) -> Prob
     try:
         certificate, version = _shake_hands(target, context or _context(), timeout)
     except HostConfigurationError as error:
-        return failed("tls", str(error), "name a PEM file that exists and holds certificates", **where)
+        return failed(
+            "tls", str(error), "name a PEM file that exists and holds certificates", **where
+        )
     except ssl.SSLCertVerificationError as error:
         return failed("tls", *_verdict(target, error), verify_message=error.verify_message, **where)
     except ssl.SSLError as error:
         fix = "check scheme and port in Z4J_BRAIN_URL: does the brain's port speak http, or want a client certificate?"
-        return failed("tls", f"no TLS with {target.host}:{target.port} ({short(error)})", fix, **where)
+        return failed(
+            "tls", f"no TLS with {target.host}:{target.port} ({short(error)})", fix, **where
+        )
     except (OSError, HTTPException) as error:
         fix = f"check {target.setting}, and what stands between here and there"
-        return failed("tls", f"the line broke during the handshake{target.through} ({short(error)})", fix, **where)
+        return failed(
+            "tls",
+            f"the line broke during the handshake{target.through} ({short(error)})",
+            fix,
+            **where,
+        )
     return _dated(certificate, version, where)
 
 
@@ -163,7 +201,9 @@ def _context() -> ssl.SSLContext:
     from z4j_bare.transport.tls import tls_context
 
     settings = load_settings()
-    context: ssl.SSLContext = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
+    context: ssl.SSLContext = tls_context(
+        settings.ca_bundle, settings.client_cert, settings.client_key
+    )
     return context
 
 
@@ -189,15 +229,30 @@ def _verdict(target: Target, error: ssl.SSLCertVerificationError) -> tuple[str, 
     """Return cause and fix of a certificate that was refused."""
     code = error.verify_code
     if code == _EXPIRED:
-        return f"the certificate of {target.host} has expired", "renew it, or set this host's clock if it is ahead"
+        return (
+            f"the certificate of {target.host} has expired",
+            "renew it, or set this host's clock if it is ahead",
+        )
     if code == _NOT_YET:
-        return f"the certificate of {target.host} is not valid yet", "set this host's clock (NTP), or wait"
+        return (
+            f"the certificate of {target.host} is not valid yet",
+            "set this host's clock (NTP), or wait",
+        )
     if code in _UNKNOWN_CA:
         cause = f"the certificate of {target.host} comes from an authority unknown to this host ({error.verify_message})"
-        return cause, "set Z4J_CA_BUNDLE to a PEM file with that authority's certificate (a private or company CA?)"
+        return (
+            cause,
+            "set Z4J_CA_BUNDLE to a PEM file with that authority's certificate (a private or company CA?)",
+        )
     if code in _OTHER_NAME:
-        return f"the certificate is not for {target.host}", "use the name that the certificate bears in Z4J_BRAIN_URL"
-    return f"the certificate of {target.host} is refused ({error.verify_message})", "have the brain's certificate mended"
+        return (
+            f"the certificate is not for {target.host}",
+            "use the name that the certificate bears in Z4J_BRAIN_URL",
+        )
+    return (
+        f"the certificate of {target.host} is refused ({error.verify_message})",
+        "have the brain's certificate mended",
+    )
 
 
 def _dated(certificate: dict[str, Any], version: str, where: dict[str, Any]) -> ProbeResult:
@@ -206,7 +261,18 @@ def _dated(certificate: dict[str, Any], version: str, where: dict[str, Any]) -> 
     until = str(certificate.get("notAfter", ""))
     days = int((ssl.cert_time_to_seconds(until) - time.time()) // 86400) if until else None
     names = dict(pair for group in certificate.get("subject", ()) for pair in group)
-    details = {**where, "tls_version": version, "cn": names.get("commonName", ""), "not_after": until, "days_left": days}
+    details = {
+        **where,
+        "tls_version": version,
+        "cn": names.get("commonName", ""),
+        "not_after": until,
+        "days_left": days,
+    }
     if days is not None and days < FEW_DAYS:
-        return warned("tls", f"{version}, but the certificate expires in {days} days", "have it renewed", **details)
+        return warned(
+            "tls",
+            f"{version}, but the certificate expires in {days} days",
+            "have it renewed",
+            **details,
+        )
     return passed("tls", f"{version}, the certificate is good for {days} more days", **details)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.diagnostics import host, network
 from z4j_bare.diagnostics.agents import probe_agents
-from z4j_bare.diagnostics.remote import Remote, sequence
+from z4j_bare.diagnostics.remote import BrainProbe, sequence
 from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.settings import Settings, load_settings
@@ -36,10 +36,14 @@ def examine(config: Config, settings: Settings, *, websocket: bool = True) -> It
 def glance(config: Config, settings: Settings) -> Iterator[ProbeResult]:
     """Yield what can be found out without showing the token to anybody."""
     yield host.probe_buffer_path(config.buffer_path)
-    yield from _in_turn([*_way(config, settings), ("http", "tls", partial(_healthy, config, settings))])
+    yield from _in_turn(
+        [*_way(config, settings), ("http", "tls", partial(_healthy, config, settings))]
+    )
 
 
-def approach(config: Config, settings: Settings, *, websocket: bool = True) -> Iterator[ProbeResult]:
+def approach(
+    config: Config, settings: Settings, *, websocket: bool = True
+) -> Iterator[ProbeResult]:
     """Yield the results for the way to the brain and the brain."""
     remote = None
     try:
@@ -76,12 +80,16 @@ def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
         return failed("websocket", str(error), "correct that setting", **unverified)
     with closing(remote):
         result = remote.websocket()
-    details = {**unverified, **result.details, "remote_authentication_verified": result.verdict == OK}
+    details = {
+        **unverified,
+        **result.details,
+        "remote_authentication_verified": result.verdict == OK,
+    }
     return replace(result, details=details)
 
 
-def _remote(config: Config, settings: Settings, timeout: float = 5.0) -> Remote:
-    return Remote(config, settings, build(choose(settings.concurrency, detect())), timeout)
+def _remote(config: Config, settings: Settings, timeout: float = 5.0) -> BrainProbe:
+    return BrainProbe(config, settings, build(choose(settings.concurrency, detect())), timeout)
 
 
 def _healthy(config: Config, settings: Settings) -> ProbeResult:

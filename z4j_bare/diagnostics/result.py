@@ -49,9 +49,19 @@ def skipped(name: str, why: str, **details: Any) -> ProbeResult:
 
 def warned(name: str, cause: str, fix: str, **details: Any) -> ProbeResult:
     """Return the result for what works, but will not go on for ever, or not as well as it could."""
-    return ProbeResult(name, ok=True, message=f"{WARN}: {cause}: {fix}", details={**details, "cause": cause, "fix": fix})
+    return ProbeResult(
+        name,
+        ok=True,
+        message=f"{WARN}: {cause}: {fix}",
+        details={**details, "cause": cause, "fix": fix},
+    )
 
 
 def failed(name: str, cause: str, fix: str, **details: Any) -> ProbeResult:
     """Return a bad result: what is wrong, and what to do about it."""
-    return ProbeResult(name, ok=False, message=f"{FAIL}: {cause}: {fix}", details={**details, "cause": cause, "fix": fix})
+    return ProbeResult(
+        name,
+        ok=False,
+        message=f"{FAIL}: {cause}: {fix}",
+        details={**details, "cause": cause, "fix": fix},
+    )

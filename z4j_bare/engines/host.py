@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from z4j_bare.asyncio_bridge.bridge import Bridge
-    from z4j_bare.commands.process_restart import Departure
+    from z4j_bare.commands.process_restart import ProcessRestart
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.celery.controls import CeleryControls
 
@@ -38,20 +38,22 @@ class EngineHost:
         self,
         engine: Any,
         bridge: Bridge,
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
         sink: Callable[[Any], object],
     ) -> None:
         self.engine = engine
         self.name = str(getattr(engine, "name", type(engine).__name__))
         self._bridge = bridge
-        self._seam = seam
+        self._backend = backend
         self._sink = sink
         self._controls: CeleryControls | None = None
         redaction = getattr(engine, "redaction", None)
         #: How this process ends for a new one, for the engine that cannot restart a worker itself.
-        self.departure: Departure | None = None
+        self.process_restart: ProcessRestart | None = None
         #: Hides in answers what the adapter hides in events.
-        self.redactor = Redactor(redaction if isinstance(redaction, RedactionEngine) else RedactionEngine())
+        self.redactor = Redactor(
+            redaction if isinstance(redaction, RedactionEngine) else RedactionEngine()
+        )
         self._end_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
@@ -86,7 +88,7 @@ class EngineHost:
         able = {str(name) for name in self.engine.capabilities()}
         if self.retries_by_reference:
             able.add(RETRY_BY_REFERENCE_CAPABILITY)
-        if self.departure is not None and self.departure.possible:
+        if self.process_restart is not None and self.process_restart.possible:
             able.add("restart_worker")
         return sorted(able)
 
@@ -99,7 +101,7 @@ class EngineHost:
             )
 
             alias = partial(safe_name, matches=value_matcher(self.engine))
-            self._controls = CeleryControls(self.engine.celery_app, alias, self._seam)
+            self._controls = CeleryControls(self.engine.celery_app, alias, self._backend)
         return self._controls
 
     @property
@@ -137,7 +139,12 @@ class EngineHost:
             return 0
 
     def invoke(
-        self, method_name: str, *args: Any, timeout: float, hints: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        method_name: str,
+        *args: Any,
+        timeout: float,
+        hints: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Call an action of the adapter and return its result; never twice.
 
@@ -151,7 +158,9 @@ class EngineHost:
         taken = accepted(method, {**kwargs, **(hints or {})})
         refused = [key for key, value in kwargs.items() if value is not None and key not in taken]
         if refused:
-            raise CommandError(f"engine {self.name} does not support {method_name} with {' and '.join(refused)}")
+            raise CommandError(
+                f"engine {self.name} does not support {method_name} with {' and '.join(refused)}"
+            )
         return self._bridge.call(partial(method, *args, **taken), timeout=timeout)
 
     def control(self, action: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
@@ -167,7 +176,9 @@ class EngineHost:
         try:
             self._bridge.call(partial(connect, **keywords), timeout=CONNECT_PATIENCE)
         except Exception:
-            logger.warning("z4j: %s did not connect; its commands still work", self.name, exc_info=True)
+            logger.warning(
+                "z4j: %s did not connect; its commands still work", self.name, exc_info=True
+            )
 
     def _unbind_queues(self) -> None:
         """Free the adapter's queues from the loop of an earlier agent or of the parent process.
@@ -177,8 +188,8 @@ class EngineHost:
         for name in _QUEUES:
             queue = getattr(self.engine, name, None)
             if getattr(queue, "_loop", None) not in (None, self._bridge.loop()):
-                queue._loop = None  # type: ignore[union-attr]  # noqa: SLF001
-                queue._getters.clear()  # type: ignore[union-attr]  # noqa: SLF001
+                queue._loop = None  # type: ignore[union-attr]
+                queue._getters.clear()  # type: ignore[union-attr]
 
     def _probe(self) -> None:
         self._probing = True

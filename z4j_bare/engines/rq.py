@@ -14,7 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import fork
-from z4j_bare.events.source import Source
+from z4j_bare.events.source import EventSource
 from z4j_bare.safety import safe_boundary
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Method = Callable[..., Any]
 
 
-class RqSource(Source):
+class RqSource(EventSource):
     """RQ's events, made by the adapter's callbacks: those that users attach to a job work as well."""
 
     adapted = False
@@ -61,7 +61,9 @@ class RqSource(Source):
         super().disconnect()
 
     def _take(self, event: Event) -> None:
-        if fork.epoch() == self._epoch:  # nobody would ever read what a forked work horse puts into its copy of the ring
+        if (
+            fork.epoch() == self._epoch
+        ):  # nobody would ever read what a forked work horse puts into its copy of the ring
             self.record(event)
 
 
@@ -98,7 +100,11 @@ def _places() -> Iterator[tuple[type, str, Callable[[Any], str]]]:
         from rq.worker import SimpleWorker, Worker
     except ImportError:  # a process without a worker can have an engine that needs no rq
         return
-    yield Worker, "monitor_work_horse", _written  # the parent's part; the job itself runs in a child
+    yield (
+        Worker,
+        "monitor_work_horse",
+        _written,
+    )  # the parent's part; the job itself runs in a child
     yield SimpleWorker, "perform_job", _known
 
 

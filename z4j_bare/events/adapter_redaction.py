@@ -15,7 +15,7 @@ def merge_redaction(engine: Any, config: Any) -> None:
 
     Has to happen before ``connect_signals``, where the adapters capture the object. Leaves alone what is no
     ``RedactionEngine``. Raises ``RedactionConfigError`` for a bad pattern: nothing may be captured without
-    it. Source: ``adapter-surface`` 2.13.
+    it. EventSource: ``adapter-surface`` 2.13.
     """
     present = getattr(engine, "redaction", None)
     if isinstance(present, RedactionEngine):
@@ -25,7 +25,9 @@ def merge_redaction(engine: Any, config: Any) -> None:
 def _merged(own: RedactionConfig, config: Any) -> RedactionConfig:
     return RedactionConfig(
         extra_key_patterns=_union(own.extra_key_patterns, config.redaction_extra_key_patterns),
-        extra_value_patterns=_union(own.extra_value_patterns, config.redaction_extra_value_patterns),
+        extra_value_patterns=_union(
+            own.extra_value_patterns, config.redaction_extra_value_patterns
+        ),
         default_patterns_enabled=own.default_patterns_enabled and config.redaction_defaults_enabled,
         max_value_bytes=_limit(own.max_value_bytes, config.max_payload_bytes),
     )

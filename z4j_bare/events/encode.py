@@ -24,7 +24,9 @@ TRACEBACK = 4096
 #: Combinations of task name, queue and worker whose constant part is remembered.
 REMEMBERED = 4096
 
-_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_encoder = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)
 
 #: Its encoder, kind of event, stamp (seconds since the epoch), task id, fields common to all events of that kind of task,
 #: fields of its own.
@@ -135,7 +137,9 @@ def annotate(data: dict[str, Any], meta: Any) -> None:
         if data.get("args") is not None:
             data["args"] = REDACTED  # positions have no names to keep them by
         if isinstance(data.get("kwargs"), dict):
-            data["kwargs"] = {key: item for key, item in data["kwargs"].items() if key in meta.keep_kwargs}
+            data["kwargs"] = {
+                key: item for key, item in data["kwargs"].items() if key in meta.keep_kwargs
+            }
     for key in meta.redact_kwargs:
         if isinstance(data.get("kwargs"), dict) and key in data["kwargs"]:
             data["kwargs"][key] = REDACTED

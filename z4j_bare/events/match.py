@@ -52,7 +52,9 @@ class ValueMatcher:
             if (needed := _needed(pattern)) is not None
         ]
         always = [pattern for pattern in built_in if _needed(pattern) is None]
-        self._always = [each.search for each in compile_value_patterns((*always, *config.extra_value_patterns))]
+        self._always = [
+            each.search for each in compile_value_patterns((*always, *config.extra_value_patterns))
+        ]
 
     def __call__(self, value: str) -> bool:
         """Whether ``value`` has to be redacted."""

@@ -25,4 +25,8 @@ def safe_name(name: str, matches: Callable[[str], bool]) -> str:
 def value_matcher(engine: Any) -> Callable[[str], bool]:
     """Return what :func:`safe_name` asks: the adapter's own patterns, or the default ones where it has none."""
     redaction = getattr(engine, "redaction", None)
-    return redaction.value_matches if isinstance(redaction, RedactionEngine) else RedactionEngine().value_matches
+    return (
+        redaction.value_matches
+        if isinstance(redaction, RedactionEngine)
+        else RedactionEngine().value_matches
+    )

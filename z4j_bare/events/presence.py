@@ -59,10 +59,10 @@ class Presence:
         for worker in list(self.workers):
             self._record(kind, worker)
 
-    def run(self, seam: BaseConcurrency, stopping: Any) -> None:
-        """Announce every ``INTERVAL`` seconds until ``stopping`` is set."""
+    def run(self, backend: BaseConcurrency, stop_event: Any) -> None:
+        """Announce every ``INTERVAL`` seconds until ``stop_event`` is set."""
         turn = 0
-        while not seam.pause(stopping, INTERVAL):
+        while not backend.pause(stop_event, INTERVAL):
             turn += 1
             self.announce("worker.heartbeat" if turn % ONLINE_EVERY else "worker.online")
 
@@ -72,6 +72,15 @@ class Presence:
 
     def _encode(self, record: Record) -> bytes:
         _, kind, stamp, identity, _common, data = record
-        occurred = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}+00:00"
-        fields = {"id": identity, "kind": kind, "engine": self._engine, "task_id": "", "occurred_at": occurred}
+        occurred = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp))
+            + f".{int(stamp % 1 * 1e6):06d}+00:00"
+        )
+        fields = {
+            "id": identity,
+            "kind": kind,
+            "engine": self._engine,
+            "task_id": "",
+            "occurred_at": occurred,
+        }
         return encode_fields({**fields, "data": data}, trusted=True)

@@ -8,7 +8,7 @@ from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.redaction.markers import REDACTED, truncation_suffix
 
 from z4j_bare.events.match import ValueMatcher
-from z4j_bare.events.snapshot import Cut
+from z4j_bare.events.snapshot import TruncatedStr
 
 #: Answers remembered per kind of question; keys and short values repeat from task to task.
 REMEMBERED = 4096
@@ -19,7 +19,7 @@ SHORT = 64
 class Redactor:
     """Does what ``RedactionEngine.scrub`` does to plain JSON values, in a fraction of the time.
 
-    A property test holds the two equal. A :class:`Cut` is judged by all the characters it still has, and cut after that.
+    A property test holds the two equal. A :class:`TruncatedStr` is judged by all the characters it still has, and cut after that.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -35,7 +35,8 @@ class Redactor:
             return self._text(value)
         if isinstance(value, dict):
             return {
-                self._text(key): self._hide(item) if self.secret(key) else self.scrub(item) for key, item in value.items()
+                self._text(key): self._hide(item) if self.secret(key) else self.scrub(item)
+                for key, item in value.items()
             }
         if isinstance(value, list):
             return [self.scrub(item) for item in value]
@@ -62,8 +63,12 @@ class Redactor:
             return REDACTED if found else value
         if self._value_matches(value):
             return REDACTED
-        if isinstance(value, Cut):
-            head = value[: value.limit].encode(errors="replace")[: self._max_bytes].decode(errors="ignore")
+        if isinstance(value, TruncatedStr):
+            head = (
+                value[: value.limit]
+                .encode(errors="replace")[: self._max_bytes]
+                .decode(errors="ignore")
+            )
             return f"{head}[... {value.length - len(head)} more characters cut]"
         return self._shorten(value) if len(value) * 4 > self._max_bytes else value
 
@@ -71,7 +76,9 @@ class Redactor:
         raw = value.encode(errors="replace")
         if len(raw) <= self._max_bytes:
             return value
-        return raw[: self._max_bytes].decode(errors="replace") + truncation_suffix(len(raw) - self._max_bytes)
+        return raw[: self._max_bytes].decode(errors="replace") + truncation_suffix(
+            len(raw) - self._max_bytes
+        )
 
     @staticmethod
     def _remember(memory: dict[str, bool], text: str, answer: bool) -> bool:

@@ -42,7 +42,7 @@ _AS_TEXT = (
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
-class Cut(str):
+class TruncatedStr(str):
     """The beginning of a longer string: ``limit`` characters to send, ``MARGIN`` more to look at, ``length`` in all."""
 
     __slots__ = ("length", "limit")
@@ -51,7 +51,7 @@ class Cut(str):
     length: int
 
     @classmethod
-    def of(cls, text: str, limit: int) -> Cut:
+    def of(cls, text: str, limit: int) -> TruncatedStr:
         """Cut ``text`` after ``limit`` characters."""
         cut = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
         cut.limit, cut.length = limit, str.__len__(text)
@@ -59,7 +59,7 @@ class Cut(str):
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy of ``value`` within the bounds; strings over them come as :class:`Cut`."""
+    """Return a copy of ``value`` within the bounds; strings over them come as :class:`TruncatedStr`."""
     kind = type(value)
     if value is None or kind is bool or kind is float or (kind is str and len(value) <= MAX_CHARS):
         return value
@@ -79,14 +79,20 @@ class _Copy:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        kind = type(value)  # not isinstance: that asks the value for its __class__, which may be the host's code
+        kind = type(
+            value
+        )  # not isinstance: that asks the value for its __class__, which may be the host's code
         if issubclass(kind, enum.Enum):
             return self.text(f"{kind.__name__}.{value._name_}")
         if issubclass(kind, str):
             return self.text(value)
         if issubclass(kind, int):
             number = int.__int__(value)
-            return number if number.bit_length() <= MAX_INT_BITS else f"<int of {number.bit_length()} bits>"
+            return (
+                number
+                if number.bit_length() <= MAX_INT_BITS
+                else f"<int of {number.bit_length()} bits>"
+            )
         if issubclass(kind, float):
             return float.__float__(value)
         if issubclass(kind, _CONTAINERS):
@@ -100,7 +106,7 @@ class _Copy:
         left = max(0, self.chars)
         self.chars -= length
         if length > left:
-            return Cut.of(value, left)
+            return TruncatedStr.of(value, left)
         return value if type(value) is str else str.__str__(value)
 
     def container(self, value: Any, kind: type, depth: int) -> Any:
@@ -114,7 +120,9 @@ class _Copy:
         for key, item in islice(dict.items(value), max(0, self.nodes)):
             if self.nodes <= 0:
                 break
-            result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = self.copy(item, depth)
+            result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = self.copy(
+                item, depth
+            )
         missing = dict.__len__(value) - len(result)
         if missing > 0:
             result["..."] = f"[... {missing} more cut]"

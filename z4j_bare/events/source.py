@@ -7,44 +7,51 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.engines.celery.signals import CeleryCapture, EagerCapture, ParentCapture, runs_in_process
+from z4j_bare.engines.celery.signals import (
+    CeleryCapture,
+    EagerCapture,
+    ParentCapture,
+    runs_in_process,
+)
 from z4j_bare.events.encode import encode_model
 from z4j_bare.events.names import value_matcher
 from z4j_bare.events.presence import Presence
 from z4j_bare.events.ring import Ring
-from z4j_bare.process import own_worker
+from z4j_bare.process import local_worker_name
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.engines.celery.event_receiver import BrokerStream
+    from z4j_bare.engines.celery.event_receiver import EventReceiver
     from z4j_bare.settings import Settings
 
 #: What runs until an event is set, and its name.
 Loop = tuple[str, Callable[[Any], None]]
 
 
-class Source:
+class EventSource:
     """One engine's events, taken from the adapter's own stream."""
 
     #: Whether the adapter has to be connected for them.
     adapted = True
 
-    def __init__(self, engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency) -> None:
+    def __init__(
+        self, engine: Any, ring: Ring, settings: Settings, backend: BaseConcurrency
+    ) -> None:
         self.engine = engine.name
         self.presence = Presence(engine.name, ring.put, value_matcher(engine))
         self._ring = ring
         self._settings = settings
-        self._seam = seam
+        self._backend = backend
 
     def loops(self) -> list[Loop]:
         """Return what has to run from :meth:`connect` on; nothing has to wait for its end but :meth:`disconnect`."""
-        return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._seam))]
+        return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._backend))]
 
     def connect(self) -> None:
         """Begin to capture. Cheap, and on the caller's time, so that no early task is missed."""
-        if name := own_worker(self.engine):
+        if name := local_worker_name(self.engine):
             self.presence.seen(name)
 
     def disconnect(self) -> None:
@@ -72,7 +79,7 @@ class Source:
         self._ring.put((encode_model, event))
 
 
-class CelerySource(Source):
+class CelerySource(EventSource):
     """Celery's events. What signals cannot tell comes from the broker; the adapter's own hooks and monitor are not used.
 
     :param consumer: the Consumer of the Celery worker that this process is, or ``None``.
@@ -80,29 +87,35 @@ class CelerySource(Source):
 
     adapted = False
 
-    def __init__(self, engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency, consumer: Any) -> None:
-        super().__init__(engine, ring, settings, seam)
+    def __init__(
+        self, engine: Any, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: Any
+    ) -> None:
+        super().__init__(engine, ring, settings, backend)
         self._consumer = consumer
         self._worker = getattr(consumer, "hostname", None)
         only = None if self._worker else only_worker()
         self._known = self._worker or only
         args, result = settings.capture_args, settings.capture_result
         in_process = self._worker is not None and runs_in_process(consumer)
-        handlers = CeleryCapture if in_process else EagerCapture if self._worker is None else ParentCapture
+        handlers = (
+            CeleryCapture if in_process else EagerCapture if self._worker is None else ParentCapture
+        )
         self._capture = handlers(engine, ring.put, self._worker, args=args, result=result)
         self._stream = None if in_process else self._broker_stream(engine, only)
 
-    def _broker_stream(self, engine: Any, only: str | None) -> BrokerStream:
-        from z4j_bare.engines.celery.event_receiver import BrokerStream  # most workers need none of these
+    def _broker_stream(self, engine: Any, only: str | None) -> EventReceiver:
+        from z4j_bare.engines.celery.event_receiver import (
+            EventReceiver,
+        )  # most workers need none of these
         from z4j_bare.engines.celery.translate import Translator
-        from z4j_bare.engines.celery.workers import Roster
+        from z4j_bare.engines.celery.workers import WorkerRegistry
 
         app, settings = engine.celery_app, self._settings
-        roster = Roster(app, self.presence, self._seam, mine=self._worker, only=only)
+        roster = WorkerRegistry(app, self.presence, self._backend, mine=self._worker, only=only)
         tracks = self._capture.tracks if self._worker else None
         args, result = settings.capture_args, settings.capture_result
         take = Translator(engine, self._ring.put, roster, tracks, args=args, result=result)
-        return BrokerStream(app, take, roster.tend, self._seam)
+        return EventReceiver(app, take, roster.tend, self._backend)
 
     def loops(self) -> list[Loop]:
         """Presence, and the broker's events where they are needed."""
@@ -132,20 +145,25 @@ class CelerySource(Source):
         return self._stream.unreadable if self._stream else 0
 
 
-def source_of(engine: Any, ring: Ring, settings: Settings, seam: BaseConcurrency, consumer: Any) -> Source:
+def make_source(
+    engine: Any, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: Any
+) -> EventSource:
     """Return the source of an engine's events; ``consumer`` as in :class:`CelerySource`."""
     if hasattr(engine, "celery_app"):
-        return CelerySource(engine, ring, settings, seam, consumer)
+        return CelerySource(engine, ring, settings, backend, consumer)
     if hasattr(engine, "rq_app"):
         from z4j_bare.engines.rq import RqSource
 
-        return RqSource(engine, ring, settings, seam)
-    return Source(engine, ring, settings, seam)
+        return RqSource(engine, ring, settings, backend)
+    return EventSource(engine, ring, settings, backend)
 
 
 def only_worker() -> str | None:
     """Return the one worker that a process which is none itself reports, by the variables that the adapter reads."""
-    names = (os.environ.get(name, "").strip() for name in ("Z4J_CELERY_LOCAL_HOSTNAME", "CELERY_HOSTNAME"))
+    names = (
+        os.environ.get(name, "").strip()
+        for name in ("Z4J_CELERY_LOCAL_HOSTNAME", "CELERY_HOSTNAME")
+    )
     return next(filter(None, names), None)
 
 

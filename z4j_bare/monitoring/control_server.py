@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _socket  # the C class, which nobody patches: its waits go through the seam
+import _socket  # the C class, which nobody patches: its waits go through the backend
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -32,34 +32,43 @@ class Desk:
     :param answers: what to do at a word; returns the answer.
     """
 
-    def __init__(self, adapter: str, answers: Mapping[str, Callable[[], dict[str, Any]]], seam: BaseConcurrency) -> None:
+    def __init__(
+        self,
+        adapter: str,
+        answers: Mapping[str, Callable[[], dict[str, Any]]],
+        backend: BaseConcurrency,
+    ) -> None:
         self._adapter = adapter
         self._answers = answers
-        self._seam = seam
+        self._backend = backend
         self._listener: Any = None
         self._files: list[Path] = []
 
-    def run(self, stopping: Any) -> None:
-        """Serve until ``stopping`` is set, and :meth:`wake` called."""
-        ok, error = self._seam.offload(self._open)
+    def run(self, stop_event: Any) -> None:
+        """Serve until ``stop_event`` is set, and :meth:`wake` called."""
+        ok, error = self._backend.offload(self._open)
         try:
             if ok:
-                self._attend(stopping)
+                self._attend(stop_event)
             else:
-                logger.info("z4j: `z4j-bare status` and `restart` will not find this agent: %s", error)
-                self._seam.pause(stopping)
+                logger.info(
+                    "z4j: `z4j-bare status` and `restart` will not find this agent: %s", error
+                )
+                self._backend.pause(stop_event)
         finally:
-            self._seam.offload(_unlink, self._files)  # raises in a forked child, before it touches our files
+            self._backend.offload(
+                _unlink, self._files
+            )  # raises in a forked child, before it touches our files
 
     def wake(self) -> None:
-        """Let the loop look at ``stopping``; waits for nothing."""
+        """Let the loop look at ``stop_event``; waits for nothing."""
         with suppress(OSError, IndexError):
             control.Desk(self._adapter, 0, self._files[-1]).post("")
 
-    def _attend(self, stopping: Any) -> None:
+    def _attend(self, stop_event: Any) -> None:
         try:
-            while not stopping.is_set():
-                if self._seam.wait_readable(self._listener, LOOK):
+            while not stop_event.is_set():
+                if self._backend.wait_readable(self._listener, LOOK):
                     self._meet()
         finally:
             self._listener.close()
@@ -80,7 +89,7 @@ class Desk:
 
     def _meet(self) -> None:
         try:
-            descriptor, _ = self._listener._accept()  # noqa: SLF001 - the C class has no other
+            descriptor, _ = self._listener._accept()
         except OSError:  # closed, or the visitor has gone
             return
         visitor = _socket.socket(fileno=descriptor)
@@ -97,16 +106,20 @@ class Desk:
         if not word:
             return
         answer = self._answers.get(word)
-        said = answer() if answer else {"error": f"{word!r} is none of {', '.join(sorted(self._answers))}"}
+        said = (
+            answer()
+            if answer
+            else {"error": f"{word!r} is none of {', '.join(sorted(self._answers))}"}
+        )
         left = memoryview(json.dumps(said, default=str).encode())
-        while left and self._seam.wait_writable(visitor, PATIENCE):
+        while left and self._backend.wait_writable(visitor, PATIENCE):
             left = left[visitor.send(left) :]
 
     def _read(self, visitor: Any) -> str:
         """Return the word before the line's end, or nothing when there is none in time."""
-        said, deadline = b"", self._seam.now() + PATIENCE
+        said, deadline = b"", self._backend.now() + PATIENCE
         while b"\n" not in said and len(said) < LONGEST_WORD:
-            if not self._seam.wait_readable(visitor, max(0.0, deadline - self._seam.now())):
+            if not self._backend.wait_readable(visitor, max(0.0, deadline - self._backend.now())):
                 return ""
             part = visitor.recv(LONGEST_WORD)
             if not part:

@@ -21,44 +21,51 @@ LOOKS = (5.0, 55.0)
 PATIENCE = 0.2
 
 
-class RivalsLoop:
+class DuplicateAgentCheck:
     """Asks the agents of this ``Z4J_HOME`` which workers they report, and warns of those that are ours too.
 
     :param describe: what this agent says of itself, which has ``project``, ``workers`` by engine, and ``started_at``.
     """
 
-    def __init__(self, describe: Callable[[], dict[str, Any]], seam: BaseConcurrency) -> None:
+    def __init__(self, describe: Callable[[], dict[str, Any]], backend: BaseConcurrency) -> None:
         self._describe = describe
-        self._seam = seam
+        self._backend = backend
         self._named: set[tuple[int, str]] = set()
 
-    def run(self, stopping: Any) -> None:
-        """Look twice, then wait for ``stopping`` (an ``IEvent``)."""
+    def run(self, stop_event: Any) -> None:
+        """Look twice, then wait for ``stop_event`` (an ``IEvent``)."""
         for delay in LOOKS:
-            if self._seam.pause(stopping, delay):
+            if self._backend.pause(stop_event, delay):
                 return
             self._look()
-        self._seam.pause(stopping)
+        self._backend.pause(stop_event)
 
     def _look(self) -> None:
-        ok, desks = self._seam.offload(control.desks)
+        ok, desks = self._backend.offload(control.desks)
         own = self._describe()
         ours = workers_of(own)
         for desk in desks if ok and ours else ():
             other = self._ask(desk)
             # Ourselves are told by the start: in containers that share a volume every process has pid 1.
-            if other.get("project") == own["project"] and other.get("started_at") != own["started_at"]:
+            if (
+                other.get("project") == own["project"]
+                and other.get("started_at") != own["started_at"]
+            ):
                 self._warn(desk.pid, ours & workers_of(other))
 
     def _ask(self, desk: Desk) -> dict[str, Any]:
-        ok, answer = self._seam.offload(desk.ask, control.STATUS, PATIENCE)
+        ok, answer = self._backend.offload(desk.ask, control.STATUS, PATIENCE)
         return answer if ok else {}
 
     def _warn(self, pid: int, workers: Iterable[str]) -> None:
         for worker in sorted(workers):
             if (pid, worker) not in self._named:
                 self._named.add((pid, worker))
-                logger.warning("z4j: process %d reports %s too; each event arrives twice: end one of the two", pid, worker)
+                logger.warning(
+                    "z4j: process %d reports %s too; each event arrives twice: end one of the two",
+                    pid,
+                    worker,
+                )
 
 
 def workers_of(agent: dict[str, Any]) -> set[str]:

@@ -32,20 +32,30 @@ class HealthLoop:
     :param consumer: the Consumer of the worker that this process is, or ``None``.
     """
 
-    def __init__(self, hosts: Mapping[str, EngineHost], bridge: Bridge, seam: BaseConcurrency, consumer: Any) -> None:
-        self._seam = seam
+    def __init__(
+        self,
+        hosts: Mapping[str, EngineHost],
+        bridge: Bridge,
+        backend: BaseConcurrency,
+        consumer: Any,
+    ) -> None:
+        self._backend = backend
         self._bridge = bridge
         self._answers: dict[str, str] = {}
         self._rounds: list[Callable[[], Mapping[str, str]]] = []
         for host in hosts.values():
-            self._rounds += self._celery(host, consumer) if hasattr(host.engine, "celery_app") else [_engine(host)]
+            self._rounds += (
+                self._celery(host, consumer)
+                if hasattr(host.engine, "celery_app")
+                else [_engine(host)]
+            )
 
-    def run(self, stopping: Any) -> None:
-        """Ask until ``stopping`` is set."""
-        while not stopping.is_set():
+    def run(self, stop_event: Any) -> None:
+        """Ask until ``stop_event`` is set."""
+        while not stop_event.is_set():
             for ask in self._rounds:
                 self._answers.update(ask())
-            self._seam.pause(stopping, INTERVAL)
+            self._backend.pause(stop_event, INTERVAL)
 
     def latest(self) -> dict[str, str]:
         """Return the last good answers."""
@@ -56,12 +66,12 @@ class HealthLoop:
         broker = BrokerProbe(name, app, queue_names(app, consumer))
         details = WorkerDetails(app, consumer, value_matcher(host.engine))
         return [
-            Ask(self._bridge, broker, lambda error: _broker_failed(name, error)),
-            Ask(self._bridge, lambda: {f"{name}.worker_details": details()}, lambda _: {}),
+            CachedProbe(self._bridge, broker, lambda error: _broker_failed(name, error)),
+            CachedProbe(self._bridge, lambda: {f"{name}.worker_details": details()}, lambda _: {}),
         ]
 
 
-class Ask:
+class CachedProbe:
     """One question, asked off the loop: at most :data:`PATIENCE` seconds are waited, and never twice at a time.
 
     :param question: returns entries for the heartbeat; what it returns too late is this object's next answer.

@@ -33,30 +33,30 @@ WARN_EVERY = 60.0
 MOST_SAMPLES = 10_000
 
 
-class Lateness:
+class HubLagMonitor:
     """The ticker, its samples since the last report, and the culprit of the longest stall."""
 
-    def __init__(self, seam: BaseConcurrency) -> None:
-        self._seam = seam
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
         self._samples: list[float] = []
         self._every = TICK
         self._due = 0.0
         self._seen: tuple[float, str] = (0.0, "")
         self._warned_at = float("-inf")
         self._stack_of = 0
-        self._alarm = seam.event()
+        self._alarm = backend.event()
         self._stall = 0.0
 
-    def run(self, stopping: Any) -> None:
-        """Tick until ``stopping`` is set, and :meth:`wake` called."""
-        self._stack_of = self._seam.native_ident()
-        self._seam.native(self._watch, stopping)
-        end = self._seam.timer(TICK, self._tick)
+    def run(self, stop_event: Any) -> None:
+        """Tick until ``stop_event`` is set, and :meth:`wake` called."""
+        self._stack_of = self._backend.native_ident()
+        self._backend.native(self._watch, stop_event)
+        end = self._backend.timer(TICK, self._tick)
         self._every = TICK if end else TICK_OF_THREADS
-        self._due = self._seam.now() + self._every
+        self._due = self._backend.now() + self._every
         try:
-            while not stopping.is_set():
-                self._seam.pause(self._alarm, None if end else self._every)
+            while not stop_event.is_set():
+                self._backend.pause(self._alarm, None if end else self._every)
                 self._alarm.clear()
                 if not end:
                     self._tick()
@@ -67,12 +67,12 @@ class Lateness:
                 end()
 
     def wake(self) -> None:
-        """Let the loop look at ``stopping``; waits for nothing."""
+        """Let the loop look at ``stop_event``; waits for nothing."""
         self._alarm.set()
 
     def _tick(self) -> None:
         """Take a sample; on the hub, where nothing may log."""
-        now = self._seam.now()
+        now = self._backend.now()
         late, self._due = now - self._due, now + self._every
         if len(self._samples) < MOST_SAMPLES:
             self._samples.append(max(0.0, late))
@@ -89,19 +89,19 @@ class Lateness:
         return samples[min(len(samples) - 1, int(len(samples) * 0.99))], samples[-1], culprit
 
     def _blame(self, late: float) -> None:
-        now, self._stall = self._seam.now(), 0.0
+        now, self._stall = self._backend.now(), 0.0
         if self._seen[1] and now - self._warned_at > WARN_EVERY:
             self._warned_at = now
             logger.warning("z4j: the hub stood still for %.1f s; it was in %s", late, self._seen[1])
 
-    def _watch(self, sleep: Any, stopping: Any) -> None:
+    def _watch(self, sleep: Any, stop_event: Any) -> None:
         """Run in a native thread of its own: reads stacks and assigns, nothing else."""
         pause = TICK
-        while not stopping.is_set():
+        while not stop_event.is_set():
             sleep(pause)
-            late = self._seam.now() - self._due
+            late = self._backend.now() - self._due
             if late > BLOCKED and late > self._seen[0]:
-                frame = sys._current_frames().get(self._stack_of)  # noqa: SLF001 - no public equivalent
+                frame = sys._current_frames().get(self._stack_of)
                 if frame is not None:
                     self._seen = (late, describe(frame))
             pause = next_look(late)
@@ -130,4 +130,6 @@ def describe(frame: FrameType | None) -> str:
 
 
 def _ours_or_standard(path: str) -> bool:
-    return path.startswith("<") or (path.startswith(sys.base_prefix) and "site-packages" not in path)
+    return path.startswith("<") or (
+        path.startswith(sys.base_prefix) and "site-packages" not in path
+    )

@@ -13,18 +13,18 @@ from z4j_bare.buffer.rows import CAPACITY, CORRUPTION, EVENT, RESULT
 from z4j_bare.wire import frames
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.counters import Counters
-    from z4j_bare.monitoring.hub_lag import Lateness
+    from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
 
 #: Reasons under which rows were lost that nobody could look at any more.
 _UNREAD = (CORRUPTION, GONE)
 
 
-class Figures:
+class AgentMetrics:
     """Reads what the rooms count; never touches the disk or the network.
 
     :param runtime_id: names this incarnation in loss reports.
@@ -38,9 +38,9 @@ class Figures:
         *,
         ring: Ring,
         counters: Counters,
-        keeper: Keeper,
-        seam: BaseConcurrency,
-        lateness: Lateness,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
+        lateness: HubLagMonitor,
         started: float,
         health: Callable[[], Mapping[str, str]],
         dropped: Callable[[], Mapping[str, int]],
@@ -48,8 +48,8 @@ class Figures:
     ) -> None:
         self._ring = ring
         self._counters = counters
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._lateness = lateness
         self._runtime_id = f"{os.getpid()}-{int(started * 1000)}"
         self._health = health
@@ -58,22 +58,29 @@ class Figures:
 
     def lost(self) -> dict[str, int]:
         """Return lost events by reason."""
-        lost = dict(self._keeper.last_stats.lost)
-        for reason, number in (("ring", self._ring.lost), ("unencodable", self._counters.unencodable)):
+        lost = dict(self._buffer.last_stats.lost)
+        for reason, number in (
+            ("ring", self._ring.lost),
+            ("unencodable", self._counters.unencodable),
+        ):
             if number:
                 lost[reason] = lost.get(reason, 0) + number
         return lost
 
     def depth(self) -> int:
         """Return the rows that wait: in our store, and in a dead process's that we are adopting."""
-        return self._keeper.last_stats.rows + self._keeper.adopting
+        return self._buffer.last_stats.rows + self._buffer.adopting
 
     def loss(self) -> dict[str, Any]:
         """Return ``telemetry_loss``, cumulative and strictly checked by the brain (2.6).
 
         A row is what the existing agent calls a frame. The reasons add up to all losses, and so do the kinds.
         """
-        buffer, ring, unencodable = self._keeper.last_stats, self._ring.lost, self._counters.unencodable
+        buffer, ring, unencodable = (
+            self._buffer.last_stats,
+            self._ring.lost,
+            self._counters.unencodable,
+        )
         reasons, kinds = Counter(buffer.lost), Counter(buffer.lost_kinds)
         evicted, unread = reasons.pop(CAPACITY, 0), sum(reasons.pop(each, 0) for each in _UNREAD)
         return {
@@ -92,33 +99,35 @@ class Figures:
             },
         }
 
-    def status(self, streaks: Mapping[str, int], connected_at: float, identity: frames.Identity) -> bytes:
+    def status(
+        self, streaks: Mapping[str, int], connected_at: float, identity: frames.Identity
+    ) -> bytes:
         """Return the payload of an ``agent_status``; ``connected_at`` in seconds since the epoch."""
         return frames.agent_status(
             streaks=streaks,
             connected_at=connected_at,
-            session_age=self._seam.wall() - connected_at,
+            session_age=self._backend.wall() - connected_at,
             buffer_depth=self.depth(),
-            oldest_age=self._keeper.last_stats.oldest_age,
+            oldest_age=self._buffer.last_stats.oldest_age,
             identity=identity,
             loss=self.loss(),
         )
 
     def stats(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
-        counters, buffer, steps = self._counters, self._keeper.last_stats, self._seam.steps
+        counters, buffer, steps = self._counters, self._buffer.last_stats, self._backend.steps
         return {
-            "concurrency": self._seam.name,
+            "concurrency": self._backend.name,
             "produced": self._ring.produced,
             "stored": counters.stored,
             "sent": counters.sent,
-            "acked": self._keeper.acked,
+            "acked": self._buffer.acked,
             "lost": self.lost(),
             "buffered": buffer.rows,
             "buffer_bytes": buffer.bytes,
-            "buffer_durable": self._keeper.durable,
-            "buffer_failures": self._keeper.failures,
-            "adopting": self._keeper.adopting,
+            "buffer_durable": self._buffer.durable,
+            "buffer_failures": self._buffer.failures,
+            "adopting": self._buffer.adopting,
             "frames": counters.frames,
             "sessions": counters.sessions,
             "heartbeats": counters.heartbeats,
@@ -151,7 +160,7 @@ class Figures:
         own["z4j.hub_lateness_max_ms"] = f"{longest * 1000:.1f}"
         if culprit:
             own["z4j.hub_blocked_by"] = culprit[:500]
-        own["z4j.buffer_durable"] = str(self._keeper.durable).lower()
-        own["z4j.buffer_failures"] = str(self._keeper.failures)
+        own["z4j.buffer_durable"] = str(self._buffer.durable).lower()
+        own["z4j.buffer_failures"] = str(self._buffer.failures)
         own["z4j.loop_restarts"] = str(sum(stats["restarts"].values()) + self._restarts())
         return own

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_core.models import DiscoveryHints
 
-from z4j_bare.concurrency.timeslice import Slices
+from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.engines.celery.discovery import discover, places
 from z4j_bare.errors import AgentError, FrameTooLargeError
 from z4j_bare.wire.frames import frame_id, registry_delta
@@ -17,7 +17,7 @@ from z4j_bare.wire.frames import frame_id, registry_delta
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
     from z4j_bare.watcher import TasksFileWatcher
 
 logger = logging.getLogger("z4j.runtime.registry")
@@ -43,18 +43,18 @@ class RegistryLoop:
         self,
         hosts: Mapping[str, EngineHost],
         hints: Callable[[], DiscoveryHints] | None,
-        link: Callable[[], Link | None],
-        seam: BaseConcurrency,
+        link: Callable[[], Connection | None],
+        backend: BaseConcurrency,
         *,
         dev: bool,
     ) -> None:
         self._hosts = {name: host for name, host in hosts.items() if host.offers("discover_tasks")}
         self._hints = hints
         self._link = link
-        self._seam = seam
+        self._backend = backend
         self._dev = dev
-        self._breathe = Slices(seam)
-        self._wake = seam.event()
+        self._checkpoint = TimeSlice(backend)
+        self._wake = backend.event()
         self._stale = True
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}
@@ -63,22 +63,22 @@ class RegistryLoop:
         """Look whether there is something to do: a session has begun, or the agent stops. Never waits."""
         self._wake.set()
 
-    def run(self, stopping: Any) -> None:
-        """Discover and tell until ``stopping`` is set, and :meth:`wake` called."""
+    def run(self, stop_event: Any) -> None:
+        """Discover and tell until ``stop_event`` is set, and :meth:`wake` called."""
         watcher = self._watch()
         try:
-            while not stopping.is_set():
+            while not stop_event.is_set():
                 link = self._link()
                 if link is not None and self._hosts:
                     self._turn(link)
-                if not self._seam.pause(self._wake, INTERVAL):
+                if not self._backend.pause(self._wake, INTERVAL):
                     self._stale = True
                 self._wake.clear()
         finally:
-            if watcher is not None and not self._seam.forked():
+            if watcher is not None and not self._backend.forked():
                 watcher.stop()
 
-    def _turn(self, link: Link) -> None:
+    def _turn(self, link: Connection) -> None:
         if self._stale:
             self._stale = False
             self._discover()
@@ -92,11 +92,13 @@ class RegistryLoop:
         hints = self._hinted()
         for name, host in self._hosts.items():
             try:
-                self._found[name] = discover(host, hints, self._breathe)
+                self._found[name] = discover(host, hints, self._checkpoint)
             except Exception as error:
-                logger.info("z4j: the tasks of %s are not known: %s: %s", name, type(error).__name__, error)
+                logger.info(
+                    "z4j: the tasks of %s are not known: %s: %s", name, type(error).__name__, error
+                )
 
-    def _tell(self, link: Link, engine: str, found: Mapping[str, bytes]) -> None:
+    def _tell(self, link: Connection, engine: str, found: Mapping[str, bytes]) -> None:
         sent = self._sent.setdefault(engine, {})
         part, size = [], 0
         for name in [*found, *(name for name in list(sent) if name not in found)]:
@@ -110,15 +112,17 @@ class RegistryLoop:
         if part:
             self._send(link, engine, part)
 
-    def _send(self, link: Link, engine: str, names: list[str]) -> None:
+    def _send(self, link: Connection, engine: str, names: list[str]) -> None:
         """Send what has come of these names, in smaller pieces if need be."""
         found, sent = self._found[engine], self._sent[engine]
         added = [found[name] for name in names if name in found and name not in sent]
         updated = [found[name] for name in names if name in found and name in sent]
         removed = [name for name in names if name not in found]
-        self._breathe()
+        self._checkpoint()
         try:
-            link.send("registry_delta", frame_id("rd"), registry_delta(engine, added, removed, updated))
+            link.send(
+                "registry_delta", frame_id("rd"), registry_delta(engine, added, removed, updated)
+            )
         except FrameTooLargeError as error:
             middle = len(names) // 2
             if middle:
@@ -148,7 +152,9 @@ class RegistryLoop:
 
         watcher = TasksFileWatcher(app_paths=self._hinted().app_paths, on_change=self._changed)
         if not watcher.start():
-            logger.info("z4j: Z4J_DEV_MODE is set, but no directory is known where tasks are declared")
+            logger.info(
+                "z4j: Z4J_DEV_MODE is set, but no directory is known where tasks are declared"
+            )
         return watcher
 
     def _changed(self, path: Path) -> None:

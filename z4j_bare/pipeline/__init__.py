@@ -1,1 +1,1 @@
-"""Short functions that pump the rooms below: one loop over the narrow seam, never a second copy for another runtime."""
+"""Short functions that pump the rooms below: one loop over the narrow backend, never a second copy for another runtime."""

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from z4j_bare.concurrency.timeslice import Slices
+from z4j_bare.concurrency.timeslice import TimeSlice
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Captured, Ring
     from z4j_bare.monitoring.counters import Counters
@@ -35,8 +35,8 @@ class FlushLoop:
     def __init__(
         self,
         ring: Ring,
-        keeper: Keeper,
-        seam: BaseConcurrency,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
         counters: Counters,
         *,
         interval: float,
@@ -44,27 +44,27 @@ class FlushLoop:
         stored: Callable[[int], None],
     ) -> None:
         self._ring = ring
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._counters = counters
         self._interval = interval
         self._most = most
         self._stored = stored
-        self._turn = seam.lock()
+        self._turn = backend.lock()
 
-    def run(self, stopping: object) -> None:
-        """Flush until ``stopping`` (an ``IEvent``) is set."""
+    def run(self, stop_event: object) -> None:
+        """Flush until ``stop_event`` (an ``IEvent``) is set."""
         patience = QUIET
-        while not stopping.is_set():  # type: ignore[attr-defined]
+        while not stop_event.is_set():  # type: ignore[attr-defined]
             if self._ring.rest():
-                if not self._seam.pause(self._ring.wake, patience):
-                    self._keeper.refresh()
+                if not self._backend.pause(self._ring.wake, patience):
+                    self._buffer.refresh()
                     patience = ASLEEP
                 self._ring.wake.clear()
                 continue
             patience = QUIET
             if len(self._ring) < self._most:
-                self._seam.pause(self._ring.wake, self._interval)  # let company come
+                self._backend.pause(self._ring.wake, self._interval)  # let company come
             self._ring.wake.clear()
             # What came during a commit waits for the next wake, unless it is a whole batch: commits of a dozen events, one
             # after the other, cost the worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
@@ -86,7 +86,7 @@ class FlushLoop:
             left.reverse()
             try:
                 self._encode(left, encoded)
-                self._keeper.append_events(encoded)
+                self._buffer.append_events(encoded)
             except BaseException:
                 self._ring.give_back([*((_ENCODED, each) for each in encoded), *reversed(left)])
                 raise
@@ -96,7 +96,7 @@ class FlushLoop:
 
     def _encode(self, left: list[Captured], encoded: list[bytes]) -> None:
         """Move the events from ``left``, last first, to ``encoded``: each but once, for a task's stamps grow with each."""
-        breathe = Slices(self._seam)
+        checkpoint = TimeSlice(self._backend)
         while left:
             captured = left[-1]
             try:
@@ -105,4 +105,4 @@ class FlushLoop:
                 self._counters.unencodable += 1
                 logger.debug("z4j: an event could not be encoded", exc_info=True)
             left.pop()
-            breathe()
+            checkpoint()

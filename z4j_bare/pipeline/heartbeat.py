@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from z4j_bare.wire.frames import frame_id
-from z4j_bare.wire.lighter import lighter_heartbeat
+from z4j_bare.wire.lighter import shrink_heartbeat
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.monitoring.counters import Counters
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
 
 #: Seconds between keepalives where heartbeats are switched off; the brain closes a session that is silent for 90.
 QUIET_INTERVAL = 30.0
@@ -29,8 +29,8 @@ class HeartbeatLoop:
 
     def __init__(
         self,
-        link: Link,
-        seam: BaseConcurrency,
+        link: Connection,
+        backend: BaseConcurrency,
         counters: Counters,
         payload: Callable[[], bytes],
         *,
@@ -39,7 +39,7 @@ class HeartbeatLoop:
         status: Callable[[], bytes] | None = None,
     ) -> None:
         self._link = link
-        self._seam = seam
+        self._backend = backend
         self._counters = counters
         self._payload = payload
         self._interval = interval if enabled else QUIET_INTERVAL
@@ -51,16 +51,18 @@ class HeartbeatLoop:
         """Beat until the session ends. Raises ``NetworkError``."""
         while not self._link.closing.is_set():
             if self._enabled:
-                cut = self._link.send_some("heartbeat", frame_id("hb"), self._payload(), lighter_heartbeat)
+                cut = self._link.send_some(
+                    "heartbeat", frame_id("hb"), self._payload(), shrink_heartbeat
+                )
                 self._counters.recut += cut
                 self._counters.heartbeats += 1
                 self._report()
             else:
                 self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')
-            self._seam.pause(self._link.closing, self._interval)
+            self._backend.pause(self._link.closing, self._interval)
 
     def _report(self) -> None:
-        now = self._seam.now()
+        now = self._backend.now()
         if self._status is not None and now - self._status_at >= STATUS_INTERVAL:
             self._link.send("agent_status", frame_id("as"), self._status())
             self._status_at = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.concurrency.timeslice import Slices
+from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.errors import FrameTooLargeError
 
 if TYPE_CHECKING:
@@ -16,40 +16,46 @@ if TYPE_CHECKING:
 DRIFT = 1e-4
 
 
-class Link:
+class Connection:
     """Sends signed frames from any loop; the transport's lock keeps seq order and wire order the same.
 
     :param transport: an ``ITransport`` that is connected.
     """
 
-    def __init__(self, transport: Any, session: Session, seam: BaseConcurrency) -> None:
+    def __init__(self, transport: Any, session: Session, backend: BaseConcurrency) -> None:
         self.transport = transport
         self.session = session
-        self.welcome = session.welcome
+        self.hello_ack = session.hello_ack
         #: Seconds by which the brain's clock was ahead of ours when it welcomed us, if it told.
-        self.behind = None if self.welcome.server_time is None else self.welcome.server_time - seam.wall()
-        self.closing = seam.event()
-        self.wake = seam.event()
-        self._seam = seam
-        self._breathe = Slices(seam)
+        self.behind = (
+            None
+            if self.hello_ack.server_time is None
+            else self.hello_ack.server_time - backend.wall()
+        )
+        self.closing = backend.event()
+        self.wake = backend.event()
+        self._backend = backend
+        self._checkpoint = TimeSlice(backend)
         self._fastest = float("inf")
-        self._heard_at = seam.now()
-        if self.welcome.server_time is not None:
-            self.lateness(self.welcome.server_time)
+        self._heard_at = backend.now()
+        if self.hello_ack.server_time is not None:
+            self.lateness(self.hello_ack.server_time)
 
     def send(self, kind: str, identity: str, payload: bytes) -> int:
         """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
-        size: int = self.transport.send(lambda: self.session.sign(kind, identity, payload, self._seam.wall()))
+        size: int = self.transport.send(
+            lambda: self.session.sign(kind, identity, payload, self._backend.wall())
+        )
         return size
 
     def open(self, message: bytes) -> Any:
         """Verify a message of the brain and return z4j_core's model of it. Raises ``RemoteProtocolError``."""
-        self._breathe()  # fifty commands may have come in one piece, with no wait in between
-        return self.session.open(message, self._breathe)
+        self._checkpoint()  # fifty commands may have come in one piece, with no wait in between
+        return self.session.open(message, self._checkpoint)
 
     def rested(self) -> None:
         """Note that whoever opens messages has waited for the next one; a yield right after that is for nobody."""
-        self._breathe.rested()
+        self._checkpoint.rested()
 
     def lateness(self, stamp: float) -> float:
         """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.
@@ -57,13 +63,15 @@ class Link:
         Clocks may differ, so only frames can be compared with each other; what is late has waited for a worker that was
         stopped or a hub that was blocked. The comparison forgets 0.1 ms a second, for clocks drift.
         """
-        now = self._seam.now()
+        now = self._backend.now()
         took = now - stamp
         self._fastest = min(took, self._fastest + (now - self._heard_at) * DRIFT)
         self._heard_at = now
         return took - self._fastest
 
-    def send_some(self, kind: str, identity: str, payload: bytes, lighter: Callable[[bytes], Iterator[bytes]]) -> bool:
+    def send_some(
+        self, kind: str, identity: str, payload: bytes, lighter: Callable[[bytes], Iterator[bytes]]
+    ) -> bool:
         """Send the payload, or the first of its lighter versions that fits; return whether something was cut.
 
         Raises ``FrameTooLargeError`` when none does.

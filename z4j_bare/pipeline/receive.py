@@ -11,7 +11,7 @@ from z4j_bare.concurrency.timeslice import SLICE
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
 
 if TYPE_CHECKING:
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
 
 logger = logging.getLogger("z4j.runtime.receive")
 
@@ -33,7 +33,12 @@ class ReceiveLoop:
     :param command: called with a command frame, the link, and how many seconds late it was read; must not wait.
     """
 
-    def __init__(self, link: Link, acked: Callable[[str], None], command: Callable[[Any, Link, float], None]) -> None:
+    def __init__(
+        self,
+        link: Connection,
+        acked: Callable[[str], None],
+        command: Callable[[Any, Connection, float], None],
+    ) -> None:
         self._link = link
         self._routes: dict[str, Callable[[Any, float], None]] = {
             "event_batch_ack": lambda frame, _: acked(str(frame.payload.acked_id)),

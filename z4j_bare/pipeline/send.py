@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer.rows import EVENT, POISON, PROJECTION, RESULT
-from z4j_bare.errors import AgentError, BrokenStreamError, FrameTooLargeError, PoisonError
+from z4j_bare.errors import AgentError, FrameTooLargeError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.poison import describe, part
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.events import shrink
 from z4j_bare.wire.frames import event_batch, frame_id
-from z4j_bare.wire.lighter import lighter_result
+from z4j_bare.wire.lighter import shrink_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
 from z4j_bare.wire.window import FRAME_EVENTS, Window
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.buffer.rows import BufferEntry
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.monitoring.counters import Counters
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
 
 logger = logging.getLogger("z4j.runtime.send")
 
@@ -57,16 +57,18 @@ class SendLoop:
     acknowledged an empty batch in this very session, so that what kills every session is not held against them.
     """
 
-    def __init__(self, link: Link, keeper: Keeper, seam: BaseConcurrency, counters: Counters) -> None:
+    def __init__(
+        self, link: Connection, buffer: BufferManager, backend: BaseConcurrency, counters: Counters
+    ) -> None:
         self._link = link
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._counters = counters
         self._confirms: bool = link.transport.confirms
-        self._most = self._limit = min(FRAME_BYTES, link.welcome.max_frame_bytes) - ENVELOPE_BYTES
+        self._most = self._limit = min(FRAME_BYTES, link.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         # In threads an ack may come between the two halves of whatever the sender does to the window.
-        self._books = seam.lock()
+        self._books = backend.lock()
         self._overtook: set[int] = set()
         # Whether there may be events that have not been looked at.
         self._more = False
@@ -84,7 +86,7 @@ class SendLoop:
             while not self._link.closing.is_set():
                 self._link.wake.clear()
                 if not self._turn():
-                    self._seam.pause(self._link.wake, self._patience())
+                    self._backend.pause(self._link.wake, self._patience())
         except AgentError as error:
             self._failure = error
             raise
@@ -92,12 +94,12 @@ class SendLoop:
     def acked(self, frame: str) -> None:
         """Take an ``event_batch_ack``; called by the receive loop."""
         with self._books:
-            now = self._seam.now()
+            now = self._backend.now()
             self._finish(self._window.acked(frame, now))
             self._proven = True
             rest = self._window.rest(now)
         # A hub wakes us once, when the brain has had its breath. Without one we wake now, see that, and wait it out.
-        if self._more and self._seam.timer(rest, self._link.wake.set, once=True) is None:
+        if self._more and self._backend.timer(rest, self._link.wake.set, once=True) is None:
             self._link.wake.set()
 
     def stored(self, events: int) -> None:
@@ -121,16 +123,18 @@ class SendLoop:
         Rows that were on their way when the brain refused a frame are marked. The only one, in a session that worked until
         then, is dropped and counted.
         """
-        ids = self._undecided(error) if policy.of_a_frame(error) else []
+        ids = self._undecided(error) if close_codes.of_a_frame(error) else []
         if not ids:
             return error
         apart = [entry for entry in self._apart if entry.id in ids]
         if len(ids) == len(apart) == 1:
-            self._keeper.discard(ids, POISON, self._generation)
-            logger.warning("z4j: dropped what the brain cannot take: %s (%s)", describe(apart[0]), error)
+            self._buffer.discard(ids, POISON, self._generation)
+            logger.warning(
+                "z4j: dropped what the brain cannot take: %s (%s)", describe(apart[0]), error
+            )
         else:
-            self._keeper.suspect(ids, self._generation)
-        return PoisonError(str(error), code=getattr(error, "code", None)) if apart else error
+            self._buffer.suspect(ids, self._generation)
+        return PoisonRowError(str(error), code=getattr(error, "code", None)) if apart else error
 
     def _undecided(self, error: AgentError) -> list[int]:
         """Return the ids of the rows that may be what ``error`` is about."""
@@ -141,18 +145,18 @@ class SendLoop:
 
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
-        rest = self._window.rest(self._seam.now())
+        rest = self._window.rest(self._backend.now())
         if self._more and (rest or not self._window.frames):
             return rest  # only the brain's breath keeps us, which may have just ended
         # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
-        return QUIET if self.idle() and self._keeper.settled else IDLE
+        return QUIET if self.idle() and self._buffer.settled else IDLE
 
     def _finish(self, ids: Sequence[int]) -> None:
         """Take note of rows that the brain has."""
         others = self._overtook.intersection(ids)
         self._overtook.difference_update(others)
         self._told.difference_update(others)
-        self._keeper.confirm(ids, len(ids) - len(others), self._generation)
+        self._buffer.confirm(ids, len(ids) - len(others), self._generation)
 
     def _rewind(self) -> None:
         with self._books:
@@ -161,21 +165,23 @@ class SendLoop:
         self._apart: Sequence[BufferEntry] = ()
         # Rows of schedule streams that are on their way.
         self._told: set[int] = set()
-        self._generation = self._keeper.generation
+        self._generation = self._buffer.generation
         self._after_event = 0
         self._after_result = 0
         self._owed: list[int] = []
 
     def _turn(self) -> bool:
         """Confirm, look, send; return whether there may be more to send at once."""
-        now = self._seam.now()
+        now = self._backend.now()
         with self._books:
             silent = self._window.silent(now)
         if silent:
             if self._told & self._doubted:
-                raise BrokenStreamError("no ack for schedules: a new session tells them anew")
+                raise ScheduleStreamError("no ack for schedules: a new session tells them anew")
             self._doubted = set(self._told)
-            logger.warning("z4j: no ack for a long time; sending %d events again", self._window.events)
+            logger.warning(
+                "z4j: no ack for a long time; sending %d events again", self._window.events
+            )
             self._rewind()
         if self._apart and self._window.frames:
             return False
@@ -183,7 +189,9 @@ class SendLoop:
         self._more = False  # before the look: what is stored from now on may be missed by it
         room = self._room(now)
         results, events, suspects = part(*self._fetch(room))
-        full = self._full(events, room)  # now: with an ack that comes at once, the next frame may be larger
+        full = self._full(
+            events, room
+        )  # now: with an ack that comes at once, the next frame may be larger
         for entry in results:
             self._send_express(entry)
         self._send_events(events)
@@ -192,13 +200,18 @@ class SendLoop:
         if room == 0 or full or len(results) == RESULTS:  # without room nobody looked
             self._more = True
         # Of a schedule stream a frame or so is fetched at a time.
-        return any(row.kind == PROJECTION for row in results) or (self._more and self._room(self._seam.now()) > 0)
+        return any(row.kind == PROJECTION for row in results) or (
+            self._more and self._room(self._backend.now()) > 0
+        )
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
         if self._confirms:
             return bool(events)  # how many of them fitted is not known here
-        return len(events) >= self._most_events(room) or sum(len(entry.payload) for entry in events) > self._limit // 2
+        return (
+            len(events) >= self._most_events(room)
+            or sum(len(entry.payload) for entry in events) > self._limit // 2
+        )
 
     def _most_events(self, room: int) -> int:
         return min(room, FRAME_EVENTS if self._confirms else self._window.frame)
@@ -240,8 +253,8 @@ class SendLoop:
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         next_results = (self._after_result, RESULTS, EXPRESS)
         next_events = (self._after_event, self._most_events(room), (EVENT,))
-        results, events = self._keeper.drain(next_results, next_events, self._limit)
-        if self._keeper.generation != self._generation:  # another file, other ids
+        results, events = self._buffer.drain(next_results, next_events, self._limit)
+        if self._buffer.generation != self._generation:  # another file, other ids
             self._rewind()
             self._overtook.clear()
             self._doubted.clear()
@@ -259,7 +272,9 @@ class SendLoop:
 
     def _send_result(self, entry: BufferEntry) -> None:
         self._uploading = (entry,)
-        self._counters.recut += self._link.send_some("command_result", entry.key, entry.payload, lighter_result)
+        self._counters.recut += self._link.send_some(
+            "command_result", entry.key, entry.payload, shrink_result
+        )
         if self._confirms:
             self._finish((entry.id,))
         else:
@@ -291,13 +306,16 @@ class SendLoop:
     def _send_batch(self, events: Sequence[BufferEntry]) -> None:
         frame = frame_id("ev")
         payload = event_batch([entry.payload for entry in events])
-        if len(payload) > self._limit and len(payload) + ENVELOPE_BYTES > self._link.welcome.max_frame_bytes:
+        if (
+            len(payload) > self._limit
+            and len(payload) + ENVELOPE_BYTES > self._link.hello_ack.max_frame_bytes
+        ):
             payload = event_batch([self._cut(entry.payload) for entry in events])
         self._link.send("event_batch", frame, payload)
         ids = [*self._owed, *(entry.id for entry in events)]
         self._owed = []
         with self._books:
-            self._finish(self._window.sent(frame, ids, len(events), self._seam.now()))
+            self._finish(self._window.sent(frame, ids, len(events), self._backend.now()))
         self._note(events)
 
     def _note(self, events: Sequence[BufferEntry]) -> None:
@@ -305,11 +323,11 @@ class SendLoop:
         if events and events[-1].kind == EVENT:
             self._counters.sent += len(events)
             self._after_event = events[-1].id
-        self._counters.last_flush_at = self._seam.wall()
+        self._counters.last_flush_at = self._backend.wall()
 
     def _cut(self, payload: bytes) -> bytes:
         fields: dict[str, Any] = json.loads(payload)
-        return shrink(fields, self._link.welcome.max_frame_bytes - ENVELOPE_BYTES - 16)
+        return shrink(fields, self._link.hello_ack.max_frame_bytes - ENVELOPE_BYTES - 16)
 
 
 def _room_for(payload: bytes, error: FrameTooLargeError) -> int:

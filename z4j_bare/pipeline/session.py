@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.errors import AgentError, NoMoreThreadsError, RemoteError
-from z4j_bare.pipeline.link import Link
-from z4j_bare.wire.close_codes import SCHEDULES, Backoff, explained, failure_class
-from z4j_bare.wire.session import Session, read_welcome
+from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
+from z4j_bare.pipeline.link import Connection
+from z4j_bare.wire.close_codes import BACKOFF_POLICIES, Backoff, explained, failure_class
+from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -36,12 +36,12 @@ class Supervisor:
         transport: Callable[[], Any],
         hello: Callable[[], bytes],
         secret: Callable[[], bytes],
-        serve: Callable[[Link], None],
-        seam: BaseConcurrency,
+        serve: Callable[[Connection], None],
+        backend: BaseConcurrency,
         counters: Counters,
     ) -> None:
         self.backoff = Backoff()
-        self.link: Link | None = None
+        self.link: Connection | None = None
         #: When the last session began, in seconds since the epoch, and the failures in a row that it ended.
         self.connected_at = 0.0
         self.overcome: dict[str, int] = {}
@@ -49,9 +49,9 @@ class Supervisor:
         self._hello = hello
         self._secret = secret
         self._serve = serve
-        self._seam = seam
+        self._backend = backend
         self._counters = counters
-        self._now = seam.event()
+        self._now = backend.event()
         self._failures = 0
         self._kind = ""
         self._attempt: Any = None
@@ -63,18 +63,18 @@ class Supervisor:
         """Whether a session stands or may yet come without a pause before it: there is something to wait for."""
         return not self._begun or self._attempt is not None
 
-    def run(self, stopping: Any) -> None:
-        """Keep a session until ``stopping`` (an ``IEvent``) is set.
+    def run(self, stop_event: Any) -> None:
+        """Keep a session until ``stop_event`` (an ``IEvent``) is set.
 
         The first attempt is made even then, unless ``end`` was called: a script may be over before its loops have run.
         """
-        while not (stopping.is_set() and self._begun) and not self._ended:
+        while not (stop_event.is_set() and self._begun) and not self._ended:
             try:
                 self._session()
-            except NoMoreThreadsError:
+            except InterpreterShutdownError:
                 return
             except AgentError as error:
-                self._after(error, stopping)
+                self._after(error, stop_event)
 
     def reconnect(self) -> None:
         """End the session, if there is one, and connect now. Callable from any task; never waits."""
@@ -83,7 +83,7 @@ class Supervisor:
             self.link.shut()
 
     def end(self) -> None:
-        """End the session, or the attempt at one, for good; ``stopping`` has been set."""
+        """End the session, or the attempt at one, for good; ``stop_event`` has been set."""
         self._ended = True
         self.reconnect()
         if self._attempt is not None:
@@ -93,8 +93,8 @@ class Supervisor:
         transport = self._attempt = self._transport()
         self._begun = True
         try:
-            welcome = read_welcome(transport.connect(self._hello()))
-            link = Link(transport, Session(welcome, self._secret()), self._seam)
+            hello_ack = parse_hello_ack(transport.connect(self._hello()))
+            link = Connection(transport, Session(hello_ack, self._secret()), self._backend)
             self.link = link
             if not self._ended:
                 self._stand(link)
@@ -102,34 +102,40 @@ class Supervisor:
             self.link = self._attempt = None
             transport.close()
 
-    def _stand(self, link: Link) -> None:
-        began = self._seam.now()
+    def _stand(self, link: Connection) -> None:
+        began = self._backend.now()
         self._welcome(link)
         try:
             self._serve(link)
         except RemoteError as error:
             raise explained(error, link.behind) from None
         finally:
-            stood = self._seam.now() - began
+            stood = self._backend.now() - began
             self.backoff.stood(stood)
-            if stood >= SCHEDULES["connection"].steady:
+            if stood >= BACKOFF_POLICIES["connection"].steady:
                 self._failures = 0
 
-    def _welcome(self, link: Link) -> None:
+    def _welcome(self, link: Connection) -> None:
         self._now.clear()
         self._counters.sessions += 1
         self._counters.transport = link.transport.name
         self._counters.last_error = ""
-        self.connected_at, self.overcome = self._seam.wall(), self.backoff.welcomed()
+        self.connected_at, self.overcome = self._backend.wall(), self.backoff.welcomed()
         if not self._failures:
-            logger.info("z4j: connected over %s, session %s", link.transport.name, link.welcome.session_id)
+            logger.info(
+                "z4j: connected over %s, session %s", link.transport.name, link.hello_ack.session_id
+            )
         else:
             # One failure after each welcome is a session that does not hold; no reason for a line each time.
-            level = logging.INFO if sum(self.overcome.values()) > 1 or self._failures == 1 else logging.DEBUG
+            level = (
+                logging.INFO
+                if sum(self.overcome.values()) > 1 or self._failures == 1
+                else logging.DEBUG
+            )
             logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
 
-    def _after(self, error: AgentError, stopping: Any) -> None:
-        if stopping.is_set():
+    def _after(self, error: AgentError, stop_event: Any) -> None:
+        if stop_event.is_set():
             return
         self._counters.last_error = str(error)
         delay, kind = self.backoff.next(error), failure_class(error)
@@ -139,5 +145,5 @@ class Supervisor:
         self._failures += 1
         self._kind = kind
         logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
-        self._seam.pause(self._now, delay)
+        self._backend.pause(self._now, delay)
         self._now.clear()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.errors import NoMoreThreadsError
+from z4j_bare.errors import InterpreterShutdownError
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -21,23 +21,35 @@ LONGEST = 60.0
 
 
 def keep(
-    run: Callable[[Any], None], name: str, stopping: Any, seam: BaseConcurrency, counters: Counters
+    run: Callable[[Any], None],
+    name: str,
+    stop_event: Any,
+    backend: BaseConcurrency,
+    counters: Counters,
 ) -> Task:
-    """Spawn ``run(stopping)`` under ``name`` and run it again whenever it dies; return the task."""
-    return seam.spawn(_keep, run, name, stopping, seam, counters, name=name)
+    """Spawn ``run(stop_event)`` under ``name`` and run it again whenever it dies; return the task."""
+    return backend.spawn(_keep, run, name, stop_event, backend, counters, name=name)
 
 
-def _keep(run: Callable[[Any], None], name: str, stopping: Any, seam: BaseConcurrency, counters: Counters) -> None:
+def _keep(
+    run: Callable[[Any], None],
+    name: str,
+    stop_event: Any,
+    backend: BaseConcurrency,
+    counters: Counters,
+) -> None:
     delay = FIRST
-    while not stopping.is_set():
-        began = seam.now()
+    while not stop_event.is_set():
+        began = backend.now()
         try:
-            run(stopping)
-        except NoMoreThreadsError:
+            run(stop_event)
+        except InterpreterShutdownError:
             return
         except Exception:
-            delay = FIRST if seam.now() - began > LONGEST else delay
+            delay = FIRST if backend.now() - began > LONGEST else delay
             counters.restarts[name] += 1
-            logger.exception("z4j: loop %s died and runs again in %.0f s; please report it", name, delay)
-            seam.pause(stopping, delay)
+            logger.exception(
+                "z4j: loop %s died and runs again in %.0f s; please report it", name, delay
+            )
+            backend.pause(stop_event, delay)
             delay = min(delay * 2, LONGEST)

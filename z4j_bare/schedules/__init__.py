@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from z4j_bare.schedules.manager import Schedules
+from z4j_bare.schedules.manager import ScheduleManager
 
-__all__ = ["Schedules"]
+__all__ = ["ScheduleManager"]

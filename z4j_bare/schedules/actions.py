@@ -12,10 +12,10 @@ from z4j_bare.errors import CommandError
 if TYPE_CHECKING:
     from z4j_bare.commands.command import Command
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.schedules import Schedules
+    from z4j_bare.schedules import ScheduleManager
     from z4j_bare.schedules.stream import Stream
 
-Act = Callable[["Command", "Schedules", float], CommandResult]
+Act = Callable[["Command", "ScheduleManager", float], CommandResult]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
@@ -23,42 +23,44 @@ def fire(command: Command, host: EngineHost, seconds: float) -> Any:
     args, kwargs = command.arguments("args", "kwargs")
     queue = command.option("queue", str, "text") or None
     name = command.required("task_name")
-    return host.invoke("submit_task", name, timeout=seconds, args=args or (), kwargs=kwargs or {}, queue=queue)
+    return host.invoke(
+        "submit_task", name, timeout=seconds, args=args or (), kwargs=kwargs or {}, queue=queue
+    )
 
 
-def resync(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def resync(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Tell the brain all schedules anew."""
     del command
     return CommandResult(status="success", result=schedules.resync(seconds))
 
 
-def enable(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def enable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Switch a schedule on."""
     return _apply(command, schedules, "enable", "enable_schedule", seconds)
 
 
-def disable(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def disable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Switch a schedule off."""
     return _apply(command, schedules, "disable", "disable_schedule", seconds)
 
 
-def trigger_now(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def trigger_now(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Run a schedule's task now."""
     return _apply(command, schedules, "trigger_now", "trigger_now", seconds)
 
 
-def delete(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def delete(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Delete a schedule."""
     return _apply(command, schedules, "delete", "delete_schedule", seconds)
 
 
-def activate(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def activate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Begin to tell a scheduler's schedules in a stream."""
     told = _stream(command, schedules).activate(command.parameters, seconds)
     return CommandResult(status="success", result=told)
 
 
-def control(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Switch a schedule of a stream on or off."""
     from z4j_bare.schedules import operations as orders  # most workers have no scheduler
 
@@ -66,7 +68,7 @@ def control(command: Command, schedules: Schedules, seconds: float) -> CommandRe
     return CommandResult(status="success", result=done)
 
 
-def mutate(command: Command, schedules: Schedules, seconds: float) -> CommandResult:
+def mutate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
     """Create, change, delete or trigger a schedule of a stream."""
     from z4j_bare.schedules import operations as orders
 
@@ -86,7 +88,9 @@ SCHEDULE_ACTIONS: Mapping[str, Act] = {
 }
 
 
-def _apply(command: Command, schedules: Schedules, capability: str, method: str, seconds: float) -> CommandResult:
+def _apply(
+    command: Command, schedules: ScheduleManager, capability: str, method: str, seconds: float
+) -> CommandResult:
     stream = _stream(command, schedules)
     identity = command.text("external_id") or command.required("schedule_id", "id")
     if capability not in stream.host.capabilities():
@@ -96,9 +100,11 @@ def _apply(command: Command, schedules: Schedules, capability: str, method: str,
     return outcome
 
 
-def _stream(command: Command, schedules: Schedules) -> Stream:
+def _stream(command: Command, schedules: ScheduleManager) -> Stream:
     named = command.option("scheduler", str, "text")
     target = command.target.get("scheduler")
     if named and target and named != target:
-        raise command.error(f"scheduler is {named!r} in the parameters and {target!r} in the target")
+        raise command.error(
+            f"scheduler is {named!r} in the parameters and {target!r} in the target"
+        )
     return schedules.stream(named or target)

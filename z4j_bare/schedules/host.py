@@ -53,7 +53,9 @@ class SchedulerHost:
             # What has changed is read anew: the signal's own copy may be of a transaction that is rolled back.
             self._bridge.call(partial(connect, lambda *_: changed()), timeout=CONNECT_PATIENCE)
         except Exception:
-            logger.warning("z4j: %s did not connect; its changes are noticed later", self.name, exc_info=True)
+            logger.warning(
+                "z4j: %s did not connect; its changes are noticed later", self.name, exc_info=True
+            )
 
     def disconnect(self, timeout: float = 5.0) -> None:
         """Undo :meth:`connect` within ``timeout`` seconds; never raises."""
@@ -67,7 +69,9 @@ class SchedulerHost:
     def capabilities(self) -> list[str]:
         """Return what the adapter can do now, or could when it last said so; never raises."""
         try:
-            self._able = sorted(map(str, self._bridge.call(self.scheduler.capabilities, timeout=ASK_PATIENCE)))
+            self._able = sorted(
+                map(str, self._bridge.call(self.scheduler.capabilities, timeout=ASK_PATIENCE))
+            )
         except Exception as error:
             logger.debug("z4j: %s does not tell its capabilities: %s", self.name, error)
         return self._able

@@ -34,18 +34,29 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
     desired = _desired(parameters)
     with stream.order(parameters, seconds) as left:
         if parameters.get("expected_accepted_sequence") != stream.sequence:
-            raise CommandError(f"{stream.name} has been told anew since the order was given; try again")
+            raise CommandError(
+                f"{stream.name} has been told anew since the order was given; try again"
+            )
         row = _known(stream, key, left)
         if _settings(row.fields) != _settings(desired):
             raise CommandError(f"schedule {key} was changed since the order was given")
         if row.fields["is_enabled"] != desired["is_enabled"]:
             _switch(stream, key, desired["is_enabled"], left)
             row = _known(stream, key, left)
-        if row.fields["is_enabled"] != desired["is_enabled"] or _settings(row.fields) != _settings(desired):
-            raise CommandError(f"schedule {key} is not as it should be after that", indeterminate=True)
+        if row.fields["is_enabled"] != desired["is_enabled"] or _settings(row.fields) != _settings(
+            desired
+        ):
+            raise CommandError(
+                f"schedule {key} is not as it should be after that", indeterminate=True
+            )
         fields = {**row.fields, **{name: desired[name] for name in _LIVE}}
         sequence = stream.confirm(Row(row.source, fields, canonical_plain(fields)), operation)
-        return {"operation_id": operation, "sequence": sequence, "projection_buffered": True, "deduplicated": False}
+        return {
+            "operation_id": operation,
+            "sequence": sequence,
+            "projection_buffered": True,
+            "deduplicated": False,
+        }
 
 
 def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -62,13 +73,23 @@ def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dic
         try:
             told = stream.tell(f"native-mutation:{identity}", left)
         except Exception as error:
-            raise CommandError(f"done, but the schedules could not be told anew: {error}", indeterminate=True) from error
+            raise CommandError(
+                f"done, but the schedules could not be told anew: {error}", indeterminate=True
+            ) from error
     row = told.rows.get(key)
     observed = None if row is None else external_schedule_configuration(row.fields)
-    return {**told.facts, "operation_id": identity, "source_key": key, "observed_configuration": observed, **extra}
+    return {
+        **told.facts,
+        "operation_id": identity,
+        "source_key": key,
+        "observed_configuration": observed,
+        **extra,
+    }
 
 
-def _trigger(stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left) -> tuple[str, dict[str, Any]]:
+def _trigger(
+    stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left
+) -> tuple[str, dict[str, Any]]:
     del operation
     key = _text(parameters, "schedule_id")
     _require(stream, "trigger_now")
@@ -78,13 +99,17 @@ def _trigger(stream: Stream, operation: str, parameters: Mapping[str, Any], left
     return key, {"trigger_result": {"status": "success"}}
 
 
-def _change(stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left) -> tuple[str, dict[str, Any]]:
+def _change(
+    stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left
+) -> tuple[str, dict[str, Any]]:
     _require(stream, EXTERNAL_SCHEDULE_MUTATION_CAPABILITY)
     definition = parameters.get("definition") or {}
     if not isinstance(definition, dict):
         raise CommandError("definition must be an object")
     if REDACTED.encode() in canonical_plain(definition):
-        raise CommandError(f"{REDACTED} stands for what the brain never had: it would replace the real value")
+        raise CommandError(
+            f"{REDACTED} stands for what the brain never had: it would replace the real value"
+        )
     key = None if operation == "create" else _text(parameters, "schedule_id")
     expected = None if key is None else _unchanged(stream, key, parameters.get("expected"), left)
     try:
@@ -112,16 +137,24 @@ def _unchanged(stream: Stream, key: str, expected: Any, left: Left) -> dict[str,
 
 def _desired(parameters: Mapping[str, Any]) -> dict[str, Any]:
     desired = parameters.get("desired_projection")
-    if not isinstance(desired, dict) or digest_of(desired) != parameters.get("desired_projection_digest"):
+    if not isinstance(desired, dict) or digest_of(desired) != parameters.get(
+        "desired_projection_digest"
+    ):
         raise CommandError("desired_projection does not have the digest that came with it")
-    if not isinstance(desired.get("is_enabled"), bool) or desired.get("source_key") != parameters.get("source_key"):
+    if not isinstance(desired.get("is_enabled"), bool) or desired.get(
+        "source_key"
+    ) != parameters.get("source_key"):
         raise CommandError("desired_projection is of another schedule")
     return desired
 
 
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes a schedule the one it is, on or off."""
-    return {name: value for name, value in external_schedule_configuration(dict(fields)).items() if name != "is_enabled"}
+    return {
+        name: value
+        for name, value in external_schedule_configuration(dict(fields)).items()
+        if name != "is_enabled"
+    }
 
 
 def _switch(stream: Stream, key: str, on: bool, left: Left) -> None:
@@ -133,7 +166,9 @@ def _succeeded(stream: Stream, outcome: Any) -> None:
     if getattr(outcome, "status", None) != "success":
         result = getattr(outcome, "result", None) or {}
         error = getattr(outcome, "error", None) or "no reason given"
-        raise CommandError(f"{stream.name} refuses: {error}", indeterminate=result.get("indeterminate") is True)
+        raise CommandError(
+            f"{stream.name} refuses: {error}", indeterminate=result.get("indeterminate") is True
+        )
 
 
 def _known(stream: Stream, key: str, left: Left) -> Row:

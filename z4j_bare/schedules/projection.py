@@ -55,10 +55,15 @@ class Authority:
     @classmethod
     def of(cls, parameters: Mapping[str, Any], owner: str) -> Authority:
         """Read a command's parameters. Raises ``CommandError`` for what is no authority over ``owner``."""
-        texts = [parameters.get(name) for name in ("source_scope", "stream_id", "epoch_uuid", "adapter_instance_id")]
+        texts = [
+            parameters.get(name)
+            for name in ("source_scope", "stream_id", "epoch_uuid", "adapter_instance_id")
+        ]
         number = parameters.get("epoch_number")
         if not all(isinstance(text, str) and text for text in texts):
-            raise CommandError("source_scope, stream_id, epoch_uuid and adapter_instance_id of the stream are required")
+            raise CommandError(
+                "source_scope, stream_id, epoch_uuid and adapter_instance_id of the stream are required"
+            )
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise CommandError("the stream's epoch_number must be a whole number from 1")
         scope, stream, epoch, instance = map(str, texts)
@@ -117,13 +122,19 @@ def row_of(schedule: Any, owner: str, redactor: Redactor) -> Row:
             fields[name] = known_as(source[name], redactor)
     encoded = canonical_plain(fields)
     if len(encoded) > ROW_BYTES:
-        raise ValueError(f"schedule {fields['name']} takes {len(encoded)} bytes, over the limit of {ROW_BYTES}")
+        raise ValueError(
+            f"schedule {fields['name']} takes {len(encoded)} bytes, over the limit of {ROW_BYTES}"
+        )
     return Row(source, fields, encoded)
 
 
 def known_as(name: str, redactor: Redactor) -> str:
     """Return what the brain calls a schedule that the adapter calls ``name``: that, unless redaction would swallow it."""
-    return name if redactor.scrub(name) == name else f"redacted-{sha256(name.encode()).hexdigest()[:16]}"
+    return (
+        name
+        if redactor.scrub(name) == name
+        else f"redacted-{sha256(name.encode()).hexdigest()[:16]}"
+    )
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -135,30 +146,40 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def snapshot(authority: Authority, sequence: int, rows: Sequence[Row], reason: str, breathe: Breathe) -> list[bytes]:
+def snapshot(
+    authority: Authority, sequence: int, rows: Sequence[Row], reason: str, checkpoint: Breathe
+) -> list[bytes]:
     """Return the events of a complete snapshot: frames of rows, then the terminal one. ``rows`` are :func:`ordered`."""
-    whole = authority.body(sequence, kind="snapshot", complete=True, operation_id=None, deleted_source_keys=[])
+    whole = authority.body(
+        sequence, kind="snapshot", complete=True, operation_id=None, deleted_source_keys=[]
+    )
     chunks = list(_chunks(rows))
     common = {
         "snapshot_id": str(uuid4()),
         "frame_count": len(chunks),
         "row_count": len(rows),
-        "snapshot_digest": _digest(_around(whole, rows), breathe),
+        "snapshot_digest": _digest(_around(whole, rows), checkpoint),
     }
     events = []
     for index, chunk in enumerate([*chunks, []]):
         kind = "rows" if index < len(chunks) else "terminal"
         body = authority.body(sequence, frame_kind=kind, frame_index=index, **common)
         pieces = [b"".join(_around(body, chunk))]
-        digest = _digest(pieces, breathe)
-        events.append(_event(authority, "schedule.snapshot", "external_snapshot_frame", pieces[0], digest, reason))
-        breathe()
+        digest = _digest(pieces, checkpoint)
+        events.append(
+            _event(
+                authority, "schedule.snapshot", "external_snapshot_frame", pieces[0], digest, reason
+            )
+        )
+        checkpoint()
     return events
 
 
 def control(authority: Authority, sequence: int, row: Row, operation: str, reason: str) -> bytes:
     """Return the event that confirms a control operation by what the scheduler now says of the one schedule."""
-    body = authority.body(sequence, kind="control", complete=False, operation_id=operation, deleted_source_keys=[])
+    body = authority.body(
+        sequence, kind="control", complete=False, operation_id=operation, deleted_source_keys=[]
+    )
     payload = b"".join(_around(body, [row]))
     digest = sha256(payload).hexdigest()
     return _event(authority, "schedule.updated", "external_projection", payload, digest, reason)
@@ -203,15 +224,17 @@ def _around(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
     yield tail
 
 
-def _digest(pieces: Iterator[bytes] | Sequence[bytes], breathe: Breathe) -> str:
+def _digest(pieces: Iterator[bytes] | Sequence[bytes], checkpoint: Breathe) -> str:
     found = sha256()
     for piece in pieces:
         found.update(piece)
-        breathe()
+        checkpoint()
     return found.hexdigest()
 
 
-def _event(authority: Authority, kind: str, form: str, body: bytes, digest: str, reason: str) -> bytes:
+def _event(
+    authority: Authority, kind: str, form: str, body: bytes, digest: str, reason: str
+) -> bytes:
     name = "frame_digest" if form == "external_snapshot_frame" else "payload_digest"
     fields = {
         "id": str(uuid4()),

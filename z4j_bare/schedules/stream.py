@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.schedule_external import external_schedule_source_scope
 
 from z4j_bare.buffer.rows import PROJECTION
-from z4j_bare.concurrency.timeslice import Slices
+from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.errors import CommandError
 from z4j_bare.schedules import projection
 from z4j_bare.schedules.projection import Authority, Row
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.manager import Keeper
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.schedules.host import SchedulerHost
 
@@ -40,7 +40,11 @@ class Stream:
     """
 
     def __init__(
-        self, host: SchedulerHost, keeper: Keeper, seam: BaseConcurrency, stored: Callable[[], None]
+        self,
+        host: SchedulerHost,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
+        stored: Callable[[], None],
     ) -> None:
         self.host = host
         self.name = host.name
@@ -50,10 +54,10 @@ class Stream:
         self.authority: Authority | None = None
         #: The last number that was used in its epoch.
         self.sequence = 0
-        self._keeper = keeper
-        self._seam = seam
+        self._buffer = buffer
+        self._backend = backend
         self._stored = stored
-        self._turn = seam.lock()
+        self._turn = backend.lock()
         self._newest: Authority | None = None
         #: What the adapter calls the schedules whose key had to be hidden.
         self._natives: dict[str, str] = {}
@@ -68,7 +72,10 @@ class Stream:
         Raises ``CommandError`` for one that is older than what was there, else whatever the adapter raises.
         """
         authority = Authority.of(parameters, self.name)
-        if parameters.get("owner", self.name) != self.name or parameters.get("stable_source") is not True:
+        if (
+            parameters.get("owner", self.name) != self.name
+            or parameters.get("stable_source") is not True
+        ):
             raise CommandError(f"{self.name} can only be told by its owner, as a stable source")
         with self._alone(seconds) as left:
             self._take(authority)
@@ -89,10 +96,14 @@ class Stream:
     @contextmanager
     def order(self, parameters: Mapping[str, Any], seconds: float) -> Iterator[Left]:
         """Hold the stream for one operator's order. Raises ``CommandError`` when it is not for our authority."""
-        wanted = Authority.of({"source_scope": external_schedule_source_scope(self.name), **parameters}, self.name)
+        wanted = Authority.of(
+            {"source_scope": external_schedule_source_scope(self.name), **parameters}, self.name
+        )
         with self._alone(seconds) as left:
             if wanted != self.authority:
-                raise CommandError(f"epoch {wanted.epoch_number} of {self.name} is not this process's")
+                raise CommandError(
+                    f"epoch {wanted.epoch_number} of {self.name} is not this process's"
+                )
             yield left
 
     # -- for whoever holds the stream
@@ -100,7 +111,9 @@ class Stream:
     def row(self, key: str, left: Left) -> Row | None:
         """Return what the scheduler says of one schedule now, ``None`` when it has none of that name."""
         schedule = self.host.schedule(self.native(key), left())
-        return None if schedule is None else projection.row_of(schedule, self.name, self.host.redactor)
+        return (
+            None if schedule is None else projection.row_of(schedule, self.name, self.host.redactor)
+        )
 
     def native(self, key: str) -> str:
         """Return what the adapter calls the schedule that the brain calls ``key``."""
@@ -108,29 +121,37 @@ class Stream:
 
     def confirm(self, row: Row, operation: str) -> int:
         """Store the confirmation of a control operation; return its sequence number."""
-        self._store([projection.control(self._authority(), self.sequence + 1, row, operation, "external-control")])
+        self._store(
+            [
+                projection.control(
+                    self._authority(), self.sequence + 1, row, operation, "external-control"
+                )
+            ]
+        )
         return self.sequence
 
-    def tell(self, reason: str, left: Left) -> Told:
+    def tell(self, reason: str, left: Left) -> Published:
         """Store a complete snapshot."""
         self.changed = False
         rows = self._rows(min(left(), LISTING))
         authority = self._authority()
-        frames = projection.snapshot(authority, self.sequence + 1, rows, reason, Slices(self._seam))
+        frames = projection.snapshot(
+            authority, self.sequence + 1, rows, reason, TimeSlice(self._backend)
+        )
         self._store(frames)
         self._natives = {row.key: row.native for row in rows if row.key != row.native}
         logger.debug("z4j: told %d schedules of %s (%s)", len(rows), self.name, reason)
         facts = {"scheduler": self.name, **authority.named(), "sequence": self.sequence}
-        return Told({**facts, "schedule_count": len(rows), "frame_count": len(frames)}, rows)
+        return Published({**facts, "schedule_count": len(rows), "frame_count": len(frames)}, rows)
 
     # -- how
 
     @contextmanager
     def _alone(self, seconds: float) -> Iterator[Left]:
-        until = self._seam.now() + seconds
+        until = self._backend.now() + seconds
 
         def left() -> float:
-            remaining = until - self._seam.now()
+            remaining = until - self._backend.now()
             if remaining <= 0:
                 raise CommandError(f"not done: other business with {self.name} took too long")
             return remaining
@@ -144,7 +165,11 @@ class Stream:
         if authority == newest:  # delivered again
             self.authority = authority
             return
-        if newest is not None and authority.stream_id == newest.stream_id and authority.epoch_number <= newest.epoch_number:
+        if (
+            newest is not None
+            and authority.stream_id == newest.stream_id
+            and authority.epoch_number <= newest.epoch_number
+        ):
             raise CommandError(f"epoch {authority.epoch_number} of {self.name} is over")
         self.authority = self._newest = authority
         self.sequence = 0
@@ -156,19 +181,19 @@ class Stream:
         return self.authority
 
     def _rows(self, seconds: float) -> list[Row]:
-        breathe, rows = Slices(self._seam), []
+        checkpoint, rows = TimeSlice(self._backend), []
         for schedule in self.host.schedules(seconds):
             rows.append(projection.row_of(schedule, self.name, self.host.redactor))
-            breathe()
+            checkpoint()
         return projection.ordered(rows)
 
     def _store(self, events: list[bytes]) -> None:
-        self._keeper.append([(PROJECTION, "", event) for event in events])
+        self._buffer.append([(PROJECTION, "", event) for event in events])
         self.sequence += 1
         self._stored()
 
 
-class Told:
+class Published:
     """A snapshot that was stored: what the answer to a command says of it, and its rows by key."""
 
     def __init__(self, facts: dict[str, Any], rows: list[Row]) -> None:

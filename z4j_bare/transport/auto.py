@@ -17,10 +17,10 @@ from z4j_bare.transport.websocket import preload as preload_websocket
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.pipeline.link import Link
+    from z4j_bare.pipeline.link import Connection
     from z4j_bare.settings import Settings
     from z4j_bare.transport.http import Answer
-    from z4j_bare.transport.longpoll import Known, LongPollTransport
+    from z4j_bare.transport.longpoll import LearnedLimits, LongPollTransport
 
 logger = logging.getLogger("z4j.runtime.fallback")
 
@@ -42,7 +42,7 @@ _SERVER_ERRORS = 500
 _TOO_MANY = 429
 
 
-class Choice:
+class FallbackPolicy:
     """The policy, without I/O. Every method takes ``now``, monotonic seconds."""
 
     def __init__(self, wish: str = AUTO) -> None:
@@ -77,7 +77,9 @@ class Choice:
             return False
         self.name = LONGPOLL
         self._strikes = 0
-        if now - self._back_at > self.interval:  # else it worked for a moment only: look again later and later
+        if (
+            now - self._back_at > self.interval
+        ):  # else it worked for a moment only: look again later and later
             self.interval = FIRST
         self.due = now + self.interval
         return True
@@ -109,10 +111,12 @@ def _suspicious(error: AgentError) -> int:
         return 1 if isinstance(error, NetworkError) else 0
     if code >= _CLOSE_CODES or code == _TOO_MANY:
         return 0  # who closes with a code speaks WebSocket with us, and who asks for patience would be asked more often
-    return 1 if code >= _SERVER_ERRORS else STRIKES  # 502 is also what a brain behind its proxy looks like while it starts
+    return (
+        1 if code >= _SERVER_ERRORS else STRIKES
+    )  # 502 is also what a brain behind its proxy looks like while it starts
 
 
-class Routes:
+class TransportFactory:
     """Makes the transport of each session, by setting or by what gets through.
 
     :param wish: ``auto``, ``ws`` or ``longpoll``.
@@ -127,24 +131,24 @@ class Routes:
         wish: str,
         token: Callable[[], str],
         settings: Settings,
-        seam: BaseConcurrency,
+        backend: BaseConcurrency,
         *,
         dev_mode: bool,
     ) -> None:
         if wish not in (AUTO, WS, LONGPOLL):
             raise HostConfigurationError(f"Z4J_TRANSPORT={wish!r} is none of auto, ws, longpoll")
-        self.choice = Choice(wish)
+        self.choice = FallbackPolicy(wish)
         self._ws_url = websocket_url(brain_url, dev_mode=dev_mode)
         self._api_url = longpoll_url(brain_url, dev_mode=dev_mode)
         self._token = token
-        self._seam = seam
-        self._known: Known | None = None
+        self._backend = backend
+        self._known: LearnedLimits | None = None
         self._tls = None
         if self._ws_url.startswith("wss:"):
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
         if wish == LONGPOLL:
             import z4j_bare.transport.http
-            import z4j_bare.transport.longpoll  # noqa: F401
+            import z4j_bare.transport.longpoll
         else:
             preload_websocket()
 
@@ -155,27 +159,29 @@ class Routes:
 
     def websocket(self) -> WebSocketTransport:
         """Return a new WebSocket transport."""
-        return WebSocketTransport(self._ws_url, self._token, self._seam, self._tls)
+        return WebSocketTransport(self._ws_url, self._token, self._backend, self._tls)
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        longpoll = self._seam.load("z4j_bare.transport.longpoll")  # few workers need it
-        self._known = self._known or longpoll.Known()
+        longpoll = self._backend.load("z4j_bare.transport.longpoll")  # few workers need it
+        self._known = self._known or longpoll.LearnedLimits()
         made: LongPollTransport = longpoll.LongPollTransport(
-            self._api_url, self._token, self._seam, self._known, self._tls
+            self._api_url, self._token, self._backend, self._known, self._tls
         )
         return made
 
     def reachable(self) -> bool:
         """Whether the brain's health route answers."""
         try:
-            return self.health(HEALTH_TIMEOUT).status == 200  # noqa: PLR2004 - HTTP
+            return self.health(HEALTH_TIMEOUT).status == 200
         except NetworkError:
             return False
 
     def health(self, timeout: float) -> Answer:
         """Return what the brain's health route says. Raises ``NetworkError``."""
-        client = self._seam.load("z4j_bare.transport.http").Client(self._api_url, {}, self._seam, self._tls)
+        client = self._backend.load("z4j_bare.transport.http").Client(
+            self._api_url, {}, self._backend, self._tls
+        )
         try:
             answer: Answer = client.call("GET", "/health", timeout=timeout)
             return answer
@@ -194,49 +200,55 @@ class Routes:
         finally:
             attempt.close()
 
-    def watches(self, link: Link) -> bool:
+    def watches(self, link: Connection) -> bool:
         """Whether the session is one that :meth:`watch` should look after."""
         return self.choice.wish == AUTO and link.transport.name == LONGPOLL
 
-    def watch(self, link: Link) -> None:
+    def watch(self, link: Connection) -> None:
         """Look at WebSocket now and then; return when it gets through and the session may end for it, or has ended."""
-        while not self._seam.pause(link.closing, max(0.0, self.choice.due - self._seam.now())):
+        while not self._backend.pause(
+            link.closing, max(0.0, self.choice.due - self._backend.now())
+        ):
             if self.passable():
-                self.choice.due = self._seam.now()
+                self.choice.due = self._backend.now()
                 link.transport.drain()
                 return
-            self.choice.postpone(self._seam.now())
+            self.choice.postpone(self._backend.now())
 
-    def _either(self) -> EitherTransport:
-        return EitherTransport(self, self._seam)
+    def _either(self) -> AutoTransport:
+        return AutoTransport(self, self._backend)
 
 
 @implementer(ITransport)
-class EitherTransport:
+class AutoTransport:
     """One session over whichever transport gets through; the decision falls in ``connect``."""
 
-    def __init__(self, routes: Routes, seam: BaseConcurrency) -> None:
+    def __init__(self, routes: TransportFactory, backend: BaseConcurrency) -> None:
         self.name = routes.choice.name
         self.confirms = False
         self._routes = routes
         self._choice = routes.choice
-        self._seam = seam
+        self._backend = backend
         self._inner: Any = None
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
         """Connect over WebSocket, over long-poll, or over the one after the other; see ``ITransport``."""
         choice, before = self._choice, self._choice.name
-        if choice.begin(self._seam.now()) == WS:
+        if choice.begin(self._backend.now()) == WS:
             try:
                 answer = self._enter(self._routes.websocket(), hello)
             except AgentError as error:
                 self._inner.close()
-                if not choice.failed(error, self._seam.now(), self._routes.reachable):
+                if not choice.failed(error, self._backend.now(), self._routes.reachable):
                     raise
                 if before == WS:
                     wait = choice.interval
-                    logger.warning("z4j: no WebSocket gets through (%s): using long-poll, next look in %.0f s", error, wait)
+                    logger.warning(
+                        "z4j: no WebSocket gets through (%s): using long-poll, next look in %.0f s",
+                        error,
+                        wait,
+                    )
             else:
                 if before == LONGPOLL:
                     logger.info("z4j: WebSocket gets through again")
@@ -278,5 +290,5 @@ class EitherTransport:
             raise NetworkError("the line is closed")
         answer: bytes = inner.connect(hello)
         self.name, self.confirms = inner.name, inner.confirms
-        self._choice.welcomed(inner.name, self._seam.now())
+        self._choice.welcomed(inner.name, self._backend.now())
         return answer

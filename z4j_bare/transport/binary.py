@@ -19,7 +19,7 @@ _MASKED = 0x80
 _IN_TWO, _IN_EIGHT = 126, 127
 
 
-class Binary:
+class BinaryFrame:
     """A whole binary message; ``WebSocket.send_frame`` takes it in place of the library's own ``ABNF``."""
 
     __slots__ = ("_data", "get_mask_key")
@@ -41,7 +41,10 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
     stencil = int.from_bytes(key * (width // 4), "little")
     pieces = (data[start : start + width] for start in range(0, len(data), width))
     # Behind a piece that is shorter than the stencil come the stencil's own bytes.
-    return [(int.from_bytes(piece, "little") ^ stencil).to_bytes(width, "little")[: len(piece)] for piece in pieces]
+    return [
+        (int.from_bytes(piece, "little") ^ stencil).to_bytes(width, "little")[: len(piece)]
+        for piece in pieces
+    ]
 
 
 def _head(size: int) -> bytes:

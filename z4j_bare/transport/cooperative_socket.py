@@ -1,4 +1,4 @@
-"""A non-blocking socket whose waits go through the seam.
+"""A non-blocking socket whose waits go through the backend.
 
 Three things follow: a copy of a loop in a forked child leaves before it touches the parent's socket, TLS objects are never
 used by two threads at once, and one time-out rule holds in every runtime.
@@ -16,16 +16,20 @@ from z4j_bare.errors import ForkedChildError
 CHUNK = 64 * 1024
 
 
-class Line:
+class CooperativeSocket:
     """What ``websocket-client`` gets in place of the socket it connected.
 
     :param timeout: seconds that ``recv`` waits for the first byte and ``send`` for room before ``TimeoutError``.
     """
 
-    def __init__(self, sock: Any, seam: BaseConcurrency, timeout: float, send_timeout: float) -> None:
-        sock.setblocking(False)  # not settimeout(0.0): eventlet's TLS socket takes that for a deadline that has passed
+    def __init__(
+        self, sock: Any, backend: BaseConcurrency, timeout: float, send_timeout: float
+    ) -> None:
+        sock.setblocking(
+            False
+        )  # not settimeout(0.0): eventlet's TLS socket takes that for a deadline that has passed
         self._sock = sock
-        self._seam = seam
+        self._backend = backend
         self._timeout = timeout
         self.send_timeout = send_timeout
         self._ahead = b""
@@ -35,7 +39,9 @@ class Line:
     def recv(self, size: int) -> bytes:
         """Return 1 to ``size`` bytes, or ``b""`` at the end of the line."""
         if not self._ahead:
-            self._ahead = self._retry(lambda: self._sock.recv(CHUNK), self._timeout, wants_write=False)
+            self._ahead = self._retry(
+                lambda: self._sock.recv(CHUNK), self._timeout, wants_write=False
+            )
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data
 
@@ -70,7 +76,7 @@ class Line:
 
     def _retry(self, action: Callable[[], Any], timeout: float, *, wants_write: bool) -> Any:
         while True:
-            if self._seam.forked():
+            if self._backend.forked():
                 raise ForkedChildError  # this is a copy of a loop, and the socket is the parent's
             try:
                 with self._turn:
@@ -82,6 +88,6 @@ class Line:
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise
-            wait = self._seam.wait_writable if write else self._seam.wait_readable
+            wait = self._backend.wait_writable if write else self._backend.wait_readable
             if not wait(self._sock, timeout):
                 raise TimeoutError("the line is silent")

@@ -34,4 +34,6 @@ def _proxy_secrets() -> Iterator[str]:
         if name.lower().endswith("_proxy") and "@" in address:
             credentials = address.rpartition("@")[0].rpartition("://")[2]
             _, _, password = credentials.partition(":")
-            yield from (piece for piece in (password, *_EDGES.split(password)) if len(piece) >= _SHORTEST)
+            yield from (
+                piece for piece in (password, *_EDGES.split(password)) if len(piece) >= _SHORTEST
+            )

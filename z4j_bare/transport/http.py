@@ -1,4 +1,4 @@
-"""HTTP for the brain's long-poll routes: ``requests``, on sockets whose waits go through the seam.
+"""HTTP for the brain's long-poll routes: ``requests``, on sockets whose waits go through the backend.
 
 This module imports ``requests``; whoever may never need it imports this one late.
 """
@@ -19,7 +19,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ProxyError
 
 from z4j_bare.errors import ForkedChildError, NetworkError
-from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.cooperative_socket import CooperativeSocket
 from z4j_bare.transport.error_text import short
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class Answer:
 
 
 class Wire:
-    """A connected socket as ``http.client`` wants it, over a :class:`Line`: fork-guarded, breakable from any task."""
+    """A connected socket as ``http.client`` wants it, over a :class:`CooperativeSocket`: fork-guarded, breakable from any task."""
 
-    def __init__(self, sock: Any, seam: BaseConcurrency) -> None:
-        self._line = Line(sock, seam, CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+    def __init__(self, sock: Any, backend: BaseConcurrency) -> None:
+        self._line = CooperativeSocket(sock, backend, CONNECT_TIMEOUT, CONNECT_TIMEOUT)
         self._readers = 0
         self._closed = False
 
@@ -105,7 +105,7 @@ class Wire:
 
 
 class _Reader(io.RawIOBase):
-    def __init__(self, line: Line, released: Callable[[], None]) -> None:
+    def __init__(self, line: CooperativeSocket, released: Callable[[], None]) -> None:
         super().__init__()
         self._line = line
         self._released = released
@@ -134,9 +134,11 @@ class Client:
     Proxies come from the environment, ``NO_PROXY`` included; nothing else does: a ``.netrc`` would replace the token.
     """
 
-    def __init__(self, base: str, headers: Mapping[str, str], seam: BaseConcurrency, tls: Any = None) -> None:
+    def __init__(
+        self, base: str, headers: Mapping[str, str], backend: BaseConcurrency, tls: Any = None
+    ) -> None:
         self._base = base
-        self._seam = seam
+        self._backend = backend
         self._used = 0.0
         self._aborted = False
         self._wire: Wire | None = None
@@ -144,21 +146,29 @@ class Client:
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
         # Long-polling is a conversation with one process: whatever a load balancer sets to keep it there goes back to it.
-        self._session.headers.update({"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers})
-        adapter = _Adapter(tls, self._dress, seam)
+        self._session.headers.update(
+            {"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers}
+        )
+        adapter = _Adapter(tls, self._dress, backend)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
     def call(
-        self, method: str, path: str, *, timeout: float, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Make one request, whatever its status; redirects are not followed. ``timeout``: seconds without a byte.
 
         Raises ``NetworkError``.
         """
-        if self._seam.forked():
+        if self._backend.forked():
             raise ForkedChildError
-        if self._seam.now() - self._used > KEEP:
+        if self._backend.now() - self._used > KEEP:
             self._session.close()
         try:
             response = self._session.request(
@@ -169,20 +179,20 @@ class Client:
                 content = b"".join(_bounded(response.iter_content(64 * 1024)))
         except (requests.RequestException, HTTPError, OSError, *_MALFORMED) as error:
             raise NetworkError(f"cannot reach the brain: {short(_root(error))}") from None
-        self._used = self._seam.now()
+        self._used = self._backend.now()
         return Answer(response.status_code, response.headers, content)
 
     def abort(self) -> None:
         """Break the connection from any task, and let there be no other. Idempotent; not for a forked child."""
         self._aborted = True
         wire = self._wire
-        if wire is not None and not self._seam.forked():
+        if wire is not None and not self._backend.forked():
             wire.shutdown()
 
     def close(self) -> None:
         """Release the connection. For the owner only."""
         self._aborted = True
-        if not self._seam.forked():
+        if not self._backend.forked():
             self._session.close()
 
     def share_cookies(self, other: Client) -> None:
@@ -190,7 +200,7 @@ class Client:
         self._session.cookies = other._session.cookies
 
     def _dress(self, sock: Any) -> Wire:
-        wire = Wire(sock, self._seam)
+        wire = Wire(sock, self._backend)
         if self._aborted:
             wire.close()
             raise OSError("the line is closed")
@@ -201,9 +211,9 @@ class Client:
 class _Adapter(HTTPAdapter):
     """Puts our TLS context and our sockets under ``requests``, proxied or not."""
 
-    def __init__(self, tls: Any, dress: Callable[[Any], Wire], seam: BaseConcurrency) -> None:
+    def __init__(self, tls: Any, dress: Callable[[Any], Wire], backend: BaseConcurrency) -> None:
         self._tls = tls
-        self._pools = _pools(dress, seam)
+        self._pools = _pools(dress, backend)
         super().__init__(pool_connections=1, pool_maxsize=1)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
@@ -225,24 +235,24 @@ class _Adapter(HTTPAdapter):
             conn.cert_reqs = "CERT_REQUIRED"
 
 
-def _pools(dress: Callable[[Any], Wire], seam: BaseConcurrency) -> dict[str, Any]:
-    class Seamed:
+def _pools(dress: Callable[[Any], Wire], backend: BaseConcurrency) -> dict[str, Any]:
+    class _CooperativeConnection:
         sock: Any
 
         def connect(self) -> None:
             connection: Any = super()
-            seam.waiting(connection.connect)
+            backend.waiting(connection.connect)
             self.sock = dress(self.sock)
 
         @property
         def is_connected(self) -> bool:  # looks with a patched select, which lets the whole hub run
             connection: Any = super()
-            return bool(seam.waiting(lambda: connection.is_connected))
+            return bool(backend.waiting(lambda: connection.is_connected))
 
-    class Plain(Seamed, HTTPConnection):
+    class Plain(_CooperativeConnection, HTTPConnection):
         pass
 
-    class Secure(Seamed, HTTPSConnection):
+    class Secure(_CooperativeConnection, HTTPSConnection):
         pass
 
     class PlainPool(HTTPConnectionPool):

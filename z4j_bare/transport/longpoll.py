@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.version import PROTOCOL_VERSION
 from zope.interface import implementer
 
-from z4j_bare.errors import AgentError, AuthenticationRejectedError, FrameTooLargeError, NetworkError, RemoteProtocolError
+from z4j_bare.errors import (
+    AgentError,
+    AuthenticationRejectedError,
+    FrameTooLargeError,
+    NetworkError,
+    RemoteProtocolError,
+)
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.error_text import printable
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.canonical import canonical
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ _UNPROCESSABLE = 422
 
 
 @dataclass(slots=True)
-class Known:
+class LearnedLimits:
     """What one session learns for all later ones of this process."""
 
     body_limit: int = BODY_FIRST
@@ -85,7 +91,7 @@ class Known:
 
 
 @dataclass(slots=True)
-class Pace:
+class TokenBucket:
     """A bucket of permits for uploads; without a clock."""
 
     permits: float = BURST
@@ -120,16 +126,23 @@ class LongPollTransport:
     name = "longpoll"
     confirms = True
 
-    def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, known: Known, tls: Any = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: Callable[[], str],
+        backend: BaseConcurrency,
+        known: LearnedLimits,
+        tls: Any = None,
+    ) -> None:
         self._url = url
         self._token = token
-        self._seam = seam
+        self._backend = backend
         self._known = known
         self._tls = tls
-        self._order = seam.lock()
-        self._pace = Pace(at=seam.now())
-        self._inbox = _Inbox(seam.event())
-        self._over = seam.event()
+        self._order = backend.lock()
+        self._pace = TokenBucket(at=backend.now())
+        self._inbox = _Inbox(backend.event())
+        self._over = backend.event()
         self._uploads: Client | None = None
         self._polls: Client | None = None
         self._task: Any = None
@@ -141,21 +154,25 @@ class LongPollTransport:
         """Probe with a fresh nonce; return a ``hello_ack`` made from the answer's headers, since this road has none."""
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
-        contracts = [name for name, tokens in payload["capabilities"].items() if RETRY_CONTRACT in tokens]
+        contracts = [
+            name for name, tokens in payload["capabilities"].items() if RETRY_CONTRACT in tokens
+        ]
         headers = {
             "Authorization": f"Bearer {self._token()}",
             "X-Z4J-Session-Nonce": nonce,
             "X-Z4J-Retry-Contracts": ",".join(f"{name}=1" for name in sorted(contracts)),
         }
-        http = self._seam.load("z4j_bare.transport.http")
-        self._uploads = uploads = http.Client(self._url, headers, self._seam, self._tls)
-        self._polls = http.Client(self._url, headers, self._seam, self._tls)
+        http = self._backend.load("z4j_bare.transport.http")
+        self._uploads = uploads = http.Client(self._url, headers, self._backend, self._tls)
+        self._polls = http.Client(self._url, headers, self._backend, self._tls)
         self._polls.share_cookies(uploads)
         if self._aborted:
             raise NetworkError("the line is closed")
         features = {"X-Z4J-Runtime-Features": ",".join(payload["runtime_features"])}
-        answer = uploads.call("GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features)
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
+        answer = uploads.call(
+            "GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features
+        )
+        if answer.status != 200:
             raise _refusal(answer)
         return self._welcome(nonce, answer)
 
@@ -163,7 +180,7 @@ class LongPollTransport:
         """Sign and upload one frame; when this returns, the brain has it."""
         with self._order:
             client = self._open()
-            self._seam.sleep(self._pace.delay(self._seam.now()))
+            self._backend.sleep(self._pace.delay(self._backend.now()))
             frame = build()
             body = b'{"frames":[%b]}' % json.dumps(frame.decode(), ensure_ascii=False).encode()
             if len(body) > self._known.body_limit:
@@ -174,11 +191,11 @@ class LongPollTransport:
     def receive(self, timeout: float) -> bytes | None:
         """Return the next frame of what was polled, in the brain's order."""
         if self._task is None and not self._aborted:
-            self._task = self._seam.spawn(self._poll, name="z4j-poll")
+            self._task = self._backend.spawn(self._poll, name="z4j-poll")
         inbox = self._inbox
         inbox.news.clear()
         if not inbox.frames and inbox.failure is None and not self._aborted:
-            self._seam.pause(inbox.news, timeout)
+            self._backend.pause(inbox.news, timeout)
         if inbox.frames:
             return inbox.frames.popleft()
         if self._aborted:
@@ -194,14 +211,14 @@ class LongPollTransport:
         """
         self._resting = True
         if self._task is not None:
-            self._seam.pause(self._over, WAIT + GRACE)
+            self._backend.pause(self._over, WAIT + GRACE)
         while self._inbox.frames and not self._aborted:
-            self._seam.sleep(0.05)
+            self._backend.sleep(0.05)
 
     def abort(self) -> None:
         """Break both lines from any task and wake the reader."""
         self._aborted = True
-        if self._seam.forked():
+        if self._backend.forked():
             return
         for client in (self._uploads, self._polls):
             if client is not None:
@@ -236,13 +253,23 @@ class LongPollTransport:
             "heartbeat_interval_seconds": 10,
             "max_frame_size_bytes": max(BODY_LEAST, known.body_limit - WRAP),
         }
-        return canonical({"v": 2, "type": "hello_ack", "id": "hack_longpoll", "ts": _date(answer), "payload": ack})
+        return canonical(
+            {
+                "v": 2,
+                "type": "hello_ack",
+                "id": "hack_longpoll",
+                "ts": _date(answer),
+                "payload": ack,
+            }
+        )
 
     def _upload(self, client: Client, body: bytes) -> None:
         known = self._known
         headers = {"Content-Type": "application/json"}
         try:
-            answer = client.call("POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers)
+            answer = client.call(
+                "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
+            )
         except NetworkError:
             # Who refuses a body by its size may hang up before the answer can be read.
             if len(body) > max(known.body_proven, BODY_USUAL) and not self._aborted:
@@ -252,31 +279,35 @@ class LongPollTransport:
             known.too_large(len(body))
             if known.body_limit < len(body):
                 raise FrameTooLargeError(len(body), known.body_limit)
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
+        if answer.status != 200:
             raise _refusal(answer, first=not self._verified)
         self._verified = True
         known.body_proven = max(known.body_proven, len(body))
         outcome = _object(answer.body)
         if code := outcome.get("error_code"):
-            raise RemoteProtocolError(f"the brain does not take a frame ({_quoted(code)})", code=_UNPROCESSABLE)
+            raise RemoteProtocolError(
+                f"the brain does not take a frame ({_quoted(code)})", code=_UNPROCESSABLE
+            )
         if outcome.get("accepted") != 1:
-            raise NetworkError(f"the brain could not store a frame just now ({_quoted(outcome.get('errors'))})")
+            raise NetworkError(
+                f"the brain could not store a frame just now ({_quoted(outcome.get('errors'))})"
+            )
 
     def _poll(self) -> None:
         client = self._polls
         inbox = self._inbox
         try:
             while client is not None and not self._resting and not self._aborted:
-                began = self._seam.now()
+                began = self._backend.now()
                 frames = self._ask(client, began)
                 inbox.frames.extend(frames)
                 inbox.news.set()
                 gap = POLL_GAP if frames else EMPTY_GAP
-                self._seam.sleep(max(0.0, began + gap - self._seam.now()))
+                self._backend.sleep(max(0.0, began + gap - self._backend.now()))
         except AgentError as error:
             inbox.failure = error
         finally:
-            if not self._seam.forked():
+            if not self._backend.forked():
                 if inbox.failure is None and not self._resting:
                     inbox.failure = NetworkError("polling has ended")
                 self._over.set()
@@ -287,14 +318,16 @@ class LongPollTransport:
     def _ask(self, client: Client, began: float) -> list[bytes]:
         wait = self._known.wait
         try:
-            answer = client.call("GET", f"/agent/commands?wait={wait}&max_frames={MAX_FRAMES}", timeout=wait + GRACE)
+            answer = client.call(
+                "GET", f"/agent/commands?wait={wait}&max_frames={MAX_FRAMES}", timeout=wait + GRACE
+            )
         except NetworkError:
-            if self._seam.now() - began > wait / 2 and not self._aborted:
+            if self._backend.now() - began > wait / 2 and not self._aborted:
                 self._shorten()
             raise
         if answer.status in (502, 504):
             self._shorten()
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
+        if answer.status != 200:
             raise _refusal(answer)
         frames = _object(answer.body).get("frames")
         if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
@@ -303,7 +336,9 @@ class LongPollTransport:
 
     def _shorten(self) -> None:
         self._known.wait = max(SHORTEST_WAIT, self._known.wait // 2)
-        logger.debug("z4j: something cuts long polls off; they last %d s from now on", self._known.wait)
+        logger.debug(
+            "z4j: something cuts long polls off; they last %d s from now on", self._known.wait
+        )
 
 
 def _refusal(answer: Answer, *, first: bool = False) -> AgentError:
@@ -312,7 +347,7 @@ def _refusal(answer: Answer, *, first: bool = False) -> AgentError:
         # The nonce is new and the probe went well, so it is the signature itself that the brain did not like.
         text = f"check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): a signature was refused ({reason})"
         return AuthenticationRejectedError(text, code=_SESSION_OVER)
-    return policy.refused(answer.status, reason, answer.retry_after)
+    return close_codes.refused(answer.status, reason, answer.retry_after)
 
 
 def _reason(answer: Answer) -> str:

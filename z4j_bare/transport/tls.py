@@ -21,10 +21,14 @@ def tls_context(ca_bundle: Path | None, client_cert: Path | None, client_key: Pa
     try:
         context = ssl.create_default_context(cafile=None if bundle is None else str(bundle))
     except (OSError, ValueError) as error:
-        raise HostConfigurationError(f"Z4J_CA_BUNDLE={bundle}: no usable certificates ({error})") from None
+        raise HostConfigurationError(
+            f"Z4J_CA_BUNDLE={bundle}: no usable certificates ({error})"
+        ) from None
     if client_cert is not None:
         try:
             context.load_cert_chain(client_cert, client_key)
         except (OSError, ValueError) as error:
-            raise HostConfigurationError(f"Z4J_CLIENT_CERT={client_cert}: not usable ({error})") from None
+            raise HostConfigurationError(
+                f"Z4J_CLIENT_CERT={client_cert}: not usable ({error})"
+            ) from None
     return context

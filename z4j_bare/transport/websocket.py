@@ -11,10 +11,10 @@ from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, NetworkError
 from z4j_bare.interfaces import ITransport
-from z4j_bare.transport.binary import Binary
-from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.binary import BinaryFrame
+from z4j_bare.transport.cooperative_socket import CooperativeSocket
 from z4j_bare.transport.error_text import printable, short
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -48,12 +48,14 @@ class WebSocketTransport:
     name = "ws"
     confirms = False
 
-    def __init__(self, url: str, token: Callable[[], str], seam: BaseConcurrency, tls: Any = None) -> None:
+    def __init__(
+        self, url: str, token: Callable[[], str], backend: BaseConcurrency, tls: Any = None
+    ) -> None:
         self._url = url
         self._token = token
-        self._seam = seam
+        self._backend = backend
         self._tls = tls
-        self._order = seam.lock()
+        self._order = backend.lock()
         self._ws: Any = None
         self._heard = 0.0
         self._pinged = False
@@ -65,7 +67,9 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            self.receive(CONNECT_TIMEOUT)  # who refuses the token hangs up at once, and the reason is still to be read
+            self.receive(
+                CONNECT_TIMEOUT
+            )  # who refuses the token hangs up at once, and the reason is still to be read
             raise
         answer = self.receive(CONNECT_TIMEOUT)
         if answer is None:
@@ -84,21 +88,27 @@ class WebSocketTransport:
         )
         self._ws.settimeout(CONNECT_TIMEOUT)
         try:
-            self._seam.waiting(self._ws.connect, self._url, **self._options())
+            self._backend.waiting(self._ws.connect, self._url, **self._options())
         except websocket.WebSocketBadStatusException as error:
             wish = _retry_after(error.resp_headers)
-            raise policy.refused(error.status_code, "the WebSocket upgrade was refused", wish) from None
+            raise close_codes.refused(
+                error.status_code, "the WebSocket upgrade was refused", wish
+            ) from None
         except (websocket.WebSocketException, OSError, ValueError) as error:
             status = self._ws.getstatus()
             if status is not None:  # the library lets redirects, and only those, pass for a success
-                raise policy.refused(status, "a redirect: set Z4J_BRAIN_URL to where it leads") from None
+                raise close_codes.refused(
+                    status, "a redirect: set Z4J_BRAIN_URL to where it leads"
+                ) from None
             raise NetworkError(f"cannot reach the brain: {short(error)}") from None
-        self._ws.sock = Line(self._ws.sock, self._seam, CONNECT_TIMEOUT, SEND_TIMEOUT)
-        self._ws.lock = self._seam.lock()
+        self._ws.sock = CooperativeSocket(
+            self._ws.sock, self._backend, CONNECT_TIMEOUT, SEND_TIMEOUT
+        )
+        self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
         # Its answer to a close frame may meet a socket that is gone, and that error would hide the code; ``abort`` answers.
         self._ws.send_close = lambda *_args, **_options: None
-        self._heard = self._seam.now()
+        self._heard = self._backend.now()
 
     def send(self, build: Callable[[], bytes]) -> int:
         """Build and write one binary frame under one lock."""
@@ -108,7 +118,7 @@ class WebSocketTransport:
             frame = build()
             self._sending = True
             try:
-                self._open().send_frame(Binary(frame))
+                self._open().send_frame(BinaryFrame(frame))
             except (websocket.WebSocketException, OSError) as error:
                 raise NetworkError(f"the line broke while sending: {short(error)}") from None
             finally:
@@ -127,10 +137,14 @@ class WebSocketTransport:
             return self._silence()
         except (websocket.WebSocketException, OSError, ValueError) as error:
             raise NetworkError(f"the line broke: {short(error)}") from None
-        self._heard, self._pinged = self._seam.now(), False
+        self._heard, self._pinged = self._backend.now(), False
         if opcode == websocket.ABNF.OPCODE_CLOSE:
             raise close_error(frame.data)
-        return bytes(frame.data) if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY) else None
+        return (
+            bytes(frame.data)
+            if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY)
+            else None
+        )
 
     def abort(self) -> None:
         """Break the line from any task; not ``close()``, which hangs while a reader waits (``field-notes`` C.8).
@@ -139,10 +153,12 @@ class WebSocketTransport:
         the line is its parent's.
         """
         sock = getattr(self._ws, "sock", None)
-        if sock is None or self._seam.forked():
+        if sock is None or self._backend.forked():
             return
         try:
-            if isinstance(sock, Line) and not self._sending:  # it is a plain socket until the upgrade is through
+            if (
+                isinstance(sock, CooperativeSocket) and not self._sending
+            ):  # it is a plain socket until the upgrade is through
                 sock.offer(_goodbye())
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -153,7 +169,7 @@ class WebSocketTransport:
         self.abort()
         ws, self._ws = self._ws, None
         sock = getattr(ws, "sock", None)
-        if sock is not None and not self._seam.forked():
+        if sock is not None and not self._backend.forked():
             try:
                 sock.close()
             except OSError:
@@ -165,7 +181,7 @@ class WebSocketTransport:
         return self._ws
 
     def _silence(self) -> bytes | None:
-        quiet = self._seam.now() - self._heard
+        quiet = self._backend.now() - self._heard
         if quiet > DEAD_AFTER:
             raise NetworkError(f"nothing heard from the brain for {quiet:.0f} s")
         if quiet > PING_AFTER and not self._pinged:
@@ -187,13 +203,13 @@ class WebSocketTransport:
 
 def close_error(data: bytes) -> AgentError:
     """Return the error for the body of a close frame: two bytes of code, then the reason."""
-    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None  # noqa: PLR2004 - RFC 6455, 5.5.1
-    return policy.closed(code, printable(data[2:].decode(errors="replace")))
+    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None
+    return close_codes.closed(code, printable(data[2:].decode(errors="replace")))
 
 
 def preload() -> None:
     """Import the library now: a fifth of a second that belongs to the host's start, not on its hub later."""
-    import websocket  # noqa: F401
+    import websocket
 
 
 def _goodbye() -> bytes:

@@ -18,7 +18,9 @@ MAX_INT_BITS = 1024
 #: The brain's redaction replaces anything nested deeper than 64 levels; an event's own envelope takes four of them.
 MAX_DEPTH = 60
 
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_encode = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
 
 
 def canonical(value: Any) -> bytes:
@@ -45,7 +47,11 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
         return _text(value)
     if isinstance(value, int):
         number = int(value)
-        return number if number.bit_length() <= MAX_INT_BITS else f"<int of {number.bit_length()} bits>"
+        return (
+            number
+            if number.bit_length() <= MAX_INT_BITS
+            else f"<int of {number.bit_length()} bits>"
+        )
     if isinstance(value, float):
         number_ = float(value)
         return number_ if math.isfinite(number_) else str(number_)

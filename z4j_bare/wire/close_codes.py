@@ -14,17 +14,17 @@ from z4j_bare.errors import (
     AuthenticationRejectedError,
     IncompatibleError,
     NetworkError,
-    PoisonError,
+    PoisonRowError,
     RemoteError,
     RemoteProtocolError,
-    TurnedAwayError,
+    SessionLimitError,
 )
 
 JITTER = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class BackoffPolicy:
     """First and longest delay in seconds; each failure in a row doubles it, and up to 30 % are added by chance.
 
     Only a session that stood for ``steady`` seconds starts it over: many die as soon as they have been welcomed.
@@ -35,15 +35,15 @@ class Schedule:
     steady: float = 30.0
 
 
-SCHEDULES = {
-    "connection": Schedule(1, 30),
-    "protocol": Schedule(1, 60),
-    "auth": Schedule(10, 600),
-    "incompatible": Schedule(120, 3600),
+BACKOFF_POLICIES = {
+    "connection": BackoffPolicy(1, 30),
+    "protocol": BackoffPolicy(1, 60),
+    "auth": BackoffPolicy(10, 600),
+    "incompatible": BackoffPolicy(120, 3600),
     # Of two processes that replace each other each one stands for as long as the other waits: steady is more than that.
-    "crowded": Schedule(10, 600, steady=1800),
+    "crowded": BackoffPolicy(10, 600, steady=1800),
     # Brief, because the number of steps is bounded and no other row moves meanwhile.
-    "search": Schedule(1, 4),
+    "search": BackoffPolicy(1, 4),
 }
 
 #: By exception, the first that fits; anything else is "connection".
@@ -51,8 +51,8 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (AuthenticationRejectedError, "auth"),
     (IncompatibleError, "incompatible"),
     (RemoteProtocolError, "protocol"),
-    (TurnedAwayError, "crowded"),
-    (PoisonError, "search"),
+    (SessionLimitError, "crowded"),
+    (PoisonRowError, "search"),
 )
 
 #: The brain knows three kinds of streaks; these classes count as another one's.
@@ -62,14 +62,16 @@ _CREDENTIALS = "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it,
 _INACTIVE = "this agent was revoked, or its project archived, in the brain: mint a new Z4J_TOKEN"
 _ADDRESS = "this address is not in the brain's Z4J_AGENT_IP_ALLOWLIST"
 _REPLACED = "another process said hello with this worker id (a copied or restored one?): this one goes on under a new id"
-_FULL = "the brain's limit is reached: 600 connections a minute and address, or 64 workers on one token"
+_FULL = (
+    "the brain's limit is reached: 600 connections a minute and address, or 64 workers on one token"
+)
 _SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature"
 
 #: Close codes from here on are the brain's own; below, they are WebSocket's, and below 1000 HTTP's.
 APPLICATION_CODES = 4000
 
 #: The close code for a session whose place another process took.
-DISPLACED = 4002
+SESSION_REPLACED = 4002
 
 _CLOSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     1000: (NetworkError, "the brain closed the session"),
@@ -77,15 +79,21 @@ _CLOSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     1009: (NetworkError, "a frame was too large for the brain"),
     1011: (NetworkError, "the brain failed on a frame, or lost its keepalive"),
     1012: (NetworkError, "the brain is restarting"),
-    DISPLACED: (TurnedAwayError, _REPLACED),
+    SESSION_REPLACED: (SessionLimitError, _REPLACED),
     4003: (AuthenticationRejectedError, _INACTIVE),
     4400: (RemoteProtocolError, "the brain could not read a frame"),
     4401: (AuthenticationRejectedError, _CREDENTIALS),
     4403: (AuthenticationRejectedError, _ADDRESS),
     4408: (NetworkError, "the brain saw no frame for too long: is the host blocked?"),
-    4426: (IncompatibleError, "the brain speaks another protocol version: upgrade z4j-bare or the brain"),
-    4427: (IncompatibleError, "the brain refuses this agent version: upgrade z4j-bare or the brain"),
-    4429: (TurnedAwayError, _FULL),
+    4426: (
+        IncompatibleError,
+        "the brain speaks another protocol version: upgrade z4j-bare or the brain",
+    ),
+    4427: (
+        IncompatibleError,
+        "the brain refuses this agent version: upgrade z4j-bare or the brain",
+    ),
+    4429: (SessionLimitError, _FULL),
 }
 
 _HTTP: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
@@ -94,7 +102,7 @@ _HTTP: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     403: (AuthenticationRejectedError, f"the project is archived, or {_ADDRESS}"),
     404: (NetworkError, "HTTP 404: is Z4J_BRAIN_URL the brain's address, path included?"),
     409: (NetworkError, "HTTP 409: the brain does not know this session any more"),
-    429: (TurnedAwayError, "HTTP 429: more than 600 requests a minute from this address"),
+    429: (SessionLimitError, "HTTP 429: more than 600 requests a minute from this address"),
     503: (NetworkError, "HTTP 503: the brain is starting, or has no room"),
 }
 
@@ -144,7 +152,7 @@ def of_a_frame(error: AgentError) -> bool:
 
 
 def failure_class(error: BaseException) -> str:
-    """Return the name of the schedule for ``error``: a key of ``SCHEDULES``."""
+    """Return the name of the schedule for ``error``: a key of ``BACKOFF_POLICIES``."""
     return next((name for kind, name in _CLASSES if isinstance(error, kind)), "connection")
 
 
@@ -158,17 +166,20 @@ class Backoff:
         self._chance = chance
         #: Failures in a row since the last session, as the brain is told of them.
         self.streaks = self._none()
-        self._rungs = dict.fromkeys(SCHEDULES, 0)
+        self._rungs = dict.fromkeys(BACKOFF_POLICIES, 0)
 
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``; never less than what the server asked for."""
         kind = failure_class(error)
-        schedule = SCHEDULES[kind]
+        schedule = BACKOFF_POLICIES[kind]
         delay = min(schedule.longest, schedule.first * 2.0 ** min(self._rungs[kind], 16))
         self._rungs[kind] += 1
         self.streaks[_REPORTED.get(kind, kind)] += 1
         wish = getattr(error, "retry_after", None) or 0.0
-        return max(delay * (1 + JITTER * self._chance()), min(wish, SCHEDULES["incompatible"].longest))
+        return max(
+            delay * (1 + JITTER * self._chance()),
+            min(wish, BACKOFF_POLICIES["incompatible"].longest),
+        )
 
     def welcomed(self) -> dict[str, int]:
         """Take note that a session stands; return the failures in a row that it ends."""
@@ -177,12 +188,12 @@ class Backoff:
 
     def stood(self, seconds: float) -> None:
         """Start over wherever a session of ``seconds`` is long enough for that."""
-        for kind, schedule in SCHEDULES.items():
+        for kind, schedule in BACKOFF_POLICIES.items():
             if seconds >= schedule.steady:
                 self._rungs[kind] = 0
 
     def _none(self) -> dict[str, int]:
-        return {_REPORTED.get(kind, kind): 0 for kind in SCHEDULES}
+        return {_REPORTED.get(kind, kind): 0 for kind in BACKOFF_POLICIES}
 
 
 def _with(text: str, reason: str) -> str:

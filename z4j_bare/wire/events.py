@@ -49,6 +49,10 @@ def shrink(fields: dict[str, Any], limit: int) -> bytes:
         encoded = canonical({**fields, "data": data})
         if len(encoded) <= limit:
             return encoded
-    kept = {name: data[name] for name in ("task_name", "queue", "worker") if isinstance(data.get(name), str)}
+    kept = {
+        name: data[name]
+        for name in ("task_name", "queue", "worker")
+        if isinstance(data.get(name), str)
+    }
     kept = {name: value[:200] for name, value in kept.items()}  # the brain's column width (5.8)
     return canonical({**fields, "data": {**kept, "cut": f"[... {len(encoded)} bytes cut]"}})

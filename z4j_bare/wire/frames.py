@@ -81,7 +81,9 @@ def event_batch(events: Sequence[bytes]) -> bytes:
     return b'{"events":[' + b",".join(events) + b"]}"
 
 
-def registry_delta(engine: str, added: Sequence[bytes], removed: Sequence[str], updated: Sequence[bytes]) -> bytes:
+def registry_delta(
+    engine: str, added: Sequence[bytes], removed: Sequence[str], updated: Sequence[bytes]
+) -> bytes:
     """Return the payload of a ``registry_delta`` around definitions that are canonical JSON already."""
     lists = b",".join(added), canonical(engine[:40]), canonical(list(removed)), b",".join(updated)
     return b'{"added":[%b],"engine":%b,"removed":%b,"updated":[%b]}' % lists
@@ -92,7 +94,9 @@ def command_ack(token: str | None) -> bytes:
     return canonical({"delivery_claim_token": token} if token else {})
 
 
-def command_result(status: str, result: Mapping[str, Any] | None, error: str | None, token: str | None) -> bytes:
+def command_result(
+    status: str, result: Mapping[str, Any] | None, error: str | None, token: str | None
+) -> bytes:
     """Return the payload of a ``command_result`` that always fits: of too large a result only the numbers are sent."""
     body = {
         "status": status,
@@ -113,7 +117,11 @@ def shortened(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
     The status stays: what has been done and is told as a failure gets done again, and the brain stops a schedule whose
     firing "failed" (4.6).
     """
-    items = (item for item in (result or {}).items() if isinstance(item[0], str) and len(item[0]) <= MAX_KEY)
+    items = (
+        item
+        for item in (result or {}).items()
+        if isinstance(item[0], str) and len(item[0]) <= MAX_KEY
+    )
     numbers = ((key, value) for key, value in items if isinstance(value, (bool, int, float)))
     return {**dict(islice(numbers, MAX_FIGURES)), "shortened": True, "why": f"the result is {why}"}
 
@@ -137,7 +145,9 @@ def agent_status(
             "last_successful_connect_at": datetime.fromtimestamp(connected_at, UTC).isoformat(),
             "current_session_age_seconds": round(max(0.0, session_age), 3),
             "buffer_depth": min(buffer_depth, 10_000_000),
-            "buffer_oldest_age_seconds": None if oldest_age is None else round(min(oldest_age, MAX_AGE), 3),
+            "buffer_oldest_age_seconds": None
+            if oldest_age is None
+            else round(min(oldest_age, MAX_AGE), 3),
             "agent_version": identity.agent_version[:40],
             "protocol_version": PROTOCOL_VERSION,
             "engines": list(identity.engines[:32]),
@@ -156,7 +166,9 @@ def heartbeat(
     health: Mapping[str, str],
 ) -> bytes:
     """Return the payload of a ``heartbeat``; ``last_flush_at`` in seconds since the epoch."""
-    flushed = None if last_flush_at is None else datetime.fromtimestamp(last_flush_at, UTC).isoformat()
+    flushed = (
+        None if last_flush_at is None else datetime.fromtimestamp(last_flush_at, UTC).isoformat()
+    )
     return canonical(
         {
             "buffer_size": min(buffer_size, 10_000_000),

@@ -19,29 +19,31 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 Scan = Callable[[str, int], tuple[Any, int]]
 
 
-def loads(message: bytes, breathe: Callable[[], object]) -> Any:
-    """Parse as ``json.loads`` does, calling ``breathe`` before every value. Raises ``ValueError``, ``RecursionError``."""
+def loads(message: bytes, checkpoint: Callable[[], object]) -> Any:
+    """Parse as ``json.loads`` does, calling ``checkpoint`` before every value. Raises ``ValueError``, ``RecursionError``."""
 
     def slowly(scan: Scan) -> Scan:
         def breathing(text: str, index: int) -> tuple[Any, int]:
-            breathe()
+            checkpoint()
             return scan(text, index)
 
         return breathing
 
     decoder: Any = json.JSONDecoder()
     decoder.parse_array = lambda at, scan: JSONArray(at, slowly(scan))
-    decoder.parse_object = lambda at, strict, scan, *rest: JSONObject(at, strict, slowly(scan), *rest)
+    decoder.parse_object = lambda at, strict, scan, *rest: JSONObject(
+        at, strict, slowly(scan), *rest
+    )
     decoder.scan_once = py_make_scanner(decoder)
     return decoder.decode(message.decode())
 
 
-def canonical_pieces(value: Any, breathe: Callable[[], object]) -> Iterator[bytes]:
-    """Yield the canonical JSON of a parsed value piece by piece, calling ``breathe`` in between."""
+def canonical_pieces(value: Any, checkpoint: Callable[[], object]) -> Iterator[bytes]:
+    """Yield the canonical JSON of a parsed value piece by piece, calling ``checkpoint`` in between."""
     held: list[str] = []
     size = 0
     for text in _tokens(value):
-        breathe()
+        checkpoint()
         held.append(text)
         size += len(text)
         if size > BITE:

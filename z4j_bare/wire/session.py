@@ -40,7 +40,7 @@ LARGE = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class HelloAck:
     """What ``hello_ack`` told us. ``server_time`` is the brain's clock, seconds since the epoch, if it gave one."""
 
     agent_id: str
@@ -52,7 +52,7 @@ class Welcome:
     server_time: float | None = None
 
 
-def read_welcome(message: bytes) -> Welcome:
+def parse_hello_ack(message: bytes) -> HelloAck:
     """Parse the brain's first message.
 
     Raises ``IncompatibleError`` for another protocol version and ``RemoteProtocolError`` for anything that is no
@@ -61,13 +61,15 @@ def read_welcome(message: bytes) -> Welcome:
     try:
         frame = HelloAckFrame.model_validate_json(message)
     except (ValidationError, ValueError) as error:
-        raise RemoteProtocolError(f"the brain's first message is no hello_ack ({type(error).__name__})") from None
+        raise RemoteProtocolError(
+            f"the brain's first message is no hello_ack ({type(error).__name__})"
+        ) from None
     payload: HelloAckPayload = frame.payload
     if payload.protocol_version != PROTOCOL_VERSION:
         raise IncompatibleError(
             f"the brain speaks protocol {payload.protocol_version!r}, this agent {PROTOCOL_VERSION!r}: upgrade one of them"
         )
-    return Welcome(
+    return HelloAck(
         agent_id=payload.agent_id,
         project_id=payload.project_id,
         session_id=payload.session_id,
@@ -84,18 +86,18 @@ class Session:
     :param secret: the project's key, at least 32 raw bytes.
     """
 
-    def __init__(self, welcome: Welcome, secret: bytes) -> None:
-        self.welcome = welcome
+    def __init__(self, hello_ack: HelloAck, secret: bytes) -> None:
+        self.hello_ack = hello_ack
         self._key = hmac.new(secret, digestmod=hashlib.sha256)
         self._seq = 0
-        self._agent = _quote(welcome.agent_id)
-        self._project = _quote(welcome.project_id)
-        self._session = _quote(welcome.session_id)
+        self._agent = _quote(hello_ack.agent_id)
+        self._project = _quote(hello_ack.project_id)
+        self._session = _quote(hello_ack.session_id)
         self._verifier = FrameVerifier(
             secret=secret,
-            agent_id=welcome.agent_id,
-            project_id=welcome.project_id,
-            session_id=welcome.session_id,
+            agent_id=hello_ack.agent_id,
+            project_id=hello_ack.project_id,
+            session_id=hello_ack.session_id,
             direction="brain->agent",
         )
 
@@ -118,40 +120,59 @@ class Session:
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
         return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), middle, seq, tail)
 
-    def open(self, message: bytes, breathe: Callable[[], object] | None = None) -> Any:
+    def open(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Any:
         """Verify an incoming frame and return z4j_core's model of it; what is acted upon has all its fields.
 
-        ``breathe`` is called every few microseconds while a large one is dealt with, and may let others run. Raises
+        ``checkpoint`` is called every few microseconds while a large one is dealt with, and may let others run. Raises
         ``RemoteProtocolError`` and nothing else, whatever the bytes are.
         """
         try:
-            if breathe is not None and len(message) > LARGE:
-                return self._open_large(message, breathe)
+            if checkpoint is not None and len(message) > LARGE:
+                return self._open_large(message, checkpoint)
             return _complete(self._verifier.parse_and_verify(message))
         except SignatureError as error:
-            raise RemoteProtocolError(f"the brain's frame failed verification: {error}", code=4403) from None
-        except (Z4JError, ValidationError, ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:
-            raise RemoteProtocolError(f"the brain's frame is malformed ({type(error).__name__})") from None
+            raise RemoteProtocolError(
+                f"the brain's frame failed verification: {error}", code=4403
+            ) from None
+        except (
+            Z4JError,
+            ValidationError,
+            ValueError,
+            TypeError,
+            RecursionError,
+            AttributeError,
+            KeyError,
+        ) as error:
+            raise RemoteProtocolError(
+                f"the brain's frame is malformed ({type(error).__name__})"
+            ) from None
 
-    def _open_large(self, message: bytes, breathe: Callable[[], object]) -> Any:
+    def _open_large(self, message: bytes, checkpoint: Callable[[], object]) -> Any:
         """Check the signature in bites; then have z4j_core judge the frame without its bulk, which we sign for that."""
-        frame = patient.loads(message, breathe)
+        frame = patient.loads(message, checkpoint)
         signature, payload = frame["hmac"], frame["payload"]  # what has none is not worth a digest
-        if not hmac.compare_digest(self._digest(frame, breathe), signature):
+        if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")
         bulk = {name: value for name, value in payload.items() if isinstance(value, dict)}
-        light = {**frame, "payload": {name: value for name, value in payload.items() if name not in bulk}}
-        light["hmac"] = self._digest(light, breathe)
+        light = {
+            **frame,
+            "payload": {name: value for name, value in payload.items() if name not in bulk},
+        }
+        light["hmac"] = self._digest(light, checkpoint)
         opened = _complete(self._verifier.parse_and_verify(canonical_plain(light)))
         for name in bulk.keys() & type(opened.payload).model_fields.keys():
             setattr(opened.payload, name, bulk[name])
         return opened
 
-    def _digest(self, frame: dict[str, Any], breathe: Callable[[], object]) -> str:
-        welcome, digest = self.welcome, self._key.copy()
-        ids = {"agent_id": welcome.agent_id, "project_id": welcome.project_id, "session_id": welcome.session_id}
+    def _digest(self, frame: dict[str, Any], checkpoint: Callable[[], object]) -> str:
+        hello_ack, digest = self.hello_ack, self._key.copy()
+        ids = {
+            "agent_id": hello_ack.agent_id,
+            "project_id": hello_ack.project_id,
+            "session_id": hello_ack.session_id,
+        }
         envelope = {name: value for name, value in {**frame, **ids}.items() if name != "hmac"}
-        for piece in patient.canonical_pieces(envelope, breathe):
+        for piece in patient.canonical_pieces(envelope, checkpoint):
             digest.update(piece)
         return digest.hexdigest()
 

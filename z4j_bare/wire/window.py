@@ -154,7 +154,10 @@ class Window:
 
     def _busy(self, now: float) -> bool:
         """Whether the brain has a frame to digest, and has not been silent for so long that it may have skipped it."""
-        return bool(self._flying) and now - max(self._last_ack, next(reversed(self._flying.values())).sent_at) < SLOW
+        return (
+            bool(self._flying)
+            and now - max(self._last_ack, next(reversed(self._flying.values())).sent_at) < SLOW
+        )
 
     def _leave_behind(self, number: int, now: float) -> None:
         """Take what was sent before frame ``number`` for left behind."""

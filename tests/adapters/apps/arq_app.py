@@ -24,7 +24,10 @@ def task(chore):
 
 
 class WorkerSettings:
-    functions = [task(each) for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)]  # noqa: RUF012
+    functions = [
+        task(each)
+        for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)
+    ]
     redis_settings = settings
     allow_abort_jobs = True
     poll_delay = 0.05
@@ -32,7 +35,9 @@ class WorkerSettings:
     job_completion_wait = 10  # what makes a SIGTERM a graceful one
 
 
-adapter = ArqEngineAdapter(redis_settings=settings, function_names=["add", "fails", "waits", "looks"])
+adapter = ArqEngineAdapter(
+    redis_settings=settings, function_names=["add", "fails", "waits", "looks"]
+)
 attach_to_worker_settings(WorkerSettings, adapter=adapter)
 
 

@@ -9,7 +9,10 @@ from z4j_huey import HueyEngineAdapter
 from z4j_bare import install_agent, post_fork
 
 huey = RedisHuey("matrix", url=os.environ["REDIS_URL"])
-tasks = {task.__name__: huey.task(name=task.__name__)(task) for task in (chores.add, chores.fails, chores.waits, chores.looks)}
+tasks = {
+    task.__name__: huey.task(name=task.__name__)(task)
+    for task in (chores.add, chores.fails, chores.waits, chores.looks)
+}
 
 
 @huey.on_startup()

@@ -19,4 +19,7 @@ def nightly():
 
 huey.task(name="add")(chores.add)
 control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "huey-schedules.sqlite"))
-install_agent(engines=[HueyEngineAdapter(huey=huey)], schedulers=[HueyPeriodicAdapter(huey=huey, control=control)])
+install_agent(
+    engines=[HueyEngineAdapter(huey=huey)],
+    schedulers=[HueyPeriodicAdapter(huey=huey, control=control)],
+)

@@ -12,7 +12,9 @@ from z4j_bare import install_agent
 url = os.environ["REDIS_URL"]
 broker = ListQueueBroker(url).with_result_backend(RedisAsyncResultBackend(url))
 tasks = {
-    each.__name__.removesuffix("_async"): broker.task(task_name=each.__name__.removesuffix("_async"))(each)
+    each.__name__.removesuffix("_async"): broker.task(
+        task_name=each.__name__.removesuffix("_async")
+    )(each)
     for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)
 }
 adapter = TaskiqEngineAdapter(broker=broker)

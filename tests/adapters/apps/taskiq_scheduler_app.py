@@ -27,7 +27,9 @@ async def main():
     await broker.startup()
     await source.startup()
     control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "taskiq-schedules.sqlite"))
-    adapter = TaskiqSchedulerAdapter(source=source, source_loop=asyncio.get_running_loop(), control=control)
+    adapter = TaskiqSchedulerAdapter(
+        source=source, source_loop=asyncio.get_running_loop(), control=control
+    )
     install_agent(engines=[], schedulers=[adapter])
     await run_scheduler_task(TaskiqScheduler(broker, [source]))
 

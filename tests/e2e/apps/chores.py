@@ -186,4 +186,6 @@ def multiprocesses(mark):
 
 @app.task(name="e2e.subprocesses")
 def subprocesses():
-    return subprocess.run([sys.executable, "-c", "print('child')"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", "print('child')"], capture_output=True, text=True, check=True
+    ).stdout

@@ -23,19 +23,21 @@ settings.configure(
 )
 django.setup()
 
-from django.db import connection  # noqa: E402
-from django_celery_beat.models import IntervalSchedule, PeriodicTask  # noqa: E402
+from django.db import connection
+from django_celery_beat.models import IntervalSchedule, PeriodicTask
 
 if new:
     call_command("migrate", verbosity=0)
     hourly, _ = IntervalSchedule.objects.get_or_create(every=1, period=IntervalSchedule.HOURS)
-    PeriodicTask.objects.create(name="hourly", task="e2e.mark", interval=hourly, args='["triggered"]', kwargs="{}")
+    PeriodicTask.objects.create(
+        name="hourly", task="e2e.mark", interval=hourly, args='["triggered"]', kwargs="{}"
+    )
     connection.close()  # prefork's children must not inherit it
 
-from z4j_celery import CeleryEngineAdapter  # noqa: E402
-from z4j_celerybeat import CeleryBeatSchedulerAdapter  # noqa: E402
+from z4j_celery import CeleryEngineAdapter
+from z4j_celerybeat import CeleryBeatSchedulerAdapter
 
-from z4j_bare import install_agent  # noqa: E402
+from z4j_bare import install_agent
 
 app = Celery("beaten")
 app.conf.update(broker.settings_from_environment())

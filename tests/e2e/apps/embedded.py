@@ -3,7 +3,7 @@
 ``python embedded.py MODE PORT``; see :mod:`tests.support.e2e_host`.
 """
 
-# ruff: noqa: E402 - patching comes first
+
 
 import sys
 
@@ -29,8 +29,7 @@ from z4j_bare import install_agent
 from z4j_bare.pipeline import send
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import longpoll, websocket
-from z4j_bare.wire import close_codes as policy
-from z4j_bare.wire import window
+from z4j_bare.wire import close_codes, window
 
 EPOCH = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
 
@@ -65,7 +64,11 @@ class Host:
 
         The brain knows events of one task and kind apart by the second: hence their times.
         """
-        self._producers.append(threading.Thread(target=self._produce, args=(lot, first, count, seconds / count), daemon=True))
+        self._producers.append(
+            threading.Thread(
+                target=self._produce, args=(lot, first, count, seconds / count), daemon=True
+            )
+        )
         self._producers[-1].start()
 
     def stats(self):
@@ -80,7 +83,11 @@ class Host:
 
     def expose(self):
         """Return every text of ours that somebody could come to see: how things call themselves, and what errors say."""
-        ours = (each for each in gc.get_objects() if str(type(each).__module__).startswith(("z4j_bare", "z4j_core")))
+        ours = (
+            each
+            for each in gc.get_objects()
+            if str(type(each).__module__).startswith(("z4j_bare", "z4j_core"))
+        )
         routes = self.runtime._agent.routes
         return {
             "reprs": [text for each in list(ours) for text in (repr(each), str(each))],
@@ -123,19 +130,25 @@ def an_event(lot, number):
 
 def hurry():
     """Wait a second where an agent waits half a minute: patience as such has its own tests."""
-    policy.SCHEDULES.update(dict.fromkeys(policy.SCHEDULES, policy.Schedule(0.2, 1.0)))
+    close_codes.BACKOFF_POLICIES.update(
+        dict.fromkeys(close_codes.BACKOFF_POLICIES, close_codes.BackoffPolicy(0.2, 1.0))
+    )
     websocket.CONNECT_TIMEOUT = websocket.SEND_TIMEOUT = longpoll.PROBE_TIMEOUT = 5.0
     websocket.PING_AFTER, websocket.DEAD_AFTER = 1.0, 5.0
     longpoll.POST_TIMEOUT, longpoll.GRACE = 5.0, 5.0
-    longpoll.RATE = 3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
-    longpoll.Known = functools.partial(longpoll.Known, wait=2)
+    longpoll.RATE = (
+        3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
+    )
+    longpoll.LearnedLimits = functools.partial(longpoll.LearnedLimits, wait=2)
     fallback.FIRST = fallback.LONGEST = fallback.HEALTH_TIMEOUT = 2.0
     window.ACK_DEADLINE = 10.0
     send.IDLE = 0.2
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.DEBUG, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
     if "HURRY" in os.environ:
         hurry()
     host = Host()

@@ -21,7 +21,11 @@ app.conf.beat_schedule = {
 @app.task(name="e2e.plans")
 def plans(name):
     """Add a schedule to the static ones."""
-    app.conf.beat_schedule[name] = {"task": "e2e.add", "schedule": timedelta(hours=2), "args": (1, 2)}
+    app.conf.beat_schedule[name] = {
+        "task": "e2e.add",
+        "schedule": timedelta(hours=2),
+        "args": (1, 2),
+    }
 
 
 install_agent(

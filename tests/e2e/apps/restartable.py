@@ -3,7 +3,7 @@
 ``python restartable.py MODE``.
 """
 
-# ruff: noqa: E402 - patching comes first
+
 
 import sys
 
@@ -20,7 +20,7 @@ from uuid import uuid4
 from z4j_core.models import Event, EventKind
 
 from z4j_bare import install_agent
-from z4j_bare.commands import process_restart as departure
+from z4j_bare.commands import process_restart
 
 WORKER = "stub@place"
 
@@ -39,13 +39,18 @@ class Engine:
 
 def an_event(task_id, kind):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=task_id, kind=kind, occurred_at=datetime.now(UTC), data={"task_name": "t", "worker": WORKER}
+        id=uuid4(),
+        engine="stub",
+        task_id=task_id,
+        kind=kind,
+        occurred_at=datetime.now(UTC),
+        data={"task_name": "t", "worker": WORKER},
     )
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    departure.MIN_UPTIME = 0.0  # patience as such has its own test
+    process_restart.MIN_UPTIME = 0.0  # patience as such has its own test
     ended = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
     runtime = install_agent(engines=[Engine()])

@@ -8,6 +8,8 @@ from z4j_celery import CeleryEngineAdapter
 
 from z4j_bare import install_agent
 
-runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=Celery("script", broker="memory://"))])
+runtime = install_agent(
+    engines=[CeleryEngineAdapter(celery_app=Celery("script", broker="memory://"))]
+)
 for task_id in sys.argv[1:]:
     runtime.record_event(made.success(task_id, "e2e.script"))

@@ -1,6 +1,6 @@
 """A host whose only adapter is a scheduler's: ``python timed.py MODE KIND``; it ends with SIGTERM."""
 
-# ruff: noqa: E402 - patching comes first
+
 
 import sys
 
@@ -46,7 +46,12 @@ def apscheduler():
 def switched():
     """The same with an adapter that can switch jobs on and off, and change nothing else."""
     adapter = apscheduler()
-    capabilities = adapter.capabilities() - {"external_schedule_mutation_v1", "create", "update", "delete"}
+    capabilities = adapter.capabilities() - {
+        "external_schedule_mutation_v1",
+        "create",
+        "update",
+        "delete",
+    }
     adapter.capabilities = lambda: capabilities
     return adapter
 
@@ -64,6 +69,9 @@ def rq():
 
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-install_agent(engines=[], schedulers=[{"apscheduler": apscheduler, "switched": switched, "rq": rq}[sys.argv[2]]()])
+install_agent(
+    engines=[],
+    schedulers=[{"apscheduler": apscheduler, "switched": switched, "rq": rq}[sys.argv[2]]()],
+)
 while True:
     time.sleep(0.1)

@@ -12,26 +12,26 @@ import sys
 # A hub's own would start it, and the children inherit it; and eventlet's write goes on for ever when nobody reads any more.
 fork, waitpid, write = os.fork, os.waitpid, os.write
 
-from tests.launch import patch  # noqa: E402
+from tests.launch import patch
 
 patch(sys.argv[1])
 
-import itertools  # noqa: E402
-import json  # noqa: E402
-import time  # noqa: E402
-from datetime import UTC, datetime, timedelta  # noqa: E402
-from pathlib import Path  # noqa: E402
-from uuid import uuid4  # noqa: E402
+import itertools
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
 
-from z4j_core.models import Event, EventKind  # noqa: E402
+from z4j_core.models import Event, EventKind
 
-import z4j_bare.agent  # noqa: E402, F401 - before the forks
-from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial  # noqa: E402
-from tests.support.store_scenario import Watch  # noqa: E402
-from z4j_bare import install_agent  # noqa: E402
-from z4j_bare.buffer.store import BufferStore  # noqa: E402
-from z4j_bare.pipeline.link import Link  # noqa: E402
-from z4j_bare.pipeline.send import SendLoop  # noqa: E402
+import z4j_bare.agent
+from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial
+from tests.support.store_scenario import Watch
+from z4j_bare import install_agent
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.pipeline.link import Connection
+from z4j_bare.pipeline.send import SendLoop
 
 #: Seconds between two groups of events.
 PAUSE = 0.02
@@ -76,8 +76,12 @@ class Host:
         stats = self.runtime.stats()
         if min(stats["stored"], stats["acked"]) < self.trial.events or stats["adopting"]:
             return False
-        left = self.runtime._agent.keeper.stats().rows  # the runtime's own figure is up to a second old
-        return not left and len(list(Path(os.environ["Z4J_HOME"]).glob("**/z4j-green-*.sqlite"))) == 1
+        left = (
+            self.runtime._agent.buffer.stats().rows
+        )  # the runtime's own figure is up to a second old
+        return (
+            not left and len(list(Path(os.environ["Z4J_HOME"]).glob("**/z4j-green-*.sqlite"))) == 1
+        )
 
     def event(self, number):
         """Received, started and succeeded of one task after the other, each a millisecond later."""
@@ -97,9 +101,9 @@ class Host:
         owners = {
             "append": (BufferStore, "append_events"),
             "delete": (BufferStore, "confirm"),
-            "adopt": (BufferStore, "take_over"),
-            "send": (Link, "send"),
-            "sent": (Link, "send"),
+            "adopt": (BufferStore, "import_rows"),
+            "send": (Connection, "send"),
+            "sent": (Connection, "send"),
             "ack": (SendLoop, "acked"),
         }
         if self.trial.point not in owners:
@@ -108,7 +112,7 @@ class Host:
         original, calls = getattr(owner, name), itertools.count(1)
 
         def trapped(this, *args):
-            if (owner is Link and args[0] != "event_batch") or next(calls) != self.trial.nth:
+            if (owner is Connection and args[0] != "event_batch") or next(calls) != self.trial.nth:
                 return original(this, *args)
             if owner is BufferStore and self.trial.statement:
                 Watch(this, self.trial.statement, lambda _watch: self.stop(self.trial.point))
@@ -127,7 +131,9 @@ class Host:
 
     def say(self, point):
         stored = self.runtime.stats().get("stored", 0) if self.runtime else 0
-        write(1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n")
+        write(
+            1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n"
+        )
 
 
 def serve():

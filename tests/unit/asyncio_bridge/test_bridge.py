@@ -38,20 +38,20 @@ def test_no_loop_for_calls_that_need_none(bridge):
     assert bridge._loop is None
 
 
-def test_a_late_call_is_named_without_its_arguments(bridge, seam):
+def test_a_late_call_is_named_without_its_arguments(bridge, backend):
     """The time-out names the function, however it is wrapped: its arguments may be a mebibyte, and secret."""
 
     def charge(_card):
-        return seam.event().wait(5)
+        return backend.event().wait(5)
 
     with pytest.raises(TimeoutError, match="charge did not finish") as caught:
         bridge.call(partial(partial(charge), "4111"), timeout=0.05)
     assert "4111" not in str(caught.value)
 
 
-def test_a_blocking_body_blocks_nobody_else(bridge, seam):
+def test_a_blocking_body_blocks_nobody_else(bridge, backend):
     """While an await-free body waits, other calls of both kinds go through; its deadline holds."""
-    release = seam.event()
+    release = backend.event()
 
     async def blocking():
         return release.wait(20)
@@ -61,7 +61,7 @@ def test_a_blocking_body_blocks_nobody_else(bridge, seam):
         return 1
 
     results = []
-    task = seam.spawn(lambda: results.append(bridge.call(blocking, timeout=20)), name="blocked")
+    task = backend.spawn(lambda: results.append(bridge.call(blocking, timeout=20)), name="blocked")
     with pytest.raises(TimeoutError, match="blocking"):
         bridge.call(blocking, timeout=0.05)
     assert bridge.call(awaiting, timeout=5) == 1
@@ -101,7 +101,9 @@ def test_expiry_cancels_the_task(bridge, until):
             seen.append("cancelled")
             raise
 
-    while not seen:  # on a busy machine the deadline may pass before the first step; then nothing runs at all
+    while (
+        not seen
+    ):  # on a busy machine the deadline may pass before the first step; then nothing runs at all
         with pytest.raises(TimeoutError, match="endless"):
             bridge.call(endless, timeout=0.05)
     until(lambda: seen == ["began", "cancelled"])
@@ -183,7 +185,7 @@ def test_one_loop(bridge):
     assert bridge.loop() is bridge.loop() is bridge.call(adapter, timeout=5)
 
 
-def test_many_callers_at_once(bridge, seam):
+def test_many_callers_at_once(bridge, backend):
     """Fifty tasks calling at once each get their own answer."""
     answers = []
 
@@ -191,14 +193,17 @@ def test_many_callers_at_once(bridge, seam):
         await asyncio.sleep(0.001)
         return number
 
-    tasks = [seam.spawn(lambda n=n: answers.append((n, bridge.call(echo, n, timeout=10))), name="c") for n in range(50)]
+    tasks = [
+        backend.spawn(lambda n=n: answers.append((n, bridge.call(echo, n, timeout=10))), name="c")
+        for n in range(50)
+    ]
     assert all(task.join(10) for task in tasks)
     assert sorted(answers) == [(n, n) for n in range(50)]
 
 
-def test_stop_is_idempotent_and_refuses_what_comes_later(seam):
+def test_stop_is_idempotent_and_refuses_what_comes_later(backend):
     """After stop, calls fail at once, call_soon_threadsafe is silent, a waiting caller is let go."""
-    bridge, caught = Bridge(seam), []
+    bridge, caught = Bridge(backend), []
     loop = bridge.loop()
 
     async def endless():
@@ -210,8 +215,8 @@ def test_stop_is_idempotent_and_refuses_what_comes_later(seam):
         except AgentError as error:
             caught.append(error)
 
-    task = seam.spawn(waits, name="waits")
-    seam.sleep(0.05)
+    task = backend.spawn(waits, name="waits")
+    backend.sleep(0.05)
     bridge.stop(5)
     bridge.stop(5)
     assert task.join(5)
@@ -229,9 +234,9 @@ def test_stop_is_idempotent_and_refuses_what_comes_later(seam):
             bridge.call(function, timeout=5)
 
 
-def test_stop_without_a_loop(seam):
+def test_stop_without_a_loop(backend):
     """A bridge that nobody used stops, and builds no loop afterwards."""
-    bridge = Bridge(seam)
+    bridge = Bridge(backend)
     bridge.stop()
     with pytest.raises(AgentError):
         bridge.loop()
@@ -239,7 +244,7 @@ def test_stop_without_a_loop(seam):
         bridge.pump(lambda: None, print, "late")
 
 
-def test_pump_delivers_everything_in_order(bridge, seam, until):
+def test_pump_delivers_everything_in_order(bridge, backend, until):
     """20,000 events of four producers arrive completely, each producer's in its order, while no loop is visible."""
     loop, seen, leaks = bridge.loop(), defaultdict(list), []
 
@@ -258,10 +263,12 @@ def test_pump_delivers_everything_in_order(bridge, seam, until):
             loop.call_soon_threadsafe(adapter.queue.put_nowait, (producer, number))
             if not number % 100:
                 leaks.append(asyncio._get_running_loop())
-                seam.sleep(0)
+                backend.sleep(0)
 
-    end = bridge.pump(adapter.subscribe_events, lambda item: seen[item[0]].append(item[1]), "events")
-    tasks = [seam.spawn(produce, name, name=f"producer-{name}") for name in "abcd"]
+    end = bridge.pump(
+        adapter.subscribe_events, lambda item: seen[item[0]].append(item[1]), "events"
+    )
+    tasks = [backend.spawn(produce, name, name=f"producer-{name}") for name in "abcd"]
     assert all(task.join(20) for task in tasks)
     until(lambda: sum(map(len, seen.values())) == 20_000)
     assert all(numbers == list(range(5000)) for numbers in seen.values())
@@ -353,9 +360,9 @@ def test_a_call_from_a_step_is_refused(bridge):
     assert bridge.call(reenters, timeout=5) == 1
 
 
-def test_a_step_that_switches_does_not_disturb_outsiders(bridge, seam, until):
+def test_a_step_that_switches_does_not_disturb_outsiders(bridge, backend, until):
     """While an adapter's step switches and shows its mark, other tasks' calls are not taken for steps."""
-    inside, release = [], seam.event()
+    inside, release = [], backend.event()
 
     async def switches():
         await asyncio.sleep(0)
@@ -363,7 +370,7 @@ def test_a_step_that_switches_does_not_disturb_outsiders(bridge, seam, until):
         return release.wait(20)
 
     results = []
-    task = seam.spawn(lambda: results.append(bridge.call(switches, timeout=20)), name="switches")
+    task = backend.spawn(lambda: results.append(bridge.call(switches, timeout=20)), name="switches")
     until(lambda: inside)
     assert bridge.call(int, timeout=5) == 0
     release.set()
@@ -390,7 +397,7 @@ def test_a_coroutine_that_returns_a_stream(bridge, until):
     until(lambda: seen == [1])
 
 
-def test_a_full_queue_does_not_stall_the_siblings(bridge, seam, until):
+def test_a_full_queue_does_not_stall_the_siblings(bridge, backend, until):
     """While 50,000 ready items are drained, siblings get their turns again and again."""
     seen, turns, over = [], [], []
 
@@ -401,12 +408,12 @@ def test_a_full_queue_does_not_stall_the_siblings(bridge, seam, until):
     def sibling():
         while not over:
             turns.append(len(seen))
-            seam.sleep(0)
+            backend.sleep(0)
 
-    task = seam.spawn(sibling, name="sibling")
+    task = backend.spawn(sibling, name="sibling")
     bridge.pump(stream, seen.append, "events")
     until(lambda: len(seen) == 50_000)
     over.append(1)
     assert task.join(5)
-    if seam.name != "threads":  # threads get their turns from the operating system, ours or not
+    if backend.name != "threads":  # threads get their turns from the operating system, ours or not
         assert len({turn for turn in turns if 0 < turn < 50_000}) >= 5

@@ -14,7 +14,9 @@ from z4j_bare.errors import ForkedChildError
 def in_child(check):
     """Fork; run ``check`` in the child and return what it returned there, as the exit code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # CPython 3.12 warns of any fork beside threads
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # CPython 3.12 warns of any fork beside threads
         pid = os.fork()
     if not pid:
         code = 99
@@ -34,7 +36,7 @@ async def awaiting():
     return asyncio.get_running_loop()
 
 
-def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, seam, until, capfd):
+def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, backend, until, capfd):
     """In a child no step runs, late calls drop, nothing is printed; the parent's timers and calls keep going."""
     loop, ticks, late = bridge.loop(), [], []
 
@@ -50,7 +52,12 @@ def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, seam, until, ca
         refused = loop.call_soon_threadsafe(late.append, 1).cancelled()
         time.sleep(0.2)  # patched: copies get their chance
         bridge.stop()
-        return (os.getpid() in ticks) + 2 * bool(late) + 4 * (not refused) + 8 * (asyncio._get_running_loop() is not None)
+        return (
+            (os.getpid() in ticks)
+            + 2 * bool(late)
+            + 4 * (not refused)
+            + 8 * (asyncio._get_running_loop() is not None)
+        )
 
     for _ in range(3):
         assert in_child(check) == 0
@@ -63,20 +70,20 @@ def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, seam, until, ca
     assert capfd.readouterr().err == ""
 
 
-def test_a_parked_parent_is_still_woken(bridge, seam, until):
+def test_a_parked_parent_is_still_woken(bridge, backend, until):
     """Children that let their copies run do not eat the parent's wake-ups: a parked loop answers promptly."""
     loop, slow = bridge.loop(), []
     bridge.call(awaiting, timeout=5)
     for _ in range(5):
         until(lambda: loop._scope._parked)
         assert in_child(lambda: time.sleep(0.05) or 0) == 0
-        began = seam.now()
+        began = backend.now()
         bridge.call(awaiting, timeout=5)
-        slow.append(seam.now() - began)
+        slow.append(backend.now() - began)
     assert sorted(slow)[2] < 0.5
 
 
-def test_the_parent_is_served_while_the_child_lives(bridge, seam):
+def test_the_parent_is_served_while_the_child_lives(bridge, backend):
     """A child that lives on beside the parent may delay a call by one park (eventlet shares its epoll set), no more."""
     loop = bridge.loop()
     bridge.call(awaiting, timeout=5)
@@ -92,30 +99,32 @@ def test_the_parent_is_served_while_the_child_lives(bridge, seam):
         return 1
 
     codes = []
-    task = seam.spawn(lambda: codes.append(in_child(check)), name="fork")
+    task = backend.spawn(lambda: codes.append(in_child(check)), name="fork")
     for _ in range(5):
-        began = seam.now()
+        began = backend.now()
         assert bridge.call(awaiting, timeout=5) is loop
-        assert seam.now() - began < 2 * LONGEST_PARK
-        seam.sleep(0.01)
+        assert backend.now() - began < 2 * LONGEST_PARK
+        backend.sleep(0.01)
     os.close(writer)
     assert task.join(10)
     os.close(reader)
     assert codes == [0]
 
 
-def test_queued_offloads_do_not_run_twice(bridge, seam, until, tmp_path):
+def test_queued_offloads_do_not_run_twice(bridge, backend, until, tmp_path):
     """Jobs queued at the moment of the fork run in the parent only."""
-    release, trace = seam.event(), tmp_path / "trace"
+    release, trace = backend.event(), tmp_path / "trace"
 
     def job(number):
         with trace.open("a") as file:
             file.write(f"{os.getpid()} {number}\n")
 
     async def adapter():
-        await asyncio.gather(*(offload(release.wait, 20) for _ in range(8)), *(offload(job, n) for n in range(5)))
+        await asyncio.gather(
+            *(offload(release.wait, 20) for _ in range(8)), *(offload(job, n) for n in range(5))
+        )
 
-    task = seam.spawn(lambda: bridge.call(adapter, timeout=20), name="caller")
+    task = backend.spawn(lambda: bridge.call(adapter, timeout=20), name="caller")
     until(lambda: bridge.busy == 8)
 
     def check():
@@ -126,7 +135,10 @@ def test_queued_offloads_do_not_run_twice(bridge, seam, until, tmp_path):
     assert in_child(check) == 0
     release.set()
     assert task.join(5)
-    assert sorted(trace.read_text().split("\n")) == ["", *sorted(f"{os.getpid()} {n}" for n in range(5))]
+    assert sorted(trace.read_text().split("\n")) == [
+        "",
+        *sorted(f"{os.getpid()} {n}" for n in range(5)),
+    ]
 
 
 def test_calls_in_a_child_leave(bridge):
@@ -147,8 +159,8 @@ def test_calls_in_a_child_leave(bridge):
     assert bridge.call(int, timeout=5) == 0
 
 
-def test_a_child_builds_its_own(bridge, seam, mode):
-    """A new seam and bridge in a child work, with the parent's still there and alive in the parent."""
+def test_a_child_builds_its_own(bridge, backend, mode):
+    """A new backend and bridge in a child work, with the parent's still there and alive in the parent."""
     from z4j_bare.concurrency import build
 
     bridge.call(awaiting, timeout=5)

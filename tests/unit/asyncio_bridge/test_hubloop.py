@@ -14,8 +14,8 @@ from z4j_bare.asyncio_bridge.marks import LONGEST_PARK, StepScopedSelector
 
 
 @pytest.fixture
-def loop(seam):
-    made = HubLoop(seam)
+def loop(backend):
+    made = HubLoop(backend)
     made.start()
     yield made
     assert made.shutdown(5)
@@ -24,18 +24,20 @@ def loop(seam):
 class Samples:
     """A sibling task that looks for a running loop whenever it gets to run."""
 
-    def __init__(self, seam):
+    def __init__(self, backend):
         self.taken = self.leaks = 0
-        self._seam = seam
+        self._backend = backend
         self._over = False
-        self._task = seam.spawn(self._run, name="sampler")
+        self._task = backend.spawn(self._run, name="sampler")
 
     def _run(self):
         hooks = sys.get_asyncgen_hooks()
         while not self._over:
             self.taken += 1
-            self.leaks += asyncio._get_running_loop() is not None or sys.get_asyncgen_hooks() != hooks
-            self._seam.sleep(0)
+            self.leaks += (
+                asyncio._get_running_loop() is not None or sys.get_asyncgen_hooks() != hooks
+            )
+            self._backend.sleep(0)
 
     def end(self):
         self._over = True
@@ -43,7 +45,7 @@ class Samples:
         return self.leaks
 
 
-async def offload(function, *args, timeout=5.0):  # noqa: ASYNC109 - the adapters' own shape
+async def offload(function, *args, timeout=5.0):
     """What the six ``_offload.py`` of the adapters do."""
     loop = asyncio.get_running_loop()
     return await asyncio.wait_for(loop.run_in_executor(object(), function, *args), timeout)
@@ -58,7 +60,7 @@ def test_importing_loads_no_asyncio():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_siblings_never_see_a_running_loop(bridge, seam):
+def test_siblings_never_see_a_running_loop(bridge, backend):
     """A sibling sampling at every chance sees neither the mark nor the hooks during calls, offloads, timers, agens."""
 
     async def work(number):
@@ -68,10 +70,10 @@ def test_siblings_never_see_a_running_loop(bridge, seam):
             yield number
 
         await asyncio.sleep(0)
-        await offload(seam.sleep, 0.001)
+        await offload(backend.sleep, 0.001)
         return [item async for item in numbers()]
 
-    samples = Samples(seam)
+    samples = Samples(backend)
     for number in range(100):
         assert bridge.call(work, number, timeout=5) == [number, number]
     assert samples.end() == 0
@@ -79,18 +81,18 @@ def test_siblings_never_see_a_running_loop(bridge, seam):
     assert asyncio._get_running_loop() is None
 
 
-def test_logging_inside_a_step_may_switch(loop, seam, until):
+def test_logging_inside_a_step_may_switch(loop, backend, until):
     """An error in a callback is logged with the mark off, though the handler lets every sibling run."""
 
     class Sleepy(logging.Handler):
         def emit(self, record):
-            seam.sleep(0.01)
+            backend.sleep(0.01)
             seen.append(asyncio._get_running_loop())
 
     seen, handler = [], Sleepy()
     logger = logging.getLogger("asyncio")
     logger.addHandler(handler)
-    samples = Samples(seam)
+    samples = Samples(backend)
     try:
         loop.call_soon_threadsafe(divmod, 1, 0)
         until(lambda: seen)
@@ -100,7 +102,7 @@ def test_logging_inside_a_step_may_switch(loop, seam, until):
     assert samples.end() == 0
 
 
-def test_asyncio_run_works_in_a_sibling(bridge, seam):
+def test_asyncio_run_works_in_a_sibling(bridge, backend):
     """Users' own loops run to their end beside the bridge and always find themselves running."""
     finished, wrong = [], []
 
@@ -120,7 +122,7 @@ def test_asyncio_run_works_in_a_sibling(bridge, seam):
         await asyncio.sleep(0.001)
         return await offload(int)
 
-    task = seam.spawn(user, name="user")
+    task = backend.spawn(user, name="user")
     while not task.join(0):
         assert bridge.call(adapter, timeout=5) == 0
     assert (len(finished), wrong) == (20, [])
@@ -149,9 +151,9 @@ def test_offload_runs_where_no_loop_is_visible(bridge):
         bridge.call(offload, divmod, 1, 0, timeout=5)
 
 
-def test_offload_times_out_honestly(bridge, seam, until):
+def test_offload_times_out_honestly(bridge, backend, until):
     """A hung offload raises TimeoutError inside the adapter at its own deadline, and the worker stays counted."""
-    release = seam.event()
+    release = backend.event()
 
     async def adapter():
         try:
@@ -165,9 +167,9 @@ def test_offload_times_out_honestly(bridge, seam, until):
     until(lambda: bridge.busy == 0)
 
 
-def test_eight_offloads_run_at_once(bridge, seam):
+def test_eight_offloads_run_at_once(bridge, backend):
     """Eight offloads that wait for one another all get a worker."""
-    arrived, everyone = [], seam.event()
+    arrived, everyone = [], backend.event()
 
     def meet():
         arrived.append(1)
@@ -181,9 +183,9 @@ def test_eight_offloads_run_at_once(bridge, seam):
     assert bridge.call(adapter, timeout=10) == [True] * 8
 
 
-def test_an_abandoned_offload_never_begins(bridge, seam, until):
+def test_an_abandoned_offload_never_begins(bridge, backend, until):
     """Offloads that time out in the queue of a hung pool are not run when it recovers."""
-    release, ran = seam.event(), []
+    release, ran = backend.event(), []
 
     async def adapter():
         hung = [asyncio.ensure_future(offload(release.wait, 20)) for _ in range(8)]
@@ -208,7 +210,7 @@ def test_a_system_exit_in_a_step_does_not_end_the_loop(loop, until, caplog):
     assert "goes on" in caplog.text
 
 
-def test_a_long_chain_of_steps_gives_way(loop, seam, until):
+def test_a_long_chain_of_steps_gives_way(loop, backend, until):
     """A loop that is never out of work lets siblings run every few milliseconds."""
     over = []
 
@@ -216,7 +218,7 @@ def test_a_long_chain_of_steps_gives_way(loop, seam, until):
         if not over:
             loop.call_soon(spin)
 
-    samples = Samples(seam)
+    samples = Samples(backend)
     loop.call_soon_threadsafe(spin)
     before = samples.taken
     until(lambda: samples.taken > before + 20)
@@ -245,17 +247,17 @@ def test_streams_and_timers_work(bridge):
     assert bridge.call(adapter, timeout=10) == b"HELLO\n"
 
 
-def test_a_quiet_foreign_put_is_seen_within_a_park(loop, seam, until):
+def test_a_quiet_foreign_put_is_seen_within_a_park(loop, backend, until):
     """A call_soon from outside, which wakes nobody, is run when the park ends: a second later at most."""
     ran = []
-    seam.sleep(0.05)
+    backend.sleep(0.05)
     loop.call_soon(ran.append, 1)
     until(lambda: ran, 3)
 
 
-def test_a_call_between_two_parks_is_not_lost(seam):
+def test_a_call_between_two_parks_is_not_lost(backend):
     """A call that comes after the loop looked at its queue and before it parks keeps it from parking."""
-    scope = StepScopedSelector(seam)
+    scope = StepScopedSelector(backend)
     asked = []
     scope._inner.close()
     scope._inner = type("Inner", (), {"select": lambda _, timeout: asked.append(timeout) or []})()
@@ -268,9 +270,9 @@ def test_a_call_between_two_parks_is_not_lost(seam):
     assert asked == [0, LONGEST_PARK, 0.25]
 
 
-def test_shutdown_cancels_and_later_calls_are_dropped(seam):
+def test_shutdown_cancels_and_later_calls_are_dropped(backend):
     """Shutdown is bounded and idempotent; tasks see their cancellation; late calls neither raise nor run."""
-    loop, seen = HubLoop(seam), []
+    loop, seen = HubLoop(backend), []
     loop.start()
 
     async def patient():
@@ -282,7 +284,7 @@ def test_shutdown_cancels_and_later_calls_are_dropped(seam):
 
     loop.call_soon_threadsafe(lambda: seen.append(loop.create_task(patient())))
     while not seen:
-        seam.sleep(0.01)
+        backend.sleep(0.01)
     assert loop.shutdown(5)
     assert loop.shutdown(5)
     assert seen[1:] == ["cancelled"]
@@ -293,9 +295,9 @@ def test_shutdown_cancels_and_later_calls_are_dropped(seam):
     assert loop not in HubLoop._alive
 
 
-def test_shutdown_is_bounded_with_a_task_that_will_not_die(seam, caplog):
+def test_shutdown_is_bounded_with_a_task_that_will_not_die(backend, caplog):
     """A coroutine that swallows its cancellation is left behind after the time-out, without a word."""
-    loop = HubLoop(seam)
+    loop = HubLoop(backend)
     loop.start()
 
     async def stubborn():
@@ -308,10 +310,10 @@ def test_shutdown_is_bounded_with_a_task_that_will_not_die(seam, caplog):
     tasks = []
     loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(stubborn())))
     while not tasks:
-        seam.sleep(0.01)
-    began = seam.now()
+        backend.sleep(0.01)
+    began = backend.now()
     assert loop.shutdown(0.4)
-    assert seam.now() - began < 2
+    assert backend.now() - began < 2
     tasks.clear()
     assert caplog.text == ""
 
@@ -322,23 +324,25 @@ def test_signal_handlers_are_refused(loop):
         loop.add_signal_handler(signal.SIGTERM, print)
 
 
-def test_debug_mode_stays_off(seam, monkeypatch):
+def test_debug_mode_stays_off(backend, monkeypatch):
     """PYTHONASYNCIODEBUG does not reach our loop: its origin tracking would be the host's too."""
     monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")
-    loop = HubLoop(seam)
+    loop = HubLoop(backend)
     assert not loop.get_debug()
     loop.close()
 
 
-def test_waking_writes_once_per_park(loop, seam, monkeypatch, until):
+def test_waking_writes_once_per_park(loop, backend, monkeypatch, until):
     """A thousand calls while the loop is parked cost one write to the self-pipe."""
     writes, ran = [], []
-    monkeypatch.setattr(asyncio.SelectorEventLoop, "_write_to_self", lambda _: writes.append(os.getpid()))
+    monkeypatch.setattr(
+        asyncio.SelectorEventLoop, "_write_to_self", lambda _: writes.append(os.getpid())
+    )
     until(lambda: loop._scope._parked)
     for number in range(1000):
         loop.call_soon_threadsafe(ran.append, number)
     monkeypatch.undo()
     loop._csock.send(b"\0")
     until(lambda: len(ran) == 1000)
-    if seam.name != "threads":  # threads may wake in between for reasons of their own
+    if backend.name != "threads":  # threads may wake in between for reasons of their own
         assert len(writes) == 1

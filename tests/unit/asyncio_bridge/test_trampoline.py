@@ -64,7 +64,14 @@ def asynchronously_traced(function):
 
 @pytest.mark.parametrize(
     "function",
-    [free, Adapter().free, functools.partial(free, 2), functools.partial(Adapter().free), traced(free), Adapter()],
+    [
+        free,
+        Adapter().free,
+        functools.partial(free, 2),
+        functools.partial(Adapter().free),
+        traced(free),
+        Adapter(),
+    ],
 )
 def test_await_free(function):
     """A coroutine function without an await is found through methods, partials, sync layers and callable objects."""
@@ -74,7 +81,15 @@ def test_await_free(function):
 
 @pytest.mark.parametrize(
     "function",
-    [awaiting, looping, entering, Adapter().awaiting, functools.partial(awaiting), traced(awaiting), asynchronously_traced(free)],
+    [
+        awaiting,
+        looping,
+        entering,
+        Adapter().awaiting,
+        functools.partial(awaiting),
+        traced(awaiting),
+        asynchronously_traced(free),
+    ],
 )
 def test_awaiting(function):
     """Await, async for, async with and an awaiting layer around an await-free function all count as awaiting."""

@@ -3,13 +3,13 @@
 import pytest
 
 from z4j_bare.asyncio_bridge.future import as_exception
-from z4j_bare.asyncio_bridge.worker_pool import Job, Workers
+from z4j_bare.asyncio_bridge.worker_pool import Job, WorkerPool
 from z4j_bare.errors import AgentError
 
 
 @pytest.fixture
-def workers(seam):
-    made = Workers(seam, "z4j-test", 3)
+def workers(backend):
+    made = WorkerPool(backend, "z4j-test", 3)
     yield made
     made.stop()
 
@@ -28,9 +28,9 @@ def test_sequential_calls_share_one_or_two_workers(workers):
     assert workers.size <= 2
 
 
-def test_a_hung_call_occupies_its_own_worker_only(workers, seam, until):
+def test_a_hung_call_occupies_its_own_worker_only(workers, backend, until):
     """With two of three workers hung the third still answers; with all hung a call times out, and never runs later."""
-    release = seam.event()
+    release = backend.event()
     ran = []
     hung = Job(release.wait, (20,), lambda *_: None, lambda: True)
     workers.start()
@@ -57,13 +57,15 @@ def test_every_job_of_a_burst_runs_once(workers, until):
     assert sorted(done) == list(range(500))
 
 
-def test_stop_fails_what_is_queued_and_what_comes_later(workers, seam, until):
+def test_stop_fails_what_is_queued_and_what_comes_later(workers, backend, until):
     """After stop nothing waits for ever: queued and later jobs fail at once, running ones finish."""
-    release = seam.event()
+    release = backend.event()
     done = []
     workers.start()
     for _ in range(4):
-        workers.submit(Job(release.wait, (20,), lambda ok, value: done.append((ok, value)), lambda: True))
+        workers.submit(
+            Job(release.wait, (20,), lambda ok, value: done.append((ok, value)), lambda: True)
+        )
     until(lambda: workers.size == 3 and not workers._idle and len(workers._jobs) == 1)
     workers.stop()
     workers.stop()
@@ -75,18 +77,20 @@ def test_stop_fails_what_is_queued_and_what_comes_later(workers, seam, until):
     assert [ok for ok, _ in done] == [False, True, True, True]
 
 
-def test_without_threads_a_call_runs_inline(workers, seam, monkeypatch):
+def test_without_threads_a_call_runs_inline(workers, backend, monkeypatch):
     """When the interpreter starts no more threads, a call still happens."""
 
     def refuse(*_args, **_kwargs):
         raise RuntimeError("can't start new thread at interpreter shutdown")
 
-    monkeypatch.setattr(seam, "spawn", refuse)
+    monkeypatch.setattr(backend, "spawn", refuse)
     assert workers.call(int, timeout=5, what="int") == 0
     assert workers.size == 0
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), StopIteration(), BaseException("x")])
+@pytest.mark.parametrize(
+    "error", [SystemExit(1), KeyboardInterrupt(), StopIteration(), BaseException("x")]
+)
 def test_what_would_kill_a_loop_is_wrapped(error, workers):
     """Exceptions that futures refuse or that end loops arrive as AgentError, cause attached; workers survive them."""
     assert as_exception(error).__cause__ is error

@@ -140,7 +140,9 @@ def test_committed_rows_survive_sigkill(process, tmp_path, trial):
     child = process(WRITER, path, 256 * 2**20 if trial % 2 else 8 * 2**20)
     committed = kill_at(child, random.Random(trial).randrange(1, 100))
     store = BufferStore(path, create=False)
-    found = [int(entry.payload.rstrip(b"\0")) for entry in store.drain(0, 10**6, 1 << 40, tuple(KINDS))]
+    found = [
+        int(entry.payload.rstrip(b"\0")) for entry in store.drain(0, 10**6, 1 << 40, tuple(KINDS))
+    ]
     assert found == list(range(len(found)))
     assert len(found) % 16 == 0  # a batch is there or not
     assert committed * 16 <= len(found) <= (committed + 1) * 16
@@ -187,7 +189,9 @@ def server():
     """Forks a process per request; see ``tests.support.store_scenario``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.support.store_scenario"]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as running:
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as running:
         yield running
 
 
@@ -196,7 +200,9 @@ def spread(items, number):
     return [items[index * len(items) // number] for index in range(number)]
 
 
-@pytest.mark.parametrize("operation", ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "tidy"])
+@pytest.mark.parametrize(
+    "operation", ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "tidy"]
+)
 def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
     """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""
     points = [
@@ -230,7 +236,9 @@ def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_p
         owner.wait()
         os.kill(child, 0)  # it lives, with all its inherited descriptors
         store = BufferStore(path, create=False)
-        assert [entry.payload for entry in store.drain(0, 10, 100, ("event",))] == [b"of the parent"]
+        assert [entry.payload for entry in store.drain(0, 10, 100, ("event",))] == [
+            b"of the parent"
+        ]
         assert store.append([("event", "task", b"of the heir")]) == 0
         assert intact(store)
         store.close()

@@ -15,7 +15,7 @@ from z4j_bare.buffer import BufferStore, lock, new_store_path
 from z4j_bare.buffer import files as paths
 from z4j_bare.buffer import opener as opening
 from z4j_bare.buffer.errors import OTHER, cause_of
-from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.concurrency.fake import FakeConcurrency
@@ -29,14 +29,14 @@ FULL = """
 import json, logging, resource, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 from z4j_bare.buffer import BufferStore, new_store_path
-from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.concurrency.fake import FakeConcurrency
 keep, (_, hard) = FakeConcurrency(), resource.getrlimit(resource.RLIMIT_FSIZE)
 stores = []
 def open_store():
     stores.append(BufferStore(new_store_path(sys.argv[1])))
     return stores[-1]
-keeper = Keeper(open_store, keep)
+keeper = BufferManager(open_store, keep)
 keeper.append([("result", "c", b"precious")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
 produced = 1
@@ -65,11 +65,11 @@ class Real:
     """A keeper on real stores in virtual time."""
 
     def __init__(self, home, **options):
-        self.seam = FakeConcurrency()
+        self.backend = FakeConcurrency()
         self.home = home
         self.options = {"busy_timeout": 0, **options}
         self.stores = []
-        self.keeper = Keeper(self.open, self.seam)
+        self.buffer = BufferManager(self.open, self.backend)
         self.produced = 0
 
     def open(self):
@@ -77,15 +77,17 @@ class Real:
         return self.stores[-1]
 
     def put(self, number=10, size=0):
-        self.keeper.append([("event", "t", b"%d" % (self.produced + n) + bytes(size)) for n in range(number)])
+        self.buffer.append(
+            [("event", "t", b"%d" % (self.produced + n) + bytes(size)) for n in range(number)]
+        )
         self.produced += number
 
     def there(self):
-        found = self.keeper.drain((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
+        found = self.buffer.drain((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
         return [int(row.payload.rstrip(b"\0")) for row in found]
 
     def adds_up(self):
-        stats = self.keeper.stats()
+        stats = self.buffer.stats()
         return self.produced == stats.rows + sum(stats.lost.values()) + stats.confirmed
 
 
@@ -102,7 +104,7 @@ def home(tmp_path, monkeypatch):
 def real(home):
     one = Real(home)
     yield one
-    one.keeper.close()
+    one.buffer.close()
 
 
 # -- full
@@ -148,8 +150,8 @@ def test_a_damaged_file_is_replaced_while_in_use(real, how):
     for _ in range(3):
         real.put(100, size=500)
         real.there()
-        real.seam.advance(1)
-    assert real.keeper.durable
+        real.backend.advance(1)
+    assert real.buffer.durable
     assert real.there()[-1] == real.produced - 1
     assert real.adds_up()
     aside = [found.name for found in path.parent.iterdir() if ".corrupt-" in found.name]
@@ -161,7 +163,7 @@ def test_a_deleted_file_is_noticed_within_a_second(real):
     real.put(10)
     for found in list(real.home.parent.iterdir()):
         found.unlink()
-    real.seam.advance(2)
+    real.backend.advance(2)
     assert real.there() == list(range(10))
     real.put(5)
     assert real.stores[-1].path.exists()
@@ -176,9 +178,9 @@ def test_a_deleted_directory_is_made_again(real):
     for found in list(real.home.parent.iterdir()):
         found.unlink()
     real.home.parent.rmdir()
-    real.seam.advance(2)
+    real.backend.advance(2)
     assert real.there() == list(range(10))
-    assert real.keeper.durable
+    assert real.buffer.durable
     assert real.stores[-1].path.exists()
 
 
@@ -206,7 +208,12 @@ def spoil(home, how):
         "a link",
         "a file",
         "writable by others",
-        pytest.param("somebody else's", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory away")),
+        pytest.param(
+            "somebody else's",
+            marks=pytest.mark.skipif(
+                os.geteuid() != 0, reason="only root may give a directory away"
+            ),
+        ),
     ],
 )
 def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
@@ -215,7 +222,7 @@ def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
     real.put(3)
     real.put(3)
     assert real.stores[0].path.parent.name == "z4j-1"
-    assert real.keeper.durable
+    assert real.buffer.durable
     assert real.there() == list(range(6))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -279,7 +286,7 @@ def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
     (tmp_path / "tmp").rmdir()
     (tmp_path / "tmp").touch()
     real.put(3)
-    assert not real.keeper.durable
+    assert not real.buffer.durable
     assert real.there() == [0, 1, 2]
     assert str(home.parent) in caplog.text
     assert real.adds_up()
@@ -303,5 +310,5 @@ def test_a_clock_set_back_makes_no_negative_age(home):
     now[0] = 1000.0
     assert store.stats().oldest_age == 0
     store.claim("c", 2000.0)
-    assert [entry.key for entry in store.legacy().ledger] == ["c"]
+    assert [entry.key for entry in store.export_state().ledger] == ["c"]
     store.close()

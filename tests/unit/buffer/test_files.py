@@ -88,7 +88,9 @@ def test_a_directory_that_others_may_write_is_refused(path):
     path.parent.mkdir()
     for open_to in (0o770, 0o707):
         path.parent.chmod(open_to)
-        with pytest.raises(LocalStorageError, match=rf"{path.parent}.*0{open_to:o}.*uid {os.geteuid()}.*Z4J_HOME"):
+        with pytest.raises(
+            LocalStorageError, match=rf"{path.parent}.*0{open_to:o}.*uid {os.geteuid()}.*Z4J_HOME"
+        ):
             new_store_path(path)
         with pytest.raises(LocalStorageError, match="can be written by others"):
             BufferStore(path)
@@ -116,7 +118,9 @@ def test_a_directory_of_somebody_else_is_refused(path, monkeypatch):
     path.parent.mkdir(mode=0o700)
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    with pytest.raises(LocalStorageError, match=rf"belongs to uid {me}; this process runs as uid {me + 1}"):
+    with pytest.raises(
+        LocalStorageError, match=rf"belongs to uid {me}; this process runs as uid {me + 1}"
+    ):
         new_store_path(path)
 
 
@@ -137,7 +141,9 @@ def test_a_read_only_directory_is_reported(path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(lock, "open_file", refuse)
-    with pytest.raises(LocalStorageError, match=r"cannot make .*store.sqlite.lock.*Read-only.*Z4J_HOME") as caught:
+    with pytest.raises(
+        LocalStorageError, match=r"cannot make .*store.sqlite.lock.*Read-only.*Z4J_HOME"
+    ) as caught:
         BufferStore(path)
     assert cause_of(caught.value) == READ_ONLY
 
@@ -261,7 +267,11 @@ def test_an_older_store_is_brought_forward(path, opened, monkeypatch):
     store.append(row())
     buffer_id = store.buffer_id
     store.close()
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("CREATE TABLE journal (id INTEGER PRIMARY KEY)",)))
+    monkeypatch.setattr(
+        schema,
+        "MIGRATIONS",
+        (*schema.MIGRATIONS, ("CREATE TABLE journal (id INTEGER PRIMARY KEY)",)),
+    )
     monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
     for _ in range(2):
         store = opened(path)
@@ -282,7 +292,14 @@ def test_the_file_is_set_up_as_designed(path, opened):
     connection = opened(path, busy_timeout=0.25)._connection
     found = {
         name: connection.execute(f"PRAGMA {name}").fetchone()[0]
-        for name in ("journal_mode", "synchronous", "auto_vacuum", "application_id", "user_version", "busy_timeout")
+        for name in (
+            "journal_mode",
+            "synchronous",
+            "auto_vacuum",
+            "application_id",
+            "user_version",
+            "busy_timeout",
+        )
     }
     assert found == {
         "journal_mode": "wal",
@@ -433,7 +450,9 @@ def test_an_exception_in_the_middle_leaves_nothing_half_done(path, opened, monke
     assert store.stats().produced == store.stats().rows == 2
 
 
-@pytest.mark.parametrize("garbage", [b"this is not a database at all" * 200, b"SQLite format 3\0" + b"\xff" * 5000])
+@pytest.mark.parametrize(
+    "garbage", [b"this is not a database at all" * 200, b"SQLite format 3\0" + b"\xff" * 5000]
+)
 def test_a_corrupt_file_is_reported_and_kept(path, garbage):
     """Garbage is told as corrupt, and stays where it is for whoever moves it aside."""
     path.parent.mkdir(mode=0o700)
@@ -543,7 +562,9 @@ def test_results_are_found_without_walking_the_events(path, opened):
     """Asking for results uses the partial index: an outage's worth of events must not delay an answer."""
     store = opened(path)
     for kinds in ((RESULT,), ("projection", RESULT)):
-        plan = store._connection.execute("EXPLAIN QUERY PLAN " + queries.drain(kinds), (0, 10)).fetchall()
+        plan = store._connection.execute(
+            "EXPLAIN QUERY PLAN " + queries.drain(kinds), (0, 10)
+        ).fetchall()
         assert "entries_kept" in str(plan)
         assert "TEMP B-TREE" not in str(plan)
 
@@ -570,7 +591,9 @@ def test_events_that_came_together_are_one_row(path, opened):
     store.close()
     store = opened(path)
     assert store.size() == 80
-    assert store.byte_size() == sum(len(entry.payload) for entry in store.drain(0, 1000, 1 << 20, (EVENT,)))
+    assert store.byte_size() == sum(
+        len(entry.payload) for entry in store.drain(0, 1000, 1 << 20, (EVENT,))
+    )
     assert [entry.payload for entry in store.drain(0, 2, 1 << 20, (EVENT,))] == [b"70", b"71"]
     assert store.confirm(range(71, 121)) == 50
     assert (batches(store), singles(store), store.size()) == (1, 0, 30)
@@ -623,14 +646,25 @@ def test_a_store_of_the_first_version_is_brought_forward(path, opened):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id={schema.APPLICATION_ID}")
         connection.execute("PRAGMA user_version=1")
-        meta = {"buffer_id": "b", "deployment": "", "created_at": 1.0, "pid": 1, "next_id": 3, "confirmed": 1}
+        meta = {
+            "buffer_id": "b",
+            "deployment": "",
+            "created_at": 1.0,
+            "pid": 1,
+            "next_id": 3,
+            "confirmed": 1,
+        }
         connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
         connection.execute("INSERT INTO entries VALUES (2, 'event', '', X'61', 1.0, 0)")
     assert [row.payload for row in inspect.rows(path)] == [b"a"]
     assert inspect.look(path).total == 1
     store = opened(path)
     store.append_events([b"b", b"c"])
-    assert [(entry.id, entry.payload) for entry in store.drain(0, 10, 100, (EVENT,))] == [(2, b"a"), (3, b"b"), (4, b"c")]
+    assert [(entry.id, entry.payload) for entry in store.drain(0, 10, 100, (EVENT,))] == [
+        (2, b"a"),
+        (3, b"b"),
+        (4, b"c"),
+    ]
     assert [row.payload for row in inspect.rows(path)] == [b"a", b"b", b"c"]
     assert (inspect.look(path).rows, inspect.look(path).payload_bytes) == ({"event": 3}, 3)
     assert store.confirm([2, 3]) == 2

@@ -10,7 +10,7 @@ import pytest
 
 import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
-from z4j_bare.buffer.siblings import known_to_others
+from z4j_bare.buffer.siblings import find_in_other_stores
 
 OWNER = """
 import sys
@@ -50,7 +50,11 @@ def owner(home):
     def start(*words):
         environment = {**os.environ, "PYTHONPATH": str(Path(z4j_bare.__file__).parent.parent)}
         command = [sys.executable, "-c", OWNER, str(home), *words]
-        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        )
         assert started[-1].stdout.readline() == b"ready\n"
         return started[-1]
 
@@ -67,27 +71,27 @@ def test_what_others_know(home, mine, owner, words):
     if "killed" in words:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert known_to_others(home, mine.path, "done").result == b"answer"
-    begun = known_to_others(home, mine.path, "begun")
+    assert find_in_other_stores(home, mine.path, "done").result == b"answer"
+    begun = find_in_other_stores(home, mine.path, "begun")
     assert (begun.state, begun.result) == ("elsewhere", b"")
-    assert known_to_others(home, mine.path, "new") is None
+    assert find_in_other_stores(home, mine.path, "new") is None
 
 
 def test_our_own_is_not_asked(home, mine):
     """What our own store knows is no other process's."""
     mine.claim("mine", 1.0)
-    assert known_to_others(home, mine.path, "mine") is None
+    assert find_in_other_stores(home, mine.path, "mine") is None
 
 
 def test_asking_takes_nothing_from_anybody(home, mine, owner):
     """A store that is asked is still its owner's: the file, its log and its lock are as before, and can be adopted later."""
     process = owner()
     before = sorted(path.name for path in home.parent.iterdir())
-    known_to_others(home, mine.path, "begun")
+    find_in_other_stores(home, mine.path, "begun")
     assert sorted(path.name for path in home.parent.iterdir()) == before
     process.kill()
     process.wait()
-    known_to_others(home, mine.path, "begun")
+    find_in_other_stores(home, mine.path, "begun")
     (path,) = (path for path in home.parent.glob("*.sqlite") if path != mine.path)
     with_heir = BufferStore(path, create=False)
     assert with_heir.claim("begun", 9.0).result == b"testament"
@@ -98,5 +102,5 @@ def test_files_that_are_no_stores_of_ours(home, mine):
     """Noise under our name, an empty file, a directory that is gone: then nothing is known, and nothing raises."""
     (home.parent / "z4j-green-1-aaaaaaaa.sqlite").write_bytes(b"noise" * 1000)
     (home.parent / "z4j-green-2-aaaaaaaa.sqlite").touch()
-    assert known_to_others(home, mine.path, "c") is None
-    assert known_to_others(home.parent / "none" / "b.sqlite", mine.path, "c") is None
+    assert find_in_other_stores(home, mine.path, "c") is None
+    assert find_in_other_stores(home.parent / "none" / "b.sqlite", mine.path, "c") is None

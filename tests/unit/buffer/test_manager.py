@@ -9,13 +9,18 @@ import pytest
 from z4j_bare.buffer import manager as module
 from z4j_bare.buffer import receipts
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, GONE, cause_of
-from z4j_bare.buffer.manager import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, Keeper
+from z4j_bare.buffer.manager import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.rows import UNKNOWN
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError
 
-CODES = {BUSY: sqlite3.SQLITE_BUSY, FULL: sqlite3.SQLITE_FULL, CORRUPT: sqlite3.SQLITE_CORRUPT, GONE: None}
+CODES = {
+    BUSY: sqlite3.SQLITE_BUSY,
+    FULL: sqlite3.SQLITE_FULL,
+    CORRUPT: sqlite3.SQLITE_CORRUPT,
+    GONE: None,
+}
 NOTHING = ((0, 0, ()), (0, 1, ("event",)), 1)
 
 
@@ -46,9 +51,9 @@ class Ill(MemoryStore):
         self.world.strike()
         return super().append(rows)
 
-    def take_over(self, rows):
+    def import_rows(self, rows):
         self.world.strike()
-        return super().take_over(rows)
+        return super().import_rows(rows)
 
     def relieve(self):
         self.done.append("relieve")
@@ -57,7 +62,7 @@ class Ill(MemoryStore):
         return self.discard(ids, "capacity")
 
     def written_off(self):
-        left = self.legacy()
+        left = self.export_state()
         left.losses["corrupt", "event"] = self.size()
         return left
 
@@ -75,10 +80,10 @@ class World:
     """A keeper over ill stores: ``cause`` is what ails them, ``strikes`` how many calls it takes."""
 
     def __init__(self):
-        self.seam = FakeConcurrency()
+        self.backend = FakeConcurrency()
         self.stores = []
         self.cause, self.strikes, self.cured, self.calls = "", 0, 0, 0
-        self.keeper = Keeper(self.open, self.seam)
+        self.buffer = BufferManager(self.open, self.backend)
         self.sent = 0
 
     def open(self):
@@ -98,15 +103,18 @@ class World:
         self.strikes = 0
 
     def put(self, number):
-        self.keeper.append([("event", "", b"%d" % (self.sent + n)) for n in range(number)])
+        self.buffer.append([("event", "", b"%d" % (self.sent + n)) for n in range(number)])
         self.sent += number
 
     def there(self):
         """What a sender would find now."""
-        return [int(row.payload) for row in self.keeper.drain((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]]
+        return [
+            int(row.payload)
+            for row in self.buffer.drain((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]
+        ]
 
     def adds_up(self):
-        stats = self.keeper.stats()
+        stats = self.buffer.stats()
         assert sum(stats.lost.values()) == sum(stats.lost_kinds.values())
         return self.sent == stats.rows + sum(stats.lost.values()) + stats.confirmed
 
@@ -125,77 +133,87 @@ def test_causes_are_told_apart(cause):
 def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
     """Rows of a moment ago are fetched on the hub; the disk is asked when figures are due, or there is something to delete."""
     world.put(3)
-    trips, offload = [], world.seam.offload
-    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
+    trips, offload = [], world.backend.offload
+    monkeypatch.setattr(
+        world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
+    )
     assert (world.there(), trips) == ([0, 1, 2], [])
-    world.seam.advance(1.5 * module.LOOK_EVERY)
+    world.backend.advance(1.5 * module.LOOK_EVERY)
     assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
-    world.seam.advance(module.LOOK_ALONE)
+    world.backend.advance(module.LOOK_ALONE)
     assert (world.there(), len(trips)) == ([0, 1, 2], 1)
-    world.keeper.confirm((1, 2, 3), 3, 0)
+    world.buffer.confirm((1, 2, 3), 3, 0)
     assert (world.there(), len(trips)) == ([], 2)
 
 
 def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     """A look that finds newer rows in memory leaves them for a while, as does one for results only; one that finds nothing, or an append, takes them along."""
     world.put(4)
-    trips, offload = [], world.seam.offload
-    monkeypatch.setattr(world.seam, "offload", lambda *call: trips.append(call) or offload(*call))
-    world.keeper.confirm((1,), 1, 0)
-    found = world.keeper.drain((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
-    assert ([row.id for row in found], world.keeper.acked, trips) == ([2, 3, 4], 0, [])
-    assert not world.keeper.settled
+    trips, offload = [], world.backend.offload
+    monkeypatch.setattr(
+        world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
+    )
+    world.buffer.confirm((1,), 1, 0)
+    found = world.buffer.drain((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
+    assert ([row.id for row in found], world.buffer.acked, trips) == ([2, 3, 4], 0, [])
+    assert not world.buffer.settled
     world.put(1)
-    assert (world.keeper.acked, len(trips)) == (1, 1)
-    world.keeper.confirm((2,), 1, 0)
-    assert world.keeper.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
-    assert (world.keeper.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
-    world.seam.advance(receipts.LATEST)
-    assert world.keeper.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
-    assert (world.keeper.acked, len(trips)) == (2, 2)
-    world.keeper.confirm((3, 4, 5), 3, 0)
-    assert world.keeper.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
-    assert (world.keeper.acked, world.keeper.last_stats.lost) == (5, {})
+    assert (world.buffer.acked, len(trips)) == (1, 1)
+    world.buffer.confirm((2,), 1, 0)
+    assert world.buffer.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
+    assert (world.buffer.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
+    world.backend.advance(receipts.LATEST)
+    assert world.buffer.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
+    assert (world.buffer.acked, len(trips)) == (2, 2)
+    world.buffer.confirm((3, 4, 5), 3, 0)
+    assert world.buffer.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
+    assert (world.buffer.acked, world.buffer.last_stats.lost) == (5, {})
 
 
 def test_settled_is_who_has_nothing_left_to_do(world):
     """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
     world.put(1)
-    world.keeper.confirm((1,), 1, 0)
+    world.buffer.confirm((1,), 1, 0)
     nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
-    assert world.keeper.drain(*nothing) == ([], [])
-    assert (world.keeper.acked, world.keeper.settled) == (1, False)
-    world.seam.advance(module.TIDY_EVERY)
-    assert world.keeper.drain(*nothing) == ([], [])
-    assert world.keeper.settled
+    assert world.buffer.drain(*nothing) == ([], [])
+    assert (world.buffer.acked, world.buffer.settled) == (1, False)
+    world.backend.advance(module.TIDY_EVERY)
+    assert world.buffer.drain(*nothing) == ([], [])
+    assert world.buffer.settled
 
 
 def test_confirmed_rows_are_never_found(world):
     """A sender that begins anew does not get what the brain has, although it is in memory still."""
     world.put(3)
-    world.keeper.confirm((1, 2), 2, 0)
+    world.buffer.confirm((1, 2), 2, 0)
     assert world.there() == [2]
 
 
-@pytest.mark.parametrize("add", [Keeper.append, lambda keeper, rows: keeper.append_events([payload for _, _, payload in rows])])
+@pytest.mark.parametrize(
+    "add",
+    [
+        BufferManager.append,
+        lambda buffer, rows: buffer.append_events([payload for _, _, payload in rows]),
+    ],
+)
 def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
     """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
-    world.keeper._open_store = lambda: MemoryStore(max_rows=10)
+    world.buffer._open_store = lambda: MemoryStore(max_rows=10)
     rows = [("event", "", b"%d" % number) for number in range(10)]
-    add(world.keeper, rows)
-    world.keeper.confirm(range(1, 8), 7, 0)
-    add(world.keeper, rows[:7])
-    stats = world.keeper.stats()
-    assert (stats.rows, stats.confirmed, stats.lost, world.keeper.acked) == (10, 7, {}, 7)
+    add(world.buffer, rows)
+    world.buffer.confirm(range(1, 8), 7, 0)
+    add(world.buffer, rows[:7])
+    stats = world.buffer.stats()
+    assert (stats.rows, stats.confirmed, stats.lost, world.buffer.acked) == (10, 7, {}, 7)
 
 
 def test_a_confirmed_row_leaves_once(world):
     """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
     world.put(3)
-    world.keeper.confirm((1, 2), 2, 0)
+    world.buffer.confirm((1, 2), 2, 0)
     world.ail(BUSY, 2)
     world.put(1)
-    assert (world.keeper.acked, world.keeper.stats().confirmed) == (2, 2)
+    assert (world.buffer.acked, world.buffer.stats().confirmed) == (2, 2)
     assert world.adds_up()
 
 
@@ -205,10 +223,10 @@ def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
     world.ail("other")
     world.put(2)
     world.heal()
-    world.keeper.confirm((1, 2), 2, world.keeper.generation)
-    world.seam.advance(RETRY_FIRST)
+    world.buffer.confirm((1, 2), 2, world.buffer.generation)
+    world.backend.advance(RETRY_FIRST)
     assert world.there() == [0, 1, 2, 3, 4]
-    assert world.keeper.durable
+    assert world.buffer.durable
     assert world.adds_up()
 
 
@@ -217,9 +235,9 @@ def test_closing_deletes_what_the_brain_has(world):
     world.put(3)
     deleted = []
     world.stores[0].confirm = lambda ids: deleted.extend(ids)
-    world.keeper.confirm((1, 3), 2, 0)
-    world.keeper.close()
-    assert (deleted, world.keeper.acked) == ([1, 3], 2)
+    world.buffer.confirm((1, 3), 2, 0)
+    world.buffer.close()
+    assert (deleted, world.buffer.acked) == ([1, 3], 2)
 
 
 # -- busy
@@ -229,20 +247,23 @@ def test_a_busy_disk_is_asked_again(world):
     """A disk that is locked for a second costs that second, and nothing else."""
     world.ail(BUSY, 4)
     world.put(3)
-    assert 0 < world.seam.now() < 1.5
-    assert (world.keeper.durable, world.keeper.failures, world.keeper.generation) == (True, 0, 0)
+    assert 0 < world.backend.now() < 1.5
+    assert (world.buffer.durable, world.buffer.failures, world.buffer.generation) == (True, 0, 0)
     assert world.there() == [0, 1, 2]
 
 
 def test_patience_with_a_busy_disk_ends(world):
     """A disk that stays locked is given up after a few seconds, in which others run."""
     ticks = []
-    world.seam.spawn(lambda: [ticks.append(world.seam.now()) or world.seam.sleep(0.1) for _ in range(20)], name="host")
+    world.backend.spawn(
+        lambda: [ticks.append(world.backend.now()) or world.backend.sleep(0.1) for _ in range(20)],
+        name="host",
+    )
     world.ail(BUSY)
     world.put(1)
-    assert BUSY_PATIENCE <= world.seam.now() <= BUSY_PATIENCE + 1
+    assert BUSY_PATIENCE <= world.backend.now() <= BUSY_PATIENCE + 1
     assert len(ticks) == 20
-    assert not world.keeper.durable
+    assert not world.buffer.durable
     assert world.adds_up()
 
 
@@ -255,14 +276,14 @@ def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
     for _ in range(3):
         world.ail(FULL, 1)
         world.put(2)
-    assert world.keeper.durable
+    assert world.buffer.durable
     assert world.stores[0].done.count("relieve") == 3
     assert world.there() == [6, 7, 8, 9]
-    assert world.keeper.stats().lost == {"capacity": 6}
+    assert world.buffer.stats().lost == {"capacity": 6}
     assert world.adds_up()
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "z4j: the disk is full: the 2 oldest events had to go (cannot append to the store: full)"
-    ]
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ] == ["z4j: the disk is full: the 2 oldest events had to go (cannot append to the store: full)"]
 
 
 def test_a_disk_that_stays_full_leaves_memory(world):
@@ -271,26 +292,26 @@ def test_a_disk_that_stays_full_leaves_memory(world):
     world.ail(FULL)
     world.put(2)
     assert world.stores[0].done == ["relieve"]
-    assert not world.keeper.durable
+    assert not world.buffer.durable
     assert world.adds_up()
-    assert world.keeper.last_stats.rows == 4
+    assert world.buffer.last_stats.rows == 4
 
 
 def test_a_corrupt_file_is_replaced(world, caplog):
     """The file is set aside, a new one begun, the rows of the old one are counted, and old ids mean nothing any more."""
     world.put(5)
-    generation = world.keeper.generation
+    generation = world.buffer.generation
     world.ail(CORRUPT, 1)
     world.put(2)
     assert world.stores[0].done == ["set aside"]
     assert len(world.stores) == 2
-    assert world.keeper.durable
-    assert world.keeper.generation == generation + 1
-    world.keeper.confirm([1, 2], 2, generation)
-    world.keeper.drain(*NOTHING)
-    world.keeper.discard([1, 2], "poison", generation)
+    assert world.buffer.durable
+    assert world.buffer.generation == generation + 1
+    world.buffer.confirm([1, 2], 2, generation)
+    world.buffer.drain(*NOTHING)
+    world.buffer.discard([1, 2], "poison", generation)
     assert world.there() == [5, 6]
-    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
     assert caplog.text.count("is corrupt") == 1
 
@@ -298,21 +319,21 @@ def test_a_corrupt_file_is_replaced(world, caplog):
 def test_losses_are_kept_when_no_new_file_can_be_opened(world):
     """A corrupt file and then no disk at all: what was lost is still told, from memory and then from the next file."""
     world.put(5)
-    opened = world.keeper._open_store
+    opened = world.buffer._open_store
 
     def refuse():
         raise trouble("other")
 
-    world.keeper._open_store = refuse
+    world.buffer._open_store = refuse
     world.ail(CORRUPT, 1)
     world.put(2)
-    assert not world.keeper.durable
-    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert not world.buffer.durable
+    assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
-    world.keeper._open_store = opened
-    world.seam.advance(RETRY_FIRST)
+    world.buffer._open_store = opened
+    world.backend.advance(RETRY_FIRST)
     assert world.there() == [5, 6]
-    assert world.keeper.stats().lost == {"corrupt": 5}
+    assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
 
 
@@ -323,7 +344,7 @@ def test_a_deleted_file_is_replaced_with_its_rows(world):
     world.put(2)
     assert world.stores[0].closed
     assert world.there() == [0, 1, 2, 3, 4, 5, 6]
-    assert world.keeper.durable
+    assert world.buffer.durable
     assert world.adds_up()
 
 
@@ -332,17 +353,17 @@ def test_a_deleted_file_is_replaced_with_its_rows(world):
 
 def test_losses_in_memory_reach_the_disk(world):
     """What overflowed while there was only memory is lost for good, and is still told after the return."""
-    world.keeper._new_memory = lambda: MemoryStore(max_rows=3)
+    world.buffer._new_memory = lambda: MemoryStore(max_rows=3)
     world.put(2)
     world.ail("other")
     world.put(10)
-    assert world.keeper.stats().rows == 5
-    assert world.keeper.stats().buffer_id == world.stores[0].buffer_id
+    assert world.buffer.stats().rows == 5
+    assert world.buffer.stats().buffer_id == world.stores[0].buffer_id
     assert world.adds_up()
     world.heal()
-    world.seam.advance(RETRY_FIRST)
+    world.backend.advance(RETRY_FIRST)
     assert world.there() == [0, 1, 9, 10, 11]
-    assert world.keeper.stats().lost == {"capacity": 7}
+    assert world.buffer.stats().lost == {"capacity": 7}
     assert world.adds_up()
 
 
@@ -352,13 +373,15 @@ def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
         world.ail("other")
         world.put(1)
         world.heal()
-        world.seam.advance(RETRY_FIRST * 4)
+        world.backend.advance(RETRY_FIRST * 4)
         world.put(1)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
     assert sum("in memory only" in text for text in warnings) <= 2
     assert sum("on disk again" in text for text in warnings) <= 2
-    assert world.keeper.failures >= 3
-    world.seam.advance(RETRY_LONGEST)
+    assert world.buffer.failures >= 3
+    world.backend.advance(RETRY_LONGEST)
     assert world.there() == list(range(8))
 
 
@@ -368,7 +391,7 @@ def test_attempts_to_return_grow_rarer(world):
     world.put(1)
     world.calls = 0
     for _ in range(2000):
-        world.seam.advance(1)
+        world.backend.advance(1)
         world.there()
     assert 6 <= world.calls <= 6 + 2000 / RETRY_LONGEST + 1
 
@@ -381,7 +404,7 @@ def test_closing_saves_what_is_in_memory(world):
     world.heal()
     disk = world.stores[0]
     kept, disk.close = [], lambda: kept.append(disk.size())
-    world.keeper.close()
+    world.buffer.close()
     assert kept == [3]
 
 
@@ -389,7 +412,7 @@ def test_closing_says_what_it_could_not_save(world, caplog):
     """With the disk still failing, the log says how many rows went with the process."""
     world.ail("other")
     world.put(2)
-    world.keeper.close()
+    world.buffer.close()
     assert "2 rows were in memory only" in caplog.text
 
 
@@ -399,7 +422,7 @@ def test_a_bug_is_not_taken_for_a_bad_disk(world):
     world.stores[0].append = None
     with pytest.raises(TypeError):
         world.put(1)
-    assert world.keeper.durable
+    assert world.buffer.durable
 
 
 # -- tidying
@@ -409,12 +432,12 @@ def test_an_idle_store_is_tidied_until_nothing_is_left(world):
     """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
     world.put(3)
     world.stores[0].untidy = 3
-    world.keeper.confirm([1, 2, 3], 3, 0)
-    world.keeper.drain(*NOTHING)
+    world.buffer.confirm([1, 2, 3], 3, 0)
+    world.buffer.drain(*NOTHING)
     assert world.stores[0].done == []
     for _ in range(50):
-        world.seam.advance(0.1)
-        world.keeper.drain(*NOTHING)
+        world.backend.advance(0.1)
+        world.buffer.drain(*NOTHING)
     assert world.stores[0].done == ["tidy"] * 3
 
 
@@ -422,7 +445,7 @@ def test_tidying_waits_while_there_is_work(world):
     """A turn that found rows or confirmed some does not tidy."""
     world.put(3)
     for _ in range(5):
-        world.seam.advance(1)
+        world.backend.advance(1)
         assert len(world.there()) == 3
     assert world.stores[0].done == []
 
@@ -435,11 +458,11 @@ def test_tidying_that_fails_costs_nothing(world):
         raise trouble(FULL)
 
     world.stores[0].tidy = fail
-    world.keeper.confirm([1], 1, 0)
-    world.keeper.drain(*NOTHING)
-    world.seam.advance(1)
-    world.keeper.drain(*NOTHING)
-    assert world.keeper.durable
+    world.buffer.confirm([1], 1, 0)
+    world.buffer.drain(*NOTHING)
+    world.backend.advance(1)
+    world.buffer.drain(*NOTHING)
+    assert world.buffer.durable
 
 
 def test_the_notice_is_passed_on_once(world, caplog):
@@ -455,8 +478,8 @@ def test_appends_refresh_the_figures(world):
     """Without a session nobody asks for rows; the figures are at most a second and an append old all the same."""
     for _ in range(4):
         world.put(5)
-        world.seam.advance(1.1)
-    assert world.keeper.last_stats.rows == 15
+        world.backend.advance(1.1)
+    assert world.buffer.last_stats.rows == 15
 
 
 def test_figures_from_before_the_first_look(world):
@@ -465,8 +488,8 @@ def test_figures_from_before_the_first_look(world):
     def refuse():
         raise trouble("other")
 
-    world.keeper._open_store = refuse
-    assert world.keeper.last_stats is UNKNOWN
+    world.buffer._open_store = refuse
+    assert world.buffer.last_stats is UNKNOWN
     world.put(2)
-    assert world.keeper.stats().buffer_id != "unopened"
+    assert world.buffer.stats().buffer_id != "unopened"
     assert world.adds_up()

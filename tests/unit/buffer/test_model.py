@@ -50,7 +50,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(rows=ROWS, key=st.sampled_from(["", "key"]), filler=st.sampled_from([b"x", b"\n"]))
     def append(self, rows, key, filler):
         first = self.produced
-        batch = [(kind, key, b"%08d" % (first + n) + filler * size) for n, (kind, size) in enumerate(rows)]
+        batch = [
+            (kind, key, b"%08d" % (first + n) + filler * size)
+            for n, (kind, size) in enumerate(rows)
+        ]
         evicted = self.store.append(batch)
         self.grown(batch, evicted)
 
@@ -73,7 +76,12 @@ class StoreMachine(RuleBasedStateMachine):
         if sum(len(row[2]) + 5000 for row in known) < MAX_BYTES * 3 // 4:
             assert evicted == max(0, len(known) - MAX_ROWS)
 
-    @rule(after=st.integers(0, 60), limit=st.integers(0, 20), max_bytes=st.integers(1, 600_000), kinds=KINDS)
+    @rule(
+        after=st.integers(0, 60),
+        limit=st.integers(0, 20),
+        max_bytes=st.integers(1, 600_000),
+        kinds=KINDS,
+    )
     def drain(self, after, limit, max_bytes, kinds):
         expected, room = [], max_bytes
         for row in self.rows:
@@ -131,7 +139,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert sum(stats.lost.values()) == sum(stats.lost_kinds.values()) == self.lost
         assert stats.produced == stats.confirmed + stats.rows + self.lost
         assert stats.rows == self.store.size() == len(self.rows) <= MAX_ROWS
-        assert stats.payload_bytes == self.store.byte_size() == sum(len(row[2]) for row in self.rows)
+        assert (
+            stats.payload_bytes == self.store.byte_size() == sum(len(row[2]) for row in self.rows)
+        )
         assert stats.bytes <= MAX_BYTES
 
     @invariant()
@@ -146,7 +156,9 @@ class DiskMachine(StoreMachine):
     def __init__(self):
         # Processes die here, not machines: in memory, a busy disk's fsync cannot make this slow.
         shared = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="z4j-model-", dir=shared if shared.is_dir() else None))
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="z4j-model-", dir=shared if shared.is_dir() else None)
+        )
         self.folder.chmod(0o700)
         self.path = self.folder / "store-0.sqlite"
         self.orphan = self.folder / "orphan.sqlite"
@@ -156,7 +168,12 @@ class DiskMachine(StoreMachine):
     def open(self):
         # Commands at 1.0 are young for this clock, so that the file outlives a close with an empty queue.
         return BufferStore(
-            self.path, max_rows=MAX_ROWS, max_bytes=MAX_BYTES, busy_timeout=0, deployment="p", clock=lambda: 2.0
+            self.path,
+            max_rows=MAX_ROWS,
+            max_bytes=MAX_BYTES,
+            busy_timeout=0,
+            deployment="p",
+            clock=lambda: 2.0,
         )
 
     def teardown(self):
@@ -254,7 +271,9 @@ class DiskMachine(StoreMachine):
         stats = self.store.stats()
         assert stats.produced == self.produced + produced
         self.produced, self.lost = stats.produced, sum(stats.lost.values())
-        self.rows = [(row.id, row.kind, row.payload) for row in self.store.drain(0, 1000, 1 << 40, ALL)]
+        self.rows = [
+            (row.id, row.kind, row.payload) for row in self.store.drain(0, 1000, 1 << 40, ALL)
+        ]
 
 
 def abandon(store):

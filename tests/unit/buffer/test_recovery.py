@@ -14,7 +14,7 @@ import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer.adopt_loop import EVERY, REFUSED, AdoptLoop
 from z4j_bare.buffer.files import lock_of
-from z4j_bare.buffer.manager import Keeper
+from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.recovery import ENOUGH_ROWS, STEP_ROWS, Orphan, orphans
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.concurrency.fake import FakeConcurrency
@@ -93,7 +93,11 @@ def process():
     def start(script, *args):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(args[0].parent)}
         command = [sys.executable, "-c", script, *map(str, args)]
-        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+        )
         return started[-1]
 
     yield start
@@ -108,14 +112,14 @@ class Heir:
     """A keeper on a real store in virtual time, with the loop that adopts."""
 
     def __init__(self, home, **options):
-        self.seam = FakeConcurrency()
+        self.backend = FakeConcurrency()
         self.home = home
         self.store = None
         self.options = {"deployment": "p", **options}
-        self.keeper = Keeper(self.open, self.seam)
+        self.buffer = BufferManager(self.open, self.backend)
         self.woken = 0
-        self.stopping = self.seam.event()
-        self.loop = AdoptLoop(str(home), self.claim, self.keeper, self.seam, self.wake)
+        self.stop_event = self.backend.event()
+        self.loop = AdoptLoop(str(home), self.claim, self.buffer, self.backend, self.wake)
         self.task = None
 
     def open(self):
@@ -129,24 +133,30 @@ class Heir:
         self.woken += 1
 
     def run(self, seconds=1.0):
-        self.task = self.task or self.seam.spawn(self.loop.run, self.stopping, name="z4j-adopt")
-        self.seam.advance(seconds)
+        self.task = self.task or self.backend.spawn(
+            self.loop.run, self.stop_event, name="z4j-adopt"
+        )
+        self.backend.advance(seconds)
 
     def rows(self):
-        return [entry.payload for entry in self.store.drain(0, 10**6, 1 << 40, ALL)] if self.store else []
+        return (
+            [entry.payload for entry in self.store.drain(0, 10**6, 1 << 40, ALL)]
+            if self.store
+            else []
+        )
 
     def acknowledge(self, number):
         """Be the brain: take the oldest rows off the store."""
         ids = [entry.id for entry in self.store.drain(0, number, 1 << 40, ALL)]
-        self.keeper.confirm(ids, len(ids), self.keeper.generation)
-        self.keeper.stats()
+        self.buffer.confirm(ids, len(ids), self.buffer.generation)
+        self.buffer.stats()
 
     def end(self):
-        self.stopping.set()
-        self.seam.advance(1)
+        self.stop_event.set()
+        self.backend.advance(1)
         if self.task is not None:
             assert not self.task.alive()
-        self.keeper.close()
+        self.buffer.close()
 
 
 @pytest.fixture
@@ -161,7 +171,12 @@ def orphan(home, rows=10, deployment="p", first=0, clock=None, size=0):
     options = {"clock": clock} if clock else {}
     store = BufferStore(new_store_path(home), deployment=deployment, **options)
     for start in range(first, first + rows, 5000):
-        store.append([("event", "t", b"%d" % number + b" " * size) for number in range(start, min(first + rows, start + 5000))])
+        store.append(
+            [
+                ("event", "t", b"%d" % number + b" " * size)
+                for number in range(start, min(first + rows, start + 5000))
+            ]
+        )
     store._connection.close()
     store._lock.release()
     return store.path
@@ -186,9 +201,11 @@ def test_a_killed_process_is_inherited(process, home, heir):
     path = killed(process(OWNER, home, 1000, "p"))
     heir.run(1.0)
     assert numbers(heir.rows()) == list(range(37, 1000))
-    stats = heir.keeper.stats()
+    stats = heir.buffer.stats()
     assert stats.lost == {"capacity": 30}
-    assert 7 + stats.rows + sum(stats.lost.values()) == 1000, "produced = acknowledged + buffered + lost"
+    assert 7 + stats.rows + sum(stats.lost.values()) == 1000, (
+        "produced = acknowledged + buffered + lost"
+    )
     assert stats.produced == stats.confirmed + stats.rows + sum(stats.lost.values())
     assert heir.store.claim("done", 1e12).result == b"answer"
     assert heir.store.claim("begun", 1e12).state == "started"
@@ -209,7 +226,11 @@ def test_testaments_are_read(home, heir):
     heir.run(1.0)
     results = {entry.key: entry.payload for entry in heir.store.drain(0, 9, 99, ("result",))}
     assert results == {"died": b"testament", "done": b"answer"}
-    assert [heir.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == ["done", "started", "done"]
+    assert [heir.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == [
+        "done",
+        "started",
+        "done",
+    ]
     assert orphans(home, {heir.store.path}) == []
 
 
@@ -290,7 +311,7 @@ def test_files_that_are_not_safe_stay(home, heir, how):
 
 def test_our_own_store_is_no_orphan(home, heir):
     """A look at the directory does not touch the lock of the store that we own."""
-    heir.keeper.append([("event", "", b"1")])
+    heir.buffer.append([("event", "", b"1")])
     heir.run(EVERY * 2)
     assert numbers(heir.rows()) == [1]
     assert heir.store.path in orphans(home, ())
@@ -321,7 +342,11 @@ def test_rows_keep_their_age_and_attempts(home, heir):
     store._lock.release()
     heir.run()
     found = heir.store.drain(0, 10, 100, ALL)
-    assert [(entry.created_at, entry.attempts) for entry in found] == [(1000.0, 0), (1000.0, 1), (1000.0, 0)]
+    assert [(entry.created_at, entry.attempts) for entry in found] == [
+        (1000.0, 0),
+        (1000.0, 1),
+        (1000.0, 0),
+    ]
 
 
 def test_several_files_the_oldest_first(home, heir):
@@ -338,19 +363,19 @@ def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
     path = orphan(home, 6000)
     heir.run()
     assert ENOUGH_ROWS <= len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
-    assert heir.keeper.adopting == 6000 - len(heir.rows())
-    heir.keeper.append([("event", "", b"-1")])
+    assert heir.buffer.adopting == 6000 - len(heir.rows())
+    heir.buffer.append([("event", "", b"-1")])
     assert numbers(heir.rows()).index(-1) < ENOUGH_ROWS + STEP_ROWS
     seen, turns = 0, 0
     while len(heir.rows()):
         seen += min(300, len(heir.rows()))
         heir.acknowledge(300)
-        heir.seam.advance(0.5)
+        heir.backend.advance(0.5)
         turns += 1
         assert len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
     assert seen == 6001
     assert turns <= 22, "the brain never waited for rows"
-    assert heir.keeper.adopting == 0
+    assert heir.buffer.adopting == 0
     assert not path.exists()
 
 
@@ -360,7 +385,7 @@ def test_a_small_heir_takes_less(home):
     heir = Heir(home, max_rows=1000)
     heir.run()
     assert 250 <= len(heir.rows()) < 250 + STEP_ROWS
-    assert heir.keeper.stats().lost == {}
+    assert heir.buffer.stats().lost == {}
     heir.end()
 
 
@@ -376,7 +401,7 @@ def test_stopping_lets_the_rest_go(home):
     while second.rows():
         rows += numbers(second.rows())
         second.acknowledge(5000)
-        second.seam.advance(1)
+        second.backend.advance(1)
     assert sorted(rows) == list(range(4000))
     second.end()
     assert list(home.parent.iterdir()) == []
@@ -385,18 +410,18 @@ def test_stopping_lets_the_rest_go(home):
 def test_nothing_moves_into_memory(home, heir):
     """While our own disk fails, rows stay where they are safe."""
     path = orphan(home, 10)
-    open_store, heir.keeper._open_store = heir.keeper._open_store, None
+    open_store, heir.buffer._open_store = heir.buffer._open_store, None
 
     def refuse():
         raise LocalStorageError("no disk")
 
-    heir.keeper._open_store = refuse
-    heir.keeper.append([("event", "", b"1")])
+    heir.buffer._open_store = refuse
+    heir.buffer.append([("event", "", b"1")])
     heir.run(3.0)
     assert path.exists()
-    heir.keeper._open_store = open_store
-    heir.seam.advance(10)
-    heir.keeper.append([("event", "", b"1")])
+    heir.buffer._open_store = open_store
+    heir.backend.advance(10)
+    heir.buffer.append([("event", "", b"1")])
     heir.run(EVERY)
     assert len(heir.rows()) == 12
     assert not path.exists()
@@ -418,17 +443,17 @@ def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
 def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
     """When the heir's own append fails, nothing leaves the orphan, the heir's keeper stays where it was, and it tries later."""
     path = orphan(home, 10)
-    heir.keeper.append([("event", "", b"100")])
-    take_over = heir.store.take_over
+    heir.buffer.append([("event", "", b"100")])
+    import_rows = heir.store.import_rows
 
     def refuse(rows):
         raise LocalStorageError("the disk is full")
 
-    heir.store.take_over = refuse
+    heir.store.import_rows = refuse
     heir.run(3)
-    assert heir.keeper.durable
+    assert heir.buffer.durable
     assert path.exists()
-    heir.store.take_over = take_over
+    heir.store.import_rows = import_rows
     heir.run(REFUSED + EVERY)
     assert sorted(numbers(heir.rows())) == [*range(10), 100]
 
@@ -467,7 +492,7 @@ def test_rows_that_cannot_be_read_are_counted(home, heir):
     path = orphan(home, 5000, size=1000)
     damage(path, 0.5)
     heir.run(1)
-    assert heir.keeper.stats().lost == {"corrupt": 5000}
+    assert heir.buffer.stats().lost == {"corrupt": 5000}
     assert not path.exists()
 
 
@@ -478,8 +503,8 @@ def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
     damage(path, 0.5)
     for _ in range(20):
         heir.acknowledge(5000)
-        heir.seam.advance(1)
-    stats = heir.keeper.stats()
+        heir.backend.advance(1)
+    stats = heir.buffer.stats()
     assert 1000 <= stats.confirmed < 5000
     assert stats.confirmed + stats.lost["corrupt"] == 5000
     assert not path.exists()
@@ -531,21 +556,21 @@ def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
     while second.rows():
         rows += numbers(second.rows())
         second.acknowledge(5000)
-        second.seam.advance(1)
+        second.backend.advance(1)
     assert set(rows) == set(range(1500))
     assert len(rows) <= 1525
     second.end()
     assert list(home.parent.iterdir()) == []
 
 
-def test_the_loop_runs_in_this_mode(home, seam, until):
+def test_the_loop_runs_in_this_mode(home, backend, until):
     """The same off the hub of this mode: an orphan's rows are in our store, and the loop ends when told to."""
     orphan(home, 700)
-    keeper = Keeper(lambda: BufferStore(new_store_path(home), deployment="p"), seam)
-    stopping = seam.event()
-    loop = AdoptLoop(str(home), lambda path: Orphan(path, "p", **CAPS), keeper, seam, int)
-    task = seam.spawn(loop.run, stopping, name="z4j-adopt")
-    until(lambda: keeper.stats().rows == 700)
-    stopping.set()
+    buffer = BufferManager(lambda: BufferStore(new_store_path(home), deployment="p"), backend)
+    stop_event = backend.event()
+    loop = AdoptLoop(str(home), lambda path: Orphan(path, "p", **CAPS), buffer, backend, int)
+    task = backend.spawn(loop.run, stop_event, name="z4j-adopt")
+    until(lambda: buffer.stats().rows == 700)
+    stop_event.set()
     assert task.join(10)
-    keeper.close()
+    buffer.close()

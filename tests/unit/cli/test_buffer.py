@@ -16,7 +16,7 @@ from z4j_bare.buffer.files import lock_of
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.cli import main
-from z4j_bare.credentials import deployment_of
+from z4j_bare.credentials import deployment_id
 from z4j_bare.install import resolve_config
 from z4j_bare.settings import load_settings
 from z4j_bare.wire import frames
@@ -41,7 +41,9 @@ def leave(home, name, events=3, results=0, deployment="d", kind=EVENT, text="x")
     store = BufferStore(home / f"z4j-green-{name}.sqlite", deployment=deployment)
     store.append([(kind, "", event(number, text)) for number in range(events)])
     answer = frames.command_result("success", {"n": 1}, None, None)
-    store.append([(RESULT, f"00000000-0000-4000-8000-{number:012d}", answer) for number in range(results)])
+    store.append(
+        [(RESULT, f"00000000-0000-4000-8000-{number:012d}", answer) for number in range(results)]
+    )
     store.close()
     return store.path
 
@@ -60,7 +62,12 @@ sys.stdin.read()
 def living(home):
     """A store whose process lives; yields its path."""
     path = home / "z4j-green-live.sqlite"
-    process = subprocess.Popen([sys.executable, "-c", LIVE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVE, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         yield path
@@ -90,7 +97,13 @@ def test_list_and_stats(home, capsys):
         assert not by_name["z4j-green-dead.sqlite"]["living"]
         assert by_name["z4j-green-live.sqlite"]["living"]
         code, sums = answer(capsys, "stats")
-        assert (code, sums["stores"], sums["left_behind"], sums["rows"], sums["rows_left_behind"]) == (0, 2, 1, 7, 5)
+        assert (
+            code,
+            sums["stores"],
+            sums["left_behind"],
+            sums["rows"],
+            sums["rows_left_behind"],
+        ) == (0, 2, 1, 7, 5)
         assert sums["oldest_age_seconds"] >= 0
         assert main(["buffer", "list"]) == 0
         said = capsys.readouterr().out
@@ -135,7 +148,9 @@ def test_export(home, capsys, tmp_path):
     with living(home) as path:
         assert main(["buffer", "export"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [(line["kind"], line["store"]) for line in lines] == [(kind, "z4j-green-dead.sqlite") for kind in (EVENT, EVENT, RESULT)]
+        assert [(line["kind"], line["store"]) for line in lines] == [
+            (kind, "z4j-green-dead.sqlite") for kind in (EVENT, EVENT, RESULT)
+        ]
         assert lines[1]["payload"] == {"number": 1, "text": "x"}
         target = tmp_path / "rows.jsonl"
         assert answer(capsys, "export", "-o", str(target)) == (0, {"rows": 3, "file": str(target)})
@@ -180,17 +195,22 @@ def test_drop(home, capsys, monkeypatch):
 
 
 @pytest.fixture
-def front(seam, monkeypatch):
+def front(backend, monkeypatch):
     """A scripted brain, and the settings that lead to it."""
-    made = Front(seam)
-    for name, value in {"BRAIN_URL": made.url, "PROJECT_ID": "p", "TOKEN": TOKEN, "HMAC_SECRET": SECRET_TEXT}.items():
+    made = Front(backend)
+    for name, value in {
+        "BRAIN_URL": made.url,
+        "PROJECT_ID": "p",
+        "TOKEN": TOKEN,
+        "HMAC_SECRET": SECRET_TEXT,
+    }.items():
         monkeypatch.setenv(f"Z4J_{name}", value)
     yield made
     made.stop()
 
 
 def ours():
-    return deployment_of(resolve_config(load_settings()), SECRET)
+    return deployment_id(resolve_config(load_settings()), SECRET)
 
 
 def test_flush(home, front, capsys):
@@ -204,7 +224,10 @@ def test_flush(home, front, capsys):
     assert "707 of 707 rows are with the brain, 0 are still here" in said
     assert "sent: " in said
     assert len(front.http.events()) == 705
-    assert all(isinstance(frame.payload, CommandResultPayload) for frame in front.http.frames("command_result"))
+    assert all(
+        isinstance(frame.payload, CommandResultPayload)
+        for frame in front.http.frames("command_result")
+    )
     assert len(front.http.frames("command_result")) == 2
     assert list(home.iterdir()) == []
     assert len(front.http.commands) == 1
@@ -229,7 +252,11 @@ def test_what_is_not_sent_stays(home, front, capsys):
     assert main(["buffer", "flush", fine.name]) == 1
     assert "FAIL" in capsys.readouterr().out
     code, found = answer(capsys, "flush")
-    assert (code, found["sent"], [each["store"] for each in found["passed_over"]]) == (1, 0, [foreign.name])
+    assert (code, found["sent"], [each["store"] for each in found["passed_over"]]) == (
+        1,
+        0,
+        [foreign.name],
+    )
     assert "Z4J_TOKEN" in found["error"]
     assert answer(capsys, "stats", fine.name)[1]["rows"] == 3
 

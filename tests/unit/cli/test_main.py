@@ -19,7 +19,15 @@ def test_without_a_command(capsys):
     assert "run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], ["run", "--no-such-option"], ["--log-level", "LOUD", "version"], ["run", "--engine", "none"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["nonsense"],
+        ["run", "--no-such-option"],
+        ["--log-level", "LOUD", "version"],
+        ["run", "--engine", "none"],
+    ],
+)
 def test_usage_errors(argv, capsys):
     """What argparse refuses ends with code 2 and says why on stderr."""
     with pytest.raises(SystemExit) as caught:
@@ -52,7 +60,13 @@ def test_help_of_every_command(capsys):
 def test_as_a_module():
     """``python -m z4j_bare`` is the same command."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "z4j_bare", "version"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "z4j_bare", "version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert "protocol" in done.stdout
     assert time.monotonic() - began < 60
 
@@ -62,15 +76,20 @@ def spoken_to(monkeypatch):
     """``spoken_to(url)``: the environment of an agent of that brain."""
 
     def point(url):
-        for name, value in {"BRAIN_URL": url, "PROJECT_ID": "p", "TOKEN": TOKEN, "HMAC_SECRET": SECRET_TEXT}.items():
+        for name, value in {
+            "BRAIN_URL": url,
+            "PROJECT_ID": "p",
+            "TOKEN": TOKEN,
+            "HMAC_SECRET": SECRET_TEXT,
+        }.items():
             monkeypatch.setenv(f"Z4J_{name}", value)
 
     return point
 
 
-def test_doctor_and_check(seam, spoken_to, capsys):
+def test_doctor_and_check(backend, spoken_to, capsys):
     """Both say what they found, for people line by line and for machines as one object; the exit code says it too."""
-    front = Front(seam)
+    front = Front(backend)
     spoken_to(front.url)
     try:
         assert main(["doctor"]) == 0
@@ -79,7 +98,13 @@ def test_doctor_and_check(seam, spoken_to, capsys):
         assert "\x1b" not in said
         assert main(["check", "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
-        assert [probe["name"] for probe in answer["probes"]] == ["buffer_path", "dns", "tcp", "tls", "http"]
+        assert [probe["name"] for probe in answer["probes"]] == [
+            "buffer_path",
+            "dns",
+            "tcp",
+            "tls",
+            "http",
+        ]
         assert front.ws.token not in str(answer)
         front.http.token = "another"
         assert main(["doctor"]) == 1
@@ -102,12 +127,14 @@ runtime = install_agent(engines=[Engine()])
 """
 
 
-def test_doctor_with_an_app_and_a_file(seam, capsys, monkeypatch, tmp_path):
+def test_doctor_with_an_app_and_a_file(backend, capsys, monkeypatch, tmp_path):
     """The application that the doctor imports finds the settings of --config, and nobody says hello."""
-    front = Front(seam)
+    front = Front(backend)
     names = ("brain_url", "project_id", "token", "hmac_secret")
     for name in names:
-        monkeypatch.setenv(f"Z4J_{name.upper()}", "")  # restored at the end, whatever the command puts there
+        monkeypatch.setenv(
+            f"Z4J_{name.upper()}", ""
+        )  # restored at the end, whatever the command puts there
     file = tmp_path / "agent.toml"
     values = zip(names, (front.url, "p", TOKEN, SECRET_TEXT), strict=True)
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in values))
@@ -143,15 +170,23 @@ def test_settings_that_are_wrong(command, capsys, monkeypatch):
         (["z4j-bare", "buffer", "fl"], {"flush"}),
         (["z4j-bare", "buffer", "drop", "--y"], {"--yes"}),
         (["z4j-bare", "run", "--concurrency", "g"], {"gevent"}),
-        (["z4j-bare", "--log-level", "DEBUG", "completion", ""], {"bash", "zsh", "fish", "-h", "--help"}),
+        (
+            ["z4j-bare", "--log-level", "DEBUG", "completion", ""],
+            {"bash", "zsh", "fish", "-h", "--help"},
+        ),
     ],
 )
 def test_completion_in_bash(capsys, typed, offered):
     """Bash completes commands, their options and the values of those, as the parsers have them."""
     assert main(["completion", "bash"]) == 0
     words = " ".join(f"'{word}'" for word in typed)
-    script = capsys.readouterr().out + f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _z4j_bare; echo ${{COMPREPLY[@]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    script = (
+        capsys.readouterr().out
+        + f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _z4j_bare; echo ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True
+    )
     assert done.stderr == ""
     assert set(done.stdout.split()) == offered
 
@@ -162,6 +197,10 @@ def test_completion_elsewhere(capsys):
     assert "bashcompinit" in capsys.readouterr().out
     assert main(["completion", "fish"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("complete -c z4j-bare ") and line.count("'") % 2 == 0 for line in lines)
-    assert any("__fish_seen_subcommand_from buffer" in line and "-a flush" in line for line in lines)
+    assert all(
+        line.startswith("complete -c z4j-bare ") and line.count("'") % 2 == 0 for line in lines
+    )
+    assert any(
+        "__fish_seen_subcommand_from buffer" in line and "-a flush" in line for line in lines
+    )
     assert any("-l watch" in line for line in lines)

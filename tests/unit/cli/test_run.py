@@ -55,7 +55,10 @@ def test_an_application_that_fails_at_import(tmp_path, monkeypatch):
     """What the application itself lacks is one line, too, which names where the application was named."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needy_app.py").write_text("import os\napp = os.environ['NEEDY_DATABASE']\n")
-    with pytest.raises(HostConfigurationError, match=r"the app of celery 'needy_app:app'.*KeyError: 'NEEDY_DATABASE'"):
+    with pytest.raises(
+        HostConfigurationError,
+        match=r"the app of celery 'needy_app:app'.*KeyError: 'NEEDY_DATABASE'",
+    ):
         adapters.build(adapters.ENGINES, {"celery": {"app": "needy_app:app"}}, None)
 
 
@@ -80,7 +83,12 @@ def test_the_agent_of_an_application_stays_out(tmp_path, monkeypatch):
 
     It would take the process from `run`, whose engines and settings are others, and connect under `doctor`.
     """
-    for name, value in {"BRAIN_URL": "http://127.0.0.1:9", "TOKEN": TOKEN, "PROJECT_ID": "p", "HMAC_SECRET": SECRET_TEXT}.items():
+    for name, value in {
+        "BRAIN_URL": "http://127.0.0.1:9",
+        "TOKEN": TOKEN,
+        "PROJECT_ID": "p",
+        "HMAC_SECRET": SECRET_TEXT,
+    }.items():
         monkeypatch.setenv(f"Z4J_{name}", value)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "agent_app.py").write_text(INSTALLS)
@@ -106,7 +114,9 @@ def test_what_the_agent_of_an_application_lacks(tmp_path, monkeypatch):
 def test_configuration_errors_are_one_line(capsys, tmp_path, monkeypatch):
     """A missing setting is one line on stderr and exit code 2, without a traceback."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lonely_app.py").write_text("from celery import Celery\napp = Celery('x', broker='memory://')\n")
+    (tmp_path / "lonely_app.py").write_text(
+        "from celery import Celery\napp = Celery('x', broker='memory://')\n"
+    )
     assert main(["run", "--app", "lonely_app:app"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("z4j-bare: ")
@@ -138,7 +148,10 @@ def test_weights(monkeypatch, tmp_path):
         monkeypatch, text, "--brain-url", "http://flag", tmp_path=tmp_path,
         BRAIN_URL="http://variable", PROJECT_ID="variable", ENVIRONMENT="",
     )  # fmt: skip
-    found = {name: os.environ[f"Z4J_{name}"] for name in ("BRAIN_URL", "PROJECT_ID", "AGENT_NAME", "ENVIRONMENT", "FLUSH_EVENTS")}
+    found = {
+        name: os.environ[f"Z4J_{name}"]
+        for name in ("BRAIN_URL", "PROJECT_ID", "AGENT_NAME", "ENVIRONMENT", "FLUSH_EVENTS")
+    }
     assert found == {
         "BRAIN_URL": "http://flag", "PROJECT_ID": "variable", "AGENT_NAME": "file", "ENVIRONMENT": "file", "FLUSH_EVENTS": "7",
     }  # fmt: skip
@@ -151,7 +164,11 @@ def test_tables(monkeypatch, tmp_path):
     """Engines and schedulers of the file are tables, and dev_mode is its own."""
     text = 'dev_mode = true\n[engines.celery]\napp = "a:b"\n[schedulers.celery-beat]\n'
     found = applied(monkeypatch, text, tmp_path=tmp_path)
-    assert (found.dev_mode, found.engines, found.schedulers) == (True, {"celery": {"app": "a:b"}}, {"celery-beat": {}})
+    assert (found.dev_mode, found.engines, found.schedulers) == (
+        True,
+        {"celery": {"app": "a:b"}},
+        {"celery-beat": {}},
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,12 +214,19 @@ def stand_ins(monkeypatch):
 
 def test_every_adapter(stand_ins):
     """Each gets the application under the name that its constructor wants, and options of the file besides."""
-    made = adapters.build(adapters.ENGINES, {name: {"extra": 1} for name in ("celery", "rq", "dramatiq", "huey", "taskiq")}, "json:dumps")
+    made = adapters.build(
+        adapters.ENGINES,
+        {name: {"extra": 1} for name in ("celery", "rq", "dramatiq", "huey", "taskiq")},
+        "json:dumps",
+    )
     assert [each.arguments for each in made] == [
-        {name: json.dumps, "extra": 1} for name in ("celery_app", "rq_app", "broker", "huey", "broker")
+        {name: json.dumps, "extra": 1}
+        for name in ("celery_app", "rq_app", "broker", "huey", "broker")
     ]
     names = ("celerybeat", "apscheduler", "rqscheduler", "hueyperiodic", "taskiqscheduler")
-    made = adapters.build(adapters.SCHEDULERS, {name: {"app": "json:loads"} for name in names}, "json:dumps")
+    made = adapters.build(
+        adapters.SCHEDULERS, {name: {"app": "json:loads"} for name in names}, "json:dumps"
+    )
     assert [each.arguments for each in made] == [
         {name: json.loads} for name in ("celery_app", "scheduler", "scheduler", "huey", "source")
     ]
@@ -215,11 +239,20 @@ def test_arq(stand_ins, monkeypatch):
         """A job."""
 
     settings = SimpleNamespace(
-        functions=[job, SimpleNamespace(name="other")], redis_settings="redis", queue_name="q", cron_jobs=[1]
+        functions=[job, SimpleNamespace(name="other")],
+        redis_settings="redis",
+        queue_name="q",
+        cron_jobs=[1],
     )
-    monkeypatch.setitem(sys.modules, "arq_app", SimpleNamespace(WorkerSettings=settings, redis="plain"))
+    monkeypatch.setitem(
+        sys.modules, "arq_app", SimpleNamespace(WorkerSettings=settings, redis="plain")
+    )
     (full,) = adapters.build(adapters.ENGINES, {"arq": {}}, "arq_app:WorkerSettings")
-    assert full.arguments == {"redis_settings": "redis", "function_names": ["job", "other"], "queue_name": "q"}
+    assert full.arguments == {
+        "redis_settings": "redis",
+        "function_names": ["job", "other"],
+        "queue_name": "q",
+    }
     (plain,) = adapters.build(adapters.ENGINES, {"arq": {}}, "arq_app:redis")
     assert plain.arguments == {"redis_settings": "plain"}
     (cron,) = adapters.build(adapters.SCHEDULERS, {"arq-cron": {}}, "arq_app:WorkerSettings")
@@ -233,7 +266,9 @@ def test_adapters_that_cannot_be_made(monkeypatch):
         adapters.build(adapters.ENGINES, {"rq": {}}, "json:dumps")
     with pytest.raises(HostConfigurationError, match="none of celery, rq"):
         adapters.build(adapters.ENGINES, {"cellery": {}}, "json:dumps")
-    with pytest.raises(HostConfigurationError, match="CeleryEngineAdapter cannot be made of json:dumps"):
+    with pytest.raises(
+        HostConfigurationError, match="CeleryEngineAdapter cannot be made of json:dumps"
+    ):
         adapters.build(adapters.ENGINES, {"celery": {"no_such": 1}}, "json:dumps")
 
 
@@ -277,7 +312,9 @@ def test_log_lines():
     try:
         raise ValueError("boom")
     except ValueError:
-        record = logging.LogRecord("z4j.x", logging.WARNING, "f", 1, "so %s\nmuch", ("é",), sys.exc_info())
+        record = logging.LogRecord(
+            "z4j.x", logging.WARNING, "f", 1, "so %s\nmuch", ("é",), sys.exc_info()
+        )
     line = logs.JsonFormatter().format(record)
     assert "\n" not in line
     found = json.loads(line)
@@ -317,7 +354,7 @@ def test_systemd_is_told(systemd, monkeypatch):
     for _ in range(3):
         notifier.alive()
         notifier.status("well")
-    notifier.stopping()
+    notifier.stop_event()
     assert systemd() == ["READY=1", "WATCHDOG=1", "STATUS=well", "STOPPING=1"]
     monkeypatch.setenv("WATCHDOG_PID", "1")
     Notifier().alive()
@@ -347,9 +384,9 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.fixture
-def standalone(seam, tmp_path):
+def standalone(backend, tmp_path):
     """``standalone(*words, mode=...)``: start an agent in a process of its own that talks to a ``Peer``."""
-    peer, token, key = Peer(seam), tmp_path / "token", tmp_path / "key"
+    peer, token, key = Peer(backend), tmp_path / "token", tmp_path / "key"
     token.write_text(TOKEN)
     key.write_text(SECRET_TEXT)
     (tmp_path / "agent.toml").write_text(
@@ -358,7 +395,18 @@ def standalone(seam, tmp_path):
     started = []
 
     def start(*words, mode="threads", script=RUN):
-        command = [sys.executable, "-W", "ignore", "-c", script, mode, "run", "--config", str(tmp_path / "agent.toml"), *words]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            script,
+            mode,
+            "run",
+            "--config",
+            str(tmp_path / "agent.toml"),
+            *words,
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -377,7 +425,12 @@ def test_a_whole_life(mode, until, standalone, systemd):
     process, peer = standalone(mode=mode), standalone.peer
     until(lambda: peer.frames("heartbeat"), seconds=40)
     told = []
-    until(lambda: told.extend(systemd()) or any(line.startswith("STATUS=connected over ws") for line in told))
+    until(
+        lambda: (
+            told.extend(systemd())
+            or any(line.startswith("STATUS=connected over ws") for line in told)
+        )
+    )
     second = standalone(mode=mode)
     until(lambda: second.poll() is not None)
     assert second.returncode == run_command.REFUSED
@@ -411,7 +464,7 @@ def jammed(self, stopping):
         while jam.exists():
             seen.touch()
             ctypes.CDLL(None).usleep(10_000)
-        self._seam.sleep(0.02)
+        self._backend.sleep(0.02)
 FlushLoop.run = jammed
 run.STUCK = 0.5
 sys.exit(main""",
@@ -446,7 +499,10 @@ def test_two_by_wish_and_patched_by_flag(mode, until, standalone):
     second = standalone("--allow-second", "--concurrency", mode)
     until(lambda: len(standalone.peer.live) == 2, seconds=40)
     until(lambda: len(standalone.peer.frames("heartbeat")) >= 2)
-    found = {frame.payload.adapter_health["z4j.concurrency"] for frame in standalone.peer.frames("heartbeat")}
+    found = {
+        frame.payload.adapter_health["z4j.concurrency"]
+        for frame in standalone.peer.frames("heartbeat")
+    }
     assert found == {"threads", mode}
     assert first.poll() is None
     second.send_signal(signal.SIGINT)

@@ -33,7 +33,11 @@ def answers(monkeypatch):
 
     def script(*lists):
         left = list(lists)
-        monkeypatch.setattr(control, "status", lambda: [dict(each) for each in (left.pop(0) if len(left) > 1 else left[0])])
+        monkeypatch.setattr(
+            control,
+            "status",
+            lambda: [dict(each) for each in (left.pop(0) if len(left) > 1 else left[0])],
+        )
 
     return script
 
@@ -60,7 +64,14 @@ def test_probes(answers, capsys, agents, code):
 
 def test_the_table(answers, capsys):
     """A line for each agent: who, in which mode, since when, how much waits, how fast, what went wrong."""
-    apart = agent(pid=9, connected=False, last_error="connection refused", buffered=12, oldest_age_seconds=200, workers={"celery": []})
+    apart = agent(
+        pid=9,
+        connected=False,
+        last_error="connection refused",
+        buffered=12,
+        oldest_age_seconds=200,
+        workers={"celery": []},
+    )
     answers([agent(), apart], [agent(produced=11), apart, SILENT])
     assert main(["status"]) == 1
     head, first, second, third = capsys.readouterr().out.splitlines()
@@ -128,9 +139,9 @@ def test_bars_and_spans():
     assert [status.span(each) for each in (5, 65, 7300, 200000)] == ["5 s", "1 min", "2 h", "2 d"]
 
 
-def test_a_living_agent(seam, until, monkeypatch):
+def test_a_living_agent(backend, until, monkeypatch):
     """A real agent is found from another process, told apart from a home without one, and told to connect anew."""
-    peer = Peer(seam)
+    peer = Peer(backend)
 
     class Engine:
         name = "stub"
@@ -138,7 +149,9 @@ def test_a_living_agent(seam, until, monkeypatch):
         def capabilities(self):
             return set()
 
-    runtime = install_agent(engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
+    runtime = install_agent(
+        engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
+    )
     try:
         until(lambda: peer.frames("heartbeat"))
         code, said = elsewhere(until, "status", "--json")
@@ -158,7 +171,12 @@ def test_a_living_agent(seam, until, monkeypatch):
 
 def elsewhere(until, *words):
     """Run the command in a process of its own while this one's hub goes on; return exit code and output."""
-    process = subprocess.Popen([sys.executable, "-m", "z4j_bare", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "z4j_bare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         until(lambda: process.poll() is not None)
         return process.returncode, process.stdout.read()
@@ -176,7 +194,11 @@ def elsewhere(until, *words):
         ([agent()], "OK", "1 connected"),
         ([agent(), agent(pid=9)], "WARN", "celery@a is reported by processes 7, 9"),
         ([agent(), SILENT], "WARN", "process 8 does not answer (timed out)"),
-        ([agent(connected=False, last_error="refused")], "WARN", "process 7 has no session (refused)"),
+        (
+            [agent(connected=False, last_error="refused")],
+            "WARN",
+            "process 7 has no session (refused)",
+        ),
     ],
 )
 def test_the_doctor_looks_at_agents(answers, agents, verdict, said):
@@ -188,7 +210,13 @@ def test_the_doctor_looks_at_agents(answers, agents, verdict, said):
 
 @pytest.mark.parametrize(
     ("words", "adapter"),
-    [(["restart"], "django"), (["reload"], "django"), (["restart", "--adapter", "flask"], "flask"), (["restart", "-a", "flask"], "flask"), (["restart", "--adapter=flask"], "flask")],
+    [
+        (["restart"], "django"),
+        (["reload"], "django"),
+        (["restart", "--adapter", "flask"], "flask"),
+        (["restart", "-a", "flask"], "flask"),
+        (["restart", "--adapter=flask"], "flask"),
+    ],
 )
 def test_adapters_restart_their_own(monkeypatch, capsys, words, adapter):
     """``z4j-django restart`` means Django's agents, unless others are named."""
@@ -222,6 +250,8 @@ def test_engines(monkeypatch, capsys):
     assert json.loads(said)["ok"] is True
     assert "hunter2" not in said
     assert engine(["version"]) == 0
-    nobody = make_engine_main("nobody", upstream_package="no_such_queue", broker_env=None, upstream_attribute="x")
+    nobody = make_engine_main(
+        "nobody", upstream_package="no_such_queue", broker_env=None, upstream_attribute="x"
+    )
     assert (nobody(["doctor"]), nobody(["version"])) == (1, 1)
     assert "pip install no_such_queue" in capsys.readouterr().out

@@ -61,8 +61,28 @@ def agent(mode, peer, diary, tmp_path, until):
         before = len(peer.sessions)
         root = str(Path(z4j_bare.__file__).parent.parent)
         environment = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)}
-        command = [sys.executable, "-W", "ignore", "-c", AGENT, mode, peer.url, TOKEN, SECRET_TEXT, str(diary), pace]
-        started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, bufsize=0, stdout=subprocess.DEVNULL))
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            AGENT,
+            mode,
+            peer.url,
+            TOKEN,
+            SECRET_TEXT,
+            str(diary),
+            pace,
+        ]
+        started.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                stdout=subprocess.DEVNULL,
+            )
+        )
         until(lambda: len(peer.sessions) > before and peer.sessions[-1].frames)
         return started[-1]
 

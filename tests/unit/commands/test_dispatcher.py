@@ -24,15 +24,15 @@ class Host:
     """An engine host whose calls take as long as ``seconds`` says and do what ``act`` does."""
 
     name = "celery"
-    controls = departure = None
+    controls = process_restart = None
     retries_by_reference = True
     redactor = Redactor(RedactionEngine())
 
-    def __init__(self, seam):
+    def __init__(self, backend):
         self.calls = []
         self.seconds = 0.0
         self.act = lambda *_: success(ok=True)
-        self._seam = seam
+        self._backend = backend
 
     def capabilities(self):
         return sorted(ENGINE_ACTIONS)
@@ -43,7 +43,7 @@ class Host:
     def invoke(self, method, *args, timeout, **options):
         self.calls.append((method, args, options))
         seconds = self.seconds(*args) if callable(self.seconds) else self.seconds
-        self._seam.sleep(min(seconds, timeout))
+        self._backend.sleep(min(seconds, timeout))
         if seconds > timeout:
             raise TimeoutError
         return self.act(method, *args)
@@ -54,7 +54,7 @@ class Commanded(World):
 
     def __init__(self, hosts=("celery",), workers=2):
         super().__init__()
-        self.hosts = {name: Host(self.seam) for name in hosts}
+        self.hosts = {name: Host(self.backend) for name in hosts}
         for name, host in self.hosts.items():
             host.name = name
         self.host = next(iter(self.hosts.values()), None)
@@ -63,7 +63,9 @@ class Commanded(World):
         self.new_process()
 
     def new_process(self):
-        self.dispatcher = Dispatcher(self.hosts, self.keeper, self._wake, self.seam, self.counters, self.workers)
+        self.dispatcher = Dispatcher(
+            self.hosts, self.buffer, self._wake, self.backend, self.counters, self.workers
+        )
 
     def _wake(self):
         self.woken += 1
@@ -74,7 +76,17 @@ class Commanded(World):
         rows = self.disk.store.drain(0, 10_000, 10**9, (RESULT,))
         return [(row.key, json.loads(row.payload)) for row in rows]
 
-    def command(self, action="retry_task", parameters=None, *, identity="c-1", target=None, timeout=60, token=None, late=0.0):
+    def command(
+        self,
+        action="retry_task",
+        parameters=None,
+        *,
+        identity="c-1",
+        target=None,
+        timeout=60,
+        token=None,
+        late=0.0,
+    ):
         payload = SimpleNamespace(
             action=action,
             target=target or {},
@@ -86,7 +98,7 @@ class Commanded(World):
 
     def answer(self, *args, **options):
         self.command(*args, **options)
-        self.seam.advance(100)
+        self.backend.advance(100)
         (answer,) = self.answers
         return answer[1]
 
@@ -100,10 +112,22 @@ def test_acknowledges_first_and_answers_once(world):
     """The ack goes out before the command begins, and the answer carries id and token and wakes the sender."""
     world.host.seconds = 5
     world.command(token="tok")
-    assert [(frame["id"], frame["payload"]) for frame in world.transport.of("command_ack")] == [("c-1", {"delivery_claim_token": "tok"})]
+    assert [(frame["id"], frame["payload"]) for frame in world.transport.of("command_ack")] == [
+        ("c-1", {"delivery_claim_token": "tok"})
+    ]
     assert world.answers == []
-    world.seam.advance(6)
-    assert world.answers == [("c-1", {"status": "success", "result": {"ok": True}, "error": None, "delivery_claim_token": "tok"})]
+    world.backend.advance(6)
+    assert world.answers == [
+        (
+            "c-1",
+            {
+                "status": "success",
+                "result": {"ok": True},
+                "error": None,
+                "delivery_claim_token": "tok",
+            },
+        )
+    ]
     assert (world.counters.commands, world.woken) == (1, 1)
 
 
@@ -112,7 +136,7 @@ def test_a_redelivery_runs_nothing(world):
     world.host.seconds = 5
     for _ in range(3):
         world.command()
-        world.seam.advance(3)
+        world.backend.advance(3)
     assert len(world.host.calls) == 1
     assert len(world.transport.of("command_ack")) == 3
     assert [body["result"] for _, body in world.answers] == [{"ok": True}] * 2
@@ -121,16 +145,16 @@ def test_a_redelivery_runs_nothing(world):
 def test_the_next_process_answers_what_this_one_did(world):
     """The ledger outlives the process: what was done is answered as it was, what was only begun as indeterminate."""
     world.command(identity="done", token="tok")
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.host.seconds = 1000
     world.command(identity="begun", token="tok")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert world.disk.store.claim("begun", 0.0).state == STARTED
     assert world.disk.store.claim("done", 0.0).state == DONE
     world.new_process()
     for identity in ("done", "begun"):
         world.command(identity=identity)
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert len(world.host.calls) == 2
     again, unknown = [body for _, body in world.answers][1:]
     assert (again["result"], again["delivery_claim_token"]) == ({"ok": True}, "tok")
@@ -153,11 +177,14 @@ def test_begun_is_committed_before_the_side_effect(world):
 
 def test_another_process_has_it(world):
     """A command that another process has begun is left to that one; what another has done is answered for it."""
-    entries = {"theirs": LedgerEntry("theirs", ELSEWHERE, b"", 0.0), "done": LedgerEntry("done", DONE, b'{"their":1}', 0.0)}
-    world.keeper.claim = lambda key, _testament: entries[key]
+    entries = {
+        "theirs": LedgerEntry("theirs", ELSEWHERE, b"", 0.0),
+        "done": LedgerEntry("done", DONE, b'{"their":1}', 0.0),
+    }
+    world.buffer.claim = lambda key, _testament: entries[key]
     world.command(identity="theirs")
     world.command(identity="done")
-    world.seam.advance(100)
+    world.backend.advance(100)
     assert world.host.calls == []
     assert world.answers == [("done", {"their": 1})]
 
@@ -165,14 +192,14 @@ def test_another_process_has_it(world):
 def test_a_ledger_that_was_lost(world):
     """When the disk fails and the ledger begins anew in memory, this process still knows what it has done."""
     world.command(identity="before")
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.disk.full = True
     world.command(identity="before")
     world.command(identity="after")
     world.command(identity="after")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert len(world.host.calls) == 2
-    rows = world.keeper.drain((0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
+    rows = world.buffer.drain((0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
     by_key = {row.key: json.loads(row.payload) for row in rows}
     assert "no longer known" in by_key["before"]["error"]
     assert by_key["after"]["status"] == "success"
@@ -192,12 +219,12 @@ def test_so_many_at_a_time(world):
     world.host.seconds = 10
     for number in range(5):
         world.command(identity=f"c-{number}", parameters={"task_id": str(number)})
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert [args for _, args, _ in world.host.calls] == [("0",), ("1",)]
-    world.seam.advance(40)
+    world.backend.advance(40)
     assert [key for key, _ in world.answers] == [f"c-{number}" for number in range(5)]
     world.command(identity="later")
-    world.seam.advance(11)
+    world.backend.advance(11)
     assert len(world.answers) == 6
 
 
@@ -208,13 +235,13 @@ def test_what_waited_too_long_is_not_started(world):
         world.command(identity=f"hung-{number}", timeout=400)
     for number in range(3):
         world.command(identity=f"c-{number}", timeout=40 + number)
-    world.seam.advance(38.5)
+    world.backend.advance(38.5)
     assert [(key, body["status"]) for key, body in world.answers] == [("c-0", "failed")]
-    world.seam.advance(3)
+    world.backend.advance(3)
     assert "was not started" in dict(world.answers)["c-2"]["error"]
     assert len(world.host.calls) == 2
     world.command(identity="c-0")
-    world.seam.advance(700)
+    world.backend.advance(700)
     assert len(world.host.calls) == 2, "nor when it comes again"
 
 
@@ -225,9 +252,11 @@ def test_fifty_at_once_and_one_hangs():
     for number in range(50):
         world.command(identity=f"c-{number}", parameters={"task_id": str(number)})
     assert len(world.transport.of("command_ack")) == 50
-    world.seam.advance(10)
-    assert {key for key, _ in world.answers} == {f"c-{number}" for number in range(50) if number != 7}
-    world.seam.advance(49)
+    world.backend.advance(10)
+    assert {key for key, _ in world.answers} == {
+        f"c-{number}" for number in range(50) if number != 7
+    }
+    world.backend.advance(49)
     assert dict(world.answers)["c-7"]["error"] == "still running: outcome unknown"
 
 
@@ -236,7 +265,7 @@ def test_an_overrun_is_indeterminate(world, timeout, by):
     """A command that outlives its time is answered before the brain stops listening, as of unknown outcome."""
     world.host.seconds = 1000
     world.command(timeout=timeout)
-    world.seam.advance(by)
+    world.backend.advance(by)
     ((_, body),) = world.answers
     assert body["status"] == "failed"
     assert body["result"] == {"indeterminate": True, "operation": "retry_task"}
@@ -246,10 +275,10 @@ def test_what_was_read_late_has_less_time(world):
     """A frame that lay unread takes its delay off its time; one that is as old as its time is not started."""
     world.host.seconds = 1000
     world.command(timeout=30, late=20.0, identity="late")
-    world.seam.advance(8.1)
+    world.backend.advance(8.1)
     assert [key for key, _ in world.answers] == ["late"]
     world.command(timeout=30, late=30.0, identity="expired")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert "was not started: it came too late" in dict(world.answers)["expired"]["error"]
     assert len(world.host.calls) == 1
 
@@ -260,11 +289,11 @@ def test_stopping(world):
     world.disk.store.answer("earlier", b'{"status":"success"}', 0.0)
     for number in range(4):
         world.command(identity=f"c-{number}", parameters={"task_id": str(number)})
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.dispatcher.stop()
     world.command(identity="c-4")
     world.command(identity="earlier")
-    world.seam.advance(9)
+    world.backend.advance(9)
     assert [(key, body["status"]) for key, body in world.answers] == [
         ("earlier", "success"),
         ("c-2", "failed"),
@@ -275,7 +304,7 @@ def test_stopping(world):
     ]
     assert "was not started: the agent is stopping" in dict(world.answers)["c-4"]["error"]
     world.dispatcher.end()
-    world.seam.advance(90)
+    world.backend.advance(90)
     assert len(world.host.calls) == 2
     assert len(world.answers) == 6
     assert world.disk.store.claim("c-1", 0.0).state == STARTED, "its testament is there for an heir"
@@ -311,7 +340,7 @@ def test_errors_are_answers(world, error, said, unknown):
     assert "hunter2" not in body["error"]
     assert bool(body["result"] and body["result"]["indeterminate"]) is unknown
     world.command(identity="next")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert len(world.answers) == 2
 
 
@@ -325,10 +354,10 @@ def test_a_worker_that_is_killed_gives_its_place_back(world):
     for number in range(2):
         world.command(identity=f"killed-{number}")
         with pytest.raises(SystemExit):
-            world.seam.advance(1)
+            world.backend.advance(1)
     world.host.act = lambda *_: success()
     world.command(identity="next")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert [key for key, _ in world.answers] == ["next"]
 
 
@@ -337,7 +366,7 @@ def test_memory_of_commands_is_bounded(world, monkeypatch):
     monkeypatch.setattr("z4j_bare.commands.dispatcher.REMEMBERED", 10)
     for number in range(30):
         world.command(identity=f"c-{number}")
-        world.seam.advance(1)
+        world.backend.advance(1)
     assert len(world.dispatcher._begun) == 10
     assert world.dispatcher._present == set()
     assert len(world.answers) == 30
@@ -372,13 +401,17 @@ def test_every_outcome_is_sent(world, outcome, status, said):
 def test_files_that_are_not_those_of_the_start(world, monkeypatch):
     """What carries out commands is loaded with the first: if that fails, each command is answered with the cure, and none waits."""
     with monkeypatch.context() as changed:
-        changed.setattr(world.seam, "load", lambda name: importlib.import_module(f"{name}_of_another_version"))
+        changed.setattr(
+            world.backend,
+            "load",
+            lambda name: importlib.import_module(f"{name}_of_another_version"),
+        )
         said = world.answer(identity="c-1")
     assert said["status"] == "failed"
     assert "executor_of_another_version" in said["error"]
     assert said["error"].endswith("if it was upgraded, restart this process")
     world.command(identity="c-2")
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert world.answers[1][1]["status"] == "success"
 
 
@@ -388,16 +421,27 @@ def test_a_result_that_goes_round_in_circles(world):
     loop["self"] = [loop, loop]
     world.host.act = lambda *_: success(**loop)
     body = world.answer()
-    assert (body["status"], body["result"]) == ("success", {"shortened": True, "why": "the result is of more than 50000 values"})
+    assert (body["status"], body["result"]) == (
+        "success",
+        {"shortened": True, "why": "the result is of more than 50000 values"},
+    )
 
 
 def test_a_failure_that_cannot_be_told(world):
     """Where the redaction itself fails nothing unredacted leaves: the status does, and that the reason is lost."""
     world.host.redactor = SimpleNamespace(scrub=lambda _: 1 / 0)
-    world.host.act = lambda *_: SimpleNamespace(status="failed", result={"secret": 1}, error="hunter2")
+    world.host.act = lambda *_: SimpleNamespace(
+        status="failed", result={"secret": 1}, error="hunter2"
+    )
     body = world.answer()
-    assert (body["status"], body["error"]) == ("failed", "retry_task failed, and the reason is not to be encoded (ZeroDivisionError)")
-    assert body["result"] == {"shortened": True, "why": "the result is not to be encoded (ZeroDivisionError)"}
+    assert (body["status"], body["error"]) == (
+        "failed",
+        "retry_task failed, and the reason is not to be encoded (ZeroDivisionError)",
+    )
+    assert body["result"] == {
+        "shortened": True,
+        "why": "the result is not to be encoded (ZeroDivisionError)",
+    }
 
 
 def test_numbers_of_a_large_result_are_redacted(world):
@@ -409,6 +453,8 @@ def test_numbers_of_a_large_result_are_redacted(world):
 
 def test_results_are_redacted(world):
     """The brain redacts no results, so a password leaves neither under its key nor in a value."""
-    world.host.act = lambda *_: success(password="hunter2", note="postgres://me:hunter2@db/x", plain=[1, "two"])
+    world.host.act = lambda *_: success(
+        password="hunter2", note="postgres://me:hunter2@db/x", plain=[1, "two"]
+    )
     body = world.answer()
     assert body["result"] == {"password": "[REDACTED]", "note": "[REDACTED]", "plain": [1, "two"]}

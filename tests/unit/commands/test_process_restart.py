@@ -11,13 +11,13 @@ import pytest
 
 import z4j_bare
 from tests.unit.commands.test_dispatcher import Commanded
-from z4j_bare.commands import process_restart as departure
-from z4j_bare.commands.process_restart import EXIT_CODE, Departure, Leaving, is_caught
+from z4j_bare.commands import process_restart
+from z4j_bare.commands.process_restart import EXIT_CODE, ProcessRestart, RestartAccepted, is_caught
 from z4j_bare.errors import CommandError
 
 
 class Clock:
-    """A seam as far as a departure needs one."""
+    """A backend as far as a departure needs one."""
 
     def __init__(self):
         self.time = 100.0
@@ -35,9 +35,11 @@ def way_out(monkeypatch):
     """A departure that is allowed to, of the worker ``w``; ``did`` is what it did, in order."""
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
     clock, did = Clock(), []
-    monkeypatch.setattr(departure, "leave_now", lambda: did.append("leave"))
-    monkeypatch.setattr(departure, "end_with_failure", lambda _: did.append("armed"))
-    made = Departure("stub", {"w"}, lambda seconds: did.append(f"stop {seconds:g}"), clock, 30.0)
+    monkeypatch.setattr(process_restart, "leave_now", lambda: did.append("leave"))
+    monkeypatch.setattr(process_restart, "end_with_failure", lambda _: did.append("armed"))
+    made = ProcessRestart(
+        "stub", {"w"}, lambda seconds: did.append(f"stop {seconds:g}"), clock, 30.0
+    )
     clock.time += 61
     made.clock, made.did = clock, did
     return made
@@ -45,7 +47,9 @@ def way_out(monkeypatch):
 
 def test_another_workers_command(way_out):
     """A command for a worker that this process is not says which process it reached, and nothing happens."""
-    with pytest.raises(CommandError, match=f"this command reached pid {os.getpid()}, which is not v"):
+    with pytest.raises(
+        CommandError, match=f"this command reached pid {os.getpid()}, which is not v"
+    ):
         way_out.order("v")
     assert way_out.order("w").status == "success"
 
@@ -53,11 +57,13 @@ def test_another_workers_command(way_out):
 def test_without_a_supervisor(way_out, monkeypatch):
     """Where nothing would start the process again it stays, the answer says what to do, and the brain is told of no ability."""
     monkeypatch.setenv("Z4J_ORCHESTRATED", "0")
-    with pytest.raises(CommandError, match=r"Z4J_ORCHESTRATED=0 says that nothing starts pid \d+ again"):
+    with pytest.raises(
+        CommandError, match=r"Z4J_ORCHESTRATED=0 says that nothing starts pid \d+ again"
+    ):
         way_out.order("w")
     assert not way_out.possible
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
-    assert Departure("stub", (), print, way_out.clock, 1.0).possible
+    assert ProcessRestart("stub", (), print, way_out.clock, 1.0).possible
 
 
 def test_no_crash_loop(way_out):
@@ -73,7 +79,7 @@ def test_no_crash_loop(way_out):
 
 def test_a_worker_that_knows_no_signal(way_out, monkeypatch):
     """Without a handler for it no signal is sent: the agent stops by itself, and then the process ends."""
-    monkeypatch.setattr(departure, "is_caught", lambda _: False)
+    monkeypatch.setattr(process_restart, "is_caught", lambda _: False)
     leaving = way_out.order("w")
     assert leaving.result == {
         "restarted_via": "self_exit", "worker_name": "w", "pid": os.getpid(), "supervisor": "Z4J_ORCHESTRATED=1", "exit_in_seconds": 35.0
@@ -85,7 +91,7 @@ def test_a_worker_that_knows_no_signal(way_out, monkeypatch):
 @pytest.mark.parametrize(("engine", "number"), [("rq", signal.SIGTERM), ("huey", signal.SIGINT)])
 def test_a_worker_that_finishes_at_a_signal(monkeypatch, way_out, engine, number):
     """The engine's own signal comes first, and the end by force only when the worker's time is over."""
-    monkeypatch.setattr(departure, "is_caught", lambda _: True)
+    monkeypatch.setattr(process_restart, "is_caught", lambda _: True)
     monkeypatch.setattr(os, "kill", lambda pid, sent: way_out.did.append((pid, sent)))
     way_out._engine = engine
     way_out.order("w").then()
@@ -96,8 +102,10 @@ def test_a_worker_that_finishes_at_a_signal(monkeypatch, way_out, engine, number
 def test_the_answer_first():
     """The dispatcher begins the departure when the answer is stored, not before."""
     world, found = Commanded(), []
-    order = lambda worker: Leaving({"worker_name": worker}, lambda: found.append(len(world.answers)))  # noqa: E731
-    world.host.departure = SimpleNamespace(order=order)
+    order = lambda worker: RestartAccepted(
+        {"worker_name": worker}, lambda: found.append(len(world.answers))
+    )
+    world.host.process_restart = SimpleNamespace(order=order)
     world.host.capabilities = list
     assert world.answer("restart_worker", {"worker_name": "w"})["result"] == {"worker_name": "w"}
     assert found == [1]
@@ -106,9 +114,12 @@ def test_the_answer_first():
 def test_a_refusal_is_an_answer():
     """What a departure refuses is told as a failure, and nobody leaves."""
     world = Commanded()
-    world.host.departure = Departure("celery", {"w"}, lambda _: None, world.seam, 1.0)
+    world.host.process_restart = ProcessRestart("celery", {"w"}, lambda _: None, world.backend, 1.0)
     answer = world.answer("restart_worker", {"worker_name": "ghost"})
-    assert (answer["status"], answer["error"]) == ("failed", f"this command reached pid {os.getpid()}, which is not ghost")
+    assert (answer["status"], answer["error"]) == (
+        "failed",
+        f"this command reached pid {os.getpid()}, which is not ghost",
+    )
 
 
 def test_handlers_in_c(tmp_path):
@@ -119,7 +130,9 @@ def test_handlers_in_c(tmp_path):
     for bad in ("", "nothing here", "SigCgt:\tx"):
         (tmp_path / "status").write_text(bad)
         assert not is_caught(signal.SIGUSR1, tmp_path / "status")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
     try:
         assert is_caught(signal.SIGINT, tmp_path / "gone")
     finally:
@@ -142,8 +155,8 @@ class Engine:
     def capabilities(self):
         return set()
 
-seam = build(sys.argv[1])
-peer = Peer(seam)
+backend = build(sys.argv[1])
+peer = Peer(backend)
 import threading
 threading.Thread(target=lambda _: time.sleep(60), args=(departure.leave_now,), daemon=True).start()
 del departure  # whose globals, but not the module, are held beyond the interpreter's end
@@ -157,7 +170,7 @@ def until(condition):
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
-        seam.sleep(0.02)
+        backend.sleep(0.02)
 
 def told(*_):
     kinds = [event["kind"] for batch in peer.frames("event_batch") for event in batch.payload.events]
@@ -168,8 +181,8 @@ def watched(seconds):
     stop(seconds)
     told()
 runtime._agent.stop = watched
-if runtime._agent.hosts["stub"].departure:
-    runtime._agent.hosts["stub"].departure._stop = watched
+if runtime._agent.hosts["stub"].process_restart:
+    runtime._agent.hosts["stub"].process_restart._stop = watched
 
 until(lambda: peer.frames("heartbeat"))
 assert peer.last.hello.payload.capabilities == {"stub": ["restart_worker"]}
@@ -179,7 +192,7 @@ print(peer.frames("command_result")[0].payload.status, flush=True)
 until(lambda: ended)
 if sys.argv[2] == "busy":
     print("busy", flush=True)
-    seam.sleep(20)
+    backend.sleep(20)
     print("too long", flush=True)
 """
 
@@ -190,7 +203,12 @@ def test_a_process_ends(mode, kind):
 
     One that obeys runs its own exit hooks; one that goes on too long, or knows no signal, is ended.
     """
-    env = {**os.environ, "Z4J_ORCHESTRATED": "1", "Z4J_RESTART_GRACE_SECONDS": "1", "Z4J_FLUSH_SECONDS": "1"}
+    env = {
+        **os.environ,
+        "Z4J_ORCHESTRATED": "1",
+        "Z4J_RESTART_GRACE_SECONDS": "1",
+        "Z4J_FLUSH_SECONDS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", HOST, mode, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
     own = ["the host's hook, which is older than the agent"] if kind == "polite" else []

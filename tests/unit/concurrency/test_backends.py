@@ -1,4 +1,4 @@
-"""The seam in the mode of this run, the choice of a seam, and the one with virtual time."""
+"""The backend in the mode of this run, the choice of a backend, and the one with virtual time."""
 
 import gc
 import json
@@ -59,15 +59,15 @@ def pair():
 # -- tasks
 
 
-def test_spawn_runs_and_ends(seam):
+def test_spawn_runs_and_ends(backend):
     """A task gets its arguments, is alive until it returns, and join says so."""
-    go, got = seam.event(), []
+    go, got = backend.event(), []
 
     def work(*args):
         go.wait(10)
         got.extend(args)
 
-    task = seam.spawn(work, 1, 2, name="worker")
+    task = backend.spawn(work, 1, 2, name="worker")
     assert (task.name, task.alive()) == ("worker", True)
     assert task.join(0.01) is False
     go.set()
@@ -75,13 +75,13 @@ def test_spawn_runs_and_ends(seam):
     assert (task.alive(), got) == (False, [1, 2])
 
 
-def test_an_escaped_error_is_logged_once(seam, caplog):
+def test_an_escaped_error_is_logged_once(backend, caplog):
     """An error that leaves a task is one log line with the task's name, and the task counts as ended."""
 
     def fail():
         raise ValueError("on purpose")
 
-    assert seam.spawn(fail, name="z4j-failing").join(10)
+    assert backend.spawn(fail, name="z4j-failing").join(10)
     lines = [record for record in caplog.records if "z4j-failing" in record.getMessage()]
     assert len(lines) == 1
     assert "on purpose" in caplog.text
@@ -92,41 +92,47 @@ def test_tasks_do_not_keep_the_process(mode, tmp_path):
     code = (
         "import sys; from tests.launch import patch; patch(sys.argv[1])\n"
         "from z4j_bare.concurrency import build\n"
-        "seam = build(sys.argv[1]); never = seam.event()\n"
-        "seam.spawn(seam.pause, never, name='endless'); seam.sleep(0.05); print('done')"
+        "backend = build(sys.argv[1]); never = backend.event()\n"
+        "backend.spawn(backend.pause, never, name='endless'); backend.sleep(0.05); print('done')"
     )
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code, mode], capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, mode],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert (ended.returncode, ended.stdout.strip()) == (0, "done"), ended.stderr
 
 
-def test_sleep_lets_others_run(seam):
+def test_sleep_lets_others_run(backend):
     """sleep(0) yields: two tasks that do so in turns both get on."""
     order = []
 
     def count(name):
         for _ in range(3):
             order.append(name)
-            seam.sleep(0.001)
+            backend.sleep(0.001)
 
-    tasks = [seam.spawn(count, name, name=name) for name in "ab"]
+    tasks = [backend.spawn(count, name, name=name) for name in "ab"]
     assert all(task.join(10) for task in tasks)
     assert sorted(order) == ["a"] * 3 + ["b"] * 3
 
 
-def test_clocks(seam):
+def test_clocks(backend):
     """now() is for intervals and never goes back; wall() is the time of day."""
-    first = seam.now()
-    seam.sleep(0.01)
-    assert seam.now() > first
-    assert abs(seam.wall() - time.time()) < 60
+    first = backend.now()
+    backend.sleep(0.01)
+    assert backend.now() > first
+    assert abs(backend.wall() - time.time()) < 60
 
 
 # -- events
 
 
-def test_event_states(seam):
+def test_event_states(backend):
     """An event remembers that it was set until it is cleared."""
-    event = seam.event()
+    event = backend.event()
     assert (event.is_set(), event.wait(0.01)) == (False, False)
     event.set()
     event.set()
@@ -135,69 +141,73 @@ def test_event_states(seam):
     assert (event.is_set(), event.wait(0)) == (False, False)
 
 
-def test_event_wakes_every_waiter(seam):
+def test_event_wakes_every_waiter(backend):
     """All waiters wake, with and without a time-out, also after others have given up before."""
-    event, woken = seam.event(), []
-    tasks = [seam.spawn(lambda: woken.append(seam.pause(event, None)), name="w") for _ in range(3)]
-    tasks += [seam.spawn(lambda: woken.append(seam.pause(event, 20)), name="w") for _ in range(3)]
-    tasks += [seam.spawn(lambda: seam.pause(event, 0.01), name="gives-up") for _ in range(3)]
-    seam.sleep(0.1)
+    event, woken = backend.event(), []
+    tasks = [
+        backend.spawn(lambda: woken.append(backend.pause(event, None)), name="w") for _ in range(3)
+    ]
+    tasks += [
+        backend.spawn(lambda: woken.append(backend.pause(event, 20)), name="w") for _ in range(3)
+    ]
+    tasks += [backend.spawn(lambda: backend.pause(event, 0.01), name="gives-up") for _ in range(3)]
+    backend.sleep(0.1)
     event.set()
     assert all(task.join(10) for task in tasks)
     assert woken == [True] * 6
 
 
-def test_set_never_switches(seam, mode):
+def test_set_never_switches(backend, mode):
     """set() returns before any waiter has run: it may be called where switching is forbidden."""
     if mode == "threads":
         pytest.skip("threads run whenever they like")
-    event, woken = seam.event(), []
-    task = seam.spawn(lambda: woken.append(event.wait(10)), name="w")
-    seam.sleep(0.01)
+    event, woken = backend.event(), []
+    task = backend.spawn(lambda: woken.append(event.wait(10)), name="w")
+    backend.sleep(0.01)
     event.set()
     assert woken == []
     assert task.join(10)
     assert woken == [True]
 
 
-def test_set_from_a_native_thread(seam):
+def test_set_from_a_native_thread(backend):
     """A flag raised in a native thread is seen soon, even by a waiter that would wait for ever."""
-    event, seen = seam.event(), []
-    task = seam.spawn(lambda: seen.append(seam.pause(event, None)), name="w")
-    seam.sleep(0.02)
-    assert seam.offload(event.set) == (True, None)
+    event, seen = backend.event(), []
+    task = backend.spawn(lambda: seen.append(backend.pause(event, None)), name="w")
+    backend.sleep(0.02)
+    assert backend.offload(event.set) == (True, None)
     assert task.join(10)
     assert seen == [True]
 
 
-def test_set_and_clear_in_a_hurry(seam):
+def test_set_and_clear_in_a_hurry(backend):
     """A waiter and a setter that clear and set a thousand times never lose each other."""
-    ping, pong, turns = seam.event(), seam.event(), 300
+    ping, pong, turns = backend.event(), backend.event(), 300
 
     def answer():
         for _ in range(turns):
-            assert seam.pause(ping, 10)
+            assert backend.pause(ping, 10)
             ping.clear()
             pong.set()
 
-    task = seam.spawn(answer, name="answer")
+    task = backend.spawn(answer, name="answer")
     for _ in range(turns):
         ping.set()
-        assert seam.pause(pong, 10)
+        assert backend.pause(pong, 10)
         pong.clear()
     assert task.join(10)
 
 
-def test_who_does_not_wait_is_stuck(seam, until):
-    """A task held up by what the seam knows nothing of is stuck; one that waits through the seam, or has ended, is not."""
-    bell, begun = seam.event(), []
+def test_who_does_not_wait_is_stuck(backend, until):
+    """A task held up by what the backend knows nothing of is stuck; one that waits through the backend, or has ended, is not."""
+    bell, begun = backend.event(), []
 
     def task(wait):
         begun.append(wait)
         wait(bell, 20)
 
-    held = seam.spawn(task, lambda event, seconds: event.wait(seconds), name="held")
-    waiting = seam.spawn(task, seam.pause, name="waiting")
+    held = backend.spawn(task, lambda event, seconds: event.wait(seconds), name="held")
+    waiting = backend.spawn(task, backend.pause, name="waiting")
     until(lambda: len(begun) == 2 and held.stuck(0.02) and not waiting.stuck(0))
     assert not held.stuck(20)
     assert not waiting.stuck(0)
@@ -207,10 +217,13 @@ def test_who_does_not_wait_is_stuck(seam, until):
     assert not held.stuck(0)
 
 
-def test_an_agent_names_the_loops_that_do_not_go_on(seam):
+def test_an_agent_names_the_loops_that_do_not_go_on(backend):
     """Of an agent's loops one that has ended is named; of a session's, which come and go, it is not, nor is one that waits."""
-    bell = seam.event()
-    ended, waiting = seam.spawn(int, name="ended"), seam.spawn(seam.pause, bell, 20, name="waiting")
+    bell = backend.event()
+    ended, waiting = (
+        backend.spawn(int, name="ended"),
+        backend.spawn(backend.pause, bell, 20, name="waiting"),
+    )
     assert ended.join(10)
     assert Agent.stuck(SimpleNamespace(_tasks=[ended, waiting], _chores=[]), 20) == ["ended"]
     assert Agent.stuck(SimpleNamespace(_tasks=[waiting], _chores=[ended]), 20) == []
@@ -221,31 +234,31 @@ def test_an_agent_names_the_loops_that_do_not_go_on(seam):
 # -- locks and offloading
 
 
-def test_locks_exclude(seam):
+def test_locks_exclude(backend):
     """Two tasks never hold one lock, although both yield inside it."""
-    lock, inside, most = seam.lock(), [], []
+    lock, inside, most = backend.lock(), [], []
 
     def work():
         for _ in range(20):
             with lock:
                 inside.append(1)
                 most.append(len(inside))
-                seam.sleep(0)
+                backend.sleep(0)
                 inside.pop()
 
-    tasks = [seam.spawn(work, name="w") for _ in range(4)]
+    tasks = [backend.spawn(work, name="w") for _ in range(4)]
     assert all(task.join(20) for task in tasks)
     assert set(most) == {1}
 
 
-def test_offload_returns_outcomes_as_values(seam):
+def test_offload_returns_outcomes_as_values(backend):
     """A result comes back as a value and so does an error: an exception in a native thread would be printed or lost."""
-    assert seam.offload(divmod, 7, 2) == (True, (3, 1))
-    ok, error = seam.offload(divmod, 7, 0)
+    assert backend.offload(divmod, 7, 2) == (True, (3, 1))
+    ok, error = backend.offload(divmod, 7, 0)
     assert (ok, type(error)) == (False, ZeroDivisionError)
 
 
-def test_offload_does_not_stall_the_others(seam, native_read, gate):
+def test_offload_does_not_stall_the_others(backend, native_read, gate):
     """While an offloaded call blocks its native thread, another task keeps ticking."""
     read, release = gate
     ticks = []
@@ -253,16 +266,16 @@ def test_offload_does_not_stall_the_others(seam, native_read, gate):
     def tick():
         while len(ticks) < 20:
             ticks.append(1)
-            seam.sleep(0.005)
+            backend.sleep(0.005)
         release()
 
-    task = seam.spawn(tick, name="ticker")
-    assert seam.offload(native_read, read, 1) == (True, b"x")
+    task = backend.spawn(tick, name="ticker")
+    assert backend.offload(native_read, read, 1) == (True, b"x")
     assert len(ticks) == 20
     assert task.join(10)
 
 
-def test_offload_is_one_at_a_time(seam):
+def test_offload_is_one_at_a_time(backend):
     """Calls from several tasks never overlap: SQLite gets one transaction at a time."""
     inside, overlaps = [], []
 
@@ -272,17 +285,17 @@ def test_offload_is_one_at_a_time(seam):
         sum(range(20_000))
         inside.pop()
 
-    tasks = [seam.spawn(seam.offload, pure, name="w") for _ in range(8)]
+    tasks = [backend.spawn(backend.offload, pure, name="w") for _ in range(8)]
     assert all(task.join(20) for task in tasks)
     assert set(overlaps) == {1}
 
 
-def test_offload_stays_on_one_thread(seam):
+def test_offload_stays_on_one_thread(backend):
     """One task's calls all run on the same native thread: each more would get memory of its own for SQLite."""
-    assert len({seam.offload(seam.native_ident) for _ in range(30)}) == 1
+    assert len({backend.offload(backend.native_ident) for _ in range(30)}) == 1
 
 
-def test_files_leave_no_hub_on_the_native_thread(seam, mode, tmp_path):
+def test_files_leave_no_hub_on_the_native_thread(backend, mode, tmp_path):
     """Files of ours that are opened off eventlet's hub give that thread none: greenlet would search the heap for it at the end."""
     if mode != "eventlet":
         pytest.skip("only eventlet's os.open looks for a hub")
@@ -298,12 +311,12 @@ def test_files_leave_no_hub_on_the_native_thread(seam, mode, tmp_path):
 
     gc.disable()  # what it finalizes there may be anybody's
     try:
-        assert seam.offload(opened) == (True, (True, False))
+        assert backend.offload(opened) == (True, (True, False))
     finally:
         gc.enable()
 
 
-def test_a_call_that_nobody_waits_for_any_more(seam, native_read, gate, mode, until):
+def test_a_call_that_nobody_waits_for_any_more(backend, native_read, gate, mode, until):
     """Whoever is killed while he waits for an offloaded call leaves nothing that the next one takes for his own."""
     if mode == "threads":
         pytest.skip("nobody can kill a thread")
@@ -312,26 +325,28 @@ def test_a_call_that_nobody_waits_for_any_more(seam, native_read, gate, mode, un
 
     def impatient():
         begun.append(getcurrent())
-        seam.offload(native_read, read, 1)
+        backend.offload(native_read, read, 1)
 
-    task = seam.spawn(impatient, name="impatient")
+    task = backend.spawn(impatient, name="impatient")
     until(lambda: begun)
-    seam.sleep(0.05)
+    backend.sleep(0.05)
     kill(begun[0])
     assert task.join(10)
     release()
-    assert [seam.offload(divmod, number, 1) for number in range(5)] == [(True, (number, 0)) for number in range(5)]
-    seam.close()
+    assert [backend.offload(divmod, number, 1) for number in range(5)] == [
+        (True, (number, 0)) for number in range(5)
+    ]
+    backend.close()
 
 
-def test_close_does_not_wait_for_a_hung_call(seam, native_read, gate, mode):
+def test_close_does_not_wait_for_a_hung_call(backend, native_read, gate, mode):
     """close() returns although an offloaded call hangs in the disk: stop() is bounded."""
     if mode == "threads":
         pytest.skip("there is no helper to give back: the call runs in its caller's own thread")
     read, release = gate
-    hung = seam.spawn(seam.offload, native_read, read, 1, name="hung")
-    seam.sleep(0.05)
-    closing = seam.spawn(seam.close, name="close")
+    hung = backend.spawn(backend.offload, native_read, read, 1, name="hung")
+    backend.sleep(0.05)
+    closing = backend.spawn(backend.close, name="close")
     try:
         assert closing.join(5)
     finally:
@@ -342,21 +357,21 @@ def test_close_does_not_wait_for_a_hung_call(seam, native_read, gate, mode):
 # -- input and output
 
 
-def test_waiting_for_a_socket(seam, pair):
+def test_waiting_for_a_socket(backend, pair):
     """Readiness is reported as it is, and its absence after the time-out."""
     left, right = pair
-    assert seam.wait_readable(left, 0.01) is False
-    assert seam.wait_writable(left, 1) is True
+    assert backend.wait_readable(left, 0.01) is False
+    assert backend.wait_writable(left, 1) is True
     right.send(b"x")
-    assert seam.wait_readable(left, 10) is True
+    assert backend.wait_readable(left, 10) is True
 
 
-def test_a_waiter_wakes_when_bytes_come(seam, pair):
+def test_a_waiter_wakes_when_bytes_come(backend, pair):
     """A task that waits for a socket wakes when something arrives, and when the other end hangs up."""
     left, right = pair
     woken = []
-    task = seam.spawn(lambda: woken.append(seam.wait_readable(left, 20)), name="reader")
-    seam.sleep(0.02)
+    task = backend.spawn(lambda: woken.append(backend.wait_readable(left, 20)), name="reader")
+    backend.sleep(0.02)
     right.shutdown(socket.SHUT_RDWR)
     assert task.join(10)
     assert woken == [True]
@@ -371,31 +386,31 @@ def burn(seconds):
         pass
 
 
-def test_steps_are_timed(seam):
+def test_steps_are_timed(backend):
     """The longest stretch between two yields is kept with its task's name, until somebody takes it."""
 
     def greedy():
-        seam.sleep(0)
+        backend.sleep(0)
         burn(0.05)
-        seam.sleep(0)
+        backend.sleep(0)
 
-    assert seam.spawn(greedy, name="greedy").join(10)
-    longest, name = seam.steps.take()
+    assert backend.spawn(greedy, name="greedy").join(10)
+    longest, name = backend.steps.take()
     assert longest >= 0.05
     assert name == "greedy"
-    assert seam.steps.take() == (0.0, "")
+    assert backend.steps.take() == (0.0, "")
 
 
-def test_the_last_step_is_timed(seam):
+def test_the_last_step_is_timed(backend):
     """What a task does between its last wait and its end is a step like any other."""
-    assert seam.spawn(burn, 0.05, name="ending").join(10)
-    assert seam.steps.take()[0] >= 0.05
+    assert backend.spawn(burn, 0.05, name="ending").join(10)
+    assert backend.steps.take()[0] >= 0.05
 
 
-def test_a_hub_calls_what_its_timer_says(seam, mode, until):
+def test_a_hub_calls_what_its_timer_says(backend, mode, until):
     """A timer's function is called again and again until it is ended, by the hub; threads have none."""
     calls = []
-    end = seam.timer(0.01, lambda: calls.append(getcurrent()))
+    end = backend.timer(0.01, lambda: calls.append(getcurrent()))
     if mode == "threads":
         assert end is None
         return
@@ -403,32 +418,32 @@ def test_a_hub_calls_what_its_timer_says(seam, mode, until):
     assert getcurrent() not in calls
     end()
     seen = len(calls)
-    seam.sleep(0.1)
+    backend.sleep(0.1)
     assert len(calls) == seen
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01])
-def test_a_timer_may_be_for_once(seam, mode, until, seconds):
+def test_a_timer_may_be_for_once(backend, mode, until, seconds):
     """Such a one is called a single time, and may be ended before that; what ends it does no harm afterwards."""
     calls = []
-    first = seam.timer(seconds, lambda: calls.append("first"), once=True)
-    second = seam.timer(0.05, lambda: calls.append("second"), once=True)
+    first = backend.timer(seconds, lambda: calls.append("first"), once=True)
+    second = backend.timer(0.05, lambda: calls.append("second"), once=True)
     if mode == "threads":
         assert first is None is second
         return
     second()
     until(lambda: calls)
     first()
-    seam.sleep(0.1)
+    backend.sleep(0.1)
     assert calls == ["first"]
 
 
-def test_a_childs_copy_of_a_timer_is_dead(seam, mode, until):
+def test_a_childs_copy_of_a_timer_is_dead(backend, mode, until):
     """A forked child's hub calls nothing of its parent's."""
     if mode == "threads":
         pytest.skip("threads have no hub")
     calls = []
-    end = seam.timer(0.01, lambda: calls.append(os.getpid()))
+    end = backend.timer(0.01, lambda: calls.append(os.getpid()))
     until(lambda: calls)
     pid = os.fork()
     if pid == 0:
@@ -441,13 +456,15 @@ def test_a_childs_copy_of_a_timer_is_dead(seam, mode, until):
     end()
 
 
-def test_a_large_import_yields(seam, mode, tmp_path, monkeypatch):
+def test_a_large_import_yields(backend, mode, tmp_path, monkeypatch):
     """Under gevent others run between the files of an import; everywhere it happens once, and all get it whole."""
     package = tmp_path / "z4j_large"
     package.mkdir()
     for name in "abc":
         (package / f"{name}.py").touch()
-    (package / "__init__.py").write_text("import sys\nsys.z4j_begun += 1\nfrom z4j_large import a, b, c\nWHOLE = True\n")
+    (package / "__init__.py").write_text(
+        "import sys\nsys.z4j_begun += 1\nfrom z4j_large import a, b, c\nWHOLE = True\n"
+    )
     monkeypatch.setattr(sys, "z4j_begun", 0, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     ran, found = [], []
@@ -455,60 +472,65 @@ def test_a_large_import_yields(seam, mode, tmp_path, monkeypatch):
     def count():
         while loading.alive():
             ran.append(1)
-            seam.sleep(0)
+            backend.sleep(0)
 
     def also():
         import z4j_large
 
         found.append(z4j_large.WHOLE)
 
-    loading = seam.spawn(lambda: found.append(seam.load("z4j_large").WHOLE), name="loading")
-    tasks = [seam.spawn(count, name="count"), seam.spawn(also, name="also"), loading]
+    loading = backend.spawn(lambda: found.append(backend.load("z4j_large").WHOLE), name="loading")
+    tasks = [backend.spawn(count, name="count"), backend.spawn(also, name="also"), loading]
     assert all(task.join(10) for task in tasks)
     assert (found, sys.z4j_begun) == ([True, True], 1)
     assert mode != "gevent" or len(ran) > 3
     assert not [finder for finder in sys.meta_path if "_Pauses" in repr(finder)]
 
 
-def test_waiting_inside_of_foreign_code_ends_no_step(seam):
+def test_waiting_inside_of_foreign_code_ends_no_step(backend):
     """Foreign code that waits and then calls us back, where we wait, has no step counted for its own time."""
 
     def foreign():
-        seam.event().wait(0.3)
-        seam.sleep(0.001)
+        backend.event().wait(0.3)
+        backend.sleep(0.001)
 
     def work():
-        seam.waiting(foreign)
-        seam.sleep(0)
+        backend.waiting(foreign)
+        backend.sleep(0)
 
-    seam.steps.take()
-    assert seam.spawn(work, name="calls").join(10)
-    assert seam.steps.take()[0] < 0.2
+    backend.steps.take()
+    assert backend.spawn(work, name="calls").join(10)
+    assert backend.steps.take()[0] < 0.2
 
 
-def test_waiting_is_no_step(seam):
+def test_waiting_is_no_step(backend):
     """No wait counts as a step of ours: not for time, an event, a lock or the end of a task, nor a foreign call."""
 
     def patient():
-        seam.sleep(0.3)
-        seam.pause(seam.event(), 0.3)
-        seam.waiting(seam.event().wait, 0.3)
-        seam.waiting(seam.pause, seam.event(), 0.3)  # foreign code that comes back to the seam
+        backend.sleep(0.3)
+        backend.pause(backend.event(), 0.3)
+        backend.waiting(backend.event().wait, 0.3)
+        backend.waiting(
+            backend.pause, backend.event(), 0.3
+        )  # foreign code that comes back to the backend
         with lock:
             other.join(10)
 
-    lock = seam.lock()
+    lock = backend.lock()
     lock.__enter__()
-    other = seam.spawn(lambda: (seam.sleep(0.3), lock.__exit__(None, None, None), seam.sleep(0.3)), name="other")
-    assert seam.spawn(patient, name="patient").join(10)
-    assert seam.steps.take()[0] < 0.25
+    other = backend.spawn(
+        lambda: (backend.sleep(0.3), lock.__exit__(None, None, None), backend.sleep(0.3)),
+        name="other",
+    )
+    assert backend.spawn(patient, name="patient").join(10)
+    assert backend.steps.take()[0] < 0.25
 
 
 # -- forks
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_no_fork_in_the_middle_of_an_offloaded_call(seam, until):
+def test_no_fork_in_the_middle_of_an_offloaded_call(backend, until):
     """A child never begins inside an offloaded call: SQLite's locks would be shut in it for ever, for the host as well."""
     steps = []
 
@@ -521,7 +543,7 @@ def test_no_fork_in_the_middle_of_an_offloaded_call(seam, until):
 
     def child_of_a_busy_moment():
         steps.clear()
-        task = seam.spawn(seam.offload, native, name="busy")
+        task = backend.spawn(backend.offload, native, name="busy")
         until(lambda: steps)
         pid = os.fork()
         if not pid:
@@ -533,13 +555,13 @@ def test_no_fork_in_the_middle_of_an_offloaded_call(seam, until):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_no_fork_in_the_middle_of_an_import(seam, mode, until, tmp_path, monkeypatch):
+def test_no_fork_in_the_middle_of_an_import(backend, mode, until, tmp_path, monkeypatch):
     """A module that a task of ours imports can be imported in a child that was forked meanwhile."""
     if mode != "threads":
         pytest.skip("the greenlet that imports is there in the child as well")
     (tmp_path / "slow_here.py").write_text("import time\ntime.sleep(0.3)\nDONE = True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    task = seam.spawn(import_module, "slow_here", name="importer")
+    task = backend.spawn(import_module, "slow_here", name="importer")
     until(lambda: "slow_here" in sys.modules)
     pid = os.fork()
     if not pid:
@@ -551,13 +573,13 @@ def test_no_fork_in_the_middle_of_an_import(seam, mode, until, tmp_path, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_hung_call_does_not_hold_up_a_fork(seam, native_read, gate, monkeypatch):
+def test_a_hung_call_does_not_hold_up_a_fork(backend, native_read, gate, monkeypatch):
     """When the disk hangs the host forks all the same, and both processes can go on."""
     monkeypatch.setattr(fork, "PATIENCE", 0.01)
     read, release = gate
-    hung = seam.spawn(seam.offload, native_read, read, 1, name="hung")
-    seam.sleep(0.05)
-    shut = import_module(f"z4j_bare.concurrency.{seam.name}")._gate
+    hung = backend.spawn(backend.offload, native_read, read, 1, name="hung")
+    backend.sleep(0.05)
+    shut = import_module(f"z4j_bare.concurrency.{backend.name}")._gate
     pid = os.fork()
     if not pid:
         os._exit(shut.run(int))
@@ -568,7 +590,7 @@ def test_a_hung_call_does_not_hold_up_a_fork(seam, native_read, gate, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_loops_leave_a_forked_child(seam, until):
+def test_loops_leave_a_forked_child(backend, until):
     """A loop copied into a child that runs on leaves at its next wake, without a word and without its next action."""
     read, write = os.pipe()
     beats = []
@@ -577,9 +599,9 @@ def test_loops_leave_a_forked_child(seam, until):
         while len(beats) < 10_000:
             os.write(write, b"%d\n" % os.getpid())
             beats.append(1)
-            seam.sleep(0.01)
+            backend.sleep(0.01)
 
-    task = seam.spawn(loop, name="loop")
+    task = backend.spawn(loop, name="loop")
     until(lambda: beats)
     pid = os.fork()
     if pid == 0:
@@ -601,16 +623,16 @@ def test_loops_leave_a_forked_child(seam, until):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_child_cannot_use_the_parents_seam(seam, pair, until):
+def test_a_child_cannot_use_the_parents_seam(backend, pair, until):
     """In a child every method that waits raises before it waits; the child's epoch differs from its parent's."""
     ran = []
     calls = [
-        lambda: seam.sleep(0),
-        lambda: seam.pause(seam.event(), 0),
-        lambda: seam.offload(ran.append, 1),
-        lambda: seam.wait_readable(pair[0], 0),
-        lambda: seam.wait_writable(pair[0], 0),
-        lambda: seam.waiting(ran.append, 1),
+        lambda: backend.sleep(0),
+        lambda: backend.pause(backend.event(), 0),
+        lambda: backend.offload(ran.append, 1),
+        lambda: backend.wait_readable(pair[0], 0),
+        lambda: backend.wait_writable(pair[0], 0),
+        lambda: backend.waiting(ran.append, 1),
     ]
     before, (read, write) = fork.epoch(), os.pipe()
     pid = os.fork()
@@ -622,7 +644,9 @@ def test_a_child_cannot_use_the_parents_seam(seam, pair, until):
                     call()
                 except ForkedChildError:
                     raised += 1
-            os.write(write, json.dumps([raised, ran, seam.forked(), fork.epoch() != before]).encode())
+            os.write(
+                write, json.dumps([raised, ran, backend.forked(), fork.epoch() != before]).encode()
+            )
         finally:
             os._exit(0)
     os.close(write)
@@ -630,16 +654,20 @@ def test_a_child_cannot_use_the_parents_seam(seam, pair, until):
     until(lambda: seen.extend(os.waitpid(pid, os.WNOHANG)) or seen[-2], seconds=30)
     assert json.loads(os.read(read, 65536)) == [len(calls), [], True, True]
     os.close(read)
-    assert not seam.forked()
+    assert not backend.forked()
     assert fork.epoch() == before
 
 
-# -- which seam
+# -- which backend
 
 
 def modules(library, *, thread, socket):
     """What ``sys.modules`` holds when ``library`` has patched these."""
-    patched = {name for name, is_patched in (("thread", thread), ("threading", thread), ("socket", socket)) if is_patched}
+    patched = {
+        name
+        for name, is_patched in (("thread", thread), ("threading", thread), ("socket", socket))
+        if is_patched
+    }
     if library == "gevent":
         return {"gevent.monkey": SimpleNamespace(is_module_patched=patched.__contains__)}
     return {"eventlet.patcher": SimpleNamespace(is_monkey_patched=patched.__contains__)}
@@ -647,7 +675,13 @@ def modules(library, *, thread, socket):
 
 @pytest.mark.parametrize("library", ["gevent", "eventlet"])
 @pytest.mark.parametrize(
-    ("thread", "socket", "outcome"), [(True, True, None), (True, False, "partial"), (False, True, "partial"), (False, False, "none")]
+    ("thread", "socket", "outcome"),
+    [
+        (True, True, None),
+        (True, False, "partial"),
+        (False, True, "partial"),
+        (False, False, "none"),
+    ],
 )
 def test_detection(library, thread, socket, outcome):
     """Thread and socket together make a runtime, one of them a partial patch, none of them nothing."""
@@ -730,18 +764,39 @@ print(json.dumps([found.outcome, found.library, attempt("auto"), attempt("thread
         ("", "none", "", "threads"),
         ("import gevent, eventlet", "none", "", "threads"),
         ("from gevent import monkey; monkey.patch_all()", "gevent", "gevent", "gevent"),
-        ("from gevent import monkey; monkey.patch_all(thread=False)", "partial", "gevent", "threads"),
-        ("from gevent import monkey; monkey.patch_all(socket=False)", "partial", "gevent", "HostConfigurationError"),
+        (
+            "from gevent import monkey; monkey.patch_all(thread=False)",
+            "partial",
+            "gevent",
+            "threads",
+        ),
+        (
+            "from gevent import monkey; monkey.patch_all(socket=False)",
+            "partial",
+            "gevent",
+            "HostConfigurationError",
+        ),
         ("import eventlet; eventlet.monkey_patch()", "eventlet", "eventlet", "eventlet"),
         ("import eventlet; eventlet.monkey_patch(thread=False)", "partial", "eventlet", "threads"),
-        ("import eventlet; eventlet.monkey_patch(socket=False)", "partial", "eventlet", "HostConfigurationError"),
+        (
+            "import eventlet; eventlet.monkey_patch(socket=False)",
+            "partial",
+            "eventlet",
+            "HostConfigurationError",
+        ),
     ],
 )
 def test_detection_in_real_processes(mode, patch, outcome, library, auto):
     """The real libraries, patched fully and partially, are told apart in a process of their own."""
     if mode != "threads":
         pytest.skip("the same sub-processes whatever mode this one is in")
-    done = subprocess.run([sys.executable, "-c", REAL.format(patch=patch)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", REAL.format(patch=patch)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     found = json.loads(done.stdout)
     assert found[:2] == [outcome, library]
     assert found[2].startswith(auto)
@@ -778,12 +833,24 @@ peer.stop()
 """
 
 
-@pytest.mark.parametrize("patch", ["from gevent import monkey; monkey.patch_all(thread=False)", "import eventlet; eventlet.monkey_patch(thread=False)"])
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "from gevent import monkey; monkey.patch_all(thread=False)",
+        "import eventlet; eventlet.monkey_patch(thread=False)",
+    ],
+)
 def test_threads_work_on_patched_sockets(mode, patch):
     """Where only sockets are patched the agent runs in real threads, and gets a session and a heartbeat through."""
     if mode != "threads":
         pytest.skip("the same sub-processes whatever mode this one is in")
-    done = subprocess.run([sys.executable, "-c", PARTIAL.format(patch=patch)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PARTIAL.format(patch=patch)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout.split()) == (0, ["1", "threads", "{}"]), done.stderr
 
 
@@ -847,7 +914,7 @@ def test_virtual_waits():
 
 
 def test_virtual_errors_and_steps(caplog):
-    """The fake logs a task's error like every seam, offloads as values and knows its own name."""
+    """The fake logs a task's error like every backend, offloads as values and knows its own name."""
     fake = FakeConcurrency()
 
     def fail():

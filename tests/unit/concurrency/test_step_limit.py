@@ -9,7 +9,7 @@ from tests.support import steps
 
 
 @pytest.fixture
-def trial(seam, mode):
+def trial(backend, mode):
     """``trial(function)``: run it as a task of ours; return the verdicts."""
     if mode == "threads":
         pytest.skip("nobody waits for our steps there")
@@ -17,9 +17,9 @@ def trial(seam, mode):
     def run(function, times=1):
         judge = steps.Judge()
         try:
-            judge.watch(seam)
+            judge.watch(backend)
             for _ in range(times):
-                assert seam.spawn(function, name="z4j-accused").join(20)
+                assert backend.spawn(function, name="z4j-accused").join(20)
         finally:
             judge.stop()
         return judge.guilty
@@ -47,22 +47,28 @@ def burn(seconds):
         pass
 
 
-def test_computing_is_seen(trial, seam):
+def test_computing_is_seen(trial, backend):
     """A step that computes for too long is guilty on both clocks, with the task and the place where it ended."""
-    verdicts = trial(lambda: (seam.sleep(0), burn(0.03), seam.sleep(0)))
-    assert [kind for verdict in verdicts for kind in ("two waits", "two switches") if kind in verdict] == ["two waits", "two switches"]
-    assert all(verdict.startswith("z4j-accused: 3") and "test_steps.py" in verdict for verdict in verdicts)
+    verdicts = trial(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
+    assert [
+        kind for verdict in verdicts for kind in ("two waits", "two switches") if kind in verdict
+    ] == ["two waits", "two switches"]
+    assert all(
+        verdict.startswith("z4j-accused: 3") and "test_steps.py" in verdict for verdict in verdicts
+    )
 
 
-def test_computing_a_little_too_long_is_seen_by_repetition(trial, seam):
+def test_computing_a_little_too_long_is_seen_by_repetition(trial, backend):
     """A step of 15 ms may be the machine's fault once; in the same place again and again it is not."""
-    verdicts = trial(lambda: (seam.sleep(0), burn(0.015), seam.sleep(0)), times=steps.OFTEN)
+    verdicts = trial(lambda: (backend.sleep(0), burn(0.015), backend.sleep(0)), times=steps.OFTEN)
     assert verdicts
 
 
-def test_computing_in_a_foreign_call_is_seen(trial, seam):
+def test_computing_in_a_foreign_call_is_seen(trial, backend):
     """What foreign code computes inside a wait of ours is seen by the clock that follows the switches."""
-    verdicts = trial(lambda: seam.waiting(lambda: (seam.sleep(0), burn(0.03), seam.sleep(0))))
+    verdicts = trial(
+        lambda: backend.waiting(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
+    )
     assert len(verdicts) == 1
     assert "two switches" in verdicts[0]
 
@@ -73,9 +79,12 @@ def test_blocking_is_seen(trial, block):
     assert trial(lambda: block(0.03), times=steps.OFTEN)
 
 
-def test_yielding_is_innocent(trial, seam):
+def test_yielding_is_innocent(trial, backend):
     """Neither much work in small steps nor long waits are an offence."""
-    assert trial(lambda: [(burn(0.002), seam.sleep(0)) for _ in range(50)] and seam.sleep(0.2)) == []
+    assert (
+        trial(lambda: [(burn(0.002), backend.sleep(0)) for _ in range(50)] and backend.sleep(0.2))
+        == []
+    )
 
 
 def test_the_collector_is_an_excuse(trial):

@@ -31,9 +31,9 @@ OTHER_SECRET = "HxwdHBsaGRgXFhUUExIREA8ODQwLCgkIBwYFBAMCAQA="
 
 
 @pytest.fixture
-def front(seam):
+def front(backend):
     """A scripted brain that is in order."""
-    made = Front(seam)
+    made = Front(backend)
     yield made
     made.stop()
 
@@ -43,7 +43,13 @@ def patient(monkeypatch, tmp_path):
     """``patient(url, **settings)``: what the doctor says, as results by name."""
 
     def examine(url, **settings):
-        for name, value in {"brain_url": url, "project_id": "p", "token": TOKEN, "hmac_secret": SECRET_TEXT, **settings}.items():
+        for name, value in {
+            "brain_url": url,
+            "project_id": "p",
+            "token": TOKEN,
+            "hmac_secret": SECRET_TEXT,
+            **settings,
+        }.items():
             monkeypatch.setenv(f"Z4J_{name.upper()}", str(value))
         found = load_settings()
         return {each.name: each for each in diagnostics.examine(resolve_config(found), found)}
@@ -116,10 +122,10 @@ def test_silent_port(patient, monkeypatch):
         ((-1, 90), False, "authority unknown to this host", "Z4J_CA_BUNDLE"),
     ],
 )
-def test_bad_certificates(seam, patient, tmp_path, days, known, cause, fix):
+def test_bad_certificates(backend, patient, tmp_path, days, known, cause, fix):
     """An expired certificate, one of the future and one of an unknown authority are three different things."""
     pem = make(tmp_path / "brain.pem", days)
-    front = Front(seam, tls=server(pem))
+    front = Front(backend, tls=server(pem))
     try:
         bad = only_failure(patient(front.url, **({"ca_bundle": pem} if known else {})))
     finally:
@@ -130,10 +136,10 @@ def test_bad_certificates(seam, patient, tmp_path, days, known, cause, fix):
 
 
 @pytest.mark.parametrize(("last", "verdict"), [(90, "OK"), (5, "WARN")])
-def test_certificate_expiry(seam, patient, tmp_path, last, verdict):
+def test_certificate_expiry(backend, patient, tmp_path, last, verdict):
     """A good certificate is told with the days it has left, with a warning when they are few; the rest goes over TLS."""
     pem = make(tmp_path / "brain.pem", (-1, last))
-    front = Front(seam, tls=server(pem))
+    front = Front(backend, tls=server(pem))
     try:
         results = patient(front.url, ca_bundle=pem)
     finally:
@@ -143,9 +149,11 @@ def test_certificate_expiry(seam, patient, tmp_path, last, verdict):
     assert results["signature"].verdict == "OK"
 
 
-def test_no_tls_where_tls_is_expected(seam, patient):
+def test_no_tls_where_tls_is_expected(backend, patient):
     """An https address to a port that speaks http names the scheme."""
-    door = Listener(seam, lambda sock: push(seam, sock, b"HTTP/1.1 400 Bad Request\r\n\r\n"), name="plain")
+    door = Listener(
+        backend, lambda sock: push(backend, sock, b"HTTP/1.1 400 Bad Request\r\n\r\n"), name="plain"
+    )
     try:
         bad = only_failure(patient(door.url.replace("http:", "https:")))
     finally:
@@ -155,9 +163,9 @@ def test_no_tls_where_tls_is_expected(seam, patient):
 
 
 @pytest.mark.parametrize(("minutes", "way"), [(5, "behind"), (-5, "ahead of")])
-def test_clock(front, patient, seam, minutes, way):
+def test_clock(front, patient, backend, minutes, way):
     """A clock that is five minutes off is told before anybody suspects the key."""
-    late = formatdate(seam.wall() + 60 * minutes, usegmt=True)
+    late = formatdate(backend.wall() + 60 * minutes, usegmt=True)
     front.http.answers["GET"] = [(200, {"Date": late}, b'{"status":"ok"}')]
     results = patient(front.url)
     bad = only_failure(results)
@@ -184,9 +192,11 @@ def test_bad_secret(front, patient):
     assert "Z4J_HMAC_SECRET" in bad.fix
 
 
-def test_refused_signature_with_a_skewed_clock(front, patient, seam):
+def test_refused_signature_with_a_skewed_clock(front, patient, backend):
     """With clocks far apart the key is not blamed."""
-    front.http.answers["GET"] = [(200, {"Date": formatdate(seam.wall() + 300, usegmt=True)}, b'{"status":"ok"}')]
+    front.http.answers["GET"] = [
+        (200, {"Date": formatdate(backend.wall() + 300, usegmt=True)}, b'{"status":"ok"}')
+    ]
     results = patient(front.url, hmac_secret=OTHER_SECRET)
     assert "clocks differ" in results["signature"].text
 
@@ -289,7 +299,10 @@ def test_little_room(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
-        ((302, {"Location": "https://login.example/\x1b[2J"}, b""), "redirects to https://login.example/?[2J"),
+        (
+            (302, {"Location": "https://login.example/\x1b[2J"}, b""),
+            "redirects to https://login.example/?[2J",
+        ),
         ((404, {}, b""), "no health route"),
         ((407, {}, b""), "wants a login"),
         ((502, {}, b""), "a proxy answers"),
@@ -306,10 +319,10 @@ def test_unhealthy(front, patient, answer, cause):
     assert cause in bad.text
 
 
-def test_through_a_proxy(seam, front, patient, monkeypatch, tmp_path):
+def test_through_a_proxy(backend, front, patient, monkeypatch, tmp_path):
     """With a proxy in the environment the proxy is what is looked up and connected to, and TLS goes through it."""
     pem = make(tmp_path / "brain.pem", (-1, 90))
-    secure, tunnel = Front(seam, tls=server(pem)), Tunnel(seam)
+    secure, tunnel = Front(backend, tls=server(pem)), Tunnel(backend)
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:hunter2@127.0.0.1:{tunnel.port}")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -341,7 +354,17 @@ def test_the_adapters_names(front, patient, monkeypatch):
         "remote_authentication_verified": True,
     }
     names = [each.name for each in diagnostics.run_all(config)]
-    assert names == ["buffer_path", "dns", "tcp", "tls", "http", "clock", "token", "websocket", "signature"]
+    assert names == [
+        "buffer_path",
+        "dns",
+        "tcp",
+        "tls",
+        "http",
+        "clock",
+        "token",
+        "websocket",
+        "signature",
+    ]
     front.http.stop()
     front.ws.stop()
     assert [each.ok for each in diagnostics.run_all(config)] == [True, True, True, True, False]
@@ -354,13 +377,22 @@ def test_a_websocket_that_is_refused(front, patient):
     patient(front.url)
     front.ws.token = "another"
     found = diagnostics.probe_websocket(resolve_config(load_settings()))
-    assert (found.ok, found.details["code"], found.details["remote_authentication_verified"]) == (False, 4401, False)
+    assert (found.ok, found.details["code"], found.details["remote_authentication_verified"]) == (
+        False,
+        4401,
+        False,
+    )
     assert "Z4J_TOKEN" in found.fix
 
 
 def test_results_are_plain():
     """A result can be told as a line and as JSON, whatever its verdict."""
-    for made in (result.passed("n", "t"), result.skipped("n", "t"), result.warned("n", "t", "f"), result.failed("n", "t", "f")):
+    for made in (
+        result.passed("n", "t"),
+        result.skipped("n", "t"),
+        result.warned("n", "t", "f"),
+        result.failed("n", "t", "f"),
+    ):
         assert made.text == "t"
         assert made.fix == ("f" if made.verdict in ("WARN", "FAIL") else "")
         assert made.ok == (made.verdict != "FAIL")
@@ -387,11 +419,36 @@ def test_an_application_that_patches_by_half(mode, tmp_path):
         "eventlet": "import eventlet; eventlet.monkey_patch(thread=False)",
     }
     (tmp_path / "half.py").write_text(f"{patches[library]}\napp = object()\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "z4j_bare", "doctor", "--json", "--app", "half:app", "--project-id", "p", "--token", "t"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "z4j_bare",
+        "doctor",
+        "--json",
+        "--app",
+        "half:app",
+        "--project-id",
+        "p",
+        "--token",
+        "t",
+    ]
     done = subprocess.run(
-        [*command, "--brain-url", "http://127.0.0.1:9"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*command, "--brain-url", "http://127.0.0.1:9"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     probes = {probe["name"]: probe for probe in json.loads(done.stdout)["probes"]}
-    assert probes["concurrency"]["details"]["cause"] == f"{library} has patched sockets but not threads"
+    assert (
+        probes["concurrency"]["details"]["cause"]
+        == f"{library} has patched sockets but not threads"
+    )
     assert library in probes["concurrency"]["details"]["fix"]

@@ -14,7 +14,9 @@ from z4j_bare.events.adapter_redaction import merge_redaction
 
 
 def config(**overrides):
-    return Config(brain_url="http://127.0.0.1:7700", token="t", project_id="p", dev_mode=True, **overrides)
+    return Config(
+        brain_url="http://127.0.0.1:7700", token="t", project_id="p", dev_mode=True, **overrides
+    )
 
 
 class Engine:
@@ -72,12 +74,12 @@ def sunk():
 
 
 @pytest.fixture
-def hosted(bridge, seam, sunk):
+def hosted(bridge, backend, sunk):
     """``hosted(engine)``: its host."""
     hosts = []
 
     def host(engine):
-        hosts.append(EngineHost(engine, bridge, seam, sunk.append))
+        hosts.append(EngineHost(engine, bridge, backend, sunk.append))
         return hosts[-1]
 
     yield host
@@ -143,9 +145,9 @@ def test_a_failing_adapter_does_not_fail_us(hosted, caplog):
     assert "did not disconnect" in caplog.text
 
 
-def test_disconnect_is_bounded(hosted, seam, caplog):
+def test_disconnect_is_bounded(hosted, backend, caplog):
     """A disconnect_signals that hangs costs its time-out, no more."""
-    release = seam.event()
+    release = backend.event()
 
     class Hanging(Engine):
         def disconnect_signals(self):
@@ -153,9 +155,9 @@ def test_disconnect_is_bounded(hosted, seam, caplog):
 
     host = hosted(Hanging())
     host.connect()
-    began = seam.now()
+    began = backend.now()
     host.disconnect(timeout=0.1)
-    assert seam.now() - began < 3
+    assert backend.now() - began < 3
     assert "did not disconnect" in caplog.text
     release.set()
 
@@ -197,9 +199,9 @@ def test_health_that_fails(hosted):
     assert host.health() == {"fake.error": "health check failed"}
 
 
-def test_health_that_takes_too_long(hosted, seam, until):
+def test_health_that_takes_too_long(hosted, backend, until):
     """A slow probe is never started twice, and its late answer is kept for the next heartbeat."""
-    release, probes = seam.event(), []
+    release, probes = backend.event(), []
 
     class Slow(Engine):
         def get_health(self):
@@ -222,10 +224,15 @@ def test_health_that_takes_too_long(hosted, seam, until):
 def test_invoke_leaves_out_unknown_keywords(hosted):
     """Empty keywords and hints that an adapter's method does not take are dropped; one that takes any gets all."""
     host = hosted(Engine())
-    assert host.invoke("retry_task", "1", timeout=5, priority="high", hints={"task_name": "n"}) == ("1", "high")
+    assert host.invoke("retry_task", "1", timeout=5, priority="high", hints={"task_name": "n"}) == (
+        "1",
+        "high",
+    )
     assert host.invoke("cancel_task", "1", timeout=5, priority=None) == "1"
     assert host.invoke("anything", timeout=5, hints={"b": 2}, a=1) == {"a": 1, "b": 2}
-    with pytest.raises(CommandError, match="fake does not support cancel_task with eta and priority"):
+    with pytest.raises(
+        CommandError, match="fake does not support cancel_task with eta and priority"
+    ):
         host.invoke("cancel_task", "1", timeout=5, eta=7.0, priority="high", queue=None)
     assert accepted(dict, {"a": 1}) == {"a": 1}
 
@@ -244,12 +251,12 @@ def test_invoke_never_calls_twice(hosted):
     assert calls == ["1"]
 
 
-def test_queues_of_an_earlier_agent_are_freed(seam, sunk, until):
+def test_queues_of_an_earlier_agent_are_freed(backend, sunk, until):
     """An adapter whose queues were bound by one agent delivers everything to the next."""
     engine = Engine()
     for generation in range(3):
-        bridge = Bridge(seam)
-        host = EngineHost(engine, bridge, seam, sunk.append)
+        bridge = Bridge(backend)
+        host = EngineHost(engine, bridge, backend, sunk.append)
         host.connect()
         until(lambda: engine._event_queue._getters)
         bridge.loop().call_soon_threadsafe(engine._event_queue.put_nowait, generation)
@@ -275,8 +282,12 @@ def test_dead_getters_are_forgotten(hosted, bridge, sunk, until):
 def test_redaction_is_merged(hosted):
     """What the adapter captures when it connects has its own patterns and the operator's."""
     engine = Engine()
-    engine.redaction = RedactionEngine(RedactionConfig(extra_key_patterns=("own",), max_value_bytes=500))
-    merge_redaction(engine, config(redaction_extra_key_patterns=["own", "theirs"], max_payload_bytes=900))
+    engine.redaction = RedactionEngine(
+        RedactionConfig(extra_key_patterns=("own",), max_value_bytes=500)
+    )
+    merge_redaction(
+        engine, config(redaction_extra_key_patterns=["own", "theirs"], max_payload_bytes=900)
+    )
     hosted(engine).connect()
     merged = engine.seen[0][2].config
     assert merged == RedactionConfig(extra_key_patterns=("own", "theirs"), max_value_bytes=500)
@@ -287,7 +298,9 @@ def test_redaction_limits_and_switches():
     """The operator's limit replaces the default; either side may switch the built-in patterns off; nobody does by accident."""
     engine = Engine()
     merge_redaction(engine, config(max_payload_bytes=20_000, redaction_extra_value_patterns=["v"]))
-    assert engine.redaction.config == RedactionConfig(extra_value_patterns=("v",), max_value_bytes=20_000)
+    assert engine.redaction.config == RedactionConfig(
+        extra_value_patterns=("v",), max_value_bytes=20_000
+    )
     merge_redaction(engine, config(max_payload_bytes=20_000, redaction_defaults_enabled=False))
     assert engine.redaction.config.default_patterns_enabled is False
     engine.redaction = foreign = object()

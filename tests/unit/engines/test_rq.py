@@ -9,18 +9,18 @@ import pytest
 
 from z4j_bare.engines.rq import RqSource
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import source_of
+from z4j_bare.events.source import make_source
 from z4j_bare.settings import Settings
 
 
-class StopRequested(Exception):  # noqa: N818 - RQ's name
+class StopRequested(Exception):
     """As in RQ: an ordinary exception."""
 
 
 StopRequested.__module__ = "rq.exceptions"
 
 
-class InvalidJobOperation(Exception):  # noqa: N818 - RQ's name
+class InvalidJobOperation(Exception):
     """What RQ raises for a job that is gone."""
 
 
@@ -28,12 +28,12 @@ class BaseWorker:
     """As in RQ: asked to stop it makes a note while busy, and raises at any other moment."""
 
     name = "w1"
-    busy = stopping = False
+    busy = stop_event = False
 
     def request_stop(self, _number, _frame):
         if not self.busy:
             raise StopRequested
-        self.stopping = True
+        self.stop_event = True
 
     def perform_job(self, job, queue, execution):
         if job.raises:
@@ -47,7 +47,7 @@ class BaseWorker:
             self.execute_job(job, "q")
         except StopRequested:
             return True
-        return self.stopping
+        return self.stop_event
 
     def execute_job(self, job, queue):
         self.busy = True
@@ -106,7 +106,14 @@ def heard(monkeypatch):
 
         return tell
 
-    names = ("rq", "rq.worker", "rq.exceptions", "z4j_rq", "z4j_rq.events", "z4j_rq.events.callbacks")
+    names = (
+        "rq",
+        "rq.worker",
+        "rq.exceptions",
+        "z4j_rq",
+        "z4j_rq.events",
+        "z4j_rq.events.callbacks",
+    )
     modules = {name: ModuleType(name) for name in names}
     modules["rq.worker"].Worker, modules["rq.worker"].SimpleWorker = Worker, SimpleWorker
     modules["rq.exceptions"].InvalidJobOperation = InvalidJobOperation
@@ -122,9 +129,9 @@ def heard(monkeypatch):
 
 
 @pytest.fixture
-def source(heard, seam):
+def source(heard, backend):
     engine = SimpleNamespace(name="rq", rq_app=object(), redaction=object())
-    made = source_of(engine, Ring(10, 10, seam.event()), Settings(), seam, None)
+    made = make_source(engine, Ring(10, 10, backend.event()), Settings(), backend, None)
     assert isinstance(made, RqSource)
     assert not made.adapted
     made.connect()

@@ -13,7 +13,7 @@ from z4j_celery import CeleryEngineAdapter
 from z4j_core.models import Event, EventKind
 
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import CelerySource, Source, enable_here, only_worker, source_of
+from z4j_bare.events.source import CelerySource, EventSource, enable_here, make_source, only_worker
 from z4j_bare.settings import Settings
 
 
@@ -34,13 +34,15 @@ def app():
 
 
 @pytest.fixture
-def made(app, seam):
+def made(app, backend):
     """``made(consumer)``: the source of a process with that Consumer, connected."""
     sources = []
 
     def make(consumer=None, **settings):
-        ring = Ring(1000, 1000, seam.event())
-        source = source_of(CeleryEngineAdapter(celery_app=app), ring, Settings(**settings), seam, consumer)
+        ring = Ring(1000, 1000, backend.event())
+        source = make_source(
+            CeleryEngineAdapter(celery_app=app), ring, Settings(**settings), backend, consumer
+        )
         source.connect()
         sources.append(source)
         return source, lambda: [json.loads(record[0](record)) for record in ring.take(1000)]
@@ -52,7 +54,11 @@ def made(app, seam):
 
 def worker(pool):
     """A Consumer as far as it is looked at."""
-    return SimpleNamespace(hostname="w@h", pool=object.__new__(pool), event_dispatcher=SimpleNamespace(groups={"worker"}))
+    return SimpleNamespace(
+        hostname="w@h",
+        pool=object.__new__(pool),
+        event_dispatcher=SimpleNamespace(groups={"worker"}),
+    )
 
 
 def names(source):
@@ -61,7 +67,13 @@ def names(source):
 
 def received(app):
     request = SimpleNamespace(
-        id="t", task=app.tasks["shop.add"], args=[1], kwargs={}, parent_id=None, root_id="t", delivery_info={"routing_key": "q"}
+        id="t",
+        task=app.tasks["shop.add"],
+        args=[1],
+        kwargs={},
+        parent_id=None,
+        root_id="t",
+        delivery_info={"routing_key": "q"},
     )
     signals.task_received.send(sender=None, request=request)
 
@@ -85,7 +97,15 @@ def test_a_prefork_worker_reads_its_own_events(app, made):
     received(app)
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])
     take = source._stream._take
-    take({"type": "task-received", "hostname": "w@h", "uuid": "t", "name": "shop.add", "args": "(1,)"})
+    take(
+        {
+            "type": "task-received",
+            "hostname": "w@h",
+            "uuid": "t",
+            "name": "shop.add",
+            "args": "(1,)",
+        }
+    )
     take({"type": "task-started", "hostname": "w@other", "uuid": "t"})
     take({"type": "task-started", "hostname": "w@h", "uuid": "t"})
     told = events()
@@ -102,7 +122,10 @@ def test_elsewhere_every_worker_is_read(made):
         take({"type": "task-started", "hostname": name, "uuid": "t"})
     with pytest.raises(KeyError):
         take({"type": "task-started", "uuid": "t"})
-    assert [event["data"]["worker"] for event in events() if event["kind"] == "worker.online"] == ["a@h", "b@h"]
+    assert [event["data"]["worker"] for event in events() if event["kind"] == "worker.online"] == [
+        "a@h",
+        "b@h",
+    ]
 
 
 def test_eager_tasks_of_such_a_process_are_told(app, made):
@@ -111,7 +134,9 @@ def test_eager_tasks_of_such_a_process_are_told(app, made):
     app.tasks["shop.add"].apply((1,))
     app.tasks["shop.fail"].apply()
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])
-    told = [(event["kind"], event["data"]["task_name"], event["data"]["worker"]) for event in events()]
+    told = [
+        (event["kind"], event["data"]["task_name"], event["data"]["worker"]) for event in events()
+    ]
     kinds = ["task.started", "task.succeeded", "task.started", "task.failed"]
     assert [kind for kind, _, _ in told] == kinds
     assert {worker for _, _, worker in told} == {None}
@@ -148,7 +173,9 @@ def test_loss_is_counted(made):
     assert (in_process.failures(), in_process.dropped()) == (0, 0)
 
 
-@pytest.mark.parametrize("consumer", [None, SimpleNamespace(), SimpleNamespace(event_dispatcher=None)])
+@pytest.mark.parametrize(
+    "consumer", [None, SimpleNamespace(), SimpleNamespace(event_dispatcher=None)]
+)
 def test_a_consumer_without_a_dispatcher_is_left_alone(consumer):
     """Celery's insides may change; the broadcast remains."""
     enable_here(consumer)
@@ -161,11 +188,13 @@ def test_no_groups_mean_all_groups():
     assert consumer.event_dispatcher.groups == set()
 
 
-def test_other_engines_bring_their_own_stream(seam):
+def test_other_engines_bring_their_own_stream(backend):
     """An adapter that is not Celery's is connected, and its events pass with its workers announced and the switches held."""
-    ring = Ring(10, 10, seam.event())
-    source = source_of(SimpleNamespace(name="rq"), ring, Settings(capture_args=False), seam, None)
-    assert type(source) is Source
+    ring = Ring(10, 10, backend.event())
+    source = make_source(
+        SimpleNamespace(name="rq"), ring, Settings(capture_args=False), backend, None
+    )
+    assert type(source) is EventSource
     assert (source.adapted, CelerySource.adapted) == (True, False)
     event = Event(
         id=uuid4(), project_id=uuid4(), agent_id=uuid4(), engine="rq", task_id="t", kind=EventKind.TASK_STARTED,

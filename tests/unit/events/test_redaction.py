@@ -9,8 +9,18 @@ from z4j_bare.events.match import ValueMatcher, _needed
 from z4j_bare.events.redaction import Redactor
 from z4j_bare.events.snapshot import MAX_CHARS, snapshot
 
-KEYS = st.sampled_from(["password", "user", "Api-Key", "token", "note", "order_id"]) | st.text(max_size=8)
-TEXTS = st.sampled_from(["alice@example.com", "Bearer abcdefghijklmnop", "plain", "sk_live_4eC39HqLyjWDarjtT1zdp7dc", "123-45-6789"]) | st.text(max_size=90)
+KEYS = st.sampled_from(["password", "user", "Api-Key", "token", "note", "order_id"]) | st.text(
+    max_size=8
+)
+TEXTS = st.sampled_from(
+    [
+        "alice@example.com",
+        "Bearer abcdefghijklmnop",
+        "plain",
+        "sk_live_4eC39HqLyjWDarjtT1zdp7dc",
+        "123-45-6789",
+    ]
+) | st.text(max_size=90)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | TEXTS, inner, max_size=4),
@@ -21,20 +31,64 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_same_answers_as_the_engine(value):
     """For any plain value, asked twice, the redactor returns exactly what z4j_core's engine returns."""
-    engine = RedactionEngine(RedactionConfig(extra_key_patterns=("order_.*",), extra_value_patterns=("pl.in",)))
+    engine = RedactionEngine(
+        RedactionConfig(extra_key_patterns=("order_.*",), extra_value_patterns=("pl.in",))
+    )
     redactor = Redactor(engine)
     expected = engine.scrub(value)
     assert redactor.scrub(value) == expected
     assert redactor.scrub(value) == expected
 
 
-PIECES = st.sampled_from([
-    "eyJhbGci", ".eyJzdWIi", ".sig-_1", "Bearer ", "bEaReR\t", "a" * 24, "0" * 36, "sk_live_", "SK_TEST_", "pk_test_",
-    "whsec_", "rk_live_", "xoxb-", "XOXP-", "xoxa-", "ghp_", "gho_", "ghs_", "github_pat_", "x" * 82, "AKIA", "asia",
-    "ABCDEFGH12345678", "https://hooks.slack.com/services/T0/B0/x", "AIza", "b" * 35, "SK", "f" * 32, "SG.", "c" * 22, ".",
-    "d" * 43, "postgres://", "user:pw@host", "redis://", "-----BEGIN RSA PRIVATE KEY-----", "me@x.io", "@", "123-45-6789",
-    "-", " ", "task", "\u212a", "\u017f", "plain",
-])
+PIECES = st.sampled_from(
+    [
+        "eyJhbGci",
+        ".eyJzdWIi",
+        ".sig-_1",
+        "Bearer ",
+        "bEaReR\t",
+        "a" * 24,
+        "0" * 36,
+        "sk_live_",
+        "SK_TEST_",
+        "pk_test_",
+        "whsec_",
+        "rk_live_",
+        "xoxb-",
+        "XOXP-",
+        "xoxa-",
+        "ghp_",
+        "gho_",
+        "ghs_",
+        "github_pat_",
+        "x" * 82,
+        "AKIA",
+        "asia",
+        "ABCDEFGH12345678",
+        "https://hooks.slack.com/services/T0/B0/x",
+        "AIza",
+        "b" * 35,
+        "SK",
+        "f" * 32,
+        "SG.",
+        "c" * 22,
+        ".",
+        "d" * 43,
+        "postgres://",
+        "user:pw@host",
+        "redis://",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "me@x.io",
+        "@",
+        "123-45-6789",
+        "-",
+        " ",
+        "task",
+        "\u212a",
+        "\u017f",
+        "plain",
+    ]
+)
 
 
 @settings(max_examples=500)
@@ -48,7 +102,10 @@ def test_the_matcher_gives_the_engines_answer(text):
 def test_every_built_in_pattern_is_gated():
     """Each of this z4j_core's patterns has its literal; one that a later version brings is tried on every text."""
     assert [pattern for pattern in DEFAULT_VALUE_PATTERNS if _needed(pattern) is None] == []
-    assert len(ValueMatcher(RedactionEngine(RedactionConfig(extra_value_patterns=("odd",))))._always) == 1
+    assert (
+        len(ValueMatcher(RedactionEngine(RedactionConfig(extra_value_patterns=("odd",))))._always)
+        == 1
+    )
 
 
 def test_long_values_are_cut_after_matching():
@@ -66,7 +123,9 @@ def test_no_secret_survives_on_the_edge():
 def test_a_cut_is_marked():
     """What was too long says how much is missing, and no more than the limit is sent."""
     text = "word " * 10_000
-    scrubbed = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=1 << 20))).scrub(snapshot(text))
+    scrubbed = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=1 << 20))).scrub(
+        snapshot(text)
+    )
     assert scrubbed == text[:MAX_CHARS] + f"[... {len(text) - MAX_CHARS} more characters cut]"
 
 

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from z4j_bare.events.snapshot import MARGIN, MAX_CHARS, MAX_NODES, Cut, snapshot
+from z4j_bare.events.snapshot import MARGIN, MAX_CHARS, MAX_NODES, TruncatedStr, snapshot
 
 SMALL = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -113,7 +115,7 @@ def test_dataclasses_are_named():
 def test_long_strings_keep_a_margin():
     """A long string keeps the margin for redaction and remembers how long it was."""
     cut = snapshot("x" * (5 * 1024 * 1024))
-    assert isinstance(cut, Cut)
+    assert isinstance(cut, TruncatedStr)
     assert len(cut) == MAX_CHARS + MARGIN
     assert cut.length == 5 * 1024 * 1024
 
@@ -121,7 +123,10 @@ def test_long_strings_keep_a_margin():
 def test_characters_are_counted_over_the_whole_value():
     """Ten strings of 8 KB share one budget of 16 KiB."""
     taken = snapshot(["y" * 8192] * 10)
-    assert sum(item.limit if isinstance(item, Cut) else len(item) for item in taken) == MAX_CHARS
+    assert (
+        sum(item.limit if isinstance(item, TruncatedStr) else len(item) for item in taken)
+        == MAX_CHARS
+    )
 
 
 def test_long_lists_are_marked():

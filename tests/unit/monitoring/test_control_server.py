@@ -20,18 +20,22 @@ NOBODY = 2**22 + 1
 
 
 @pytest.fixture
-def serve(seam, until):
+def serve(backend, until):
     """``serve(adapter, **answers)``: a desk that is open, until the end of the test."""
-    stopping, opened = seam.event(), []
+    stop_event, opened = backend.event(), []
 
     def start(adapter="bare", **answers):
-        served = Desk(adapter, {word: lambda answer=answer: answer for word, answer in answers.items()}, seam)
-        opened.append((served, seam.spawn(served.run, stopping, name="desk")))
+        served = Desk(
+            adapter,
+            {word: lambda answer=answer: answer for word, answer in answers.items()},
+            backend,
+        )
+        opened.append((served, backend.spawn(served.run, stop_event, name="desk")))
         until(lambda: served._listener)
         return served
 
     yield start
-    stopping.set()
+    stop_event.set()
     for served, task in opened:
         served.wake()
         assert task.join(10)
@@ -39,11 +43,11 @@ def serve(seam, until):
 
 
 @pytest.fixture
-def ask(seam):
+def ask(backend):
     """``ask(function, *args)``: call it as another process would, off the hub on which the desk is served."""
 
     def call(function, *args):
-        ok, value = seam.offload(function, *args)
+        ok, value = backend.offload(function, *args)
         if not ok:
             raise value
         return value
@@ -59,9 +63,13 @@ def runtime():
     started = []
 
     def start():
-        config = Config(brain_url="http://127.0.0.1:9", token="tok", project_id="demo", hmac_secret=SECRET_TEXT)
+        config = Config(
+            brain_url="http://127.0.0.1:9", token="tok", project_id="demo", hmac_secret=SECRET_TEXT
+        )
         engine = SimpleNamespace(name="stub", capabilities=set)
-        made = AgentRuntime(config=config, framework=SimpleNamespace(name="fastapi"), engines=[engine])
+        made = AgentRuntime(
+            config=config, framework=SimpleNamespace(name="fastapi"), engines=[engine]
+        )
         made.start()
         started.append(made)
         return made
@@ -108,7 +116,11 @@ def test_the_desk_answers(serve, ask):
     serve("my.app/web", status={"connected": False, "note": "ü" * 200_000})
     first, second = ask(control.status)
     assert first == {"adapter": "bare", "pid": os.getpid(), "connected": True}
-    assert (second["adapter"], second["connected"], len(second["note"])) == ("my_app_web", False, 200_000)
+    assert (second["adapter"], second["connected"], len(second["note"])) == (
+        "my_app_web",
+        False,
+        200_000,
+    )
     assert [each.path.stat().st_mode & 0o777 for each in control.desks()] == [0o600, 0o600]
 
 
@@ -145,7 +157,10 @@ def test_restart_from_outside(serve, ask):
         left.bind(str(dead))
     (home() / f"agent-bare.{NOBODY}.pid").write_text(str(NOBODY))
     code, said = ask(control.send_restart, "bare")
-    assert (code, said) == (0, f"process {os.getpid()}, {os.getpid()}: the agent ends its session and connects anew")
+    assert (code, said) == (
+        0,
+        f"process {os.getpid()}, {os.getpid()}: the agent ends its session and connects anew",
+    )
     assert not dead.exists()
     assert not (home() / f"agent-bare.{NOBODY}.pid").exists()
     assert ask(control.send_restart, "django")[0] == 1
@@ -154,7 +169,10 @@ def test_restart_from_outside(serve, ask):
 def test_restart_of_nobody():
     """Without an agent the answer names the directory, and no signal is sent to whoever is in a pid file."""
     control.pidfile_path("django").write_text(f"{os.getpid()}\n")
-    assert control.send_restart("django") == (1, f"no agent of django runs here; looked in {home()}")
+    assert control.send_restart("django") == (
+        1,
+        f"no agent of django runs here; looked in {home()}",
+    )
     assert control.pidfile_path("django").exists()
 
 
@@ -178,15 +196,15 @@ def test_a_long_home(serve, ask, monkeypatch, tmp_path):
     assert ask(control.status) == [{"adapter": "bare", "pid": os.getpid(), "x": 1}]
 
 
-def test_a_home_that_cannot_be_written(seam, monkeypatch, tmp_path, caplog, until):
+def test_a_home_that_cannot_be_written(backend, monkeypatch, tmp_path, caplog, until):
     """Without a place for it the agent goes on without a desk, and says so once."""
     caplog.set_level(logging.INFO)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "file"))
-    stopping = seam.event()
-    task = seam.spawn(Desk("bare", {}, seam).run, stopping, name="desk")
+    stop_event = backend.event()
+    task = backend.spawn(Desk("bare", {}, backend).run, stop_event, name="desk")
     until(lambda: "will not find this agent" in caplog.text)
-    stopping.set()
+    stop_event.set()
     assert task.join(10)
 
 
@@ -212,7 +230,12 @@ def test_the_runtime_is_found_and_told(runtime, ask, until, mode):
     until(lambda: control.desks("fastapi"))
     (row,) = ask(control.status)
     assert (row["adapter"], row["pid"], row["project"]) == ("fastapi", os.getpid(), "demo")
-    assert (row["state"], row["connected"], row["concurrency"], row["buffered"]) == ("running", False, mode, 0)
+    assert (row["state"], row["connected"], row["concurrency"], row["buffered"]) == (
+        "running",
+        False,
+        mode,
+        0,
+    )
     assert control.pidfile_path("fastapi").read_text() == f"{os.getpid()}\n"
     assert ask(control.send_restart, "fastapi")[0] == 0
     running.stop(timeout=3)

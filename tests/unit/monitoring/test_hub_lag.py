@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from z4j_bare.monitoring.hub_lag import BLOCKED, LOOK, TICK, Lateness, describe, next_look
+from z4j_bare.monitoring.hub_lag import BLOCKED, LOOK, TICK, HubLagMonitor, describe, next_look
 
 
 def unpatched_sleep(mode):
@@ -21,12 +21,12 @@ def unpatched_sleep(mode):
 
 
 @pytest.fixture
-def lateness(seam, until):
-    made, stopping = Lateness(seam), seam.event()
-    task = seam.spawn(made.run, stopping, name="lateness")
+def lateness(backend, until):
+    made, stop_event = HubLagMonitor(backend), backend.event()
+    task = backend.spawn(made.run, stop_event, name="lateness")
     until(lambda: made._due)
     yield made
-    stopping.set()
+    stop_event.set()
     made.wake()
     until(lambda: not task.alive())
 
@@ -66,7 +66,9 @@ def test_the_watcher_is_there_in_time(late):
 
 def test_a_celery_task_is_named_with_its_id():
     """The frame of Celery's tracer knows which task runs; without one the place has to do."""
-    program = compile("def trace_task(uuid, name):\n    return look()\n", "celery/app/trace.py", "exec")
+    program = compile(
+        "def trace_task(uuid, name):\n    return look()\n", "celery/app/trace.py", "exec"
+    )
     scope = {"__name__": "celery.app.trace", "look": lambda: describe(sys._getframe())}
     exec(program, scope)
     assert scope["trace_task"]("id-1", "shop.pay").startswith("shop.pay[id-1] at ")

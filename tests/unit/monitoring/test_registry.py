@@ -32,7 +32,10 @@ class Engine:
         self.hints.append(hints)
         if self.fail:
             raise ConnectionError("no broker")
-        return [TaskDefinition(name=name, engine="stub", queue=queue) for name, queue in self.tasks.items()]
+        return [
+            TaskDefinition(name=name, engine="stub", queue=queue)
+            for name, queue in self.tasks.items()
+        ]
 
 
 class Session:
@@ -52,23 +55,33 @@ class Session:
         self.deltas.append(json.loads(payload))
 
     def names(self, what):
-        return sorted(each["name"] if what != "removed" else each for delta in self.deltas for each in delta[what])
+        return sorted(
+            each["name"] if what != "removed" else each
+            for delta in self.deltas
+            for each in delta[what]
+        )
 
 
 @pytest.fixture
-def loop(seam, bridge, until):
+def loop(backend, bridge, until):
     """``loop(engine, session, dev=False, paths=())``: a running loop with its ``session`` to be replaced."""
-    stopping, made = seam.event(), []
+    stop_event, made = backend.event(), []
 
     def start(engine, session, *, dev=False, paths=()):
-        hosts = {engine.name: EngineHost(engine, bridge, seam, print)}
+        hosts = {engine.name: EngineHost(engine, bridge, backend, print)}
         place = SimpleNamespace(session=session)
-        place.loop = RegistryLoop(hosts, lambda: DiscoveryHints(app_paths=list(paths)), lambda: place.session, seam, dev=dev)
-        made.append((place.loop, seam.spawn(place.loop.run, stopping, name="registry")))
+        place.loop = RegistryLoop(
+            hosts,
+            lambda: DiscoveryHints(app_paths=list(paths)),
+            lambda: place.session,
+            backend,
+            dev=dev,
+        )
+        made.append((place.loop, backend.spawn(place.loop.run, stop_event, name="registry")))
         return place
 
     yield start
-    stopping.set()
+    stop_event.set()
     for each, task in made:
         each.wake()
         assert task.join(10)
@@ -86,16 +99,26 @@ def test_all_then_what_has_changed(loop, until):
     place.loop.wake()
     place.loop._changed(Path("tasks.py"))
     until(lambda: second.deltas)
-    assert (second.names("added"), second.names("updated"), second.names("removed")) == (["c"], ["b"], ["a"])
+    assert (second.names("added"), second.names("updated"), second.names("removed")) == (
+        ["c"],
+        ["b"],
+        ["a"],
+    )
     assert (session.deltas[0]["engine"], len(session.deltas), len(second.deltas)) == ("stub", 1, 1)
 
 
 def test_an_interrupted_telling_is_resumed(loop, until, monkeypatch):
     """What a session did not take, the next one gets, and nothing twice."""
     monkeypatch.setattr("z4j_bare.monitoring.registry.PART", 200)
-    engine, first, second = Engine(*(f"task-{number}" for number in range(40))), Session(), Session()
+    engine, first, second = (
+        Engine(*(f"task-{number}" for number in range(40))),
+        Session(),
+        Session(),
+    )
     take = first.send
-    first.send = lambda *frame: take(*frame) if len(first.deltas) < 3 else setattr(first, "broken", True) or take(*frame)
+    first.send = lambda *frame: (
+        take(*frame) if len(first.deltas) < 3 else setattr(first, "broken", True) or take(*frame)
+    )
     place = loop(engine, first)
     until(lambda: first.broken)
     place.session = second
@@ -145,12 +168,20 @@ def test_what_is_sent_is_a_frame(loop, until):
     session = Session()
     loop(Engine("a", "b"), session)
     until(lambda: session.deltas)
-    frame = {"v": 2, "type": "registry_delta", "id": "rd", "ts": "2026-11-23T00:00:00Z", "nonce": "n", "seq": 1, "hmac": "h"}
+    frame = {
+        "v": 2,
+        "type": "registry_delta",
+        "id": "rd",
+        "ts": "2026-11-23T00:00:00Z",
+        "nonce": "n",
+        "seq": 1,
+        "hmac": "h",
+    }
     payload = parse_frame(json.dumps({**frame, "payload": session.deltas[0]})).payload
     assert [TaskDefinition(**each).name for each in payload.added] == ["a", "b"]
 
 
-def test_celerys_tasks(bridge, seam, tmp_path):
+def test_celerys_tasks(bridge, backend, tmp_path):
     """Celery's tasks come in bites, loaded ones before those that only stand in a file, without their secrets."""
     celery = pytest.importorskip("celery")
     from z4j_celery import CeleryEngineAdapter
@@ -163,7 +194,7 @@ def test_celerys_tasks(bridge, seam, tmp_path):
     for number in range(60):
         app.task(name=f"shop.t{number}", shared=False)(pay)
     (tmp_path / "tasks.py").write_text("@app.task\ndef declared(a, b='x'):\n    pass\n")
-    host = EngineHost(CeleryEngineAdapter(celery_app=app), bridge, seam, print)
+    host = EngineHost(CeleryEngineAdapter(celery_app=app), bridge, backend, print)
     turns = []
     found = discover(host, DiscoveryHints(app_paths=[tmp_path]), lambda: turns.append(1))
     assert len(found) == 61
@@ -180,7 +211,10 @@ def test_celerys_tasks(bridge, seam, tmp_path):
     [
         (None, None),
         ("()", "()"),
-        ("(a: int, b: str = 'x', *, c=None) -> dict[str, int]", "(a: int, b: str , *, c) -> dict[str, int]"),
+        (
+            "(a: int, b: str = 'x', *, c=None) -> dict[str, int]",
+            "(a: int, b: str , *, c) -> dict[str, int]",
+        ),
         ("(key='a, b=(', other={'x': [1, 2]}, last=1)", "(key, other, last)"),
         (r"""(key='it\'s, "b=', other=2)""", "(key, other)"),
         ("(key=<object (x>, other='s3cret')", "(key"),

@@ -22,13 +22,19 @@ class Flushing(World):
 
     def __init__(self, limit=10_000, most=256, interval=0.2):
         super().__init__()
-        self.ring = Ring(limit, most, self.seam.event())
-        self.stopping = self.seam.event()
+        self.ring = Ring(limit, most, self.backend.event())
+        self.stop_event = self.backend.event()
         self.woken = []
         self.flusher = flush.FlushLoop(
-            self.ring, self.keeper, self.seam, self.counters, interval=interval, most=most, stored=lambda _: self.woken.append(self.seam.now())
+            self.ring,
+            self.buffer,
+            self.backend,
+            self.counters,
+            interval=interval,
+            most=most,
+            stored=lambda _: self.woken.append(self.backend.now()),
         )
-        self.task = self.seam.spawn(self.flusher.run, self.stopping, name="z4j-flush")
+        self.task = self.backend.spawn(self.flusher.run, self.stop_event, name="z4j-flush")
 
     def put(self, number):
         for _ in range(number):
@@ -36,11 +42,16 @@ class Flushing(World):
             self.stored += 1
 
     def numbers(self):
-        return [json.loads(row.payload)["n"] for row in self.keeper.drain((0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]]
+        return [
+            json.loads(row.payload)["n"]
+            for row in self.buffer.drain((0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]
+        ]
 
     def balance(self):
         """Produced against everything it may have become."""
-        return self.ring.produced, len(self.ring) + self.ring.lost + self.counters.unencodable + self.counters.stored
+        return self.ring.produced, len(
+            self.ring
+        ) + self.ring.lost + self.counters.unencodable + self.counters.stored
 
 
 def encode(captured):
@@ -54,61 +65,61 @@ def world():
 
 def test_flushes_within_the_interval(world):
     """What was captured is on disk 200 ms later: that is all that a SIGKILL may take."""
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.put(10)
-    world.seam.advance(0.2)
+    world.backend.advance(0.2)
     assert world.numbers() == list(range(10))
     assert len(world.woken) == 1, "the sender is told"
 
 
 def test_the_figures_follow_a_last_burst(world):
     """Without a session nobody asks for rows: what was stored right after the last look is counted once all is quiet."""
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.put(1)
-    world.seam.advance(0.3)
+    world.backend.advance(0.3)
     world.put(10)
-    world.seam.advance(0.3)
-    assert world.keeper.last_stats.rows < 11
-    world.seam.advance(2 * flush.QUIET)
-    assert world.keeper.last_stats.rows == 11
+    world.backend.advance(0.3)
+    assert world.buffer.last_stats.rows < 11
+    world.backend.advance(2 * flush.QUIET)
+    assert world.buffer.last_stats.rows == 11
 
 
 def test_the_threshold_does_not_wait(world):
     """A full batch is flushed at once, without waiting for the interval."""
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.put(255)
-    world.seam.advance(0.001)
+    world.backend.advance(0.001)
     assert world.numbers() == []
     world.put(1)
-    world.seam.advance(0.001)
+    world.backend.advance(0.001)
     assert len(world.numbers()) == 256
 
 
 def test_a_few_more_wait_for_company(world):
     """What a full batch has left over does not go to the store by itself, but with what comes within the interval."""
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.put(260)
-    world.seam.advance(0.001)
+    world.backend.advance(0.001)
     assert len(world.numbers()) == 256
     world.put(6)
-    world.seam.advance(0.2)
+    world.backend.advance(0.2)
     assert world.numbers() == list(range(266))
     assert len(world.woken) == 2
 
 
 def test_an_idle_loop_sleeps(world):
     """With nothing captured the loop hardly wakes, and the first event after a long rest is still stored in time."""
-    world.seam.advance(60)
-    assert world.seam.steps.count <= 15
+    world.backend.advance(60)
+    assert world.backend.steps.count <= 15
     world.put(1)
-    world.seam.advance(0.2)
+    world.backend.advance(0.2)
     assert world.numbers() == [0]
 
 
 def test_batches_are_bounded_and_ordered(world):
     """A burst goes to the store in several transactions of bounded size, in order."""
     world.put(2000)
-    world.seam.advance(0.3)
+    world.backend.advance(0.3)
     assert world.numbers() == list(range(2000))
     assert len(world.woken) == 8
 
@@ -116,8 +127,8 @@ def test_batches_are_bounded_and_ordered(world):
 def test_flush_from_several_tasks_keeps_order(world):
     """stop() flushes beside the loop: order holds and nothing is stored twice."""
     world.put(1000)
-    tasks = [world.seam.spawn(world.flusher.flush, name="f") for _ in range(3)]
-    world.seam.advance(1)
+    tasks = [world.backend.spawn(world.flusher.flush, name="f") for _ in range(3)]
+    world.backend.advance(1)
     assert not any(task.alive() for task in tasks)
     assert world.numbers() == list(range(1000))
 
@@ -127,7 +138,7 @@ def test_an_event_that_cannot_be_encoded_is_counted(world):
     world.put(3)
     world.ring.put((lambda _captured: 1 / 0,))
     world.put(3)
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert world.numbers() == [0, 1, 2, 3, 4, 5]
     assert world.counters.unencodable == 1
     assert world.balance() == (7, 7)
@@ -146,8 +157,11 @@ def test_encoding_yields(world, monkeypatch):
 
     for number in range(10):
         world.ring.put((slow, number))
-    world.seam.spawn(lambda: [ran.append(len(world.numbers())) or world.seam.sleep(0) for _ in range(5)], name="other")
-    world.seam.advance(1)
+    world.backend.spawn(
+        lambda: [ran.append(len(world.numbers())) or world.backend.sleep(0) for _ in range(5)],
+        name="other",
+    )
+    world.backend.advance(1)
     assert ran[:2] == [0, 0], "it ran while the batch was still being encoded"
     assert len(world.numbers()) == 10
 
@@ -159,9 +173,9 @@ def test_overflow_is_counted():
         world.put(turn * 7 % 180)
         assert world.balance()[0] == world.balance()[1]
         if turn % 3 == 0:
-            world.seam.advance(0.2)
+            world.backend.advance(0.2)
             assert world.balance()[0] == world.balance()[1]
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert world.ring.lost > 0
     assert world.balance() == (world.stored, world.stored)
     assert world.numbers() == sorted(world.numbers())
@@ -171,28 +185,28 @@ def test_overflow_is_counted():
 def test_a_failing_disk_loses_nothing(world):
     """A disk that fails in the middle costs no event: they go to memory and return to the disk."""
     world.put(10)
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.disk.full = True
     world.put(10)
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert world.numbers() == list(range(10, 20))
     world.disk.full = False
-    world.seam.advance(10)
+    world.backend.advance(10)
     world.put(1)
-    world.seam.advance(1)
-    assert world.keeper.durable
+    world.backend.advance(1)
+    assert world.buffer.durable
     assert sorted(world.numbers()) == list(range(21))
     assert world.balance() == (21, 21)
 
 
 def test_an_unexpected_error_is_counted_not_hidden(world, caplog):
     """A store that breaks its contract ends the loop loudly; the batch in hand goes back, and is stored after the restart."""
-    world.seam.advance(0.1)
+    world.backend.advance(0.1)
     append, world.disk.store.append = world.disk.store.append, None
     world.put(2)
     world.ring.put((lambda _captured: 1 / 0,))
     world.put(2)
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert "z4j-flush" in caplog.text
     assert world.balance() == (5, 5)
     world.disk.store.append = append
@@ -216,23 +230,23 @@ def test_what_finds_no_room_on_its_way_back_is_lost():
 
 def test_stop_ends_the_loop(world):
     """The loop ends at its next wake after stopping is set."""
-    world.stopping.set()
+    world.stop_event.set()
     world.ring.wake.set()
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert not world.task.alive()
 
 
-def test_the_ring_keeps_count_between_threads(seam):
+def test_the_ring_keeps_count_between_threads(backend):
     """Natively threaded producers lose no count: what is in the ring or fell off it adds up."""
-    ring = Ring(1000, 10**9, seam.event())
+    ring = Ring(1000, 10**9, backend.event())
 
     def produce():
         for number in range(2000):
             ring.put((encode, number))
             if not number % 100:
-                seam.sleep(0)
+                backend.sleep(0)
 
-    tasks = [seam.spawn(produce, name="p") for _ in range(4)]
+    tasks = [backend.spawn(produce, name="p") for _ in range(4)]
     assert all(task.join(20) for task in tasks)
     assert len(ring) == 1000
     ring.put((encode, 0))
@@ -255,7 +269,7 @@ def test_a_flush_that_is_cut_short_encodes_nothing_twice(world):
             raise Killed
         return encode(captured)
 
-    world.seam.advance(0.1)
+    world.backend.advance(0.1)
     for number in range(5):
         world.ring.put((once, number))
     with pytest.raises(Killed):

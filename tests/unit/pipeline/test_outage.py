@@ -1,4 +1,4 @@
-"""The brain is away for ten minutes of virtual time: the whole agent on the fake seam, with a real store."""
+"""The brain is away for ten minutes of virtual time: the whole agent on the fake backend, with a real store."""
 
 import datetime as dt
 import json
@@ -18,7 +18,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import NetworkError
 from z4j_bare.framework import BareFrameworkAdapter
 from z4j_bare.settings import Settings
-from z4j_bare.wire.close_codes import JITTER, SCHEDULES
+from z4j_bare.wire.close_codes import BACKOFF_POLICIES, JITTER
 
 pytestmark = pytest.mark.thorough
 
@@ -29,16 +29,16 @@ GONE, BACK, GAP = 31.0, 631.0, 0.25
 class Brain:
     """Takes sessions and acknowledges what they send, except while it is away."""
 
-    def __init__(self, seam):
-        self.seam = seam
+    def __init__(self, backend):
+        self.backend = backend
         self.away = False
         self.attempts = []
         self.sessions = []
         self.heard = []
 
     def transport(self):
-        made = FakeTransport(self.seam)
-        self.attempts.append(self.seam.now())
+        made = FakeTransport(self.backend)
+        self.attempts.append(self.backend.now())
         if self.away:
             made.answer = NetworkError("connection refused")
         else:
@@ -54,20 +54,35 @@ class Brain:
         return [(when, frame["payload"]) for when, frame in self.heard if frame["type"] == kind]
 
     def numbers(self):
-        return [event["data"]["number"] for _, payload in self.frames("event_batch") for event in payload["events"]]
+        return [
+            event["data"]["number"]
+            for _, payload in self.frames("event_batch")
+            for event in payload["events"]
+        ]
 
     def _admit(self, transport, session):
         ids = {"agent_id": "agent", "project_id": "project", "session_id": session}
-        payload = {"protocol_version": "2", "brain_version": "1", "heartbeat_interval_seconds": 10, **ids}
-        transport.answer = json.dumps({"v": 2, "type": "hello_ack", "id": "h", "payload": payload}).encode()
+        payload = {
+            "protocol_version": "2",
+            "brain_version": "1",
+            "heartbeat_interval_seconds": 10,
+            **ids,
+        }
+        transport.answer = json.dumps(
+            {"v": 2, "type": "hello_ack", "id": "h", "payload": payload}
+        ).encode()
         signer = FrameSigner(secret=SECRET, **ids)
 
         def heard(frame):
-            self.heard.append((self.seam.now(), frame))
+            self.heard.append((self.backend.now(), frame))
             if frame["type"] == "event_batch":
                 number = len(frame["payload"]["events"])
-                ack = EventBatchAckPayload(acked_id=frame["id"], received=number, accepted=number, rejected=0)
-                transport.inbox.append(signer.sign_and_serialize(EventBatchAckFrame(id="a", payload=ack)))
+                ack = EventBatchAckPayload(
+                    acked_id=frame["id"], received=number, accepted=number, rejected=0
+                )
+                transport.inbox.append(
+                    signer.sign_and_serialize(EventBatchAckFrame(id="a", payload=ack))
+                )
 
         transport.heard = heard
         self.sessions.append(transport)
@@ -77,32 +92,39 @@ class Outage:
     """An agent that records an event every ``GAP`` seconds, its brain, and the books at every second."""
 
     def __init__(self, home, **caps):
-        self.seam = FakeConcurrency()
-        self.brain = Brain(self.seam)
+        self.backend = FakeConcurrency()
+        self.brain = Brain(self.backend)
         config = Config(
             brain_url="http://localhost", token="t" * 43, project_id="p", hmac_secret=SECRET_TEXT,
             buffer_path=home / "buffer.sqlite", **caps,
         )  # fmt: skip
-        self.agent = Agent(config, BareFrameworkAdapter(config), [], [], Settings(), self.seam)
+        self.agent = Agent(config, BareFrameworkAdapter(config), [], [], Settings(), self.backend)
         self.agent.supervisor._transport = self.brain.transport
         self.produced = 0
         self.books = []
         self.agent.start()
-        self._producer = self.seam.spawn(self._produce, name="producer")
+        self._producer = self.backend.spawn(self._produce, name="producer")
 
     def _produce(self):
-        while self.seam.now() < BACK + 60:
+        while self.backend.now() < BACK + 60:
             self.agent.record(an_event(self.produced))
             self.produced += 1
-            self.seam.sleep(GAP)
+            self.backend.sleep(GAP)
 
     def until(self, when):
         """Let virtual time pass, and look at the books once a second."""
-        while self.seam.now() < when:
-            self.seam.advance(min(1.0, when - self.seam.now()))
-            buffer, stats = self.agent.keeper.stats(), self.agent.stats()
+        while self.backend.now() < when:
+            self.backend.advance(min(1.0, when - self.backend.now()))
+            buffer, stats = self.agent.buffer.stats(), self.agent.stats()
             self.books.append(
-                (stats["produced"], stats["acked"] + buffer.rows + len(self.agent.ring) + sum(stats["lost"].values()), buffer)
+                (
+                    stats["produced"],
+                    stats["acked"]
+                    + buffer.rows
+                    + len(self.agent.ring)
+                    + sum(stats["lost"].values()),
+                    buffer,
+                )
             )
 
 
@@ -114,15 +136,20 @@ def an_event(number):
 
 
 @pytest.fixture(
-    params=[{}, {"buffer_max_events": 1000}, {"buffer_max_bytes": 1_048_576}], ids=["uncapped", "rows", "bytes"]
+    params=[{}, {"buffer_max_events": 1000}, {"buffer_max_bytes": 1_048_576}],
+    ids=["uncapped", "rows", "bytes"],
 )
 def outage(request, tmp_path, monkeypatch):
     """Ten minutes without a brain, and what came before and after."""
-    monkeypatch.setattr(slices, "SLICE", 1e9)  # in real seconds: a busy machine must not change virtual time
+    monkeypatch.setattr(
+        slices, "SLICE", 1e9
+    )  # in real seconds: a busy machine must not change virtual time
     made = Outage(tmp_path, **request.param)
     made.caps = request.param
     made.until(GONE)
-    made.in_doubt = len(made.brain.numbers()) - made.agent.stats()["acked"]  # the brain has them, but not we its ack
+    made.in_doubt = (
+        len(made.brain.numbers()) - made.agent.stats()["acked"]
+    )  # the brain has them, but not we its ack
     made.brain.go()
     made.until(BACK)
     made.brain.away = False
@@ -146,7 +173,7 @@ def test_ten_minutes_without_a_brain(outage):
     assert max(buffer.bytes for *_, buffer in outage.books) <= caps.get("buffer_max_bytes", 2**28)
     assert outage.books[-1][2].rows == 0
 
-    schedule = SCHEDULES["connection"]
+    schedule = BACKOFF_POLICIES["connection"]
     tries = [when for when in brain.attempts if when >= GONE]
     delays = [later - earlier for earlier, later in pairwise([GONE, *tries])]
     for turn, delay in enumerate(delays):
@@ -160,7 +187,9 @@ def test_ten_minutes_without_a_brain(outage):
     assert all(later - earlier >= 9.9 for earlier, later in pairwise(beats))
     assert min(when for when in beats if when > GONE) - tries[-1] < 1
 
-    delivered = list(dict.fromkeys(brain.numbers()))  # what was on its way when the line broke came again
+    delivered = list(
+        dict.fromkeys(brain.numbers())
+    )  # what was on its way when the line broke came again
     assert delivered == sorted(delivered)
     counted_lost_but_there = len(delivered) - (outage.produced - sum(lost.values()))
     assert 0 <= counted_lost_but_there <= (outage.in_doubt if caps else 0)

@@ -9,7 +9,10 @@ from z4j_bare.pipeline.poison import DEATHS, PARTS, describe, part
 
 
 def rows(*attempts, kind=EVENT, payload=b"{}"):
-    return [BufferEntry(number, kind, f"k-{number}", payload, 0.0, count) for number, count in enumerate(attempts)]
+    return [
+        BufferEntry(number, kind, f"k-{number}", payload, 0.0, count)
+        for number, count in enumerate(attempts)
+    ]
 
 
 def test_calm_rows_go_as_they_are():
@@ -37,7 +40,14 @@ def test_sets_shrink_until_one_is_alone(attempts):
     _, calm, suspects = part([], events)
     assert events[len(calm) :][: len(suspects)] == suspects
     if len(calm) < len(events):
-        alike = next((index for index, each in enumerate(events[len(calm) :]) if each.attempts != suspects[0].attempts), len(events) - len(calm))
+        alike = next(
+            (
+                index
+                for index, each in enumerate(events[len(calm) :])
+                if each.attempts != suspects[0].attempts
+            ),
+            len(events) - len(calm),
+        )
         assert len(suspects) == -(-alike // PARTS)
     assert all(each.attempts < DEATHS for each in calm)
 
@@ -45,7 +55,10 @@ def test_sets_shrink_until_one_is_alone(attempts):
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
-        (b'{"kind":"task.failed","engine":"rq","task_id":"t\\n1","data":{"x":"secret"}}', "a 'task.failed' of 'rq', task 't\\n1', 75 bytes"),
+        (
+            b'{"kind":"task.failed","engine":"rq","task_id":"t\\n1","data":{"x":"secret"}}',
+            "a 'task.failed' of 'rq', task 't\\n1', 75 bytes",
+        ),
         (b'{"kind":["x"]}', """a "['x']" of 'None', task 'None', 14 bytes"""),
         (b"[1]", "a row that is no event, 3 bytes"),
         (b"\xff\xfe", "a row that is no event, 2 bytes"),
@@ -55,4 +68,7 @@ def test_sets_shrink_until_one_is_alone(attempts):
 def test_what_the_log_says(payload, said):
     """A row is named by kind, engine, task and size, whatever it holds, and nothing else of it is said."""
     assert describe(rows(0, payload=payload)[0]) == said
-    assert describe(rows(0, kind=RESULT, payload=payload)[0]) == f"the result of command k-0, {len(payload)} bytes"
+    assert (
+        describe(rows(0, kind=RESULT, payload=payload)[0])
+        == f"the result of command k-0, {len(payload)} bytes"
+    )

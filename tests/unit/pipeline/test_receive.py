@@ -31,19 +31,47 @@ from z4j_bare.transport import longpoll
 from z4j_bare.transport.endpoint import longpoll_url, websocket_url
 from z4j_bare.transport.websocket import WebSocketTransport, close_error
 from z4j_bare.wire import frames
-from z4j_bare.wire.session import Session, read_welcome
+from z4j_bare.wire.session import Session, parse_hello_ack
 
 BINDING = {"agent_id": "agent", "project_id": "project", "session_id": "session"}
 
 #: JSON may hold what UTF-8 cannot: halves of surrogate pairs.
 TEXT = st.text(st.characters(codec=None), max_size=12)
 SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8)
-KINDS = st.sampled_from(["command", "event_batch_ack", "error", "heartbeat", "event_batch", "registry_delta", "command_result"])
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+KINDS = st.sampled_from(
+    [
+        "command",
+        "event_batch_ack",
+        "error",
+        "heartbeat",
+        "event_batch",
+        "registry_delta",
+        "command_result",
+    ]
+)
 MISSING = object()
-FIELDS = ("action", "target", "parameters", "timeout_seconds", "delivery_claim_token", "acked_id", "code", "message", "fatal")
+FIELDS = (
+    "action",
+    "target",
+    "parameters",
+    "timeout_seconds",
+    "delivery_claim_token",
+    "acked_id",
+    "code",
+    "message",
+    "fatal",
+)
 
-SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+SLOW = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 class Engine:
@@ -75,7 +103,9 @@ class Reading(World):
         super().__init__()
         self.engine = Engine()
         self.died = []
-        dispatcher = Dispatcher({"stub": self.engine}, self.keeper, lambda: None, self.seam, self.counters, 4)
+        dispatcher = Dispatcher(
+            {"stub": self.engine}, self.buffer, lambda: None, self.backend, self.counters, 4
+        )
         self.acks = []
         loop = ReceiveLoop(self.link, self.acks.append, dispatcher.submit)
 
@@ -85,7 +115,7 @@ class Reading(World):
             except Exception as error:
                 self.died.append(error)
 
-        self.seam.spawn(run, name="reader")
+        self.backend.spawn(run, name="reader")
 
     @property
     def answers(self):
@@ -95,13 +125,15 @@ class Reading(World):
     def hear(self, *messages):
         """Let the messages arrive, and the session come to its end if it must."""
         self.transport.inbox.extend(messages)
-        self.seam.advance(5)
+        self.backend.advance(5)
 
 
 def a_command(sequence=1):
     """Return the bytes of a good command, the ``sequence``-th of its session."""
     signer = FrameSigner(secret=SECRET, **BINDING)
-    frame = CommandFrame(id="c-1", payload=CommandPayload(action="retry_task", parameters={"task_id": "t"}))
+    frame = CommandFrame(
+        id="c-1", payload=CommandPayload(action="retry_task", parameters={"task_id": "t"})
+    )
     for _ in range(sequence - 1):
         signer.sign_and_serialize(frame)
     return signer.sign_and_serialize(frame)
@@ -141,7 +173,13 @@ def same(altered, message):
 
 
 @settings(max_examples=200, deadline=None)
-@given(KINDS, st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=6) | JSON, st.dictionaries(st.sampled_from(["id", "ts", "seq", "nonce", "v", "x"]), JSON | st.just(MISSING), max_size=2))
+@given(
+    KINDS,
+    st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=6) | JSON,
+    st.dictionaries(
+        st.sampled_from(["id", "ts", "seq", "nonce", "v", "x"]), JSON | st.just(MISSING), max_size=2
+    ),
+)
 def test_nonsense_under_a_good_signature(kind, payload, envelope):
     """A well-signed frame of any content is taken or ends the session with a remote error; no loop dies of it."""
     try:
@@ -156,7 +194,13 @@ def test_nonsense_under_a_good_signature(kind, payload, envelope):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.fixed_dictionaries({"action": st.sampled_from(sorted(ENGINE_ACTIONS))}, optional=dict.fromkeys(FIELDS[1:5], JSON)), st.dictionaries(st.sampled_from(["task_id", "name", "engine", "args", "kwargs", "eta"]), JSON))
+@given(
+    st.fixed_dictionaries(
+        {"action": st.sampled_from(sorted(ENGINE_ACTIONS))},
+        optional=dict.fromkeys(FIELDS[1:5], JSON),
+    ),
+    st.dictionaries(st.sampled_from(["task_id", "name", "engine", "args", "kwargs", "eta"]), JSON),
+)
 def test_commands_of_any_shape_are_answered(payload, parameters):
     """Whatever a well-signed command holds, the reader lives, and there is at most one answer to it."""
     payload.setdefault("parameters", parameters)
@@ -175,12 +219,16 @@ def test_stale_commands(age):
     """A command whose time is off by more than the protocol allows is a remote error and runs nothing."""
     stamp = datetime.fromtimestamp(datetime.now(UTC).timestamp() + age, UTC).isoformat()
     world = Reading()
-    world.hear(signed("command", {"action": "retry_task", "parameters": {"task_id": "t"}}, ts=stamp))
+    world.hear(
+        signed("command", {"action": "retry_task", "parameters": {"task_id": "t"}}, ts=stamp)
+    )
     assert [type(error) for error in world.died] == [RemoteProtocolError]
     assert world.engine.calls == []
 
 
-@pytest.mark.parametrize("messages", [("first", "first"), ("second", "first")], ids=["twice", "out-of-order"])
+@pytest.mark.parametrize(
+    "messages", [("first", "first"), ("second", "first")], ids=["twice", "out-of-order"]
+)
 def test_replayed_commands(messages):
     """A frame that comes again, or behind a later one, ends the session and runs nothing more."""
     known = {"first": a_command(1), "second": a_command(2)}
@@ -190,21 +238,35 @@ def test_replayed_commands(messages):
     assert world.engine.calls == ["retry_task"]
 
 
-ACK = {"protocol_version": "2", "brain_version": "1", "agent_id": "a", "project_id": "p", "session_id": "s"}
+ACK = {
+    "protocol_version": "2",
+    "brain_version": "1",
+    "agent_id": "a",
+    "project_id": "p",
+    "session_id": "s",
+}
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from([*ACK, "heartbeat_interval_seconds", "max_frame_size_bytes", "x"]), SCALARS, max_size=3))
+@given(
+    st.dictionaries(
+        st.sampled_from([*ACK, "heartbeat_interval_seconds", "max_frame_size_bytes", "x"]),
+        SCALARS,
+        max_size=3,
+    )
+)
 def test_odd_welcomes(changes):
     """A hello_ack with any values is our error, or makes a session that can sign and send."""
-    message = json.dumps({"v": 2, "type": "hello_ack", "id": "h", "payload": {**ACK, **changes}}).encode()
+    message = json.dumps(
+        {"v": 2, "type": "hello_ack", "id": "h", "payload": {**ACK, **changes}}
+    ).encode()
     try:
-        welcome = read_welcome(message)
-        Session(welcome, SECRET).sign("heartbeat", "hb", b"{}", 0.0)
+        hello_ack = parse_hello_ack(message)
+        Session(hello_ack, SECRET).sign("heartbeat", "hb", b"{}", 0.0)
     except RemoteError:
         return
-    assert welcome.heartbeat_seconds >= 1
-    assert welcome.max_frame_bytes > 0
+    assert hello_ack.heartbeat_seconds >= 1
+    assert hello_ack.max_frame_bytes > 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -217,11 +279,21 @@ def test_close_frames(body):
 # -- with a socket
 
 HELLO = frames.hello(
-    frames.Identity(framework="bare", agent_version="1", worker_id="w", worker_pid=1, worker_started_at=datetime.now(UTC))
+    frames.Identity(
+        framework="bare",
+        agent_version="1",
+        worker_id="w",
+        worker_pid=1,
+        worker_started_at=datetime.now(UTC),
+    )
 )
 
 #: WebSocket frames that are wrong in their first two bytes: opcode, reserved bits, mask, length.
-WEBSOCKET = [bytes((first, second)) + b"ab" for first in range(0, 256, 3) for second in (0, 1, 2, 125, 126, 127, 128, 130, 255)]
+WEBSOCKET = [
+    bytes((first, second)) + b"ab"
+    for first in range(0, 256, 3)
+    for second in (0, 1, 2, 125, 126, 127, 128, 130, 255)
+]
 
 #: Whole HTTP answers, and noise in each of their places.
 ANSWERS = st.one_of(
@@ -242,14 +314,16 @@ ANSWERS = st.one_of(
     ),
 )
 HEADERS = st.dictionaries(
-    st.sampled_from(["Date", "Retry-After", "X-Z4J-Agent-Id", "X-Z4J-Project-Id", "Set-Cookie", "Location"]),
+    st.sampled_from(
+        ["Date", "Retry-After", "X-Z4J-Agent-Id", "X-Z4J-Project-Id", "Set-Cookie", "Location"]
+    ),
     st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20),
 )
 
 
 @pytest.fixture(scope="module")
 def own_seam():
-    """A seam for all examples: what belongs to one test is no good for hypothesis."""
+    """A backend for all examples: what belongs to one test is no good for hypothesis."""
     made = build(choose("auto", detect()))
     yield made
     made.close()
@@ -275,12 +349,14 @@ def http_peer(own_seam):
 
 
 def streaming(peer):
-    return WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, peer.seam)
+    return WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, peer.backend)
 
 
 def polling(peer):
     url = longpoll_url(peer.url, dev_mode=False)
-    return longpoll.LongPollTransport(url, lambda: TOKEN, peer.seam, longpoll.Known(wait=0))
+    return longpoll.LongPollTransport(
+        url, lambda: TOKEN, peer.backend, longpoll.LearnedLimits(wait=0)
+    )
 
 
 def conversation(transport):
@@ -298,7 +374,9 @@ def conversation(transport):
 
 
 @SLOW
-@given(st.lists(st.binary(max_size=140), max_size=4) | st.lists(st.sampled_from(WEBSOCKET), max_size=4))
+@given(
+    st.lists(st.binary(max_size=140), max_size=4) | st.lists(st.sampled_from(WEBSOCKET), max_size=4)
+)
 def test_noise_on_the_line(peer, pieces):
     """Whatever bytes follow the upgrade, the transport yields bytes or ``None`` and ends with one of our errors."""
 
@@ -326,14 +404,21 @@ def test_noise_instead_of_an_answer(peer, answer):
 @given(
     st.integers(200, 999) | st.just(200),  # of a 1xx, more is still to come
     HEADERS,
-    JSON.map(json.dumps) | st.fixed_dictionaries({"frames": JSON | st.lists(TEXT, max_size=3)}).map(json.dumps) | st.text(max_size=20),
+    JSON.map(json.dumps)
+    | st.fixed_dictionaries({"frames": JSON | st.lists(TEXT, max_size=3)}).map(json.dumps)
+    | st.text(max_size=20),
 )
 def test_odd_answers(http_peer, status, headers, body):
     """Whatever a probe and a poll are answered, the transport yields bytes or ``None`` and ends with one of our errors."""
     answer = status, headers, body.encode()
-    for answers in ([answer], [(200, {"X-Z4J-Agent-Id": "a", "X-Z4J-Project-Id": "p"}, b"{}"), answer]):
+    for answers in (
+        [answer],
+        [(200, {"X-Z4J-Agent-Id": "a", "X-Z4J-Project-Id": "p"}, b"{}"), answer],
+    ):
         http_peer.answers["GET"] = [*answers, (401, {}, b"{}")]
-        assert all(each is None or isinstance(each, bytes) for each in conversation(polling(http_peer)))
+        assert all(
+            each is None or isinstance(each, bytes) for each in conversation(polling(http_peer))
+        )
 
 
 def test_a_good_command_runs():

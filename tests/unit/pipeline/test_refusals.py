@@ -31,7 +31,15 @@ def install():
     made = []
 
     def make(**options):
-        made.append(install_agent(engines=[StubEngine()], token=TOKEN, project_id="demo", hmac_secret=SECRET_TEXT, **options))
+        made.append(
+            install_agent(
+                engines=[StubEngine()],
+                token=TOKEN,
+                project_id="demo",
+                hmac_secret=SECRET_TEXT,
+                **options,
+            )
+        )
         return made[-1]
 
     yield make
@@ -47,7 +55,11 @@ def first_failure(install, until, caplog):
 
     def run(**options):
         install(**options)
-        record = until(lambda: next((each for each in caplog.records if "no session" in each.getMessage()), None))
+        record = until(
+            lambda: next(
+                (each for each in caplog.records if "no session" in each.getMessage()), None
+            )
+        )
         kind, error, delay = record.args
         assert record.levelname == "WARNING"
         return kind, str(error), delay
@@ -64,8 +76,8 @@ def check(failure, kind, named, wish=0.0):
 
 
 @pytest.fixture
-def http_peer(seam):
-    made = HttpPeer(seam)
+def http_peer(backend):
+    made = HttpPeer(backend)
     yield made
     made.stop()
 
@@ -98,7 +110,7 @@ def test_close_codes(peer, first_failure, when, code, kind, named):
 
     def greet(session):
         if when == WELCOMED:
-            session.welcome()
+            session.hello_ack()
         session.close(code)
 
     peer.greet = greet
@@ -110,21 +122,39 @@ def test_a_clock_that_is_off(peer, first_failure, ahead, way):
     """A signature refused by a brain whose welcome was stamped 75 s off is the clock's fault, and the text says how far."""
 
     def greet(session):
-        payload = {"protocol_version": "2", "brain_version": "1", "agent_id": AGENT, "project_id": PROJECT, "session_id": session.id}
+        payload = {
+            "protocol_version": "2",
+            "brain_version": "1",
+            "agent_id": AGENT,
+            "project_id": PROJECT,
+            "session_id": session.id,
+        }
         stamp = (datetime.now(UTC) + timedelta(seconds=ahead)).isoformat()
-        session.send(json.dumps({"v": 2, "type": "hello_ack", "id": "hack_1", "ts": stamp, "payload": payload}).encode())
+        session.send(
+            json.dumps(
+                {"v": 2, "type": "hello_ack", "id": "hack_1", "ts": stamp, "payload": payload}
+            ).encode()
+        )
         session.close(4403)
 
     peer.greet = greet
     kind, text, _ = first_failure(brain_url=peer.url, transport="ws")
     assert kind == "auth"
-    assert any(f"this host's clock is {seconds} s {way} the brain's" in text for seconds in (74, 75, 76))
+    assert any(
+        f"this host's clock is {seconds} s {way} the brain's" in text for seconds in (74, 75, 76)
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "headers", "kind", "named", "wish"),
     [
-        (302, {"Location": "http://127.0.0.1:9/"}, "connection", "a redirect: set Z4J_BRAIN_URL", 0),
+        (
+            302,
+            {"Location": "http://127.0.0.1:9/"},
+            "connection",
+            "a redirect: set Z4J_BRAIN_URL",
+            0,
+        ),
         (401, {}, "auth", "Z4J_TOKEN", 0),
         (403, {}, "auth", "Z4J_AGENT_IP_ALLOWLIST", 0),
         (404, {}, "connection", "Z4J_BRAIN_URL", 0),
@@ -139,7 +169,9 @@ def test_refused_upgrades(peer, first_failure, status, headers, kind, named, wis
 
 
 PROBE, UPLOAD, POLL = "probe", "upload", "poll"
-ARCHIVED = b'{"error":"project_inactive","message":"project is archived","request_id":"r","details":{}}'
+ARCHIVED = (
+    b'{"error":"project_inactive","message":"project is archived","request_id":"r","details":{}}'
+)
 DENIED = b'{"error":"ip_denied","message":"source not allowed","request_id":"r","details":{"surface":"agent"}}'
 INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
 
@@ -148,13 +180,27 @@ INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh
 @pytest.mark.parametrize(
     ("status", "headers", "body", "kind", "named", "wish"),
     [
-        (400, {}, b'{"error":"invalid_host"}', "connection", "Z4J_ALLOWED_HOSTS? (invalid_host)", 0),
+        (
+            400,
+            {},
+            b'{"error":"invalid_host"}',
+            "connection",
+            "Z4J_ALLOWED_HOSTS? (invalid_host)",
+            0,
+        ),
         (401, {}, b'{"detail":"invalid agent token"}', "auth", "Z4J_TOKEN (or Z4J_TOKEN_FILE)", 0),
         (403, {}, ARCHIVED, "auth", "(project is archived)", 0),
         (403, {}, DENIED, "auth", "(source not allowed)", 0),
         (409, {}, INVALIDATED, "connection", "fresh session nonce", 0),
         (422, {}, b'{"detail":[]}', "connection", "HTTP 422", 0),
-        (429, {"Retry-After": "58"}, b'{"detail":"too many requests"}', "crowded", "(too many requests)", 58),
+        (
+            429,
+            {"Retry-After": "58"},
+            b'{"detail":"too many requests"}',
+            "crowded",
+            "(too many requests)",
+            58,
+        ),
         (502, {}, b"<html>", "connection", "HTTP 502", 0),
         (503, {"Retry-After": "7"}, b'{"detail":"at capacity"}', "connection", "(at capacity)", 7),
     ],
@@ -165,12 +211,24 @@ def test_http_statuses(http_peer, first_failure, where, status, headers, body, k
     answer = http_peer.answer
 
     def scripted(request):
-        here = UPLOAD if request.method == "POST" else PROBE if request.query.get("max_frames") == "0" else POLL
+        here = (
+            UPLOAD
+            if request.method == "POST"
+            else PROBE
+            if request.query.get("max_frames") == "0"
+            else POLL
+        )
         return (status, headers, body) if here == where else answer(request)
 
     http_peer.answer = scripted
-    if (status, where) == (409, UPLOAD):  # a new nonce, well probed: then it is the signature that was refused
-        kind, named = "auth", "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree"
+    if (status, where) == (
+        409,
+        UPLOAD,
+    ):  # a new nonce, well probed: then it is the signature that was refused
+        kind, named = (
+            "auth",
+            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree",
+        )
     check(first_failure(brain_url=http_peer.url, transport="longpoll"), kind, named, wish)
 
 

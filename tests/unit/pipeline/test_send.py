@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.support.virtual import World
 from z4j_bare.buffer import receipts
-from z4j_bare.errors import BrokenStreamError, NetworkError, PoisonError
+from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.send import FRAME_BYTES, IDLE, SendLoop
-from z4j_bare.wire.session import Welcome
+from z4j_bare.wire.session import HelloAck
 from z4j_bare.wire.window import ACK_DEADLINE, BREATH, FRAME_EVENTS, FRAME_FIRST, SLOW
 
 
@@ -22,9 +22,9 @@ class Sending(World):
         self.begin()
 
     def begin(self):
-        self.sender = SendLoop(self.link, self.keeper, self.seam, self.counters)
+        self.sender = SendLoop(self.link, self.buffer, self.backend, self.counters)
         self.acked = 0
-        self.task = self.seam.spawn(self.sender.run, name="z4j-send")
+        self.task = self.backend.spawn(self.sender.run, name="z4j-send")
 
     def ack(self, number=1):
         for _ in range(number):
@@ -33,13 +33,15 @@ class Sending(World):
 
     def hub_timer(self, seconds, function, *, once):
         assert once
-        return self.seam.spawn(lambda: (self.seam.sleep(seconds), function()), name="hub")
+        return self.backend.spawn(lambda: (self.backend.sleep(seconds), function()), name="hub")
 
     def answer_at_once(self):
-        self.transport.heard = lambda frame: frame["type"] == "event_batch" and self.sender.acked(frame["id"])
+        self.transport.heard = lambda frame: (
+            frame["type"] == "event_batch" and self.sender.acked(frame["id"])
+        )
 
     def rows(self):
-        return self.keeper.stats().rows
+        return self.buffer.stats().rows
 
 
 @pytest.fixture(params=["hub", "no hub"])
@@ -47,7 +49,7 @@ def world(request):
     """A sender is woken after the brain's breath by the hub, and by itself where there is none."""
     world = Sending()
     if request.param == "hub":
-        world.seam.timer = world.hub_timer
+        world.backend.timer = world.hub_timer
     return world
 
 
@@ -55,26 +57,26 @@ def test_everything_goes_in_order(world):
     """With a brain that keeps up, all events go out once, in order, in frames of bounded size, and leave the store."""
     world.answer_at_once()
     world.store(2600)
-    world.seam.advance(5)
+    world.backend.advance(5)
     assert world.transport.events() == list(range(2600))
     sizes = [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")]
     assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
     assert world.rows() == 0
-    assert (world.counters.sent, world.keeper.acked) == (2600, 2600)
+    assert (world.counters.sent, world.buffer.acked) == (2600, 2600)
     assert world.sender.idle()
 
 
 def test_one_frame_at_a_time(world):
     """Without an ack a second frame waits; each ack lets one follow, a breath later, and the rest waits in the store."""
     world.store(2600)
-    world.seam.advance(1.5)
+    world.backend.advance(1.5)
     assert len(world.transport.events()) == FRAME_FIRST
     world.ack()
-    world.seam.advance(BREATH - 0.01)
+    world.backend.advance(BREATH - 0.01)
     assert len(world.transport.events()) == FRAME_FIRST
-    world.seam.advance(0.02)
+    world.backend.advance(0.02)
     assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame
-    world.seam.advance(receipts.LATEST - 0.1)
+    world.backend.advance(receipts.LATEST - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
 
@@ -82,14 +84,16 @@ def test_one_frame_at_a_time(world):
 def test_a_hub_wakes_the_sender_when_the_breath_is_over(monkeypatch):
     """An ack wakes no sender that has to wait: one look for each frame, where there is a hub to time it."""
     world, turns = Sending(), []
-    world.seam.timer = world.hub_timer
-    monkeypatch.setattr(world.sender, "_turn", lambda turn=world.sender._turn: turns.append(1) or turn())
+    world.backend.timer = world.hub_timer
+    monkeypatch.setattr(
+        world.sender, "_turn", lambda turn=world.sender._turn: turns.append(1) or turn()
+    )
     world.store(2000)
-    world.seam.advance(1)
+    world.backend.advance(1)
     begun = len(turns)
     for _ in range(3):
         world.ack()
-        world.seam.advance(BREATH + 0.01)
+        world.backend.advance(BREATH + 0.01)
     assert (len(world.transport.of("event_batch")), len(turns) - begun) == (4, 3)
 
 
@@ -99,40 +103,40 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
     for _ in range(5):
         world.store(1)
         world.link.wake.set()
-        world.seam.advance(SLOW + 0.1)  # a frame each
-    world.keeper.stats()  # or a look for the figures' sake would delete them
+        world.backend.advance(SLOW + 0.1)  # a frame each
+    world.buffer.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
-    world.seam.advance(IDLE + receipts.LATEST)
+    world.backend.advance(IDLE + receipts.LATEST)
     assert world.disk.store.size() == 5 - acknowledged
 
 
 def test_a_full_window_moves_with_each_ack(world):
     """After a wait longer than the idle time, an ack still wakes the sender."""
     world.store(3000)
-    world.seam.advance(2.2)
+    world.backend.advance(2.2)
     before = len(world.transport.events())
     world.ack()
-    world.seam.advance(BREATH + 0.01)
+    world.backend.advance(BREATH + 0.01)
     assert len(world.transport.events()) > before
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_look_that_outlasts_the_breath(world, monkeypatch, begun):
     """On a slow disk a look may begin before the ack, or in the breath after it, and end later: the next frame follows at once."""
-    drain = world.keeper.drain
+    drain = world.buffer.drain
 
     def slowly(*query):
-        world.seam.sleep(0.5)
+        world.backend.sleep(0.5)
         return drain(*query)
 
     world.store(200)
-    world.seam.advance(0.5)
-    monkeypatch.setattr(world.keeper, "drain", slowly)
+    world.backend.advance(0.5)
+    monkeypatch.setattr(world.buffer, "drain", slowly)
     if begun:
         world.link.wake.set()
-        world.seam.advance(0.01)
+        world.backend.advance(0.01)
     world.ack()
-    world.seam.advance(1.2)
+    world.backend.advance(1.2)
     assert len(world.transport.of("event_batch")) == 2
 
 
@@ -140,20 +144,34 @@ def test_frames_stay_below_their_size(world):
     """Rows of 30 kB travel a few to a frame, never beyond 128 KiB."""
     world.answer_at_once()
     world.store(40, size=30_000)
-    world.seam.advance(30)
-    sizes = [len(json.dumps(frame, separators=(",", ":"))) for frame in world.transport.of("event_batch")]
+    world.backend.advance(30)
+    sizes = [
+        len(json.dumps(frame, separators=(",", ":"))) for frame in world.transport.of("event_batch")
+    ]
     assert max(sizes) <= FRAME_BYTES
     assert world.transport.events() == list(range(40))
 
 
 def test_an_event_over_the_brains_limit_is_cut():
     """A row larger than the brain's own frame limit is cut to fit and marked, because the brain would close (4400)."""
-    world = Sending(Welcome("a", "p", "s", max_frame_bytes=4096))
+    world = Sending(HelloAck("a", "p", "s", max_frame_bytes=4096))
     world.answer_at_once()
-    world.keeper.append([("event", "", json.dumps({"id": "e-1", "n": 1, "data": {"task_name": "t", "result": "x" * 50_000}}).encode())])
+    world.buffer.append(
+        [
+            (
+                "event",
+                "",
+                json.dumps(
+                    {"id": "e-1", "n": 1, "data": {"task_name": "t", "result": "x" * 50_000}}
+                ).encode(),
+            )
+        ]
+    )
     world.link.wake.set()
-    world.seam.advance(2)
-    (event,) = (event for frame in world.transport.of("event_batch") for event in frame["payload"]["events"])
+    world.backend.advance(2)
+    (event,) = (
+        event for frame in world.transport.of("event_batch") for event in frame["payload"]["events"]
+    )
     assert len(json.dumps(world.transport.sent[0][1])) <= 4096
     assert (event["id"], event["data"]["task_name"]) == ("e-1", "t")
     assert world.rows() == 0
@@ -162,9 +180,9 @@ def test_an_event_over_the_brains_limit_is_cut():
 def test_results_overtake_events(world):
     """A result goes ahead of thousands of waiting events, with a receipt request right behind it."""
     world.store(5000)
-    world.seam.advance(0.5)
+    world.backend.advance(0.5)
     world.store(1, kind="result")
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     kinds = [frame["type"] for _, frame in world.transport.sent]
     assert kinds[-2:] == ["command_result", "event_batch"]
     assert world.transport.sent[-1][1]["payload"]["events"] == []
@@ -177,7 +195,7 @@ def test_a_busy_brain_gets_no_crumbs(world):
     def more(events):
         world.store(events, wake=False)
         world.sender.stored(events)
-        world.seam.advance(0.01)
+        world.backend.advance(0.01)
 
     for _ in range(6):
         more(5)
@@ -186,7 +204,7 @@ def test_a_busy_brain_gets_no_crumbs(world):
     more(FRAME_FIRST - 30)
     assert world.transport.events() == list(range(5))
     world.ack()
-    world.seam.advance(BREATH + 0.01)
+    world.backend.advance(BREATH + 0.01)
     assert world.transport.events() == list(range(FRAME_FIRST))
     assert len(world.transport.of("event_batch")) == 2
     assert not world.sender.idle()
@@ -195,17 +213,17 @@ def test_a_busy_brain_gets_no_crumbs(world):
 def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
     """Events behind a frame that the brain has skipped are sent some seconds later, and at once when the agent stops."""
     world.store(5)
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     world.store(5)
-    world.seam.advance(0.5)
+    world.backend.advance(0.5)
     assert len(world.transport.events()) == 5
-    world.seam.advance(SLOW + IDLE)
+    world.backend.advance(SLOW + IDLE)
     assert len(world.transport.events()) == 10
     world.store(5)
-    world.seam.advance(0.5)
+    world.backend.advance(0.5)
     assert len(world.transport.events()) == 10
     world.sender.hurry()
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     assert len(world.transport.events()) == 15
 
 
@@ -215,78 +233,85 @@ def test_an_idle_brain_waits_for_nobody(world):
     for number in range(1, 4):
         world.store(1, wake=False)
         world.sender.stored(1)
-        world.seam.advance(0.01)
+        world.backend.advance(0.01)
         assert len(world.transport.events()) == number
-        world.seam.advance(BREATH)
+        world.backend.advance(BREATH)
     world.store(1, wake=False)
     world.sender.stored(1)
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     world.store(1, wake=False)
     world.sender.stored(1)
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     assert len(world.transport.events()) == 4
-    world.seam.advance(BREATH)
+    world.backend.advance(BREATH)
     assert len(world.transport.events()) == 5
-    world.seam.advance(BREATH)
+    world.backend.advance(BREATH)
     assert world.sender.idle()
 
 
 def test_a_result_waits_for_its_receipt(world):
     """A result leaves the store with the ack of the batch behind it, not before; and it is sent once."""
     world.store(1, kind="result")
-    world.seam.advance(5)
+    world.backend.advance(5)
     assert world.rows() == 1
     assert not world.sender.idle()
     world.ack()
-    world.seam.advance(5)
+    world.backend.advance(5)
     assert world.rows() == 0
     assert len(world.transport.of("command_result")) == 1
-    assert world.keeper.acked == 0, "results are no events"
+    assert world.buffer.acked == 0, "results are no events"
 
 
 def test_schedules_overtake_events_one_by_one(world):
     """Frames of a schedule stream go ahead of events, each alone, all at once, and the result behind what it tells of."""
     world.store(3000)
-    world.seam.advance(0.5)
+    world.backend.advance(0.5)
     before = len(world.transport.sent)
     world.store(3, kind="projection", size=60_000, wake=False)
     world.store(1, kind="result")
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     sent = [frame for _, frame in world.transport.sent[before:]]
-    assert [frame["type"] for frame in sent] == ["event_batch"] * 3 + ["command_result", "event_batch"]
-    assert [[event["n"] for event in frame["payload"]["events"]] for frame in sent[:3]] == [[3000], [3001], [3002]]
+    assert [frame["type"] for frame in sent] == ["event_batch"] * 3 + [
+        "command_result",
+        "event_batch",
+    ]
+    assert [[event["n"] for event in frame["payload"]["events"]] for frame in sent[:3]] == [
+        [3000],
+        [3001],
+        [3002],
+    ]
 
 
 def test_schedules_are_no_events(world):
     """Frames of a stream leave the store with their acks, and the figures of events do not count them."""
     world.answer_at_once()
     world.store(3, kind="projection")
-    world.seam.advance(5)
+    world.backend.advance(5)
     assert world.rows() == 0
-    assert (world.counters.sent, world.keeper.acked) == (0, 0)
+    assert (world.counters.sent, world.buffer.acked) == (0, 0)
     assert world.transport.events() == [0, 1, 2]
     world.store(2)
-    world.seam.advance(5)
-    assert (world.counters.sent, world.keeper.acked) == (2, 2)
+    world.backend.advance(5)
+    assert (world.counters.sent, world.buffer.acked) == (2, 2)
 
 
 def test_schedules_that_get_no_ack():
     """A stream that the brain keeps silent over is sent once more, in order, and then given up with the session."""
     world = World()
-    sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
+    sender = SendLoop(world.link, world.buffer, world.backend, world.counters)
     world.store(2, kind="projection")
     given_up = []
 
     def run():
-        with pytest.raises(BrokenStreamError):
+        with pytest.raises(ScheduleStreamError):
             sender.run()
-        given_up.append(world.seam.now())
+        given_up.append(world.backend.now())
 
-    began = world.seam.now()
-    world.seam.spawn(run, name="z4j-send")
-    world.seam.advance(ACK_DEADLINE + 5)
+    began = world.backend.now()
+    world.backend.spawn(run, name="z4j-send")
+    world.backend.advance(ACK_DEADLINE + 5)
     assert world.transport.events() == [0, 1, 0, 1]
-    world.seam.advance(ACK_DEADLINE + 5)
+    world.backend.advance(ACK_DEADLINE + 5)
     assert world.transport.events() == [0, 1, 0, 1]
     assert given_up[0] - began > 2 * ACK_DEADLINE
 
@@ -296,7 +321,7 @@ def test_many_results_do_not_starve_events(world):
     world.answer_at_once()
     world.store(400, kind="result", wake=False)
     world.store(10)
-    world.seam.advance(5)
+    world.backend.advance(5)
     kinds = [len(frame["payload"]["events"]) > 0 for frame in world.transport.of("event_batch")]
     assert kinds.index(True) < 3
     assert len(world.transport.of("command_result")) == 400
@@ -306,29 +331,29 @@ def test_many_results_do_not_starve_events(world):
 def test_a_brain_that_cannot_keep_up_has_little_to_digest():
     """At 100 events a second a result waits for at most 5 s behind the events on their way, and all events arrive."""
     world = Sending()
-    seam, queue, waits = world.seam, [], []
+    backend, queue, waits = world.backend, [], []
     world.transport.heard = queue.append
 
     def digest():
         while True:
             if not queue:
-                seam.sleep(0.01)
+                backend.sleep(0.01)
                 continue
             frame = queue.pop(0)
             if frame["type"] == "command_result":
-                waits.append(seam.now() - asked[int(frame["id"].removeprefix("c-"))])
+                waits.append(backend.now() - asked[int(frame["id"].removeprefix("c-"))])
             else:
-                seam.sleep(len(frame["payload"]["events"]) / 100)
+                backend.sleep(len(frame["payload"]["events"]) / 100)
                 world.sender.acked(frame["id"])
 
-    seam.spawn(digest, name="brain")
+    backend.spawn(digest, name="brain")
     world.store(6000)
     asked = {}
     for _ in range(12):
-        seam.advance(5)
-        asked[world.stored] = seam.now()
+        backend.advance(5)
+        asked[world.stored] = backend.now()
         world.store(1, kind="result")
-    seam.advance(30)
+    backend.advance(30)
     assert world.rows() == 0
     assert sorted(world.transport.events()) == list(range(6000))
     assert len(waits) == 12
@@ -338,26 +363,26 @@ def test_a_brain_that_cannot_keep_up_has_little_to_digest():
 def test_the_watchdog(world):
     """After 90 s without any ack everything unacknowledged is sent again, with the same content under new frame ids."""
     world.store(10)
-    world.seam.advance(ACK_DEADLINE - 1)
+    world.backend.advance(ACK_DEADLINE - 1)
     assert world.transport.events() == list(range(10))
-    world.seam.advance(4)
+    world.backend.advance(4)
     assert world.transport.events() == list(range(10)) * 2
     first, second = world.transport.of("event_batch")
     assert first["id"] != second["id"]
     world.sender.acked(second["id"])
-    world.seam.advance(3)
+    world.backend.advance(3)
     assert world.rows() == 0
 
 
 def test_no_resend_while_acks_arrive(world):
     """A brain that is slow but alive gets nothing twice, however long the last frame waits for its ack."""
     world.store(3000)
-    world.seam.advance(1)
+    world.backend.advance(1)
     while world.acked < len(world.transport.of("event_batch")):
-        world.seam.advance(60)
+        world.backend.advance(60)
         world.ack()
-        world.seam.advance(0.1)
-    world.seam.advance(5)
+        world.backend.advance(0.1)
+    world.backend.advance(5)
     assert world.transport.events() == list(range(3000))
     assert world.rows() == 0
 
@@ -365,30 +390,30 @@ def test_no_resend_while_acks_arrive(world):
 def test_a_late_ack_after_a_resend_is_harmless(world):
     """An ack of the frame that was given up neither deletes what it should not nor stops the loop."""
     world.store(5)
-    world.seam.advance(ACK_DEADLINE + 3)
+    world.backend.advance(ACK_DEADLINE + 3)
     first, second = world.transport.of("event_batch")
     world.sender.acked(first["id"])
-    world.seam.advance(2)
+    world.backend.advance(2)
     assert world.rows() == 5
     world.sender.acked(second["id"])
-    world.seam.advance(2)
+    world.backend.advance(2)
     assert world.rows() == 0
 
 
 def test_the_next_session_sends_it_again(world):
     """What a session leaves unacknowledged goes out again in the next one, first and in order."""
     world.store(700)
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.ack()
-    world.seam.advance(1.5)
+    world.backend.advance(1.5)
     world.link.shut()
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert not world.task.alive()
     world.dial()
     world.begin()
     world.answer_at_once()
     world.store(1)
-    world.seam.advance(3)
+    world.backend.advance(3)
     assert world.transport.events() == list(range(FRAME_FIRST, 701))
 
 
@@ -404,13 +429,13 @@ def test_a_broken_line_ends_the_loop(world):
             ended.append(error)
 
     world.link.shut()
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.dial()
     world.transport.broken = NetworkError("reset")
-    world.sender = SendLoop(world.link, world.keeper, world.seam, world.counters)
-    world.seam.spawn(run, name="run")
+    world.sender = SendLoop(world.link, world.buffer, world.backend, world.counters)
+    world.backend.spawn(run, name="run")
     world.store(3)
-    world.seam.advance(2)
+    world.backend.advance(2)
     assert len(ended) == 1
     assert world.rows() == 3
 
@@ -421,22 +446,24 @@ def test_a_disk_that_fails_and_returns(world):
     Row ids start over with every change between disk and memory, so an ack must never cross it.
     """
     world.store(30)
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.disk.full = True
     world.store(20)
-    world.seam.advance(IDLE + 0.1)
-    assert not world.keeper.durable
-    assert world.keeper.generation == 1
+    world.backend.advance(IDLE + 0.1)
+    assert not world.buffer.durable
+    assert world.buffer.generation == 1
     assert set(world.transport.events()) == set(range(50))
     newest = world.transport.of("event_batch")[-1]
     world.disk.full = False
-    world.seam.advance(3)
+    world.backend.advance(3)
     world.sender.acked(newest["id"])
-    world.seam.advance(4)
-    assert world.keeper.durable
-    assert world.disk.store.stats().rows >= 30, "an ack of rows in memory must not delete rows on disk"
+    world.backend.advance(4)
+    assert world.buffer.durable
+    assert world.disk.store.stats().rows >= 30, (
+        "an ack of rows in memory must not delete rows on disk"
+    )
     world.answer_at_once()
-    world.seam.advance(ACK_DEADLINE + 5)
+    world.backend.advance(ACK_DEADLINE + 5)
     assert set(world.transport.events()) == set(range(50))
     assert world.rows() == 0
 
@@ -444,24 +471,24 @@ def test_a_disk_that_fails_and_returns(world):
 def test_what_the_failed_disk_still_holds_is_not_counted(world):
     """Acks whose rows were not deleted yet when the disk fails count for nothing: their rows come again."""
     world.store(5)
-    world.seam.advance(0.5)
+    world.backend.advance(0.5)
     world.ack()
     world.disk.full = True
     world.store(20, wake=False)
-    assert world.keeper.generation == 1
-    assert world.keeper.acked == 0
+    assert world.buffer.generation == 1
+    assert world.buffer.acked == 0
 
 
 def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
     """An ack that arrives after the disk has failed deletes nothing from the memory that took over."""
     world.store(5)
-    world.seam.advance(1)
+    world.backend.advance(1)
     old = world.transport.of("event_batch")[0]
     world.disk.full = True
     world.store(5)
     world.sender.acked(old["id"])
-    world.seam.advance(3)
-    assert world.keeper.stats().rows == 10, "five in memory, and five that wait on the disk"
+    world.backend.advance(3)
+    assert world.buffer.stats().rows == 10, "five in memory, and five that wait on the disk"
 
 
 # -- what the brain cannot take
@@ -480,9 +507,9 @@ class Brain:
         self.mute = mute
         self.arrived = []
         self.deaths = []
-        self.welcome()
+        self.hello_ack()
 
-    def welcome(self):
+    def hello_ack(self):
         self.dead = False
         self.world.transport.heard = self.hear
 
@@ -501,23 +528,31 @@ class Brain:
 
     def live(self, seconds=5.0):
         """Let time pass; a session that dies ends as the agent ends it, and the next one begins."""
-        self.world.seam.advance(seconds)
+        self.world.backend.advance(seconds)
         if not self.dead:
             return False
         self.world.link.shut()
-        self.world.seam.advance(0.1)
-        self.deaths.append(self.world.sender.judge(NetworkError("the brain failed on a frame", code=self.code)))
+        self.world.backend.advance(0.1)
+        self.deaths.append(
+            self.world.sender.judge(NetworkError("the brain failed on a frame", code=self.code))
+        )
         self.world.dial()
         self.world.begin()
-        self.welcome()
+        self.hello_ack()
         return True
 
 
 def test_a_poisoned_event_is_found_and_dropped(world, caplog):
     """One event among 900 costs it alone and at most six sessions; the log names it, and its data stay out of the log."""
-    event = {"n": 400, "kind": "task.failed", "engine": "celery", "task_id": "t-400", "data": {"password": "hunter2"}}
+    event = {
+        "n": 400,
+        "kind": "task.failed",
+        "engine": "celery",
+        "task_id": "t-400",
+        "data": {"password": "hunter2"},
+    }
     world.store(400, wake=False)
-    world.keeper.append([("event", "", json.dumps(event).encode())])
+    world.buffer.append([("event", "", json.dumps(event).encode())])
     world.stored += 1
     world.store(499)
     brain = Brain(world, {400})
@@ -526,11 +561,13 @@ def test_a_poisoned_event_is_found_and_dropped(world, caplog):
     assert sorted(set(brain.arrived)) == [number for number in range(900) if number != 400]
     kinds = [type(death) for death in brain.deaths]
     assert kinds[:2] == [NetworkError] * 2
-    assert set(kinds[2:]) == {PoisonError}
+    assert set(kinds[2:]) == {PoisonRowError}
     assert len(kinds) <= 6
-    stats = world.keeper.stats()
+    stats = world.buffer.stats()
     assert (stats.rows, stats.lost, stats.produced) == (0, {"poison": 1}, stats.confirmed + 1)
-    (line,) = [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()
+    ]
     assert "a 'task.failed' of 'celery', task 't-400', 106 bytes" in line
     assert "hunter2" not in line
 
@@ -544,7 +581,7 @@ def test_a_poisoned_result_is_found_and_dropped(world, caplog):
         assert len(brain.deaths) < 20
     assert sorted(set(brain.arrived)) == [number for number in range(33) if number != 31]
     assert len(brain.deaths) == 3
-    stats = world.keeper.stats()
+    stats = world.buffer.stats()
     assert (stats.rows, stats.lost, stats.lost_kinds) == (0, {"poison": 1}, {"result": 1})
     assert "the result of command c-31" in caplog.text
 
@@ -555,7 +592,7 @@ def test_a_brain_that_fails_on_everything_costs_nothing(world):
     brain = Brain(world, (), mute=True)
     for _ in range(50):
         brain.live()
-    assert world.keeper.stats().lost == {}
+    assert world.buffer.stats().lost == {}
     assert [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")] == []
     brain.mute = False
     brain.live()
@@ -583,10 +620,10 @@ def test_the_search_outlives_the_process(world):
     before = len(brain.deaths)
     heir = Sending()
     rows = world.disk.store.drain(0, 1000, 10**7, ("event",))
-    heir.keeper.adopt(lambda store: store.take_over(rows))
+    heir.buffer.adopt(lambda store: store.import_rows(rows))
     heir.link.wake.set()
     brain.world = heir
-    brain.welcome()
+    brain.hello_ack()
     while brain.live():
         pass
     assert before == 4
@@ -595,7 +632,12 @@ def test_the_search_outlives_the_process(world):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 1500), st.lists(st.integers(0, 1499), max_size=5), st.integers(0, 5), st.sampled_from([1011, 4400, 4403]))
+@given(
+    st.integers(1, 1500),
+    st.lists(st.integers(0, 1499), max_size=5),
+    st.integers(0, 5),
+    st.sampled_from([1011, 4400, 4403]),
+)
 def test_innocents_arrive_and_the_guilty_are_counted(events, poison, results, code):
     """Any rows may be poisoned: those are lost and counted, all others arrive, in a bounded number of sessions."""
     world = Sending()
@@ -606,7 +648,7 @@ def test_innocents_arrive_and_the_guilty_are_counted(events, poison, results, co
     while brain.live(10):
         assert len(brain.deaths) <= 6 * len(guilty)
     assert set(brain.arrived) == set(range(world.stored)) - guilty
-    stats = world.keeper.stats()
+    stats = world.buffer.stats()
     assert (stats.rows, stats.lost.get("poison", 0)) == (0, len(guilty))
     assert stats.produced == stats.confirmed + len(guilty)
 
@@ -621,34 +663,38 @@ def test_whatever_the_line_does(data):
         world.store(data.draw(st.integers(0, 900)))
         if data.draw(st.booleans(), "result"):
             world.store(1, kind="result")
-        world.seam.advance(data.draw(st.sampled_from([0.1, 1.5, 7.0, 100.0]), "seconds"))
+        world.backend.advance(data.draw(st.sampled_from([0.1, 1.5, 7.0, 100.0]), "seconds"))
         frames = world.transport.of("event_batch")
-        for index in data.draw(st.lists(st.integers(0, max(0, len(frames) - 1)), max_size=5), "acks") if frames else []:
+        for index in (
+            data.draw(st.lists(st.integers(0, max(0, len(frames) - 1)), max_size=5), "acks")
+            if frames
+            else []
+        ):
             world.sender.acked(frames[index]["id"])
-        world.seam.advance(1.5)
+        world.backend.advance(1.5)
         seen += world.transport.events()
         if data.draw(st.booleans(), "break"):
             world.link.shut()
-            world.seam.advance(2)
+            world.backend.advance(2)
             world.dial()
             world.begin()
         else:
             world.transport.sent.clear()
     world.link.shut()
-    world.seam.advance(2)
+    world.backend.advance(2)
     world.dial()
     world.begin()
     world.answer_at_once()
     world.link.wake.set()
-    world.seam.advance(60)
+    world.backend.advance(60)
     seen += world.transport.events()
     firsts = list(dict.fromkeys(seen))
     assert firsts == sorted(firsts)
-    stats = world.keeper.stats()
+    stats = world.buffer.stats()
     assert stats.rows == 0
     assert stats.produced == stats.confirmed
     results = world.stored - len(firsts)
-    assert world.keeper.acked + results == stats.produced
+    assert world.buffer.acked + results == stats.produced
 
 
 class Moody:
@@ -663,9 +709,9 @@ class Moody:
         self.world = world
         self.moods = list(moods)
         self.received = []
-        self.welcome()
+        self.hello_ack()
 
-    def welcome(self):
+    def hello_ack(self):
         self.dead = False
         self.world.transport.heard = self.hear
 
@@ -679,22 +725,28 @@ class Moody:
         elif mood == "early":
             self.world.sender.acked(frame["id"])
         elif mood != "lost":
-            self.world.seam.spawn(self.answer, self.world.sender, frame["id"], 0.3 if mood == "late" else 40.0, name="ack")
+            self.world.backend.spawn(
+                self.answer,
+                self.world.sender,
+                frame["id"],
+                0.3 if mood == "late" else 40.0,
+                name="ack",
+            )
 
     def answer(self, sender, identity, seconds):
-        self.world.seam.sleep(seconds)
+        self.world.backend.sleep(seconds)
         if sender is self.world.sender and not self.dead:
             sender.acked(identity)
 
     def live(self, seconds, code=None):
-        self.world.seam.advance(seconds)
+        self.world.backend.advance(seconds)
         if self.dead:
             self.world.link.shut()
-            self.world.seam.advance(0.1)
+            self.world.backend.advance(0.1)
             self.world.sender.judge(NetworkError("gone", code=code))
             self.world.dial()
             self.world.begin()
-            self.welcome()
+            self.hello_ack()
 
 
 @settings(max_examples=60, deadline=None)
@@ -705,11 +757,18 @@ def test_any_brain_gets_every_event_as_it_was(data):
     brain = Moody(world, data.draw(st.lists(st.sampled_from(Moody.MOODS), max_size=60), "moods"))
     for _ in range(data.draw(st.integers(1, 6), "rounds")):
         fresh = [
-            {"id": f"e-{number}", "n": number, "occurred_at": f"2026-11-23T10:00:00.{number:06d}+00:00", "task_id": f"t-{number % 7}"}
+            {
+                "id": f"e-{number}",
+                "n": number,
+                "occurred_at": f"2026-11-23T10:00:00.{number:06d}+00:00",
+                "task_id": f"t-{number % 7}",
+            }
             for number in range(len(events), len(events) + data.draw(st.integers(0, 300), "events"))
         ]
         events += fresh
-        world.keeper.append([("event", event["task_id"], json.dumps(event).encode()) for event in fresh])
+        world.buffer.append(
+            [("event", event["task_id"], json.dumps(event).encode()) for event in fresh]
+        )
         world.link.wake.set()
         seconds = data.draw(st.sampled_from([0.1, 1.0, 7.0, 95.0]), "seconds")
         brain.live(seconds, data.draw(st.sampled_from([None, 1006, 1012, 4408]), "code"))
@@ -719,7 +778,9 @@ def test_any_brain_gets_every_event_as_it_was(data):
     assert {event["n"] for event in brain.received} == set(range(len(events)))
     assert all(event == events[event["n"]] for event in brain.received)
     for task in range(7):
-        firsts = list(dict.fromkeys(event["n"] for event in brain.received if event["n"] % 7 == task))
+        firsts = list(
+            dict.fromkeys(event["n"] for event in brain.received if event["n"] % 7 == task)
+        )
         assert firsts == sorted(firsts)
-    stats = world.keeper.stats()
+    stats = world.buffer.stats()
     assert (stats.rows, stats.lost, stats.produced) == (0, {}, stats.confirmed)

@@ -11,7 +11,15 @@ from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.once import KEYS
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
 
-FIRE = {"task_name": "a.task", "engine": "celery", "args": [1], "kwargs": {"x": 2}, "queue": "q", "fire_id": "f-1", "schedule_id": "s-1"}
+FIRE = {
+    "task_name": "a.task",
+    "engine": "celery",
+    "args": [1],
+    "kwargs": {"x": 2},
+    "queue": "q",
+    "fire_id": "f-1",
+    "schedule_id": "s-1",
+}
 
 
 class Scheduled(Commanded, Plans):
@@ -22,11 +30,21 @@ class Scheduled(Commanded, Plans):
 
     def new_process(self):
         self.plan()
-        self.dispatcher = Dispatcher(self.hosts, self.keeper, self._wake, self.seam, self.counters, self.workers, self.room)
+        self.dispatcher = Dispatcher(
+            self.hosts,
+            self.buffer,
+            self._wake,
+            self.backend,
+            self.counters,
+            self.workers,
+            self.room,
+        )
 
     def fire(self, identity, **changes):
-        self.command("schedule.fire", {**FIRE, **changes}, identity=identity, token=f"token-{identity}")
-        self.seam.advance(1)
+        self.command(
+            "schedule.fire", {**FIRE, **changes}, identity=identity, token=f"token-{identity}"
+        )
+        self.backend.advance(1)
 
     def answered(self):
         return dict(self.answers)
@@ -41,8 +59,20 @@ def test_a_fire_is_enqueued(world):
     """A fire is submitted to its engine with the arguments and the queue that it came with, and answered by its token."""
     world.host.act = lambda *_: success(task_id="t-1")
     world.fire("c-1")
-    assert world.host.calls == [("submit_task", ("a.task",), {"args": (1,), "kwargs": {"x": 2}, "queue": "q"})]
-    assert world.answers == [("c-1", {"status": "success", "result": {"task_id": "t-1"}, "error": None, "delivery_claim_token": "token-c-1"})]
+    assert world.host.calls == [
+        ("submit_task", ("a.task",), {"args": (1,), "kwargs": {"x": 2}, "queue": "q"})
+    ]
+    assert world.answers == [
+        (
+            "c-1",
+            {
+                "status": "success",
+                "result": {"task_id": "t-1"},
+                "error": None,
+                "delivery_claim_token": "token-c-1",
+            },
+        )
+    ]
 
 
 def test_a_fire_happens_once(world):
@@ -53,7 +83,11 @@ def test_a_fire_happens_once(world):
     assert len(world.host.calls) == 1
     again = {"task_id": "t-1", "deduplicated": True, "dedup_key": "fire:f-1"}
     assert [body["result"] for _, body in world.answers] == [{"task_id": "t-1"}, again, again]
-    assert [body["delivery_claim_token"] for _, body in world.answers] == ["token-c-1", "token-c-2", "token-c-2"]
+    assert [body["delivery_claim_token"] for _, body in world.answers] == [
+        "token-c-1",
+        "token-c-2",
+        "token-c-2",
+    ]
     world.fire("c-3", fire_id="f-2")
     world.fire("c-4", fire_id=None)
     world.fire("c-5", fire_id=None)
@@ -77,10 +111,13 @@ def test_a_fire_that_is_being_enqueued(world):
     world.fire("c-1")
     world.fire("c-2")
     world.command("schedule.fire", FIRE, identity="c-3", timeout=10)
-    world.seam.advance(100)
+    world.backend.advance(100)
     assert len(world.host.calls) == 1
     assert world.answered()["c-2"]["result"]["deduplicated"] is True
-    assert world.answered()["c-3"]["result"] == {"indeterminate": True, "operation": "schedule.fire"}
+    assert world.answered()["c-3"]["result"] == {
+        "indeterminate": True,
+        "operation": "schedule.fire",
+    }
 
 
 def test_a_fire_that_a_crash_cut_short(world):
@@ -101,7 +138,9 @@ def test_a_fire_that_a_crash_cut_short(world):
 def test_the_ledger_knows_a_fire_before_it_happens(world):
     """At the moment of the engine's call the fire is in the ledger as started, and afterwards as done."""
     seen = []
-    world.host.act = lambda *_: seen.append(world.disk.store.claim("fire:f-1", 0.0).state) or success()
+    world.host.act = lambda *_: (
+        seen.append(world.disk.store.claim("fire:f-1", 0.0).state) or success()
+    )
     world.fire("c-1")
     assert seen == [STARTED]
     assert world.disk.store.claim("fire:f-1", 0.0).state == DONE
@@ -113,14 +152,16 @@ def test_a_fire_that_outlives_the_agent(world):
     world.fire("c-1")
     world.dispatcher.stop()
     world.dispatcher.end()
-    world.seam.advance(100)
+    world.backend.advance(100)
     assert world.answers == []
     assert world.disk.store.claim("fire:f-1", 0.0).state == STARTED
 
 
 def test_a_fire_that_another_process_has(world):
     """What a living sibling has begun is left to it, and answered as unknown."""
-    world.keeper._others = lambda _path, key: LedgerEntry(key, ELSEWHERE, b"", 0.0) if key.startswith("fire:") else None
+    world.buffer._others = lambda _path, key: (
+        LedgerEntry(key, ELSEWHERE, b"", 0.0) if key.startswith("fire:") else None
+    )
     world.disk.path = None
     world.fire("c-1")
     assert world.host.calls == []
@@ -130,7 +171,7 @@ def test_a_fire_that_another_process_has(world):
 def test_a_fire_that_comes_too_late_is_not_claimed(world):
     """One whose time is up is refused and may come again: nothing has begun."""
     world.command("schedule.fire", FIRE, identity="c-1", late=100)
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert "was not started" in world.answered()["c-1"]["error"]
     world.fire("c-2")
     assert len(world.host.calls) == 1
@@ -138,7 +179,12 @@ def test_a_fire_that_comes_too_late_is_not_claimed(world):
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"task_name": None}, "task_name is required"), ({"engine": "rq"}, "no engine 'rq'"), ({"args": "x"}, "args must be a list"), ({"queue": 3}, "queue must be text")],
+    [
+        ({"task_name": None}, "task_name is required"),
+        ({"engine": "rq"}, "no engine 'rq'"),
+        ({"args": "x"}, "args must be a list"),
+        ({"queue": 3}, "queue must be text"),
+    ],
 )
 def test_a_fire_that_cannot_be(world, changes, complaint):
     """A fire without a task or for an engine that is not here is a plain failure."""
@@ -148,10 +194,22 @@ def test_a_fire_that_cannot_be(world, changes, complaint):
     assert world.host.calls == []
 
 
-@pytest.mark.parametrize(("action", "call"), [("enable", "enable"), ("disable", "disable"), ("trigger_now", "trigger_now"), ("delete", "delete")])
+@pytest.mark.parametrize(
+    ("action", "call"),
+    [
+        ("enable", "enable"),
+        ("disable", "disable"),
+        ("trigger_now", "trigger_now"),
+        ("delete", "delete"),
+    ],
+)
 def test_legacy_actions(world, action, call):
     """The actions of older databases reach the scheduler by the schedule's own id, and make it tell its schedules anew."""
-    answer = world.answer(f"schedule.{action}", {"schedule_id": "hourly", "external_id": KEY}, target={"id": "a uuid", "scheduler": "beat"})
+    answer = world.answer(
+        f"schedule.{action}",
+        {"schedule_id": "hourly", "external_id": KEY},
+        target={"id": "a uuid", "scheduler": "beat"},
+    )
     assert (answer["status"], world.scheduler.calls) == ("success", [(call, KEY)])
     assert world.stream.changed
 
@@ -162,7 +220,11 @@ def test_legacy_actions(world, action, call):
         ({"schedule_id": "none"}, {}, "not found"),
         ({}, {}, "schedule_id is required"),
         ({"schedule_id": KEY}, {"scheduler": "cron"}, "no scheduler 'cron', only beat"),
-        ({"schedule_id": KEY, "scheduler": "beat"}, {"scheduler": "cron"}, "'beat' in the parameters and 'cron' in the target"),
+        (
+            {"schedule_id": KEY, "scheduler": "beat"},
+            {"scheduler": "cron"},
+            "'beat' in the parameters and 'cron' in the target",
+        ),
         ({"schedule_id": KEY, "scheduler": 3}, {}, "scheduler must be text"),
     ],
 )
@@ -177,7 +239,10 @@ def test_what_a_scheduler_cannot(world):
     """An action without its capability does not reach the adapter."""
     world.scheduler.able = {"list"}
     answer = world.answer("schedule.delete", {"schedule_id": KEY})
-    assert (answer["error"], world.scheduler.calls) == ("scheduler beat does not support schedule.delete", [])
+    assert (answer["error"], world.scheduler.calls) == (
+        "scheduler beat does not support schedule.delete",
+        [],
+    )
 
 
 def test_resync(world):
@@ -189,10 +254,22 @@ def test_resync(world):
 
 def test_the_life_of_a_stream(world):
     """Activation, control and mutation run as commands; the snapshot or confirmation is stored before the answer."""
-    for identity, make in enumerate((world.brain.grant, lambda: world.brain.control(KEY, on=False), lambda: world.brain.mutation("trigger", KEY))):
+    for identity, make in enumerate(
+        (
+            world.brain.grant,
+            lambda: world.brain.control(KEY, on=False),
+            lambda: world.brain.mutation("trigger", KEY),
+        )
+    ):
         action = ("activate", "control", "mutate")[identity]
-        world.command(f"schedule.external.{action}", make(), identity=f"c-{identity}", target={"type": "scheduler", "scheduler": "beat"}, token="t")
-        world.seam.advance(1)
+        world.command(
+            f"schedule.external.{action}",
+            make(),
+            identity=f"c-{identity}",
+            target={"type": "scheduler", "scheduler": "beat"},
+            token="t",
+        )
+        world.backend.advance(1)
         assert len(world.deliver()) == 1
     assert [body["status"] for _, body in world.answers] == ["success"] * 3
     assert {body["delivery_claim_token"] for _, body in world.answers} == {"t"}
@@ -205,17 +282,24 @@ def test_an_operation_happens_once(world):
     asked = world.brain.mutation("trigger", KEY)
     for identity in ("c-1", "c-2"):
         world.command("schedule.external.mutate", asked, identity=identity)
-        world.seam.advance(1)
+        world.backend.advance(1)
     assert world.scheduler.calls == [("trigger_now", KEY)]
     receipt = world.answered()["c-1"]["result"]
-    assert world.answered()["c-2"]["result"] == {**receipt, "deduplicated": True, "dedup_key": f"operation:{asked['operation_id']}"}
+    assert world.answered()["c-2"]["result"] == {
+        **receipt,
+        "deduplicated": True,
+        "dedup_key": f"operation:{asked['operation_id']}",
+    }
 
 
 def test_an_agent_without_schedulers():
     """Without schedulers these actions are answered as what they are: nothing for this agent."""
     world = Commanded()
     answer = world.answer("schedule.external.activate", StreamBrain().grant())
-    assert (answer["status"], answer["error"]) == ("failed", "schedule.external.activate is not an action that this agent knows")
+    assert (answer["status"], answer["error"]) == (
+        "failed",
+        "schedule.external.activate is not an action that this agent knows",
+    )
 
 
 def test_every_effect_with_an_id_is_an_action():
@@ -225,10 +309,12 @@ def test_every_effect_with_an_id_is_an_action():
 
 def test_a_secret_in_a_schedule_does_not_leave_with_an_answer(world):
     """What an operation observed is answered as redacted as the row itself."""
-    world.scheduler.kept = {KEY: schedule("hourly", args=["x" * 9000], kwargs={"api_key": "hunter2"})}
+    world.scheduler.kept = {
+        KEY: schedule("hourly", args=["x" * 9000], kwargs={"api_key": "hunter2"})
+    }
     world.go()
     world.command("schedule.external.mutate", world.brain.mutation("trigger", KEY), identity="c-1")
-    world.seam.advance(1)
+    world.backend.advance(1)
     world.deliver()
     observed = world.answered()["c-1"]["result"]["observed_configuration"]
     assert observed.items() <= world.brain.rows[KEY].items()
@@ -238,7 +324,9 @@ def test_a_secret_in_a_schedule_does_not_leave_with_an_answer(world):
 
 def test_an_adapters_error_is_redacted(world):
     """What an adapter quotes of a connection does not leave with its error."""
-    world.scheduler.disable_schedule = lambda _identity: (_ for _ in ()).throw(OSError("postgres://user:hunter2@db/x"))
+    world.scheduler.disable_schedule = lambda _identity: (_ for _ in ()).throw(
+        OSError("postgres://user:hunter2@db/x")
+    )
     answer = world.answer("schedule.disable", {"schedule_id": KEY})
     assert answer["status"] == "failed"
     assert "hunter2" not in answer["error"]

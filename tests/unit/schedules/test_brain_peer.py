@@ -9,7 +9,7 @@ from tests.support.peer import SECRET_TEXT, TOKEN, Peer, PeerSession
 from tests.support.streams import KEY, StreamBrain, StubScheduler, schedule
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.pipeline import receive, send
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 
 
 class Awaiting(StubScheduler):
@@ -26,23 +26,32 @@ class Awaiting(StubScheduler):
 
 @pytest.fixture
 def scheduler():
-    return Awaiting(schedule("hourly"), *(schedule(f"n{number}", kwargs={"filler": "x" * 500}) for number in range(400)))
+    return Awaiting(
+        schedule("hourly"),
+        *(schedule(f"n{number}", kwargs={"filler": "x" * 500}) for number in range(400)),
+    )
 
 
 @pytest.fixture
-def peer(seam, monkeypatch):
+def peer(backend, monkeypatch):
     """A peer that grants an epoch in each session, as the brain does; everything in hundredths of a second."""
-    for kind in list(policy.SCHEDULES):
-        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    for kind in list(close_codes.BACKOFF_POLICIES):
+        monkeypatch.setitem(
+            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+        )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(send, "QUIET", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
-    made = Peer(seam)
+    made = Peer(backend)
     made.brain, made.heard_events = StreamBrain(), 0
 
     def greet(session):
-        session.welcome()
-        made.brain.activation = session.command("schedule.external.activate", made.brain.grant(), target={"type": "scheduler", "scheduler": "beat"})
+        session.hello_ack()
+        made.brain.activation = session.command(
+            "schedule.external.activate",
+            made.brain.grant(),
+            target={"type": "scheduler", "scheduler": "beat"},
+        )
 
     made.greet = greet
     yield made
@@ -53,7 +62,14 @@ def peer(seam, monkeypatch):
 def runtime(peer, scheduler, monkeypatch):
     """An agent with nothing but a scheduler."""
     monkeypatch.setenv("Z4J_FLUSH_SECONDS", "0.5")
-    made = install_agent(engines=[], schedulers=[scheduler], brain_url=peer.url, token=TOKEN, project_id="demo", hmac_secret=SECRET_TEXT)
+    made = install_agent(
+        engines=[],
+        schedulers=[scheduler],
+        brain_url=peer.url,
+        token=TOKEN,
+        project_id="demo",
+        hmac_secret=SECRET_TEXT,
+    )
     yield made
     made.stop(timeout=3)
     _process_singleton.clear_runtime(expected=made)
@@ -69,18 +85,27 @@ def told(peer):
 
 
 def answer(peer, identity):
-    return next((frame.payload for frame in peer.frames("command_result") if frame.id == identity), None)
+    return next(
+        (frame.payload for frame in peer.frames("command_result") if frame.id == identity), None
+    )
 
 
 def test_the_life_of_a_stream(runtime, peer, scheduler, until):
     """Hello offers the protocol; activation, signal, control and mutation are told in order, and no legacy event ever is."""
     until(lambda: told(peer) == ["activation"])
     hello = peer.sessions[0].hello.payload
-    assert (hello.schedulers, "external_schedule_protocol_v1" in hello.runtime_features) == (["beat"], True)
+    assert (hello.schedulers, "external_schedule_protocol_v1" in hello.runtime_features) == (
+        ["beat"],
+        True,
+    )
     assert "external_schedule_stable_snapshot_v1" in hello.capabilities["beat"]
     assert len(peer.brain.rows) == 401
     result = until(lambda: answer(peer, peer.brain.activation))
-    assert (result.status, result.result["schedule_count"], result.result["sequence"]) == ("success", 401, 1)
+    assert (result.status, result.result["schedule_count"], result.result["sequence"]) == (
+        "success",
+        401,
+        1,
+    )
 
     scheduler.kept["id:new"] = schedule("new")
     until(lambda: scheduler.sink)("created", scheduler.kept["id:new"])
@@ -88,10 +113,14 @@ def test_the_life_of_a_stream(runtime, peer, scheduler, until):
     assert "id:new" in peer.brain.rows
 
     session = peer.last
-    control = session.command("schedule.external.control", peer.brain.control(KEY, on=False), token="c")
+    control = session.command(
+        "schedule.external.control", peer.brain.control(KEY, on=False), token="c"
+    )
     assert until(lambda: answer(peer, control)).status == "success"
     assert told(peer)[-1] == "external-control", "told before it was answered"
-    mutation = session.command("schedule.external.mutate", peer.brain.mutation("delete", KEY), token="m")
+    mutation = session.command(
+        "schedule.external.mutate", peer.brain.mutation("delete", KEY), token="m"
+    )
     result = until(lambda: answer(peer, mutation))
     assert (result.status, result.delivery_claim_token) == ("success", "m")
     assert told(peer)[-1].startswith("native-mutation:")
@@ -103,7 +132,7 @@ def test_the_life_of_a_stream(runtime, peer, scheduler, until):
 
 def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
     """What the old session did not take is not held against the new one, which begins with a whole snapshot."""
-    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
+    until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
     peer.acks = "none"
     scheduler.sink("updated", None)
     until(lambda: len(told(peer)) == 2)
@@ -118,8 +147,8 @@ def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
 
 def test_a_session_without_an_epoch(runtime, peer, scheduler, until):
     """A session in which the brain does not ask for the schedules hears nothing of them, whatever the one before was told."""
-    until(lambda: told(peer) == ["activation"] and runtime._agent.keeper.stats().rows == 0)
-    peer.greet = PeerSession.welcome
+    until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
+    peer.greet = PeerSession.hello_ack
     peer.last.drop()
     until(lambda: len(peer.sessions) >= 2 and peer.last and peer.last.frames)
     scheduler.sink("updated", None)

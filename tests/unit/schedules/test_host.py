@@ -102,7 +102,14 @@ def test_an_adapter_with_nothing(hosted, caplog):
 
 def test_redaction_obeys_the_operator(bridge):
     """The operator's own patterns hide more; the brain's defaults are always on."""
-    config = SimpleNamespace(redaction_extra_key_patterns=("shoe_size",), redaction_extra_value_patterns=(), max_payload_bytes=100)
+    config = SimpleNamespace(
+        redaction_extra_key_patterns=("shoe_size",),
+        redaction_extra_value_patterns=(),
+        max_payload_bytes=100,
+    )
     host = SchedulerHost(StubScheduler(), bridge, config)
-    assert host.redactor.scrub({"shoe_size": 1, "token": 2}) == {"shoe_size": "[REDACTED]", "token": "[REDACTED]"}
+    assert host.redactor.scrub({"shoe_size": 1, "token": 2}) == {
+        "shoe_size": "[REDACTED]",
+        "token": "[REDACTED]",
+    }
     assert len(host.redactor.scrub("x" * 5000)) < 200

@@ -18,14 +18,28 @@ from z4j_bare.schedules.projection import Authority
 REDACTOR = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=LONGEST_TEXT)))
 
 #: Names and texts that the brain's rules would hide, among any others.
-SECRETS = st.sampled_from(["a@example.com", "token", "password", "postgres://u:p@h/db", "x" * 9000, "[REDACTED]", '"schedules":[', "\u2028é"])
+SECRETS = st.sampled_from(
+    [
+        "a@example.com",
+        "token",
+        "password",
+        "postgres://u:p@h/db",
+        "x" * 9000,
+        "[REDACTED]",
+        '"schedules":[',
+        "\u2028é",
+    ]
+)
 TEXTS = st.one_of(st.text(max_size=20), SECRETS)
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=8,
 )
-NAMES = st.one_of(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30), st.just("for a@example.com")).filter(str.strip)
+NAMES = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30),
+    st.just("for a@example.com"),
+).filter(str.strip)
 
 
 def row(each):
@@ -38,18 +52,32 @@ def granted():
 
 
 def told(brain, authority, rows, sequence=1):
-    events = [json.loads(event) for event in projection.snapshot(authority, sequence, projection.ordered(rows), "test", lambda: None)]
+    events = [
+        json.loads(event)
+        for event in projection.snapshot(
+            authority, sequence, projection.ordered(rows), "test", lambda: None
+        )
+    ]
     for event in events:
         brain.hear(event)
     return events
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(NAMES.map(str.strip), st.tuples(st.lists(VALUES, max_size=3), st.dictionaries(TEXTS, VALUES, max_size=3)), max_size=5))
+@given(
+    st.dictionaries(
+        NAMES.map(str.strip),
+        st.tuples(st.lists(VALUES, max_size=3), st.dictionaries(TEXTS, VALUES, max_size=3)),
+        max_size=5,
+    )
+)
 def test_any_schedules_arrive(wanted):
     """Whatever names and arguments schedules have, the brain takes the snapshot, and knows each by a key of its own."""
     brain, authority = granted()
-    rows = [row(schedule(name).model_copy(update={"args": args, "kwargs": kwargs})) for name, (args, kwargs) in wanted.items()]
+    rows = [
+        row(schedule(name).model_copy(update={"args": args, "kwargs": kwargs}))
+        for name, (args, kwargs) in wanted.items()
+    ]
     told(brain, authority, rows)
     assert len(brain.rows) == len(wanted)
     assert brain.told == ["test"]
@@ -99,7 +127,12 @@ def test_what_the_brain_would_hide_is_hidden_before():
 def test_arguments_that_are_no_json():
     """Foreign objects in arguments become text instead of spoiling the snapshot of all the others."""
     brain, authority = granted()
-    odd = schedule("odd").model_copy(update={"args": [object, {1, 2}, float("nan")], "last_run_at": datetime(2026, 1, 1, tzinfo=UTC)})
+    odd = schedule("odd").model_copy(
+        update={
+            "args": [object, {1, 2}, float("nan")],
+            "last_run_at": datetime(2026, 1, 1, tzinfo=UTC),
+        }
+    )
     told(brain, authority, [row(odd)])
     assert brain.rows["id:odd"]["args"] == ["<class 'object'>", [1, 2], "nan"]
     assert brain.rows["id:odd"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
@@ -117,7 +150,15 @@ def test_what_cannot_be_told():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"stream_id": ""}, {"epoch_uuid": None}, {"epoch_number": 0}, {"epoch_number": True}, {"epoch_number": "1"}, {"adapter_instance_id": 3}, {"source_scope": "{}"}],
+    [
+        {"stream_id": ""},
+        {"epoch_uuid": None},
+        {"epoch_number": 0},
+        {"epoch_number": True},
+        {"epoch_number": "1"},
+        {"adapter_instance_id": 3},
+        {"source_scope": "{}"},
+    ],
 )
 def test_an_authority_is_read_with_care(changes):
     """Parameters that name no stream, epoch or scope are refused as such."""

@@ -22,10 +22,13 @@ def test_nothing_is_told_unasked(world):
     """Before the brain has granted an epoch neither signals, nor the interval, nor a resync tell anything."""
     world.run()
     world.scheduler.sink("created", None)
-    world.seam.advance(2000)
-    assert world.room.resync(10) == {"schedulers_drained": 0, "skipped": {"beat": "the brain has not asked this process for its schedules"}}
+    world.backend.advance(2000)
+    assert world.room.resync(10) == {
+        "schedulers_drained": 0,
+        "skipped": {"beat": "the brain has not asked this process for its schedules"},
+    }
     assert world.deliver() == []
-    assert world.keeper.stats().rows == 0
+    assert world.buffer.stats().rows == 0
 
 
 def test_an_activation_tells_everything(world):
@@ -36,7 +39,10 @@ def test_an_activation_tells_everything(world):
         "scheduler": "beat", **world.brain.authority, "sequence": 1, "schedule_count": 2, "frame_count": 2,
     }  # fmt: skip
     assert (world.deliver(), world.rings) == (["activation"], 1)
-    assert {key: row["is_enabled"] for key, row in world.brain.rows.items()} == {KEY: True, "id:daily": False}
+    assert {key: row["is_enabled"] for key, row in world.brain.rows.items()} == {
+        KEY: True,
+        "id:daily": False,
+    }
 
 
 def test_an_activation_again(world):
@@ -59,7 +65,9 @@ def test_an_older_epoch_is_over(world):
     assert world.brain.told == ["activation"]
 
 
-@pytest.mark.parametrize("changes", [{"owner": "other"}, {"stable_source": False}, {"stable_source": None}])
+@pytest.mark.parametrize(
+    "changes", [{"owner": "other"}, {"stable_source": False}, {"stable_source": None}]
+)
 def test_what_is_no_activation(world, changes):
     """A stream is told by its owner, as a stable source, or not at all."""
     with pytest.raises(CommandError, match="stable source"):
@@ -76,10 +84,10 @@ def test_a_scheduler_that_fails(world):
     world.scheduler.failure = None
     world.go().run()
     world.scheduler.failure = OSError("no database")
-    world.seam.advance(901)
+    world.backend.advance(901)
     assert world.deliver() == []
     world.scheduler.failure = None
-    world.seam.advance(901)
+    world.backend.advance(901)
     assert world.deliver() == ["periodic"]
 
 
@@ -89,7 +97,7 @@ def test_signals_are_gathered(world):
     world.scheduler.kept["id:new"] = schedule("new")
     for _ in range(100):
         world.scheduler.sink("created", None)
-    world.seam.advance(10)
+    world.backend.advance(10)
     assert world.deliver() == ["signal"]
     assert "id:new" in world.brain.rows
 
@@ -99,9 +107,9 @@ def test_a_change_while_it_is_told(world):
     world.go().run()
     world.bridge.seconds = 5
     world.scheduler.sink("updated", None)
-    world.seam.advance(SETTLE + 1)
+    world.backend.advance(SETTLE + 1)
     world.scheduler.sink("updated", None)
-    world.seam.advance(20)
+    world.backend.advance(20)
     assert world.deliver() == ["signal"] * 2
 
 
@@ -109,21 +117,21 @@ def test_the_interval_is_a_setting():
     """Every so many seconds all is told anew, and never when the setting is 0."""
     world = Planned(interval=60).go()
     world.run()
-    world.seam.advance(185)
+    world.backend.advance(185)
     assert world.deliver() == ["periodic"] * 3
     world = Planned(interval=0).go()
     world.run()
-    world.seam.advance(10_000)
+    world.backend.advance(10_000)
     assert world.deliver() == []
 
 
 def test_the_loop_ends(world):
     """Stopping wakes the loop out of its longest wait."""
     world.run()
-    world.seam.advance(1)
-    world.stopping.set()
+    world.backend.advance(1)
+    world.stop_event.set()
     world.room.wake()
-    world.seam.advance(0.01)
+    world.backend.advance(0.01)
     assert not world.task.alive()
 
 
@@ -132,7 +140,7 @@ def test_a_session_that_ends_ends_the_stream(world):
     world.go().run()
     world.room.lapse()
     world.scheduler.sink("updated", None)
-    world.seam.advance(1000)
+    world.backend.advance(1000)
     assert world.deliver() == []
     world.go()
     assert world.brain.told == ["activation"] * 2
@@ -142,10 +150,10 @@ def test_a_session_that_ends_while_it_is_told(world):
     """A listing that outlasts its session stores nothing: it would be of nobody's epoch."""
     world.go()
     world.bridge.seconds = 5
-    task = world.seam.spawn(world.room.resync, 60, name="t")
-    world.seam.advance(1)
+    task = world.backend.spawn(world.room.resync, 60, name="t")
+    world.backend.advance(1)
     world.room.lapse()
-    world.seam.advance(10)
+    world.backend.advance(10)
     assert not task.alive()
     assert world.deliver() == []
 
@@ -155,8 +163,8 @@ def test_one_thing_at_a_time(world):
     world.go()
     world.bridge.seconds = 3
     for _ in range(5):
-        world.seam.spawn(world.room.resync, 60, name="t")
-    world.seam.advance(100)
+        world.backend.spawn(world.room.resync, 60, name="t")
+    world.backend.advance(100)
     assert world.deliver() == ["command"] * 5
 
 
@@ -165,7 +173,10 @@ def test_resync_says_what_it_has_done(world):
     world.go()
     assert world.room.resync(30) == {"schedulers_drained": 1, "skipped": {}}
     world.scheduler.failure = OSError("no database")
-    assert world.room.resync(30) == {"schedulers_drained": 0, "skipped": {"beat": "OSError: no database"}}
+    assert world.room.resync(30) == {
+        "schedulers_drained": 0,
+        "skipped": {"beat": "OSError: no database"},
+    }
     world.bridge.seconds = 100
     assert world.room.resync(30)["skipped"] == {"beat": "TimeoutError: "}
     assert world.deliver() == ["command"]
@@ -179,7 +190,12 @@ def test_control_switches_and_confirms(world):
     world.go()
     asked = world.brain.control(KEY, on=False)
     done = orders.control(world.stream, asked, 60)
-    assert done == {"operation_id": asked["operation_id"], "sequence": 2, "projection_buffered": True, "deduplicated": False}
+    assert done == {
+        "operation_id": asked["operation_id"],
+        "sequence": 2,
+        "projection_buffered": True,
+        "deduplicated": False,
+    }
     assert world.scheduler.calls == [("disable", KEY)]
     assert world.deliver() == ["external-control"]
     assert world.brain.rows[KEY] == asked["desired_projection"]
@@ -198,12 +214,19 @@ def test_control_of_what_is_so_already(world):
 def test_control_minds_what_runs_meanwhile(world):
     """A run since the last snapshot is no change: the row repeats the figures that the brain knows."""
     world.go()
-    ran = {"total_runs": 7, "last_run_at": "2026-11-23T13:00:00+00:00", "next_run_at": "2026-11-23T14:00:00+00:00"}
+    ran = {
+        "total_runs": 7,
+        "last_run_at": "2026-11-23T13:00:00+00:00",
+        "next_run_at": "2026-11-23T14:00:00+00:00",
+    }
     world.scheduler.kept[KEY] = schedule("hourly", **ran)
     asked = world.brain.control(KEY, on=False)
     orders.control(world.stream, asked, 60)
     world.deliver()
-    assert world.brain.rows[KEY] == {**asked["desired_projection"], "next_run_at": "2026-11-23T14:00:00.000000+00:00"}
+    assert world.brain.rows[KEY] == {
+        **asked["desired_projection"],
+        "next_run_at": "2026-11-23T14:00:00.000000+00:00",
+    }
 
 
 @pytest.mark.parametrize(
@@ -211,12 +234,20 @@ def test_control_minds_what_runs_meanwhile(world):
     [
         (lambda world, asked: asked.update(expected_accepted_sequence=0), "told anew since"),
         (lambda world, asked: asked.update(epoch_uuid="another"), "is not this process's"),
-        (lambda world, asked: asked.update(desired_projection_digest="0" * 64), "does not have the digest"),
+        (
+            lambda world, asked: asked.update(desired_projection_digest="0" * 64),
+            "does not have the digest",
+        ),
         (lambda world, asked: asked.update(desired_projection=None), "does not have the digest"),
         (lambda world, asked: asked.update(source_key="id:daily"), "of another schedule"),
         (lambda world, asked: asked.update(operation_id=3), "operation_id is required"),
         (lambda world, asked: world.scheduler.kept.clear(), "has no schedule"),
-        (lambda world, asked: world.scheduler.kept.update({KEY: schedule("hourly", expression="60")}), "was changed since"),
+        (
+            lambda world, asked: world.scheduler.kept.update(
+                {KEY: schedule("hourly", expression="60")}
+            ),
+            "was changed since",
+        ),
         (lambda world, asked: world.room.lapse(), "is not this process's"),
     ],
 )
@@ -241,7 +272,10 @@ def test_control_without_an_effect(world):
     async def refuses(_identity):
         return CommandResult(status="failed", error="read-only")
 
-    for method, complaint, indeterminate in ((agrees, "not as it should be", True), (refuses, "beat refuses: read-only", False)):
+    for method, complaint, indeterminate in (
+        (agrees, "not as it should be", True),
+        (refuses, "beat refuses: read-only", False),
+    ):
         world.scheduler.disable_schedule = method
         with pytest.raises(CommandError, match=complaint) as refused:
             orders.control(world.stream, world.brain.control(KEY, on=False), 60)
@@ -261,16 +295,27 @@ def test_a_change(world):
     ((operation, identity, expected),) = world.scheduler.calls
     assert (operation, identity, expected["kwargs"]) == ("update", KEY, {"token": "t"})
     assert world.deliver() == [f"native-mutation:{asked['operation_id']}"]
-    assert (world.brain.rows[KEY]["expression"], world.brain.rows[KEY]["kwargs"]) == ("60", {"token": "[REDACTED]"})
-    assert (done["operation_id"], done["sequence"], done["source_key"]) == (asked["operation_id"], 2, KEY)
+    assert (world.brain.rows[KEY]["expression"], world.brain.rows[KEY]["kwargs"]) == (
+        "60",
+        {"token": "[REDACTED]"},
+    )
+    assert (done["operation_id"], done["sequence"], done["source_key"]) == (
+        asked["operation_id"],
+        2,
+        KEY,
+    )
     live = {"last_run_at", "next_run_at", "total_runs"}
-    assert done["observed_configuration"] == {key: value for key, value in world.brain.rows[KEY].items() if key not in live}
+    assert done["observed_configuration"] == {
+        key: value for key, value in world.brain.rows[KEY].items() if key not in live
+    }
 
 
 def test_creation_and_deletion(world):
     """What is created is told under its own key, what is deleted is gone from the snapshot."""
     world.go()
-    done = orders.mutate(world.stream, world.brain.mutation("create", name="new", task_name="a.task"), 60)
+    done = orders.mutate(
+        world.stream, world.brain.mutation("create", name="new", task_name="a.task"), 60
+    )
     assert (done["source_key"], done["observed_configuration"]["name"]) == ("id:new", "new")
     world.deliver()
     done = orders.mutate(world.stream, world.brain.mutation("delete", "id:new"), 60)
@@ -306,7 +351,11 @@ def test_a_hidden_key_finds_its_schedule(world):
         ("update", {"schedule_id": None}, "schedule_id is required"),
         ("pause", {}, "pause is no operation"),
         ("update", {"definition": 3}, "must be an object"),
-        ("update", {"definition": {"kwargs": {"token": "[REDACTED]"}}}, "would replace the real value"),
+        (
+            "update",
+            {"definition": {"kwargs": {"token": "[REDACTED]"}}},
+            "would replace the real value",
+        ),
         ("update", {"source_scope": "{}"}, "source_scope"),
     ],
 )
@@ -324,7 +373,10 @@ def test_capabilities_are_asked_each_time(world):
     """A scheduler that says it can do neither does neither."""
     world.go()
     world.scheduler.able = {"list"}
-    for operation, capability in (("trigger", "trigger_now"), ("update", "external_schedule_mutation_v1")):
+    for operation, capability in (
+        ("trigger", "trigger_now"),
+        ("update", "external_schedule_mutation_v1"),
+    ):
         with pytest.raises(CommandError, match=f"does not support {capability}"):
             orders.mutate(world.stream, world.brain.mutation(operation, KEY), 60)
 
@@ -363,9 +415,9 @@ def test_no_time_left(world):
         except CommandError as error:
             answers.append((str(error), error.indeterminate))
 
-    world.seam.spawn(world.room.resync, 60, name="t")
-    world.seam.spawn(ask, name="t")
-    world.seam.advance(100)
+    world.backend.spawn(world.room.resync, 60, name="t")
+    world.backend.spawn(ask, name="t")
+    world.backend.advance(100)
     assert answers == [("not done: other business with beat took too long", False)]
     assert world.scheduler.calls == []
 
@@ -396,7 +448,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 1, 1000]))
     def time_passes(self, seconds):
-        self.world.seam.advance(seconds)
+        self.world.backend.advance(seconds)
 
     @rule(key=st.sampled_from("abc"), on=st.booleans())
     def the_host_changes_something(self, key, on):
@@ -448,11 +500,30 @@ def test_streams_in_any_order():
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.text(max_size=8), st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=2))))
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.text(max_size=5),
+            st.lists(st.integers(), max_size=2),
+        ),
+    )
+)
 def test_garbage_is_refused(garbage):
     """Parameters of any kind end in a refusal, never in anything else, and tell nothing."""
     world = Planned().go()
-    names = ["operation_id", "source_key", "epoch_number", "desired_projection", "expected", "definition", "operation"]
+    names = [
+        "operation_id",
+        "source_key",
+        "epoch_number",
+        "desired_projection",
+        "expected",
+        "definition",
+        "operation",
+    ]
     for number, value in enumerate(garbage.values()):
         garbage = {**garbage, names[number % len(names)]: value}
     for give in (orders.control, orders.mutate):

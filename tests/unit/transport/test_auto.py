@@ -14,13 +14,18 @@ from tests.support.http_peer import HttpPeer, join
 from tests.support.listener import GoneError, Listener, some
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer, settled
 from z4j_bare import _process_singleton, install_agent
-from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, IncompatibleError, NetworkError
+from z4j_bare.errors import (
+    AuthenticationRejectedError,
+    HostConfigurationError,
+    IncompatibleError,
+    NetworkError,
+)
 from z4j_bare.pipeline import send
 from z4j_bare.settings import load_settings
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import longpoll, websocket
-from z4j_bare.transport.auto import FIRST, LONGEST, LONGPOLL, WS, Choice
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.transport.auto import FIRST, LONGEST, LONGPOLL, WS, FallbackPolicy
+from z4j_bare.wire import close_codes
 
 RESET = NetworkError("reset")
 BLOCKED = [NetworkError("HTTP", code=status) for status in (200, 302, 400, 404, 405, 426)]
@@ -49,7 +54,7 @@ def no():
 @pytest.mark.parametrize("error", BLOCKED, ids=lambda error: error.code)
 def test_an_http_answer_to_the_upgrade_is_plain(error):
     """One answer other than 101 makes long-poll the choice, provided the health route answers."""
-    choice = Choice()
+    choice = FallbackPolicy()
     assert not choice.failed(error, 0, no)
     assert choice.begin(1) == WS
     assert choice.failed(error, 1, yes)
@@ -59,7 +64,7 @@ def test_an_http_answer_to_the_upgrade_is_plain(error):
 @pytest.mark.parametrize("error", [RESET, NetworkError("HTTP", code=502)], ids=["reset", "502"])
 def test_resets_have_to_repeat(error):
     """A server error, reset, time-out or death before hello_ack counts when it comes twice in a row with a healthy brain."""
-    choice = Choice()
+    choice = FallbackPolicy()
     assert not choice.failed(error, 0, yes)
     assert choice.failed(error, 1, yes)
     assert choice.begin(2) == LONGPOLL
@@ -68,7 +73,7 @@ def test_resets_have_to_repeat(error):
 @pytest.mark.parametrize("error", SPEAKS, ids=lambda error: type(error).__name__)
 def test_who_closes_with_a_code_speaks_websocket(error):
     """A close code of the brain's, or a mistake of our own, never leads away from WebSocket, and ends a row of resets."""
-    choice = Choice()
+    choice = FallbackPolicy()
     for now in range(10):
         assert not choice.failed(RESET, now, yes)
         assert not choice.failed(error, now, yes)
@@ -76,14 +81,14 @@ def test_who_closes_with_a_code_speaks_websocket(error):
 
 def test_a_brain_that_is_down_is_no_proxy():
     """While the health route does not answer either, nothing changes however often it fails."""
-    choice = Choice()
+    choice = FallbackPolicy()
     assert not any(choice.failed(RESET, now, no) for now in range(20))
     assert choice.begin(20) == WS
 
 
 def test_a_session_in_between_starts_the_count_anew():
     """Two resets with a good session between them are chance."""
-    choice = Choice()
+    choice = FallbackPolicy()
     choice.failed(RESET, 0, yes)
     choice.welcomed(WS, 1)
     assert not choice.failed(RESET, 2, yes)
@@ -91,7 +96,7 @@ def test_a_session_in_between_starts_the_count_anew():
 
 def test_looks_again_at_growing_intervals():
     """WebSocket gets another try after a minute, then two, up to an hour apart."""
-    choice, now, waits = Choice(), 0.0, []
+    choice, now, waits = FallbackPolicy(), 0.0, []
     choice.failed(BLOCKED[0], now, yes)
     for _ in range(9):
         waits.append(choice.due - now)
@@ -104,7 +109,7 @@ def test_looks_again_at_growing_intervals():
 
 def test_returns():
     """Once a session stands over WebSocket it is the choice again, and a later blockade starts at a minute."""
-    choice = Choice()
+    choice = FallbackPolicy()
     choice.failed(BLOCKED[0], 0, yes)
     choice.postpone(60)
     choice.welcomed(WS, 200)
@@ -115,7 +120,7 @@ def test_returns():
 
 def test_flapping_looks_later_and_later():
     """WebSocket that works for moments only is looked at ever more rarely."""
-    choice = Choice()
+    choice = FallbackPolicy()
     now = 0.0
     choice.failed(BLOCKED[0], now, yes)
     for _ in range(12):
@@ -130,7 +135,7 @@ def test_flapping_looks_later_and_later():
 def test_long_poll_refused_leads_back():
     """Where long-poll is refused too, by a proxy or for the token, WebSocket is the next try."""
     for error in (AuthenticationRejectedError("x", code=401), NetworkError("x", code=404)):
-        choice = Choice()
+        choice = FallbackPolicy()
         choice.failed(BLOCKED[0], 0, yes)
         choice.refused(error)
         assert choice.begin(1) == WS
@@ -140,17 +145,26 @@ def test_long_poll_refused_leads_back():
     assert choice.begin(1) == LONGPOLL
 
 
-@given(st.lists(st.tuples(st.sampled_from(["fail", "poll", "welcome", "look"]), st.sampled_from([RESET, *BLOCKED, *SPEAKS]), st.booleans(), st.floats(0, 5000))))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["fail", "poll", "hello_ack", "look"]),
+            st.sampled_from([RESET, *BLOCKED, *SPEAKS]),
+            st.booleans(),
+            st.floats(0, 5000),
+        )
+    )
+)
 def test_never_stuck(steps):
     """Whatever happens, either WebSocket is the choice or a look at it is due within an hour."""
-    choice, now = Choice(), 0.0
+    choice, now = FallbackPolicy(), 0.0
     for what, error, healthy, seconds in steps:
         now += seconds
         if what == "fail" and choice.begin(now) == WS:
             choice.failed(error, now, lambda healthy=healthy: healthy)
         elif what == "poll" and choice.begin(now) == LONGPOLL:
             choice.refused(error)
-        elif what == "welcome":
+        elif what == "hello_ack":
             choice.welcomed(choice.begin(now), now)
         elif what == "look" and choice.name == LONGPOLL:
             choice.postpone(now)
@@ -160,7 +174,7 @@ def test_never_stuck(steps):
 @pytest.mark.parametrize("wish", [WS, LONGPOLL])
 def test_a_forced_transport_stays(wish):
     """``ws`` and ``longpoll`` are never left, whatever fails."""
-    choice = Choice(wish)
+    choice = FallbackPolicy(wish)
     for error in (*BLOCKED, RESET):
         assert not choice.failed(error, 0, yes)
         choice.refused(error)
@@ -181,15 +195,15 @@ def test_the_setting(monkeypatch):
 # -- the runtime behind a gate
 
 
-class Gate:
+class ForkGuard:
     """A listener in front of two peers that lets WebSocket through or blocks it in one of the ways of proxies."""
 
-    def __init__(self, seam, ws_peer, http_peer):
-        self.seam = seam
+    def __init__(self, backend, ws_peer, http_peer):
+        self.backend = backend
         self.block = None
         self.upgrades = 0
         self._ports = {"ws": ws_peer.door.port, "http": http_peer.port}
-        self._door = Listener(seam, self._pass, name="gate")
+        self._door = Listener(backend, self._pass, name="gate")
         self.url = self._door.url
 
     def stop(self):
@@ -199,15 +213,19 @@ class Gate:
         head = b""
         try:
             while b"\r\n\r\n" not in head:
-                head += some(self.seam, sock)
+                head += some(self.backend, sock)
             upgrade = b"upgrade: websocket" in head.lower()
             self.upgrades += upgrade
             if upgrade and self.block == "403":
-                sock.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked")
+                sock.send(
+                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked"
+                )
             elif upgrade and self.block == "reset":
                 pass
             else:
-                self._join(sock, head, "ws" if upgrade else "http", mute=upgrade and self.block == "mute")
+                self._join(
+                    sock, head, "ws" if upgrade else "http", mute=upgrade and self.block == "mute"
+                )
         except (GoneError, OSError):
             pass
         finally:
@@ -218,7 +236,7 @@ class Gate:
             inner.settimeout(0)
             self._door.socks.append(inner)
             inner.send(head)
-            join(self.seam, sock, inner, 1 if mute else None)
+            join(self.backend, sock, inner, 1 if mute else None)
 
 
 class StubEngine:
@@ -233,37 +251,49 @@ class StubEngine:
 
 def an_event(number):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=dt.datetime.now(dt.UTC), data={"number": number},
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC),
+        data={"number": number},
     )
 
 
 @pytest.fixture
-def peers(seam):
-    made = Peer(seam), HttpPeer(seam)
+def peers(backend):
+    made = Peer(backend), HttpPeer(backend)
     yield made
     for peer in made:
         peer.stop()
 
 
 @pytest.fixture
-def gate(seam, peers):
-    made = Gate(seam, *peers)
+def gate(backend, peers):
+    made = ForkGuard(backend, *peers)
     yield made
     made.stop()
 
 
 @pytest.fixture
 def install(gate, monkeypatch):
-    for kind in list(policy.SCHEDULES):
-        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    for kind in list(close_codes.BACKOFF_POLICIES):
+        monkeypatch.setitem(
+            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+        )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(longpoll, "RATE", 1000.0)
     monkeypatch.setattr(longpoll, "WAIT", 1)
     made = []
 
     def make(**changes):
-        options = {"engines": [StubEngine()], "brain_url": gate.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        options = {
+            "engines": [StubEngine()],
+            "brain_url": gate.url,
+            "token": TOKEN,
+            "project_id": "demo",
+            "hmac_secret": SECRET_TEXT,
+        }
         made.append(install_agent(**{**options, **changes}))
         return made[-1]
 
@@ -352,7 +382,7 @@ def test_an_unknown_transport_is_refused(install):
         install(transport="pigeon")
 
 
-def test_stop_while_connecting(install, gate, peers, until, seam, monkeypatch):
+def test_stop_while_connecting(install, gate, peers, until, backend, monkeypatch):
     """stop() is bounded while neither road leads anywhere."""
     monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 3.0)
     gate.block = "reset"
@@ -360,6 +390,6 @@ def test_stop_while_connecting(install, gate, peers, until, seam, monkeypatch):
     http_peer.answers["GET"] = [(503, {}, b"{}")] * 1000
     runtime = install()
     until(lambda: len(http_peer.requests) >= 2)
-    began = seam.now()
+    began = backend.now()
     runtime.stop(timeout=5)
-    assert seam.now() - began < 6
+    assert backend.now() - began < 6

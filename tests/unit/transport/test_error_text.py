@@ -33,16 +33,16 @@ def proxied(request, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def knock(seam, scheme):
+def knock(backend, scheme):
     """Try to reach a brain by that scheme."""
     if scheme.startswith("http"):
-        client = Client(f"{scheme}://192.0.2.1/api/v1", {}, seam)
+        client = Client(f"{scheme}://192.0.2.1/api/v1", {}, backend)
         try:
             client.call("GET", "/health", timeout=5.0)
         finally:
             client.close()
     else:
-        transport = WebSocketTransport(f"{scheme}://192.0.2.1/ws/agent", lambda: "token", seam)
+        transport = WebSocketTransport(f"{scheme}://192.0.2.1/ws/agent", lambda: "token", backend)
         try:
             transport.upgrade()
         finally:
@@ -50,11 +50,11 @@ def knock(seam, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ws", "wss"])
-def test_a_wrong_proxy_is_a_network_error_without_its_password(proxied, seam, caplog, scheme):
+def test_a_wrong_proxy_is_a_network_error_without_its_password(proxied, backend, caplog, scheme):
     """Whatever is wrong with the variable, the loops get our error, and neither it nor a log at DEBUG has the password."""
     caplog.set_level(logging.DEBUG)
     with pytest.raises(NetworkError) as caught:
-        knock(seam, scheme)
+        knock(backend, scheme)
     assert "hunter" not in str(caught.value)
     assert "hunter" not in caplog.text
 

@@ -21,31 +21,40 @@ from z4j_bare.errors import (
     HostConfigurationError,
     NetworkError,
     RemoteProtocolError,
-    TurnedAwayError,
+    SessionLimitError,
 )
 from z4j_bare.pipeline import heartbeat, send
 from z4j_bare.transport import longpoll
 from z4j_bare.transport.endpoint import longpoll_url
-from z4j_bare.transport.longpoll import BODY_FIRST, Known, LongPollTransport, Pace
+from z4j_bare.transport.longpoll import BODY_FIRST, LearnedLimits, LongPollTransport, TokenBucket
 from z4j_bare.transport.tls import tls_context
-from z4j_bare.wire import close_codes as policy
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.frames import Identity, event_batch, hello
-from z4j_bare.wire.session import Session, read_welcome
+from z4j_bare.wire.session import Session, parse_hello_ack
 
-CAPABILITIES = {"celery": ["retry_task", "retry_by_reference_v1"], "rq": ["retry_by_reference_v1"], "huey": ["retry_task"]}
+CAPABILITIES = {
+    "celery": ["retry_task", "retry_by_reference_v1"],
+    "rq": ["retry_by_reference_v1"],
+    "huey": ["retry_task"],
+}
 
 
 def a_hello():
     now = dt.datetime.now(dt.UTC)
     identity = Identity(
-        framework="bare", agent_version="1.13.0", worker_id="w-1", worker_pid=1, worker_started_at=now, capabilities=CAPABILITIES
+        framework="bare",
+        agent_version="1.13.0",
+        worker_id="w-1",
+        worker_pid=1,
+        worker_started_at=now,
+        capabilities=CAPABILITIES,
     )
     return hello(identity)
 
 
 @pytest.fixture
-def peer(seam):
-    made = HttpPeer(seam)
+def peer(backend):
+    made = HttpPeer(backend)
     yield made
     made.stop()
     assert made.mishaps == []
@@ -54,27 +63,29 @@ def peer(seam):
 class Dial:
     """A transport, its session, and short ways to use them."""
 
-    def __init__(self, peer, seam, known=None, token=TOKEN, secret=SECRET):
-        self.known = known or Known()
-        self.seam = seam
+    def __init__(self, peer, backend, known=None, token=TOKEN, secret=SECRET):
+        self.known = known or LearnedLimits()
+        self.backend = backend
         self.secret = secret
         self.url = longpoll_url(peer.url, dev_mode=False)
-        self.transport = LongPollTransport(self.url, lambda: token, seam, self.known)
+        self.transport = LongPollTransport(self.url, lambda: token, backend, self.known)
 
     def connect(self):
-        self.session = Session(read_welcome(self.transport.connect(a_hello())), self.secret)
-        return self.session.welcome
+        self.session = Session(parse_hello_ack(self.transport.connect(a_hello())), self.secret)
+        return self.session.hello_ack
 
     def send(self, payload=b'{"events":[]}', kind="event_batch", identity="ev_1"):
-        return self.transport.send(lambda: self.session.sign(kind, identity, payload, self.seam.wall()))
+        return self.transport.send(
+            lambda: self.session.sign(kind, identity, payload, self.backend.wall())
+        )
 
 
 @pytest.fixture
-def dial(peer, seam):
+def dial(peer, backend):
     made = []
 
     def make(**how):
-        made.append(Dial(peer, seam, **how))
+        made.append(Dial(peer, backend, **how))
         return made[-1]
 
     yield make
@@ -114,14 +125,25 @@ def test_no_token_in_the_clear():
 
 def test_the_probe(dial, peer):
     """A connect is one request that claims nothing and says who asks; its answer becomes a hello_ack."""
-    welcome = dial().connect()
+    hello_ack = dial().connect()
     (probe,) = peer.requests
-    assert (probe.method, probe.path, probe.query) == ("GET", "/api/v1/agent/commands", {"wait": "0", "max_frames": "0"})
+    assert (probe.method, probe.path, probe.query) == (
+        "GET",
+        "/api/v1/agent/commands",
+        {"wait": "0", "max_frames": "0"},
+    )
     assert probe.headers["authorization"] == f"Bearer {TOKEN}"
-    assert probe.headers["x-z4j-runtime-features"] == "retry_by_reference,external_schedule_protocol_v1"
-    assert (welcome.agent_id, welcome.project_id, welcome.session_id) == (AGENT, PROJECT, probe.nonce)
-    assert (welcome.heartbeat_seconds, len(probe.nonce) >= 16) == (10.0, True)
-    assert abs(welcome.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5
+    assert (
+        probe.headers["x-z4j-runtime-features"]
+        == "retry_by_reference,external_schedule_protocol_v1"
+    )
+    assert (hello_ack.agent_id, hello_ack.project_id, hello_ack.session_id) == (
+        AGENT,
+        PROJECT,
+        probe.nonce,
+    )
+    assert (hello_ack.heartbeat_seconds, len(probe.nonce) >= 16) == (10.0, True)
+    assert abs(hello_ack.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5
 
 
 def test_each_session_has_a_nonce_of_its_own(dial, peer):
@@ -141,7 +163,7 @@ def test_each_session_has_a_nonce_of_its_own(dial, peer):
         (404, {}, NetworkError),
         (409, {}, NetworkError),
         (422, {}, NetworkError),
-        (429, {"Retry-After": "58"}, TurnedAwayError),
+        (429, {"Retry-After": "58"}, SessionLimitError),
         (500, {}, NetworkError),
         (503, {"Retry-After": "1"}, NetworkError),
     ],
@@ -153,13 +175,19 @@ def test_refusals(dial, peer, status, headers, kind, where):
     if where != "probe":
         one.connect()
         one.send()
-    peer.answers["POST" if where == "upload" else "GET"] = [(status, headers, b'{"detail":"as scripted"}')]
-    act = {"probe": one.connect, "upload": one.send, "poll": lambda: one.transport.receive(10.0)}[where]
+    peer.answers["POST" if where == "upload" else "GET"] = [
+        (status, headers, b'{"detail":"as scripted"}')
+    ]
+    act = {"probe": one.connect, "upload": one.send, "poll": lambda: one.transport.receive(10.0)}[
+        where
+    ]
     with pytest.raises(kind, match="as scripted") as caught:
         act()
     assert type(caught.value) is kind
     assert caught.value.code == status
-    assert caught.value.retry_after == (float(headers["Retry-After"]) if "Retry-After" in headers else None)
+    assert caught.value.retry_after == (
+        float(headers["Retry-After"]) if "Retry-After" in headers else None
+    )
     assert not any(request.path == "/" for request in peer.requests)
 
 
@@ -186,7 +214,7 @@ def test_an_answer_that_is_not_the_brains(dial, peer, body):
         two.transport.receive(5.0)
 
 
-def test_nobody_there(seam, peer, dial):
+def test_nobody_there(backend, peer, dial):
     """A refused connection is a network error, soon."""
     peer.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
@@ -201,14 +229,14 @@ def test_an_upload(live, peer):
     live.send(b'{"events":[{"n":"caf\xc3\xa9 \\" \\\\"}]}')
     (request,) = peer.of("POST")
     assert request.headers["content-type"] == "application/json"
-    assert request.nonce == live.session.welcome.session_id
+    assert request.nonce == live.session.hello_ack.session_id
     assert peer.events() == [{"n": 'café " \\'}]
 
 
-def test_one_upload_at_a_time(live, peer, seam):
+def test_one_upload_at_a_time(live, peer, backend):
     """Senders from many tasks take turns, in the order of their signatures."""
     peer.post_seconds = 0.02
-    tasks = [seam.spawn(live.send, name=f"sender-{number}") for number in range(8)]
+    tasks = [backend.spawn(live.send, name=f"sender-{number}") for number in range(8)]
     assert all(task.join(20) for task in tasks)
     (session,) = peer.sessions.values()
     assert [frame.seq for frame in session.frames] == list(range(1, 9))
@@ -216,7 +244,9 @@ def test_one_upload_at_a_time(live, peer, seam):
 
 def test_a_rejected_frame_is_not_acknowledged(live, peer):
     """A 200 that did not accept the frame is an error, with the brain's reason."""
-    peer.answers["POST"] = [(200, {}, b'{"accepted":0,"rejected":1,"errors":["busy"],"error_code":null}')]
+    peer.answers["POST"] = [
+        (200, {}, b'{"accepted":0,"rejected":1,"errors":["busy"],"error_code":null}')
+    ]
     with pytest.raises(NetworkError, match="busy"):
         live.send()
 
@@ -259,7 +289,7 @@ def test_the_body_limit_is_learned(dial, peer):
 
 def test_the_escapes_count(dial, peer):
     """A frame travels as a JSON string, so its quotes cost two bytes each; the body never exceeds the limit by them."""
-    one = dial(known=Known(body_limit=8192))
+    one = dial(known=LearnedLimits(body_limit=8192))
     one.connect()
     with pytest.raises(FrameTooLargeError) as caught:
         one.send(event_batch([b'{"k":"v"}'] * 600))
@@ -279,19 +309,19 @@ def test_a_line_that_breaks_under_a_large_body_is_a_hint(live, peer):
 @pytest.mark.parametrize("size", [2, 8192, 8193, BODY_FIRST])
 def test_the_limit_sinks_below_what_was_refused(size):
     """After a refusal the limit is under the refused size, or at its floor."""
-    known = Known()
+    known = LearnedLimits()
     known.too_large(size)
     assert known.body_limit < size or known.body_limit == longpoll.BODY_LEAST
 
 
 def test_the_pace():
     """A burst goes at once, then the pace holds it below half of what the brain allows an address in a minute."""
-    pace, now, sent = Pace(), 0.0, 0
+    pace, now, sent = TokenBucket(), 0.0, 0
     while now < 60:
         now += pace.delay(now)
         sent += 1
     assert 250 < sent <= 335
-    assert Pace().delay(0.0) == 0.0
+    assert TokenBucket().delay(0.0) == 0.0
 
 
 # -- polls
@@ -326,18 +356,18 @@ def test_uploads_do_not_wait_for_polls(live, peer, until):
     assert peer.polling
 
 
-def test_abort_wakes_the_reader(live, peer, seam, until):
+def test_abort_wakes_the_reader(live, peer, backend, until):
     """abort() from another task ends a waiting receive at once, and the poll with it."""
     ended = []
 
     def read():
         with pytest.raises(NetworkError):
             live.transport.receive(30.0)
-        ended.append(seam.now())
+        ended.append(backend.now())
 
-    task = seam.spawn(read, name="reader")
+    task = backend.spawn(read, name="reader")
     until(lambda: peer.polling)
-    began = seam.now()
+    began = backend.now()
     live.transport.abort()
     live.transport.abort()
     assert task.join(10)
@@ -347,7 +377,7 @@ def test_abort_wakes_the_reader(live, peer, seam, until):
         live.send()
 
 
-def test_abort_wakes_the_sender(live, peer, seam, until):
+def test_abort_wakes_the_sender(live, peer, backend, until):
     """abort() also ends an upload that gets no answer."""
     peer.post_seconds = 20.0
     failed = []
@@ -357,18 +387,18 @@ def test_abort_wakes_the_sender(live, peer, seam, until):
             live.send()
         failed.append(True)
 
-    task = seam.spawn(write, name="writer")
+    task = backend.spawn(write, name="writer")
     until(lambda: peer.posting)
     live.transport.abort()
     assert task.join(5)
     assert failed
 
 
-def test_an_impatient_poll_does_not_spin(live, peer, seam, monkeypatch):
+def test_an_impatient_poll_does_not_spin(live, peer, backend, monkeypatch):
     """Empty answers that come at once, as of a cache, are asked for no more than once a second."""
     peer.answers["GET"] = [(200, {}, b'{"frames":[]}')] * 50
-    began = seam.now()
-    while seam.now() - began < 1.2:
+    began = backend.now()
+    while backend.now() - began < 1.2:
         live.transport.receive(0.1)
     assert len(peer.answers["GET"]) >= 48
 
@@ -381,7 +411,7 @@ def test_something_cuts_long_polls(live, peer):
     assert live.known.wait == 15
 
 
-def test_drain_loses_no_command(live, peer, seam, until, monkeypatch):
+def test_drain_loses_no_command(live, peer, backend, until, monkeypatch):
     """drain() lets the poll that is out come back and hands out all it brought, and no other poll follows."""
     got = []
 
@@ -395,10 +425,10 @@ def test_drain_loses_no_command(live, peer, seam, until, monkeypatch):
             pass
 
     live.known.wait = 5
-    reader = seam.spawn(read, name="reader")
+    reader = backend.spawn(read, name="reader")
     until(lambda: peer.polling)
-    drained = seam.spawn(live.transport.drain, name="drain")
-    seam.sleep(0.1)
+    drained = backend.spawn(live.transport.drain, name="drain")
+    backend.sleep(0.1)
     assert drained.alive()
     identity = peer.command("retry_task")
     assert drained.join(10)
@@ -431,31 +461,43 @@ def test_only_the_environments_proxies_decide(dial, peer, monkeypatch, tmp_path)
     assert peer.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_a_forward_proxy_carries_it(dial, peer, monkeypatch, seam):
+def test_a_forward_proxy_carries_it(dial, peer, monkeypatch, backend):
     """Through a forward proxy the request names the whole address, and the session works."""
     monkeypatch.setenv("http_proxy", peer.url)
-    monkeypatch.setattr(peer, "answer", lambda request: (200, {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT}, b'{"frames":[]}'))
-    one = Dial(peer, seam)
-    one.transport = LongPollTransport("http://brain.invalid/api/v1", lambda: TOKEN, seam, Known())
+    monkeypatch.setattr(
+        peer,
+        "answer",
+        lambda request: (
+            200,
+            {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT},
+            b'{"frames":[]}',
+        ),
+    )
+    one = Dial(peer, backend)
+    one.transport = LongPollTransport(
+        "http://brain.invalid/api/v1", lambda: TOKEN, backend, LearnedLimits()
+    )
     one.connect()
     one.transport.close()
     assert peer.requests[0].headers["host"] == "brain.invalid"
 
 
 @pytest.fixture
-def secure(seam, server_tls):
-    made = HttpPeer(seam, tls=server_tls)
+def secure(backend, server_tls):
+    made = HttpPeer(backend, tls=server_tls)
     yield made
     made.stop()
 
 
 @pytest.fixture
-def dial_secure(secure, seam):
+def dial_secure(secure, backend):
     made = []
 
     def make(ca):
-        one = Dial(secure, seam)
-        one.transport = LongPollTransport(one.url, lambda: TOKEN, seam, one.known, tls_context(ca, None, None))
+        one = Dial(secure, backend)
+        one.transport = LongPollTransport(
+            one.url, lambda: TOKEN, backend, one.known, tls_context(ca, None, None)
+        )
         made.append(one)
         return one
 
@@ -477,7 +519,9 @@ def test_over_tls(dial_secure, secure, certificate):
     assert secure.mishaps == []
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # eventlet's own
 def test_an_unknown_authority_is_refused(dial_secure, secure, certificate):
     """A certificate that nobody vouches for ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
@@ -486,7 +530,9 @@ def test_an_unknown_authority_is_refused(dial_secure, secure, certificate):
     assert secure.requests == []
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # eventlet's own
 def test_requests_adds_no_authorities(dial_secure, secure, certificate, monkeypatch, tmp_path):
     """What the setting names is all that counts: neither requests' own bundle nor its variables widen it."""
     monkeypatch.setenv("CURL_CA_BUNDLE", str(certificate))
@@ -501,9 +547,9 @@ def test_requests_adds_no_authorities(dial_secure, secure, certificate, monkeypa
     assert len(one.transport._tls.get_ca_certs()) == 1
 
 
-def test_through_a_tunnel(dial_secure, secure, certificate, seam, monkeypatch):
+def test_through_a_tunnel(dial_secure, secure, certificate, backend, monkeypatch):
     """Over TLS a proxy sees CONNECT and its own credentials, never the token."""
-    tunnel = Tunnel(seam)
+    tunnel = Tunnel(backend)
     try:
         monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{tunnel.port}")
         for name in ("no_proxy", "NO_PROXY"):
@@ -514,7 +560,10 @@ def test_through_a_tunnel(dial_secure, secure, certificate, seam, monkeypatch):
         one.transport.close()
         assert tunnel.heads
         assert all(head.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for head in tunnel.heads)
-        assert all("Proxy-Authorization: Basic dXNlcjpwYXNz" in head and TOKEN not in head for head in tunnel.heads)
+        assert all(
+            "Proxy-Authorization: Basic dXNlcjpwYXNz" in head and TOKEN not in head
+            for head in tunnel.heads
+        )
         assert secure.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
         assert len(secure.frames("event_batch")) == 1
     finally:
@@ -523,10 +572,12 @@ def test_through_a_tunnel(dial_secure, secure, certificate, seam, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
-def test_a_forked_child_leaves_the_line_alone(live, peer, seam, until, mode, idle):
+def test_a_forked_child_leaves_the_line_alone(live, peer, backend, until, mode, idle):
     """A child neither uses, reads nor breaks its parent's connections: the session goes on as if nobody had forked."""
     if idle and mode == "eventlet":
-        pytest.skip("eventlet's hub shares its epoll set with the child: running both is beyond any library's reach")
+        pytest.skip(
+            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
+        )
     live.transport.receive(0.01)
     until(lambda: peer.polling)
     live.send()
@@ -574,8 +625,12 @@ class StubEngine:
 
 def an_event(number=0, **data):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=dt.datetime.now(dt.UTC), data={"number": number, **data},
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC),
+        data={"number": number, **data},
     )
 
 
@@ -587,15 +642,23 @@ def engine():
 @pytest.fixture
 def install(peer, engine, monkeypatch):
     """A started agent on forced long-poll, impatient and unpaced."""
-    for kind in list(policy.SCHEDULES):
-        monkeypatch.setitem(policy.SCHEDULES, kind, policy.Schedule(0.01, 0.05))
+    for kind in list(close_codes.BACKOFF_POLICIES):
+        monkeypatch.setitem(
+            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+        )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(longpoll, "RATE", 1000.0)
     peer.body_limit = 8192
     made = []
 
     def make(**changes):
-        options = {"engines": [engine], "brain_url": peer.url, "token": TOKEN, "project_id": "demo", "hmac_secret": SECRET_TEXT}
+        options = {
+            "engines": [engine],
+            "brain_url": peer.url,
+            "token": TOKEN,
+            "project_id": "demo",
+            "hmac_secret": SECRET_TEXT,
+        }
         made.append(install_agent(**{**options, "transport": "longpoll", **changes}))
         return made[-1]
 
@@ -644,10 +707,24 @@ def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
     runtime = install()
     until(lambda: peer.frames("heartbeat"))
     agent = runtime._agent
-    big = {"w1": {"active": [{"x": "y" * 50}] * 200, "registered": ["r"] * 3, "conf": {"timezone": "UTC"}, "stats": {"pid": 7}}}
+    big = {
+        "w1": {
+            "active": [{"x": "y" * 50}] * 200,
+            "registered": ["r"] * 3,
+            "conf": {"timezone": "UTC"},
+            "stats": {"pid": 7},
+        }
+    }
     huge = {"w1": {"stats": {"x": "y" * 9000}}}
-    for details, left in ((big, {"w1": {"registered": ["r"] * 3, "conf": {"timezone": "UTC"}, "stats": {"pid": 7}}}), (huge, None)):
-        monkeypatch.setattr(agent.figures, "_health", lambda details=details: {"stub.worker_details": json.dumps(details)})
+    for details, left in (
+        (big, {"w1": {"registered": ["r"] * 3, "conf": {"timezone": "UTC"}, "stats": {"pid": 7}}}),
+        (huge, None),
+    ):
+        monkeypatch.setattr(
+            agent.figures,
+            "_health",
+            lambda details=details: {"stub.worker_details": json.dumps(details)},
+        )
         before = len(peer.frames("heartbeat"))
         runtime.request_reconnect()
         beat = until(lambda before=before: peer.frames("heartbeat")[before:])[0]
@@ -662,7 +739,14 @@ def test_commands_outlive_their_session(install, peer, engine, until):
     """All commands of one poll run although the first acknowledgement meets a dead session; the results go by the next."""
     runtime = install()
     # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
-    until(lambda: peer.frames("heartbeat") and peer.frames("agent_status") and peer.polling and not peer.posting)
+    until(
+        lambda: (
+            peer.frames("heartbeat")
+            and peer.frames("agent_status")
+            and peer.polling
+            and not peer.posting
+        )
+    )
     until(lambda: runtime.stats()["heartbeats"])
     for session in peer.sessions.values():
         session.posts_die = True
@@ -706,12 +790,20 @@ def test_a_dead_session_is_replaced(install, peer, until):
     until(lambda: settled(runtime, 1))
     assert [sent["id"] for sent in peer.events()] == [str(event.id)]
     assert len(peer.sessions) >= 2
-    assert "HTTP 409" in runtime._agent.counters.last_error or not runtime._agent.counters.last_error
+    assert (
+        "HTTP 409" in runtime._agent.counters.last_error or not runtime._agent.counters.last_error
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "body"),
-    [(400, b"{}"), (403, b"blocked by the firewall"), (409, b"{}"), (422, b"{}"), (200, b'{"accepted":0,"error_code":"scheduler_upgrade_required"}')],
+    [
+        (400, b"{}"),
+        (403, b"blocked by the firewall"),
+        (409, b"{}"),
+        (422, b"{}"),
+        (200, b'{"accepted":0,"error_code":"scheduler_upgrade_required"}'),
+    ],
     ids=["400", "403", "409", "422", "error-code"],
 )
 def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, status, body):
@@ -721,19 +813,33 @@ def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, s
     marks = [b"hemlock", str(events[5].id).encode()]
 
     def picky(request):
-        return (status, {}, body) if request.method == "POST" and any(mark in request.body for mark in marks) else answer(request)
+        return (
+            (status, {}, body)
+            if request.method == "POST" and any(mark in request.body for mark in marks)
+            else answer(request)
+        )
 
     peer.answer = picky
     runtime = install()
     until(lambda: peer.frames("heartbeat") and peer.polling)
     identity = peer.command("retry_task", {"task_id": "t-1"})
-    until(lambda: engine.calls)  # in the first session: the peer's polls of dead ones would take it along
+    until(
+        lambda: engine.calls
+    )  # in the first session: the peer's polls of dead ones would take it along
     for event in events:
         runtime.record_event(event)
     until(lambda: settled(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})
-    assert sorted({event["data"]["number"] for event in peer.events()}) == [number for number in range(12) if number != 5]
-    dropped = [record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()]
-    assert sum("task 't-5'" in line for line in dropped) == sum(f"the result of command {identity}" in line for line in dropped) == 1
+    assert sorted({event["data"]["number"] for event in peer.events()}) == [
+        number for number in range(12) if number != 5
+    ]
+    dropped = [
+        record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()
+    ]
+    assert (
+        sum("task 't-5'" in line for line in dropped)
+        == sum(f"the result of command {identity}" in line for line in dropped)
+        == 1
+    )
     assert runtime.stats()["restarts"] == {}
 
 
@@ -748,14 +854,14 @@ def test_an_answer_that_got_lost(install, peer, until):
     assert {sent["id"] for sent in peer.events()} == {str(event.id)}
 
 
-def test_stop_is_bounded(install, peer, seam, until):
+def test_stop_is_bounded(install, peer, backend, until):
     """A poll that hangs does not hold up stop(), and what was recorded before is delivered."""
     runtime = install()
     until(lambda: peer.polling)
     runtime.record_event(an_event(1))
-    began = seam.now()
+    began = backend.now()
     runtime.stop(timeout=5)
-    assert seam.now() - began < 5
+    assert backend.now() - began < 5
     assert len(peer.events()) == 1
 
 

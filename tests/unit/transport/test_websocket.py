@@ -12,13 +12,13 @@ from websocket import ABNF
 from tests.support.peer import TOKEN, Peer
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
 from z4j_bare.transport import websocket
-from z4j_bare.transport.binary import PIECE, Binary
-from z4j_bare.transport.cooperative_socket import Line
+from z4j_bare.transport.binary import PIECE, BinaryFrame
+from z4j_bare.transport.cooperative_socket import CooperativeSocket
 from z4j_bare.transport.endpoint import websocket_url
 from z4j_bare.transport.tls import tls_context
 from z4j_bare.transport.websocket import WebSocketTransport, close_error
 from z4j_bare.wire.frames import Identity, hello
-from z4j_bare.wire.session import read_welcome
+from z4j_bare.wire.session import parse_hello_ack
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,9 @@ def test_addresses(given, made):
     assert websocket_url(given, dev_mode=False) == made
 
 
-@pytest.mark.parametrize("given", ["http://brain.example.com", "http://10.0.0.7:7700", "http://localhost.example.com"])
+@pytest.mark.parametrize(
+    "given", ["http://brain.example.com", "http://10.0.0.7:7700", "http://localhost.example.com"]
+)
 def test_no_token_in_the_clear(given):
     """Plain HTTP to another host is refused, unless dev_mode takes the responsibility."""
     with pytest.raises(HostConfigurationError, match="in the clear"):
@@ -65,27 +67,31 @@ def test_close_frames():
 SIZES = (0, 1, 125, 126, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, (1 << 16) - 1, 1 << 16, 70_001)
 
 
-@given(st.binary(min_size=4, max_size=4), st.sampled_from(SIZES) | st.integers(0, 3 * PIECE), st.randoms())
+@given(
+    st.binary(min_size=4, max_size=4),
+    st.sampled_from(SIZES) | st.integers(0, 3 * PIECE),
+    st.randoms(),
+)
 def test_a_binary_message(key, size, random):
     """A message of any size is the frame that websocket-client makes of it with the same key."""
     data = random.randbytes(size)
-    theirs, ours = ABNF.create_frame(data, ABNF.OPCODE_BINARY), Binary(data)
+    theirs, ours = ABNF.create_frame(data, ABNF.OPCODE_BINARY), BinaryFrame(data)
     theirs.get_mask_key = ours.get_mask_key = lambda length: key[:length]
     assert ours.format() == theirs.format()
 
 
 def test_the_key_of_a_message():
     """Each message has a key of its own that nobody can foresee: the same one looks different each time."""
-    assert len({Binary(b"x" * 8).format() for _ in range(16)}) == 16
+    assert len({BinaryFrame(b"x" * 8).format() for _ in range(16)}) == 16
 
 
 # -- the line
 
 
 @pytest.fixture
-def ends(seam):
+def ends(backend):
     left, right = socket.socketpair()
-    yield Line(left, seam, 0.05, 0.05), right
+    yield CooperativeSocket(left, backend, 0.05, 0.05), right
     left.close()
     right.close()
 
@@ -113,13 +119,13 @@ def test_the_line_times_out(ends):
     assert line.gettimeout() == 0
 
 
-def test_the_line_ends(ends, seam, until):
+def test_the_line_ends(ends, backend, until):
     """A reader that waits sees the end when the other side hangs up, and when somebody here breaks the line."""
     line, other = ends
     line.settimeout(20)
     got = []
-    task = seam.spawn(lambda: got.append(line.recv(1)), name="reader")
-    seam.sleep(0.02)
+    task = backend.spawn(lambda: got.append(line.recv(1)), name="reader")
+    backend.sleep(0.02)
     line.shutdown(socket.SHUT_RDWR)
     assert task.join(10)
     assert got == [b""]
@@ -133,15 +139,25 @@ def test_the_line_ends(ends, seam, until):
 
 def a_hello():
     now = dt.datetime.now(dt.UTC)
-    return hello(Identity(framework="bare", agent_version="1.13.0", worker_id="w-1", worker_pid=1, worker_started_at=now))
+    return hello(
+        Identity(
+            framework="bare",
+            agent_version="1.13.0",
+            worker_id="w-1",
+            worker_pid=1,
+            worker_started_at=now,
+        )
+    )
 
 
 @pytest.fixture
-def dial(seam):
+def dial(backend):
     made = []
 
     def make(peer, tls=None):
-        made.append(WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, seam, tls))
+        made.append(
+            WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, backend, tls)
+        )
         return made[-1]
 
     yield make
@@ -152,7 +168,7 @@ def dial(seam):
 def test_a_session(peer, dial, until):
     """Connect says hello and returns the answer; messages come and go; close says goodbye and may be repeated."""
     transport = dial(peer)
-    assert read_welcome(transport.connect(a_hello())).session_id == peer.sessions[0].id
+    assert parse_hello_ack(transport.connect(a_hello())).session_id == peer.sessions[0].id
     assert transport.receive(0.01) is None
     peer.last.send(b"to the agent")
     assert transport.receive(10) == b"to the agent"
@@ -168,7 +184,7 @@ def test_a_session(peer, dial, until):
             use()
 
 
-def test_a_message_in_pieces(peer, dial, seam):
+def test_a_message_in_pieces(peer, dial, backend):
     """A message that arrives byte by byte, with pauses longer than the reader's time-out, is put together."""
     transport = dial(peer)
     transport.connect(a_hello())
@@ -177,9 +193,9 @@ def test_a_message_in_pieces(peer, dial, seam):
     def dribble():
         for byte in b"\x82\x05hello":
             session.send_raw(bytes([byte]))
-            seam.sleep(0.02)
+            backend.sleep(0.02)
 
-    seam.spawn(dribble, name="dribble")
+    backend.spawn(dribble, name="dribble")
     got = None
     while got is None:
         got = transport.receive(0.005)
@@ -196,7 +212,7 @@ def test_fragments_and_pings(peer, dial, until):
     until(lambda: peer.last.pongs == 1)
 
 
-def test_abort_wakes_the_reader(peer, dial, seam):
+def test_abort_wakes_the_reader(peer, dial, backend):
     """A reader that waits for long wakes with an error when another task breaks the line."""
     transport = dial(peer)
     transport.connect(a_hello())
@@ -208,8 +224,8 @@ def test_abort_wakes_the_reader(peer, dial, seam):
         except NetworkError as error:
             got.append(error)
 
-    task = seam.spawn(read, name="reader")
-    seam.sleep(0.02)
+    task = backend.spawn(read, name="reader")
+    backend.sleep(0.02)
     transport.abort()
     assert task.join(10)
     assert len(got) == 1
@@ -244,9 +260,9 @@ def test_a_full_line_is_dead_after_a_while(peer, dial, monkeypatch):
         [transport.send(lambda: b"x" * 1_000_000) for _ in range(200)]
 
 
-def test_nobody_there(dial, seam):
+def test_nobody_there(dial, backend):
     """A closed port is a network error that says so."""
-    gone = Peer(seam)
+    gone = Peer(backend)
     gone.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
         dial(gone).connect(a_hello())
@@ -256,13 +272,13 @@ def test_nobody_there(dial, seam):
 
 
 @pytest.fixture
-def secure(seam, server_tls):
-    made = Peer(seam, tls=server_tls)
+def secure(backend, server_tls):
+    made = Peer(backend, tls=server_tls)
     yield made
     made.stop()
 
 
-def test_a_session_over_tls(secure, dial, certificate, seam, until):
+def test_a_session_over_tls(secure, dial, certificate, backend, until):
     """Over TLS both directions work at once and nothing is torn."""
     transport = dial(secure, tls_context(certificate, None, None))
     transport.connect(a_hello())
@@ -275,7 +291,7 @@ def test_a_session_over_tls(secure, dial, certificate, seam, until):
             if message is not None:
                 got.append(message)
 
-    task = seam.spawn(read, name="reader")
+    task = backend.spawn(read, name="reader")
     for turn in range(number):
         session.send(b"%d " % turn * 5000)
         transport.send(a_hello)  # ignored in mid-session
@@ -285,7 +301,9 @@ def test_a_session_over_tls(secure, dial, certificate, seam, until):
     until(lambda: session.over)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # eventlet's own
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # eventlet's own
 def test_an_unknown_authority_is_refused(secure, dial):
     """A certificate that nobody vouches for ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
@@ -293,7 +311,7 @@ def test_an_unknown_authority_is_refused(secure, dial):
     assert all(session.headers == {} for session in secure.sessions)
 
 
-def test_abort_over_tls(secure, dial, certificate, seam):
+def test_abort_over_tls(secure, dial, certificate, backend):
     """A TLS reader that waits wakes with an error when another task breaks the line."""
     transport = dial(secure, tls_context(certificate, None, None))
     transport.connect(a_hello())
@@ -305,8 +323,8 @@ def test_abort_over_tls(secure, dial, certificate, seam):
         except NetworkError as error:
             got.append(error)
 
-    task = seam.spawn(read, name="reader")
-    seam.sleep(0.02)
+    task = backend.spawn(read, name="reader")
+    backend.sleep(0.02)
     transport.abort()
     assert task.join(10)
     assert len(got) == 1

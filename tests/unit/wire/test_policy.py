@@ -8,12 +8,11 @@ from z4j_bare.errors import (
     AuthenticationRejectedError,
     IncompatibleError,
     NetworkError,
-    PoisonError,
+    PoisonRowError,
     RemoteProtocolError,
-    TurnedAwayError,
+    SessionLimitError,
 )
-from z4j_bare.wire import close_codes as policy
-from z4j_bare.wire import window
+from z4j_bare.wire import close_codes, window
 
 #: Close code, exception, what its text names.
 CLOSES = [
@@ -23,9 +22,9 @@ CLOSES = [
     (4400, RemoteProtocolError, "frame"),
     (4426, IncompatibleError, "upgrade"),
     (4427, IncompatibleError, "upgrade"),
-    (4002, TurnedAwayError, "worker id"),
+    (4002, SessionLimitError, "worker id"),
     (4408, NetworkError, "no frame"),
-    (4429, TurnedAwayError, "64 workers"),
+    (4429, SessionLimitError, "64 workers"),
     (1011, NetworkError, "failed"),
     (1012, NetworkError, "restarting"),
     (1001, NetworkError, "going away"),
@@ -41,7 +40,7 @@ STATUSES = [
     (404, NetworkError, "Z4J_BRAIN_URL"),
     (409, NetworkError, "session"),
     (422, NetworkError, "HTTP 422"),
-    (429, TurnedAwayError, "600 requests"),
+    (429, SessionLimitError, "600 requests"),
     (502, NetworkError, "HTTP 502"),
     (503, NetworkError, "no room"),
 ]
@@ -50,7 +49,7 @@ STATUSES = [
 @pytest.mark.parametrize(("code", "kind", "named"), CLOSES)
 def test_close_codes(code, kind, named):
     """Every close code of the contract has its class, and a text that names what to look at."""
-    error = policy.closed(code, "because")
+    error = close_codes.closed(code, "because")
     assert type(error) is kind
     assert named in str(error)
     assert "because" in str(error)
@@ -60,7 +59,7 @@ def test_close_codes(code, kind, named):
 @pytest.mark.parametrize(("status", "kind", "named"), STATUSES)
 def test_http_statuses(status, kind, named):
     """HTTP refusals fall into the same classes, name what to look at, and a Retry-After is kept."""
-    error = policy.refused(status, "because", retry_after=7.0)
+    error = close_codes.refused(status, "because", retry_after=7.0)
     assert type(error) is kind
     assert named in str(error)
     assert "because" in str(error)
@@ -72,20 +71,30 @@ def test_http_statuses(status, kind, named):
     [
         (75.0, "this host's clock is 75 s behind the brain's"),
         (-3600.4, "this host's clock is 3600 s ahead of the brain's"),
-        (49.0, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree to 49 s"),
+        (
+            49.0,
+            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree to 49 s",
+        ),
         (None, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature"),
     ],
 )
 def test_a_refused_signature_means_the_clock_or_the_key(behind, said):
     """A signature refused after the welcome is blamed on the clock only when the brain's differs by as much."""
-    for error in (policy.closed(4403), AuthenticationRejectedError("the first upload", code=409)):
-        explained = policy.explained(error, behind)
+    for error in (
+        close_codes.closed(4403),
+        AuthenticationRejectedError("the first upload", code=409),
+    ):
+        explained = close_codes.explained(error, behind)
         assert said in str(explained)
         assert (type(explained), explained.code) == (AuthenticationRejectedError, error.code)
-    ours = policy.explained(RemoteProtocolError("the brain's frame failed verification: stale", code=4403), behind)
-    assert ("clock is" in str(ours)) == ("clock is" in said), "so with a frame of the brain that we refused"
-    revoked = policy.closed(4003)
-    assert policy.explained(revoked, behind) is revoked
+    ours = close_codes.explained(
+        RemoteProtocolError("the brain's frame failed verification: stale", code=4403), behind
+    )
+    assert ("clock is" in str(ours)) == ("clock is" in said), (
+        "so with a frame of the brain that we refused"
+    )
+    revoked = close_codes.closed(4003)
+    assert close_codes.explained(revoked, behind) is revoked
 
 
 @pytest.mark.parametrize(
@@ -95,14 +104,14 @@ def test_a_refused_signature_means_the_clock_or_the_key(behind, said):
         (RemoteProtocolError("x"), 1, 60),
         (AuthenticationRejectedError("x"), 10, 600),
         (IncompatibleError("x"), 120, 3600),
-        (TurnedAwayError("x"), 10, 600),
-        (PoisonError("x"), 1, 4),
+        (SessionLimitError("x"), 10, 600),
+        (PoisonRowError("x"), 1, 4),
         (ValueError("x"), 1, 30),
     ],
 )
 def test_schedules(error, first, longest):
     """Each failure class doubles from its first delay to its longest."""
-    back = policy.Backoff(chance=lambda: 0.0)
+    back = close_codes.Backoff(chance=lambda: 0.0)
     delays = [back.next(error) for _ in range(20)]
     assert delays[:2] == [first, min(first * 2, longest)]
     assert delays[-1] == longest
@@ -110,28 +119,28 @@ def test_schedules(error, first, longest):
 
 def test_jitter():
     """Chance adds up to 30 percent."""
-    back = policy.Backoff(chance=lambda: 1.0)
+    back = close_codes.Backoff(chance=lambda: 1.0)
     assert back.next(NetworkError("x")) == pytest.approx(1.3)
     assert back.next(NetworkError("x")) == pytest.approx(2.6)
 
 
 def test_only_a_steady_session_starts_over():
     """A session that dies young leaves the delays as they have grown; the streaks that are reported end with any."""
-    back = policy.Backoff(chance=lambda: 0.0)
-    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [1, 10]
+    back = close_codes.Backoff(chance=lambda: 0.0)
+    assert [back.next(NetworkError("x")), back.next(SessionLimitError("x"))] == [1, 10]
     assert back.welcomed() == {"connection": 2, "protocol": 0, "auth": 0}
     assert back.streaks == {"connection": 0, "protocol": 0, "auth": 0}
     back.stood(29)
-    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [2, 20]
+    assert [back.next(NetworkError("x")), back.next(SessionLimitError("x"))] == [2, 20]
     back.stood(30)
-    assert [back.next(NetworkError("x")), back.next(TurnedAwayError("x"))] == [1, 40]
+    assert [back.next(NetworkError("x")), back.next(SessionLimitError("x"))] == [1, 40]
     back.stood(1800)
-    assert back.next(TurnedAwayError("x")) == 10
+    assert back.next(SessionLimitError("x")) == 10
 
 
 def test_classes_do_not_share_a_ladder():
     """A flaky line does not lengthen the wait after an authentication failure."""
-    back = policy.Backoff(chance=lambda: 0.0)
+    back = close_codes.Backoff(chance=lambda: 0.0)
     for _ in range(5):
         back.next(NetworkError("x"))
     assert back.next(AuthenticationRejectedError("x")) == 10
@@ -139,7 +148,7 @@ def test_classes_do_not_share_a_ladder():
 
 def test_the_servers_wish_counts():
     """Never sooner than Retry-After, but an absurd one is bounded."""
-    back = policy.Backoff(chance=lambda: 0.0)
+    back = close_codes.Backoff(chance=lambda: 0.0)
     assert back.next(NetworkError("x", retry_after=17)) == 17
     assert back.next(NetworkError("x", retry_after=10**9)) == 3600
 
@@ -306,7 +315,9 @@ def test_reset_forgets():
     assert w.acked("a", 1) == ()
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans(), st.integers(1, 500)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans(), st.integers(1, 500)), max_size=60)
+)
 def test_events_never_go_negative(steps):
     """Whatever order frames and acks come in, the count equals what is really in flight."""
     w, flying = window.Window(), {}

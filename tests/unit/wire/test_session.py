@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from z4j_core.models import Event, EventKind
-from z4j_core.transport.frames import CommandFrame, CommandPayload, EventBatchFrame, EventBatchPayload, parse_frame
+from z4j_core.transport.frames import (
+    CommandFrame,
+    CommandPayload,
+    EventBatchFrame,
+    EventBatchPayload,
+    parse_frame,
+)
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 from z4j_core.transport.hmac import sign_envelope
 
@@ -18,12 +24,16 @@ from z4j_bare.wire import events, frames, patient, session
 from z4j_bare.wire.canonical import canonical, canonical_plain, plain
 
 SECRET = base64.urlsafe_b64decode("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")
-WELCOME = session.Welcome(
+WELCOME = session.HelloAck(
     "11111111-1111-4111-8111-111111111111",
     "22222222-2222-4222-8222-222222222222",
     "33333333-3333-4333-8333-333333333333",
 )
-BINDING = {"agent_id": WELCOME.agent_id, "project_id": WELCOME.project_id, "session_id": WELCOME.session_id}
+BINDING = {
+    "agent_id": WELCOME.agent_id,
+    "project_id": WELCOME.project_id,
+    "session_id": WELCOME.session_id,
+}
 
 anything = st.recursive(
     st.none()
@@ -36,9 +46,19 @@ anything = st.recursive(
     | st.binary(max_size=8)
     | st.dates()
     | st.sets(st.integers(), max_size=3),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.text(st.characters(), max_size=6) | st.integers() | st.none() | st.booleans() | st.floats(), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(
+            st.text(st.characters(), max_size=6)
+            | st.integers()
+            | st.none()
+            | st.booleans()
+            | st.floats(),
+            inner,
+            max_size=4,
+        )
+    ),
     max_leaves=12,
 )
 
@@ -49,28 +69,51 @@ def verifier():
 
 def an_event(data, task_id="t-1", queue="celery"):
     return Event.model_construct(
-        id=UUID(int=4), engine="celery", task_id=task_id, kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=session.datetime.now(session.UTC), data={"queue": queue, **data},
+        id=UUID(int=4),
+        engine="celery",
+        task_id=task_id,
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=session.datetime.now(session.UTC),
+        data={"queue": queue, **data},
     )
 
 
 def test_vector(monkeypatch):
     """The published test vector (brain-contract 2.1) comes out of our signer byte for byte."""
     monkeypatch.setattr(session, "token_urlsafe", lambda _n: "A" * 22)
-    payload = canonical({"events": [{"data": {"n": None, "r": 1.0, "s": "é\u2028"}, "engine": "celery", "kind": "task.succeeded", "task_id": "t1"}]})
+    payload = canonical(
+        {
+            "events": [
+                {
+                    "data": {"n": None, "r": 1.0, "s": "é\u2028"},
+                    "engine": "celery",
+                    "kind": "task.succeeded",
+                    "task_id": "t1",
+                }
+            ]
+        }
+    )
     wire = session.Session(WELCOME, SECRET).sign("event_batch", "b-1", payload, 1767323045.678901)
     assert json.loads(wire)["ts"] == "2026-01-02T03:04:05.678901+00:00"
-    assert json.loads(wire)["hmac"] == "2b8213f57f0361ab9f0f4733fbcf2bf5bbbb59d328870cac13549538765f3b67"
+    assert (
+        json.loads(wire)["hmac"]
+        == "2b8213f57f0361ab9f0f4733fbcf2bf5bbbb59d328870cac13549538765f3b67"
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.dictionaries(st.text(max_size=5), anything, max_size=4), max_size=4), st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), anything, max_size=4), max_size=4),
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+)
 def test_core_accepts_every_frame(datas, task_id):
     """z4j_core's verifier accepts every frame we build, for any event that hypothesis invents."""
     ours, core = session.Session(WELCOME, SECRET), verifier()
     for data in datas:
         encoded = events.encode_event(an_event(data, task_id))
-        frame = core.parse_and_verify(ours.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time()))
+        frame = core.parse_and_verify(
+            ours.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time())
+        )
         assert frame.payload.events[0]["task_id"] == task_id
 
 
@@ -78,7 +121,11 @@ def test_core_accepts_every_frame(datas, task_id):
 @given(anything)
 def test_splicing_signs_what_core_signs(value):
     """The spliced signature equals z4j_core's signature over the parsed frame with the session's ids put in."""
-    wire = json.loads(session.Session(WELCOME, SECRET).sign("heartbeat", 'h"é', canonical({"x": value}), time.time()))
+    wire = json.loads(
+        session.Session(WELCOME, SECRET).sign(
+            "heartbeat", 'h"é', canonical({"x": value}), time.time()
+        )
+    )
     given_hmac = wire.pop("hmac")
     assert given_hmac == sign_envelope(SECRET, {**wire, **BINDING})
 
@@ -99,7 +146,9 @@ def test_equal_keys_collapse():
 
 def test_large_strings():
     """An event with 1 MiB strings is cut to a legal size, keeps its identity and is marked as cut."""
-    encoded = events.encode_event(an_event({"task_name": "shop.pay", "args": ["é" * 1_048_576], "traceback": "x" * 1_048_576}))
+    encoded = events.encode_event(
+        an_event({"task_name": "shop.pay", "args": ["é" * 1_048_576], "traceback": "x" * 1_048_576})
+    )
     fields = json.loads(encoded)
     assert len(encoded) <= events.MAX_EVENT_BYTES
     assert fields["data"]["task_name"] == "shop.pay"
@@ -109,7 +158,11 @@ def test_large_strings():
 
 def test_shrinking_ends_with_the_names():
     """An event that is large in a place we know nothing about keeps its names and says how much was cut."""
-    fields = json.loads(events.shrink({"id": "x", "data": {"task_name": "a", "queue": "q" * 300, "odd": ["y" * 5000]}}, 2000))
+    fields = json.loads(
+        events.shrink(
+            {"id": "x", "data": {"task_name": "a", "queue": "q" * 300, "odd": ["y" * 5000]}}, 2000
+        )
+    )
     assert fields["data"]["task_name"] == "a"
     assert len(fields["data"]["queue"]) == 200
     assert "bytes cut" in fields["data"]["cut"]
@@ -162,11 +215,18 @@ def opened(ours, message):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text(max_size=5), anything, max_size=4).map(lambda value: json.loads(canonical(value))), st.sampled_from(["", "key", "alter", "again"]))
+@given(
+    st.dictionaries(st.text(max_size=5), anything, max_size=4).map(
+        lambda value: json.loads(canonical(value))
+    ),
+    st.sampled_from(["", "key", "alter", "again"]),
+)
 def test_large_frames_are_judged_alike(parameters, attack):
     """A large frame is verified in bites with the outcome of z4j_core's own verifier, whatever it holds."""
     signer = FrameSigner(secret=bytes(32) if attack == "key" else SECRET, **BINDING)
-    payload = CommandPayload(action="submit_task", parameters={"kept": 1, **parameters}, timeout_seconds=7)
+    payload = CommandPayload(
+        action="submit_task", parameters={"kept": 1, **parameters}, timeout_seconds=7
+    )
     message = signer.sign_and_serialize(CommandFrame(id="c-1", payload=payload))
     if attack == "alter":
         message = message.replace(b'"kept":1', b'"kept":2')
@@ -205,7 +265,20 @@ def test_a_foreign_signature_is_refused():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200) | anything.map(canonical) | st.sampled_from([b"{}", b"[]", b'{"v":2,"type":"command"}', b'{"v":2,"type":"hello","payload":3}', b"[" * 100_000, b'{"v":' + b"9" * 5000 + b"}"]))
+@given(
+    st.binary(max_size=200)
+    | anything.map(canonical)
+    | st.sampled_from(
+        [
+            b"{}",
+            b"[]",
+            b'{"v":2,"type":"command"}',
+            b'{"v":2,"type":"hello","payload":3}',
+            b"[" * 100_000,
+            b'{"v":' + b"9" * 5000 + b"}",
+        ]
+    )
+)
 def test_fuzz_open(message):
     """Whatever bytes arrive, only our remote-protocol error comes out of the receive path."""
     for large in (session.LARGE, 0):
@@ -219,32 +292,53 @@ def test_fuzz_open(message):
 def test_fuzz_welcome(message):
     """Whatever the first message is, it is a hello_ack or our remote-protocol error."""
     with pytest.raises(RemoteProtocolError):
-        session.read_welcome(message)
+        session.parse_hello_ack(message)
 
 
 def ack(**payload):
-    body = {"protocol_version": "2", "brain_version": "1.13.0", "agent_id": "a", "project_id": "p", "session_id": "s", **payload}
-    return canonical({"v": 2, "type": "hello_ack", "id": "hack_1", "ts": "2026-01-02T03:04:05Z", "payload": body})
+    body = {
+        "protocol_version": "2",
+        "brain_version": "1.13.0",
+        "agent_id": "a",
+        "project_id": "p",
+        "session_id": "s",
+        **payload,
+    }
+    return canonical(
+        {"v": 2, "type": "hello_ack", "id": "hack_1", "ts": "2026-01-02T03:04:05Z", "payload": body}
+    )
 
 
 def test_welcome():
     """hello_ack yields the ids, the interval, the frame cap and the brain's clock."""
-    welcome = session.read_welcome(ack(heartbeat_interval_seconds=7, max_frame_size_bytes=4096))
-    assert (welcome.agent_id, welcome.project_id, welcome.session_id) == ("a", "p", "s")
-    assert (welcome.heartbeat_seconds, welcome.max_frame_bytes, welcome.server_time) == (7.0, 4096, 1767323045.0)
+    hello_ack = session.parse_hello_ack(
+        ack(heartbeat_interval_seconds=7, max_frame_size_bytes=4096)
+    )
+    assert (hello_ack.agent_id, hello_ack.project_id, hello_ack.session_id) == ("a", "p", "s")
+    assert (hello_ack.heartbeat_seconds, hello_ack.max_frame_bytes, hello_ack.server_time) == (
+        7.0,
+        4096,
+        1767323045.0,
+    )
 
 
 def test_another_protocol_version():
     """A brain of another protocol version is incompatible, not merely broken."""
     with pytest.raises(IncompatibleError, match="upgrade"):
-        session.read_welcome(ack(protocol_version="3"))
+        session.parse_hello_ack(ack(protocol_version="3"))
 
 
 def test_hello_is_valid():
     """z4j_core's own model accepts our hello, strictly typed as the brain reads it."""
     identity = frames.Identity(
-        framework="bare", agent_version="1.13.0+green.1", worker_id="bare-1-2", worker_pid=1,
-        worker_started_at=session.datetime.now(session.UTC), agent_name="w1", engines=("celery",), capabilities={"celery": ["retry_task"]},
+        framework="bare",
+        agent_version="1.13.0+green.1",
+        worker_id="bare-1-2",
+        worker_pid=1,
+        worker_started_at=session.datetime.now(session.UTC),
+        agent_name="w1",
+        engines=("celery",),
+        capabilities={"celery": ["retry_task"]},
     )
     frame = parse_frame(frames.hello(identity))
     assert frame.payload.engines == ["celery"]
@@ -253,13 +347,27 @@ def test_hello_is_valid():
 
 def test_results_always_fit():
     """Of a result too large to send the status and the numbers remain, and why there is no more; keys may be anything."""
-    body = json.loads(frames.command_result("success", {"rows": ["x" * 100] * 5000, "done": 5000, "all": True}, None, "tok"))
+    body = json.loads(
+        frames.command_result(
+            "success", {"rows": ["x" * 100] * 5000, "done": 5000, "all": True}, None, "tok"
+        )
+    )
     assert (body["status"], body["error"], body["delivery_claim_token"]) == ("success", None, "tok")
     why = body["result"].pop("why")
     assert why.startswith("the result is of 5")
     assert why.endswith("bytes, over the limit of 262144")
     assert body["result"] == {"shortened": True, "done": 5000, "all": True}
-    assert len(frames.command_result("failed", {"k" * 300_000: 1, **{f"n{number}": 10**300 for number in range(1000)}}, "e" * 9000, None)) < 30_000
+    assert (
+        len(
+            frames.command_result(
+                "failed",
+                {"k" * 300_000: 1, **{f"n{number}": 10**300 for number in range(1000)}},
+                "e" * 9000,
+                None,
+            )
+        )
+        < 30_000
+    )
 
 
 def test_errors_are_cut():
@@ -270,8 +378,14 @@ def test_errors_are_cut():
 def test_heartbeat_is_valid():
     """The verifier accepts a heartbeat with all its figures, the strictly checked loss object included."""
     payload = frames.heartbeat(
-        buffer_size=10**9, dropped_events=3, last_flush_at=1.0, loss={"buffer_id": "b", "runtime_id": "r", "event_records": 3}, health={"celery.status": "ok"}
+        buffer_size=10**9,
+        dropped_events=3,
+        last_flush_at=1.0,
+        loss={"buffer_id": "b", "runtime_id": "r", "event_records": 3},
+        health={"celery.status": "ok"},
     )
-    frame = verifier().parse_and_verify(session.Session(WELCOME, SECRET).sign("heartbeat", "hb_1", payload, time.time()))
+    frame = verifier().parse_and_verify(
+        session.Session(WELCOME, SECRET).sign("heartbeat", "hb_1", payload, time.time())
+    )
     assert frame.payload.telemetry_loss.event_records == 3
     assert frame.payload.buffer_size == 10_000_000

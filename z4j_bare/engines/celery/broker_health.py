@@ -48,7 +48,12 @@ class BrokerProbe:
             # The text may quote the broker's address with its password; the class says enough.
             return self._answer(broker_connected="False", broker_error=type(error).__name__)
         kind = self._connection.transport.driver_type
-        return self._answer(broker_connected="True", broker_error="", broker_type=kind, queue_depths=json.dumps(depths))
+        return self._answer(
+            broker_connected="True",
+            broker_error="",
+            broker_type=kind,
+            queue_depths=json.dumps(depths),
+        )
 
     def close(self) -> None:
         """Drop the connection."""
@@ -75,7 +80,9 @@ class BrokerProbe:
         try:
             return int(self._channel.queue_declare(queue=name, passive=True).message_count)
         except self._connection.channel_errors as error:
-            if getattr(self._channel, "closed", True):  # AMQP's has been; a new one on Redis costs six round trips
+            if getattr(
+                self._channel, "closed", True
+            ):  # AMQP's has been; a new one on Redis costs six round trips
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis has no empty lists, so an empty queue is one that does not exist

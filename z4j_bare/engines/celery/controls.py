@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_core.models import CommandResult
 
-from z4j_bare.engines.celery.remote_control import GATHER, Node, Nodes, said
+from z4j_bare.engines.celery.remote_control import GATHER, Node, RemoteControl, said
 from z4j_bare.errors import CommandError
 from z4j_bare.process import ready_worker
 
@@ -43,8 +43,8 @@ class CeleryControls:
     All methods return a ``CommandResult`` or raise ``CommandError``. A worker goes by its name in the brain.
     """
 
-    def __init__(self, app: Any, alias: Callable[[str], str], seam: BaseConcurrency) -> None:
-        self._nodes = Nodes(app, alias, seam)
+    def __init__(self, app: Any, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
+        self._nodes = RemoteControl(app, alias, backend)
 
     def restart_worker(self, worker: str, *, seconds: float) -> CommandResult:
         """Let every process of a prefork pool be replaced after the task that it runs, or else after its next one.
@@ -58,7 +58,9 @@ class CeleryControls:
             answer = self._nodes.tell(node, "pool_restart", until)
         except CommandError as error:
             if "not enabled" in str(error):
-                raise CommandError(_not_supported(node.pool, f"worker_pool_restarts is off on {node.alias}")) from None
+                raise CommandError(
+                    _not_supported(node.pool, f"worker_pool_restarts is off on {node.alias}")
+                ) from None
             raise
         old = node.processes
         soon = min(until, self._nodes.now() + RESTART)
@@ -93,7 +95,9 @@ class CeleryControls:
         _expect(seen, node, answer, f"{queue} is still among its queues")
         return _done(node, queue=queue)
 
-    def rate_limit(self, task: str, rate: str, *, seconds: float, worker_name: str | None = None) -> CommandResult:
+    def rate_limit(
+        self, task: str, rate: str, *, seconds: float, worker_name: str | None = None
+    ) -> CommandResult:
         """Limit how often each worker, or the named one, may start a task: ``10/m``, ``5``, or ``0`` for no limit."""
         until = self._until(seconds)
         if not _RATE(rate):
@@ -106,11 +110,20 @@ class CeleryControls:
         else:
             agreed, refused = self._everybody("rate_limit", until, task_name=task, rate_limit=rate)
         to = None if node is None else node.name
-        limited = self._nodes.ask("registered", self._gather(until), to=to, taskinfoitems=["rate_limit"])
+        limited = self._nodes.ask(
+            "registered", self._gather(until), to=to, taskinfoitems=["rate_limit"]
+        )
         deaf = [name for name in agreed if not _is_limited(limited.get(name), task, rate)]
         if deaf:
-            raise CommandError(f"not in force on {', '.join(self._aliases(deaf))}", indeterminate=True)
-        facts = {"task_name": task, "rate": rate, "workers": self._aliases(agreed), "refused": refused}
+            raise CommandError(
+                f"not in force on {', '.join(self._aliases(deaf))}", indeterminate=True
+            )
+        facts = {
+            "task_name": task,
+            "rate": rate,
+            "workers": self._aliases(agreed),
+            "refused": refused,
+        }
         return CommandResult(status="success", result=facts)
 
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandResult:
@@ -121,13 +134,17 @@ class CeleryControls:
         holder, runs = self._holder(task_id, until)
         if holder is not None and holder.pool in _END:
             raise CommandError(_not_supported(holder.pool, _END[holder.pool]))
-        agreed, refused = self._everybody("revoke", until, task_id=task_id, terminate=True, signal="SIGTERM")
+        agreed, refused = self._everybody(
+            "revoke", until, task_id=task_id, terminate=True, signal="SIGTERM"
+        )
         if holder is not None and runs:
             gone = self._nodes.see(lambda: self._ended(task_id, holder, until), until)
             answer = agreed.get(holder.name) or refused.get(holder.alias, "nothing")
             _expect(gone, holder, answer, "it still runs")
         facts = {"task_id": task_id, "terminated": runs, "worker": holder and holder.alias}
-        return CommandResult(status="success", result={**facts, "workers": self._aliases(agreed), "refused": refused})
+        return CommandResult(
+            status="success", result={**facts, "workers": self._aliases(agreed), "refused": refused}
+        )
 
     def _until(self, seconds: float) -> float:
         return self._nodes.now() + max(0.0, seconds - RESERVE)
@@ -142,7 +159,9 @@ class CeleryControls:
         node = self._able(worker, until, _RESIZE)
         wanted = node.size + change
         if wanted < 1:
-            raise CommandError(f"{node.alias} runs {node.size} tasks at a time, and one has to be left")
+            raise CommandError(
+                f"{node.alias} runs {node.size} tasks at a time, and one has to be left"
+            )
         answer = self._nodes.tell(node, command, until, n=abs(change))
 
         def reached() -> int | None:
@@ -154,7 +173,9 @@ class CeleryControls:
         _expect(size, node, answer, f"it does not run {wanted} tasks at a time")
         return _done(node, delta=abs(change), size=size)
 
-    def _everybody(self, command: str, until: float, **arguments: Any) -> tuple[dict[str, str], dict[str, str]]:
+    def _everybody(
+        self, command: str, until: float, **arguments: Any
+    ) -> tuple[dict[str, str], dict[str, str]]:
         """Give all workers a command; return what those say that agree, by name, and those that refuse, by alias.
 
         Not every worker knows every task. ``CommandError`` when all refuse, or none is there.
@@ -180,7 +201,9 @@ class CeleryControls:
         answers = self._nodes.ask("query_task", self._gather(until), ids=[task_id])
         for name, known in answers.items():
             if (state := _state(known, task_id)) in ("active", "reserved"):
-                return self._nodes.again(Node(name, self._nodes.alias(name), {}), until), state == "active"
+                return self._nodes.again(
+                    Node(name, self._nodes.alias(name), {}), until
+                ), state == "active"
         return None, False
 
     def _ended(self, task_id: str, node: Node, until: float) -> bool:
@@ -195,12 +218,16 @@ class CeleryControls:
 
 
 def _done(node: Node, **facts: Any) -> CommandResult:
-    return CommandResult(status="success", result={"worker": node.alias, "pool": node.pool, **facts})
+    return CommandResult(
+        status="success", result={"worker": node.alias, "pool": node.pool, **facts}
+    )
 
 
 def _expect(seen: Any, node: Node, answer: Any, otherwise: str) -> None:
     if not seen:
-        raise CommandError(f"{node.alias} says: {answer}; but in the end {otherwise}", indeterminate=True)
+        raise CommandError(
+            f"{node.alias} says: {answer}; but in the end {otherwise}", indeterminate=True
+        )
 
 
 def _not_supported(pool: str, why: str) -> str:
@@ -215,7 +242,10 @@ def _state(known: Any, task_id: str) -> str | None:
 
 def _is_limited(registered: Any, task: str, rate: str) -> bool:
     """Whether a worker's list, ``shop.pay [rate_limit=10/m]``, shows the rate for the task."""
-    return any(str(entry).split(" ", 1)[0] == task and f"rate_limit={rate}]" in str(entry) for entry in registered or ())
+    return any(
+        str(entry).split(" ", 1)[0] == task and f"rate_limit={rate}]" in str(entry)
+        for entry in registered or ()
+    )
 
 
 def _busy_solo(task_id: str) -> bool:

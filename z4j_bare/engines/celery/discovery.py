@@ -25,14 +25,16 @@ BITE = 25
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 
 
-def discover(host: EngineHost, hints: DiscoveryHints, breathe: Callable[[], object]) -> dict[str, bytes]:
+def discover(
+    host: EngineHost, hints: DiscoveryHints, checkpoint: Callable[[], object]
+) -> dict[str, bytes]:
     """Return the tasks' definitions as canonical JSON, by name.
 
-    ``breathe`` is called between bites of work. Raises whatever the adapter raises.
+    ``checkpoint`` is called between bites of work. Raises whatever the adapter raises.
     """
     found = {}
-    for definition in _definitions(host, hints, breathe):
-        breathe()
+    for definition in _definitions(host, hints, checkpoint):
+        checkpoint()
         body = definition.model_dump(mode="json")
         body["signature"] = without_defaults(body.get("signature"))
         found[str(definition.name)] = canonical(host.redactor.scrub(body))
@@ -41,9 +43,18 @@ def discover(host: EngineHost, hints: DiscoveryHints, breathe: Callable[[], obje
 
 def places(hints: DiscoveryHints) -> list[Path]:
     """Return the directories where tasks are declared: the framework's, and those of the ``tasks`` modules in use."""
-    modules = [module for name, module in list(sys.modules.items()) if name.rpartition(".")[2] == "tasks"]
+    modules = [
+        module for name, module in list(sys.modules.items()) if name.rpartition(".")[2] == "tasks"
+    ]
     files = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
-    return list(dict.fromkeys([*hints.app_paths, *(file.parent for file in files if "site-packages" not in file.parts)]))
+    return list(
+        dict.fromkeys(
+            [
+                *hints.app_paths,
+                *(file.parent for file in files if "site-packages" not in file.parts),
+            ]
+        )
+    )
 
 
 def without_defaults(signature: Any) -> str | None:
@@ -59,13 +70,17 @@ def without_defaults(signature: Any) -> str | None:
             quote = character
         else:
             depth += (character in _OPENING) - (character in _CLOSING)
-            default = (default or character == "=") and depth > 0 and (depth > 1 or character != ",")
+            default = (
+                (default or character == "=") and depth > 0 and (depth > 1 or character != ",")
+            )
         if not default:
             kept.append(character)
     return "".join(kept)
 
 
-def _definitions(host: EngineHost, hints: DiscoveryHints, breathe: Callable[[], object]) -> Iterator[Any]:
+def _definitions(
+    host: EngineHost, hints: DiscoveryHints, checkpoint: Callable[[], object]
+) -> Iterator[Any]:
     if not type(host.engine).__module__.startswith("z4j_celery."):
         yield from host.invoke("discover_tasks", timeout=PATIENCE, hints={"hints": hints}) or ()
         return
@@ -74,10 +89,12 @@ def _definitions(host: EngineHost, hints: DiscoveryHints, breathe: Callable[[], 
     loaded = set()
     tasks = list(host.engine.celery_app.tasks.items())
     for first in range(0, len(tasks), BITE):
-        breathe()
-        for definition in adapter.discover_runtime(SimpleNamespace(tasks=dict(tasks[first : first + BITE]))):
+        checkpoint()
+        for definition in adapter.discover_runtime(
+            SimpleNamespace(tasks=dict(tasks[first : first + BITE]))
+        ):
             loaded.add(definition.name)
             yield definition
     for path in hints.app_paths:
-        breathe()
+        checkpoint()
         yield from (each for each in adapter.discover_static([path]) if each.name not in loaded)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.errors import ForkedChildError, NoMoreThreadsError
+from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -48,10 +48,10 @@ def patched_late() -> bool:
     """Whether kombu waits in the ``select`` of before the patching; it also remembers that there was none."""
     from kombu.utils import eventio
 
-    return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
+    return eventio._selectf is not select.select
 
 
-class BrokerStream:
+class EventReceiver:
     """Reads the event exchange of a Celery app and hands each event to ``take``.
 
     :param take: gets a decoded event; it may raise for garbage, which is counted.
@@ -61,7 +61,11 @@ class BrokerStream:
     name = "z4j-celery-events"
 
     def __init__(
-        self, app: Any, take: Callable[[dict[str, Any]], None], tend: Callable[[], None], seam: BaseConcurrency
+        self,
+        app: Any,
+        take: Callable[[dict[str, Any]], None],
+        tend: Callable[[], None],
+        backend: BaseConcurrency,
     ) -> None:
         #: Connections that failed, and events that could not be read.
         self.failures = 0
@@ -69,52 +73,56 @@ class BrokerStream:
         self._app = app
         self._take = take
         self._tend = tend
-        self._seam = seam
+        self._backend = backend
         self._streak = 0
         self._messages = 0
         self._yielded = 0.0
-        self._over = seam.event()
+        self._over = backend.event()
         self._over.set()
 
-    def run(self, stopping: Any) -> None:
-        """Read until ``stopping`` is set, and then what has been sent up to then. A lost broker is waited for."""
-        if self._seam.name in _HUBS and patched_late():
+    def run(self, stop_event: Any) -> None:
+        """Read until ``stop_event`` is set, and then what has been sent up to then. A lost broker is waited for."""
+        if self._backend.name in _HUBS and patched_late():
             logger.warning(
                 "z4j: this process was patched after it had imported kombu, whose waits would hold up the hub: nothing is"
                 " read from the broker. Patch first, for a preloaded application in gunicorn's configuration file"
             )
-            self._seam.pause(stopping)
+            self._backend.pause(stop_event)
             return
         self._over.clear()
         try:
-            while not stopping.is_set():
-                began = self._seam.now()
+            while not stop_event.is_set():
+                began = self._backend.now()
                 try:
-                    self._session(stopping)
-                except (ForkedChildError, NoMoreThreadsError):
+                    self._session(stop_event)
+                except (ForkedChildError, InterpreterShutdownError):
                     raise
                 except Exception as error:
-                    if self._seam.now() - began > STEADY:
+                    if self._backend.now() - began > STEADY:
                         self._streak = 0
                     self._failed(error)
-                    self._seam.pause(stopping, min(FIRST * 2 ** min(self._streak - 1, 10), LONGEST))
+                    self._backend.pause(
+                        stop_event, min(FIRST * 2 ** min(self._streak - 1, 10), LONGEST)
+                    )
         finally:
-            if not self._seam.forked():
+            if not self._backend.forked():
                 self._over.set()
 
     def finish(self) -> None:
-        """Wait until what was sent before ``stopping`` has been read, a little longer than ``LAST`` at most."""
-        self._seam.pause(self._over, TURN + LAST)
+        """Wait until what was sent before ``stop_event`` has been read, a little longer than ``LAST`` at most."""
+        self._backend.pause(self._over, TURN + LAST)
 
-    def _session(self, stopping: Any) -> None:
+    def _session(self, stop_event: Any) -> None:
         connection = self._app.connection_for_read(connect_timeout=CONNECT_TIMEOUT)
         try:
-            self._seam.waiting(self._subscribe, connection)
-            self._listen(connection, stopping)
+            self._backend.waiting(self._subscribe, connection)
+            self._listen(connection, stop_event)
             self._drain_last(connection)
         finally:
-            if not self._seam.forked():  # the socket is the parent's, and so is the subscription that would be cancelled
-                self._seam.waiting(_release, connection)
+            if (
+                not self._backend.forked()
+            ):  # the socket is the parent's, and so is the subscription that would be cancelled
+                self._backend.waiting(_release, connection)
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
@@ -138,13 +146,13 @@ class BrokerStream:
         )
         consumer.consume()
 
-    def _listen(self, connection: Any, stopping: Any) -> None:
-        heard, messages = self._seam.now(), self._messages
-        while not stopping.is_set():
+    def _listen(self, connection: Any, stop_event: Any) -> None:
+        heard, messages = self._backend.now(), self._messages
+        while not stop_event.is_set():
             self._drain(connection, TURN)
             connection.heartbeat_check()
             self._tend()
-            now = self._seam.now()
+            now = self._backend.now()
             if self._messages != messages:
                 heard, messages = now, self._messages
             elif messages and now - heard > SILENCE:
@@ -152,25 +160,27 @@ class BrokerStream:
                 return
 
     def _drain_last(self, connection: Any) -> None:
-        deadline = self._seam.now() + LAST
-        while self._seam.now() < deadline and self._drain(connection, QUIET):
+        deadline = self._backend.now() + LAST
+        while self._backend.now() < deadline and self._drain(connection, QUIET):
             pass
 
     def _drain(self, connection: Any, seconds: float) -> bool:
         """Take what has come, waiting at most ``seconds``; return whether anything had."""
         before = self._messages
         try:
-            self._seam.waiting(connection.drain_events, timeout=seconds)
+            self._backend.waiting(connection.drain_events, timeout=seconds)
         except TimeoutError as error:
             if error.errno is not None:  # not ours, but the network's
                 raise
             return False
-        if self._messages == before:  # the transport's own business; should it repeat, it must not keep the hub busy
-            self._seam.sleep(SLICE)
+        if (
+            self._messages == before
+        ):  # the transport's own business; should it repeat, it must not keep the hub busy
+            self._backend.sleep(SLICE)
         return True
 
     def _receive(self, body: Any, _message: Any) -> None:
-        step = self._seam.steps.begin()
+        step = self._backend.steps.begin()
         self._messages += 1
         for event in body if isinstance(body, list) else [body]:
             try:
@@ -178,15 +188,17 @@ class BrokerStream:
             except Exception as error:
                 self.unreadable += 1
                 logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
-        self._seam.steps.end(step, self.name)
+        self._backend.steps.end(step, self.name)
         if perf_counter() - self._yielded > SLICE:  # kombu may hand over a whole burst in one go
-            self._seam.sleep(0)
+            self._backend.sleep(0)
             self._yielded = perf_counter()
 
     def _refuse(self, _message: Any, error: Exception) -> None:
         self._messages += 1
         self.unreadable += 1
-        logger.debug("z4j: a message on the event exchange cannot be decoded: %s", type(error).__name__)
+        logger.debug(
+            "z4j: a message on the event exchange cannot be decoded: %s", type(error).__name__
+        )
 
 
 def _release(connection: Any) -> None:

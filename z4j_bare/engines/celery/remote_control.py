@@ -50,7 +50,11 @@ class Node:
     def size(self) -> int:
         """How many tasks it runs at a time; prefork's own figure is the one it was started with."""
         processes = self._pool().get("processes")
-        return len(processes) if self.pool == "prefork" and processes else int(self._pool().get("max-concurrency") or 0)
+        return (
+            len(processes)
+            if self.pool == "prefork" and processes
+            else int(self._pool().get("max-concurrency") or 0)
+        )
 
     @property
     def processes(self) -> frozenset[int]:
@@ -62,34 +66,40 @@ class Node:
         return found
 
 
-class Nodes:
+class RemoteControl:
     """Asks workers through Celery's remote control. Methods wait; none is for loop steps.
 
     :param app: the Celery application.
     :param alias: a worker's name as the brain keeps it.
     """
 
-    def __init__(self, app: Any, alias: Callable[[str], str], seam: BaseConcurrency) -> None:
+    def __init__(self, app: Any, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
         self.alias = alias
         self._app = app
-        self._seam = seam
+        self._backend = backend
         self._real: dict[str, str] = {}
 
     def now(self) -> float:
         """Monotonic seconds."""
-        return self._seam.now()
+        return self._backend.now()
 
-    def ask(self, command: str, seconds: float, *, to: str | None = None, **arguments: Any) -> dict[str, Any]:
+    def ask(
+        self, command: str, seconds: float, *, to: str | None = None, **arguments: Any
+    ) -> dict[str, Any]:
         """Broadcast a control command and return the answers by worker.
 
         From one worker the first answer ends it; from all, ``seconds`` without a further one. Raises ``CommandError``
         when the broker fails.
         """
         try:
-            replies = self._seam.waiting(self._broadcast, command, arguments, to, max(0.1, seconds))
+            replies = self._backend.waiting(
+                self._broadcast, command, arguments, to, max(0.1, seconds)
+            )
         except Exception as error:
             # The text may quote the broker's address with its password; the class says enough.
-            raise CommandError(f"the broker failed: {type(error).__name__}", indeterminate=True) from error
+            raise CommandError(
+                f"the broker failed: {type(error).__name__}", indeterminate=True
+            ) from error
         answers = {name: answer for reply in replies or () for name, answer in reply.items()}
         if len(self._real) > REMEMBERED:
             self._real.clear()
@@ -97,7 +107,9 @@ class Nodes:
             self._real[name] = self._real[self.alias(name)] = name
         return answers
 
-    def _broadcast(self, command: str, arguments: dict[str, Any], to: str | None, seconds: float) -> Any:
+    def _broadcast(
+        self, command: str, arguments: dict[str, Any], to: str | None, seconds: float
+    ) -> Any:
         """Ask on a connection of our own, publishing included.
 
         A child that is forked meanwhile closes the app's pool, and would read the replies off the socket that it shares
@@ -159,7 +171,7 @@ class Nodes:
                 found = None
             if found or self.now() + LOOK >= until:
                 return found
-            self._seam.sleep(LOOK)
+            self._backend.sleep(LOOK)
 
 
 def said(worker: str, answer: Any) -> str:

@@ -34,7 +34,7 @@ _CONSTANTS = {"None": None, "True": True, "False": False, "...": CUT}
 _OPEN, _CLOSE = "([{", ")]}"
 
 
-class Repr(str):
+class ReprText(str):
     """Such a text, at most ``MAX_TEXT`` characters of it."""
 
     __slots__ = ()
@@ -42,7 +42,7 @@ class Repr(str):
 
 def keep(value: Any) -> Any:
     """Return a bounded copy of what an event brought as argument or result: text to :func:`read`, or a snapshot."""
-    return Repr(value[:MAX_TEXT]) if isinstance(value, str) else snapshot(value)
+    return ReprText(value[:MAX_TEXT]) if isinstance(value, str) else snapshot(value)
 
 
 def read(text: str, secret: Callable[[str], bool]) -> Any:

@@ -11,8 +11,16 @@ from time import perf_counter, time
 from typing import Any
 
 from z4j_bare.concurrency import fork
-from z4j_bare.engines.celery.task_encoder import Scribe
-from z4j_bare.engines.celery.task_state import FAILED, REJECTED, RETRIED, REVOKED, Kinds, Track, Tracks
+from z4j_bare.engines.celery.task_encoder import TaskEncoder
+from z4j_bare.engines.celery.task_state import (
+    FAILED,
+    REJECTED,
+    RETRIED,
+    REVOKED,
+    TaskState,
+    TaskStates,
+    TaskTypes,
+)
 from z4j_bare.events.names import safe_name
 from z4j_bare.events.redaction import Redactor
 from z4j_bare.events.ring import Put
@@ -62,18 +70,24 @@ class CeleryCapture:
     ) -> None:
         from z4j_celery.meta import get_meta
 
-        self.worker = None if hostname is None else safe_name(hostname, engine.redaction.value_matches)
-        self.tracks = Tracks()
+        self.worker = (
+            None if hostname is None else safe_name(hostname, engine.redaction.value_matches)
+        )
+        self.tracks = TaskStates()
         self._put = put
         self._args = args
         self._result = result
         self._clock = clock
-        scribe = Scribe(engine.name, Redactor(engine.redaction), self.worker)
+        scribe = TaskEncoder(engine.name, Redactor(engine.redaction), self.worker)
         # Bound once: a bound method made at each event is one more thing for the garbage collector to count.
-        self._received, self._started, self._succeeded = scribe.received, scribe.started, scribe.succeeded
+        self._received, self._started, self._succeeded = (
+            scribe.received,
+            scribe.started,
+            scribe.succeeded,
+        )
         self._other, self._encode = scribe.other, scribe.encode
         self._at_once = scribe.at_once
-        self._kinds = Kinds(get_meta)
+        self._kinds = TaskTypes(get_meta)
         self._epoch = fork.epoch()
         self._connected: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -102,7 +116,9 @@ class CeleryCapture:
             kind = self._kinds.of(request.task)
             if fork.epoch() != self._epoch or not (kind.whole or kind.reports(task_id)):
                 return
-            track = self.tracks.get(task_id) or self.tracks.add(task_id, Track(kind, _queue(request)))
+            track = self.tracks.get(task_id) or self.tracks.add(
+                task_id, TaskState(kind, _queue(request))
+            )
             args = kwargs = None
             if self._args:
                 args = snapshot(request.args) if request.args else _NO_ARGS
@@ -124,7 +140,12 @@ class CeleryCapture:
                 raise
 
     def _on_postrun(
-        self, task_id: str = "", task: Any = None, retval: Any = None, state: Any = None, **_kwargs: Any
+        self,
+        task_id: str = "",
+        task: Any = None,
+        retval: Any = None,
+        state: Any = None,
+        **_kwargs: Any,
     ) -> None:
         # task_success carries no id. Failures have a signal of their own, and a task that gevent killed has no state.
         if state != "SUCCESS":
@@ -134,25 +155,45 @@ class CeleryCapture:
             if track is not None:
                 self.tracks.pop(task_id, None)
                 result = snapshot(retval) if self._result else None
-                self._put((self._succeeded, self._clock(), task_id, track, perf_counter(), self._result, result))
+                self._put(
+                    (
+                        self._succeeded,
+                        self._clock(),
+                        task_id,
+                        track,
+                        perf_counter(),
+                        self._result,
+                        result,
+                    )
+                )
         except Exception as error:
             if not excused(self._on_postrun, error):
                 raise
 
     @safe_boundary
     def _on_failure(
-        self, sender: Any = None, task_id: str = "", exception: Any = None, einfo: Any = None, **_kwargs: Any
+        self,
+        sender: Any = None,
+        task_id: str = "",
+        exception: Any = None,
+        einfo: Any = None,
+        **_kwargs: Any,
     ) -> None:
         track = self._track(task_id, sender)
         if track is not None:
-            own = {"exception": type(exception).__name__, "exception_message": snapshot(_text(exception))}
+            own = {
+                "exception": type(exception).__name__,
+                "exception_message": snapshot(_text(exception)),
+            }
             text = getattr(einfo, "traceback", None)
             if isinstance(text, str):
                 own["traceback"] = text[:TRACEBACK]
             self._finish(FAILED, task_id, track, own)
 
     @safe_boundary
-    def _on_retry(self, sender: Any = None, request: Any = None, reason: Any = None, **_kwargs: Any) -> None:
+    def _on_retry(
+        self, sender: Any = None, request: Any = None, reason: Any = None, **_kwargs: Any
+    ) -> None:
         track = self._track(request.id, sender)
         if track is not None:
             retries = int(getattr(request, "retries", 0) or 0) + 1
@@ -178,10 +219,14 @@ class CeleryCapture:
     @safe_boundary
     def _on_rejected(self, message: Any = None, exc: Any = None, **_kwargs: Any) -> None:
         headers = getattr(message, "headers", None) or {}
-        self._refused(str(headers.get("id") or ""), str(headers.get("task") or "unknown"), snapshot(_text(exc)))
+        self._refused(
+            str(headers.get("id") or ""),
+            str(headers.get("task") or "unknown"),
+            snapshot(_text(exc)),
+        )
 
     @safe_boundary
-    def _on_unknown(self, name: Any = None, id: Any = None, **_kwargs: Any) -> None:  # noqa: A002 - Celery's keyword
+    def _on_unknown(self, name: Any = None, id: Any = None, **_kwargs: Any) -> None:
         self._refused(str(id or ""), str(name or "unknown"), "not registered with this worker")
 
     def _refused(self, task_id: str, name: str, reason: Any) -> None:
@@ -189,7 +234,7 @@ class CeleryCapture:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
             self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
-    def _track(self, task_id: str, task: Any) -> Track | None:
+    def _track(self, task_id: str, task: Any) -> TaskState | None:
         """Return the track of a reported task; one that was received before us begins here."""
         if fork.epoch() != self._epoch:
             return None
@@ -199,9 +244,9 @@ class CeleryCapture:
         kind = self._kinds.of(task)
         if not kind.reports(task_id):
             return None
-        return self.tracks.add(task_id, Track(kind, _queue(getattr(task, "request", None))))
+        return self.tracks.add(task_id, TaskState(kind, _queue(getattr(task, "request", None))))
 
-    def _finish(self, event: str, task_id: str, track: Track, own: dict[str, Any]) -> None:
+    def _finish(self, event: str, task_id: str, track: TaskState, own: dict[str, Any]) -> None:
         self._put((self._other, self._clock(), task_id, track, event, own, perf_counter()))
         self.tracks.end(task_id)
 
@@ -224,7 +269,7 @@ class EagerCapture(CeleryCapture):
 
     signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
 
-    def _track(self, task_id: str, task: Any) -> Track | None:
+    def _track(self, task_id: str, task: Any) -> TaskState | None:
         eager = getattr(getattr(task, "request", None), "is_eager", False)
         return super()._track(task_id, task) if eager else None
 

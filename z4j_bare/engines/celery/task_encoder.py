@@ -9,7 +9,7 @@ from __future__ import annotations
 from json.encoder import encode_basestring
 from typing import Any
 
-from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, Track
+from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, TaskState
 from z4j_bare.events.encode import REMEMBERED, Encoder, encode_text
 from z4j_bare.events.redaction import Redactor
 
@@ -22,10 +22,12 @@ class _Place:
     def __init__(self, fields: dict[str, Any], queue: str | None, worker: str | None) -> None:
         self.data = encode_text({**fields, "worker": worker, "queue": queue})
         self.queue = f'"queue":{encode_text(queue)}'
-        self.rest = f'"task_name":{encode_text(fields["task_name"])},"worker":{encode_text(worker)}}}'
+        self.rest = (
+            f'"task_name":{encode_text(fields["task_name"])},"worker":{encode_text(worker)}}}'
+        )
 
 
-class Scribe:
+class TaskEncoder:
     """Writes up the notes of one worker's tasks, in the order of the ring, in which a task's stamps grow.
 
     The usual three events are spliced from text, which takes half the time of a dictionary; a test holds them equal to what
@@ -46,7 +48,11 @@ class Scribe:
 
     def at_once(self, note: Any) -> tuple[Any, ...]:
         """Return the note of a task that comes with its stamp given now: for tracks that others stamp meanwhile."""
-        return (self._stamped, note[3].stamp(note[1], RECEIVED), note) if note[0] == self.received else note
+        return (
+            (self._stamped, note[3].stamp(note[1], RECEIVED), note)
+            if note[0] == self.received
+            else note
+        )
 
     def started(self, note: Any) -> bytes:
         """Write up ``(_, now, task_id, track)``."""
@@ -62,13 +68,25 @@ class Scribe:
         """Write up ``(_, now, task_id, track, ended, has_result, result)``; ``ended`` as :meth:`other`."""
         _, now, task_id, track, ended, has_result, result = note
         if track.kind.meta is not None:
-            return self.other((None, now, task_id, track, SUCCEEDED, {"result": result} if has_result else {}, ended))
+            return self.other(
+                (
+                    None,
+                    now,
+                    task_id,
+                    track,
+                    SUCCEEDED,
+                    {"result": result} if has_result else {},
+                    ended,
+                )
+            )
         stamp = track.stamp(now)
         try:
             place = self._place(track)
             shown = f',"result":{self._shown(result)}' if has_result else ""
             runtime = f',"runtime_ms":{_runtime(track, ended)}' if track.began else ""
-            return self.encode.envelope(SUCCEEDED, stamp, task_id, f"{{{place.queue}{shown}{runtime},{place.rest}")
+            return self.encode.envelope(
+                SUCCEEDED, stamp, task_id, f"{{{place.queue}{shown}{runtime},{place.rest}"
+            )
         except ValueError:
             own = {"result": result} if has_result else {}
             return self._plain(SUCCEEDED, stamp, note, self._finish(own, track, ended))
@@ -92,10 +110,17 @@ class Scribe:
                 top = f'"root_task_id":{encode_basestring(root)},' if root else ""
                 data = f"{{{sent}{above}{place.queue},{top}{place.rest}"
                 return self.encode.envelope(RECEIVED, stamp, task_id, data)
-            except (TypeError, ValueError):  # ids that are no text are the sanitiser's business, too
+            except (
+                TypeError,
+                ValueError,
+            ):  # ids that are no text are the sanitiser's business, too
                 pass
         own: dict[str, Any] = {} if args is None else {"args": args, "kwargs": kwargs}
-        own |= {name: value for name, value in (("parent_task_id", parent), ("root_task_id", root)) if value}
+        own |= {
+            name: value
+            for name, value in (("parent_task_id", parent), ("root_task_id", root))
+            if value
+        }
         return self._plain(RECEIVED, stamp, note, self._finish(own, track, None))
 
     def _scrubbed(self, value: Any, empty: str) -> str:
@@ -106,7 +131,7 @@ class Scribe:
             return "null"
         return encode_text(self._scrub(result) if result else result)
 
-    def _finish(self, own: dict[str, Any], track: Track, ended: float | None) -> dict[str, Any]:
+    def _finish(self, own: dict[str, Any], track: TaskState, ended: float | None) -> dict[str, Any]:
         own = {**own, "worker": self._worker, "queue": track.queue}
         if ended is not None and track.began:
             own["runtime_ms"] = _runtime(track, ended)
@@ -117,7 +142,7 @@ class Scribe:
     def _plain(self, kind: str, stamp: float, note: Any, own: dict[str, Any]) -> bytes:
         return self.encode((None, kind, stamp, note[2], note[3].kind.fields, own))
 
-    def _place(self, track: Track) -> _Place:
+    def _place(self, track: TaskState) -> _Place:
         key = (track.kind.name, track.queue)
         place = self._places.get(key)
         if place is None:
@@ -127,5 +152,5 @@ class Scribe:
         return place
 
 
-def _runtime(track: Track, ended: float) -> int:
+def _runtime(track: TaskState, ended: float) -> int:
     return int((ended - track.began) * 1000)

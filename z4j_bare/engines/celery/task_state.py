@@ -17,7 +17,7 @@ REMEMBERED = 20_000
 AHEAD = 5.0
 
 
-class Kind:
+class TaskType:
     """What is the same for every run of a task: its ``@z4j_meta`` annotations, and the fields they add to each event."""
 
     __slots__ = ("fields", "meta", "name", "rate", "whole")
@@ -46,12 +46,12 @@ class Kind:
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
-class Track:
+class TaskState:
     """One task that is here: its kind and queue, when it began, the last stamp it got, and the retries counted here."""
 
     __slots__ = ("began", "kind", "last", "queue", "retries", *_SECONDS.values())
 
-    def __init__(self, kind: Kind, queue: str | None) -> None:
+    def __init__(self, kind: TaskType, queue: str | None) -> None:
         self.kind = kind
         self.queue = queue
         self.began = self.last = 0.0
@@ -76,35 +76,37 @@ class Track:
         return now
 
 
-class Tracks(dict[str, Track]):
+class TaskStates(dict[str, TaskState]):
     """Every task that is here, by its id, bounded; the oldest are forgotten first."""
 
-    def add(self, task_id: str, track: Track) -> Track:
+    def add(self, task_id: str, track: TaskState) -> TaskState:
         """Remember a task."""
         if len(self) >= REMEMBERED:
             self.pop(next(iter(self)), None)
         self[task_id] = track
         return track
 
-    def end(self, task_id: str) -> Track | None:
+    def end(self, task_id: str) -> TaskState | None:
         """Forget a task that has ended, and return what was known of it."""
         return self.pop(task_id, None)
 
 
-class Kinds:
+class TaskTypes:
     """The kinds seen so far, by task name."""
 
     def __init__(self, read_meta: Callable[[Any], Any]) -> None:
         self._read_meta = read_meta
         #: By name.
-        self.known: dict[str, Kind] = {}
+        self.known: dict[str, TaskType] = {}
 
-    def of(self, task: Any) -> Kind:
+    def of(self, task: Any) -> TaskType:
         """Return the kind of a task object or name."""
-        name = getattr(task, "name", None) or (task if isinstance(task, str) else type(task).__name__)
+        name = getattr(task, "name", None) or (
+            task if isinstance(task, str) else type(task).__name__
+        )
         return self.known.get(name) or self._meet(name, task)
 
-    def _meet(self, name: str, task: Any) -> Kind:
+    def _meet(self, name: str, task: Any) -> TaskType:
         meta = None if isinstance(task, str) else self._read_meta(task)
-        found = self.known[name] = Kind(name, meta)
+        found = self.known[name] = TaskType(name, meta)
         return found

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.engines.celery.saferepr import Repr, keep, read
+from z4j_bare.engines.celery.saferepr import ReprText, keep, read
 from z4j_bare.engines.celery.signals import TRACEBACK
 from z4j_bare.engines.celery.task_state import (
     FAILED,
@@ -18,10 +18,10 @@ from z4j_bare.engines.celery.task_state import (
     REVOKED,
     STARTED,
     SUCCEEDED,
-    Kind,
-    Kinds,
-    Track,
-    Tracks,
+    TaskState,
+    TaskStates,
+    TaskType,
+    TaskTypes,
 )
 from z4j_bare.events.encode import Encoder, Record
 from z4j_bare.events.redaction import Redactor
@@ -29,7 +29,7 @@ from z4j_bare.events.ring import Put
 from z4j_bare.events.snapshot import snapshot
 
 if TYPE_CHECKING:
-    from z4j_bare.engines.celery.workers import Roster
+    from z4j_bare.engines.celery.workers import WorkerRegistry
 
 #: Seconds by which a worker's clock may differ from ours; beyond, ours counts. The brain takes no more than 60.
 SKEW = 60.0
@@ -42,7 +42,7 @@ _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
 _FINAL = frozenset({SUCCEEDED, FAILED, REVOKED})
 
 #: A task that was here before us: its events tell no name.
-UNKNOWN = Kind("<unknown>", None)
+UNKNOWN = TaskType("<unknown>", None)
 
 
 class Translator:
@@ -58,8 +58,8 @@ class Translator:
         self,
         engine: Any,
         put: Put,
-        roster: Roster,
-        tracks: Tracks | None = None,
+        roster: WorkerRegistry,
+        tracks: TaskStates | None = None,
         *,
         args: bool = True,
         result: bool = True,
@@ -76,11 +76,13 @@ class Translator:
         self._clock = clock
         self._secret = redactor.secret
         self._encode = Encoder(engine.name, redactor)
-        self._kinds = Kinds(get_meta)
+        self._kinds = TaskTypes(get_meta)
         self._told = tracks is not None
-        self._tracks = Tracks() if tracks is None else tracks
-        self._sent = Tracks()
-        self._tellers: dict[str, tuple[str, Callable[[dict[str, Any], Track, dict[str, Any]], None]]] = {
+        self._tracks = TaskStates() if tracks is None else tracks
+        self._sent = TaskStates()
+        self._tellers: dict[
+            str, tuple[str, Callable[[dict[str, Any], TaskState, dict[str, Any]], None]]
+        ] = {
             "task-received": (RECEIVED, self._received),
             "task-started": (STARTED, lambda *_: None),
             "task-succeeded": (SUCCEEDED, self._succeeded),
@@ -107,7 +109,9 @@ class Translator:
         elif (teller := self._tellers.get(what)) is not None:
             self._tell(teller[0], teller[1], event, {"worker": worker})
 
-    def _tell(self, kind: str, fill: Callable[..., None], event: dict[str, Any], own: dict[str, Any]) -> None:
+    def _tell(
+        self, kind: str, fill: Callable[..., None], event: dict[str, Any], own: dict[str, Any]
+    ) -> None:
         task_id = _task_id(event)
         track = self._track(task_id, event)
         fill(event, track, own)
@@ -126,7 +130,7 @@ class Translator:
         """Read what is text yet, and encode: on the flush loop's time."""
         own = record[-1]
         for name, value in own.items():
-            if isinstance(value, Repr):
+            if isinstance(value, ReprText):
                 own[name] = read(value, self._secret)
         if not isinstance(own.get("args", []), list):
             own["args"] = [own["args"]]
@@ -134,16 +138,16 @@ class Translator:
             own["kwargs"] = {"...": own["kwargs"]}
         return self._encode(record)
 
-    def _track(self, task_id: str, event: dict[str, Any]) -> Track:
+    def _track(self, task_id: str, event: dict[str, Any]) -> TaskState:
         track = self._tracks.get(task_id)
         if track is None:
-            track = self._tracks.add(task_id, self._sent.end(task_id) or Track(UNKNOWN, None))
+            track = self._tracks.add(task_id, self._sent.end(task_id) or TaskState(UNKNOWN, None))
         name = event.get("name")
         if track.kind is UNKNOWN and isinstance(name, str) and name:
             track.kind = self._kind(name)
         return track
 
-    def _kind(self, name: str) -> Kind:
+    def _kind(self, name: str) -> TaskType:
         # With a name that this app does not know there is no annotation to be had.
         name = name[:LONGEST_NAME]
         return self._kinds.of(self._app.tasks.get(name, name))
@@ -151,11 +155,13 @@ class Translator:
     def _note_sent(self, event: dict[str, Any]) -> None:
         """Remember the queue: producers tell it, where ``task_send_sent_event`` is set, and nobody else."""
         task_id, queue = _task_id(event), event.get("queue")
-        track = self._tracks.get(task_id) or self._sent.add(task_id, Track(self._kind(_text(event["name"])), None))
+        track = self._tracks.get(task_id) or self._sent.add(
+            task_id, TaskState(self._kind(_text(event["name"])), None)
+        )
         if isinstance(queue, str) and queue:
             track.queue = queue[:LONGEST_ID]
 
-    def _received(self, event: dict[str, Any], track: Track, own: dict[str, Any]) -> None:
+    def _received(self, event: dict[str, Any], track: TaskState, own: dict[str, Any]) -> None:
         if not track.last and isinstance(retries := event.get("retries"), int):
             track.retries = retries  # only at first: the next run can be received before the last one tells of its retry
         if track.queue is None:
@@ -167,14 +173,14 @@ class Translator:
             if isinstance(event.get(theirs), str):
                 own[ours] = event[theirs][:LONGEST_ID]
 
-    def _succeeded(self, event: dict[str, Any], _track: Track, own: dict[str, Any]) -> None:
+    def _succeeded(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
         if self._result:
             own["result"] = keep(event.get("result"))
         runtime = event.get("runtime")
         if isinstance(runtime, int | float) and 0 <= runtime < float(2**31):
             own["runtime_ms"] = int(runtime * 1000)
 
-    def _failed(self, event: dict[str, Any], _track: Track, own: dict[str, Any]) -> None:
+    def _failed(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
         text = str(event.get("exception") or "")
         found = _EXCEPTION.match(text[:LONGEST_NAME])
         own["exception"] = found.group(2) if found else "Exception"
@@ -182,17 +188,20 @@ class Translator:
         if isinstance(traceback := event.get("traceback"), str):
             own["traceback"] = traceback[:TRACEBACK]
 
-    def _retried(self, event: dict[str, Any], track: Track, own: dict[str, Any]) -> None:
+    def _retried(self, event: dict[str, Any], track: TaskState, own: dict[str, Any]) -> None:
         track.retries += 1
         own["retry_count"] = track.retries
         own["reason"] = snapshot(str(event.get("exception") or ""))
 
-    def _revoked(self, event: dict[str, Any], _track: Track, own: dict[str, Any]) -> None:
+    def _revoked(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
         signum = event.get("signum")
         own["signum"] = signum if isinstance(signum, int) and abs(signum) < 2**31 else None
-        own["terminated"], own["expired"] = bool(event.get("terminated")), bool(event.get("expired"))
+        own["terminated"], own["expired"] = (
+            bool(event.get("terminated")),
+            bool(event.get("expired")),
+        )
 
-    def _rejected(self, event: dict[str, Any], _track: Track, own: dict[str, Any]) -> None:
+    def _rejected(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _stamp(self, event: dict[str, Any]) -> float:

@@ -61,7 +61,9 @@ class WorkerDetails:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._look = partial(distant_details, app) if consumer is None else partial(own_details, consumer)
+        self._look = (
+            partial(distant_details, app) if consumer is None else partial(own_details, consumer)
+        )
         self._matches = matches
         self._clock = clock
         self._looked_at = float("-inf")

@@ -52,7 +52,7 @@ class Worker:
         self.due = now + GREETINGS[self.greeted] if self.greeted < len(GREETINGS) else inf
 
 
-class Roster:
+class WorkerRegistry:
     """The workers whose events we read.
 
     Told of each event's worker by one task; asks and enables in tasks of its own, one at a time, so that a broker that does
@@ -63,11 +63,17 @@ class Roster:
     """
 
     def __init__(
-        self, app: Any, presence: Presence, seam: BaseConcurrency, *, mine: str | None = None, only: str | None = None
+        self,
+        app: Any,
+        presence: Presence,
+        backend: BaseConcurrency,
+        *,
+        mine: str | None = None,
+        only: str | None = None,
     ) -> None:
         self._app = app
         self._presence = presence
-        self._seam = seam
+        self._backend = backend
         self._ask = mine is None
         self._only = mine or only
         self._workers: dict[str, Worker] = {}
@@ -82,7 +88,7 @@ class Roster:
         if self._only is not None and hostname != self._only:
             return None
         worker = self._workers.get(hostname) or self._meet(hostname)
-        worker.seen = self._seam.now()
+        worker.seen = self._backend.now()
         return worker.label
 
     def came(self, hostname: str) -> None:
@@ -93,7 +99,7 @@ class Roster:
         """
         if self.saw(hostname) is not None:
             worker = self._workers[hostname]
-            worker.greeted, worker.due, self._look = 0, self._seam.now(), 0.0
+            worker.greeted, worker.due, self._look = 0, self._backend.now(), 0.0
 
     def left(self, hostname: str) -> None:
         """Note that a worker said goodbye."""
@@ -114,7 +120,7 @@ class Roster:
 
     def tend(self) -> None:
         """Greet whom a greeting is due. Never waits; cheap enough to be called at each event."""
-        now = self._seam.now()
+        now = self._backend.now()
         if now < self._look or self._calling:
             return
         self._look = now + LOOK
@@ -127,14 +133,16 @@ class Roster:
             for hostname in due:
                 self._workers[hostname].greet(now)
             self._calling = True
-            self._seam.spawn(self._greet, None if everyone else due, name="z4j-celery-greeting")
+            self._backend.spawn(self._greet, None if everyone else due, name="z4j-celery-greeting")
 
     def _meet(self, hostname: str) -> Worker:
         if not 0 < len(hostname) <= LONGEST:
             raise ValueError("no name of a worker")
         if len(self._workers) >= MOST:
             self._drop(min(self._workers, key=lambda name: self._workers[name].seen))
-        worker = self._workers[hostname] = Worker(self._presence.seen(hostname), self._seam.now())
+        worker = self._workers[hostname] = Worker(
+            self._presence.seen(hostname), self._backend.now()
+        )
         self._look = 0.0
         return worker
 
@@ -152,11 +160,13 @@ class Roster:
         try:
             # First the queues, so that they are known when the first event comes.
             for step in (self._ask_queues, self._enable) if self._ask else (self._enable,):
-                self._seam.waiting(self._try, step, hostnames)
+                self._backend.waiting(self._try, step, hostnames)
         finally:
             self._calling = False
 
-    def _try(self, step: Callable[[Any, list[str] | None], None], hostnames: list[str] | None) -> None:
+    def _try(
+        self, step: Callable[[Any, list[str] | None], None], hostnames: list[str] | None
+    ) -> None:
         try:
             # Of no pool: a child that is forked meanwhile would close that, and read what is meant for us.
             with self._app.connection_for_write(connect_timeout=CONNECT_TIMEOUT) as connection:
@@ -165,7 +175,9 @@ class Roster:
             logger.debug("z4j: %s: %s", step.__name__, type(error).__name__)
 
     def _ask_queues(self, connection: Any, hostnames: list[str] | None) -> None:
-        inspect = self._app.control.inspect(destination=hostnames, timeout=ANSWER, connection=connection)
+        inspect = self._app.control.inspect(
+            destination=hostnames, timeout=ANSWER, connection=connection
+        )
         for hostname, queues in (inspect.active_queues() or {}).items():
             if self.saw(hostname) is not None:
                 worker = self._workers[hostname]

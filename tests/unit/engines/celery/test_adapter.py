@@ -7,15 +7,17 @@ import pytest
 celery = pytest.importorskip("celery")
 z4j_celery = pytest.importorskip("z4j_celery")
 
-from celery import signals  # noqa: E402
+from celery import signals
 
-from z4j_bare.asyncio_bridge.bridge import Bridge  # noqa: E402
-from z4j_bare.engines.host import EngineHost  # noqa: E402
+from z4j_bare.asyncio_bridge.bridge import Bridge
+from z4j_bare.engines.host import EngineHost
 
 
 @pytest.fixture
 def app():
-    made = celery.Celery("z4j-test", broker="memory://", backend="cache+memory://", set_as_current=False)
+    made = celery.Celery(
+        "z4j-test", broker="memory://", backend="cache+memory://", set_as_current=False
+    )
     made.conf.task_always_eager = True
     made.conf.task_store_eager_result = True
     yield made
@@ -28,10 +30,10 @@ def sunk():
 
 
 @pytest.fixture
-def host(app, seam, sunk):
-    bridge = Bridge(seam)
+def host(app, backend, sunk):
+    bridge = Bridge(backend)
     adapter = z4j_celery.CeleryEngineAdapter(celery_app=app)
-    made = EngineHost(adapter, bridge, seam, sunk.append)
+    made = EngineHost(adapter, bridge, backend, sunk.append)
     yield made
     made.disconnect()
     bridge.stop(5)
@@ -69,9 +71,9 @@ def test_cancel_over_the_memory_broker(host):
     assert host.invoke("cancel_task", "abc", timeout=15).status == "success"
 
 
-def test_a_hung_broker_is_reported_as_indeterminate(host, app, seam, monkeypatch):
+def test_a_hung_broker_is_reported_as_indeterminate(host, app, backend, monkeypatch):
     """The adapter's own time-out fires in its task and yields its own indeterminate result."""
-    release = seam.event()
+    release = backend.event()
     monkeypatch.setattr("z4j_celery.actions.cancel._REVOKE_TIMEOUT", 0.1)
     app.control.revoke = lambda *_args, **_kwargs: release.wait(20)
     result = host.invoke("cancel_task", "abc", timeout=15)
@@ -87,7 +89,9 @@ def test_await_free_methods(host, app):
     def found():
         return 1
 
-    assert "t.found" in [definition.name for definition in host.invoke("discover_tasks", timeout=15)]
+    assert "t.found" in [
+        definition.name for definition in host.invoke("discover_tasks", timeout=15)
+    ]
     outcome = found.apply_async()
     reconciled = host.invoke("reconcile_task", outcome.id, timeout=15)
     assert reconciled.result["engine_state"] == "success"

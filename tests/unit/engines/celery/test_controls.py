@@ -37,7 +37,10 @@ class FakeWorker:
         return {"ok": "pong"}
 
     def on_stats(self):
-        pool = {"implementation": f"celery.concurrency.{MODULES.get(self.pool, self.pool)}:TaskPool", "max-concurrency": self.size}
+        pool = {
+            "implementation": f"celery.concurrency.{MODULES.get(self.pool, self.pool)}:TaskPool",
+            "max-concurrency": self.size,
+        }
         if self.pool == "prefork":
             pool = {**pool, "max-concurrency": 4, "processes": list(self.pids)}
         return {"pool": pool}
@@ -84,7 +87,10 @@ class FakeWorker:
 
     def on_registered(self, taskinfoitems):
         assert taskinfoitems == ["rate_limit"]
-        return [name if rate is None else f"{name} [rate_limit={rate}]" for name, rate in self.tasks.items()]
+        return [
+            name if rate is None else f"{name} [rate_limit={rate}]"
+            for name, rate in self.tasks.items()
+        ]
 
     def on_query_task(self, ids):
         return {task: [self.states[task], {"id": task}] for task in ids if task in self.states}
@@ -137,13 +143,15 @@ class Cluster:
     """A Celery application whose broadcasts reach the workers in ``workers``; virtual time passes as with a real broker."""
 
     def __init__(self):
-        self.seam = FakeConcurrency()
+        self.backend = FakeConcurrency()
         self.workers = {}
         self.connections = 0
         self.told = []
         self.broken = None
         self.control = SimpleNamespace(mailbox=lambda connection: Mailbox(self, connection))
-        self.controls = CeleryControls(self, lambda name: safe_name(name, lambda text: "." in text), self.seam)
+        self.controls = CeleryControls(
+            self, lambda name: safe_name(name, lambda text: "." in text), self.backend
+        )
 
     def connection_for_write(self, connect_timeout):
         assert connect_timeout > 0
@@ -156,7 +164,7 @@ class Cluster:
         heard = [name for name in names if name in self.workers and not self.workers[name].deaf]
         replies = [{name: self.workers[name].handle(command, arguments)} for name in heard]
         if destination is None or not replies:
-            self.seam.sleep(timeout)
+            self.backend.sleep(timeout)
         return replies or None
 
     def fails(self, action, *args, **kwargs):
@@ -185,9 +193,17 @@ def test_a_pool_grows_and_shrinks(cluster, worker, pool):
     """A resize is a success when the worker then runs that many tasks at a time; it goes by its name in the brain."""
     worker.pool = pool
     result = cluster.controls.pool_grow(ALIAS, 2, seconds=58)
-    assert (result.status, result.result) == ("success", {"worker": ALIAS, "pool": pool, "delta": 2, "size": 6})
+    assert (result.status, result.result) == (
+        "success",
+        {"worker": ALIAS, "pool": pool, "delta": 2, "size": 6},
+    )
     assert worker.size == 6
-    assert cluster.controls.pool_shrink(NAME, 5, seconds=58).result == {"worker": ALIAS, "pool": pool, "delta": 5, "size": 1}
+    assert cluster.controls.pool_shrink(NAME, 5, seconds=58).result == {
+        "worker": ALIAS,
+        "pool": pool,
+        "delta": 5,
+        "size": 1,
+    }
     assert cluster.told.count("ping") == 1, "the second time it was known"
 
 
@@ -211,7 +227,9 @@ def test_one_task_at_a_time_is_left(cluster, worker):
 def test_the_workers_own_error_is_the_answer(cluster, worker):
     """What the worker says against it is passed on."""
     worker.autoscaled = True
-    assert str(cluster.fails("pool_grow", ALIAS, 1)) == f"{ALIAS} says: not supported with autoscale"
+    assert (
+        str(cluster.fails("pool_grow", ALIAS, 1)) == f"{ALIAS} says: not supported with autoscale"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,12 +246,18 @@ def test_yes_is_not_enough(cluster, worker, action, args, left):
     error = cluster.fails(action, ALIAS, *args)
     assert left in str(error)
     assert error.indeterminate
-    assert 10 < cluster.seam.now() < 20
+    assert 10 < cluster.backend.now() < 20
 
 
 @pytest.mark.parametrize(
     ("action", "args"),
-    [("pool_grow", (1,)), ("pool_shrink", (1,)), ("add_consumer", ("q",)), ("cancel_consumer", ("q",)), ("restart_worker", ())],
+    [
+        ("pool_grow", (1,)),
+        ("pool_shrink", (1,)),
+        ("add_consumer", ("q",)),
+        ("cancel_consumer", ("q",)),
+        ("restart_worker", ()),
+    ],
 )
 def test_a_worker_that_does_not_exist(cluster, action, args):
     """A name that no live worker bears is a failure that lists those there are, and changes nothing."""
@@ -246,7 +270,9 @@ def test_a_worker_that_does_not_exist(cluster, action, args):
 def test_no_worker_at_all(cluster):
     """Without any worker nothing is reported as done."""
     cluster.workers = {}
-    assert str(cluster.fails("pool_grow", "w1", 1)) == "no answer from w1; workers that answer: none"
+    assert (
+        str(cluster.fails("pool_grow", "w1", 1)) == "no answer from w1; workers that answer: none"
+    )
     for action, args in (("cancel_task", ("t",)), ("rate_limit", ("shop.pay", "1"))):
         error = cluster.fails(action, *args)
         assert str(error) == "no answer from any worker"
@@ -263,7 +289,7 @@ def test_a_worker_that_falls_silent(cluster, worker):
     worker.on_stats = last_words
     error = cluster.fails("pool_grow", NAME, 1)
     assert (str(error), error.indeterminate) == (f"no answer from {ALIAS}", True)
-    assert 50 < cluster.seam.now() < 58
+    assert 50 < cluster.backend.now() < 58
 
 
 def test_a_broker_that_fails(cluster):
@@ -274,18 +300,31 @@ def test_a_broker_that_fails(cluster):
 
 def test_consumers_come_and_go(cluster, worker):
     """A worker consumes from one more queue, and no longer from it; what it does not consume it cannot give up."""
-    assert cluster.controls.add_consumer(ALIAS, "extra", seconds=58).result == {"worker": ALIAS, "pool": "gevent", "queue": "extra"}
+    assert cluster.controls.add_consumer(ALIAS, "extra", seconds=58).result == {
+        "worker": ALIAS,
+        "pool": "gevent",
+        "queue": "extra",
+    }
     assert worker.queues == ["celery", "extra"]
     assert cluster.controls.cancel_consumer(ALIAS, "extra", seconds=58).status == "success"
     assert worker.queues == ["celery"]
-    assert str(cluster.fails("cancel_consumer", ALIAS, "extra")) == f"{ALIAS} does not consume from extra"
+    assert (
+        str(cluster.fails("cancel_consumer", ALIAS, "extra"))
+        == f"{ALIAS} does not consume from extra"
+    )
 
 
 def test_a_prefork_pool_restarts(cluster):
     """A restart is what the worker says it is, and the answer tells how many processes have been replaced so far."""
     cluster.workers["w1@web-1"].idle = 1
     result = cluster.controls.restart_worker("w1@web-1", seconds=58).result
-    assert result == {"worker": "w1@web-1", "pool": "prefork", "replaced": 3, "pending": 1, "says": "reload started"}
+    assert result == {
+        "worker": "w1@web-1",
+        "pool": "prefork",
+        "replaced": 3,
+        "pending": 1,
+        "says": "reload started",
+    }
 
 
 def test_a_restart_that_waits_for_tasks(cluster):
@@ -293,7 +332,7 @@ def test_a_restart_that_waits_for_tasks(cluster):
     cluster.workers["w1@web-1"].idle = 4
     result = cluster.controls.restart_worker("w1@web-1", seconds=58).result
     assert (result["replaced"], result["pending"]) == (0, 4)
-    assert cluster.seam.now() < 10
+    assert cluster.backend.now() < 10
 
 
 def test_restarts_that_are_off_name_the_setting(cluster):
@@ -307,15 +346,25 @@ def test_restarts_that_are_off_name_the_setting(cluster):
 def test_pools_that_cannot_restart(cluster, worker, pool):
     """Only a prefork pool has something to replace."""
     worker.pool = pool
-    assert str(cluster.fails("restart_worker", ALIAS)).startswith(f"not supported by the {pool} pool: ")
+    assert str(cluster.fails("restart_worker", ALIAS)).startswith(
+        f"not supported by the {pool} pool: "
+    )
 
 
 def test_a_rate_limit_on_one_and_on_all(cluster, worker):
     """The limit is set on the worker that was named, or on every one, and looked up there."""
     result = cluster.controls.rate_limit("shop.pay", "10/m", seconds=58, worker_name=ALIAS)
-    assert result.result == {"task_name": "shop.pay", "rate": "10/m", "workers": [ALIAS], "refused": {}}
+    assert result.result == {
+        "task_name": "shop.pay",
+        "rate": "10/m",
+        "workers": [ALIAS],
+        "refused": {},
+    }
     assert [each.tasks["shop.pay"] for each in cluster.workers.values()] == [None, "10/m"]
-    assert cluster.controls.rate_limit("shop.pay", "0", seconds=58).result["workers"] == ["w1@web-1", ALIAS]
+    assert cluster.controls.rate_limit("shop.pay", "0", seconds=58).result["workers"] == [
+        "w1@web-1",
+        ALIAS,
+    ]
     assert [each.tasks["shop.pay"] for each in cluster.workers.values()] == ["0", "0"]
 
 
@@ -323,7 +372,10 @@ def test_not_every_worker_knows_every_task(cluster, worker):
     """A limit for all is in force where the task is known, and the answer names who does not know it."""
     worker.tasks = {"mail.send": None}
     result = cluster.controls.rate_limit("mail.send", "1/s", seconds=58).result
-    assert (result["workers"], result["refused"]) == ([ALIAS], {"w1@web-1": "w1@web-1 says: unknown task"})
+    assert (result["workers"], result["refused"]) == (
+        [ALIAS],
+        {"w1@web-1": "w1@web-1 says: unknown task"},
+    )
 
 
 def test_a_look_that_fails_is_not_the_last(cluster, worker):
@@ -331,17 +383,21 @@ def test_a_look_that_fails_is_not_the_last(cluster, worker):
 
     def grow(n):
         worker.deaf = True
-        cluster.seam.spawn(lambda: cluster.seam.sleep(3) or setattr(worker, "deaf", False), name="recovers")
+        cluster.backend.spawn(
+            lambda: cluster.backend.sleep(3) or setattr(worker, "deaf", False), name="recovers"
+        )
         return worker._resize(n)
 
     worker.on_pool_grow = grow
     assert cluster.controls.pool_grow(ALIAS, 1, seconds=58).result["size"] == 5
-    assert cluster.seam.now() > 3
+    assert cluster.backend.now() > 3
 
 
 def test_a_rate_limit_that_is_not_in_force(cluster, worker):
     """Unknown tasks, bad rates and workers that only say yes are failures that name the worker."""
-    assert f"{ALIAS} says: unknown task" in str(cluster.fails("rate_limit", "no.such", "1", worker_name=ALIAS))
+    assert f"{ALIAS} says: unknown task" in str(
+        cluster.fails("rate_limit", "no.such", "1", worker_name=ALIAS)
+    )
     assert "unknown task" in str(cluster.fails("rate_limit", "no.such", "1"))
     for rate in ("fast", "-1", "1/d", "01", ""):
         assert "is no rate" in str(cluster.fails("rate_limit", "shop.pay", rate))
@@ -355,7 +411,13 @@ def test_a_running_task_is_ended(cluster, worker, pool):
     worker.pool = pool
     worker.states["t"] = "active"
     result = cluster.controls.cancel_task("t", seconds=58)
-    assert result.result == {"task_id": "t", "terminated": True, "worker": ALIAS, "workers": ["w1@web-1", ALIAS], "refused": {}}
+    assert result.result == {
+        "task_id": "t",
+        "terminated": True,
+        "worker": ALIAS,
+        "workers": ["w1@web-1", ALIAS],
+        "refused": {},
+    }
     assert [each.revoked for each in cluster.workers.values()] == [["t"], ["t"]]
 
 
@@ -369,7 +431,9 @@ def test_a_running_task_that_cannot_be_ended(cluster, worker, pool, state):
     assert all(each.revoked == [] for each in cluster.workers.values())
 
 
-@pytest.mark.parametrize(("state", "pool"), [(None, "threads"), ("scheduled", "threads"), ("reserved", "gevent")])
+@pytest.mark.parametrize(
+    ("state", "pool"), [(None, "threads"), ("scheduled", "threads"), ("reserved", "gevent")]
+)
 def test_a_task_that_does_not_run_is_revoked(cluster, worker, state, pool):
     """A task that waits, in the queue or for its time, is revoked in every pool."""
     worker.pool = pool
@@ -391,6 +455,10 @@ def test_our_own_busy_solo_worker(cluster, monkeypatch):
     """A solo worker hears nothing while it runs a task, so this process looks for itself."""
     pool = type("TaskPool", (), {"__module__": "celery.concurrency.solo"})()
     monkeypatch.setattr(module, "ready_worker", lambda: SimpleNamespace(pool=pool))
-    monkeypatch.setitem(sys.modules, "celery.worker.state", SimpleNamespace(active_requests=[SimpleNamespace(id="t")]))
+    monkeypatch.setitem(
+        sys.modules,
+        "celery.worker.state",
+        SimpleNamespace(active_requests=[SimpleNamespace(id="t")]),
+    )
     assert "not supported by the solo pool" in str(cluster.fails("cancel_task", "t"))
     assert cluster.controls.cancel_task("other", seconds=58).status == "success"

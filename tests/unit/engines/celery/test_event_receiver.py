@@ -1,4 +1,4 @@
-"""The stream of events: over kombu's memory transport on the real seam, and over a broken broker in virtual time."""
+"""The stream of events: over kombu's memory transport on the real backend, and over a broken broker in virtual time."""
 
 import logging
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from kombu.utils import eventio
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import event_receiver as broker
-from z4j_bare.engines.celery.event_receiver import LAST, LONGEST, SILENCE, TURN, BrokerStream
+from z4j_bare.engines.celery.event_receiver import LAST, LONGEST, SILENCE, TURN, EventReceiver
 from z4j_bare.errors import ForkedChildError
 
 
@@ -24,16 +24,18 @@ def app():
 class Running:
     """A stream in a task, what it took, and a dispatcher such as a worker's."""
 
-    def __init__(self, app, seam):
-        self.seam = seam
+    def __init__(self, app, backend):
+        self.backend = backend
         self.taken = []
         self.tended = 0
-        self.stopping = seam.event()
+        self.stop_event = backend.event()
         self.connection = app.connection_for_write()
-        self.dispatcher = app.events.Dispatcher(self.connection, hostname="w@h", buffer_group=["task"], buffer_limit=100)
+        self.dispatcher = app.events.Dispatcher(
+            self.connection, hostname="w@h", buffer_group=["task"], buffer_limit=100
+        )
         self.exchange = app.events.Receiver(self.connection).exchange
-        self.stream = BrokerStream(app, self.take, self.tend, seam)
-        self.task = seam.spawn(self.stream.run, self.stopping, name="stream")
+        self.stream = EventReceiver(app, self.take, self.tend, backend)
+        self.task = backend.spawn(self.stream.run, self.stop_event, name="stream")
 
     def take(self, event):
         if event.get("uuid") == "garbage":
@@ -48,7 +50,7 @@ class Running:
         self.dispatcher.flush()
 
     def end(self):
-        self.stopping.set()
+        self.stop_event.set()
         self.stream.finish()
         ended = self.task.join(5)
         self.connection.release()
@@ -56,9 +58,9 @@ class Running:
 
 
 @pytest.fixture
-def running(app, seam, until):
+def running(app, backend, until):
     """The stream, once it listens: what is sent before that is nobody's."""
-    found = Running(app, seam)
+    found = Running(app, backend)
     until(lambda: found.send("worker-heartbeat") or found.taken)
     yield found
     found.end()
@@ -81,8 +83,18 @@ def test_garbage_is_counted_and_the_stream_goes_on(running, until):
     running.send("task-received", uuid="good")
     with Producer(running.connection, exchange=running.exchange) as producer:
         producer.publish([None, "text", 5], routing_key="task.multi", serializer="json")
-        producer.publish(b"{", routing_key="task.multi", content_type="application/json", content_encoding="utf-8")
-        producer.publish(b"x", routing_key="task.multi", content_type="application/x-python-serialize", content_encoding="binary")
+        producer.publish(
+            b"{",
+            routing_key="task.multi",
+            content_type="application/json",
+            content_encoding="utf-8",
+        )
+        producer.publish(
+            b"x",
+            routing_key="task.multi",
+            content_type="application/x-python-serialize",
+            content_encoding="binary",
+        )
     running.send("task-received", uuid="last")
     until(lambda: ("task-received", "last") in running.taken)
     assert ("task-received", "good") in running.taken
@@ -99,24 +111,24 @@ def test_what_was_sent_before_the_end_is_read(running):
     assert len([uuid for _, uuid in running.taken if uuid]) == 200
 
 
-def test_a_burst_lets_others_run(running, seam, until):
+def test_a_burst_lets_others_run(running, backend, until):
     """Twenty messages in one go, of ten slow events each, are no step of 200 ms: others get their turn in between."""
     turns = []
     take = running.stream._take
 
     def slow(event):
-        deadline = seam.now() + 0.001
-        while seam.now() < deadline:
+        deadline = backend.now() + 0.001
+        while backend.now() < deadline:
             pass
         take(event)
 
     def beside():
-        while not running.stopping.is_set():
+        while not running.stop_event.is_set():
             turns.append(len(running.taken))
-            seam.sleep(0.001)
+            backend.sleep(0.001)
 
     running.stream._take = slow
-    seam.spawn(beside, name="beside")
+    backend.spawn(beside, name="beside")
     for number in range(20):
         for each in range(10):
             running.dispatcher.send("task-received", uuid=f"{number}-{each}")
@@ -126,24 +138,26 @@ def test_a_burst_lets_others_run(running, seam, until):
     assert len({turn for turn in turns if before < turn < before + 200}) >= 3
 
 
-def test_finish_before_the_start_returns(app, seam):
+def test_finish_before_the_start_returns(app, backend):
     """A stream that never ran has nothing to wait for."""
-    BrokerStream(app, print, print, seam).finish()
+    EventReceiver(app, print, print, backend).finish()
 
 
 class Broken:
     """An app whose broker does as it is told, with the times of each attempt."""
 
-    def __init__(self, seam):
-        self.seam = seam
+    def __init__(self, backend):
+        self.backend = backend
         self.attempts = []
         self.released = 0
         self.error = None
-        self.drain = lambda: self.seam.sleep(TURN)
-        self.events = SimpleNamespace(Receiver=lambda _connection: SimpleNamespace(queue=None, accept=None))
+        self.drain = lambda: self.backend.sleep(TURN)
+        self.events = SimpleNamespace(
+            Receiver=lambda _connection: SimpleNamespace(queue=None, accept=None)
+        )
 
     def connection_for_read(self, **_options):
-        self.attempts.append(self.seam.now())
+        self.attempts.append(self.backend.now())
         return self
 
     def connect(self):
@@ -156,7 +170,7 @@ class Broken:
 
     def drain_events(self, timeout):
         self.drain()
-        self.seam.sleep(timeout)
+        self.backend.sleep(timeout)
         raise TimeoutError("timed out")
 
     def heartbeat_check(self):
@@ -169,44 +183,44 @@ class Broken:
 
 @pytest.fixture
 def world():
-    seam = FakeConcurrency()
-    app = Broken(seam)
-    found = SimpleNamespace(seam=seam, app=app, stopping=seam.event(), taken=[])
-    found.stream = BrokerStream(app, found.taken.append, lambda: None, seam)
-    found.task = seam.spawn(found.stream.run, found.stopping, name="stream")
+    backend = FakeConcurrency()
+    app = Broken(backend)
+    found = SimpleNamespace(backend=backend, app=app, stop_event=backend.event(), taken=[])
+    found.stream = EventReceiver(app, found.taken.append, lambda: None, backend)
+    found.task = backend.spawn(found.stream.run, found.stop_event, name="stream")
     yield found
-    found.stopping.set()
-    found.seam.advance(60)
+    found.stop_event.set()
+    found.backend.advance(60)
 
 
 def test_a_broker_that_is_away_is_tried_ever_more_rarely(world, caplog):
     """Every failure is counted, one is logged, without the address in its text, and no error reaches anybody."""
     world.app.error = OSError("redis://:password@host is away")
     with caplog.at_level(logging.INFO, "z4j"):
-        world.seam.advance(120)
+        world.backend.advance(120)
     assert world.stream.failures == len(world.app.attempts) <= 15
     assert world.app.attempts[1] <= 1
     assert world.app.attempts[-1] - world.app.attempts[-2] >= LONGEST
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "password" not in caplog.text
     world.app.error = None
-    world.seam.advance(60)
+    world.backend.advance(60)
     attempts = len(world.app.attempts)
-    world.seam.advance(SILENCE * 2)
+    world.backend.advance(SILENCE * 2)
     assert len(world.app.attempts) == attempts
     assert world.app.released == attempts - 1
 
 
 def test_a_line_that_breaks_is_renewed_soon(world):
     """After a good connection the next one comes within a second."""
-    world.seam.advance(300)
+    world.backend.advance(300)
 
     def broken():
         world.app.drain = lambda: None
         raise ConnectionError
 
     world.app.drain = broken
-    world.seam.advance(TURN + 1.1)
+    world.backend.advance(TURN + 1.1)
     assert (len(world.app.attempts), world.stream.failures) == (2, 1)
 
 
@@ -218,16 +232,16 @@ def test_the_network_s_own_time_out_is_a_failure(world):
         raise TimeoutError(110, "Connection timed out")
 
     world.app.drain = dead
-    world.seam.advance(3)
+    world.backend.advance(3)
     assert world.stream.failures == 1
 
 
 def test_a_line_that_fell_silent_is_renewed(world):
     """Workers beat every two seconds; after a long silence the line is presumed dead. One that never spoke is left alone."""
-    world.seam.advance(3 * SILENCE)
+    world.backend.advance(3 * SILENCE)
     assert len(world.app.attempts) == 1
     world.app.callback({"type": "worker-heartbeat"}, None)
-    world.seam.advance(SILENCE + 5)
+    world.backend.advance(SILENCE + 5)
     assert (len(world.app.attempts), world.stream.failures) == (2, 0)
 
 
@@ -236,48 +250,50 @@ def test_a_transport_that_returns_at_once_does_not_spin(world):
     turns = []
 
     def at_once(timeout):
-        turns.append(world.seam.now())
+        turns.append(world.backend.now())
 
     world.app.drain_events = at_once
-    world.seam.advance(1)
+    world.backend.advance(1)
     assert len(turns) <= 1 / broker.SLICE + 2
 
 
 def test_the_end_is_bounded(world):
     """A broker that never falls silent does not keep the agent from stopping."""
-    world.seam.advance(1)
-    world.app.drain_events = lambda timeout: world.app.callback({}, None) or world.seam.sleep(0.01)
-    world.stopping.set()
-    began = world.seam.now()
+    world.backend.advance(1)
+    world.app.drain_events = lambda timeout: (
+        world.app.callback({}, None) or world.backend.sleep(0.01)
+    )
+    world.stop_event.set()
+    began = world.backend.now()
     world.stream.finish()
-    assert world.seam.now() - began <= TURN + LAST + 0.1
-    world.seam.advance(1)
+    assert world.backend.now() - began <= TURN + LAST + 0.1
+    world.backend.advance(1)
     assert not world.task.alive()
 
 
 def test_a_child_leaves_the_parent_s_connection_alone(world, monkeypatch):
     """In a forked child the copy ends without closing anything: that would cancel the parent's subscription."""
-    world.seam.advance(1)
-    monkeypatch.setattr(type(world.seam), "forked", lambda _seam: True)
+    world.backend.advance(1)
+    monkeypatch.setattr(type(world.backend), "forked", lambda _backend: True)
 
     def in_child():
         raise ForkedChildError
 
     world.app.drain = in_child
-    world.seam.advance(2)
+    world.backend.advance(2)
     assert world.app.released == 0
     assert not world.stream._over.is_set()
     assert world.stream.failures == 0
 
 
-def test_a_process_that_was_patched_too_late(seam, mode, until, monkeypatch, caplog):
+def test_a_process_that_was_patched_too_late(backend, mode, until, monkeypatch, caplog):
     """Where kombu was imported before the patching, its wait would hold up the hub: the broker is left alone and a warning says why."""
     asked = []
     app = SimpleNamespace(connection_for_read=lambda **_: asked.append(1))
     monkeypatch.setattr(eventio, "_selectf", lambda: None)
-    stopping = seam.event()
-    task = seam.spawn(BrokerStream(app, None, None, seam).run, stopping, name="late")
+    stop_event = backend.event()
+    task = backend.spawn(EventReceiver(app, None, None, backend).run, stop_event, name="late")
     until(lambda: asked or "patched after it had imported kombu" in caplog.text)
-    stopping.set()
+    stop_event.set()
     assert task.join(10)
     assert bool(asked) == (mode == "threads")

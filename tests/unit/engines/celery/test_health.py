@@ -7,11 +7,11 @@ import pytest
 
 celery = pytest.importorskip("celery")
 
-from celery.worker import state  # noqa: E402
+from celery.worker import state
 
-from z4j_bare.engines.celery import worker_health as worker  # noqa: E402
-from z4j_bare.engines.celery.broker_health import BrokerProbe  # noqa: E402
-from z4j_bare.engines.celery.worker_health import WorkerDetails, distant_details, own_details  # noqa: E402
+from z4j_bare.engines.celery import worker_health as worker
+from z4j_bare.engines.celery.broker_health import BrokerProbe
+from z4j_bare.engines.celery.worker_health import WorkerDetails, distant_details, own_details
 from z4j_bare.monitoring import health as probes
 
 
@@ -52,7 +52,10 @@ def consumer(app):
     queue = app.amqp.queues["celery"]
     controller = SimpleNamespace(stats=lambda: {"pid": 7, "pool": {"max-concurrency": 3}})
     return SimpleNamespace(
-        app=app, hostname="w@web-1.example.com", controller=controller, task_consumer=SimpleNamespace(queues=[queue])
+        app=app,
+        hostname="w@web-1.example.com",
+        controller=controller,
+        task_consumer=SimpleNamespace(queues=[queue]),
     )
 
 
@@ -71,7 +74,9 @@ def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch
 def test_running_tasks_come_without_arguments(consumer, monkeypatch):
     """The brain keeps worker details as they are, so nothing that a redaction would look at is in them."""
     monkeypatch.setattr(state, "active_requests", [Request()])
-    assert own_details(consumer)["w@web-1.example.com"]["active"] == [{"id": "1", "name": "t.pays", "safe": True}]
+    assert own_details(consumer)["w@web-1.example.com"]["active"] == [
+        {"id": "1", "name": "t.pays", "safe": True}
+    ]
 
 
 def test_a_set_that_changes_is_looked_at_again(consumer, monkeypatch):
@@ -133,7 +138,10 @@ def test_a_broker_that_answers_is_connected(app):
     probe = BrokerProbe("celery", app, lambda: ["idle"])
     try:
         answer = probe()
-        assert (answer["celery.broker_connected"], answer["celery.broker_type"]) == ("True", "memory")
+        assert (answer["celery.broker_connected"], answer["celery.broker_type"]) == (
+            "True",
+            "memory",
+        )
         assert json.loads(answer["celery.queue_depths"]) == {"idle": 0}
     finally:
         probe.close()
@@ -166,17 +174,17 @@ def test_a_broker_that_is_away_is_not(app):
     assert "secret" not in str(answer)
 
 
-def test_a_question_is_not_asked_twice_at_a_time(bridge, seam, monkeypatch, until):
+def test_a_question_is_not_asked_twice_at_a_time(bridge, backend, monkeypatch, until):
     """While an answer is outstanding the check fails, and the late answer is the next one."""
     monkeypatch.setattr(probes, "PATIENCE", 0.05)
-    go, asked = seam.event(), []
+    go, asked = backend.event(), []
 
     def question():
         asked.append(1)
         go.wait()
         return {"x": str(len(asked))}
 
-    ask = probes.Ask(bridge, question, lambda error: {"failed": type(error).__name__})
+    ask = probes.CachedProbe(bridge, question, lambda error: {"failed": type(error).__name__})
     assert ask() == {"failed": "TimeoutError"}
     assert ask() == {"failed": "TimeoutError"}
     assert len(asked) == 1
@@ -186,5 +194,5 @@ def test_a_question_is_not_asked_twice_at_a_time(bridge, seam, monkeypatch, unti
 
 def test_a_question_that_fails_says_so(bridge):
     """An error becomes the answer that the caller has for it."""
-    ask = probes.Ask(bridge, lambda: 1 / 0, lambda error: {"failed": type(error).__name__})
+    ask = probes.CachedProbe(bridge, lambda: 1 / 0, lambda error: {"failed": type(error).__name__})
     assert ask() == {"failed": "ZeroDivisionError"}

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from z4j_core.redaction.engine import RedactionEngine
 
-from z4j_bare.engines.celery.saferepr import CUT, MAX_TEXT, Repr, keep, read
+from z4j_bare.engines.celery.saferepr import CUT, MAX_TEXT, ReprText, keep, read
 from z4j_bare.events.redaction import Redactor
 
 SECRET = "hunter2"
@@ -20,9 +20,17 @@ redactor = Redactor(RedactionEngine())
 
 #: Celery escapes no backslash, so text with one cannot always be told from its end; three dots are its own mark.
 words = st.text(st.characters(exclude_characters="\\", exclude_categories=["Cs"]), max_size=20)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | words
+)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=12
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
 )
 
 nasty = st.text(st.sampled_from("\\'\",:{}[]()<> ab."), max_size=8)
@@ -96,7 +104,13 @@ def test_any_text_is_read(text):
     assert len(encoded) <= 12 * min(len(text), MAX_TEXT) + 200
 
 
-@given(neighbours, st.sampled_from(["password", "api_key", "Token"]), neighbours, st.integers(1, 400), st.booleans())
+@given(
+    neighbours,
+    st.sampled_from(["password", "api_key", "Token"]),
+    neighbours,
+    st.integers(1, 400),
+    st.booleans(),
+)
 def test_no_secret_survives(before, key, after, length, nested):
     """Whatever stands beside it and wherever Celery cuts, the value under a sensitive key is hidden or gone."""
     hidden = {"before": before, key: [SECRET] if nested else SECRET, "after": after}
@@ -109,7 +123,9 @@ def test_no_secret_survives(before, key, after, length, nested):
 @example("C:\\", "")
 def test_an_odd_repr_gives_nothing_away(start, end):
     """An object that shows a password in its own words is hidden, and so is every other piece that cannot be read."""
-    told = redactor.scrub(read(saferepr({"who": Odd(f"<{start} password={SECRET} {end}>"), "n": 1}), redactor.secret))
+    told = redactor.scrub(
+        read(saferepr({"who": Odd(f"<{start} password={SECRET} {end}>"), "n": 1}), redactor.secret)
+    )
     assert SECRET not in json.dumps(told)
 
 
@@ -121,7 +137,7 @@ def test_a_path_does_not_swallow_the_next_key():
 
 def test_only_text_is_kept_to_be_read():
     """Text is bounded and read later; real values, which protocol 1 can bring, are copied as in a worker."""
-    assert isinstance(keep("(1,)"), Repr)
+    assert isinstance(keep("(1,)"), ReprText)
     assert len(keep("x" * 100_000)) == MAX_TEXT
     assert keep([1, (2,)]) == [1, [2]]
     assert read(keep("(" + "1, " * 100_000), no_secret)[-1] == CUT

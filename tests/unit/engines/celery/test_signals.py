@@ -42,7 +42,11 @@ def app():
 def events(app):
     """Capture connected to the app's worker; yields the list of decoded events."""
     got = []
-    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda record: got.append(json.loads(record[0](record))), "w@h.example.com")
+    capture = CeleryCapture(
+        CeleryEngineAdapter(celery_app=app),
+        lambda record: got.append(json.loads(record[0](record))),
+        "w@h.example.com",
+    )
     capture.connect()
     got_capture = SimpleNamespace(list=got, capture=capture)
     yield got_capture
@@ -51,8 +55,15 @@ def events(app):
 
 def receive(app, name, task_id="t1", args=(), kwargs=None, **extra):
     request = SimpleNamespace(
-        id=task_id, task=app.tasks[name], args=list(args), kwargs=kwargs or {}, parent_id=None, root_id=task_id,
-        delivery_info={"routing_key": "q"}, retries=0, **extra,
+        id=task_id,
+        task=app.tasks[name],
+        args=list(args),
+        kwargs=kwargs or {},
+        parent_id=None,
+        root_id=task_id,
+        delivery_info={"routing_key": "q"},
+        retries=0,
+        **extra,
     )
     signals.task_received.send(sender=None, request=request)
     return request
@@ -62,7 +73,12 @@ def run(app, name, task_id="t1", args=(), kwargs=None):
     """Run a task through Celery's own tracer, as every pool does."""
     task = app.tasks[name]
     tracer = build_tracer(name, task, app=app)
-    tracer(task_id, args, kwargs or {}, {"id": task_id, "delivery_info": {"routing_key": "q"}, "retries": 0, "is_eager": False})
+    tracer(
+        task_id,
+        args,
+        kwargs or {},
+        {"id": task_id, "delivery_info": {"routing_key": "q"}, "retries": 0, "is_eager": False},
+    )
 
 
 def kinds(events):
@@ -117,9 +133,21 @@ def test_a_retried_task(app, events):
 def test_a_revoked_task(app, events):
     """A revocation says how it came, and a kill's stateless postrun adds no success."""
     request = receive(app, "shop.add")
-    signals.task_prerun.send(sender=app.tasks["shop.add"], task_id="t1", task=app.tasks["shop.add"], args=(), kwargs={})
-    signals.task_revoked.send(sender=app.tasks["shop.add"], request=request, terminated=True, signum=15, expired=False)
-    signals.task_postrun.send(sender=app.tasks["shop.add"], task_id="t1", task=app.tasks["shop.add"], args=(), kwargs={}, retval=None, state=None)
+    signals.task_prerun.send(
+        sender=app.tasks["shop.add"], task_id="t1", task=app.tasks["shop.add"], args=(), kwargs={}
+    )
+    signals.task_revoked.send(
+        sender=app.tasks["shop.add"], request=request, terminated=True, signum=15, expired=False
+    )
+    signals.task_postrun.send(
+        sender=app.tasks["shop.add"],
+        task_id="t1",
+        task=app.tasks["shop.add"],
+        args=(),
+        kwargs={},
+        retval=None,
+        state=None,
+    )
     assert kinds(events) == ["task.received", "task.started", "task.revoked"]
     assert (events.list[-1]["data"]["terminated"], events.list[-1]["data"]["signum"]) == (True, 15)
 
@@ -133,9 +161,17 @@ def test_skipped_tasks_leave_no_trace(app, events):
 
 def test_refused_messages(app, events):
     """Messages that no task takes are told as rejected, with what is known of them."""
-    signals.task_unknown.send(sender=None, name="shop.gone", id="t9", message=None, exc=KeyError("shop.gone"))
-    signals.task_rejected.send(sender=None, message=SimpleNamespace(headers={"id": "t8", "task": "shop.bad"}), exc=ValueError("body"))
-    assert [(event["kind"], event["task_id"], event["data"]["task_name"]) for event in events.list] == [
+    signals.task_unknown.send(
+        sender=None, name="shop.gone", id="t9", message=None, exc=KeyError("shop.gone")
+    )
+    signals.task_rejected.send(
+        sender=None,
+        message=SimpleNamespace(headers={"id": "t8", "task": "shop.bad"}),
+        exc=ValueError("body"),
+    )
+    assert [
+        (event["kind"], event["task_id"], event["data"]["task_name"]) for event in events.list
+    ] == [
         ("task.rejected", "t9", "shop.gone"),
         ("task.rejected", "t8", "shop.bad"),
     ]
@@ -144,7 +180,13 @@ def test_refused_messages(app, events):
 def test_nothing_of_arguments_and_results_when_switched_off(app):
     """Z4J_CAPTURE_ARGS=0 and Z4J_CAPTURE_RESULT=0 send neither."""
     got = []
-    capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda record: got.append(json.loads(record[0](record))), "w@h", args=False, result=False)
+    capture = CeleryCapture(
+        CeleryEngineAdapter(celery_app=app),
+        lambda record: got.append(json.loads(record[0](record))),
+        "w@h",
+        args=False,
+        result=False,
+    )
     capture.connect()
     try:
         receive(app, "shop.add", args=("secret",))

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from z4j_celery.meta import TaskMeta
 from z4j_core.redaction.engine import RedactionEngine
 
-from z4j_bare.engines.celery.task_encoder import Scribe
-from z4j_bare.engines.celery.task_state import AHEAD, REMEMBERED, Kind, Kinds, Track, Tracks
+from z4j_bare.engines.celery.task_encoder import TaskEncoder
+from z4j_bare.engines.celery.task_state import (
+    AHEAD,
+    REMEMBERED,
+    TaskState,
+    TaskStates,
+    TaskType,
+    TaskTypes,
+)
 from z4j_bare.events.encode import Encoder, new_ids
 from z4j_bare.events.names import safe_name
 from z4j_bare.events.presence import Presence
@@ -25,35 +32,37 @@ def encoder():
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
 def test_stamps_never_go_back(clock):
     """Whatever the clock does, a task's stamps do not regress: the brain refuses an older one."""
-    track = Track(Kind("a", None), None)
+    track = TaskState(TaskType("a", None), None)
     stamps = [track.stamp(now, "task.received") for now in clock]
     assert stamps == sorted(stamps)
 
 
 def test_second_event_of_a_kind_gets_its_own_second():
     """Two retries within one second get different whole seconds, because the brain drops the second of a pair."""
-    track = Track(Kind("a", None), None)
+    track = TaskState(TaskType("a", None), None)
     stamps = [track.stamp(100.2, "task.retried") for _ in range(3)]
     assert [int(stamp) for stamp in stamps] == [100, 101, 102]
 
 
 def test_stamps_do_not_run_away():
     """However many events of a kind come in one second, stamps stay within five seconds of the clock."""
-    track = Track(Kind("a", None), None)
+    track = TaskState(TaskType("a", None), None)
     assert max(track.stamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + AHEAD
 
 
 def test_different_kinds_share_a_second():
     """Received and started in one second are no pair."""
-    track = Track(Kind("a", None), None)
-    assert int(track.stamp(100.2, "task.received")) == int(track.stamp(100.3, "task.started")) == 100
+    track = TaskState(TaskType("a", None), None)
+    assert (
+        int(track.stamp(100.2, "task.received")) == int(track.stamp(100.3, "task.started")) == 100
+    )
 
 
 def test_tracks_are_bounded():
     """Tasks that leave for another worker and never come back do not pile up."""
-    tracks = Tracks()
+    tracks = TaskStates()
     for number in range(REMEMBERED + 10):
-        tracks.add(str(number), Track(Kind("a", None), None))
+        tracks.add(str(number), TaskState(TaskType("a", None), None))
     assert len(tracks) == REMEMBERED
     assert tracks.get("0") is None
     assert tracks.end(str(REMEMBERED)) is not None
@@ -62,17 +71,26 @@ def test_tracks_are_bounded():
 def test_kinds_read_annotations_once():
     """A task's @z4j_meta is read at its first event and its fields go into every one."""
     asked = []
-    kinds = Kinds(lambda task: asked.append(task) or TaskMeta(tags=("billing",), priority="high", deadline_ms=5))
+    kinds = TaskTypes(
+        lambda task: (
+            asked.append(task) or TaskMeta(tags=("billing",), priority="high", deadline_ms=5)
+        )
+    )
     task = SimpleNamespace(name="shop.pay")
     assert kinds.of(task) is kinds.of(task)
-    assert kinds.of(task).fields == {"task_name": "shop.pay", "tags": ["billing"], "priority": "high", "deadline_ms": 5}
+    assert kinds.of(task).fields == {
+        "task_name": "shop.pay",
+        "tags": ["billing"],
+        "priority": "high",
+        "deadline_ms": 5,
+    }
     assert len(asked) == 1
 
 
 def test_skip_and_sample_rate():
     """Skipped tasks are not reported; a sampled one is reported for that share of ids, always the same ones."""
-    assert not Kind("a", TaskMeta(skip=True)).reports("x")
-    kind = Kind("a", TaskMeta(sample_rate=0.25))
+    assert not TaskType("a", TaskMeta(skip=True)).reports("x")
+    kind = TaskType("a", TaskMeta(sample_rate=0.25))
     chosen = [number for number in range(4000) if kind.reports(str(number))]
     assert 800 < len(chosen) < 1200
     assert chosen == [number for number in range(4000) if kind.reports(str(number))]
@@ -86,10 +104,20 @@ def test_ids_are_uuids_of_version_4():
     assert {UUID(each).version for each in ids} == {4}
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=30), st.floats(1e9, 2e9), st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), st.integers() | st.text(st.characters(codec="utf-8"), max_size=9), max_size=5))
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=30),
+    st.floats(1e9, 2e9),
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=5),
+        st.integers() | st.text(st.characters(codec="utf-8"), max_size=9),
+        max_size=5,
+    ),
+)
 def test_encoded_events_are_canonical(task_id, stamp, kwargs):
     """The hand-assembled envelope is the canonical JSON of what it says."""
-    encoded = encoder()((None, "task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs}))
+    encoded = encoder()(
+        (None, "task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs})
+    )
     assert canonical_plain(json.loads(encoded)) == encoded
     assert json.loads(encoded)["task_id"] == task_id
 
@@ -97,35 +125,64 @@ def test_encoded_events_are_canonical(task_id, stamp, kwargs):
 def test_times_are_utc_with_microseconds():
     """A stamp becomes ISO 8601 in UTC; also when the second changes and comes back."""
     make = encoder()
-    times = [json.loads(make((None, "task.started", stamp, "t", {}, {})))["occurred_at"] for stamp in (0.25, 61.000001, 0.5)]
-    assert times == ["1970-01-01T00:00:00.250000+00:00", "1970-01-01T00:01:01.000001+00:00", "1970-01-01T00:00:00.500000+00:00"]
+    times = [
+        json.loads(make((None, "task.started", stamp, "t", {}, {})))["occurred_at"]
+        for stamp in (0.25, 61.000001, 0.5)
+    ]
+    assert times == [
+        "1970-01-01T00:00:00.250000+00:00",
+        "1970-01-01T00:01:01.000001+00:00",
+        "1970-01-01T00:00:00.500000+00:00",
+    ]
 
 
 def test_unencodable_text_is_made_plain():
     """A lone surrogate or NaN in a task's data costs its own characters, not the event."""
-    data = json.loads(encoder()((None, "task.received", 1.0, "t\ud800", {}, {"kwargs": {"a": "\ud800", "b": float("nan")}})))
+    data = json.loads(
+        encoder()(
+            (
+                None,
+                "task.received",
+                1.0,
+                "t\ud800",
+                {},
+                {"kwargs": {"a": "\ud800", "b": float("nan")}},
+            )
+        )
+    )
     assert data["data"]["kwargs"] == {"a": "?", "b": "nan"}
     assert data["task_id"] == "t?"
 
 
 def own(meta, **data):
-    return json.loads(encoder()((None, "task.received", 1.0, "t", {}, {**data, "_meta": meta})))["data"]
+    return json.loads(encoder()((None, "task.received", 1.0, "t", {}, {**data, "_meta": meta})))[
+        "data"
+    ]
 
 
 def test_kept_kwargs():
     """keep_kwargs keeps those, drops others, and hides the positions, which have no names."""
-    assert own(TaskMeta(keep_kwargs=frozenset({"a"})), args=[1], kwargs={"a": 1, "b": 2}) == {"args": "[REDACTED]", "kwargs": {"a": 1}}
+    assert own(TaskMeta(keep_kwargs=frozenset({"a"})), args=[1], kwargs={"a": 1, "b": 2}) == {
+        "args": "[REDACTED]",
+        "kwargs": {"a": 1},
+    }
 
 
 def test_redacted_kwargs_and_result():
     """redact_kwargs and redact_result hide what they name, whatever the default rules think of it."""
-    data = own(TaskMeta(redact_kwargs=frozenset({"b"}), redact_result=True), kwargs={"a": 1, "b": 2}, result=3)
+    data = own(
+        TaskMeta(redact_kwargs=frozenset({"b"}), redact_result=True),
+        kwargs={"a": 1, "b": 2},
+        result=3,
+    )
     assert data == {"kwargs": {"a": 1, "b": "[REDACTED]"}, "result": "[REDACTED]"}
 
 
 def test_long_tracebacks_are_cut_after_redaction():
     """A traceback is cut to what the adapter's own hooks send, with their mark."""
-    data = json.loads(encoder()((None, "task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020})))["data"]
+    data = json.loads(
+        encoder()((None, "task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020}))
+    )["data"]
     assert data["traceback"].endswith("[... traceback truncated ...]")
     assert len(data["traceback"]) < 4200
 
@@ -141,18 +198,30 @@ def test_only_names_that_redaction_swallows_are_rewritten():
 def test_presence_announces_each_worker_once():
     """A worker seen again is no news; an announcement names every worker known."""
     got = []
-    presence = Presence("celery", lambda item: got.append(json.loads(item[0](item))), RedactionEngine().value_matches, clock=lambda: 1.5)
+    presence = Presence(
+        "celery",
+        lambda item: got.append(json.loads(item[0](item))),
+        RedactionEngine().value_matches,
+        clock=lambda: 1.5,
+    )
     presence.seen("w@a.example.com")
     presence.seen("w@a.example.com")
     presence.announce("worker.offline")
-    assert [(event["kind"], event["data"]["worker"]) for event in got] == [("worker.online", "w@a_example_com"), ("worker.offline", "w@a_example_com")]
+    assert [(event["kind"], event["data"]["worker"]) for event in got] == [
+        ("worker.online", "w@a_example_com"),
+        ("worker.offline", "w@a_example_com"),
+    ]
     assert got[0]["occurred_at"] == "1970-01-01T00:00:01.500000+00:00"
 
 
 def test_presence_forgets():
     """A worker that left is told once, one that fell silent is not told; neither is announced again."""
     got = []
-    presence = Presence("celery", lambda record: got.append((record[1], record[-1]["worker"])), RedactionEngine().value_matches)
+    presence = Presence(
+        "celery",
+        lambda record: got.append((record[1], record[-1]["worker"])),
+        RedactionEngine().value_matches,
+    )
     left, silent = presence.seen("left@a.example.com"), presence.seen("silent@a")
     presence.forget(left, left=True)
     presence.forget(left, left=True)
@@ -168,28 +237,49 @@ anything = st.recursive(
     max_leaves=6,
 )
 ids = st.none() | names | st.just("\ud800")
-metas = st.sampled_from([None, TaskMeta(tags=("a", "b"), priority="high"), TaskMeta(redact_result=True, keep_kwargs=frozenset({"a"}))])
+metas = st.sampled_from(
+    [
+        None,
+        TaskMeta(tags=("a", "b"), priority="high"),
+        TaskMeta(redact_result=True, keep_kwargs=frozenset({"a"})),
+    ]
+)
 
 
 @given(
     task=st.tuples(names, st.none() | names | st.just("\udfff"), metas, st.none() | names),
-    call=st.tuples(st.lists(anything, max_size=3), st.dictionaries(names | st.just("password"), anything, max_size=3)) | st.none(),
+    call=st.tuples(
+        st.lists(anything, max_size=3),
+        st.dictionaries(names | st.just("password"), anything, max_size=3),
+    )
+    | st.none(),
     above=st.tuples(ids, ids),
     outcome=st.tuples(st.booleans(), anything | st.just(float("nan")), st.booleans()),
 )
 def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
     """The three events of a task, spliced from text, are the bytes that the encoder makes of the same fields."""
     name, queue, meta, worker = task
-    track, redactor = Track(Kind(name, meta), queue), Redactor(RedactionEngine())
-    scribe, plain = Scribe("celery", redactor, worker), Encoder("celery", redactor)
+    track, redactor = TaskState(TaskType(name, meta), queue), Redactor(RedactionEngine())
+    scribe, plain = TaskEncoder("celery", redactor, worker), Encoder("celery", redactor)
     track.began = 1.0 if outcome[2] else 0.0
     own = {"worker": worker, "queue": queue} | ({} if meta is None else {"_meta": meta})
     expected = [
         ("task.received", own | ({} if call is None else {"args": call[0], "kwargs": call[1]})),
         ("task.started", {"worker": worker, "queue": queue}),
-        ("task.succeeded", own | ({"result": outcome[1]} if outcome[0] else {}) | ({"runtime_ms": 500} if outcome[2] else {})),
+        (
+            "task.succeeded",
+            own
+            | ({"result": outcome[1]} if outcome[0] else {})
+            | ({"runtime_ms": 500} if outcome[2] else {}),
+        ),
     ]
-    expected[0][1].update({key: each for key, each in zip(("parent_task_id", "root_task_id"), above, strict=True) if each})
+    expected[0][1].update(
+        {
+            key: each
+            for key, each in zip(("parent_task_id", "root_task_id"), above, strict=True)
+            if each
+        }
+    )
     args, kwargs = call or (None, None)
     written = [
         scribe.received((None, 5.0, "t", track, args, kwargs, *above)),
@@ -197,7 +287,9 @@ def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
         scribe.succeeded((None, 5.2, "t", track, 1.5, *outcome[:2])),
     ]
     for bytes_, stamp, (kind, fields) in zip(written, (5.0, 5.1, 5.2), expected, strict=True):
-        assert without_id(bytes_) == without_id(plain((None, kind, stamp, "t", track.kind.fields, fields)))
+        assert without_id(bytes_) == without_id(
+            plain((None, kind, stamp, "t", track.kind.fields, fields))
+        )
         assert canonical_plain(json.loads(bytes_)) == bytes_
 
 
@@ -207,7 +299,10 @@ def without_id(event):
 
 def test_notes_are_stamped_in_the_order_of_the_ring():
     """Whatever is written up later, a note that is stamped at once has its time before those that others stamp meanwhile."""
-    track, scribe = Track(Kind("a", None), "q"), Scribe("celery", Redactor(RedactionEngine()), "w")
+    track, scribe = (
+        TaskState(TaskType("a", None), "q"),
+        TaskEncoder("celery", Redactor(RedactionEngine()), "w"),
+    )
     note = scribe.at_once((scribe.received, 10.0, "t", track, None, None, None, None))
     assert track.stamp(10.5, "task.started") == 10.5
     assert json.loads(note[0](note))["occurred_at"].endswith("00:00:10.000000+00:00")

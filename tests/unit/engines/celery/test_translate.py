@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from z4j_celery.meta import z4j_meta
 from z4j_core.redaction.engine import RedactionEngine
 
-from z4j_bare.engines.celery.task_state import Kinds, Track, Tracks
+from z4j_bare.engines.celery.task_state import TaskState, TaskStates, TaskTypes
 from z4j_bare.engines.celery.translate import LONGEST_ID, SKEW, Translator
 
 NOW = 1_700_000_000.25
 
 
-class Roster:
+class WorkerRegistry:
     """Reports every worker but one, and knows one queue."""
 
     def __init__(self):
@@ -54,10 +54,10 @@ class World:
 
     def __init__(self, tracks=None, **switches):
         self.events = []
-        self.roster = Roster()
+        self.roster = WorkerRegistry()
         app = SimpleNamespace(tasks={each.name: each for each in TASKS})
         engine = SimpleNamespace(celery_app=app, redaction=RedactionEngine(), name="celery")
-        put = lambda record: self.events.append(json.loads(record[0](record)))  # noqa: E731
+        put = lambda record: self.events.append(json.loads(record[0](record)))
         self.take = Translator(engine, put, self.roster, tracks, clock=lambda: NOW, **switches)
 
     def send(self, what, **fields):
@@ -73,7 +73,13 @@ def world():
 
 
 def received(name="plain", **fields):
-    return {"name": name, "args": "(1, 'two')", "kwargs": "{'amount': 3, 'password': 'hunter2'}", "retries": 0, **fields}
+    return {
+        "name": name,
+        "args": "(1, 'two')",
+        "kwargs": "{'amount': 3, 'password': 'hunter2'}",
+        "retries": 0,
+        **fields,
+    }
 
 
 def test_a_task_is_told_whole(world):
@@ -87,13 +93,19 @@ def test_a_task_is_told_whole(world):
     assert world.send("task-succeeded", result="{'n': 5}", runtime=0.0256) == {
         **common, "result": {"n": 5}, "runtime_ms": 25
     }  # fmt: skip
-    assert [event["kind"] for event in world.events] == ["task.received", "task.started", "task.succeeded"]
+    assert [event["kind"] for event in world.events] == [
+        "task.received",
+        "task.started",
+        "task.succeeded",
+    ]
     assert {(event["task_id"], event["engine"]) for event in world.events} == {("t", "celery")}
 
 
 def test_a_failure(world):
     """A failure has the class of its exception, the text and the traceback, redacted like those of a worker."""
-    data = world.send("task-failed", exception="shop.Lost('bob@example.com')", traceback="Traceback: in fails")
+    data = world.send(
+        "task-failed", exception="shop.Lost('bob@example.com')", traceback="Traceback: in fails"
+    )
     assert (data["exception"], data["traceback"]) == ("Lost", "Traceback: in fails")
     assert data["exception_message"] == "[REDACTED]"
     assert data["task_name"] == "<unknown>"
@@ -164,8 +176,8 @@ def test_a_name_that_comes_late_counts(world):
 
 def test_in_a_worker_the_signal_tells_who_was_received():
     """With tracks of the signals' handlers, received is not told twice, and the rest has their name and queue."""
-    tracks = Tracks()
-    tracks.add("t", Track(Kinds(lambda _task: None).of("plain"), "q"))
+    tracks = TaskStates()
+    tracks.add("t", TaskState(TaskTypes(lambda _task: None).of("plain"), "q"))
     world = World(tracks)
     assert world.send("task-received", **received()) is None
     assert world.send("task-started") == {"task_name": "plain", "worker": "w@h", "queue": "q"}
@@ -175,7 +187,14 @@ def test_in_a_worker_the_signal_tells_who_was_received():
 
 @pytest.mark.parametrize(
     ("given", "used"),
-    [(NOW - 5, NOW - 5), (NOW + SKEW + 1, NOW), (NOW - SKEW - 1, NOW), ("soon", NOW), (float("nan"), NOW), (None, NOW)],
+    [
+        (NOW - 5, NOW - 5),
+        (NOW + SKEW + 1, NOW),
+        (NOW - SKEW - 1, NOW),
+        ("soon", NOW),
+        (float("nan"), NOW),
+        (None, NOW),
+    ],
 )
 def test_the_time_is_the_worker_s(world, given, used):
     """The worker's clock counts unless it is far off: every agent that reads the event must give it the same second."""
@@ -196,11 +215,33 @@ def test_workers_come_and_go(world):
     assert world.events == []
 
 
-KNOWN = ("task-sent", "task-received", "task-started", "task-succeeded", "task-failed", "task-retried", "task-revoked")
-FIELDS = ("uuid", "name", "args", "kwargs", "result", "runtime", "exception", "traceback", "retries", "signum", "queue")
+KNOWN = (
+    "task-sent",
+    "task-received",
+    "task-started",
+    "task-succeeded",
+    "task-failed",
+    "task-retried",
+    "task-revoked",
+)
+FIELDS = (
+    "uuid",
+    "name",
+    "args",
+    "kwargs",
+    "result",
+    "runtime",
+    "exception",
+    "traceback",
+    "retries",
+    "signum",
+    "queue",
+)
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -208,8 +249,15 @@ junk = st.recursive(
 @given(
     st.lists(
         st.fixed_dictionaries(
-            {"type": st.sampled_from((*KNOWN, "worker-online", "task-rejected")) | junk, "hostname": st.just("w@h") | junk},
-            optional={**dict.fromkeys(FIELDS, junk), "uuid": st.just("t") | junk, "timestamp": junk},
+            {
+                "type": st.sampled_from((*KNOWN, "worker-online", "task-rejected")) | junk,
+                "hostname": st.just("w@h") | junk,
+            },
+            optional={
+                **dict.fromkeys(FIELDS, junk),
+                "uuid": st.just("t") | junk,
+                "timestamp": junk,
+            },
         )
         | junk,
         max_size=6,

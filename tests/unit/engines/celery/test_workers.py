@@ -9,7 +9,7 @@ from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import workers as module
-from z4j_bare.engines.celery.workers import EVERY, LONGEST, MOST, SILENT, Roster
+from z4j_bare.engines.celery.workers import EVERY, LONGEST, MOST, SILENT, WorkerRegistry
 from z4j_bare.events.presence import Presence
 
 
@@ -17,12 +17,16 @@ class World:
     """A roster, an app whose workers answer as told, and a loop that tends it twice a second."""
 
     def __init__(self, **whose):
-        self.seam = FakeConcurrency()
+        self.backend = FakeConcurrency()
         self.enabled = []
         self.queues = {}
         self.fails = None
         self.announced = []
-        presence = Presence("celery", lambda record: self.announced.append((record[1], record[-1]["worker"])), RedactionEngine().value_matches)
+        presence = Presence(
+            "celery",
+            lambda record: self.announced.append((record[1], record[-1]["worker"])),
+            RedactionEngine().value_matches,
+        )
         self.presence = presence
         control = SimpleNamespace(enable_events=self.enable, inspect=self.inspect)
         self.app = SimpleNamespace(
@@ -32,25 +36,27 @@ class World:
             conf=SimpleNamespace(task_default_queue="a"),
             amqp=SimpleNamespace(router=SimpleNamespace(lookup_route=self.route)),
         )
-        self.roster = Roster(self.app, presence, self.seam, **whose)
-        self.seam.spawn(self.tend, name="tend")
+        self.roster = WorkerRegistry(self.app, presence, self.backend, **whose)
+        self.backend.spawn(self.tend, name="tend")
 
     def tend(self):
         while True:
             self.roster.tend()
-            self.seam.sleep(0.5)
+            self.backend.sleep(0.5)
 
     def enable(self, destination, connection):
         assert connection == "of no pool"
-        self.enabled.append((self.seam.now(), destination))
+        self.enabled.append((self.backend.now(), destination))
         if self.fails:
             raise self.fails
 
     def inspect(self, destination, timeout, connection):
         assert connection == "of no pool"
-        answers = {name: [{"name": queue} for queue in queues] for name, queues in self.queues.items()}
+        answers = {
+            name: [{"name": queue} for queue in queues] for name, queues in self.queues.items()
+        }
         if not answers:
-            self.seam.sleep(timeout)
+            self.backend.sleep(timeout)
         if self.fails:
             raise self.fails
         return SimpleNamespace(active_queues=lambda: answers or None)
@@ -58,7 +64,9 @@ class World:
     def route(self, name, *_arguments):
         if name == "odd":
             raise KeyError("a router of the host's")
-        return {"routed": {"queue": "b"}, "elsewhere": {"queue": SimpleNamespace(name="z")}}.get(name)
+        return {"routed": {"queue": "b"}, "elsewhere": {"queue": SimpleNamespace(name="z")}}.get(
+            name
+        )
 
     def greetings(self, hostname):
         return [round(when, 1) for when, destination in self.enabled if destination == [hostname]]
@@ -71,19 +79,21 @@ def world():
 
 def test_all_workers_are_called(world):
     """``enable_events`` goes to everyone within a second or two of the start, at 5 s, and every minute after that."""
-    world.seam.advance(2.5 * EVERY)
+    world.backend.advance(2.5 * EVERY)
     calls = [when for when, destination in world.enabled if destination is None]
     assert calls[0] <= 2
     assert 4 <= calls[1] <= 7
-    assert [EVERY - 2 <= later - earlier <= EVERY + 2 for earlier, later in pairwise(calls[1:])] == [True, True]
+    assert [
+        EVERY - 2 <= later - earlier <= EVERY + 2 for earlier, later in pairwise(calls[1:])
+    ] == [True, True]
 
 
 def test_a_new_worker_is_announced_and_greeted_at_once(world):
     """One that does not listen yet gets ``enable_events`` again 1 s and 5 s later, and it is announced once."""
-    world.seam.advance(20)
-    began = world.seam.now()
+    world.backend.advance(20)
+    began = world.backend.now()
     assert [world.roster.saw("w@web.example.com") for _ in range(3)] == ["w@web_example_com"] * 3
-    world.seam.advance(20)
+    world.backend.advance(20)
     first, second, third = (when - began for when in world.greetings("w@web.example.com"))
     assert first <= 2 < second + 1 <= 5 < third + 1 <= 9
     assert world.announced == [("worker.online", "w@web_example_com")]
@@ -93,7 +103,7 @@ def test_a_worker_that_is_made_to_send_events_keeps_its_queues(world):
     """Its word for that is the one for its start: what it does meanwhile still has the queue that it told."""
     world.queues = {"w@h": ["q"]}
     world.roster.saw("w@h")
-    world.seam.advance(20)
+    world.backend.advance(20)
     world.roster.came("w@h")
     assert world.roster.queue_of("w@h", "t") == "q"
 
@@ -101,10 +111,10 @@ def test_a_worker_that_is_made_to_send_events_keeps_its_queues(world):
 def test_an_answer_ends_the_greeting(world):
     """A worker that told its queues has heard us: one greeting is enough, until it starts again."""
     world.queues = {"w@h": ["q"]}
-    world.seam.advance(20)
+    world.backend.advance(20)
     before = len(world.enabled)
     world.roster.came("w@h")
-    world.seam.advance(20)
+    world.backend.advance(20)
     assert len(world.greetings("w@h")) == 1
     assert len(world.enabled) == before + 1
     assert world.announced == [("worker.online", "w@h")]
@@ -113,19 +123,25 @@ def test_an_answer_ends_the_greeting(world):
 def test_the_queue_is_known_where_it_can_be(world):
     """One queue is the one; of several it is where the app sends the task, if its worker consumes that; else nobody knows."""
     world.queues = {"one@h": ["q"], "more@h": ["a", "b", "c"], "none@h": []}
-    world.seam.advance(3)
+    world.backend.advance(3)
     queue_of = world.roster.queue_of
-    assert (queue_of("one@h", "routed"), queue_of("none@h", "routed"), queue_of("new@h", "routed")) == ("q", None, None)
-    told = {task: queue_of("more@h", task) for task in ("routed", "plain", "own", "elsewhere", "odd")}
+    assert (
+        queue_of("one@h", "routed"),
+        queue_of("none@h", "routed"),
+        queue_of("new@h", "routed"),
+    ) == ("q", None, None)
+    told = {
+        task: queue_of("more@h", task) for task in ("routed", "plain", "own", "elsewhere", "odd")
+    }
     assert told == {"routed": "b", "plain": "a", "own": "c", "elsewhere": None, "odd": None}
 
 
 def test_a_silent_worker_is_forgotten(world):
     """One that says nothing for minutes is announced no longer, so that the brain does not take it for alive."""
     world.roster.saw("w@h")
-    world.seam.advance(SILENT / 2)
+    world.backend.advance(SILENT / 2)
     assert list(world.presence.workers) == ["w@h"]
-    world.seam.advance(SILENT + EVERY)
+    world.backend.advance(SILENT + EVERY)
     assert list(world.presence.workers) == []
     assert world.announced == [("worker.online", "w@h")]
 
@@ -136,7 +152,11 @@ def test_a_worker_that_leaves_is_told(world):
     for _ in range(2):
         world.roster.left("w@h")
     world.roster.saw("w@h")
-    assert [kind for kind, _ in world.announced] == ["worker.online", "worker.offline", "worker.online"]
+    assert [kind for kind, _ in world.announced] == [
+        "worker.online",
+        "worker.offline",
+        "worker.online",
+    ]
 
 
 def test_one_worker_only():
@@ -144,7 +164,7 @@ def test_one_worker_only():
     world = World(only="w@h")
     assert (world.roster.saw("w@h"), world.roster.saw("w@other")) == ("w@h", None)
     world.queues = {"w@other": ["q"]}
-    world.seam.advance(SILENT + 2 * EVERY)
+    world.backend.advance(SILENT + 2 * EVERY)
     assert {tuple(destination) for _, destination in world.enabled} == {("w@h",)}
     assert list(world.presence.workers) == ["w@h"]
 
@@ -154,7 +174,7 @@ def test_our_own_worker_is_greeted_but_not_asked():
     world = World(mine="w@h")
     world.queues = {"w@h": ["q"]}
     world.roster.saw("w@h")
-    world.seam.advance(10 * EVERY)
+    world.backend.advance(10 * EVERY)
     assert [destination for _, destination in world.enabled] == [["w@h"]] * 3
     assert world.enabled[-1][0] <= 8
     assert world.roster.queue_of("w@h", "plain") is None
@@ -165,10 +185,10 @@ def test_our_own_worker_is_greeted_but_not_asked():
 def test_a_broker_that_fails_is_survived(world):
     """Neither the question nor the broadcast may fail for good, nor the one keep the other from being tried."""
     world.fails = OSError("broker away")
-    world.seam.advance(8)
+    world.backend.advance(8)
     assert len(world.enabled) == 2
     world.fails, world.queues = None, {"w@h": ["q"]}
-    world.seam.advance(EVERY + 5)
+    world.backend.advance(EVERY + 5)
     assert world.roster.queue_of("w@h", "plain") == "q"
 
 
@@ -178,7 +198,7 @@ def test_names_are_bounded(world, monkeypatch):
     assert MOST >= 1000
     for number in range(5):
         world.roster.saw(f"w{number}@h")
-        world.seam.advance(1)
+        world.backend.advance(1)
     assert list(world.presence.workers) == ["w2@h", "w3@h", "w4@h"]
     for name in ("", "w" * (LONGEST + 1)):
         with pytest.raises(ValueError, match="no name"):
