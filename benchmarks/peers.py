@@ -41,7 +41,7 @@ class Peers:
         self._port = free_port()
         self._stack = ExitStack()
         self._projects = 0
-        self._random = random.Random(1)
+        self._random = random.Random(1)  # noqa: S311 - the same arguments in every run
         self.brain = Brain(self.home / "brain")
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import reference
+import reference  # noqa: E402 - it lies beside this file
 
 project = "z4j-bare"
 author = "the z4j-bare authors"

@@ -165,7 +165,7 @@ def register_shutdown_atexit(callback: Callable[[], object]) -> str:
 
     atexit.register(once)
     try:
-        threading._register_atexit(once)  # type: ignore[attr-defined]
+        threading._register_atexit(once)  # type: ignore[attr-defined]  # noqa: SLF001 - no public equivalent
     except (AttributeError, RuntimeError, TypeError):
         return "atexit"
     return "threading"

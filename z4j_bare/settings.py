@@ -98,13 +98,13 @@ class Settings:
     #: Send no ``agent_status``, the agent's report on itself that the brain keeps as history.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _switch, False)
     #: Re-read at every connect, so that a rotated secret needs no restart.
-    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
-    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
+    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)  # noqa: RUF009
+    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)  # noqa: RUF009
     #: PEM bundle of certificate authorities; ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE`` are honoured after it.
-    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
+    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)  # noqa: RUF009
     #: Client certificate (PEM, key included unless ``Z4J_CLIENT_KEY`` names it).
-    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
-    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
+    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)  # noqa: RUF009
+    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)  # noqa: RUF009
     #: Send tasks' arguments, and what they return.
     capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)

@@ -52,7 +52,7 @@ def begin(**_signal):
     atexit.register(_dump)
 
 
-def _collected(phase, info, began=[0.0]):
+def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
     """Charge the garbage collector, whoever set it off: it is part of what its victim is charged, too."""
     if phase == "start":
         began[0] = thread_time()

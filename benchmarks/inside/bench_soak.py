@@ -14,13 +14,13 @@ from tests.launch import patch
 
 patch(sys.argv[1])
 
-from datetime import UTC, datetime
-from uuid import uuid4
+from datetime import UTC, datetime  # noqa: E402
+from uuid import uuid4  # noqa: E402
 
-from greenlet import greenlet
-from z4j_core.models import Event, EventKind
+from greenlet import greenlet  # noqa: E402
+from z4j_core.models import Event, EventKind  # noqa: E402
 
-from z4j_bare import install_agent
+from z4j_bare import install_agent  # noqa: E402
 
 #: Events recorded at a time; seconds between two samples, and between two counts of greenlets, which walk the heap.
 GROUP = 10

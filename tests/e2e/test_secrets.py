@@ -172,7 +172,7 @@ def failed_with(answer, host):
 
 def run_the_day(hosts, gateway, brain):
     """Sessions, events, every failure of the proxy, a token that is revoked; the brain restarts in between."""
-    each = lambda condition, what: [
+    each = lambda condition, what: [  # noqa: E731
         until(lambda host=host: condition(host), what, timeout=PATIENCE) for host in hosts
     ]
     each(lambda host: host.ask("stats")["sessions"], "sessions")

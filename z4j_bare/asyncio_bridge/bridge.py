@@ -102,7 +102,7 @@ class Bridge:
         if self._loop is None:
             self._refuse()
             self._build()
-        assert self._loop is not None
+        assert self._loop is not None  # noqa: S101 - _build has just set it
         return self._loop
 
     def stop(self, timeout: float = STOP_PATIENCE) -> None:

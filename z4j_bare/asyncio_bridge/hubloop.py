@@ -94,7 +94,7 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(  # type: ignore[override]
         self,
-        executor: Any,
+        executor: Any,  # noqa: ARG002 - ignored on purpose
         func: Callable[..., Any],
         *args: Any,
     ) -> asyncio.Future[Any]:
@@ -174,7 +174,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             patience = max(0.0, deadline - self.time())
             await asyncio.wait(left, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         for task in left:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else can tell
 
 
 def _settle(future: asyncio.Future[Any], ok: bool, value: Any) -> None:

@@ -76,7 +76,7 @@ def _trouble(found: os.stat_result) -> str:
 def places(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return the directories where stores of this user may lie: the configured one, then those it is replaced by."""
     name = f"z4j-{os.geteuid()}"
-    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))
+    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
 
 

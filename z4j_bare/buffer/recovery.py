@@ -47,7 +47,7 @@ class Orphan:
 
     Rows are appended to the heir before they leave here: whoever dies in between leaves them twice, and the brain knows an
     event again by its id and time.
-    """
+    """  # noqa: D205
 
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
         self.path = path

@@ -65,7 +65,7 @@ def bash(nodes: list[Node]) -> str:
     for path, parser in nodes:
         place = "".join(f"/{word}" for word in path)
         words.append(f'            "{place}") words="{" ".join(_words(parser))}" ;;')
-        for action in parser._actions:
+        for action in parser._actions:  # noqa: SLF001 - argparse has no public way to look at itself
             if action.choices and action.option_strings:
                 patterns = "|".join(f'"{place} {option}"' for option in action.option_strings)
                 choices.append(
@@ -84,7 +84,7 @@ def fish(nodes: list[Node]) -> Iterator[str]:
         here = " ; and ".join(f"__fish_seen_subcommand_from {word}" for word in path)
         apart = f"not __fish_seen_subcommand_from {' '.join(below)}" if below else ""
         when = " ; and ".join(filter(None, (here, apart)))
-        for action in parser._actions:
+        for action in parser._actions:  # noqa: SLF001
             for option in action.option_strings:
                 form = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
                 values = f" -x -a '{' '.join(map(str, action.choices))}'" if action.choices else ""
@@ -94,7 +94,7 @@ def fish(nodes: list[Node]) -> Iterator[str]:
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
+    for action in parser._actions:  # noqa: SLF001
         if action.option_strings:
             yield from action.option_strings
         elif action.choices:
@@ -102,14 +102,14 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    found = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    found = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]  # noqa: SLF001
     return dict(found[0].choices) if found else {}
 
 
 def _helps(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from ((each.dest, each.help or "") for each in action._choices_actions)
+    for action in parser._actions:  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            yield from ((each.dest, each.help or "") for each in action._choices_actions)  # noqa: SLF001
 
 
 def _plain(text: str | None) -> str:

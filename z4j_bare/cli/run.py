@@ -206,7 +206,7 @@ def _drain(flag: float | None) -> float:
         raise HostConfigurationError(
             f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds"
         ) from None
-    if not 0 <= seconds <= 3600:
+    if not 0 <= seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
         raise HostConfigurationError(
             f"a drain of {seconds:g} s: between 0 and 3600 (--drain, Z4J_DRAIN_SECONDS)"
         )

@@ -197,7 +197,7 @@ def _interval(text: str) -> float:
         seconds = float(text)
     except ValueError:
         raise wrong from None
-    if not 0 < seconds <= 3600:
+    if not 0 < seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
         raise wrong
     return seconds
 

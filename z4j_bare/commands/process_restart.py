@@ -143,7 +143,7 @@ def end_with_failure(finish: Callable[[], object]) -> None:
     processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
     if processes is not None and hooks is not None and processes.parent_process() is not None:
         hooks.Finalize(None, finish, exitpriority=LAST)
-    sys._z4j_last = _Last()  # type: ignore[attr-defined]
+    sys._z4j_last = _Last()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def leave_now() -> None:

@@ -251,7 +251,7 @@ class BaseConcurrency:
             if not self.forked():
                 self.steps.end(_resumed.get(), task.name)
                 task.woke = None
-                task._ended.set()
+                task._ended.set()  # noqa: SLF001 - the seam owns its tasks
 
 
 def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:

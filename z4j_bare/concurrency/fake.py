@@ -144,7 +144,7 @@ class FakeConcurrency(BaseConcurrency):
     def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
         return job(*args)
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:  # noqa: ARG002 - virtual time has no sockets
         return write or self.wait_until(lambda: False, timeout)
 
 

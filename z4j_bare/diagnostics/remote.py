@@ -92,7 +92,7 @@ class BrainProbe:
                 "see whether a proxy or a firewall cuts the connection, and the brain's log",
             )
         self._asked_at, self._date = (began + self._backend.wall()) / 2, answer.headers.get("Date")
-        if answer.status != 200:
+        if answer.status != 200:  # noqa: PLR2004 - HTTP
             return failed("http", *_unhealthy(answer), status=answer.status)
         if not _is_brain(answer.body):
             fix = "point Z4J_BRAIN_URL at the brain itself (a captive portal, another service?)"
@@ -206,7 +206,7 @@ class BrainProbe:
 
     def _token_refused(self, error: AgentError) -> ProbeResult:
         code, text = getattr(error, "code", None), str(error)
-        if code == 403 and any(word in text.partition("(")[2].lower() for word in _ARCHIVED):
+        if code == 403 and any(word in text.partition("(")[2].lower() for word in _ARCHIVED):  # noqa: PLR2004 - HTTP
             cause = f"the project {self._config.project_id} is archived"
             return failed(
                 "token",
@@ -214,7 +214,7 @@ class BrainProbe:
                 "restore it in the brain, or mint an agent in another project",
                 status=code,
             )
-        if code == 401:
+        if code == 401:  # noqa: PLR2004 - HTTP
             cause = "the brain does not know the token, or it was revoked"
             return failed(
                 "token",
@@ -295,10 +295,10 @@ def silent_hello() -> bytes:
 
 def _unhealthy(answer: Answer) -> tuple[str, str]:
     status = answer.status
-    if 300 <= status < 400:
+    if 300 <= status < 400:  # noqa: PLR2004 - HTTP
         place = printable(answer.headers.get("Location", "elsewhere"))[:200]
         return f"the address redirects to {place}", "set Z4J_BRAIN_URL to where it leads"
-    if status == 404:
+    if status == 404:  # noqa: PLR2004 - HTTP
         return (
             "there is no health route (HTTP 404)",
             "check Z4J_BRAIN_URL, path included: is it the brain's?",

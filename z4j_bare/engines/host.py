@@ -188,8 +188,8 @@ class EngineHost:
         for name in _QUEUES:
             queue = getattr(self.engine, name, None)
             if getattr(queue, "_loop", None) not in (None, self._bridge.loop()):
-                queue._loop = None  # type: ignore[union-attr]
-                queue._getters.clear()  # type: ignore[union-attr]
+                queue._loop = None  # type: ignore[union-attr]  # noqa: SLF001
+                queue._getters.clear()  # type: ignore[union-attr]  # noqa: SLF001
 
     def _probe(self) -> None:
         self._probing = True

@@ -89,7 +89,7 @@ class Desk:
 
     def _meet(self) -> None:
         try:
-            descriptor, _ = self._listener._accept()
+            descriptor, _ = self._listener._accept()  # noqa: SLF001 - the C class has no other
         except OSError:  # closed, or the visitor has gone
             return
         visitor = _socket.socket(fileno=descriptor)

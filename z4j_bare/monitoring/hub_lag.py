@@ -101,7 +101,7 @@ class HubLagMonitor:
             sleep(pause)
             late = self._backend.now() - self._due
             if late > BLOCKED and late > self._seen[0]:
-                frame = sys._current_frames().get(self._stack_of)
+                frame = sys._current_frames().get(self._stack_of)  # noqa: SLF001 - no public equivalent
                 if frame is not None:
                     self._seen = (late, describe(frame))
             pause = next_look(late)

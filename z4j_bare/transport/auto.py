@@ -148,7 +148,7 @@ class TransportFactory:
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
         if wish == LONGPOLL:
             import z4j_bare.transport.http
-            import z4j_bare.transport.longpoll
+            import z4j_bare.transport.longpoll  # noqa: F401
         else:
             preload_websocket()
 
@@ -173,7 +173,7 @@ class TransportFactory:
     def reachable(self) -> bool:
         """Whether the brain's health route answers."""
         try:
-            return self.health(HEALTH_TIMEOUT).status == 200
+            return self.health(HEALTH_TIMEOUT).status == 200  # noqa: PLR2004 - HTTP
         except NetworkError:
             return False
 

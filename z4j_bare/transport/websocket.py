@@ -203,13 +203,13 @@ class WebSocketTransport:
 
 def close_error(data: bytes) -> AgentError:
     """Return the error for the body of a close frame: two bytes of code, then the reason."""
-    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None
+    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None  # noqa: PLR2004 - RFC 6455, 5.5.1
     return close_codes.closed(code, printable(data[2:].decode(errors="replace")))
 
 
 def preload() -> None:
     """Import the library now: a fifth of a second that belongs to the host's start, not on its hub later."""
-    import websocket
+    import websocket  # noqa: F401
 
 
 def _goodbye() -> bytes:

@@ -24,7 +24,7 @@ def task(chore):
 
 
 class WorkerSettings:
-    functions = [
+    functions = [  # noqa: RUF012
         task(each)
         for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)
     ]

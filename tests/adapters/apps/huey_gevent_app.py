@@ -4,6 +4,6 @@ from gevent import monkey
 
 monkey.patch_all()
 
-from huey_app import huey, send
+from huey_app import huey, send  # noqa: E402 - patch first
 
 __all__ = ["huey", "send"]

@@ -23,8 +23,8 @@ settings.configure(
 )
 django.setup()
 
-from django.db import connection
-from django_celery_beat.models import IntervalSchedule, PeriodicTask
+from django.db import connection  # noqa: E402
+from django_celery_beat.models import IntervalSchedule, PeriodicTask  # noqa: E402
 
 if new:
     call_command("migrate", verbosity=0)
@@ -34,10 +34,10 @@ if new:
     )
     connection.close()  # prefork's children must not inherit it
 
-from z4j_celery import CeleryEngineAdapter
-from z4j_celerybeat import CeleryBeatSchedulerAdapter
+from z4j_celery import CeleryEngineAdapter  # noqa: E402
+from z4j_celerybeat import CeleryBeatSchedulerAdapter  # noqa: E402
 
-from z4j_bare import install_agent
+from z4j_bare import install_agent  # noqa: E402
 
 app = Celery("beaten")
 app.conf.update(broker.settings_from_environment())

@@ -3,7 +3,7 @@
 ``python embedded.py MODE PORT``; see :mod:`tests.support.e2e_host`.
 """
 
-
+# ruff: noqa: E402 - the process is patched before the other imports
 
 import sys
 

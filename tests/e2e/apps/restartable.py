@@ -3,7 +3,7 @@
 ``python restartable.py MODE``.
 """
 
-
+# ruff: noqa: E402 - the process is patched before the other imports
 
 import sys
 

@@ -1,6 +1,6 @@
 """A host whose only adapter is a scheduler's: ``python timed.py MODE KIND``; it ends with SIGTERM."""
 
-
+# ruff: noqa: E402 - the process is patched before the other imports
 
 import sys
 

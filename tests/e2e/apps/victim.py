@@ -12,26 +12,26 @@ import sys
 # A hub's own would start it, and the children inherit it; and eventlet's write goes on for ever when nobody reads any more.
 fork, waitpid, write = os.fork, os.waitpid, os.write
 
-from tests.launch import patch
+from tests.launch import patch  # noqa: E402
 
 patch(sys.argv[1])
 
-import itertools
-import json
-import time
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from uuid import uuid4
+import itertools  # noqa: E402
+import json  # noqa: E402
+import time  # noqa: E402
+from datetime import UTC, datetime, timedelta  # noqa: E402
+from pathlib import Path  # noqa: E402
+from uuid import uuid4  # noqa: E402
 
-from z4j_core.models import Event, EventKind
+from z4j_core.models import Event, EventKind  # noqa: E402
 
-import z4j_bare.agent
-from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial
-from tests.support.store_scenario import Watch
-from z4j_bare import install_agent
-from z4j_bare.buffer.store import BufferStore
-from z4j_bare.pipeline.link import Connection
-from z4j_bare.pipeline.send import SendLoop
+import z4j_bare.agent  # noqa: E402, F401 - before the forks
+from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial  # noqa: E402
+from tests.support.store_scenario import Watch  # noqa: E402
+from z4j_bare import install_agent  # noqa: E402
+from z4j_bare.buffer.store import BufferStore  # noqa: E402
+from z4j_bare.pipeline.link import Connection  # noqa: E402
+from z4j_bare.pipeline.send import SendLoop  # noqa: E402
 
 #: Seconds between two groups of events.
 PAUSE = 0.02

@@ -45,7 +45,7 @@ class Samples:
         return self.leaks
 
 
-async def offload(function, *args, timeout=5.0):
+async def offload(function, *args, timeout=5.0):  # noqa: ASYNC109 - the adapters' own shape
     """What the six ``_offload.py`` of the adapters do."""
     loop = asyncio.get_running_loop()
     return await asyncio.wait_for(loop.run_in_executor(object(), function, *args), timeout)

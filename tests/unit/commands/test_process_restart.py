@@ -102,7 +102,7 @@ def test_a_worker_that_finishes_at_a_signal(monkeypatch, way_out, engine, number
 def test_the_answer_first():
     """The dispatcher begins the departure when the answer is stored, not before."""
     world, found = Commanded(), []
-    order = lambda worker: RestartAccepted(
+    order = lambda worker: RestartAccepted(  # noqa: E731
         {"worker_name": worker}, lambda: found.append(len(world.answers))
     )
     world.host.process_restart = SimpleNamespace(order=order)

@@ -13,14 +13,14 @@ from z4j_bare.events.source import make_source
 from z4j_bare.settings import Settings
 
 
-class StopRequested(Exception):
+class StopRequested(Exception):  # noqa: N818 - RQ's name
     """As in RQ: an ordinary exception."""
 
 
 StopRequested.__module__ = "rq.exceptions"
 
 
-class InvalidJobOperation(Exception):
+class InvalidJobOperation(Exception):  # noqa: N818 - RQ's name
     """What RQ raises for a job that is gone."""
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.monitoring.test_control_server import serve
+from tests.unit.monitoring.test_control_server import serve  # noqa: F401 - a fixture
 from z4j_bare.control import STATUS
 from z4j_bare.monitoring import duplicate_agents as rivals
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
@@ -29,7 +29,7 @@ def look(backend, until, monkeypatch):
     return through
 
 
-def test_a_rival_is_named_once(serve, look, caplog):
+def test_a_rival_is_named_once(serve, look, caplog):  # noqa: F811
     """An agent that reports our worker is named with its process, at the first look only."""
     serve("django", **{STATUS: told(started_at="before", workers=("celery@a", "celery@b"))})
     look(told())
@@ -46,14 +46,14 @@ def test_a_rival_is_named_once(serve, look, caplog):
         {"error": "?"},
     ],
 )
-def test_others_are_not(serve, look, caplog, other):
+def test_others_are_not(serve, look, caplog, other):  # noqa: F811
     """Another project, other workers, ourselves, and one that says nothing useful are no rivals."""
     serve("bare", **{STATUS: other})
     look(told())
     assert caplog.records == []
 
 
-def test_a_rival_that_hangs(serve, look, monkeypatch, caplog):
+def test_a_rival_that_hangs(serve, look, monkeypatch, caplog):  # noqa: F811
     """One that does not answer costs its short time, and no more."""
     serve("bare")
     look(told())

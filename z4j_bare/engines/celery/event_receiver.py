@@ -48,7 +48,7 @@ def patched_late() -> bool:
     """Whether kombu waits in the ``select`` of before the patching; it also remembers that there was none."""
     from kombu.utils import eventio
 
-    return eventio._selectf is not select.select
+    return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
 
 
 class EventReceiver:

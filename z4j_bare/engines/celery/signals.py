@@ -226,7 +226,7 @@ class CeleryCapture:
         )
 
     @safe_boundary
-    def _on_unknown(self, name: Any = None, id: Any = None, **_kwargs: Any) -> None:
+    def _on_unknown(self, name: Any = None, id: Any = None, **_kwargs: Any) -> None:  # noqa: A002 - Celery's keyword
         self._refused(str(id or ""), str(name or "unknown"), "not registered with this worker")
 
     def _refused(self, task_id: str, name: str, reason: Any) -> None:

@@ -7,10 +7,10 @@ import pytest
 celery = pytest.importorskip("celery")
 z4j_celery = pytest.importorskip("z4j_celery")
 
-from celery import signals
+from celery import signals  # noqa: E402
 
-from z4j_bare.asyncio_bridge.bridge import Bridge
-from z4j_bare.engines.host import EngineHost
+from z4j_bare.asyncio_bridge.bridge import Bridge  # noqa: E402
+from z4j_bare.engines.host import EngineHost  # noqa: E402
 
 
 @pytest.fixture

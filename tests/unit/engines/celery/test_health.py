@@ -7,12 +7,12 @@ import pytest
 
 celery = pytest.importorskip("celery")
 
-from celery.worker import state
+from celery.worker import state  # noqa: E402
 
-from z4j_bare.engines.celery import worker_health as worker
-from z4j_bare.engines.celery.broker_health import BrokerProbe
-from z4j_bare.engines.celery.worker_health import WorkerDetails, distant_details, own_details
-from z4j_bare.monitoring import health as probes
+from z4j_bare.engines.celery import worker_health as worker  # noqa: E402
+from z4j_bare.engines.celery.broker_health import BrokerProbe  # noqa: E402
+from z4j_bare.engines.celery.worker_health import WorkerDetails, distant_details, own_details  # noqa: E402
+from z4j_bare.monitoring import health as probes  # noqa: E402
 
 
 class Request:
