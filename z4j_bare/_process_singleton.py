@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from z4j_bare.process import is_loading
+from z4j_bare.process import is_importing_application
 
 logger = logging.getLogger("z4j.runtime.singleton")
 
@@ -22,10 +22,10 @@ def try_register(runtime: Any, *, owner: str) -> Any:
     that of an application which a command of ours imports: it gets its runtime back, and the process stays free.
     """
     global _runtime, _owner
-    if is_loading():
+    if is_importing_application():
         return runtime
     with _lock:
-        if _runtime is None or _runtime is runtime or _vacant(_runtime):
+        if _runtime is None or _runtime is runtime or _is_free(_runtime):
             _runtime, _owner = runtime, owner
             return runtime
         holder, holder_owner = _runtime, _owner
@@ -71,5 +71,5 @@ def post_fork() -> Any:
     return runtime
 
 
-def _vacant(runtime: Any) -> bool:
-    return bool(getattr(runtime, "retired", False))
+def _is_free(runtime: Any) -> bool:
+    return bool(getattr(runtime, "has_stopped", False))

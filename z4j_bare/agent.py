@@ -20,7 +20,6 @@ from z4j_bare.buffer.recovery import Orphan
 from z4j_bare.buffer.siblings import find_in_other_stores
 from z4j_bare.commands import Dispatcher
 from z4j_bare.control import RESTART, STATUS
-from z4j_bare.credentials import deployment_id, read_key, read_token
 from z4j_bare.engines.host import EngineHost
 from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
 from z4j_bare.events.adapter_redaction import merge_redaction
@@ -43,7 +42,7 @@ from z4j_bare.pipeline.watch import keep
 from z4j_bare.process import is_celery_worker, ready_worker
 from z4j_bare.safety import safe_call
 from z4j_bare.schedules import ScheduleManager
-from z4j_bare.settings import Settings
+from z4j_bare.settings import Settings, deployment_id, read_key, read_token
 from z4j_bare.transport.auto import TransportFactory
 from z4j_bare.wire import close_codes, frames
 

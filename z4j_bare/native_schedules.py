@@ -41,18 +41,18 @@ EDITABLE = frozenset(
 )
 
 #: Bytes of one change and of all, and how many there may be.
-RECORD_BYTES = 1024 * 1024
-TOTAL_BYTES = 64 * 1024 * 1024
-RECORDS = 10_000
+MAX_RECORD_BYTES = 1024 * 1024
+MAX_TOTAL_BYTES = 64 * 1024 * 1024
+MAX_RECORDS = 10_000
 
 #: Seconds to wait for another process's change.
-PATIENCE = 5.0
+BUSY_TIMEOUT = 5.0
 
 #: Bits of the file's mode that would let others read what arguments hold.
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 #: Nobody patches this lock. Whoever validates a change may look at the schedules, so that it has to be one to enter twice.
-_gate = ForkGuard(RLock)
+_fork_guard = ForkGuard(RLock)
 
 _TABLES = (
     "CREATE TABLE identity (owner TEXT PRIMARY KEY)",
@@ -77,8 +77,8 @@ class NativeScheduleControl:
     def resolve(self, baseline: list[Schedule], *, owner: str) -> list[Schedule]:
         """Return the schedules in force: those of the code, with what was changed, deleted and added."""
         with self._connected() as connection:
-            _belong(connection, owner)
-            return _in_force(baseline, _changes(connection))
+            _check_owner(connection, owner)
+            return _effective(baseline, _changes(connection))
 
     def mutate(
         self,
@@ -101,9 +101,11 @@ class NativeScheduleControl:
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             _claim(connection, owner)
-            current = {_key(each): each for each in _in_force(baseline, _changes(connection))}
+            current = {_key(each): each for each in _effective(baseline, _changes(connection))}
             before = (
-                None if schedule_id is None else _unchanged(current, schedule_id, expected, owner)
+                None
+                if schedule_id is None
+                else _require_unchanged(current, schedule_id, expected, owner)
             )
             after = (
                 None
@@ -111,7 +113,7 @@ class NativeScheduleControl:
                 else _changed(before, definition, owner=owner, engine=engine)
             )
             if after is not None:
-                _refuse_twins(after, current.values())
+                _reject_duplicate_name(after, current.values())
                 validate(after)
             _write(connection, schedule_id or _key(after), after)
             connection.execute("COMMIT")
@@ -133,9 +135,9 @@ class NativeScheduleControl:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         with (
-            _gate.inside(),
+            _fork_guard.inside(),
             closing(
-                sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+                sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
             ) as connection,
         ):
             _prepare(connection, self.path)
@@ -148,10 +150,10 @@ class NativeScheduleControl:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables of a new file, or check that the file is ours."""
-    if _marks(connection) == (0, 0):
+    if _header(connection) == (0, 0):
         connection.execute("BEGIN IMMEDIATE")
         if (
-            _marks(connection) == (0, 0)
+            _header(connection) == (0, 0)
             and not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
         ):
             for table in _TABLES:
@@ -159,16 +161,16 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
-    if _marks(connection) != (APPLICATION_ID, VERSION):
+    if _header(connection) != (APPLICATION_ID, VERSION):
         raise ValueError(f"{path} holds something else than schedules, or those of another version")
 
 
-def _marks(connection: sqlite3.Connection) -> tuple[int, int]:
+def _header(connection: sqlite3.Connection) -> tuple[int, int]:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     return application, connection.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _belong(connection: sqlite3.Connection, owner: str) -> None:
+def _check_owner(connection: sqlite3.Connection, owner: str) -> None:
     """Raise ``ValueError`` for a file with another scheduler's changes."""
     row = connection.execute("SELECT owner FROM identity").fetchone()
     if row is not None and row[0] != owner:
@@ -176,7 +178,7 @@ def _belong(connection: sqlite3.Connection, owner: str) -> None:
 
 
 def _claim(connection: sqlite3.Connection, owner: str) -> None:
-    _belong(connection, owner)
+    _check_owner(connection, owner)
     connection.execute("INSERT OR IGNORE INTO identity VALUES (?)", (owner,))
 
 
@@ -193,15 +195,17 @@ def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) 
     body = (
         b"null" if schedule is None else canonical_external_json(schedule.model_dump(mode="json"))
     )
-    if len(body) > RECORD_BYTES:
-        raise ValueError(f"the schedule takes {len(body)} bytes, over the limit of {RECORD_BYTES}")
+    if len(body) > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"the schedule takes {len(body)} bytes, over the limit of {MAX_RECORD_BYTES}"
+        )
     connection.execute("INSERT OR REPLACE INTO overrides VALUES (?, ?)", (key, body))
     number, size = connection.execute(
         "SELECT count(*), sum(length(body)) FROM overrides"
     ).fetchone()
-    if number > RECORDS or size > TOTAL_BYTES:
+    if number > MAX_RECORDS or size > MAX_TOTAL_BYTES:
         raise ValueError(
-            f"{number} changed schedules of {size} bytes are over the limit of {RECORDS} and {TOTAL_BYTES}"
+            f"{number} changed schedules of {size} bytes are over the limit of {MAX_RECORDS} and {MAX_TOTAL_BYTES}"
         )
 
 
@@ -212,7 +216,7 @@ def _key(schedule: Schedule | None) -> str:
     return schedule.external_id or schedule.name
 
 
-def _in_force(baseline: list[Schedule], changes: dict[str, Schedule | None]) -> list[Schedule]:
+def _effective(baseline: list[Schedule], changes: dict[str, Schedule | None]) -> list[Schedule]:
     found: dict[str, Schedule | None] = {_key(each): each for each in baseline}
     found.update(changes)
     return [each for each in found.values() if each is not None]
@@ -236,7 +240,7 @@ def _check(
         raise ValueError("a deletion has no definition")
 
 
-def _unchanged(
+def _require_unchanged(
     current: dict[str, Schedule], schedule_id: str, expected: dict[str, Any] | None, owner: str
 ) -> Schedule:
     found = current.get(schedule_id)
@@ -271,7 +275,7 @@ def _changed(
     return Schedule.model_validate_json(json.dumps({**fields, **definition, "updated_at": now}))
 
 
-def _refuse_twins(schedule: Schedule, others: Iterable[Schedule]) -> None:
+def _reject_duplicate_name(schedule: Schedule, others: Iterable[Schedule]) -> None:
     """Raise ``ConflictError`` if another schedule has the name: the brain knows them by it."""
     if any(other.name == schedule.name and _key(other) != _key(schedule) for other in others):
         raise ConflictError(f"there is a schedule {schedule.name!r} already")

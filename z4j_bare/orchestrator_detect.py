@@ -72,14 +72,14 @@ def detect_orchestrator(
         return OrchestratorDetection(False, f"Z4J_ORCHESTRATED={wish}")
     if wish in _YES:
         return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={wish}")
-    place = _Place(os.getpid() if pid is None else pid, env, root)
+    place = _ProcessContext(os.getpid() if pid is None else pid, env, root)
     found = place.supervisor(fs_marker_override) if probe_filesystem else None
     if found is None and place.pid == 1:
         found = "pid 1"
     return OrchestratorDetection(found is not None, found)
 
 
-class _Place:
+class _ProcessContext:
     """Where a process stands, by ``/proc`` and what container engines leave."""
 
     def __init__(self, pid: int, env: Mapping[str, str], root: Path) -> None:
@@ -142,7 +142,7 @@ class _Place:
         if kept := sorted(names & _MANAGERS):
             return f"{kept[0]}, pid {parent}"
         return (
-            _Place(parent, self._env, self._root).supervisor(container)
+            _ProcessContext(parent, self._env, self._root).supervisor(container)
             if names & _MASTERS
             else None
         )

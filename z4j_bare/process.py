@@ -14,7 +14,7 @@ _consumer: Any = None
 _loading = False
 
 #: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
-_VISITORS = {
+_INSPECTION_COMMANDS = {
     "amqp",
     "call",
     "control",
@@ -27,7 +27,7 @@ _VISITORS = {
 } | {"multi", "purge", "report", "result", "shell", "status", "upgrade"}
 
 #: The programs, or Django's command, that run the workers of engines whose adapters name no worker in their events.
-_NAMELESS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
+_WORKER_PROGRAMS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
 #: Global options of the ``celery`` command that take their value as a word of its own.
 _WITH_VALUE = frozenset(
@@ -50,7 +50,7 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
 
 def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
     """Whether this is ``celery inspect`` and its like, where the agent stays inert."""
-    return celery_command(argv) in _VISITORS
+    return celery_command(argv) in _INSPECTION_COMMANDS
 
 
 def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
@@ -62,7 +62,7 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
     """Return a name for the worker that this process is, of an engine whose events name none; ``None`` if it is none."""
     # taskiq takes its own name off sys.argv, and a child of multiprocessing has lost it elsewhere.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
-    if {PurePath(word).stem for word in words}.isdisjoint(_NAMELESS.get(engine, ())):
+    if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
     return f"{engine}@{platform.node()}-{os.getpid()}"
 
@@ -85,7 +85,7 @@ def ready_worker() -> Any:
 
 
 @contextmanager
-def loading_application() -> Iterator[None]:
+def importing_application() -> Iterator[None]:
     """While a command of ours imports an application, the agent that it installs neither starts nor takes the process.
 
     ``z4j-bare run`` is that agent itself, with engines and settings of its own, and ``doctor`` must disturb nobody.
@@ -98,7 +98,7 @@ def loading_application() -> Iterator[None]:
         _loading = before
 
 
-def is_loading() -> bool:
+def is_importing_application() -> bool:
     """Whether an application is being imported for a command of ours."""
     return _loading
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import build, choose, detect
-from z4j_bare.process import is_loading
+from z4j_bare.process import is_importing_application
 from z4j_bare.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("z4j.runtime")
 
 #: Events kept under ``Z4J_TESTING``.
-RECORDED = 1_000
+MAX_RECORDED_EVENTS = 1_000
 
 
 class RuntimeState(StrEnum):
@@ -73,7 +73,7 @@ class AgentRuntime:
         return RuntimeState.STOPPED if agent is not None and agent.backend.forked() else self._state
 
     @property
-    def retired(self) -> bool:
+    def has_stopped(self) -> bool:
         """Whether it has run and been stopped, so that another may take its place in the process."""
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
@@ -83,7 +83,7 @@ class AgentRuntime:
         Does nothing while a command of ours imports the application that calls it. Raises ``HostConfigurationError`` for a
         setting that is missing or wrong, or a process it cannot live in.
         """
-        if is_loading():
+        if is_importing_application():
             logger.debug("z4j: the application is only being looked at; its agent stays out")
             return
         with self._lock:
@@ -182,7 +182,7 @@ class AgentRuntime:
     def _build(self) -> Agent | None:
         settings = self._settings or load_settings()
         if settings.disabled or settings.testing:
-            self.recorded = deque(maxlen=RECORDED) if settings.testing else None
+            self.recorded = deque(maxlen=MAX_RECORDED_EVENTS) if settings.testing else None
             logger.info(
                 "z4j: %s is set; the agent stays out",
                 "Z4J_DISABLED" if settings.disabled else "Z4J_TESTING",

@@ -1,8 +1,10 @@
-"""What ``z4j_core``'s ``Config`` has no field for (it is frozen and forbids extras).
+"""Settings that z4j_core's ``Config`` has no field for, and the agent's secrets.
 
-Each setting comes from a keyword of ``install_agent``, else from its ``Z4J_*`` variable, else from its default. Adapters
-that build ``AgentRuntime(config=...)`` themselves reach these through the environment.
+Each setting comes from a keyword of ``install_agent``, else from its ``Z4J_*`` variable, else from
+its default. Adapters that build ``AgentRuntime(config=...)`` themselves use the variables.
 """
+
+# ruff: noqa: RUF009 - setting() returns a dataclass field, not a shared mutable default
 
 from __future__ import annotations
 
@@ -10,18 +12,26 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from z4j_bare.errors import HostConfigurationError
 
+if TYPE_CHECKING:
+    from z4j_core.models import Config
+
+T = TypeVar("T")
 N = TypeVar("N", int, float)
+
+#: Length of the project's HMAC key, in bytes.
+KEY_BYTES = 32
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
 
 
-def _switch(name: str, text: str) -> bool:
+def _bool(name: str, text: str) -> bool:
     if text.lower() in _TRUE | _FALSE:
         return text.lower() in _TRUE
     raise HostConfigurationError(
@@ -29,8 +39,8 @@ def _switch(name: str, text: str) -> bool:
     )
 
 
-def _on(_name: str, text: str) -> bool:
-    """Read a switch as the adapters do, for a variable of theirs: anything else is off."""
+def _lenient_bool(_name: str, text: str) -> bool:
+    """Parse a flag as the published adapters do: an unknown word means off."""
     return text.lower() in _TRUE
 
 
@@ -64,70 +74,77 @@ def _text(_name: str, text: str) -> str:
 
 
 def setting(
-    variable: str, read: Callable[[str, str], Any], default: Any, low: float | None = None
-) -> Any:
-    """Declare one field: its variable, how its text is read, its default and its lower bound."""
-    return field(default=default, metadata={"variable": variable, "read": read, "low": low})
+    variable: str, parse: Callable[[str, str], T], default: T, minimum: float | None = None
+) -> T:
+    """Declare a field by its variable, the parser of the variable's text, default and minimum."""
+    metadata = {"variable": variable, "parse": parse, "minimum": minimum}
+    declared: T = field(default=default, metadata=metadata)
+    return declared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of the runtime; seconds and bytes unless a name says otherwise."""
+    """Settings of the runtime. Durations are seconds and sizes are bytes."""
 
-    # RUF009 fears shared mutable defaults; setting() returns a dataclass field.
-    #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; decided at ``start()``.
+    #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; resolved in ``start()``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
-    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` is WebSocket, and long-poll behind a proxy that blocks it.
+    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` uses WebSocket, and long-poll where a proxy blocks
+    #: WebSocket.
     transport: str = setting("Z4J_TRANSPORT", _text, "auto")
-    #: Start nothing at all.
-    disabled: bool = setting("Z4J_DISABLED", _switch, False)
-    #: Start nothing, and keep recorded events in ``runtime.recorded``: for the tests of whoever uses the agent.
-    testing: bool = setting("Z4J_TESTING", _switch, False)
-    #: Look for tasks again whenever a ``tasks.py`` changes.
-    dev_mode: bool = setting("Z4J_DEV_MODE", _on, False)
-    #: How long a captured event waits in memory at most: the loss window of a SIGKILL.
+    #: Do not start the agent.
+    disabled: bool = setting("Z4J_DISABLED", _bool, False)
+    #: Do not start the agent, and keep recorded events in ``runtime.recorded``, for test suites.
+    testing: bool = setting("Z4J_TESTING", _bool, False)
+    #: Repeat task discovery when a ``tasks.py`` changes.
+    dev_mode: bool = setting("Z4J_DEV_MODE", _lenient_bool, False)
+    #: Maximum time that a captured event stays in memory. SIGKILL loses the events of this time.
     flush_interval: float = setting("Z4J_FLUSH_INTERVAL_SECONDS", _seconds, 0.2, 0.01)
-    #: How many of them wait at most.
+    #: Number of captured events that triggers a flush before ``flush_interval`` ends.
     flush_events: int = setting("Z4J_FLUSH_EVENTS", _count, 256, 1)
-    #: How long ``stop()`` waits for the brain's acks at most.
+    #: Maximum time that ``stop()`` waits for the brain's acks.
     flush_seconds: float = setting("Z4J_FLUSH_SECONDS", _seconds, 2.0, 0)
-    #: Events that the ring holds when the flush loop cannot keep up; the oldest go first.
+    #: Capacity of the ring, in events. A full ring drops its oldest event.
     ring_events: int = setting("Z4J_RING_EVENTS", _count, 10_000, 1)
-    #: Send heartbeats. Off, the agent shows as offline after 30 s.
-    heartbeat: bool = setting("Z4J_HEARTBEAT", _switch, True)
-    #: Send no ``agent_status``, the agent's report on itself that the brain keeps as history.
-    status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _switch, False)
-    #: Re-read at every connect, so that a rotated secret needs no restart.
-    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)  # noqa: RUF009
-    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)  # noqa: RUF009
-    #: PEM bundle of certificate authorities; ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE`` are honoured after it.
-    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)  # noqa: RUF009
-    #: Client certificate (PEM, key included unless ``Z4J_CLIENT_KEY`` names it).
-    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)  # noqa: RUF009
-    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)  # noqa: RUF009
-    #: Send tasks' arguments, and what they return.
-    capture_args: bool = setting("Z4J_CAPTURE_ARGS", _switch, True)
-    capture_result: bool = setting("Z4J_CAPTURE_RESULT", _switch, True)
-    #: How long a worker that ends for its restart has for the tasks that it runs.
+    #: Send heartbeats. Without them the brain shows the agent as offline after 30 s.
+    heartbeat: bool = setting("Z4J_HEARTBEAT", _bool, True)
+    #: Do not send ``agent_status``, the agent's own health report, whose history the brain keeps.
+    status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _bool, False)
+    #: File with the agent's token, read again at each connect: a rotated token needs no restart.
+    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
+    #: File with the project's HMAC key, read again at each connect.
+    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
+    #: PEM bundle of certificate authorities. Without it ``SSL_CERT_FILE`` and
+    #: ``REQUESTS_CA_BUNDLE`` are used.
+    ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
+    #: Client certificate (PEM). It includes the key unless ``client_key`` is set.
+    client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
+    #: Private key of the client certificate (PEM).
+    client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
+    #: Send the arguments of tasks.
+    capture_args: bool = setting("Z4J_CAPTURE_ARGS", _bool, True)
+    #: Send the results of tasks.
+    capture_result: bool = setting("Z4J_CAPTURE_RESULT", _bool, True)
+    #: Maximum time that a worker gets to finish its running tasks before a restart.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
-    #: How often the schedulers' schedules are told anew although nothing said that they changed; 0 is never.
+    #: Interval at which all schedules are sent again without a change; 0 disables that.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
-    #: Commands that run at the same time.
+    #: Maximum number of commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            low, value = each.metadata["low"], getattr(self, each.name)
-            if low is not None and value < low:
+            minimum, value = each.metadata["minimum"], getattr(self, each.name)
+            if minimum is not None and value < minimum:
                 raise HostConfigurationError(
-                    f"{each.metadata['variable']}={value} is below its minimum of {low}"
+                    f"{each.metadata['variable']}={value} is below its minimum of {minimum}"
                 )
 
 
 def load_settings(env: Mapping[str, str] | None = None, **keywords: Any) -> Settings:
-    """Return the settings in force; ``None`` among ``keywords`` means "not given".
+    """Return the effective settings; a keyword that is ``None`` was not given.
 
-    Raises ``HostConfigurationError`` naming the variable and what is wrong with it.
+    :param env: the environment, ``os.environ`` by default.
+    :raises HostConfigurationError: a variable has a bad value; the message names it and the reason.
     """
     env = os.environ if env is None else env
     values: dict[str, Any] = {}
@@ -136,19 +153,74 @@ def load_settings(env: Mapping[str, str] | None = None, **keywords: Any) -> Sett
         if keywords.get(each.name) is not None:
             values[each.name] = keywords[each.name]
         elif text:
-            values[each.name] = each.metadata["read"](variable, text)
+            values[each.name] = each.metadata["parse"](variable, text)
     return Settings(**values)
 
 
 def read_secret(path: Path, variable: str) -> str:
-    """Return the one line that a secret's file holds.
+    """Return the content of a secret file without surrounding whitespace.
 
-    Raises ``HostConfigurationError`` when it cannot be read or is empty; the message never quotes the content.
+    :param variable: the setting that names the file, for error messages.
+    :raises HostConfigurationError: the file is empty or unreadable; the message never quotes the
+        content.
     """
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise HostConfigurationError(f"{variable}={path}: {type(error).__name__}") from None
+        raise HostConfigurationError(
+            f"{variable}={path}: cannot read the file ({type(error).__name__})"
+        ) from None
     if not text:
         raise HostConfigurationError(f"{variable}={path}: the file is empty")
     return text
+
+
+def read_token(config: Config, settings: Settings) -> str:
+    """Return the agent's token.
+
+    :raises HostConfigurationError: the token file cannot be read.
+    """
+    path = settings.token_file
+    return read_secret(path, "Z4J_TOKEN_FILE") if path else config.token.get_secret_value()
+
+
+def read_key(config: Config, settings: Settings) -> bytes:
+    """Return the project's HMAC key.
+
+    :raises HostConfigurationError: the key is missing, malformed or too short; the message names
+        the setting.
+    """
+    # Imported late: this module is loaded with the package, long before a key is needed.
+    from z4j_core.transport.hmac import decode_agent_hmac_secret
+
+    path, value = settings.hmac_secret_file, config.hmac_secret
+    variable = "Z4J_HMAC_SECRET_FILE" if path else "Z4J_HMAC_SECRET"
+    if path is None and value is None:
+        raise HostConfigurationError(
+            "Z4J_HMAC_SECRET is missing: set it to the hmac_secret that the brain minted"
+        )
+    text = read_secret(path, variable) if path else value.get_secret_value() if value else ""
+    try:
+        key = decode_agent_hmac_secret(text)
+    except ValueError:
+        raise HostConfigurationError(
+            f"{variable} is not the urlsafe-base64 text that the brain minted"
+        ) from None
+    if len(key) < KEY_BYTES:
+        raise HostConfigurationError(
+            f"{variable} decodes to {len(key)} bytes, but the brain mints {KEY_BYTES}: "
+            "check whether the text was truncated"
+        )
+    return key
+
+
+def deployment_id(config: Config, key: bytes) -> str:
+    """Return the id that a store's rows belong to, so that another project never sends them.
+
+    It has two parts. One is derived from the key and survives a change of the brain's address; the
+    other is derived from the address and survives a change of the key.
+    """
+    parts = key, str(config.brain_url).rstrip("/").encode()
+    return " ".join(
+        sha256(b"%b %b" % (config.project_id.encode(), part)).hexdigest()[:16] for part in parts
+    )

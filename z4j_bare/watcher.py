@@ -19,11 +19,11 @@ from z4j_bare.safety import safe_call
 logger = logging.getLogger("z4j.runtime.watcher")
 
 #: Seconds between two looks, and for :meth:`TasksFileWatcher.stop`.
-LOOK = 0.5
-LEAVE = 2.0
+POLL_INTERVAL = 0.5
+STOP_TIMEOUT = 2.0
 
 #: Seconds that a file has to be quiet, at least: editors write in steps.
-SHORTEST_WINDOW = 0.05
+MIN_DEBOUNCE = 0.05
 
 #: Directories that hold no tasks of anybody's.
 _SKIPPED = frozenset({"__pycache__", "node_modules", "site-packages"})
@@ -50,7 +50,7 @@ class TasksFileWatcher:
         self._paths = [Path(path) for path in app_paths]
         self._on_change = on_change
         self._names = frozenset(filenames)
-        self._window = max(SHORTEST_WINDOW, debounce_ms / 1000)
+        self._window = max(MIN_DEBOUNCE, debounce_ms / 1000)
         self._backend: Any = None
         self._stop_event: Any = None
         self._task: Any = None
@@ -72,37 +72,37 @@ class TasksFileWatcher:
         task, self._task = self._task, None
         if task is not None:
             self._stop_event.set()
-            task.join(LEAVE)
+            task.join(STOP_TIMEOUT)
             self._backend.close()
 
     def _run(self, roots: list[str]) -> None:
-        known = self._look(roots, {})
-        while not self._backend.pause(self._stop_event, LOOK):
-            found = self._look(roots, known)
+        known = self._scan(roots, {})
+        while not self._backend.pause(self._stop_event, POLL_INTERVAL):
+            found = self._scan(roots, known)
             if found != known:
-                found = self._settled(roots, found)
+                found = self._debounced(roots, found)
                 for path in sorted(known.keys() | found.keys()):
                     if known.get(path) != found.get(path):
                         safe_call(self._on_change, Path(path))
                 known = found
 
-    def _settled(self, roots: list[str], found: Snapshot) -> Snapshot:
+    def _debounced(self, roots: list[str], found: Snapshot) -> Snapshot:
         """Look until two looks in a row show the same."""
         while not self._backend.pause(self._stop_event, self._window):
-            earlier, found = found, self._look(roots, found)
+            earlier, found = found, self._scan(roots, found)
             if found == earlier:
                 break
         return found
 
-    def _look(self, roots: list[str], otherwise: Snapshot) -> Snapshot:
-        ok, found = self._backend.offload(_look, roots, self._names)
+    def _scan(self, roots: list[str], otherwise: Snapshot) -> Snapshot:
+        ok, found = self._backend.offload(_scan, roots, self._names)
         if ok:
             return dict(found)
         logger.debug("z4j: the watcher could not look: %s", found)
         return otherwise
 
 
-def _look(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
+def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
     found = {}
     for root in roots:
         for directory, below, files in os.walk(root):

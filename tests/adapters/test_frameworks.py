@@ -9,7 +9,7 @@ import pytest
 import requests
 from redis import Redis
 
-from tests.support.adapter_hosts import Stage
+from tests.support.adapter_hosts import AdapterProject
 from z4j_bare.demo.brain import free_port
 from z4j_bare.demo.process import until
 
@@ -85,9 +85,11 @@ def site(request):
 
 
 @pytest.fixture(scope="module")
-def stage(site, brain, redis_url, tmp_path_factory):
+def project(site, brain, redis_url, tmp_path_factory):
     """The server, running, with a session of every agent in it."""
-    with Stage(brain, redis_url, tmp_path_factory.mktemp(site.framework), "", "celery") as here:
+    with AdapterProject(
+        brain, redis_url, tmp_path_factory.mktemp(site.framework), "", "celery"
+    ) as here:
         port = free_port()
         here.url = f"http://127.0.0.1:{port}"
         words = [word.format(port=port) for word in site.command]
@@ -103,24 +105,24 @@ def answers(url):
         return False
 
 
-def visit(stage, path):
-    answer = requests.get(f"{stage.url}/{path}", timeout=20)
+def visit(project, path):
+    answer = requests.get(f"{project.url}/{path}", timeout=20)
     answer.raise_for_status()
     return answer.json()
 
 
-def test_events_reach_the_brain(site, stage, prove):
+def test_events_reach_the_brain(site, project, prove):
     """A task that a request runs itself has a row with name, state and result."""
-    row = stage.row(visit(stage, "add/1/2")["id"], "success")
+    row = project.row(visit(project, "add/1/2")["id"], "success")
     assert (row["name"], row["result"]) == ("add", 3)
     prove(site.row, "events", "started, succeeded")
 
 
-def test_a_submitted_task_is_in_the_queue(site, stage, prove):
+def test_a_submitted_task_is_in_the_queue(site, project, prove):
     """What an operator submits is in the broker's queue, with its arguments."""
-    row = stage.submit("add", 30, 12)
+    row = project.submit("add", 30, 12)
     assert row["status"] == "completed", row["error"]
-    with Redis.from_url(stage.redis_url) as broker:
+    with Redis.from_url(project.redis_url) as broker:
         (message,) = [json.loads(each) for each in broker.lrange("celery", 0, -1)]
     assert (message["headers"]["id"], message["headers"]["argsrepr"]) == (
         row["result"]["task_id"],
@@ -129,23 +131,23 @@ def test_a_submitted_task_is_in_the_queue(site, stage, prove):
     prove(site.row, "command", "`submit_task`")
 
 
-def test_no_loop_but_the_server_s_own_shows(site, stage, prove):
+def test_no_loop_but_the_server_s_own_shows(site, project, prove):
     """A request that looks for a second sees no running loop, or only the one that it runs on, which is not held up."""
-    visit(stage, "look")
-    stage.saw_no_loop()
+    visit(project, "look")
+    project.saw_no_loop()
     prove(site.row, "loop visible to tasks", "never")
 
 
-def test_a_stop_loses_nothing(site, stage, prove):
+def test_a_stop_loses_nothing(site, project, prove):
     """Ended right after its last task, the server leaves as it does without an agent, and its tasks are in the brain or, while that is busy, on disk."""
-    last = [visit(stage, f"add/{number}/1")["id"] for number in range(10)]
+    last = [visit(project, f"add/{number}/1")["id"] for number in range(10)]
     if site.ending == signal.SIGINT:
-        os.killpg(stage.host.pid, site.ending)
+        os.killpg(project.host.pid, site.ending)
     else:
-        os.kill(stage.host.pid, site.ending)
-    until(lambda: not stage.host.running, "the server's end", timeout=30)
-    assert stage.host.exit_code == site.code
-    assert stage.told(last) + stage.left() >= len(last)
+        os.kill(project.host.pid, site.ending)
+    until(lambda: not project.host.running, "the server's end", timeout=30)
+    assert project.host.exit_code == site.code
+    assert project.told(last) + project.left() >= len(last)
     prove(
         site.row,
         "clean stop",

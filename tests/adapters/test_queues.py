@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.adapter_hosts import Stage
+from tests.support.adapter_hosts import AdapterProject
 from z4j_bare.demo.process import until
 
 pytestmark = pytest.mark.timeout(180)
@@ -88,9 +88,9 @@ def worker(request):
 
 
 @pytest.fixture(scope="module")
-def stage(worker, brain, redis_url, tmp_path_factory):
+def project(worker, brain, redis_url, tmp_path_factory):
     """The worker, running, with a session of every agent in it."""
-    with Stage(
+    with AdapterProject(
         brain, redis_url, tmp_path_factory.mktemp(worker.engine), worker.app, worker.engine
     ) as here:
         here.host = here.start(*worker.command, processes=worker.agents)
@@ -99,30 +99,30 @@ def stage(worker, brain, redis_url, tmp_path_factory):
         yield here
 
 
-def test_events_reach_the_brain(worker, stage, prove):
+def test_events_reach_the_brain(worker, project, prove):
     """A task that ends well and one that fails have rows with name and state, and their lives as events."""
-    good, bad = stage.send(("add", 1, 2), ("fails", "broken"))
-    ended, failed = stage.row(good, "success"), stage.row(bad, "failure")
+    good, bad = project.send(("add", 1, 2), ("fails", "broken"))
+    ended, failed = project.row(good, "success"), project.row(bad, "failure")
     assert (ended["name"], failed["name"]) == (worker.called("add"), worker.called("fails"))
-    kinds = stage.kinds(good) | stage.kinds(bad)
+    kinds = project.kinds(good) | project.kinds(bad)
     assert {"task.started", "task.succeeded", "task.failed"} <= kinds
     if worker.engine != "arq":  # whose adapter says nothing of errors
         assert "broken" in error(failed)
     prove(worker.row, "events", ", ".join(sorted(kind.removeprefix("task.") for kind in kinds)))
 
 
-def test_a_submitted_task_runs_and_no_loop_shows(worker, stage, prove):
+def test_a_submitted_task_runs_and_no_loop_shows(worker, project, prove):
     """What an operator submits runs; a task that looks on all the while sees no loop but its host's own."""
-    stage.send(("looks", 2.0))
-    row = stage.submit(worker.called("add"), 30, 12)
+    project.send(("looks", 2.0))
+    row = project.submit(worker.called("add"), 30, 12)
     assert row["status"] == "completed", row["error"]
     until(
-        lambda: [line for line in stage.did("add") if line["x"] == 30],
+        lambda: [line for line in project.did("add") if line["x"] == 30],
         "the submitted task",
         timeout=20,
     )
-    stage.row(row["result"]["task_id"], "success")
-    stage.saw_no_loop()
+    project.row(row["result"]["task_id"], "success")
+    project.saw_no_loop()
     prove(worker.row, "loop visible to tasks", "never")
     prove(worker.row, "command", "`submit_task`")
 
@@ -132,37 +132,39 @@ def error(row):
     return f"{row['exception']} {row['traceback']}"
 
 
-def cancelled(worker, stage):
+def cancelled(worker, project):
     """Cancel a task that waits for a free slot."""
-    *busy, doomed = stage.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
-    until(lambda: len(stage.did("waits")) >= worker.slots, "a busy worker", timeout=20)
-    row = stage.command("cancel-task", task_id=doomed)
+    *busy, doomed = project.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
+    until(lambda: len(project.did("waits")) >= worker.slots, "a busy worker", timeout=20)
+    row = project.command("cancel-task", task_id=doomed)
     assert row["status"] == "completed", row["error"]
     for task_id in busy:
-        stage.row(task_id, "success")
-    stage.row(*stage.send(("add", 50, 0)), "success")
-    assert {40, 50} & {line["x"] for line in stage.did("add")} == {50}
+        project.row(task_id, "success")
+    project.row(*project.send(("add", 50, 0)), "success")
+    assert {40, 50} & {line["x"] for line in project.did("add")} == {50}
 
 
-def aborted(worker, stage):
+def aborted(worker, project):
     """Cancel a task that runs."""
-    (doomed,) = stage.send(("waits", 60.0))
-    until(lambda: stage.did("waits"), "the running task", timeout=20)
-    row = stage.command("cancel-task", task_id=doomed)
+    (doomed,) = project.send(("waits", 60.0))
+    until(lambda: project.did("waits"), "the running task", timeout=20)
+    row = project.command("cancel-task", task_id=doomed)
     assert row["status"] == "completed", row["error"]
-    stage.row(doomed, "failure" if worker.engine == "arq" else "revoked")
-    assert not stage.did("waited")
+    project.row(doomed, "failure" if worker.engine == "arq" else "revoked")
+    assert not project.did("waited")
 
 
-def retried(worker, stage):
+def retried(worker, project):
     """Run a task again, with the operator's own arguments."""
-    (task_id,) = stage.send(("fails", "once"))
-    stage.row(task_id, "failure")
-    row = stage.command("retry-task", task_id=task_id, override_args=["twice"], override_kwargs={})
+    (task_id,) = project.send(("fails", "once"))
+    project.row(task_id, "failure")
+    row = project.command(
+        "retry-task", task_id=task_id, override_args=["twice"], override_kwargs={}
+    )
     assert row["status"] == "completed", row["error"]
     until(
         lambda: any(
-            "twice" in error(each) for each in stage.brain.tasks(stage.project, state="failure")
+            "twice" in error(each) for each in project.brain.tasks(project.slug, state="failure")
         ),
         "the retried task",
         timeout=20,
@@ -179,7 +181,7 @@ CONTROLS = {
 }
 
 
-def test_a_control_takes_effect(worker, stage, prove):
+def test_a_control_takes_effect(worker, project, prove):
     """An operator's retry or cancellation, or both where the queue knows both, changes what the worker does."""
     controls = {
         what: act
@@ -189,21 +191,21 @@ def test_a_control_takes_effect(worker, stage, prove):
     if not controls:
         pytest.skip("its adapter offers nothing but submit_task")
     for act in controls.values():
-        act(worker, stage)
+        act(worker, project)
     prove(worker.row, "command", ", ".join(f"`{what}`" for what in ("submit_task", *controls)))
 
 
-def test_a_stop_loses_nothing(worker, stage, prove):
+def test_a_stop_loses_nothing(worker, project, prove):
     """Asked to leave in the middle of many tasks, the worker ends with 0, and what had run is in the brain or, while that is busy, on disk."""
-    before = len(stage.did("add"))
-    ids = stage.send(*[("add", number, 1) for number in range(60)])
-    until(lambda: len(stage.did("add")) > before + 15, "a few tasks", timeout=20)
-    os.kill(stage.host.pid, worker.ending)
-    until(lambda: not stage.host.running, "the worker's end", timeout=30)
-    assert stage.host.exit_code == 0
-    ran = len(stage.did("add")) - before
+    before = len(project.did("add"))
+    ids = project.send(*[("add", number, 1) for number in range(60)])
+    until(lambda: len(project.did("add")) > before + 15, "a few tasks", timeout=20)
+    os.kill(project.host.pid, worker.ending)
+    until(lambda: not project.host.running, "the worker's end", timeout=30)
+    assert project.host.exit_code == 0
+    ran = len(project.did("add")) - before
     until(
-        lambda: stage.told(ids) + stage.left() >= ran,
+        lambda: project.told(ids) + project.left() >= ran,
         f"the ends of {ran} tasks, in the brain or on disk",
         timeout=20,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.adapter_hosts import APPS, Stage
+from tests.support.adapter_hosts import APPS, AdapterProject
 from tests.support.schedule_project import MADE, Operator
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
@@ -53,7 +53,7 @@ HOSTS = [
 ]  # fmt: skip
 
 
-class Calendar(Operator, Stage):
+class Calendar(Operator, AdapterProject):
     """A stage whose operator looks after schedules."""
 
     def nightly(self):
@@ -79,32 +79,34 @@ class Calendar(Operator, Stage):
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.package)
 def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path, prove):
     """What the code says is told; what operators change, make and delete holds in the scheduler, and in its next process too."""
-    with Calendar(brain, redis_url, tmp_path, host.app, host.package) as place:
-        running = place.start(*host.command)
-        nightly = place.nightly()
+    with Calendar(brain, redis_url, tmp_path, host.app, host.package) as project:
+        running = project.start(*host.command)
+        nightly = project.nightly()
         prove(host.row, "events", "schedules told")
-        place.act(nightly, "trigger")
-        place.saw_no_loop()
+        project.act(nightly, "trigger")
+        project.saw_no_loop()
         prove(host.row, "loop visible to tasks", "never")
-        place.change("update", host.scheduler, nightly, expression="30 4 * * *")
+        project.change("update", host.scheduler, nightly, expression="30 4 * * *")
         made = {**MADE, "kind": "cron", "expression": "* * * * *"}
-        place.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
+        project.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
         until(
-            lambda: place.did("add"), "the created schedule's task, at the full minute", timeout=90
+            lambda: project.did("add"),
+            "the created schedule's task, at the full minute",
+            timeout=90,
         )
-        place.change("delete", host.scheduler, "made")
-        place.gone("made")
+        project.change("delete", host.scheduler, "made")
+        project.gone("made")
         os.kill(running.pid, host.ending)
         until(lambda: not running.running, "the end of the process", timeout=20)
         assert running.exit_code == host.code
         prove(host.row, "clean stop", f"{signal.Signals(host.ending).name}, exit code {host.code}")
-        place.start(*host.command)
+        project.start(*host.command)
         # The brain allows a change of what the scheduler has told it, in the state in which it told it.
         until(
-            lambda: place.takes(host.scheduler, nightly, "45 5 * * *"),
+            lambda: project.takes(host.scheduler, nightly, "45 5 * * *"),
             "a change in the next process",
             timeout=40,
             interval=1,
         )
-        assert set(place.schedules()) == {nightly}
+        assert set(project.schedules()) == {nightly}
         prove(host.row, "command", "trigger, create, update, delete")

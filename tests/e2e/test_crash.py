@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.crash_harness import POINTS, Victims, judge, key, plan
-from tests.support.e2e_project import Place
+from tests.support.e2e_project import E2EProject
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.buffer.report import look
 from z4j_bare.concurrency.threads import ThreadsConcurrency
@@ -47,8 +47,8 @@ def own_brain(tmp_path_factory):
 
 
 @pytest.fixture
-def place(own_brain, tmp_path, redis_url):
-    with Place(own_brain, redis_url, tmp_path) as here:
+def project(own_brain, tmp_path, redis_url):
+    with E2EProject(own_brain, redis_url, tmp_path) as here:
         yield here
 
 
@@ -58,26 +58,26 @@ def buffered(home):
 
 
 @pytest.mark.parametrize("pool", MODES)
-def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
+def test_a_killed_workers_events_arrive_with_the_next_one(pool, project, capsys):
     """SIGKILL a worker while the brain is stopped; brain and a new worker start: every task is there, soon."""
-    worker = place.worker(pool=pool, name="w1@place")
-    place.warm_up()
-    until(lambda: not buffered(place.home), "the deletion of what the brain has", timeout=20)
-    place.brain.stop()
-    ids = [place.send("add", number, 1) for number in range(TASKS)]
-    assert {place.outcome(task_id)[0] for task_id in ids} == {"SUCCESS"}
+    worker = project.worker(pool=pool, name="w1@e2e")
+    project.warm_up()
+    until(lambda: not buffered(project.home), "the deletion of what the brain has", timeout=20)
+    project.brain.stop()
+    ids = [project.send("add", number, 1) for number in range(TASKS)]
+    assert {project.outcome(task_id)[0] for task_id in ids} == {"SUCCESS"}
     # received, started and succeeded of each, committed: at most a flush interval after the last task's end
-    until(lambda: buffered(place.home) >= 3 * TASKS, "the commit of all events", timeout=20)
+    until(lambda: buffered(project.home) >= 3 * TASKS, "the commit of all events", timeout=20)
     os.kill(worker.pid, signal.SIGKILL)
     until(lambda: not worker.running, "the worker's end", timeout=10)
-    rows = buffered(place.home)
-    place.brain.start()
-    place.worker(pool=pool, name="w2@place")
+    rows = buffered(project.home)
+    project.brain.start()
+    project.worker(pool=pool, name="w2@e2e")
     began = time.monotonic()
 
     def known():
         return {
-            row["task_id"] for row in place.brain.tasks(place.project) if row["state"] == "success"
+            row["task_id"] for row in project.brain.tasks(project.slug) if row["state"] == "success"
         }
 
     until(lambda: known().intersection(ids), "the first of them", timeout=FIRST, interval=0.1)
@@ -85,13 +85,13 @@ def test_a_killed_workers_events_arrive_with_the_next_one(pool, place, capsys):
     until(lambda: known().issuperset(ids), "all of them", timeout=90, interval=0.2)
     last = time.monotonic() - began
     for task_id in ids[:: TASKS // 6]:
-        assert place.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
+        assert project.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
     until(
-        lambda: len(list(place.home.glob("**/z4j-green-*.sqlite"))) == 1,
+        lambda: len(list(project.home.glob("**/z4j-green-*.sqlite"))) == 1,
         "the end of the orphan's file",
         timeout=20,
     )
-    reports = place.brain.get(f"/projects/{place.project}/agents/{place.agent.agent_id}/health")
+    reports = project.brain.get(f"/projects/{project.slug}/agents/{project.agent.agent_id}/health")
     assert len({report["worker_id"] for report in reports}) == 2, "each worker reported on itself"
     assert {report["telemetry_loss"]["event_records"] for report in reports} == {0}
     with capsys.disabled():

@@ -9,7 +9,7 @@ import pytest
 import requests
 from z4j_core.transport.hmac import decode_agent_hmac_secret
 
-from tests.support.e2e_project import Place
+from tests.support.e2e_project import E2EProject
 from z4j_bare.buffer.files import new_store_path
 from z4j_bare.buffer.rows import EVENT
 from z4j_bare.buffer.store import BufferStore
@@ -31,9 +31,9 @@ PATIENCE = 60.0
 
 
 @pytest.fixture
-def place(tmp_path, redis_url):
+def project(tmp_path, redis_url):
     """A place with a brain of its own, because this one is kept busy."""
-    with Brain(tmp_path / "brain") as brain, Place(brain, redis_url, tmp_path) as here:
+    with Brain(tmp_path / "brain") as brain, E2EProject(brain, redis_url, tmp_path) as here:
         yield here
 
 
@@ -43,7 +43,7 @@ def event(number):
     data = {
         "task_name": "e2e.add",
         "queue": "celery",
-        "worker": "old@place",
+        "worker": "old@e2e",
         "args": [task, 1],
         "kwargs": {},
     }
@@ -57,29 +57,29 @@ def event(number):
     return encode_fields({**fields, "occurred_at": datetime.now(UTC).isoformat()})
 
 
-def leave_a_store(place):
+def leave_a_store(project):
     """Write what a worker that died with ``ROWS`` undelivered rows would have left."""
-    environment = place.environment()
+    environment = project.environment()
     secret = decode_agent_hmac_secret(environment["Z4J_HMAC_SECRET"])
     deployment = sha256(b"%b %b" % (environment["Z4J_PROJECT_ID"].encode(), secret)).hexdigest()[
         :16
     ]
-    store = BufferStore(new_store_path(place.home / "agent" / "store"), deployment=deployment)
+    store = BufferStore(new_store_path(project.home / "agent" / "store"), deployment=deployment)
     for first in range(0, ROWS, 1000):
         store.append([(EVENT, "", event(number)) for number in range(first, first + 1000)])
     assert store.size() == ROWS
     store.close()
 
 
-def issue(place, refusals):
+def issue(project, refusals):
     """Issue a cancellation and return its row; a brain that is too busy with its database for that is asked again."""
 
     def issued():
         try:
-            return place.brain.issue(
-                place.project,
+            return project.brain.issue(
+                project.slug,
                 "cancel-task",
-                agent_id=place.agent.agent_id,
+                agent_id=project.agent.agent_id,
                 engine="celery",
                 task_id=uuid4().hex,
             )
@@ -92,13 +92,13 @@ def issue(place, refusals):
     return until(issued, "a command that the brain takes", timeout=PATIENCE)
 
 
-def test_a_result_does_not_wait_for_the_backlog(place, capsys):
+def test_a_result_does_not_wait_for_the_backlog(project, capsys):
     """While 50,000 rows of a dead worker are drained, each command is carried out and completed in the brain soon."""
-    leave_a_store(place)
-    place.worker(pool="gevent")
+    leave_a_store(project)
+    project.worker(pool="gevent")
     began = time.monotonic()
     until(
-        lambda: place.brain.task(place.project, "celery", "old-0"),
+        lambda: project.brain.task(project.slug, "celery", "old-0"),
         "the first row",
         timeout=PATIENCE,
     )
@@ -106,15 +106,15 @@ def test_a_result_does_not_wait_for_the_backlog(place, capsys):
     took, refusals = [], []
     for _ in range(COMMANDS):
         time.sleep(APART)  # deeper into the drain
-        issued = issue(place, refusals)
+        issued = issue(project, refusals)
         sent = time.monotonic()
-        done = place.brain.wait_command(place.project, issued["id"], timeout=PATIENCE)
+        done = project.brain.wait_command(project.slug, issued["id"], timeout=PATIENCE)
         took.append(time.monotonic() - sent)
         assert (done["status"], done["error"]) == ("completed", None)
     behind = next(
         number
         for number in range(ROWS)
-        if not place.brain.task(place.project, "celery", f"old-{number * 100}")
+        if not project.brain.task(project.slug, "celery", f"old-{number * 100}")
     )
     assert behind * 100 < ROWS // len(STEPS), "the drain was over: nothing was overtaken"
     with capsys.disabled():

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.e2e_project import APPS, Place
+from tests.support.e2e_project import APPS, E2EProject
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import POOLS, worker_environment
 
@@ -23,8 +23,8 @@ INTERRUPTING = frozenset(POOLS) - {"threads"}
 
 
 @pytest.fixture
-def place(brain, redis_url, tmp_path):
-    with Place(brain, redis_url, tmp_path) as here:
+def project(brain, redis_url, tmp_path):
+    with E2EProject(brain, redis_url, tmp_path) as here:
         yield here
 
 
@@ -51,32 +51,32 @@ def silent_listener():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_cold_shutdown_loses_no_finished_task(pool, place):
+def test_a_cold_shutdown_loses_no_finished_task(pool, project):
     """SIGQUIT ends a worker, busy or not, in bounded time, and what had finished by then is in the brain."""
-    worker = place.worker(pool=pool)
-    place.warm_up()
-    finished = [place.send("add", number, 1) for number in range(5)]
-    assert {place.outcome(task_id)[0] for task_id in finished} == {"SUCCESS"}
+    worker = project.worker(pool=pool)
+    project.warm_up()
+    finished = [project.send("add", number, 1) for number in range(5)]
+    assert {project.outcome(task_id)[0] for task_id in finished} == {"SUCCESS"}
     if pool in INTERRUPTING:
-        place.send("wait", 60)
-        until((place.home / "wait.started").exists, "the running task", timeout=30)
+        project.send("wait", 60)
+        until((project.home / "wait.started").exists, "the running task", timeout=30)
     began = time.monotonic()
     os.kill(worker.pid, signal.SIGQUIT)
     until(lambda: not worker.running, "the worker's end", timeout=30)
     assert time.monotonic() - began < 15
-    known = {row["task_id"]: row["state"] for row in place.brain.tasks(place.project)}
+    known = {row["task_id"]: row["state"] for row in project.brain.tasks(project.slug)}
     assert {known.get(task_id) for task_id in finished} == {"success"}
     assert "cannot switch" not in worker.output()
 
 
-def test_a_silent_brain_holds_nothing_up(place):
+def test_a_silent_brain_holds_nothing_up(project):
     """With a brain that accepts and never answers, tasks of every pool run and SIGTERM ends the worker in time with 0."""
     with silent_listener() as (port, accepted), ThreadPoolExecutor(len(POOLS)) as threads:
         url = {"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"}
 
         def start(pool):
-            return place.worker(
-                pool=pool, name=f"{pool}@place", environment=url, options=("-Q", pool)
+            return project.worker(
+                pool=pool, name=f"{pool}@e2e", environment=url, options=("-Q", pool)
             )
 
         def stop(worker):
@@ -84,8 +84,8 @@ def test_a_silent_brain_holds_nothing_up(place):
             return worker.stop(timeout=30), time.monotonic() - began
 
         workers = list(threads.map(start, POOLS))
-        sent = [place.send("add", 1, 2, queue=pool) for pool in POOLS]
-        assert [place.outcome(task_id) for task_id in sent] == [("SUCCESS", 3)] * len(POOLS)
+        sent = [project.send("add", 1, 2, queue=pool) for pool in POOLS]
+        assert [project.outcome(task_id) for task_id in sent] == [("SUCCESS", 3)] * len(POOLS)
         until(lambda: len(accepted) >= len(POOLS), "a connection of each", timeout=20)
         ends = dict(zip(POOLS, threads.map(stop, workers), strict=True))
     assert {pool: code for pool, (code, _seconds) in ends.items()} == dict.fromkeys(POOLS, 0)
@@ -94,26 +94,26 @@ def test_a_silent_brain_holds_nothing_up(place):
         assert "z4j_bare/" not in worker.output(), "a traceback through our code"
 
 
-def test_a_script_that_just_ends_is_told(place):
+def test_a_script_that_just_ends_is_told(project):
     """What a script recorded reaches the brain although it stops nothing, and it ends in time with its own exit code."""
     ids = [f"script-{number}" for number in range(20)]
     done = subprocess.run(
         [sys.executable, str(APPS / "script.py"), *ids],
-        env=worker_environment(place.environment()), cwd=place.home, capture_output=True, text=True, timeout=60,
+        env=worker_environment(project.environment()), cwd=project.home, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    rows = place.brain.tasks(place.project)
+    rows = project.brain.tasks(project.slug)
     assert {row["task_id"]: row["name"] for row in rows} == dict.fromkeys(ids, "e2e.script")
 
 
-def test_a_script_beside_a_silent_brain_ends_too(place):
+def test_a_script_beside_a_silent_brain_ends_too(project):
     """A script's end waits for a brain that never answers no longer than the agent's budget."""
     with silent_listener() as (port, _accepted):
-        environment = place.environment(Z4J_BRAIN_URL=f"http://127.0.0.1:{port}")
+        environment = project.environment(Z4J_BRAIN_URL=f"http://127.0.0.1:{port}")
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, str(APPS / "script.py"), "one"],
-            env=worker_environment(environment), cwd=place.home, capture_output=True, text=True, timeout=60,
+            env=worker_environment(environment), cwd=project.home, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0
         assert time.monotonic() - began < 20

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests.support.e2e_project import Place
+from tests.support.e2e_project import E2EProject
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.demo.process import until
 from z4j_bare.transport import auto as fallback
@@ -18,71 +18,75 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def place(brain, redis_url, tmp_path_factory):
-    with Place(brain, redis_url, tmp_path_factory.mktemp("longpoll")) as here:
+def project(brain, redis_url, tmp_path_factory):
+    with E2EProject(brain, redis_url, tmp_path_factory.mktemp("longpoll")) as here:
         yield here
 
 
 @pytest.fixture(scope="module")
-def host(place):
+def host(project):
     """A gevent worker on forced long-poll that was never told its agent id."""
-    worker = place.worker(pool="gevent", environment={"Z4J_TRANSPORT": "longpoll"})
-    place.warm_up()
+    worker = project.worker(pool="gevent", environment={"Z4J_TRANSPORT": "longpoll"})
+    project.warm_up()
     return worker
 
 
-def test_events_and_heartbeats_arrive(place, host):
+def test_events_and_heartbeats_arrive(project, host):
     """Tasks are told whole, and heartbeats keep the agent online though no process ever said hello."""
     rows = [
-        place.row(task_id, "success")
-        for task_id in [place.send("add", number, 1) for number in range(60)]
+        project.row(task_id, "success")
+        for task_id in [project.send("add", number, 1) for number in range(60)]
     ]
     assert [row["result"] for row in rows] == list(range(1, 61))
-    assert place.kinds(rows[-1]["task_id"]) == ["task.received", "task.started", "task.succeeded"]
-    assert place.sessions() == {}
+    assert project.kinds(rows[-1]["task_id"]) == ["task.received", "task.started", "task.succeeded"]
+    assert project.sessions() == {}
     until(
-        lambda: place.brain.agent(place.project, place.agent.agent_id)["state"] == "online",
+        lambda: project.brain.agent(project.slug, project.agent.agent_id)["state"] == "online",
         "the agent online",
         timeout=20,
     )
     assert "connected over longpoll" in host.output()
 
 
-def test_what_is_too_large_is_cut(place, host):
+def test_what_is_too_large_is_cut(project, host):
     """A task whose arguments alone are over the body limit still has its row, with a mark in their place."""
-    row = place.row(
-        place.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success"
+    row = project.row(
+        project.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success"
     )
     assert row["result"] == 3
     assert "bytes cut" in str((row["args"], row["kwargs"]))
 
 
-def test_commands_and_results_travel(place, host):
+def test_commands_and_results_travel(project, host):
     """A retry and a cancellation are carried out and completed, though their results go by POST."""
-    task_id = place.send("fails", "no")
-    place.row(task_id, "failure")
-    issued = place.brain.issue(
-        place.project, "retry-task", agent_id=place.agent.agent_id, engine="celery", task_id=task_id
+    task_id = project.send("fails", "no")
+    project.row(task_id, "failure")
+    issued = project.brain.issue(
+        project.slug,
+        "retry-task",
+        agent_id=project.agent.agent_id,
+        engine="celery",
+        task_id=task_id,
     )
-    done = place.brain.wait_command(place.project, issued["id"])
+    done = project.brain.wait_command(project.slug, issued["id"])
     assert (done["status"], done["error"]) == ("completed", None)
-    issued = place.brain.issue(
-        place.project,
+    issued = project.brain.issue(
+        project.slug,
         "cancel-task",
-        agent_id=place.agent.agent_id,
+        agent_id=project.agent.agent_id,
         engine="celery",
         task_id=uuid4().hex,
     )
-    done = place.brain.wait_command(place.project, issued["id"])
+    done = project.brain.wait_command(project.slug, issued["id"])
     assert (done["status"], done["error"]) == ("completed", None)
 
 
-def test_a_worker_on_long_poll_stops_in_time(place, host):
+def test_a_worker_on_long_poll_stops_in_time(project, host):
     """SIGTERM ends it cleanly although a poll hangs, and its last events are there."""
-    task_id = place.send("add", 20, 3)
-    place.outcome(task_id)
+    task_id = project.send("add", 20, 3)
+    project.outcome(task_id)
     assert host.stop() == 0
-    assert place.row(task_id, "success")["result"] == 23
+    assert project.row(task_id, "success")["result"] == 23
     assert "please report it" not in host.output()
 
 

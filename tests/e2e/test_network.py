@@ -4,8 +4,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.support.e2e_host import crowd
-from tests.support.e2e_project import Place
+from tests.support.e2e_host import start_hosts
+from tests.support.e2e_project import E2EProject
 from tests.support.toxics import (
     Bandwidth,
     BlackHole,
@@ -47,14 +47,14 @@ def brain(tmp_path_factory):
 @pytest.fixture(scope="class")
 def patient(brain, tmp_path_factory):
     """Hosts of both transports that wait as long as they do for users."""
-    with crowd(brain, tmp_path_factory, ("auto", "longpoll")) as hosts:
+    with start_hosts(brain, tmp_path_factory, ("auto", "longpoll")) as hosts:
         yield hosts
 
 
 @pytest.fixture(scope="class")
 def hurried(brain, tmp_path_factory):
     """Hosts of both transports that give up within seconds."""
-    with crowd(brain, tmp_path_factory, ("auto", "longpoll"), HURRY="1") as hosts:
+    with start_hosts(brain, tmp_path_factory, ("auto", "longpoll"), HURRY="1") as hosts:
         yield hosts
 
 
@@ -138,16 +138,16 @@ class TestBroken:
 def test_a_worker_on_a_bad_network(brain, redis_url, tmp_path, pool):
     """A Celery worker whose line is torn, silenced and refused under load runs every task, and the brain has each one."""
     proxy = Proxy(brain.port)
-    with Place(brain, redis_url, tmp_path) as place:
-        worker = place.worker(pool=pool, environment={"Z4J_BRAIN_URL": proxy.url})
-        place.warm_up()
+    with E2EProject(brain, redis_url, tmp_path) as project:
+        worker = project.worker(pool=pool, environment={"Z4J_BRAIN_URL": proxy.url})
+        project.warm_up()
         sent = []
         for toxic in (Reset, BlackHole, Refused):
             with proxy.poisoned(toxic()):
-                sent += [place.send("add", number, 1) for number in range(40)]
-                assert [place.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
-        assert {place.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))
-        assert {tuple(place.kinds(task_id)) for task_id in sent[::10]} == {
+                sent += [project.send("add", number, 1) for number in range(40)]
+                assert [project.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
+        assert {project.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))
+        assert {tuple(project.kinds(task_id)) for task_id in sent[::10]} == {
             ("task.received", "task.started", "task.succeeded")
         }
         assert worker.stop() == 0

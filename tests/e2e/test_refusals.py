@@ -5,7 +5,7 @@ import secrets
 
 import pytest
 
-from tests.support.e2e_host import PATIENCE, crowd
+from tests.support.e2e_host import PATIENCE, start_hosts
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
@@ -35,7 +35,7 @@ def refusals(host):
 @pytest.mark.parametrize("end", ["revoked", "archived"])
 def test_an_agent_that_is_not_wanted_any_more(brain, tmp_path_factory, end):
     """The session ends; one warning names the setting; the next attempt is far away; the host goes on, and ends cleanly."""
-    with crowd(brain, tmp_path_factory) as hosts:
+    with start_hosts(brain, tmp_path_factory) as hosts:
         project = hosts[0].credentials.project
         if end == "archived":
             brain.archive_project(project)
@@ -63,7 +63,10 @@ def test_an_agent_that_is_not_wanted_any_more(brain, tmp_path_factory, end):
 
 def test_a_rotated_secret(tmp_path_factory):
     """When the brain's secret changes, agents say which setting is wrong; with the new one they deliver what had to wait."""
-    with Brain(tmp_path_factory.mktemp("brain")) as brain, crowd(brain, tmp_path_factory) as hosts:
+    with (
+        Brain(tmp_path_factory.mktemp("brain")) as brain,
+        start_hosts(brain, tmp_path_factory) as hosts,
+    ):
         for host in hosts:
             host.produce("rotated", 20, 0.2)
             host.settle()

@@ -11,7 +11,7 @@ from z4j_bare.demo.process import Service, clean_environment, until
 from z4j_bare.demo.rest import BrainRefusedError
 
 APPS = Path(__file__).with_name("apps")
-WORKER = "stub@place"
+WORKER = "stub@e2e"
 
 
 @pytest.fixture(

@@ -3,7 +3,13 @@
 import pytest
 
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
-from tests.support.schedule_project import MODES, PATIENCE, Plans, Timed, needs
+from tests.support.schedule_project import (
+    MODES,
+    PATIENCE,
+    ScheduleProject,
+    SchedulerHost,
+    requires_module,
+)
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.demo import process
 from z4j_bare.demo.brain import Brain, free_port
@@ -14,32 +20,30 @@ POOLS = ("gevent", "eventlet", "threads", "prefork")
 
 
 @pytest.fixture
-def place(brain, redis_url, tmp_path):
-    with Plans(brain, redis_url, tmp_path) as here:
+def project(brain, redis_url, tmp_path):
+    with ScheduleProject(brain, redis_url, tmp_path) as here:
         yield here
 
 
 @pytest.mark.long
-@needs("z4j_scheduler")
+@requires_module("z4j_scheduler")
 @pytest.mark.parametrize("pool", POOLS)
 def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
     """What z4j-scheduler finds due is enqueued by the worker's agent, each time once, and its task runs."""
     environment = {"Z4J_EMBEDDED_SCHEDULER": "true", "Z4J_SCHEDULER_BIND_PORT": str(free_port())}
     with (
         Brain(tmp_path / "brain", environment=environment) as brain,
-        Plans(brain, redis_url, tmp_path) as place,
+        ScheduleProject(brain, redis_url, tmp_path) as project,
     ):
-        place.worker("planned", pool=pool)
-        place.known("hourly")
+        project.worker("planned", pool=pool)
+        project.known("hourly")
         made = brain.post(
-            f"/projects/{place.project}/schedules",
+            f"/projects/{project.slug}/schedules",
             name="often", engine="celery", kind="interval", expression="2", task_name="e2e.add", args=[20, 3], kwargs={},
         )  # fmt: skip
 
         def fired():
-            rows = [
-                row for row in brain.commands(place.project) if row["action"] == "schedule.fire"
-            ]
+            rows = [row for row in brain.commands(project.slug) if row["action"] == "schedule.fire"]
             return rows if len([row for row in rows if row["status"] == "completed"]) >= 3 else None
 
         done = [
@@ -48,49 +52,51 @@ def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
             if row["status"] == "completed"
         ]
         assert len(set(done)) == len(done)
-        assert {place.outcome(task) for task in done} == {("SUCCESS", 23)}
-        fires = brain.get(f"/projects/{place.project}/schedules/{made['id']}/fires")
+        assert {project.outcome(task) for task in done} == {("SUCCESS", 23)}
+        fires = brain.get(f"/projects/{project.slug}/schedules/{made['id']}/fires")
         assert len({fire["fire_id"] for fire in fires}) == len(fires)
         assert [fire["error_code"] for fire in fires if fire["error_code"]] == []
 
 
 @pytest.mark.long
-@needs("z4j_apscheduler")
+@requires_module("z4j_apscheduler")
 @pytest.mark.parametrize("mode", MODES)
-def test_switches_without_mutation(place, mode):
+def test_switches_without_mutation(project, mode):
     """An adapter that can only switch schedules on and off is sent ``schedule.external.control``, and does it."""
-    with Timed(place, mode, "switched"):
-        place.known("hourly")
+    with SchedulerHost(project, mode, "switched"):
+        project.known("hourly")
         for what, on in (("disable", False), ("enable", True)):
-            done = place.act("hourly", what)
-            assert bool(place.known("hourly", is_enabled=on)["next_run_at"]) is on
-            operation = place.brain.get(
-                f"/projects/{place.project}/schedules/external-control-operations/{done['operation_id']}"
+            done = project.act("hourly", what)
+            assert bool(project.known("hourly", is_enabled=on)["next_run_at"]) is on
+            operation = project.brain.get(
+                f"/projects/{project.slug}/schedules/external-control-operations/{done['operation_id']}"
             )
             assert operation["status"] == "APPLIED", operation
-        actions = [row["action"] for row in place.brain.commands(place.project, status="completed")]
+        actions = [
+            row["action"] for row in project.brain.commands(project.slug, status="completed")
+        ]
         assert actions.count("schedule.external.control") == 2
 
 
 @pytest.mark.long
-@needs("z4j_celerybeat")
-def test_the_next_process_tells_them(place):
+@requires_module("z4j_celerybeat")
+def test_the_next_process_tells_them(project):
     """One process tells a scheduler's schedules; when it has ended, the next one that connects does, and takes the orders."""
-    first = place.worker("planned", pool="gevent", name="w1@place")
-    place.known("hourly")
-    second = place.worker("planned", pool="gevent", name="w2@place")
+    first = project.worker("planned", pool="gevent", name="w1@e2e")
+    project.known("hourly")
+    second = project.worker("planned", pool="gevent", name="w2@e2e")
     assert first.stop() == 0
-    assert activations(place) == 1
-    third = place.worker("planned", pool="gevent", name="w3@place")
-    process.until(lambda: activations(place) == 2, "the second epoch", timeout=PATIENCE)
-    place.act("hourly", "trigger")
-    place.marked()
+    assert activations(project) == 1
+    third = project.worker("planned", pool="gevent", name="w3@e2e")
+    process.until(lambda: activations(project) == 2, "the second epoch", timeout=PATIENCE)
+    project.act("hourly", "trigger")
+    project.marked()
     for worker in (second, third):
         assert "no ack for schedules" not in worker.output()
 
 
 @pytest.mark.long
-@needs("z4j_apscheduler")
+@requires_module("z4j_apscheduler")
 def test_what_rest_cannot_emit(backend, until, monkeypatch):
     """The actions of older brains, each delivered twice, reach APScheduler once; a scripted peer sends them."""
     from apscheduler.schedulers.background import BackgroundScheduler
@@ -148,7 +154,7 @@ def test_what_rest_cannot_emit(backend, until, monkeypatch):
         scheduler.shutdown()
 
 
-def activations(place):
+def activations(project):
     """How often a process was asked for the schedules, and has told them."""
-    rows = place.brain.commands(place.project, status="completed")
+    rows = project.brain.commands(project.slug, status="completed")
     return len([row for row in rows if row["action"] == "schedule.external.activate"])

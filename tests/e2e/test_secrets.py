@@ -137,7 +137,7 @@ def hosts(brain, gateway, certificate, tmp_path_factory):
                 }
                 made.append(stack.enter_context(Host(mode, agent, home, **variables)))
         for host in made:
-            host.meet()
+            host.wait_installed()
         yield made
 
 

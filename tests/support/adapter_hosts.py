@@ -19,7 +19,7 @@ SCRIPTS = Path(sys.executable).parent
 PATIENCE = 40.0
 
 
-class Stage:
+class AdapterProject:
     """A project with one agent, an empty broker, and a journal of what tasks did.
 
     :param app: the module in ``apps`` that the host runs.
@@ -35,19 +35,19 @@ class Stage:
         self.app = app
         self.engine = engine
         self.journal = home / "journal"
-        self.project = f"p-{uuid.uuid4().hex[:12]}"
+        self.slug = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
     def __enter__(self):
-        self.brain.create_project(self.project)
-        self.agent = self.brain.mint_agent(self.project, "agent")
+        self.brain.create_project(self.slug)
+        self.agent = self.brain.mint_agent(self.slug, "agent")
         with Redis.from_url(self.redis_url) as client:
             client.flushdb()
         return self
 
     def __exit__(self, *exc):
         self._stack.__exit__(*exc)
-        self.brain.archive_project(self.project)
+        self.brain.archive_project(self.slug)
 
     def environment(self, **extra):
         """Return the host's variables: the app's, and the agent's."""
@@ -78,7 +78,7 @@ class Stage:
 
     def sessions(self):
         """Return how many processes have an agent with a session."""
-        return sum(row["state"] == "online" for row in self.brain.agent_workers(self.project))
+        return sum(row["state"] == "online" for row in self.brain.agent_workers(self.slug))
 
     def send(self, *tasks):
         """Enqueue ``(name, *arguments)`` in a process without an agent, and return the tasks' ids."""
@@ -117,7 +117,7 @@ class Stage:
 
         def there():
             nonlocal row
-            row = self.brain.task(self.project, self.engine, task_id)
+            row = self.brain.task(self.slug, self.engine, task_id)
             return row if row and row["state"] == state else None
 
         try:
@@ -127,7 +127,7 @@ class Stage:
 
     def kinds(self, task_id):
         """Return the kinds of a task's events."""
-        return {event["kind"] for event in self.brain.events(self.project, self.engine, task_id)}
+        return {event["kind"] for event in self.brain.events(self.slug, self.engine, task_id)}
 
     def told(self, task_ids):
         """Return of how many of these tasks the brain has heard that they succeeded.
@@ -137,7 +137,7 @@ class Stage:
         known = (
             task_id
             for task_id in task_ids
-            if self.brain.task(self.project, self.engine, task_id) is not None
+            if self.brain.task(self.slug, self.engine, task_id) is not None
         )
         return sum("task.succeeded" in self.kinds(task_id) for task_id in known)
 
@@ -159,18 +159,18 @@ class Stage:
             "kwargs": {},
         }
         schedule = self.brain.post(
-            f"/projects/{self.project}/schedules",
+            f"/projects/{self.slug}/schedules",
             name=f"{name}-{uuid.uuid4().hex[:6]}", engine=self.engine, task_name=name, args=list(args), **body,
         )  # fmt: skip
-        self.brain.post(f"/projects/{self.project}/schedules/{schedule['id']}/trigger")
+        self.brain.post(f"/projects/{self.slug}/schedules/{schedule['id']}/trigger")
         newest = next(
-            row for row in self.brain.commands(self.project) if row["action"] == "submit_task"
+            row for row in self.brain.commands(self.slug) if row["action"] == "submit_task"
         )
-        return self.brain.wait_command(self.project, newest["id"])
+        return self.brain.wait_command(self.slug, newest["id"])
 
     def command(self, route, **body):
         """Issue a command and return its row once it is finished."""
         issued = self.brain.issue(
-            self.project, route, agent_id=self.agent.agent_id, engine=self.engine, **body
+            self.slug, route, agent_id=self.agent.agent_id, engine=self.engine, **body
         )
-        return self.brain.wait_command(self.project, issued["id"])
+        return self.brain.wait_command(self.slug, issued["id"])

@@ -24,7 +24,7 @@ class Host(Service):
     """A process in ``mode`` whose agent is the one of ``credentials``, as a context manager.
 
     ``home`` is its own directory, and where its log is; ``environment`` comes on top of the credentials'. It is waited for
-    with ``meet``, so that several can start at once.
+    with ``wait_installed``, so that several can start at once.
     """
 
     def __init__(self, mode, credentials, home, **environment):
@@ -58,7 +58,7 @@ class Host(Service):
         self._door.close()
         super().__exit__(*exc)
 
-    def meet(self):
+    def wait_installed(self):
         """Wait until its agent is installed."""
         sock, _ = self._door.accept()
         with sock:
@@ -75,7 +75,7 @@ class Host(Service):
         """Start it again after ``leave``, on the same state, with these changes."""
         self.environment.update(environment)
         self.spawn(lambda: True, PATIENCE)
-        self.meet()
+        self.wait_installed()
 
     def ask(self, do, **what):
         """Have it do something, and return the answer: the host is alive and not held up."""
@@ -126,7 +126,7 @@ class Host(Service):
 
 
 @contextmanager
-def crowd(brain, homes, transports=("auto",), **environment):
+def start_hosts(brain, homes, transports=("auto",), **environment):
     """A host in each mode over each transport, in one new project, each behind a ``proxy`` of its own and with a session.
 
     :param homes: pytest's ``tmp_path_factory``.
@@ -146,7 +146,7 @@ def crowd(brain, homes, transports=("auto",), **environment):
             host.proxy = proxy
             hosts.append(stack.enter_context(host))
         for host in hosts:
-            host.meet()
+            host.wait_installed()
         for host in hosts:
             host.until(lambda stats: stats["sessions"], "a session")
         yield hosts

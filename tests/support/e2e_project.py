@@ -17,7 +17,7 @@ FINISHED = frozenset({"success", "failure", "revoked"})
 PATIENCE = 40.0
 
 
-class Place:
+class E2EProject:
     """A project with one agent, and a producer of its tasks.
 
     ``home`` is a new directory; its name is the queue's. As a context manager it stops its workers at the end.
@@ -29,12 +29,12 @@ class Place:
         self.redis_url = (
             redis_url.rpartition("/")[0] + "/1"
         )  # the demo's tests look at what is left in the first
-        self.project = f"p-{uuid.uuid4().hex[:12]}"
+        self.slug = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
     def __enter__(self):
-        self.brain.create_project(self.project)
-        self.agent = self.brain.mint_agent(self.project, "agent")
+        self.brain.create_project(self.slug)
+        self.agent = self.brain.mint_agent(self.slug, "agent")
         self.producer = self._stack.enter_context(broker.producer(self.home, self.redis_url))
         self.producer.conf.result_backend = (
             self.redis_url
@@ -46,7 +46,7 @@ class Place:
         with suppress(
             BrainRefusedError
         ):  # one that still digests answers 500; nobody else uses this project
-            self.brain.archive_project(self.project)
+            self.brain.archive_project(self.slug)
 
     def environment(self, *, agent=True, **extra):
         """Return the variables that the apps need, with the agent's unless ``agent`` is false."""
@@ -56,7 +56,7 @@ class Place:
             variables.update(self.agent.env(self.home / "agent"))
         return {**variables, **extra}
 
-    def worker(self, app="installed", *, pool, name="w@place", agent=True, environment=None, **how):
+    def worker(self, app="installed", *, pool, name="w@e2e", agent=True, environment=None, **how):
         """Start a worker and return it; it consumes."""
         log = self.home / f"{name}.log"
         env = self.environment(agent=agent, **(environment or {}))
@@ -92,7 +92,7 @@ class Place:
 
         def there():
             nonlocal row
-            row = self.brain.task(self.project, "celery", task_id)
+            row = self.brain.task(self.slug, "celery", task_id)
             return row if row and row["state"] in ({state} if state else FINISHED) else None
 
         try:
@@ -110,7 +110,7 @@ class Place:
 
     def kinds(self, task_id):
         """Return the kinds of a task's events, sorted: the brain keeps their times to the second."""
-        return sorted(event["kind"] for event in self.brain.events(self.project, "celery", task_id))
+        return sorted(event["kind"] for event in self.brain.events(self.slug, "celery", task_id))
 
     def warm_up(self, queue=None, timeout=PATIENCE):
         """Send tasks until the brain shows one whole: prefork's broker events are switched on a second late."""
@@ -118,7 +118,7 @@ class Place:
 
         def whole():
             sent.append(self.send("add", 0, 0, queue=queue))
-            row = self.brain.task(self.project, "celery", sent[max(0, len(sent) - 3)])
+            row = self.brain.task(self.slug, "celery", sent[max(0, len(sent) - 3)])
             return row and row["state"] == "success" and row["started_at"]
 
         until(whole, "a whole row", timeout=timeout, interval=0.5)
@@ -126,6 +126,5 @@ class Place:
     def sessions(self):
         """Return which processes said hello, and when each did last."""
         return {
-            row["worker_id"]: row["last_connect_at"]
-            for row in self.brain.agent_workers(self.project)
+            row["worker_id"]: row["last_connect_at"] for row in self.brain.agent_workers(self.slug)
         }

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.support.e2e_project import APPS, Place
+from tests.support.e2e_project import APPS, E2EProject
 from z4j_bare.demo import process
 from z4j_bare.demo.process import Service, clean_environment
 from z4j_bare.demo.rest import BrainRefusedError
@@ -27,19 +27,18 @@ MADE = {
 }
 
 
-def needs(module, why="not installed; tox installs it"):
+def requires_module(module, why="not installed; tox installs it"):
     """Mark a test that nothing can be said of without ``module``."""
     return pytest.mark.skipif(find_spec(module) is None, reason=f"{module}: {why}")
 
 
 class Operator:
-    """Looks after the schedules of ``self.project`` at ``self.brain``."""
+    """Looks after the schedules of ``self.slug`` at ``self.brain``."""
 
     def schedules(self):
         """The brain's rows, by name."""
         return {
-            row["name"]: row
-            for row in self.brain.get(f"/projects/{self.project}/schedules")["items"]
+            row["name"]: row for row in self.brain.get(f"/projects/{self.slug}/schedules")["items"]
         }
 
     def known(self, name, **wanted):
@@ -58,7 +57,7 @@ class Operator:
 
     def act(self, name, what):
         """``trigger``, ``enable`` or ``disable`` a schedule, and wait for the command's success."""
-        before = {row["id"] for row in self.brain.commands(self.project)}
+        before = {row["id"] for row in self.brain.commands(self.slug)}
         self.post(f"/schedules/{self.schedules()[name]['id']}/{what}")
         return self.answered(before)
 
@@ -67,7 +66,7 @@ class Operator:
 
         def accepted():
             try:
-                self.brain.post(f"/projects/{self.project}{path}")
+                self.brain.post(f"/projects/{self.slug}{path}")
             except BrainRefusedError as error:
                 if error.status == TOO_MANY:
                     return False
@@ -81,7 +80,7 @@ class Operator:
         """Create, update or delete a schedule where it lives, and wait until the brain has it confirmed."""
         row = self.schedules()[schedule] if schedule else {"id": None, "control_token": None}
         asked = {"schedule_id": row["id"], "observed_control_token": row["control_token"]}
-        path = f"/projects/{self.project}/schedules/native-operations"
+        path = f"/projects/{self.slug}/schedules/native-operations"
         issued = self.brain.post(
             path, request_id=str(uuid.uuid4()), operation=operation, scheduler=scheduler, definition=definition,
             **{key: value for key, value in asked.items() if value},
@@ -97,11 +96,11 @@ class Operator:
     def answered(self, before):
         """Wait for the one command that was not there before, and return its result."""
         fresh = process.until(
-            lambda: [row for row in self.brain.commands(self.project) if row["id"] not in before],
+            lambda: [row for row in self.brain.commands(self.slug) if row["id"] not in before],
             "a command",
             timeout=PATIENCE,
         )
-        row = self.brain.wait_command(self.project, fresh[0]["id"])
+        row = self.brain.wait_command(self.slug, fresh[0]["id"])
         assert row["status"] == "completed", row["error"]
         return row["result"]
 
@@ -110,7 +109,7 @@ class Operator:
         self.post("/schedules:resync", tolerated=(500,))
 
 
-class Plans(Operator, Place):
+class ScheduleProject(Operator, E2EProject):
     """A place whose operator looks after schedules."""
 
     def marked(self, name="triggered"):
@@ -119,19 +118,19 @@ class Plans(Operator, Place):
         (self.home / name).unlink()
 
 
-class Timed(Service):
+class SchedulerHost(Service):
     """A host with nothing but a scheduler: ``apps/timed.py``, as a context manager; it has a session when it begins."""
 
-    def __init__(self, place, mode, kind):
-        self.place = place
+    def __init__(self, project, mode, kind):
+        self.project = project
         super().__init__(
             f"the {kind} host in {mode}",
             [sys.executable, str(APPS / "timed.py"), mode, kind],
-            environment={**clean_environment(), **place.environment()},
-            cwd=place.home,
-            log=place.home / "host.log",
+            environment={**clean_environment(), **project.environment()},
+            cwd=project.home,
+            log=project.home / "host.log",
         )
 
     def __enter__(self):
-        self.spawn(lambda: bool(self.place.sessions()), PATIENCE)
+        self.spawn(lambda: bool(self.project.sessions()), PATIENCE)
         return self

@@ -24,7 +24,7 @@ from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import EVENT
-from z4j_bare.credentials import deployment_id
+from z4j_bare.settings import deployment_id
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import http, longpoll, websocket
 from z4j_bare.wire import close_codes

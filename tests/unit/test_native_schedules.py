@@ -94,7 +94,7 @@ def test_changes_survive(control, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_no_fork_amid_a_change(backend, control, until, monkeypatch):
     """A child never begins while another thread is inside SQLite for a change: its locks would be shut in it for ever."""
-    monkeypatch.setattr(fork, "PATIENCE", 30.0)
+    monkeypatch.setattr(fork, "BUSY_TIMEOUT", 30.0)
     steps = []
     os.register_at_fork(before=partial(steps.append, "fork"))  # the hook that came last runs first
 
@@ -148,7 +148,7 @@ def test_compare_and_set(control):
         ("delete", "id:hourly", {"name": "x"}, "has no definition"),
         ("update", "id:hourly", {"kind": "sometimes"}, "kind"),
         ("create", None, {"name": "x"}, "task_name"),
-        ("update", "id:hourly", {"kwargs": {"x": "y" * module.RECORD_BYTES}}, "over the limit"),
+        ("update", "id:hourly", {"kwargs": {"x": "y" * module.MAX_RECORD_BYTES}}, "over the limit"),
     ],
 )
 def test_what_cannot_be(control, operation, identity, definition, complaint):
@@ -182,7 +182,7 @@ def test_the_adapter_has_the_last_word(control):
 
 def test_limits(control, monkeypatch):
     """More changes, or more bytes of them, than there may be are refused, and the others stay."""
-    monkeypatch.setattr(module, "RECORDS", 1)
+    monkeypatch.setattr(module, "MAX_RECORDS", 1)
     change(control, "create", **NEW)
     with pytest.raises(ValueError, match="over the limit"):
         change(control, "delete", "id:daily")

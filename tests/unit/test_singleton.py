@@ -29,11 +29,11 @@ def test_the_first_has_the_process(caplog):
 
 def test_a_retired_one_gives_way():
     """A runtime that was stopped is no claim on the process, one that has not started yet is."""
-    waiting, retired, new = SimpleNamespace(retired=False), SimpleNamespace(retired=True), object()
+    waiting, has_stopped, new = SimpleNamespace(has_stopped=False), SimpleNamespace(has_stopped=True), object()
     singleton.try_register(waiting, owner="a")
     assert singleton.try_register(new, owner="b") is waiting
     singleton.clear_runtime()
-    singleton.try_register(retired, owner="a")
+    singleton.try_register(has_stopped, owner="a")
     assert singleton.try_register(new, owner="b") is new
     assert singleton.current_owner() == "b"
 
@@ -64,7 +64,7 @@ def test_post_fork(caplog):
     """post_fork() restarts the runtime that has the process, and a failure of that is logged, not raised."""
     assert post_fork() is None
     calls = []
-    runtime = SimpleNamespace(retired=False, reinit_after_fork=lambda: calls.append(1))
+    runtime = SimpleNamespace(has_stopped=False, reinit_after_fork=lambda: calls.append(1))
     singleton.try_register(runtime, owner="a")
     assert post_fork() is runtime
     assert calls == [1]

@@ -9,9 +9,9 @@ from z4j_bare.watcher import TasksFileWatcher
 @pytest.fixture(autouse=True)
 def looked(monkeypatch, until):
     """``looked()``: wait for two more looks, after which what there was is known; looks come quickly here."""
-    looks, look = [], watcher._look
-    monkeypatch.setattr(watcher, "LOOK", 0.02)
-    monkeypatch.setattr(watcher, "_look", lambda *args: looks.append(1) or look(*args))
+    looks, look = [], watcher._scan
+    monkeypatch.setattr(watcher, "POLL_INTERVAL", 0.02)
+    monkeypatch.setattr(watcher, "_scan", lambda *args: looks.append(1) or look(*args))
 
     def wait():
         before = len(looks)

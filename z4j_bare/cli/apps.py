@@ -11,7 +11,7 @@ from typing import Any
 from z4j_core.errors import ConfigError
 
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.process import loading_application
+from z4j_bare.process import importing_application
 
 logger = logging.getLogger("z4j.runtime.cli")
 
@@ -41,7 +41,7 @@ def _imported(path: str, module: str, attribute: str, setting: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as celery -A does: the app usually lies in the working directory
     try:
-        with loading_application():
+        with importing_application():
             return getattr(import_module(module), attribute)
     except ConfigError:  # of its own install_agent, which has said what is wrong
         raise

@@ -14,9 +14,9 @@ from z4j_bare.buffer.errors import BUSY, cause_of
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
-from z4j_bare.credentials import deployment_id, read_key, read_token
 from z4j_bare.diagnostics.remote import silent_hello
 from z4j_bare.errors import FrameTooLargeError, LocalStorageError
+from z4j_bare.settings import deployment_id, read_key, read_token
 from z4j_bare.transport.auto import LONGPOLL, TransportFactory
 from z4j_bare.wire import frames
 from z4j_bare.wire.lighter import shrink_result

@@ -17,7 +17,7 @@ from celery import Celery, Task
 from z4j_celery import CeleryEngineAdapter
 
 from z4j_bare import install_agent
-from z4j_bare.demo import broker, journal
+from z4j_bare.demo import broker, task_log
 
 HOME = Path(os.environ[broker.HOME])
 
@@ -25,22 +25,22 @@ app = Celery("z4j_demo")
 app.conf.update(broker.settings_from_environment())
 
 
-class Noted(Task):  # type: ignore[misc]  # Celery has no types
+class LoggedTask(Task):  # type: ignore[misc]  # Celery has no types
     """A task that writes down when each of its runs ended, and how."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task."""
-        outcome = journal.RETURNED
+        outcome = task_log.RETURNED
         try:
             return super().__call__(*args, **kwargs)
         except BaseException as exc:  # GreenletExit too: that is how a cancelled run ends
             outcome = type(exc).__name__
             raise
         finally:
-            journal.write(HOME, self.request.id, outcome)
+            task_log.write(HOME, self.request.id, outcome)
 
 
-app.Task = Noted
+app.Task = LoggedTask
 
 
 @app.task(name="demo.plain")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from z4j_bare.demo.process import HarnessError, Service, clean_environment
-from z4j_bare.demo.rest import BrainApi, invent_password
+from z4j_bare.demo.rest import BrainApi, generate_password
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Brain(BrainApi):
     ) -> None:
         self.home = home
         self.port = port or free_port()
-        self.password = invent_password()
+        self.password = generate_password()
         self.log = home / "brain.log"
         self._extra = dict(environment or {})
         self._service: Service | None = None

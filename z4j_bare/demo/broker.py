@@ -48,7 +48,7 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
     return {
         **shared,
         "broker_url": "filesystem://localhost",  # the host only keeps kombu from warning that there is none
-        "broker_transport": "z4j_bare.demo.spool:Transport",
+        "broker_transport": "z4j_bare.demo.atomic_fs_transport:Transport",
         "broker_transport_options": _folders(home),
     }
 
@@ -97,10 +97,10 @@ def _clear(app: Celery, home: Path, broker: str) -> None:
 
 
 def _folders(home: Path) -> dict[str, Any]:
-    spool = _folder(home, "spool")
+    atomic_fs_transport = _folder(home, "spool")
     return {
-        "data_folder_in": spool,
-        "data_folder_out": spool,
+        "data_folder_in": atomic_fs_transport,
+        "data_folder_out": atomic_fs_transport,
         "control_folder": _folder(home, "exchanges"),
         "processed_folder": _folder(home, "processed"),
         "store_processed": True,  # otherwise kombu moves each message through the system's /tmp

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.demo import broker
 from z4j_bare.demo.brain import Brain, brain_command
-from z4j_bare.demo.day import Day, Peers, expected_total
-from z4j_bare.demo.journal import Journal
+from z4j_bare.demo.poller import BrainPoller
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.progress import Lines, display
-from z4j_bare.demo.report import Report, draw_up
+from z4j_bare.demo.report import Report, build_report
+from z4j_bare.demo.scenario import Peers, Scenario, expected_total
 from z4j_bare.demo.table import render
-from z4j_bare.demo.watch import Watch
+from z4j_bare.demo.task_log import TaskLog
 from z4j_bare.demo.worker import POOLS, Worker
 
 if TYPE_CHECKING:
@@ -87,19 +87,19 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
             producer = stack.enter_context(broker.producer(home, args.broker))
             progress.stage("starting the brain")
             brain = stack.enter_context(Brain(home / "brain"))
-            report = _spend_day(home, brain, producer, args, progress)
+            report = _run_scenario(home, brain, producer, args, progress)
         if args.keep:
             report.dashboard = {"url": brain.url, "email": brain.email, "password": brain.password}
             report.directory = str(home)
         print(json.dumps(report.to_object()) if args.json else render(report), flush=True)
         if args.keep:
-            _hold(brain, home)
+            _keep_brain_running(brain, home)
     if not report.ok:
         raise HarnessError("the figures do not agree", log=home / "worker.log")
     return 0
 
 
-def _spend_day(
+def _run_scenario(
     home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: Lines
 ) -> Report:
     """Start the worker, let the day pass, stop the worker, compare."""
@@ -111,21 +111,21 @@ def _spend_day(
         Worker(
             _APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER
         ) as worker,
-        Watch(brain.sibling(), _PROJECT) as watch,
+        BrainPoller(brain.sibling(), _PROJECT) as poller,
     ):
         progress.stage(f"starting the {args.pool} worker")
         worker.start()
-        peers = Peers(brain, agent, worker, watch, Journal(home), producer, home)
-        record = Day(peers, args.tasks, progress).run()
+        peers = Peers(brain, agent, worker, poller, TaskLog(home), producer, home)
+        record = Scenario(peers, args.tasks, progress).run()
         at_work = brain.agent(_PROJECT, agent.agent_id)
         progress.stage("stopping the worker")
         worker.stop()
-    report = draw_up(peers, record, at_work, broker.address(args.broker))
+    report = build_report(peers, record, at_work, broker.address(args.broker))
     report.seconds = round(time.monotonic() - began, 1)
     return report
 
 
-def _hold(brain: Brain, home: Path) -> None:
+def _keep_brain_running(brain: Brain, home: Path) -> None:
     """Leave the brain up until Ctrl-C or SIGTERM."""
     print(
         f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}",

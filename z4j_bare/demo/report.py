@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.demo.day import PLAIN, RETRYING, Peers, Record, Sent
+from z4j_bare.demo.scenario import PLAIN, RETRYING, Peers, Record, Sent
 
 if TYPE_CHECKING:
     from z4j_bare.demo.rest import Row
@@ -71,7 +71,7 @@ class Report:
         return {"ok": self.ok, **asdict(self), "figures": figures}
 
 
-def draw_up(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Report:
+def build_report(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Report:
     """Ask the brain for everything, now that the worker has stopped, and compare.
 
     ``agent_at_work`` is the agent's row as it was while the worker still ran.
@@ -87,7 +87,7 @@ def draw_up(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Re
             _loop_figure(record, rows),
             _retries_figure(peers, record),
             _commands_figure(peers, record),
-            _strangers_figure(record, rows),
+            _unknown_tasks_figure(record, rows),
         ],
         mismatches=[mismatch for sent in record.sent if (mismatch := _mismatch(sent, rows))],
         agent=_agent(peers, agent_at_work),
@@ -139,7 +139,7 @@ def _commands_figure(peers: Peers, record: Record) -> Figure:
     return Figure("operator's commands", len(rows), len(rows) - len(failed), note)
 
 
-def _strangers_figure(record: Record, rows: dict[str, Row]) -> Figure:
+def _unknown_tasks_figure(record: Record, rows: dict[str, Row]) -> Figure:
     known = {sent.task_id for sent in record.sent} | set(record.warm_up)
     return Figure("sent by nobody", 0, len(rows.keys() - known), "")
 
@@ -156,8 +156,8 @@ def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | No
     delays = [
         (seen - ended, sent.kind)
         for sent in record.sent
-        if (ended := peers.journal.last_end(sent.task_id))
-        and (seen := peers.watch.first_finished.get(sent.task_id))
+        if (ended := peers.task_log.last_end(sent.task_id))
+        and (seen := peers.poller.first_finished.get(sent.task_id))
     ]
     delay, kind = max(delays, default=(None, None))
     return (None if delay is None else round(delay, 3)), kind

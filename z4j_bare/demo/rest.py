@@ -22,7 +22,7 @@ _PAGE = 500  # the brain's own maximum
 _TIMEOUT = 30.0
 _AGENT_OFFLINE = 503
 # The server closes a connection that nobody used for 5 s, and perhaps just when we do.
-_AGAIN = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
+_RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
 class BrainRefusedError(HarnessError):
@@ -67,7 +67,7 @@ class BrainApi:
         self.url = url
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy variable must not catch loopback
-        self._session.mount("http://", HTTPAdapter(max_retries=_AGAIN))
+        self._session.mount("http://", HTTPAdapter(max_retries=_RETRY))
 
     def login(self, email: str, password: str) -> None:
         """Open a session; the brain allows 20 of them a minute."""
@@ -226,6 +226,6 @@ class BrainApi:
         return answer
 
 
-def invent_password() -> str:
+def generate_password() -> str:
     """Return a password that meets the brain's policy: at least 16 characters of any class."""
     return secrets.token_urlsafe(18)

@@ -17,7 +17,9 @@ _MISMATCHES_SHOWN = 20
 def render(report: Report) -> str:
     """Return the whole text, without a newline at its end."""
     table = _rich_table if importlib.util.find_spec("rich") else _plain_table
-    return "\n".join([table(report), "", *_facts(report), *_complaints(report), _verdict(report)])
+    return "\n".join(
+        [table(report), "", *_facts(report), *_problem_lines(report), _conclusion(report)]
+    )
 
 
 def _cells(report: Report) -> list[tuple[str, ...]]:
@@ -87,7 +89,7 @@ def _facts(report: Report) -> list[str]:
     return [f"  {name:<10}{text}" for name, text in facts]
 
 
-def _complaints(report: Report) -> list[str]:
+def _problem_lines(report: Report) -> list[str]:
     wrong = report.mismatches
     lines = [
         f"{one.kind} {one.task_id}: {one.seen or 'missing'}, not {one.expected}" for one in wrong
@@ -97,5 +99,5 @@ def _complaints(report: Report) -> list[str]:
     return [f"  WRONG     {line}" for line in [*report.problems, *lines]]
 
 
-def _verdict(report: Report) -> str:
+def _conclusion(report: Report) -> str:
     return "Every figure agrees." if report.ok else "The figures do NOT agree."

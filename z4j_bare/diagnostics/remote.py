@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.credentials import read_key, read_token
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
 from z4j_bare.errors import (
     AgentError,
@@ -23,6 +22,7 @@ from z4j_bare.errors import (
     NetworkError,
     RemoteError,
 )
+from z4j_bare.settings import read_key, read_token
 from z4j_bare.transport.auto import LONGPOLL, WS, TransportFactory
 from z4j_bare.transport.error_text import printable
 from z4j_bare.wire import close_codes, frames

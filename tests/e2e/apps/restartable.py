@@ -22,7 +22,7 @@ from z4j_core.models import Event, EventKind
 from z4j_bare import install_agent
 from z4j_bare.commands import process_restart
 
-WORKER = "stub@place"
+WORKER = "stub@e2e"
 
 
 class Engine:

@@ -16,9 +16,8 @@ from z4j_bare.buffer.files import lock_of
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.cli import main
-from z4j_bare.credentials import deployment_id
 from z4j_bare.install import resolve_config
-from z4j_bare.settings import load_settings
+from z4j_bare.settings import deployment_id, load_settings
 from z4j_bare.wire import frames
 from z4j_bare.wire.canonical import canonical
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from z4j_bare.demo.poller import TERMINAL
 from z4j_bare.demo.process import HarnessError, until
-from z4j_bare.demo.watch import TERMINAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-    from z4j_bare.demo.journal import Journal
+    from z4j_bare.demo.poller import BrainPoller
     from z4j_bare.demo.rest import BrainApi, Credentials, Row
-    from z4j_bare.demo.watch import Watch
+    from z4j_bare.demo.task_log import TaskLog
     from z4j_bare.demo.worker import Worker
 
 #: Pools that can end a running task; the others only skip one that has not begun.
-ENDING_POOLS = frozenset({"gevent", "eventlet", "prefork"})
+TERMINATING_POOLS = frozenset({"gevent", "eventlet", "prefork"})
 PLAIN = "plain"
 RETRYING = "retrying by itself"
-ALONE = 5  # how many asyncio tasks and how many ORM tasks, one at a time
-_OTHERS = 5  # failing, retrying, cancelled, failed, retried by the operator
+SEQUENTIAL_TASKS = 5  # how many asyncio tasks and how many ORM tasks, one at a time
+_OTHER_TASKS = 5  # failing, retrying, cancelled, failed, retried by the operator
 _ETA_SECONDS = 6.0
 _WARM_UP_SECONDS = 30.0
-_PATIENCE = 30.0
+_TIMEOUT = 30.0
 _PLAIN_PER_SECOND = 20.0  # slower than any pool, solo on files included
 
 
@@ -70,8 +70,8 @@ class Peers:
     brain: BrainApi
     agent: Credentials
     worker: Worker
-    watch: Watch
-    journal: Journal
+    poller: BrainPoller
+    task_log: TaskLog
     producer: Celery
     home: Path
 
@@ -83,10 +83,10 @@ def has_django() -> bool:
 
 def expected_total(plain: int) -> int:
     """Return how many tasks a day with so many plain ones has, without the warm-up."""
-    return plain + ALONE + (ALONE if has_django() else 0) + _OTHERS
+    return plain + SEQUENTIAL_TASKS + (SEQUENTIAL_TASKS if has_django() else 0) + _OTHER_TASKS
 
 
-class Day:
+class Scenario:
     """Runs the script once, with ``plain`` plain tasks; ``run`` returns the record.
 
     Raises ``HarnessError`` when the worker dies or something that everything else stands on never comes.
@@ -97,21 +97,21 @@ class Day:
         self._plain = plain
         self._progress = progress
         self._record = Record()
-        self._long_patience = _PATIENCE + plain / _PLAIN_PER_SECOND
+        self._batch_timeout = _TIMEOUT + plain / _PLAIN_PER_SECOND
 
     def run(self) -> Record:
         """Go through the day and return what was sent and issued."""
         self._warm_up()
-        self._busy_hours()
+        self._send_batch()
         self._one_at_a_time("asyncio.run", "demo.uses_asyncio")
         if has_django():
             self._one_at_a_time("Django ORM", "demo.uses_orm")
         else:
             self._record.notes["Django ORM"] = "left out: Django is not installed"
-        self._let_brain_catch_up()  # an operator acts on what the dashboard shows, and a task to cancel does not wait
+        self._wait_for_brain()  # an operator acts on what the dashboard shows, and a task to cancel does not wait
         self._operator_cancels()
         self._operator_retries()
-        self._let_brain_catch_up()
+        self._wait_for_brain()
         return self._record
 
     def _warm_up(self) -> None:
@@ -128,26 +128,26 @@ class Day:
         self._record.warm_up_seconds = time.monotonic() - began
 
     def _is_complete(self, task_id: str) -> bool:
-        row = self._peers.watch.rows.get(task_id)
+        row = self._peers.poller.rows.get(task_id)
         return row is not None and row["state"] == "success" and row["started_at"] is not None
 
-    def _busy_hours(self) -> None:
+    def _send_batch(self) -> None:
         self._progress.stage(f"{self._plain} plain tasks, one that fails, one that retries")
         sent = [self._send(PLAIN, "demo.plain", "success", number) for number in range(self._plain)]
         sent.append(self._send("failing", "demo.failing", "failure"))
         sent.append(self._send(RETRYING, "demo.retrying", "success"))
-        self._wait_ended(sent, self._long_patience)
+        self._wait_ended(sent, self._batch_timeout)
 
     def _one_at_a_time(self, kind: str, name: str) -> None:
         """Overlapping ones collide in gevent and eventlet without any agent too."""
         self._progress.stage(f"{kind}, one at a time")
-        for _ in range(ALONE):
-            self._wait_ended([self._send(kind, name, "success")], _PATIENCE)
+        for _ in range(SEQUENTIAL_TASKS):
+            self._wait_ended([self._send(kind, name, "success")], _TIMEOUT)
 
     def _operator_cancels(self) -> None:
         self._progress.stage("an operator cancels a task")
-        if self._peers.worker.pool in ENDING_POOLS:
-            task_id = self._send("cancelled while running", "demo.long", "revoked", _PATIENCE)
+        if self._peers.worker.pool in TERMINATING_POOLS:
+            task_id = self._send("cancelled while running", "demo.long", "revoked", _TIMEOUT)
             self._wait_state(task_id, {"started", *TERMINAL})
         else:
             kind = "cancelled before its ETA"
@@ -166,14 +166,14 @@ class Day:
         again = Sent("retried by the operator", str((result or {}).get("new_task_id")), "success")
         self._record.sent.append(again)
         if result:
-            self._wait_ended([again.task_id], _PATIENCE)
+            self._wait_ended([again.task_id], _TIMEOUT)
 
-    def _let_brain_catch_up(self) -> None:
+    def _wait_for_brain(self) -> None:
         """Give it time to show what was sent so far; what is missing then will be missing in the table."""
         self._progress.stage("waiting for the brain")
         waiting = {sent.task_id for sent in self._record.sent}
         self._try_until(
-            lambda: waiting <= self._peers.watch.first_finished.keys(), self._long_patience
+            lambda: waiting <= self._peers.poller.first_finished.keys(), self._batch_timeout
         )
 
     def _send(self, kind: str, name: str, expected: str, *args: Any, **options: Any) -> str:
@@ -195,13 +195,13 @@ class Day:
 
     def _wait_ended(self, task_ids: Sequence[str], timeout: float) -> None:
         self._until(
-            lambda: all(self._peers.journal.ended(task_id) for task_id in task_ids),
+            lambda: all(self._peers.task_log.ended(task_id) for task_id in task_ids),
             "the end of the tasks",
             timeout,
         )
 
     def _wait_state(self, task_id: str, states: set[str] | frozenset[str]) -> None:
-        self._try_until(lambda: self._peers.watch.state(task_id) in states, _PATIENCE)
+        self._try_until(lambda: self._peers.poller.state(task_id) in states, _TIMEOUT)
 
     def _try_until(self, check: Callable[[], bool], timeout: float) -> None:
         """Wait for something that the table will show as missing should it not come."""
@@ -219,7 +219,7 @@ class Day:
                 raise HarnessError(
                     f"{worker.title} ended with code {worker.exit_code}", log=worker.log
                 )
-            finished = self._peers.watch.first_finished
+            finished = self._peers.poller.first_finished
             self._progress.seen(sum(sent.task_id in finished for sent in self._record.sent))
             return check()
 

@@ -22,7 +22,7 @@ _SHARE = (
 )
 
 
-class Watch:
+class BrainPoller:
     """Polls the project's task list in a thread of its own, from ``__enter__`` to ``__exit__``.
 
     ``brain`` is a session for this thread alone. Polls that fail are left out; what they missed shows in the next one.

@@ -38,7 +38,7 @@ def write(home: Path, task_id: str, outcome: str) -> None:
         os.close(descriptor)
 
 
-class Journal:
+class TaskLog:
     """The script's side: the runs so far, per task id."""
 
     def __init__(self, home: Path) -> None:
@@ -48,7 +48,7 @@ class Journal:
 
     def runs(self, task_id: str) -> list[Run]:
         """Return the runs of one task that have ended by now, oldest first."""
-        self._read_on()
+        self._read_new()
         return self._runs.get(task_id, [])
 
     def ended(self, task_id: str) -> bool:
@@ -61,7 +61,7 @@ class Journal:
         runs = self.runs(task_id)
         return runs[-1].ended if runs else None
 
-    def _read_on(self) -> None:
+    def _read_new(self) -> None:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -30,6 +30,6 @@ class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu has no types
 
 
 class Transport(filesystem.Transport):  # type: ignore[misc]
-    """What ``broker_transport`` names: ``z4j_bare.demo.spool:Transport``."""
+    """What ``broker_transport`` names: ``z4j_bare.demo.atomic_fs_transport:Transport``."""
 
     Channel = Channel
