@@ -1,7 +1,8 @@
-"""A process and its agent from outside: pid files, the desk at which other processes ask, SIGHUP, exit hooks.
+"""Control of running agents from other processes: pid files, control sockets, SIGHUP, exit hooks.
 
-Each running agent has a desk, a Unix socket beside its pid file in ``Z4J_HOME`` (``loops/desk.py`` is its other side). So
-no host's signals are touched: SIGHUP restarts a Celery worker and ends a gunicorn one.
+Each running agent serves a Unix socket beside its pid file in ``Z4J_HOME``
+(``z4j_bare.monitoring.control_server`` is the server side). A socket is used instead of a signal
+because SIGHUP restarts a Celery worker and stops a gunicorn worker.
 """
 
 from __future__ import annotations
@@ -18,171 +19,201 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_core.paths import ensure_z4j_home
 
 from z4j_bare.concurrency.files import open_file
 
-#: Words that a desk understands.
+if TYPE_CHECKING:
+    from _socket import socket
+    from types import FrameType
+
+#: Requests that a control server answers.
 STATUS, RESTART = "status", "restart"
 
-#: Seconds for a desk's answer.
-PATIENCE = 2.0
+#: Seconds to wait for the answer to a request.
+REQUEST_TIMEOUT = 2.0
 
-#: Bytes of a socket's path, its closing zero included, that every kernel takes.
-_LONGEST_PATH = 104
+#: Bytes of a socket path, including the terminating NUL, that every kernel accepts.
+_MAX_PATH_BYTES = 104
 
-_DESK = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock")
+_SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock")
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """Where one agent can be asked: the one of ``adapter`` in process ``pid``, which may have died since."""
+class ControlClient:
+    """Client of one agent's control socket.
+
+    The socket file can outlive its process.
+
+    :param adapter: framework adapter of the agent, such as ``bare`` or ``django``.
+    :param pid: id of the agent's process.
+    :param path: path of the socket.
+    """
 
     adapter: str
     pid: int
     path: Path
 
-    def ask(self, word: str, timeout: float = PATIENCE) -> dict[str, Any]:
-        """Say one word and return what the agent answers.
+    def request(self, verb: str, timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
+        """Send a request and return the agent's answer.
 
-        Raises ``OSError``: ``ConnectionRefusedError`` or ``FileNotFoundError`` when the agent is gone, ``TimeoutError``
-        when it has not answered within ``timeout`` seconds.
+        Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` when the agent is gone,
+        ``TimeoutError`` when it does not answer within ``timeout`` seconds, and other ``OSError``.
         """
-        with _dialled(self.path, timeout) as line:
-            line.sendall(f"{word}\n".encode())
-            answer = b"".join(iter(lambda: line.recv(65536), b""))
+        with _connected(self.path, timeout) as sock:
+            sock.sendall(f"{verb}\n".encode())
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
         try:
-            found: dict[str, Any] = json.loads(answer)
+            parsed: dict[str, Any] = json.loads(answer)
         except ValueError:
-            raise ConnectionResetError(f"process {self.pid} left while it was asked") from None
-        return found
+            raise ConnectionResetError(
+                f"process {self.pid} ended before it sent a complete answer"
+            ) from None
+        return parsed
 
-    def post(self, word: str) -> None:
-        """Say a word and do not wait. Raises ``OSError``."""
-        with _dialled(self.path, 0.0) as line:
-            line.send(f"{word}\n".encode())
+    def send(self, verb: str) -> None:
+        """Send a request without waiting for the answer. Raises ``OSError``."""
+        with _connected(self.path, 0.0) as sock:
+            sock.send(f"{verb}\n".encode())
 
 
-def desks(adapter_id: str | None = None) -> list[Desk]:
-    """Return the desks in ``Z4J_HOME``, of one adapter or of all, sorted by adapter and pid."""
+def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
+    """Return a client for each control socket in ``Z4J_HOME``, sorted by adapter and pid.
+
+    :param adapter_id: only sockets of this framework adapter; default: all.
+    """
     found = []
     for path in _runtime_dir().glob("agent-*.sock"):
-        match = _DESK.fullmatch(path.name)
+        match = _SOCKET_NAME.fullmatch(path.name)
         if match and adapter_id in (None, match["adapter"]):
-            found.append(Desk(match["adapter"], int(match["pid"]), path))
-    return sorted(found, key=lambda desk: (desk.adapter, desk.pid, desk.path.name))
+            found.append(ControlClient(match["adapter"], int(match["pid"]), path))
+    return sorted(found, key=lambda client: (client.adapter, client.pid, client.path.name))
 
 
 def status() -> list[dict[str, Any]]:
-    """Ask every agent of this ``Z4J_HOME`` how it is.
+    """Return the status of every agent of this ``Z4J_HOME``.
 
-    An agent that does not answer is told of by its ``adapter``, ``pid`` and ``error``; what the dead have left is removed.
+    An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
+    Sockets of ended processes are removed.
     """
-    return [_asked(desk) for desk in desks() if not _buried(desk)]
+    return [_query(client) for client in list_clients() if not _remove_if_stale(client)]
 
 
 def send_restart(adapter_id: str) -> tuple[int, str]:
-    """Have every agent of this adapter end its session and connect anew.
+    """Make every agent of this adapter close its session and reconnect.
 
-    Returns an exit code and what to tell the operator: 0 when all that run were told, 1 when none runs or one does not
-    answer, 2 where there are no Unix sockets.
+    Returns an exit code and a message for the operator. The code is 0 when every running agent
+    accepted the request, 1 when none runs or one did not answer, and 2 on a platform without Unix
+    sockets.
     """
     if os.name != "posix":
         return (
             2,
-            "agents cannot be reached from outside on this platform: restart the process that hosts the agent",
+            "cannot control agents: this platform has no Unix sockets; restart the worker process",
         )
-    answers = [_asked(desk, RESTART) for desk in desks(_word(adapter_id)) if not _buried(desk)]
-    _remove_stale(adapter_id)
-    told = ", ".join(str(answer["pid"]) for answer in answers if "error" not in answer)
-    silent = ", ".join(
+    clients = [each for each in list_clients(_safe_name(adapter_id)) if not _remove_if_stale(each)]
+    answers = [_query(client, RESTART) for client in clients]
+    _remove_stale_pidfiles(adapter_id)
+    accepted = ", ".join(str(answer["pid"]) for answer in answers if "error" not in answer)
+    failed = ", ".join(
         f"{answer['pid']} ({answer['error']})" for answer in answers if "error" in answer
     )
-    if silent:
-        return 1, f"no good answer from process {silent}; told: {told or 'none'}"
-    if not told:
-        return 1, f"no agent of {adapter_id} runs here; looked in {_runtime_dir()}"
-    return 0, f"process {told}: the agent ends its session and connects anew"
+    if failed:
+        return 1, f"no valid answer from process {failed}; reconnecting: {accepted or 'none'}"
+    if not accepted:
+        return 1, f"no {adapter_id} agent runs with Z4J_HOME={_runtime_dir()}"
+    return 0, f"process {accepted}: the agent closes its session and reconnects"
 
 
 def pidfile_path(adapter_id: str) -> Path:
-    """Return where the pid of the first agent of this adapter is kept."""
-    return _runtime_dir() / f"agent-{_word(adapter_id)}.pid"
+    """Return the path of the pid file of the first agent of this adapter."""
+    return _runtime_dir() / f"agent-{_safe_name(adapter_id)}.pid"
 
 
 def write_pidfile(adapter_id: str) -> Path:
-    """Write our pid down and return the file: the adapter's own, or one beside it if another live process has that."""
+    """Write a pid file for this process and return its path.
+
+    The path is :func:`pidfile_path`, or one that contains the pid when another live process
+    occupies that file.
+    """
     first = pidfile_path(adapter_id)
-    path = first if _vacant(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
-    written = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
-    # A new file, never through a link: somebody else may be able to write this directory.
-    with open(written, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
+    path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
+    temporary = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
+    # Mode "x" never follows a symlink: another user may be able to write to this directory.
+    with open(temporary, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
-    written.replace(path)
+    temporary.replace(path)
     return path
 
 
 def remove_pidfile(adapter_id: str) -> None:
-    """Remove the pid files of this adapter that hold our pid; never another process's."""
+    """Remove the pid files of this adapter that contain the pid of this process."""
     for path in _pidfiles(adapter_id):
-        if _pid_in(path) == os.getpid():
+        if _read_pid(path) == os.getpid():
             path.unlink(missing_ok=True)
 
 
-def install_sighup_handler(runtime: Any) -> bool:
-    """Let SIGHUP end the session and connect anew; return whether it was possible. Only for a process of the agent's own.
+def install_sighup_handler(runtime: object) -> bool:
+    """Make SIGHUP reconnect every agent of this process; for a process that only runs the agent.
 
-    The handler says ``restart`` at this process's desks and calls whatever handler there was before. Nothing in it can
-    wait or switch greenlets. A second call changes nothing.
+    The handler sends ``restart`` to this process's control sockets and then calls the previous
+    handler. It neither waits nor switches greenlets. A second call has no effect.
+
+    :param runtime: not used.
+    :returns: whether the handler is installed. It is not on a platform without SIGHUP and outside
+        the main thread.
     """
-    del runtime  # the handler finds every agent of this process
+    del runtime  # the handler finds every agent of this process by its socket
     if not hasattr(signal, "SIGHUP"):
         return False
     previous = signal.getsignal(signal.SIGHUP)
-    if isinstance(previous, _Hangup):
+    if isinstance(previous, _SighupHandler):
         return True
     try:
-        signal.signal(signal.SIGHUP, _Hangup(previous))
+        signal.signal(signal.SIGHUP, _SighupHandler(previous))
     except ValueError:  # not the main thread
         return False
     return True
 
 
 def register_shutdown_atexit(callback: Callable[[], object]) -> str:
-    """Run ``callback`` once at interpreter exit; return ``"threading"`` or ``"atexit"``, whichever hook is the first.
+    """Run ``callback`` once at interpreter exit.
 
-    Both are set. ``threading._register_atexit`` runs before concurrent.futures joins its workers, but never under eventlet,
-    whose patched ``threading`` keeps another list than the one that is run (``z4j-1.13-behaviour`` 7.8).
+    Two hooks are registered. ``threading._register_atexit`` runs before ``concurrent.futures``
+    joins its workers. It never runs under eventlet, whose patched ``threading`` has a separate
+    list of callbacks that the interpreter does not read; there ``atexit`` runs the callback.
+
+    :returns: ``"threading"`` when both hooks are registered, ``"atexit"`` when only that one is.
     """
     ran = threading.Event()
 
-    def once() -> None:
+    def run_once() -> None:
         if not ran.is_set():
             ran.set()
             callback()
 
-    atexit.register(once)
+    atexit.register(run_once)
     try:
-        threading._register_atexit(once)  # type: ignore[attr-defined]  # noqa: SLF001 - no public equivalent
+        threading._register_atexit(run_once)  # type: ignore[attr-defined]  # noqa: SLF001 - no public name
     except (AttributeError, RuntimeError, TypeError):
         return "atexit"
     return "threading"
 
 
-def new_desk_path(adapter_id: str) -> Path:
-    """Return an unused name for a desk of this process, and remove those that the dead have left."""
-    for desk in desks(_word(adapter_id)):
-        _buried(desk)
-    # Random, for in containers that share a volume every process has pid 1.
-    return _runtime_dir() / f"agent-{_word(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
+def new_socket_path(adapter_id: str) -> Path:
+    """Return an unused socket path for this process and remove stale sockets of the adapter."""
+    for client in list_clients(_safe_name(adapter_id)):
+        _remove_if_stale(client)
+    # The random part is needed because in containers that share a volume every process has pid 1.
+    return _runtime_dir() / f"agent-{_safe_name(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
 
 
 @contextmanager
-def address(path: Path) -> Iterator[str]:
-    """Yield an address of the socket ``path`` that is short enough for the kernel."""
-    if len(os.fsencode(path)) < _LONGEST_PATH:
+def socket_address(path: Path) -> Iterator[str]:
+    """Yield an address of the socket ``path`` that fits into the kernel's limit."""
+    if len(os.fsencode(path)) < _MAX_PATH_BYTES:
         yield str(path)
         return
     directory = open_file(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -192,59 +223,62 @@ def address(path: Path) -> Iterator[str]:
         os.close(directory)
 
 
-class _Hangup:
-    """A SIGHUP handler; ``previous`` is the one that it stands in for."""
+class _SighupHandler:
+    """A SIGHUP handler that reconnects the agents and then calls the ``previous`` handler."""
 
-    def __init__(self, previous: Any) -> None:
+    def __init__(self, previous: object) -> None:
         self._previous = previous
 
-    def __call__(self, number: int, frame: Any) -> None:
-        for desk in desks():
-            if desk.pid == os.getpid():
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        for client in list_clients():
+            if client.pid == os.getpid():
                 with suppress(OSError):
-                    desk.post(RESTART)
+                    client.send(RESTART)
         if callable(self._previous):
             self._previous(number, frame)
 
 
 @contextmanager
-def _dialled(path: Path, timeout: float) -> Iterator[Any]:
-    # The C class, which nobody patches: a signal handler must not switch greenlets.
+def _connected(path: Path, timeout: float) -> Iterator[socket]:
+    # gevent and eventlet do not patch the C class: a signal handler must not switch greenlets.
     import _socket
 
-    line = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        line.settimeout(timeout)
-        with address(path) as short:
-            line.connect(short)
-        yield line
+        sock.settimeout(timeout)
+        with socket_address(path) as short:
+            sock.connect(short)
+        yield sock
     finally:
-        line.close()
+        sock.close()
 
 
-def _asked(desk: Desk, word: str = STATUS) -> dict[str, Any]:
+def _query(client: ControlClient, verb: str = STATUS) -> dict[str, Any]:
     try:
-        answer = desk.ask(word)
+        answer = client.request(verb)
     except OSError as error:
         answer = {"error": str(error) or type(error).__name__}
-    return {"adapter": desk.adapter, "pid": desk.pid, **answer}
+    return {"adapter": client.adapter, "pid": client.pid, **answer}
 
 
-def _buried(desk: Desk) -> bool:
-    """Remove a desk that nobody serves any more; return whether it was one. Never waits: a fork of the host would, too."""
+def _remove_if_stale(client: ControlClient) -> bool:
+    """Remove a socket that no process serves; return whether it was removed.
+
+    This never waits: it runs on a native thread, and a fork of the host waits for that thread.
+    """
     try:
-        with _dialled(desk.path, 0.0):
+        with _connected(client.path, 0.0):
             return False
     except (ConnectionRefusedError, FileNotFoundError):
-        desk.path.unlink(missing_ok=True)
+        client.path.unlink(missing_ok=True)
         return True
     except OSError:
         return False
 
 
-def _remove_stale(adapter_id: str) -> None:
+def _remove_stale_pidfiles(adapter_id: str) -> None:
     for path in _pidfiles(adapter_id):
-        if not _alive(_pid_in(path)):
+        if _is_free(path):
             path.unlink(missing_ok=True)
 
 
@@ -253,19 +287,20 @@ def _pidfiles(adapter_id: str) -> list[Path]:
     return [path for path in (first, *first.parent.glob(f"{first.stem}.*.pid")) if path.exists()]
 
 
-def _vacant(path: Path) -> bool:
-    return not _alive(_pid_in(path))
+def _is_free(path: Path) -> bool:
+    """Return whether no live process occupies this pid file."""
+    return not _is_alive(_read_pid(path))
 
 
-def _pid_in(path: Path) -> int:
-    """Return the pid in a file, 0 when there is none."""
+def _read_pid(path: Path) -> int:
+    """Return the pid in a file, or 0 when it contains none."""
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     if pid <= 0:
         return False
     try:
@@ -277,11 +312,11 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _word(adapter_id: str) -> str:
-    """Return a framework's name as part of a file's name."""
+def _safe_name(adapter_id: str) -> str:
+    """Return an adapter's name with every character replaced that a file name may not contain."""
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 
 def _runtime_dir() -> Path:
-    """Return ``Z4J_HOME``, created if it is missing; z4j_django reads it under this name."""
+    """Return ``Z4J_HOME``, created if it is missing; z4j_django imports this function."""
     return ensure_z4j_home()

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapters = (
         [arguments.adapter]
         if arguments.adapter
-        else sorted({desk.adapter for desk in control.desks()}) or ["bare"]
+        else sorted({desk.adapter for desk in control.list_clients()}) or ["bare"]
     )
     answers = {adapter: control.send_restart(adapter) for adapter in adapters}
     for code, text in answers.values():

@@ -238,7 +238,7 @@ def _place(*, alone: bool) -> Iterator[None]:
                 "z4j: whether another standalone agent runs here cannot be told: %s", error
             )
         else:
-            pids = ", ".join(str(desk.pid) for desk in control.desks("bare")) or "unknown"
+            pids = ", ".join(str(desk.pid) for desk in control.list_clients("bare")) or "unknown"
             hint = "stop it, give this one a Z4J_HOME of its own, or pass --allow-second"
             text = f"a standalone agent of project {project} runs already on {configuration.home()} (pid {pids}): {hint}"
             raise _TakenError(text) from None

@@ -63,7 +63,7 @@ class Desk:
     def wake(self) -> None:
         """Let the loop look at ``stop_event``; waits for nothing."""
         with suppress(OSError, IndexError):
-            control.Desk(self._adapter, 0, self._files[-1]).post("")
+            control.ControlClient(self._adapter, 0, self._files[-1]).send("")
 
     def _attend(self, stop_event: Any) -> None:
         try:
@@ -77,10 +77,10 @@ class Desk:
         self._files.append(control.write_pidfile(self._adapter))
         if not hasattr(_socket, "AF_UNIX"):
             raise OSError("this platform has no Unix sockets")
-        path = control.new_desk_path(self._adapter)
+        path = control.new_socket_path(self._adapter)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         listener.setblocking(False)
-        with control.address(path) as short:
+        with control.socket_address(path) as short:
             listener.bind(short)
         self._files.append(path)
         path.chmod(0o600)

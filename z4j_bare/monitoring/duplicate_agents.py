@@ -10,7 +10,7 @@ from z4j_bare import control
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.control import Desk
+    from z4j_bare.control import ControlClient
 
 logger = logging.getLogger("z4j.runtime.rivals")
 
@@ -41,7 +41,7 @@ class DuplicateAgentCheck:
         self._backend.pause(stop_event)
 
     def _look(self) -> None:
-        ok, desks = self._backend.offload(control.desks)
+        ok, desks = self._backend.offload(control.list_clients)
         own = self._describe()
         ours = workers_of(own)
         for desk in desks if ok and ours else ():
@@ -53,8 +53,8 @@ class DuplicateAgentCheck:
             ):
                 self._warn(desk.pid, ours & workers_of(other))
 
-    def _ask(self, desk: Desk) -> dict[str, Any]:
-        ok, answer = self._backend.offload(desk.ask, control.STATUS, PATIENCE)
+    def _ask(self, desk: ControlClient) -> dict[str, Any]:
+        ok, answer = self._backend.offload(desk.request, control.STATUS, PATIENCE)
         return answer if ok else {}
 
     def _warn(self, pid: int, workers: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ def serve(backend, until):
     for served, task in opened:
         served.wake()
         assert task.join(10)
-    assert control.desks() == []
+    assert control.list_clients() == []
 
 
 @pytest.fixture
@@ -121,29 +121,29 @@ def test_the_desk_answers(serve, ask):
         False,
         200_000,
     )
-    assert [each.path.stat().st_mode & 0o777 for each in control.desks()] == [0o600, 0o600]
+    assert [each.path.stat().st_mode & 0o777 for each in control.list_clients()] == [0o600, 0o600]
 
 
 def test_a_word_that_it_does_not_know(serve, ask):
     """An unknown word, or none, is answered or let be; the next visitor is served."""
     serve(restart={}, status={"x": 1})
-    (desk,) = control.desks()
-    assert ask(desk.ask, "explode") == {"error": "'explode' is none of restart, status"}
+    (desk,) = control.list_clients()
+    assert ask(desk.request, "explode") == {"error": "'explode' is none of restart, status"}
     for nonsense in ("x" * 10_000, ""):
         with pytest.raises(ConnectionResetError):
-            ask(desk.ask, nonsense)
-    ask(desk.post, "status")
-    assert ask(desk.ask, "status") == {"x": 1}
+            ask(desk.request, nonsense)
+    ask(desk.send, "status")
+    assert ask(desk.request, "status") == {"x": 1}
 
 
 def test_a_visitor_who_says_nothing(serve, ask, monkeypatch):
     """Somebody who holds the line in silence, or takes no answer, is sent away; the desk goes on."""
     monkeypatch.setattr(loop, "PATIENCE", 0.1)
     serve(status={"much": "x" * 5_000_000})
-    (desk,) = control.desks()
-    with control._dialled(desk.path, 5.0) as silent, control._dialled(desk.path, 5.0) as deaf:
+    (desk,) = control.list_clients()
+    with control._connected(desk.path, 5.0) as silent, control._connected(desk.path, 5.0) as deaf:
         deaf.send(b"status\n")
-        assert len(ask(desk.ask, "status", 20.0)["much"]) == 5_000_000
+        assert len(ask(desk.request, "status", 20.0)["much"]) == 5_000_000
         del silent
 
 
@@ -159,7 +159,7 @@ def test_restart_from_outside(serve, ask):
     code, said = ask(control.send_restart, "bare")
     assert (code, said) == (
         0,
-        f"process {os.getpid()}, {os.getpid()}: the agent ends its session and connects anew",
+        f"process {os.getpid()}, {os.getpid()}: the agent closes its session and reconnects",
     )
     assert not dead.exists()
     assert not (home() / f"agent-bare.{NOBODY}.pid").exists()
@@ -171,20 +171,23 @@ def test_restart_of_nobody():
     control.pidfile_path("django").write_text(f"{os.getpid()}\n")
     assert control.send_restart("django") == (
         1,
-        f"no agent of django runs here; looked in {home()}",
+        f"no django agent runs with Z4J_HOME={home()}",
     )
     assert control.pidfile_path("django").exists()
 
 
 def test_a_desk_that_hangs(ask, monkeypatch):
     """An agent that accepts and does not answer is told of with its pid."""
-    monkeypatch.setattr(control, "PATIENCE", 0.2)
-    monkeypatch.setattr(control.Desk.ask, "__defaults__", (0.2,))
+    monkeypatch.setattr(control, "REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(control.ControlClient.request, "__defaults__", (0.2,))
     with socket.socket(socket.AF_UNIX) as stuck:
         stuck.bind(str(control._runtime_dir() / "agent-bare.77-0.sock"))
         stuck.listen()
         code, said = ask(control.send_restart, "bare")
-        assert (code, said) == (1, "no good answer from process 77 (timed out); told: none")
+        assert (code, said) == (
+            1,
+            "no valid answer from process 77 (timed out); reconnecting: none",
+        )
         (row,) = ask(control.status)
         assert (row["pid"], row["error"]) == (77, "timed out")
 
@@ -227,7 +230,7 @@ def test_sighup(serve, until, monkeypatch):
 def test_the_runtime_is_found_and_told(runtime, ask, until, mode):
     """A running agent tells how it is, connects anew when told, and leaves nothing behind when it stops."""
     running = runtime()
-    until(lambda: control.desks("fastapi"))
+    until(lambda: control.list_clients("fastapi"))
     (row,) = ask(control.status)
     assert (row["adapter"], row["pid"], row["project"]) == ("fastapi", os.getpid(), "demo")
     assert (row["state"], row["connected"], row["concurrency"], row["buffered"]) == (
@@ -239,18 +242,18 @@ def test_the_runtime_is_found_and_told(runtime, ask, until, mode):
     assert control.pidfile_path("fastapi").read_text() == f"{os.getpid()}\n"
     assert ask(control.send_restart, "fastapi")[0] == 0
     running.stop(timeout=3)
-    assert control.desks() == []
+    assert control.list_clients() == []
     assert not control.pidfile_path("fastapi").exists()
 
 
 def test_a_loser_leaves_the_winner_alone(runtime, ask, until):
     """FastAPI's way: a second runtime is started and stopped while the first one runs, which stays known and in service."""
     runtime()
-    until(lambda: control.pidfile_path("fastapi").exists() and len(control.desks()) == 1)
+    until(lambda: control.pidfile_path("fastapi").exists() and len(control.list_clients()) == 1)
     loser = runtime()
-    until(lambda: len(control.desks()) == 2)
+    until(lambda: len(control.list_clients()) == 2)
     loser.stop(timeout=3)
-    assert len(control.desks()) == 1
+    assert len(control.list_clients()) == 1
     assert control.pidfile_path("fastapi").read_text() == f"{os.getpid()}\n"
     assert ask(control.send_restart, "fastapi")[0] == 0
 
@@ -259,7 +262,7 @@ def test_a_loser_leaves_the_winner_alone(runtime, ask, until):
 def test_a_forked_child_takes_nothing_away(runtime, ask, until):
     """A child that stops the runtime it has inherited removes neither the parent's desk nor its pid file."""
     running = runtime()
-    until(lambda: control.desks("fastapi"))
+    until(lambda: control.list_clients("fastapi"))
     pid = os.fork()
     if pid == 0:
         try:
@@ -267,6 +270,6 @@ def test_a_forked_child_takes_nothing_away(runtime, ask, until):
         finally:
             os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-    assert len(control.desks()) == 1
+    assert len(control.list_clients()) == 1
     assert control.pidfile_path("fastapi").exists()
     assert ask(control.status)[0]["state"] == "running"
