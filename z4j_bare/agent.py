@@ -20,12 +20,13 @@ from z4j_bare.buffer.recovery import Orphan
 from z4j_bare.buffer.siblings import find_in_other_stores
 from z4j_bare.commands import Dispatcher
 from z4j_bare.control import RESTART, STATUS
+from z4j_bare.engines.engine import describe_engine
 from z4j_bare.engines.host import EngineHost
 from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
-from z4j_bare.events.adapter_redaction import merge_redaction
 from z4j_bare.events.encode import encode_model
+from z4j_bare.events.redaction import merge_redaction
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import EventSource, make_source
+from z4j_bare.events.source import EventSource
 from z4j_bare.monitoring.control_server import Desk
 from z4j_bare.monitoring.counters import Counters
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
@@ -40,7 +41,6 @@ from z4j_bare.pipeline.send import SendLoop
 from z4j_bare.pipeline.session import Supervisor
 from z4j_bare.pipeline.watch import keep
 from z4j_bare.process import is_celery_worker, ready_worker
-from z4j_bare.safety import safe_call
 from z4j_bare.schedules import ScheduleManager
 from z4j_bare.settings import Settings, deployment_id, read_key, read_token
 from z4j_bare.transport.auto import TransportFactory
@@ -179,7 +179,7 @@ class Agent:
                 run, name, self._stop_event, self.backend, self.counters
             )  # a source's end is waited for by disconnect()
         connecting = self.backend.spawn(self._connect_adapters, name="z4j-adapters")
-        if any(source.adapted for source in self.sources):
+        if any(source.uses_adapter_events for source in self.sources):
             connecting.join(CONNECT_GRACE)  # or the host's first tasks would run unheard
 
     def record(self, event: Event) -> None:
@@ -256,15 +256,12 @@ class Agent:
         merge_redaction(
             engine, self._config
         )  # first: the source goes by the merged patterns, and a bad one raises
-        source = make_source(engine, self.ring, self._settings, self.backend, ready_worker())
+        description = describe_engine(engine)
+        source = description.make_source(self.ring, self._settings, self.backend, ready_worker())
         self.sources.append(source)
         host = EngineHost(engine, self.bridge, self.backend, source.record)
-        if not hasattr(engine, "celery_app") and "restart_worker" not in (
-            safe_call(engine.capabilities) or ()
-        ):
-            from z4j_bare.commands.process_restart import (
-                ProcessRestart,
-            )  # Celery's workers need none
+        if description.restarts_by_exit():
+            from z4j_bare.commands.process_restart import ProcessRestart
 
             own, grace = source.presence.workers.keys(), self._settings.restart_grace
             host.process_restart = ProcessRestart(host.name, own, self.stop, self.backend, grace)
@@ -413,7 +410,7 @@ class Agent:
     def _connect_adapters(self) -> None:
         try:
             for host, source in zip(self.hosts.values(), self.sources, strict=True):
-                host.connect(events=source.adapted)
+                host.connect(events=source.uses_adapter_events)
             self.schedules.connect()
         except AgentError:
             if not self._stop_event.is_set():  # a process that ends while it starts is no error

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import RETRY_BY_REFERENCE_CAPABILITY
 
+from z4j_bare.engines.engine import describe_engine
 from z4j_bare.errors import CommandError
-from z4j_bare.events.names import safe_name, value_matcher
 from z4j_bare.events.redaction import Redactor
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class EngineHost:
         sink: Callable[[Any], object],
     ) -> None:
         self.engine = engine
+        self.description = describe_engine(engine)
         self.name = str(getattr(engine, "name", type(engine).__name__))
         self._bridge = bridge
         self._backend = backend
@@ -95,13 +96,8 @@ class EngineHost:
     @property
     def controls(self) -> CeleryControls | None:
         """Our own way of controlling workers, for the engine whose adapter does not wait for their answers."""
-        if self._controls is None and hasattr(self.engine, "celery_app"):
-            from z4j_bare.engines.celery.controls import (
-                CeleryControls,  # like all that carries out commands: at the first one
-            )
-
-            alias = partial(safe_name, matches=value_matcher(self.engine))
-            self._controls = CeleryControls(self.engine.celery_app, alias, self._backend)
+        if self._controls is None:
+            self._controls = self.description.make_controls(self._backend)
         return self._controls
 
     @property

@@ -14,19 +14,36 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import fork
+from z4j_bare.engines.engine import Engine
 from z4j_bare.events.source import EventSource
 from z4j_bare.safety import safe_boundary
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.events.ring import Ring
+    from z4j_bare.settings import Settings
+
 Method = Callable[..., Any]
+
+
+class RqEngine(Engine):
+    """Describes RQ: events by hooks in its worker classes."""
+
+    kind = "rq"
+
+    def make_source(
+        self, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: object
+    ) -> RqSource:
+        """Return a source that hooks into RQ's workers."""
+        return RqSource(self.adapter, ring, settings, backend)
 
 
 class RqSource(EventSource):
     """RQ's events, made by the adapter's callbacks: those that users attach to a job work as well."""
 
-    adapted = False
+    uses_adapter_events = False
 
     def __init__(self, engine: Any, *args: Any) -> None:
         super().__init__(engine, *args)

@@ -54,7 +54,7 @@ class Encoder:
         self._redactor = redactor
         self._new_id = new_ids()
         self._second = -1
-        self._moment = ""
+        self._timestamp_format = ""
 
     def envelope(self, kind: str, stamp: float, task_id: str, data: str) -> bytes:
         """Return the bytes of an event whose data are canonical JSON already.
@@ -92,7 +92,7 @@ class Encoder:
             data["traceback"] = _traceback(data["traceback"])
         meta = data.pop("_meta", None)
         if meta is not None:
-            annotate(data, meta)
+            apply_task_meta(data, meta)
         return data
 
     def _iso(self, stamp: float) -> str:
@@ -100,9 +100,11 @@ class Encoder:
         second = int(stamp)
         if second != self._second:
             self._second = second
-            self._moment = datetime.fromtimestamp(second, UTC).isoformat()[:19] + ".%06d+00:00"
+            self._timestamp_format = (
+                datetime.fromtimestamp(second, UTC).isoformat()[:19] + ".%06d+00:00"
+            )
         # The format cuts, and so rounds; never up to the next second.
-        return self._moment % min(999_999, (stamp - second) * 1_000_000 + 0.5)
+        return self._timestamp_format % min(999_999, (stamp - second) * 1_000_000 + 0.5)
 
 
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")
@@ -131,7 +133,7 @@ def _c_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
 encode_text = _c_encode(_encoder)
 
 
-def annotate(data: dict[str, Any], meta: Any) -> None:
+def apply_task_meta(data: dict[str, Any], meta: Any) -> None:
     """Apply a task's ``@z4j_meta``: kept and redacted keyword arguments, a hidden result."""
     if meta.keep_kwargs is not None:
         if data.get("args") is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.events.encode import Record, new_ids
-from z4j_bare.events.names import safe_name
+from z4j_bare.events.redaction import safe_name
 from z4j_bare.events.ring import Put
 from z4j_bare.wire.events import encode_fields
 
@@ -41,7 +41,7 @@ class Presence:
         self._clock = clock
         self._new_id = new_ids()
 
-    def seen(self, worker: str) -> str:
+    def online(self, worker: str) -> str:
         """Announce a worker that is new to us; return its name as the brain can keep it."""
         name = safe_name(worker, self._matches)
         if name not in self.workers:
@@ -49,9 +49,9 @@ class Presence:
             self._record("worker.online", name)
         return name
 
-    def forget(self, name: str, *, left: bool) -> None:
+    def remove(self, name: str, *, announce: bool) -> None:
         """Announce a worker no longer; with ``left``, say that it went. ``name`` is what :meth:`seen` returned."""
-        if self.workers.pop(name, name) is None and left:
+        if self.workers.pop(name, name) is None and announce:
             self._record("worker.offline", name)
 
     def announce(self, kind: str) -> None:

@@ -1,25 +1,58 @@
-"""Redaction of snapshots: z4j_core's rules, asked through its public matchers, with the answers remembered."""
+"""Redaction of captured values by z4j_core's rules, with cached answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from z4j_core.redaction.engine import RedactionEngine
+from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
 from z4j_core.redaction.markers import REDACTED, truncation_suffix
+from z4j_core.redaction.patterns import DEFAULT_VALUE_PATTERNS, compile_value_patterns
 
-from z4j_bare.events.match import ValueMatcher
 from z4j_bare.events.snapshot import TruncatedStr
 
-#: Answers remembered per kind of question; keys and short values repeat from task to task.
-REMEMBERED = 4096
-#: Longest string whose answer is remembered.
-SHORT = 64
+if TYPE_CHECKING:
+    from z4j_core.models import Config
+
+#: Answers cached for keys, and as many for values. Keys and short values repeat from task to task.
+CACHE_SIZE = 4096
+
+#: Characters of the longest string whose answer is cached.
+MAX_CACHED_CHARS = 64
+
+#: The start of each built-in pattern, and a literal (in lower case) that every match contains. A
+#: pattern that is not listed, from a later z4j_core or from the operator, is tried on every text.
+_REQUIRED_LITERALS = {
+    "eyJ": "eyj",
+    "Bearer": "bearer",
+    "sk_(": "sk_",
+    "pk_(": "pk_",
+    "whsec_": "whsec_",
+    "rk_(": "rk_",
+    "xoxb-": "xoxb-",
+    "xoxp-": "xoxp-",
+    "xoxa-": "xoxa-",
+    "ghp_": "ghp_",
+    "gho_": "gho_",
+    "ghs_": "ghs_",
+    "github_pat_": "github_pat_",
+    "AKIA": "akia",
+    "ASIA": "asia",
+    r"https://hooks\.slack\.com/": "hooks.slack.com",
+    "AIza": "aiza",
+    r"\bSK[0-9a-f]{32}": "sk",
+    r"SG\.": "sg.",
+    "(?:postgres|postgresql|mysql|": "://",
+    "-----BEGIN": "-----begin",
+    r"(?<![A-Za-z0-9._%+\-])[A-Za-z0-9._%+\-]+@": "@",
+    r"\b\d{3}-\d{2}-\d{4}\b": "-",
+}
 
 
 class Redactor:
-    """Does what ``RedactionEngine.scrub`` does to plain JSON values, in a fraction of the time.
+    """Returns what ``RedactionEngine.scrub`` returns for plain JSON values, but much faster.
 
-    A property test holds the two equal. A :class:`TruncatedStr` is judged by all the characters it still has, and cut after that.
+    A property test compares the two. A :class:`TruncatedStr` is matched with its margin, then cut.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -29,60 +62,155 @@ class Redactor:
         self._keys: dict[str, bool] = {}
         self._values: dict[str, bool] = {}
 
-    def scrub(self, value: Any) -> Any:
-        """Return ``value`` with every match replaced by the marker, and long strings cut."""
+    def scrub(self, value: object) -> Any:
+        """Return ``value`` with every match replaced by the marker, and with long strings cut."""
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, dict):
             return {
-                self._text(key): self._hide(item) if self.secret(key) else self.scrub(item)
+                self._text(key): self._redact_all(item)
+                if self.is_sensitive_key(key)
+                else self.scrub(item)
                 for key, item in value.items()
             }
         if isinstance(value, list):
             return [self.scrub(item) for item in value]
         return value
 
-    def _hide(self, value: Any) -> Any:
-        """Return ``value`` with every scalar in it replaced: everything below a sensitive key is secret."""
+    def _redact_all(self, value: object) -> Any:
+        """Return ``value`` with every scalar replaced: it stands under a sensitive key."""
         if isinstance(value, dict):
-            return {self._text(key): self._hide(item) for key, item in value.items()}
-        return [self._hide(item) for item in value] if isinstance(value, list) else REDACTED
+            return {self._text(key): self._redact_all(item) for key, item in value.items()}
+        return [self._redact_all(item) for item in value] if isinstance(value, list) else REDACTED
 
-    def secret(self, key: str) -> bool:
-        """Whether what stands under ``key`` has to be redacted."""
-        found = self._keys.get(key)
-        if found is None:
-            found = self._remember(self._keys, key, self._key_matches(key))
-        return found
+    def is_sensitive_key(self, key: str) -> bool:
+        """Whether the value of ``key`` must be redacted."""
+        matched = self._keys.get(key)
+        if matched is None:
+            matched = self._cache(self._keys, key, self._key_matches(key))
+        return matched
 
     def _text(self, value: str) -> str:
-        if len(value) <= SHORT:
-            found = self._values.get(value)
-            if found is None:
-                found = self._remember(self._values, value, self._value_matches(value))
-            return REDACTED if found else value
+        if len(value) <= MAX_CACHED_CHARS:
+            matched = self._values.get(value)
+            if matched is None:
+                matched = self._cache(self._values, value, self._value_matches(value))
+            return REDACTED if matched else value
         if self._value_matches(value):
             return REDACTED
         if isinstance(value, TruncatedStr):
-            head = (
-                value[: value.limit]
-                .encode(errors="replace")[: self._max_bytes]
-                .decode(errors="ignore")
-            )
+            raw = value[: value.limit].encode(errors="replace")[: self._max_bytes]
+            head = raw.decode(errors="ignore")
             return f"{head}[... {value.length - len(head)} more characters cut]"
-        return self._shorten(value) if len(value) * 4 > self._max_bytes else value
+        return self._truncate(value) if len(value) * 4 > self._max_bytes else value
 
-    def _shorten(self, value: str) -> str:
+    def _truncate(self, value: str) -> str:
         raw = value.encode(errors="replace")
         if len(raw) <= self._max_bytes:
             return value
-        return raw[: self._max_bytes].decode(errors="replace") + truncation_suffix(
-            len(raw) - self._max_bytes
-        )
+        head = raw[: self._max_bytes].decode(errors="replace")
+        return head + truncation_suffix(len(raw) - self._max_bytes)
 
     @staticmethod
-    def _remember(memory: dict[str, bool], text: str, answer: bool) -> bool:
-        if len(memory) >= REMEMBERED:
-            memory.clear()
-        memory[str(text)] = answer
-        return answer
+    def _cache(cache: dict[str, bool], text: str, matched: bool) -> bool:
+        if len(cache) >= CACHE_SIZE:
+            cache.clear()
+        cache[str(text)] = matched
+        return matched
+
+
+class ValueMatcher:
+    """Gives the answers of ``RedactionEngine.value_matches``, much faster for ASCII text.
+
+    The engine searches one alternation of all patterns: 510 us for 1 KB of text, 3,640 us for
+    8 KB. This class searches for each pattern's required literal first: 13 us and 99 us. A
+    property test compares the two.
+    """
+
+    def __init__(self, engine: RedactionEngine) -> None:
+        config = engine.config
+        built_in = DEFAULT_VALUE_PATTERNS if config.default_patterns_enabled else ()
+        self._engine = engine
+        self._gated = [
+            (literal, compile_value_patterns((pattern,))[0].search)
+            for pattern in built_in
+            if (literal := _required_literal(pattern)) is not None
+        ]
+        ungated = [pattern for pattern in built_in if _required_literal(pattern) is None]
+        self._ungated = [
+            pattern.search
+            for pattern in compile_value_patterns((*ungated, *config.extra_value_patterns))
+        ]
+
+    def __call__(self, value: str) -> bool:
+        """Whether ``value`` must be redacted."""
+        if not value.isascii():
+            # The patterns fold case by Unicode's rules: the Kelvin sign matches k, but its lower()
+            # is not among the literals.
+            return self._engine.value_matches(value)
+        lowered = value.lower()
+        for literal, search in self._gated:
+            if literal in lowered and search(value):
+                return True
+        return any(search(value) for search in self._ungated)
+
+
+def _required_literal(pattern: str) -> str | None:
+    found = (lit for start, lit in _REQUIRED_LITERALS.items() if pattern.startswith(start))
+    return next(found, None)
+
+
+def safe_name(name: str, matches: Callable[[str], bool]) -> str:
+    """Return a worker's name in a form that the brain does not redact.
+
+    ``celery@web-1.example.com`` matches the pattern of an email address. The brain would store
+    ``[REDACTED]`` for it and for every other such worker. The dots of the host part become
+    underscores; a name that matches no pattern is returned unchanged.
+
+    :param matches: whether a value would be redacted, such as ``RedactionEngine.value_matches``.
+    """
+    if not matches(name):
+        return name
+    node, _, host = name.partition("@")
+    return f"{node}@{host.replace('.', '_')}"
+
+
+def value_matcher(adapter: object) -> Callable[[str], bool]:
+    """Return ``matches`` for :func:`safe_name`, with the adapter's patterns or the default ones."""
+    redaction = getattr(adapter, "redaction", None)
+    if not isinstance(redaction, RedactionEngine):
+        redaction = RedactionEngine()
+    return redaction.value_matches
+
+
+def merge_redaction(adapter: Any, config: Config) -> None:  # sets an attribute of a foreign object
+    """Merge the operator's redaction settings into the adapter's.
+
+    Must run before ``connect_signals``, because adapters copy ``redaction`` there. An attribute
+    that is not a ``RedactionEngine`` is left unchanged.
+
+    :raises RedactionConfigError: for an invalid pattern; nothing may be captured without it.
+    """
+    redaction = getattr(adapter, "redaction", None)
+    if isinstance(redaction, RedactionEngine):
+        adapter.redaction = RedactionEngine(_merged(redaction.config, config))
+
+
+def _merged(own: RedactionConfig, config: Config) -> RedactionConfig:
+    return RedactionConfig(
+        extra_key_patterns=_union(own.extra_key_patterns, config.redaction_extra_key_patterns),
+        extra_value_patterns=_union(
+            own.extra_value_patterns, config.redaction_extra_value_patterns
+        ),
+        default_patterns_enabled=own.default_patterns_enabled and config.redaction_defaults_enabled,
+        max_value_bytes=_limit(own.max_value_bytes, config.max_payload_bytes),
+    )
+
+
+def _union(own: Iterable[str], operator: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*own, *operator)))
+
+
+def _limit(own: int, operator: int) -> int:
+    """Return the operator's limit in bytes, or a smaller one that was set on the adapter."""
+    return operator if own == RedactionConfig.max_value_bytes else min(own, operator)

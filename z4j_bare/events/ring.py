@@ -19,7 +19,7 @@ class Ring:
 
     :param limit: events held at most.
     :param threshold: events at which ``wake`` is set, so that the flush loop does not wait for its interval. It is also set
-        by the first event after :meth:`rest`: looking five times a second instead costs an idle worker 1 ms/s.
+        by the first event after :meth:`arm_wakeup`: looking five times a second instead costs an idle worker 1 ms/s.
     :param wake: an ``IEvent``.
     """
 
@@ -29,7 +29,7 @@ class Ring:
         self._threshold = min(threshold, limit)
         # next() on a count is one bytecode: no update is lost between native threads, and no lock is needed.
         self._counter = count(1)
-        self._resting = False
+        self._armed = False
         self._produced = 0
         self._taken = 0
 
@@ -37,25 +37,25 @@ class Ring:
         """Append; over the limit the oldest goes. 0.3 microseconds."""
         self._items.append(captured)
         self._produced = next(self._counter)
-        if self._resting or len(self._items) >= self._threshold:
-            self._resting = False
+        if self._armed or len(self._items) >= self._threshold:
+            self._armed = False
             self.wake.set()
 
-    def rest(self) -> bool:
+    def arm_wakeup(self) -> bool:
         """Ask for a wake by the next event; ``False`` if there are events already. For the flush loop only."""
-        self._resting = True  # before the look: an event that comes between the two sets ``wake``
+        self._armed = True  # before the look: an event that comes between the two sets ``wake``
         if self._items:
-            self._resting = False
-        return self._resting
+            self._armed = False
+        return self._armed
 
-    def take(self, most: int) -> list[Captured]:
-        """Remove and return at most ``most`` of the oldest. For the flush loop only."""
+    def take(self, limit: int) -> list[Captured]:
+        """Remove and return at most ``limit`` of the oldest. For the flush loop only."""
         items = self._items
-        batch = [items.popleft() for _ in range(min(most, len(items)))]
+        batch = [items.popleft() for _ in range(min(limit, len(items)))]
         self._taken += len(batch)
         return batch
 
-    def give_back(self, batch: list[Captured]) -> None:
+    def requeue(self, batch: list[Captured]) -> None:
         """Put at the front what :meth:`take` returned and nobody could keep; what has no room any more counts as lost."""
         room = (self._items.maxlen or 0) - len(self._items)
         self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))

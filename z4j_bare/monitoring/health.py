@@ -1,18 +1,10 @@
-"""The engines' health: asked in turn, in a task of its own, with the last good answer kept.
-
-Celery's is asked of its broker and read from its worker, not from the adapter: that one's broker figures are no
-evidence (``adapter-surface`` 2.11), and its ``inspect`` can hang a child that is forked meanwhile (``health/worker.py``).
-"""
+"""The engines' health: asked in turn, in a task of its own, with the last good answer kept."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from z4j_bare.engines.celery.broker_health import BrokerProbe, queue_names
-from z4j_bare.engines.celery.worker_health import WorkerDetails
-from z4j_bare.events.names import value_matcher
 
 if TYPE_CHECKING:
     from z4j_bare.asyncio_bridge.bridge import Bridge
@@ -40,15 +32,13 @@ class HealthLoop:
         consumer: Any,
     ) -> None:
         self._backend = backend
-        self._bridge = bridge
         self._answers: dict[str, str] = {}
         self._rounds: list[Callable[[], Mapping[str, str]]] = []
         for host in hosts.values():
-            self._rounds += (
-                self._celery(host, consumer)
-                if hasattr(host.engine, "celery_app")
-                else [_engine(host)]
-            )
+            probes = host.description.make_probes(consumer)
+            self._rounds += [
+                CachedProbe(bridge, probe.run, probe.on_error) for probe in probes
+            ] or [_engine(host)]
 
     def run(self, stop_event: Any) -> None:
         """Ask until ``stop_event`` is set."""
@@ -60,15 +50,6 @@ class HealthLoop:
     def latest(self) -> dict[str, str]:
         """Return the last good answers."""
         return dict(self._answers)
-
-    def _celery(self, host: EngineHost, consumer: Any) -> list[Callable[[], Mapping[str, str]]]:
-        app, name = host.engine.celery_app, host.name
-        broker = BrokerProbe(name, app, queue_names(app, consumer))
-        details = WorkerDetails(app, consumer, value_matcher(host.engine))
-        return [
-            CachedProbe(self._bridge, broker, lambda error: _broker_failed(name, error)),
-            CachedProbe(self._bridge, lambda: {f"{name}.worker_details": details()}, lambda _: {}),
-        ]
 
 
 class CachedProbe:
@@ -111,7 +92,3 @@ class CachedProbe:
 
 def _engine(host: EngineHost) -> Callable[[], Mapping[str, str]]:
     return lambda: host.health(PATIENCE)
-
-
-def _broker_failed(name: str, error: Exception) -> Mapping[str, str]:
-    return {f"{name}.broker_connected": "False", f"{name}.broker_error": type(error).__name__}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.models import DiscoveryHints
 
 from z4j_bare.concurrency.timeslice import TimeSlice
-from z4j_bare.engines.celery.discovery import discover, places
+from z4j_bare.engines.discovery import discover, task_directories
 from z4j_bare.errors import AgentError, FrameTooLargeError
 from z4j_bare.wire.frames import frame_id, registry_delta
 
@@ -143,7 +143,7 @@ class RegistryLoop:
         except Exception:
             logger.info("z4j: the framework gives no hints where tasks are", exc_info=True)
             hints = DiscoveryHints()
-        return hints.model_copy(update={"app_paths": places(hints)}) if self._dev else hints
+        return hints.model_copy(update={"app_paths": task_directories(hints)}) if self._dev else hints
 
     def _watch(self) -> TasksFileWatcher | None:
         if not self._dev or not self._hosts:

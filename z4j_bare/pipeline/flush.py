@@ -56,7 +56,7 @@ class FlushLoop:
         """Flush until ``stop_event`` (an ``IEvent``) is set."""
         patience = QUIET
         while not stop_event.is_set():  # type: ignore[attr-defined]
-            if self._ring.rest():
+            if self._ring.arm_wakeup():
                 if not self._backend.pause(self._ring.wake, patience):
                     self._buffer.refresh()
                     patience = ASLEEP
@@ -88,7 +88,7 @@ class FlushLoop:
                 self._encode(left, encoded)
                 self._buffer.append_events(encoded)
             except BaseException:
-                self._ring.give_back([*((_ENCODED, each) for each in encoded), *reversed(left)])
+                self._ring.requeue([*((_ENCODED, each) for each in encoded), *reversed(left)])
                 raise
             self._counters.stored += len(encoded)
             self._stored(len(encoded))

@@ -164,7 +164,7 @@ ended = []
 if sys.argv[2] != "deaf":
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
 runtime = install_agent(engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
-runtime._agent.sources[0].presence.seen("w")
+runtime._agent.sources[0].presence.online("w")
 
 def until(condition):
     deadline = time.monotonic() + 20

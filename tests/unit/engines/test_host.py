@@ -10,7 +10,7 @@ from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
 from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.engines.host import EngineHost, accepted
 from z4j_bare.errors import CommandError
-from z4j_bare.events.adapter_redaction import merge_redaction
+from z4j_bare.events.redaction import merge_redaction
 
 
 def config(**overrides):

@@ -7,9 +7,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from z4j_bare.engines.engine import describe_engine
 from z4j_bare.engines.rq import RqSource
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import make_source
 from z4j_bare.settings import Settings
 
 
@@ -131,9 +131,11 @@ def heard(monkeypatch):
 @pytest.fixture
 def source(heard, backend):
     engine = SimpleNamespace(name="rq", rq_app=object(), redaction=object())
-    made = make_source(engine, Ring(10, 10, backend.event()), Settings(), backend, None)
+    made = describe_engine(engine).make_source(
+        Ring(10, 10, backend.event()), Settings(), backend, None
+    )
     assert isinstance(made, RqSource)
-    assert not made.adapted
+    assert not made.uses_adapter_events
     made.connect()
     yield made
     made.disconnect()

@@ -12,8 +12,10 @@ from celery.concurrency.solo import TaskPool as Solo
 from z4j_celery import CeleryEngineAdapter
 from z4j_core.models import Event, EventKind
 
+from z4j_bare.engines.celery.source import CelerySource, enable_local_events, only_worker
+from z4j_bare.engines.engine import describe_engine
 from z4j_bare.events.ring import Ring
-from z4j_bare.events.source import CelerySource, EventSource, enable_here, make_source, only_worker
+from z4j_bare.events.source import EventSource
 from z4j_bare.settings import Settings
 
 
@@ -40,8 +42,8 @@ def made(app, backend):
 
     def make(consumer=None, **settings):
         ring = Ring(1000, 1000, backend.event())
-        source = make_source(
-            CeleryEngineAdapter(celery_app=app), ring, Settings(**settings), backend, consumer
+        source = describe_engine(CeleryEngineAdapter(celery_app=app)).make_source(
+            ring, Settings(**settings), backend, consumer
         )
         source.connect()
         sources.append(source)
@@ -96,7 +98,7 @@ def test_a_prefork_worker_reads_its_own_events(app, made):
     assert consumer.event_dispatcher.groups == {"worker", "task"}
     received(app)
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])
-    take = source._stream._take
+    take = source._receiver._take
     take(
         {
             "type": "task-received",
@@ -117,7 +119,7 @@ def test_a_prefork_worker_reads_its_own_events(app, made):
 def test_elsewhere_every_worker_is_read(made):
     """A process that is no worker tells of all workers that it reads of, and of no others."""
     source, events = made()
-    take = source._stream._take
+    take = source._receiver._take
     for name in ("a@h", "b@h"):
         take({"type": "task-started", "hostname": name, "uuid": "t"})
     with pytest.raises(KeyError):
@@ -149,7 +151,7 @@ def test_one_worker_can_be_named(variable, made, monkeypatch):
     assert only_worker() == "w@named"
     source, events = made()
     for name in ("w@other", "w@named"):
-        source._stream._take({"type": "task-started", "hostname": name, "uuid": "t"})
+        source._receiver._take({"type": "task-started", "hostname": name, "uuid": "t"})
     assert [event["data"]["worker"] for event in events()] == ["w@named", "w@named"]
     own, events = made(worker(Prefork))
     assert list(own.presence.workers) == ["w@h"]
@@ -159,15 +161,15 @@ def test_switches_hold_for_the_broker_s_events(made):
     """``Z4J_CAPTURE_ARGS=0`` and ``Z4J_CAPTURE_RESULT=0`` send neither."""
     source, events = made(capture_args=False, capture_result=False)
     common = {"hostname": "w@h", "uuid": "t", "name": "shop.add"}
-    source._stream._take({"type": "task-received", "args": "(1,)", "kwargs": "{}", **common})
-    source._stream._take({"type": "task-succeeded", "result": "2", **common})
+    source._receiver._take({"type": "task-received", "args": "(1,)", "kwargs": "{}", **common})
+    source._receiver._take({"type": "task-succeeded", "result": "2", **common})
     assert all(event["data"].keys().isdisjoint({"args", "kwargs", "result"}) for event in events())
 
 
 def test_loss_is_counted(made):
     """Connections that failed and events that could not be read show in the source's figures."""
     source, _events = made()
-    source._stream.failures, source._stream.unreadable = 2, 3
+    source._receiver.failures, source._receiver.unreadable = 2, 3
     assert (source.failures(), source.dropped()) == (2, 3)
     in_process, _events = made(worker(Solo))
     assert (in_process.failures(), in_process.dropped()) == (0, 0)
@@ -178,24 +180,24 @@ def test_loss_is_counted(made):
 )
 def test_a_consumer_without_a_dispatcher_is_left_alone(consumer):
     """Celery's insides may change; the broadcast remains."""
-    enable_here(consumer)
+    enable_local_events(consumer)
 
 
 def test_no_groups_mean_all_groups():
     """A worker with ``-E`` sends everything, and goes on doing so."""
     consumer = SimpleNamespace(event_dispatcher=SimpleNamespace(groups=set()))
-    enable_here(consumer)
+    enable_local_events(consumer)
     assert consumer.event_dispatcher.groups == set()
 
 
 def test_other_engines_bring_their_own_stream(backend):
     """An adapter that is not Celery's is connected, and its events pass with its workers announced and the switches held."""
     ring = Ring(10, 10, backend.event())
-    source = make_source(
-        SimpleNamespace(name="rq"), ring, Settings(capture_args=False), backend, None
+    source = describe_engine(SimpleNamespace(name="rq")).make_source(
+        ring, Settings(capture_args=False), backend, None
     )
     assert type(source) is EventSource
-    assert (source.adapted, CelerySource.adapted) == (True, False)
+    assert (source.uses_adapter_events, CelerySource.uses_adapter_events) == (True, False)
     event = Event(
         id=uuid4(), project_id=uuid4(), agent_id=uuid4(), engine="rq", task_id="t", kind=EventKind.TASK_STARTED,
         occurred_at=datetime(2026, 1, 2, tzinfo=UTC), data={"worker": "rq-1", "args": [1], "kwargs": {}},

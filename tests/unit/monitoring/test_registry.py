@@ -9,7 +9,7 @@ from z4j_core.models import DiscoveryHints, TaskDefinition
 from z4j_core.transport.frames import parse_frame
 
 from z4j_bare import watcher
-from z4j_bare.engines.celery.discovery import discover, without_defaults
+from z4j_bare.engines.discovery import discover, strip_defaults
 from z4j_bare.engines.host import EngineHost
 from z4j_bare.errors import FrameTooLargeError, NetworkError
 from z4j_bare.monitoring.registry import RegistryLoop
@@ -223,4 +223,4 @@ def test_celerys_tasks(bridge, backend, tmp_path):
 )
 def test_defaults_are_left_out(signature, left):
     """Nothing that stands after an equals sign is told, whatever the text looks like."""
-    assert without_defaults(signature) == left
+    assert strip_defaults(signature) == left

@@ -223,7 +223,7 @@ def test_what_finds_no_room_on_its_way_back_is_lost():
     world.put(8)
     batch = world.ring.take(8)
     world.put(7)
-    world.ring.give_back(batch)
+    world.ring.requeue(batch)
     assert (world.ring.produced, len(world.ring), world.ring.lost) == (15, 10, 5)
     assert [event for _, event in world.ring.take(99)] == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 

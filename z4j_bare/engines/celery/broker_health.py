@@ -10,14 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from z4j_bare.engines.celery.engine import broker_connection
+
 #: Queues asked for at most; the brain reads 1,024 per heartbeat.
 MOST_QUEUES = 100
 
 #: AMQP's reply code; a number from RabbitMQ, a text from kombu's virtual transports such as Redis.
 NOT_FOUND = "404"
-
-#: Seconds for a connection to the broker.
-CONNECT_TIMEOUT = 3.0
 
 
 class BrokerProbe:
@@ -69,7 +68,7 @@ class BrokerProbe:
 
     def _depths(self) -> dict[str, int]:
         if self._connection is None:
-            self._connection = self._app.connection_for_read(connect_timeout=CONNECT_TIMEOUT)
+            self._connection = broker_connection(self._app, reading=True)
             self._connection.connect()
         names = sorted(set(self._queues()))[:MOST_QUEUES]
         return {name: self._depth(name) for name in names}

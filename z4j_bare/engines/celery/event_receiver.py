@@ -12,6 +12,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.capture.broker")
 
-#: Seconds for a connection, and of one wait for events.
-CONNECT_TIMEOUT = 3.0
+#: Seconds of one wait for events.
 TURN = 0.5
 
 #: Seconds before a broken connection is renewed: first, and at most. On Redis what is sent meanwhile is lost.
@@ -113,7 +113,7 @@ class EventReceiver:
         self._backend.pause(self._over, TURN + LAST)
 
     def _session(self, stop_event: Any) -> None:
-        connection = self._app.connection_for_read(connect_timeout=CONNECT_TIMEOUT)
+        connection = broker_connection(self._app, reading=True)
         try:
             self._backend.waiting(self._subscribe, connection)
             self._listen(connection, stop_event)

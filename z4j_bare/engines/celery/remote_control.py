@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import CommandError
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 T = TypeVar("T")
-
-#: Seconds for a connection to the broker.
-CONNECT_TIMEOUT = 3.0
 
 #: Seconds for one worker's answer to a question, and between the answers of all when nobody knows how many there are.
 ASK = 2.0
@@ -115,7 +113,7 @@ class RemoteControl:
         A child that is forked meanwhile closes the app's pool, and would read the replies off the socket that it shares
         with us there; it hangs when we are first (kombu 5.7, prefork).
         """
-        with self._app.connection_for_write(connect_timeout=CONNECT_TIMEOUT) as connection:
+        with broker_connection(self._app) as connection:
             connection.connect()
             mailbox = self._app.control.mailbox(connection)
             mailbox.producer_pool = None

@@ -45,7 +45,7 @@ def keep(value: Any) -> Any:
     return ReprText(value[:MAX_TEXT]) if isinstance(value, str) else snapshot(value)
 
 
-def read(text: str, secret: Callable[[str], bool]) -> Any:
+def read(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
     """Return the value that ``text`` tells of, in JSON's types. Never raises; 0.3 ms for 1,000 characters of short pairs.
 
     Tuples and sets become lists, bytes the name of their class, what is no literal stays text.
@@ -54,9 +54,9 @@ def read(text: str, secret: Callable[[str], bool]) -> Any:
         text is passed on: nobody can say where its value ends.
     """
     try:
-        return _Reader(text, secret).whole()
+        return _Reader(text, is_sensitive_key).whole()
     except _SensitiveError:
-        return _Reader(text, secret, hide=True).whole()
+        return _Reader(text, is_sensitive_key, hide=True).whole()
 
 
 class _SensitiveError(Exception):
@@ -66,12 +66,14 @@ class _SensitiveError(Exception):
 class _Reader:
     """One pass over a text. Every method leaves ``at`` behind what it has read, and always gets to the end."""
 
-    def __init__(self, text: str, secret: Callable[[str], bool], *, hide: bool = False) -> None:
+    def __init__(
+        self, text: str, is_sensitive_key: Callable[[str], bool], *, hide: bool = False
+    ) -> None:
         self.text = text[:MAX_TEXT]
         self.at = 0
         self.nodes = MAX_NODES
         self.steps = MAX_STEPS
-        self.secret = secret
+        self.is_sensitive_key = is_sensitive_key
         self.hide = hide
         self.secrets: set[str] | None = None
 
@@ -169,7 +171,9 @@ class _Reader:
         if self.hide:
             return REDACTED
         if self.secrets is None:
-            self.secrets = {word for word in set(_WORD.findall(self.text)) if self.secret(word)}
+            self.secrets = {
+                word for word in set(_WORD.findall(self.text)) if self.is_sensitive_key(word)
+            }
         if self.secrets and not self.secrets.isdisjoint(_WORD.findall(text)):
             raise _SensitiveError
         return text

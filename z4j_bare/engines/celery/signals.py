@@ -21,8 +21,7 @@ from z4j_bare.engines.celery.task_state import (
     TaskStates,
     TaskTypes,
 )
-from z4j_bare.events.names import safe_name
-from z4j_bare.events.redaction import Redactor
+from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Put
 from z4j_bare.events.snapshot import snapshot
 from z4j_bare.safety import excused, safe_boundary
@@ -73,7 +72,7 @@ class CeleryCapture:
         self.worker = (
             None if hostname is None else safe_name(hostname, engine.redaction.value_matches)
         )
-        self.tracks = TaskStates()
+        self.task_states = TaskStates()
         self._put = put
         self._args = args
         self._result = result
@@ -116,7 +115,7 @@ class CeleryCapture:
             kind = self._kinds.of(request.task)
             if fork.epoch() != self._epoch or not (kind.whole or kind.reports(task_id)):
                 return
-            track = self.tracks.get(task_id) or self.tracks.add(
+            task_state = self.task_states.get(task_id) or self.task_states.add(
                 task_id, TaskState(kind, _queue(request))
             )
             args = kwargs = None
@@ -124,17 +123,19 @@ class CeleryCapture:
                 args = snapshot(request.args) if request.args else _NO_ARGS
                 kwargs = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
             above, root = request.parent_id, request.root_id
-            self._put((self._received, self._clock(), task_id, track, args, kwargs, above, root))
+            self._put(
+                (self._received, self._clock(), task_id, task_state, args, kwargs, above, root)
+            )
         except Exception as error:
             if not excused(self._on_received, error):
                 raise
 
     def _on_prerun(self, task_id: str = "", task: Any = None, **_kwargs: Any) -> None:
         try:
-            track = self._track(task_id, task)
-            if track is not None:
-                track.began = perf_counter()
-                self._put((self._started, self._clock(), task_id, track))
+            task_state = self._task_state(task_id, task)
+            if task_state is not None:
+                task_state.began = perf_counter()
+                self._put((self._started, self._clock(), task_id, task_state))
         except Exception as error:
             if not excused(self._on_prerun, error):
                 raise
@@ -151,16 +152,16 @@ class CeleryCapture:
         if state != "SUCCESS":
             return
         try:
-            track = self._track(task_id, task)
-            if track is not None:
-                self.tracks.pop(task_id, None)
+            task_state = self._task_state(task_id, task)
+            if task_state is not None:
+                self.task_states.pop(task_id, None)
                 result = snapshot(retval) if self._result else None
                 self._put(
                     (
                         self._succeeded,
                         self._clock(),
                         task_id,
-                        track,
+                        task_state,
                         perf_counter(),
                         self._result,
                         result,
@@ -179,8 +180,8 @@ class CeleryCapture:
         einfo: Any = None,
         **_kwargs: Any,
     ) -> None:
-        track = self._track(task_id, sender)
-        if track is not None:
+        task_state = self._task_state(task_id, sender)
+        if task_state is not None:
             own = {
                 "exception": type(exception).__name__,
                 "exception_message": snapshot(_text(exception)),
@@ -188,17 +189,17 @@ class CeleryCapture:
             text = getattr(einfo, "traceback", None)
             if isinstance(text, str):
                 own["traceback"] = text[:TRACEBACK]
-            self._finish(FAILED, task_id, track, own)
+            self._finish(FAILED, task_id, task_state, own)
 
     @safe_boundary
     def _on_retry(
         self, sender: Any = None, request: Any = None, reason: Any = None, **_kwargs: Any
     ) -> None:
-        track = self._track(request.id, sender)
-        if track is not None:
+        task_state = self._task_state(request.id, sender)
+        if task_state is not None:
             retries = int(getattr(request, "retries", 0) or 0) + 1
             own = {"reason": snapshot(_text(reason)), "retry_count": retries}
-            self._put((self._other, self._clock(), request.id, track, RETRIED, own, None))
+            self._put((self._other, self._clock(), request.id, task_state, RETRIED, own, None))
 
     @safe_boundary
     def _on_revoked(
@@ -210,11 +211,11 @@ class CeleryCapture:
         expired: Any = None,
         **_kwargs: Any,
     ) -> None:
-        track = self._track(request.id, sender)
-        if track is not None:
+        task_state = self._task_state(request.id, sender)
+        if task_state is not None:
             number = int(signum) if isinstance(signum, int) else None
             own = {"terminated": bool(terminated), "signum": number, "expired": bool(expired)}
-            self._finish(REVOKED, request.id, track, own)
+            self._finish(REVOKED, request.id, task_state, own)
 
     @safe_boundary
     def _on_rejected(self, message: Any = None, exc: Any = None, **_kwargs: Any) -> None:
@@ -234,21 +235,23 @@ class CeleryCapture:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
             self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
-    def _track(self, task_id: str, task: Any) -> TaskState | None:
+    def _task_state(self, task_id: str, task: Any) -> TaskState | None:
         """Return the track of a reported task; one that was received before us begins here."""
         if fork.epoch() != self._epoch:
             return None
-        track = self.tracks.get(task_id)
-        if track is not None:
-            return track
+        task_state = self.task_states.get(task_id)
+        if task_state is not None:
+            return task_state
         kind = self._kinds.of(task)
         if not kind.reports(task_id):
             return None
-        return self.tracks.add(task_id, TaskState(kind, _queue(getattr(task, "request", None))))
+        return self.task_states.add(
+            task_id, TaskState(kind, _queue(getattr(task, "request", None)))
+        )
 
-    def _finish(self, event: str, task_id: str, track: TaskState, own: dict[str, Any]) -> None:
-        self._put((self._other, self._clock(), task_id, track, event, own, perf_counter()))
-        self.tracks.end(task_id)
+    def _finish(self, event: str, task_id: str, task_state: TaskState, own: dict[str, Any]) -> None:
+        self._put((self._other, self._clock(), task_id, task_state, event, own, perf_counter()))
+        self.task_states.end(task_id)
 
 
 class ParentCapture(CeleryCapture):
@@ -269,9 +272,9 @@ class EagerCapture(CeleryCapture):
 
     signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
 
-    def _track(self, task_id: str, task: Any) -> TaskState | None:
+    def _task_state(self, task_id: str, task: Any) -> TaskState | None:
         eager = getattr(getattr(task, "request", None), "is_eager", False)
-        return super()._track(task_id, task) if eager else None
+        return super()._task_state(task_id, task) if eager else None
 
 
 def runs_in_process(consumer: Any) -> bool:

@@ -43,7 +43,7 @@ class TaskEncoder:
         self._places: dict[tuple[str, str | None], _Place] = {}
 
     def received(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, track, args, kwargs, parent_id, root_id)``; no ``args`` and ``kwargs``: not sent."""
+        """Write up ``(_, now, task_id, task_state, args, kwargs, parent_id, root_id)``; no ``args`` and ``kwargs``: not sent."""
         return self._received(note[3].stamp(note[1], RECEIVED), note)
 
     def at_once(self, note: Any) -> tuple[Any, ...]:
@@ -55,55 +55,57 @@ class TaskEncoder:
         )
 
     def started(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, track)``."""
-        _, now, task_id, track = note
-        stamp = track.stamp(now, STARTED)
+        """Write up ``(_, now, task_id, task_state)``."""
+        _, now, task_id, task_state = note
+        stamp = task_state.stamp(now, STARTED)
         try:
-            return self.encode.envelope(STARTED, stamp, task_id, self._place(track).data)
+            return self.encode.envelope(STARTED, stamp, task_id, self._place(task_state).data)
         except ValueError:
-            own = {"worker": self._worker, "queue": track.queue}
-            return self.encode((None, STARTED, stamp, task_id, track.kind.fields, own))
+            own = {"worker": self._worker, "queue": task_state.queue}
+            return self.encode((None, STARTED, stamp, task_id, task_state.kind.fields, own))
 
     def succeeded(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, track, ended, has_result, result)``; ``ended`` as :meth:`other`."""
-        _, now, task_id, track, ended, has_result, result = note
-        if track.kind.meta is not None:
+        """Write up ``(_, now, task_id, task_state, ended, has_result, result)``; ``ended`` as :meth:`other`."""
+        _, now, task_id, task_state, ended, has_result, result = note
+        if task_state.kind.meta is not None:
             return self.other(
                 (
                     None,
                     now,
                     task_id,
-                    track,
+                    task_state,
                     SUCCEEDED,
                     {"result": result} if has_result else {},
                     ended,
                 )
             )
-        stamp = track.stamp(now)
+        stamp = task_state.stamp(now)
         try:
-            place = self._place(track)
+            place = self._place(task_state)
             shown = f',"result":{self._shown(result)}' if has_result else ""
-            runtime = f',"runtime_ms":{_runtime(track, ended)}' if track.began else ""
+            runtime = f',"runtime_ms":{_runtime(task_state, ended)}' if task_state.began else ""
             return self.encode.envelope(
                 SUCCEEDED, stamp, task_id, f"{{{place.queue}{shown}{runtime},{place.rest}"
             )
         except ValueError:
             own = {"result": result} if has_result else {}
-            return self._plain(SUCCEEDED, stamp, note, self._finish(own, track, ended))
+            return self._plain(SUCCEEDED, stamp, note, self._finish(own, task_state, ended))
 
     def other(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, track, kind, own, ended)``; ``ended``: performance counter, or ``None``."""
-        _, now, _, track, kind, own, ended = note
-        return self._plain(kind, track.stamp(now, kind), note, self._finish(own, track, ended))
+        """Write up ``(_, now, task_id, task_state, kind, own, ended)``; ``ended``: performance counter, or ``None``."""
+        _, now, _, task_state, kind, own, ended = note
+        return self._plain(
+            kind, task_state.stamp(now, kind), note, self._finish(own, task_state, ended)
+        )
 
     def _stamped(self, note: Any) -> bytes:
         return self._received(note[1], note[2])
 
     def _received(self, stamp: float, note: Any) -> bytes:
-        _, _, task_id, track, args, kwargs, parent, root = note
-        if track.kind.meta is None:
+        _, _, task_id, task_state, args, kwargs, parent, root = note
+        if task_state.kind.meta is None:
             try:
-                place, sent = self._place(track), ""
+                place, sent = self._place(task_state), ""
                 if args is not None:
                     sent = f'"args":{self._scrubbed(args, "[]")},"kwargs":{self._scrubbed(kwargs, "{}")},'
                 above = f'"parent_task_id":{encode_basestring(parent)},' if parent else ""
@@ -121,7 +123,7 @@ class TaskEncoder:
             for name, value in (("parent_task_id", parent), ("root_task_id", root))
             if value
         }
-        return self._plain(RECEIVED, stamp, note, self._finish(own, track, None))
+        return self._plain(RECEIVED, stamp, note, self._finish(own, task_state, None))
 
     def _scrubbed(self, value: Any, empty: str) -> str:
         return encode_text(self._scrub(value)) if value else empty  # what is empty hides nothing
@@ -131,26 +133,30 @@ class TaskEncoder:
             return "null"
         return encode_text(self._scrub(result) if result else result)
 
-    def _finish(self, own: dict[str, Any], track: TaskState, ended: float | None) -> dict[str, Any]:
-        own = {**own, "worker": self._worker, "queue": track.queue}
-        if ended is not None and track.began:
-            own["runtime_ms"] = _runtime(track, ended)
-        if track.kind.meta is not None:
-            own["_meta"] = track.kind.meta
+    def _finish(
+        self, own: dict[str, Any], task_state: TaskState, ended: float | None
+    ) -> dict[str, Any]:
+        own = {**own, "worker": self._worker, "queue": task_state.queue}
+        if ended is not None and task_state.began:
+            own["runtime_ms"] = _runtime(task_state, ended)
+        if task_state.kind.meta is not None:
+            own["_meta"] = task_state.kind.meta
         return own
 
     def _plain(self, kind: str, stamp: float, note: Any, own: dict[str, Any]) -> bytes:
         return self.encode((None, kind, stamp, note[2], note[3].kind.fields, own))
 
-    def _place(self, track: TaskState) -> _Place:
-        key = (track.kind.name, track.queue)
+    def _place(self, task_state: TaskState) -> _Place:
+        key = (task_state.kind.name, task_state.queue)
         place = self._places.get(key)
         if place is None:
             if len(self._places) >= REMEMBERED:
                 self._places.clear()
-            place = self._places[key] = _Place(track.kind.fields, track.queue, self._worker)
+            place = self._places[key] = _Place(
+                task_state.kind.fields, task_state.queue, self._worker
+            )
         return place
 
 
-def _runtime(track: TaskState, ended: float) -> int:
-    return int((ended - track.began) * 1000)
+def _runtime(task_state: TaskState, ended: float) -> int:
+    return int((ended - task_state.began) * 1000)

@@ -79,12 +79,12 @@ class TaskState:
 class TaskStates(dict[str, TaskState]):
     """Every task that is here, by its id, bounded; the oldest are forgotten first."""
 
-    def add(self, task_id: str, track: TaskState) -> TaskState:
+    def add(self, task_id: str, task_state: TaskState) -> TaskState:
         """Remember a task."""
         if len(self) >= REMEMBERED:
             self.pop(next(iter(self)), None)
-        self[task_id] = track
-        return track
+        self[task_id] = task_state
+        return task_state
 
     def end(self, task_id: str) -> TaskState | None:
         """Forget a task that has ended, and return what was known of it."""

@@ -50,7 +50,7 @@ class Translator:
 
     :param engine: the ``CeleryEngineAdapter``; its redaction and its tasks' ``@z4j_meta`` hold.
     :param put: ``Ring.put``.
-    :param tracks: the tasks that are here, shared with the signals' handlers where those tell who was received.
+    :param task_states: the tasks that are here, shared with the signals' handlers where those tell who was received.
     :param args: whether arguments are sent; likewise ``result``.
     """
 
@@ -59,7 +59,7 @@ class Translator:
         engine: Any,
         put: Put,
         roster: WorkerRegistry,
-        tracks: TaskStates | None = None,
+        task_states: TaskStates | None = None,
         *,
         args: bool = True,
         result: bool = True,
@@ -74,11 +74,11 @@ class Translator:
         self._args = args
         self._result = result
         self._clock = clock
-        self._secret = redactor.secret
+        self._secret = redactor.is_sensitive_key
         self._encode = Encoder(engine.name, redactor)
         self._kinds = TaskTypes(get_meta)
-        self._told = tracks is not None
-        self._tracks = TaskStates() if tracks is None else tracks
+        self._told = task_states is not None
+        self._task_states = TaskStates() if task_states is None else task_states
         self._sent = TaskStates()
         self._tellers: dict[
             str, tuple[str, Callable[[dict[str, Any], TaskState, dict[str, Any]], None]]
@@ -99,13 +99,13 @@ class Translator:
             self._note_sent(event)
             return
         hostname = _text(event["hostname"])
-        worker = self._roster.saw(hostname)
+        worker = self._roster.touch(hostname)
         if worker is None:
             return
         if what == "worker-online":
-            self._roster.came(hostname)
+            self._roster.online(hostname)
         elif what == "worker-offline":
-            self._roster.left(hostname)
+            self._roster.offline(hostname)
         elif (teller := self._tellers.get(what)) is not None:
             self._tell(teller[0], teller[1], event, {"worker": worker})
 
@@ -113,17 +113,17 @@ class Translator:
         self, kind: str, fill: Callable[..., None], event: dict[str, Any], own: dict[str, Any]
     ) -> None:
         task_id = _task_id(event)
-        track = self._track(task_id, event)
-        fill(event, track, own)
+        task_state = self._task_state(task_id, event)
+        fill(event, task_state, own)
         if kind in _FINAL:
-            self._tracks.end(task_id)
-        if not track.kind.reports(task_id) or (self._told and kind == RECEIVED):
+            self._task_states.end(task_id)
+        if not task_state.kind.reports(task_id) or (self._told and kind == RECEIVED):
             return
-        own["queue"] = track.queue
-        if track.kind.meta is not None:
-            own["_meta"] = track.kind.meta
-        stamp = track.stamp(self._stamp(event), kind)
-        record: Record = (self._finish, kind, stamp, task_id, track.kind.fields, own)
+        own["queue"] = task_state.queue
+        if task_state.kind.meta is not None:
+            own["_meta"] = task_state.kind.meta
+        stamp = task_state.stamp(self._stamp(event), kind)
+        record: Record = (self._finish, kind, stamp, task_id, task_state.kind.fields, own)
         self._put(record)
 
     def _finish(self, record: Record) -> bytes:
@@ -138,14 +138,16 @@ class Translator:
             own["kwargs"] = {"...": own["kwargs"]}
         return self._encode(record)
 
-    def _track(self, task_id: str, event: dict[str, Any]) -> TaskState:
-        track = self._tracks.get(task_id)
-        if track is None:
-            track = self._tracks.add(task_id, self._sent.end(task_id) or TaskState(UNKNOWN, None))
+    def _task_state(self, task_id: str, event: dict[str, Any]) -> TaskState:
+        task_state = self._task_states.get(task_id)
+        if task_state is None:
+            task_state = self._task_states.add(
+                task_id, self._sent.end(task_id) or TaskState(UNKNOWN, None)
+            )
         name = event.get("name")
-        if track.kind is UNKNOWN and isinstance(name, str) and name:
-            track.kind = self._kind(name)
-        return track
+        if task_state.kind is UNKNOWN and isinstance(name, str) and name:
+            task_state.kind = self._kind(name)
+        return task_state
 
     def _kind(self, name: str) -> TaskType:
         # With a name that this app does not know there is no annotation to be had.
@@ -155,17 +157,17 @@ class Translator:
     def _note_sent(self, event: dict[str, Any]) -> None:
         """Remember the queue: producers tell it, where ``task_send_sent_event`` is set, and nobody else."""
         task_id, queue = _task_id(event), event.get("queue")
-        track = self._tracks.get(task_id) or self._sent.add(
+        task_state = self._task_states.get(task_id) or self._sent.add(
             task_id, TaskState(self._kind(_text(event["name"])), None)
         )
         if isinstance(queue, str) and queue:
-            track.queue = queue[:LONGEST_ID]
+            task_state.queue = queue[:LONGEST_ID]
 
-    def _received(self, event: dict[str, Any], track: TaskState, own: dict[str, Any]) -> None:
-        if not track.last and isinstance(retries := event.get("retries"), int):
-            track.retries = retries  # only at first: the next run can be received before the last one tells of its retry
-        if track.queue is None:
-            track.queue = self._roster.queue_of(event["hostname"], track.kind.name)
+    def _received(self, event: dict[str, Any], task_state: TaskState, own: dict[str, Any]) -> None:
+        if not task_state.last and isinstance(retries := event.get("retries"), int):
+            task_state.retries = retries  # only at first: the next run can be received before the last one tells of its retry
+        if task_state.queue is None:
+            task_state.queue = self._roster.queue_of(event["hostname"], task_state.kind.name)
         if self._args:
             own["args"] = keep(event.get("args") or "()")
             own["kwargs"] = keep(event.get("kwargs") or "{}")
@@ -173,14 +175,16 @@ class Translator:
             if isinstance(event.get(theirs), str):
                 own[ours] = event[theirs][:LONGEST_ID]
 
-    def _succeeded(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
+    def _succeeded(
+        self, event: dict[str, Any], _task_state: TaskState, own: dict[str, Any]
+    ) -> None:
         if self._result:
             own["result"] = keep(event.get("result"))
         runtime = event.get("runtime")
         if isinstance(runtime, int | float) and 0 <= runtime < float(2**31):
             own["runtime_ms"] = int(runtime * 1000)
 
-    def _failed(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
+    def _failed(self, event: dict[str, Any], _task_state: TaskState, own: dict[str, Any]) -> None:
         text = str(event.get("exception") or "")
         found = _EXCEPTION.match(text[:LONGEST_NAME])
         own["exception"] = found.group(2) if found else "Exception"
@@ -188,12 +192,12 @@ class Translator:
         if isinstance(traceback := event.get("traceback"), str):
             own["traceback"] = traceback[:TRACEBACK]
 
-    def _retried(self, event: dict[str, Any], track: TaskState, own: dict[str, Any]) -> None:
-        track.retries += 1
-        own["retry_count"] = track.retries
+    def _retried(self, event: dict[str, Any], task_state: TaskState, own: dict[str, Any]) -> None:
+        task_state.retries += 1
+        own["retry_count"] = task_state.retries
         own["reason"] = snapshot(str(event.get("exception") or ""))
 
-    def _revoked(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
+    def _revoked(self, event: dict[str, Any], _task_state: TaskState, own: dict[str, Any]) -> None:
         signum = event.get("signum")
         own["signum"] = signum if isinstance(signum, int) and abs(signum) < 2**31 else None
         own["terminated"], own["expired"] = (
@@ -201,7 +205,7 @@ class Translator:
             bool(event.get("expired")),
         )
 
-    def _rejected(self, event: dict[str, Any], _track: TaskState, own: dict[str, Any]) -> None:
+    def _rejected(self, event: dict[str, Any], _task_state: TaskState, own: dict[str, Any]) -> None:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _stamp(self, event: dict[str, Any]) -> float:

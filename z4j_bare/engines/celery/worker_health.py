@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from z4j_bare.events.names import safe_name
+from z4j_bare.engines.celery.engine import broker_connection
+from z4j_bare.events.redaction import safe_name
 
 #: Seconds between two looks; the dashboard's worker page lives by them.
 DETAILS_EVERY = 60.0
@@ -62,7 +63,7 @@ class WorkerDetails:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._look = (
-            partial(distant_details, app) if consumer is None else partial(own_details, consumer)
+            partial(remote_details, app) if consumer is None else partial(local_details, consumer)
         )
         self._matches = matches
         self._clock = clock
@@ -78,7 +79,7 @@ class WorkerDetails:
         return self._text
 
 
-def own_details(consumer: Any) -> dict[str, dict[str, Any]]:
+def local_details(consumer: Any) -> dict[str, dict[str, Any]]:
     """Return what the worker around ``consumer`` would answer to ``inspect``, without asking it.
 
     Running tasks come without their arguments: the brain redacts nothing here, and each task's row has them redacted.
@@ -99,9 +100,9 @@ def own_details(consumer: Any) -> dict[str, dict[str, Any]]:
     return {consumer.hostname: facts}
 
 
-def distant_details(app: Any) -> dict[str, dict[str, Any]]:
+def remote_details(app: Any) -> dict[str, dict[str, Any]]:
     """Ask all workers for their statistics, over a connection that belongs to no pool."""
-    with app.connection_for_write() as connection:
+    with broker_connection(app) as connection:
         inspect = app.control.inspect(timeout=REPLY_SECONDS, connection=connection)
         answers: Mapping[str, Any] = inspect.stats() or {}
     return {name: {"stats": stats} for name, stats in answers.items()}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.engines.celery.engine import broker_connection
+
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.presence import Presence
@@ -21,8 +23,7 @@ GREETINGS = (0.0, 1.0, 4.0)
 CALLS = (4.0,)
 EVERY = 60.0
 
-#: Seconds for a connection, that workers get to answer, and of silence after which one is announced no longer.
-CONNECT_TIMEOUT = 3.0
+#: Seconds that workers get to answer, and of silence after which one is announced no longer.
 ANSWER = 1.0
 SILENT = 150.0
 
@@ -68,22 +69,22 @@ class WorkerRegistry:
         presence: Presence,
         backend: BaseConcurrency,
         *,
-        mine: str | None = None,
-        only: str | None = None,
+        own_hostname: str | None = None,
+        only_hostname: str | None = None,
     ) -> None:
         self._app = app
         self._presence = presence
         self._backend = backend
-        self._ask = mine is None
-        self._only = mine or only
+        self._ask = own_hostname is None
+        self._only = own_hostname or only_hostname
         self._workers: dict[str, Worker] = {}
         self._routes: dict[str, str | None] = {}
         self._calling = False
         self._look = 0.0
-        self._call_at = inf if mine else 0.0
+        self._call_at = inf if own_hostname else 0.0
         self._pauses = iter(CALLS)
 
-    def saw(self, hostname: str) -> str | None:
+    def touch(self, hostname: str) -> str | None:
         """Return the name under which a worker is reported, or ``None`` for one that is not. Announces a new one."""
         if self._only is not None and hostname != self._only:
             return None
@@ -91,21 +92,21 @@ class WorkerRegistry:
         worker.seen = self._backend.now()
         return worker.label
 
-    def came(self, hostname: str) -> None:
+    def online(self, hostname: str) -> None:
         """Note that a worker has just started: whatever it was told before, it does not know.
 
         Or that it has just been made to send its events, which Celery tells in the same words: the queues that it told a
         moment ago hold until it is asked again.
         """
-        if self.saw(hostname) is not None:
+        if self.touch(hostname) is not None:
             worker = self._workers[hostname]
             worker.greeted, worker.due, self._look = 0, self._backend.now(), 0.0
 
-    def left(self, hostname: str) -> None:
+    def offline(self, hostname: str) -> None:
         """Note that a worker said goodbye."""
         worker = self._workers.pop(hostname, None)
         if worker is not None and self._ask:
-            self._presence.forget(worker.label, left=True)
+            self._presence.remove(worker.label, announce=True)
 
     def queue_of(self, hostname: str, task: str) -> str | None:
         """Return the queue that a task came from, as far as it can be known: its events do not say.
@@ -118,7 +119,7 @@ class WorkerRegistry:
             return queues[0]
         return route if queues and (route := self._route(task)) in queues else None
 
-    def tend(self) -> None:
+    def tick(self) -> None:
         """Greet whom a greeting is due. Never waits; cheap enough to be called at each event."""
         now = self._backend.now()
         if now < self._look or self._calling:
@@ -141,7 +142,7 @@ class WorkerRegistry:
         if len(self._workers) >= MOST:
             self._drop(min(self._workers, key=lambda name: self._workers[name].seen))
         worker = self._workers[hostname] = Worker(
-            self._presence.seen(hostname), self._backend.now()
+            self._presence.online(hostname), self._backend.now()
         )
         self._look = 0.0
         return worker
@@ -152,7 +153,7 @@ class WorkerRegistry:
                 self._drop(hostname)
 
     def _drop(self, hostname: str) -> None:
-        self._presence.forget(self._workers.pop(hostname).label, left=False)
+        self._presence.remove(self._workers.pop(hostname).label, announce=False)
 
     def _greet(self, hostnames: list[str] | None) -> None:
         if hostnames is None and self._only is not None:
@@ -169,7 +170,7 @@ class WorkerRegistry:
     ) -> None:
         try:
             # Of no pool: a child that is forked meanwhile would close that, and read what is meant for us.
-            with self._app.connection_for_write(connect_timeout=CONNECT_TIMEOUT) as connection:
+            with broker_connection(self._app) as connection:
                 step(connection, hostnames)
         except Exception as error:
             logger.debug("z4j: %s: %s", step.__name__, type(error).__name__)
@@ -179,7 +180,7 @@ class WorkerRegistry:
             destination=hostnames, timeout=ANSWER, connection=connection
         )
         for hostname, queues in (inspect.active_queues() or {}).items():
-            if self.saw(hostname) is not None:
+            if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
                 worker.due = inf  # it listens, so it will hear what comes next

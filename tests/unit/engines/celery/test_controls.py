@@ -9,7 +9,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import controls as module
 from z4j_bare.engines.celery.controls import CeleryControls
 from z4j_bare.errors import CommandError
-from z4j_bare.events.names import safe_name
+from z4j_bare.events.redaction import safe_name
 
 MODULES = {"threads": "thread"}
 NAME = "w2@web-2.example.com"

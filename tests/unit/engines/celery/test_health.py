@@ -11,7 +11,7 @@ from celery.worker import state  # noqa: E402
 
 from z4j_bare.engines.celery import worker_health as worker  # noqa: E402
 from z4j_bare.engines.celery.broker_health import BrokerProbe  # noqa: E402
-from z4j_bare.engines.celery.worker_health import WorkerDetails, distant_details, own_details  # noqa: E402
+from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details  # noqa: E402
 from z4j_bare.monitoring import health as probes  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch
     """Statistics, queues, tasks, settings and running tasks are there, and no remote control is used for them."""
     monkeypatch.setattr(app, "control", None)
     monkeypatch.setattr(state, "active_requests", [Request()])
-    facts = own_details(consumer)["w@web-1.example.com"]
+    facts = local_details(consumer)["w@web-1.example.com"]
     assert facts["stats"]["pool"] == {"max-concurrency": 3}
     assert [queue["name"] for queue in facts["active_queues"]] == ["celery"]
     assert facts["registered"] == ["t.pays"]
@@ -74,7 +74,7 @@ def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch
 def test_running_tasks_come_without_arguments(consumer, monkeypatch):
     """The brain keeps worker details as they are, so nothing that a redaction would look at is in them."""
     monkeypatch.setattr(state, "active_requests", [Request()])
-    assert own_details(consumer)["w@web-1.example.com"]["active"] == [
+    assert local_details(consumer)["w@web-1.example.com"]["active"] == [
         {"id": "1", "name": "t.pays", "safe": True}
     ]
 
@@ -83,15 +83,15 @@ def test_a_set_that_changes_is_looked_at_again(consumer, monkeypatch):
     """The worker's own thread adds and removes running tasks while ours reads; a set that never rests is left out."""
     hasty = Hasty([Request()])
     monkeypatch.setattr(state, "active_requests", hasty)
-    assert len(own_details(consumer)["w@web-1.example.com"]["active"]) == 1
+    assert len(local_details(consumer)["w@web-1.example.com"]["active"]) == 1
     hasty.looks = 3
-    assert "active" not in own_details(consumer)["w@web-1.example.com"]
+    assert "active" not in local_details(consumer)["w@web-1.example.com"]
 
 
 def test_a_worker_that_reconnects_has_no_queues(consumer, monkeypatch):
     """Between two connections to the broker there is no task consumer, and the rest is told all the same."""
     consumer.task_consumer = None
-    assert "active_queues" not in own_details(consumer)["w@web-1.example.com"]
+    assert "active_queues" not in local_details(consumer)["w@web-1.example.com"]
 
 
 def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypatch):
@@ -107,7 +107,7 @@ def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypat
             return {"w@there": {"pid": 1}}
 
     monkeypatch.setattr(app.control, "inspect", Inspect)
-    assert distant_details(app) == {"w@there": {"stats": {"pid": 1}}}
+    assert remote_details(app) == {"w@there": {"stats": {"pid": 1}}}
     ((connection, pooled),) = used
     assert not pooled
     assert not connection.connected
@@ -116,7 +116,7 @@ def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypat
 def test_workers_elsewhere_may_all_be_silent(app, monkeypatch):
     """Nobody answers: there are no details, and no error."""
     monkeypatch.setattr(worker, "REPLY_SECONDS", 0.01)
-    assert distant_details(app) == {}
+    assert remote_details(app) == {}
 
 
 def test_details_are_renewed_every_minute(app, consumer):

@@ -115,7 +115,7 @@ def test_a_failing_task(app, events):
     assert data["exception"] == "ValueError"
     assert data["exception_message"] == "[REDACTED]"
     assert data["traceback"] == "[REDACTED]"
-    assert len(events.capture.tracks) == 0
+    assert len(events.capture.task_states) == 0
 
 
 def test_a_retried_task(app, events):

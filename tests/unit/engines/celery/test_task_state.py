@@ -19,9 +19,8 @@ from z4j_bare.engines.celery.task_state import (
     TaskTypes,
 )
 from z4j_bare.events.encode import Encoder, new_ids
-from z4j_bare.events.names import safe_name
 from z4j_bare.events.presence import Presence
-from z4j_bare.events.redaction import Redactor
+from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.wire.canonical import canonical_plain
 
 
@@ -32,40 +31,42 @@ def encoder():
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
 def test_stamps_never_go_back(clock):
     """Whatever the clock does, a task's stamps do not regress: the brain refuses an older one."""
-    track = TaskState(TaskType("a", None), None)
-    stamps = [track.stamp(now, "task.received") for now in clock]
+    task_state = TaskState(TaskType("a", None), None)
+    stamps = [task_state.stamp(now, "task.received") for now in clock]
     assert stamps == sorted(stamps)
 
 
 def test_second_event_of_a_kind_gets_its_own_second():
     """Two retries within one second get different whole seconds, because the brain drops the second of a pair."""
-    track = TaskState(TaskType("a", None), None)
-    stamps = [track.stamp(100.2, "task.retried") for _ in range(3)]
+    task_state = TaskState(TaskType("a", None), None)
+    stamps = [task_state.stamp(100.2, "task.retried") for _ in range(3)]
     assert [int(stamp) for stamp in stamps] == [100, 101, 102]
 
 
 def test_stamps_do_not_run_away():
     """However many events of a kind come in one second, stamps stay within five seconds of the clock."""
-    track = TaskState(TaskType("a", None), None)
-    assert max(track.stamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + AHEAD
+    task_state = TaskState(TaskType("a", None), None)
+    assert max(task_state.stamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + AHEAD
 
 
 def test_different_kinds_share_a_second():
     """Received and started in one second are no pair."""
-    track = TaskState(TaskType("a", None), None)
+    task_state = TaskState(TaskType("a", None), None)
     assert (
-        int(track.stamp(100.2, "task.received")) == int(track.stamp(100.3, "task.started")) == 100
+        int(task_state.stamp(100.2, "task.received"))
+        == int(task_state.stamp(100.3, "task.started"))
+        == 100
     )
 
 
 def test_tracks_are_bounded():
     """Tasks that leave for another worker and never come back do not pile up."""
-    tracks = TaskStates()
+    task_states = TaskStates()
     for number in range(REMEMBERED + 10):
-        tracks.add(str(number), TaskState(TaskType("a", None), None))
-    assert len(tracks) == REMEMBERED
-    assert tracks.get("0") is None
-    assert tracks.end(str(REMEMBERED)) is not None
+        task_states.add(str(number), TaskState(TaskType("a", None), None))
+    assert len(task_states) == REMEMBERED
+    assert task_states.get("0") is None
+    assert task_states.end(str(REMEMBERED)) is not None
 
 
 def test_kinds_read_annotations_once():
@@ -204,8 +205,8 @@ def test_presence_announces_each_worker_once():
         RedactionEngine().value_matches,
         clock=lambda: 1.5,
     )
-    presence.seen("w@a.example.com")
-    presence.seen("w@a.example.com")
+    presence.online("w@a.example.com")
+    presence.online("w@a.example.com")
     presence.announce("worker.offline")
     assert [(event["kind"], event["data"]["worker"]) for event in got] == [
         ("worker.online", "w@a_example_com"),
@@ -222,10 +223,10 @@ def test_presence_forgets():
         lambda record: got.append((record[1], record[-1]["worker"])),
         RedactionEngine().value_matches,
     )
-    left, silent = presence.seen("left@a.example.com"), presence.seen("silent@a")
-    presence.forget(left, left=True)
-    presence.forget(left, left=True)
-    presence.forget(silent, left=False)
+    left, silent = presence.online("left@a.example.com"), presence.online("silent@a")
+    presence.remove(left, announce=True)
+    presence.remove(left, announce=True)
+    presence.remove(silent, announce=False)
     presence.announce("worker.heartbeat")
     assert got == [("worker.online", left), ("worker.online", silent), ("worker.offline", left)]
 
@@ -259,9 +260,9 @@ metas = st.sampled_from(
 def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
     """The three events of a task, spliced from text, are the bytes that the encoder makes of the same fields."""
     name, queue, meta, worker = task
-    track, redactor = TaskState(TaskType(name, meta), queue), Redactor(RedactionEngine())
+    task_state, redactor = TaskState(TaskType(name, meta), queue), Redactor(RedactionEngine())
     scribe, plain = TaskEncoder("celery", redactor, worker), Encoder("celery", redactor)
-    track.began = 1.0 if outcome[2] else 0.0
+    task_state.began = 1.0 if outcome[2] else 0.0
     own = {"worker": worker, "queue": queue} | ({} if meta is None else {"_meta": meta})
     expected = [
         ("task.received", own | ({} if call is None else {"args": call[0], "kwargs": call[1]})),
@@ -282,13 +283,13 @@ def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
     )
     args, kwargs = call or (None, None)
     written = [
-        scribe.received((None, 5.0, "t", track, args, kwargs, *above)),
-        scribe.started((None, 5.1, "t", track)),
-        scribe.succeeded((None, 5.2, "t", track, 1.5, *outcome[:2])),
+        scribe.received((None, 5.0, "t", task_state, args, kwargs, *above)),
+        scribe.started((None, 5.1, "t", task_state)),
+        scribe.succeeded((None, 5.2, "t", task_state, 1.5, *outcome[:2])),
     ]
     for bytes_, stamp, (kind, fields) in zip(written, (5.0, 5.1, 5.2), expected, strict=True):
         assert without_id(bytes_) == without_id(
-            plain((None, kind, stamp, "t", track.kind.fields, fields))
+            plain((None, kind, stamp, "t", task_state.kind.fields, fields))
         )
         assert canonical_plain(json.loads(bytes_)) == bytes_
 
@@ -299,12 +300,12 @@ def without_id(event):
 
 def test_notes_are_stamped_in_the_order_of_the_ring():
     """Whatever is written up later, a note that is stamped at once has its time before those that others stamp meanwhile."""
-    track, scribe = (
+    task_state, scribe = (
         TaskState(TaskType("a", None), "q"),
         TaskEncoder("celery", Redactor(RedactionEngine()), "w"),
     )
-    note = scribe.at_once((scribe.received, 10.0, "t", track, None, None, None, None))
-    assert track.stamp(10.5, "task.started") == 10.5
+    note = scribe.at_once((scribe.received, 10.0, "t", task_state, None, None, None, None))
+    assert task_state.stamp(10.5, "task.started") == 10.5
     assert json.loads(note[0](note))["occurred_at"].endswith("00:00:10.000000+00:00")
-    other = (scribe.started, 11.0, "t", track)
+    other = (scribe.started, 11.0, "t", task_state)
     assert scribe.at_once(other) is other

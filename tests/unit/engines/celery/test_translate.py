@@ -21,14 +21,14 @@ class WorkerRegistry:
     def __init__(self):
         self.told = []
 
-    def saw(self, hostname):
+    def touch(self, hostname):
         return None if hostname == "w@theirs" else hostname.replace(".", "_")
 
-    def came(self, hostname):
-        self.told.append(("came", hostname))
+    def online(self, hostname):
+        self.told.append(("online", hostname))
 
-    def left(self, hostname):
-        self.told.append(("left", hostname))
+    def offline(self, hostname):
+        self.told.append(("offline", hostname))
 
     def queue_of(self, hostname, task):
         return f"queue of {hostname}, {task}"
@@ -52,13 +52,13 @@ TASKS = [
 class World:
     """A translator, and what comes out of it."""
 
-    def __init__(self, tracks=None, **switches):
+    def __init__(self, task_states=None, **switches):
         self.events = []
         self.roster = WorkerRegistry()
         app = SimpleNamespace(tasks={each.name: each for each in TASKS})
         engine = SimpleNamespace(celery_app=app, redaction=RedactionEngine(), name="celery")
         put = lambda record: self.events.append(json.loads(record[0](record)))  # noqa: E731
-        self.take = Translator(engine, put, self.roster, tracks, clock=lambda: NOW, **switches)
+        self.take = Translator(engine, put, self.roster, task_states, clock=lambda: NOW, **switches)
 
     def send(self, what, **fields):
         """Take one event, and return the data of what came out of it, if anything did."""
@@ -176,13 +176,13 @@ def test_a_name_that_comes_late_counts(world):
 
 def test_in_a_worker_the_signal_tells_who_was_received():
     """With tracks of the signals' handlers, received is not told twice, and the rest has their name and queue."""
-    tracks = TaskStates()
-    tracks.add("t", TaskState(TaskTypes(lambda _task: None).of("plain"), "q"))
-    world = World(tracks)
+    task_states = TaskStates()
+    task_states.add("t", TaskState(TaskTypes(lambda _task: None).of("plain"), "q"))
+    world = World(task_states)
     assert world.send("task-received", **received()) is None
     assert world.send("task-started") == {"task_name": "plain", "worker": "w@h", "queue": "q"}
     world.send("task-succeeded", result="1")
-    assert tracks.get("t") is None
+    assert task_states.get("t") is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_workers_come_and_go(world):
     world.send("worker-heartbeat")
     world.send("custom-event")
     assert world.send("task-started", hostname="w@theirs") is None
-    assert world.roster.told == [("came", "w@h"), ("left", "w@h")]
+    assert world.roster.told == [("online", "w@h"), ("offline", "w@h")]
     assert world.events == []
 
 

@@ -37,11 +37,11 @@ class World:
             amqp=SimpleNamespace(router=SimpleNamespace(lookup_route=self.route)),
         )
         self.roster = WorkerRegistry(self.app, presence, self.backend, **whose)
-        self.backend.spawn(self.tend, name="tend")
+        self.backend.spawn(self.tick, name="tick")
 
-    def tend(self):
+    def tick(self):
         while True:
-            self.roster.tend()
+            self.roster.tick()
             self.backend.sleep(0.5)
 
     def enable(self, destination, connection):
@@ -92,7 +92,7 @@ def test_a_new_worker_is_announced_and_greeted_at_once(world):
     """One that does not listen yet gets ``enable_events`` again 1 s and 5 s later, and it is announced once."""
     world.backend.advance(20)
     began = world.backend.now()
-    assert [world.roster.saw("w@web.example.com") for _ in range(3)] == ["w@web_example_com"] * 3
+    assert [world.roster.touch("w@web.example.com") for _ in range(3)] == ["w@web_example_com"] * 3
     world.backend.advance(20)
     first, second, third = (when - began for when in world.greetings("w@web.example.com"))
     assert first <= 2 < second + 1 <= 5 < third + 1 <= 9
@@ -102,9 +102,9 @@ def test_a_new_worker_is_announced_and_greeted_at_once(world):
 def test_a_worker_that_is_made_to_send_events_keeps_its_queues(world):
     """Its word for that is the one for its start: what it does meanwhile still has the queue that it told."""
     world.queues = {"w@h": ["q"]}
-    world.roster.saw("w@h")
+    world.roster.touch("w@h")
     world.backend.advance(20)
-    world.roster.came("w@h")
+    world.roster.online("w@h")
     assert world.roster.queue_of("w@h", "t") == "q"
 
 
@@ -113,7 +113,7 @@ def test_an_answer_ends_the_greeting(world):
     world.queues = {"w@h": ["q"]}
     world.backend.advance(20)
     before = len(world.enabled)
-    world.roster.came("w@h")
+    world.roster.online("w@h")
     world.backend.advance(20)
     assert len(world.greetings("w@h")) == 1
     assert len(world.enabled) == before + 1
@@ -138,7 +138,7 @@ def test_the_queue_is_known_where_it_can_be(world):
 
 def test_a_silent_worker_is_forgotten(world):
     """One that says nothing for minutes is announced no longer, so that the brain does not take it for alive."""
-    world.roster.saw("w@h")
+    world.roster.touch("w@h")
     world.backend.advance(SILENT / 2)
     assert list(world.presence.workers) == ["w@h"]
     world.backend.advance(SILENT + EVERY)
@@ -148,10 +148,10 @@ def test_a_silent_worker_is_forgotten(world):
 
 def test_a_worker_that_leaves_is_told(world):
     """A goodbye is passed on, once, and a return is news."""
-    world.roster.saw("w@h")
+    world.roster.touch("w@h")
     for _ in range(2):
-        world.roster.left("w@h")
-    world.roster.saw("w@h")
+        world.roster.offline("w@h")
+    world.roster.touch("w@h")
     assert [kind for kind, _ in world.announced] == [
         "worker.online",
         "worker.offline",
@@ -161,8 +161,8 @@ def test_a_worker_that_leaves_is_told(world):
 
 def test_one_worker_only():
     """With one worker to report, others are not, it alone is called, and silence does not make it vanish."""
-    world = World(only="w@h")
-    assert (world.roster.saw("w@h"), world.roster.saw("w@other")) == ("w@h", None)
+    world = World(only_hostname="w@h")
+    assert (world.roster.touch("w@h"), world.roster.touch("w@other")) == ("w@h", None)
     world.queues = {"w@other": ["q"]}
     world.backend.advance(SILENT + 2 * EVERY)
     assert {tuple(destination) for _, destination in world.enabled} == {("w@h",)}
@@ -171,14 +171,14 @@ def test_one_worker_only():
 
 def test_our_own_worker_is_greeted_but_not_asked():
     """In a worker ``enable_events`` goes to itself, three times within some seconds and never again."""
-    world = World(mine="w@h")
+    world = World(own_hostname="w@h")
     world.queues = {"w@h": ["q"]}
-    world.roster.saw("w@h")
+    world.roster.touch("w@h")
     world.backend.advance(10 * EVERY)
     assert [destination for _, destination in world.enabled] == [["w@h"]] * 3
     assert world.enabled[-1][0] <= 8
     assert world.roster.queue_of("w@h", "plain") is None
-    world.roster.left("w@h")
+    world.roster.offline("w@h")
     assert world.announced == [("worker.online", "w@h")]
 
 
@@ -197,9 +197,9 @@ def test_names_are_bounded(world, monkeypatch):
     monkeypatch.setattr(module, "MOST", 3)
     assert MOST >= 1000
     for number in range(5):
-        world.roster.saw(f"w{number}@h")
+        world.roster.touch(f"w{number}@h")
         world.backend.advance(1)
     assert list(world.presence.workers) == ["w2@h", "w3@h", "w4@h"]
     for name in ("", "w" * (LONGEST + 1)):
         with pytest.raises(ValueError, match="no name"):
-            world.roster.saw(name)
+            world.roster.touch(name)

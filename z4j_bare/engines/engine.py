@@ -1,0 +1,82 @@
+"""What the agent has to know of an engine beyond the methods of its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from z4j_bare.events.source import EventSource
+from z4j_bare.safety import safe_call
+
+if TYPE_CHECKING:
+    from celery.worker.consumer import Consumer
+    from z4j_core.models import DiscoveryHints, TaskDefinition
+    from z4j_core.protocols import QueueEngineAdapter
+
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.engines.celery.controls import CeleryControls
+    from z4j_bare.events.ring import Ring
+    from z4j_bare.settings import Settings
+
+
+class HealthProbe(NamedTuple):
+    """A health check: ``run`` returns heartbeat entries, ``on_error`` those of a failed check."""
+
+    run: Callable[[], Mapping[str, str]]
+    on_error: Callable[[Exception], Mapping[str, str]]
+
+
+class Engine:
+    """Describes an engine whose adapter itself delivers events, health and controls."""
+
+    #: ``celery``, ``rq``, or ``generic`` for every other engine.
+    kind = "generic"
+
+    def __init__(self, adapter: QueueEngineAdapter) -> None:
+        self.adapter = adapter
+
+    def make_source(
+        self, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: Consumer | None
+    ) -> EventSource:
+        """Return the source of the engine's events.
+
+        :param consumer: the Consumer of this process's Celery worker; ``None`` outside a worker.
+        """
+        return EventSource(self.adapter, ring, settings, backend)
+
+    def make_probes(self, consumer: Consumer | None) -> list[HealthProbe]:
+        """Return the health checks that replace the adapter's ``get_health``; none by default."""
+        return []
+
+    def make_controls(self, backend: BaseConcurrency) -> CeleryControls | None:
+        """Return worker controls that replace the adapter's; ``None`` by default."""
+        return None
+
+    def iter_definitions(
+        self, hints: DiscoveryHints, checkpoint: Callable[[], object]
+    ) -> Iterator[TaskDefinition] | None:
+        """Discover tasks in small steps, with ``checkpoint`` called between them.
+
+        ``None`` means that the adapter's ``discover_tasks`` has to be called.
+        """
+        return None
+
+    def restarts_by_exit(self) -> bool:
+        """Whether a worker can only be restarted by ending its process.
+
+        That is so if the adapter does not offer ``restart_worker``.
+        """
+        return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
+
+
+def describe_engine(adapter: QueueEngineAdapter) -> Engine:
+    """Return the description of the adapter's engine, recognised by the application it holds."""
+    if hasattr(adapter, "celery_app"):
+        from z4j_bare.engines.celery.engine import CeleryEngine
+
+        return CeleryEngine(adapter)
+    if hasattr(adapter, "rq_app"):
+        from z4j_bare.engines.rq import RqEngine
+
+        return RqEngine(adapter)
+    return Engine(adapter)
