@@ -28,11 +28,10 @@ from z4j_bare.events.redaction import merge_redaction
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.source import EventSource
 from z4j_bare.monitoring.control_server import Desk
-from z4j_bare.monitoring.counters import Counters
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 from z4j_bare.monitoring.health import HealthLoop
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
-from z4j_bare.monitoring.metrics import AgentMetrics
+from z4j_bare.monitoring.metrics import AgentMetrics, Counters
 from z4j_bare.monitoring.registry import RegistryLoop
 from z4j_bare.pipeline.flush import FlushLoop
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop

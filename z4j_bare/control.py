@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_core.paths import ensure_z4j_home
 
-from z4j_bare.concurrency.files import open_file
+from z4j_bare.concurrency.fork import open_file
 
 if TYPE_CHECKING:
     from _socket import socket

@@ -96,7 +96,7 @@ class IConcurrency(Interface):
     def wait_writable(sock: Any, timeout: float) -> bool:
         """Wait until ``sock`` can be written; ``False`` after ``timeout`` seconds."""
 
-    def load(module: str) -> Any:
+    def import_module(module: str) -> Any:
         """Import and return a module that is large for one step: where that is safe, the import yields between files."""
 
     def close() -> None:

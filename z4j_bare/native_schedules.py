@@ -27,8 +27,7 @@ from z4j_core.schedule_external import (
 )
 from zope.interface import implementer
 
-from z4j_bare.concurrency.files import open_file
-from z4j_bare.concurrency.fork import ForkGuard
+from z4j_bare.concurrency.fork import ForkGuard, open_file
 from z4j_bare.interfaces import INativeSchedules
 
 #: What the file says it is.
@@ -135,7 +134,7 @@ class NativeScheduleControl:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         with (
-            _fork_guard.inside(),
+            _fork_guard.held(),
             closing(
                 sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
             ) as connection,

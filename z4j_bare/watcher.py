@@ -77,7 +77,7 @@ class TasksFileWatcher:
 
     def _run(self, roots: list[str]) -> None:
         known = self._scan(roots, {})
-        while not self._backend.pause(self._stop_event, POLL_INTERVAL):
+        while not self._backend.wait(self._stop_event, POLL_INTERVAL):
             found = self._scan(roots, known)
             if found != known:
                 found = self._debounced(roots, found)
@@ -88,7 +88,7 @@ class TasksFileWatcher:
 
     def _debounced(self, roots: list[str], found: Snapshot) -> Snapshot:
         """Look until two looks in a row show the same."""
-        while not self._backend.pause(self._stop_event, self._window):
+        while not self._backend.wait(self._stop_event, self._window):
             earlier, found = found, self._scan(roots, found)
             if found == earlier:
                 break

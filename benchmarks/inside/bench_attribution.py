@@ -77,7 +77,7 @@ def _timed(function, name):
 def _wrap_seam():
     from z4j_bare.concurrency import base
 
-    run, attempt = base.BaseConcurrency._run, base.attempt
+    run, capture_outcome = base.BaseConcurrency._run, base.capture_outcome
 
     def timed_run(self, task, function, args):
         began = thread_time()
@@ -95,11 +95,11 @@ def _wrap_seam():
         inner = args[0] if args and callable(args[0]) else function
         began = thread_time()
         try:
-            return attempt(function, args)
+            return capture_outcome(function, args)
         finally:
             _charge(totals[f"offloaded {getattr(inner, '__name__', inner)}"], began)
 
-    base.BaseConcurrency._run, base.attempt = timed_run, timed_attempt
+    base.BaseConcurrency._run, base.capture_outcome = timed_run, timed_attempt
 
 
 def _trace_greenlets():

@@ -7,7 +7,7 @@ from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError, NetworkError
-from z4j_bare.monitoring.counters import Counters
+from z4j_bare.monitoring.metrics import Counters
 from z4j_bare.pipeline.link import Connection
 from z4j_bare.wire.session import HelloAck, Session
 

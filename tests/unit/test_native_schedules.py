@@ -110,7 +110,7 @@ def test_no_fork_amid_a_change(backend, control, until, monkeypatch):
     def work(_sleep=None):
         change(control, "create", validate=slow, **NEW)
 
-    if not backend.native(work):
+    if not backend.start_native_thread(work):
         backend.spawn(work, name="change")
     until(lambda: steps)
     pid = os.fork()

@@ -127,7 +127,7 @@ class Bridge:
             )
 
     def _build(self) -> None:
-        hubloop = self._backend.load("z4j_bare.asyncio_bridge.hubloop")
+        hubloop = self._backend.import_module("z4j_bare.asyncio_bridge.hubloop")
         with self._lock:
             if self._loop is None and not self._stopped:
                 loop = hubloop.HubLoop(self._backend)

@@ -35,7 +35,7 @@ class CallFuture:
         However the wait ends early (time-out, greenlet killed, fork), the outcome counts as abandoned.
         """
         try:
-            settled = self._backend.pause(self._settled, timeout)
+            settled = self._backend.wait(self._settled, timeout)
         finally:
             self.abandoned = not self._settled.is_set()
         if not settled:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 
+from z4j_bare.concurrency.timeslice import SLICE_SECONDS
+
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Iterator, Mapping
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds of uninterrupted steps after which the loop gives way to the host.
-SLICE = 0.002
 #: Longest park in seconds. Heals what cannot wake us: a ``put_nowait`` from a foreign thread, which calls no
 #: ``call_soon_threadsafe``, and eventlet's epoll set, which a forked child shares and edits.
 LONGEST_PARK = 1.0
@@ -102,7 +102,7 @@ class StepScopedSelector(selectors.BaseSelector):
             self._parked = self._called = False
 
     def wait(self, timeout: float) -> bool:
-        """Select; shaped like an event, so that ``backend.pause`` guards it against forks and times the step."""
+        """Select; shaped like an event, so that ``backend.wait`` guards it against forks and times the step."""
         self._ready = self._inner.select(timeout)
         return bool(self._ready)
 
@@ -113,10 +113,10 @@ class StepScopedSelector(selectors.BaseSelector):
                 self._backend.sleep(
                     0
                 )  # gevent's selector does not run the hub when asked not to block
-            self._backend.pause(self, timeout)
+            self._backend.wait(self, timeout)
         finally:
             self._show()
-            self._give_way_at = self._backend.now() + SLICE
+            self._give_way_at = self._backend.now() + SLICE_SECONDS
         ready, self._ready = self._ready, []
         return ready
 

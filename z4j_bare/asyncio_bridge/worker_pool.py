@@ -94,7 +94,7 @@ class WorkerPool:
         if self.start() or self._stopped:
             self.submit(job)
         else:
-            job.run(self._backend.waiting)
+            job.run(self._backend.call_blocking)
         return outcome.wait(timeout, what)
 
     def stop(self) -> None:
@@ -139,14 +139,14 @@ class WorkerPool:
             self._rest(bell)
         else:
             self._hire()
-            job.run(self._backend.waiting)  # an adapter's code waits by itself
+            job.run(self._backend.call_blocking)  # an adapter's code waits by itself
 
     def _rest(self, bell: Any) -> None:
         bell.clear()
         self._idle.append(bell)
         # Looked at again after lying down: whoever appended a job just before saw no idle bell to ring.
         if not self._jobs and not self._stopped:
-            self._backend.pause(bell)
+            self._backend.wait(bell)
         try:
             self._idle.remove(bell)
         except ValueError:

@@ -60,7 +60,7 @@ class AdoptLoop:
     def run(self, stop_event: Any) -> None:
         """Adopt until ``stop_event`` (an ``IEvent``) is set."""
         for delay in chain(FIRST, repeat(EVERY)):
-            if self._backend.pause(stop_event, delay):
+            if self._backend.wait(stop_event, delay):
                 return
             self._look(stop_event)
 
@@ -96,7 +96,7 @@ class AdoptLoop:
                     if ended:
                         self._refuse(orphan.path, error)
                     else:
-                        self._backend.pause(stop_event, RETRY)
+                        self._backend.wait(stop_event, RETRY)
                 if ended:
                     return
         finally:
@@ -120,7 +120,7 @@ class AdoptLoop:
             self._stored()
             self._backend.sleep(0)
         else:
-            self._backend.pause(stop_event, PACE)
+            self._backend.wait(stop_event, PACE)
         return False
 
     def _condemned(self, orphan: Orphan, error: LocalStorageError) -> bool:

@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from z4j_bare.concurrency.files import open_file
+from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
 #: Different from ``buffer-*.sqlite``, so that stores of the asyncio agent (another schema) are left alone.

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.files import remove
-from z4j_bare.concurrency.files import open_file
+from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from z4j_bare.buffer.errors import BUSY, cause_of
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
 from z4j_bare.cli.systemd import Notifier
-from z4j_bare.concurrency.patching import patch
+from z4j_bare.concurrency.detect import patch
 from z4j_bare.errors import HostConfigurationError, LocalStorageError
 from z4j_bare.install import install_agent
 

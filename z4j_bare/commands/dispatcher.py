@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from z4j_bare.commands.executor import Executor
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.link import Connection
     from z4j_bare.schedules import ScheduleManager
 
@@ -166,7 +166,7 @@ class Dispatcher:
         """Return what carries commands out, loaded with the first one: 0.2 MB that most workers never need."""
         with self._loading:
             if self._loaded is None:
-                module = self._backend.load("z4j_bare.commands.executor")
+                module = self._backend.import_module("z4j_bare.commands.executor")
                 parts = self._hosts, self._schedules, self._buffer, self._backend
                 self._loaded = module.Executor(
                     *parts, lambda: self._stop_event, lambda: self._ended

@@ -54,7 +54,7 @@ class IdempotentEffects:
         """
         done = self._backend.event()
         while (running := self._begin(key, done)) is not done:
-            if not self._backend.pause(running, max(0.0, command.until - self._backend.now())):
+            if not self._backend.wait(running, max(0.0, command.until - self._backend.now())):
                 return indeterminate(command, "still running for another command: outcome unknown")
         try:
             # No testament: it would be sent under this key, which is no command's.

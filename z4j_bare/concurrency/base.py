@@ -18,20 +18,20 @@ from z4j_bare.interfaces import ILock, ITask
 
 logger = logging.getLogger("z4j.runtime.concurrency")
 
-#: What ``StepTimer.begin`` returned when this task woke last; nothing in a task that is not ours.
-_resumed: ContextVar[Any] = ContextVar("z4j_resumed", default=None)
+#: What ``StepTimer.begin`` returned when this task running_since last; nothing in a task that is not ours.
+_step_start: ContextVar[Any] = ContextVar("z4j_step_start", default=None)
 
 
 @implementer(ITask)
 class Task:
     """A spawned loop, for every backend."""
 
-    def __init__(self, name: str, ended: Any, pause: Callable[[Any, float | None], bool]) -> None:
+    def __init__(self, name: str, ended: Any, wait: Callable[[Any, float | None], bool]) -> None:
         self.name = name
-        #: When it woke last, in monotonic seconds; ``None`` while it waits.
-        self.woke: float | None = None
+        #: Monotonic time of its last wake-up, in seconds; ``None`` while it waits.
+        self.running_since: float | None = None
         self._ended = ended
-        self._pause = pause
+        self._wait = wait
 
     def alive(self) -> bool:
         """Whether it has not ended yet."""
@@ -39,28 +39,28 @@ class Task:
 
     def stuck(self, seconds: float) -> bool:
         """Whether it has computed, or waited for what the backend knows nothing of, for longer than that."""
-        woke = self.woke
-        return woke is not None and time.monotonic() - woke > seconds
+        running_since = self.running_since
+        return running_since is not None and time.monotonic() - running_since > seconds
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
-        return self._pause(self._ended, timeout)
+        return self._wait(self._ended, timeout)
 
 
 @implementer(ILock)
 class CooperativeLock:
-    """A lock of the runtime's own; waiting for it ends the step, as every wait does.
+    """A lock of the runtime's own; call_blocking for it ends the step, as every wait does.
 
     :param inner: has ``acquire(blocking)`` and ``release()``.
     """
 
-    def __init__(self, inner: Any, waiting: Callable[..., Any]) -> None:
+    def __init__(self, inner: Any, call_blocking: Callable[..., Any]) -> None:
         self._inner = inner
-        self._waiting = waiting
+        self._call_blocking = call_blocking
 
     def __enter__(self) -> None:
         if not self._inner.acquire(False):
-            self._waiting(self._inner.acquire)
+            self._call_blocking(self._inner.acquire)
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
         self._inner.release()
@@ -89,7 +89,7 @@ class StepTimer:
         if seconds > self.longest:
             self.longest, self.longest_task = seconds, task
 
-    def take(self) -> tuple[float, str]:
+    def drain(self) -> tuple[float, str]:
         """Return the longest step and the task it belongs to, and start over."""
         longest = (self.longest, self.longest_task)
         self.longest, self.longest_task = 0.0, ""
@@ -124,7 +124,7 @@ class BaseConcurrency:
 
     def spawn(self, function: Callable[..., object], *args: object, name: str) -> Task:
         """Run ``function(*args)`` in a daemon task; see ``IConcurrency``."""
-        task = Task(name, self.event(), self.pause)
+        task = Task(name, self.event(), self.wait)
         self._start(self._run, task, function, args)
         return task
 
@@ -134,7 +134,7 @@ class BaseConcurrency:
 
     def offload(self, function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
         """Run a pure function off the hub; ``(True, value)`` or ``(False, exception)``."""
-        outcome: tuple[bool, Any] = self._yielding(self._offload, attempt, function, args)
+        outcome: tuple[bool, Any] = self._yielding(self._offload, capture_outcome, function, args)
         return outcome
 
     def wait_readable(self, sock: Any, timeout: float) -> bool:
@@ -145,15 +145,15 @@ class BaseConcurrency:
         """Wait until ``sock`` can be written."""
         return bool(self._yielding(self._wait_io, sock, timeout, True))
 
-    def pause(self, event: Any, timeout: float | None = None) -> bool:
+    def wait(self, event: Any, timeout: float | None = None) -> bool:
         """``event.wait(timeout)`` with the fork guard: how every loop of ours waits."""
         return bool(self._yielding(event.wait, timeout))
 
-    def waiting(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call_blocking(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call foreign code that waits by itself, such as a library on patched sockets: not a step of ours."""
         return self._yielding(partial(function, *args, **kwargs))
 
-    def load(self, module: str) -> Any:
+    def import_module(self, module: str) -> Any:
         """Import and return a module that is large for one step of a hub."""
         return import_module(module)
 
@@ -166,7 +166,7 @@ class BaseConcurrency:
 
     def lock(self) -> Any:
         """Return a new lock of this runtime."""
-        return CooperativeLock(self._lock(), self.waiting)
+        return CooperativeLock(self._lock(), self.call_blocking)
 
     def _lock(self) -> Any:
         raise NotImplementedError
@@ -179,7 +179,7 @@ class BaseConcurrency:
         """Return the identity of the OS thread we are on, as ``sys._current_frames`` keys it."""
         return 0
 
-    def native(self, function: Callable[..., object], *args: object) -> bool:
+    def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
         """Run ``function(sleep, *args)`` in an unpatched thread, ``sleep`` being the unpatched one; ``False``: no need.
 
         Only hubs need it: it must not log, lock, or touch anything that belongs to the hub.
@@ -222,25 +222,25 @@ class BaseConcurrency:
     def _yielding(self, wait: Callable[..., Any], *args: Any) -> Any:
         if fork.epoch() != self._epoch:
             raise ForkedChildError
-        began = _resumed.get()
+        began = _step_start.get()
         if began is not None:
             task = self._task.get()
-            task.woke = None
+            task.running_since = None
             self.steps.end(began, task.name)
-            _resumed.set(None)  # what foreign code inside the wait asks of us is no step either
+            _step_start.set(None)  # what foreign code inside the wait asks of us is no step either
         try:
             return wait(*args)
         finally:
             if began is not None:
-                _resumed.set(self.steps.begin())
-                task.woke = time.monotonic()
+                _step_start.set(self.steps.begin())
+                task.running_since = time.monotonic()
             if fork.epoch() != self._epoch:
                 raise ForkedChildError
 
     def _run(self, task: Task, function: Callable[..., object], args: tuple[object, ...]) -> None:
         self._task.set(task)
-        task.woke = time.monotonic()
-        _resumed.set(self.steps.begin())
+        task.running_since = time.monotonic()
+        _step_start.set(self.steps.begin())
         try:
             function(*args)
         except (ForkedChildError, InterpreterShutdownError):
@@ -249,12 +249,12 @@ class BaseConcurrency:
             logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
         finally:
             if not self.forked():
-                self.steps.end(_resumed.get(), task.name)
-                task.woke = None
+                self.steps.end(_step_start.get(), task.name)
+                task.running_since = None
                 task._ended.set()  # noqa: SLF001 - the seam owns its tasks
 
 
-def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+def capture_outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
     """Call ``function(*args)`` and return its outcome as a value.
 
     gevent prints a traceback for an exception that leaves a pool job, and eventlet re-raises it in the hub.

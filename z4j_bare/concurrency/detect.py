@@ -1,12 +1,9 @@
-"""Which runtime carries the agent: read from ``sys.modules``, decided once, at ``start()``.
-
-Nothing is imported to find out. Thread *and* socket have to be patched (``field-notes`` C.2): kombu, which looks at the
-socket class alone, takes a partial patch for a full one.
-"""
+"""Choice of the backend at ``start()``, from what ``sys.modules`` says about monkey-patching, and patching on request."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -95,3 +92,37 @@ def build(name: str) -> BaseConcurrency:
     module, attribute = _BACKENDS[name]
     backend: BaseConcurrency = getattr(import_module(module), attribute)()
     return backend
+
+
+def patch(name: str) -> None:
+    """Patch the process for ``gevent`` or ``eventlet``, before it imports anything that waits; nothing for the others.
+
+    Raises ``HostConfigurationError`` for an unknown name and for a library that is not installed.
+    """
+    if name not in CHOICES:
+        raise HostConfigurationError(f"Z4J_CONCURRENCY={name!r} is not one of {', '.join(CHOICES)}")
+    if name in ("auto", "threads") or detect().outcome == name:
+        return
+    try:
+        _patchers[name]()
+    except ImportError as error:
+        raise HostConfigurationError(
+            f"Z4J_CONCURRENCY={name} needs the library: pip install {name} ({error})"
+        ) from error
+
+
+def _patch_gevent() -> None:
+    from gevent import monkey
+
+    monkey.patch_all()
+
+
+def _patch_eventlet() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it announces its own retirement
+        import eventlet
+
+    eventlet.monkey_patch()
+
+
+_patchers = {"gevent": _patch_gevent, "eventlet": _patch_eventlet}

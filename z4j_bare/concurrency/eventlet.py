@@ -152,7 +152,7 @@ class EventletConcurrency(BaseConcurrency):
         """Return the hub's thread."""
         return int(_native_thread())
 
-    def native(self, function: Callable[..., object], *args: object) -> bool:
+    def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
         """Start an unpatched daemon thread."""
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
@@ -195,7 +195,7 @@ class EventletConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
         while True:
-            longest = LONGEST_WAIT if fork.parental() else LONGEST_UNFORKED
+            longest = LONGEST_WAIT if fork.has_forked() else LONGEST_UNFORKED
             if wait_io(sock, min(timeout, longest), write=write):
                 return True
             timeout -= longest

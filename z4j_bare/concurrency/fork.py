@@ -1,87 +1,159 @@
-"""The fork epoch, by which a copied greenlet learns that it is a copy, and the gate, which keeps forks out of SQLite.
-
-Greenlets survive ``os.fork`` in the child, threads do not. Comparing an integer costs 30 ns, ``os.getpid`` five times that.
-"""
+"""Fork safety: the fork epoch, and guards that keep ``os.fork`` away from the agent's native threads."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from importlib import _bootstrap
+from typing import Protocol, TypeVar, TypeVarTuple
 
-if not hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):
+    # ``os.open`` for code on native threads. The patched ``os.open`` of eventlet creates a hub in the calling thread; when
+    # such a thread ends, greenlet searches the whole heap for the hub's remains, in the main thread: 20 to 70 ms.
+    from posix import open as open_file
+else:
     raise ImportError(
         "z4j-bare needs a POSIX system (forks, record locks): on Windows use WSL 2 or a container"
     )
 
-#: Longest time in seconds that a fork waits for a native thread of ours: a disk that hangs must not hold up the host.
-PATIENCE = 0.25
+__all__ = ["ForkGuard", "ImportForkGuard", "epoch", "has_forked", "open_file"]
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite, so that a hung disk cannot block the host.
+STORE_TIMEOUT = 0.25
+#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit resolves a deadlock: that import may
+#: itself be waiting for an import lock of the forking thread.
+IMPORT_TIMEOUT = 2.0
+#: Seconds between two checks for such an import.
+IMPORT_POLL_INTERVAL = 0.001
 
 _epoch = 0
-_children = False
+_forked = False
 
 
 def epoch() -> int:
-    """Return a number that is different in every forked child."""
+    """Return the fork epoch, a number that is different in every forked child.
+
+    Greenlets survive ``os.fork`` in the child, so the agent's loops compare the epoch at every wake-up. That costs 30 ns;
+    ``os.getpid`` costs five times as much.
+    """
     return _epoch
 
 
-def parental() -> bool:
-    """Whether this process has ever forked a child that may run Python; ``subprocess`` as a rule forks none."""
-    return _children
+def has_forked() -> bool:
+    """Return whether this process has forked a child that may run Python; ``subprocess`` usually does not."""
+    return _forked
 
 
-# Both assign and do nothing else: a hook that yields would run the parent's greenlets inside fork() (gevent #2204).
+# The hooks only assign: a hook that yields would run the parent's greenlets inside fork() (gevent #2204).
 
 
-def _bump() -> None:
+def _after_in_child() -> None:
     global _epoch
     _epoch += 1
 
 
-def _bear() -> None:
-    global _children
-    _children = True
+def _after_in_parent() -> None:
+    global _forked
+    _forked = True
 
 
-os.register_at_fork(after_in_child=_bump, after_in_parent=_bear)
+os.register_at_fork(after_in_child=_after_in_child, after_in_parent=_after_in_parent)
+
+
+class NativeLock(AbstractContextManager[bool, None], Protocol):
+    """An unpatched lock of the ``_thread`` module, or an ``RLock``."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Acquire the lock within ``timeout`` seconds; return whether it is held."""
+        ...
+
+    def release(self) -> None:
+        """Release the lock."""
+        ...
 
 
 class ForkGuard:
-    """Keeps ``os.fork`` away from what runs inside, which must be short and must not fork.
+    """Makes ``os.fork`` wait for a short section of code on a native thread. The section must not fork.
 
-    SQLite does not reset its mutexes in a child: of 200 that were forked while another thread opened and closed files, 33
-    waited for ever at their first use of SQLite, ours or the host's.
+    SQLite does not reset its mutexes in a child. Of 200 children that were forked while another thread opened and closed
+    databases, 33 deadlocked at their first use of SQLite, whether by the agent or by the host.
 
-    :param make_lock: returns a lock that nobody has patched, so that waiting for it in the hook runs no greenlet.
+    :param make_lock: returns an unpatched lock, so that no greenlet runs while the fork hook waits for it.
     """
 
-    def __init__(self, make_lock: Callable[[], Any]) -> None:
+    def __init__(self, make_lock: Callable[[], NativeLock]) -> None:
         self._make_lock = make_lock
         self._lock = make_lock()
-        self._shut = False
+        self._acquired = False
         os.register_at_fork(
-            before=self._close, after_in_parent=self._open, after_in_child=self._open_in_child
+            before=self._acquire,
+            after_in_parent=self._release,
+            after_in_child=self._release_in_child,
         )
 
-    def run(self, job: Callable[..., Any], *args: Any) -> Any:
-        """Call ``job(*args)`` on a native thread; other such calls and forks wait."""
+    def run(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
+        """Call ``function`` on this native thread. Other guarded calls and forks wait until it returns."""
         with self._lock:
-            return job(*args)
+            return function(*args)
 
-    def inside(self) -> Any:
-        """Return what to hold, by ``with``, for the time of a stay that is no call."""
+    def held(self) -> NativeLock:
+        """Return a context manager that guards a ``with`` block instead of a call."""
         return self._lock
 
-    def _close(self) -> None:
-        self._shut = self._lock.acquire(timeout=PATIENCE)
+    def _acquire(self) -> None:
+        self._acquired = self._lock.acquire(timeout=STORE_TIMEOUT)
 
-    def _open(self) -> None:
-        if self._shut:
+    def _release(self) -> None:
+        if self._acquired:
             self._lock.release()
 
-    def _open_in_child(self) -> None:
-        if self._shut:
+    def _release_in_child(self) -> None:
+        if self._acquired:
             self._lock.release()
-        else:  # whoever is inside does not exist here
+        else:  # the thread that holds the lock does not exist in the child
             self._lock = self._make_lock()
+
+
+class ImportForkGuard:
+    """Makes ``os.fork`` wait for imports on the agent's native threads.
+
+    A fork during an import leaves the child with a half-initialised module and an import lock that nobody will release:
+    importing the module there deadlocks. At startup kombu's transport and redis alone take 0.1 s to import.
+    """
+
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+        self._never = threading.Event()
+        os.register_at_fork(before=self._wait, after_in_child=self._threads.clear)
+
+    def run(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Call ``function`` on this native thread, whose imports delay forks until it returns."""
+        ident = threading.get_ident()
+        self._threads.add(ident)
+        try:
+            function(*args)
+        finally:
+            self._threads.discard(ident)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + IMPORT_TIMEOUT
+        while self._importing() and time.monotonic() < deadline:
+            self._never.wait(IMPORT_POLL_INTERVAL)
+
+    def _importing(self) -> bool:
+        """Return whether a registered thread owns the lock of a module that is being imported."""
+        # importlib's weak references to the locks of modules that are being imported
+        module_locks = getattr(_bootstrap, "_module_locks", {})
+        try:
+            locks = [reference() for reference in tuple(module_locks.values())]
+        except (
+            RuntimeError
+        ):  # the dict has changed during the iteration, so an import has just begun
+            return True
+        return any(lock is not None and lock.owner in self._threads for lock in locks)

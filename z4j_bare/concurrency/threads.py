@@ -11,8 +11,7 @@ from typing import Any
 from zope.interface import implementer
 
 from z4j_bare.concurrency.base import BaseConcurrency, Task
-from z4j_bare.concurrency.fork import ForkGuard
-from z4j_bare.concurrency.imports import ImportForkGuard
+from z4j_bare.concurrency.fork import ForkGuard, ImportForkGuard
 from z4j_bare.errors import InterpreterShutdownError
 from z4j_bare.interfaces import IConcurrency
 

@@ -1,4 +1,4 @@
-"""Long work on a hub, in slices (design, rule 5)."""
+"""Time slices: long work on a hub yields after every slice, so that the host's tasks get their turn."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.concurrency.base import BaseConcurrency
 
-#: Seconds of CPU on the host's only thread before the others get their turn.
-SLICE = 0.002
+#: Seconds of uninterrupted work on the host's only thread, after which the agent yields.
+SLICE_SECONDS = 0.002
+
+#: Seconds that a yield sleeps under gevent. ``gevent.sleep(0)`` only runs greenlets that are ready, up to fifty times in a
+#: row, before a timer or a socket is served.
+YIELD_SECONDS = 1e-5
 
 
 class TimeSlice:
-    """Call it often: it yields whenever a slice is over."""
+    """The current slice of one task. Call :meth:`checkpoint` often: it yields when the slice is used up."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
-        self._began = time.perf_counter()
+        self._started_at = time.perf_counter()
 
-    def rested(self) -> None:
-        """Begin a slice: the others have just had their turn."""
-        self._began = time.perf_counter()
+    def restart(self) -> None:
+        """Start a new slice without a yield, because the task has just waited for something."""
+        self._started_at = time.perf_counter()
 
-    def __call__(self) -> None:
-        """Yield if the slice is over."""
-        if time.perf_counter() - self._began > SLICE:
+    def checkpoint(self) -> None:
+        """Yield to other tasks and start a new slice if this one is used up."""
+        if time.perf_counter() - self._started_at > SLICE_SECONDS:
             self._backend.sleep(0)
-            self._began = time.perf_counter()
+            self._started_at = time.perf_counter()

@@ -62,7 +62,7 @@ class Presence:
     def run(self, backend: BaseConcurrency, stop_event: Any) -> None:
         """Announce every ``INTERVAL`` seconds until ``stop_event`` is set."""
         turn = 0
-        while not backend.pause(stop_event, INTERVAL):
+        while not backend.wait(stop_event, INTERVAL):
             turn += 1
             self.announce("worker.heartbeat" if turn % ONLINE_EVERY else "worker.online")
 

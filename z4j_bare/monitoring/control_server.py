@@ -54,7 +54,7 @@ class Desk:
                 logger.info(
                     "z4j: `z4j-bare status` and `restart` will not find this agent: %s", error
                 )
-                self._backend.pause(stop_event)
+                self._backend.wait(stop_event)
         finally:
             self._backend.offload(
                 _unlink, self._files

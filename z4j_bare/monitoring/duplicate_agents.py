@@ -35,10 +35,10 @@ class DuplicateAgentCheck:
     def run(self, stop_event: Any) -> None:
         """Look twice, then wait for ``stop_event`` (an ``IEvent``)."""
         for delay in LOOKS:
-            if self._backend.pause(stop_event, delay):
+            if self._backend.wait(stop_event, delay):
                 return
             self._look()
-        self._backend.pause(stop_event)
+        self._backend.wait(stop_event)
 
     def _look(self) -> None:
         ok, desks = self._backend.offload(control.list_clients)

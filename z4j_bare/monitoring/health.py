@@ -45,7 +45,7 @@ class HealthLoop:
         while not stop_event.is_set():
             for ask in self._rounds:
                 self._answers.update(ask())
-            self._backend.pause(stop_event, INTERVAL)
+            self._backend.wait(stop_event, INTERVAL)
 
     def latest(self) -> dict[str, str]:
         """Return the last good answers."""

@@ -50,13 +50,13 @@ class HubLagMonitor:
     def run(self, stop_event: Any) -> None:
         """Tick until ``stop_event`` is set, and :meth:`wake` called."""
         self._stack_of = self._backend.native_ident()
-        self._backend.native(self._watch, stop_event)
+        self._backend.start_native_thread(self._watch, stop_event)
         end = self._backend.timer(TICK, self._tick)
         self._every = TICK if end else TICK_OF_THREADS
         self._due = self._backend.now() + self._every
         try:
             while not stop_event.is_set():
-                self._backend.pause(self._alarm, None if end else self._every)
+                self._backend.wait(self._alarm, None if end else self._every)
                 self._alarm.clear()
                 if not end:
                     self._tick()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,29 @@ if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Ring
-    from z4j_bare.monitoring.counters import Counters
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
 
 #: Reasons under which rows were lost that nobody could look at any more.
 _UNREAD = (CORRUPTION, GONE)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since ``start()``. Only the loop that owns a number writes it."""
+
+    stored: int = 0
+    sent: int = 0
+    frames: int = 0
+    sessions: int = 0
+    heartbeats: int = 0
+    commands: int = 0
+    unencodable: int = 0
+    recut: int = 0
+    restarts: Counter[str] = field(default_factory=Counter)
+    last_flush_at: float | None = None
+    last_error: str = ""
+    transport: str = ""
 
 
 class AgentMetrics:

@@ -53,7 +53,7 @@ class RegistryLoop:
         self._link = link
         self._backend = backend
         self._dev = dev
-        self._checkpoint = TimeSlice(backend)
+        self._timeslice = TimeSlice(backend)
         self._wake = backend.event()
         self._stale = True
         self._found: dict[str, dict[str, bytes]] = {}
@@ -71,7 +71,7 @@ class RegistryLoop:
                 link = self._link()
                 if link is not None and self._hosts:
                     self._turn(link)
-                if not self._backend.pause(self._wake, INTERVAL):
+                if not self._backend.wait(self._wake, INTERVAL):
                     self._stale = True
                 self._wake.clear()
         finally:
@@ -92,7 +92,7 @@ class RegistryLoop:
         hints = self._hinted()
         for name, host in self._hosts.items():
             try:
-                self._found[name] = discover(host, hints, self._checkpoint)
+                self._found[name] = discover(host, hints, self._timeslice.checkpoint)
             except Exception as error:
                 logger.info(
                     "z4j: the tasks of %s are not known: %s: %s", name, type(error).__name__, error
@@ -118,7 +118,7 @@ class RegistryLoop:
         added = [found[name] for name in names if name in found and name not in sent]
         updated = [found[name] for name in names if name in found and name in sent]
         removed = [name for name in names if name not in found]
-        self._checkpoint()
+        self._timeslice.checkpoint()
         try:
             link.send(
                 "registry_delta", frame_id("rd"), registry_delta(engine, added, removed, updated)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Captured, Ring
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
 
 logger = logging.getLogger("z4j.runtime.flush")
 
@@ -57,14 +57,14 @@ class FlushLoop:
         patience = QUIET
         while not stop_event.is_set():  # type: ignore[attr-defined]
             if self._ring.arm_wakeup():
-                if not self._backend.pause(self._ring.wake, patience):
+                if not self._backend.wait(self._ring.wake, patience):
                     self._buffer.refresh()
                     patience = ASLEEP
                 self._ring.wake.clear()
                 continue
             patience = QUIET
             if len(self._ring) < self._most:
-                self._backend.pause(self._ring.wake, self._interval)  # let company come
+                self._backend.wait(self._ring.wake, self._interval)  # let company come
             self._ring.wake.clear()
             # What came during a commit waits for the next wake, unless it is a whole batch: commits of a dozen events, one
             # after the other, cost the worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
@@ -96,7 +96,7 @@ class FlushLoop:
 
     def _encode(self, left: list[Captured], encoded: list[bytes]) -> None:
         """Move the events from ``left``, last first, to ``encoded``: each but once, for a task's stamps grow with each."""
-        checkpoint = TimeSlice(self._backend)
+        checkpoint = TimeSlice(self._backend).checkpoint
         while left:
             captured = left[-1]
             try:

@@ -10,7 +10,7 @@ from z4j_bare.wire.lighter import shrink_heartbeat
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.link import Connection
 
 #: Seconds between keepalives where heartbeats are switched off; the brain closes a session that is silent for 90.
@@ -59,7 +59,7 @@ class HeartbeatLoop:
                 self._report()
             else:
                 self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')
-            self._backend.pause(self._link.closing, self._interval)
+            self._backend.wait(self._link.closing, self._interval)
 
     def _report(self) -> None:
         now = self._backend.now()

@@ -35,7 +35,7 @@ class Connection:
         self.closing = backend.event()
         self.wake = backend.event()
         self._backend = backend
-        self._checkpoint = TimeSlice(backend)
+        self._timeslice = TimeSlice(backend)
         self._fastest = float("inf")
         self._heard_at = backend.now()
         if self.hello_ack.server_time is not None:
@@ -50,12 +50,13 @@ class Connection:
 
     def open(self, message: bytes) -> Any:
         """Verify a message of the brain and return z4j_core's model of it. Raises ``RemoteProtocolError``."""
-        self._checkpoint()  # fifty commands may have come in one piece, with no wait in between
-        return self.session.open(message, self._checkpoint)
+        # fifty commands may have come in one piece, with no wait in between
+        self._timeslice.checkpoint()
+        return self.session.open(message, self._timeslice.checkpoint)
 
     def rested(self) -> None:
         """Note that whoever opens messages has waited for the next one; a yield right after that is for nobody."""
-        self._checkpoint.rested()
+        self._timeslice.restart()
 
     def lateness(self, stamp: float) -> float:
         """Return how many seconds longer than the fastest frame of this session one took that the brain stamped ``stamp``.

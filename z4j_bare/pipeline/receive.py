@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.concurrency.timeslice import SLICE
+from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ReceiveLoop:
     def _take(self, timeout: float) -> bool:
         began = time.perf_counter()
         message = self._link.transport.receive(timeout)
-        if time.perf_counter() - began > SLICE:
+        if time.perf_counter() - began > SLICE_SECONDS:
             self._link.rested()
         if message is None:
             return False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.buffer.rows import BufferEntry
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.link import Connection
 
 logger = logging.getLogger("z4j.runtime.send")
@@ -86,7 +86,7 @@ class SendLoop:
             while not self._link.closing.is_set():
                 self._link.wake.clear()
                 if not self._turn():
-                    self._backend.pause(self._link.wake, self._patience())
+                    self._backend.wait(self._link.wake, self._patience())
         except AgentError as error:
             self._failure = error
             raise

@@ -13,7 +13,7 @@ from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
 
 logger = logging.getLogger("z4j.runtime.supervisor")
 
@@ -145,5 +145,5 @@ class Supervisor:
         self._failures += 1
         self._kind = kind
         logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
-        self._backend.pause(self._now, delay)
+        self._backend.wait(self._now, delay)
         self._now.clear()

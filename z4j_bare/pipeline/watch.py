@@ -11,7 +11,7 @@ from z4j_bare.errors import InterpreterShutdownError
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.concurrency.base import Task
-    from z4j_bare.monitoring.counters import Counters
+    from z4j_bare.monitoring.metrics import Counters
 
 logger = logging.getLogger("z4j.runtime.watch")
 
@@ -51,5 +51,5 @@ def _keep(
             logger.exception(
                 "z4j: loop %s died and runs again in %.0f s; please report it", name, delay
             )
-            backend.pause(stop_event, delay)
+            backend.wait(stop_event, delay)
             delay = min(delay * 2, LONGEST)

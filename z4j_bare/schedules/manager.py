@@ -92,13 +92,13 @@ class ScheduleManager:
         while not stop_event.is_set():
             self._bell.clear()
             if any(stream.changed and stream.authority for stream in self.streams.values()):
-                self._backend.pause(stop_event, SETTLE)
+                self._backend.wait(stop_event, SETTLE)
                 self._tell("signal", [stream for stream in self.streams.values() if stream.changed])
             elif self._interval and self._backend.now() >= due:
                 due = self._backend.now() + self._interval
                 self._tell("periodic", self.streams.values())
             else:
-                self._backend.pause(self._bell, self._patience(due))
+                self._backend.wait(self._bell, self._patience(due))
 
     def wake(self) -> None:
         """Have :meth:`run` look whether it shall stop."""

@@ -136,7 +136,7 @@ class Stream:
         rows = self._rows(min(left(), LISTING))
         authority = self._authority()
         frames = projection.snapshot(
-            authority, self.sequence + 1, rows, reason, TimeSlice(self._backend)
+            authority, self.sequence + 1, rows, reason, TimeSlice(self._backend).checkpoint
         )
         self._store(frames)
         self._natives = {row.key: row.native for row in rows if row.key != row.native}
@@ -181,7 +181,7 @@ class Stream:
         return self.authority
 
     def _rows(self, seconds: float) -> list[Row]:
-        checkpoint, rows = TimeSlice(self._backend), []
+        checkpoint, rows = TimeSlice(self._backend).checkpoint, []
         for schedule in self.host.schedules(seconds):
             rows.append(projection.row_of(schedule, self.name, self.host.redactor))
             checkpoint()

@@ -163,7 +163,7 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        longpoll = self._backend.load("z4j_bare.transport.longpoll")  # few workers need it
+        longpoll = self._backend.import_module("z4j_bare.transport.longpoll")  # few workers need it
         self._known = self._known or longpoll.LearnedLimits()
         made: LongPollTransport = longpoll.LongPollTransport(
             self._api_url, self._token, self._backend, self._known, self._tls
@@ -179,7 +179,7 @@ class TransportFactory:
 
     def health(self, timeout: float) -> Answer:
         """Return what the brain's health route says. Raises ``NetworkError``."""
-        client = self._backend.load("z4j_bare.transport.http").Client(
+        client = self._backend.import_module("z4j_bare.transport.http").Client(
             self._api_url, {}, self._backend, self._tls
         )
         try:
@@ -206,9 +206,7 @@ class TransportFactory:
 
     def watch(self, link: Connection) -> None:
         """Look at WebSocket now and then; return when it gets through and the session may end for it, or has ended."""
-        while not self._backend.pause(
-            link.closing, max(0.0, self.choice.due - self._backend.now())
-        ):
+        while not self._backend.wait(link.closing, max(0.0, self.choice.due - self._backend.now())):
             if self.passable():
                 self.choice.due = self._backend.now()
                 link.transport.drain()

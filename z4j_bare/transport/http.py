@@ -241,13 +241,13 @@ def _pools(dress: Callable[[Any], Wire], backend: BaseConcurrency) -> dict[str, 
 
         def connect(self) -> None:
             connection: Any = super()
-            backend.waiting(connection.connect)
+            backend.call_blocking(connection.connect)
             self.sock = dress(self.sock)
 
         @property
         def is_connected(self) -> bool:  # looks with a patched select, which lets the whole hub run
             connection: Any = super()
-            return bool(backend.waiting(lambda: connection.is_connected))
+            return bool(backend.call_blocking(lambda: connection.is_connected))
 
     class Plain(_CooperativeConnection, HTTPConnection):
         pass

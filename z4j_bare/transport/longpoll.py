@@ -162,7 +162,7 @@ class LongPollTransport:
             "X-Z4J-Session-Nonce": nonce,
             "X-Z4J-Retry-Contracts": ",".join(f"{name}=1" for name in sorted(contracts)),
         }
-        http = self._backend.load("z4j_bare.transport.http")
+        http = self._backend.import_module("z4j_bare.transport.http")
         self._uploads = uploads = http.Client(self._url, headers, self._backend, self._tls)
         self._polls = http.Client(self._url, headers, self._backend, self._tls)
         self._polls.share_cookies(uploads)
@@ -195,7 +195,7 @@ class LongPollTransport:
         inbox = self._inbox
         inbox.news.clear()
         if not inbox.frames and inbox.failure is None and not self._aborted:
-            self._backend.pause(inbox.news, timeout)
+            self._backend.wait(inbox.news, timeout)
         if inbox.frames:
             return inbox.frames.popleft()
         if self._aborted:
@@ -211,7 +211,7 @@ class LongPollTransport:
         """
         self._resting = True
         if self._task is not None:
-            self._backend.pause(self._over, WAIT + GRACE)
+            self._backend.wait(self._over, WAIT + GRACE)
         while self._inbox.frames and not self._aborted:
             self._backend.sleep(0.05)
 

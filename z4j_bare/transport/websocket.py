@@ -88,7 +88,7 @@ class WebSocketTransport:
         )
         self._ws.settimeout(CONNECT_TIMEOUT)
         try:
-            self._backend.waiting(self._ws.connect, self._url, **self._options())
+            self._backend.call_blocking(self._ws.connect, self._url, **self._options())
         except websocket.WebSocketBadStatusException as error:
             wish = _retry_after(error.resp_headers)
             raise close_codes.refused(

@@ -20,7 +20,7 @@ from z4j_bare.cli import run as run_command
 from z4j_bare.cli.apps import load_app
 from z4j_bare.cli.systemd import Notifier
 from z4j_bare.concurrency import detect
-from z4j_bare.concurrency.patching import patch
+from z4j_bare.concurrency.detect import patch
 from z4j_bare.errors import HostConfigurationError
 
 

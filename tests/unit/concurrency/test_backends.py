@@ -93,7 +93,7 @@ def test_tasks_do_not_keep_the_process(mode, tmp_path):
         "import sys; from tests.launch import patch; patch(sys.argv[1])\n"
         "from z4j_bare.concurrency import build\n"
         "backend = build(sys.argv[1]); never = backend.event()\n"
-        "backend.spawn(backend.pause, never, name='endless'); backend.sleep(0.05); print('done')"
+        "backend.spawn(backend.wait, never, name='endless'); backend.sleep(0.05); print('done')"
     )
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, mode],
@@ -145,12 +145,12 @@ def test_event_wakes_every_waiter(backend):
     """All waiters wake, with and without a time-out, also after others have given up before."""
     event, woken = backend.event(), []
     tasks = [
-        backend.spawn(lambda: woken.append(backend.pause(event, None)), name="w") for _ in range(3)
+        backend.spawn(lambda: woken.append(backend.wait(event, None)), name="w") for _ in range(3)
     ]
     tasks += [
-        backend.spawn(lambda: woken.append(backend.pause(event, 20)), name="w") for _ in range(3)
+        backend.spawn(lambda: woken.append(backend.wait(event, 20)), name="w") for _ in range(3)
     ]
-    tasks += [backend.spawn(lambda: backend.pause(event, 0.01), name="gives-up") for _ in range(3)]
+    tasks += [backend.spawn(lambda: backend.wait(event, 0.01), name="gives-up") for _ in range(3)]
     backend.sleep(0.1)
     event.set()
     assert all(task.join(10) for task in tasks)
@@ -173,7 +173,7 @@ def test_set_never_switches(backend, mode):
 def test_set_from_a_native_thread(backend):
     """A flag raised in a native thread is seen soon, even by a waiter that would wait for ever."""
     event, seen = backend.event(), []
-    task = backend.spawn(lambda: seen.append(backend.pause(event, None)), name="w")
+    task = backend.spawn(lambda: seen.append(backend.wait(event, None)), name="w")
     backend.sleep(0.02)
     assert backend.offload(event.set) == (True, None)
     assert task.join(10)
@@ -186,14 +186,14 @@ def test_set_and_clear_in_a_hurry(backend):
 
     def answer():
         for _ in range(turns):
-            assert backend.pause(ping, 10)
+            assert backend.wait(ping, 10)
             ping.clear()
             pong.set()
 
     task = backend.spawn(answer, name="answer")
     for _ in range(turns):
         ping.set()
-        assert backend.pause(pong, 10)
+        assert backend.wait(pong, 10)
         pong.clear()
     assert task.join(10)
 
@@ -207,7 +207,7 @@ def test_who_does_not_wait_is_stuck(backend, until):
         wait(bell, 20)
 
     held = backend.spawn(task, lambda event, seconds: event.wait(seconds), name="held")
-    waiting = backend.spawn(task, backend.pause, name="waiting")
+    waiting = backend.spawn(task, backend.wait, name="waiting")
     until(lambda: len(begun) == 2 and held.stuck(0.02) and not waiting.stuck(0))
     assert not held.stuck(20)
     assert not waiting.stuck(0)
@@ -222,7 +222,7 @@ def test_an_agent_names_the_loops_that_do_not_go_on(backend):
     bell = backend.event()
     ended, waiting = (
         backend.spawn(int, name="ended"),
-        backend.spawn(backend.pause, bell, 20, name="waiting"),
+        backend.spawn(backend.wait, bell, 20, name="waiting"),
     )
     assert ended.join(10)
     assert Agent.stuck(SimpleNamespace(_tasks=[ended, waiting], _chores=[]), 20) == ["ended"]
@@ -395,16 +395,16 @@ def test_steps_are_timed(backend):
         backend.sleep(0)
 
     assert backend.spawn(greedy, name="greedy").join(10)
-    longest, name = backend.steps.take()
+    longest, name = backend.steps.drain()
     assert longest >= 0.05
     assert name == "greedy"
-    assert backend.steps.take() == (0.0, "")
+    assert backend.steps.drain() == (0.0, "")
 
 
 def test_the_last_step_is_timed(backend):
     """What a task does between its last wait and its end is a step like any other."""
     assert backend.spawn(burn, 0.05, name="ending").join(10)
-    assert backend.steps.take()[0] >= 0.05
+    assert backend.steps.drain()[0] >= 0.05
 
 
 def test_a_hub_calls_what_its_timer_says(backend, mode, until):
@@ -479,7 +479,7 @@ def test_a_large_import_yields(backend, mode, tmp_path, monkeypatch):
 
         found.append(z4j_large.WHOLE)
 
-    loading = backend.spawn(lambda: found.append(backend.load("z4j_large").WHOLE), name="loading")
+    loading = backend.spawn(lambda: found.append(backend.import_module("z4j_large").WHOLE), name="loading")
     tasks = [backend.spawn(count, name="count"), backend.spawn(also, name="also"), loading]
     assert all(task.join(10) for task in tasks)
     assert (found, sys.z4j_begun) == ([True, True], 1)
@@ -495,12 +495,12 @@ def test_waiting_inside_of_foreign_code_ends_no_step(backend):
         backend.sleep(0.001)
 
     def work():
-        backend.waiting(foreign)
+        backend.call_blocking(foreign)
         backend.sleep(0)
 
-    backend.steps.take()
+    backend.steps.drain()
     assert backend.spawn(work, name="calls").join(10)
-    assert backend.steps.take()[0] < 0.2
+    assert backend.steps.drain()[0] < 0.2
 
 
 def test_waiting_is_no_step(backend):
@@ -508,10 +508,10 @@ def test_waiting_is_no_step(backend):
 
     def patient():
         backend.sleep(0.3)
-        backend.pause(backend.event(), 0.3)
-        backend.waiting(backend.event().wait, 0.3)
-        backend.waiting(
-            backend.pause, backend.event(), 0.3
+        backend.wait(backend.event(), 0.3)
+        backend.call_blocking(backend.event().wait, 0.3)
+        backend.call_blocking(
+            backend.wait, backend.event(), 0.3
         )  # foreign code that comes back to the backend
         with lock:
             other.join(10)
@@ -523,7 +523,7 @@ def test_waiting_is_no_step(backend):
         name="other",
     )
     assert backend.spawn(patient, name="patient").join(10)
-    assert backend.steps.take()[0] < 0.25
+    assert backend.steps.drain()[0] < 0.25
 
 
 # -- forks
@@ -575,7 +575,7 @@ def test_no_fork_in_the_middle_of_an_import(backend, mode, until, tmp_path, monk
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_hung_call_does_not_hold_up_a_fork(backend, native_read, gate, monkeypatch):
     """When the disk hangs the host forks all the same, and both processes can go on."""
-    monkeypatch.setattr(fork, "PATIENCE", 0.01)
+    monkeypatch.setattr(fork, "STORE_TIMEOUT", 0.01)
     read, release = gate
     hung = backend.spawn(backend.offload, native_read, read, 1, name="hung")
     backend.sleep(0.05)
@@ -628,11 +628,11 @@ def test_a_child_cannot_use_the_parents_seam(backend, pair, until):
     ran = []
     calls = [
         lambda: backend.sleep(0),
-        lambda: backend.pause(backend.event(), 0),
+        lambda: backend.wait(backend.event(), 0),
         lambda: backend.offload(ran.append, 1),
         lambda: backend.wait_readable(pair[0], 0),
         lambda: backend.wait_writable(pair[0], 0),
-        lambda: backend.waiting(ran.append, 1),
+        lambda: backend.call_blocking(ran.append, 1),
     ]
     before, (read, write) = fork.epoch(), os.pipe()
     pid = os.fork()
@@ -892,8 +892,8 @@ def test_virtual_waits():
     event, lock = fake.event(), fake.lock()
 
     def waiter():
-        got.append(("timeout", fake.pause(event, 5), fake.now()))
-        got.append(("set", fake.pause(event, 100), fake.now()))
+        got.append(("timeout", fake.wait(event, 5), fake.now()))
+        got.append(("set", fake.wait(event, 100), fake.now()))
         with lock:
             got.append(("lock", True, fake.now()))
 

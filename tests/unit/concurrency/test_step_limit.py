@@ -54,7 +54,7 @@ def test_computing_is_seen(trial, backend):
         kind for verdict in verdicts for kind in ("two waits", "two switches") if kind in verdict
     ] == ["two waits", "two switches"]
     assert all(
-        verdict.startswith("z4j-accused: 3") and "test_steps.py" in verdict for verdict in verdicts
+        verdict.startswith("z4j-accused: 3") and "test_step_limit.py" in verdict for verdict in verdicts
     )
 
 
@@ -67,7 +67,7 @@ def test_computing_a_little_too_long_is_seen_by_repetition(trial, backend):
 def test_computing_in_a_foreign_call_is_seen(trial, backend):
     """What foreign code computes inside a wait of ours is seen by the clock that follows the switches."""
     verdicts = trial(
-        lambda: backend.waiting(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
+        lambda: backend.call_blocking(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
     )
     assert len(verdicts) == 1
     assert "two switches" in verdicts[0]

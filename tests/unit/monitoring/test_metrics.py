@@ -13,9 +13,8 @@ from z4j_core.transport.frames import AgentStatusPayload, HeartbeatPayload, Tele
 from z4j_bare.buffer.rows import UNKNOWN
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.events.ring import Ring
-from z4j_bare.monitoring.counters import Counters
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
-from z4j_bare.monitoring.metrics import AgentMetrics
+from z4j_bare.monitoring.metrics import AgentMetrics, Counters
 from z4j_bare.wire.frames import Identity
 
 

@@ -14,7 +14,7 @@ from z4j_bare.pipeline import flush
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch):
     """The slice is in real seconds: here a busy machine must not make virtual time go on in the middle of a batch."""
-    monkeypatch.setattr(slices, "SLICE", 1e9)
+    monkeypatch.setattr(slices, "SLICE_SECONDS", 1e9)
 
 
 class Flushing(World):
@@ -146,7 +146,7 @@ def test_an_event_that_cannot_be_encoded_is_counted(world):
 
 def test_encoding_yields(world, monkeypatch):
     """Encoding that takes long lets others run in between: it happens on the host's only thread."""
-    monkeypatch.setattr(slices, "SLICE", 0.002)
+    monkeypatch.setattr(slices, "SLICE_SECONDS", 0.002)
     ran = []
 
     def slow(captured):

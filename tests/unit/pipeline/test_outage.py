@@ -142,7 +142,7 @@ def an_event(number):
 def outage(request, tmp_path, monkeypatch):
     """Ten minutes without a brain, and what came before and after."""
     monkeypatch.setattr(
-        slices, "SLICE", 1e9
+        slices, "SLICE_SECONDS", 1e9
     )  # in real seconds: a busy machine must not change virtual time
     made = Outage(tmp_path, **request.param)
     made.caps = request.param

@@ -30,7 +30,7 @@ from z4j_bare.errors import (
     RemoteProtocolError,
     SessionLimitError,
 )
-from z4j_bare.monitoring.counters import Counters
+from z4j_bare.monitoring.metrics import Counters
 from z4j_bare.pipeline import heartbeat, watch
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
 from z4j_bare.pipeline.receive import ReceiveLoop
@@ -304,7 +304,7 @@ class Supervised:
         def serve(link):
             if self.serving is not None:
                 self.serving(link)
-            self.backend.pause(link.closing)
+            self.backend.wait(link.closing)
 
         self.supervisor = Supervisor(
             dial, lambda: b"hello", lambda: SECRET, serve, self.backend, self.counters
@@ -317,7 +317,7 @@ def fail_with(backend, error, seconds):
     """What serves a session by failing after some seconds."""
 
     def serve(link):
-        backend.pause(link.closing, seconds)
+        backend.wait(link.closing, seconds)
         raise error
 
     return serve
@@ -539,7 +539,7 @@ def test_a_loop_that_returns_because_it_was_told_to_is_not_restarted():
     """A loop that ends after ``stop_event`` ends for good, uncounted."""
     backend, counters = FakeConcurrency(), Counters()
     stop_event = backend.event()
-    task = watch.keep(backend.pause, "z4j-calm", stop_event, backend, counters)
+    task = watch.keep(backend.wait, "z4j-calm", stop_event, backend, counters)
     backend.advance(5)
     stop_event.set()
     backend.advance(0.001)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 
@@ -37,9 +38,6 @@ SILENCE = 90.0
 #: Seconds at the end: without an event, after which there are no more to come, and in all.
 QUIET = 0.2
 LAST = 1.0
-
-#: Seconds of work after which others get their turn.
-SLICE = 0.002
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
@@ -87,7 +85,7 @@ class EventReceiver:
                 "z4j: this process was patched after it had imported kombu, whose waits would hold up the hub: nothing is"
                 " read from the broker. Patch first, for a preloaded application in gunicorn's configuration file"
             )
-            self._backend.pause(stop_event)
+            self._backend.wait(stop_event)
             return
         self._over.clear()
         try:
@@ -101,7 +99,7 @@ class EventReceiver:
                     if self._backend.now() - began > STEADY:
                         self._streak = 0
                     self._failed(error)
-                    self._backend.pause(
+                    self._backend.wait(
                         stop_event, min(FIRST * 2 ** min(self._streak - 1, 10), LONGEST)
                     )
         finally:
@@ -110,19 +108,19 @@ class EventReceiver:
 
     def finish(self) -> None:
         """Wait until what was sent before ``stop_event`` has been read, a little longer than ``LAST`` at most."""
-        self._backend.pause(self._over, TURN + LAST)
+        self._backend.wait(self._over, TURN + LAST)
 
     def _session(self, stop_event: Any) -> None:
         connection = broker_connection(self._app, reading=True)
         try:
-            self._backend.waiting(self._subscribe, connection)
+            self._backend.call_blocking(self._subscribe, connection)
             self._listen(connection, stop_event)
             self._drain_last(connection)
         finally:
             if (
                 not self._backend.forked()
             ):  # the socket is the parent's, and so is the subscription that would be cancelled
-                self._backend.waiting(_release, connection)
+                self._backend.call_blocking(_release, connection)
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
@@ -168,7 +166,7 @@ class EventReceiver:
         """Take what has come, waiting at most ``seconds``; return whether anything had."""
         before = self._messages
         try:
-            self._backend.waiting(connection.drain_events, timeout=seconds)
+            self._backend.call_blocking(connection.drain_events, timeout=seconds)
         except TimeoutError as error:
             if error.errno is not None:  # not ours, but the network's
                 raise
@@ -176,7 +174,7 @@ class EventReceiver:
         if (
             self._messages == before
         ):  # the transport's own business; should it repeat, it must not keep the hub busy
-            self._backend.sleep(SLICE)
+            self._backend.sleep(SLICE_SECONDS)
         return True
 
     def _receive(self, body: Any, _message: Any) -> None:
@@ -189,7 +187,9 @@ class EventReceiver:
                 self.unreadable += 1
                 logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
         self._backend.steps.end(step, self.name)
-        if perf_counter() - self._yielded > SLICE:  # kombu may hand over a whole burst in one go
+        if (
+            perf_counter() - self._yielded > SLICE_SECONDS
+        ):  # kombu may hand over a whole burst in one go
             self._backend.sleep(0)
             self._yielded = perf_counter()
 

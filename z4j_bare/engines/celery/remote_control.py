@@ -90,7 +90,7 @@ class RemoteControl:
         when the broker fails.
         """
         try:
-            replies = self._backend.waiting(
+            replies = self._backend.call_blocking(
                 self._broadcast, command, arguments, to, max(0.1, seconds)
             )
         except Exception as error:

@@ -161,7 +161,7 @@ class WorkerRegistry:
         try:
             # First the queues, so that they are known when the first event comes.
             for step in (self._ask_queues, self._enable) if self._ask else (self._enable,):
-                self._backend.waiting(self._try, step, hostnames)
+                self._backend.call_blocking(self._try, step, hostnames)
         finally:
             self._calling = False
 
