@@ -1,7 +1,7 @@
 """z4j agent runtime for task workers: greenlets in gevent and eventlet, threads elsewhere.
 
-Importing this package loads nothing network-related (no ssl, asyncio, requests, websocket, gevent, eventlet), so that it
-can be imported before a process is patched.
+Importing this package loads no ssl, asyncio, requests, websocket, gevent or eventlet, so that it is
+safe before a process is monkey-patched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # SQLite and the package metadata cost import time that most imports of this package have no use for.
+    # Most importers need neither SQLite nor the package metadata, and both take time to load.
     if name == "__version__":
         from importlib.metadata import version
 

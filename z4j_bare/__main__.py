@@ -1,4 +1,4 @@
-"""``python -m z4j_bare``."""
+"""Entry point of ``python -m z4j_bare``."""
 
 import sys
 

@@ -1,25 +1,31 @@
-"""One runtime per process: adapters and users may each try to install one, and the first wins."""
+"""One runtime per process: the first of several installations wins."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from typing import Any, TypeVar
 
 from z4j_bare.process import is_importing_application
 
-logger = logging.getLogger("z4j.runtime.singleton")
+R = TypeVar("R")
+
+logger = logging.getLogger("z4j.runtime._process_singleton")
 
 _lock = threading.Lock()
 _runtime: Any = None
 _owner: str | None = None
 
 
-def try_register(runtime: Any, *, owner: str) -> Any:
-    """Claim the process for ``runtime`` and return the runtime that has it.
+def try_register(runtime: R, *, owner: str) -> R:
+    """Register ``runtime`` for this process and return the registered one.
 
-    A runtime that has been stopped is no claim: after a web server's shutdown its slot is free for the next one. Nor is
-    that of an application which a command of ours imports: it gets its runtime back, and the process stays free.
+    A runtime that ran and was stopped is replaced: a web server that was shut down may install the
+    agent again. While a z4j-bare command imports an application, nothing is registered and
+    ``runtime`` is returned.
+
+    :param runtime: an ``AgentRuntime``.
+    :param owner: the name of the installer, such as ``install_agent``, for log lines.
     """
     global _runtime, _owner
     if is_importing_application():
@@ -28,9 +34,11 @@ def try_register(runtime: Any, *, owner: str) -> Any:
         if _runtime is None or _runtime is runtime or _is_free(_runtime):
             _runtime, _owner = runtime, owner
             return runtime
-        holder, holder_owner = _runtime, _owner
+        holder: R = _runtime
+        holder_owner = _owner
     logger.info(
-        "z4j: %s asked for an agent, but %s has installed one in this process; that one stays",
+        "z4j: %s requested an agent, but %s already installed one in this process; "
+        "keeping the installed agent",
         owner,
         holder_owner,
     )
@@ -38,17 +46,20 @@ def try_register(runtime: Any, *, owner: str) -> Any:
 
 
 def current_runtime() -> Any:
-    """Return the runtime that has the process, or ``None``."""
+    """Return the registered ``AgentRuntime``, or ``None``."""
     return _runtime
 
 
 def current_owner() -> str | None:
-    """Return who registered it, such as ``install_agent``."""
+    """Return the name of the installer, such as ``install_agent``, or ``None``."""
     return _owner
 
 
-def clear_runtime(expected: Any = None) -> bool:
-    """Free the slot; with ``expected`` only if that runtime has it. Return whether anything was freed."""
+def clear_runtime(expected: object = None) -> bool:
+    """Remove the registered runtime and return whether one was removed.
+
+    :param expected: if given, remove only this runtime.
+    """
     global _runtime, _owner
     with _lock:
         if _runtime is None or (expected is not None and _runtime is not expected):
@@ -58,16 +69,20 @@ def clear_runtime(expected: Any = None) -> bool:
 
 
 def post_fork() -> Any:
-    """Restart the agent in a forked server process (gunicorn's ``post_fork``, uWSGI's ``@postfork``) and return it.
+    """Restart the agent in a forked server process and return the runtime; never raises.
 
-    Not for Celery's prefork children: the parent reports for them.
+    Call it in gunicorn's ``post_fork`` or uWSGI's ``@postfork`` hook, but not in the children of a
+    Celery prefork worker: their parent reports for them.
     """
     runtime = _runtime
     if runtime is not None:
         try:
             runtime.reinit_after_fork()
         except Exception:
-            logger.warning("z4j: the agent could not be restarted after fork", exc_info=True)
+            logger.warning(
+                "z4j: could not restart the agent after fork; this process reports nothing",
+                exc_info=True,
+            )
     return runtime
 
 

@@ -1,6 +1,6 @@
-"""Schedules kept in code: the brain's list is made to agree with what the application declares.
+"""Reconciles the brain's schedules with those that an application declares in code.
 
-Frameworks' adapters call this with their settings and an API key of the project; no agent takes part in it.
+Framework adapters call this with their settings and an API key of the project. It needs no agent.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ logger = logging.getLogger("z4j.runtime.declarative")
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{1,48}[a-z0-9]").fullmatch
 
-#: Characters of an answer that are logged when the brain refuses.
-_QUOTED = 200
+#: Maximum number of characters of the brain's error response that are logged.
+_MAX_LOGGED_CHARS = 200
 
-#: What the brain calls its counts, and what we call them.
-_IMPORTED = {name: name for name in ("inserted", "updated", "unchanged", "failed", "deleted")}
-_COMPARED = {
+#: Fields of the brain's ``import`` response, and the fields of ``ReconcileResult``.
+_IMPORT_FIELDS = {name: name for name in ("inserted", "updated", "unchanged", "failed", "deleted")}
+
+#: Fields of the brain's ``diff`` response, and the fields of ``ReconcileResult``.
+_DIFF_FIELDS = {
     "insert": "inserted",
     "update": "updated",
     "unchanged": "unchanged",
@@ -44,7 +46,10 @@ _COMPARED = {
 
 @dataclass(slots=True)
 class ReconcileResult:
-    """What came of it, in schedules. ``errors`` are texts by the schedule's place in what was sent."""
+    """Number of schedules by outcome.
+
+    ``errors`` maps the index of a schedule in the request to the brain's error text.
+    """
 
     inserted: int = 0
     updated: int = 0
@@ -56,11 +61,13 @@ class ReconcileResult:
 
 
 class ScheduleReconciler:
-    """Sends declared schedules to the brain. Synchronous: a web server calls it in a thread.
+    """Sends declared schedules to the brain. It blocks, so a web server calls it in a thread.
 
-    :param brain_url: address of the brain.
-    :param api_key: a key of the project, not the agent's token.
-    :param project_slug: 3 to 50 of ``a-z0-9-``, the first and the last no hyphen; else ``ValueError``.
+    :param brain_url: the brain's URL.
+    :param api_key: an API key of the project, not the agent's token.
+    :param project_slug: 3 to 50 characters of ``a-z0-9-``; the first and last are not hyphens.
+    :param timeout_seconds: timeout of the request, in seconds.
+    :raises ValueError: the slug is invalid.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class ScheduleReconciler:
     ) -> None:
         if not _SLUG(project_slug):
             raise ValueError(
-                f"{project_slug!r} is no project slug: 3 to 50 of a-z, 0-9 and hyphens inside"
+                f"{project_slug!r} is not a project slug: use 3 to 50 of a-z, 0-9 and inner hyphens"
             )
         self._url = f"{str(brain_url).rstrip('/')}/api/v1/projects/{project_slug}/schedules"
         self._api_key = api_key
@@ -80,12 +87,12 @@ class ScheduleReconciler:
         z4j_schedules: Mapping[str, Any] | None,
         celery_beat_schedules: Mapping[str, Any] | None,
     ) -> list[ScheduleSpec]:
-        """Return the schedules of both notations; of two with one name z4j's own is taken."""
+        """Return the schedules of both notations; z4j's own wins if both declare the same name."""
         native = {spec.name: spec for spec in _z4j_native_schedules_to_specs(z4j_schedules or {})}
         beat = {spec.name: spec for spec in parse_celery_beat_entries(celery_beat_schedules or {})}
         for name in native.keys() & beat.keys():
             logger.warning(
-                "z4j: schedule %r is declared twice; z4j's own entry is taken, celery-beat's left out",
+                "z4j: schedule %r is declared twice: using the z4j entry, not the celery-beat one",
                 name,
             )
         return list({**beat, **native}.values())
@@ -100,10 +107,17 @@ class ScheduleReconciler:
         source: str = "declarative",
         dry_run: bool = False,
     ) -> ReconcileResult:
-        """Make the brain's schedules of this ``source`` agree with the declared ones; ``dry_run`` only compares.
+        """Replace the brain's schedules of ``source`` by the declared ones.
 
-        A refusal of the brain's counts every schedule as failed and is logged; what is wrong on the way there raises
-        ``requests.RequestException``.
+        If the brain rejects the request, the error is logged and all schedules count as failed.
+
+        :param z4j_schedules: schedules in z4j's notation, by name.
+        :param celery_beat_schedules: schedules in the notation of Celery's ``beat_schedule``.
+        :param engine: the engine of the tasks.
+        :param scheduler: the scheduler that owns the schedules; ``None`` lets the brain decide.
+        :param source: the label of the declared schedules in the brain.
+        :param dry_run: only compare, and change nothing.
+        :raises requests.RequestException: the brain cannot be reached.
         """
         specs = self.collect_specs(
             z4j_schedules=z4j_schedules, celery_beat_schedules=celery_beat_schedules
@@ -113,14 +127,16 @@ class ScheduleReconciler:
             for spec in specs
         ]
         body = {"schedules": schedules, "mode": "replace_for_source", "source_filter": source}
-        answer = self._post("diff" if dry_run else "import", body)
-        if answer.status_code != 200:  # noqa: PLR2004 - HTTP; a redirect is not followed, for it would take the key along
-            said = printable(answer.text[:_QUOTED].replace(self._api_key, "***"))
+        response = self._post("diff" if dry_run else "import", body)
+        # Redirects are not followed, because a redirect would forward the API key.
+        if response.status_code != 200:  # noqa: PLR2004
             logger.error(
-                "z4j: the brain refused the schedules with HTTP %d: %s", answer.status_code, said
+                "z4j: the brain rejected the declared schedules with HTTP %d: %s",
+                response.status_code,
+                printable(response.text[:_MAX_LOGGED_CHARS].replace(self._api_key, "***")),
             )
             return ReconcileResult(failed=len(schedules), dry_run=dry_run)
-        return _result(answer.json(), dry_run=dry_run)
+        return _result(response.json(), dry_run=dry_run)
 
     def _post(self, verb: str, body: dict[str, Any]) -> requests.Response:
         import requests
@@ -131,7 +147,7 @@ class ScheduleReconciler:
             retry = Retry(total=None, connect=1, read=0, redirect=0, status=0, other=0)
             for scheme in ("https://", "http://"):
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
-            # As ``auth``: a .netrc would replace the header.
+            # Pass the header as ``auth``: requests would replace a plain header by a .netrc entry.
             return session.post(
                 f"{self._url}:{verb}",
                 json=body,
@@ -146,30 +162,30 @@ class ScheduleReconciler:
 
 
 def _result(counts: Mapping[str, Any], *, dry_run: bool) -> ReconcileResult:
-    names = _COMPARED if dry_run else _IMPORTED
+    names = _DIFF_FIELDS if dry_run else _IMPORT_FIELDS
     errors = counts.get("errors") or {}
+    if not isinstance(errors, Mapping):
+        errors = {}
     return ReconcileResult(
-        **{ours: _number(counts.get(theirs, 0)) for theirs, ours in names.items()},
-        errors={int(place): str(text) for place, text in errors.items()}
-        if isinstance(errors, Mapping)
-        else {},
+        **{field: _number(counts.get(name, 0)) for name, field in names.items()},
+        errors={int(index): str(text) for index, text in errors.items()},
         dry_run=dry_run,
     )
 
 
 def _number(value: Any) -> int:
-    """Return a count; where the brain lists what it would do, how many those are."""
+    """Return a count, or the length of a list of planned changes."""
     return len(value) if isinstance(value, (list, dict)) else int(value or 0)
 
 
 def _z4j_native_schedules_to_specs(schedules: Mapping[str, Any]) -> list[ScheduleSpec]:
-    """Return z4j's own entries as specs; one that cannot be read is left out with a warning."""
+    """Return z4j's own entries as specs; an invalid entry is skipped with a warning."""
     specs = []
     for name, entry in schedules.items():
         try:
             specs.append(_spec(name, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("z4j: schedule %r is left out: %s", name, error)
+            logger.warning("z4j: skipping the invalid schedule %r: %s", name, error)
     return specs
 
 
@@ -177,7 +193,7 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
     task = entry.get("task") or entry.get("task_name")
     expression = entry.get("expression") or entry.get("schedule")
     if not task or not expression:
-        raise ValueError("it needs a task and an expression (or schedule)")
+        raise ValueError("it needs a task and an expression or schedule")
     kind = entry.get("kind")
     if not kind or not isinstance(expression, str):
         try:
@@ -199,7 +215,7 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
 def _spec_to_brain_payload(
     spec: ScheduleSpec, *, engine: str, scheduler: str | None = None, source: str = "declarative"
 ) -> dict[str, Any]:
-    """Return a schedule as the brain takes it; its hash changes with anything that is declared."""
+    """Return a schedule in the brain's format, with a hash of everything that is declared."""
     content = {**asdict(spec), "engine": engine, "scheduler": scheduler}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     row = {**asdict(spec), "engine": engine, "is_enabled": True, "source": source}

@@ -8,7 +8,10 @@ from z4j_core.models import Config, DiscoveryHints, RequestContext, User
 
 
 class BareFrameworkAdapter:
-    """Hands the configuration through and keeps start-up and shutdown hooks; see z4j_core's ``FrameworkAdapter``."""
+    """Implements z4j_core's ``FrameworkAdapter`` with a fixed configuration and no requests.
+
+    :param config: the configuration that :meth:`discover_config` returns.
+    """
 
     name = "bare"
 
@@ -18,38 +21,38 @@ class BareFrameworkAdapter:
         self._shutdown: list[Callable[[], None]] = []
 
     def discover_config(self) -> Config:
-        """Return the configuration that it was built with."""
+        """Return the configuration that was passed to the constructor."""
         return self._config
 
     def discovery_hints(self) -> DiscoveryHints:
-        """Return hints without any path or name."""
+        """Return hints that contain no paths and no task names."""
         return DiscoveryHints(framework_name=self.name)
 
     def current_context(self) -> RequestContext | None:
-        """Return ``None``: there are no requests here."""
+        """Return ``None``, because there are no requests."""
         return None
 
     def current_user(self) -> User | None:
-        """Return ``None``: there are no users here."""
+        """Return ``None``, because there are no users."""
         return None
 
     def on_startup(self, hook: Callable[[], None]) -> None:
-        """Run ``hook`` in :meth:`fire_startup`."""
+        """Register ``hook`` for :meth:`fire_startup`."""
         self._startup.append(hook)
 
     def on_shutdown(self, hook: Callable[[], None]) -> None:
-        """Run ``hook`` in :meth:`fire_shutdown`."""
+        """Register ``hook`` for :meth:`fire_shutdown`."""
         self._shutdown.append(hook)
 
     def register_admin_view(self, view: object) -> None:
-        """Do nothing: there is nowhere to show it."""
+        """Do nothing, because there is no admin site."""
 
     def fire_startup(self) -> None:
-        """Run the start-up hooks in order; their exceptions pass."""
+        """Run the start-up hooks in registration order; a hook's exception propagates."""
         for hook in self._startup:
             hook()
 
     def fire_shutdown(self) -> None:
-        """Run the shutdown hooks in order; their exceptions pass."""
+        """Run the shutdown hooks in registration order; a hook's exception propagates."""
         for hook in self._shutdown:
             hook()

@@ -1,4 +1,4 @@
-"""``install_agent``: from a few settings to a running agent, in whatever process it is called."""
+"""``install_agent``: resolve the settings and start the agent when this process is ready for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def install_agent(
     agent_name: str | None = None,
     agent_id: str | None = None,
     transport: str | None = None,
-    framework: Any = None,
+    framework: object = None,
     schedulers: list[Any] | None = None,
     environment: str | None = None,
     tags: dict[str, str] | None = None,
@@ -60,15 +60,25 @@ def install_agent(
 ) -> AgentRuntime:
     """Install the agent in this process and return its runtime.
 
-    Everything that is ``None`` comes from ``Z4J_*``, then from a default. ``framework`` is a framework adapter or its
-    class; ``concurrency`` is ``auto``, ``threads``, ``gevent`` or ``eventlet``.
+    In a Celery worker the agent starts at ``worker_ready``, when the pool is known and its children
+    exist. In ``celery inspect`` and similar commands it never starts. In any other process it
+    starts immediately. If this process already has a runtime, that runtime is returned.
 
-    In a Celery worker it starts at ``worker_ready``, where the pool is known and its children exist; under ``celery
-    inspect`` and its like it never starts; anywhere else it starts now. If another runtime has the process, that one is
-    returned.
+    A parameter that is ``None`` is read from its ``Z4J_*`` variable, else it has its default.
 
-    Raises ``ConfigError`` (``HostConfigurationError`` is one) naming the setting, and ``RuntimeError`` for a path variable
-    that z4j no longer reads.
+    :param engines: queue engine adapters.
+    :param transport: ``auto``, ``ws`` or ``longpoll``.
+    :param framework: a framework adapter or its class; ``BareFrameworkAdapter`` by default.
+    :param schedulers: scheduler adapters.
+    :param autostart: if false, return the runtime without starting it.
+    :param buffer_path: the SQLite file that holds events until the brain acknowledges them.
+    :param max_payload_bytes: maximum size of one captured value; longer values are truncated.
+    :param concurrency: ``auto``, ``threads``, ``gevent`` or ``eventlet``.
+    :param token_file: a file that holds ``token``; it is read again at each connect.
+    :param hmac_secret_file: a file that holds ``hmac_secret``; it is read again at each connect.
+    :raises ConfigError: a setting is missing or wrong; the message names it. Usually its subclass
+        ``HostConfigurationError``.
+    :raises RuntimeError: a path variable that z4j no longer reads is set.
     """
     reject_deprecated_path_env()
     if not engines and not schedulers:
@@ -82,7 +92,7 @@ def install_agent(
         hmac_secret_file=hmac_secret_file,
     )
     if settings.disabled or settings.testing:
-        return _inert(settings, engines, schedulers, framework)
+        return _inert_runtime(settings, engines, schedulers, framework)
     config = resolve_config(
         settings,
         brain_url=brain_url,
@@ -111,38 +121,39 @@ def install_agent(
     )
     holder: AgentRuntime = singleton.try_register(runtime, owner="install_agent")
     if holder is runtime and config.autostart:
-        _begin(runtime)
+        _start_when_ready(runtime)
     return holder
 
 
 def resolve_config(settings: Settings, **keywords: Any) -> Config:
-    """Return z4j_core's configuration from keywords (``None``: not given) and the environment.
+    """Return z4j_core's configuration from keywords and the environment.
 
-    Raises ``HostConfigurationError`` naming the variable.
+    :param keywords: fields of ``Config``; ``None`` means that a keyword was not given.
+    :raises HostConfigurationError: a value is missing or wrong; the message names its variable.
     """
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # Only for a WebSocket agent does z4j_core not insist on the agent's id, which the brain tells us anyway.
+        # For long-poll z4j_core requires an agent id, but the brain sends the id at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
     except ConfigError as error:
-        raise HostConfigurationError(_in_a_line(error), details=error.details) from None
-    _try_patterns(config)
+        raise HostConfigurationError(_one_line(error), details=error.details) from None
+    _check_redaction_patterns(config)
     return config
 
 
-def _in_a_line(error: ConfigError) -> str:
-    """Return what z4j_core found wrong in one line that names the variables, without pydantic's own report."""
+def _one_line(error: ConfigError) -> str:
+    """Return a configuration error as one line that names the variables."""
     cause = error.__cause__
     if cause is not None and hasattr(cause, "errors"):
-        return "; ".join(map(_wrong, cause.errors(include_url=False)))
+        return "; ".join(map(_describe_problem, cause.errors(include_url=False)))
     name, _, rest = str(error).partition(" ")
     return f"{_variable(name)} {rest}" if name in Config.model_fields else str(error)
 
 
-def _wrong(found: Mapping[str, Any]) -> str:
+def _describe_problem(found: Mapping[str, Any]) -> str:
     name = str(next(iter(found["loc"]), ""))
     value = "" if name in ("", "token", "hmac_secret") else f"={found['input']!r:.100}"
     return f"{_variable(name) or 'settings'}{value}: {found['msg']}"
@@ -152,8 +163,11 @@ def _variable(name: str) -> str:
     return f"Z4J_{name.upper()}" if name else ""
 
 
-def _try_patterns(config: Config) -> None:
-    """Raise ``HostConfigurationError`` for a pattern that redaction cannot take: nothing may be captured without it."""
+def _check_redaction_patterns(config: Config) -> None:
+    """Raise ``HostConfigurationError`` for an invalid redaction pattern.
+
+    Without redaction nothing may be captured, so the agent must not start.
+    """
     for name in ("extra_key_patterns", "extra_value_patterns"):
         patterns: dict[str, Any] = {name: tuple(getattr(config, f"redaction_{name}"))}
         if not patterns[name]:
@@ -166,9 +180,9 @@ def _try_patterns(config: Config) -> None:
             raise HostConfigurationError(f"{_variable(f'redaction_{name}')}: {error}") from None
 
 
-def _begin(runtime: AgentRuntime) -> None:
+def _start_when_ready(runtime: AgentRuntime) -> None:
     if is_inspection_command():
-        logger.debug("z4j: a visiting celery command; the agent stays inert")
+        logger.debug("z4j: not starting the agent in a celery inspection command")
     elif is_celery_worker() and ready_worker() is None:
         _start_with_worker(runtime)
     else:
@@ -192,30 +206,31 @@ def _shutdown(runtime: AgentRuntime) -> None:
 def _start_with_worker(runtime: AgentRuntime) -> None:
     from celery import signals
 
-    def ready(sender: Any = None, **_kwargs: Any) -> None:
+    def ready(sender: object = None, **_kwargs: object) -> None:
         for engine in runtime.engines.values():
-            # A known node name makes the adapter's inspect calls return with the first reply instead of after 10 s.
+            # With a node name the adapter's inspect calls return at the first reply; without one
+            # they wait 10 s.
             if getattr(engine, "worker_hostname", "") is None:
                 engine.worker_hostname = getattr(sender, "hostname", None)
         safe_call(_start, runtime)
 
-    def shutdown(**_kwargs: Any) -> None:
+    def shutdown(**_kwargs: object) -> None:
         safe_call(runtime.stop)
 
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutdown.connect(shutdown, weak=False)
 
 
-def _adapter(framework: Any, config: Any) -> Any:
+def _adapter(framework: object, config: Config) -> object:
     if framework is None:
         return BareFrameworkAdapter(config)
     return framework(config) if isinstance(framework, type) else framework
 
 
-def _inert(
-    settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: Any
+def _inert_runtime(
+    settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: object
 ) -> AgentRuntime:
-    """Return a runtime that never starts; made without a brain's address, because none need be set."""
+    """Return a runtime that never starts; its configuration needs no setting."""
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(

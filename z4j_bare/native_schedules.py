@@ -1,7 +1,8 @@
-"""Durable changes of schedules that are defined in code (huey, arq, taskiq): ``control=NativeScheduleControl(path)``.
+"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq).
 
-What an operator changes in the dashboard is kept in a file of the application's own and laid over the code's definitions
-each time that the scheduler looks. The file is z4j's since 1.13; this module reads and writes the same one.
+Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an operator
+makes in the dashboard are stored in that file and are merged into the schedules of the code each
+time the scheduler reads them. The file format is that of z4j 1.13.
 """
 
 from __future__ import annotations
@@ -30,27 +31,34 @@ from zope.interface import implementer
 from z4j_bare.concurrency.fork import ForkGuard, open_file
 from z4j_bare.interfaces import INativeSchedules
 
-#: What the file says it is.
+#: SQLite ``application_id`` of the file.
 APPLICATION_ID = 1513376334
+
+#: SQLite ``user_version`` of the file: the version of its format.
 VERSION = 1
 
-#: What an operator can change.
+#: Fields of a schedule that an operator can change.
 EDITABLE = frozenset(
     {"name", "task_name", "kind", "expression", "timezone", "queue", "args", "kwargs", "is_enabled"}
 )
 
-#: Bytes of one change and of all, and how many there may be.
+#: Maximum size of one changed schedule, in bytes.
 MAX_RECORD_BYTES = 1024 * 1024
+
+#: Maximum size of all changed schedules together, in bytes.
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
+
+#: Maximum number of changed schedules.
 MAX_RECORDS = 10_000
 
-#: Seconds to wait for another process's change.
+#: Seconds to wait for the change of another process.
 BUSY_TIMEOUT = 5.0
 
-#: Bits of the file's mode that would let others read what arguments hold.
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+#: Mode bits that allow other users to read the arguments in the file.
+_GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
-#: Nobody patches this lock. Whoever validates a change may look at the schedules, so that it has to be one to enter twice.
+#: The lock is a native one that no runtime patches. It is reentrant because ``validate`` may call
+#: ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
 _TABLES = (
@@ -61,10 +69,13 @@ _TABLES = (
 
 @implementer(INativeSchedules)
 class NativeScheduleControl:
-    """Changes of one scheduler's schedules, in the SQLite file ``path``, mode 0600.
+    """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    Safe to use from any thread and process: each call has a connection of its own. ``ValueError`` for a file that others
-    may read, is of another kind or another scheduler's; ``sqlite3.Error`` and ``OSError`` for a disk that fails.
+    May be used from any thread and process, because each call opens its own connection. Every
+    method, like the constructor, may raise ``sqlite3.Error`` and ``OSError`` if the disk fails.
+
+    :param path: the file; it is created with mode 0600.
+    :raises ValueError: other users may access the file, or it is not a schedule file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +85,12 @@ class NativeScheduleControl:
             pass
 
     def resolve(self, baseline: list[Schedule], *, owner: str) -> list[Schedule]:
-        """Return the schedules in force: those of the code, with what was changed, deleted and added."""
+        """Return the effective schedules: ``baseline`` with the stored changes applied.
+
+        :param baseline: the schedules that are defined in code.
+        :param owner: the scheduler's name.
+        :raises ValueError: the file belongs to another scheduler.
+        """
         with self._connected() as connection:
             _check_owner(connection, owner)
             return _effective(baseline, _changes(connection))
@@ -91,10 +107,21 @@ class NativeScheduleControl:
         validate: Callable[[Schedule], None],
         engine: str,
     ) -> Schedule | None:
-        """Commit one change if the schedule is still as ``expected``; return it as it is now, ``None`` when deleted.
+        """Commit one change and return the changed schedule, ``None`` after a deletion.
 
-        Raises ``ConflictError`` when it is not, ``NotFoundError`` when there is none, ``ValueError`` for what cannot be
-        done and whatever ``validate`` raises; nothing is changed then.
+        An error leaves the file unchanged. An exception of ``validate`` propagates.
+
+        :param owner: the scheduler's name.
+        :param operation: ``create``, ``update`` or ``delete``.
+        :param schedule_id: the schedule to update or delete, ``None`` for ``create``.
+        :param expected: the schedule as the operator saw it, ``None`` for ``create``.
+        :param definition: new values of the fields in :data:`EDITABLE`.
+        :param baseline: the schedules that are defined in code.
+        :param validate: called with the new schedule before it is stored.
+        :param engine: the engine of a created schedule.
+        :raises ConflictError: the schedule differs from ``expected``, or its name is taken.
+        :raises NotFoundError: there is no such schedule.
+        :raises ValueError: the change is not possible.
         """
         _check(operation, schedule_id, expected, definition)
         with self._connected() as connection:
@@ -119,16 +146,16 @@ class NativeScheduleControl:
         return after
 
     def _create(self) -> None:
-        """Create the file if there is none, with a mode that nobody else can read from the beginning."""
+        """Create a missing file with mode 0600, so that no other user can ever read it."""
         try:
             os.close(open_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
             found = self.path.lstat()
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError(f"{self.path} is no regular file") from None
-            if os.name == "posix" and found.st_mode & _OTHERS:
+                raise ValueError(f"{self.path} is not a regular file") from None
+            if os.name == "posix" and found.st_mode & _GROUP_AND_OTHERS:
                 raise ValueError(
-                    f"{self.path} can be read or written by others: chmod 600 {self.path}"
+                    f"{self.path} can be read or written by others: run chmod 600 {self.path}"
                 ) from None
 
     @contextmanager
@@ -148,7 +175,7 @@ class NativeScheduleControl:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the tables of a new file, or check that the file is ours."""
+    """Create the tables of a new file, or check that an existing file is a schedule file."""
     if _header(connection) == (0, 0):
         connection.execute("BEGIN IMMEDIATE")
         if (
@@ -161,7 +188,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     if _header(connection) != (APPLICATION_ID, VERSION):
-        raise ValueError(f"{path} holds something else than schedules, or those of another version")
+        raise ValueError(f"{path} is not a schedule file of version {VERSION}: choose another path")
 
 
 def _header(connection: sqlite3.Connection) -> tuple[int, int]:
@@ -170,7 +197,7 @@ def _header(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _check_owner(connection: sqlite3.Connection, owner: str) -> None:
-    """Raise ``ValueError`` for a file with another scheduler's changes."""
+    """Raise ``ValueError`` if the file belongs to another scheduler."""
     row = connection.execute("SELECT owner FROM identity").fetchone()
     if row is not None and row[0] != owner:
         raise ValueError(f"the file holds schedules of {row[0]}, not of {owner}")
@@ -182,7 +209,7 @@ def _claim(connection: sqlite3.Connection, owner: str) -> None:
 
 
 def _changes(connection: sqlite3.Connection) -> dict[str, Schedule | None]:
-    """Return what was changed, by key; ``None`` is a deletion."""
+    """Return the changed schedules by key; ``None`` marks a deleted one."""
     return {key: _read(body) for key, body in connection.execute("SELECT key, body FROM overrides")}
 
 
@@ -204,12 +231,13 @@ def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) 
     ).fetchone()
     if number > MAX_RECORDS or size > MAX_TOTAL_BYTES:
         raise ValueError(
-            f"{number} changed schedules of {size} bytes are over the limit of {MAX_RECORDS} and {MAX_TOTAL_BYTES}"
+            f"{number} changed schedules of {size} bytes are over the limit of {MAX_RECORDS} "
+            f"schedules or {MAX_TOTAL_BYTES} bytes"
         )
 
 
 def _key(schedule: Schedule | None) -> str:
-    """Return by what a schedule is known, to the brain as well."""
+    """Return the schedule's key, under which the brain also knows it."""
     if schedule is None:
         raise ValueError("schedule_id is required")
     return schedule.external_id or schedule.name
@@ -222,21 +250,21 @@ def _effective(baseline: list[Schedule], changes: dict[str, Schedule | None]) ->
 
 
 def _check(
-    operation: str, schedule_id: str | None, expected: Any, definition: dict[str, Any]
+    operation: str, schedule_id: str | None, expected: object, definition: dict[str, Any]
 ) -> None:
     if operation not in {"create", "update", "delete"}:
-        raise ValueError(f"{operation} is no change of a schedule")
+        raise ValueError(f"{operation} is not an operation on a schedule")
     if (operation == "create") != (schedule_id is None) or (operation == "create") != (
         expected is None
     ):
         raise ValueError(
-            "schedule_id and expected come with an update or a deletion, and with nothing else"
+            "schedule_id and expected are required for update and delete, not allowed for create"
         )
     unknown = sorted(set(definition) - EDITABLE)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be changed")
     if operation == "delete" and definition:
-        raise ValueError("a deletion has no definition")
+        raise ValueError("delete takes no definition")
 
 
 def _require_unchanged(
@@ -244,11 +272,11 @@ def _require_unchanged(
 ) -> Schedule:
     found = current.get(schedule_id)
     if found is None:
-        raise NotFoundError(f"there is no schedule {schedule_id!r}")
+        raise NotFoundError(f"schedule {schedule_id!r} does not exist")
     present = normalize_external_schedule(found.model_dump(mode="json"), owner=owner)
     if external_schedule_configuration(present) != external_schedule_configuration(expected or {}):
         raise ConflictError(
-            f"schedule {schedule_id!r} was changed meanwhile; look again before you change it"
+            f"schedule {schedule_id!r} was changed in the meantime; reload it and try again"
         )
     return found
 
@@ -256,7 +284,7 @@ def _require_unchanged(
 def _changed(
     before: Schedule | None, definition: dict[str, Any], *, owner: str, engine: str
 ) -> Schedule:
-    """Return the schedule after the change, validated by the model. Raises ``ValueError`` for a bad definition."""
+    """Return the changed schedule; raises ``ValueError`` for an invalid definition."""
     now = datetime.now(UTC).isoformat()
     if before is not None:
         fields = before.model_dump(mode="json")
@@ -275,6 +303,6 @@ def _changed(
 
 
 def _reject_duplicate_name(schedule: Schedule, others: Iterable[Schedule]) -> None:
-    """Raise ``ConflictError`` if another schedule has the name: the brain knows them by it."""
+    """Raise ``ConflictError`` if another schedule has the same name, the brain's unique key."""
     if any(other.name == schedule.name and _key(other) != _key(schedule) for other in others):
-        raise ConflictError(f"there is a schedule {schedule.name!r} already")
+        raise ConflictError(f"a schedule named {schedule.name!r} already exists")

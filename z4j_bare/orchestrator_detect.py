@@ -1,7 +1,8 @@
-"""Whether something starts this process again when it ends: the condition for ending it on an operator's word.
+"""Detects whether this process is restarted when it exits, which a restart command requires.
 
-Environment variables alone prove nothing: a terminal of a desktop session has ``INVOCATION_ID``, a developer's shell may
-have ``KUBERNETES_SERVICE_HOST``. So each sign has to be borne out by where this process stands: pid, parent, cgroup.
+Environment variables alone prove nothing: a terminal of a desktop session has ``INVOCATION_ID``,
+and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Each sign must therefore agree with
+the pid, the parent or the cgroup of this process.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What an operator says, in ``Z4J_ORCHESTRATED`` or by making the file.
+#: Values of ``Z4J_ORCHESTRATED`` that override the detection.
 _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+
+#: A file that declares every process of this host as orchestrated, relative to the root.
 MARKER = "etc/z4j-orchestrated"
 
-#: Files that container engines make, by engine.
+#: Files that container engines create, and the names of the engines.
 _FILES = {".dockerenv": "docker", "run/.containerenv": "podman"}
 
-#: Words in the cgroups of v1, and in the mounts under cgroup v2, where a container sees its own cgroup as ``/``.
+#: Substrings of a cgroup v1 path, and the names of the container engines.
 _CGROUPS = {
     "kubepods": "kubernetes",
     "libpod": "podman",
@@ -26,6 +29,9 @@ _CGROUPS = {
     "crio": "cri-o",
     "containerd": "containerd",
 }
+
+#: Substrings of the mount table. Under cgroup v2 a container sees its own cgroup as ``/``, so that
+#: only its mounts name the engine.
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -34,17 +40,19 @@ _MOUNTS = {
     "/containerd/": "containerd",
 }
 
-#: Programs that are pid 1 in a container for no more than to pass signals on; when their child ends, they do.
+#: Init programs that run as pid 1 in a container and exit when their child exits.
 _INITS = frozenset({"tini", "dumb-init", "docker-init", "catatonit", "pause", "s6-svscan"})
 
-#: Programs whose worker processes are their children: those that start a new one, and those that end with it.
-_MANAGERS = frozenset({"taskiq", "gunicorn"})
-_MASTERS = frozenset({"dramatiq", "dramatiq-gevent"})
+#: Parents that start a new worker process when one exits.
+_RESTARTING_PARENTS = frozenset({"taskiq", "gunicorn"})
+
+#: Parents that exit when one of their worker processes exits.
+_EXITING_PARENTS = frozenset({"dramatiq", "dramatiq-gevent"})
 
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorDetection:
-    """Whether somebody starts us again, and by what we know that."""
+    """Whether this process is restarted when it exits, and the evidence for that."""
 
     detected: bool
     signal: str | None
@@ -58,94 +66,93 @@ def detect_orchestrator(
     probe_filesystem: bool = True,
     root: Path = Path("/"),
 ) -> OrchestratorDetection:
-    """Look for what would start this process again; reads a few small files, never raises.
+    """Detect what restarts this process when it exits. Reads a few small files and never raises.
 
-    :param fs_marker_override: the container's name in place of what the files under ``root`` say.
-    :param probe_filesystem: without it, only ``Z4J_ORCHESTRATED`` and pid 1 count.
+    ``Z4J_ORCHESTRATED`` decides if it is set, else the file ``/etc/z4j-orchestrated`` if it exists.
+    Otherwise these count: a container whose first process this is, systemd or supervisord as the
+    direct parent, and a parent that restarts its workers.
 
-    ``Z4J_ORCHESTRATED`` decides where it is set, the file ``/etc/z4j-orchestrated`` after it. Else it takes a container,
-    systemd or supervisord whose direct child this process is, or the master of this process.
+    :param pid: the process to examine, the current one by default.
+    :param env: the environment, ``os.environ`` by default.
+    :param fs_marker_override: the container engine's name, instead of detecting it.
+    :param probe_filesystem: if false, only ``Z4J_ORCHESTRATED`` and pid 1 count.
+    :param root: the directory that contains ``proc``, ``etc`` and ``run``.
     """
     env = os.environ if env is None else env
-    wish = env.get("Z4J_ORCHESTRATED", "").strip().lower()
-    if wish in _NO:
-        return OrchestratorDetection(False, f"Z4J_ORCHESTRATED={wish}")
-    if wish in _YES:
-        return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={wish}")
-    place = _ProcessContext(os.getpid() if pid is None else pid, env, root)
-    found = place.supervisor(fs_marker_override) if probe_filesystem else None
-    if found is None and place.pid == 1:
+    override = env.get("Z4J_ORCHESTRATED", "").strip().lower()
+    if override in _NO:
+        return OrchestratorDetection(False, f"Z4J_ORCHESTRATED={override}")
+    if override in _YES:
+        return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={override}")
+    context = _ProcessContext(os.getpid() if pid is None else pid, env, root)
+    found = context.orchestrator(fs_marker_override) if probe_filesystem else None
+    if found is None and context.pid == 1:
         found = "pid 1"
     return OrchestratorDetection(found is not None, found)
 
 
 class _ProcessContext:
-    """Where a process stands, by ``/proc`` and what container engines leave."""
+    """The parent, cgroup and container of a process, read from the file system."""
 
     def __init__(self, pid: int, env: Mapping[str, str], root: Path) -> None:
         self.pid = pid
         self._env = env
         self._root = root
 
-    def supervisor(self, container: str | None) -> str | None:
-        """Return a label for whatever starts this process again, ``None`` where there is nothing."""
+    def orchestrator(self, container: str | None) -> str | None:
+        """Return a label of what restarts this process, ``None`` if nothing does."""
         if self._exists(MARKER):
             return f"/{MARKER}"
         return (
             self.container(container)
             or self.systemd()
             or self.supervisord()
-            or self.master(container)
+            or self.parent_program(container)
         )
 
     def container(self, known: str | None) -> str | None:
-        """Return a label when this is the process for which a container runs."""
-        kind = known or self._engine()
-        if not kind:
+        """Return a label if this is the main process of a container."""
+        engine = known or self._container_engine()
+        if not engine:
             return None
         if "KUBERNETES_SERVICE_HOST" in self._env:
-            kind = "kubernetes"
+            engine = "kubernetes"
         parent = self._parent()
-        # Where a pod's containers share their pids, each one's first process has a parent that it cannot see.
-        first = self.pid == 1 or (parent == 0 and kind == "kubernetes")
+        # In a pod with a shared pid namespace a container's first process has an invisible parent.
+        first = self.pid == 1 or (parent == 0 and engine == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
-            return f"{kind}, pid {self.pid}"
+            return f"{engine}, pid {self.pid}"
         return None
 
     def systemd(self) -> str | None:
-        """Return a label when systemd started this very process as a service, not a session's shell."""
+        """Return a label if systemd started this process as a service."""
         unit = self._read(f"proc/{self.pid}/cgroup").rstrip().rpartition("/")[2]
-        if (
-            not unit.endswith(".service")
-            or not {"INVOCATION_ID", "NOTIFY_SOCKET"} & self._env.keys()
-        ):
+        if not unit.endswith(".service"):
+            return None
+        if not {"INVOCATION_ID", "NOTIFY_SOCKET"} & self._env.keys():
             return None
         by_systemd = self._read(f"proc/{self._parent()}/comm").strip() == "systemd"
-        return (
-            f"systemd, {unit}"
-            if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self.pid)
-            else None
-        )
+        if by_systemd or self._env.get("SYSTEMD_EXEC_PID") == str(self.pid):
+            return f"systemd, {unit}"
+        return None
 
     def supervisord(self) -> str | None:
-        """Return a label when our parent is supervisord."""
+        """Return a label if the parent is supervisord."""
         if not {"SUPERVISOR_ENABLED", "SUPERVISOR_PROCESS_NAME"} & self._env.keys():
             return None
         if "supervisord" not in self._read(f"proc/{self._parent()}/cmdline"):
             return None
         return f"supervisord, {self._env.get('SUPERVISOR_PROCESS_NAME', 'unnamed')}"
 
-    def master(self, container: str | None) -> str | None:
-        """Return a label when our parent minds its workers, or ends with them and has somebody who minds it."""
+    def parent_program(self, container: str | None) -> str | None:
+        """Return a label if the parent restarts this process, or exits with it and is restarted."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
-        if kept := sorted(names & _MANAGERS):
-            return f"{kept[0]}, pid {parent}"
-        return (
-            _ProcessContext(parent, self._env, self._root).supervisor(container)
-            if names & _MASTERS
-            else None
-        )
+        if found := sorted(names & _RESTARTING_PARENTS):
+            return f"{found[0]}, pid {parent}"
+        if names & _EXITING_PARENTS:
+            return _ProcessContext(parent, self._env, self._root).orchestrator(container)
+        return None
 
     def _exists(self, path: str) -> bool:
         try:
@@ -153,25 +160,25 @@ class _ProcessContext:
         except OSError:
             return False
 
-    def _engine(self) -> str | None:
-        """Return which container engine runs us."""
+    def _container_engine(self) -> str | None:
+        """Return the name of the container engine that runs this process."""
         for path, engine in _FILES.items():
             if self._exists(path):
                 return engine
-        for path, words in (
+        for path, substrings in (
             ("proc/self/cgroup", _CGROUPS),
             ("proc/1/cgroup", _CGROUPS),
             ("proc/self/mountinfo", _MOUNTS),
         ):
             text = self._read(path)
-            for word, engine in words.items():
-                if word in text:
+            for substring, engine in substrings.items():
+                if substring in text:
                     return engine
         return None
 
     def _parent(self) -> int:
-        """Return the parent's pid, -1 when it is not to be learned."""
-        # The name in the second field may contain anything, brackets and spaces included.
+        """Return the parent's pid, or -1 if it is unknown."""
+        # The process name in the second field may contain brackets and spaces.
         fields = self._read(f"proc/{self.pid}/stat").rpartition(")")[2].split()
         return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else -1
 

@@ -1,4 +1,4 @@
-"""What kind of process we are in, read from its command line before Celery itself knows."""
+"""The role of this process, read from its command line before Celery has parsed it."""
 
 from __future__ import annotations
 
@@ -8,37 +8,34 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING
 
-_consumer: Any = None
-_loading = False
+if TYPE_CHECKING:
+    from celery.worker.consumer import Consumer
 
-#: Celery's own sub-commands that come and go; an agent in one would leave a ghost row in the brain.
-_INSPECTION_COMMANDS = {
-    "amqp",
-    "call",
-    "control",
-    "events",
-    "graph",
-    "inspect",
-    "list",
-    "logtool",
-    "migrate",
-} | {"multi", "purge", "report", "result", "shell", "status", "upgrade"}
+_consumer: Consumer | None = None
+_importing_application = False
 
-#: The programs, or Django's command, that run the workers of engines whose adapters name no worker in their events.
+#: Short-lived sub-commands of ``celery``. An agent in one would leave a stale row in the brain.
+_INSPECTION_COMMANDS = frozenset({
+    "amqp", "call", "control", "events", "graph", "inspect", "list", "logtool",
+    "migrate", "multi", "purge", "report", "result", "shell", "status", "upgrade",
+})  # fmt: skip
+
+#: Worker programs, or Django commands, of engines whose adapters name no worker in their events.
 _WORKER_PROGRAMS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
-#: Global options of the ``celery`` command that take their value as a word of its own.
-_WITH_VALUE = frozenset(
+#: Global options of ``celery`` that take their value as a separate word.
+_OPTIONS_WITH_VALUE = frozenset(
     {"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"}
 )
 
 
 def celery_command(argv: Sequence[str] | None = None) -> str | None:
-    """Return the sub-command of a ``celery`` command line, such as ``worker``, or ``None`` for any other process.
+    """Return the sub-command of a ``celery`` command line, such as ``worker``.
 
-    Recognises ``celery ...``, ``python -m celery ...`` and both behind launchers such as ``uv run``.
+    Returns ``None`` for any other process. Recognises ``celery ...``, ``python -m celery ...`` and
+    both after a launcher such as ``uv run``.
     """
     words = list(sys.argv if argv is None else argv)
     for index, word in enumerate(words[:6]):
@@ -49,7 +46,7 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
 
 
 def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
-    """Whether this is ``celery inspect`` and its like, where the agent stays inert."""
+    """Whether this process is ``celery inspect`` or a similar command, where no agent starts."""
     return celery_command(argv) in _INSPECTION_COMMANDS
 
 
@@ -59,8 +56,11 @@ def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
 
 
 def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | None:
-    """Return a name for the worker that this process is, of an engine whose events name none; ``None`` if it is none."""
-    # taskiq takes its own name off sys.argv, and a child of multiprocessing has lost it elsewhere.
+    """Return a worker name for this process if it is a worker of ``engine``, else ``None``.
+
+    Only engines whose adapters name no worker in their events need such a name.
+    """
+    # taskiq removes its own name from sys.argv; a multiprocessing child has it only in sys.argv.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
@@ -68,42 +68,44 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
 
 def track_worker_ready() -> None:
-    """In a Celery worker, remember that ``worker_ready`` has been sent.
+    """In a Celery worker, record when ``worker_ready`` is sent.
 
-    Called when this package is imported, which an app module does long before: an agent that is installed from inside
-    that signal (z4j_celery's own way) or later, from a task, has to start at once, and the signal keeps no such memory.
+    Celery does not replay ``worker_ready``. An agent that is installed by a handler of that signal
+    (as z4j_celery does) or later must start immediately, so the runtime has to know that the signal
+    was sent. Called when z4j_bare is imported, which happens long before the signal.
     """
     if "celery" in sys.modules and is_celery_worker():
         from celery import signals
 
-        signals.worker_ready.connect(_note_ready, weak=False)
+        signals.worker_ready.connect(_on_worker_ready, weak=False)
 
 
-def ready_worker() -> Any:
-    """Return the Consumer of this process's Celery worker once ``worker_ready`` has been sent, else ``None``."""
+def ready_worker() -> Consumer | None:
+    """Return the Consumer of this Celery worker, ``None`` before ``worker_ready``."""
     return _consumer
 
 
 @contextmanager
 def importing_application() -> Iterator[None]:
-    """While a command of ours imports an application, the agent that it installs neither starts nor takes the process.
+    """Mark the block in which a z4j-bare command imports an application.
 
-    ``z4j-bare run`` is that agent itself, with engines and settings of its own, and ``doctor`` must disturb nobody.
+    An agent that the application installs in this block neither starts nor registers itself:
+    ``z4j-bare run`` starts its own agent, and ``doctor`` must not start any.
     """
-    global _loading
-    before, _loading = _loading, True
+    global _importing_application
+    previous, _importing_application = _importing_application, True
     try:
         yield
     finally:
-        _loading = before
+        _importing_application = previous
 
 
 def is_importing_application() -> bool:
-    """Whether an application is being imported for a command of ours."""
-    return _loading
+    """Whether a z4j-bare command is importing an application."""
+    return _importing_application
 
 
-def _note_ready(sender: Any = None, **_kwargs: Any) -> None:
+def _on_worker_ready(sender: Consumer | None = None, **_kwargs: object) -> None:
     global _consumer
     _consumer = sender
 
@@ -113,7 +115,7 @@ def _first_command(words: Sequence[str]) -> str:
     for word in words:
         if skip:
             skip = False
-        elif word in _WITH_VALUE:
+        elif word in _OPTIONS_WITH_VALUE:
             skip = True
         elif not word.startswith("-"):
             return word

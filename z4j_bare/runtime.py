@@ -1,4 +1,4 @@
-"""``AgentRuntime``: the object that adapters build, start, stop and ask. Lifecycle, and nothing else."""
+"""The agent's lifecycle: the object that adapters build, start, query and stop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from z4j_bare.agent import Agent
 
-logger = logging.getLogger("z4j.runtime")
+logger = logging.getLogger("z4j.runtime.runtime")
 
-#: Events kept under ``Z4J_TESTING``.
+#: Number of the latest events that ``AgentRuntime.recorded`` keeps under ``Z4J_TESTING``.
 MAX_RECORDED_EVENTS = 1_000
 
 
 class RuntimeState(StrEnum):
-    """Where a runtime is in its life."""
+    """The lifecycle state of a runtime."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -34,31 +34,31 @@ class RuntimeState(StrEnum):
 
 
 class AgentRuntime:
-    """The agent of one process.
+    """The agent of one process. The constructor does no I/O and starts nothing.
 
-    :param config: z4j_core's ``Config``; kept as it is, under ``config``.
-    :param framework: a framework adapter, kept under ``framework``.
-    :param engines: queue engine adapters, keyed by their ``name`` under ``engines``; of two with one name the last wins.
-    :param schedulers: scheduler adapters, likewise.
-    :param settings: what ``Config`` has no field for; read from ``Z4J_*`` when missing.
-
-    Building one does no I/O and starts nothing.
+    :param config: z4j_core's ``Config``, available as ``config``.
+    :param framework: the framework adapter, available as ``framework``.
+    :param engines: queue engine adapters, available as the dict ``engines``, keyed by their
+        ``name``. The last of several adapters with the same name wins.
+    :param schedulers: scheduler adapters, available as the dict ``schedulers`` in the same way.
+    :param settings: settings that ``Config`` has no field for; ``None`` reads them from ``Z4J_*``
+        when the runtime starts.
     """
 
     def __init__(
         self,
         *,
         config: Config,
-        framework: Any,
+        framework: object,
         engines: list[Any],
         schedulers: list[Any] | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.config = config
-        self.framework = framework
+        self.framework: Any = framework
         self.engines = {engine.name: engine for engine in engines}
         self.schedulers = {scheduler.name: scheduler for scheduler in schedulers or []}
-        #: Under ``Z4J_TESTING``, the last events that ``record_event`` was given; ``None`` otherwise.
+        #: Under ``Z4J_TESTING`` the latest events passed to ``record_event``, otherwise ``None``.
         self.recorded: deque[Event] | None = None
         self._settings = settings
         self._state = RuntimeState.STOPPED
@@ -68,23 +68,27 @@ class AgentRuntime:
 
     @property
     def state(self) -> RuntimeState:
-        """Where the runtime is in its life; in a forked child always ``stopped``."""
+        """The lifecycle state; always ``stopped`` in a forked child."""
         agent = self._agent
         return RuntimeState.STOPPED if agent is not None and agent.backend.forked() else self._state
 
     @property
     def has_stopped(self) -> bool:
-        """Whether it has run and been stopped, so that another may take its place in the process."""
+        """Whether the runtime ran and was stopped, so that the process may install another one."""
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
     def start(self) -> None:
-        """Start the loops and return at once; connecting goes on in the background. Idempotent.
+        """Start the agent's loops and return; they connect in the background. Idempotent.
 
-        Does nothing while a command of ours imports the application that calls it. Raises ``HostConfigurationError`` for a
-        setting that is missing or wrong, or a process it cannot live in.
+        Does nothing while a z4j-bare command imports the application that calls it.
+
+        :raises HostConfigurationError: a setting is missing or wrong, or the agent cannot run in
+            this process.
         """
         if is_importing_application():
-            logger.debug("z4j: the application is only being looked at; its agent stays out")
+            logger.debug(
+                "z4j: not starting: the application is being imported by a z4j-bare command"
+            )
             return
         with self._lock:
             if self.state is not RuntimeState.STOPPED:
@@ -107,7 +111,10 @@ class AgentRuntime:
         )
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stop within ``timeout`` seconds, hung peer or not. Idempotent; does nothing in a forked child."""
+        """Stop within ``timeout`` seconds, even if the brain does not respond. Idempotent.
+
+        Does nothing in a forked child.
+        """
         with self._lock:
             agent = self._agent
             if agent is None or self.state is not RuntimeState.RUNNING:
@@ -120,7 +127,11 @@ class AgentRuntime:
             self._state = RuntimeState.STOPPED
 
     def record_event(self, event: Event) -> None:
-        """Take one event: microseconds, no I/O, never raises. Silent when stopped and in a forked child."""
+        """Append one event to the ring; takes microseconds, does no I/O and never raises.
+
+        Does nothing when the runtime is stopped, except under ``Z4J_TESTING``, and in a forked
+        child.
+        """
         agent = self._agent
         if agent is not None and not agent.backend.forked():
             agent.record(event)
@@ -128,18 +139,21 @@ class AgentRuntime:
             self.recorded.append(event)
 
     def buffer_size(self) -> int:
-        """Return the rows in the buffer, as of a second ago, or a few where there is no session."""
+        """Return the number of rows in the buffer, at most a few seconds old."""
         agent = self._agent
         return 0 if agent is None else agent.buffer.last_stats.rows
 
     def request_reconnect(self) -> None:
-        """End the session, if there is one, and connect anew at once. Callable from any thread."""
+        """End the current session and reconnect immediately. May be called from any thread."""
         agent = self._agent
         if agent is not None and not agent.backend.forked():
             agent.supervisor.reconnect()
 
     def supervisor_state(self) -> dict[str, Any]:
-        """Return ``state``, the failure streaks and ``session_id``, under the existing agent's keys."""
+        """Return ``state``, the number of consecutive failures by kind, and ``session_id``.
+
+        The keys are those of z4j-bare 1.13.0.
+        """
         agent = self._agent
         streaks = agent.supervisor.backoff.streaks if agent else {}
         link = agent.supervisor.link if agent else None
@@ -152,22 +166,23 @@ class AgentRuntime:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters: produced, stored, sent, acked, lost by reason, and how the agent is."""
+        """Return the event counters, the losses by reason, and the agent's health."""
         agent = self._agent
         return {"state": str(self.state), **(agent.stats() if agent else {})}
 
     def stuck(self, seconds: float) -> list[str]:
-        """Return the names of the agent's loops that do not go on: ended, or busy with one thing for longer than that.
+        """Return the names of loops that ended, or did not yield for more than ``seconds`` seconds.
 
-        A loop that waits, for the disk or the brain, is none of them: a new process would wait as well.
+        A loop that waits for the disk or the brain is not stuck: a restarted process would wait
+        as well.
         """
         agent = self._agent
-        return (
-            [] if agent is None or self.state is not RuntimeState.RUNNING else agent.stuck(seconds)
-        )
+        if agent is None or self.state is not RuntimeState.RUNNING:
+            return []
+        return agent.stuck(seconds)
 
     def reinit_after_fork(self) -> None:
-        """Start over in a forked child, with a buffer of its own. Does nothing in the process that started it."""
+        """Start a new agent with its own buffer in a forked child; does nothing in the parent."""
         agent = self._agent
         if agent is None or not agent.backend.forked():
             return
@@ -184,7 +199,7 @@ class AgentRuntime:
         if settings.disabled or settings.testing:
             self.recorded = deque(maxlen=MAX_RECORDED_EVENTS) if settings.testing else None
             logger.info(
-                "z4j: %s is set; the agent stays out",
+                "z4j: not starting the agent: %s is set",
                 "Z4J_DISABLED" if settings.disabled else "Z4J_TESTING",
             )
             return None

@@ -1,7 +1,7 @@
-"""Tells when a ``tasks.py`` changes: for development, where tasks come and go while the worker runs.
+"""Reports changes of ``tasks.py`` files, for development while a worker runs.
 
-It looks at the files twice a second, on a native worker under gevent and eventlet. watchdog is not used: its observer reads
-inotify in a thread, which in a patched process is a greenlet that stops the hub.
+The files are polled twice a second, under gevent and eventlet on a native worker thread. watchdog
+is not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
 """
 
 from __future__ import annotations
@@ -11,32 +11,37 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.concurrency import BaseConcurrency, Task, build, choose, detect
+from z4j_bare.interfaces import IEvent
 from z4j_bare.safety import safe_call
 
 logger = logging.getLogger("z4j.runtime.watcher")
 
-#: Seconds between two looks, and for :meth:`TasksFileWatcher.stop`.
+#: Seconds between two scans of the files.
 POLL_INTERVAL = 0.5
+
+#: Seconds that :meth:`TasksFileWatcher.stop` waits for the watcher's task.
 STOP_TIMEOUT = 2.0
 
-#: Seconds that a file has to be quiet, at least: editors write in steps.
+#: Minimum debounce time in seconds: editors save a file in several steps.
 MIN_DEBOUNCE = 0.05
 
-#: Directories that hold no tasks of anybody's.
-_SKIPPED = frozenset({"__pycache__", "node_modules", "site-packages"})
+#: Directories that contain no task modules of the application.
+_SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages"})
 
-#: What two looks are compared by: size and time of the last change, by path.
+#: Size in bytes and modification time in nanoseconds of each file, by path.
 Snapshot = Mapping[str, tuple[int, int]]
 
 
 class TasksFileWatcher:
-    """Watches the files of these names below ``app_paths``.
+    """Watches the files with the given names below ``app_paths``.
 
-    :param on_change: called with the path of each that was changed, made or removed, once it has been quiet for
-        ``debounce_ms``; in a task of the watcher's own. What it raises is logged.
+    :param app_paths: directories that are scanned recursively.
+    :param on_change: called with the path of each changed, created or removed file, in the
+        watcher's own task. Its exceptions are logged.
+    :param filenames: names of the files to watch.
+    :param debounce_ms: milliseconds without a further change after which ``on_change`` is called.
     """
 
     def __init__(
@@ -50,13 +55,13 @@ class TasksFileWatcher:
         self._paths = [Path(path) for path in app_paths]
         self._on_change = on_change
         self._names = frozenset(filenames)
-        self._window = max(MIN_DEBOUNCE, debounce_ms / 1000)
-        self._backend: Any = None
-        self._stop_event: Any = None
-        self._task: Any = None
+        self._debounce = max(MIN_DEBOUNCE, debounce_ms / 1000)
+        self._backend: BaseConcurrency
+        self._stop_event: IEvent
+        self._task: Task | None = None
 
     def start(self) -> bool:
-        """Begin to watch; return whether there is a directory to watch. Idempotent."""
+        """Start watching and return whether any of the directories exists. Idempotent."""
         if self._task is not None:
             return True
         roots = [str(path) for path in self._paths if path.is_dir()]
@@ -68,7 +73,7 @@ class TasksFileWatcher:
         return True
 
     def stop(self) -> None:
-        """End it, within two seconds. Idempotent."""
+        """Stop watching within two seconds. Idempotent."""
         task, self._task = self._task, None
         if task is not None:
             self._stop_event.set()
@@ -87,28 +92,32 @@ class TasksFileWatcher:
                 known = found
 
     def _debounced(self, roots: list[str], found: Snapshot) -> Snapshot:
-        """Look until two looks in a row show the same."""
-        while not self._backend.wait(self._stop_event, self._window):
-            earlier, found = found, self._scan(roots, found)
-            if found == earlier:
+        """Scan until two consecutive scans have the same result, and return it."""
+        while not self._backend.wait(self._stop_event, self._debounce):
+            previous, found = found, self._scan(roots, found)
+            if found == previous:
                 break
         return found
 
-    def _scan(self, roots: list[str], otherwise: Snapshot) -> Snapshot:
+    def _scan(self, roots: list[str], fallback: Snapshot) -> Snapshot:
         ok, found = self._backend.offload(_scan, roots, self._names)
         if ok:
             return dict(found)
-        logger.debug("z4j: the watcher could not look: %s", found)
-        return otherwise
+        logger.debug("z4j: could not scan the task files: %s", found)
+        return fallback
 
 
 def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
     found = {}
     for root in roots:
-        for directory, below, files in os.walk(root):
-            below[:] = [name for name in below if name not in _SKIPPED and not name.startswith(".")]
+        for directory, subdirectories, files in os.walk(root):
+            subdirectories[:] = [
+                name
+                for name in subdirectories
+                if name not in _SKIPPED_DIRECTORIES and not name.startswith(".")
+            ]
             for path in (Path(directory) / name for name in names.intersection(files)):
-                with suppress(OSError):  # removed since
-                    seen = path.stat()
-                    found[str(path)] = (seen.st_size, seen.st_mtime_ns)
+                with suppress(OSError):  # The file was removed during the scan.
+                    status = path.stat()
+                    found[str(path)] = (status.st_size, status.st_mtime_ns)
     return found

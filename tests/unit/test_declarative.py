@@ -1,4 +1,4 @@
-"""Schedules in code: what is sent for them, what comes of it, and what no bad entry, refusal or redirect may do."""
+"""Declared schedules: the request, the result, and invalid entries, rejections and redirects."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ from z4j_bare.declarative import (
     _z4j_native_schedules_to_specs,
 )
 
-KEY = "z4j_key_that_nobody_may_log"
+KEY = "z4j_key_that_must_not_be_logged"
 
 
 @pytest.fixture
 def brain(backend):
-    """A scripted brain; what it shall answer stands in ``answers``."""
+    """A scripted brain; a test puts its responses into ``answers``."""
     peer = HttpPeer(backend)
     yield peer
     peer.stop()
@@ -32,8 +32,8 @@ def reconciler(brain):
     return ScheduleReconciler(brain_url=brain.url + "/", api_key=KEY, project_slug="shop")
 
 
-def test_import(brain, reconciler):
-    """Both notations go out in one request under the API key; what the brain counted comes back."""
+def test_reconcile_sends_both_notations_in_one_request(brain, reconciler):
+    """Both notations are sent in one request with the API key; the brain's counts are returned."""
     brain.answers["POST"] = [
         (
             200,
@@ -80,8 +80,8 @@ def test_import(brain, reconciler):
     assert len(own["source_hash"]) == 64
 
 
-def test_dry_run(brain, reconciler):
-    """A dry run asks for the differences only."""
+def test_dry_run_requests_differences_only(brain, reconciler):
+    """A dry run calls the diff endpoint and changes nothing."""
     brain.answers["POST"] = [
         (200, {}, b'{"insert": 3, "update": [1, 2], "unchanged": 4, "delete": 5}')
     ]
@@ -90,8 +90,8 @@ def test_dry_run(brain, reconciler):
     assert brain.requests[0].path.endswith("schedules:diff")
 
 
-def test_refusal(brain, reconciler, caplog):
-    """A refusal counts every schedule as failed, and the log has a piece of the answer, but not the key."""
+def test_rejected_request_counts_all_schedules_as_failed(brain, reconciler, caplog):
+    """A rejection counts all schedules as failed; the log quotes the response without the key."""
     brain.answers["POST"] = [(403, {}, f"no {KEY} \x1b[2J {'x' * 500}".encode())]
     result = reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}})
     assert result == ReconcileResult(failed=1)
@@ -101,8 +101,8 @@ def test_refusal(brain, reconciler, caplog):
     assert "x" * 250 not in caplog.text
 
 
-def test_the_way_there(brain, reconciler):
-    """A redirect is not followed, and a brain that is not there is an error of requests."""
+def test_reconcile_ignores_redirect_and_raises_connection_error(brain, reconciler):
+    """A redirect is not followed, and an unreachable brain raises an error of requests."""
     brain.answers["POST"] = [(307, {"Location": brain.url + "/elsewhere"}, b"{}")]
     assert (
         reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}}).failed
@@ -114,8 +114,8 @@ def test_the_way_there(brain, reconciler):
         reconciler.reconcile(z4j_schedules={})
 
 
-def test_specs(caplog):
-    """Entries of z4j's own take several spellings; those that cannot be read are left out, one warning each."""
+def test_invalid_native_entries_are_skipped_with_warning(caplog):
+    """z4j's own entries have several spellings; each invalid one is skipped with a warning."""
     good = {
         "every": {"task": "t", "schedule": timedelta(seconds=30)},
         "cron": {"task_name": "t", "expression": "*/5 * * * *", "timezone": "Europe/Berlin"},
@@ -135,8 +135,8 @@ def test_specs(caplog):
     assert [record.args[0] for record in caplog.records] == list(bad)
 
 
-def test_one_name_twice(reconciler, caplog):
-    """Of two schedules with one name z4j's own is taken, with a warning."""
+def test_native_entry_wins_over_beat_entry_of_same_name(reconciler, caplog):
+    """If both notations declare a name, z4j's own entry is used, with a warning."""
     (spec,) = reconciler.collect_specs(
         z4j_schedules={"a": {"task": "own", "schedule": "0 * * * *"}},
         celery_beat_schedules={"a": {"task": "beat", "schedule": 60.0}},
@@ -145,8 +145,8 @@ def test_one_name_twice(reconciler, caplog):
     assert "declared twice" in caplog.text
 
 
-def test_the_hash():
-    """It is the same for the same declaration, and another one for any change of it."""
+def test_source_hash_changes_with_declaration():
+    """The hash is stable for equal declarations and differs after any change."""
     (spec,) = _z4j_native_schedules_to_specs({"a": {"task": "t", "schedule": "0 * * * *"}})
     first = _spec_to_brain_payload(spec, engine="celery")
     assert first == _spec_to_brain_payload(spec, engine="celery")
@@ -159,7 +159,7 @@ def test_the_hash():
 
 
 @pytest.mark.parametrize("slug", ["", "ab", "-shop", "shop-", "Shop", "a" * 51, "a/b"])
-def test_slugs(slug):
-    """What is no slug is refused before anything is sent."""
+def test_invalid_project_slug_raises_error(slug):
+    """An invalid slug is rejected by the constructor."""
     with pytest.raises(ValueError, match="slug"):
         ScheduleReconciler(brain_url="http://x", api_key=KEY, project_slug=slug)

@@ -1,4 +1,4 @@
-"""install_agent and the runtime's lifecycle: what is started where, and what a wrong setting says."""
+"""install_agent and the runtime's lifecycle: when it starts, and the errors for wrong settings."""
 
 import subprocess
 import sys
@@ -7,9 +7,15 @@ import pytest
 from z4j_core.errors import ConfigError
 
 from tests.support.peer import SECRET_TEXT
-from z4j_bare import AgentRuntime, BareFrameworkAdapter, RuntimeState, install, install_agent
+from z4j_bare import (
+    AgentRuntime,
+    BareFrameworkAdapter,
+    RuntimeState,
+    install,
+    install_agent,
+    process,
+)
 from z4j_bare import _process_singleton as singleton
-from z4j_bare import process as hosting
 from z4j_bare.errors import HostConfigurationError
 
 
@@ -35,7 +41,7 @@ GIVEN = {
 
 @pytest.fixture(autouse=True)
 def free_process():
-    """No runtime of another test holds the process, and none of this one is left behind."""
+    """Clear the process's runtime before the test, and stop the test's own runtime afterwards."""
     singleton.clear_runtime()
     yield
     left = singleton.current_runtime()
@@ -49,8 +55,8 @@ def argv(monkeypatch):
     return lambda *words: monkeypatch.setattr(sys, "argv", list(words))
 
 
-def test_starts_now_in_an_ordinary_process():
-    """Outside Celery the agent runs as soon as install_agent returns, and has the process."""
+def test_agent_outside_celery_starts_immediately():
+    """Outside Celery the agent runs and is registered when install_agent returns."""
     engine = Engine()
     runtime = install_agent(engines=[engine], **GIVEN)
     assert runtime.state is RuntimeState.RUNNING
@@ -60,14 +66,14 @@ def test_starts_now_in_an_ordinary_process():
     assert isinstance(runtime.framework, BareFrameworkAdapter)
 
 
-def test_the_first_one_wins():
+def test_second_install_returns_first_runtime():
     """A second install_agent returns the first runtime and starts nothing."""
     first = install_agent(engines=[Engine()], **GIVEN)
     assert install_agent(engines=[Engine()], **GIVEN) is first
 
 
-def test_a_stopped_one_makes_room():
-    """After stop() the next install_agent gets the process."""
+def test_install_after_stop_starts_new_runtime():
+    """After stop() the next install_agent starts a new runtime."""
     first = install_agent(engines=[Engine()], **GIVEN)
     first.stop(timeout=2)
     second = install_agent(engines=[Engine()], **GIVEN)
@@ -75,8 +81,8 @@ def test_a_stopped_one_makes_room():
     assert second.state is RuntimeState.RUNNING
 
 
-def test_autostart_off():
-    """With autostart off everything is ready and nothing runs until start()."""
+def test_runtime_without_autostart_runs_after_start():
+    """With autostart off the runtime is built but stopped until start()."""
     runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
     assert runtime.state is RuntimeState.STOPPED
     assert runtime.stats() == {"state": "stopped"}
@@ -86,8 +92,8 @@ def test_autostart_off():
     assert runtime.state is RuntimeState.RUNNING
 
 
-def test_before_start_nothing_hurts():
-    """Every public call is harmless on a runtime that never ran."""
+def test_calls_before_start_do_nothing():
+    """Every public method can be called on a runtime that was never started."""
     runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
     runtime.record_event(object())
     runtime.request_reconnect()
@@ -97,8 +103,8 @@ def test_before_start_nothing_hurts():
 
 
 @pytest.mark.parametrize("given", [BareFrameworkAdapter, "instance", None])
-def test_frameworks(given):
-    """A framework adapter is given as a class or as an instance, or is the plain one."""
+def test_framework_may_be_class_or_instance(given):
+    """The framework is an adapter class or instance, and BareFrameworkAdapter by default."""
     config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
     singleton.clear_runtime()
     instance = BareFrameworkAdapter(config)
@@ -112,8 +118,8 @@ def test_frameworks(given):
     assert given != "instance" or runtime.framework is instance
 
 
-def test_settings_come_from_the_environment(monkeypatch):
-    """What is not given as a keyword comes from Z4J_*."""
+def test_missing_keywords_are_read_from_environment(monkeypatch):
+    """A setting without a keyword is read from its Z4J_* variable."""
     for name, value in (
         ("BRAIN_URL", GIVEN["brain_url"]),
         ("TOKEN", "tok"),
@@ -126,8 +132,8 @@ def test_settings_come_from_the_environment(monkeypatch):
     assert runtime.config.project_id == "from-env"
 
 
-def test_the_token_file_is_enough(tmp_path):
-    """With token_file no token need be given."""
+def test_token_file_replaces_token(tmp_path):
+    """With token_file no token is required."""
     path = tmp_path / "token"
     path.write_text("tok\n")
     given = {**GIVEN, "token": None, "token_file": path}
@@ -135,7 +141,7 @@ def test_the_token_file_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "said"),
+    ("changes", "kind", "message"),
     [
         ({"engines": []}, ConfigError, "at least one engine"),
         ({"brain_url": None}, ConfigError, "brain_url"),
@@ -170,12 +176,12 @@ def test_the_token_file_is_enough(tmp_path):
         ({"concurrency": "asyncio"}, HostConfigurationError, "Z4J_CONCURRENCY"),
     ],
 )
-def test_wrong_settings_name_themselves(changes, kind, said):
-    """What is missing or wrong raises, names the setting, quotes no secret, and leaves the process free."""
+def test_wrong_keyword_raises_error_that_names_setting(changes, kind, message):
+    """The error names the setting and quotes no secret, and nothing is registered."""
     with pytest.raises(kind) as caught:
         install_agent(**{"engines": [Engine()], **GIVEN, **changes})
     text = f"{caught.value} {getattr(caught.value, 'details', '')}"
-    assert said in text
+    assert message in text
     assert "\n" not in text
     assert SECRET_TEXT not in text
     assert str(changes.get("hmac_secret")) not in str(caught.value)
@@ -183,23 +189,23 @@ def test_wrong_settings_name_themselves(changes, kind, said):
 
 
 @pytest.mark.parametrize(
-    ("variable", "text", "said"),
+    ("variable", "text", "message"),
     [
         ("Z4J_BUFFER_MAX_EVENTS", "many", "Z4J_BUFFER_MAX_EVENTS must be an integer"),
         ("Z4J_HEARTBEAT_SECONDS", "0", "Z4J_HEARTBEAT_SECONDS=0: "),
         ("Z4J_TRANSPORT", "pigeon", "Z4J_TRANSPORT='pigeon': "),
     ],
 )
-def test_wrong_variables_name_themselves(monkeypatch, variable, text, said):
-    """What z4j_core finds wrong with a variable is one line of ours, and names the variable."""
+def test_wrong_variable_raises_error_that_names_it(monkeypatch, variable, text, message):
+    """A validation error of z4j_core becomes one line that names the variable."""
     monkeypatch.setenv(variable, text)
-    with pytest.raises(HostConfigurationError, match=f"^{said}") as caught:
+    with pytest.raises(HostConfigurationError, match=f"^{message}") as caught:
         install_agent(engines=[Engine()], **GIVEN)
     assert "\n" not in str(caught.value)
 
 
-def test_bad_secret_files(tmp_path):
-    """A key file that is wrong is named by its own variable, not by that of the value it stands for."""
+def test_wrong_key_file_is_named_by_its_variable(tmp_path):
+    """The error for a wrong key file names the file's variable, not that of the value."""
     path = tmp_path / "key"
     path.write_text("c2hvcnQ=")
     with pytest.raises(HostConfigurationError, match="Z4J_HMAC_SECRET_FILE decodes to 5 bytes"):
@@ -209,8 +215,8 @@ def test_bad_secret_files(tmp_path):
         install_agent(engines=[Engine()], hmac_secret_file=path, **GIVEN)
 
 
-def test_bad_certificates(tmp_path):
-    """A certificate file that is none fails at start and names its variable, instead of failing every connection."""
+def test_invalid_certificate_file_fails_at_start(tmp_path):
+    """An invalid certificate file fails at start with an error that names its variable."""
     path = tmp_path / "ca.pem"
     path.write_text("not a certificate")
     given = {**GIVEN, "brain_url": "https://brain.example.com"}
@@ -224,15 +230,15 @@ def test_bad_certificates(tmp_path):
             install_agent(engines=[Engine()], **given)
 
 
-def test_a_deprecated_path_is_refused(monkeypatch):
-    """A path variable that z4j no longer reads is an error, because data would go elsewhere than its owner thinks."""
+def test_deprecated_path_variable_raises_error(monkeypatch):
+    """A path variable that z4j no longer reads is an error, because data would go elsewhere."""
     monkeypatch.setenv("Z4J_BUFFER_PATH", "/tmp/x")
     with pytest.raises(RuntimeError, match="Z4J_BUFFER_PATH"):
         install_agent(engines=[Engine()], **GIVEN)
 
 
-def test_disabled_is_inert(monkeypatch):
-    """Z4J_DISABLED needs no other setting, takes no slot and never starts, not even when told to."""
+def test_disabled_runtime_never_starts(monkeypatch):
+    """Z4J_DISABLED needs no other setting, registers nothing, and makes start() do nothing."""
     monkeypatch.setenv("Z4J_DISABLED", "1")
     runtime = install_agent(engines=[Engine()])
     runtime.start()
@@ -242,8 +248,8 @@ def test_disabled_is_inert(monkeypatch):
     runtime.stop()
 
 
-def test_testing_keeps_what_is_recorded(monkeypatch):
-    """Z4J_TESTING needs no other setting and starts nothing, and a test can look at the events that its code recorded."""
+def test_runtime_under_testing_keeps_recorded_events(monkeypatch):
+    """Z4J_TESTING needs no other setting, starts nothing, and keeps recorded events."""
     monkeypatch.setenv("Z4J_TESTING", "1")
     runtime, event = install_agent(engines=[Engine()]), object()
     runtime.record_event(event)
@@ -252,8 +258,8 @@ def test_testing_keeps_what_is_recorded(monkeypatch):
     assert singleton.current_runtime() is None
 
 
-def test_disabled_by_hand(monkeypatch):
-    """An adapter that builds AgentRuntime itself gets an inert one as well."""
+def test_disabled_runtime_built_by_adapter_never_starts(monkeypatch):
+    """Z4J_DISABLED also applies to a runtime that an adapter builds itself."""
     config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
     monkeypatch.setenv("Z4J_DISABLED", "true")
     runtime = AgentRuntime(
@@ -263,14 +269,14 @@ def test_disabled_by_hand(monkeypatch):
     assert runtime.state is RuntimeState.STOPPED
 
 
-def test_a_visitor_stays_inert(argv):
-    """Under celery inspect nothing starts: it would be a ghost worker in the brain."""
+def test_agent_in_inspection_command_never_starts(argv):
+    """Under celery inspect nothing starts, because it would leave a stale worker in the brain."""
     argv("celery", "-A", "shop", "inspect", "ping")
     assert install_agent(engines=[Engine()], **GIVEN).state is RuntimeState.STOPPED
 
 
-def test_a_worker_starts_at_worker_ready(argv):
-    """In a Celery worker the agent waits for worker_ready, takes the node's name along, and stops at worker_shutdown."""
+def test_agent_in_celery_worker_starts_at_worker_ready(argv):
+    """The agent starts at worker_ready with the node's name, and stops at worker_shutdown."""
     from celery import signals
 
     argv("/usr/bin/celery", "-A", "shop", "worker", "-P", "gevent")
@@ -288,15 +294,15 @@ def test_a_worker_starts_at_worker_ready(argv):
         signals.worker_ready.receivers[:], signals.worker_shutdown.receivers[:] = before
 
 
-def test_a_worker_that_is_ready_already(argv, monkeypatch):
-    """Installed from inside worker_ready or later, the agent starts at once: the signal will not come again."""
+def test_agent_installed_after_worker_ready_starts_immediately(argv, monkeypatch):
+    """Installed during or after worker_ready, which is not sent again, the agent starts now."""
     argv("celery", "worker")
     monkeypatch.setattr(install, "ready_worker", object)
     assert install_agent(engines=[Engine()], **GIVEN).state is RuntimeState.RUNNING
 
 
-def test_a_failed_start_frees_the_process(monkeypatch):
-    """When start() raises, the next install_agent finds the process free."""
+def test_failed_start_unregisters_runtime(monkeypatch):
+    """When start() raises, the process has no registered runtime."""
 
     def fail(_self):
         raise OSError("no more threads")
@@ -307,8 +313,8 @@ def test_a_failed_start_frees_the_process(monkeypatch):
     assert singleton.current_runtime() is None
 
 
-def test_a_failed_build_can_be_repeated(monkeypatch, tmp_path):
-    """start() that failed for a setting leaves the runtime stopped, and works once the setting is right."""
+def test_start_after_failed_build_succeeds(monkeypatch, tmp_path):
+    """A start() that failed for a setting leaves the runtime stopped; a later one succeeds."""
     runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
     monkeypatch.setenv("Z4J_CONCURRENCY", "trio")
     fresh = AgentRuntime(config=runtime.config, framework=runtime.framework, engines=[Engine()])
@@ -321,8 +327,8 @@ def test_a_failed_build_can_be_repeated(monkeypatch, tmp_path):
     fresh.stop(timeout=2)
 
 
-def test_engines_of_one_name_collapse():
-    """Of two engines with one name the last wins, as in the existing agent."""
+def test_last_engine_with_same_name_wins():
+    """Of two engines with the same name the last one is used."""
     first, last = Engine(), Engine()
     runtime = install_agent(engines=[first, last], autostart=False, **GIVEN)
     assert runtime.engines == {"stub": last}
@@ -344,23 +350,25 @@ class Engine:
 
 backend = build(sys.argv[1])
 peer = Peer(backend)
-runtime = install_agent(engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
+runtime = install_agent(
+    engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
+)
 deadline = time.monotonic() + 20
 while not peer.frames("heartbeat") and time.monotonic() < deadline:
     backend.sleep(0.02)
 import atexit
 stop = runtime.stop
-def watched(*args, **options):
+def timed_stop(*args, **options):
     began = time.monotonic()
     stop(*args, **options)
     os.write(1, f"stopped {time.monotonic() - began < 10} {runtime.state}\\n".encode())
-runtime.stop = watched
+runtime.stop = timed_stop
 print(len(peer.frames("heartbeat")), flush=True)
 """
 
 
-def test_the_exit_of_the_process_stops_the_agent(mode):
-    """At interpreter exit the agent stops once, within its budget, in every mode, and the process ends."""
+def test_interpreter_exit_stops_agent(mode):
+    """At interpreter exit the agent stops once, within its timeout, in every mode."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EXIT, mode],
         capture_output=True,
@@ -374,12 +382,12 @@ def test_the_exit_of_the_process_stops_the_agent(mode):
     assert "Traceback" not in done.stderr
 
 
-def test_the_note_of_readiness():
-    """What hosting remembers of worker_ready is the Consumer that sent it."""
-    before = hosting.ready_worker()
+def test_worker_ready_handler_keeps_consumer():
+    """The Consumer that sent worker_ready is returned by ready_worker()."""
+    before = process.ready_worker()
     sender = object()
     try:
-        hosting._note_ready(sender=sender)
-        assert hosting.ready_worker() is sender
+        process._on_worker_ready(sender=sender)
+        assert process.ready_worker() is sender
     finally:
-        hosting._consumer = before
+        process._consumer = before

@@ -1,4 +1,4 @@
-"""Who starts us again: told from fakes of /proc, of the files of container engines, and of the environment."""
+"""Orchestrator detection from a fake /proc, container engines' files, and the environment."""
 
 import os
 
@@ -9,11 +9,17 @@ from z4j_bare.orchestrator_detect import OrchestratorDetection, detect_orchestra
 V1 = "12:pids:/docker/3f9ad1\n11:cpu:/docker/3f9ad1\n"
 SERVICE = "0::/system.slice/celery.service\n"
 SESSION = "0::/user.slice/user-1000.slice/session-3.scope\n"
-HIDDEN = "0::/\n"  # what a container sees of its own cgroup under v2
+HIDDEN = "0::/\n"  # A container's view of its own cgroup under cgroup v2.
+
+DOCKER_MOUNT = "/containers/3f/hosts /etc/hosts\n"
+POD_MOUNT = "/pods/1/etc-hosts /etc/hosts\n"
 
 
-def machine(root, pid=1, parent=0, **files):
-    """Lay out ``/proc`` and other files below ``root``; underscores in names are slashes, ``mine`` is ``proc/<pid>``."""
+def make_root(root, pid=1, parent=0, **files):
+    """Create ``proc/<pid>/stat`` and other files below ``root``.
+
+    In a name a double underscore stands for a slash, and ``mine`` for ``proc/<pid>``.
+    """
     made = {
         f"proc/{pid}/stat": f"{pid} (a name) with) S {parent} 1 1",
         **{name.replace("__", "/"): text for name, text in files.items()},
@@ -38,63 +44,87 @@ def detect(root, pid=1, **env):
         ({"proc__1__cgroup": "4:cpu:/kubepods/burstable/pod1/abc\n"}, "kubernetes, pid 1"),
         ({"proc__self__cgroup": "4:cpu:/machine.slice/libpod-1.scope\n"}, "podman, pid 1"),
         ({"proc__self__cgroup": "4:cpu:/system.slice/containerd.service/x\n"}, "containerd, pid 1"),
-        ({"proc__self__cgroup": HIDDEN, "proc__self__mountinfo": "1 /var/lib/docker/containers/3f/hosts /etc/hosts\n"}, "docker, pid 1"),
-        ({"proc__self__cgroup": HIDDEN, "proc__self__mountinfo": "1 /var/lib/kubelet/pods/1/etc-hosts /etc/hosts\n"}, "kubernetes, pid 1"),
-        ({"proc__self__cgroup": HIDDEN, "proc__self__mountinfo": "1 /x/overlay-containers/1/userdata/hosts\n"}, "podman, pid 1"),
-        ({"proc__self__cgroup": HIDDEN, "proc__self__mountinfo": "1 /run/containerd/io.containerd/1\n"}, "containerd, pid 1"),
+        (
+            {
+                "proc__self__cgroup": HIDDEN,
+                "proc__self__mountinfo": f"1 /var/lib/docker{DOCKER_MOUNT}",
+            },
+            "docker, pid 1",
+        ),
+        (
+            {
+                "proc__self__cgroup": HIDDEN,
+                "proc__self__mountinfo": f"1 /var/lib/kubelet{POD_MOUNT}",
+            },
+            "kubernetes, pid 1",
+        ),
+        (
+            {
+                "proc__self__cgroup": HIDDEN,
+                "proc__self__mountinfo": "1 /x/overlay-containers/1/hosts\n",
+            },
+            "podman, pid 1",
+        ),
+        (
+            {
+                "proc__self__cgroup": HIDDEN,
+                "proc__self__mountinfo": "1 /run/containerd/io.containerd/1\n",
+            },
+            "containerd, pid 1",
+        ),
     ],
-)  # fmt: skip
-def test_containers(tmp_path, files, label):
-    """Each container engine is known by its file, its cgroup (v1) or its mounts (v2)."""
-    assert detect(machine(tmp_path, **files)) == OrchestratorDetection(True, label)
+)
+def test_container_engine_is_detected(tmp_path, files, label):
+    """Each container engine is detected by its file, its cgroup (v1) or its mounts (v2)."""
+    assert detect(make_root(tmp_path, **files)) == OrchestratorDetection(True, label)
 
 
-def test_a_container_stands_and_falls_with_one_process(tmp_path):
-    """In a container counts its first process, or the child of a mere init; what was started beside those does not."""
+def test_only_main_process_of_container_is_orchestrated(tmp_path):
+    """A container's first process, or the child of its init, counts; other processes do not."""
     assert (
         detect(
-            machine(tmp_path / "a", 7, 1, **{".dockerenv": "", "proc__1__comm": "tini\n"}), 7
+            make_root(tmp_path / "a", 7, 1, **{".dockerenv": "", "proc__1__comm": "tini\n"}), 7
         ).signal
         == "docker, pid 7"
     )
     assert not detect(
-        machine(tmp_path / "b", 7, 1, **{".dockerenv": "", "proc__1__comm": "bash\n"}), 7
+        make_root(tmp_path / "b", 7, 1, **{".dockerenv": "", "proc__1__comm": "bash\n"}), 7
     ).detected
     assert not detect(
-        machine(tmp_path / "c", 7, 0, **{".dockerenv": ""}), 7
+        make_root(tmp_path / "c", 7, 0, **{".dockerenv": ""}), 7
     ).detected  # docker exec
-    shared = machine(tmp_path / "d", 7, 0, **{".dockerenv": ""})
+    shared = make_root(tmp_path / "d", 7, 0, **{".dockerenv": ""})
     assert detect(shared, 7, KUBERNETES_SERVICE_HOST="10.0.0.1").signal == "kubernetes, pid 7"
 
 
-def test_kubernetes_in_the_environment_alone(tmp_path):
-    """A developer's shell with the cluster's variables is no pod."""
+def test_kubernetes_variable_without_container_does_not_count(tmp_path):
+    """A developer's shell with the cluster's variables is not a pod."""
     assert detect(
-        machine(tmp_path, 77, 70, mine__cgroup=SESSION), 77, KUBERNETES_SERVICE_HOST="10.0.0.1"
+        make_root(tmp_path, 77, 70, mine__cgroup=SESSION), 77, KUBERNETES_SERVICE_HOST="10.0.0.1"
     ) == OrchestratorDetection(False, None)
 
 
-def test_systemd(tmp_path):
-    """A service's main process counts; a terminal of a session with systemd's variables, or a service's grandchild, does not."""
-    root = machine(tmp_path / "a", 50, 1, mine__cgroup=SERVICE, proc__1__comm="systemd\n")
+def test_main_process_of_systemd_service_is_orchestrated(tmp_path):
+    """A service's main process counts; a session's shell and a service's grandchild do not."""
+    root = make_root(tmp_path / "a", 50, 1, mine__cgroup=SERVICE, proc__1__comm="systemd\n")
     assert detect(root, 50, INVOCATION_ID="x") == OrchestratorDetection(
         True, "systemd, celery.service"
     )
     assert detect(root, 50, NOTIFY_SOCKET="/run/x").detected
     assert not detect(root, 50).detected
     assert not detect(
-        machine(tmp_path / "b", 50, 1, mine__cgroup=SESSION, proc__1__comm="systemd\n"),
+        make_root(tmp_path / "b", 50, 1, mine__cgroup=SESSION, proc__1__comm="systemd\n"),
         50,
         INVOCATION_ID="x",
     ).detected
-    grandchild = machine(tmp_path / "c", 50, 40, mine__cgroup=SERVICE, proc__40__comm="sh\n")
+    grandchild = make_root(tmp_path / "c", 50, 40, mine__cgroup=SERVICE, proc__40__comm="sh\n")
     assert not detect(grandchild, 50, INVOCATION_ID="x").detected
     assert detect(grandchild, 50, INVOCATION_ID="x", SYSTEMD_EXEC_PID="50").detected
 
 
-def test_supervisord(tmp_path):
-    """The child of supervisord counts; a process that merely has inherited its variables does not."""
-    root = machine(
+def test_child_of_supervisord_is_orchestrated(tmp_path):
+    """A child of supervisord counts; a process that only inherited its variables does not."""
+    root = make_root(
         tmp_path / "a", 50, 40, proc__40__cmdline="/usr/bin/python3\0/usr/bin/supervisord\0-n\0"
     )
     assert (
@@ -103,13 +133,13 @@ def test_supervisord(tmp_path):
     )
     assert not detect(root, 50).detected
     assert not detect(
-        machine(tmp_path / "b", 50, 40, proc__40__cmdline="bash\0"), 50, SUPERVISOR_ENABLED="1"
+        make_root(tmp_path / "b", 50, 40, proc__40__cmdline="bash\0"), 50, SUPERVISOR_ENABLED="1"
     ).detected
 
 
-def test_masters(tmp_path):
-    """A worker whose master starts a new one counts; one whose master ends with it does if somebody starts the master."""
-    taskiq = machine(
+def test_worker_of_restarting_parent_is_orchestrated(tmp_path):
+    """A worker counts if its parent restarts it, or exits with it and is itself restarted."""
+    taskiq = make_root(
         tmp_path / "a",
         50,
         40,
@@ -117,7 +147,7 @@ def test_masters(tmp_path):
     )
     assert detect(taskiq, 50) == OrchestratorDetection(True, "taskiq, pid 40")
     dramatiq = {"proc__40__cmdline": "/usr/bin/python\0/usr/bin/dramatiq\0shop\0"}
-    root = machine(
+    root = make_root(
         tmp_path / "b",
         50,
         40,
@@ -130,9 +160,9 @@ def test_masters(tmp_path):
         == "supervisord, d"
     )
     assert not detect(
-        machine(tmp_path / "c", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30"), 50
+        make_root(tmp_path / "c", 50, 40, **dramatiq, proc__40__stat="40 (dramatiq) S 30"), 50
     ).detected
-    inside = machine(
+    inside = make_root(
         tmp_path / "d",
         8,
         1,
@@ -143,9 +173,9 @@ def test_masters(tmp_path):
     assert detect(inside, 8).signal == "docker, pid 1"
 
 
-def test_what_the_operator_says_decides(tmp_path):
-    """Z4J_ORCHESTRATED goes before everything, the marker file before what is found."""
-    docker = machine(tmp_path, **{".dockerenv": "", "etc__z4j-orchestrated": ""})
+def test_override_and_marker_precede_detection(tmp_path):
+    """Z4J_ORCHESTRATED takes precedence over the marker file, and that over the detection."""
+    docker = make_root(tmp_path, **{".dockerenv": "", "etc__z4j-orchestrated": ""})
     for no in ("0", "false", "No", " off "):
         assert detect(docker, Z4J_ORCHESTRATED=no) == OrchestratorDetection(
             False, f"Z4J_ORCHESTRATED={no.strip().lower()}"
@@ -160,25 +190,25 @@ def test_what_the_operator_says_decides(tmp_path):
     )
 
 
-def test_without_the_filesystem(tmp_path):
-    """Asked not to look, only pid 1 and the operator's word count."""
+def test_detection_without_filesystem_uses_pid_and_override(tmp_path):
+    """With probe_filesystem off only pid 1 and Z4J_ORCHESTRATED count."""
     assert detect_orchestrator(pid=1, env={}, probe_filesystem=False) == OrchestratorDetection(
         True, "pid 1"
     )
     assert not detect_orchestrator(
-        pid=2, env={}, probe_filesystem=False, root=machine(tmp_path, **{".dockerenv": ""})
+        pid=2, env={}, probe_filesystem=False, root=make_root(tmp_path, **{".dockerenv": ""})
     ).detected
 
 
 @pytest.mark.parametrize("stat", ["", "1", "1 (x", "1 (x) S what", "\udcff(\udcff) \udcff"])
-def test_a_strange_proc(tmp_path, stat):
-    """Whatever stands in /proc, or does not, the answer is a no and not an error."""
-    root = machine(tmp_path, 9, 1, **{".dockerenv": ""})
+def test_malformed_proc_is_not_orchestrated(tmp_path, stat):
+    """A malformed or missing /proc file never raises and does not count."""
+    root = make_root(tmp_path, 9, 1, **{".dockerenv": ""})
     (root / "proc/9/stat").write_bytes(os.fsencode(stat))
     assert not detect(root, 9, INVOCATION_ID="x", SUPERVISOR_ENABLED="1").detected
 
 
-def test_here(monkeypatch):
+def test_detection_reads_real_files(monkeypatch):
     """The real files of this machine can be read without an error."""
     monkeypatch.delenv("Z4J_ORCHESTRATED")
     assert isinstance(detect_orchestrator().detected, bool)

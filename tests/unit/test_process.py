@@ -1,13 +1,13 @@
-"""What kind of process this is, read from its command line."""
+"""The role of a process, read from its command line."""
 
 import os
 import platform
 
 import pytest
 
-from z4j_bare import process as hosting
+from z4j_bare import process
 
-TABLE = [
+COMMAND_LINES = [
     (["celery", "-A", "shop", "worker", "-P", "gevent"], "worker"),
     (["/usr/local/bin/celery", "--app=shop", "worker"], "worker"),
     (["celery", "-Ashop", "worker"], "worker"),
@@ -37,11 +37,11 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "command"), TABLE)
-def test_commands(argv, command):
-    """The sub-command is found behind global options and launchers; other processes are none of Celery's."""
-    assert hosting.celery_command(argv) == command
-    assert hosting.is_celery_worker(argv) is (command == "worker")
+@pytest.mark.parametrize(("argv", "command"), COMMAND_LINES)
+def test_celery_command_is_found_in_command_line(argv, command):
+    """The sub-command is found after global options and launchers; other programs have none."""
+    assert process.celery_command(argv) == command
+    assert process.is_celery_worker(argv) is (command == "worker")
 
 
 @pytest.mark.parametrize(
@@ -60,25 +60,25 @@ def test_commands(argv, command):
         "multi",
     ],
 )
-def test_visitors(command):
-    """Commands that come and go are visitors."""
-    assert hosting.is_inspection_command(["celery", "-A", "shop", command])
+def test_short_lived_command_is_inspection_command(command):
+    """Short-lived celery commands are inspection commands."""
+    assert process.is_inspection_command(["celery", "-A", "shop", command])
 
 
 @pytest.mark.parametrize(
     "argv", [["celery", "worker"], ["celery", "beat"], ["gunicorn", "x"], ["celery"], []]
 )
-def test_residents(argv):
-    """Workers, beat and other programs are no visitors."""
-    assert not hosting.is_inspection_command(argv)
+def test_long_lived_process_is_not_inspection_command(argv):
+    """Workers, beat and other programs are not inspection commands."""
+    assert not process.is_inspection_command(argv)
 
 
-def test_the_own_command_line_is_the_default(monkeypatch):
-    """Without an argument this process's own command line is read."""
+def test_command_line_defaults_to_own_process(monkeypatch):
+    """Without an argument the command line of this process is read."""
     monkeypatch.setattr("sys.argv", ["celery", "worker"])
-    assert hosting.is_celery_worker()
+    assert process.is_celery_worker()
     monkeypatch.setattr("sys.argv", ["pytest"])
-    assert hosting.celery_command() is None
+    assert process.celery_command() is None
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_the_own_command_line_is_the_default(monkeypatch):
         ("taskiq", ["taskiq", "worker", "shop:broker"]),
     ],
 )
-def test_workers_without_a_name(engine, argv):
-    """The worker of an engine that names none is known by its program, and gets a name of its own."""
-    assert hosting.local_worker_name(engine, argv) == f"{engine}@{platform.node()}-{os.getpid()}"
-    assert hosting.local_worker_name("rq", argv) is None
-    assert hosting.local_worker_name(engine, ["gunicorn", "shop"]) is None
-    assert hosting.local_worker_name(engine, []) is None
+def test_worker_of_engine_without_names_gets_local_name(engine, argv):
+    """A worker program of an engine that names no workers gets a name from host and pid."""
+    assert process.local_worker_name(engine, argv) == f"{engine}@{platform.node()}-{os.getpid()}"
+    assert process.local_worker_name("rq", argv) is None
+    assert process.local_worker_name(engine, ["gunicorn", "shop"]) is None
+    assert process.local_worker_name(engine, []) is None

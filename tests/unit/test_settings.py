@@ -1,4 +1,4 @@
-"""Settings: keyword before environment before default, and every mistake named."""
+"""Settings: keyword before environment before default, and errors that name the variable."""
 
 from dataclasses import FrozenInstanceError, fields
 
@@ -10,8 +10,8 @@ from z4j_bare.settings import Settings, load_settings, read_secret
 VARIABLES = {each.metadata["variable"]: each for each in fields(Settings)}
 
 
-def test_defaults():
-    """Without any setting the documented defaults hold, and they cannot be changed afterwards."""
+def test_settings_without_sources_have_defaults():
+    """Without a keyword or variable the documented defaults apply, and they are immutable."""
     found = load_settings({})
     assert (found.concurrency, found.disabled, found.heartbeat) == ("auto", False, True)
     assert (found.flush_interval, found.flush_events, found.flush_seconds, found.ring_events) == (
@@ -30,14 +30,14 @@ def test_defaults():
         found.disabled = True
 
 
-def test_every_field_has_its_variable():
-    """Every setting can be given by environment, under a name of its own."""
+def test_each_setting_has_its_own_variable():
+    """Each setting can be given by an environment variable of its own."""
     assert len(VARIABLES) == len(fields(Settings))
     assert all(name.startswith("Z4J_") for name in VARIABLES)
 
 
-def test_precedence(monkeypatch):
-    """A keyword beats the environment, the environment beats the default, an empty value counts as none."""
+def test_setting_from_several_sources_follows_precedence(monkeypatch):
+    """A keyword overrides the environment, the environment the default; empty text is ignored."""
     env = {"Z4J_CONCURRENCY": "gevent", "Z4J_FLUSH_EVENTS": " 7 ", "Z4J_RING_EVENTS": ""}
     found = load_settings(env, concurrency="threads", flush_seconds=None)
     assert (found.concurrency, found.flush_events, found.ring_events, found.flush_seconds) == (
@@ -51,14 +51,14 @@ def test_precedence(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", "On"])
-def test_on(text):
-    """All usual spellings of on are understood."""
+def test_bool_setting_accepts_spellings_of_on(text):
+    """All usual spellings of on are accepted."""
     assert load_settings({"Z4J_DISABLED": text}).disabled is True
 
 
 @pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
-def test_off(text):
-    """All usual spellings of off are understood."""
+def test_bool_setting_accepts_spellings_of_off(text):
+    """All usual spellings of off are accepted."""
     assert load_settings({"Z4J_HEARTBEAT": text}).heartbeat is False
 
 
@@ -85,24 +85,24 @@ def test_off(text):
         ("Z4J_CLIENT_KEY", "/nowhere.pem"),
     ],
 )
-def test_mistakes_are_named(variable, text):
-    """A value that cannot be is an error that names its variable and quotes the value."""
+def test_invalid_variable_raises_error_that_names_it(variable, text):
+    """The error for an invalid value names its variable."""
     with pytest.raises(HostConfigurationError, match=variable) as caught:
         load_settings({variable: text})
     assert isinstance(caught.value, RuntimeError)
     assert isinstance(caught.value, AgentError)
 
 
-def test_keywords_are_checked_too():
-    """A keyword below its bound is refused under the variable's name."""
+def test_keyword_below_minimum_raises_error():
+    """A keyword below its minimum is rejected under the name of the variable."""
     with pytest.raises(
         HostConfigurationError, match="Z4J_FLUSH_EVENTS=0 is below its minimum of 1"
     ):
         load_settings({}, flush_events=0)
 
 
-def test_files(tmp_path):
-    """A path is expanded and must exist; its content is the one line in it."""
+def test_secret_file_is_read_without_whitespace(tmp_path):
+    """A secret file must exist, and its content is returned without surrounding whitespace."""
     path = tmp_path / "token"
     path.write_text("  abc\n")
     found = load_settings({"Z4J_TOKEN_FILE": str(path)}).token_file
@@ -111,8 +111,8 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
-def test_files_that_hold_no_secret(tmp_path, content):
-    """An empty or binary secret file is named, and its content is not quoted."""
+def test_unusable_secret_file_raises_error(tmp_path, content):
+    """An empty, binary or missing secret file raises an error that names its variable."""
     path = tmp_path / "token"
     path.write_bytes(content)
     with pytest.raises(HostConfigurationError, match="Z4J_TOKEN_FILE"):

@@ -16,30 +16,31 @@ def empty_slot():
     singleton.clear_runtime()
 
 
-def test_the_first_has_the_process(caplog):
-    """The first to register keeps the process; a later one is told who has it."""
+def test_first_runtime_stays_registered(caplog):
+    """The first runtime stays registered, and the log names the owners of both."""
     caplog.set_level(logging.INFO)
     first, second = object(), object()
     assert singleton.try_register(first, owner="django") is first
     assert singleton.try_register(second, owner="celery") is first
     assert singleton.try_register(first, owner="again") is first
     assert singleton.current_runtime() is first
-    assert "celery asked for an agent, but django has installed one" in caplog.text
+    assert "celery requested an agent, but django already installed one" in caplog.text
 
 
-def test_a_retired_one_gives_way():
-    """A runtime that was stopped is no claim on the process, one that has not started yet is."""
-    waiting, has_stopped, new = SimpleNamespace(has_stopped=False), SimpleNamespace(has_stopped=True), object()
-    singleton.try_register(waiting, owner="a")
-    assert singleton.try_register(new, owner="b") is waiting
+def test_stopped_runtime_is_replaced():
+    """A stopped runtime is replaced by the next one; a runtime that has not started is kept."""
+    unstarted, stopped = SimpleNamespace(has_stopped=False), SimpleNamespace(has_stopped=True)
+    new = object()
+    singleton.try_register(unstarted, owner="a")
+    assert singleton.try_register(new, owner="b") is unstarted
     singleton.clear_runtime()
-    singleton.try_register(has_stopped, owner="a")
+    singleton.try_register(stopped, owner="a")
     assert singleton.try_register(new, owner="b") is new
     assert singleton.current_owner() == "b"
 
 
-def test_clearing():
-    """The slot is freed for its holder or for anybody, and says whether it was."""
+def test_clear_removes_expected_runtime_only():
+    """clear_runtime removes the expected runtime or any one, and reports whether it did."""
     first = object()
     assert singleton.clear_runtime() is False
     singleton.try_register(first, owner="a")
@@ -48,8 +49,8 @@ def test_clearing():
     assert (singleton.current_runtime(), singleton.current_owner()) == (None, None)
 
 
-def test_racing_for_the_slot(backend):
-    """Of many that register at once exactly one gets the process, and all are told the same."""
+def test_concurrent_registrations_return_one_runtime(backend):
+    """Of many concurrent registrations one wins, and all callers get the same runtime."""
     winners = []
     tasks = [
         backend.spawn(lambda: winners.append(singleton.try_register(object(), owner="x")), name="r")
@@ -60,8 +61,8 @@ def test_racing_for_the_slot(backend):
     assert len(set(map(id, winners))) == 1
 
 
-def test_post_fork(caplog):
-    """post_fork() restarts the runtime that has the process, and a failure of that is logged, not raised."""
+def test_post_fork_restarts_registered_runtime(caplog):
+    """post_fork() restarts the registered runtime; a failure is logged, not raised."""
     assert post_fork() is None
     calls = []
     runtime = SimpleNamespace(has_stopped=False, reinit_after_fork=lambda: calls.append(1))
@@ -70,4 +71,4 @@ def test_post_fork(caplog):
     assert calls == [1]
     runtime.reinit_after_fork = lambda: 1 / 0
     assert post_fork() is runtime
-    assert "could not be restarted after fork" in caplog.text
+    assert "could not restart the agent after fork" in caplog.text
