@@ -19,7 +19,7 @@ from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from benchmarks.trial import Plan, Stage
-from z4j_bare.buffer.report import look
+from z4j_bare.buffer.report import read_report
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import POOLS
 
@@ -181,7 +181,7 @@ class Outage(Stage):
         """Count the rows in the buffer files."""
         paths = [*(self._home / "agent").glob("**/*.sqlite")]
         if self._variant == "ours":
-            return sum(look(path).total for path in paths)
+            return sum(read_report(path).total for path in paths)
         rows = 0
         for path in paths:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:

@@ -128,7 +128,7 @@ class IStore(Interface):
         deleted.
         """
 
-    def at_hand(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
+    def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
         """Return what ``drain`` does if that takes no I/O, else ``None``. Also outside ``offload``, between other calls."""
 
     def confirm(ids: Sequence[int]) -> int:
@@ -143,7 +143,7 @@ class IStore(Interface):
     def stats() -> Any:
         """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
 
-    def remembered() -> Any:
+    def cached_stats() -> Any:
         """Return the same without asking the disk, which has failed; it never raises."""
 
     def import_rows(rows: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ import pytest
 from tests.support.crash_harness import POINTS, Victims, judge, key, plan
 from tests.support.e2e_project import E2EProject
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
-from z4j_bare.buffer.report import look
+from z4j_bare.buffer.report import read_report
 from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
@@ -54,7 +54,7 @@ def project(own_brain, tmp_path, redis_url):
 
 def buffered(home):
     """Count the rows of all stores there, as a reader beside their owners may."""
-    return sum(look(path).total for path in home.glob("**/z4j-green-*.sqlite"))
+    return sum(read_report(path).total for path in home.glob("**/z4j-green-*.sqlite"))
 
 
 @pytest.mark.parametrize("pool", MODES)

@@ -93,7 +93,7 @@ class Disk:
         method = getattr(self.store, name)
 
         def guarded(*args):
-            if self.full and name != "remembered":
+            if self.full and name != "cached_stats":
                 raise LocalStorageError("no space left on device")
             return method(*args)
 

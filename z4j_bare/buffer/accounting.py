@@ -10,36 +10,36 @@ from typing import TYPE_CHECKING
 from z4j_bare.buffer import queries
 from z4j_bare.buffer.batches import Batches
 from z4j_bare.buffer.rows import EVENT, KIND, PAYLOAD, BufferEntry, BufferStats, losses_by, ranges
-from z4j_bare.buffer.schema import number, transaction
+from z4j_bare.buffer.schema import scalar, transaction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(slots=True)
-class Change:
+class RowTransaction:
     """One transaction: what it does to the rows, and how the counters will differ."""
 
     connection: sqlite3.Connection
-    books: Accounting
+    accounting: Accounting
     rows: int = 0
-    kept: int = 0
-    payload: int = 0
+    non_events: int = 0
+    payload_bytes: int = 0
     produced: int = 0
     confirmed: int = 0
     lost: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def insert(self, entries: Sequence[BufferEntry]) -> None:
         """Insert rows, each by itself, under ids that follow the last one given out."""
-        first = self.books.next_id + self.produced
+        first = self.accounting.next_id + self.produced
         self._single([entry._replace(id=identity) for identity, entry in enumerate(entries, first)])
         self._note(len(entries), sum(map(len, map(PAYLOAD, entries))))
-        self.kept += len(entries) - list(map(KIND, entries)).count(EVENT)
+        self.non_events += len(entries) - list(map(KIND, entries)).count(EVENT)
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
         """Insert events that came together at ``at``, likewise."""
         self._single(
-            self.books.batches.insert(self.books.next_id + self.produced, payloads, at)
+            self.accounting.batches.insert(self.accounting.next_id + self.produced, payloads, at)
             if payloads
             else ()
         )
@@ -48,48 +48,48 @@ class Change:
     def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
         """Delete rows, as losses if there is a ``reason``; return how many there were."""
         spans, before = ranges(ids), self.rows
-        self._removed(EVENT, *self.books.batches.remove(spans), reason)
-        if self.books.rows + self.rows > self.books.batches.rows:  # there are others
-            for kind, count, length in self._weigh(spans):
+        self._removed(EVENT, *self.accounting.batches.remove(spans), reason)
+        if self.accounting.rows + self.rows > self.accounting.batches.rows:  # there are others
+            for kind, count, length in self._count_by_kind(spans):
                 self._removed(kind, count, length, reason)
             self.connection.executemany(queries.DELETE, spans)
         return before - self.rows
 
-    def doubt(self, ids: Iterable[int]) -> None:
+    def increment_attempts(self, ids: Iterable[int]) -> None:
         """Count an attempt for each of these rows."""
         spans = ranges(ids)
-        self.books.batches.loosen(spans)
+        self.accounting.batches.split(spans)
         self.connection.executemany(queries.ATTEMPT, spans)
 
-    def refuse(self, kind: str, reason: str) -> None:
+    def reject(self, kind: str, reason: str) -> None:
         """Count a row that is not even inserted as produced and lost."""
         self.produced += 1
-        self.lose(reason, kind, 1)
+        self.record_loss(reason, kind, 1)
 
     def _single(self, entries: Sequence[BufferEntry]) -> None:
         if entries:
             self.connection.executemany(queries.INSERT, entries)
 
-    def _note(self, count: int, payload: int) -> None:
+    def _note(self, count: int, payload_bytes: int) -> None:
         self.produced += count
         self.rows += count
-        self.payload += payload
+        self.payload_bytes += payload_bytes
 
     def _removed(self, kind: str, count: int, length: int, reason: str | None) -> None:
         self.rows -= count
-        self.payload -= length
-        self.kept -= 0 if kind == EVENT else count
+        self.payload_bytes -= length
+        self.non_events -= 0 if kind == EVENT else count
         if reason is not None and count:
-            self.lose(reason, kind, count)
+            self.record_loss(reason, kind, count)
 
-    def _weigh(self, spans: Iterable[tuple[int, int]]) -> list[tuple[str, int, int]]:
+    def _count_by_kind(self, spans: Iterable[tuple[int, int]]) -> list[tuple[str, int, int]]:
         return [
-            weight
+            payload_bytes
             for span in spans
-            for weight in self.connection.execute(queries.WEIGH, span).fetchall()
+            for payload_bytes in self.connection.execute(queries.WEIGH, span).fetchall()
         ]
 
-    def lose(self, reason: str, kind: str, count: int) -> None:
+    def record_loss(self, reason: str, kind: str, count: int) -> None:
         """Count rows of a kind as lost."""
         self.lost[reason, kind] = self.lost.get((reason, kind), 0) + count
 
@@ -113,21 +113,21 @@ class Accounting:
         self.next_id: int = meta["next_id"]
         self.confirmed: int = meta["confirmed"]
         self.rows: int
-        self.payload: int
-        self.rows, self.payload = connection.execute(queries.TOTALS).fetchone()
+        self.payload_bytes: int
+        self.rows, self.payload_bytes = connection.execute(queries.TOTALS).fetchone()
         self.rows += self.batches.rows
-        self.payload += self.batches.weight
+        self.payload_bytes += self.batches.payload_bytes
         #: Rows that are no events.
-        self.kept = number(connection, queries.KEPT)
+        self.non_events = scalar(connection, queries.KEPT)
         self.lost: dict[tuple[str, str], int] = {
             (reason, kind): count
             for reason, kind, count in connection.execute("SELECT * FROM losses")
         }
 
     @property
-    def loose(self) -> int:
+    def unbatched_events(self) -> int:
         """Events that are not in a batch."""
-        return self.rows - self.kept - self.batches.rows
+        return self.rows - self.non_events - self.batches.rows
 
     def oldest(self) -> float | None:
         """Return when the oldest row came."""
@@ -138,30 +138,30 @@ class Accounting:
         return batch[2]
 
     @contextmanager
-    def change(self) -> Iterator[Change]:
+    def change(self) -> Iterator[RowTransaction]:
         """Commit what the block does to the rows, with the counters that tell of it, or none of it."""
-        change = Change(self._connection, self)
+        change = RowTransaction(self._connection, self)
         try:
             with transaction(self._connection):
                 yield change
                 change.write()
         except BaseException:
-            self.batches.forget()
+            self.batches.invalidate()
             raise
         self.rows += change.rows
-        self.kept += change.kept
-        self.payload += change.payload
+        self.non_events += change.non_events
+        self.payload_bytes += change.payload_bytes
         self.next_id += change.produced
         self.confirmed += change.confirmed
         for pair, count in change.lost.items():
             self.lost[pair] = self.lost.get(pair, 0) + count
 
-    def figures(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
+    def stats(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
         """Return the counters with two figures that only the disk knows."""
         return BufferStats(
             rows=self.rows,
             bytes=disk_bytes,
-            payload_bytes=self.payload,
+            payload_bytes=self.payload_bytes,
             oldest_age=oldest_age,
             lost=losses_by(self.lost, 0),
             lost_kinds=losses_by(self.lost, 1),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.errors import BUSY, CORRUPT, cause_of
+from z4j_bare.buffer.errors import BUSY, CORRUPT, classify
 from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
 from z4j_bare.errors import LocalStorageError
 
@@ -21,18 +21,18 @@ logger = logging.getLogger("z4j.runtime.adopt")
 
 #: Seconds before each look for orphans: at once, then a few times soon, because a worker is often restarted while its
 #: predecessor is still dying, then every minute.
-FIRST = (0.0, 2.0, 5.0, 15.0, 30.0)
-EVERY = 60.0
+FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
+SCAN_INTERVAL = 60.0
 
 #: Seconds between two steps while the heir has enough to do; rows come in as the brain takes them off us.
-PACE = 0.2
+BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that we may not have, or cannot use, is left alone.
-REFUSED = 600.0
+SKIP_SECONDS = 600.0
 
 #: How often a step that failed is tried again, and after how many seconds.
-RETRIES = 20
-RETRY = 30.0
+MAX_RETRIES = 20
+RETRY_DELAY = 30.0
 
 
 class AdoptLoop:
@@ -55,19 +55,19 @@ class AdoptLoop:
         self._buffer = buffer
         self._backend = backend
         self._stored = stored
-        self._refused: dict[Path, float] = {}
+        self._skip_until: dict[Path, float] = {}
 
     def run(self, stop_event: Any) -> None:
         """Adopt until ``stop_event`` (an ``IEvent``) is set."""
-        for delay in chain(FIRST, repeat(EVERY)):
+        for delay in chain(FIRST_SCAN_DELAYS, repeat(SCAN_INTERVAL)):
             if self._backend.wait(stop_event, delay):
                 return
-            self._look(stop_event)
+            self._scan(stop_event)
 
-    def _look(self, stop_event: Any) -> None:
+    def _scan(self, stop_event: Any) -> None:
         now = self._backend.now()
-        self._refused = {path: until for path, until in self._refused.items() if until > now}
-        ok, found = self._backend.offload(orphans, self._buffer_path, self._refused)
+        self._skip_until = {path: until for path, until in self._skip_until.items() if until > now}
+        ok, found = self._backend.offload(orphans, self._buffer_path, self._skip_until)
         if not ok:
             logger.debug("z4j: cannot look for buffers of dead processes: %s", found)
             return
@@ -78,35 +78,35 @@ class AdoptLoop:
             if ok:
                 if orphan.corrupt:
                     logger.warning("z4j: %s was set aside: %s", path.name, orphan.corrupt)
-                self._take(orphan, stop_event)
+                self._adopt(orphan, stop_event)
             else:
-                self._refuse(path, orphan)
+                self._skip(path, orphan)
 
-    def _take(self, orphan: Orphan, stop_event: Any) -> None:
+    def _adopt(self, orphan: Orphan, stop_event: Any) -> None:
         failures = 0
         try:
             while not stop_event.is_set():
-                self._buffer.adopting = orphan.left()
+                self._buffer.orphan_rows = orphan.left()
                 try:
-                    ended = self._move(orphan, stop_event)
+                    ended = self._step(orphan, stop_event)
                 except LocalStorageError as error:
                     # Letting it go would have the rows of the failed step moved again by whoever comes next.
                     failures += 1
-                    ended = failures > RETRIES or self._condemned(orphan, error)
+                    ended = failures > MAX_RETRIES or self._quarantined(orphan, error)
                     if ended:
-                        self._refuse(orphan.path, error)
+                        self._skip(orphan.path, error)
                     else:
-                        self._backend.wait(stop_event, RETRY)
+                        self._backend.wait(stop_event, RETRY_DELAY)
                 if ended:
                     return
         finally:
-            self._buffer.adopting = 0
+            self._buffer.orphan_rows = 0
             if not self._backend.forked():
                 self._backend.offload(orphan.close)
 
-    def _move(self, orphan: Orphan, stop_event: Any) -> bool:
+    def _step(self, orphan: Orphan, stop_event: Any) -> bool:
         """Take one step, and the time that it asks for; return whether it was the last."""
-        outcome = self._buffer.adopt(orphan.step)
+        outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
             self._stored()
             if orphan.moved:
@@ -120,19 +120,21 @@ class AdoptLoop:
             self._stored()
             self._backend.sleep(0)
         else:
-            self._backend.wait(stop_event, PACE)
+            self._backend.wait(stop_event, BACKPRESSURE_DELAY)
         return False
 
-    def _condemned(self, orphan: Orphan, error: LocalStorageError) -> bool:
+    def _quarantined(self, orphan: Orphan, error: LocalStorageError) -> bool:
         try:
-            return cause_of(error) == CORRUPT and bool(self._buffer.adopt(orphan.condemn))
+            return classify(error) == CORRUPT and bool(
+                self._buffer.run_on_disk(orphan.quarantine_if_corrupt)
+            )
         except LocalStorageError:
             return False
 
-    def _refuse(self, path: Path, error: BaseException) -> None:
-        cause = cause_of(error) if isinstance(error, LocalStorageError) else ""
+    def _skip(self, path: Path, error: BaseException) -> None:
+        cause = classify(error) if isinstance(error, LocalStorageError) else ""
         if cause == BUSY:  # its owner lives, or another heir was faster
             return
-        self._refused[path] = self._backend.now() + REFUSED
+        self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG
         logger.log(level, "z4j: %s is not adopted: %s", path.name, error)

@@ -6,14 +6,14 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.schema import PAGE, number
+from z4j_bare.buffer.schema import PAGE, scalar
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Pages ``tidy`` gives back per call: 2 MiB.
-TIDY_PAGES = 512
+#: Pages ``vacuum_step`` gives back per call: 2 MiB.
+VACUUM_STEP_PAGES = 512
 #: Free pages that are not worth a rewrite: the next burst takes them.
 SPARE_PAGES = 64
 
@@ -28,29 +28,29 @@ class DiskUsage:
     def __init__(self, connection: sqlite3.Connection, path: Path, max_bytes: int) -> None:
         self._connection = connection
         self._path = path
-        self._files = paths.files_of(path)
+        self._files = paths.store_files(path)
         self._max_bytes = max_bytes
 
     def live_bytes(self) -> int:
         """Return the bytes of the pages in use, those written by the current transaction included."""
-        return (number(self._connection, "PRAGMA page_count") - self._free_pages()) * PAGE
+        return (scalar(self._connection, "PRAGMA page_count") - self._free_pages()) * PAGE
 
     def disk_bytes(self) -> int:
         """Return the size of all three files."""
-        return sum(map(paths.size_of, self._files))
+        return sum(map(paths.file_size, self._files))
 
-    def ensure(self) -> None:
+    def check_capacity(self) -> None:
         """Raise ``LocalStorageError`` if the files are over their cap and cannot be shortened.
 
         Rows are not the reason, they have a smaller cap of their own: a log that somebody reads is.
         """
-        if self.shorten() > self._max_bytes:
+        if self.shrink_if_over_cap() > self._max_bytes:
             raise LocalStorageError(
                 f"the store {self._path} takes more than {self._max_bytes} bytes: another process reads it "
                 "and keeps its log from being shortened"
             )
 
-    def shorten(self) -> int:
+    def shrink_if_over_cap(self) -> int:
         """Bring the files back under their cap if they are over it; return their size."""
         if (occupied := self.disk_bytes()) <= self._max_bytes:
             return occupied
@@ -58,7 +58,7 @@ class DiskUsage:
         self._checkpoint()
         return self.disk_bytes()
 
-    def squeeze(self) -> None:
+    def reclaim_all(self) -> None:
         """Give back whatever can be given on a full disk, where any step may fail."""
         for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
             try:
@@ -66,17 +66,17 @@ class DiskUsage:
             except sqlite3.Error:
                 pass
 
-    def tidy(self) -> bool:
-        """Give at most ``TIDY_PAGES`` pages back, at the end cut the log; return whether nothing is left."""
+    def vacuum_step(self) -> bool:
+        """Give at most ``VACUUM_STEP_PAGES`` pages back, at the end cut the log; return whether nothing is left."""
         excess = self._free_pages() - SPARE_PAGES
         if excess > 0:
-            self._vacuum(min(excess, TIDY_PAGES))
-        if excess > TIDY_PAGES:
+            self._vacuum(min(excess, VACUUM_STEP_PAGES))
+        if excess > VACUUM_STEP_PAGES:
             return False
-        return paths.size_of(self._files[1]) == 0 or self._checkpoint()
+        return paths.file_size(self._files[1]) == 0 or self._checkpoint()
 
     def _free_pages(self) -> int:
-        return number(self._connection, "PRAGMA freelist_count")
+        return scalar(self._connection, "PRAGMA freelist_count")
 
     def _vacuum_all(self) -> None:
         self._vacuum(self._free_pages())
@@ -87,4 +87,4 @@ class DiskUsage:
 
     def _checkpoint(self) -> bool:
         """Move the log into the file and cut it to nothing; ``False`` when a foreign reader is in the way."""
-        return number(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0
+        return scalar(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0

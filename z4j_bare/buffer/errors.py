@@ -18,7 +18,7 @@ BUSY = "busy"
 FULL = "full"
 CORRUPT = "corrupt"
 READ_ONLY = "read-only"
-GONE = "gone"
+DELETED = "gone"
 OTHER = "other"
 
 _BY_SQLITE = {
@@ -41,22 +41,22 @@ _BY_ERRNO = {
     errno.EFBIG: FULL,
     errno.EROFS: READ_ONLY,
     errno.EACCES: READ_ONLY,
-    errno.ENOENT: GONE,
+    errno.ENOENT: DELETED,
 }
 
 
-class _Usable(Protocol):
+class _Checked(Protocol):
     path: Path
 
     def check(self) -> None: ...
 
 
 _P = ParamSpec("_P")
-_S = TypeVar("_S", bound=_Usable)
+_S = TypeVar("_S", bound=_Checked)
 _T = TypeVar("_T")
 
 
-def cause_of(error: LocalStorageError) -> str:
+def classify(error: LocalStorageError) -> str:
     """Sort an error by its remedy: ``busy`` (soon again), ``full``, ``corrupt``, ``read-only``, ``gone``, ``other``."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
@@ -70,7 +70,7 @@ def cause_of(error: LocalStorageError) -> str:
 
 
 @contextmanager
-def translated(path: Path, doing: str) -> Iterator[None]:
+def translate_errors(path: Path, doing: str) -> Iterator[None]:
     """Raise what the block throws at us as ``LocalStorageError`` that names the file."""
     try:
         yield
@@ -84,7 +84,7 @@ def storage_call(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concaten
     @functools.wraps(method)
     def call(store: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         store.check()
-        with translated(store.path, method.__name__):
+        with translate_errors(store.path, method.__name__):
             return method(store, *args, **kwargs)
 
     return call

@@ -42,7 +42,7 @@ def private_directory(directory: Path) -> Path:
         raise LocalStorageError(
             f"cannot make the buffer directory {directory} as uid {os.geteuid()}: {error.strerror}; {_HINT}"
         ) from error
-    trouble = _trouble(found)
+    trouble = _problem(found)
     if trouble:
         raise LocalStorageError(
             f"the buffer directory {directory} {trouble}; this process runs as uid {os.geteuid()}: {_HINT}"
@@ -61,7 +61,7 @@ def _make(directory: Path) -> None:
         pass
 
 
-def _trouble(found: os.stat_result) -> str:
+def _problem(found: os.stat_result) -> str:
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
@@ -73,7 +73,7 @@ def _trouble(found: os.stat_result) -> str:
     return ""
 
 
-def places(buffer_path: str | os.PathLike[str]) -> list[Path]:
+def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return the directories where stores of this user may lie: the configured one, then those it is replaced by."""
     name = f"z4j-{os.geteuid()}"
     temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
@@ -83,12 +83,12 @@ def places(buffer_path: str | os.PathLike[str]) -> list[Path]:
 def is_private(directory: Path) -> bool:
     """Whether ``directory`` is there and ours alone."""
     try:
-        return not _trouble(directory.lstat())
+        return not _problem(directory.lstat())
     except OSError:
         return False
 
 
-def stores_in(directory: Path) -> list[Path]:
+def list_stores(directory: Path) -> list[Path]:
     """Return the files in a private directory that bear the name of a store of ours, longest untouched first."""
     if not is_private(directory):
         return []
@@ -108,9 +108,9 @@ def _changed(entry: os.DirEntry[str]) -> float:
         return 0.0
 
 
-def set_aside(path: Path, now: float) -> None:
+def quarantine(path: Path, now: float) -> None:
     """Rename a corrupt store's file and log to ``<name>.corrupt-<seconds>``; the directory keeps one such store."""
-    main, log, index = files_of(path)
+    main, log, index = store_files(path)
     for earlier in path.parent.glob(f"{PREFIX}*{CORRUPT_MARK}*"):
         remove(earlier)
     aside = main.with_name(f"{main.name}{CORRUPT_MARK}{int(now)}")
@@ -148,17 +148,17 @@ def check_file(path: Path) -> None:
         )
 
 
-def files_of(path: Path) -> tuple[Path, Path, Path]:
+def store_files(path: Path) -> tuple[Path, Path, Path]:
     """Return the main file, the write-ahead log and its index."""
     return path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
 
 
-def lock_of(path: Path) -> Path:
+def lock_path(path: Path) -> Path:
     """Return the file whose record lock says that the store has a living owner."""
     return path.with_name(path.name + ".lock")
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Return the size of a file in bytes, 0 if there is none."""
     try:
         return path.stat().st_size

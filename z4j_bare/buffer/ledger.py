@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.rows import DONE, LEDGER_CAP, STARTED, LedgerEntry, storable
-from z4j_bare.buffer.schema import number, transaction
+from z4j_bare.buffer.rows import DONE, LEDGER_CAP, STARTED, LedgerEntry, replace_surrogates
+from z4j_bare.buffer.schema import scalar, transaction
 
 if TYPE_CHECKING:
     import sqlite3
@@ -26,7 +26,7 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
         self._connection = connection
         self._max_bytes = max_bytes
-        self._bytes = number(connection, "SELECT coalesce(sum(length(result)), 0) FROM ledger")
+        self._bytes = scalar(connection, "SELECT coalesce(sum(length(result)), 0) FROM ledger")
 
     def find(self, key: str) -> LedgerEntry | None:
         """Return what is known of command ``key``."""
@@ -37,33 +37,33 @@ class Ledger:
 
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Enter ``key`` as started with its ``provisional_result``, or return the earlier entry."""
-        key = storable(key)
+        key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
-            self._enter(key, STARTED, provisional_result, now)
+            self._insert(key, STARTED, provisional_result, now)
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark ``key`` done with its ``result``; a key that the cap has pushed out is entered again."""
-        key = storable(key)
+        key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
-            self._enter(key, DONE, result, now)
+            self._insert(key, DONE, result, now)
             return
         with transaction(self._connection):
             self._connection.execute(
                 "UPDATE ledger SET state = ?, result = ?, at = ? WHERE key = ?",
                 (DONE, result, now, key),
             )
-            size = self._fit(self._bytes + len(result) - len(earlier.result))
+            size = self._trim_results(self._bytes + len(result) - len(earlier.result))
         self._bytes = size
 
-    def recent(self, now: float) -> int:
+    def count_recent(self, now: float) -> int:
         """Return how many entries are younger than the retention."""
         query = "SELECT count(*) FROM ledger WHERE at > ?"
         return int(self._connection.execute(query, (now - RETENTION,)).fetchone()[0])
 
-    def young(self, now: float) -> tuple[LedgerEntry, ...]:
+    def recent_entries(self, now: float) -> tuple[LedgerEntry, ...]:
         """Return the entries younger than the retention, oldest first."""
         query = "SELECT key, state, result, at FROM ledger WHERE at > ? ORDER BY seq"
         return tuple(
@@ -75,11 +75,11 @@ class Ledger:
         """Enter what another store knows, unless more is known here."""
         earlier = self.find(entry.key)
         if earlier is None:
-            self._enter(*astuple(entry))
+            self._insert(*astuple(entry))
         elif earlier.state == STARTED and entry.state == DONE:
             self.settle(entry.key, entry.result, entry.at)
 
-    def _enter(self, key: str, state: str, result: bytes, now: float) -> None:
+    def _insert(self, key: str, state: str, result: bytes, now: float) -> None:
         with transaction(self._connection):
             cursor = self._connection.execute(
                 "INSERT INTO ledger (key, state, result, at) VALUES (?, ?, ?, ?)",
@@ -90,10 +90,10 @@ class Ledger:
                 "SELECT coalesce(sum(length(result)), 0) FROM ledger WHERE seq <= ?", last
             ).fetchone()[0]
             self._connection.execute("DELETE FROM ledger WHERE seq <= ?", last)
-            size = self._fit(self._bytes + len(result) - freed)
+            size = self._trim_results(self._bytes + len(result) - freed)
         self._bytes = size
 
-    def _fit(self, size: int) -> int:
+    def _trim_results(self, size: int) -> int:
         """Drop the oldest results until they fit; return the bytes left."""
         if size <= self._max_bytes:
             return size

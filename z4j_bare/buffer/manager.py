@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from z4j_bare.buffer import trips
-from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, GONE, cause_of
+from z4j_bare.buffer.errors import BUSY, CORRUPT, DELETED, FULL, classify
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.receipts import Receipt, Receipts
 from z4j_bare.buffer.rows import (
     EVENT,
-    UNKNOWN,
+    NO_STATS,
     BufferEntry,
     BufferStats,
     LedgerEntry,
@@ -32,21 +32,21 @@ T = TypeVar("T")
 logger = logging.getLogger("z4j.runtime.buffer")
 
 #: Seconds between attempts to return to the disk: first, and at most.
-RETRY_FIRST = 5.0
-RETRY_LONGEST = 300.0
+RETRY_INITIAL = 5.0
+RETRY_MAX = 300.0
 
 #: Seconds for which a busy disk is asked again, and between two questions: at first, and at most.
-BUSY_PATIENCE = 3.0
-BUSY_FIRST = 0.05
-BUSY_LONGEST = 0.5
+BUSY_TIMEOUT = 3.0
+BUSY_BACKOFF_INITIAL = 0.05
+BUSY_BACKOFF_MAX = 0.5
 
 #: Seconds between two looks at the figures: on a trip that is made anyway, and for their own sake.
-LOOK_EVERY = 1.0
-LOOK_ALONE = 5.0
+STATS_INTERVAL = 1.0
+STATS_INTERVAL_IDLE = 5.0
 
 #: Seconds between two tidyings of an idle store, and between two warnings of one sort.
-TIDY_EVERY = 1.0
-WARN_EVERY = 60.0
+VACUUM_INTERVAL = 1.0
+WARNING_INTERVAL = 60.0
 
 
 class BufferManager:
@@ -71,9 +71,9 @@ class BufferManager:
     ) -> None:
         self.generation = 0
         self.failures = 0
-        self.last_stats = UNKNOWN
+        self.last_stats = NO_STATS
         #: Rows in a dead process's file that wait for their turn; the adopting loop's.
-        self.adopting = 0
+        self.orphan_rows = 0
         self._open_store = open_store
         self._new_memory = memory
         self._others = others
@@ -81,11 +81,11 @@ class BufferManager:
         self._turn = backend.lock()
         self._disk: Any = None
         self._memory: MemoryStore | None = None
-        self._beneath = UNKNOWN
+        self._beneath = NO_STATS
         self._owed: dict[tuple[str, str], int] = {}
         self._receipts = Receipts()
         self._retry_at = 0.0
-        self._retry_delay = RETRY_FIRST
+        self._retry_delay = RETRY_INITIAL
         self._looked_at = float("-inf")
         self._outdated = False
         self._tidied_at = float("-inf")
@@ -93,7 +93,7 @@ class BufferManager:
         self._returned_at = float("-inf")
         self._noticed = False
         self._warned: dict[str, float] = {}
-        self._remedies = {FULL: self._relieve, CORRUPT: self._set_aside, GONE: self._abandon}
+        self._remedies = {FULL: self._relieve, CORRUPT: self._set_aside, DELETED: self._abandon}
 
     @property
     def durable(self) -> bool:
@@ -101,12 +101,12 @@ class BufferManager:
         return self._memory is None
 
     @property
-    def acked(self) -> int:
+    def acked_events(self) -> int:
         """Events that the brain has, and that were deleted."""
         return self._receipts.events
 
     @property
-    def settled(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the disk is well and tidy, and holds nothing that the brain has."""
         return self.durable and not self._receipts and not self._untidy
 
@@ -124,12 +124,12 @@ class BufferManager:
             self._note(stats)
         self._outdated = True
 
-    def refresh(self) -> None:
+    def refresh_stats(self) -> None:
         """Look at the figures if rows came since the last look."""
         if self._outdated:
             self.stats()
 
-    def confirm(self, ids: Sequence[int], events: int, generation: int) -> None:
+    def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
         """Take note of rows that the brain has, ``events`` of them events; the next trip deletes them.
 
         ``generation`` is the one that the ids are of: in another one the same numbers are other rows, which stay.
@@ -137,7 +137,7 @@ class BufferManager:
         if ids:
             self._receipts.note(Receipt(generation, ids, events, self._backend.now()))
 
-    def drain(
+    def read_next(
         self, results: Query, events: Query, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]]:
         """Read the next rows, results and events, in one trip; none of them is confirmed.
@@ -146,17 +146,21 @@ class BufferManager:
         takes none, as long as the rest can wait, and it can while nobody asks for events.
         """
         look, chores = self._due(), self._chores()
-        if not self._due(LOOK_ALONE) and self._receipts.may_wait(events[0], self._backend.now()):
-            at_hand, busy = self._at_hand(results, events, max_bytes), not events[1]
-            if at_hand is not None and (busy or any(at_hand) or not (chores or self._receipts)):
-                return at_hand
+        if not self._due(STATS_INTERVAL_IDLE) and self._receipts.may_wait(
+            events[0], self._backend.now()
+        ):
+            read_cached, busy = self._read_cached(results, events, max_bytes), not events[1]
+            if read_cached is not None and (
+                busy or any(read_cached) or not (chores or self._receipts)
+            ):
+                return read_cached
         tidied = False
 
         def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
             nonlocal tidied
             found = trips.drain(store, results, events, max_bytes, look)
             if chores and not (found[1] or found[2]):
-                self._untidy, tidied = not trips.tidy(store), True
+                self._untidy, tidied = not trips.vacuum_step(store), True
             return found
 
         stats, found_results, found_events = self._run(trip)
@@ -167,13 +171,13 @@ class BufferManager:
         return found_results, found_events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows and count them; ``generation`` as in :meth:`confirm`."""
+        """Delete undeliverable rows and count them; ``generation`` as in :meth:`ack`."""
         self._run(
             lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0
         )
 
-    def suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`confirm`."""
+    def mark_suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
+        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`ack`."""
         self._run(
             lambda store: (
                 store.increment_attempts(ids) if generation in (None, self.generation) else None
@@ -200,7 +204,7 @@ class BufferManager:
         self._note(self._run(trips.stats))
         return self.last_stats
 
-    def adopt(self, step: Callable[[Any], T]) -> T | None:
+    def run_on_disk(self, step: Callable[[Any], T]) -> T | None:
         """Run ``step(store)`` on the disk; ``None`` when there is only memory.
 
         Raises ``LocalStorageError`` and has no remedy for it: adopted rows are safe where they are.
@@ -236,10 +240,10 @@ class BufferManager:
         return (
             self._untidy
             and not self._receipts
-            and self._backend.now() - self._tidied_at >= TIDY_EVERY
+            and self._backend.now() - self._tidied_at >= VACUUM_INTERVAL
         )
 
-    def _due(self, every: float = LOOK_EVERY) -> bool:
+    def _due(self, every: float = STATS_INTERVAL) -> bool:
         return self._backend.now() - self._looked_at > every
 
     def _note(self, stats: BufferStats) -> None:
@@ -248,14 +252,14 @@ class BufferManager:
         self.last_stats = both(self._beneath, stats) if stands_in else stats
         self._looked_at, self._outdated = self._backend.now(), False
 
-    def _at_hand(
+    def _read_cached(
         self, results: Query, events: Query, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
         with self._turn:  # nobody is inside the store meanwhile
             disk = self._disk
             if disk is None or self._memory is not None:
                 return None
-            found = trips.each(disk.at_hand, (results, events), max_bytes)
+            found = trips.each(disk.read_cached, (results, events), max_bytes)
         return None if None in found else (found[0], found[1])
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -271,16 +275,16 @@ class BufferManager:
 
     def _attempt(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
         """Call on the disk, with patience for a busy one and one remedy for an ill one; return as ``offload`` does."""
-        deadline, delay, remedied = self._backend.now() + BUSY_PATIENCE, BUSY_FIRST, False
+        deadline, delay, remedied = self._backend.now() + BUSY_TIMEOUT, BUSY_BACKOFF_INITIAL, False
         while True:
             ok, value = self._backend.offload(self._on_disk, function, args)
             self._say()
             if ok or not isinstance(value, LocalStorageError):
                 return ok, value
-            cause = cause_of(value)
+            cause = classify(value)
             if cause == BUSY and self._backend.now() < deadline:
                 self._backend.sleep(delay)
-                delay = min(delay * 2, BUSY_LONGEST)
+                delay = min(delay * 2, BUSY_BACKOFF_MAX)
                 continue
             remedy = self._remedies.get(cause)
             if remedied or remedy is None or self._disk is None or not remedy(value):
@@ -316,7 +320,7 @@ class BufferManager:
     # -- remedies: called on the hub, with the error; whether the call is worth another try
 
     def _relieve(self, error: LocalStorageError) -> bool:
-        ok, cost = self._backend.offload(self._disk.relieve)
+        ok, cost = self._backend.offload(self._disk.free_space)
         if ok:
             self._warn(
                 "full", "z4j: the disk is full: the %d oldest events had to go (%s)", cost, error
@@ -326,8 +330,8 @@ class BufferManager:
     def _set_aside(self, error: LocalStorageError) -> bool:
         """Count every row of the corrupt file as lost: it may still hold some, but nobody can tell which."""
         disk, self._disk = self._disk, None
-        self._owe(disk.written_off().losses)
-        self._backend.offload(disk.set_aside)
+        self._owe(disk.state_if_abandoned().losses)
+        self._backend.offload(disk.quarantine)
         self.generation += 1
         self._warn(
             "corrupt",
@@ -342,7 +346,7 @@ class BufferManager:
         self.generation += 1
         ok, moved = self._backend.offload(self._on_disk, trips.move, (disk,))
         if left := disk.size():
-            self._owe({(GONE, EVENT): left})
+            self._owe({(DELETED, EVENT): left})
         self._backend.offload(disk.close)
         self._warn(
             "gone",
@@ -365,8 +369,8 @@ class BufferManager:
         self._memory = self._new_memory()
         self.generation += 1
         self._beneath = self._below()
-        if self._backend.now() - self._returned_at > RETRY_LONGEST:
-            self._retry_delay = RETRY_FIRST
+        if self._backend.now() - self._returned_at > RETRY_MAX:
+            self._retry_delay = RETRY_INITIAL
         self._retry_at = self._backend.now() + self._retry_delay
         self._warn(
             "memory", "z4j: the buffer is in memory only, because the disk failed: %s", error
@@ -376,7 +380,7 @@ class BufferManager:
         """Return what is on the disk that failed, as far as we remember: it is still buffered, or already lost."""
         below = self.last_stats
         if self._disk is not None:
-            ok, value = self._backend.offload(self._disk.remembered)
+            ok, value = self._backend.offload(self._disk.cached_stats)
             below = value if ok else below
         owed = StoreState(self._owed)
         return replace(
@@ -394,7 +398,7 @@ class BufferManager:
             self._untidy, self._looked_at = True, float("-inf")
             self._returned_at = self._backend.now()
             self._warn("disk", "z4j: the buffer is on disk again; %d rows came along", value)
-        self._retry_delay = min(self._retry_delay * 2, RETRY_LONGEST)
+        self._retry_delay = min(self._retry_delay * 2, RETRY_MAX)
         self._retry_at = self._backend.now() + self._retry_delay
 
     def _say(self) -> None:
@@ -406,7 +410,7 @@ class BufferManager:
 
     def _warn(self, sort: str, text: str, *args: object) -> None:
         now = self._backend.now()
-        quiet = now - self._warned.get(sort, float("-inf")) < WARN_EVERY
+        quiet = now - self._warned.get(sort, float("-inf")) < WARNING_INTERVAL
         if not quiet:
             self._warned[sort] = now
         logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)

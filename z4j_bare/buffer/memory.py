@@ -14,8 +14,8 @@ from zope.interface import implementer
 from z4j_bare.buffer.rows import (
     CAPACITY,
     DONE,
-    DROP_ORDER,
     EVENT,
+    EVICTION_ORDER,
     LEDGER_CAP,
     RESULT,
     STARTED,
@@ -24,10 +24,10 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Row,
     StoreState,
-    fitting,
     losses_by,
     refuse_unknown_kinds,
-    storable,
+    replace_surrogates,
+    take_fitting,
 )
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
@@ -61,7 +61,7 @@ class MemoryStore:
         self._max_rows = max(1, max_rows)
         self._max_bytes = max_bytes
         self._clock = clock
-        self._queues: dict[str, deque[BufferEntry]] = {kind: deque() for kind in DROP_ORDER}
+        self._queues: dict[str, deque[BufferEntry]] = {kind: deque() for kind in EVICTION_ORDER}
         self._rows = self._bytes = self._payload = self._produced = self._confirmed = 0
         self._lost: dict[tuple[str, str], int] = {}
         self._ledger: dict[str, LedgerEntry] = {}
@@ -72,9 +72,11 @@ class MemoryStore:
         self._check()
         refuse_unknown_kinds(rows)
         now = self._clock()
-        return self._take(
+        return self._commit(
             [
-                BufferEntry(0, kind, key if key.isascii() else storable(key), payload, now, 0)
+                BufferEntry(
+                    0, kind, key if key.isascii() else replace_surrogates(key), payload, now, 0
+                )
                 for kind, key, payload in rows
             ]
         )
@@ -86,7 +88,7 @@ class MemoryStore:
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Take rows of another store; they get new ids and keep their age and attempts."""
         self._check()
-        return self._take(rows)
+        return self._commit(rows)
 
     def import_state(self, export_state: StoreState) -> None:
         """Take another store's losses for its own, and learn of its commands."""
@@ -97,14 +99,14 @@ class MemoryStore:
         for entry in export_state.ledger:
             earlier = self._ledger.get(entry.key)
             if earlier is None or (earlier.state == STARTED and entry.state == DONE):
-                self._enter(entry)
+                self._insert(entry)
 
     def export_state(self) -> StoreState:
         """Return what an heir has to know besides the rows."""
         self._check()
         return StoreState(dict(self._lost), tuple(self._ledger.values()))
 
-    def _take(self, rows: Sequence[BufferEntry]) -> int:
+    def _commit(self, rows: Sequence[BufferEntry]) -> int:
         lost = 0
         for row in rows:
             self._produced += 1
@@ -122,11 +124,11 @@ class MemoryStore:
     ) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
         self._check()
-        queues = [self._queues[kind] for kind in DROP_ORDER if kind in kinds]
+        queues = [self._queues[kind] for kind in EVICTION_ORDER if kind in kinds]
         rows = heapq.merge(*queues, key=lambda entry: entry.id)
-        return fitting((entry for entry in rows if entry.id > after), limit, max_bytes)
+        return take_fitting((entry for entry in rows if entry.id > after), limit, max_bytes)
 
-    def at_hand(
+    def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
         """Return what ``drain`` does: nothing here takes I/O."""
@@ -178,7 +180,7 @@ class MemoryStore:
             durable=False,
         )
 
-    def remembered(self) -> BufferStats:
+    def cached_stats(self) -> BufferStats:
         """Return the figures; memory does not fail."""
         return self.stats()
 
@@ -193,23 +195,23 @@ class MemoryStore:
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
         """Enter command ``key`` as started; return the earlier entry if it was there already."""
         self._check()
-        key = storable(key)
+        key = replace_surrogates(key)
         earlier = self._ledger.get(key)
         if earlier is None:
-            self._enter(LedgerEntry(key, STARTED, provisional_result, now))
+            self._insert(LedgerEntry(key, STARTED, provisional_result, now))
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and keep its result for redeliveries."""
         self._check()
-        self._enter(LedgerEntry(storable(key), DONE, result, now))
+        self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
 
     def answer(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and append its result as a row."""
         self.settle(key, result, now)
         self.append([(RESULT, key, result)])
 
-    def tidy(self) -> bool:
+    def vacuum_step(self) -> bool:
         """Do nothing: memory needs no tidying."""
         self._check()
         return True
@@ -259,7 +261,7 @@ class MemoryStore:
             self._count(entry, -1)
         return removed
 
-    def _enter(self, entry: LedgerEntry) -> None:
+    def _insert(self, entry: LedgerEntry) -> None:
         earlier = self._ledger.get(entry.key)
         self._ledger[entry.key] = entry
         self._ledger_bytes += len(entry.result) - (len(earlier.result) if earlier else 0)

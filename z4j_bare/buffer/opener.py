@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, cause_of
+from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, classify
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Troubles that another directory does not cure, or that pass.
-_STAY = frozenset({BUSY, FULL, CORRUPT})
+_NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
 def open_store(buffer_path: str | os.PathLike[str], **options: Any) -> BufferStore:
@@ -31,7 +31,7 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Any) -> BufferSto
         try:
             store = BufferStore(paths.new_store_path(directory / "store"), **options)
         except LocalStorageError as error:
-            if trouble is None and cause_of(error) in _STAY:
+            if trouble is None and classify(error) in _NOT_CURED_BY_MOVING:
                 raise
             trouble = trouble or error
             continue
@@ -42,7 +42,7 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Any) -> BufferSto
 
 
 def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
-    configured, *temporary = paths.places(buffer_path)
+    configured, *temporary = paths.candidate_directories(buffer_path)
     yield configured
     yield from temporary
     # Somebody sits on the names that can be foreseen. Nobody will look for orphans under this one.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: Seconds for which what the brain has may wait for a trip that deletes it. A trip costs a worker 1 ms.
-LATEST = 2.0
+MAX_DEFER_SECONDS = 2.0
 
 
 class Receipt(NamedTuple):
@@ -39,7 +39,10 @@ class Receipts:
 
     def may_wait(self, after: int, now: float) -> bool:
         """Whether a look at the rows behind ``after`` may leave these where they are: it finds none, and they are young."""
-        return all(now - each.at < LATEST and max(each.ids) <= after for each in tuple(self._noted))
+        return all(
+            now - each.at < MAX_DEFER_SECONDS and max(each.ids) <= after
+            for each in tuple(self._noted)
+        )
 
     def redeem(self, store: Any, generation: int) -> None:
         """Delete from ``store`` what is of this generation, and forget the rest; if it raises, nothing is forgotten."""

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.errors import CORRUPT, cause_of, translated
+from z4j_bare.buffer.errors import CORRUPT, classify, translate_errors
 from z4j_bare.buffer.lock import OwnerLock
-from z4j_bare.buffer.rows import CORRUPTION, DROP_ORDER, EVENT, STARTED, StoreState
-from z4j_bare.buffer.schema import counted
+from z4j_bare.buffer.rows import CORRUPTION, EVENT, EVICTION_ORDER, STARTED, StoreState
+from z4j_bare.buffer.schema import read_losses
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
 
@@ -24,7 +24,7 @@ STEP_BYTES = 1024 * 1024
 
 #: Rows of the heir above which nothing moves. It is the longest window in flight, so that the brain never waits for a
 #: step, and a fresh event waits behind few adopted ones.
-ENOUGH_ROWS = 1_000
+TARGET_BACKLOG = 1_000
 
 MOVED = "moved"
 WAIT = "wait"
@@ -35,8 +35,8 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
     """Return the files that may be a dead process's: who owns one, its lock tells. Longest untouched first."""
     return [
         path
-        for place in paths.places(buffer_path)
-        for path in paths.stores_in(place)
+        for place in paths.candidate_directories(buffer_path)
+        for path in paths.list_stores(place)
         if path not in skip
     ]
 
@@ -53,10 +53,10 @@ class Orphan:
         self.path = path
         self.moved = 0
         self.corrupt = ""
-        self._enough_rows = min(ENOUGH_ROWS, max_rows // 4)
+        self._enough_rows = min(TARGET_BACKLOG, max_rows // 4)
         self._enough_bytes = max_bytes // 4
         self._pending: list[int] = []
-        self._legacy: StoreState | None = None
+        self._state: StoreState | None = None
         self._store: BufferStore | None = None
         try:
             self._store = BufferStore(
@@ -68,61 +68,61 @@ class Orphan:
                 create=False,
             )
         except LocalStorageError as error:
-            if cause_of(error) != CORRUPT:
+            if classify(error) != CORRUPT:
                 raise
-            self.corrupt, self._legacy = str(error), _set_aside(path)
+            self.corrupt, self._state = str(error), _set_aside(path)
 
     def left(self) -> int:
         """Return the number of rows still here."""
         return 0 if self._store is None else self._store.size()
 
-    def step(self, heir: BufferStore) -> str:
-        """Move some rows; ``moved``, ``wait`` (the heir has enough to do), or ``done``: the file is gone.
+    def step(self, target: BufferStore) -> str:
+        """Move some rows; ``moved``, ``wait`` (the target has enough to do), or ``done``: the file is gone.
 
         Raises ``LocalStorageError`` for either store, and may be called again: nothing is moved twice by one heir.
         """
         if self._store is None:
-            heir.import_state(self._legacy or StoreState({}))
+            target.import_state(self._state or StoreState({}))
             return DONE
         if self._pending:
             self._store.confirm(self._pending)
             self._pending = []
-        if self._legacy is None:
+        if self._state is None:
             # First of all: the brain may deliver a command of the dead one again as soon as we are connected.
             export_state = self._store.export_state()
-            heir.import_state(StoreState({}, export_state.ledger))
-            self._read_testaments(heir, export_state)
-            self._legacy = export_state
-        if heir.size() >= self._enough_rows or heir.byte_size() >= self._enough_bytes:
+            target.import_state(StoreState({}, export_state.ledger))
+            self._answer_interrupted_commands(target, export_state)
+            self._state = export_state
+        if target.size() >= self._enough_rows or target.byte_size() >= self._enough_bytes:
             return WAIT
-        rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), DROP_ORDER)
-        heir.import_rows(rows)
+        rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), EVICTION_ORDER)
+        target.import_rows(rows)
         self.moved += len(rows)
         self._pending = [row.id for row in rows]
         self._store.confirm(self._pending)
         self._pending = []
         if self._store.size():
             return MOVED
-        heir.import_state(StoreState(self._legacy.losses))
-        self._store.close(bequeathed=True)
+        target.import_state(StoreState(self._state.losses))
+        self._store.close(ledger_transferred=True)
         return DONE
 
     @staticmethod
-    def _read_testaments(heir: BufferStore, export_state: StoreState) -> None:
+    def _answer_interrupted_commands(target: BufferStore, export_state: StoreState) -> None:
         """Answer the commands that died with their process: nobody knows how far they came, and none must run again."""
         for entry in export_state.ledger:
-            known = heir.claim(entry.key, entry.at)
+            known = target.claim(entry.key, entry.at)
             if known is not None and known.state == STARTED and entry.result:
-                heir.answer(entry.key, entry.result, entry.at)
+                target.answer(entry.key, entry.result, entry.at)
 
-    def condemn(self, heir: BufferStore) -> bool:
+    def quarantine_if_corrupt(self, target: BufferStore) -> bool:
         """Set a file aside that has turned out corrupt, and count its rows as lost; ``False``: nothing is wrong with it."""
-        if self._store is None or self._store.sound():
+        if self._store is None or self._store.integrity_ok():
             return False
-        left = self._store.written_off()
+        left = self._store.state_if_abandoned()
         left.losses[CORRUPTION, EVENT] -= len(self._pending)  # the heir has those
-        heir.import_state(left)
-        self._store.set_aside()
+        target.import_state(left)
+        self._store.quarantine()
         return True
 
     def close(self) -> None:
@@ -133,11 +133,11 @@ class Orphan:
 
 def _set_aside(path: Path) -> StoreState:
     """Rename a file that cannot be read, while nobody else can claim it; return what its counters still say was lost."""
-    lock = OwnerLock(paths.lock_of(path))
+    lock = OwnerLock(paths.lock_path(path))
     try:
-        losses = counted(path)
-        with translated(path, "set aside"):
-            paths.set_aside(path, time.time())
+        losses = read_losses(path)
+        with translate_errors(path, "set aside"):
+            paths.quarantine(path, time.time())
         return StoreState(losses)
     finally:
         lock.release(delete=not path.exists())

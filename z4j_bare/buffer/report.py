@@ -27,12 +27,12 @@ _HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 
 @dataclass(frozen=True, slots=True)
 class StoreReport:
-    """One store at one moment. ``living`` says that its process runs, ``trouble`` why it cannot be read."""
+    """One store at one moment. ``owner_alive`` says that its process runs, ``error`` why it cannot be read."""
 
     path: Path
-    living: bool
+    owner_alive: bool
     disk_bytes: int
-    trouble: str = ""
+    error: str = ""
     pid: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     payload_bytes: int = 0
@@ -49,17 +49,24 @@ class StoreReport:
 
 def stores(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return all stores of this user, wherever they may lie, longest untouched first."""
-    return [path for place in paths.places(buffer_path) for path in paths.stores_in(place)]
+    return [
+        path
+        for place in paths.candidate_directories(buffer_path)
+        for path in paths.list_stores(place)
+    ]
 
 
-def look(path: Path) -> StoreReport:
+def read_report(path: Path) -> StoreReport:
     """Return how a store is; never raises for one that cannot be read."""
-    size, living = sum(map(paths.size_of, paths.files_of(path))), is_owned(paths.lock_of(path))
+    size, owner_alive = (
+        sum(map(paths.file_size, paths.store_files(path))),
+        is_owned(paths.lock_path(path)),
+    )
     try:
         with read_only(path) as connection:
-            return StoreReport(path, living, size, **_figures(connection))
+            return StoreReport(path, owner_alive, size, **_figures(connection))
     except (sqlite3.Error, KeyError, TypeError) as error:
-        return StoreReport(path, living, size, trouble=f"cannot be read: {error}")
+        return StoreReport(path, owner_alive, size, error=f"cannot be read: {error}")
 
 
 def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
     batches = _batches(connection)
     if batches is not None and (oldest := batches.oldest()) is not None:
         rows[EVENT] = rows.get(EVENT, 0) + batches.rows
-        size += batches.weight
+        size += batches.payload_bytes
         first = oldest[2] if first is None else min(first, oldest[2])
     losses = {
         (reason, kind): number
@@ -94,9 +101,9 @@ def _batches(connection: sqlite3.Connection) -> Batches | None:
 
 
 @contextmanager
-def abandoned(path: Path) -> Iterator[OwnerLock]:
+def claim_orphan(path: Path) -> Iterator[OwnerLock]:
     """Own a dead process's store meanwhile. Raises ``LocalStorageError`` when its process lives."""
-    lock = OwnerLock(paths.lock_of(path))
+    lock = OwnerLock(paths.lock_path(path))
     try:
         yield lock
     finally:
@@ -116,8 +123,8 @@ def rows(path: Path) -> Iterator[BufferEntry]:
         raise LocalStorageError(f"the store {path} cannot be read: {error}") from error
 
 
-def drop(path: Path) -> None:
+def delete_store(path: Path) -> None:
     """Delete a dead process's store with everything in it. Raises ``LocalStorageError`` when its process lives."""
-    with abandoned(path):
-        for file in paths.files_of(path):
+    with claim_orphan(path):
+        for file in paths.store_files(path):
             paths.remove(file)

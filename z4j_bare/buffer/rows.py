@@ -17,8 +17,8 @@ PROJECTION = "projection"
 
 #: Who leaves first when a cap is reached. A lost event is one line of history and a lost result one command
 #: that looks timed out, but a hole in a sequenced schedule stream spoils the whole stream.
-DROP_ORDER = (EVENT, RESULT, PROJECTION)
-KINDS = frozenset(DROP_ORDER)
+EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
+KINDS = frozenset(EVICTION_ORDER)
 
 #: The reason under which the caps count what they evict.
 CAPACITY = "capacity"
@@ -30,7 +30,7 @@ POISON = "poison"
 STARTED = "started"
 DONE = "done"
 #: Started by another process, which will answer, or its heir.
-ELSEWHERE = "elsewhere"
+IN_OTHER_PROCESS = "elsewhere"
 
 #: Commands the ledger remembers; the brain redelivers for a minute, so this is 160 commands a second.
 LEDGER_CAP = 10_000
@@ -79,7 +79,7 @@ class BufferStats:
 
 
 #: The figures of a store that has not been asked yet.
-UNKNOWN = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
+NO_STATS = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
     ]
 
 
-def fitting(
+def take_fitting(
     entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone: bool = True
 ) -> list[BufferEntry]:
     """Return the first ``entries``: at most ``limit``, of ``max_bytes`` together, or one, if it may be ``alone``."""
@@ -142,14 +142,14 @@ def fitting(
     return found
 
 
-def came_together(entry: BufferEntry) -> float | None:
+def batch_timestamp(entry: BufferEntry) -> float | None:
     """Return when an event came, if it is like all others that came then, so that they may be stored together."""
     return (
         entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
     )
 
 
-def storable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace lone surrogates: a foreign task id may hold some, and SQLite takes none."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -179,5 +179,5 @@ def both(disk: BufferStats, memory: BufferStats) -> BufferStats:
         lost_kinds=added(disk.lost_kinds, memory.lost_kinds),
         produced=disk.produced + memory.produced,
         confirmed=disk.confirmed + memory.confirmed,
-        buffer_id=memory.buffer_id if disk.buffer_id == UNKNOWN.buffer_id else disk.buffer_id,
+        buffer_id=memory.buffer_id if disk.buffer_id == NO_STATS.buffer_id else disk.buffer_id,
     )

@@ -116,18 +116,18 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def number(connection: sqlite3.Connection, query: str) -> int:
+def scalar(connection: sqlite3.Connection, query: str) -> int:
     """Return the one integer that ``query`` yields."""
     return int(connection.execute(query).fetchone()[0])
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str) -> None:
-    mark = number(connection, "PRAGMA application_id")
+    mark = scalar(connection, "PRAGMA application_id")
     if mark != APPLICATION_ID and (
-        mark or number(connection, "SELECT count(*) FROM sqlite_master")
+        mark or scalar(connection, "SELECT count(*) FROM sqlite_master")
     ):
         raise LocalStorageError(f"{path} is not a store of this agent (application id {mark:#x})")
-    version = number(connection, "PRAGMA user_version")
+    version = scalar(connection, "PRAGMA user_version")
     if version > VERSION:
         raise LocalStorageError(
             f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})"
@@ -164,7 +164,7 @@ def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
 
 def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> None:
     """Bring the tables up to ``VERSION`` and name a new store; the caller holds the transaction."""
-    version = number(connection, "PRAGMA user_version")
+    version = scalar(connection, "PRAGMA user_version")
     for step in MIGRATIONS[version:]:
         for statement in step:
             connection.execute(statement)
@@ -188,7 +188,7 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
 @contextmanager
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
-    mode = "mode=ro" if paths.files_of(path)[2].exists() else "immutable=1"
+    mode = "mode=ro" if paths.store_files(path)[2].exists() else "immutable=1"
     with closing(
         sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
     ) as connection:
@@ -196,7 +196,7 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def counted(path: Path) -> dict[tuple[str, str], int]:
+def read_losses(path: Path) -> dict[tuple[str, str], int]:
     """Return the losses of a file whose rows cannot be read, those rows among them; none if it cannot say."""
     try:
         with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:

@@ -6,7 +6,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.rows import DONE, ELSEWHERE, LedgerEntry
+from z4j_bare.buffer.rows import DONE, IN_OTHER_PROCESS, LedgerEntry
 from z4j_bare.buffer.schema import read_only
 from z4j_bare.errors import LocalStorageError
 
@@ -24,15 +24,15 @@ def find_in_other_stores(
     """
     found = None
     try:
-        for place in paths.places(buffer_path):
-            for path in paths.stores_in(place):
+        for place in paths.candidate_directories(buffer_path):
+            for path in paths.list_stores(place):
                 entry = _ask(path, key) if path != own else None
                 if entry is not None and entry.state == DONE:
                     return entry
                 found = found or entry
     except (OSError, LocalStorageError):  # then we know what we know
         pass
-    return found and LedgerEntry(key, ELSEWHERE, b"", found.at)
+    return found and LedgerEntry(key, IN_OTHER_PROCESS, b"", found.at)
 
 
 def _ask(path: Path, key: str) -> LedgerEntry | None:

@@ -14,16 +14,16 @@ from zope.interface import implementer
 
 from z4j_bare.buffer import batches, queries
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.accounting import Accounting, Change
+from z4j_bare.buffer.accounting import Accounting, RowTransaction
 from z4j_bare.buffer.disk_usage import ROW_OVERHEAD, DiskUsage
-from z4j_bare.buffer.errors import storage_call, translated
+from z4j_bare.buffer.errors import storage_call, translate_errors
 from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.buffer.rows import (
     CAPACITY,
     CORRUPTION,
-    DROP_ORDER,
     EVENT,
+    EVICTION_ORDER,
     PAYLOAD,
     RESULT,
     BufferEntry,
@@ -31,10 +31,10 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Row,
     StoreState,
-    came_together,
-    fitting,
+    batch_timestamp,
     refuse_unknown_kinds,
-    storable,
+    replace_surrogates,
+    take_fitting,
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
 from z4j_bare.errors import LocalStorageError
@@ -48,7 +48,7 @@ MAX_BYTES = 256 * 1024 * 1024
 #: An empty store takes 0.1 MiB with WAL and SHM; a cap below this one would be a store that can hold nothing.
 MIN_BYTES = 1024 * 1024
 #: Events that a full disk costs at a time: this many, or a tenth if that is more.
-RELIEF = 500
+FULL_DISK_EVICTION = 500
 
 #: Rows to take: of ``None``, entries whose ids are still to be given; of a time, the payloads of events that came together.
 InsertGroup = tuple[float | None, "Sequence[Any]"]
@@ -91,16 +91,16 @@ class BufferStore:
         self._pid = os.getpid()
         self._closed = False
         paths.private_directory(self.path.parent)
-        self._lock = OwnerLock(paths.lock_of(self.path))
+        self._lock = OwnerLock(paths.lock_path(self.path))
         created = False
         try:
-            with translated(self.path, "open"):
+            with translate_errors(self.path, "open"):
                 if create and not os.path.lexists(self.path):
                     paths.create_file(self.path)
                     created = True
                 self._open(deployment, busy_timeout)
         except BaseException:
-            self._give_up(delete=created)
+            self._release(delete=created)
             raise
         self._lock.pinned = self._connection
 
@@ -115,30 +115,31 @@ class BufferStore:
         """
         refuse_unknown_kinds(rows)
         if all(kind == EVENT and not key for kind, key, _ in rows):
-            return self._take([(self._clock(), [payload for _, _, payload in rows])])
+            return self._commit([(self._clock(), [payload for _, _, payload in rows])])
         now = self._clock()
         safe = [
-            (kind, key if key.isascii() else storable(key), payload) for kind, key, payload in rows
+            (kind, key if key.isascii() else replace_surrogates(key), payload)
+            for kind, key, payload in rows
         ]
-        return self._take([(None, [BufferEntry(0, *row, now, 0) for row in safe])])
+        return self._commit([(None, [BufferEntry(0, *row, now, 0) for row in safe])])
 
     @storage_call
     def append_events(self, payloads: Sequence[bytes]) -> int:
         """Commit events without keys as ``append`` does."""
-        return self._take([(self._clock(), payloads)])
+        return self._commit([(self._clock(), payloads)])
 
     @storage_call
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
-        groups = ((at, list(group)) for at, group in groupby(rows, came_together))
-        return self._take(
+        groups = ((at, list(group)) for at, group in groupby(rows, batch_timestamp))
+        return self._commit(
             [(at, rows if at is None else list(map(PAYLOAD, rows))) for at, rows in groups]
         )
 
     @storage_call
     def import_state(self, export_state: StoreState) -> None:
         """Take another store's losses for its own, as produced here and lost, and learn of its commands."""
-        with self._books.change() as change:
+        with self._accounting.change() as change:
             change.lost.update(export_state.losses)
             change.produced = sum(export_state.losses.values())
         for entry in export_state.ledger:
@@ -147,15 +148,18 @@ class BufferStore:
     @storage_call
     def export_state(self) -> StoreState:
         """Return what an heir has to know besides the rows."""
-        return StoreState(dict(self._books.lost), self._ledger.young(self._clock()))
+        return StoreState(dict(self._accounting.lost), self._ledger.recent_entries(self._clock()))
 
     @storage_call
-    def relieve(self) -> int:
+    def free_space(self) -> int:
         """Make room on a full disk: shorten the files, drop the oldest events; return how many that cost."""
-        self._space.squeeze()
-        with self._books.change() as change:
-            change.remove(self._oldest(EVENT, max(RELIEF, self._books.rows // 10), 0), CAPACITY)
-        self._space.squeeze()
+        self._space.reclaim_all()
+        with self._accounting.change() as change:
+            change.remove(
+                self._oldest(EVENT, max(FULL_DISK_EVICTION, self._accounting.rows // 10), 0),
+                CAPACITY,
+            )
+        self._space.reclaim_all()
         return sum(change.lost.values())
 
     @storage_call
@@ -163,17 +167,17 @@ class BufferStore:
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
         """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
-        found = self.at_hand(after, limit, max_bytes, kinds)
+        found = self.read_cached(after, limit, max_bytes, kinds)
         return self._read(after, limit, max_bytes, kinds) if found is None else found
 
-    def at_hand(
+    def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
         """Return what ``drain`` does, or ``None`` if that takes a look at the file. On any thread, between other calls."""
-        if EVENT not in kinds and not self._books.kept:
+        if EVENT not in kinds and not self._accounting.non_events:
             return []
-        alone = tuple(kinds) == (EVENT,) and not self._books.loose
-        return self._books.batches.at_hand(after, limit, max_bytes) if alone else None
+        alone = tuple(kinds) == (EVENT,) and not self._accounting.unbatched_events
+        return self._accounting.batches.read_cached(after, limit, max_bytes) if alone else None
 
     def _read(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
@@ -184,34 +188,34 @@ class BufferStore:
                 self._connection.execute(queries.drain(kinds), (after, max(0, limit)))
             ) as cursor,
             closing(
-                self._books.batches.read(after) if EVENT in kinds else iter_nothing()
+                self._accounting.batches.read(after) if EVENT in kinds else empty_iterator()
             ) as batched,
         ):
             # Ids differ: nothing else is compared.
-            return fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
+            return take_fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
 
     @storage_call
     def confirm(self, ids: Sequence[int]) -> int:
         """Delete delivered rows; return how many there were."""
-        with self._books.change() as change:
+        with self._accounting.change() as change:
             change.confirmed = change.remove(ids)
-        self._shorten()  # a deletion, too, is written to the log first
+        self._shrink_files()  # a deletion, too, is written to the log first
         return change.confirmed
 
     @storage_call
     def discard(self, ids: Sequence[int], reason: str) -> int:
         """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
-        with self._books.change() as change:
+        with self._accounting.change() as change:
             removed = change.remove(ids, reason)
-        self._shorten()
+        self._shrink_files()
         return removed
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
         """Note that these rows were on the wire when a session died."""
-        with self._books.change() as change:
-            change.doubt(ids)
-        self._shorten()  # a number changed, and the log holds the whole row once more
+        with self._accounting.change() as change:
+            change.increment_attempts(ids)
+        self._shrink_files()  # a number changed, and the log holds the whole row once more
 
     @storage_call
     def stats(self) -> BufferStats:
@@ -220,35 +224,35 @@ class BufferStore:
         Raises when the file has lost its name: what SQLite goes on writing would vanish with this process.
         """
         self.path.lstat()
-        oldest = self._books.oldest()
+        oldest = self._accounting.oldest()
         age = None if oldest is None else max(0.0, self._clock() - oldest)
-        return self._books.figures(self._space.disk_bytes(), age)
+        return self._accounting.stats(self._space.disk_bytes(), age)
 
-    def remembered(self) -> BufferStats:
+    def cached_stats(self) -> BufferStats:
         """Return what ``stats`` would, without asking a disk that has failed: neither bytes nor age."""
-        return self._books.figures(0, None)
+        return self._accounting.stats(0, None)
 
     @storage_call
-    def sound(self) -> bool:
+    def integrity_ok(self) -> bool:
         """Return whether the file can be read from end to end; slow, for one that is suspected."""
         try:
             return bool(self._connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
         except sqlite3.DatabaseError:
             return False
 
-    def written_off(self) -> StoreState:
+    def state_if_abandoned(self) -> StoreState:
         """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
-        lost = dict(self._books.lost)
-        lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self._books.rows
+        lost = dict(self._accounting.lost)
+        lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self._accounting.rows
         return StoreState(lost)
 
     def size(self) -> int:
         """Return the number of rows."""
-        return self._books.rows
+        return self._accounting.rows
 
     def byte_size(self) -> int:
         """Return the bytes of all payloads."""
-        return self._books.payload
+        return self._accounting.payload_bytes
 
     # -- the ledger of commands
 
@@ -265,8 +269,8 @@ class BufferStore:
     @storage_call
     def answer(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` done and append its result as a row, both or neither."""
-        row = BufferEntry(0, RESULT, storable(key), result, now, 0)
-        self._take([(None, [row])], lambda: self._ledger.settle(key, result, now))
+        row = BufferEntry(0, RESULT, replace_surrogates(key), result, now, 0)
+        self._commit([(None, [row])], lambda: self._ledger.settle(key, result, now))
 
     # -- the file
 
@@ -276,14 +280,14 @@ class BufferStore:
         return self._closed or self._pid != os.getpid()
 
     @storage_call
-    def tidy(self) -> bool:
+    def vacuum_step(self) -> bool:
         """Give some unused pages back to the file system, when idle; return whether nothing is left to do."""
-        return self._space.tidy()
+        return self._space.vacuum_step()
 
-    def close(self, *, bequeathed: bool = False) -> None:
+    def close(self, *, ledger_transferred: bool = False) -> None:
         """Release the file; delete it when it holds neither rows nor young ledger entries. Idempotent.
 
-        ``bequeathed`` says that an heir knows the commands.
+        ``ledger_transferred`` says that an heir knows the commands.
         """
         if (
             self.closed
@@ -292,24 +296,24 @@ class BufferStore:
         self._closed = True
         delete = False
         try:
-            with translated(self.path, "close"):
-                delete = self._books.rows == 0 and (
-                    bequeathed or self._ledger.recent(self._clock()) == 0
+            with translate_errors(self.path, "close"):
+                delete = self._accounting.rows == 0 and (
+                    ledger_transferred or self._ledger.count_recent(self._clock()) == 0
                 )
                 self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
         finally:
-            self._give_up(delete=delete)
+            self._release(delete=delete)
 
-    def set_aside(self) -> None:
-        """Close a corrupt store without deleting it, and rename its file; see ``paths.set_aside``."""
+    def quarantine(self) -> None:
+        """Close a corrupt store without deleting it, and rename its file; see ``paths.quarantine``."""
         self.check()
         self._closed = True
-        with translated(self.path, "set aside"):
+        with translate_errors(self.path, "set aside"):
             try:
                 self._connection.close()
             finally:
                 try:
-                    paths.set_aside(self.path, self._clock())
+                    paths.quarantine(self.path, self._clock())
                 finally:
                     self._lock.release(delete=not os.path.lexists(self.path))
 
@@ -331,62 +335,64 @@ class BufferStore:
         self._load()
 
     def _load(self) -> None:
-        self._books = Accounting(self._connection, min(batches.LARGEST, self._budget // 32))
-        self.buffer_id = self._books.buffer_id
+        self._accounting = Accounting(
+            self._connection, min(batches.MAX_BATCH_BYTES, self._budget // 32)
+        )
+        self.buffer_id = self._accounting.buffer_id
         self._space = DiskUsage(self._connection, self.path, self._max_bytes)
-        self._space.shorten()  # a dead owner's log, just moved into the file, takes its room twice
+        self._space.shrink_if_over_cap()  # a dead owner's log, just moved into the file, takes its room twice
         self._ledger = Ledger(self._connection, self._budget // 16)
 
-    def _give_up(self, *, delete: bool) -> None:
+    def _release(self, *, delete: bool) -> None:
         connection: sqlite3.Connection | None = getattr(self, "_connection", None)
-        with translated(self.path, "close"):
+        with translate_errors(self.path, "close"):
             try:
                 if connection is not None:
                     connection.close()
-                for file in paths.files_of(self.path) if delete else ():
+                for file in paths.store_files(self.path) if delete else ():
                     paths.remove(file)
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _take(self, lots: Sequence[InsertGroup], also: Callable[[], None] = lambda: None) -> int:
+    def _commit(self, lots: Sequence[InsertGroup], also: Callable[[], None] = lambda: None) -> int:
         """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
         if not any(rows for _, rows in lots):
             return 0
-        self._space.ensure()
-        with self._books.change() as change:
+        self._space.check_capacity()
+        with self._accounting.change() as change:
             for at, rows in lots:
                 self._insert(at, rows, change)
             self._evict(change)
             also()
-        self._shorten()
+        self._shrink_files()
         return sum(change.lost.values())
 
-    def _insert(self, at: float | None, rows: Sequence[Any], change: Change) -> None:
+    def _insert(self, at: float | None, rows: Sequence[Any], change: RowTransaction) -> None:
         length = len if at is not None else _payload_length
         admitted = rows
         if max(map(length, rows)) > self._budget:
             admitted = [row for row in rows if length(row) <= self._budget]
             for row in rows:
                 if length(row) > self._budget:
-                    change.refuse(EVENT if at is not None else row.kind, CAPACITY)
+                    change.reject(EVENT if at is not None else row.kind, CAPACITY)
         if at is not None:
             change.insert_events(admitted, at)
         else:
             change.insert(admitted)
 
-    def _shorten(self) -> None:
+    def _shrink_files(self) -> None:
         try:
-            self._space.shorten()
+            self._space.shrink_if_over_cap()
         except (
             sqlite3.Error,
             OSError,
         ):  # the rows are safe; if this is serious, the next append says so
             pass
 
-    def _evict(self, change: Change) -> None:
-        for kind in DROP_ORDER:
+    def _evict(self, change: RowTransaction) -> None:
+        for kind in EVICTION_ORDER:
             while True:
-                excess_rows = self._books.rows + change.rows - self._max_rows
+                excess_rows = self._accounting.rows + change.rows - self._max_rows
                 excess_bytes = self._space.live_bytes() - self._budget
                 if excess_rows <= 0 and excess_bytes <= 0:
                     return
@@ -401,7 +407,9 @@ class BufferStore:
         limit = max(excess_rows, 1000)
         with (
             closing(self._connection.execute(queries.oldest(kind), (limit,))) as cursor,
-            closing(self._books.batches.read(0) if kind == EVENT else iter_nothing()) as batched,
+            closing(
+                self._accounting.batches.read(0) if kind == EVENT else empty_iterator()
+            ) as batched,
         ):
             events = ((entry.id, len(entry.payload)) for entry in batched)
             for identity, length in islice(merge(cursor, events), limit):
@@ -412,7 +420,7 @@ class BufferStore:
         return victims
 
 
-def iter_nothing() -> Generator[BufferEntry, None, None]:
+def empty_iterator() -> Generator[BufferEntry, None, None]:
     """Yield nothing, closeable."""
     yield from ()
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     Others = Callable[[Path, str], LedgerEntry | None]
 
 #: Rows moved from one store to another in one transaction, and their bytes.
-MOVE = 500
-MOVE_BYTES = 4 * 1024 * 1024
+COPY_ROWS = 500
+COPY_BYTES = 4 * 1024 * 1024
 
 
 def append(store: Any, add: Callable[[Any], int], look: bool) -> BufferStats | None:
@@ -68,10 +68,10 @@ def answer(store: Any, key: str, result: bytes, now: float) -> None:
     store.answer(key, result, now)
 
 
-def tidy(store: Any) -> bool:
+def vacuum_step(store: Any) -> bool:
     """Tidy a little; return whether nothing is left to do."""
     try:
-        return bool(store.tidy())
+        return bool(store.vacuum_step())
     except LocalStorageError:  # it costs no row; if it is serious, the next append says so
         return False
 
@@ -85,7 +85,7 @@ def stats(store: Any) -> BufferStats:
 def move(heir: Any, source: Any) -> int:
     """Move everything from one store to another, so that a failure on the way doubles rows at worst."""
     left, moved = source.export_state(), 0
-    while rows := source.drain(0, MOVE, MOVE_BYTES, (EVENT, RESULT, PROJECTION)):
+    while rows := source.drain(0, COPY_ROWS, COPY_BYTES, (EVENT, RESULT, PROJECTION)):
         heir.import_rows(rows)
         source.confirm([row.id for row in rows])
         moved += len(rows)

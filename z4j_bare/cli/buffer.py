@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from z4j_bare.buffer import files as paths
 from z4j_bare.buffer import report as inspect
-from z4j_bare.buffer.errors import BUSY, cause_of
+from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.report import StoreReport
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         return actions[arguments.action](output, arguments)
     except LocalStorageError as error:
         print(f"z4j-bare: {error}", file=sys.stderr)
-        return REFUSED if cause_of(error) == BUSY else 1
+        return REFUSED if classify(error) == BUSY else 1
     except OSError as error:
         print(f"z4j-bare: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
@@ -101,19 +101,19 @@ def looks(arguments: argparse.Namespace) -> list[StoreReport]:
         if match is None:
             raise HostConfigurationError(f"there is no store {name!r}: see z4j-bare buffer list")
         wanted.append(match)
-    return [inspect.look(path) for path in wanted or found]
+    return [inspect.read_report(path) for path in wanted or found]
 
 
 def left_behind(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the stores without a living process. Raises ``LocalStorageError`` for one that was named and has one."""
     found = looks(arguments)
     if arguments.stores:
-        for living in (each for each in found if each.living):
-            with inspect.abandoned(
-                living.path
+        for owner_alive in (each for each in found if each.owner_alive):
+            with inspect.claim_orphan(
+                owner_alive.path
             ):  # says whose it is, if it has not ended this moment
                 pass
-    return [each for each in found if not each.living]
+    return [each for each in found if not each.owner_alive]
 
 
 def _list(output: Output, arguments: argparse.Namespace) -> int:
@@ -123,12 +123,12 @@ def _list(output: Output, arguments: argparse.Namespace) -> int:
     else:
         output.table(COLUMNS, [_row(each) for each in found])
     output.answer({"stores": [_plain(each) for each in found]})
-    return 1 if any(each.trouble for each in found) else 0
+    return 1 if any(each.error for each in found) else 0
 
 
 def _stats(output: Output, arguments: argparse.Namespace) -> int:
     found = looks(arguments)
-    dead = [each for each in found if not each.living]
+    dead = [each for each in found if not each.owner_alive]
     ages = [each.oldest_age for each in found if each.oldest_age is not None]
     figures: dict[str, Any] = {
         "stores": len(found),
@@ -139,7 +139,7 @@ def _stats(output: Output, arguments: argparse.Namespace) -> int:
         "disk_bytes": sum(each.disk_bytes for each in found),
         "oldest_age_seconds": round(max(ages), 1) if ages else None,
         "lost": _sums(found),
-        "unreadable": sum(bool(each.trouble) for each in found),
+        "unreadable": sum(bool(each.error) for each in found),
     }
     for name, value in figures.items():
         output.say(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
@@ -155,7 +155,7 @@ def _export(output: Output, arguments: argparse.Namespace) -> int:
             paths.create_file(arguments.output)
             stream = stack.enter_context(arguments.output.open("w", encoding="utf-8"))
         for each in left_behind(arguments):
-            stack.enter_context(inspect.abandoned(each.path))
+            stack.enter_context(inspect.claim_orphan(each.path))
             for row in inspect.rows(each.path):
                 stream.write(json.dumps(_exported(each.path, row), ensure_ascii=False) + "\n")
                 written += 1
@@ -190,7 +190,7 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
         flush.close()
     for path, why in flush.passed_over:
         output.mark("SKIP", "store", f"{path.name}: {why}")
-    left = sum(inspect.look(each.path).total for each in dead if each.path.exists())
+    left = sum(inspect.read_report(each.path).total for each in dead if each.path.exists())
     output.say(f"{flush.sent} of {total} rows are with the brain, {left} are still here")
     passed = [{"store": path.name, "why": why} for path, why in flush.passed_over]
     output.answer({"sent": flush.sent, "left": left, "passed_over": passed, "error": trouble})
@@ -212,7 +212,7 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
         output.say("nothing was deleted")
         return 1
     for each in dead:
-        inspect.drop(each.path)
+        inspect.delete_store(each.path)
     output.say(f"{len(dead)} stores with {rows} rows are gone")
     output.answer({"dropped": [str(each.path) for each in dead], "rows": rows})
     return 0
@@ -229,7 +229,7 @@ def _agreed(question: str) -> bool:
 
 
 def _row(each: StoreReport) -> list[str]:
-    process = f"{each.pid} lives" if each.living else f"{each.pid or '?'} is gone"
+    process = f"{each.pid} lives" if each.owner_alive else f"{each.pid or '?'} is gone"
     age = "" if each.oldest_age is None else span(each.oldest_age)
     return [
         str(each.path),
@@ -237,7 +237,7 @@ def _row(each: StoreReport) -> list[str]:
         str(each.total),
         age,
         f"{each.disk_bytes / 1024:.0f} KiB",
-        each.trouble,
+        each.error,
     ]
 
 
@@ -251,9 +251,9 @@ def _sums(found: list[StoreReport]) -> dict[str, int]:
 
 def _plain(each: StoreReport) -> dict[str, Any]:
     return {
-        "path": str(each.path), "living": each.living, "pid": each.pid, "rows": each.rows, "lost": each.lost,
+        "path": str(each.path), "living": each.owner_alive, "pid": each.pid, "rows": each.rows, "lost": each.lost,
         "payload_bytes": each.payload_bytes, "disk_bytes": each.disk_bytes, "oldest_age_seconds": each.oldest_age,
-        "commands": each.commands, "trouble": each.trouble,
+        "commands": each.commands, "trouble": each.error,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.errors import BUSY, cause_of
+from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
@@ -69,7 +69,7 @@ class Flush:
                 path, deployment=deployment_id(self._config, self._key), create=False
             )
         except LocalStorageError as error:
-            if cause_of(error) == BUSY:
+            if classify(error) == BUSY:
                 raise
             self.passed_over.append((path, str(error)))
             return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.errors import BUSY, cause_of
+from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
 from z4j_bare.cli.systemd import Notifier
@@ -233,7 +233,7 @@ def _place(*, alone: bool) -> Iterator[None]:
                 directory / f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock"
             )
     except LocalStorageError as error:
-        if cause_of(error) != BUSY:
+        if classify(error) != BUSY:
             logger.warning(
                 "z4j: whether another standalone agent runs here cannot be told: %s", error
             )

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.rows import ELSEWHERE, RESULT
+from z4j_bare.buffer.rows import IN_OTHER_PROCESS, RESULT
 from z4j_bare.commands.command import Command
 from z4j_bare.commands.pool import Pool
 from z4j_bare.commands.results import Answer, encoded, indeterminate
@@ -130,11 +130,11 @@ class Dispatcher:
                 self._begun.popitem(last=False)
         if earlier is None and not again:
             return True
-        if earlier is None or (earlier.state != ELSEWHERE and not earlier.result):
+        if earlier is None or (earlier.state != IN_OTHER_PROCESS and not earlier.result):
             self._settle(
                 command, indeterminate(command, "delivered before: its result is no longer known")
             )
-        elif earlier.state != ELSEWHERE:
+        elif earlier.state != IN_OTHER_PROCESS:
             self._buffer.append([(RESULT, command.id, earlier.result)])
             self._stored()
         return False

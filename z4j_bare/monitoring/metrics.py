@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.buffer.errors import GONE
+from z4j_bare.buffer.errors import DELETED
 from z4j_bare.buffer.rows import CAPACITY, CORRUPTION, EVENT, RESULT
 from z4j_bare.wire import frames
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 #: Reasons under which rows were lost that nobody could look at any more.
-_UNREAD = (CORRUPTION, GONE)
+_UNREAD = (CORRUPTION, DELETED)
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class AgentMetrics:
 
     def depth(self) -> int:
         """Return the rows that wait: in our store, and in a dead process's that we are adopting."""
-        return self._buffer.last_stats.rows + self._buffer.adopting
+        return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
         """Return ``telemetry_loss``, cumulative and strictly checked by the brain (2.6).
@@ -139,13 +139,13 @@ class AgentMetrics:
             "produced": self._ring.produced,
             "stored": counters.stored,
             "sent": counters.sent,
-            "acked": self._buffer.acked,
+            "acked": self._buffer.acked_events,
             "lost": self.lost(),
             "buffered": buffer.rows,
             "buffer_bytes": buffer.bytes,
             "buffer_durable": self._buffer.durable,
             "buffer_failures": self._buffer.failures,
-            "adopting": self._buffer.adopting,
+            "adopting": self._buffer.orphan_rows,
             "frames": counters.frames,
             "sessions": counters.sessions,
             "heartbeats": counters.heartbeats,

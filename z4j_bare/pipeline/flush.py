@@ -58,7 +58,7 @@ class FlushLoop:
         while not stop_event.is_set():  # type: ignore[attr-defined]
             if self._ring.arm_wakeup():
                 if not self._backend.wait(self._ring.wake, patience):
-                    self._buffer.refresh()
+                    self._buffer.refresh_stats()
                     patience = ASLEEP
                 self._ring.wake.clear()
                 continue

@@ -133,7 +133,7 @@ class SendLoop:
                 "z4j: dropped what the brain cannot take: %s (%s)", describe(apart[0]), error
             )
         else:
-            self._buffer.suspect(ids, self._generation)
+            self._buffer.mark_suspect(ids, self._generation)
         return PoisonRowError(str(error), code=getattr(error, "code", None)) if apart else error
 
     def _undecided(self, error: AgentError) -> list[int]:
@@ -149,14 +149,14 @@ class SendLoop:
         if self._more and (rest or not self._window.frames):
             return rest  # only the brain's breath keeps us, which may have just ended
         # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
-        return QUIET if self.idle() and self._buffer.settled else IDLE
+        return QUIET if self.idle() and self._buffer.is_idle else IDLE
 
     def _finish(self, ids: Sequence[int]) -> None:
         """Take note of rows that the brain has."""
         others = self._overtook.intersection(ids)
         self._overtook.difference_update(others)
         self._told.difference_update(others)
-        self._buffer.confirm(ids, len(ids) - len(others), self._generation)
+        self._buffer.ack(ids, len(ids) - len(others), self._generation)
 
     def _rewind(self) -> None:
         with self._books:
@@ -253,7 +253,7 @@ class SendLoop:
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         next_results = (self._after_result, RESULTS, EXPRESS)
         next_events = (self._after_event, self._most_events(room), (EVENT,))
-        results, events = self._buffer.drain(next_results, next_events, self._limit)
+        results, events = self._buffer.read_next(next_results, next_events, self._limit)
         if self._buffer.generation != self._generation:  # another file, other ids
             self._rewind()
             self._overtook.clear()

@@ -376,7 +376,7 @@ def test_a_closed_store_says_so(store):
         lambda: store.claim("c", 1.0),
         lambda: store.settle("c", b"", 1.0),
         lambda: store.answer("c", b"", 1.0),
-        store.tidy,
+        store.vacuum_step,
     ):
         with pytest.raises(LocalStorageError, match="closed"):
             call()
@@ -385,7 +385,7 @@ def test_a_closed_store_says_so(store):
 def test_tidying_an_idle_store_ends(store):
     """There is always a call that reports nothing left to do."""
     store.append(events(b"a"))
-    assert any(store.tidy() for _ in range(3))
+    assert any(store.vacuum_step() for _ in range(3))
 
 
 @pytest.mark.parametrize(

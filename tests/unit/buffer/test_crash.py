@@ -201,7 +201,8 @@ def spread(items, number):
 
 
 @pytest.mark.parametrize(
-    "operation", ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "tidy"]
+    "operation",
+    ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "vacuum_step"],
 )
 def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
     """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""

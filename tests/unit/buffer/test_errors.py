@@ -14,7 +14,7 @@ import z4j_bare
 from z4j_bare.buffer import BufferStore, lock, new_store_path
 from z4j_bare.buffer import files as paths
 from z4j_bare.buffer import opener as opening
-from z4j_bare.buffer.errors import OTHER, cause_of
+from z4j_bare.buffer.errors import OTHER, classify
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import KINDS
@@ -83,7 +83,7 @@ class Real:
         self.produced += number
 
     def there(self):
-        found = self.buffer.drain((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
+        found = self.buffer.read_next((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
         return [int(row.payload.rstrip(b"\0")) for row in found]
 
     def adds_up(self):
@@ -96,7 +96,9 @@ def home(tmp_path, monkeypatch):
     """The configured path; what replaces its directory is of this test alone."""
     spare = tmp_path / "tmp"
     spare.mkdir()
-    monkeypatch.setattr(paths, "places", lambda path: [Path(path).parent, spare / "z4j-1"])
+    monkeypatch.setattr(
+        paths, "candidate_directories", lambda path: [Path(path).parent, spare / "z4j-1"]
+    )
     return tmp_path / "home" / "buffer.sqlite"
 
 
@@ -256,7 +258,7 @@ def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.raises(LocalStorageError, match=r"no record locks.*Z4J_HOME") as caught:
         open_store(home)
-    assert cause_of(caught.value) == OTHER
+    assert classify(caught.value) == OTHER
 
 
 def test_a_squatted_name_is_not_used(home, tmp_path):
@@ -295,7 +297,7 @@ def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
 def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypatch):
     """TMPDIR is honoured, and the names hold the user's id."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
-    found = paths.places(tmp_path / "home" / "b.sqlite")
+    found = paths.candidate_directories(tmp_path / "home" / "b.sqlite")
     assert found[:2] == [tmp_path / "home", tmp_path / "t" / f"z4j-{os.geteuid()}"]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from z4j_bare.buffer import EVENT, RESULT, BufferStore, lock, new_store_path, queries, schema
 from z4j_bare.buffer import report as inspect
-from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, cause_of
-from z4j_bare.buffer.files import create_file, lock_of
+from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, classify
+from z4j_bare.buffer.files import create_file, lock_path
 from z4j_bare.errors import LocalStorageError
 
 NOW = 1_000_000.0
@@ -145,7 +145,7 @@ def test_a_read_only_directory_is_reported(path, monkeypatch):
         LocalStorageError, match=r"cannot make .*store.sqlite.lock.*Read-only.*Z4J_HOME"
     ) as caught:
         BufferStore(path)
-    assert cause_of(caught.value) == READ_ONLY
+    assert classify(caught.value) == READ_ONLY
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -206,7 +206,7 @@ def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(path, monkeypatch):
     take = fcntl.lockf
 
     def delete_first(descriptor, command):
-        lock_of(path).unlink()
+        lock_path(path).unlink()
         return take(descriptor, command)
 
     monkeypatch.setattr(fcntl, "lockf", delete_first)
@@ -276,7 +276,7 @@ def test_an_older_store_is_brought_forward(path, opened, monkeypatch):
     for _ in range(2):
         store = opened(path)
         assert (store.size(), store.buffer_id) == (1, buffer_id)
-        assert schema.number(store._connection, "SELECT count(*) FROM journal") == 0
+        assert schema.scalar(store._connection, "SELECT count(*) FROM journal") == 0
         store.close()
 
 
@@ -343,7 +343,7 @@ def test_a_locked_file_is_reported_at_once(path, opened, intruder):
     ):
         with pytest.raises(LocalStorageError, match="locked") as caught:
             call()
-        assert cause_of(caught.value) == BUSY
+        assert classify(caught.value) == BUSY
     assert time.monotonic() - started < 0.5
     assert [entry.id for entry in store.drain(0, 10, 1000, (EVENT,))] == [1]
     assert (store.stats().produced, store.stats().lost) == (1, {})
@@ -354,16 +354,16 @@ def test_a_locked_file_is_reported_at_once(path, opened, intruder):
 
 
 def test_tidying_a_locked_file_waits_for_better_times(path, opened, intruder):
-    """A reader in the way makes ``tidy`` report that something is left, not fail."""
+    """A reader in the way makes ``vacuum_step`` report that something is left, not fail."""
     store = opened(path)
     store.append(row())
     other = intruder()
     other.execute("BEGIN")
     other.execute("SELECT * FROM entries").fetchall()
     store.append(row())
-    assert store.tidy() is False
+    assert store.vacuum_step() is False
     other.execute("ROLLBACK")
-    assert store.tidy() is True
+    assert store.vacuum_step() is True
 
 
 def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
@@ -419,11 +419,11 @@ def test_a_full_disk_loses_the_batch_and_nothing_else(path, opened):
     """A transaction that does not fit is taken back whole, told as full, and the store stays usable."""
     store = opened(path)
     store.append(row())
-    pages = schema.number(store._connection, "PRAGMA page_count")
+    pages = schema.scalar(store._connection, "PRAGMA page_count")
     store._connection.execute(f"PRAGMA max_page_count={pages + 5}")
     with pytest.raises(LocalStorageError, match="full") as caught:
         store.append(row(bytes(4000)) * 50)
-    assert cause_of(caught.value) == FULL
+    assert classify(caught.value) == FULL
     assert (store.size(), store.stats().produced) == (1, 1)
     assert store.confirm([1]) == 1
     assert store.append(row(b"b")) == 0
@@ -460,7 +460,7 @@ def test_a_corrupt_file_is_reported_and_kept(path, garbage):
     path.write_bytes(garbage)
     with pytest.raises(LocalStorageError, match="cannot open the store") as caught:
         BufferStore(path)
-    assert cause_of(caught.value) == CORRUPT
+    assert classify(caught.value) == CORRUPT
     assert path.read_bytes() == garbage
     with pytest.raises(LocalStorageError, match="cannot open the store"):
         BufferStore(path)
@@ -476,16 +476,16 @@ def test_corruption_in_the_middle_is_reported(path, opened):
         file.write(b"\xff" * (150 * 4096))
     with pytest.raises(LocalStorageError) as caught:
         opened(path).drain(0, 1000, 1 << 30, (EVENT,))
-    assert cause_of(caught.value) == CORRUPT
+    assert classify(caught.value) == CORRUPT
 
 
 def test_errors_without_a_known_cause_are_other():
     """The sorting of errors never fails itself."""
-    assert cause_of(LocalStorageError("closed")) == OTHER
+    assert classify(LocalStorageError("closed")) == OTHER
     for cause in (sqlite3.ProgrammingError("closed database"), OSError("odd"), ValueError()):
         error = LocalStorageError("x")
         error.__cause__ = cause
-        assert cause_of(error) == OTHER
+        assert classify(error) == OTHER
 
 
 # -- the end
@@ -523,7 +523,7 @@ def test_young_commands_survive_a_close(path, opened, age, kept):
     store.settle("ended", b"answer", NOW - age)
     store.close()
     assert path.exists() is kept
-    assert lock_of(path).exists() is kept
+    assert lock_path(path).exists() is kept
     if kept:
         again = opened(path, create=False)
         assert again.claim("begun", NOW).state == "started"
@@ -551,7 +551,7 @@ def test_a_large_file_shrinks_when_idle(path, opened):
     assert store.stats().bytes > 10_000_000
     store.confirm(range(1, 10_001))
     sizes = [store.stats().bytes]
-    while not store.tidy():
+    while not store.vacuum_step():
         sizes.append(store.stats().bytes)
     assert 3 <= len(sizes) <= 20
     assert store.stats().bytes < 512 * 1024
@@ -573,11 +573,11 @@ def test_results_are_found_without_walking_the_events(path, opened):
 
 
 def batches(store):
-    return schema.number(store._connection, "SELECT count(*) FROM batches")
+    return schema.scalar(store._connection, "SELECT count(*) FROM batches")
 
 
 def singles(store):
-    return schema.number(store._connection, "SELECT count(*) FROM entries")
+    return schema.scalar(store._connection, "SELECT count(*) FROM entries")
 
 
 def test_events_that_came_together_are_one_row(path, opened):
@@ -627,11 +627,11 @@ def test_what_a_failed_change_did_is_forgotten(path, opened, monkeypatch):
     """A transaction that is taken back in the middle of an ack leaves batches, figures and cursor as they were."""
     store = opened(path)
     store.append_events([b"%d" % number for number in range(10)])
-    monkeypatch.setattr(type(store._books.batches), "_count", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(store._accounting.batches), "_adjust", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.confirm(range(1, 5))
     monkeypatch.undo()
-    assert store.at_hand(0, 10, 1 << 20, (EVENT,)) is None, "that takes a look at the file"
+    assert store.read_cached(0, 10, 1 << 20, (EVENT,)) is None, "that takes a look at the file"
     assert len(store.drain(0, 100, 1 << 20, (EVENT,))) == store.size() == 10
     assert store.confirm(range(1, 5)) == 4
     assert (store.size(), store.byte_size()) == (6, 6)
@@ -657,7 +657,7 @@ def test_a_store_of_the_first_version_is_brought_forward(path, opened):
         connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
         connection.execute("INSERT INTO entries VALUES (2, 'event', '', X'61', 1.0, 0)")
     assert [row.payload for row in inspect.rows(path)] == [b"a"]
-    assert inspect.look(path).total == 1
+    assert inspect.read_report(path).total == 1
     store = opened(path)
     store.append_events([b"b", b"c"])
     assert [(entry.id, entry.payload) for entry in store.drain(0, 10, 100, (EVENT,))] == [
@@ -666,6 +666,9 @@ def test_a_store_of_the_first_version_is_brought_forward(path, opened):
         (4, b"c"),
     ]
     assert [row.payload for row in inspect.rows(path)] == [b"a", b"b", b"c"]
-    assert (inspect.look(path).rows, inspect.look(path).payload_bytes) == ({"event": 3}, 3)
+    assert (inspect.read_report(path).rows, inspect.read_report(path).payload_bytes) == (
+        {"event": 3},
+        3,
+    )
     assert store.confirm([2, 3]) == 2
     assert (store.size(), store.stats().produced, store.stats().confirmed) == (1, 4, 3)

@@ -31,7 +31,7 @@ sys.stdin.read()
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """The configured path; no store of this machine's own reaches a test."""
-    monkeypatch.setattr("z4j_bare.buffer.files.places", lambda path: [Path(path).parent])
+    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent])
     return tmp_path / "home" / "buffer.sqlite"
 
 
@@ -64,7 +64,7 @@ def owner(home):
         process.communicate()
 
 
-@pytest.mark.parametrize("words", [(), ("tidy",), ("close",), ("killed",)])
+@pytest.mark.parametrize("words", [(), ("vacuum_step",), ("close",), ("killed",)])
 def test_what_others_know(home, mine, owner, words):
     """Done is known with its answer, begun is somebody else's, of a living owner, a killed one, and one that closed."""
     process = owner(*words)

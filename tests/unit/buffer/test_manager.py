@@ -8,10 +8,10 @@ import pytest
 
 from z4j_bare.buffer import manager as module
 from z4j_bare.buffer import receipts
-from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, GONE, cause_of
-from z4j_bare.buffer.manager import BUSY_PATIENCE, RETRY_FIRST, RETRY_LONGEST, BufferManager
+from z4j_bare.buffer.errors import BUSY, CORRUPT, DELETED, FULL, classify
+from z4j_bare.buffer.manager import BUSY_TIMEOUT, RETRY_INITIAL, RETRY_MAX, BufferManager
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.rows import UNKNOWN
+from z4j_bare.buffer.rows import NO_STATS
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError
 
@@ -19,14 +19,14 @@ CODES = {
     BUSY: sqlite3.SQLITE_BUSY,
     FULL: sqlite3.SQLITE_FULL,
     CORRUPT: sqlite3.SQLITE_CORRUPT,
-    GONE: None,
+    DELETED: None,
 }
 NOTHING = ((0, 0, ()), (0, 1, ("event",)), 1)
 
 
 def trouble(cause):
     """A storage error as the store raises it."""
-    if cause == GONE:
+    if cause == DELETED:
         root = OSError(errno.ENOENT, "No such file or directory")
     elif CODES.get(cause):
         root = sqlite3.OperationalError(cause)
@@ -55,23 +55,23 @@ class Ill(MemoryStore):
         self.world.strike()
         return super().import_rows(rows)
 
-    def relieve(self):
-        self.done.append("relieve")
+    def free_space(self):
+        self.done.append("free_space")
         self.world.cured += 1
         ids = [row.id for row in self.drain(0, 2, 1 << 20, ("event",))]
         return self.discard(ids, "capacity")
 
-    def written_off(self):
+    def state_if_abandoned(self):
         left = self.export_state()
         left.losses["corrupt", "event"] = self.size()
         return left
 
-    def set_aside(self):
+    def quarantine(self):
         self.done.append("set aside")
         self.close()
 
-    def tidy(self):
-        self.done.append("tidy")
+    def vacuum_step(self):
+        self.done.append("vacuum_step")
         self.untidy = max(0, self.untidy - 1)
         return not self.untidy
 
@@ -110,7 +110,7 @@ class World:
         """What a sender would find now."""
         return [
             int(row.payload)
-            for row in self.buffer.drain((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]
+            for row in self.buffer.read_next((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]
         ]
 
     def adds_up(self):
@@ -127,7 +127,7 @@ def world():
 @pytest.mark.parametrize("cause", sorted(CODES))
 def test_causes_are_told_apart(cause):
     """The error made here is one that the keeper has a remedy for."""
-    assert cause_of(trouble(cause)) == cause
+    assert classify(trouble(cause)) == cause
 
 
 def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
@@ -138,11 +138,11 @@ def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
         world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
     )
     assert (world.there(), trips) == ([0, 1, 2], [])
-    world.backend.advance(1.5 * module.LOOK_EVERY)
+    world.backend.advance(1.5 * module.STATS_INTERVAL)
     assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
-    world.backend.advance(module.LOOK_ALONE)
+    world.backend.advance(module.STATS_INTERVAL_IDLE)
     assert (world.there(), len(trips)) == ([0, 1, 2], 1)
-    world.buffer.confirm((1, 2, 3), 3, 0)
+    world.buffer.ack((1, 2, 3), 3, 0)
     assert (world.there(), len(trips)) == ([], 2)
 
 
@@ -153,39 +153,41 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     monkeypatch.setattr(
         world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
     )
-    world.buffer.confirm((1,), 1, 0)
-    found = world.buffer.drain((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
-    assert ([row.id for row in found], world.buffer.acked, trips) == ([2, 3, 4], 0, [])
-    assert not world.buffer.settled
+    world.buffer.ack((1,), 1, 0)
+    found = world.buffer.read_next((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
+    assert ([row.id for row in found], world.buffer.acked_events, trips) == ([2, 3, 4], 0, [])
+    assert not world.buffer.is_idle
     world.put(1)
-    assert (world.buffer.acked, len(trips)) == (1, 1)
-    world.buffer.confirm((2,), 1, 0)
-    assert world.buffer.drain((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
-    assert (world.buffer.acked, len(trips)) == (1, 1), "who may send no events will be back soon"
-    world.backend.advance(receipts.LATEST)
-    assert world.buffer.drain((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
-    assert (world.buffer.acked, len(trips)) == (2, 2)
-    world.buffer.confirm((3, 4, 5), 3, 0)
-    assert world.buffer.drain((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
-    assert (world.buffer.acked, world.buffer.last_stats.lost) == (5, {})
+    assert (world.buffer.acked_events, len(trips)) == (1, 1)
+    world.buffer.ack((2,), 1, 0)
+    assert world.buffer.read_next((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
+    assert (world.buffer.acked_events, len(trips)) == (1, 1), (
+        "who may send no events will be back soon"
+    )
+    world.backend.advance(receipts.MAX_DEFER_SECONDS)
+    assert world.buffer.read_next((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
+    assert (world.buffer.acked_events, len(trips)) == (2, 2)
+    world.buffer.ack((3, 4, 5), 3, 0)
+    assert world.buffer.read_next((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
+    assert (world.buffer.acked_events, world.buffer.last_stats.lost) == (5, {})
 
 
 def test_settled_is_who_has_nothing_left_to_do(world):
     """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
     world.put(1)
-    world.buffer.confirm((1,), 1, 0)
+    world.buffer.ack((1,), 1, 0)
     nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
-    assert world.buffer.drain(*nothing) == ([], [])
-    assert (world.buffer.acked, world.buffer.settled) == (1, False)
-    world.backend.advance(module.TIDY_EVERY)
-    assert world.buffer.drain(*nothing) == ([], [])
-    assert world.buffer.settled
+    assert world.buffer.read_next(*nothing) == ([], [])
+    assert (world.buffer.acked_events, world.buffer.is_idle) == (1, False)
+    world.backend.advance(module.VACUUM_INTERVAL)
+    assert world.buffer.read_next(*nothing) == ([], [])
+    assert world.buffer.is_idle
 
 
 def test_confirmed_rows_are_never_found(world):
     """A sender that begins anew does not get what the brain has, although it is in memory still."""
     world.put(3)
-    world.buffer.confirm((1, 2), 2, 0)
+    world.buffer.ack((1, 2), 2, 0)
     assert world.there() == [2]
 
 
@@ -201,19 +203,19 @@ def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
     world.buffer._open_store = lambda: MemoryStore(max_rows=10)
     rows = [("event", "", b"%d" % number) for number in range(10)]
     add(world.buffer, rows)
-    world.buffer.confirm(range(1, 8), 7, 0)
+    world.buffer.ack(range(1, 8), 7, 0)
     add(world.buffer, rows[:7])
     stats = world.buffer.stats()
-    assert (stats.rows, stats.confirmed, stats.lost, world.buffer.acked) == (10, 7, {}, 7)
+    assert (stats.rows, stats.confirmed, stats.lost, world.buffer.acked_events) == (10, 7, {}, 7)
 
 
 def test_a_confirmed_row_leaves_once(world):
     """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
     world.put(3)
-    world.buffer.confirm((1, 2), 2, 0)
+    world.buffer.ack((1, 2), 2, 0)
     world.ail(BUSY, 2)
     world.put(1)
-    assert (world.buffer.acked, world.buffer.stats().confirmed) == (2, 2)
+    assert (world.buffer.acked_events, world.buffer.stats().confirmed) == (2, 2)
     assert world.adds_up()
 
 
@@ -223,8 +225,8 @@ def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
     world.ail("other")
     world.put(2)
     world.heal()
-    world.buffer.confirm((1, 2), 2, world.buffer.generation)
-    world.backend.advance(RETRY_FIRST)
+    world.buffer.ack((1, 2), 2, world.buffer.generation)
+    world.backend.advance(RETRY_INITIAL)
     assert world.there() == [0, 1, 2, 3, 4]
     assert world.buffer.durable
     assert world.adds_up()
@@ -235,9 +237,9 @@ def test_closing_deletes_what_the_brain_has(world):
     world.put(3)
     deleted = []
     world.stores[0].confirm = lambda ids: deleted.extend(ids)
-    world.buffer.confirm((1, 3), 2, 0)
+    world.buffer.ack((1, 3), 2, 0)
     world.buffer.close()
-    assert (deleted, world.buffer.acked) == ([1, 3], 2)
+    assert (deleted, world.buffer.acked_events) == ([1, 3], 2)
 
 
 # -- busy
@@ -261,7 +263,7 @@ def test_patience_with_a_busy_disk_ends(world):
     )
     world.ail(BUSY)
     world.put(1)
-    assert BUSY_PATIENCE <= world.backend.now() <= BUSY_PATIENCE + 1
+    assert BUSY_TIMEOUT <= world.backend.now() <= BUSY_TIMEOUT + 1
     assert len(ticks) == 20
     assert not world.buffer.durable
     assert world.adds_up()
@@ -277,7 +279,7 @@ def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
         world.ail(FULL, 1)
         world.put(2)
     assert world.buffer.durable
-    assert world.stores[0].done.count("relieve") == 3
+    assert world.stores[0].done.count("free_space") == 3
     assert world.there() == [6, 7, 8, 9]
     assert world.buffer.stats().lost == {"capacity": 6}
     assert world.adds_up()
@@ -291,7 +293,7 @@ def test_a_disk_that_stays_full_leaves_memory(world):
     world.put(4)
     world.ail(FULL)
     world.put(2)
-    assert world.stores[0].done == ["relieve"]
+    assert world.stores[0].done == ["free_space"]
     assert not world.buffer.durable
     assert world.adds_up()
     assert world.buffer.last_stats.rows == 4
@@ -307,8 +309,8 @@ def test_a_corrupt_file_is_replaced(world, caplog):
     assert len(world.stores) == 2
     assert world.buffer.durable
     assert world.buffer.generation == generation + 1
-    world.buffer.confirm([1, 2], 2, generation)
-    world.buffer.drain(*NOTHING)
+    world.buffer.ack([1, 2], 2, generation)
+    world.buffer.read_next(*NOTHING)
     world.buffer.discard([1, 2], "poison", generation)
     assert world.there() == [5, 6]
     assert world.buffer.stats().lost == {"corrupt": 5}
@@ -331,7 +333,7 @@ def test_losses_are_kept_when_no_new_file_can_be_opened(world):
     assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
     world.buffer._open_store = opened
-    world.backend.advance(RETRY_FIRST)
+    world.backend.advance(RETRY_INITIAL)
     assert world.there() == [5, 6]
     assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
@@ -340,7 +342,7 @@ def test_losses_are_kept_when_no_new_file_can_be_opened(world):
 def test_a_deleted_file_is_replaced_with_its_rows(world):
     """When the file has lost its name, its rows come along to a new one: they would vanish with the process."""
     world.put(5)
-    world.ail(GONE, 1)
+    world.ail(DELETED, 1)
     world.put(2)
     assert world.stores[0].closed
     assert world.there() == [0, 1, 2, 3, 4, 5, 6]
@@ -361,7 +363,7 @@ def test_losses_in_memory_reach_the_disk(world):
     assert world.buffer.stats().buffer_id == world.stores[0].buffer_id
     assert world.adds_up()
     world.heal()
-    world.backend.advance(RETRY_FIRST)
+    world.backend.advance(RETRY_INITIAL)
     assert world.there() == [0, 1, 9, 10, 11]
     assert world.buffer.stats().lost == {"capacity": 7}
     assert world.adds_up()
@@ -373,7 +375,7 @@ def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
         world.ail("other")
         world.put(1)
         world.heal()
-        world.backend.advance(RETRY_FIRST * 4)
+        world.backend.advance(RETRY_INITIAL * 4)
         world.put(1)
     warnings = [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
@@ -381,7 +383,7 @@ def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
     assert sum("in memory only" in text for text in warnings) <= 2
     assert sum("on disk again" in text for text in warnings) <= 2
     assert world.buffer.failures >= 3
-    world.backend.advance(RETRY_LONGEST)
+    world.backend.advance(RETRY_MAX)
     assert world.there() == list(range(8))
 
 
@@ -393,7 +395,7 @@ def test_attempts_to_return_grow_rarer(world):
     for _ in range(2000):
         world.backend.advance(1)
         world.there()
-    assert 6 <= world.calls <= 6 + 2000 / RETRY_LONGEST + 1
+    assert 6 <= world.calls <= 6 + 2000 / RETRY_MAX + 1
 
 
 def test_closing_saves_what_is_in_memory(world):
@@ -432,13 +434,13 @@ def test_an_idle_store_is_tidied_until_nothing_is_left(world):
     """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
     world.put(3)
     world.stores[0].untidy = 3
-    world.buffer.confirm([1, 2, 3], 3, 0)
-    world.buffer.drain(*NOTHING)
+    world.buffer.ack([1, 2, 3], 3, 0)
+    world.buffer.read_next(*NOTHING)
     assert world.stores[0].done == []
     for _ in range(50):
         world.backend.advance(0.1)
-        world.buffer.drain(*NOTHING)
-    assert world.stores[0].done == ["tidy"] * 3
+        world.buffer.read_next(*NOTHING)
+    assert world.stores[0].done == ["vacuum_step"] * 3
 
 
 def test_tidying_waits_while_there_is_work(world):
@@ -457,11 +459,11 @@ def test_tidying_that_fails_costs_nothing(world):
     def fail():
         raise trouble(FULL)
 
-    world.stores[0].tidy = fail
-    world.buffer.confirm([1], 1, 0)
-    world.buffer.drain(*NOTHING)
+    world.stores[0].vacuum_step = fail
+    world.buffer.ack([1], 1, 0)
+    world.buffer.read_next(*NOTHING)
     world.backend.advance(1)
-    world.buffer.drain(*NOTHING)
+    world.buffer.read_next(*NOTHING)
     assert world.buffer.durable
 
 
@@ -489,7 +491,7 @@ def test_figures_from_before_the_first_look(world):
         raise trouble("other")
 
     world.buffer._open_store = refuse
-    assert world.buffer.last_stats is UNKNOWN
+    assert world.buffer.last_stats is NO_STATS
     world.put(2)
     assert world.buffer.stats().buffer_id != "unopened"
     assert world.adds_up()

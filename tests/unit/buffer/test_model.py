@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore, batches
 from z4j_bare.buffer import recovery as adopt
-from z4j_bare.buffer.rows import DROP_ORDER
+from z4j_bare.buffer.rows import EVICTION_ORDER
 
 pytestmark = pytest.mark.thorough
 
@@ -71,7 +71,7 @@ class StoreMachine(RuleBasedStateMachine):
         known = self.rows + new
         assert evicted >= len(known) - MAX_ROWS
         # Whoever is gone must be the first in the drop order, and no more than were reported.
-        victims = sorted(known, key=lambda row: (DROP_ORDER.index(row[1]), row[0]))[:evicted]
+        victims = sorted(known, key=lambda row: (EVICTION_ORDER.index(row[1]), row[0]))[:evicted]
         self.rows = [row for row in known if row not in victims]
         if sum(len(row[2]) + 5000 for row in known) < MAX_BYTES * 3 // 4:
             assert evicted == max(0, len(known) - MAX_ROWS)
@@ -91,9 +91,9 @@ class StoreMachine(RuleBasedStateMachine):
             if len(expected) == limit or (room < 0 and expected):
                 break
             expected.append(row)
-        at_hand = self.store.at_hand(after, limit, max_bytes, kinds)
+        read_cached = self.store.read_cached(after, limit, max_bytes, kinds)
         found = self.store.drain(after, limit, max_bytes, kinds)
-        assert at_hand in (None, found)
+        assert read_cached in (None, found)
         assert [(entry.id, entry.kind, entry.payload) for entry in found] == expected
         assert [entry.attempts for entry in found] == [self.attempts[row[0]] for row in expected]
 
@@ -129,8 +129,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.commands[key] = "done"
 
     @rule()
-    def tidy(self):
-        self.store.tidy()
+    def vacuum_step(self):
+        self.store.vacuum_step()
 
     @invariant()
     def numbers_add_up(self):
@@ -213,10 +213,10 @@ class DiskMachine(StoreMachine):
         assert self.store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
     @rule()
-    def relieve(self):
+    def free_space(self):
         """Make room on a full disk: so few events are all among the oldest."""
         gone = [row for row in self.rows if row[1] == EVENT]
-        assert self.store.relieve() == len(gone)
+        assert self.store.free_space() == len(gone)
         self.lost += len(gone)
         self.rows = [row for row in self.rows if row[1] != EVENT]
 

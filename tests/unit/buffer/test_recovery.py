@@ -12,10 +12,10 @@ import pytest
 
 import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
-from z4j_bare.buffer.adopt_loop import EVERY, REFUSED, AdoptLoop
-from z4j_bare.buffer.files import lock_of
+from z4j_bare.buffer.adopt_loop import SCAN_INTERVAL, SKIP_SECONDS, AdoptLoop
+from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.manager import BufferManager
-from z4j_bare.buffer.recovery import ENOUGH_ROWS, STEP_ROWS, Orphan, orphans
+from z4j_bare.buffer.recovery import STEP_ROWS, TARGET_BACKLOG, Orphan, orphans
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import LocalStorageError
@@ -55,7 +55,7 @@ import sys
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer import recovery as adopt
 from z4j_bare.errors import LocalStorageError
-adopt.STEP_ROWS, adopt.ENOUGH_ROWS = 25, 10**6
+adopt.STEP_ROWS, adopt.TARGET_BACKLOG = 25, 10**6
 home = sys.argv[1]
 mine = BufferStore(new_store_path(home), deployment="p")
 print("ready", flush=True)
@@ -82,7 +82,7 @@ def home(tmp_path):
 @pytest.fixture(autouse=True)
 def _own_temporary_directory(tmp_path, monkeypatch):
     """No orphan of this machine's own reaches a test."""
-    monkeypatch.setattr("z4j_bare.buffer.files.places", lambda path: [Path(path).parent])
+    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent])
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ class Heir:
     def acknowledge(self, number):
         """Be the brain: take the oldest rows off the store."""
         ids = [entry.id for entry in self.store.drain(0, number, 1 << 40, ALL)]
-        self.buffer.confirm(ids, len(ids), self.buffer.generation)
+        self.buffer.ack(ids, len(ids), self.buffer.generation)
         self.buffer.stats()
 
     def end(self):
@@ -211,7 +211,7 @@ def test_a_killed_process_is_inherited(process, home, heir):
     assert heir.store.claim("begun", 1e12).state == "started"
     assert heir.store.claim("new", 1e12) is None
     assert not path.exists()
-    assert not lock_of(path).exists()
+    assert not lock_path(path).exists()
     assert heir.woken >= 2
 
 
@@ -260,7 +260,7 @@ def test_a_living_owner_is_left_alone(process, home, heir):
     assert path.stat().st_ino == before
     owner.kill()
     owner.wait()
-    heir.run(EVERY)
+    heir.run(SCAN_INTERVAL)
     assert len(heir.rows()) == 64
 
 
@@ -269,11 +269,11 @@ def test_another_deployments_rows_stay(home, heir):
     path = orphan(home, deployment="another")
     before, claims, claim = path.read_bytes(), [], heir.loop._claim
     heir.loop._claim = lambda found: claims.append(found) or claim(found)
-    heir.run(EVERY * 4)
+    heir.run(SCAN_INTERVAL * 4)
     assert heir.rows() == []
     assert path.read_bytes() == before
     assert claims.count(path) == 1
-    heir.run(REFUSED)
+    heir.run(SKIP_SECONDS)
     assert claims.count(path) == 2
 
 
@@ -282,9 +282,9 @@ def test_stores_of_the_existing_agent_stay(home, heir):
     home.parent.mkdir(mode=0o700)
     theirs = home.parent / "buffer-123-0123456789ab.sqlite"
     theirs.write_bytes(b"whatever is in there")
-    heir.run(EVERY * 2)
+    heir.run(SCAN_INTERVAL * 2)
     assert theirs.read_bytes() == b"whatever is in there"
-    assert not lock_of(theirs).exists()
+    assert not lock_path(theirs).exists()
 
 
 @pytest.mark.parametrize("how", ["link", "open", "directory", "garbage mark"])
@@ -304,7 +304,7 @@ def test_files_that_are_not_safe_stay(home, heir, how):
         data = bytearray(path.read_bytes())
         data[68:72] = b"none"
         path.write_bytes(data)
-    heir.run(EVERY)
+    heir.run(SCAN_INTERVAL)
     assert heir.rows() == []
     assert os.path.lexists(path)
 
@@ -312,7 +312,7 @@ def test_files_that_are_not_safe_stay(home, heir, how):
 def test_our_own_store_is_no_orphan(home, heir):
     """A look at the directory does not touch the lock of the store that we own."""
     heir.buffer.append([("event", "", b"1")])
-    heir.run(EVERY * 2)
+    heir.run(SCAN_INTERVAL * 2)
     assert numbers(heir.rows()) == [1]
     assert heir.store.path in orphans(home, ())
 
@@ -362,20 +362,20 @@ def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
     """No more than the window and a step is ever between a fresh event and the brain; the rest waits on the disk."""
     path = orphan(home, 6000)
     heir.run()
-    assert ENOUGH_ROWS <= len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
-    assert heir.buffer.adopting == 6000 - len(heir.rows())
+    assert TARGET_BACKLOG <= len(heir.rows()) < TARGET_BACKLOG + STEP_ROWS
+    assert heir.buffer.orphan_rows == 6000 - len(heir.rows())
     heir.buffer.append([("event", "", b"-1")])
-    assert numbers(heir.rows()).index(-1) < ENOUGH_ROWS + STEP_ROWS
+    assert numbers(heir.rows()).index(-1) < TARGET_BACKLOG + STEP_ROWS
     seen, turns = 0, 0
     while len(heir.rows()):
         seen += min(300, len(heir.rows()))
         heir.acknowledge(300)
         heir.backend.advance(0.5)
         turns += 1
-        assert len(heir.rows()) < ENOUGH_ROWS + STEP_ROWS
+        assert len(heir.rows()) < TARGET_BACKLOG + STEP_ROWS
     assert seen == 6001
     assert turns <= 22, "the brain never waited for rows"
-    assert heir.buffer.adopting == 0
+    assert heir.buffer.orphan_rows == 0
     assert not path.exists()
 
 
@@ -422,7 +422,7 @@ def test_nothing_moves_into_memory(home, heir):
     heir.buffer._open_store = open_store
     heir.backend.advance(10)
     heir.buffer.append([("event", "", b"1")])
-    heir.run(EVERY)
+    heir.run(SCAN_INTERVAL)
     assert len(heir.rows()) == 12
     assert not path.exists()
 
@@ -432,7 +432,7 @@ def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
     for index in range(2):
         path = orphan(home, 200, first=index)
         path.write_bytes(b"no database at all" + bytes(9000))
-        heir.run(EVERY)
+        heir.run(SCAN_INTERVAL)
     aside = [found.name for found in home.parent.iterdir() if ".corrupt-" in found.name]
     assert len(aside) == 1
     assert aside[0].startswith(path.name)
@@ -454,7 +454,7 @@ def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
     assert heir.buffer.durable
     assert path.exists()
     heir.store.import_rows = import_rows
-    heir.run(REFUSED + EVERY)
+    heir.run(SKIP_SECONDS + SCAN_INTERVAL)
     assert sorted(numbers(heir.rows())) == [*range(10), 100]
 
 

@@ -12,7 +12,7 @@ from z4j_core.transport.frames import CommandResultPayload
 
 from tests.support.front import Front
 from tests.support.peer import SECRET, SECRET_TEXT, TOKEN
-from z4j_bare.buffer.files import lock_of
+from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.cli import main
@@ -25,7 +25,7 @@ from z4j_bare.wire.canonical import canonical
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A home of our own, and temporary directories that nobody else's stores lie in."""
-    monkeypatch.setattr("z4j_bare.buffer.files.places", lambda path: [type(tmp_path)(path).parent])
+    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [type(tmp_path)(path).parent])
     made = tmp_path / "home"
     made.mkdir(mode=0o700)
     return made
@@ -118,7 +118,7 @@ def test_looking_changes_nothing(home, capsys):
     before = sorted(each.name for each in home.iterdir())
     for action in ("list", "stats", "export"):
         assert main(["buffer", action]) == 0
-    assert {each.name for each in home.iterdir()} <= {*before, lock_of(path).name}
+    assert {each.name for each in home.iterdir()} <= {*before, lock_path(path).name}
     store = BufferStore(path, deployment="d", create=False)
     assert store.size() == 3
     store.close()
@@ -185,7 +185,7 @@ def test_drop(home, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _question: "y")
     assert main(["buffer", "drop", path.name]) == 0
     assert not path.exists()
-    assert not lock_of(path).exists()
+    assert not lock_path(path).exists()
     with living(home) as alive:
         assert main(["buffer", "drop", "--yes", alive.name]) == 3
         code, found = answer(capsys, "drop", "--all", "--yes")

@@ -9,7 +9,7 @@ from z4j_core.errors import Z4JError
 from z4j_core.redaction.engine import RedactionEngine
 
 from tests.support.virtual import World
-from z4j_bare.buffer.rows import DONE, ELSEWHERE, RESULT, STARTED, LedgerEntry
+from z4j_bare.buffer.rows import DONE, IN_OTHER_PROCESS, RESULT, STARTED, LedgerEntry
 from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.actions import ENGINE_ACTIONS
 from z4j_bare.errors import CommandError
@@ -178,7 +178,7 @@ def test_begun_is_committed_before_the_side_effect(world):
 def test_another_process_has_it(world):
     """A command that another process has begun is left to that one; what another has done is answered for it."""
     entries = {
-        "theirs": LedgerEntry("theirs", ELSEWHERE, b"", 0.0),
+        "theirs": LedgerEntry("theirs", IN_OTHER_PROCESS, b"", 0.0),
         "done": LedgerEntry("done", DONE, b'{"their":1}', 0.0),
     }
     world.buffer.claim = lambda key, _testament: entries[key]
@@ -199,7 +199,7 @@ def test_a_ledger_that_was_lost(world):
     world.command(identity="after")
     world.backend.advance(1)
     assert len(world.host.calls) == 2
-    rows = world.buffer.drain((0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
+    rows = world.buffer.read_next((0, 10, (RESULT,)), (0, 0, ()), 10**6)[0]
     by_key = {row.key: json.loads(row.payload) for row in rows}
     assert "no longer known" in by_key["before"]["error"]
     assert by_key["after"]["status"] == "success"

@@ -15,7 +15,7 @@ import pytest
 from greenlet import getcurrent
 
 from z4j_bare.agent import Agent
-from z4j_bare.buffer.files import lock_of, new_store_path
+from z4j_bare.buffer.files import lock_path, new_store_path
 from z4j_bare.buffer.lock import is_owned
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import CHOICES, Detection, build, choose, detect, fork
@@ -304,7 +304,7 @@ def test_files_leave_no_hub_on_the_native_thread(backend, mode, tmp_path):
     def opened():
         write_pidfile("django")
         store = BufferStore(new_store_path(tmp_path), deployment="p")
-        owned = is_owned(lock_of(store.path))
+        owned = is_owned(lock_path(store.path))
         store.close()
         NativeScheduleControl(tmp_path / "schedules.db")
         return owned, hasattr(hubs._threadlocal, "hub")

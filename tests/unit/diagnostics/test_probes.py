@@ -21,7 +21,7 @@ from tests.support.listener import Listener, push
 from tests.support.peer import SECRET_TEXT, TOKEN
 from z4j_bare import diagnostics
 from z4j_bare.buffer import lock
-from z4j_bare.buffer.files import places
+from z4j_bare.buffer.files import candidate_directories
 from z4j_bare.diagnostics import host, network, result
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.install import resolve_config
@@ -244,7 +244,7 @@ def test_read_only_home(patient, front, tmp_path, monkeypatch, number):
     assert str(home) in bad.text
     assert os.strerror(number) in bad.text
     assert "Z4J_HOME" in bad.fix
-    assert bad.details["fallback"] == str(places(home / "x")[1])
+    assert bad.details["fallback"] == str(candidate_directories(home / "x")[1])
 
 
 def test_foreign_home(patient, front, tmp_path, monkeypatch):

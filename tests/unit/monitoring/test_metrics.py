@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from z4j_core.transport.frames import AgentStatusPayload, HeartbeatPayload, TelemetryLossPayload
 
-from z4j_bare.buffer.rows import UNKNOWN
+from z4j_bare.buffer.rows import NO_STATS
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.events.ring import Ring
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
@@ -23,9 +23,9 @@ class FakeKeeper:
 
     durable = True
     failures = 0
-    adopting = 0
-    acked = 3
-    last_stats = replace(UNKNOWN, buffer_id="b-1", rows=5, oldest_age=12.5)
+    orphan_rows = 0
+    acked_events = 3
+    last_stats = replace(NO_STATS, buffer_id="b-1", rows=5, oldest_age=12.5)
 
 
 class Accounting:
@@ -130,7 +130,7 @@ def test_an_adapters_figures_cannot_end_the_session(books):
 
 def test_the_heartbeat_says_how_the_disk_is(books):
     """Durability and failures are figures that an operator can see; rows that wait to be adopted are buffered rows."""
-    books.buffer.durable, books.buffer.failures, books.buffer.adopting = False, 3, 1000
+    books.buffer.durable, books.buffer.failures, books.buffer.orphan_rows = False, 3, 1000
     beat = json.loads(books.figures.heartbeat())
     assert beat["buffer_size"] == 1005
     assert beat["adapter_health"]["z4j.buffer_durable"] == "false"

@@ -44,7 +44,7 @@ class Flushing(World):
     def numbers(self):
         return [
             json.loads(row.payload)["n"]
-            for row in self.buffer.drain((0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]
+            for row in self.buffer.read_next((0, 0, ()), (0, 100_000, ("event",)), 1 << 30)[1]
         ]
 
     def balance(self):

@@ -62,7 +62,7 @@ def test_everything_goes_in_order(world):
     sizes = [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")]
     assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
     assert world.rows() == 0
-    assert (world.counters.sent, world.buffer.acked) == (2600, 2600)
+    assert (world.counters.sent, world.buffer.acked_events) == (2600, 2600)
     assert world.sender.idle()
 
 
@@ -76,7 +76,7 @@ def test_one_frame_at_a_time(world):
     assert len(world.transport.events()) == FRAME_FIRST
     world.backend.advance(0.02)
     assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame
-    world.backend.advance(receipts.LATEST - 0.1)
+    world.backend.advance(receipts.MAX_DEFER_SECONDS - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
 
@@ -106,7 +106,7 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
         world.backend.advance(SLOW + 0.1)  # a frame each
     world.buffer.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
-    world.backend.advance(IDLE + receipts.LATEST)
+    world.backend.advance(IDLE + receipts.MAX_DEFER_SECONDS)
     assert world.disk.store.size() == 5 - acknowledged
 
 
@@ -123,7 +123,7 @@ def test_a_full_window_moves_with_each_ack(world):
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_look_that_outlasts_the_breath(world, monkeypatch, begun):
     """On a slow disk a look may begin before the ack, or in the breath after it, and end later: the next frame follows at once."""
-    drain = world.buffer.drain
+    drain = world.buffer.read_next
 
     def slowly(*query):
         world.backend.sleep(0.5)
@@ -131,7 +131,7 @@ def test_a_look_that_outlasts_the_breath(world, monkeypatch, begun):
 
     world.store(200)
     world.backend.advance(0.5)
-    monkeypatch.setattr(world.buffer, "drain", slowly)
+    monkeypatch.setattr(world.buffer, "read_next", slowly)
     if begun:
         world.link.wake.set()
         world.backend.advance(0.01)
@@ -259,7 +259,7 @@ def test_a_result_waits_for_its_receipt(world):
     world.backend.advance(5)
     assert world.rows() == 0
     assert len(world.transport.of("command_result")) == 1
-    assert world.buffer.acked == 0, "results are no events"
+    assert world.buffer.acked_events == 0, "results are no events"
 
 
 def test_schedules_overtake_events_one_by_one(world):
@@ -288,11 +288,11 @@ def test_schedules_are_no_events(world):
     world.store(3, kind="projection")
     world.backend.advance(5)
     assert world.rows() == 0
-    assert (world.counters.sent, world.buffer.acked) == (0, 0)
+    assert (world.counters.sent, world.buffer.acked_events) == (0, 0)
     assert world.transport.events() == [0, 1, 2]
     world.store(2)
     world.backend.advance(5)
-    assert (world.counters.sent, world.buffer.acked) == (2, 2)
+    assert (world.counters.sent, world.buffer.acked_events) == (2, 2)
 
 
 def test_schedules_that_get_no_ack():
@@ -476,7 +476,7 @@ def test_what_the_failed_disk_still_holds_is_not_counted(world):
     world.disk.full = True
     world.store(20, wake=False)
     assert world.buffer.generation == 1
-    assert world.buffer.acked == 0
+    assert world.buffer.acked_events == 0
 
 
 def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
@@ -620,7 +620,7 @@ def test_the_search_outlives_the_process(world):
     before = len(brain.deaths)
     heir = Sending()
     rows = world.disk.store.drain(0, 1000, 10**7, ("event",))
-    heir.buffer.adopt(lambda store: store.import_rows(rows))
+    heir.buffer.run_on_disk(lambda store: store.import_rows(rows))
     heir.link.wake.set()
     brain.world = heir
     brain.hello_ack()
@@ -694,7 +694,7 @@ def test_whatever_the_line_does(data):
     assert stats.rows == 0
     assert stats.produced == stats.confirmed
     results = world.stored - len(firsts)
-    assert world.buffer.acked + results == stats.produced
+    assert world.buffer.acked_events + results == stats.produced
 
 
 class Moody:

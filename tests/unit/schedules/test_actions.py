@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.streams import KEY, Plans, StreamBrain, schedule
 from tests.unit.commands.test_dispatcher import Commanded, success
-from z4j_bare.buffer.rows import DONE, ELSEWHERE, STARTED, LedgerEntry
+from z4j_bare.buffer.rows import DONE, IN_OTHER_PROCESS, STARTED, LedgerEntry
 from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.once import KEYS
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
@@ -160,7 +160,7 @@ def test_a_fire_that_outlives_the_agent(world):
 def test_a_fire_that_another_process_has(world):
     """What a living sibling has begun is left to it, and answered as unknown."""
     world.buffer._others = lambda _path, key: (
-        LedgerEntry(key, ELSEWHERE, b"", 0.0) if key.startswith("fire:") else None
+        LedgerEntry(key, IN_OTHER_PROCESS, b"", 0.0) if key.startswith("fire:") else None
     )
     world.disk.path = None
     world.fire("c-1")
