@@ -205,7 +205,7 @@ class Agent:
         self.supervisor.end()
         for task in self._tasks:
             task.join(max(0.0, deadline - self.backend.now()))
-        self.dispatcher.end()
+        self.dispatcher.close()
         self._within(deadline, self.buffer.close)
         self.bridge.stop()
         self.backend.close()

@@ -265,6 +265,18 @@ class INativeSchedules(Interface):
         """
 
 
+class IProcessRestart(Interface):
+    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
+
+    is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
+
+    def request(worker: str) -> Any:
+        """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
+
+        Raises ``CommandError`` where a restart would be wrong.
+        """
+
+
 class IBridge(Interface):
     """Runs the coroutines of asyncio-flavoured adapters without showing the host a running loop."""
 

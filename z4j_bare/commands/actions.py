@@ -1,4 +1,4 @@
-"""The command table: one small function per action, from the frame's parameters to the adapter's call."""
+"""The actions on engines: each turns a command's parameters into one call of the adapter."""
 
 from __future__ import annotations
 
@@ -7,43 +7,48 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.models import CommandResult, DeadLetterPage
+from z4j_core.models import DeadLetterPage
 
 from z4j_bare.errors import CommandError
 from z4j_bare.schedules.actions import fire
+from z4j_bare.wire.command import CommandOutcome
 
 if TYPE_CHECKING:
-    from z4j_bare.commands.command import Command
     from z4j_bare.engines.host import EngineHost
+    from z4j_bare.wire.command import Command
 
-#: At most so many tasks in one ``bulk_retry``, dead letters in one page, and slots in one resize of a pool. The first two
-#: are the existing agent's, the last the brain's.
+#: Most tasks in one ``bulk_retry``; the same limit as in z4j-bare 1.13.
 MAX_BULK = 10_000
+#: Most dead letters in one page; the same limit as in z4j-bare 1.13.
 MAX_PAGE = 200
+#: Most slots by which one command resizes a pool; the brain's limit.
 MAX_DELTA = 100
 
-#: Under which keyword these engines look for the task's name, as their messages alone do not tell it.
+#: The keyword argument in which these engines' adapters expect the task's name. Their messages do
+#: not contain it.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
-#: Engines whose adapters know the brain's words for priorities. It has one for every task, and others refuse any.
-RANKING = frozenset({"celery", "rq"})
+#: Engines whose adapters accept the brain's priorities. The brain sends one with every task; the
+#: other adapters refuse the keyword.
+PRIORITY_ENGINES = frozenset({"celery", "rq"})
 
-Run = Callable[["Command", "EngineHost", float], Any]
+#: An action's handler: ``run(command, host, seconds)``.
+Run = Callable[["Command", "EngineHost", float], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What carries an action out within so many seconds, and the capabilities of which the engine needs one, if any."""
+    """An action's handler, and the capabilities of which the engine needs at least one."""
 
     run: Run
     needs: tuple[str, ...] = ()
 
 
-def submit_task(command: Command, host: EngineHost, seconds: float) -> Any:
+def submit_task(command: Command, host: EngineHost, seconds: float) -> object:
     """Enqueue a task by name."""
     args, kwargs = command.arguments("args", "kwargs")
     name = command.required("name", "task_name")
-    when = _when(command, host)
+    when = _scheduling_options(command, host)
     return host.invoke(
         "submit_task",
         name,
@@ -55,8 +60,11 @@ def submit_task(command: Command, host: EngineHost, seconds: float) -> Any:
     )
 
 
-def retry_task(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Run a task again. Only the operator's overrides are used: the brain's own copy of the arguments is redacted."""
+def retry_task(command: Command, host: EngineHost, seconds: float) -> object:
+    """Run a task again.
+
+    Only the operator's overrides are used, because the brain's copy of the arguments is redacted.
+    """
     task_id = _task_id(command, host)
     args, kwargs = _overrides(command)
     if "retry_task" not in host.capabilities():
@@ -72,35 +80,35 @@ def retry_task(command: Command, host: EngineHost, seconds: float) -> Any:
         hints={"task_name": name},
         override_args=args,
         override_kwargs=kwargs,
-        **_when(command, host),
+        **_scheduling_options(command, host),
     )
 
 
-def cancel_task(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Revoke a task, ending it if it runs."""
-    return _controlled(host, "cancel_task", _task_id(command, host), seconds=seconds)
+def cancel_task(command: Command, host: EngineHost, seconds: float) -> object:
+    """Revoke a task, and terminate it if it runs."""
+    return _control(host, "cancel_task", _task_id(command, host), seconds=seconds)
 
 
-def bulk_retry(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Run many tasks again: those that the filter lists."""
-    chosen = command.option("filter", dict, "an object")
-    if not chosen:
+def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
+    """Run again all tasks that match the filter."""
+    selection = command.option("filter", dict, "an object")
+    if not selection:
         raise command.error("filter is required")
     _refuse_unsafe(command, host)
     args, kwargs = _overrides(command)
-    most = command.whole("max", 1000, most=MAX_BULK)
+    maximum = command.positive_int("max", 1000, maximum=MAX_BULK)
     return host.invoke(
         "bulk_retry",
-        dict(chosen),
+        dict(selection),
         timeout=seconds,
-        max=most,
+        max=maximum,
         override_args=args,
         override_kwargs=kwargs,
     )
 
 
-def purge_queue(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Empty a queue; the adapter compares the token with the queue's depth."""
+def purge_queue(command: Command, host: EngineHost, seconds: float) -> object:
+    """Empty a queue. The adapter checks the confirmation token against the queue's depth."""
     queue = command.required("queue", "id")
     token = command.option("confirm_token", str, "text")
     return host.invoke(
@@ -108,8 +116,8 @@ def purge_queue(command: Command, host: EngineHost, seconds: float) -> Any:
     )
 
 
-def requeue_dead_letter(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Bring a task back from where the engine keeps what has failed for good."""
+def requeue_dead_letter(command: Command, host: EngineHost, seconds: float) -> object:
+    """Put a task from the dead-letter queue back into its own queue."""
     task_id = _task_id(command, host)
     _refuse_unsafe(command, host)
     args, kwargs = _overrides(command)
@@ -124,9 +132,9 @@ def requeue_dead_letter(command: Command, host: EngineHost, seconds: float) -> A
     )
 
 
-def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Return a page of what has failed for good."""
-    limit = command.whole("limit", 100, most=MAX_PAGE)
+def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> object:
+    """Return one page of the dead-letter queue."""
+    limit = command.positive_int("limit", 100, maximum=MAX_PAGE)
     cursor = command.option("cursor", str, "text")
     page = host.invoke(
         "list_dead_letters",
@@ -139,55 +147,53 @@ def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> Any
         raise command.error(
             f"engine {host.name} returned {type(page).__name__} in place of a page of dead letters"
         )
-    return CommandResult(status="success", result=page.model_dump(mode="json"))
+    return CommandOutcome.success(page.model_dump(mode="json"))
 
 
-def reconcile_task(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Return what the engine itself knows of a task; an engine that cannot tell knows nothing of it."""
+def reconcile_task(command: Command, host: EngineHost, seconds: float) -> object:
+    """Return the engine's own state of a task: ``unknown`` where the adapter cannot query it."""
     task_id = _task_id(command, host)
-    if not host.offers("reconcile_task"):
-        return CommandResult(
-            status="success", result={"task_id": task_id, "engine_state": "unknown"}
-        )
+    if not host.has_method("reconcile_task"):
+        return CommandOutcome.success({"task_id": task_id, "engine_state": "unknown"})
     return host.invoke("reconcile_task", task_id, timeout=seconds)
 
 
-def restart_worker(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Give a worker a new pool, or where the engine has no way to do that, a new process."""
+def restart_worker(command: Command, host: EngineHost, seconds: float) -> object:
+    """Replace a worker's pool, or its whole process where the engine cannot do that."""
     if host.process_restart is not None:
-        return host.process_restart.order(_worker(command))
-    return _controlled(host, "restart_worker", _worker(command), seconds=seconds)
+        return host.process_restart.request(_worker(command))
+    return _control(host, "restart_worker", _worker(command), seconds=seconds)
 
 
-def pool_grow(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Let a worker run more tasks at a time."""
-    return _controlled(host, "pool_grow", _worker(command), _delta(command), seconds=seconds)
+def pool_grow(command: Command, host: EngineHost, seconds: float) -> object:
+    """Increase the number of tasks that a worker runs at a time."""
+    return _control(host, "pool_grow", _worker(command), _delta(command), seconds=seconds)
 
 
-def pool_shrink(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Let a worker run fewer tasks at a time."""
-    return _controlled(host, "pool_shrink", _worker(command), _delta(command), seconds=seconds)
+def pool_shrink(command: Command, host: EngineHost, seconds: float) -> object:
+    """Decrease the number of tasks that a worker runs at a time."""
+    return _control(host, "pool_shrink", _worker(command), _delta(command), seconds=seconds)
 
 
-def add_consumer(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Let a worker consume from one more queue."""
-    return _controlled(
+def add_consumer(command: Command, host: EngineHost, seconds: float) -> object:
+    """Make a worker consume from another queue."""
+    return _control(
         host, "add_consumer", _worker(command), command.required("queue"), seconds=seconds
     )
 
 
-def cancel_consumer(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Let a worker consume from a queue no longer."""
-    return _controlled(
+def cancel_consumer(command: Command, host: EngineHost, seconds: float) -> object:
+    """Stop a worker from consuming from a queue."""
+    return _control(
         host, "cancel_consumer", _worker(command), command.required("queue"), seconds=seconds
     )
 
 
-def rate_limit(command: Command, host: EngineHost, seconds: float) -> Any:
+def rate_limit(command: Command, host: EngineHost, seconds: float) -> object:
     """Limit how often a task may start, on one worker or on all."""
     worker = command.option("worker_name", str, "text") or None
     task, rate = command.required("task_name", "id"), command.required("rate")
-    return _controlled(host, "rate_limit", task, rate, seconds=seconds, worker_name=worker)
+    return _control(host, "rate_limit", task, rate, seconds=seconds, worker_name=worker)
 
 
 ENGINE_ACTIONS: Mapping[str, Action] = {
@@ -209,10 +215,12 @@ ENGINE_ACTIONS: Mapping[str, Action] = {
 }
 
 
-def _controlled(host: EngineHost, action: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
-    """Use our own way of controlling workers where there is one for the engine, else the adapter's."""
-    act = host.control if host.controls is not None else host.invoke
-    return act(action, *args, timeout=seconds, **kwargs)
+def _control(
+    host: EngineHost, action: str, *args: object, seconds: float, **kwargs: object
+) -> object:
+    """Call the agent's own worker control where the engine has one, else the adapter's method."""
+    call = host.control if host.controls is not None else host.invoke
+    return call(action, *args, timeout=seconds, **kwargs)
 
 
 def _resubmit(
@@ -221,8 +229,8 @@ def _resubmit(
     seconds: float,
     args: tuple[Any, ...] | None,
     kwargs: dict[str, Any] | None,
-) -> Any:
-    """Retry with an engine that can only submit: it keeps no arguments, so the operator has to give them."""
+) -> object:
+    """Submit a new task for an engine without retry. It keeps no arguments: the operator sends them."""
     if args is None or kwargs is None:
         raise command.error(
             f"engine {host.name} keeps no arguments: override_args and override_kwargs are required"
@@ -235,12 +243,12 @@ def _resubmit(
         args=args,
         kwargs=kwargs,
         queue=_queue(command),
-        **_when(command, host),
+        **_scheduling_options(command, host),
     )
 
 
 def _refuse_unsafe(command: Command, host: EngineHost) -> None:
-    """Refuse an adapter so old that it would retry with the brain's redacted copy of the arguments."""
+    """Refuse an old adapter, which would retry with the brain's redacted copy of the arguments."""
     if host.name in NAME_KEYS and not host.retries_by_reference:
         raise command.error(
             f"this version of the {host.name} adapter cannot retry safely: upgrade it"
@@ -248,7 +256,7 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 
 
 def _task_id(command: Command, host: EngineHost) -> str:
-    """Return the task's id; the target's own id has the engine in front of it."""
+    """Return the task's id. An id taken from the target is prefixed with the engine's name."""
     return command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"
     )
@@ -261,9 +269,9 @@ def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any]
     return args, kwargs
 
 
-def _when(command: Command, host: EngineHost) -> dict[str, Any]:
+def _scheduling_options(command: Command, host: EngineHost) -> dict[str, Any]:
     priority = command.option("priority", (str, int), "a word or a whole number")
-    if priority == "normal" and host.name not in RANKING:
+    if priority == "normal" and host.name not in PRIORITY_ENGINES:
         priority = None
     return {"eta": command.eta(time.time()), "priority": priority}
 
@@ -277,49 +285,53 @@ def _worker(command: Command) -> str:
 
 
 def _delta(command: Command) -> int:
-    delta = command.whole("delta", 1, most=MAX_DELTA + 1)
+    delta = command.positive_int("delta", 1, maximum=MAX_DELTA + 1)
     if delta > MAX_DELTA:
         raise command.error(f"delta must be {MAX_DELTA} or less")
     return delta
 
 
-def choose(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
-    """Return the engine that a command is for: the one it names, else the only one, else the only one able to do it.
+def choose_host(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
+    """Return the engine that a command is for.
 
-    The brain names none for a queue or a rate limit. Raises ``CommandError``.
+    It is the engine that the command names, else the only engine, else the only capable one. The
+    brain names no engine for a queue or a rate limit. Raises ``CommandError``.
     """
-    name = _named(command)
+    name = _engine_name(command)
     if name is not None:
         if name not in hosts:
             raise CommandError(f"this agent has no engine {name!r}, only {_list(hosts)}")
         return hosts[name]
-    able = (
-        hosts
-        if len(hosts) == 1
-        else {key: host for key, host in hosts.items() if _able(host, action)}
-    )
-    if len(able) != 1:
+    candidates = list(hosts.values())
+    if len(candidates) > 1:
+        candidates = [host for host in candidates if _is_capable(host, action)]
+    if len(candidates) != 1:
         raise command.error(f"engine is required: this agent has {_list(hosts)}")
-    return next(iter(able.values()))
+    return candidates[0]
 
 
-def check(command: Command, host: EngineHost, action: Action) -> None:
-    """Raise ``CommandError`` unless the engine says that it can do this."""
-    if not _able(host, action):
+def require_capability(command: Command, host: EngineHost, action: Action) -> None:
+    """Raise ``CommandError`` unless the engine has a capability that the action needs."""
+    if not _is_capable(host, action):
         raise CommandError(f"engine {host.name} does not support {command.action}")
 
 
-def _able(host: EngineHost, action: Action) -> bool:
+def _is_capable(host: EngineHost, action: Action) -> bool:
     if action.run is restart_worker and host.process_restart is not None:
-        return True  # which says itself why it would not
+        return True  # a refusal states its own reason
     return not action.needs or not set(action.needs).isdisjoint(host.capabilities())
 
 
-def _named(command: Command) -> str | None:
-    """Return the engine's name; the filter of a bulk action is the authority, as the brain targets by it."""
-    chosen = command.parameters.get("filter")
-    if isinstance(chosen, Mapping) and isinstance(chosen.get("engine"), str) and chosen["engine"]:
-        return str(chosen["engine"])
+def _engine_name(command: Command) -> str | None:
+    """Return the engine that the command names. A bulk action's filter takes precedence.
+
+    The brain chooses the agent of a bulk action by its filter.
+    """
+    selection = command.parameters.get("filter")
+    if isinstance(selection, Mapping):
+        engine = selection.get("engine")
+        if isinstance(engine, str) and engine:
+            return engine
     named = command.option("engine", str, "text")
     if named == "":
         raise command.error("engine must be text")

@@ -1,20 +1,22 @@
-"""From a command frame to one answer: acknowledge, run once beside the receive loop, report."""
+"""Acknowledges each command frame, runs the command once beside the receiver, stores its result."""
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.rows import IN_OTHER_PROCESS, RESULT
-from z4j_bare.commands.command import Command
-from z4j_bare.commands.pool import Pool
-from z4j_bare.commands.results import Answer, encoded, indeterminate
+from z4j_bare.commands.results import encode_result
 from z4j_bare.errors import AgentError
+from z4j_bare.wire.command import Command, CommandOutcome
 from z4j_bare.wire.frames import command_ack
 
 if TYPE_CHECKING:
+    from z4j_core.transport.frames import CommandFrame
+
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.commands.executor import Executor
     from z4j_bare.concurrency import BaseConcurrency
@@ -23,21 +25,36 @@ if TYPE_CHECKING:
     from z4j_bare.pipeline.link import Connection
     from z4j_bare.schedules import ScheduleManager
 
-logger = logging.getLogger("z4j.runtime.dispatcher")
+logger = logging.getLogger("z4j.runtime.commands.dispatcher")
 
-#: Command ids remembered in this process, for the ledger may have been on a disk that has failed since.
-REMEMBERED = 10_000
+#: Command ids kept in memory, because a failed disk may have taken the ledger with it.
+MAX_STARTED_IDS = 10_000
 
-#: Seconds kept back from a command's time for the answer's way, but at most this part of it.
+#: Seconds reserved from a command's timeout for sending its result.
 MARGIN = 2.0
-MARGIN_PART = 0.25
+#: Largest fraction of the timeout that is reserved.
+MARGIN_FRACTION = 0.25
+
+#: Seconds between checks of the waiting commands' deadlines.
+POLL_INTERVAL = 1.0
+
+
+@dataclass(slots=True)
+class DispatchState:
+    """How far the dispatcher has shut down; shared with the executor."""
+
+    #: No command begins any more.
+    stopping: bool = False
+    #: The store is about to be closed: nothing may be recorded.
+    closed: bool = False
 
 
 class Dispatcher:
-    """Runs each command once, at most ``workers`` at a time, and answers it before its time is up.
+    """Runs each command once, at most ``workers`` at a time, and stores its result in time.
 
-    :param keeper: its ledger says what has been begun and done, also by processes before this one.
-    :param stored: called after each answer, to wake the sender.
+    :param buffer: its ledger records started and finished commands, also those of earlier
+        processes.
+    :param on_stored: called after each stored result, to wake the sender.
     :param schedules: the schedulers, if there are any.
     """
 
@@ -45,7 +62,7 @@ class Dispatcher:
         self,
         hosts: Mapping[str, EngineHost],
         buffer: BufferManager,
-        stored: Callable[[], None],
+        on_stored: Callable[[], object],
         backend: BaseConcurrency,
         counters: Counters,
         workers: int,
@@ -54,121 +71,202 @@ class Dispatcher:
         self._hosts = hosts
         self._schedules = schedules
         self._buffer = buffer
-        self._stored = stored
+        self._on_stored = on_stored
         self._backend = backend
         self._counters = counters
-        self._present: set[str] = set()
-        self._begun: OrderedDict[str, None] = OrderedDict()
-        self._turn = backend.lock()
-        self._loading = backend.lock()
-        self._loaded: Executor | None = None
-        self._stop_event = self._ended = False
-        self._pool = Pool(self._carry_out, backend, workers)
+        self._queued_ids: set[str] = set()
+        self._started_ids: OrderedDict[str, None] = OrderedDict()
+        self._lock = backend.lock()
+        self._load_lock = backend.lock()
+        self._loaded_executor: Executor | None = None
+        self._state = DispatchState()
+        self._pool = CommandPool(self._execute, backend, workers)
 
-    def submit(self, frame: Any, link: Connection, late: float = 0.0) -> None:
-        """Acknowledge a command frame and see that it runs; called by the receive loop, never waits for the command.
+    def submit(self, frame: CommandFrame, connection: Connection, delay: float = 0.0) -> None:
+        """Acknowledge a command frame and queue the command. Never waits for the command.
 
-        :param late: for how many seconds it has lain unread.
+        :param delay: seconds for which the frame lay unread.
         """
-        command = self._read(frame, late)
+        command = self._read(frame, delay)
         try:
-            link.send("command_ack", command.id, command_ack(command.token))
+            connection.send("command_ack", command.id, command_ack(command.token))
         except AgentError as error:
-            # For the brain it is dispatched, and most kinds never come again; the result will find another session.
-            logger.debug("z4j: command %s is not acknowledged: %s", command.id, error)
-        with self._turn:
-            if command.id in self._present:
+            # The brain counts it as dispatched and redelivers most kinds never, so run it. Its
+            # result goes out with the next session.
+            logger.debug("z4j: could not acknowledge command %s: %s", command.id, error)
+        with self._lock:
+            if command.id in self._queued_ids:
                 return
-            self._present.add(command.id)
+            self._queued_ids.add(command.id)
         self._pool.put(command)
 
     def stop(self) -> None:
-        """Begin nothing more: what waits is answered as not started; what runs may end."""
-        self._stop_event = True
+        """Report waiting and later commands as not started; running ones may finish."""
+        self._state.stopping = True
         for command in self._pool.clear():
-            self._carry_out(command)
+            self._execute(command)
 
-    def end(self) -> None:
-        """Answer nothing more, for the store is about to be closed: of what still runs its testament will tell."""
-        self._ended = True
+    def close(self) -> None:
+        """Stop recording results, because the store is about to be closed.
 
-    def _read(self, frame: Any, late: float) -> Command:
+        A command still running is reported as "outcome unknown" by its provisional result.
+        """
+        self._state.closed = True
+
+    def _read(self, frame: CommandFrame, delay: float) -> Command:
         payload = frame.payload
         seconds = float(payload.timeout_seconds)
+        margin = min(MARGIN, seconds * MARGIN_FRACTION)
         return Command(
             id=str(frame.id),
             action=payload.action,
             target=payload.target,
             parameters=payload.parameters,
-            until=self._backend.now() + seconds - late - min(MARGIN, seconds * MARGIN_PART),
+            deadline=self._backend.now() + seconds - delay - margin,
             token=payload.delivery_claim_token,
         )
 
-    def _carry_out(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         try:
-            if not self._ended and self._claimed(command):
+            if not self._state.closed and self._claim(command):
                 self._counters.commands += 1
-                self._settle(command, *self._outcome(command))
+                self._store_outcome(command, *self._run(command))
         except Exception:
             logger.exception(
-                "z4j: command %s could not be answered; please report it", command.action
+                "z4j: could not store the result of command %s; please report this",
+                command.action,
             )
         finally:
-            self._present.discard(command.id)
+            self._queued_ids.discard(command.id)
 
-    def _claimed(self, command: Command) -> bool:
-        """Whether this delivery is the one that runs; any other is answered as the ledger knows best."""
-        provisional_result = encoded(
+    def _claim(self, command: Command) -> bool:
+        """Return whether this delivery is to run; otherwise store the result the ledger knows."""
+        provisional_result = encode_result(
             command,
-            indeterminate(command, "the agent ended before the command did: outcome unknown"),
+            CommandOutcome.indeterminate(
+                command, "the agent ended before the command did: outcome unknown"
+            ),
         )
         earlier = self._buffer.claim(command.id, provisional_result)
-        with self._turn:
-            again = command.id in self._begun
-            self._begun[command.id] = None
-            while len(self._begun) > REMEMBERED:
-                self._begun.popitem(last=False)
-        if earlier is None and not again:
+        with self._lock:
+            redelivered = command.id in self._started_ids
+            self._started_ids[command.id] = None
+            while len(self._started_ids) > MAX_STARTED_IDS:
+                self._started_ids.popitem(last=False)
+        if earlier is None and not redelivered:
             return True
         if earlier is None or (earlier.state != IN_OTHER_PROCESS and not earlier.result):
-            self._settle(
-                command, indeterminate(command, "delivered before: its result is no longer known")
-            )
+            error = "delivered before: its result is no longer known"
+            self._store_outcome(command, CommandOutcome.indeterminate(command, error))
         elif earlier.state != IN_OTHER_PROCESS:
             self._buffer.append([(RESULT, command.id, earlier.result)])
-            self._stored()
+            self._on_stored()
         return False
 
-    def _settle(
-        self, command: Command, answer: Answer, host: EngineHost | ScheduleManager | None = None
+    def _store_outcome(
+        self,
+        command: Command,
+        outcome: CommandOutcome,
+        host: EngineHost | ScheduleManager | None = None,
     ) -> None:
-        if not self._ended:
-            self._buffer.answer(
-                command.id, encoded(command, answer, host and host.redactor, self._backend.offload)
-            )
-            self._stored()
-            if answer.then is not None:
-                self._backend.spawn(answer.then, name="z4j-departure")
+        if self._state.closed:
+            return
+        redactor = None if host is None else host.redactor
+        payload = encode_result(command, outcome, redactor, self._backend.offload)
+        self._buffer.answer(command.id, payload)
+        self._on_stored()
+        if outcome.after_stored is not None:
+            self._backend.spawn(outcome.after_stored, name="z4j-process-restart")
 
-    def _outcome(self, command: Command) -> tuple[Answer, EngineHost | ScheduleManager | None]:
+    def _run(self, command: Command) -> tuple[CommandOutcome, EngineHost | ScheduleManager | None]:
         try:
             executor = self._executor()
-        except (
-            Exception
-        ) as error:  # the files are no longer those that this process was started from
-            why = (
-                f"the agent cannot load what carries out commands ({type(error).__name__}: {error})"
-            )
-            return Answer("failed", None, f"{why}: if it was upgraded, restart this process"), None
-        return executor.outcome(command)
+        except Exception as error:  # the package was replaced on disk since this process started
+            return CommandOutcome.failed(
+                "the agent cannot load the code that runs commands"
+                f" ({type(error).__name__}: {error}): if it was upgraded, restart this process"
+            ), None
+        return executor.run(command)
 
     def _executor(self) -> Executor:
-        """Return what carries commands out, loaded with the first one: 0.2 MB that most workers never need."""
-        with self._loading:
-            if self._loaded is None:
+        """Return the executor, loaded with the first command: 0.2 MB that most workers never need."""
+        with self._load_lock:
+            if self._loaded_executor is None:
                 module = self._backend.import_module("z4j_bare.commands.executor")
-                parts = self._hosts, self._schedules, self._buffer, self._backend
-                self._loaded = module.Executor(
-                    *parts, lambda: self._stop_event, lambda: self._ended
+                self._loaded_executor = module.Executor(
+                    self._hosts, self._schedules, self._buffer, self._backend, self._state
                 )
-            return self._loaded
+            return self._loaded_executor
+
+
+class CommandPool:
+    """Calls ``run(command)`` in at most ``workers`` tasks.
+
+    A command that waited beyond its deadline is passed to ``run`` at once, which refuses it.
+    """
+
+    def __init__(
+        self, run: Callable[[Command], None], backend: BaseConcurrency, workers: int
+    ) -> None:
+        self._run = run
+        self._backend = backend
+        self._workers = workers
+        self._running = 0
+        self._watching = False
+        self._waiting: deque[Command] = deque()
+        self._lock = backend.lock()
+
+    def put(self, command: Command) -> None:
+        """Run the command, or queue it until a worker is free. Returns at once."""
+        with self._lock:
+            self._waiting.append(command)
+            has_slot = self._running < self._workers
+            needs_watch = not has_slot and not self._watching
+            if has_slot:
+                self._running += 1
+            elif needs_watch:
+                self._watching = True
+        if has_slot:
+            self._backend.spawn(self._work, name="z4j-command")
+        elif needs_watch:
+            self._backend.spawn(self._watch_deadlines, name="z4j-command-watch")
+
+    def clear(self) -> list[Command]:
+        """Remove and return all waiting commands."""
+        with self._lock:
+            waiting, self._waiting = list(self._waiting), deque()
+        return waiting
+
+    def _work(self) -> None:
+        try:
+            while (command := self._next()) is not None:
+                self._run(command)
+        except BaseException:  # the worker greenlet was killed: release its slot
+            self._running -= 1
+            raise
+
+    def _next(self) -> Command | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._running -= 1
+            return None
+
+    def _watch_deadlines(self) -> None:
+        while (deadline := self._first_deadline()) is not None:
+            self._backend.sleep(min(POLL_INTERVAL, max(0.0, deadline - self._backend.now())))
+            for command in self._expired():
+                self._run(command)
+
+    def _first_deadline(self) -> float | None:
+        """Return the earliest deadline of the waiting commands; ``None`` ends the watch."""
+        with self._lock:
+            self._watching = bool(self._waiting)
+            return min((command.deadline for command in self._waiting), default=None)
+
+    def _expired(self) -> list[Command]:
+        now = self._backend.now()
+        with self._lock:
+            expired = [command for command in self._waiting if command.deadline <= now]
+            self._waiting = deque(command for command in self._waiting if command.deadline > now)
+        return expired

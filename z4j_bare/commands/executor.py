@@ -1,39 +1,52 @@
-"""What comes of a command: its action found, checked and called, and whatever happens made an answer.
+"""Carries out one command: finds its action, checks it, calls it, and returns its outcome.
 
-Most workers get no command for days, so this module and all that it imports are loaded with the first one.
+This module and its imports are loaded with the first command; most workers never receive one.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from z4j_core.errors import Z4JError
 
-from z4j_bare.commands.actions import ENGINE_ACTIONS, check, choose
-from z4j_bare.commands.once import IdempotentEffects, key_of
-from z4j_bare.commands.results import Answer, indeterminate
+from z4j_bare.buffer.rows import DONE
+from z4j_bare.commands.actions import ENGINE_ACTIONS, choose_host, require_capability
+from z4j_bare.commands.results import encode_result
 from z4j_bare.errors import AgentError, CommandError
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
+from z4j_bare.wire.command import CommandOutcome
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
-    from z4j_bare.commands.command import Command
+    from z4j_bare.commands.dispatcher import DispatchState
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
+    from z4j_bare.interfaces import IEvent
     from z4j_bare.schedules import ScheduleManager
+    from z4j_bare.wire.command import Command
 
-logger = logging.getLogger("z4j.runtime.dispatcher")
+logger = logging.getLogger("z4j.runtime.commands.executor")
+
+#: Actions whose effect has an id of its own: the parameter with that id, and its ledger prefix.
+IDEMPOTENCY_KEYS = {
+    "schedule.fire": ("fire_id", "fire"),
+    "schedule.trigger_now": ("fire_id", "fire"),
+    "schedule.external.control": ("operation_id", "operation"),
+    "schedule.external.mutate": ("operation_id", "operation"),
+}
 
 
 class Executor:
-    """Carries commands out.
+    """Carries out commands.
 
-    :param keeper: its ledger knows the effects that must happen once although several commands ask for them.
-    :param stopping: whether nothing may begin any more.
-    :param ended: whether the store is about to be closed, so that nothing must be entered any more.
+    :param buffer: its ledger records the effects that several commands may request, but that must
+        happen once.
+    :param state: the dispatcher's; nothing begins after ``stopping``.
     """
 
     def __init__(
@@ -42,50 +55,50 @@ class Executor:
         schedules: ScheduleManager | None,
         buffer: BufferManager,
         backend: BaseConcurrency,
-        stop_event: Callable[[], bool],
-        ended: Callable[[], bool],
+        state: DispatchState,
     ) -> None:
         self._hosts = hosts
         self._schedules = schedules
         self._backend = backend
-        self._stop_event = stop_event
-        self._once = IdempotentEffects(buffer, backend, ended)
+        self._state = state
+        self._effects = IdempotentEffects(buffer, backend, state)
 
-    def outcome(self, command: Command) -> tuple[Answer, EngineHost | ScheduleManager | None]:
-        """Return the answer to a command, and whose redactor is to look at it; never raises."""
+    def run(self, command: Command) -> tuple[CommandOutcome, EngineHost | ScheduleManager | None]:
+        """Return the command's outcome, and the host whose redactor applies to it. Never raises."""
         host: EngineHost | ScheduleManager | None = None
         try:
-            act = SCHEDULE_ACTIONS.get(command.action)
-            if act is not None and self._schedules is not None:
+            schedule_action = SCHEDULE_ACTIONS.get(command.action)
+            if schedule_action is not None and self._schedules is not None:
                 host = self._schedules
-                return self._effect(command, partial(act, command, self._schedules)), host
+                call = partial(schedule_action, command, self._schedules)
+                return self._run_once(command, call), host
             action = ENGINE_ACTIONS.get(command.action)
             if action is None:
                 raise CommandError(f"{command.action} is not an action that this agent knows")
-            host = choose(command, self._hosts, action)
-            check(command, host, action)
-            return self._effect(command, partial(action.run, command, host)), host
+            host = choose_host(command, self._hosts, action)
+            require_capability(command, host, action)
+            return self._run_once(command, partial(action.run, command, host)), host
         except Exception as error:
             return _failure(command, error), host
 
-    def _effect(self, command: Command, act: Callable[[float], Any]) -> Answer:
-        """Call ``act(seconds)``, once for an effect that has an id of its own."""
-        key = key_of(command)
+    def _run_once(self, command: Command, call: Callable[[float], object]) -> CommandOutcome:
+        """Call ``call(seconds)``, and not again for an effect that has happened already."""
+        key = idempotency_key(command)
         if key is None:
-            return Answer.of(act(self._seconds(command)))
-        self._seconds(command)  # what must not begin must not be remembered as begun
-        return self._once.run(key, command, lambda: self._tried(command, act))
+            return CommandOutcome.from_adapter(call(self._seconds_left(command)))
+        self._seconds_left(command)  # raises before the ledger records the effect as started
+        return self._effects.run(key, command, lambda: self._call(command, call))
 
-    def _tried(self, command: Command, act: Callable[[float], Any]) -> Answer:
+    def _call(self, command: Command, call: Callable[[float], object]) -> CommandOutcome:
         try:
-            return Answer.of(act(self._seconds(command)))
+            return CommandOutcome.from_adapter(call(self._seconds_left(command)))
         except Exception as error:
             return _failure(command, error)
 
-    def _seconds(self, command: Command) -> float:
-        """Return the time that a command has, or raise ``CommandError`` when it must not begin any more."""
-        seconds = command.until - self._backend.now()
-        if self._stop_event():
+    def _seconds_left(self, command: Command) -> float:
+        """Return the seconds until the deadline; ``CommandError`` when the command must not begin."""
+        seconds = command.deadline - self._backend.now()
+        if self._state.stopping:
             raise CommandError(f"{command.action} was not started: the agent is stopping")
         if seconds <= 0:
             raise CommandError(
@@ -94,17 +107,84 @@ class Executor:
         return seconds
 
 
-def _failure(command: Command, error: Exception) -> Answer:
-    """Return what to say about a call that has raised."""
-    # Each adapter has an OffloadTimeoutError of its own (``adapter-surface`` 2.14).
+def _failure(command: Command, error: Exception) -> CommandOutcome:
+    """Return the outcome of a call that raised ``error``."""
+    # Each adapter defines an OffloadTimeoutError of its own, which is not a TimeoutError.
     if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
-        return indeterminate(command, "still running: outcome unknown")
+        return CommandOutcome.indeterminate(command, "still running: outcome unknown")
     if isinstance(error, AgentError):
-        unknown = getattr(error, "indeterminate", False)
-        return indeterminate(command, str(error)) if unknown else Answer("failed", None, str(error))
+        if getattr(error, "indeterminate", False):
+            return CommandOutcome.indeterminate(command, str(error))
+        return CommandOutcome.failed(str(error))
     if isinstance(error, Z4JError):
-        return Answer("failed", None, f"{error.code}: {error.message}")
+        return CommandOutcome.failed(f"{error.code}: {error.message}")
     if isinstance(error, NotImplementedError):
-        return Answer("failed", None, str(error) or f"{command.action} is not supported")
+        return CommandOutcome.failed(str(error) or f"{command.action} is not supported")
     logger.error("z4j: command %s failed", command.action, exc_info=error)
-    return Answer("failed", None, f"internal error: {type(error).__name__}: {error}")
+    return CommandOutcome.failed(f"internal error: {type(error).__name__}: {error}")
+
+
+def idempotency_key(command: Command) -> str | None:
+    """Return the ledger key of the command's effect, or ``None`` when only the command has an id."""
+    parameter, prefix = IDEMPOTENCY_KEYS.get(command.action, ("", ""))
+    identity = command.parameters.get(parameter)
+    return f"{prefix}:{identity}" if isinstance(identity, str) and identity else None
+
+
+class IdempotentEffects:
+    """Runs each effect once, also across restarts and across the agent's other processes.
+
+    The ledger keeps effects under their own ids, beside the ids of the commands.
+    """
+
+    def __init__(
+        self, buffer: BufferManager, backend: BaseConcurrency, state: DispatchState
+    ) -> None:
+        self._buffer = buffer
+        self._backend = backend
+        self._state = state
+        self._running: dict[str, IEvent] = {}
+        self._lock = backend.lock()
+
+    def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
+        """Return the outcome of ``call()``, or that of an earlier command with the same effect.
+
+        While another command carries the effect out in this process, wait for it. An effect that a
+        crash interrupted, or that another process carries out, is indeterminate.
+        """
+        done = self._backend.event()
+        while (running := self._register(key, done)) is not done:
+            timeout = max(0.0, command.deadline - self._backend.now())
+            if not self._backend.wait(running, timeout):
+                return CommandOutcome.indeterminate(
+                    command, "still running for another command: outcome unknown"
+                )
+        try:
+            # No provisional result: it would be sent under this key, which is not a command id.
+            earlier = self._buffer.claim(key, b"")
+            if earlier is not None:
+                return _replayed(earlier.result if earlier.state == DONE else b"", key, command)
+            outcome = call()
+            if not self._state.closed:
+                self._buffer.settle(key, encode_result(command, outcome))
+            return outcome
+        finally:
+            del self._running[key]
+            done.set()
+
+    def _register(self, key: str, done: IEvent) -> IEvent:
+        """Return ``done``, or the event of the command that already carries out ``key``."""
+        with self._lock:
+            return self._running.setdefault(key, done)
+
+
+def _replayed(payload: bytes, key: str, command: Command) -> CommandOutcome:
+    """Return the recorded outcome of an effect, marked as deduplicated."""
+    if not payload:
+        return CommandOutcome.indeterminate(
+            command, f"started before as {key}, but its result is not known"
+        )
+    body = json.loads(payload)
+    outcome = CommandOutcome(body["status"], body["result"], body["error"])
+    result = {**(outcome.result or {}), "deduplicated": True, "dedup_key": key}
+    return replace(outcome, result=result)

@@ -1,4 +1,4 @@
-"""``restart_worker`` for engines that have none: this process ends, and whatever supervises it starts a new one."""
+"""``restart_worker`` for engines without one: exit, and let a supervisor start a new process."""
 
 from __future__ import annotations
 
@@ -7,52 +7,48 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from zope.interface import implementer
 
 from z4j_bare.errors import CommandError
+from z4j_bare.interfaces import IProcessRestart
 from z4j_bare.orchestrator_detect import detect_orchestrator
+from z4j_bare.wire.command import CommandOutcome
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
-logger = logging.getLogger("z4j.runtime.departure")
+logger = logging.getLogger("z4j.runtime.commands.process_restart")
 
-#: The exit code, ``EX_TEMPFAIL``. Not 0: supervisord's ``autorestart=unexpected``, its default, systemd's
-#: ``Restart=on-failure`` and Docker's ``on-failure`` do not start again what ended well, as by SIGTERM for systemd.
+#: The exit code, ``EX_TEMPFAIL``. Not 0, because supervisord's ``autorestart=unexpected`` (its
+#: default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a process
+#: that ended successfully; for systemd an end by SIGTERM is one.
 EXIT_CODE = 75
 
-#: Seconds that a process must have run, so that a command that comes again and again is no crash loop.
+#: Seconds a process must have run, so that repeated commands do not become a crash loop.
 MIN_UPTIME = 60.0
 
-#: Seconds for the agent's own end where nobody else brings it about.
-STOP = 5.0
+#: Seconds for stopping the agent when the worker does not stop it itself.
+STOP_TIMEOUT = 5.0
 
-#: The priority of the last of multiprocessing's exit hooks.
-LAST = -1_000_000
+#: Priority of a multiprocessing finalizer that runs after all others.
+FINALIZER_PRIORITY = -1_000_000
 
-#: The signal at which an engine's worker finishes what it runs; huey takes SIGTERM for "at once".
-_GRACEFUL = {"huey": signal.SIGINT}
-
-
-@dataclass(frozen=True, slots=True)
-class RestartAccepted:
-    """A good answer, and what has to be done once it is stored."""
-
-    result: dict[str, Any]
-    then: Callable[[], object]
-    status: str = "success"
-    error: str | None = None
+#: The signal for a warm shutdown, where it is not SIGTERM: huey's SIGTERM is a cold shutdown.
+_GRACEFUL_SIGNAL = {"huey": signal.SIGINT}
 
 
+@implementer(IProcessRestart)
 class ProcessRestart:
-    """The way out for one engine's worker.
+    """Restarts one engine's worker by ending its process.
 
-    :param workers: names of this process's own worker, as the brain keeps them.
-    :param stop: ends the agent within so many seconds: everything sent or stored, ``worker.offline`` announced.
-    :param grace: seconds that the worker has for the tasks it runs.
+    :param workers: the names of this process's worker, as the brain stores them.
+    :param stop: stops the agent within the given seconds: everything is sent or stored, and
+        ``worker.offline`` is announced.
+    :param grace: seconds that the worker has to finish its running tasks.
     """
 
     def __init__(
@@ -68,96 +64,113 @@ class ProcessRestart:
         self._stop = stop
         self._backend = backend
         self._grace = grace
-        self._began = backend.now()
-        self._leaving = False
+        self._started_at = backend.now()
+        self._requested = False
 
     @cached_property
-    def possible(self) -> bool:
-        """Whether this process would be started again; the brain is told of no ability otherwise."""
+    def is_supervised(self) -> bool:
+        """Whether a supervisor would start this process again."""
         return detect_orchestrator().detected
 
-    def order(self, worker: str) -> RestartAccepted:
-        """Return the answer to ``restart_worker``; raise ``CommandError`` where leaving would be wrong."""
+    def request(self, worker: str) -> CommandOutcome:
+        """Return the outcome of ``restart_worker``, whose ``after_stored`` ends the process.
+
+        Raises ``CommandError`` for another process's worker, without a supervisor, within
+        :data:`MIN_UPTIME` of the start, and when a restart is already under way.
+        """
         if worker not in self._workers:
             raise CommandError(f"this command reached pid {os.getpid()}, which is not {worker}")
-        found = detect_orchestrator()
-        if not found.detected:
-            why = (
-                f"{found.signal} says that nothing" if found.signal else "nothing that is known of"
-            )
+        orchestrator = detect_orchestrator()
+        if not orchestrator.detected:
+            reason = "no known supervisor restarts"
+            if orchestrator.signal:
+                reason = f"{orchestrator.signal} says that nothing restarts"
             raise CommandError(
-                f"{why} starts pid {os.getpid()} again; set Z4J_ORCHESTRATED=1 if something does"
+                f"{reason} pid {os.getpid()}; set Z4J_ORCHESTRATED=1 if something does"
             )
-        age = self._backend.now() - self._began
-        if age < MIN_UPTIME:
+        uptime = self._backend.now() - self._started_at
+        if uptime < MIN_UPTIME:
             raise CommandError(
-                f"pid {os.getpid()} runs for {age:.0f} s; it may be restarted after {MIN_UPTIME:g} s"
+                f"pid {os.getpid()} has run for {uptime:.0f} s;"
+                f" it may be restarted after {MIN_UPTIME:g} s"
             )
-        if self._leaving:
-            raise CommandError(f"pid {os.getpid()} is on its way out already")
-        self._leaving = True
+        if self._requested:
+            raise CommandError(f"pid {os.getpid()} is already being restarted")
+        self._requested = True
         logger.warning(
             "z4j: an operator restarts %s: this process ends now, with exit code %d",
             worker,
             EXIT_CODE,
         )
-        facts = {
-            "restarted_via": "self_exit",
-            "worker_name": worker,
-            "pid": os.getpid(),
-            "supervisor": found.signal,
-        }
-        return RestartAccepted({**facts, "exit_in_seconds": self._grace + STOP}, self._leave)
+        return CommandOutcome.success(
+            {
+                "restarted_via": "self_exit",
+                "worker_name": worker,
+                "pid": os.getpid(),
+                "supervisor": orchestrator.signal,
+                "exit_in_seconds": self._grace + STOP_TIMEOUT,
+            },
+            self._shutdown,
+        )
 
-    def _leave(self) -> None:
-        """Have the worker finish by the signal that it knows, which stops the agent too; else end everything ourselves."""
-        end_with_failure(self._finish)
-        number = _GRACEFUL.get(self._engine, signal.SIGTERM)
+    def _shutdown(self) -> None:
+        """Send the worker its shutdown signal; end the process after ``grace`` seconds.
+
+        The worker's own shutdown stops the agent as well. Without a handler for the signal end the
+        process at once.
+        """
+        set_exit_code(self._finish)
+        number = _GRACEFUL_SIGNAL.get(self._engine, signal.SIGTERM)
         if is_caught(number):
             os.kill(os.getpid(), number)
             self._backend.sleep(self._grace)
-            logger.warning("z4j: the worker has not ended within %g s; it ends now", self._grace)
+            logger.warning(
+                "z4j: the worker did not stop within %g s; ending its process", self._grace
+            )
         self._finish()
 
     def _finish(self) -> None:
-        self._stop(STOP)
-        leave_now()
+        self._stop(STOP_TIMEOUT)
+        exit_now()
 
 
-class _Last:
-    """Gives the process its exit code when the interpreter takes ``sys`` apart, last but one of all modules."""
+class _ExitCodeFinalizer:
+    """Sets the exit code when the interpreter clears ``sys``, the last module but one."""
 
     def __del__(self, leave: Callable[[int], object] = os._exit, code: int = EXIT_CODE) -> None:
         leave(code)
 
 
-def end_with_failure(finish: Callable[[], object]) -> None:
-    """Let the process end with :data:`EXIT_CODE`, however it ends, once all exit hooks of the host have run.
+def set_exit_code(finish: Callable[[], object]) -> None:
+    """Make the process exit with :data:`EXIT_CODE` after all of the host's exit hooks.
 
-    A child of multiprocessing, such as Dramatiq's workers, has other hooks and never ends its interpreter: ``finish`` is
-    the last of those.
+    An ``atexit`` hook that ended the process would skip the hooks registered before it. A module of
+    the agent may outlive the interpreter because a thread holds it; ``sys`` does not.
 
-    An ``atexit`` hook of ours that ended the process would skip those that were registered before it. A module of ours may
-    outlive the interpreter, held by a thread; ``sys`` does not.
+    A child of multiprocessing, such as a Dramatiq worker, runs multiprocessing's finalizers and
+    never finalizes its interpreter; there ``finish`` becomes the last finalizer.
     """
     processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
     if processes is not None and hooks is not None and processes.parent_process() is not None:
-        hooks.Finalize(None, finish, exitpriority=LAST)
-    sys._z4j_last = _Last()  # type: ignore[attr-defined]  # noqa: SLF001
+        hooks.Finalize(None, finish, exitpriority=FINALIZER_PRIORITY)
+    sys._z4j_last = _ExitCodeFinalizer()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def leave_now() -> None:
-    """End the process at once."""
+def exit_now() -> None:
+    """Flush stdout and stderr and end the process at once, without exit hooks."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # none, broken or closed
+        except (AttributeError, OSError, ValueError):  # absent, broken or closed
             continue
     os._exit(EXIT_CODE)
 
 
 def is_caught(number: int, status: Path = Path("/proc/self/status")) -> bool:
-    """Whether this process has a handler for a signal. gevent's are in C, and Python knows nothing of them."""
+    """Return whether this process handles a signal, gevent's handlers included.
+
+    gevent installs its handlers in C, where :func:`signal.getsignal` does not see them.
+    """
     try:
         fields = dict(
             line.split(":", 1)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from z4j_bare.asyncio_bridge.bridge import Bridge
-    from z4j_bare.commands.process_restart import ProcessRestart
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.celery.controls import CeleryControls
+    from z4j_bare.interfaces import IProcessRestart
 
 logger = logging.getLogger("z4j.runtime.adapters")
 
@@ -50,7 +50,7 @@ class EngineHost:
         self._controls: CeleryControls | None = None
         redaction = getattr(engine, "redaction", None)
         #: How this process ends for a new one, for the engine that cannot restart a worker itself.
-        self.process_restart: ProcessRestart | None = None
+        self.process_restart: IProcessRestart | None = None
         #: Hides in answers what the adapter hides in events.
         self.redactor = Redactor(
             redaction if isinstance(redaction, RedactionEngine) else RedactionEngine()
@@ -89,7 +89,7 @@ class EngineHost:
         able = {str(name) for name in self.engine.capabilities()}
         if self.retries_by_reference:
             able.add(RETRY_BY_REFERENCE_CAPABILITY)
-        if self.process_restart is not None and self.process_restart.possible:
+        if self.process_restart is not None and self.process_restart.is_supervised:
             able.add("restart_worker")
         return sorted(able)
 
@@ -105,7 +105,7 @@ class EngineHost:
         """Whether the adapter promises never to retry with the brain's copy of the arguments, which is redacted."""
         return getattr(self.engine, "safe_retry_by_reference", None) is True
 
-    def offers(self, method_name: str) -> bool:
+    def has_method(self, method_name: str) -> bool:
         """Whether the adapter has such a method."""
         return callable(getattr(self.engine, method_name, None))
 
@@ -151,7 +151,7 @@ class EngineHost:
         method = getattr(self.engine, method_name, None)
         if not callable(method):
             raise CommandError(f"engine {self.name} does not support {method_name}")
-        taken = accepted(method, {**kwargs, **(hints or {})})
+        taken = supported_kwargs(method, {**kwargs, **(hints or {})})
         refused = [key for key, value in kwargs.items() if value is not None and key not in taken]
         if refused:
             raise CommandError(
@@ -168,7 +168,7 @@ class EngineHost:
         connect = getattr(self.engine, "connect_signals", None)
         if connect is None:
             return
-        keywords = accepted(connect, {"loop": self._bridge.loop()})
+        keywords = supported_kwargs(connect, {"loop": self._bridge.loop()})
         try:
             self._bridge.call(partial(connect, **keywords), timeout=CONNECT_PATIENCE)
         except Exception:
@@ -196,7 +196,7 @@ class EngineHost:
             self._probing = False
 
 
-def accepted(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+def supported_kwargs(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """Return those of ``keywords`` that ``method`` takes; all of them when it does not tell.
 
     Read off the signature: catching ``TypeError`` and calling again would run an action twice.

@@ -48,7 +48,9 @@ class RegistryLoop:
         *,
         dev: bool,
     ) -> None:
-        self._hosts = {name: host for name, host in hosts.items() if host.offers("discover_tasks")}
+        self._hosts = {
+            name: host for name, host in hosts.items() if host.has_method("discover_tasks")
+        }
         self._hints = hints
         self._link = link
         self._backend = backend

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.models import CommandResult
-
 from z4j_bare.errors import CommandError
+from z4j_bare.wire.command import CommandOutcome
 
 if TYPE_CHECKING:
-    from z4j_bare.commands.command import Command
     from z4j_bare.engines.host import EngineHost
     from z4j_bare.schedules import ScheduleManager
     from z4j_bare.schedules.stream import Stream
+    from z4j_bare.wire.command import Command
 
-Act = Callable[["Command", "ScheduleManager", float], CommandResult]
+Act = Callable[["Command", "ScheduleManager", float], CommandOutcome]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
@@ -28,52 +27,52 @@ def fire(command: Command, host: EngineHost, seconds: float) -> Any:
     )
 
 
-def resync(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def resync(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Tell the brain all schedules anew."""
     del command
-    return CommandResult(status="success", result=schedules.resync(seconds))
+    return CommandOutcome.success(schedules.resync(seconds))
 
 
-def enable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def enable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Switch a schedule on."""
     return _apply(command, schedules, "enable", "enable_schedule", seconds)
 
 
-def disable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def disable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Switch a schedule off."""
     return _apply(command, schedules, "disable", "disable_schedule", seconds)
 
 
-def trigger_now(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def trigger_now(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Run a schedule's task now."""
     return _apply(command, schedules, "trigger_now", "trigger_now", seconds)
 
 
-def delete(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def delete(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Delete a schedule."""
     return _apply(command, schedules, "delete", "delete_schedule", seconds)
 
 
-def activate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def activate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Begin to tell a scheduler's schedules in a stream."""
     told = _stream(command, schedules).activate(command.parameters, seconds)
-    return CommandResult(status="success", result=told)
+    return CommandOutcome.success(told)
 
 
-def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Switch a schedule of a stream on or off."""
     from z4j_bare.schedules import operations as orders  # most workers have no scheduler
 
     done = orders.control(_stream(command, schedules), command.parameters, seconds)
-    return CommandResult(status="success", result=done)
+    return CommandOutcome.success(done)
 
 
-def mutate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandResult:
+def mutate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Create, change, delete or trigger a schedule of a stream."""
     from z4j_bare.schedules import operations as orders
 
     done = orders.mutate(_stream(command, schedules), command.parameters, seconds)
-    return CommandResult(status="success", result=done)
+    return CommandOutcome.success(done)
 
 
 SCHEDULE_ACTIONS: Mapping[str, Act] = {
@@ -90,14 +89,14 @@ SCHEDULE_ACTIONS: Mapping[str, Act] = {
 
 def _apply(
     command: Command, schedules: ScheduleManager, capability: str, method: str, seconds: float
-) -> CommandResult:
+) -> CommandOutcome:
     stream = _stream(command, schedules)
     identity = command.text("external_id") or command.required("schedule_id", "id")
     if capability not in stream.host.capabilities():
         raise CommandError(f"scheduler {stream.name} does not support {command.action}")
-    outcome: CommandResult = stream.host.invoke(method, stream.native(identity), timeout=seconds)
+    returned = stream.host.invoke(method, stream.native(identity), timeout=seconds)
     schedules.note(stream)
-    return outcome
+    return CommandOutcome.from_adapter(returned)
 
 
 def _stream(command: Command, schedules: ScheduleManager) -> Stream:

@@ -1,4 +1,4 @@
-"""The table: what each action asks of an adapter, and what it refuses without asking."""
+"""The actions: which adapter call each makes, and what each refuses without a call."""
 
 import time
 from types import SimpleNamespace
@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 from z4j_core.models import CommandResult, DeadLetterPage
 
-from tests.unit.commands.test_dispatcher import Commanded, Host, success
+from tests.support.commands import CommandHarness
+from tests.support.engines import FakeEngineHost, success
 from z4j_bare.commands.actions import ENGINE_ACTIONS
-from z4j_bare.commands.command import Command
+from z4j_bare.wire.command import Command
 
-#: Parameters of each action as the brain sends them, and the call that they make: method, arguments, keywords.
-ASKED = [
+#: Each action, its parameters as the brain sends them, and the arguments and keywords of the call.
+CALLS = [
     (
         "submit_task",
         {"name": "shop.pay", "args": [1], "kwargs": {"a": 2}, "queue": "q"},
@@ -95,64 +96,64 @@ ASKED = [
 
 
 @pytest.fixture
-def world():
-    return Commanded()
+def harness():
+    return CommandHarness()
 
 
-@pytest.mark.parametrize(("action", "parameters", "args", "options"), ASKED)
-def test_what_adapters_are_asked(world, action, parameters, args, options):
-    """Parameters reach the adapter under the names that its methods use."""
-    assert world.answer(action, parameters)["status"] == "success"
-    ((method, given_args, given_options),) = world.host.calls
+@pytest.mark.parametrize(("action", "parameters", "args", "options"), CALLS)
+def test_parameters_reach_the_adapter(harness, action, parameters, args, options):
+    """Each parameter is passed under the name that the adapter's method uses."""
+    assert harness.run(action, parameters)["status"] == "success"
+    ((method, given_args, given_options),) = harness.host.calls
     assert (method, given_args) == (action, args)
     assert options.items() <= given_options.items()
 
 
-def test_a_page_of_dead_letters(world):
-    """``dlq.list`` passes queue, limit and cursor on, and the page comes back as plain JSON."""
-    world.host.act = lambda *_: DeadLetterPage(engine="rq", next_cursor="c2", total=7)
-    world.host.capabilities = lambda: ["list_dead_letters"]
-    body = world.answer(
+def test_dead_letter_page_is_returned(harness):
+    """``dlq.list`` passes on queue, limit and cursor, and returns the page as plain JSON."""
+    harness.host.act = lambda *_: DeadLetterPage(engine="rq", next_cursor="c2", total=7)
+    harness.host.capabilities = lambda: ["list_dead_letters"]
+    body = harness.run(
         "dlq.list",
         {"queue": None, "limit": 900, "cursor": "c1"},
         target={"type": "queue", "id": "q"},
     )
-    assert world.host.calls == [("list_dead_letters", ("q",), {"limit": 200, "cursor": "c1"})]
+    assert harness.host.calls == [("list_dead_letters", ("q",), {"limit": 200, "cursor": "c1"})]
     assert body["result"] == {"entries": [], "next_cursor": "c2", "total": 7, "engine": "rq"}
 
 
-def test_a_page_that_is_none(world):
-    """What an adapter returns in place of a page is not passed on."""
-    world.host.capabilities = lambda: ["list_dead_letters"]
-    assert "in place of a page" in world.answer("dlq.list", {})["error"]
+def test_invalid_dead_letter_page_is_refused(harness):
+    """A return value that is not a page becomes a failed result."""
+    harness.host.capabilities = lambda: ["list_dead_letters"]
+    assert "in place of a page" in harness.run("dlq.list", {})["error"]
 
 
-def test_the_targets_id_names_the_engine(world):
-    """Without a parameter the task's id is the target's, whose engine is taken off."""
-    world.answer("cancel_task", {}, target={"type": "task", "id": "celery:t-1"})
-    assert world.host.calls[0][1] == ("t-1",)
+def test_target_id_loses_engine_prefix(harness):
+    """Without a parameter the task's id is the target's id without its engine prefix."""
+    harness.run("cancel_task", {}, target={"type": "task", "id": "celery:t-1"})
+    assert harness.host.calls[0][1] == ("t-1",)
 
 
-def test_a_delay_counts_from_now(world):
-    """``eta_seconds`` becomes a time."""
+def test_eta_seconds_counts_from_now(harness):
+    """``eta_seconds`` becomes a time in seconds since the epoch."""
     before = time.time()
-    world.answer("retry_task", {"task_id": "t", "eta_seconds": 60})
-    assert before + 60 <= world.host.calls[0][2]["eta"] <= time.time() + 60
+    harness.run("retry_task", {"task_id": "t", "eta_seconds": 60})
+    assert before + 60 <= harness.host.calls[0][2]["eta"] <= time.time() + 60
 
 
-def test_an_engine_that_only_submits():
-    """A retry on an engine without one is a new task, from the operator's arguments only."""
-    world = Commanded(("arq",))
-    world.host.capabilities = lambda: ["submit_task"]
-    full = {
+def test_retry_without_support_submits_a_new_task():
+    """An engine without retry gets a new task, made of the operator's arguments only."""
+    harness = CommandHarness(("arq",))
+    harness.host.capabilities = lambda: ["submit_task"]
+    parameters = {
         "task_id": "t",
         "task_name": "n",
         "override_args": [1],
         "override_kwargs": {"a": 2},
         "priority": "low",
     }
-    world.answer("retry_task", full)
-    ((method, args, options),) = world.host.calls
+    harness.run("retry_task", parameters)
+    ((method, args, options),) = harness.host.calls
     assert (method, args, options["args"], options["kwargs"], options["priority"]) == (
         "submit_task",
         ("n",),
@@ -160,13 +161,13 @@ def test_an_engine_that_only_submits():
         {"a": 2},
         "low",
     )
-    for number, lacking in enumerate(
+    for number, missing in enumerate(
         ({"task_name": None}, {"override_args": None, "override_kwargs": None})
     ):
-        world.command("retry_task", {**full, **lacking}, identity=f"lacking-{number}")
-        world.backend.advance(1)
-        assert "required" in world.answers[-1][1]["error"]
-    assert len(world.host.calls) == 1
+        harness.command("retry_task", {**parameters, **missing}, identity=f"missing-{number}")
+        harness.backend.advance(1)
+        assert "required" in harness.results[-1][1]["error"]
+    assert len(harness.host.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,28 +179,28 @@ def test_an_engine_that_only_submits():
         ("rq", "normal", "normal"),
     ],
 )
-def test_a_priority_that_says_nothing(engine, priority, passed):
-    """The brain gives every task a priority: an engine that knows none is asked only for one that means something."""
-    world = Commanded((engine,))
-    world.answer(
+def test_normal_priority_is_omitted_where_unsupported(engine, priority, passed):
+    """The brain's default priority is not passed to an adapter that refuses priorities."""
+    harness = CommandHarness((engine,))
+    harness.run(
         "retry_task",
         {"task_id": "t", "override_args": [], "override_kwargs": {}, "priority": priority},
     )
-    assert world.host.calls[0][2]["priority"] == passed
+    assert harness.host.calls[0][2]["priority"] == passed
 
 
 @pytest.mark.parametrize(
     ("engine", "key"),
     [("huey", "__z4j_task_name__"), ("dramatiq", "__z4j_actor_name__"), ("rq", None)],
 )
-def test_the_tasks_name_travels_where_it_is_looked_for(engine, key):
-    """Huey and Dramatiq find the task's name among the keyword arguments."""
-    world = Commanded((engine,))
-    world.answer(
+def test_task_name_is_passed_as_keyword_argument(engine, key):
+    """Huey's and Dramatiq's adapters read the task's name from the keyword arguments."""
+    harness = CommandHarness((engine,))
+    harness.run(
         "retry_task",
         {"task_id": "t", "task_name": "n", "override_args": [], "override_kwargs": {"a": 1}},
     )
-    assert world.host.calls[0][2]["override_kwargs"] == ({"a": 1, key: "n"} if key else {"a": 1})
+    assert harness.host.calls[0][2]["override_kwargs"] == ({"a": 1, key: "n"} if key else {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -210,19 +211,19 @@ def test_the_tasks_name_travels_where_it_is_looked_for(engine, key):
         ("requeue_dead_letter", {"task_id": "t"}),
     ],
 )
-def test_an_adapter_that_cannot_retry_safely(action, parameters):
-    """An old adapter that would use the brain's redacted arguments is refused."""
-    world = Commanded(("huey",))
-    world.host.retries_by_reference = False
-    assert "upgrade it" in world.answer(action, parameters)["error"]
-    assert world.host.calls == []
+def test_old_adapter_is_refused_a_retry(action, parameters):
+    """An adapter that would retry with the brain's redacted arguments is not called."""
+    harness = CommandHarness(("huey",))
+    harness.host.retries_by_reference = False
+    assert "upgrade it" in harness.run(action, parameters)["error"]
+    assert harness.host.calls == []
 
 
-def test_reconciling_without_a_method(world):
-    """An engine that cannot tell a task's state knows nothing of it, which is no failure."""
-    world.host.offers = lambda _: False
-    world.host.capabilities = list
-    body = world.answer("reconcile_task", {"task_id": "t"})
+def test_reconcile_without_method_is_unknown(harness):
+    """An adapter that cannot query a task's state gives the state "unknown", not a failure."""
+    harness.host.has_method = lambda _: False
+    harness.host.capabilities = list
+    body = harness.run("reconcile_task", {"task_id": "t"})
     assert (body["status"], body["result"]) == (
         "success",
         {"task_id": "t", "engine_state": "unknown"},
@@ -232,17 +233,17 @@ def test_reconciling_without_a_method(world):
 @pytest.mark.parametrize(
     "action", ["pool_grow", "cancel_task", "rate_limit", "restart_worker", "add_consumer"]
 )
-def test_our_own_controls_come_first(world, action):
-    """Where there are controls of our own for the engine, the adapter's are not used."""
-    world.host.controls = object()
-    world.host.control = lambda name, *_, **__: success(controlled=name)
+def test_own_controls_take_precedence(harness, action):
+    """Where the agent has controls for the engine, the adapter's methods are not called."""
+    harness.host.controls = object()
+    harness.host.control = lambda name, *_, **__: success(controlled=name)
     parameters = {"worker_name": "w", "task_id": "t", "task_name": "n", "rate": "1", "queue": "q"}
-    assert world.answer(action, parameters)["result"] == {"controlled": action}
-    assert world.host.calls == []
+    assert harness.run(action, parameters)["result"] == {"controlled": action}
+    assert harness.host.calls == []
 
 
 @pytest.mark.parametrize(
-    ("hosts", "action", "parameters", "said"),
+    ("engines", "action", "parameters", "message"),
     [
         (("celery",), "no.such", {}, "no.such is not an action that this agent knows"),
         (("celery",), "retry_task", {}, "task_id is required"),
@@ -329,54 +330,56 @@ def test_our_own_controls_come_first(world, action):
         ),
     ],
 )
-def test_refusals(hosts, action, parameters, said):
-    """A command that cannot be carried out as it stands says why and calls no adapter."""
-    world = Commanded(hosts)
-    body = world.answer(action, parameters)
+def test_invalid_command_is_refused(engines, action, parameters, message):
+    """A refused command says why and calls no adapter."""
+    harness = CommandHarness(engines)
+    body = harness.run(action, parameters)
     assert body["status"] == "failed"
-    assert said in body["error"]
-    assert all(host.calls == [] for host in world.hosts.values())
+    assert message in body["error"]
+    assert all(host.calls == [] for host in harness.hosts.values())
 
 
 @pytest.mark.parametrize(
     "action", sorted(name for name, action in ENGINE_ACTIONS.items() if action.needs)
 )
-def test_a_missing_capability_is_a_refusal(world, action):
-    """An engine is only asked for what it says that it can do."""
-    world.host.capabilities = list
-    assert world.answer(action, {})["error"] == f"engine celery does not support {action}"
-    assert world.host.calls == []
+def test_missing_capability_is_refused(harness, action):
+    """An adapter is called only for what its capabilities include."""
+    harness.host.capabilities = list
+    assert harness.run(action, {})["error"] == f"engine celery does not support {action}"
+    assert harness.host.calls == []
 
 
-def test_the_engine_is_found_by_name():
-    """With several engines the filter, the parameters or the target name the one; two names must agree."""
-    world = Commanded(("celery", "rq"))
-    world.command(parameters={"task_id": "a", "engine": "rq"}, identity="1")
-    world.command(target={"engine": "celery"}, identity="2")
-    world.command(
+def test_engine_is_chosen_by_name():
+    """Filter, parameters or target name the engine; different names are refused."""
+    harness = CommandHarness(("celery", "rq"))
+    harness.command(parameters={"task_id": "a", "engine": "rq"}, identity="1")
+    harness.command(target={"engine": "celery"}, identity="2")
+    harness.command(
         "bulk_retry",
         {"filter": {"engine": "rq", "task_ids": ["a"]}},
         target={"engine": "rq"},
         identity="3",
     )
-    world.command(
+    harness.command(
         parameters={"task_id": "a", "engine": "rq"}, target={"engine": "celery"}, identity="4"
     )
-    world.backend.advance(1)
-    assert [len(world.hosts[name].calls) for name in ("celery", "rq")] == [1, 2]
-    assert "'rq' in the parameters and 'celery' in the target" in dict(world.answers)["4"]["error"]
+    harness.backend.advance(1)
+    assert [len(harness.hosts[name].calls) for name in ("celery", "rq")] == [1, 2]
+    assert (
+        "'rq' in the parameters and 'celery' in the target" in dict(harness.results)["4"]["error"]
+    )
 
 
-def test_the_only_engine_that_can():
-    """The brain names no engine for a queue or a rate limit: the only one that can do it is meant."""
-    world = Commanded(("celery", "huey"))
-    world.hosts["huey"].capabilities = lambda: ["submit_task"]
-    world.answer("purge_queue", {"queue": "q", "confirm_token": "x"})
-    assert len(world.hosts["celery"].calls) == 1
+def test_only_capable_engine_is_chosen():
+    """Without a name the only capable engine is chosen, as for a queue or a rate limit."""
+    harness = CommandHarness(("celery", "huey"))
+    harness.hosts["huey"].capabilities = lambda: ["submit_task"]
+    harness.run("purge_queue", {"queue": "q", "confirm_token": "x"})
+    assert len(harness.hosts["celery"].calls) == 1
 
 
-def test_parameters_are_read_with_care():
-    """A name is looked up in the parameters first, then in the target; empty and foreign types do not count."""
+def test_command_text_skips_other_types():
+    """``text`` searches parameters, then target, and skips empty values and other types."""
     command = Command(
         "1", "x", {"task_id": "from-target", "n": 3}, {"task_id": "", "other": "o"}, 0.0
     )
@@ -385,8 +388,8 @@ def test_parameters_are_read_with_care():
     assert command.text("none") is None
 
 
-def test_the_host_of_these_tests_is_like_the_real_one():
-    """The stand-in has every attribute of an engine host that the dispatcher reads."""
+def test_fake_host_matches_engine_host():
+    """Every public attribute of the fake host exists on the real one."""
     from z4j_bare.engines.host import EngineHost
 
     bridge = SimpleNamespace(call=lambda function, timeout: function())
@@ -396,6 +399,6 @@ def test_the_host_of_these_tests_is_like_the_real_one():
         None,
         print,
     )
-    for name in vars(Host):
+    for name in ("name", *vars(FakeEngineHost)):
         assert name.startswith("__") or hasattr(real, name)
     assert real.invoke("act", timeout=1).status == "success"

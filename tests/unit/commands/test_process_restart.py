@@ -1,4 +1,4 @@
-"""restart_worker of an engine that has none: the gates, the order of things, and a real process that ends by it."""
+"""``restart_worker`` by ending the process: the checks, the order of steps, and real processes."""
 
 import os
 import signal
@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 import z4j_bare
-from tests.unit.commands.test_dispatcher import Commanded
+from tests.support.commands import CommandHarness
 from z4j_bare.commands import process_restart
-from z4j_bare.commands.process_restart import EXIT_CODE, ProcessRestart, RestartAccepted, is_caught
+from z4j_bare.commands.process_restart import EXIT_CODE, ProcessRestart, is_caught
 from z4j_bare.errors import CommandError
+from z4j_bare.wire.command import CommandOutcome
 
 
-class Clock:
-    """A backend as far as a departure needs one."""
+class FakeClock:
+    """The part of a backend that a process restart uses."""
 
     def __init__(self):
         self.time = 100.0
@@ -31,99 +32,101 @@ class Clock:
 
 
 @pytest.fixture
-def way_out(monkeypatch):
-    """A departure that is allowed to, of the worker ``w``; ``did`` is what it did, in order."""
+def restart(monkeypatch):
+    """A permitted restart of the worker ``w``; ``steps`` records what it did, in order."""
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
-    clock, did = Clock(), []
-    monkeypatch.setattr(process_restart, "leave_now", lambda: did.append("leave"))
-    monkeypatch.setattr(process_restart, "end_with_failure", lambda _: did.append("armed"))
+    clock, steps = FakeClock(), []
+    monkeypatch.setattr(process_restart, "exit_now", lambda: steps.append("exit"))
+    monkeypatch.setattr(process_restart, "set_exit_code", lambda _: steps.append("exit code set"))
     made = ProcessRestart(
-        "stub", {"w"}, lambda seconds: did.append(f"stop {seconds:g}"), clock, 30.0
+        "stub", {"w"}, lambda seconds: steps.append(f"stop {seconds:g}"), clock, 30.0
     )
     clock.time += 61
-    made.clock, made.did = clock, did
+    made.clock, made.steps = clock, steps
     return made
 
 
-def test_another_workers_command(way_out):
-    """A command for a worker that this process is not says which process it reached, and nothing happens."""
+def test_command_for_another_worker_is_refused(restart):
+    """The error names the process that the command reached; the process keeps running."""
     with pytest.raises(
         CommandError, match=f"this command reached pid {os.getpid()}, which is not v"
     ):
-        way_out.order("v")
-    assert way_out.order("w").status == "success"
+        restart.request("v")
+    assert restart.request("w").status == "success"
 
 
-def test_without_a_supervisor(way_out, monkeypatch):
-    """Where nothing would start the process again it stays, the answer says what to do, and the brain is told of no ability."""
+def test_restart_without_supervisor_is_refused(restart, monkeypatch):
+    """Without a supervisor the error says what to set, and the capability is not reported."""
     monkeypatch.setenv("Z4J_ORCHESTRATED", "0")
     with pytest.raises(
-        CommandError, match=r"Z4J_ORCHESTRATED=0 says that nothing starts pid \d+ again"
+        CommandError, match=r"Z4J_ORCHESTRATED=0 says that nothing restarts pid \d+"
     ):
-        way_out.order("w")
-    assert not way_out.possible
+        restart.request("w")
+    assert not restart.is_supervised
     monkeypatch.setenv("Z4J_ORCHESTRATED", "1")
-    assert ProcessRestart("stub", (), print, way_out.clock, 1.0).possible
+    assert ProcessRestart("stub", (), print, restart.clock, 1.0).is_supervised
 
 
-def test_no_crash_loop(way_out):
-    """A process that has just come up is not restarted, and one that is on its way out not twice."""
-    way_out.clock.time -= 60
-    with pytest.raises(CommandError, match="runs for 1 s; it may be restarted after 60 s"):
-        way_out.order("w")
-    way_out.clock.time += 60
-    way_out.order("w")
-    with pytest.raises(CommandError, match="on its way out"):
-        way_out.order("w")
+def test_restart_soon_after_start_is_refused(restart):
+    """A process is not restarted within its first minute, and not twice."""
+    restart.clock.time -= 60
+    with pytest.raises(CommandError, match="has run for 1 s; it may be restarted after 60 s"):
+        restart.request("w")
+    restart.clock.time += 60
+    restart.request("w")
+    with pytest.raises(CommandError, match="already being restarted"):
+        restart.request("w")
 
 
-def test_a_worker_that_knows_no_signal(way_out, monkeypatch):
-    """Without a handler for it no signal is sent: the agent stops by itself, and then the process ends."""
+def test_worker_without_signal_handler_is_ended_directly(restart, monkeypatch):
+    """Without a signal handler no signal is sent: the agent stops, then the process exits."""
     monkeypatch.setattr(process_restart, "is_caught", lambda _: False)
-    leaving = way_out.order("w")
-    assert leaving.result == {
+    outcome = restart.request("w")
+    assert outcome.result == {
         "restarted_via": "self_exit", "worker_name": "w", "pid": os.getpid(), "supervisor": "Z4J_ORCHESTRATED=1", "exit_in_seconds": 35.0
     }  # fmt: skip
-    leaving.then()
-    assert (way_out.did, way_out.clock.slept) == (["armed", "stop 5", "leave"], [])
+    outcome.after_stored()
+    assert (restart.steps, restart.clock.slept) == (["exit code set", "stop 5", "exit"], [])
 
 
 @pytest.mark.parametrize(("engine", "number"), [("rq", signal.SIGTERM), ("huey", signal.SIGINT)])
-def test_a_worker_that_finishes_at_a_signal(monkeypatch, way_out, engine, number):
-    """The engine's own signal comes first, and the end by force only when the worker's time is over."""
+def test_worker_gets_its_shutdown_signal(monkeypatch, restart, engine, number):
+    """The engine's shutdown signal is sent first; the process is ended after the grace time."""
     monkeypatch.setattr(process_restart, "is_caught", lambda _: True)
-    monkeypatch.setattr(os, "kill", lambda pid, sent: way_out.did.append((pid, sent)))
-    way_out._engine = engine
-    way_out.order("w").then()
-    assert way_out.did == ["armed", (os.getpid(), number), "stop 5", "leave"]
-    assert way_out.clock.slept == [30.0]
+    monkeypatch.setattr(os, "kill", lambda pid, sent: restart.steps.append((pid, sent)))
+    restart._engine = engine
+    restart.request("w").after_stored()
+    assert restart.steps == ["exit code set", (os.getpid(), number), "stop 5", "exit"]
+    assert restart.clock.slept == [30.0]
 
 
-def test_the_answer_first():
-    """The dispatcher begins the departure when the answer is stored, not before."""
-    world, found = Commanded(), []
-    order = lambda worker: RestartAccepted(  # noqa: E731
-        {"worker_name": worker}, lambda: found.append(len(world.answers))
+def test_result_is_stored_before_restart_begins():
+    """The dispatcher calls ``after_stored`` after it stored the result."""
+    harness, stored = CommandHarness(), []
+    request = lambda worker: CommandOutcome.success(  # noqa: E731
+        {"worker_name": worker}, lambda: stored.append(len(harness.results))
     )
-    world.host.process_restart = SimpleNamespace(order=order)
-    world.host.capabilities = list
-    assert world.answer("restart_worker", {"worker_name": "w"})["result"] == {"worker_name": "w"}
-    assert found == [1]
+    harness.host.process_restart = SimpleNamespace(request=request)
+    harness.host.capabilities = list
+    assert harness.run("restart_worker", {"worker_name": "w"})["result"] == {"worker_name": "w"}
+    assert stored == [1]
 
 
-def test_a_refusal_is_an_answer():
-    """What a departure refuses is told as a failure, and nobody leaves."""
-    world = Commanded()
-    world.host.process_restart = ProcessRestart("celery", {"w"}, lambda _: None, world.backend, 1.0)
-    answer = world.answer("restart_worker", {"worker_name": "ghost"})
-    assert (answer["status"], answer["error"]) == (
+def test_refused_restart_is_a_failed_result():
+    """A refusal becomes a failed result, and the process keeps running."""
+    harness = CommandHarness()
+    harness.host.process_restart = ProcessRestart(
+        "celery", {"w"}, lambda _: None, harness.backend, 1.0
+    )
+    body = harness.run("restart_worker", {"worker_name": "ghost"})
+    assert (body["status"], body["error"]) == (
         "failed",
         f"this command reached pid {os.getpid()}, which is not ghost",
     )
 
 
-def test_handlers_in_c(tmp_path):
-    """The kernel knows which signals are caught; where it does not tell, Python's own table has to do."""
+def test_is_caught_sees_handlers_in_c(tmp_path):
+    """The kernel's list of caught signals is used; Python's own is the fallback."""
     (tmp_path / "status").write_text("Name:\tx: y\nSigIgn:\t0\nSigCgt:\t0000000000004000\n")
     assert is_caught(signal.SIGTERM, tmp_path / "status")
     assert not is_caught(signal.SIGINT, tmp_path / "status")
@@ -132,7 +135,7 @@ def test_handlers_in_c(tmp_path):
         assert not is_caught(signal.SIGUSR1, tmp_path / "status")
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it
+    )  # a background job of a shell ignores SIGINT
     try:
         assert is_caught(signal.SIGINT, tmp_path / "gone")
     finally:
@@ -143,27 +146,23 @@ HOST = """
 import atexit, os, signal, sys, time
 from tests.launch import patch
 patch(sys.argv[1])
-atexit.register(lambda: os.write(1, b"the host's hook, which is older than the agent\\n"))
+atexit.register(lambda: os.write(1, b"an exit hook of the host\\n"))
 from tests.support.peer import Peer, SECRET_TEXT, TOKEN
 from z4j_bare import install_agent
 from z4j_bare.concurrency import build
-from z4j_bare.commands import process_restart as departure
-departure.MIN_UPTIME = 0
-
-class Engine:
-    name = "stub"
-    def capabilities(self):
-        return set()
+from tests.support.engines import FakeEngine
+from z4j_bare.commands import process_restart
+process_restart.MIN_UPTIME = 0
 
 backend = build(sys.argv[1])
 peer = Peer(backend)
 import threading
-threading.Thread(target=lambda _: time.sleep(60), args=(departure.leave_now,), daemon=True).start()
-del departure  # whose globals, but not the module, are held beyond the interpreter's end
-ended = []
-if sys.argv[2] != "deaf":
-    signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
-runtime = install_agent(engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
+threading.Thread(target=lambda _: time.sleep(60), args=(process_restart.exit_now,), daemon=True).start()
+del process_restart  # the thread holds its globals beyond the interpreter's end, not the module
+signalled = []
+if sys.argv[2] != "without handler":
+    signal.signal(signal.SIGTERM, lambda *_: signalled.append(1))
+runtime = install_agent(engines=[FakeEngine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
 runtime._agent.sources[0].presence.online("w")
 
 def until(condition):
@@ -172,24 +171,24 @@ def until(condition):
         assert time.monotonic() < deadline
         backend.sleep(0.02)
 
-def told(*_):
+def check_worker_offline():
     kinds = [event["kind"] for batch in peer.frames("event_batch") for event in batch.payload.events]
-    os.write(1, b"worker.offline told\\n" if "worker.offline" in kinds else b"worker.offline missing\\n")
+    os.write(1, b"worker.offline sent\\n" if "worker.offline" in kinds else b"worker.offline missing\\n")
 
 stop = runtime._agent.stop
-def watched(seconds):
+def stop_and_check(seconds):
     stop(seconds)
-    told()
-runtime._agent.stop = watched
+    check_worker_offline()
+runtime._agent.stop = stop_and_check
 if runtime._agent.hosts["stub"].process_restart:
-    runtime._agent.hosts["stub"].process_restart._stop = watched
+    runtime._agent.hosts["stub"].process_restart._stop = stop_and_check
 
 until(lambda: peer.frames("heartbeat"))
 assert peer.last.hello.payload.capabilities == {"stub": ["restart_worker"]}
 peer.last.command("restart_worker", {"worker_name": "w", "engine": "stub"})
 until(lambda: peer.frames("command_result"))
 print(peer.frames("command_result")[0].payload.status, flush=True)
-until(lambda: ended)
+until(lambda: signalled)
 if sys.argv[2] == "busy":
     print("busy", flush=True)
     backend.sleep(20)
@@ -197,11 +196,11 @@ if sys.argv[2] == "busy":
 """
 
 
-@pytest.mark.parametrize("kind", ["polite", "deaf", "busy"])
-def test_a_process_ends(mode, kind):
-    """However its host takes the signal, the process answers, says good-bye and ends with the code that gets it restarted.
+@pytest.mark.parametrize("worker", ["obedient", "without handler", "busy"])
+def test_process_exits_with_restart_code(mode, worker):
+    """The process stores the result, sends ``worker.offline`` and exits with ``EXIT_CODE``.
 
-    One that obeys runs its own exit hooks; one that goes on too long, or knows no signal, is ended.
+    An obedient worker runs its own exit hooks; a busy one and one without a handler are ended.
     """
     env = {
         **os.environ,
@@ -209,20 +208,20 @@ def test_a_process_ends(mode, kind):
         "Z4J_RESTART_GRACE_SECONDS": "1",
         "Z4J_FLUSH_SECONDS": "1",
     }
-    command = [sys.executable, "-W", "ignore", "-c", HOST, mode, kind]
+    command = [sys.executable, "-W", "ignore", "-c", HOST, mode, worker]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
-    own = ["the host's hook, which is older than the agent"] if kind == "polite" else []
-    said = ["success", *(["busy"] if kind == "busy" else []), "worker.offline told", *own]
-    assert (done.returncode, done.stdout.splitlines()) == (EXIT_CODE, said), done.stderr
+    hooks = ["an exit hook of the host"] if worker == "obedient" else []
+    expected = ["success", *(["busy"] if worker == "busy" else []), "worker.offline sent", *hooks]
+    assert (done.returncode, done.stdout.splitlines()) == (EXIT_CODE, expected), done.stderr
     assert "Traceback" not in done.stderr
 
 
 CHILD = """
 import multiprocessing, sys
-from z4j_bare.commands.process_restart import end_with_failure, leave_now
+from z4j_bare.commands.process_restart import set_exit_code, exit_now
 
 def work():
-    end_with_failure(lambda: (print("finished", flush=True), leave_now()))
+    set_exit_code(lambda: (print("finished", flush=True), exit_now()))
 
 if __name__ == "__main__":
     child = multiprocessing.get_context(sys.argv[1]).Process(target=work)
@@ -232,11 +231,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["fork", "spawn"])
-def test_a_child_of_multiprocessing(way, tmp_path):
-    """Dramatiq's and taskiq's workers end without the interpreter's exit: the agent's end is the last of their hooks."""
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_multiprocessing_child_exits_with_restart_code(start_method, tmp_path):
+    """In a child of multiprocessing, which runs no ``atexit`` hooks, the last finalizer exits."""
     (tmp_path / "master.py").write_text(CHILD)
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "master.py"), way]
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "master.py"), start_method]
     env = {**os.environ, "PYTHONPATH": str(Path(z4j_bare.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
     assert done.stdout.split() == ["finished", str(EXIT_CODE)], done.stderr

@@ -8,7 +8,7 @@ from z4j_core.models import Config
 from z4j_core.redaction.engine import RedactionConfig, RedactionEngine
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
-from z4j_bare.engines.host import EngineHost, accepted
+from z4j_bare.engines.host import EngineHost, supported_kwargs
 from z4j_bare.errors import CommandError
 from z4j_bare.events.redaction import merge_redaction
 
@@ -234,7 +234,7 @@ def test_invoke_leaves_out_unknown_keywords(hosted):
         CommandError, match="fake does not support cancel_task with eta and priority"
     ):
         host.invoke("cancel_task", "1", timeout=5, eta=7.0, priority="high", queue=None)
-    assert accepted(dict, {"a": 1}) == {"a": 1}
+    assert supported_kwargs(dict, {"a": 1}) == {"a": 1}
 
 
 def test_invoke_never_calls_twice(hosted):

@@ -6,17 +6,16 @@ the session.
 
 import json
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from z4j_core.redaction.engine import RedactionEngine
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner
 from z4j_core.transport.hmac import sign_envelope
 
+from tests.support.engines import FakeEngineHost
 from tests.support.http_peer import HttpPeer
 from tests.support.peer import TOKEN, Peer
 from tests.support.virtual import SECRET, World
@@ -25,7 +24,6 @@ from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.actions import ENGINE_ACTIONS
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.errors import AgentError, RemoteError, RemoteProtocolError
-from z4j_bare.events.redaction import Redactor
 from z4j_bare.pipeline.receive import ReceiveLoop
 from z4j_bare.transport import longpoll
 from z4j_bare.transport.endpoint import longpoll_url, websocket_url
@@ -74,34 +72,12 @@ SLOW = settings(
 )
 
 
-class Engine:
-    """An engine host that keeps what it was asked for."""
-
-    name = "stub"
-    controls = None
-    retries_by_reference = True
-    redactor = Redactor(RedactionEngine())
-
-    def __init__(self):
-        self.calls = []
-
-    def capabilities(self):
-        return sorted(ENGINE_ACTIONS)
-
-    def offers(self, _method):
-        return True
-
-    def invoke(self, method, *_args, **_options):
-        self.calls.append(method)
-        return SimpleNamespace(status="success", result={}, error=None)
-
-
 class Reading(World):
     """A session whose reader feeds a real dispatcher; ``died`` holds what came out of the reader."""
 
     def __init__(self):
         super().__init__()
-        self.engine = Engine()
+        self.engine = FakeEngineHost(self.backend, "stub")
         self.died = []
         dispatcher = Dispatcher(
             {"stub": self.engine}, self.buffer, lambda: None, self.backend, self.counters, 4
@@ -235,7 +211,7 @@ def test_replayed_commands(messages):
     world = Reading()
     world.hear(*(known[name] for name in messages))
     assert [type(error) for error in world.died] == [RemoteProtocolError]
-    assert world.engine.calls == ["retry_task"]
+    assert [method for method, *_ in world.engine.calls] == ["retry_task"]
 
 
 ACK = {
@@ -425,4 +401,8 @@ def test_a_good_command_runs():
     """The fuzz above would be worthless if a good command did not run: it does, once."""
     world = Reading()
     world.hear(a_command())
-    assert (world.engine.calls, world.died, len(world.answers)) == (["retry_task"], [], 1)
+    assert ([call[0] for call in world.engine.calls], world.died, len(world.answers)) == (
+        ["retry_task"],
+        [],
+        1,
+    )

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from tests.support.commands import CommandHarness
+from tests.support.engines import success
 from tests.support.streams import KEY, Plans, StreamBrain, schedule
-from tests.unit.commands.test_dispatcher import Commanded, success
 from z4j_bare.buffer.rows import DONE, IN_OTHER_PROCESS, STARTED, LedgerEntry
 from z4j_bare.commands import Dispatcher
-from z4j_bare.commands.once import KEYS
+from z4j_bare.commands.executor import IDEMPOTENCY_KEYS
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
 
 FIRE = {
@@ -22,7 +23,7 @@ FIRE = {
 }
 
 
-class Scheduled(Commanded, Plans):
+class Scheduled(CommandHarness, Plans):
     """A dispatcher with an engine and the scheduler of ``Plans``."""
 
     def __init__(self):
@@ -33,7 +34,7 @@ class Scheduled(Commanded, Plans):
         self.dispatcher = Dispatcher(
             self.hosts,
             self.buffer,
-            self._wake,
+            self.count_wakeup,
             self.backend,
             self.counters,
             self.workers,
@@ -47,7 +48,7 @@ class Scheduled(Commanded, Plans):
         self.backend.advance(1)
 
     def answered(self):
-        return dict(self.answers)
+        return dict(self.results)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_fire_is_enqueued(world):
     assert world.host.calls == [
         ("submit_task", ("a.task",), {"args": (1,), "kwargs": {"x": 2}, "queue": "q"})
     ]
-    assert world.answers == [
+    assert world.results == [
         (
             "c-1",
             {
@@ -82,8 +83,8 @@ def test_a_fire_happens_once(world):
         world.fire(identity)
     assert len(world.host.calls) == 1
     again = {"task_id": "t-1", "deduplicated": True, "dedup_key": "fire:f-1"}
-    assert [body["result"] for _, body in world.answers] == [{"task_id": "t-1"}, again, again]
-    assert [body["delivery_claim_token"] for _, body in world.answers] == [
+    assert [body["result"] for _, body in world.results] == [{"task_id": "t-1"}, again, again]
+    assert [body["delivery_claim_token"] for _, body in world.results] == [
         "token-c-1",
         "token-c-2",
         "token-c-2",
@@ -151,9 +152,9 @@ def test_a_fire_that_outlives_the_agent(world):
     world.host.seconds = 30
     world.fire("c-1")
     world.dispatcher.stop()
-    world.dispatcher.end()
+    world.dispatcher.close()
     world.backend.advance(100)
-    assert world.answers == []
+    assert world.results == []
     assert world.disk.store.claim("fire:f-1", 0.0).state == STARTED
 
 
@@ -170,7 +171,7 @@ def test_a_fire_that_another_process_has(world):
 
 def test_a_fire_that_comes_too_late_is_not_claimed(world):
     """One whose time is up is refused and may come again: nothing has begun."""
-    world.command("schedule.fire", FIRE, identity="c-1", late=100)
+    world.command("schedule.fire", FIRE, identity="c-1", delay=100)
     world.backend.advance(1)
     assert "was not started" in world.answered()["c-1"]["error"]
     world.fire("c-2")
@@ -205,7 +206,7 @@ def test_a_fire_that_cannot_be(world, changes, complaint):
 )
 def test_legacy_actions(world, action, call):
     """The actions of older databases reach the scheduler by the schedule's own id, and make it tell its schedules anew."""
-    answer = world.answer(
+    answer = world.run(
         f"schedule.{action}",
         {"schedule_id": "hourly", "external_id": KEY},
         target={"id": "a uuid", "scheduler": "beat"},
@@ -230,7 +231,7 @@ def test_legacy_actions(world, action, call):
 )
 def test_legacy_actions_that_cannot_be(world, parameters, target, complaint):
     """What names no schedule or no scheduler of ours is a failure that says so."""
-    answer = world.answer("schedule.disable", parameters, target=target)
+    answer = world.run("schedule.disable", parameters, target=target)
     assert answer["status"] == "failed"
     assert complaint in answer["error"]
 
@@ -238,7 +239,7 @@ def test_legacy_actions_that_cannot_be(world, parameters, target, complaint):
 def test_what_a_scheduler_cannot(world):
     """An action without its capability does not reach the adapter."""
     world.scheduler.able = {"list"}
-    answer = world.answer("schedule.delete", {"schedule_id": KEY})
+    answer = world.run("schedule.delete", {"schedule_id": KEY})
     assert (answer["error"], world.scheduler.calls) == (
         "scheduler beat does not support schedule.delete",
         [],
@@ -248,7 +249,7 @@ def test_what_a_scheduler_cannot(world):
 def test_resync(world):
     """A resync answers how many schedulers have told their schedules."""
     world.stream.activate(world.brain.grant(), 60)
-    assert world.answer("schedule.resync", {})["result"] == {"schedulers_drained": 1, "skipped": {}}
+    assert world.run("schedule.resync", {})["result"] == {"schedulers_drained": 1, "skipped": {}}
     assert world.deliver() == ["activation", "command"]
 
 
@@ -271,8 +272,8 @@ def test_the_life_of_a_stream(world):
         )
         world.backend.advance(1)
         assert len(world.deliver()) == 1
-    assert [body["status"] for _, body in world.answers] == ["success"] * 3
-    assert {body["delivery_claim_token"] for _, body in world.answers} == {"t"}
+    assert [body["status"] for _, body in world.results] == ["success"] * 3
+    assert {body["delivery_claim_token"] for _, body in world.results} == {"t"}
     assert world.brain.rows[KEY]["is_enabled"] is False
 
 
@@ -294,8 +295,8 @@ def test_an_operation_happens_once(world):
 
 def test_an_agent_without_schedulers():
     """Without schedulers these actions are answered as what they are: nothing for this agent."""
-    world = Commanded()
-    answer = world.answer("schedule.external.activate", StreamBrain().grant())
+    world = CommandHarness()
+    answer = world.run("schedule.external.activate", StreamBrain().grant())
     assert (answer["status"], answer["error"]) == (
         "failed",
         "schedule.external.activate is not an action that this agent knows",
@@ -304,7 +305,7 @@ def test_an_agent_without_schedulers():
 
 def test_every_effect_with_an_id_is_an_action():
     """No entry of the table of ids is a misspelt action."""
-    assert set(KEYS) <= {*SCHEDULE_ACTIONS, "schedule.fire"}
+    assert set(IDEMPOTENCY_KEYS) <= {*SCHEDULE_ACTIONS, "schedule.fire"}
 
 
 def test_a_secret_in_a_schedule_does_not_leave_with_an_answer(world):
@@ -327,6 +328,6 @@ def test_an_adapters_error_is_redacted(world):
     world.scheduler.disable_schedule = lambda _identity: (_ for _ in ()).throw(
         OSError("postgres://user:hunter2@db/x")
     )
-    answer = world.answer("schedule.disable", {"schedule_id": KEY})
+    answer = world.run("schedule.disable", {"schedule_id": KEY})
     assert answer["status"] == "failed"
     assert "hunter2" not in answer["error"]
