@@ -1,252 +1,365 @@
-"""Every contract between the rooms; the docstrings are the specification.
+"""Contracts between packages. The docstrings are the specification; times are in seconds and sizes in bytes.
 
-``tests/contract`` runs ``verifyObject`` over every implementer. Units are seconds and bytes throughout; payloads are
-canonical JSON as UTF-8 bytes.
+``tests/unit/test_contracts.py`` runs ``verifyObject`` over every implementation. Payloads are
+canonical JSON in UTF-8. mypy-zope accepts an interface as a type. At run time an object passes
+unchanged, so an annotation costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, TypeVarTuple
 
 from zope.interface import Attribute, Interface
 
+if TYPE_CHECKING:
+    import threading
+    from selectors import BaseSelector
+    from types import ModuleType
+
+    from zope.interface import classImplements
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class HasFileno(Protocol):
+    """A socket or file with a descriptor."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+        ...
+
 
 class ITask(Interface):
-    """A running greenlet or thread."""
+    """A running greenlet or thread of the agent."""
 
-    name: str = Attribute("The name it was spawned under.")
+    name: str = Attribute("The name that was given to ``spawn``.")
 
     def alive() -> bool:
-        """Whether it has not ended yet."""
+        """Return whether the task has not ended yet."""
 
     def stuck(seconds: float) -> bool:
-        """Whether it has computed, or waited for what the backend knows nothing of, for longer than that."""
+        """Return whether the task has not waited for longer than ``seconds``.
+
+        Only waits through the backend count. A task that computes is stuck, and so is one in a
+        system call that the backend does not know.
+        """
 
     def join(timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
+        """Wait at most ``timeout`` seconds for the end of the task; return whether it has ended."""
 
 
 class IEvent(Interface):
-    """A flag that tasks can wait for. ``set`` never switches greenlets and never blocks."""
+    """A flag that tasks can wait for, such as ``threading.Event``. ``set`` never switches greenlets and never blocks."""
 
     def set() -> None:
-        """Raise the flag and wake every waiter."""
+        """Set the flag and wake all waiters."""
 
     def clear() -> None:
-        """Lower the flag."""
+        """Clear the flag."""
 
     def is_set() -> bool:
-        """Whether the flag is up."""
+        """Return whether the flag is set."""
 
     def wait(timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds; return whether the flag is up."""
+        """Wait at most ``timeout`` seconds for the flag; return whether it is set.
+
+        Loops call ``IConcurrency.wait`` instead, which checks for forks and ends the step.
+        """
+
+
+if TYPE_CHECKING:
+    classImplements(threading.Event, IEvent)
 
 
 class ILock(Interface):
-    """A lock that yields to the hub while it waits; a context manager."""
+    """A context manager for mutual exclusion. A task that waits for the lock yields to the hub."""
 
-    def __enter__() -> Any:
-        """Take it."""
+    def __enter__() -> object:
+        """Acquire the lock."""
 
-    def __exit__(exc_type: Any, exc: Any, traceback: Any) -> Any:
-        """Give it back."""
+    def __exit__(exc_type: object, exc: object, traceback: object) -> object:
+        """Release the lock."""
 
 
 class IConcurrency(Interface):
-    """The backend: the only place that knows which runtime carries the agent's loops.
+    """The backend: the only layer that knows whether threads, gevent or eventlet run the agent's loops.
 
-    Every method that waits raises ``ForkedChildError`` when it wakes in a process other than the one that built the backend.
+    A *step* is the work of a task between two waits. The backend measures each step, because a long
+    one blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
+    up in a process other than the one that created the backend.
     """
 
     name: str = Attribute("'threads', 'gevent', 'eventlet' or 'fake'.")
 
     def now() -> float:
-        """Monotonic seconds, for intervals."""
+        """Return the monotonic time, for intervals and deadlines."""
 
     def wall() -> float:
-        """Seconds since the epoch, for time stamps."""
+        """Return the time since the epoch, for timestamps."""
 
-    def spawn(function: Callable[..., object], *args: object, name: str) -> Any:
-        """Run ``function(*args)`` in a daemon task and return its :class:`ITask`.
+    def forked() -> bool:
+        """Return whether this process is a forked child of the one that created the backend."""
 
-        The task never keeps the process alive. An exception that escapes ``function`` is logged, once, on this side of
-        the backend; it is a bug.
+    def spawn(function: Callable[[*Ts], object], *args: *Ts, name: str) -> ITask:
+        """Run ``function(*args)`` in a new daemon task.
+
+        The task does not keep the process alive. An exception that escapes from ``function`` is a
+        bug and is logged. Raises ``InterpreterShutdownError`` when the interpreter starts no more
+        threads.
         """
 
     def sleep(seconds: float) -> None:
-        """Let others run for ``seconds``; ``0`` yields once."""
+        """Wait for ``seconds`` while other tasks run; ``0`` yields once."""
 
-    def event() -> Any:
-        """Return a new :class:`IEvent`."""
+    def wait(event: IEvent, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
 
-    def lock() -> Any:
-        """Return a new :class:`ILock`."""
+    def call_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call foreign code that waits by itself, such as a library on patched sockets. Its time is no step."""
 
-    def offload(function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
-        """Run a pure ``function(*args)`` where it cannot stall the hub; ``(True, value)`` or ``(False, exception)``.
+    def event() -> IEvent:
+        """Return a new event of this runtime."""
 
-        At most one call at a time. The function must not log, nor touch any patched lock or socket: a patched lock held
-        by a native thread wedges the hub (``field-notes`` C.5, ddtrace #19538).
+    def lock() -> ILock:
+        """Return a new lock of this runtime."""
+
+    def offload(function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
+        """Run ``function(*args)`` where it cannot block the hub; return ``(True, result)`` or ``(False, exception)``.
+
+        One call runs at a time. The function must not log, and must not use a patched lock or
+        socket: a patched lock that a native thread holds deadlocks the hub (ddtrace #19538).
         """
 
-    def wait_readable(sock: Any, timeout: float) -> bool:
-        """Wait until ``sock`` can be read; ``False`` after ``timeout`` seconds."""
+    def wait_readable(sock: HasFileno, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until ``sock`` is readable; return whether it is."""
 
-    def wait_writable(sock: Any, timeout: float) -> bool:
-        """Wait until ``sock`` can be written; ``False`` after ``timeout`` seconds."""
+    def wait_writable(sock: HasFileno, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until ``sock`` is writable; return whether it is."""
 
-    def import_module(module: str) -> Any:
-        """Import and return a module that is large for one step: where that is safe, the import yields between files."""
+    def selector() -> BaseSelector:
+        """Return a new selector that yields to the hub while it waits."""
+
+    def import_module(module: str) -> ModuleType:
+        """Import and return a large module. Under gevent the import yields between files."""
+
+    def native_ident() -> int:
+        """Return the ident of the current OS thread, as in ``sys._current_frames``; 0 without a hub."""
+
+    def start_native_thread(function: Callable[..., object], *args: object) -> bool:
+        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread; return whether there is a hub.
+
+        ``sleep`` is the unpatched ``time.sleep``. The function must not log, use a lock or touch
+        objects of the hub.
+        """
+
+    def timer(
+        seconds: float, function: Callable[[], object], *, once: bool = False
+    ) -> Callable[[], object] | None:
+        """Have the hub call ``function()`` every ``seconds``; return a function that cancels the timer.
+
+        Returns ``None`` where there is no hub. A tick costs a quarter of what waking a task costs,
+        and is not measured as a step. ``function`` must not wait, log, raise or compute for long.
+
+        :param once: call ``function`` a single time.
+        """
 
     def close() -> None:
-        """Give native helpers back. Tasks must have ended."""
+        """Stop the native helper threads. All tasks must have ended."""
 
 
 class IStore(Interface):
-    """The durable queue between capture and the wire. Runs inside ``offload``: no logging, no waiting, no switching.
+    """The durable queue between capture and the connection, and the ledger of commands.
 
-    Every method raises ``LocalStorageError`` and nothing else. ``id`` grows strictly; rows leave in that order.
+    All methods except ``read_cached`` run inside ``IConcurrency.offload``: they do not log, wait for a
+    task or switch greenlets. Every method raises ``LocalStorageError`` and no other exception. Row
+    ids strictly increase, and rows are read in the order of their ids.
     """
 
-    durable: bool = Attribute("Whether rows survive the process.")
+    durable: bool = Attribute("Whether rows survive the end of the process.")
 
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
-        """Commit ``(kind, key, payload)`` rows in one transaction; return how many older rows the caps evicted.
+        """Commit ``(kind, key, payload)`` rows in one transaction; return how many older rows were evicted for them.
 
-        ``kind`` is ``event``, ``result`` or ``projection``; ``key`` is the frame id of a result, the engine task id of an
-        event, or empty.
+        ``kind`` is ``event``, ``result`` or ``projection``. ``key`` is the frame id of a result,
+        the engine's task id of an event, or empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
-        """``append`` events with empty keys."""
+        """Call :meth:`append` with event rows whose keys are empty."""
 
     def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
-        """Return the oldest ``BufferEntry`` rows with ``id > after`` of these kinds, at most ``limit`` of them.
+        """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``, at most ``limit`` of them.
 
-        Their payloads add up to at most ``max_bytes``, except that a first row larger than that comes alone. Nothing is
-        deleted.
+        Their payloads have at most ``max_bytes`` together. A first row that is larger is returned
+        alone. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
-        """Return what ``drain`` does if that takes no I/O, else ``None``. Also outside ``offload``, between other calls."""
+        """Return the result of :meth:`drain` if that needs no I/O, else ``None``.
+
+        May also be called outside ``offload``, but not during another call.
+        """
 
     def confirm(ids: Sequence[int]) -> int:
-        """Delete delivered rows; return how many there were."""
+        """Delete acknowledged rows; return how many existed."""
 
     def discard(ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
+        """Delete undeliverable rows and count them as lost under ``reason``, in one transaction; return the count."""
 
     def increment_attempts(ids: Sequence[int]) -> None:
-        """Note that these rows were on their way when the brain ended a session over a frame."""
+        """Record that these rows were in flight when the brain closed a session because of a frame."""
 
     def stats() -> Any:
         """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
 
     def cached_stats() -> Any:
-        """Return the same without asking the disk, which has failed; it never raises."""
+        """Return the ``BufferStats`` of the last successful read, without I/O, after the disk has failed; never raises."""
 
     def import_rows(rows: Sequence[Any]) -> int:
-        """Commit ``BufferEntry`` rows of another store: new ids, but the age and the attempts that they have."""
+        """Commit ``BufferEntry`` rows of another store. They get new ids and keep their age and attempts."""
 
     def export_state() -> Any:
-        """Return a ``StoreState``: the losses, and the commands that are young enough to be delivered again."""
+        """Return a ``StoreState``: the losses, and the commands that are recent enough to be delivered again."""
 
-    def import_state(export_state: Any) -> None:
-        """Count another store's losses as produced and lost here, and learn of its commands."""
+    def import_state(state: Any) -> None:
+        """Add the losses of another store's ``StoreState`` to this store, as produced and lost, and its commands."""
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
-        """Enter command ``key`` in the ledger as started; return the earlier ``LedgerEntry`` if it was there already.
+        """Record command ``key`` as started. If it was recorded before, return that ``LedgerEntry`` instead.
 
-        ``provisional_result`` is the result payload that an heir sends if this process dies before the command is done.
+        :param provisional_result: the payload of the result that another process sends if this one
+            dies before the command has finished.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` done and keep its result payload for redeliveries."""
+        """Record command ``key`` as done, with the result payload that answers a repeated delivery."""
 
     def answer(key: str, result: bytes, now: float) -> None:
-        """``settle`` and append the result as a row, both or neither."""
+        """Call :meth:`settle` and append the result as a row, in one transaction."""
 
     def close() -> None:
-        """Release the file; delete it when nothing in it is worth keeping. Idempotent."""
+        """Close the file, and delete it if it holds nothing worth keeping. Idempotent."""
 
 
 class ITransport(Interface):
-    """Bytes to the brain and back. One session per object."""
+    """Carries messages to the brain and back. An object serves one session."""
 
     name: str = Attribute("'ws' or 'longpoll'.")
 
     confirms: bool = Attribute(
-        "Whether a send that returned means that the brain is done with the frame; no ``event_batch_ack`` comes then."
+        "Whether ``send`` returns only after the brain has processed the frame. No ``event_batch_ack`` follows then."
     )
 
     def connect(hello: bytes) -> bytes:
-        """Open the line, say ``hello``, return the brain's ``hello_ack`` message.
+        """Open the connection, send ``hello`` and return the brain's ``hello_ack`` message.
 
-        Raises ``NetworkError``, or a ``RemoteError`` when the brain refused.
+        Raises ``NetworkError`` when the connection fails, and ``RemoteError`` when the brain
+        refuses the session.
         """
 
     def send(build: Callable[[], bytes]) -> int:
-        """Build one frame and write it under one lock, so that seq order is wire order; return its size in bytes.
+        """Build one frame and write it under one lock, so that sequence numbers are in wire order; return its size.
 
-        Raises ``NetworkError``; ``RemoteError`` where the answer comes with it; ``FrameTooLargeError``, after which the
-        session stands and whatever was built has to be built smaller.
+        Raises ``NetworkError`` when the connection fails, ``RemoteError`` when the response reports
+        an error, and ``FrameTooLargeError`` when the frame does not fit. After that one the session
+        continues, and the sender has to build a smaller frame.
         """
 
     def receive(timeout: float) -> bytes | None:
-        """Return the next message, or ``None`` when ``timeout`` seconds passed without one.
+        """Return the next message, or ``None`` after ``timeout`` seconds without one. Only one task may receive.
 
-        Raises ``NetworkError`` or ``RemoteError`` when the line is gone. One reader at a time.
+        Raises ``NetworkError`` or ``RemoteError`` when the connection is closed.
         """
 
     def abort() -> None:
-        """Break the line from any task; wakes the reader. Idempotent."""
+        """Break the connection and wake the receiving task. May be called by any task. Idempotent."""
 
     def close() -> None:
-        """Say goodbye if that takes no waiting, and release the line. For the owner only. Idempotent."""
+        """Close the connection, with a close frame if that needs no waiting. Only for the owner. Idempotent."""
+
+
+class IConnection(Interface):
+    """A live session with the brain, as the agent's loops use it."""
+
+    closing: IEvent = Attribute(
+        "Set when the session ends: its loops return at their next wake-up."
+    )
+
+    def send(kind: str, identity: str, payload: bytes) -> int:
+        """Sign and send one frame of type ``kind`` with the id ``identity``; return its size.
+
+        Raises ``NetworkError``, ``RemoteError`` or ``FrameTooLargeError`` as ``ITransport.send``
+        does.
+        """
+
+    def send_shrinking(
+        kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
+    ) -> bool:
+        """Send ``payload``, or the first of the ever smaller versions in ``shrink(payload)`` that fits.
+
+        Returns whether a smaller version was sent. Raises ``FrameTooLargeError`` when not even the
+        smallest one fits.
+        """
+
+
+class IProcessRestart(Interface):
+    """Restarts an engine's worker by ending this process, which a supervisor such as systemd starts again."""
+
+    is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
+
+    def request(worker: str) -> Any:
+        """Accept the restart of ``worker``; return the command's result and the function that ends the process.
+
+        Raises ``CommandError`` when this process is another worker, has no supervisor, or started
+        less than a minute ago.
+        """
 
 
 class ISchedulerHost(Interface):
-    """One scheduler adapter, for whoever tells its schedules and passes on what operators want of it."""
+    """One scheduler adapter, whose schedules are published and which carries out schedule commands."""
 
     name: str = Attribute(
-        "The scheduler's name, such as 'celery-beat'; the brain calls it the owner of its schedules."
+        "The scheduler's name, such as 'celery-beat'. The brain records it as the owner of the schedules."
     )
-    redactor: Any = Attribute("Hides in a schedule what the brain would hide.")
+    redactor: Any = Attribute("Redacts a schedule by the rules that the brain applies.")
     answers: Any = Attribute(
-        "Hides the same in the answer to a command, and leaves as it is what the first one has left."
+        "Redacts the result of a command. It leaves alone what ``redactor`` has left."
     )
 
     def connect(changed: Callable[[], object]) -> None:
-        """Have ``changed()`` called, in any task or thread, when a schedule may have changed; never raises."""
+        """Register ``changed()``, which is called in any task or thread when a schedule may have changed. Never raises."""
 
     def disconnect(timeout: float = 5.0) -> None:
-        """Undo that within ``timeout`` seconds; never raises."""
+        """Remove that registration within ``timeout`` seconds. Never raises."""
 
     def capabilities() -> list[str]:
-        """Return what the scheduler can do now; never raises."""
+        """Return what the scheduler supports at this moment. Never raises."""
 
     def schedules(timeout: float) -> list[Any]:
-        """Return all of its schedules, or raise: what is left out counts as deleted."""
+        """Return all schedules of the scheduler. A schedule that is missing counts as deleted, so a failure raises."""
 
     def schedule(identity: str, timeout: float) -> Any:
-        """Return one schedule by the scheduler's own name of it, ``None`` when there is none."""
+        """Return the schedule with the scheduler's own key ``identity``, or ``None``."""
 
-    def invoke(method_name: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+    def invoke(method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
         """Call a method of the adapter once and return its result.
 
-        Raises ``CommandError`` when it has no such method, ``TimeoutError`` after ``timeout`` seconds, else what it raises.
+        Raises ``CommandError`` when the adapter has no such method, ``TimeoutError`` after
+        ``timeout`` seconds, and every exception of the method.
         """
 
 
 class INativeSchedules(Interface):
-    """What an operator has changed of schedules that are defined in code; ``z4j_core``'s ``NativeScheduleOverrides``.
+    """An operator's changes to schedules that are defined in code; implements ``z4j_core``'s ``NativeScheduleOverrides``.
 
-    Adapters call both methods from worker threads, and from the scheduler's own loop.
+    Adapters call both methods from worker threads and from the scheduler's own loop.
     """
 
     def resolve(baseline: list[Any], *, owner: str) -> list[Any]:
-        """Return the schedules in force: those of the code, with what was changed, deleted and added."""
+        """Return the effective schedules: ``baseline`` (those in code) with the changes, deletions and additions."""
 
     def mutate(
         *,
@@ -259,9 +372,9 @@ class INativeSchedules(Interface):
         validate: Callable[[Any], None],
         engine: str,
     ) -> Any:
-        """Commit one change if the schedule is still as ``expected``; return it as it is now, ``None`` when deleted.
+        """Commit one change if the schedule still equals ``expected``; return the new schedule, ``None`` if deleted.
 
-        Raises ``ValueError`` for what cannot be done, and whatever ``validate`` raises.
+        Raises ``ValueError`` when the change is impossible, and every exception of ``validate``.
         """
 
 
@@ -278,21 +391,24 @@ class IProcessRestart(Interface):
 
 
 class IBridge(Interface):
-    """Runs the coroutines of asyncio-flavoured adapters without showing the host a running loop."""
+    """Runs the coroutines of asyncio-based adapters without showing the host a running event loop."""
 
-    def call(function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call an adapter's coroutine function and return its result.
+    def call(
+        function: Callable[..., object], *args: object, timeout: float, **kwargs: object
+    ) -> Any:
+        """Call an adapter's function, await the result if it is awaitable, and return it.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds (the coroutine is cancelled) and whatever the adapter raises.
+        Raises ``TimeoutError`` after ``timeout`` seconds, when the coroutine is cancelled, and
+        every exception of the function.
         """
 
     def pump(
-        iterate: Callable[[], Any], sink: Callable[[Any], None], name: str
+        iterate: Callable[[], AsyncIterator[Any]], sink: Callable[[Any], None], name: str
     ) -> Callable[[], None]:
-        """Feed every item of an adapter's async generator to ``sink``; return a function that ends it."""
+        """Pass every item of an adapter's async generator to ``sink``; return a function that stops this."""
 
     def loop() -> Any:
-        """Return the object that adapters get as ``loop=``; its ``call_soon_threadsafe`` never raises, never switches."""
+        """Return the object that adapters get as ``loop=``. Its ``call_soon_threadsafe`` never raises and never switches."""
 
     def stop() -> None:
-        """Cancel what runs and end the loop. Idempotent; calls that arrive later are dropped in silence."""
+        """Cancel all calls and stop the loop. Idempotent. Later calls are dropped without an error."""

@@ -102,7 +102,7 @@ class StepScopedSelector(selectors.BaseSelector):
             self._parked = self._called = False
 
     def wait(self, timeout: float) -> bool:
-        """Select; shaped like an event, so that ``backend.wait`` guards it against forks and times the step."""
+        """Select; shaped like an event, so that ``call_blocking`` guards it against forks and times the step."""
         self._ready = self._inner.select(timeout)
         return bool(self._ready)
 
@@ -113,7 +113,7 @@ class StepScopedSelector(selectors.BaseSelector):
                 self._backend.sleep(
                     0
                 )  # gevent's selector does not run the hub when asked not to block
-            self._backend.wait(self, timeout)
+            self._backend.call_blocking(self.wait, timeout)
         finally:
             self._show()
             self._give_way_at = self._backend.now() + SLICE_SECONDS

@@ -1,60 +1,85 @@
-"""What the runtimes share: fork guard, step timer, task bookkeeping. A backend adds the primitives."""
+"""What all backends share: fork checks, step times and tasks. A backend adds the primitives of its runtime."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, TypeVarTuple
 
 from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
-from z4j_bare.interfaces import ILock, ITask
+from z4j_bare.interfaces import HasFileno, IEvent, ILock, ITask
 
-logger = logging.getLogger("z4j.runtime.concurrency")
+if TYPE_CHECKING:
+    from selectors import BaseSelector
+    from types import ModuleType
 
-#: What ``StepTimer.begin`` returned when this task running_since last; nothing in a task that is not ours.
-_step_start: ContextVar[Any] = ContextVar("z4j_step_start", default=None)
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+logger = logging.getLogger("z4j.runtime.concurrency.base")
+
+#: The start of the current step as ``StepTimer.begin`` returned it; ``None`` in tasks that are not
+#: the agent's.
+_step_start: ContextVar[float | None] = ContextVar("z4j_step_start", default=None)
 
 
 @implementer(ITask)
 class Task:
-    """A spawned loop, for every backend."""
+    """A spawned task of any backend."""
 
-    def __init__(self, name: str, ended: Any, wait: Callable[[Any, float | None], bool]) -> None:
+    def __init__(
+        self, name: str, ended: IEvent, wait: Callable[[IEvent, float | None], bool]
+    ) -> None:
         self.name = name
-        #: Monotonic time of its last wake-up, in seconds; ``None`` while it waits.
+        #: Monotonic time of the start of the current step in seconds; ``None`` while the task
+        #: waits.
         self.running_since: float | None = None
         self._ended = ended
         self._wait = wait
 
     def alive(self) -> bool:
-        """Whether it has not ended yet."""
+        """Return whether the task has not ended yet."""
         return not self._ended.is_set()
 
     def stuck(self, seconds: float) -> bool:
-        """Whether it has computed, or waited for what the backend knows nothing of, for longer than that."""
+        """Return whether the current step takes longer than ``seconds``."""
         running_since = self.running_since
         return running_since is not None and time.monotonic() - running_since > seconds
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
+        """Wait at most ``timeout`` seconds for the end of the task; return whether it has ended."""
         return self._wait(self._ended, timeout)
+
+    def mark_ended(self) -> None:
+        """Wake the tasks that have joined this one."""
+        self._ended.set()
+
+
+class RuntimeLock(Protocol):
+    """A lock or semaphore of a runtime."""
+
+    def acquire(self, blocking: bool = True, /) -> object:
+        """Acquire the lock; return whether it is held."""
+        ...
+
+    def release(self) -> object:
+        """Release the lock."""
+        ...
 
 
 @implementer(ILock)
 class CooperativeLock:
-    """A lock of the runtime's own; call_blocking for it ends the step, as every wait does.
+    """Wraps a lock of the runtime, so that waiting for it ends the step and checks for forks."""
 
-    :param inner: has ``acquire(blocking)`` and ``release()``.
-    """
-
-    def __init__(self, inner: Any, call_blocking: Callable[..., Any]) -> None:
+    def __init__(self, inner: RuntimeLock, call_blocking: Callable[..., object]) -> None:
         self._inner = inner
         self._call_blocking = call_blocking
 
@@ -67,10 +92,10 @@ class CooperativeLock:
 
 
 class StepTimer:
-    """The longest stretch that a task of ours ran without yielding, in seconds; reset by whoever reports it.
+    """Measures the steps of the agent's tasks: the number of steps, and the longest one in seconds.
 
-    It is wall time: on a busy machine that contains the time for which another process had the processor. The test suite
-    puts a stricter clock in its place.
+    It measures wall time, so on a busy machine a step includes the time in which other processes
+    had the processor. The test suite replaces it by a stricter clock.
     """
 
     def __init__(self) -> None:
@@ -78,29 +103,29 @@ class StepTimer:
         self.longest_task = ""
         self.count = 0
 
-    def begin(self) -> Any:
-        """Note that a task of ours wakes; return what :meth:`end` shall get."""
+    def begin(self) -> float:
+        """Return the start of a step, for :meth:`end`."""
         return time.perf_counter()
 
-    def end(self, began: Any, task: str) -> None:
-        """Count one step."""
-        seconds = time.perf_counter() - began
+    def end(self, start: float, task: str) -> None:
+        """Record a step that ends now."""
+        seconds = time.perf_counter() - start
         self.count += 1
         if seconds > self.longest:
             self.longest, self.longest_task = seconds, task
 
     def drain(self) -> tuple[float, str]:
-        """Return the longest step and the task it belongs to, and start over."""
+        """Return the longest step in seconds and the name of its task, and reset both."""
         longest = (self.longest, self.longest_task)
         self.longest, self.longest_task = 0.0, ""
         return longest
 
 
 class BaseConcurrency:
-    """The part of ``IConcurrency`` that is the same everywhere.
+    """The common part of ``IConcurrency``, which specifies the methods.
 
-    A backend implements the underscored methods plus ``event``. Everything that waits passes through
-    :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch on waking.
+    A backend implements ``event`` and the methods with an underscore. Every wait passes through
+    :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch.
     """
 
     name = ""
@@ -111,153 +136,148 @@ class BaseConcurrency:
         self.steps = StepTimer()
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return the monotonic time in seconds."""
         return time.monotonic()
 
     def wall(self) -> float:
-        """Seconds since the epoch."""
+        """Return the seconds since the epoch."""
         return time.time()
 
     def forked(self) -> bool:
-        """Whether this process is a child of the one that built the backend."""
+        """Return whether this process is a forked child of the one that created the backend."""
         return fork.epoch() != self._epoch
 
-    def spawn(self, function: Callable[..., object], *args: object, name: str) -> Task:
-        """Run ``function(*args)`` in a daemon task; see ``IConcurrency``."""
+    def spawn(self, function: Callable[[*Ts], object], *args: *Ts, name: str) -> Task:
+        """Run ``function(*args)`` in a new daemon task."""
         task = Task(name, self.event(), self.wait)
-        self._start(self._run, task, function, args)
+        self._start(partial(self._run, task, function, args), name)
         return task
 
     def sleep(self, seconds: float) -> None:
-        """Let others run for ``seconds``."""
+        """Wait for ``seconds`` while other tasks run."""
         self._yielding(self._sleep, seconds)
 
-    def offload(self, function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
-        """Run a pure function off the hub; ``(True, value)`` or ``(False, exception)``."""
-        outcome: tuple[bool, Any] = self._yielding(self._offload, capture_outcome, function, args)
-        return outcome
+    def offload(self, function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
+        """Run ``function(*args)`` off the hub; return ``(True, result)`` or ``(False, exception)``."""
+        return self._yielding(self._offload, partial(capture_outcome, function, args))
 
-    def wait_readable(self, sock: Any, timeout: float) -> bool:
-        """Wait until ``sock`` can be read."""
-        return bool(self._yielding(self._wait_io, sock, timeout, False))
+    def wait_readable(self, sock: HasFileno, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until ``sock`` is readable; return whether it is."""
+        return self._yielding(self._wait_io, sock, timeout, False)
 
-    def wait_writable(self, sock: Any, timeout: float) -> bool:
-        """Wait until ``sock`` can be written."""
-        return bool(self._yielding(self._wait_io, sock, timeout, True))
+    def wait_writable(self, sock: HasFileno, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until ``sock`` is writable; return whether it is."""
+        return self._yielding(self._wait_io, sock, timeout, True)
 
-    def wait(self, event: Any, timeout: float | None = None) -> bool:
-        """``event.wait(timeout)`` with the fork guard: how every loop of ours waits."""
-        return bool(self._yielding(event.wait, timeout))
+    def wait(self, event: IEvent, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
+        return self._yielding(event.wait, timeout)
 
-    def call_blocking(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call foreign code that waits by itself, such as a library on patched sockets: not a step of ours."""
+    def call_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call foreign code that waits by itself. Its time is no step."""
         return self._yielding(partial(function, *args, **kwargs))
 
-    def import_module(self, module: str) -> Any:
-        """Import and return a module that is large for one step of a hub."""
-        return import_module(module)
+    def import_module(self, module: str) -> ModuleType:
+        """Import and return a module that is too large for one step of a hub."""
+        return importlib.import_module(module)
 
     def close(self) -> None:
-        """Give native helpers back."""
+        """Stop the native helper threads."""
 
-    def event(self) -> Any:
+    def event(self) -> IEvent:
         """Return a new event of this runtime."""
         raise NotImplementedError
 
-    def lock(self) -> Any:
+    def lock(self) -> ILock:
         """Return a new lock of this runtime."""
         return CooperativeLock(self._lock(), self.call_blocking)
 
-    def _lock(self) -> Any:
-        raise NotImplementedError
-
-    def selector(self) -> Any:
-        """Return a new selector that cooperates with this runtime."""
+    def selector(self) -> BaseSelector:
+        """Return a new selector that yields to the hub while it waits."""
         raise NotImplementedError
 
     def native_ident(self) -> int:
-        """Return the identity of the OS thread we are on, as ``sys._current_frames`` keys it."""
+        """Return the ident of the current OS thread, as in ``sys._current_frames``; 0 without a hub."""
         return 0
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
-        """Run ``function(sleep, *args)`` in an unpatched thread, ``sleep`` being the unpatched one; ``False``: no need.
-
-        Only hubs need it: it must not log, lock, or touch anything that belongs to the hub.
-        """
+        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread; return whether there is a hub."""
         del function, args
         return False
 
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """Have the hub itself call ``function()`` every ``seconds``; return what ends that, or ``None``: no hub here.
-
-        It costs a quarter of waking a task, and is no step: ``function`` must not wait, log, raise, or do much. For the
-        hub's own tasks only.
-
-        :param once: call it a single time.
-        """
+        """Have the hub call ``function()`` every ``seconds``; return a function that cancels, or ``None``: no hub."""
         del seconds, function, once
         return None
 
     def _tick(self, function: Callable[[], object]) -> bool:
-        """Call ``function``; ``False`` instead in a forked child, which has a copy of its parent's timers."""
+        """Call ``function`` for a timer; return ``False`` without a call in a forked child, which has copies of timers."""
         if self.forked():
             return False
         function()
         return True
 
-    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
+    def _lock(self) -> RuntimeLock:
+        raise NotImplementedError
+
+    def _start(self, run: Callable[[], None], name: str) -> None:
         raise NotImplementedError
 
     def _sleep(self, seconds: float) -> None:
         raise NotImplementedError
 
-    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
+    def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
         raise NotImplementedError
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+    def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         raise NotImplementedError
 
-    def _yielding(self, wait: Callable[..., Any], *args: Any) -> Any:
+    def _yielding(self, wait: Callable[[*Ts], R], *args: *Ts) -> R:
         if fork.epoch() != self._epoch:
             raise ForkedChildError
-        began = _step_start.get()
-        if began is not None:
+        start = _step_start.get()
+        if start is not None:
             task = self._task.get()
             task.running_since = None
-            self.steps.end(began, task.name)
-            _step_start.set(None)  # what foreign code inside the wait asks of us is no step either
+            self.steps.end(start, task.name)
+            _step_start.set(
+                None
+            )  # calls of the backend by foreign code inside the wait are no steps
         try:
             return wait(*args)
         finally:
-            if began is not None:
+            if start is not None:
                 _step_start.set(self.steps.begin())
                 task.running_since = time.monotonic()
             if fork.epoch() != self._epoch:
                 raise ForkedChildError
 
-    def _run(self, task: Task, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    def _run(self, task: Task, function: Callable[[*Ts], object], args: tuple[*Ts]) -> None:
         self._task.set(task)
         task.running_since = time.monotonic()
         _step_start.set(self.steps.begin())
         try:
             function(*args)
         except (ForkedChildError, InterpreterShutdownError):
-            return  # a copy in a child, or a process that is ending: neither is an error to report
+            return  # a copy of the task in a child, or the end of the process
         except Exception:
-            logger.exception("z4j: task %s ended by an error of ours; please report it", task.name)
+            logger.exception("z4j: task %s failed; please report this bug of z4j-bare", task.name)
         finally:
             if not self.forked():
-                self.steps.end(_step_start.get(), task.name)
+                start = _step_start.get()
+                if start is not None:
+                    self.steps.end(start, task.name)
                 task.running_since = None
-                task._ended.set()  # noqa: SLF001 - the seam owns its tasks
+                task.mark_ended()
 
 
-def capture_outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Call ``function(*args)`` and return its outcome as a value.
+def capture_outcome(function: Callable[[*Ts], object], args: tuple[*Ts]) -> tuple[bool, Any]:
+    """Call ``function(*args)``; return ``(True, result)`` or ``(False, exception)``.
 
-    gevent prints a traceback for an exception that leaves a pool job, and eventlet re-raises it in the hub.
+    An exception must not leave an offloaded call: gevent would print its traceback and eventlet
+    would raise it in the hub.
     """
     try:
         return True, function(*args)

@@ -57,7 +57,8 @@ def detect(modules: Mapping[str, ModuleType | Any] | None = None) -> Detection:
 def choose(setting: str, found: Detection) -> str:
     """Return the backend's name for a ``Z4J_CONCURRENCY`` setting in a process in the ``found`` state.
 
-    Raises ``HostConfigurationError`` for an unknown setting and for one that the process cannot carry.
+    Raises ``HostConfigurationError`` for an unknown setting and for one that the process cannot
+    carry.
     """
     if setting not in CHOICES:
         raise HostConfigurationError(

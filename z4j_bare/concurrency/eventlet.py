@@ -1,4 +1,4 @@
-"""Green threads of eventlet. Legacy: eventlet has announced its retirement, so this file stays thin."""
+"""The backend for processes that eventlet has patched. eventlet is deprecated by its authors, so this stays small."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from _queue import SimpleQueue
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from selectors import BaseSelector
 from time import monotonic
 from typing import Any
 
@@ -16,151 +17,153 @@ from eventlet.semaphore import Semaphore
 from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
-from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock
 from z4j_bare.concurrency.fork import ForkGuard
-from z4j_bare.interfaces import IConcurrency, IEvent
+from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent
 
 _socket = patcher.original("socket")
 _thread = patcher.original("_thread")
-_native_thread = _thread.get_ident
-_gate = ForkGuard(_thread.allocate_lock)
+_native_ident = _thread.get_ident
+_store_guard = ForkGuard(_thread.allocate_lock)
 
-#: Seconds after which a waiter looks at its flag by itself. One raised in another native thread is seen when the hub wakes
-#: next, once a second at least while an agent runs, unless the hub was just sorting its timers. Each look wakes an idle
-#: worker for 0.2 ms, and an agent has ten waiters.
-LOOK = 60.0
+#: Seconds after which a waiter checks its flag without a wake-up. The check only heals one race: a
+#: flag that another native thread sets while the hub sorts its timers. Otherwise the waiter sees
+#: such a flag when the hub wakes next, at least once a second while an agent runs. Each check costs
+#: an idle worker 0.2 ms, and an agent has ten waiters.
+RECHECK_INTERVAL = 60.0
 
-#: Seconds after which a wait for a socket is entered anew in a process that has forked: its child shares the hub's epoll
-#: set, and what it closes there is no longer waited for in the parent either; and in one that has not forked yet.
-LONGEST_WAIT = 1.0
-LONGEST_UNFORKED = 10.0
+#: Maximum seconds of one wait for a socket in a process that has forked. The child shares the hub's
+#: epoll set: a socket that the child closes is removed from the set of the parent too, so the wait
+#: has to register it again.
+MAX_IO_WAIT = 1.0
+
+#: The same in a process that has not forked yet, but may fork during the wait.
+MAX_IO_WAIT_UNFORKED = 10.0
 
 
 @implementer(IEvent)
 class Event:
-    """A flag over a semaphore: eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``."""
+    """A flag on a semaphore. eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``."""
 
     def __init__(self) -> None:
         self._flag = False
         self._waiters = 0
-        self._gate = Semaphore(0)
-        self._thread = _native_thread()
-        self._hub: Any = (
-            None  # not before somebody waits: a hub does not survive the fork of a daemon
-        )
+        self._semaphore = Semaphore(0)
+        self._thread = _native_ident()
+        # Set by the first wait, because a hub that exists before a daemon forks does not survive
+        # that.
+        self._hub: Any = None
 
     def set(self) -> None:
-        """Raise the flag and schedule every waiter; the semaphore hands that to the hub, so nothing switches here."""
+        """Set the flag and have the hub wake all waiters; the semaphore does not switch here."""
         self._flag = True
-        if _native_thread() == self._thread:
+        if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            self._hub.schedule_call_global(
-                0, self._release
-            )  # appends to a list; a hub cannot be woken from elsewhere
+            # Only appends to a list: another native thread cannot wake a hub of eventlet.
+            self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:
         for _ in range(self._waiters):
-            self._gate.release()
+            self._semaphore.release()
         self._waiters = 0
 
     def clear(self) -> None:
-        """Lower the flag."""
+        """Clear the flag."""
         self._flag = False
 
     def is_set(self) -> bool:
-        """Whether the flag is up."""
+        """Return whether the flag is set."""
         return self._flag
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds."""
+        """Wait at most ``timeout`` seconds for the flag; return whether it is set."""
         deadline = None if timeout is None else monotonic() + timeout
         self._hub = hubs.get_hub()
         while not self._flag:
-            left = None if deadline is None else deadline - monotonic()
-            if left is not None and left <= 0:
+            remaining = RECHECK_INTERVAL if deadline is None else deadline - monotonic()
+            if remaining <= 0:
                 return False
             self._waiters += 1
-            # A permit left over by a waiter that timed out just then costs one more turn of this loop, no more.
-            if not self._gate.acquire(timeout=LOOK if left is None else min(left, LOOK)):
+            # A waiter that times out just before its release leaves a permit: the next waiter loops
+            # once more.
+            if not self._semaphore.acquire(timeout=min(remaining, RECHECK_INTERVAL)):
                 self._waiters = max(0, self._waiters - 1)
         return True
 
 
 class NativeWorker:
-    """One native thread, which does one job at a time while the caller's hub goes on.
+    """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` has twenty, and each job goes to the one that has rested longest: its caches are cold, and each gets
-    memory of its own for SQLite.
+    ``eventlet.tpool`` has twenty threads and gives each job to the one that was idle for longest.
+    Its caches are cold, and SQLite allocates memory for each of the threads.
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[list[Any], Callable[[], Any]] | None] = (
-            SimpleQueue()
-        )  # in C: nobody patches it
-        self._ear, self._bell = _socket.socketpair()
-        self._ear.setblocking(False)
+        # Implemented in C, so it is never patched.
+        self._jobs: SimpleQueue[tuple[list[Any], Callable[[], object]] | None] = SimpleQueue()
+        self._wakeup_r, self._wakeup_w = _socket.socketpair()
+        self._wakeup_r.setblocking(False)
         _thread.start_new_thread(self._work, ())
 
-    def call(self, job: Callable[[], Any]) -> Any:
-        """Return what ``job()`` returns. It must not raise, log, or touch what belongs to a hub."""
+    def call(self, job: Callable[[], object]) -> Any:
+        """Return the result of ``job()``, which must not raise, log or touch objects of the hub."""
         result: list[Any] = []
         self._jobs.put((result, job))
         while not result:
-            wait_io(self._ear, LONGEST_WAIT, write=False)
+            wait_io(self._wakeup_r, MAX_IO_WAIT, write=False)
             with suppress(BlockingIOError):
-                self._ear.recv(64)  # also what was rung for one who did not stay to hear it
+                self._wakeup_r.recv(64)  # also removes the wake-ups of callers that were killed
         return result[0]
 
     def close(self) -> None:
-        """End the thread. Nobody may be in :meth:`call`."""
+        """Stop the thread. No :meth:`call` may be running."""
         self._jobs.put(None)
-        self._ear.close()
+        self._wakeup_r.close()
 
     def _work(self) -> None:
-        with self._bell:
-            while (task := self._jobs.get()) is not None:
-                result, job = task
+        with self._wakeup_w:
+            while (item := self._jobs.get()) is not None:
+                result, job = item
                 result.append(job())
-                with suppress(
-                    OSError
-                ):  # whoever asked may have been killed meanwhile, and the other end closed
-                    self._bell.send(b"!")
-                del task, result, job  # or they would live until the next one
+                with suppress(OSError):  # the caller was killed, and the other end is closed
+                    self._wakeup_w.send(b"!")
+                del item, result, job  # otherwise they live until the next job
 
 
 @implementer(IConcurrency)
 class EventletConcurrency(BaseConcurrency):
-    """One green thread per task; offloaded work goes to one native thread."""
+    """Runs each task in a green thread, and offloaded functions in one native thread."""
 
     name = "eventlet"
 
     def __init__(self) -> None:
         super().__init__()
-        self._slot = Semaphore(1)
-        self._helper: NativeWorker | None = None
+        self._offload_lock = Semaphore(1)
+        self._worker: NativeWorker | None = None
 
-    def event(self) -> Event:
-        """Return a new event."""
+    def event(self) -> IEvent:
+        """Return a new :class:`Event`."""
         return Event()
 
-    def selector(self) -> Any:
-        """Return a selector that parks on the hub."""
-        return selectors.DefaultSelector()
+    def selector(self) -> BaseSelector:
+        """Return a new selector of ``eventlet.green``."""
+        selector: BaseSelector = selectors.DefaultSelector()
+        return selector
 
     def native_ident(self) -> int:
-        """Return the hub's thread."""
-        return int(_native_thread())
+        """Return the ident of the hub's thread."""
+        return int(_native_ident())
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
-        """Start an unpatched daemon thread."""
+        """Run ``function(sleep, *args)`` in an unpatched daemon thread."""
         _thread.start_new_thread(function, (patcher.original("time").sleep, *args))
         return True
 
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object]:
-        """Start a timer of the hub's."""
+        """Start a timer of the hub."""
         hub = hubs.get_hub()
         timers: list[Any] = []
 
@@ -172,39 +175,42 @@ class EventletConcurrency(BaseConcurrency):
         return lambda: [timer.cancel() for timer in timers]
 
     def close(self) -> None:
-        """End the native thread, unless it hangs in the disk: ``stop()`` is bounded."""
-        if not self.forked() and not self._slot.locked():
-            helper, self._helper = self._helper, None
-            if helper is not None:
-                helper.close()
+        """Stop the native thread, unless it is stuck in the disk."""
+        if not self.forked() and not self._offload_lock.locked():
+            worker, self._worker = self._worker, None
+            if worker is not None:
+                worker.close()
 
-    def _lock(self) -> Any:
-        return Semaphore(1)
+    def _lock(self) -> RuntimeLock:
+        lock: RuntimeLock = Semaphore(1)
+        return lock
 
-    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
-        eventlet.spawn_n(run, task, *args)
+    def _start(self, run: Callable[[], None], name: str) -> None:
+        del name
+        eventlet.spawn_n(run)
 
     def _sleep(self, seconds: float) -> None:
         eventlet.sleep(seconds)
 
-    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
-        with self._slot:
-            if self._helper is None:
-                self._helper = NativeWorker()
-            return self._helper.call(partial(_gate.run, job, *args))
+    def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+        with self._offload_lock:
+            if self._worker is None:
+                self._worker = NativeWorker()
+            outcome: tuple[bool, Any] = self._worker.call(partial(_store_guard.run, job))
+            return outcome
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+    def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         while True:
-            longest = LONGEST_WAIT if fork.has_forked() else LONGEST_UNFORKED
-            if wait_io(sock, min(timeout, longest), write=write):
+            max_wait = MAX_IO_WAIT if fork.has_forked() else MAX_IO_WAIT_UNFORKED
+            if wait_io(sock, min(timeout, max_wait), write=write):
                 return True
-            timeout -= longest
+            timeout -= max_wait
             if timeout <= 0 or self.forked():
                 return False
 
 
-def wait_io(sock: Any, timeout: float, *, write: bool) -> bool:
-    """Wait at most ``timeout`` seconds; return whether ``sock`` is ready."""
+def wait_io(sock: HasFileno, timeout: float, *, write: bool) -> bool:
+    """Wait at most ``timeout`` seconds on the hub; return whether ``sock`` is ready."""
     try:
         hubs.trampoline(
             sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError

@@ -1,11 +1,11 @@
-"""A backend with virtual time, for this package's tests and for users'.
+"""A backend with virtual time for the tests of this package and of its users.
 
-Tasks are bare greenlets, run one at a time in a fixed order; ``sleep`` costs nothing. Works under any patching because it
-never touches a hub::
+Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time. No
+hub is used, so it works with every monkey patch::
 
     backend = FakeConcurrency()
     backend.spawn(my_loop, name="loop")
-    backend.advance(600)          # ten minutes of loops, in milliseconds
+    backend.advance(600)          # runs ten virtual minutes in milliseconds
 """
 
 from __future__ import annotations
@@ -18,32 +18,38 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from zope.interface import implementer
 
-from z4j_bare.concurrency.base import BaseConcurrency, Task
-from z4j_bare.interfaces import IConcurrency, IEvent, ILock
+from z4j_bare.concurrency.base import BaseConcurrency
+from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent, ILock
+
+__all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]
+
+#: Maximum virtual seconds of a wait without a timeout outside a task, where it would otherwise
+#: never end.
+MAX_MAIN_WAIT = 3600.0
 
 
 @implementer(IEvent)
 class FakeEvent:
-    """An event whose waiters wake at the virtual instant it is set."""
+    """An event in virtual time. Its waiters wake at the instant at which it is set."""
 
     def __init__(self, backend: FakeConcurrency) -> None:
         self._backend = backend
         self._flag = False
 
     def set(self) -> None:
-        """Raise the flag."""
+        """Set the flag."""
         self._flag = True
 
     def clear(self) -> None:
-        """Lower the flag."""
+        """Clear the flag."""
         self._flag = False
 
     def is_set(self) -> bool:
-        """Whether the flag is up."""
+        """Return whether the flag is set."""
         return self._flag
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait in virtual time."""
+        """Wait at most ``timeout`` virtual seconds for the flag; return whether it is set."""
         return self._backend.wait_until(self.is_set, timeout)
 
 
@@ -65,7 +71,7 @@ class FakeLock:
 
 @implementer(IConcurrency)
 class FakeConcurrency(BaseConcurrency):
-    """Deterministic, single-threaded, virtual time that starts at ``start`` seconds since the epoch."""
+    """A deterministic backend in one thread. Its wall clock starts at ``start`` seconds since the epoch."""
 
     name = "fake"
 
@@ -78,40 +84,43 @@ class FakeConcurrency(BaseConcurrency):
         self._parked: list[tuple[float, int, greenlet, Callable[[], bool]]] = []
 
     def now(self) -> float:
-        """Virtual seconds since the start."""
+        """Return the virtual seconds since the creation of the backend."""
         return self._clock
 
     def wall(self) -> float:
-        """Virtual wall clock."""
+        """Return the virtual seconds since the epoch."""
         return self._start_wall + self._clock
 
-    def event(self) -> FakeEvent:
-        """Return a new event."""
+    def event(self) -> IEvent:
+        """Return a new :class:`FakeEvent`."""
         return FakeEvent(self)
 
-    def lock(self) -> FakeLock:
-        """Return a new lock."""
+    def lock(self) -> ILock:
+        """Return a new :class:`FakeLock`."""
         return FakeLock(self)
 
     def advance(self, seconds: float) -> None:
-        """Run every task for ``seconds`` of virtual time."""
+        """Run all tasks for ``seconds`` of virtual time."""
         self.run_until(lambda: False, seconds)
 
     def run_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-        """Run tasks until ``condition()`` holds or ``seconds`` have passed; return whether it holds."""
+        """Run tasks for at most ``seconds`` of virtual time until ``condition()`` is true; return whether it is."""
         deadline = self._clock + seconds
         while not condition():
-            ready = self._next(deadline)
-            if ready is None:
+            task = self._next(deadline)
+            if task is None:
                 self._clock = deadline
                 return condition()
-            ready.switch()
+            task.switch()
         return True
 
     def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Park the current task until ``condition()`` holds or ``timeout`` virtual seconds have passed."""
+        """Suspend the current task for at most ``timeout`` virtual seconds until ``condition()`` is true.
+
+        Return whether it is true. Outside a task this runs the tasks meanwhile.
+        """
         if getcurrent() is self._main:
-            return self.run_until(condition, timeout if timeout is not None else 3600.0)
+            return self.run_until(condition, timeout if timeout is not None else MAX_MAIN_WAIT)
         deadline = float("inf") if timeout is None else self._clock + timeout
         if not condition():
             heapq.heappush(self._parked, (deadline, next(self._order), getcurrent(), condition))
@@ -119,33 +128,31 @@ class FakeConcurrency(BaseConcurrency):
         return condition()
 
     def _next(self, deadline: float) -> greenlet | None:
-        """Take the task that may run now, else the one that wakes first, and move the clock there."""
-        awake = [entry for entry in self._parked if entry[3]()]
+        """Remove and return a ready task, else the task with the earliest timeout, and advance the clock to it."""
+        ready = [entry for entry in self._parked if entry[3]()]
         entry = (
-            min(awake, key=lambda item: item[1])
-            if awake
+            min(ready, key=lambda item: item[1])
+            if ready
             else (self._parked[0] if self._parked else None)
         )
-        if entry is None or (not awake and entry[0] > deadline):
+        if entry is None or (not ready and entry[0] > deadline):
             return None
         self._parked.remove(entry)
         heapq.heapify(self._parked)
-        if not awake:
+        if not ready:
             self._clock = max(self._clock, entry[0])
         return entry[2]
 
-    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
-        child = greenlet(lambda: run(task, *args), parent=self._main)
+    def _start(self, run: Callable[[], None], name: str) -> None:
+        del name
+        child = greenlet(run, parent=self._main)
         heapq.heappush(self._parked, (self._clock, next(self._order), child, lambda: True))
 
     def _sleep(self, seconds: float) -> None:
         self.wait_until(lambda: False, max(seconds, 1e-9))
 
-    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
-        return job(*args)
+    def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+        return job()
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:  # noqa: ARG002 - virtual time has no sockets
+    def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         return write or self.wait_until(lambda: False, timeout)
-
-
-__all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]

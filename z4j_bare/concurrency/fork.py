@@ -11,8 +11,9 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # ``os.open`` for code on native threads. The patched ``os.open`` of eventlet creates a hub in the calling thread; when
-    # such a thread ends, greenlet searches the whole heap for the hub's remains, in the main thread: 20 to 70 ms.
+    # ``os.open`` for code on native threads. The patched ``os.open`` of eventlet creates a hub in
+    # the calling thread; when such a thread ends, greenlet searches the whole heap for the hub's
+    # remains, in the main thread: 20 to 70 ms.
     from posix import open as open_file
 else:
     raise ImportError(
@@ -24,10 +25,11 @@ __all__ = ["ForkGuard", "ImportForkGuard", "epoch", "has_forked", "open_file"]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite, so that a hung disk cannot block the host.
+#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite, so that a hung disk
+#: cannot block the host.
 STORE_TIMEOUT = 0.25
-#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit resolves a deadlock: that import may
-#: itself be waiting for an import lock of the forking thread.
+#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit resolves a
+#: deadlock: that import may itself be waiting for an import lock of the forking thread.
 IMPORT_TIMEOUT = 2.0
 #: Seconds between two checks for such an import.
 IMPORT_POLL_INTERVAL = 0.001
@@ -39,8 +41,8 @@ _forked = False
 def epoch() -> int:
     """Return the fork epoch, a number that is different in every forked child.
 
-    Greenlets survive ``os.fork`` in the child, so the agent's loops compare the epoch at every wake-up. That costs 30 ns;
-    ``os.getpid`` costs five times as much.
+    Greenlets survive ``os.fork`` in the child, so the agent's loops compare the epoch at every
+    wake-up. That costs 30 ns; ``os.getpid`` costs five times as much.
     """
     return _epoch
 
@@ -50,7 +52,8 @@ def has_forked() -> bool:
     return _forked
 
 
-# The hooks only assign: a hook that yields would run the parent's greenlets inside fork() (gevent #2204).
+# The hooks only assign: a hook that yields would run the parent's greenlets inside fork() (gevent
+# #2204).
 
 
 def _after_in_child() -> None:
@@ -81,10 +84,12 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 class ForkGuard:
     """Makes ``os.fork`` wait for a short section of code on a native thread. The section must not fork.
 
-    SQLite does not reset its mutexes in a child. Of 200 children that were forked while another thread opened and closed
-    databases, 33 deadlocked at their first use of SQLite, whether by the agent or by the host.
+    SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
+    thread opened and closed databases, 33 deadlocked at their first use of SQLite, whether by the
+    agent or by the host.
 
-    :param make_lock: returns an unpatched lock, so that no greenlet runs while the fork hook waits for it.
+    :param make_lock: returns an unpatched lock, so that no greenlet runs while the fork hook waits
+        for it.
     """
 
     def __init__(self, make_lock: Callable[[], NativeLock]) -> None:
@@ -123,8 +128,9 @@ class ForkGuard:
 class ImportForkGuard:
     """Makes ``os.fork`` wait for imports on the agent's native threads.
 
-    A fork during an import leaves the child with a half-initialised module and an import lock that nobody will release:
-    importing the module there deadlocks. At startup kombu's transport and redis alone take 0.1 s to import.
+    A fork during an import leaves the child with a half-initialised module and an import lock that
+    nobody will release: importing the module there deadlocks. At startup kombu's transport and
+    redis alone take 0.1 s to import.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Greenlets of gevent."""
+"""The backend for processes that gevent has patched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from selectors import BaseSelector
 from types import ModuleType
 from typing import Any
 
@@ -19,19 +20,20 @@ from gevent.threadpool import ThreadPool
 from greenlet import getcurrent
 from zope.interface import implementer
 
-from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock
 from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.concurrency.timeslice import YIELD_SECONDS
-from z4j_bare.interfaces import IConcurrency
+from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent
 
-_gate = ForkGuard(_original("_thread", "allocate_lock"))
+_store_guard = ForkGuard(_original("_thread", "allocate_lock"))
 
 
 @implementer(IConcurrency)
 class GeventConcurrency(BaseConcurrency):
-    """One greenlet per task on the hub of the thread that starts the agent; one native thread for the store.
+    """Runs each task in a greenlet on the hub of the thread that starts the agent, and the store in one native thread.
 
-    The thread pool is our own: the hub's ten threads also resolve names, and a hung disk must not take one of those.
+    That thread is in a pool of the agent's own. The hub's pool of ten threads also resolves host
+    names, and a hung disk must not occupy one of them.
     """
 
     name = "gevent"
@@ -39,68 +41,72 @@ class GeventConcurrency(BaseConcurrency):
     def __init__(self) -> None:
         super().__init__()
         self._pool: ThreadPool | None = None
-        self._slot = BoundedSemaphore(1)
+        self._offload_lock = BoundedSemaphore(1)
 
-    def event(self) -> Any:
+    def event(self) -> IEvent:
         """Return a new ``gevent.event.Event``."""
-        return Event()
+        event: IEvent = Event()
+        return event
 
-    def selector(self) -> Any:
-        """Return a selector that parks on the hub."""
-        return GeventSelector()
+    def selector(self) -> BaseSelector:
+        """Return a new ``GeventSelector``."""
+        selector: BaseSelector = GeventSelector()
+        return selector
 
     def native_ident(self) -> int:
-        """Return the hub's thread."""
+        """Return the ident of the hub's thread."""
         return int(_original("_thread", "get_ident")())
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
-        """Start an unpatched daemon thread."""
+        """Run ``function(sleep, *args)`` in an unpatched daemon thread."""
         _original("_thread", "start_new_thread")(function, (_original("time", "sleep"), *args))
         return True
 
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object]:
-        """Start a timer of libev's, which keeps nothing alive."""
+        """Start a timer of the event loop that does not keep the loop alive."""
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
         def tick() -> None:
             if self._tick(function) and not once:
-                timer.again(tick)  # from now on, not from when this one was due
+                timer.again(tick)  # the interval starts now, not when this tick was due
             else:
                 timer.close()
 
         timer.start(tick)
-        end: Callable[[], object] = timer.close
-        return end
+        cancel: Callable[[], object] = timer.close
+        return cancel
 
-    def import_module(self, module: str) -> Any:
-        """Import and return a module, yielding between files."""
+    def import_module(self, module: str) -> ModuleType:
+        """Import and return a module, yielding before each file."""
         return import_cooperatively(module, self.sleep)
 
     def close(self) -> None:
-        """End the native thread."""
+        """Stop the native thread, unless it is stuck in the disk: ``kill`` would wait for it."""
         pool, self._pool = self._pool, None
-        # kill() waits for the thread: never for one that hangs in the disk, stop() is bounded.
-        if pool is not None and not self.forked() and not self._slot.locked():
+        if pool is not None and not self.forked() and not self._offload_lock.locked():
             pool.kill()
 
-    def _lock(self) -> Any:
-        return BoundedSemaphore(1)
+    def _lock(self) -> RuntimeLock:
+        lock: RuntimeLock = BoundedSemaphore(1)
+        return lock
 
-    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
-        gevent.Greenlet(run, task, *args).start()
+    def _start(self, run: Callable[[], None], name: str) -> None:
+        del name
+        gevent.Greenlet(run).start()
 
     def _sleep(self, seconds: float) -> None:
         gevent.sleep(seconds or YIELD_SECONDS)
 
-    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
-        with self._slot:
+    def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+        with self._offload_lock:
             if self._pool is None:
                 self._pool = ThreadPool(1)
-            return self._pool.apply(_gate.run, (job, *args))
+            outcome: tuple[bool, Any] = self._pool.apply(_store_guard.run, (job,))
+            return outcome
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
+    def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         wait = wait_write if write else wait_read
         try:
             wait(sock.fileno(), timeout=timeout, timeout_exc=TimeoutError)
@@ -129,9 +135,10 @@ class _YieldingFinder:
 def import_cooperatively(module: str, sleep: Callable[[float], None]) -> ModuleType:
     """Import and return ``module``, yielding before each file. Without yields ``requests`` takes 100 to 200 ms.
 
-    Another greenlet that imports one of these modules meanwhile waits for its import lock. This is only safe under
-    gevent, whose locks and thread idents importlib uses. Under eventlet importlib keeps the native ones, so all greenlets
-    count as one owner of a module's lock: a second greenlet would import the module again or get it half initialised.
+    Another greenlet that imports one of these modules meanwhile waits for its import lock. This is
+    only safe under gevent, whose locks and thread idents importlib uses. Under eventlet importlib
+    keeps the native ones, so all greenlets count as one owner of a module's lock: a second greenlet
+    would import the module again or get it half initialised.
     """
     finder = _YieldingFinder(sleep)
     sys.meta_path.insert(0, finder)

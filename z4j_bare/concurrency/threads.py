@@ -1,4 +1,4 @@
-"""Real threads, for processes that nobody has patched."""
+"""The backend for processes without monkey-patching: threads of the operating system."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 from zope.interface import implementer
 
-from z4j_bare.concurrency.base import BaseConcurrency, Task
+from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock
 from z4j_bare.concurrency.fork import ForkGuard, ImportForkGuard
 from z4j_bare.errors import InterpreterShutdownError
-from z4j_bare.interfaces import IConcurrency
+from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent
 
-_gate = ForkGuard(threading.Lock)
-_imports = ImportForkGuard()
+_store_guard = ForkGuard(threading.Lock)
+_import_guard = ImportForkGuard()
 
 
 @implementer(IConcurrency)
 class ThreadsConcurrency(BaseConcurrency):
-    """One daemon thread per task; offloaded work runs in the calling loop's own thread."""
+    """Runs each task in a daemon thread, and offloaded functions in the thread that calls ``offload``."""
 
     name = "threads"
 
     def __init__(self) -> None:
         super().__init__()
         self._never = threading.Event()
-        self._slot = threading.Lock()
+        self._offload_lock = threading.Lock()
 
-    def event(self) -> threading.Event:
+    def event(self) -> IEvent:
         """Return a new ``threading.Event``."""
         return threading.Event()
 
@@ -38,30 +38,29 @@ class ThreadsConcurrency(BaseConcurrency):
         """Return the best selector of this platform."""
         return selectors.DefaultSelector()
 
-    def _lock(self) -> Any:
+    def _lock(self) -> RuntimeLock:
         return threading.Lock()
 
-    def _start(self, run: Callable[..., None], task: Task, *args: Any) -> None:
+    def _start(self, run: Callable[[], None], name: str) -> None:
         try:
-            threading.Thread(
-                target=_imports.run, args=(run, task, *args), name=task.name, daemon=True
-            ).start()
+            threading.Thread(target=_import_guard.run, args=(run,), name=name, daemon=True).start()
         except RuntimeError as error:
-            raise InterpreterShutdownError(f"task {task.name} cannot be started: {error}") from None
+            raise InterpreterShutdownError(f"task {name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
-        # Not time.sleep: where only sockets are patched, that one builds a hub of its own in this thread.
+        # Not time.sleep: if only sockets are patched, the patched sleep would create a hub in this
+        # thread.
         self._never.wait(seconds)
 
-    def _offload(self, job: Callable[..., Any], *args: Any) -> Any:
-        with self._slot:
-            return _gate.run(job, *args)
+    def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+        with self._offload_lock:
+            return _store_guard.run(job)
 
-    def _wait_io(self, sock: Any, timeout: float, write: bool) -> bool:
-        if not hasattr(
-            select, "poll"
-        ):  # eventlet takes it away where it patches sockets; its select() knows no 1024
+    def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
+        if not hasattr(select, "poll"):
+            # eventlet removes poll() where it patches sockets. Its select() has no limit of 1024
+            # descriptors.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
-        poller = select.poll()  # not select(): file descriptors above 1024
+        poller = select.poll()  # the native select() is limited to descriptors below 1024
         poller.register(sock, select.POLLOUT if write else select.POLLIN)
         return bool(poller.poll(max(0, int(timeout * 1000))))

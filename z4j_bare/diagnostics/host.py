@@ -125,7 +125,10 @@ def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
 
 
 def _no_buffer(directory: Path, error: LocalStorageError) -> ProbeResult:
-    other = next((place for place in paths.candidate_directories(directory / "x")[1:] if _serves(place)), None)
+    other = next(
+        (place for place in paths.candidate_directories(directory / "x")[1:] if _serves(place)),
+        None,
+    )
     fix = f"point Z4J_HOME at a directory of uid {os.geteuid()} alone, writable, on a local file system"
     details = {
         "path": str(directory),

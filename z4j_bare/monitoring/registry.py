@@ -17,7 +17,7 @@ from z4j_bare.wire.frames import frame_id, registry_delta
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.interfaces import IConnection
     from z4j_bare.watcher import TasksFileWatcher
 
 logger = logging.getLogger("z4j.runtime.registry")
@@ -43,7 +43,7 @@ class RegistryLoop:
         self,
         hosts: Mapping[str, EngineHost],
         hints: Callable[[], DiscoveryHints] | None,
-        link: Callable[[], Connection | None],
+        link: Callable[[], IConnection | None],
         backend: BaseConcurrency,
         *,
         dev: bool,
@@ -80,7 +80,7 @@ class RegistryLoop:
             if watcher is not None and not self._backend.forked():
                 watcher.stop()
 
-    def _turn(self, link: Connection) -> None:
+    def _turn(self, link: IConnection) -> None:
         if self._stale:
             self._stale = False
             self._discover()
@@ -100,7 +100,7 @@ class RegistryLoop:
                     "z4j: the tasks of %s are not known: %s: %s", name, type(error).__name__, error
                 )
 
-    def _tell(self, link: Connection, engine: str, found: Mapping[str, bytes]) -> None:
+    def _tell(self, link: IConnection, engine: str, found: Mapping[str, bytes]) -> None:
         sent = self._sent.setdefault(engine, {})
         part, size = [], 0
         for name in [*found, *(name for name in list(sent) if name not in found)]:
@@ -114,7 +114,7 @@ class RegistryLoop:
         if part:
             self._send(link, engine, part)
 
-    def _send(self, link: Connection, engine: str, names: list[str]) -> None:
+    def _send(self, link: IConnection, engine: str, names: list[str]) -> None:
         """Send what has come of these names, in smaller pieces if need be."""
         found, sent = self._found[engine], self._sent[engine]
         added = [found[name] for name in names if name in found and name not in sent]
@@ -145,7 +145,9 @@ class RegistryLoop:
         except Exception:
             logger.info("z4j: the framework gives no hints where tasks are", exc_info=True)
             hints = DiscoveryHints()
-        return hints.model_copy(update={"app_paths": task_directories(hints)}) if self._dev else hints
+        return (
+            hints.model_copy(update={"app_paths": task_directories(hints)}) if self._dev else hints
+        )
 
     def _watch(self) -> TasksFileWatcher | None:
         if not self._dev or not self._hosts:

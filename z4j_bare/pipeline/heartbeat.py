@@ -51,7 +51,7 @@ class HeartbeatLoop:
         """Beat until the session ends. Raises ``NetworkError``."""
         while not self._link.closing.is_set():
             if self._enabled:
-                cut = self._link.send_some(
+                cut = self._link.send_shrinking(
                     "heartbeat", frame_id("hb"), self._payload(), shrink_heartbeat
                 )
                 self._counters.recut += cut

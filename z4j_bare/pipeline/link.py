@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from zope.interface import implementer
+
 from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.errors import FrameTooLargeError
+from z4j_bare.interfaces import IConnection
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 DRIFT = 1e-4
 
 
+@implementer(IConnection)
 class Connection:
     """Sends signed frames from any loop; the transport's lock keeps seq order and wire order the same.
 
@@ -70,8 +74,8 @@ class Connection:
         self._heard_at = now
         return took - self._fastest
 
-    def send_some(
-        self, kind: str, identity: str, payload: bytes, lighter: Callable[[bytes], Iterator[bytes]]
+    def send_shrinking(
+        self, kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
     ) -> bool:
         """Send the payload, or the first of its lighter versions that fits; return whether something was cut.
 
@@ -82,7 +86,7 @@ class Connection:
             return False
         except FrameTooLargeError as error:
             unfit = error
-        for version in lighter(payload):
+        for version in shrink(payload):
             try:
                 self.send(kind, identity, version)
                 return True

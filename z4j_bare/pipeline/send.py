@@ -272,7 +272,7 @@ class SendLoop:
 
     def _send_result(self, entry: BufferEntry) -> None:
         self._uploading = (entry,)
-        self._counters.recut += self._link.send_some(
+        self._counters.recut += self._link.send_shrinking(
             "command_result", entry.key, entry.payload, shrink_result
         )
         if self._confirms:

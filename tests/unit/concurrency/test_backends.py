@@ -579,7 +579,7 @@ def test_a_hung_call_does_not_hold_up_a_fork(backend, native_read, gate, monkeyp
     read, release = gate
     hung = backend.spawn(backend.offload, native_read, read, 1, name="hung")
     backend.sleep(0.05)
-    shut = import_module(f"z4j_bare.concurrency.{backend.name}")._gate
+    shut = import_module(f"z4j_bare.concurrency.{backend.name}")._store_guard
     pid = os.fork()
     if not pid:
         os._exit(shut.run(int))
