@@ -196,7 +196,7 @@ class EventReceiver:
             self._backend.sleep(SLICE_SECONDS)
         return True
 
-    def _on_message(self, body: object, _message: Message) -> None:
+    def _on_message(self, body: list[dict[str, Any]] | dict[str, Any], _message: Message) -> None:
         step = self._backend.steps.begin()
         self._messages += 1
         for event in body if isinstance(body, list) else [body]:

@@ -292,12 +292,18 @@ class ParentCapture(CeleryCapture):
     signals = ("task_received", "task_rejected", "task_unknown")
 
     def __init__(
-        self, adapter: CeleryEngineAdapter, put: Put, hostname: str | None, **options: bool
+        self,
+        adapter: CeleryEngineAdapter,
+        put: Put,
+        hostname: str | None,
+        *,
+        args: bool = True,
+        result: bool = True,
     ) -> None:
         def put_stamped(record: Captured) -> None:
             put(self._stamped_now(record))
 
-        super().__init__(adapter, put_stamped, hostname, **options)
+        super().__init__(adapter, put_stamped, hostname, args=args, result=result)
 
 
 class EagerCapture(CeleryCapture):
