@@ -86,18 +86,17 @@ class CeleryCapture:
             None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
         )
         self.task_states = TaskStates()
-        self._put = put
         self._args = args
         self._result = result
         self._clock = clock
-        # Bound once: a method bound at each event is one more object for the garbage collector.
         encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), self.worker)
+        self._put = self._wrapped(put, encoder)
+        # Bound once: a method bound at each event is one more object for the garbage collector.
         self._received = encoder.received
         self._started = encoder.started
         self._succeeded = encoder.succeeded
         self._generic = encoder.generic
         self._encode = encoder.encode
-        self._stamped_now = encoder.stamped_now
         self._task_types = TaskTypes(get_meta)
         self._epoch = fork.epoch()
         self._connected: list[tuple[Signal, Callable[..., None]]] = []
@@ -118,6 +117,10 @@ class CeleryCapture:
         while self._connected:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
+
+    def _wrapped(self, put: Put, _encoder: TaskEncoder, /) -> Put:
+        """Return the function that the handlers call with each record."""
+        return put
 
     # The next three run for every task. They have a try of their own instead of safe_boundary,
     # which costs a call.
@@ -291,19 +294,11 @@ class ParentCapture(CeleryCapture):
 
     signals = ("task_received", "task_rejected", "task_unknown")
 
-    def __init__(
-        self,
-        adapter: CeleryEngineAdapter,
-        put: Put,
-        hostname: str | None,
-        *,
-        args: bool = True,
-        result: bool = True,
-    ) -> None:
+    def _wrapped(self, put: Put, encoder: TaskEncoder, /) -> Put:
         def put_stamped(record: Captured) -> None:
-            put(self._stamped_now(record))
+            put(encoder.stamped_now(record))
 
-        super().__init__(adapter, put_stamped, hostname, args=args, result=result)
+        return put_stamped
 
 
 class EagerCapture(CeleryCapture):

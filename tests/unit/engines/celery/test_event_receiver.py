@@ -10,7 +10,13 @@ from kombu.utils import eventio
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import event_receiver as broker
-from z4j_bare.engines.celery.event_receiver import DRAIN_MAX, BACKOFF_MAX, SILENCE_TIMEOUT, POLL_TIMEOUT, EventReceiver
+from z4j_bare.engines.celery.event_receiver import (
+    BACKOFF_MAX,
+    DRAIN_MAX,
+    POLL_TIMEOUT,
+    SILENCE_TIMEOUT,
+    EventReceiver,
+)
 from z4j_bare.errors import ForkedChildError
 
 

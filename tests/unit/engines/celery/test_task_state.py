@@ -11,8 +11,8 @@ from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
-    MAX_TIMESTAMP_LEAD,
     MAX_TASKS,
+    MAX_TIMESTAMP_LEAD,
     TaskState,
     TaskStates,
     TaskType,

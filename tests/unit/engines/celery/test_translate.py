@@ -10,7 +10,7 @@ from z4j_celery.meta import z4j_meta
 from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.engines.celery.task_state import TaskState, TaskStates, TaskTypes
-from z4j_bare.engines.celery.translate import MAX_ID_CHARS, MAX_CLOCK_SKEW, Translator
+from z4j_bare.engines.celery.translate import MAX_CLOCK_SKEW, MAX_ID_CHARS, Translator
 
 NOW = 1_700_000_000.25
 

@@ -9,7 +9,13 @@ from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import workers as module
-from z4j_bare.engines.celery.workers import INTERVAL, MAX_NAME_CHARS, MAX_WORKERS, EXPIRY, WorkerRegistry
+from z4j_bare.engines.celery.workers import (
+    EXPIRY,
+    INTERVAL,
+    MAX_NAME_CHARS,
+    MAX_WORKERS,
+    WorkerRegistry,
+)
 from z4j_bare.events.presence import Presence
 
 
