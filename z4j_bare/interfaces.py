@@ -306,15 +306,14 @@ class IConnection(Interface):
 
 
 class IProcessRestart(Interface):
-    """Restarts an engine's worker by ending this process, which a supervisor such as systemd starts again."""
+    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
 
     is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
 
     def request(worker: str) -> Any:
-        """Accept the restart of ``worker``; return the command's result and the function that ends the process.
+        """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
 
-        Raises ``CommandError`` when this process is another worker, has no supervisor, or started
-        less than a minute ago.
+        Raises ``CommandError`` where a restart would be wrong.
         """
 
 
@@ -375,18 +374,6 @@ class INativeSchedules(Interface):
         """Commit one change if the schedule still equals ``expected``; return the new schedule, ``None`` if deleted.
 
         Raises ``ValueError`` when the change is impossible, and every exception of ``validate``.
-        """
-
-
-class IProcessRestart(Interface):
-    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
-
-    is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
-
-    def request(worker: str) -> Any:
-        """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
-
-        Raises ``CommandError`` where a restart would be wrong.
         """
 
 
