@@ -1,4 +1,4 @@
-"""Time until the brain has every row of a burst of tasks, and the rate at which it ingests events at all."""
+"""Time until the brain has every row of a burst of tasks, and its ingest rate."""
 
 from __future__ import annotations
 

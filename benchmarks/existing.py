@@ -29,7 +29,7 @@ SHARED = (
 
 
 def existing_python(folder: Path = OUT / "existing-venv") -> str:
-    """Return the interpreter of the environment in ``folder``, creating it if its packages are outdated."""
+    """Return the interpreter in ``folder``; create the environment if it is missing or outdated."""
     wanted = [
         f"z4j-bare=={VERSION}",
         *(f"{name}=={found}" for name, found in shared_versions().items()),

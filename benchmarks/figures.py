@@ -1,4 +1,7 @@
-"""Ratios of trials: paired by round, geometric mean, 95 % interval by Student's t on the logarithms."""
+"""Ratios of trials.
+
+Paired by round, geometric mean, 95 % interval by Student's t on the logarithms.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 #: No agent, this checkout, another checkout of this project, and the existing agent.
 VARIANTS = ("off", "ours", "baseline", "existing")
 
-#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal quantile serves beyond.
+#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal quantile serves
+#: beyond.
 _T = (
     12.706,
     4.303,
@@ -81,10 +85,10 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 def cpu_per_task(trial: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
-    The agent keeps sending after the tasks have ended, and the worker itself uses CPU meanwhile. What
-    the worker without an agent used in the same seconds is subtracted. Its average idle CPU would be
-    wrong: under eventlet Celery's time-outs of two seconds wake the hub shortly after a batch and
-    not at other times.
+    The agent keeps sending after the tasks have ended, and the worker itself uses CPU meanwhile.
+    What the worker without an agent used in the same seconds is subtracted. Its average idle CPU
+    would be wrong: under eventlet Celery's time-outs of two seconds wake the hub shortly after a
+    batch and not at other times.
     """
     return (trial.cpu - trial.idle_host_cpu) / trial.tasks
 

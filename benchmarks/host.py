@@ -1,9 +1,9 @@
 """Cost of the agent in a Celery worker, compared with no agent and with other agents in one run.
 
-The workers of a round run at the same time, share one processor, and get the same batches of tasks at the
-same moments: a machine that is slow for a second is slow for all. CPU is counted from the release of a
-batch until the brain has its last row, so that postponed work is counted; what the worker without an
-agent uses meanwhile is subtracted. ``benchmarks/README.md`` describes the method.
+The workers of a round run at the same time, share one processor, and get the same batches of tasks
+at the same moments: a machine that is slow for a second is slow for all. CPU is counted from the
+release of a batch until the brain has its last row, so that postponed work is counted; what the
+worker without an agent uses meanwhile is subtracted. ``benchmarks/README.md`` describes the method.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def _publish(
         "trials": {pool: [_compact(each) for each in done] for pool, done in rounds.items()},
     }
     path = save(f"host-{args.arguments}", content)
-    title = f"{args.batches} x {args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds"
+    tasks = f"{args.rounds} rounds of {args.batches} x {args.tasks} tasks of 10 ms"
+    title = f"{tasks}, arguments: {args.arguments}"
     for suffix in (".png", ".svg"):
         picture(path.with_suffix(suffix), title, pools)
     print(f"saved {path}, and pictures of that name")

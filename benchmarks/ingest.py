@@ -160,7 +160,7 @@ def _events(count: int) -> Iterator[bytes]:
 
 
 def _frames(events: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    """Yield batches of at most ``size`` events and ``FRAME_BYTES`` bytes, as the sender builds them."""
+    """Yield batches of at most ``size`` events and ``FRAME_BYTES`` bytes, as the sender does."""
     from z4j_bare.pipeline.send import FRAME_BYTES
 
     batch: list[bytes] = []

@@ -1,4 +1,7 @@
-"""What the trials of a run share: a private redis-server, one real brain, and prepared batches of tasks."""
+"""What the trials of a run share.
+
+A private redis-server, one real brain, and prepared batches of tasks.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ _PREPARING = 15  # the last of the databases that Redis has by default
 
 
 class Peers:
-    """A context manager that starts broker and brain; its exit stops them and removes their directory."""
+    """A context manager that starts broker and brain.
+
+    Its exit stops them and removes their directory.
+    """
 
     def __init__(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="z4j-bench-"))
@@ -84,7 +90,10 @@ class Peers:
         return messages
 
     def release(self, database: int, messages: list[bytes]) -> None:
-        """Put prepared tasks into a worker's queue at once; no producer competes with it for the processor."""
+        """Put prepared tasks into a worker's queue at once.
+
+        No producer competes with it for the processor.
+        """
         with Redis(port=self._port, db=database) as client:
             if client.rpush(QUEUE, *messages) > len(messages):
                 raise HarnessError("the queue was not empty when the next batch was released")
@@ -159,7 +168,7 @@ def wait_count(
     timeout: float,
     on_change: Callable[[], None] = lambda: None,
 ) -> int:
-    """Poll ``count()`` until it is ``expected``, is unchanged for ``quiet`` seconds, or ``timeout`` seconds passed.
+    """Poll ``count()`` until it is ``expected``, or unchanged for ``quiet`` seconds, or the time-out.
 
     It polls every 0.5 s to spare the brain, and calls ``on_change()`` when the count has changed.
     """

@@ -45,7 +45,7 @@ def circumstances() -> dict[str, Any]:
             versions[name] = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_system()}",
         "python": platform.python_version(),
         "versions": versions,
         "load_before": os.getloadavg()[0],
@@ -74,7 +74,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Draw CPU, hub lag and memory of each variant in each pool as bars; PNG or SVG by the suffix."""
+    """Draw CPU, hub lag and memory of each variant in each pool as bars.
+
+    PNG or SVG by the suffix.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -103,6 +106,10 @@ def _bars(
     panel.set_xticks(range(len(pools)), list(pools))
     panel.set_title(label)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()}"
 
 
 def _processor() -> str:

@@ -40,9 +40,9 @@ _PROBE_TIMEOUT = 20.0
 class Plan:
     """The parameters that all trials of a run share.
 
-    ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers: on a shared
-    one the brain would evict their caches, and an agent that keeps the brain busy would pay for it.
-    ``baseline`` is the directory of the other checkout.
+    ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers: on a
+    shared one the brain would evict their caches, and an agent that keeps the brain busy would pay
+    for it. ``baseline`` is the directory of the other checkout.
     """
 
     tasks: int = 2000
@@ -60,10 +60,10 @@ class Plan:
 class Trial:
     """The measurements of one worker over all its batches, in seconds and bytes.
 
-    ``cpu`` is counted from the release of each batch until its last row; ``tasks_seconds`` end with the
-    last task. ``idle_host_cpu`` is what the worker without an agent used in the same time, after its own
-    last task. ``idle`` is the CPU per second at all other times. ``hub_lags`` come from one more batch,
-    because the ticker that measures them costs more than an idle agent.
+    ``cpu`` is counted from the release of each batch until its last row; ``tasks_seconds`` end with
+    the last task. ``idle_host_cpu`` is what the worker without an agent used in the same time,
+    after its own last task. ``idle`` is the CPU per second at all other times. ``hub_lags`` come
+    from one more batch, because the ticker that measures them costs more than an idle agent.
     """
 
     variant: str
@@ -145,7 +145,10 @@ class BenchWorker:
             raise HarnessError(f"{error}\n{tail}") from None
 
     def batch(self, messages: list[bytes], gate: Barrier) -> None:
-        """Release the tasks when all workers are at the gate; return when the brain has their rows."""
+        """Release the tasks when all workers are at the gate.
+
+        Return when the brain has their rows.
+        """
         trial, rows = self.trial, self._rows()
         began, last, ended = self._tasks(messages, gate)
         if self._agent:
@@ -161,7 +164,7 @@ class BenchWorker:
         self._agentless = None if agentless is self else agentless
 
     def add_idle_host_cpu(self) -> None:
-        """Add what the worker without an agent used between the end of its batch and the end of ours."""
+        """Add what the worker without an agent used after its own batch and before our last row."""
         if self._agentless is not None:
             used = self._idle_host_cpu - self._agentless.marked.cpu
             self.trial.idle_host_cpu += max(0.0, used)
@@ -266,7 +269,10 @@ class BenchWorker:
         return succeeded(self._brain.stats(self._agent.project))
 
     def _probe(self) -> float:
-        """Return the seconds from one task's end to its row on an idle worker; ``inf`` after a time-out."""
+        """Return the seconds from one task's end to its row on an idle worker.
+
+        ``inf`` after a time-out.
+        """
         rows, ends = self._rows(), len(self._ends())
         self._release(1)
         deadline = time.monotonic() + _PROBE_TIMEOUT

@@ -1,7 +1,7 @@
 """The worker's Celery application, the same for every variant.
 
-It also runs in other virtual environments, so it imports only the standard library and Celery, and the
-agent if the variant has one.
+It also runs in other virtual environments, so it imports only the standard library and Celery, and
+the agent if the variant has one.
 """
 
 import os
