@@ -1,4 +1,4 @@
-"""kombu's filesyname transport with atomic writes.
+"""kombu's filesystem transport with atomic writes.
 
 kombu's own transport creates a message file under its final name before it writes the content, and
 its reader takes no lock. A reader that scans in between gets an empty file, loses the message and
@@ -13,11 +13,11 @@ import time
 import uuid
 from typing import Any
 
-from kombu.transport import filesyname
+from kombu.transport import filesystem
 from kombu.utils.json import dumps
 
 
-class Channel(filesyname.Channel):  # type: ignore[misc]  # kombu has no types
+class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu has no types
     """A channel that writes a message under a temporary name and renames it."""
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:
@@ -29,7 +29,7 @@ class Channel(filesyname.Channel):  # type: ignore[misc]  # kombu has no types
         os.rename(path, f"{path}.{queue}.msg")  # noqa: PTH104
 
 
-class Transport(filesyname.Transport):  # type: ignore[misc]
+class Transport(filesystem.Transport):  # type: ignore[misc]
     """The transport for Celery's setting ``broker_transport``."""
 
     Channel = Channel
