@@ -1,8 +1,8 @@
 """Differences in what the brain records of one scripted day under the existing agent and this one.
 
-Workers, broker and brain are real; each agent has a project of its own. Tasks have fixed ids, so only
-times and the agents' behaviour can differ. Every difference is printed with its reason; a difference
-without a reason is an error.
+Workers, broker and brain are real; each agent has a project of its own. Tasks have fixed ids, so
+only times and the agents' behaviour can differ. Every difference is printed with its reason; a
+difference without a reason is an error.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def wait_count(
     timeout: float,
     on_change: Callable[[], None] = lambda: None,
 ) -> int:
-    """Poll ``count()`` until it is ``expected``, or unchanged for ``quiet`` seconds, or the time-out.
+    """Poll ``count()`` until it is ``expected``, unchanged for ``quiet`` seconds, or time is up.
 
     It polls every 0.5 s to spare the brain, and calls ``on_change()`` when the count has changed.
     """
