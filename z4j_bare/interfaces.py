@@ -1,4 +1,6 @@
-"""Contracts between packages. The docstrings are the specification; times are in seconds and sizes in bytes.
+"""Contracts between packages.
+
+The docstrings are the specification; times are in seconds and sizes in bytes.
 
 ``tests/unit/test_contracts.py`` runs ``verifyObject`` over every implementation. Payloads are
 canonical JSON in UTF-8. mypy-zope accepts an interface as a type. At run time an object passes
@@ -52,7 +54,10 @@ class ITask(Interface):
 
 
 class IEvent(Interface):
-    """A flag that tasks can wait for, such as ``threading.Event``. ``set`` never switches greenlets and never blocks."""
+    """A flag that tasks can wait for, such as ``threading.Event``.
+
+    ``set`` never switches greenlets and never blocks.
+    """
 
     def set() -> None:
         """Set the flag and wake all waiters."""
@@ -85,7 +90,7 @@ class ILock(Interface):
 
 
 class IConcurrency(Interface):
-    """The backend: the only layer that knows whether threads, gevent or eventlet run the agent's loops.
+    """The backend: the only layer that knows about threads, gevent and eventlet.
 
     A *step* is the work of a task between two waits. The backend measures each step, because a long
     one blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
@@ -118,7 +123,10 @@ class IConcurrency(Interface):
         """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
 
     def call_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call foreign code that waits by itself, such as a library on patched sockets. Its time is no step."""
+        """Call foreign code that waits by itself, such as a library on patched sockets.
+
+        The call is not measured as a step.
+        """
 
     def event() -> IEvent:
         """Return a new event of this runtime."""
@@ -127,10 +135,11 @@ class IConcurrency(Interface):
         """Return a new lock of this runtime."""
 
     def offload(function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
-        """Run ``function(*args)`` where it cannot block the hub; return ``(True, result)`` or ``(False, exception)``.
+        """Run ``function(*args)`` where it cannot block the hub.
 
-        One call runs at a time. The function must not log, and must not use a patched lock or
-        socket: a patched lock that a native thread holds deadlocks the hub (ddtrace #19538).
+        Returns ``(True, result)`` or ``(False, exception)``. One call runs at a time. The function
+        must not log, and must not use a patched lock or socket: a patched lock that a native thread
+        holds deadlocks the hub (ddtrace #19538).
         """
 
     def wait_readable(sock: HasFileno, timeout: float) -> bool:
@@ -146,22 +155,23 @@ class IConcurrency(Interface):
         """Import and return a large module. Under gevent the import yields between files."""
 
     def native_ident() -> int:
-        """Return the ident of the current OS thread, as in ``sys._current_frames``; 0 without a hub."""
+        """Return the current OS thread's key in ``sys._current_frames``; 0 without a hub."""
 
     def start_native_thread(function: Callable[..., object], *args: object) -> bool:
-        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread; return whether there is a hub.
+        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread.
 
-        ``sleep`` is the unpatched ``time.sleep``. The function must not log, use a lock or touch
-        objects of the hub.
+        Returns ``False``, without a thread, where there is no hub. ``sleep`` is the unpatched
+        ``time.sleep``. The function must not log, use a lock or touch objects of the hub.
         """
 
     def timer(
         seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """Have the hub call ``function()`` every ``seconds``; return a function that cancels the timer.
+        """Have the hub call ``function()`` every ``seconds``.
 
-        Returns ``None`` where there is no hub. A tick costs a quarter of what waking a task costs,
-        and is not measured as a step. ``function`` must not wait, log, raise or compute for long.
+        Returns a function that cancels the timer, or ``None`` where there is no hub. A tick costs a
+        quarter of what waking a task costs, and is not measured as a step. ``function`` must not
+        wait, log, raise or compute for long.
 
         :param once: call ``function`` a single time.
         """
@@ -173,28 +183,29 @@ class IConcurrency(Interface):
 class IStore(Interface):
     """The durable queue between capture and the connection, and the ledger of commands.
 
-    All methods except ``read_cached`` run inside ``IConcurrency.offload``: they do not log, wait for a
-    task or switch greenlets. Every method raises ``LocalStorageError`` and no other exception. Row
-    ids strictly increase, and rows are read in the order of their ids.
+    All methods except ``read_cached`` run inside ``IConcurrency.offload``: they do not log, wait
+    for a task or switch greenlets. Every method raises ``LocalStorageError`` and no other
+    exception. Row ids strictly increase, and rows are read in the order of their ids.
     """
 
     durable: bool = Attribute("Whether rows survive the end of the process.")
 
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
-        """Commit ``(kind, key, payload)`` rows in one transaction; return how many older rows were evicted for them.
+        """Commit ``(kind, key, payload)`` rows in one transaction.
 
-        ``kind`` is ``event``, ``result`` or ``projection``. ``key`` is the frame id of a result,
-        the engine's task id of an event, or empty.
+        Returns the number of older rows that were evicted to make room.         ``kind`` is
+        ``event``, ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's
+        task id of an event, or empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
         """Call :meth:`append` with event rows whose keys are empty."""
 
     def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
-        """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``, at most ``limit`` of them.
+        """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``.
 
-        Their payloads have at most ``max_bytes`` together. A first row that is larger is returned
-        alone. No row is deleted.
+        There are at most ``limit`` rows. Their payloads have at most ``max_bytes`` together. A
+        first row that is larger is returned alone. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
@@ -207,35 +218,46 @@ class IStore(Interface):
         """Delete acknowledged rows; return how many existed."""
 
     def discard(ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them as lost under ``reason``, in one transaction; return the count."""
+        """Delete undeliverable rows; return how many existed.
+
+        The same transaction counts them as lost under ``reason``.
+        """
 
     def increment_attempts(ids: Sequence[int]) -> None:
-        """Record that these rows were in flight when the brain closed a session because of a frame."""
+        """Record that these rows were in flight when a frame made the brain close the session."""
 
     def stats() -> Any:
-        """Return a ``BufferStats``: rows, bytes on disk, age of the oldest row, losses by reason."""
+        """Return a ``BufferStats``: rows, bytes, age of the oldest row, losses by reason."""
 
     def cached_stats() -> Any:
-        """Return the ``BufferStats`` of the last successful read, without I/O, after the disk has failed; never raises."""
+        """Return the last known ``BufferStats`` without I/O, for a failed disk. Never raises."""
 
     def import_rows(rows: Sequence[Any]) -> int:
-        """Commit ``BufferEntry`` rows of another store. They get new ids and keep their age and attempts."""
+        """Commit ``BufferEntry`` rows of another store.
+
+        They get new ids and keep their age and attempts.
+        """
 
     def export_state() -> Any:
-        """Return a ``StoreState``: the losses, and the commands that are recent enough to be delivered again."""
+        """Return a ``StoreState``: losses, and the commands that the brain may deliver again."""
 
     def import_state(state: Any) -> None:
-        """Add the losses of another store's ``StoreState`` to this store, as produced and lost, and its commands."""
+        """Add another store's ``StoreState`` to this store.
+
+        Its losses count as produced and lost here.
+        """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
-        """Record command ``key`` as started. If it was recorded before, return that ``LedgerEntry`` instead.
+        """Record command ``key`` as started.
+
+        If it was recorded before, return that ``LedgerEntry`` instead.
 
         :param provisional_result: the payload of the result that another process sends if this one
             dies before the command has finished.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
-        """Record command ``key`` as done, with the result payload that answers a repeated delivery."""
+        """Record command ``key`` as done, with the result payload for a repeated delivery."""
 
     def answer(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""
@@ -250,7 +272,8 @@ class ITransport(Interface):
     name: str = Attribute("'ws' or 'longpoll'.")
 
     confirms: bool = Attribute(
-        "Whether ``send`` returns only after the brain has processed the frame. No ``event_batch_ack`` follows then."
+        "Whether ``send`` returns only after the brain has processed the frame. "
+        "No ``event_batch_ack`` follows then."
     )
 
     def connect(hello: bytes) -> bytes:
@@ -261,7 +284,10 @@ class ITransport(Interface):
         """
 
     def send(build: Callable[[], bytes]) -> int:
-        """Build one frame and write it under one lock, so that sequence numbers are in wire order; return its size.
+        """Build and write one frame; return its size.
+
+        Both happen under one lock, so that frames are written in the order of their sequence
+        numbers.
 
         Raises ``NetworkError`` when the connection fails, ``RemoteError`` when the response reports
         an error, and ``FrameTooLargeError`` when the frame does not fit. After that one the session
@@ -269,16 +295,24 @@ class ITransport(Interface):
         """
 
     def receive(timeout: float) -> bytes | None:
-        """Return the next message, or ``None`` after ``timeout`` seconds without one. Only one task may receive.
+        """Return the next message, or ``None`` after ``timeout`` seconds without one.
+
+        Only one task may receive.
 
         Raises ``NetworkError`` or ``RemoteError`` when the connection is closed.
         """
 
     def abort() -> None:
-        """Break the connection and wake the receiving task. May be called by any task. Idempotent."""
+        """Break the connection and wake the receiving task.
+
+        May be called by any task. Idempotent.
+        """
 
     def close() -> None:
-        """Close the connection, with a close frame if that needs no waiting. Only for the owner. Idempotent."""
+        """Close the connection, with a close frame if that needs no waiting.
+
+        Only for the owner. Idempotent.
+        """
 
 
 class IConnection(Interface):
@@ -298,30 +332,19 @@ class IConnection(Interface):
     def send_shrinking(
         kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
     ) -> bool:
-        """Send ``payload``, or the first of the ever smaller versions in ``shrink(payload)`` that fits.
+        """Send ``payload``, or the first smaller version that fits; return whether it was smaller.
 
-        Returns whether a smaller version was sent. Raises ``FrameTooLargeError`` when not even the
-        smallest one fits.
-        """
-
-
-class IProcessRestart(Interface):
-    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
-
-    is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
-
-    def request(worker: str) -> Any:
-        """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
-
-        Raises ``CommandError`` where a restart would be wrong.
+        ``shrink(payload)`` yields the versions, each smaller than the one before. Raises
+        ``FrameTooLargeError`` when not even the smallest one fits.
         """
 
 
 class ISchedulerHost(Interface):
-    """One scheduler adapter, whose schedules are published and which carries out schedule commands."""
+    """One scheduler adapter: the source of schedules, and the target of schedule commands."""
 
     name: str = Attribute(
-        "The scheduler's name, such as 'celery-beat'. The brain records it as the owner of the schedules."
+        "The scheduler's name, such as 'celery-beat'. "
+        "The brain records it as the owner of the schedules."
     )
     redactor: Any = Attribute("Redacts a schedule by the rules that the brain applies.")
     answers: Any = Attribute(
@@ -329,7 +352,10 @@ class ISchedulerHost(Interface):
     )
 
     def connect(changed: Callable[[], object]) -> None:
-        """Register ``changed()``, which is called in any task or thread when a schedule may have changed. Never raises."""
+        """Have ``changed()`` called, in any task or thread, when a schedule may have changed.
+
+        Never raises.
+        """
 
     def disconnect(timeout: float = 5.0) -> None:
         """Remove that registration within ``timeout`` seconds. Never raises."""
@@ -338,7 +364,10 @@ class ISchedulerHost(Interface):
         """Return what the scheduler supports at this moment. Never raises."""
 
     def schedules(timeout: float) -> list[Any]:
-        """Return all schedules of the scheduler. A schedule that is missing counts as deleted, so a failure raises."""
+        """Return all schedules of the scheduler.
+
+        A schedule that is missing counts as deleted, so a failure raises.
+        """
 
     def schedule(identity: str, timeout: float) -> Any:
         """Return the schedule with the scheduler's own key ``identity``, or ``None``."""
@@ -352,13 +381,14 @@ class ISchedulerHost(Interface):
 
 
 class INativeSchedules(Interface):
-    """An operator's changes to schedules that are defined in code; implements ``z4j_core``'s ``NativeScheduleOverrides``.
+    """An operator's changes to schedules that are defined in code.
 
-    Adapters call both methods from worker threads and from the scheduler's own loop.
+    This is the ``NativeScheduleOverrides`` of ``z4j_core``. Adapters call both methods from worker
+    threads and from the scheduler's own loop.
     """
 
     def resolve(baseline: list[Any], *, owner: str) -> list[Any]:
-        """Return the effective schedules: ``baseline`` (those in code) with the changes, deletions and additions."""
+        """Return ``baseline``, the schedules in code, with the operator's changes applied."""
 
     def mutate(
         *,
@@ -371,14 +401,15 @@ class INativeSchedules(Interface):
         validate: Callable[[Any], None],
         engine: str,
     ) -> Any:
-        """Commit one change if the schedule still equals ``expected``; return the new schedule, ``None`` if deleted.
+        """Commit one change if the schedule still equals ``expected``.
 
-        Raises ``ValueError`` when the change is impossible, and every exception of ``validate``.
+        Returns the new schedule, or ``None`` if the change deletes it. Raises ``ValueError`` when
+        the change is impossible, and every exception of ``validate``.
         """
 
 
 class IBridge(Interface):
-    """Runs the coroutines of asyncio-based adapters without showing the host a running event loop."""
+    """Runs the coroutines of adapters without a running event loop that the host could see."""
 
     def call(
         function: Callable[..., object], *args: object, timeout: float, **kwargs: object
@@ -392,10 +423,16 @@ class IBridge(Interface):
     def pump(
         iterate: Callable[[], AsyncIterator[Any]], sink: Callable[[Any], None], name: str
     ) -> Callable[[], None]:
-        """Pass every item of an adapter's async generator to ``sink``; return a function that stops this."""
+        """Pass every item of an async generator to ``sink``; return a function that stops this."""
 
     def loop() -> Any:
-        """Return the object that adapters get as ``loop=``. Its ``call_soon_threadsafe`` never raises and never switches."""
+        """Return the object that adapters get as ``loop=``.
+
+        Its ``call_soon_threadsafe`` never raises and never switches.
+        """
 
     def stop() -> None:
-        """Cancel all calls and stop the loop. Idempotent. Later calls are dropped without an error."""
+        """Cancel all calls and stop the loop.
+
+        Idempotent. Later calls are dropped without an error.
+        """

@@ -25,7 +25,7 @@ from z4j_bare.engines.celery.task_state import (
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
-from z4j_bare.safety import excused, safe_boundary
+from z4j_bare.safety import should_suppress, safe_boundary
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -145,7 +145,7 @@ class CeleryCapture:
                 (self._received, self._clock(), task_id, task_state, args, kwargs, parent, root)
             )
         except Exception as error:
-            if not excused(self._on_received, error):
+            if not should_suppress(self._on_received, error):
                 raise
 
     def _on_prerun(self, task_id: str = "", task: Task = _ABSENT, **_kwargs: object) -> None:
@@ -155,7 +155,7 @@ class CeleryCapture:
                 task_state.started_at = perf_counter()
                 self._put((self._started, self._clock(), task_id, task_state))
         except Exception as error:
-            if not excused(self._on_prerun, error):
+            if not should_suppress(self._on_prerun, error):
                 raise
 
     def _on_postrun(
@@ -187,7 +187,7 @@ class CeleryCapture:
                     )
                 )
         except Exception as error:
-            if not excused(self._on_postrun, error):
+            if not should_suppress(self._on_postrun, error):
                 raise
 
     @safe_boundary
