@@ -339,6 +339,19 @@ class IConnection(Interface):
         """
 
 
+class IProcessRestart(Interface):
+    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
+
+    is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
+
+    def request(worker: str) -> Any:
+        """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
+
+        Raises ``CommandError`` when this process is not ``worker``, has no supervisor, or started
+        less than a minute ago.
+        """
+
+
 class ISchedulerHost(Interface):
     """One scheduler adapter: the source of schedules, and the target of schedule commands."""
 
