@@ -112,7 +112,7 @@ class StepScopedSelector(selectors.BaseSelector):
             self._waiting = self._called = False
 
     def wait(self, timeout: float) -> bool:
-        """Select. Has the signature of ``IEvent.wait``, so that ``backend.wait`` can call it."""
+        """Select; return whether anything is ready."""
         self._ready = self._inner.select(timeout)
         return bool(self._ready)
 
@@ -122,7 +122,7 @@ class StepScopedSelector(selectors.BaseSelector):
             if timeout <= 0:
                 # gevent's selector does not run the hub when it must not block.
                 self._backend.sleep(0)
-            self._backend.wait(self, timeout)
+            self._backend.call_blocking(self.wait, timeout)
         finally:
             self._begin_step()
             self._yield_at = self._backend.now() + SLICE_SECONDS

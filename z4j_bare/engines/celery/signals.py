@@ -25,7 +25,7 @@ from z4j_bare.engines.celery.task_state import (
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
-from z4j_bare.safety import should_suppress, safe_boundary
+from z4j_bare.safety import safe_boundary, should_suppress
 
 if TYPE_CHECKING:
     from celery.app.task import Task
