@@ -16,7 +16,7 @@ from z4j_bare.buffer.store import BufferStore
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
-from z4j_bare.wire.events import encode_fields
+from z4j_bare.wire.frames import encode_fields
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 

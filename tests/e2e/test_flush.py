@@ -13,7 +13,7 @@ from z4j_bare.buffer.store import BufferStore
 from z4j_bare.demo.process import clean_environment
 from z4j_bare.install import resolve_config
 from z4j_bare.settings import deployment_id, load_settings, read_key
-from z4j_bare.wire.events import encode_fields
+from z4j_bare.wire.frames import encode_fields
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -19,7 +19,7 @@ from z4j_bare.errors import FrameTooLargeError, LocalStorageError
 from z4j_bare.settings import deployment_id, read_key, read_token
 from z4j_bare.transport.auto import LONGPOLL, TransportFactory
 from z4j_bare.wire import frames
-from z4j_bare.wire.lighter import shrink_result
+from z4j_bare.wire.frames import shrink_result
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.wire.canonical import plain
-from z4j_bare.wire.frames import command_result, shortened
+from z4j_bare.wire.canonical import to_json_types
+from z4j_bare.wire.frames import command_result, summarise_result
 
 if TYPE_CHECKING:
     from z4j_bare.events.redaction import Redactor
@@ -32,9 +32,9 @@ def encode_result(
     result = outcome.result
     try:
         if _has_more_nodes(result, MAX_NODES):
-            result = shortened(result, f"of more than {MAX_NODES} values")
+            result = summarise_result(result, f"of more than {MAX_NODES} values")
         # Converts foreign objects to text. Their code must not run in the offload thread.
-        body = plain(result)
+        body = to_json_types(result)
         ok, payload = offload(_encode, command, outcome, body, redactor)
         if ok:
             return bytes(payload)
@@ -44,7 +44,7 @@ def encode_result(
         text = None
         if outcome.error is not None:
             text = f"{command.action} failed, and the reason is {why}"
-        return command_result(outcome.status, shortened(None, why), text, command.token)
+        return command_result(outcome.status, summarise_result(None, why), text, command.token)
 
 
 def _encode(

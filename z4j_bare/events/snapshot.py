@@ -1,7 +1,7 @@
-"""Bounded copies of task arguments and results, taken on the host's time.
+"""A bounded copy of what a task was called with, or returned, taken on the host's time.
 
-A snapshot runs no code of the host. JSON types are copied by the methods of the built-in types, a
-few well-known types become text, and every other object becomes the name of its class.
+It runs none of the host's code: JSON types are copied through their own type's methods, a few well-known ones become text,
+and anything else becomes the name of its class. What is cut is marked as cut.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import uuid
 from itertools import islice
 from typing import Any
 
-#: Maximum characters of one event. Redacting ten values of 8 KB each would take 36 ms.
+#: Characters and nodes that one event may bring; ten 8 KB values cost 36 ms of redaction otherwise (design, rule 5).
 MAX_CHARS = 16 * 1024
-
-#: Maximum values of one event, containers included.
 MAX_NODES = 500
 
-#: Characters kept beyond the limit until redaction, so that it also sees a secret at the limit.
+#: Characters kept beyond a cut until redaction has seen them, so that no secret survives on the edge.
 MARGIN = 1024
 
-#: Nesting depth below which a container is replaced by its name. The brain redacts below 64.
+#: Nesting beyond which a value is named instead of copied; the brain redacts below 64.
 MAX_DEPTH = 32
 
-#: Bits of an integer above which only its size is kept. Python refuses to parse 4,300 digits.
+#: Integers over this many bits are named: Python refuses to parse more than 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
@@ -45,11 +43,7 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 class TruncatedStr(str):
-    """The start of a longer string.
-
-    It holds the ``limit`` characters to send and up to ``MARGIN`` more for redaction. ``length`` is
-    the length of the original.
-    """
+    """The beginning of a longer string: ``limit`` characters to send, ``MARGIN`` more to look at, ``length`` in all."""
 
     __slots__ = ("length", "limit")
 
@@ -58,22 +52,22 @@ class TruncatedStr(str):
 
     @classmethod
     def of(cls, text: str, limit: int) -> TruncatedStr:
-        """Truncate ``text`` to ``limit`` characters."""
-        truncated = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
-        truncated.limit, truncated.length = limit, str.__len__(text)
-        return truncated
+        """Cut ``text`` after ``limit`` characters."""
+        cut = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
+        cut.limit, cut.length = limit, str.__len__(text)
+        return cut
 
 
 def snapshot(value: Any) -> Any:
-    """Return a bounded copy of ``value``; a string over the limit is a :class:`TruncatedStr`."""
+    """Return a copy of ``value`` within the bounds; strings over them come as :class:`TruncatedStr`."""
     kind = type(value)
     if value is None or kind is bool or kind is float or (kind is str and len(value) <= MAX_CHARS):
         return value
-    return _Copier().copy(value, MAX_DEPTH)
+    return _Copy().copy(value, MAX_DEPTH)
 
 
-class _Copier:
-    """One copy of one value, with the characters and nodes that it may still take."""
+class _Copy:
+    """One pass over a value, and what is left of its bounds."""
 
     __slots__ = ("chars", "nodes")
 
@@ -85,16 +79,20 @@ class _Copier:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        # Not isinstance(): it reads value.__class__, which may run the host's code.
-        kind = type(value)
+        kind = type(
+            value
+        )  # not isinstance: that asks the value for its __class__, which may be the host's code
         if issubclass(kind, enum.Enum):
             return self.text(f"{kind.__name__}.{value._name_}")
         if issubclass(kind, str):
             return self.text(value)
         if issubclass(kind, int):
             number = int.__int__(value)
-            bits = number.bit_length()
-            return number if bits <= MAX_INT_BITS else f"<int of {bits} bits>"
+            return (
+                number
+                if number.bit_length() <= MAX_INT_BITS
+                else f"<int of {number.bit_length()} bits>"
+            )
         if issubclass(kind, float):
             return float.__float__(value)
         if issubclass(kind, _CONTAINERS):
@@ -105,10 +103,10 @@ class _Copier:
 
     def text(self, value: str) -> str:
         length = str.__len__(value)
-        remaining = max(0, self.chars)
+        left = max(0, self.chars)
         self.chars -= length
-        if length > remaining:
-            return TruncatedStr.of(value, remaining)
+        if length > left:
+            return TruncatedStr.of(value, left)
         return value if type(value) is str else str.__str__(value)
 
     def container(self, value: Any, kind: type, depth: int) -> Any:
@@ -139,6 +137,6 @@ class _Copier:
         missing = base.__len__(value) - len(items)
         return [*items, f"[... {missing} more cut]"] if missing > 0 else items
 
-    def key(self, key: object) -> str:
-        name = self.copy(key, 1)
-        return name[:MARGIN] if isinstance(name, str) else str(name)
+    def key(self, key: Any) -> str:
+        named = self.copy(key, 1)
+        return named[:MARGIN] if isinstance(named, str) else str(named)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from z4j_bare.wire.frames import frame_id
-from z4j_bare.wire.lighter import shrink_heartbeat
+from z4j_bare.wire.frames import frame_id, shrink_heartbeat
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency

@@ -56,7 +56,7 @@ class Connection:
         """Verify a message of the brain and return z4j_core's model of it. Raises ``RemoteProtocolError``."""
         # fifty commands may have come in one piece, with no wait in between
         self._timeslice.checkpoint()
-        return self.session.open(message, self._timeslice.checkpoint)
+        return self.session.verify(message, self._timeslice.checkpoint)
 
     def rested(self) -> None:
         """Note that whoever opens messages has waited for the next one; a yield right after that is for nobody."""

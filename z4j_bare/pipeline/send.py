@@ -11,9 +11,7 @@ from z4j_bare.buffer.rows import EVENT, POISON, PROJECTION, RESULT
 from z4j_bare.errors import AgentError, FrameTooLargeError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.poison import describe, part
 from z4j_bare.wire import close_codes
-from z4j_bare.wire.events import shrink
-from z4j_bare.wire.frames import event_batch, frame_id
-from z4j_bare.wire.lighter import shrink_result
+from z4j_bare.wire.frames import event_batch, frame_id, shrink_event, shrink_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
 from z4j_bare.wire.window import FRAME_EVENTS, Window
 
@@ -64,7 +62,7 @@ class SendLoop:
         self._buffer = buffer
         self._backend = backend
         self._counters = counters
-        self._confirms: bool = link.transport.confirms
+        self._synchronous_acks: bool = link.transport.synchronous_acks
         self._most = self._limit = min(FRAME_BYTES, link.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
         self._window = Window()
         # In threads an ack may come between the two halves of whatever the sender does to the window.
@@ -97,7 +95,7 @@ class SendLoop:
             now = self._backend.now()
             self._finish(self._window.acked(frame, now))
             self._proven = True
-            rest = self._window.rest(now)
+            rest = self._window.pause_remaining(now)
         # A hub wakes us once, when the brain has had its breath. Without one we wake now, see that, and wait it out.
         if self._more and self._backend.timer(rest, self._link.wake.set, once=True) is None:
             self._link.wake.set()
@@ -105,12 +103,12 @@ class SendLoop:
     def stored(self, events: int) -> None:
         """Take note of events that were committed; called by the flush loop. If a frame is under way, its ack wakes us."""
         self._more = self._more or events > 0  # first: an ack that comes now has to see it
-        if not self._window.queued:
+        if not self._window.in_flight:
             self._link.wake.set()
 
     def hurry(self) -> None:
         """Let nothing wait from now on: the agent stops."""
-        self._window.hurry()
+        self._window.disable_pacing()
         self._link.wake.set()
 
     def idle(self) -> bool:
@@ -123,7 +121,7 @@ class SendLoop:
         Rows that were on their way when the brain refused a frame are marked. The only one, in a session that worked until
         then, is dropped and counted.
         """
-        ids = self._undecided(error) if close_codes.of_a_frame(error) else []
+        ids = self._undecided(error) if close_codes.may_be_poison(error) else []
         if not ids:
             return error
         apart = [entry for entry in self._apart if entry.id in ids]
@@ -138,14 +136,14 @@ class SendLoop:
 
     def _undecided(self, error: AgentError) -> list[int]:
         """Return the ids of the rows that may be what ``error`` is about."""
-        if self._confirms:
+        if self._synchronous_acks:
             return [entry.id for entry in self._uploading] if error is self._failure else []
         with self._books:
             return [*self._owed, *self._window.ids]
 
     def _patience(self) -> float:
         """Return for how many seconds nothing happens that does not wake us."""
-        rest = self._window.rest(self._backend.now())
+        rest = self._window.pause_remaining(self._backend.now())
         if self._more and (rest or not self._window.frames):
             return rest  # only the brain's breath keeps us, which may have just ended
         # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
@@ -174,7 +172,7 @@ class SendLoop:
         """Confirm, look, send; return whether there may be more to send at once."""
         now = self._backend.now()
         with self._books:
-            silent = self._window.silent(now)
+            silent = self._window.ack_timed_out(now)
         if silent:
             if self._told & self._doubted:
                 raise ScheduleStreamError("no ack for schedules: a new session tells them anew")
@@ -206,7 +204,7 @@ class SendLoop:
 
     def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
-        if self._confirms:
+        if self._synchronous_acks:
             return bool(events)  # how many of them fitted is not known here
         return (
             len(events) >= self._most_events(room)
@@ -214,7 +212,7 @@ class SendLoop:
         )
 
     def _most_events(self, room: int) -> int:
-        return min(room, FRAME_EVENTS if self._confirms else self._window.frame)
+        return min(room, FRAME_EVENTS if self._synchronous_acks else self._window.frame_events)
 
     def _try_apart(self, suspects: Sequence[BufferEntry]) -> bool:
         """Send suspects when nothing else is on its way and the session has proved to work; return as ``_turn`` does."""
@@ -223,17 +221,17 @@ class SendLoop:
             return False
         if not self._proven:
             self._prove()
-            return self._confirms
+            return self._synchronous_acks
         self._apart = suspects
         if suspects[0].kind in EXPRESS:
             self._send_express(suspects[0])
             suspects = ()
         self._send_events(suspects)
-        return self._confirms
+        return self._synchronous_acks
 
     def _prove(self) -> None:
         """Have an empty batch acknowledged."""
-        if self._confirms:
+        if self._synchronous_acks:
             self._uploading = ()
             self._link.send("event_batch", frame_id("ev"), event_batch(()))
             self._proven = True
@@ -241,14 +239,14 @@ class SendLoop:
             self._send_batch(())
 
     def _send_events(self, events: Sequence[BufferEntry]) -> None:
-        if events and self._confirms:
+        if events and self._synchronous_acks:
             self._deliver(events)
         elif events or self._owed:
             self._send_batch(events)
 
     def _room(self, now: float) -> int:
         with self._books:
-            return self._window.room(now)
+            return self._window.available(now)
 
     def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
         next_results = (self._after_result, RESULTS, EXPRESS)
@@ -275,7 +273,7 @@ class SendLoop:
         self._counters.recut += self._link.send_shrinking(
             "command_result", entry.key, entry.payload, shrink_result
         )
-        if self._confirms:
+        if self._synchronous_acks:
             self._finish((entry.id,))
         else:
             self._owed.append(entry.id)
@@ -327,7 +325,7 @@ class SendLoop:
 
     def _cut(self, payload: bytes) -> bytes:
         fields: dict[str, Any] = json.loads(payload)
-        return shrink(fields, self._link.hello_ack.max_frame_bytes - ENVELOPE_BYTES - 16)
+        return shrink_event(fields, self._link.hello_ack.max_frame_bytes - ENVELOPE_BYTES - 16)
 
 
 def _room_for(payload: bytes, error: FrameTooLargeError) -> int:
@@ -339,7 +337,7 @@ def _room_for(payload: bytes, error: FrameTooLargeError) -> int:
 def _recut(payload: bytes, room: int, error: FrameTooLargeError) -> bytes:
     """Return the event in ``room`` bytes or little more; raise ``error`` when there is nothing left to cut."""
     fields: dict[str, Any] = json.loads(payload)
-    cut = shrink(fields, room)
+    cut = shrink_event(fields, room)
     if len(cut) >= len(payload):
         raise error
     return cut

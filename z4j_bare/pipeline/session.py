@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
 from z4j_bare.pipeline.link import Connection
-from z4j_bare.wire.close_codes import BACKOFF_POLICIES, Backoff, explained, failure_class
+from z4j_bare.wire.backoff import BACKOFF_POLICIES, ReconnectBackoff, failure_class
+from z4j_bare.wire.close_codes import explain_signature_error
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Supervisor:
         backend: BaseConcurrency,
         counters: Counters,
     ) -> None:
-        self.backoff = Backoff()
+        self.backoff = ReconnectBackoff()
         self.link: Connection | None = None
         #: When the last session began, in seconds since the epoch, and the failures in a row that it ended.
         self.connected_at = 0.0
@@ -108,11 +109,11 @@ class Supervisor:
         try:
             self._serve(link)
         except RemoteError as error:
-            raise explained(error, link.behind) from None
+            raise explain_signature_error(error, link.behind) from None
         finally:
             stood = self._backend.now() - began
-            self.backoff.stood(stood)
-            if stood >= BACKOFF_POLICIES["connection"].steady:
+            self.backoff.on_session_end(stood)
+            if stood >= BACKOFF_POLICIES["connection"].reset_after:
                 self._failures = 0
 
     def _welcome(self, link: Connection) -> None:
@@ -120,7 +121,7 @@ class Supervisor:
         self._counters.sessions += 1
         self._counters.transport = link.transport.name
         self._counters.last_error = ""
-        self.connected_at, self.overcome = self._backend.wall(), self.backoff.welcomed()
+        self.connected_at, self.overcome = self._backend.wall(), self.backoff.on_connected()
         if not self._failures:
             logger.info(
                 "z4j: connected over %s, session %s", link.transport.name, link.hello_ack.session_id

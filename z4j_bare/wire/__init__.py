@@ -1,1 +1,1 @@
-"""The protocol without I/O: bytes and ``now`` go in, bytes and decisions come out. No socket, clock or thread."""
+"""The protocol without I/O: bytes and ``now`` go in, bytes and decisions come out."""

@@ -1,39 +1,68 @@
-"""Builders: the payloads of the frames that an agent sends, as canonical bytes. Signing is the session's."""
+"""The payloads of outgoing frames as canonical bytes, and smaller versions of large ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_core.schedule_external import EXTERNAL_SCHEDULE_RUNTIME_FEATURE
 from z4j_core.version import PROTOCOL_VERSION
 
-from z4j_bare.wire.canonical import canonical
+from z4j_bare.wire.canonical import canonical, canonical_plain
 
-#: A result's error text: the frame model's limit, and what the brain's row keeps of it (2.8).
-MAX_ERROR_CHARS = 8192
-ERROR_CHARS = 1024
+if TYPE_CHECKING:
+    from z4j_core.models import Event
 
-#: Bytes of a result; beyond, a short one is sent that says so. A quarter of the brain's 1 MiB frame.
+#: Bytes of one event, at most: half the brain's frame of 1 MiB. A frame of several events has at
+#: most 128 KiB.
+MAX_EVENT_BYTES = 512 * 1024
+
+#: Bytes of a result, at most: a quarter of the brain's frame of 1 MiB. A summary replaces a larger
+#: one.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Numbers that are kept of a result which is too large, and characters of their keys.
-MAX_FIGURES = 50
-MAX_KEY = 64
+#: Fields of an event's data, in the order in which they are removed from an event that is too
+#: large. The brain's row stays useful without them.
+TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
-#: Seconds; the brain's limit for an age, ten years. A clock that was wrong can make older rows.
+#: Characters of an event's names: the width of the brain's columns for queue and worker.
+MAX_NAME_CHARS = 200
+
+#: Characters of a result's error text: the limit of the frame model.
+MAX_ERROR_CHARS = 8192
+
+#: Characters of a result's error text that the brain's row keeps.
+ERROR_CHARS = 1024
+
+#: Numbers that the summary of a result keeps, at most.
+MAX_SUMMARY_NUMBERS = 50
+
+#: Characters in the key of such a number, at most.
+MAX_KEY_CHARS = 64
+
+#: Rows and events in a counter of the brain's frame models, at most.
+MAX_COUNT = 10_000_000
+
+#: Seconds: ten years, the brain's limit for the age of a row. A wrong clock can produce older rows.
 MAX_AGE = 315_360_000.0
 
+#: Keys of one worker's details, in the order in which they are removed from a heartbeat that is too
+#: large. The brain keeps the previous value of a key that is absent.
+DROPPABLE_WORKER_KEYS = ("active", "registered", "conf")
+
 RUNTIME_FEATURES = ("retry_by_reference", EXTERNAL_SCHEDULE_RUNTIME_FEATURE)
+
+_DETAILS_SUFFIX = ".worker_details"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this process is, as ``hello`` tells it (``brain-contract`` 1.3)."""
+    """The facts about this process that ``hello`` carries (``docs/protocol.md``, "Hello")."""
 
     framework: str
     agent_version: str
@@ -72,11 +101,59 @@ def hello(identity: Identity) -> bytes:
     return canonical({"v": 2, "type": "hello", "id": frame_id("hello"), "payload": payload})
 
 
-def event_batch(events: Sequence[bytes]) -> bytes:
-    """Return the payload of an ``event_batch`` around events that are canonical bytes already.
+def encode_event(event: Event) -> bytes:
+    """Return the canonical bytes of an adapter's ``Event``.
 
-    With no events it is a receipt request: the brain handles one connection's frames in order and acknowledges even an
-    empty batch (2.4), so its ack proves that whatever was sent before it has been dealt with.
+    An event that is too large is truncated and marked.
+    """
+    return encode_fields(
+        {
+            "id": str(event.id),
+            "kind": str(event.kind.value),
+            "engine": event.engine,
+            "task_id": event.task_id,
+            "occurred_at": event.occurred_at.isoformat(),
+            "data": event.data,
+        }
+    )
+
+
+def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
+    """Return the canonical bytes of an event's fields.
+
+    ``trusted`` skips the sanitiser: all values are JSON types with string keys.
+    """
+    encoded = canonical_plain(fields) if trusted else canonical(fields)
+    return encoded if len(encoded) <= MAX_EVENT_BYTES else shrink_event(fields, MAX_EVENT_BYTES)
+
+
+def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
+    """Return the event in at most ``limit`` bytes.
+
+    Fields are replaced by a mark in ``TRUNCATION_ORDER``. If that is not enough, only the names
+    remain.
+    """
+    data = dict(fields.get("data") or {})
+    encoded = b""
+    for name in TRUNCATION_ORDER:
+        if name in data:
+            data[name] = f"[... {len(canonical(data[name]))} bytes cut]"
+        encoded = canonical({**fields, "data": data})
+        if len(encoded) <= limit:
+            return encoded
+    names = {
+        name: data[name][:MAX_NAME_CHARS]
+        for name in ("task_name", "queue", "worker")
+        if isinstance(data.get(name), str)
+    }
+    return canonical({**fields, "data": {**names, "cut": f"[... {len(encoded)} bytes cut]"}})
+
+
+def event_batch(events: Sequence[bytes]) -> bytes:
+    """Return the payload of an ``event_batch`` with events that are canonical bytes.
+
+    Without events it requests a receipt. The brain handles the frames of a connection in order and
+    acknowledges an empty batch too, so its ack proves that all earlier frames were handled.
     """
     return b'{"events":[' + b",".join(events) + b"]}"
 
@@ -84,20 +161,23 @@ def event_batch(events: Sequence[bytes]) -> bytes:
 def registry_delta(
     engine: str, added: Sequence[bytes], removed: Sequence[str], updated: Sequence[bytes]
 ) -> bytes:
-    """Return the payload of a ``registry_delta`` around definitions that are canonical JSON already."""
+    """Return the payload of a ``registry_delta`` with task definitions that are canonical JSON."""
     lists = b",".join(added), canonical(engine[:40]), canonical(list(removed)), b",".join(updated)
     return b'{"added":[%b],"engine":%b,"removed":%b,"updated":[%b]}' % lists
 
 
 def command_ack(token: str | None) -> bytes:
-    """Return the payload of a ``command_ack``; the delivery token is echoed unchanged (2.8)."""
+    """Return the payload of a ``command_ack``.
+
+    The brain expects its delivery token back unchanged.
+    """
     return canonical({"delivery_claim_token": token} if token else {})
 
 
 def command_result(
     status: str, result: Mapping[str, Any] | None, error: str | None, token: str | None
 ) -> bytes:
-    """Return the payload of a ``command_result`` that always fits: of too large a result only the numbers are sent."""
+    """Return the payload of a ``command_result``. A summary replaces a result that is too large."""
     body = {
         "status": status,
         "result": None if result is None else dict(result),
@@ -108,22 +188,35 @@ def command_result(
     if len(encoded) <= MAX_RESULT_BYTES:
         return encoded
     why = f"of {len(encoded)} bytes, over the limit of {MAX_RESULT_BYTES}"
-    return canonical({**body, "result": shortened(result, why)})
+    return canonical({**body, "result": summarise_result(result, why)})
 
 
-def shortened(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
-    """Return what is sent in place of a result that cannot be: its numbers, such as how many tasks were retried, and why.
+def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
+    """Return a summary of a result that cannot be sent: its numbers, and the reason.
 
-    The status stays: what has been done and is told as a failure gets done again, and the brain stops a schedule whose
-    firing "failed" (4.6).
+    The command's status stays as it is. A command that succeeded and is reported as failed would be
+    repeated, and the brain disables a schedule whose command "failed".
     """
     items = (
         item
         for item in (result or {}).items()
-        if isinstance(item[0], str) and len(item[0]) <= MAX_KEY
+        if isinstance(item[0], str) and len(item[0]) <= MAX_KEY_CHARS
     )
     numbers = ((key, value) for key, value in items if isinstance(value, (bool, int, float)))
-    return {**dict(islice(numbers, MAX_FIGURES)), "shortened": True, "why": f"the result is {why}"}
+    kept = dict(islice(numbers, MAX_SUMMARY_NUMBERS))
+    return {**kept, "shortened": True, "why": f"the result is {why}"}
+
+
+def shrink_result(payload: bytes) -> Iterator[bytes]:
+    """Yield smaller versions of a result: a shorter error, a summary, the status alone."""
+    body: dict[str, Any] = json.loads(payload)
+    error = body.get("error")
+    if isinstance(error, str) and len(error) > ERROR_CHARS:
+        yield canonical_plain({**body, "error": error[:ERROR_CHARS]})
+    why = f"of {len(payload)} bytes, more than this transport takes"
+    note = f"{error[:200]} [... cut]" if isinstance(error, str) else None
+    for result in (body.get("result"), None):
+        yield canonical_plain({**body, "result": summarise_result(result, why), "error": note})
 
 
 def agent_status(
@@ -136,7 +229,15 @@ def agent_status(
     identity: Identity,
     loss: Mapping[str, Any],
 ) -> bytes:
-    """Return the payload of an ``agent_status`` (2.7); ``streaks`` are failures in a row, by ``Backoff``'s names."""
+    """Return the payload of an ``agent_status``.
+
+    :param streaks: consecutive failures before this session, by the names of
+        ``ReconnectBackoff.streaks``.
+    :param connected_at: start of the session, in seconds since the epoch.
+    :param session_age: age of the session in seconds.
+    :param buffer_depth: rows in the buffer.
+    :param oldest_age: age of the oldest row in seconds.
+    """
     return canonical(
         {
             "auth_failure_streak": streaks.get("auth", 0),
@@ -144,7 +245,7 @@ def agent_status(
             "connection_failure_streak": streaks.get("connection", 0),
             "last_successful_connect_at": datetime.fromtimestamp(connected_at, UTC).isoformat(),
             "current_session_age_seconds": round(max(0.0, session_age), 3),
-            "buffer_depth": min(buffer_depth, 10_000_000),
+            "buffer_depth": min(buffer_depth, MAX_COUNT),
             "buffer_oldest_age_seconds": None
             if oldest_age is None
             else round(min(oldest_age, MAX_AGE), 3),
@@ -165,16 +266,44 @@ def heartbeat(
     loss: Mapping[str, Any],
     health: Mapping[str, str],
 ) -> bytes:
-    """Return the payload of a ``heartbeat``; ``last_flush_at`` in seconds since the epoch."""
+    """Return the payload of a ``heartbeat``; ``last_flush_at`` is in seconds since the epoch."""
     flushed = (
         None if last_flush_at is None else datetime.fromtimestamp(last_flush_at, UTC).isoformat()
     )
     return canonical(
         {
-            "buffer_size": min(buffer_size, 10_000_000),
+            "buffer_size": min(buffer_size, MAX_COUNT),
             "last_flush_at": flushed,
-            "dropped_events": min(dropped_events, 10_000_000),
+            "dropped_events": min(dropped_events, MAX_COUNT),
             "telemetry_loss": dict(loss),
             "adapter_health": {key: str(value) for key, value in health.items()},
         }
     )
+
+
+def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
+    """Yield smaller versions of a heartbeat, with fewer health data each time."""
+    beat: dict[str, Any] = json.loads(payload)
+    health: dict[str, Any] = beat.get("adapter_health") or {}
+    for dropped in DROPPABLE_WORKER_KEYS:
+        health = {
+            key: _without_key(dropped, value) if key.endswith(_DETAILS_SUFFIX) else value
+            for key, value in health.items()
+        }
+        yield canonical_plain({**beat, "adapter_health": health})
+    health = {key: value for key, value in health.items() if not key.endswith(_DETAILS_SUFFIX)}
+    yield canonical_plain({**beat, "adapter_health": {**health, "z4j.cut": "worker_details"}})
+    yield canonical_plain({**beat, "adapter_health": {"z4j.cut": "adapter_health"}})
+
+
+def _without_key(dropped: str, details: Any) -> Any:
+    """Return the JSON of worker details without one key of each worker, or any other value."""
+    try:
+        workers = json.loads(details)
+        reduced = {
+            name: {key: value for key, value in worker.items() if key != dropped}
+            for name, worker in workers.items()
+        }
+    except (ValueError, TypeError, AttributeError):
+        return details
+    return json.dumps(reduced, separators=(",", ":"))

@@ -1,7 +1,7 @@
-"""One signed session: what comes after ``hello_ack``, in both directions, without a socket or a clock.
+"""One signed session: every frame after ``hello_ack``, in both directions, without socket or clock.
 
-Outgoing frames are spliced: the payload's canonical bytes are made once, at capture, and only the few envelope keys around
-them are new at each send. A property test holds the result equal to z4j_core's own signer.
+Outgoing frames are spliced: the payload's canonical bytes are made once, at capture, and each send
+adds only the envelope around them. A property test compares the result with z4j_core's own signer.
 """
 
 from __future__ import annotations
@@ -23,25 +23,29 @@ from z4j_core.transport.framing import FrameVerifier
 from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
-from z4j_bare.wire import patient
-from z4j_bare.wire.canonical import canonical_plain
+from z4j_bare.wire.canonical import canonical_plain, iter_canonical, loads_incrementally
 
-#: Everything an id or a type may consist of without needing JSON escapes; others are escaped.
-_BARE = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
+#: Matches an id or a type that needs no JSON escapes.
+_NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 
-#: The frames that make a loop of ours do something.
-_ACTED_UPON = frozenset({"command", "event_batch_ack", "error"})
+#: Types of incoming frames that the agent processes. All others are ignored.
+_PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 
-#: Envelope bytes around a payload, generously: ids, nonce, ts, seq and a 64-character signature.
+#: Bytes of the envelope around a payload, at most: ids, nonce, timestamp, seq and a signature of 64
+#: characters.
 ENVELOPE_BYTES = 512
 
-#: Bytes of a message up to which it is verified in one piece: 1 to 3 ms, 10 for the strangest.
-LARGE = 32 * 1024
+#: Bytes of a message from which on it is verified incrementally. Smaller ones take 1 to 3 ms in one
+#: step, and 10 ms in the worst case.
+INCREMENTAL_THRESHOLD = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class HelloAck:
-    """What ``hello_ack`` told us. ``server_time`` is the brain's clock, seconds since the epoch, if it gave one."""
+    """The content of ``hello_ack``.
+
+    ``server_time`` is the brain's clock in seconds since the epoch, if sent.
+    """
 
     agent_id: str
     project_id: str
@@ -55,19 +59,20 @@ class HelloAck:
 def parse_hello_ack(message: bytes) -> HelloAck:
     """Parse the brain's first message.
 
-    Raises ``IncompatibleError`` for another protocol version and ``RemoteProtocolError`` for anything that is no
-    ``hello_ack``.
+    Raises ``IncompatibleError`` for another protocol version, and ``RemoteProtocolError`` for any
+    message that is not a ``hello_ack``.
     """
     try:
         frame = HelloAckFrame.model_validate_json(message)
     except (ValidationError, ValueError) as error:
         raise RemoteProtocolError(
-            f"the brain's first message is no hello_ack ({type(error).__name__})"
+            f"the brain's first message is not a hello_ack ({type(error).__name__})"
         ) from None
     payload: HelloAckPayload = frame.payload
     if payload.protocol_version != PROTOCOL_VERSION:
         raise IncompatibleError(
-            f"the brain speaks protocol {payload.protocol_version!r}, this agent {PROTOCOL_VERSION!r}: upgrade one of them"
+            f"the brain uses protocol version {payload.protocol_version!r} and this agent "
+            f"{PROTOCOL_VERSION!r}: upgrade one of them"
         )
     return HelloAck(
         agent_id=payload.agent_id,
@@ -81,7 +86,9 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 
 
 class Session:
-    """Signs what goes out and verifies what comes in. ``sign`` must be called under the transport's send lock.
+    """Signs outgoing frames and verifies incoming ones.
+
+    Call ``sign`` under the transport's send lock.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -105,31 +112,36 @@ class Session:
         """Return the wire bytes of a frame.
 
         :param kind: the frame type, such as ``event_batch``.
-        :param identity: the frame id; an answer carries the command's.
+        :param identity: the frame id. A ``command_ack`` or ``command_result`` carries that of the
+            command.
         :param payload: canonical JSON.
-        :param wall: now, in seconds since the epoch. The brain allows 60 s of skew, so a frame is signed when it is sent.
+        :param wall: the current time in seconds since the epoch. The brain allows a skew of 60 s,
+            so a frame is signed when it is sent.
         """
         self._seq += 1
         nonce = token_urlsafe(16).encode()
-        middle = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
+        envelope = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
         seq = b'"seq":%d,' % self._seq
         tail = b'"ts":"%b","type":%b,"v":2}' % (_stamp(wall), _quote(kind))
-        # The two ids and the session stand in the signed text only; keys are in code point order.
+        # The three ids are only in the signed text, not in the frame. Keys are in code point order.
         digest = self._key.copy()
-        digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, middle, self._project))
+        digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, envelope, self._project))
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
-        return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), middle, seq, tail)
+        return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), envelope, seq, tail)
 
-    def open(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Any:
-        """Verify an incoming frame and return z4j_core's model of it; what is acted upon has all its fields.
+    def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Any:
+        """Verify an incoming frame and return z4j_core's model of it.
 
-        ``checkpoint`` is called every few microseconds while a large one is dealt with, and may let others run. Raises
-        ``RemoteProtocolError`` and nothing else, whatever the bytes are.
+        The fields of frames that the agent processes are validated as well.
+
+        ``checkpoint`` is called every few microseconds during the verification of a large message
+        and may yield to other tasks. Raises ``RemoteProtocolError`` and no other exception, for any
+        bytes.
         """
         try:
-            if checkpoint is not None and len(message) > LARGE:
-                return self._open_large(message, checkpoint)
-            return _complete(self._verifier.parse_and_verify(message))
+            if checkpoint is not None and len(message) > INCREMENTAL_THRESHOLD:
+                return self._verify_incrementally(message, checkpoint)
+            return _validated(self._verifier.parse_and_verify(message))
         except SignatureError as error:
             raise RemoteProtocolError(
                 f"the brain's frame failed verification: {error}", code=4403
@@ -147,22 +159,25 @@ class Session:
                 f"the brain's frame is malformed ({type(error).__name__})"
             ) from None
 
-    def _open_large(self, message: bytes, checkpoint: Callable[[], object]) -> Any:
-        """Check the signature in bites; then have z4j_core judge the frame without its bulk, which we sign for that."""
-        frame = patient.loads(message, checkpoint)
-        signature, payload = frame["hmac"], frame["payload"]  # what has none is not worth a digest
+    def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Any:
+        """Verify the signature in pieces, and have z4j_core verify a small copy of the frame.
+
+        The copy lacks the payload's objects, which are the large part. It is signed here, so that
+        z4j_core can check everything else about the frame. The objects are added to its model
+        afterwards.
+        """
+        frame = loads_incrementally(message, checkpoint)
+        signature, payload = frame["hmac"], frame["payload"]  # a KeyError saves the digest
         if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")
-        bulk = {name: value for name, value in payload.items() if isinstance(value, dict)}
-        light = {
-            **frame,
-            "payload": {name: value for name, value in payload.items() if name not in bulk},
-        }
-        light["hmac"] = self._digest(light, checkpoint)
-        opened = _complete(self._verifier.parse_and_verify(canonical_plain(light)))
-        for name in bulk.keys() & type(opened.payload).model_fields.keys():
-            setattr(opened.payload, name, bulk[name])
-        return opened
+        objects = {name: value for name, value in payload.items() if isinstance(value, dict)}
+        rest = {name: value for name, value in payload.items() if name not in objects}
+        small = {**frame, "payload": rest}
+        small["hmac"] = self._digest(small, checkpoint)
+        verified = _validated(self._verifier.parse_and_verify(canonical_plain(small)))
+        for name in objects.keys() & type(verified.payload).model_fields.keys():
+            setattr(verified.payload, name, objects[name])
+        return verified
 
     def _digest(self, frame: dict[str, Any], checkpoint: Callable[[], object]) -> str:
         hello_ack, digest = self.hello_ack, self._key.copy()
@@ -172,20 +187,26 @@ class Session:
             "session_id": hello_ack.session_id,
         }
         envelope = {name: value for name, value in {**frame, **ids}.items() if name != "hmac"}
-        for piece in patient.canonical_pieces(envelope, checkpoint):
+        for piece in iter_canonical(envelope, checkpoint):
             digest.update(piece)
         return digest.hexdigest()
 
 
-def _complete(frame: Any) -> Any:
-    """Return the frame validated: z4j_core checks the signature only, and a field that is missing would end a loop."""
-    if frame.type not in _ACTED_UPON:
+def _validated(frame: Any) -> Any:
+    """Validate the fields of a frame that the agent processes.
+
+    z4j_core checks only the signature, and a missing field would raise ``AttributeError`` in a
+    loop.
+    """
+    if frame.type not in _PROCESSED_TYPES:
         return frame
     return type(frame).model_validate({**vars(frame), "payload": vars(frame.payload)})
 
 
 def _quote(text: str) -> bytes:
-    return b'"%b"' % text.encode() if _BARE(text) else json.dumps(text, ensure_ascii=False).encode()
+    if _NO_ESCAPES_NEEDED(text):
+        return b'"%b"' % text.encode()
+    return json.dumps(text, ensure_ascii=False).encode()
 
 
 def _stamp(wall: float) -> bytes:

@@ -18,7 +18,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import NetworkError
 from z4j_bare.framework import BareFrameworkAdapter
 from z4j_bare.settings import Settings
-from z4j_bare.wire.close_codes import BACKOFF_POLICIES, JITTER
+from z4j_bare.wire.backoff import BACKOFF_POLICIES, JITTER
 
 pytestmark = pytest.mark.thorough
 
@@ -177,9 +177,9 @@ def test_ten_minutes_without_a_brain(outage):
     tries = [when for when in brain.attempts if when >= GONE]
     delays = [later - earlier for earlier, later in pairwise([GONE, *tries])]
     for turn, delay in enumerate(delays):
-        due = min(schedule.longest, schedule.first * 2**turn)
+        due = min(schedule.maximum, schedule.initial * 2**turn)
         assert due <= delay <= due * (1 + JITTER) + 0.01, f"attempt {turn}"
-    assert BACK <= tries[-1] <= BACK + schedule.longest * (1 + JITTER)
+    assert BACK <= tries[-1] <= BACK + schedule.maximum * (1 + JITTER)
     assert len(brain.sessions) == 2
 
     beats = [when for when, _ in brain.frames("heartbeat")]

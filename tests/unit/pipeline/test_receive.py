@@ -318,7 +318,7 @@ def http_peer(own_seam):
     """One for long-poll, which is asked without a pause."""
     made = HttpPeer(own_seam)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("EMPTY_GAP", "POLL_GAP", "GRACE"):
+        for name in ("EMPTY_POLL_INTERVAL", "MIN_POLL_INTERVAL", "POLL_GRACE"):
             patch.setattr(longpoll, name, 0.05)
         yield made
     made.stop()

@@ -11,7 +11,7 @@ from tests.support.peer import AGENT, PROJECT, SECRET_TEXT, TOKEN
 from z4j_bare import _process_singleton, install_agent
 
 #: Seconds of the first delay by class; up to 30 % are added by chance.
-FIRST = {"connection": 1, "protocol": 1, "auth": 10, "incompatible": 120, "crowded": 10}
+FIRST = {"connection": 1, "protocol": 1, "auth": 10, "incompatible": 120, "limited": 10}
 
 ONCE, WELCOMED = "instead of a welcome", "after the welcome"
 
@@ -85,21 +85,21 @@ def http_peer(backend):
 @pytest.mark.parametrize(
     ("when", "code", "kind", "named"),
     [
-        (ONCE, 4400, "protocol", "could not read a frame"),
+        (ONCE, 4400, "protocol", "could not parse a frame"),
         (ONCE, 4401, "auth", "Z4J_TOKEN (or Z4J_TOKEN_FILE)"),
         (ONCE, 4403, "auth", "Z4J_AGENT_IP_ALLOWLIST"),
         (ONCE, 4426, "incompatible", "upgrade z4j-bare or the brain"),
         (ONCE, 4427, "incompatible", "upgrade z4j-bare or the brain"),
-        (ONCE, 4429, "crowded", "600 connections a minute"),
-        (ONCE, 1011, "connection", "failed on a frame"),
+        (ONCE, 4429, "limited", "600 connections a minute"),
+        (ONCE, 1011, "connection", "failed to process a frame"),
         (ONCE, 1012, "connection", "restarting"),
-        (WELCOMED, 4002, "crowded", "another process said hello with this worker id"),
-        (WELCOMED, 4003, "auth", "mint a new Z4J_TOKEN"),
-        (WELCOMED, 4400, "protocol", "could not read a frame"),
+        (WELCOMED, 4002, "limited", "another process connected with the same worker id"),
+        (WELCOMED, 4003, "auth", "create a new Z4J_TOKEN"),
+        (WELCOMED, 4400, "protocol", "could not parse a frame"),
         (WELCOMED, 4403, "auth", "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE)"),
         (WELCOMED, 4408, "connection", "no frame for too long"),
-        (WELCOMED, 4429, "crowded", "64 workers on one token"),
-        (WELCOMED, 1011, "connection", "failed on a frame"),
+        (WELCOMED, 4429, "limited", "64 workers on one token"),
+        (WELCOMED, 1011, "connection", "failed to process a frame"),
         (WELCOMED, 1012, "connection", "restarting"),
         (WELCOMED, 1001, "connection", "going away"),
         (WELCOMED, 1000, "connection", "closed the session"),
@@ -158,7 +158,7 @@ def test_a_clock_that_is_off(peer, first_failure, ahead, way):
         (401, {}, "auth", "Z4J_TOKEN", 0),
         (403, {}, "auth", "Z4J_AGENT_IP_ALLOWLIST", 0),
         (404, {}, "connection", "Z4J_BRAIN_URL", 0),
-        (429, {"Retry-After": "58"}, "crowded", "600 requests", 58),
+        (429, {"Retry-After": "58"}, "limited", "600 requests", 58),
         (503, {"Retry-After": "7"}, "connection", "HTTP 503", 7),
     ],
 )
@@ -197,7 +197,7 @@ INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh
             429,
             {"Retry-After": "58"},
             b'{"detail":"too many requests"}',
-            "crowded",
+            "limited",
             "(too many requests)",
             58,
         ),
@@ -227,7 +227,7 @@ def test_http_statuses(http_peer, first_failure, where, status, headers, body, k
     ):  # a new nonce, well probed: then it is the signature that was refused
         kind, named = (
             "auth",
-            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain refused a signature; the clocks agree",
+            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature; the clocks differ",
         )
     check(first_failure(brain_url=http_peer.url, transport="longpoll"), kind, named, wish)
 

@@ -11,7 +11,7 @@ from z4j_bare.buffer import receipts
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.send import FRAME_BYTES, IDLE, SendLoop
 from z4j_bare.wire.session import HelloAck
-from z4j_bare.wire.window import ACK_DEADLINE, BREATH, FRAME_EVENTS, FRAME_FIRST, SLOW
+from z4j_bare.wire.window import ACK_DEADLINE, ACK_PAUSE, FRAME_EVENTS, FRAME_FIRST, SLOW_ACK
 
 
 class Sending(World):
@@ -72,10 +72,10 @@ def test_one_frame_at_a_time(world):
     world.backend.advance(1.5)
     assert len(world.transport.events()) == FRAME_FIRST
     world.ack()
-    world.backend.advance(BREATH - 0.01)
+    world.backend.advance(ACK_PAUSE - 0.01)
     assert len(world.transport.events()) == FRAME_FIRST
     world.backend.advance(0.02)
-    assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame
+    assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame_events
     world.backend.advance(receipts.MAX_DEFER_SECONDS - 0.1)
     assert world.rows() == 2600 - FRAME_FIRST
     assert not world.sender.idle()
@@ -93,7 +93,7 @@ def test_a_hub_wakes_the_sender_when_the_breath_is_over(monkeypatch):
     begun = len(turns)
     for _ in range(3):
         world.ack()
-        world.backend.advance(BREATH + 0.01)
+        world.backend.advance(ACK_PAUSE + 0.01)
     assert (len(world.transport.of("event_batch")), len(turns) - begun) == (4, 3)
 
 
@@ -103,7 +103,7 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
     for _ in range(5):
         world.store(1)
         world.link.wake.set()
-        world.backend.advance(SLOW + 0.1)  # a frame each
+        world.backend.advance(SLOW_ACK + 0.1)  # a frame each
     world.buffer.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
     world.backend.advance(IDLE + receipts.MAX_DEFER_SECONDS)
@@ -116,7 +116,7 @@ def test_a_full_window_moves_with_each_ack(world):
     world.backend.advance(2.2)
     before = len(world.transport.events())
     world.ack()
-    world.backend.advance(BREATH + 0.01)
+    world.backend.advance(ACK_PAUSE + 0.01)
     assert len(world.transport.events()) > before
 
 
@@ -204,7 +204,7 @@ def test_a_busy_brain_gets_no_crumbs(world):
     more(FRAME_FIRST - 30)
     assert world.transport.events() == list(range(5))
     world.ack()
-    world.backend.advance(BREATH + 0.01)
+    world.backend.advance(ACK_PAUSE + 0.01)
     assert world.transport.events() == list(range(FRAME_FIRST))
     assert len(world.transport.of("event_batch")) == 2
     assert not world.sender.idle()
@@ -217,7 +217,7 @@ def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
     world.store(5)
     world.backend.advance(0.5)
     assert len(world.transport.events()) == 5
-    world.backend.advance(SLOW + IDLE)
+    world.backend.advance(SLOW_ACK + IDLE)
     assert len(world.transport.events()) == 10
     world.store(5)
     world.backend.advance(0.5)
@@ -235,7 +235,7 @@ def test_an_idle_brain_waits_for_nobody(world):
         world.sender.stored(1)
         world.backend.advance(0.01)
         assert len(world.transport.events()) == number
-        world.backend.advance(BREATH)
+        world.backend.advance(ACK_PAUSE)
     world.store(1, wake=False)
     world.sender.stored(1)
     world.backend.advance(0.01)
@@ -243,9 +243,9 @@ def test_an_idle_brain_waits_for_nobody(world):
     world.sender.stored(1)
     world.backend.advance(0.01)
     assert len(world.transport.events()) == 4
-    world.backend.advance(BREATH)
+    world.backend.advance(ACK_PAUSE)
     assert len(world.transport.events()) == 5
-    world.backend.advance(BREATH)
+    world.backend.advance(ACK_PAUSE)
     assert world.sender.idle()
 
 

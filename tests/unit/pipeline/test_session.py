@@ -35,7 +35,8 @@ from z4j_bare.pipeline import heartbeat, watch
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
 from z4j_bare.pipeline.receive import ReceiveLoop
 from z4j_bare.pipeline.session import Supervisor
-from z4j_bare.wire.close_codes import Backoff, closed, of_a_frame
+from z4j_bare.wire.backoff import ReconnectBackoff
+from z4j_bare.wire.close_codes import error_for_close_code, may_be_poison
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_an_event_that_the_brain_does_not_take_ends_the_session(reading, fatal):
         )
     )
     assert type(reading.ended[0]) is RemoteProtocolError
-    assert of_a_frame(reading.ended[0])
+    assert may_be_poison(reading.ended[0])
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ class Supervised:
         self.supervisor = Supervisor(
             dial, lambda: b"hello", lambda: SECRET, serve, self.backend, self.counters
         )
-        self.supervisor.backoff = Backoff(chance=lambda: 0.0)
+        self.supervisor.backoff = ReconnectBackoff(random=lambda: 0.0)
         self.task = self.backend.spawn(self.supervisor.run, self.stop_event, name="z4j-supervisor")
 
 
@@ -428,7 +429,7 @@ def test_the_clock_is_named_when_it_is_off():
     """A signature refused in a session says by how many seconds this host's clock differs from the brain's."""
     stamp = datetime.fromtimestamp(1_700_000_000 + 75, UTC).isoformat()
     world = Supervised([ACK[:-1] + f', "ts": "{stamp}"}}'.encode()])
-    world.serving = fail_with(world.backend, closed(4403), 0.5)
+    world.serving = fail_with(world.backend, error_for_close_code(4403), 0.5)
     world.backend.advance(1)
     assert "this host's clock is 75 s behind the brain's" in world.counters.last_error
 

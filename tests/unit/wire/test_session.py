@@ -20,8 +20,9 @@ from z4j_core.transport.framing import FrameSigner, FrameVerifier
 from z4j_core.transport.hmac import sign_envelope
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
-from z4j_bare.wire import events, frames, patient, session
-from z4j_bare.wire.canonical import canonical, canonical_plain, plain
+from z4j_bare.wire import canonical as incremental
+from z4j_bare.wire import frames, session
+from z4j_bare.wire.canonical import canonical, canonical_plain, to_json_types
 
 SECRET = base64.urlsafe_b64decode("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")
 WELCOME = session.HelloAck(
@@ -110,7 +111,7 @@ def test_core_accepts_every_frame(datas, task_id):
     """z4j_core's verifier accepts every frame we build, for any event that hypothesis invents."""
     ours, core = session.Session(WELCOME, SECRET), verifier()
     for data in datas:
-        encoded = events.encode_event(an_event(data, task_id))
+        encoded = frames.encode_event(an_event(data, task_id))
         frame = core.parse_and_verify(
             ours.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time())
         )
@@ -136,7 +137,7 @@ def test_plain_values_survive_a_round_trip(value):
     """A sanitised value encodes the same before and after a parse: nothing the brain re-encodes can differ."""
     encoded = canonical(value)
     assert canonical_plain(json.loads(encoded)) == encoded
-    assert plain(json.loads(encoded)) == json.loads(encoded)
+    assert to_json_types(json.loads(encoded)) == json.loads(encoded)
 
 
 def test_equal_keys_collapse():
@@ -146,11 +147,11 @@ def test_equal_keys_collapse():
 
 def test_large_strings():
     """An event with 1 MiB strings is cut to a legal size, keeps its identity and is marked as cut."""
-    encoded = events.encode_event(
+    encoded = frames.encode_event(
         an_event({"task_name": "shop.pay", "args": ["é" * 1_048_576], "traceback": "x" * 1_048_576})
     )
     fields = json.loads(encoded)
-    assert len(encoded) <= events.MAX_EVENT_BYTES
+    assert len(encoded) <= frames.MAX_EVENT_BYTES
     assert fields["data"]["task_name"] == "shop.pay"
     assert fields["data"]["queue"] == "celery"
     assert "bytes cut" in fields["data"]["traceback"]
@@ -159,7 +160,7 @@ def test_large_strings():
 def test_shrinking_ends_with_the_names():
     """An event that is large in a place we know nothing about keeps its names and says how much was cut."""
     fields = json.loads(
-        events.shrink(
+        frames.shrink_event(
             {"id": "x", "data": {"task_name": "a", "queue": "q" * 300, "odd": ["y" * 5000]}}, 2000
         )
     )
@@ -201,15 +202,15 @@ def from_brain(**payload):
 def test_a_good_frame_opens():
     """A frame that z4j_core signed for this session is accepted once."""
     ours, message = session.Session(WELCOME, SECRET), from_brain(x=1)
-    assert ours.open(message).payload.events == [{"x": 1}]
+    assert ours.verify(message).payload.events == [{"x": 1}]
     with pytest.raises(RemoteProtocolError, match="verification"):
-        ours.open(message)
+        ours.verify(message)
 
 
 def opened(ours, message):
     """What comes of a message: its payload, or the class of its error."""
     try:
-        return ours.open(message, lambda: None).payload.model_dump()
+        return ours.verify(message, lambda: None).payload.model_dump()
     except RemoteProtocolError:
         return RemoteProtocolError
 
@@ -234,7 +235,7 @@ def test_large_frames_are_judged_alike(parameters, attack):
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2 if attack == "again" else 1):
             expected = opened(whole, message)
-            patch.setattr(session, "LARGE", 0)
+            patch.setattr(session, "INCREMENTAL_THRESHOLD", 0)
             assert opened(large, message) == expected
             patch.undo()
     assert (expected is RemoteProtocolError) == bool(attack)
@@ -245,23 +246,23 @@ def test_large_frames_are_judged_alike(parameters, attack):
 def test_patient_json(value):
     """Parsed and encoded in bites, JSON comes out as from the standard library."""
     text, breaths = canonical(value), []
-    assert patient.loads(text, lambda: breaths.append(1)) == json.loads(text)
-    assert b"".join(patient.canonical_pieces(json.loads(text), lambda: breaths.append(1))) == text
+    assert incremental.loads_incrementally(text, lambda: breaths.append(1)) == json.loads(text)
+    assert b"".join(incremental.iter_canonical(json.loads(text), lambda: breaths.append(1))) == text
 
 
 def test_patient_strings():
     """A long string is encoded in pieces that no escape or wide character falls between."""
-    value = {"a": ('"\\\n\x00é\u2028\U0001f600' * patient.BITE)[:-3], "b": ["x" * patient.BITE * 2]}
-    pieces = list(patient.canonical_pieces(value, lambda: None))
+    value = {"a": ('"\\\n\x00é\u2028\U0001f600' * incremental.CHUNK_CHARS)[:-3], "b": ["x" * incremental.CHUNK_CHARS * 2]}
+    pieces = list(incremental.iter_canonical(value, lambda: None))
     assert b"".join(pieces) == canonical(value)
-    assert max(map(len, pieces)) < 10 * patient.BITE
+    assert max(map(len, pieces)) < 10 * incremental.CHUNK_CHARS
 
 
 def test_a_foreign_signature_is_refused():
     """A frame signed with another key, or altered, is a remote protocol error."""
     ours = session.Session(WELCOME, bytes(32))
     with pytest.raises(RemoteProtocolError):
-        ours.open(from_brain(x=1))
+        ours.verify(from_brain(x=1))
 
 
 @settings(max_examples=300, deadline=None)
@@ -281,9 +282,9 @@ def test_a_foreign_signature_is_refused():
 )
 def test_fuzz_open(message):
     """Whatever bytes arrive, only our remote-protocol error comes out of the receive path."""
-    for large in (session.LARGE, 0):
+    for large in (session.INCREMENTAL_THRESHOLD, 0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session, "LARGE", large)
+            patch.setattr(session, "INCREMENTAL_THRESHOLD", large)
             assert opened(session.Session(WELCOME, SECRET), message) is RemoteProtocolError
 
 
