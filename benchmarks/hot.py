@@ -84,7 +84,7 @@ def record_event(python: str, calls: int) -> list[float]:
 
 
 def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[float]:
-    """Return the sorted microseconds of ``call(number)``, divided by its ``per`` items."""
+    """Return the sorted microseconds of ``call(number)``, divided by ``per`` things it does at once."""
     costs = []
     for number in range(calls):
         began = time.perf_counter()
@@ -94,7 +94,7 @@ def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[fl
 
 
 def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list[float]]:
-    """Measure the three signals of a task, the snapshot alone, and the encoder."""
+    """Measure the three signals of a task as Celery sends them, the snapshot alone, and the encoder."""
     from celery import signals
 
     from z4j_bare.events.snapshot import snapshot
@@ -210,7 +210,7 @@ def _store(calls: int) -> dict[str, list[float]]:
 
 def _wire(calls: int) -> dict[str, list[float]]:
     """Measure one event's share of a full frame signed, and masked."""
-    from z4j_bare.transport.binary import BinaryFrame
+    from z4j_bare.transport.websocket import BinaryFrame
     from z4j_bare.wire.frames import event_batch
     from z4j_bare.wire.session import HelloAck, Session
 

@@ -131,7 +131,7 @@ class Agent:
             self.schedules,
         )
         self.supervisor = Supervisor(
-            self.routes.transport, self._hello, self.secret, self._serve, backend, self.counters
+            self.routes.create, self._hello, self.secret, self._serve, backend, self.counters
         )
         self.desk = Desk(framework.name, {STATUS: self.describe, RESTART: self._restart}, backend)
         hints = getattr(framework, "discovery_hints", None)
@@ -345,8 +345,8 @@ class Agent:
             (sender.run, "z4j-send"),
             (beat.run, "z4j-heartbeat"),
         ]
-        if self.routes.watches(link):
-            chores.append((partial(self.routes.watch, link), "z4j-fallback"))
+        if self.routes.needs_recovery(link):
+            chores.append((partial(self.routes.monitor_recovery, link), "z4j-fallback"))
         self._chores = [
             self.backend.spawn(self._in_session, link, run, name, failures, name=name)
             for run, name in chores

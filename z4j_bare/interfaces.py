@@ -271,7 +271,7 @@ class ITransport(Interface):
 
     name: str = Attribute("'ws' or 'longpoll'.")
 
-    confirms: bool = Attribute(
+    synchronous_acks: bool = Attribute(
         "Whether ``send`` returns only after the brain has processed the frame. "
         "No ``event_batch_ack`` follows then."
     )
@@ -360,7 +360,7 @@ class ISchedulerHost(Interface):
         "The brain records it as the owner of the schedules."
     )
     redactor: Any = Attribute("Redacts a schedule by the rules that the brain applies.")
-    answers: Any = Attribute(
+    result_redactor: Any = Attribute(
         "Redacts the result of a command. It leaves alone what ``redactor`` has left."
     )
 

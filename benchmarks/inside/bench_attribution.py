@@ -1,10 +1,8 @@
-"""CPU time of the agent's parts inside a worker, by ``time.thread_time``.
+"""CPU time of the agent's parts inside a worker, by ``time.thread_time``: handlers, loops, offloaded work, host, hub.
 
-Handlers, loops, host, hub.
-
-It wraps methods from outside, so the package contains nothing for it. Under gevent and eventlet a
-greenlet tracer assigns the time between two switches to the greenlet that ran; threads have clocks
-of their own. The measurement itself (1 us a switch, 0.5 us a call) is included in the result.
+It wraps ours from outside, so the product carries nothing for it. Under gevent and eventlet a greenlet tracer charges every
+stretch between two switches to the greenlet that ran it; threads have clocks of their own. What measuring costs, about a
+microsecond a switch and half of one a call, is part of what is reported.
 """
 
 import atexit
@@ -20,21 +18,21 @@ from time import thread_time
 totals = defaultdict(lambda: [0, 0.0])
 _names = {}
 
-#: Module, class, methods that never yield. They are measured separately inside the calling loop.
+#: Module, class, methods that never yield: measured on their own, inside whatever loop calls them.
 PARTS = (
     (
         "z4j_bare.engines.celery.task_encoder",
         "TaskEncoder",
         ("received", "started", "succeeded", "other"),
     ),
-    ("z4j_bare.wire.session", "Session", ("sign", "open")),
+    ("z4j_bare.wire.session", "Session", ("sign", "verify")),
     ("z4j_bare.buffer.store", "BufferStore", ("append", "drain", "confirm", "stats")),
 )
 HANDLERS = ("_on_received", "_on_prerun", "_on_postrun", "_on_failure", "_on_retry")
 
 
 def install_parts():
-    """Wrap the agent's handlers, loops and parts; call it before the agent is installed."""
+    """Wrap the agent's handlers, loops and parts; to be called before the agent is installed."""
     from z4j_bare.engines.celery.signals import CeleryCapture
 
     for name in HANDLERS:
@@ -43,11 +41,11 @@ def install_parts():
         kind = getattr(__import__(module, fromlist=[owner]), owner)
         for name in names:
             setattr(kind, name, _timed(getattr(kind, name), f"part {owner}.{name.strip('_')}"))
-    _wrap_backend()
+    _wrap_seam()
 
 
 def begin(**_signal):
-    """Start tracing when the worker is ready; the totals are written at process exit."""
+    """Start to trace, once the worker is ready; the totals go to a file when the process ends."""
     if "gevent" in sys.modules or "eventlet" in sys.modules:
         _trace_greenlets()
     gc.callbacks.append(_collected)
@@ -55,7 +53,7 @@ def begin(**_signal):
 
 
 def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
-    """Add the garbage collector's time; it is also part of the code that triggered it."""
+    """Charge the garbage collector, whoever set it off: it is part of what its victim is charged, too."""
     if phase == "start":
         began[0] = thread_time()
     else:
@@ -76,7 +74,7 @@ def _timed(function, name):
     return measured
 
 
-def _wrap_backend():
+def _wrap_seam():
     from z4j_bare.concurrency import base
 
     run, capture_outcome = base.BaseConcurrency._run, base.capture_outcome

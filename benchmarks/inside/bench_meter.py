@@ -1,8 +1,7 @@
-"""What the harness reads from a running worker: when tasks ended, and the lag of a ticker.
+"""What the harness reads from a worker while it runs: when tasks ended, and how late a ticker woke.
 
-Both are memory-mapped files, one of each per process with one slot per sample: a write takes 1 us,
-needs no lock, and nothing has to be flushed at exit. Times are ``CLOCK_MONOTONIC``, which all
-processes share.
+Both are files mapped into memory, one of each per process, a slot per sample: a microsecond to write, no lock,
+nothing to flush at exit. Times are ``CLOCK_MONOTONIC``, which all processes of a machine share.
 """
 
 import mmap
@@ -17,15 +16,15 @@ HOME = Path(os.environ["BENCH_HOME"])
 TASKS = 1 << 17
 TICKS = 1 << 17
 INTERVAL = 0.005
-#: Seconds between checks whether the ticker is to start.
-POLL_INTERVAL = 1.0
+#: Seconds between two looks whether the ticker shall begin.
+LOOK = 1.0
 
 _end = Struct("d")
 _tick = Struct("dd")
 
 
-class SampleFile:
-    """A memory-mapped file of fixed-size samples, each written once."""
+class Tape:
+    """A file of fixed-size samples, each written once."""
 
     def __init__(self, name, sample, length):
         self._sample = sample
@@ -46,34 +45,31 @@ _ends = {}
 
 
 def ended():
-    """Record that a task has ended now; each prefork child has a file of its own."""
+    """Note that a task has ended now; a prefork child has a tape of its own."""
     now = time.monotonic()
     pid = os.getpid()
-    samples = _ends.get(pid)
-    if samples is None:
-        samples = _ends.setdefault(pid, SampleFile("ends", _end, TASKS))
-    samples.write(now)
+    tape = _ends.get(pid)
+    if tape is None:
+        tape = _ends.setdefault(pid, Tape("ends", _end, TASKS))
+    tape.write(now)
 
 
 def ready(**_signal):
-    """Signal the harness that the worker consumes tasks."""
+    """Tell the harness that the worker consumes."""
     (HOME / "ready").touch()
 
 
 def start_ticker(**_signal):
-    """Start the ticker when the harness asks for it.
-
-    A greenlet if threads are patched, else a thread.
-    """
+    """Let the ticker begin when it is asked to: a greenlet where threads are patched, else a thread."""
     threading.Thread(target=_run_ticker, daemon=True, name="bench-ticker").start()
 
 
 def _run_ticker():
     while not (HOME / "tick").exists():
-        time.sleep(POLL_INTERVAL)
-    samples = SampleFile("ticks", _tick, TICKS)
+        time.sleep(LOOK)
+    tape = Tape("ticks", _tick, TICKS)
     while True:
         due = time.monotonic() + INTERVAL
         time.sleep(INTERVAL)
         now = time.monotonic()
-        samples.write(now, now - due)
+        tape.write(now, now - due)

@@ -165,8 +165,8 @@ def an_event(number):
 
 def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeypatch):
     """Behind a proxy that refuses upgrades the agent uses long-poll, returns when it may, and each event has one row."""
-    monkeypatch.setattr(fallback, "FIRST", 2.0)
-    monkeypatch.setattr(fallback, "LONGEST", 2.0)
+    monkeypatch.setattr(fallback, "PROBE_DELAY_INITIAL", 2.0)
+    monkeypatch.setattr(fallback, "PROBE_DELAY_MAX", 2.0)
     agent = agent_credentials()
     proxy = Proxy(brain)
     runtime = install_agent(

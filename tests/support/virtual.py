@@ -19,7 +19,7 @@ class FakeTransport:
     """An ``ITransport``: ``sent`` holds ``(when, frame)``, ``inbox`` what ``receive`` will return or raise."""
 
     name = "fake"
-    confirms = False
+    synchronous_acks = False
 
     def __init__(self, backend):
         self.sent = []

@@ -18,7 +18,7 @@ from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, T
 from z4j_bare import RuntimeState, _process_singleton, install_agent
 from z4j_bare.pipeline import receive, send
 from z4j_bare.transport import websocket
-from z4j_bare.wire import close_codes
+from z4j_bare.wire import backoff, close_codes
 
 #: Seconds under which something counts as not having hung; never a measure of speed.
 HANG = 15.0
@@ -65,9 +65,9 @@ def an_event(number=0, **data):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Everything in hundredths of a second: the schedules and intervals themselves have their own tests."""
-    for kind in list(close_codes.BACKOFF_POLICIES):
+    for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(
-            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
         )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
@@ -242,7 +242,7 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     }
     assert runtime.stats()["restarts"] == {}
     assert peer.mishaps == []
-    assert f"no session ({close_codes.failure_class(close_codes.closed(code))})" in caplog.text
+    assert f"no session ({backoff.failure_class(close_codes.error_for_close_code(code))})" in caplog.text
 
 
 @pytest.mark.thorough
@@ -349,7 +349,7 @@ def test_redirects_are_not_followed(install, peer, backend, until):
 def test_retry_after_is_honoured(install, peer, until, monkeypatch):
     """A refusal that says how long to wait is not asked again before that."""
     monkeypatch.setitem(
-        close_codes.BACKOFF_POLICIES, "incompatible", close_codes.BackoffPolicy(120, 3600)
+        backoff.BACKOFF_POLICIES, "incompatible", backoff.BackoffPolicy(120, 3600)
     )  # the bound on what a server may wish
     peer.refuse = (429, {"Retry-After": "3000"})
     runtime = install()
@@ -752,7 +752,7 @@ def test_request_reconnect(runtime, peer, until):
 def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
     """During a back-off of an hour, request_reconnect() brings the next attempt now."""
     monkeypatch.setitem(
-        close_codes.BACKOFF_POLICIES, "connection", close_codes.BackoffPolicy(3600, 3600)
+        backoff.BACKOFF_POLICIES, "connection", backoff.BackoffPolicy(3600, 3600)
     )
     peer.refuse = (503, {})
     runtime = install()

@@ -27,7 +27,7 @@ from z4j_bare.buffer.rows import EVENT
 from z4j_bare.settings import deployment_id
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import http, longpoll, websocket
-from z4j_bare.wire import close_codes
+from z4j_bare.wire import backoff
 from z4j_bare.wire.canonical import canonical_plain
 
 pytestmark = pytest.mark.thorough
@@ -105,9 +105,9 @@ def an_event(number, note):
 def impatient(monkeypatch):
     """Attempts at a session follow each other at once, and the store has room for what waits and what comes."""
     monkeypatch.setenv("Z4J_BUFFER_MAX_EVENTS", str(2 * MANY))
-    for kind in list(close_codes.BACKOFF_POLICIES):
+    for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(
-            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.05, 0.2)
+            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.05, 0.2)
         )
 
 

@@ -55,7 +55,7 @@ def test_transports(backend):
     routes = TransportFactory(
         "http://127.0.0.1:1", "auto", str, load_settings(), backend, dev_mode=False
     )
-    for transport in (routes.transport(), routes.websocket(), routes.longpoll()):
+    for transport in (routes.create(), routes.websocket(), routes.longpoll()):
         assert verifyObject(ITransport, transport)
 
 

@@ -1,7 +1,7 @@
-"""Persistent workers on the backend that run the adapters' blocking calls.
+"""Persistent workers on the backend, for everything in adapters that blocks.
 
-They are persistent because Celery keeps one result backend per thread or greenlet. A new greenlet
-per call opens a new Redis connection each time: 0.3 s at 50 ms per reply.
+Persistent, because Celery keeps one result backend per thread or greenlet: a fresh greenlet per job pays a
+new Redis connection each time, 0.3 s at 50 ms per reply (``adapter-surface`` 4, row 19).
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.interfaces import IEvent
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A blocking call with the callback for its result."""
+    """A blocking call, who wants it and who gets its outcome."""
 
-    function: Callable[..., object]
-    args: tuple[object, ...]
-    set_result: Callable[[bool, object], object]
-    is_awaited: Callable[[], bool]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    done: Callable[[bool, Any], object]
+    wanted: Callable[[], bool]
 
-    def run(self, call: Callable[..., object]) -> None:
-        """Run the function with ``call``, unless the caller gave up before it began."""
-        if not self.is_awaited():
+    def run(self, call: Callable[..., Any]) -> None:
+        """Run the function with ``call``, unless nobody waits any more: what timed out unbegun must not happen."""
+        if not self.wanted():
             return
         try:
             ok, value = True, call(self.function, *self.args)
@@ -40,15 +39,15 @@ class Job:
             raise
         except BaseException as error:
             ok, value = False, as_exception(error)
-        self.set_result(ok, value)
+        self.done(ok, value)
 
 
 class WorkerPool:
-    """At most ``limit`` workers; a hung call blocks only its own worker.
+    """At most ``limit`` workers; a hung call occupies its own and no other.
 
-    The worker that became idle last runs the next job, so that few connections are opened. Below
-    the limit one idle worker is kept in reserve. Workers spawn it, not submitters: a submitter may
-    be a loop step, and starting a thread there switches greenlets.
+    The last to become idle works first, so that few connections are opened. There is always one to spare
+    below the limit, and a worker starts it: a submitter may be a loop step, and starting a thread switches
+    greenlets there (``adapter-surface`` 5.2).
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -57,99 +56,98 @@ class WorkerPool:
         self._limit = limit
         self._lock = backend.lock()
         self._jobs: deque[Job] = deque()
-        self._idle: list[IEvent] = []
+        self._idle: list[Any] = []
         self._numbers = itertools.count(1)
         self._stopped = False
         self.size = 0
 
     @property
     def busy(self) -> int:
-        """The number of workers that run a job now, hung ones included."""
+        """How many workers run a job now, hung ones included."""
         return max(0, self.size - len(self._idle))
 
     def start(self) -> bool:
-        """Start the first worker; return whether there is one. Idempotent. Not for loop steps."""
+        """Start the first worker, not in a loop step; whether there is one. Idempotent."""
         if not self.size:
-            self._spawn()
+            self._hire()
         return self.size > 0
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Never switches greenlets; after :meth:`stop` the job fails at once."""
+        """Queue a job. Never switches; after :meth:`stop` the job fails at once."""
         self._jobs.append(job)
         if self._stopped:
-            self._fail_queued()
+            self._refuse()
             return
         try:
-            wakeup = self._idle.pop()
+            idle = self._idle.pop()
         except IndexError:
             return
-        wakeup.set()
+        idle.set()
 
-    def call(
-        self, function: Callable[..., object], *args: object, timeout: float, description: str
-    ) -> Any:
-        """Run ``function(*args)`` on a worker and return its result. Not for loop steps.
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float, what: str) -> Any:
+        """Run ``function(*args)`` on a worker; ``TimeoutError`` after ``timeout`` s. Not for loop steps.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds. Runs inline when no worker can be
-        started: CPython 3.12 starts no thread once the interpreter shuts down.
+        Runs inline when no worker can be had: CPython 3.12 starts no thread once the interpreter is going down.
         """
-        future = CallFuture(self._backend)
-        job = Job(function, args, future.set_result, future.is_awaited)
+        outcome = CallFuture(self._backend)
+        job = Job(function, args, outcome.settle, outcome.wanted)
         if self.start() or self._stopped:
             self.submit(job)
         else:
             job.run(self._backend.call_blocking)
-        return future.wait(timeout, description)
+        return outcome.wait(timeout, what)
 
     def stop(self) -> None:
-        """Fail queued jobs; each worker ends after its current job. Idempotent, never waits."""
+        """Fail what is queued and let every worker end after its present job. Idempotent, never waits."""
         self._stopped = True
-        self._fail_queued()
+        self._refuse()
         while self._idle:
             self._idle.pop().set()
 
-    def _fail_queued(self) -> None:
+    def _refuse(self) -> None:
         while self._jobs:
-            self._jobs.popleft().set_result(False, AgentError("the agent is stopping"))
+            self._jobs.popleft().done(False, AgentError("the agent is stopping"))
 
-    def _spawn(self) -> None:
+    def _hire(self) -> None:
         with self._lock:
             if self._idle or self._stopped or self.size >= self._limit:
                 return
             self.size += 1
         try:
             self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
-        except RuntimeError:  # no thread can be started; the existing workers go on
+        except RuntimeError:  # no more threads to be had; those there are carry on
             self.size -= 1
 
     def _work(self) -> None:
-        wakeup = self._backend.event()
+        bell = self._backend.event()
         try:
             while not self._stopped:
-                self._run_one(wakeup)
+                self._turn(bell)
         finally:
-            if not self._backend.forked():  # a child's copy of the lock may never be released
+            if not self._backend.forked():  # there the lock may be a copy that nobody will release
                 with self._lock:
                     self.size -= 1
 
-    def _run_one(self, wakeup: IEvent) -> None:
-        if self._backend.forked():  # a copy that wakes in a child must not take the parent's job
+    def _turn(self, bell: Any) -> None:
+        if (
+            self._backend.forked()
+        ):  # a copy that woke inside a job must not take the parent's next one
             raise ForkedChildError
         try:
             job = self._jobs.popleft()
         except IndexError:
-            self._wait_for_job(wakeup)
+            self._rest(bell)
         else:
-            self._spawn()
-            job.run(self._backend.call_blocking)
+            self._hire()
+            job.run(self._backend.call_blocking)  # an adapter's code waits by itself
 
-    def _wait_for_job(self, wakeup: IEvent) -> None:
-        wakeup.clear()
-        self._idle.append(wakeup)
-        # Check again after registering as idle: a job queued just before saw no idle worker.
+    def _rest(self, bell: Any) -> None:
+        bell.clear()
+        self._idle.append(bell)
+        # Looked at again after lying down: whoever appended a job just before saw no idle bell to ring.
         if not self._jobs and not self._stopped:
-            self._backend.wait(wakeup)
+            self._backend.wait(bell)
         try:
-            self._idle.remove(wakeup)
+            self._idle.remove(bell)
         except ValueError:
-            return  # already removed by the submitter that woke this worker
+            return  # rung, hence taken off by the ringer

@@ -1,4 +1,7 @@
-"""The backends for threads, gevent and eventlet. Importing this package loads neither library."""
+"""The backend: detection, one file per runtime, the fork epoch, and a fake with virtual time for tests.
+
+The only room that knows the names gevent and eventlet. Importing it loads neither.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares the tasks that the script produced with those that the brain shows."""
+"""What was produced against what the brain shows, as figures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from z4j_bare.demo.scenario import PLAIN, RETRYING, Peers, Record, Sent
 if TYPE_CHECKING:
     from z4j_bare.demo.rest import Row
 
-#: Part of the result of ``demo.plain`` if the task sees no running loop.
-_NO_LOOP = "no running loop"
+_NO_LOOP = "no running loop"  # what demo.plain returns
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table: a count by the script, and the same count by the brain's REST API."""
+    """One line of the table: ``produced`` by the script's own list, ``seen`` in the brain's REST API."""
 
     kind: str
     produced: int
@@ -25,13 +24,13 @@ class Figure:
 
     @property
     def agrees(self) -> bool:
-        """Whether both counts are equal."""
+        """Whether both sides tell the same."""
         return self.produced == self.seen
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A task in an unexpected state; ``seen`` is ``None`` if the brain has no row for it."""
+    """A task that the brain shows in another state than it must have; ``None`` when it has no row of it."""
 
     task_id: str
     kind: str
@@ -41,7 +40,7 @@ class Mismatch:
 
 @dataclass
 class Report:
-    """The result of a demo run. Times are in seconds."""
+    """The whole outcome of one demo. Times are seconds."""
 
     pool: str
     broker: str
@@ -59,7 +58,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether all figures agree and there are no problems."""
+        """Whether every figure agrees and both peers were in order."""
         return (
             all(figure.agrees for figure in self.figures)
             and not self.mismatches
@@ -67,16 +66,15 @@ class Report:
         )
 
     def to_object(self) -> dict[str, Any]:
-        """Return the JSON object of ``--json``."""
+        """Return it for ``--json``."""
         figures = [{**asdict(figure), "agrees": figure.agrees} for figure in self.figures]
         return {"ok": self.ok, **asdict(self), "figures": figures}
 
 
 def build_report(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Report:
-    """Compare the record with the brain's data after the worker has stopped.
+    """Ask the brain for everything, now that the worker has stopped, and compare.
 
-    :param agent_at_work: the agent's row while the worker was running.
-    :param broker: the broker's address without a password.
+    ``agent_at_work`` is the agent's row as it was while the worker still ran.
     """
     project = peers.agent.project
     rows = {row["task_id"]: row for row in peers.brain.tasks(project)}
@@ -108,16 +106,16 @@ def _by_kind(record: Record, rows: dict[str, Row]) -> list[Figure]:
 
 
 def _kind_figure(kind: str, record: Record, rows: dict[str, Row]) -> Figure:
-    sent = [each for each in record.sent if each.kind == kind]
-    seen = [each for each in sent if _mismatch(each, rows) is None]
+    sent = [one for one in record.sent if one.kind == kind]
+    seen = [one for one in sent if _mismatch(one, rows) is None]
     state = sent[0].expected if sent else ""
     return Figure(kind, len(sent), len(seen), record.notes.get(kind) or state)
 
 
 def _loop_figure(record: Record, rows: dict[str, Row]) -> Figure:
     plain = [sent.task_id for sent in record.sent if sent.kind == PLAIN]
-    seen = [task_id for task_id in plain if _NO_LOOP in str(rows.get(task_id, {}).get("result"))]
-    return Figure("plain, no loop visible", len(plain), len(seen), "get_running_loop raised")
+    free = [task_id for task_id in plain if _NO_LOOP in str(rows.get(task_id, {}).get("result"))]
+    return Figure("plain, no loop visible", len(plain), len(free), "get_running_loop raised")
 
 
 def _retries_figure(peers: Peers, record: Record) -> Figure:
@@ -128,33 +126,33 @@ def _retries_figure(peers: Peers, record: Record) -> Figure:
         for event in peers.brain.events(peers.agent.project, "celery", task_id)
     ]
     retried = sum(event["kind"] == "task.retried" for event in events)
-    return Figure("retry events", len(retrying), retried, "task.retried")
+    return Figure("retries", len(retrying), retried, "task.retried")
 
 
 def _commands_figure(peers: Peers, record: Record) -> Figure:
     rows = [peers.brain.command(peers.agent.project, command_id) for command_id in record.commands]
     failed = [row for row in rows if row["status"] != "completed"]
-    errors = "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed)
-    return Figure("operator commands", len(rows), len(rows) - len(failed), errors or "completed")
+    note = (
+        "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed)
+        or "completed"
+    )
+    return Figure("operator's commands", len(rows), len(rows) - len(failed), note)
 
 
 def _unknown_tasks_figure(record: Record, rows: dict[str, Row]) -> Figure:
     known = {sent.task_id for sent in record.sent} | set(record.warm_up)
-    return Figure("unknown tasks", 0, len(rows.keys() - known), "")
+    return Figure("sent by nobody", 0, len(rows.keys() - known), "")
 
 
 def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:
     state = rows[sent.task_id]["state"] if sent.task_id in rows else None
-    if state == sent.expected:
-        return None
-    return Mismatch(sent.task_id, sent.kind, sent.expected, state)
+    return (
+        None if state == sent.expected else Mismatch(sent.task_id, sent.kind, sent.expected, state)
+    )
 
 
 def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | None]:
-    """Return the longest time from a task's end to its final state in the brain, and its kind.
-
-    The resolution is the poll interval of 0.1 s.
-    """
+    """Return the longest time from a task's own end to its first sight in the brain, by polls 0.1 s apart."""
     delays = [
         (seen - ended, sent.kind)
         for sent in record.sent
@@ -188,9 +186,8 @@ def _problems(report: Report) -> list[str]:
         problems.append(f"the agent was {report.agent['state_at_work']} while the worker ran")
     if report.worker["seen"] != [report.worker["name"]]:
         problems.append(
-            f"the brain lists the workers {report.worker['seen']} "
-            f"instead of {report.worker['name']}"
+            f"the brain lists the workers {report.worker['seen']}, not {report.worker['name']}"
         )
     if report.worker["exit_code"] != 0:
-        problems.append(f"the worker exited with code {report.worker['exit_code']}")
+        problems.append(f"the worker ended with code {report.worker['exit_code']}")
     return problems

@@ -15,7 +15,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.transport.error_text import short
+from z4j_bare.transport.error_text import describe_error
 
 if TYPE_CHECKING:
     import ssl
@@ -78,7 +78,7 @@ def target_of(brain_url: str) -> Target:
         return Target(parts.scheme, parts.hostname, port, _proxy_parts(proxy))
     except ValueError as error:
         raise HostConfigurationError(
-            f"{parts.scheme.upper()}_PROXY is not an address: {short(error)}"
+            f"{parts.scheme.upper()}_PROXY is not an address: {describe_error(error)}"
         ) from None
 
 
@@ -110,7 +110,7 @@ def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
         fix = f"check the host name in {target.setting}, and this host's name servers"
         number = getattr(found[0], "errno", None)
         return failed(
-            "dns", f"{host} is not a known name ({short(found[0])})", fix, host=host, errno=number
+            "dns", f"{host} is not a known name ({describe_error(found[0])})", fix, host=host, errno=number
         )
     return passed(
         "dns", f"{host} is {', '.join(found[0])}{target.through}", host=host, addresses=found[0]
@@ -152,7 +152,7 @@ def probe_tcp(brain_url: str, timeout: float = 5.0) -> ProbeResult:
         fix = f"check {target.setting} and this host's routes"
         return failed(
             "tcp",
-            f"{host}:{port} cannot be reached ({short(error)})",
+            f"{host}:{port} cannot be reached ({describe_error(error)})",
             fix,
             errno=error.errno,
             **where,
@@ -183,13 +183,13 @@ def probe_tls(brain_url: str, timeout: float = 5.0, context: Any = None) -> Prob
     except ssl.SSLError as error:
         fix = "check scheme and port in Z4J_BRAIN_URL: does the brain's port speak http, or want a client certificate?"
         return failed(
-            "tls", f"no TLS with {target.host}:{target.port} ({short(error)})", fix, **where
+            "tls", f"no TLS with {target.host}:{target.port} ({describe_error(error)})", fix, **where
         )
     except (OSError, HTTPException) as error:
         fix = f"check {target.setting}, and what stands between here and there"
         return failed(
             "tls",
-            f"the line broke during the handshake{target.through} ({short(error)})",
+            f"the line broke during the handshake{target.through} ({describe_error(error)})",
             fix,
             **where,
         )
@@ -198,7 +198,7 @@ def probe_tls(brain_url: str, timeout: float = 5.0, context: Any = None) -> Prob
 
 def _context() -> ssl.SSLContext:
     from z4j_bare.settings import load_settings
-    from z4j_bare.transport.tls import tls_context
+    from z4j_bare.transport.endpoint import tls_context
 
     settings = load_settings()
     context: ssl.SSLContext = tls_context(

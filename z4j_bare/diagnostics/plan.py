@@ -15,7 +15,7 @@ from z4j_bare.diagnostics.remote import BrainProbe, sequence
 from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.settings import Settings, load_settings
-from z4j_bare.transport.tls import tls_context
+from z4j_bare.transport.endpoint import tls_context
 
 if TYPE_CHECKING:
     from z4j_core.models import Config

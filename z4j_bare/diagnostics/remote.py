@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
-    from z4j_bare.transport.http import Answer
+    from z4j_bare.transport.http import Response
 
-#: Seconds of difference between the clocks that are worth a word; ``close_codes.SKEW`` is where they break signatures.
+#: Seconds of difference between the clocks that are worth a word; ``close_codes.MAX_CLOCK_SKEW`` is where they break signatures.
 NOTABLE = 5.0
 
 #: A message that is no ``hello``: the brain closes with this code, if it likes the token.
@@ -111,7 +111,7 @@ class BrainProbe:
         self._skew = skew
         way = "behind" if skew > 0 else "ahead of"
         details = {"skew_seconds": round(skew, 1)}
-        if abs(skew) > close_codes.SKEW:
+        if abs(skew) > close_codes.MAX_CLOCK_SKEW:
             cause = f"this host's clock is {abs(skew):.0f} s {way} the brain's, which allows 60"
             return failed(
                 "clock",
@@ -146,7 +146,7 @@ class BrainProbe:
 
     def websocket(self) -> ProbeResult:
         """Upgrade to WebSocket and have a message answered."""
-        if self._routes.choice.wish == LONGPOLL:
+        if self._routes.policy.preference == LONGPOLL:
             return skipped("websocket", "Z4J_TRANSPORT is longpoll")
         try:
             code, text = self._refused_message()
@@ -224,7 +224,7 @@ class BrainProbe:
             )
         if isinstance(error, AuthenticationRejectedError):
             return failed("token", "the brain turned this agent away", text, status=code)
-        if self._routes.choice.wish == WS:
+        if self._routes.policy.preference == WS:
             fix = "nothing for WebSocket, but long-poll and this check need these routes"
             return warned(
                 "token", f"the agent's HTTP routes do not answer: {text}", fix, status=code
@@ -253,7 +253,7 @@ class BrainProbe:
         return None, "it answered what it should have refused: is this the brain?"
 
     def _signature_refused(self, error: RemoteError) -> ProbeResult:
-        if self._skew is not None and abs(self._skew) > close_codes.SKEW:
+        if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:
             cause = (
                 f"the brain refuses the signature, for the clocks differ by {abs(self._skew):.0f} s"
             )
@@ -293,7 +293,7 @@ def silent_hello() -> bytes:
     return frames.hello(identity)
 
 
-def _unhealthy(answer: Answer) -> tuple[str, str]:
+def _unhealthy(answer: Response) -> tuple[str, str]:
     status = answer.status
     if 300 <= status < 400:  # noqa: PLR2004 - HTTP
         place = printable(answer.headers.get("Location", "elsewhere"))[:200]

@@ -34,11 +34,7 @@ class RqEngine(Engine):
     kind = "rq"
 
     def make_source(
-        self,
-        ring: Ring,
-        settings: Settings,
-        backend: BaseConcurrency,
-        consumer: object,  # noqa: ARG002 - only for Celery
+        self, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: object
     ) -> RqSource:
         """Return a source that hooks into RQ's workers."""
         return RqSource(self.adapter, ring, settings, backend)

@@ -40,7 +40,7 @@ class SchedulerHost:
         self.name = str(scheduler.name)
         #: Hides what the brain would hide: a row that its rules change fails its digest (``brain-contract`` 5.7).
         self.redactor = Redactor(_engine(config, min(LONGEST_TEXT, config.max_payload_bytes)))
-        self.answers = Redactor(_engine(config, LONGEST_ANSWER))
+        self.result_redactor = Redactor(_engine(config, LONGEST_ANSWER))
         self._bridge = bridge
         self._able: list[str] = []
 

@@ -37,7 +37,7 @@ class ScheduleManager:
     ) -> None:
         self.streams = {host.name: _stream(host, buffer, backend, stored) for host in hosts}
         #: Hides in answers to commands what is hidden in schedules; ``None`` without a scheduler.
-        self.redactor = next((stream.host.answers for stream in self.streams.values()), None)
+        self.redactor = next((stream.host.result_redactor for stream in self.streams.values()), None)
         self._backend = backend
         self._interval = interval
         self._bell = backend.event()

@@ -21,7 +21,7 @@ from z4j_core.schedule_external import (
 )
 
 from z4j_bare.errors import CommandError
-from z4j_bare.wire.canonical import canonical_plain, plain
+from z4j_bare.wire.canonical import canonical_plain, to_json_types
 
 if TYPE_CHECKING:
     from z4j_bare.events.redaction import Redactor
@@ -115,7 +115,7 @@ class Row:
 
 def row_of(schedule: Any, owner: str, redactor: Redactor) -> Row:
     """Return an adapter's ``Schedule`` as a row, redacted. Raises ``ValueError`` for one that cannot be told."""
-    source = normalize_external_schedule(plain(_dumped(schedule), DEPTH), owner=owner)
+    source = normalize_external_schedule(to_json_types(_dumped(schedule), DEPTH), owner=owner)
     fields: dict[str, Any] = redactor.scrub(source)
     for name in _NAMES:
         if fields[name] != source[name]:

@@ -1,161 +1,183 @@
-"""Which transport carries a session: WebSocket wherever it gets through, long-poll behind proxies that block it."""
+"""The choice of a session's transport: WebSocket where it works, long-poll behind proxies that block it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zope.interface import implementer
 
 from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError, RemoteError
 from z4j_bare.interfaces import ITransport
-from z4j_bare.transport.endpoint import longpoll_url, websocket_url
-from z4j_bare.transport.tls import tls_context
+from z4j_bare.transport.endpoint import longpoll_url, tls_context, websocket_url
 from z4j_bare.transport.websocket import WebSocketTransport
 from z4j_bare.transport.websocket import preload as preload_websocket
+from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.pipeline.link import Connection
     from z4j_bare.settings import Settings
-    from z4j_bare.transport.http import Answer
+    from z4j_bare.transport.http import Client, Response
     from z4j_bare.transport.longpoll import LearnedLimits, LongPollTransport
 
-logger = logging.getLogger("z4j.runtime.fallback")
+logger = logging.getLogger("z4j.runtime.transport.auto")
 
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds from one look at WebSocket to the next while long-poll is in use: first, and at most; each one doubles.
-FIRST = 60.0
-LONGEST = 3600.0
+#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles them.
+PROBE_DELAY_INITIAL = 60.0
 
-#: Failures in a row that make a blocked WebSocket, where each alone could be chance.
-STRIKES = 2
+#: Seconds between two attempts at WebSocket, at most.
+PROBE_DELAY_MAX = 3600.0
 
-#: Seconds for the health route to answer.
+#: Consecutive failures after which WebSocket counts as blocked, if each of them alone can have another cause.
+FAILURES_BEFORE_FALLBACK = 2
+
+#: Seconds within which the brain's health route must answer.
 HEALTH_TIMEOUT = 5.0
 
-#: Codes from here on are a WebSocket's close codes, below they are HTTP statuses.
+#: Error codes from here on are close codes of WebSocket. Lower ones are HTTP statuses.
 _CLOSE_CODES = 1000
 _SERVER_ERRORS = 500
-_TOO_MANY = 429
+_TOO_MANY_REQUESTS = 429
 
 
 class FallbackPolicy:
-    """The policy, without I/O. Every method takes ``now``, monotonic seconds."""
+    """Decides between WebSocket and long-poll. It does no I/O: ``now`` is monotonic time in seconds.
 
-    def __init__(self, wish: str = AUTO) -> None:
-        self.wish = wish
-        #: What carries sessions now; ``auto`` begins with WebSocket.
-        self.name = LONGPOLL if wish == LONGPOLL else WS
-        #: When WebSocket is worth another look.
-        self.due = float("inf")
-        self.interval = FIRST
-        self._strikes = 0
-        self._back_at = float("-inf")
+    :param preference: ``auto``, ``ws`` or ``longpoll``. Only ``auto`` ever changes the transport.
+    """
 
-    def begin(self, now: float) -> str:
-        """Return the transport to try for the next session."""
-        return WS if now >= self.due else self.name
+    def __init__(self, preference: str = AUTO) -> None:
+        self.preference = preference
+        #: The transport in use. ``auto`` begins with WebSocket.
+        self.name = LONGPOLL if preference == LONGPOLL else WS
+        #: When WebSocket is tried again; infinite while it is in use.
+        self.next_probe_at = float("inf")
+        self._probe_delay = Backoff(PROBE_DELAY_INITIAL, PROBE_DELAY_MAX)
+        self._failures = 0
+        self._recovered_at = float("-inf")
 
-    def failed(self, error: AgentError, now: float, reachable: Callable[[], bool]) -> bool:
-        """Take a failed WebSocket connect; return whether long-poll is to be tried at once.
+    @property
+    def probe_interval(self) -> float:
+        """Seconds between the last decision for long-poll and the next attempt at WebSocket."""
+        return self._probe_delay.delay
 
-        An HTTP status in place of 101 is plain; server errors, resets and silence have to happen twice. All count only
-        while the brain's health route is ``reachable``, which is asked last because it costs a request. 401 and 403 are
-        no exception: the brain refuses tokens after the upgrade, so those come from something in between, and where they
-        do not, the long-poll probe is refused too.
+    def next_transport(self, now: float) -> str:
+        """Return the name of the transport for the next session."""
+        return WS if now >= self.next_probe_at else self.name
+
+    def on_websocket_failure(
+        self, error: AgentError, now: float, is_reachable: Callable[[], bool]
+    ) -> bool:
+        """Process a failed WebSocket connect; return whether to try long-poll at once.
+
+        An HTTP status in place of 101 is proof of a blocked WebSocket. Server errors, resets and timeouts have to
+        occur twice. All of them count only if ``is_reachable``, which requests the brain's health route. Statuses
+        401 and 403 are proof as well: the brain rejects tokens after the upgrade, so these come from a proxy. If
+        they do come from the brain, the probe of long-poll is rejected too.
         """
-        if self.wish != AUTO:
+        if self.preference != AUTO:
             return False
+        evidence = _blocking_evidence(error)
         if self.name == LONGPOLL:
-            self.postpone(now)
-            return _suspicious(error) > 0
-        self._strikes = self._strikes + _suspicious(error) if _suspicious(error) else 0
-        if self._strikes < STRIKES or not reachable():
+            self.postpone_probe(now)
+            return evidence > 0
+        self._failures = self._failures + evidence if evidence else 0
+        if self._failures < FAILURES_BEFORE_FALLBACK or not is_reachable():
             return False
         self.name = LONGPOLL
-        self._strikes = 0
-        if (
-            now - self._back_at > self.interval
-        ):  # else it worked for a moment only: look again later and later
-            self.interval = FIRST
-        self.due = now + self.interval
+        self._failures = 0
+        # If WebSocket worked only briefly, the delays continue to grow.
+        if now - self._recovered_at > self.probe_interval:
+            self._probe_delay.reset()
+        self.next_probe_at = now + self.probe_interval
         return True
 
-    def postpone(self, now: float) -> None:
-        """WebSocket still does not get through."""
-        self.interval = min(LONGEST, self.interval * 2)
-        self.due = now + self.interval
+    def postpone_probe(self, now: float) -> None:
+        """Schedule the next attempt at WebSocket after one that failed."""
+        self._probe_delay.increase()
+        self.next_probe_at = now + self.probe_interval
 
-    def welcomed(self, name: str, now: float) -> None:
-        """Take a session that stands over ``name``."""
-        if name == WS and self.wish == AUTO:
-            self._strikes = 0
+    def on_connected(self, name: str, now: float) -> None:
+        """Process the start of a session over the transport ``name``."""
+        if name == WS and self.preference == AUTO:
+            self._failures = 0
             if self.name == LONGPOLL:
-                self._back_at = now
-            self.name, self.due = WS, float("inf")
+                self._recovered_at = now
+            self.name, self.next_probe_at = WS, float("inf")
 
-    def refused(self, error: AgentError) -> None:
-        """Take a failed long-poll connect: where that is what gets refused, WebSocket is the better try."""
-        strange = isinstance(error, NetworkError) and error.code in (400, 404, 405)
-        if self.wish == AUTO and (strange or isinstance(error, RemoteError)):
-            self.name, self.due = WS, float("inf")
+    def on_longpoll_failure(self, error: AgentError) -> None:
+        """Process a failed long-poll connect. Return to WebSocket if long-poll itself was rejected."""
+        rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
+        if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
+            self.name, self.next_probe_at = WS, float("inf")
 
 
-def _suspicious(error: AgentError) -> int:
-    """Return how much ``error`` speaks for something that blocks WebSocket: 0 not at all, ``STRIKES`` beyond doubt."""
+def _blocking_evidence(error: AgentError) -> int:
+    """Return how strongly ``error`` indicates a blocked WebSocket.
+
+    0 means not at all, and ``FAILURES_BEFORE_FALLBACK`` means proof.
+    """
     code = getattr(error, "code", None)
-    if not isinstance(code, int):  # that of a configuration error is a word
+    if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
-    if code >= _CLOSE_CODES or code == _TOO_MANY:
-        return 0  # who closes with a code speaks WebSocket with us, and who asks for patience would be asked more often
-    return (
-        1 if code >= _SERVER_ERRORS else STRIKES
-    )  # 502 is also what a brain behind its proxy looks like while it starts
+    if code >= _CLOSE_CODES or code == _TOO_MANY_REQUESTS:
+        # A close code arrives over a working WebSocket. After 429 a fallback would only add requests.
+        return 0
+    # A brain behind a proxy also causes 502 while it starts.
+    return 1 if code >= _SERVER_ERRORS else FAILURES_BEFORE_FALLBACK
 
 
 class TransportFactory:
-    """Makes the transport of each session, by setting or by what gets through.
+    """Creates the transport of each session.
 
-    :param wish: ``auto``, ``ws`` or ``longpoll``.
+    It loads certificates and the library of the preferred transport in its constructor, because doing so later would
+    block a hub.
+
+    :param preference: ``auto``, ``ws`` or ``longpoll``.
     :param token: called at every connect.
 
-    Loads certificates, and the library that will be needed, now: on a hub later it would hold up the host.
+    Raises ``HostConfigurationError``.
     """
 
     def __init__(
         self,
         brain_url: str,
-        wish: str,
+        preference: str,
         token: Callable[[], str],
         settings: Settings,
         backend: BaseConcurrency,
         *,
         dev_mode: bool,
     ) -> None:
-        if wish not in (AUTO, WS, LONGPOLL):
-            raise HostConfigurationError(f"Z4J_TRANSPORT={wish!r} is none of auto, ws, longpoll")
-        self.choice = FallbackPolicy(wish)
+        if preference not in (AUTO, WS, LONGPOLL):
+            raise HostConfigurationError(
+                f"Z4J_TRANSPORT={preference!r} is not valid: use auto, ws or longpoll"
+            )
+        self.policy = FallbackPolicy(preference)
         self._ws_url = websocket_url(brain_url, dev_mode=dev_mode)
         self._api_url = longpoll_url(brain_url, dev_mode=dev_mode)
         self._token = token
         self._backend = backend
-        self._known: LearnedLimits | None = None
+        self._limits: LearnedLimits | None = None
         self._tls = None
         if self._ws_url.startswith("wss:"):
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
-        if wish == LONGPOLL:
-            import z4j_bare.transport.http
-            import z4j_bare.transport.longpoll  # noqa: F401
+        if preference == LONGPOLL:
+            pass
         else:
             preload_websocket()
 
-    def transport(self) -> Any:
-        """Return the ``ITransport`` of the next session."""
-        makers = {AUTO: self._either, WS: self.websocket, LONGPOLL: self.longpoll}
-        return makers[self.choice.wish]()
+    def create(self) -> ITransport:
+        """Return the transport of the next session."""
+        if self.policy.preference == WS:
+            return self.websocket()
+        if self.policy.preference == LONGPOLL:
+            return self.longpoll()
+        return AutoTransport(self, self._backend)
 
     def websocket(self) -> WebSocketTransport:
         """Return a new WebSocket transport."""
@@ -163,130 +185,139 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        longpoll = self._backend.import_module("z4j_bare.transport.longpoll")  # few workers need it
-        self._known = self._known or longpoll.LearnedLimits()
-        made: LongPollTransport = longpoll.LongPollTransport(
-            self._api_url, self._token, self._backend, self._known, self._tls
+        longpoll = self._backend.import_module("z4j_bare.transport.longpoll")  # few processes need it
+        self._limits = self._limits or longpoll.LearnedLimits()
+        transport: LongPollTransport = longpoll.LongPollTransport(
+            self._api_url, self._token, self._backend, self._limits, self._tls
         )
-        return made
+        return transport
 
-    def reachable(self) -> bool:
-        """Whether the brain's health route answers."""
+    def is_reachable(self) -> bool:
+        """Whether the brain's health route answers with 200."""
         try:
-            return self.health(HEALTH_TIMEOUT).status == 200  # noqa: PLR2004 - HTTP
+            return self.health(HEALTH_TIMEOUT).status == 200
         except NetworkError:
             return False
 
-    def health(self, timeout: float) -> Answer:
-        """Return what the brain's health route says. Raises ``NetworkError``."""
-        client = self._backend.import_module("z4j_bare.transport.http").Client(
-            self._api_url, {}, self._backend, self._tls
-        )
+    def health(self, timeout: float) -> Response:
+        """Request the brain's health route. Raises ``NetworkError``, also after ``timeout`` seconds without data."""
+        http = self._backend.import_module("z4j_bare.transport.http")
+        client: Client = http.Client(self._api_url, {}, self._backend, self._tls)
         try:
-            answer: Answer = client.call("GET", "/health", timeout=timeout)
-            return answer
+            return client.request("GET", "/health", timeout=timeout)
         finally:
             client.close()
 
-    def passable(self) -> bool:
-        """Whether a WebSocket upgrade gets through."""
-        attempt = self.websocket()
+    def probe_websocket(self) -> bool:
+        """Whether a WebSocket upgrade succeeds."""
+        transport = self.websocket()
         try:
-            attempt.upgrade()
+            transport.upgrade()
             return True
         except AgentError as error:
-            logger.debug("z4j: WebSocket still does not get through: %s", error)
+            logger.debug("z4j: WebSocket is still blocked: %s", error)
             return False
         finally:
-            attempt.close()
+            transport.close()
 
-    def watches(self, link: Connection) -> bool:
-        """Whether the session is one that :meth:`watch` should look after."""
-        return self.choice.wish == AUTO and link.transport.name == LONGPOLL
+    def needs_recovery(self, connection: Connection) -> bool:
+        """Whether :meth:`monitor_recovery` has to run during this session."""
+        return self.policy.preference == AUTO and connection.transport.name == LONGPOLL
 
-    def watch(self, link: Connection) -> None:
-        """Look at WebSocket now and then; return when it gets through and the session may end for it, or has ended."""
-        while not self._backend.wait(link.closing, max(0.0, self.choice.due - self._backend.now())):
-            if self.passable():
-                self.choice.due = self._backend.now()
-                link.transport.drain()
+    def monitor_recovery(self, connection: Connection) -> None:
+        """Probe WebSocket at growing intervals during a long-poll session.
+
+        Returns when WebSocket works, after the session has been drained, or when the session has ended.
+        """
+        while not self._backend.wait(
+            connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())
+        ):
+            if self.probe_websocket():
+                self.policy.next_probe_at = self._backend.now()
+                connection.transport.drain()
                 return
-            self.choice.postpone(self._backend.now())
-
-    def _either(self) -> AutoTransport:
-        return AutoTransport(self, self._backend)
+            self.policy.postpone_probe(self._backend.now())
 
 
 @implementer(ITransport)
 class AutoTransport:
-    """One session over whichever transport gets through; the decision falls in ``connect``."""
+    """One session over WebSocket or long-poll. ``connect`` chooses the transport."""
 
-    def __init__(self, routes: TransportFactory, backend: BaseConcurrency) -> None:
-        self.name = routes.choice.name
-        self.confirms = False
-        self._routes = routes
-        self._choice = routes.choice
+    def __init__(self, factory: TransportFactory, backend: BaseConcurrency) -> None:
+        self.name = factory.policy.name
+        self.synchronous_acks = False
+        self._factory = factory
+        self._policy = factory.policy
         self._backend = backend
-        self._inner: Any = None
+        self._transport: WebSocketTransport | LongPollTransport | None = None
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Connect over WebSocket, over long-poll, or over the one after the other; see ``ITransport``."""
-        choice, before = self._choice, self._choice.name
-        if choice.begin(self._backend.now()) == WS:
+        """Connect over WebSocket, over long-poll, or over long-poll after WebSocket failed; see ``ITransport``."""
+        policy, previous = self._policy, self._policy.name
+        if policy.next_transport(self._backend.now()) == WS:
+            websocket = self._factory.websocket()
             try:
-                answer = self._enter(self._routes.websocket(), hello)
+                hello_ack = self._connect_with(websocket, hello)
             except AgentError as error:
-                self._inner.close()
-                if not choice.failed(error, self._backend.now(), self._routes.reachable):
+                websocket.close()
+                if not policy.on_websocket_failure(
+                    error, self._backend.now(), self._factory.is_reachable
+                ):
                     raise
-                if before == WS:
-                    wait = choice.interval
+                if previous == WS:
                     logger.warning(
-                        "z4j: no WebSocket gets through (%s): using long-poll, next look in %.0f s",
+                        "z4j: WebSocket is blocked (%s): falling back to long-poll; "
+                        "retrying WebSocket in %.0f s",
                         error,
-                        wait,
+                        policy.probe_interval,
                     )
             else:
-                if before == LONGPOLL:
-                    logger.info("z4j: WebSocket gets through again")
-                return answer
+                if previous == LONGPOLL:
+                    logger.info("z4j: WebSocket works again: leaving long-poll")
+                return hello_ack
         try:
-            return self._enter(self._routes.longpoll(), hello)
+            return self._connect_with(self._factory.longpoll(), hello)
         except AgentError as error:
-            choice.refused(error)
+            policy.on_longpoll_failure(error)
             raise
 
     def send(self, build: Callable[[], bytes]) -> int:
-        """Send over what carries the session."""
-        size: int = self._inner.send(build)
-        return size
+        """Send over the chosen transport; see ``ITransport``."""
+        return self._connected().send(build)
 
     def receive(self, timeout: float) -> bytes | None:
-        """Receive from what carries the session."""
-        message: bytes | None = self._inner.receive(timeout)
-        return message
+        """Receive over the chosen transport; see ``ITransport``."""
+        return self._connected().receive(timeout)
 
     def drain(self) -> None:
-        """Let a long-poll session come to its end without losing a command."""
-        self._inner.drain()
+        """Stop a long-poll session from polling; see ``LongPollTransport.drain``."""
+        if self._transport is not None and self._transport.name == LONGPOLL:
+            self._transport.drain()
 
     def abort(self) -> None:
-        """Break whatever there is of the session."""
+        """Break the session, also during ``connect``."""
         self._aborted = True
-        if self._inner is not None:
-            self._inner.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     def close(self) -> None:
-        """Release it."""
-        if self._inner is not None:
-            self._inner.close()
+        """Release the chosen transport."""
+        if self._transport is not None:
+            self._transport.close()
 
-    def _enter(self, inner: Any, hello: bytes) -> bytes:
-        self._inner = inner
+    def _connected(self) -> WebSocketTransport | LongPollTransport:
+        if self._transport is None:
+            raise NetworkError("the connection is closed")
+        return self._transport
+
+    def _connect_with(
+        self, transport: WebSocketTransport | LongPollTransport, hello: bytes
+    ) -> bytes:
+        self._transport = transport
         if self._aborted:
-            raise NetworkError("the line is closed")
-        answer: bytes = inner.connect(hello)
-        self.name, self.confirms = inner.name, inner.confirms
-        self._choice.welcomed(inner.name, self._backend.now())
-        return answer
+            raise NetworkError("the connection is closed")
+        hello_ack = transport.connect(hello)
+        self.name, self.synchronous_acks = transport.name, transport.synchronous_acks
+        self._policy.on_connected(transport.name, self._backend.now())
+        return hello_ack

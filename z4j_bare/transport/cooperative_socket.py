@@ -1,93 +1,103 @@
-"""A non-blocking socket whose waits go through the backend.
+"""A non-blocking socket that waits through the concurrency backend.
 
-Three things follow: a copy of a loop in a forked child leaves before it touches the parent's socket, TLS objects are never
-used by two threads at once, and one time-out rule holds in every runtime.
+This has three effects. A copy of a loop in a forked child ends before it touches the parent's socket. Two
+threads never use a TLS object at the same time. Timeouts work the same in every runtime.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from z4j_bare.concurrency import BaseConcurrency
 from z4j_bare.errors import ForkedChildError
 
-CHUNK = 64 * 1024
+#: Bytes that one read takes from the socket, at most.
+READ_SIZE = 64 * 1024
+
+_Result = TypeVar("_Result")
 
 
 class CooperativeSocket:
-    """What ``websocket-client`` gets in place of the socket it connected.
+    """Replaces a connected socket inside ``websocket-client`` and ``http.client``.
 
-    :param timeout: seconds that ``recv`` waits for the first byte and ``send`` for room before ``TimeoutError``.
+    :param timeout: seconds that ``recv`` waits for the first byte before it raises ``TimeoutError``.
+    :param send_timeout: seconds that ``send`` waits for free space before it raises ``TimeoutError``.
     """
 
     def __init__(
-        self, sock: Any, backend: BaseConcurrency, timeout: float, send_timeout: float
+        self,
+        sock: socket.socket,
+        backend: BaseConcurrency,
+        timeout: float,
+        send_timeout: float,
     ) -> None:
-        sock.setblocking(
-            False
-        )  # not settimeout(0.0): eventlet's TLS socket takes that for a deadline that has passed
+        # Not settimeout(0.0): eventlet's TLS socket takes that for an expired deadline.
+        sock.setblocking(False)
         self._sock = sock
         self._backend = backend
         self._timeout = timeout
         self.send_timeout = send_timeout
-        self._ahead = b""
-        # Only real threads ever contend for it, and never for longer than one non-blocking call.
-        self._turn = threading.Lock()
+        self._read_buffer = b""
+        # Only real threads contend for it, each for the time of one non-blocking call.
+        self._lock = threading.Lock()
 
     def recv(self, size: int) -> bytes:
-        """Return 1 to ``size`` bytes, or ``b""`` at the end of the line."""
-        if not self._ahead:
-            self._ahead = self._retry(
-                lambda: self._sock.recv(CHUNK), self._timeout, wants_write=False
+        """Return 1 to ``size`` bytes, or ``b""`` at the end of the stream."""
+        if not self._read_buffer:
+            self._read_buffer = self._retry(
+                lambda: self._sock.recv(READ_SIZE), self._timeout, wants_write=False
             )
-        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        data, self._read_buffer = self._read_buffer[:size], self._read_buffer[size:]
         return data
 
     def send(self, data: bytes) -> int:
-        """Write some of ``data`` and return how much."""
-        return int(self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True))
+        """Write a part of ``data`` and return its length."""
+        return self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True)
 
-    def offer(self, data: bytes) -> None:
-        """Write ``data`` if the socket takes it at once; never waits. Raises ``OSError`` when it does not."""
-        with self._turn:
+    def try_send(self, data: bytes) -> None:
+        """Write ``data`` without waiting. Raises ``OSError`` when the socket has no space for it."""
+        with self._lock:
             self._sock.send(data)
 
     def gettimeout(self) -> float:
-        """Return 0: ``websocket-client`` then calls ``recv`` and ``send`` as they are, without a selector of its own."""
+        """Return 0, so that ``websocket-client`` calls ``recv`` and ``send`` without a selector of its own."""
         return 0.0
 
     def settimeout(self, timeout: float | None) -> None:
-        """Take the reader's time-out in seconds."""
+        """Set the read timeout in seconds; ``None`` keeps the current one."""
         self._timeout = self._timeout if timeout is None else timeout
 
     def fileno(self) -> int:
-        """Return the file descriptor, -1 once closed."""
-        return int(self._sock.fileno())
+        """Return the file descriptor, -1 after ``close``."""
+        return self._sock.fileno()
 
     def shutdown(self, how: int) -> None:
-        """Break the line; wakes whoever waits for it."""
+        """Shut the connection down, which wakes all waiting readers and writers."""
         self._sock.shutdown(how)
 
     def close(self) -> None:
-        """Release the file descriptor. For the owner, after its tasks have left."""
+        """Release the file descriptor. Only the owner may call this, after all readers and writers have left."""
         self._sock.close()
 
-    def _retry(self, action: Callable[[], Any], timeout: float, *, wants_write: bool) -> Any:
+    def _retry(
+        self, action: Callable[[], _Result], timeout: float, *, wants_write: bool
+    ) -> _Result:
         while True:
             if self._backend.forked():
-                raise ForkedChildError  # this is a copy of a loop, and the socket is the parent's
+                raise ForkedChildError  # a copy of a loop; the socket belongs to the parent
             try:
-                with self._turn:
+                with self._lock:
                     return action()
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # Without importing ssl for a plain line: TLS says what it waits for by the name of its error.
+                # The name says what TLS waits for. Comparing classes would import ssl for plain connections.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise
             wait = self._backend.wait_writable if write else self._backend.wait_readable
             if not wait(self._sock, timeout):
-                raise TimeoutError("the line is silent")
+                raise TimeoutError("the connection timed out")

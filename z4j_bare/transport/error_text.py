@@ -1,4 +1,4 @@
-"""What to say of an error, and of what a peer said: one line, nothing secret, nothing that steers a terminal."""
+"""Texts of errors and of messages from peers, made safe for logs: one line, no secrets, no control characters."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that separate a proxy's password from what is around it, where somebody forgot to escape those within.
-_EDGES = re.compile(r"[:/?#@]")
+#: Characters that delimit the parts of a URL. A password that contains them unescaped is split there.
+_SEPARATORS = re.compile(r"[:/?#@]")
 
-#: Shorter pieces of a password tell little, and would be found in any text.
-_SHORTEST = 3
+#: Characters of a password's part, at least. A shorter part reveals little and occurs in any text by chance.
+_MIN_SECRET_CHARS = 3
 
 
-def short(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the error's type and the first line of its text.
 
-    An address that cannot be parsed is quoted by whoever tried, be it that of a proxy with its password.
+    Libraries quote a URL that they cannot parse, such as that of a proxy with its password. Passwords of the
+    proxy variables are replaced by ``***``.
     """
     text = printable(str(error).split("\n", 1)[0])
     for secret in sorted(_proxy_secrets(), key=len, reverse=True):
@@ -25,7 +26,7 @@ def short(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with a question mark for each control character: noise on the line ends up in error messages."""
+    """Return the text with a question mark in place of each control character."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -35,5 +36,7 @@ def _proxy_secrets() -> Iterator[str]:
             credentials = address.rpartition("@")[0].rpartition("://")[2]
             _, _, password = credentials.partition(":")
             yield from (
-                piece for piece in (password, *_EDGES.split(password)) if len(piece) >= _SHORTEST
+                part
+                for part in (password, *_SEPARATORS.split(password))
+                if len(part) >= _MIN_SECRET_CHARS
             )

@@ -1,6 +1,6 @@
-"""HTTP for the brain's long-poll routes: ``requests``, on sockets whose waits go through the backend.
+"""HTTP for the brain's long-poll routes: ``requests`` on sockets that wait through the concurrency backend.
 
-This module imports ``requests``; whoever may never need it imports this one late.
+This module imports ``requests``. Import it late where long-poll may never be needed.
 """
 
 from __future__ import annotations
@@ -20,28 +20,33 @@ from urllib3.exceptions import HTTPError, ProxyError
 
 from z4j_bare.errors import ForkedChildError, NetworkError
 from z4j_bare.transport.cooperative_socket import CooperativeSocket
-from z4j_bare.transport.error_text import short
+from z4j_bare.transport.error_text import describe_error
 
 if TYPE_CHECKING:
+    import ssl
+
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds for DNS, TCP and TLS together per address.
+#: Seconds for DNS, TCP and TLS together, per address.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds after which an idle connection is not used again: the brain closes one after 5, and a request that crosses with
-#: that would look like a broken line.
-KEEP = 4.0
+#: Seconds after which an idle connection is not used again. The brain closes one after 5 s, and a request sent
+#: at that moment would fail like a broken connection.
+KEEPALIVE_SECONDS = 4.0
 
-#: Bytes of one answer at most; 50 commands are far below.
-LONGEST = 16 * 1024 * 1024
+#: Bytes of a response, at most. A response with 50 commands is far smaller.
+MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 
-#: What comes of addresses and answers that are none; ``TypeError`` of a proxy without a host.
+#: Bytes that are read from a response in one step.
+_READ_SIZE = 64 * 1024
+
+#: Errors of the libraries for malformed URLs and responses. A proxy URL without a host raises ``TypeError``.
 _MALFORMED = (ValueError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back. ``headers`` knows no case."""
+class Response:
+    """A response of any status. The names in ``headers`` are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -49,111 +54,119 @@ class Answer:
 
     @property
     def retry_after(self) -> float | None:
-        """The server's wish in seconds; the form with a date is rare and counts as absent."""
+        """The seconds of ``Retry-After``. The form with a date is rare and counts as absent."""
         text = self.headers.get("Retry-After", "")
         return float(text) if text.isdecimal() else None
 
 
-class Wire:
-    """A connected socket as ``http.client`` wants it, over a :class:`CooperativeSocket`: fork-guarded, breakable from any task."""
+class HttpSocket:
+    """A connected socket for ``http.client`` on top of a :class:`CooperativeSocket`.
 
-    def __init__(self, sock: Any, backend: BaseConcurrency) -> None:
-        self._line = CooperativeSocket(sock, backend, CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+    Any task can shut it down, and a forked child cannot use it.
+    """
+
+    def __init__(self, sock: socket.socket, backend: BaseConcurrency) -> None:
+        self._socket = CooperativeSocket(sock, backend, CONNECT_TIMEOUT, CONNECT_TIMEOUT)
         self._readers = 0
         self._closed = False
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data``."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self._line.send(rest) :]  # type: ignore[arg-type]  # a socket takes any buffer
+            rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # accepts any buffer
 
-    def makefile(self, *_mode: Any, **_options: Any) -> io.BufferedReader:
-        """Return a reader; the socket outlives ``close`` until its readers are closed too, as with a real one."""
+    def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
+        """Return a reader. As with a real socket, ``close`` takes effect when all readers are closed."""
         self._readers += 1
-        return io.BufferedReader(_Reader(self._line, self._released))
+        return io.BufferedReader(_Reader(self._socket, self._reader_closed))
 
     def settimeout(self, timeout: float | None) -> None:
-        """Take the seconds without progress after which a read or a write gives up."""
+        """Set the seconds without progress after which a read or a write raises ``TimeoutError``."""
         if timeout is not None:
-            self._line.settimeout(timeout)
-            self._line.send_timeout = timeout
+            self._socket.settimeout(timeout)
+            self._socket.send_timeout = timeout
 
     def fileno(self) -> int:
-        """Return the file descriptor, -1 once closed."""
-        return self._line.fileno()
+        """Return the file descriptor, -1 after ``close``."""
+        return self._socket.fileno()
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Break the line; wakes whoever waits for it."""
+        """Shut the connection down, which wakes all waiting readers and writers."""
         try:
-            self._line.shutdown(how)
+            self._socket.shutdown(how)
         except OSError:
-            pass  # already gone, which is what was wanted
+            pass  # already disconnected
 
     def close(self) -> None:
         """Release the file descriptor, now or with the last reader."""
         self._closed = True
         self._release()
 
-    def _released(self) -> None:
+    def _reader_closed(self) -> None:
         self._readers -= 1
         self._release()
 
     def _release(self) -> None:
         if self._closed and self._readers <= 0:
-            self._line.close()
+            self._socket.close()
 
 
 class _Reader(io.RawIOBase):
-    def __init__(self, line: CooperativeSocket, released: Callable[[], None]) -> None:
+    def __init__(self, sock: CooperativeSocket, on_close: Callable[[], None]) -> None:
         super().__init__()
-        self._line = line
-        self._released = released
+        self._socket = sock
+        self._on_close = on_close
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._line.recv(len(buffer))
+        data = self._socket.recv(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            self._released()
+            self._on_close()
 
 
 class Client:
-    """One connection to the brain at a time, kept while it is in use.
+    """An HTTP client with one connection at a time, which is kept alive while it is used.
 
-    :param base: address that paths are added to.
+    :param base: the URL that paths are appended to.
     :param headers: sent with each request.
-    :param tls: an ``ssl.SSLContext`` for an ``https`` address; nothing else decides about certificates.
+    :param tls: the TLS context for an ``https`` URL. No other setting affects certificates.
 
-    Proxies come from the environment, ``NO_PROXY`` included; nothing else does: a ``.netrc`` would replace the token.
+    Proxies come from the environment, including ``NO_PROXY``. Nothing else does, because a ``.netrc`` would
+    replace the token.
     """
 
     def __init__(
-        self, base: str, headers: Mapping[str, str], backend: BaseConcurrency, tls: Any = None
+        self,
+        base: str,
+        headers: Mapping[str, str],
+        backend: BaseConcurrency,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._base = base
         self._backend = backend
-        self._used = 0.0
+        self._last_used_at = 0.0
         self._aborted = False
-        self._wire: Wire | None = None
+        self._socket: HttpSocket | None = None
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
-        # Long-polling is a conversation with one process: whatever a load balancer sets to keep it there goes back to it.
+        # All requests must reach the same brain process, so the cookies of a load balancer are kept.
         self._session.headers.update(
             {"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers}
         )
-        adapter = _Adapter(tls, self._dress, backend)
+        adapter = _Adapter(tls, self._wrap_socket, backend)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
 
-    def call(
+    def request(
         self,
         method: str,
         path: str,
@@ -161,59 +174,68 @@ class Client:
         timeout: float,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Answer:
-        """Make one request, whatever its status; redirects are not followed. ``timeout``: seconds without a byte.
+    ) -> Response:
+        """Send a request and return the response, whatever its status. Redirects are not followed.
 
-        Raises ``NetworkError``.
+        ``timeout`` is in seconds without a byte. Raises ``NetworkError``.
         """
         if self._backend.forked():
             raise ForkedChildError
-        if self._backend.now() - self._used > KEEP:
+        if self._backend.now() - self._last_used_at > KEEPALIVE_SECONDS:
             self._session.close()
         try:
             response = self._session.request(
-                method, self._base + path, data=body, headers=dict(headers or {}), timeout=(CONNECT_TIMEOUT, timeout),
-                allow_redirects=False, stream=True,
-            )  # fmt: skip
+                method,
+                self._base + path,
+                data=body,
+                headers=dict(headers or {}),
+                timeout=(CONNECT_TIMEOUT, timeout),
+                allow_redirects=False,
+                stream=True,
+            )
             with response:
-                content = b"".join(_bounded(response.iter_content(64 * 1024)))
+                content = b"".join(_bounded(response.iter_content(_READ_SIZE)))
         except (requests.RequestException, HTTPError, OSError, *_MALFORMED) as error:
-            raise NetworkError(f"cannot reach the brain: {short(_root(error))}") from None
-        self._used = self._backend.now()
-        return Answer(response.status_code, response.headers, content)
+            raise NetworkError(f"cannot reach the brain: {describe_error(_root(error))}") from None
+        self._last_used_at = self._backend.now()
+        return Response(response.status_code, response.headers, content)
 
     def abort(self) -> None:
-        """Break the connection from any task, and let there be no other. Idempotent; not for a forked child."""
+        """Break the connection from any task and prevent new ones. Idempotent; does nothing in a forked child."""
         self._aborted = True
-        wire = self._wire
-        if wire is not None and not self._backend.forked():
-            wire.shutdown()
+        if self._socket is not None and not self._backend.forked():
+            self._socket.shutdown()
 
     def close(self) -> None:
-        """Release the connection. For the owner only."""
+        """Release the connection. Only the owner may call this."""
         self._aborted = True
         if not self._backend.forked():
             self._session.close()
 
     def share_cookies(self, other: Client) -> None:
-        """Use the cookies of ``other``."""
+        """Use the cookie jar of ``other``."""
         self._session.cookies = other._session.cookies
 
-    def _dress(self, sock: Any) -> Wire:
-        wire = Wire(sock, self._backend)
+    def _wrap_socket(self, sock: socket.socket) -> HttpSocket:
+        wrapped = HttpSocket(sock, self._backend)
         if self._aborted:
-            wire.close()
-            raise OSError("the line is closed")
-        self._wire = wire
-        return wire
+            wrapped.close()
+            raise OSError("the connection is closed")
+        self._socket = wrapped
+        return wrapped
 
 
 class _Adapter(HTTPAdapter):
-    """Puts our TLS context and our sockets under ``requests``, proxied or not."""
+    """Makes ``requests`` use the agent's TLS context and sockets, with and without a proxy."""
 
-    def __init__(self, tls: Any, dress: Callable[[Any], Wire], backend: BaseConcurrency) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None,
+        wrap_socket: Callable[[socket.socket], HttpSocket],
+        backend: BaseConcurrency,
+    ) -> None:
         self._tls = tls
-        self._pools = _pools(dress, backend)
+        self._pools = _pools(wrap_socket, backend)
         super().__init__(pool_connections=1, pool_maxsize=1)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
@@ -221,7 +243,7 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        if proxy.lower().startswith("socks"):  # its pools are of its own kind
+        if proxy.lower().startswith("socks"):  # SOCKS needs its own pool classes
             return super().proxy_manager_for(proxy, ssl_context=self._tls, **options)
         manager: Any = super().proxy_manager_for(
             proxy, ssl_context=self._tls, proxy_ssl_context=self._tls, **options
@@ -229,23 +251,25 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self._pools
         return manager
 
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        del url, verify, cert  # requests would add authorities of its own to the context
+    def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
+        del url, verify, cert  # requests would add its own CA certificates to the context
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"
 
 
-def _pools(dress: Callable[[Any], Wire], backend: BaseConcurrency) -> dict[str, Any]:
+def _pools(
+    wrap_socket: Callable[[socket.socket], HttpSocket], backend: BaseConcurrency
+) -> dict[str, Any]:
     class _CooperativeConnection:
         sock: Any
 
         def connect(self) -> None:
             connection: Any = super()
             backend.call_blocking(connection.connect)
-            self.sock = dress(self.sock)
+            self.sock = wrap_socket(self.sock)
 
         @property
-        def is_connected(self) -> bool:  # looks with a patched select, which lets the whole hub run
+        def is_connected(self) -> bool:  # calls a patched select, which would run the whole hub
             connection: Any = super()
             return bool(backend.call_blocking(lambda: connection.is_connected))
 
@@ -268,17 +292,17 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
     size = 0
     for chunk in chunks:
         size += len(chunk)
-        if size > LONGEST:
-            raise ValueError(f"an answer of more than {LONGEST} bytes")
+        if size > MAX_RESPONSE_BYTES:
+            raise ValueError(f"a response of more than {MAX_RESPONSE_BYTES} bytes")
         yield chunk
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what happened, from under the layers of ``requests`` and ``urllib3``; that it was the proxy stays."""
+    """Return the innermost error below those of ``requests`` and ``urllib3``, but at most a ``ProxyError``."""
     while not isinstance(error, ProxyError):
         inner = getattr(error, "reason", None)
         if not isinstance(inner, BaseException):
-            inner = next((each for each in error.args if isinstance(each, BaseException)), None)
+            inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
         if inner is None:
             break
         error = inner

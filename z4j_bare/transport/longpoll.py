@@ -1,4 +1,4 @@
-"""The brain over plain HTTP requests, for networks that let no WebSocket through (``brain-contract`` section 3)."""
+"""The long-poll transport: plain HTTP requests for networks that block WebSocket."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
@@ -27,46 +27,64 @@ from z4j_bare.wire import close_codes
 from z4j_bare.wire.canonical import canonical
 
 if TYPE_CHECKING:
+    import ssl
+
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.transport.http import Answer, Client
+    from z4j_bare.concurrency.base import Task
+    from z4j_bare.transport.http import Client, Response
 
-logger = logging.getLogger("z4j.runtime.longpoll")
+logger = logging.getLogger("z4j.runtime.transport.longpoll")
 
-#: Seconds for the probe and for one upload to be answered.
+#: Seconds within which the brain must answer the probe.
 PROBE_TIMEOUT = 10.0
+
+#: Seconds within which the brain must answer an upload.
 POST_TIMEOUT = 15.0
 
-#: Seconds that the brain holds a poll open: at most, and at least where something on the way cuts longer ones. The answer
-#: gets ``GRACE`` more.
-WAIT = 30
-SHORTEST_WAIT = 5
-GRACE = 10.0
+#: Seconds that the brain holds a poll open.
+POLL_WAIT = 30
 
-#: Seconds between two polls at least, and after one that came back empty before its time.
-POLL_GAP = 0.25
-EMPTY_GAP = 1.0
+#: Seconds of the shortest poll, used where a proxy cuts longer ones off.
+MIN_POLL_WAIT = 5
 
-#: Commands taken at once.
-MAX_FRAMES = 50
+#: Seconds after the end of a poll's wait within which the brain must answer.
+POLL_GRACE = 10.0
 
-#: Uploads that may follow each other at once, and then a second: the brain allows 600 requests a minute for all that one
-#: address does, polls and other workers included.
-BURST = 30
-RATE = 5.0
+#: Seconds from the start of one poll to the next, at least.
+MIN_POLL_INTERVAL = 0.25
 
-#: Bytes of a request body: what we try first, and what we never go below. The brain's default limit is 8,192, one of the
-#: halves.
-BODY_FIRST = 128 * 1024
-BODY_USUAL = 8 * 1024
-BODY_LEAST = 1024
+#: The same after a poll without commands, which can come back too early.
+EMPTY_POLL_INTERVAL = 1.0
 
-#: What is around a frame in a body.
-WRAP = len(b'{"frames":[""]}')
+#: Commands in the answer to a poll, at most.
+MAX_COMMANDS = 50
 
-#: The capability that entitles an engine to retry commands, and the header that says so.
+#: Uploads in a burst, at most.
+UPLOAD_BURST = 30
+
+#: Uploads per second after a burst. The brain allows 600 requests a minute from one address, which includes
+#: polls and all other workers of that address.
+UPLOAD_RATE = 5.0
+
+#: Bytes of a request body: the first limit, which is halved after each rejection.
+BODY_LIMIT_INITIAL = 128 * 1024
+
+#: Bytes of a request body: the brain's default limit.
+BODY_LIMIT_DEFAULT = 8 * 1024
+
+#: Bytes of a request body: the lowest limit.
+BODY_LIMIT_MIN = 1024
+
+#: Bytes around a frame in a request body.
+WRAPPER_BYTES = len(b'{"frames":[""]}')
+
+#: Seconds between two checks whether a draining session's commands have been received.
+DRAIN_POLL_INTERVAL = 0.05
+
+#: The capability that lets an engine receive retry commands, and that a request header announces.
 RETRY_CONTRACT = "retry_by_reference_v1"
 
-_STRANGER = "is Z4J_BRAIN_URL the brain's address, or does a proxy answer in its place?"
+_NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy answer in its place?"
 
 _SESSION_OVER = 409
 _TOO_LARGE = 413
@@ -75,83 +93,174 @@ _UNPROCESSABLE = 422
 
 @dataclass(slots=True)
 class LearnedLimits:
-    """What one session learns for all later ones of this process."""
+    """Facts about the brain and the network that one session learns for all later sessions of this process."""
 
-    body_limit: int = BODY_FIRST
-    #: The largest body that got through.
+    body_limit: int = BODY_LIMIT_INITIAL
+    #: Bytes of the largest request body that was accepted.
     body_proven: int = 0
-    wait: int = WAIT
+    #: Seconds that a poll may last.
+    wait: int = POLL_WAIT
     agent_id: str = ""
     project_id: str = ""
 
-    def too_large(self, size: int) -> None:
-        """Halve the limit until a body of ``size`` is over it."""
-        while self.body_limit >= size and self.body_limit > BODY_LEAST:
+    def reject_body(self, size: int) -> None:
+        """Halve the limit until a body of ``size`` bytes exceeds it."""
+        while self.body_limit >= size and self.body_limit > BODY_LIMIT_MIN:
             self.body_limit //= 2
+
+    def shorten_polls(self) -> None:
+        """Halve the duration of a poll, because a proxy cut one off."""
+        self.wait = max(MIN_POLL_WAIT, self.wait // 2)
+        logger.debug("z4j: long polls are cut off on the way; new duration: %d s", self.wait)
 
 
 @dataclass(slots=True)
 class TokenBucket:
-    """A bucket of permits for uploads; without a clock."""
+    """A token bucket for uploads. It has no clock."""
 
-    permits: float = BURST
-    at: float = 0.0
+    tokens: float = UPLOAD_BURST
+    updated_at: float = 0.0
 
-    def delay(self, now: float) -> float:
-        """Take one permit and return the seconds to wait before using it."""
-        self.permits = min(float(BURST), self.permits + (now - self.at) * RATE) - 1
-        self.at = now
-        return max(0.0, -self.permits / RATE)
+    def take(self, now: float) -> float:
+        """Take one token and return the seconds to wait before its use."""
+        refilled = self.tokens + (now - self.updated_at) * UPLOAD_RATE
+        self.tokens = min(float(UPLOAD_BURST), refilled) - 1
+        self.updated_at = now
+        return max(0.0, -self.tokens / UPLOAD_RATE)
 
 
-@dataclass(slots=True)
-class _Inbox:
-    """What the polling task leaves for the reader."""
+class _Poller:
+    """Polls for commands in its own task, and hands their frames out in order."""
 
-    news: Any
-    frames: deque[bytes] = field(default_factory=deque)
-    failure: AgentError | None = None
+    def __init__(self, client: Client, backend: BaseConcurrency, limits: LearnedLimits) -> None:
+        self.aborted = False
+        self._client = client
+        self._backend = backend
+        self._limits = limits
+        #: Set when there is a frame to receive or an error to raise.
+        self._ready = backend.event()
+        self._stopped = backend.event()
+        self._frames: deque[bytes] = deque()
+        self._error: AgentError | None = None
+        self._draining = False
+        self._task: Task | None = None
+
+    def receive(self, timeout: float) -> bytes | None:
+        """Return the next frame, or ``None`` after ``timeout`` seconds. The first call starts the task."""
+        if self._task is None and not self.aborted:
+            self._task = self._backend.spawn(self._run, name="z4j-poll")
+        self._ready.clear()
+        if not self._frames and self._error is None and not self.aborted:
+            self._backend.wait(self._ready, timeout)
+        if self._frames:
+            return self._frames.popleft()
+        if self.aborted:
+            raise NetworkError("the connection is closed")
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def drain(self) -> None:
+        """Start no other poll; wait until the current one has ended and its frames have been received."""
+        self._draining = True
+        if self._task is not None:
+            self._backend.wait(self._stopped, POLL_WAIT + POLL_GRACE)
+        while self._frames and not self.aborted:
+            self._backend.sleep(DRAIN_POLL_INTERVAL)
+
+    def abort(self) -> None:
+        """Break the poll and wake the reader."""
+        self._client.abort()
+        self._ready.set()
+
+    def close(self) -> None:
+        """Release the connection, unless the polling task is still running, which then does it at its end."""
+        if self._task is None:
+            self._client.close()
+
+    def join(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds for the polling task; return whether it has ended."""
+        return self._task is None or self._task.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while not self._draining and not self.aborted:
+                started = self._backend.now()
+                frames = self._poll(started)
+                self._frames.extend(frames)
+                self._ready.set()
+                interval = MIN_POLL_INTERVAL if frames else EMPTY_POLL_INTERVAL
+                self._backend.sleep(max(0.0, started + interval - self._backend.now()))
+        except AgentError as error:
+            self._error = error
+        finally:
+            if not self._backend.forked():
+                if self._error is None and not self._draining:
+                    self._error = NetworkError("polling has ended")
+                self._stopped.set()
+                self._ready.set()
+                self._client.close()
+
+    def _poll(self, started: float) -> list[bytes]:
+        wait = self._limits.wait
+        try:
+            response = self._client.request(
+                "GET",
+                f"/agent/commands?wait={wait}&max_frames={MAX_COMMANDS}",
+                timeout=wait + POLL_GRACE,
+            )
+        except NetworkError:
+            if self._backend.now() - started > wait / 2 and not self.aborted:
+                self._limits.shorten_polls()
+            raise
+        if response.status in (502, 504):
+            self._limits.shorten_polls()
+        if response.status != 200:
+            raise _error_for(response)
+        frames = _json_object(response.body).get("frames")
+        if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
+            raise RemoteProtocolError("the answer to a poll contains no list of frames")
+        return [frame.encode(errors="replace") for frame in frames]
 
 
 @implementer(ITransport)
 class LongPollTransport:
-    """One long-poll session: uploads one at a time, and one poll beside them in a task of its own.
+    """One long-poll session: one upload at a time, and one poll at the same time in its own task.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
-    :param token: called at every connect, so that a rotated token file is noticed.
-    :param known: shared by all sessions.
-    :param tls: an ``ssl.SSLContext`` for an ``https`` address.
+    :param token: called at every connect, because a token file can be rotated.
+    :param limits: shared by all sessions of the process.
+    :param tls: the TLS context for an ``https`` URL.
     """
 
     name = "longpoll"
-    confirms = True
+    synchronous_acks = True
 
     def __init__(
         self,
         url: str,
         token: Callable[[], str],
         backend: BaseConcurrency,
-        known: LearnedLimits,
-        tls: Any = None,
+        limits: LearnedLimits,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._url = url
         self._token = token
         self._backend = backend
-        self._known = known
+        self._limits = limits
         self._tls = tls
-        self._order = backend.lock()
-        self._pace = TokenBucket(at=backend.now())
-        self._inbox = _Inbox(backend.event())
-        self._over = backend.event()
+        self._send_lock = backend.lock()
+        self._bucket = TokenBucket(updated_at=backend.now())
         self._uploads: Client | None = None
-        self._polls: Client | None = None
-        self._task: Any = None
-        self._verified = False
-        self._resting = False
+        self._poller: _Poller | None = None
+        self._upload_accepted = False
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Probe with a fresh nonce; return a ``hello_ack`` made from the answer's headers, since this road has none."""
+        """Probe the routes with a new nonce and return a ``hello_ack`` made from the headers of the answer.
+
+        Long-poll has no ``hello`` of its own. The headers carry a part of it.
+        """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
         contracts = [
@@ -164,217 +273,160 @@ class LongPollTransport:
         }
         http = self._backend.import_module("z4j_bare.transport.http")
         self._uploads = uploads = http.Client(self._url, headers, self._backend, self._tls)
-        self._polls = http.Client(self._url, headers, self._backend, self._tls)
-        self._polls.share_cookies(uploads)
+        polls = http.Client(self._url, headers, self._backend, self._tls)
+        polls.share_cookies(uploads)
+        self._poller = _Poller(polls, self._backend, self._limits)
         if self._aborted:
-            raise NetworkError("the line is closed")
+            raise NetworkError("the connection is closed")
         features = {"X-Z4J-Runtime-Features": ",".join(payload["runtime_features"])}
-        answer = uploads.call(
+        response = uploads.request(
             "GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features
         )
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
-            raise _refusal(answer)
-        return self._welcome(nonce, answer)
+        if response.status != 200:
+            raise _error_for(response)
+        return self._hello_ack(nonce, response)
 
     def send(self, build: Callable[[], bytes]) -> int:
-        """Sign and upload one frame; when this returns, the brain has it."""
-        with self._order:
-            client = self._open()
-            self._backend.sleep(self._pace.delay(self._backend.now()))
+        """Sign and upload one frame. When this returns, the brain has stored it; see ``ITransport``."""
+        with self._send_lock:
+            if self._uploads is None or self._aborted:
+                raise NetworkError("the connection is closed")
+            client = self._uploads
+            self._backend.sleep(self._bucket.take(self._backend.now()))
             frame = build()
             body = b'{"frames":[%b]}' % json.dumps(frame.decode(), ensure_ascii=False).encode()
-            if len(body) > self._known.body_limit:
-                raise FrameTooLargeError(len(body), self._known.body_limit)
+            if len(body) > self._limits.body_limit:
+                raise FrameTooLargeError(len(body), self._limits.body_limit)
             self._upload(client, body)
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
-        """Return the next frame of what was polled, in the brain's order."""
-        if self._task is None and not self._aborted:
-            self._task = self._backend.spawn(self._poll, name="z4j-poll")
-        inbox = self._inbox
-        inbox.news.clear()
-        if not inbox.frames and inbox.failure is None and not self._aborted:
-            self._backend.wait(inbox.news, timeout)
-        if inbox.frames:
-            return inbox.frames.popleft()
-        if self._aborted:
-            raise NetworkError("the line is closed")
-        if inbox.failure is not None:
-            raise inbox.failure
-        return None
+        """Return the next polled frame, in the brain's order; see ``ITransport``."""
+        if self._poller is None:
+            raise NetworkError("the connection is closed")
+        return self._poller.receive(timeout)
 
     def drain(self) -> None:
-        """Poll no more, and wait until the poll that is out has come back and all it brought has been received.
+        """Stop polling, and wait until the current poll has ended and its commands have been received.
 
-        A poll that is cut off may take a command along that nobody will ever run.
+        A poll that is cut off can take a command with it, which then never runs.
         """
-        self._resting = True
-        if self._task is not None:
-            self._backend.wait(self._over, WAIT + GRACE)
-        while self._inbox.frames and not self._aborted:
-            self._backend.sleep(0.05)
+        if self._poller is not None:
+            self._poller.drain()
 
     def abort(self) -> None:
-        """Break both lines from any task and wake the reader."""
+        """Break both connections from any task and wake the reader. Idempotent."""
         self._aborted = True
+        if self._poller is not None:
+            self._poller.aborted = True
         if self._backend.forked():
             return
-        for client in (self._uploads, self._polls):
-            if client is not None:
-                client.abort()
-        self._inbox.news.set()
+        if self._uploads is not None:
+            self._uploads.abort()
+        if self._poller is not None:
+            self._poller.abort()
 
     def close(self) -> None:
-        """Release the lines; there is nothing to say goodbye with."""
+        """Release both connections. Long-poll has no message that ends a session."""
         self.abort()
         if self._uploads is not None:
             self._uploads.close()
-        if self._polls is not None and self._task is None:
-            self._polls.close()  # otherwise the polling task does, at its end
+        if self._poller is not None:
+            self._poller.close()
 
-    def _open(self) -> Client:
-        if self._uploads is None or self._aborted:
-            raise NetworkError("the line is closed")
-        return self._uploads
-
-    def _welcome(self, nonce: str, answer: Answer) -> bytes:
-        known = self._known
-        known.agent_id = answer.headers.get("X-Z4J-Agent-Id", known.agent_id)
-        known.project_id = answer.headers.get("X-Z4J-Project-Id", known.project_id)
-        if not known.agent_id or not known.project_id:
-            raise RemoteProtocolError(f"the answer lacks X-Z4J-Agent-Id: {_STRANGER}")
-        ack = {
+    def _hello_ack(self, nonce: str, response: Response) -> bytes:
+        limits = self._limits
+        limits.agent_id = response.headers.get("X-Z4J-Agent-Id", limits.agent_id)
+        limits.project_id = response.headers.get("X-Z4J-Project-Id", limits.project_id)
+        if not limits.agent_id or not limits.project_id:
+            raise RemoteProtocolError(f"the answer lacks X-Z4J-Agent-Id: {_NOT_A_BRAIN_HINT}")
+        payload = {
             "protocol_version": PROTOCOL_VERSION,
             "brain_version": "",
-            "agent_id": known.agent_id,
-            "project_id": known.project_id,
+            "agent_id": limits.agent_id,
+            "project_id": limits.project_id,
             "session_id": nonce,
             "heartbeat_interval_seconds": 10,
-            "max_frame_size_bytes": max(BODY_LEAST, known.body_limit - WRAP),
+            "max_frame_size_bytes": max(BODY_LIMIT_MIN, limits.body_limit - WRAPPER_BYTES),
         }
         return canonical(
             {
                 "v": 2,
                 "type": "hello_ack",
                 "id": "hack_longpoll",
-                "ts": _date(answer),
-                "payload": ack,
+                "ts": _date(response),
+                "payload": payload,
             }
         )
 
     def _upload(self, client: Client, body: bytes) -> None:
-        known = self._known
+        limits = self._limits
         headers = {"Content-Type": "application/json"}
         try:
-            answer = client.call(
+            response = client.request(
                 "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
             )
         except NetworkError:
-            # Who refuses a body by its size may hang up before the answer can be read.
-            if len(body) > max(known.body_proven, BODY_USUAL) and not self._aborted:
-                known.too_large(len(body))
+            # A proxy that rejects a large body may close the connection before its answer can be read.
+            if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
+                limits.reject_body(len(body))
             raise
-        if answer.status == _TOO_LARGE:
-            known.too_large(len(body))
-            if known.body_limit < len(body):
-                raise FrameTooLargeError(len(body), known.body_limit)
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
-            raise _refusal(answer, first=not self._verified)
-        self._verified = True
-        known.body_proven = max(known.body_proven, len(body))
-        outcome = _object(answer.body)
+        if response.status == _TOO_LARGE:
+            limits.reject_body(len(body))
+            if limits.body_limit < len(body):
+                raise FrameTooLargeError(len(body), limits.body_limit)
+        if response.status != 200:
+            raise _error_for(response, first_upload=not self._upload_accepted)
+        self._upload_accepted = True
+        limits.body_proven = max(limits.body_proven, len(body))
+        outcome = _json_object(response.body)
         if code := outcome.get("error_code"):
             raise RemoteProtocolError(
-                f"the brain does not take a frame ({_quoted(code)})", code=_UNPROCESSABLE
+                f"the brain rejects a frame ({_quoted(code)})", code=_UNPROCESSABLE
             )
         if outcome.get("accepted") != 1:
             raise NetworkError(
-                f"the brain could not store a frame just now ({_quoted(outcome.get('errors'))})"
+                f"the brain could not store a frame ({_quoted(outcome.get('errors'))})"
             )
 
-    def _poll(self) -> None:
-        client = self._polls
-        inbox = self._inbox
-        try:
-            while client is not None and not self._resting and not self._aborted:
-                began = self._backend.now()
-                frames = self._ask(client, began)
-                inbox.frames.extend(frames)
-                inbox.news.set()
-                gap = POLL_GAP if frames else EMPTY_GAP
-                self._backend.sleep(max(0.0, began + gap - self._backend.now()))
-        except AgentError as error:
-            inbox.failure = error
-        finally:
-            if not self._backend.forked():
-                if inbox.failure is None and not self._resting:
-                    inbox.failure = NetworkError("polling has ended")
-                self._over.set()
-                inbox.news.set()
-                if client is not None:
-                    client.close()
 
-    def _ask(self, client: Client, began: float) -> list[bytes]:
-        wait = self._known.wait
-        try:
-            answer = client.call(
-                "GET", f"/agent/commands?wait={wait}&max_frames={MAX_FRAMES}", timeout=wait + GRACE
-            )
-        except NetworkError:
-            if self._backend.now() - began > wait / 2 and not self._aborted:
-                self._shorten()
-            raise
-        if answer.status in (502, 504):
-            self._shorten()
-        if answer.status != 200:  # noqa: PLR2004 - HTTP
-            raise _refusal(answer)
-        frames = _object(answer.body).get("frames")
-        if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
-            raise RemoteProtocolError("the answer to a poll holds no frames")
-        return [frame.encode(errors="replace") for frame in frames]
-
-    def _shorten(self) -> None:
-        self._known.wait = max(SHORTEST_WAIT, self._known.wait // 2)
-        logger.debug(
-            "z4j: something cuts long polls off; they last %d s from now on", self._known.wait
+def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
+    reason = _reason(response)
+    if response.status == _SESSION_OVER and first_upload:
+        # The nonce is new and the probe succeeded, so the brain can only have rejected the signature.
+        text = (
+            "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
+            f"the brain rejected a signature ({reason})"
         )
-
-
-def _refusal(answer: Answer, *, first: bool = False) -> AgentError:
-    reason = _reason(answer)
-    if answer.status == _SESSION_OVER and first:
-        # The nonce is new and the probe went well, so it is the signature itself that the brain did not like.
-        text = f"check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): a signature was refused ({reason})"
         return AuthenticationRejectedError(text, code=_SESSION_OVER)
-    return close_codes.refused(answer.status, reason, answer.retry_after)
+    return close_codes.error_for_http_status(response.status, reason, response.retry_after)
 
 
-def _reason(answer: Answer) -> str:
+def _reason(response: Response) -> str:
     try:
-        said = _object(answer.body)
+        body = _json_object(response.body)
     except RemoteProtocolError:
         return ""
-    return _quoted(said.get("detail") or said.get("message") or said.get("error") or "")
+    return _quoted(body.get("detail") or body.get("message") or body.get("error") or "")
 
 
-def _quoted(said: object) -> str:
-    """Return what the brain said, fit for a message of ours."""
-    return printable(str(said))[:200]
+def _quoted(value: object) -> str:
+    """Return a value from the brain as text for an error message."""
+    return printable(str(value))[:200]
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise RemoteProtocolError(f"the answer is no JSON object: {_STRANGER}")
+        raise RemoteProtocolError(f"the answer is not a JSON object: {_NOT_A_BRAIN_HINT}")
     return value
 
 
-def _date(answer: Answer) -> str | None:
+def _date(response: Response) -> str | None:
     try:
-        return parsedate_to_datetime(answer.headers["Date"]).isoformat()
+        return parsedate_to_datetime(response.headers["Date"]).isoformat()
     except (KeyError, ValueError, TypeError):
         return None

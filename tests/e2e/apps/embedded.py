@@ -29,7 +29,7 @@ from z4j_bare import install_agent
 from z4j_bare.pipeline import send
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import longpoll, websocket
-from z4j_bare.wire import close_codes, window
+from z4j_bare.wire import backoff, window
 
 EPOCH = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
 
@@ -130,17 +130,17 @@ def an_event(lot, number):
 
 def hurry():
     """Wait a second where an agent waits half a minute: patience as such has its own tests."""
-    close_codes.BACKOFF_POLICIES.update(
-        dict.fromkeys(close_codes.BACKOFF_POLICIES, close_codes.BackoffPolicy(0.2, 1.0))
+    backoff.BACKOFF_POLICIES.update(
+        dict.fromkeys(backoff.BACKOFF_POLICIES, backoff.BackoffPolicy(0.2, 1.0))
     )
     websocket.CONNECT_TIMEOUT = websocket.SEND_TIMEOUT = longpoll.PROBE_TIMEOUT = 5.0
     websocket.PING_AFTER, websocket.DEAD_AFTER = 1.0, 5.0
-    longpoll.POST_TIMEOUT, longpoll.GRACE = 5.0, 5.0
-    longpoll.RATE = (
+    longpoll.POST_TIMEOUT, longpoll.POLL_GRACE = 5.0, 5.0
+    longpoll.UPLOAD_RATE = (
         3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
     )
     longpoll.LearnedLimits = functools.partial(longpoll.LearnedLimits, wait=2)
-    fallback.FIRST = fallback.LONGEST = fallback.HEALTH_TIMEOUT = 2.0
+    fallback.PROBE_DELAY_INITIAL = fallback.PROBE_DELAY_MAX = fallback.HEALTH_TIMEOUT = 2.0
     window.ACK_DEADLINE = 10.0
     send.IDLE = 0.2
 

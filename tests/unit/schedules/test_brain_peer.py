@@ -9,7 +9,7 @@ from tests.support.peer import SECRET_TEXT, TOKEN, Peer, PeerSession
 from tests.support.streams import KEY, StreamBrain, StubScheduler, schedule
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.pipeline import receive, send
-from z4j_bare.wire import close_codes
+from z4j_bare.wire import backoff
 
 
 class Awaiting(StubScheduler):
@@ -35,9 +35,9 @@ def scheduler():
 @pytest.fixture
 def peer(backend, monkeypatch):
     """A peer that grants an epoch in each session, as the brain does; everything in hundredths of a second."""
-    for kind in list(close_codes.BACKOFF_POLICIES):
+    for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(
-            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
+            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
         )
     monkeypatch.setattr(send, "IDLE", 0.05)
     monkeypatch.setattr(send, "QUIET", 0.05)

@@ -24,8 +24,14 @@ from z4j_bare.pipeline import send
 from z4j_bare.settings import load_settings
 from z4j_bare.transport import auto as fallback
 from z4j_bare.transport import longpoll, websocket
-from z4j_bare.transport.auto import FIRST, LONGEST, LONGPOLL, WS, FallbackPolicy
-from z4j_bare.wire import close_codes
+from z4j_bare.transport.auto import (
+    LONGPOLL,
+    PROBE_DELAY_INITIAL,
+    PROBE_DELAY_MAX,
+    WS,
+    FallbackPolicy,
+)
+from z4j_bare.wire import backoff
 
 RESET = NetworkError("reset")
 BLOCKED = [NetworkError("HTTP", code=status) for status in (200, 302, 400, 404, 405, 426)]
@@ -54,95 +60,95 @@ def no():
 @pytest.mark.parametrize("error", BLOCKED, ids=lambda error: error.code)
 def test_an_http_answer_to_the_upgrade_is_plain(error):
     """One answer other than 101 makes long-poll the choice, provided the health route answers."""
-    choice = FallbackPolicy()
-    assert not choice.failed(error, 0, no)
-    assert choice.begin(1) == WS
-    assert choice.failed(error, 1, yes)
-    assert choice.begin(2) == LONGPOLL
+    policy = FallbackPolicy()
+    assert not policy.on_websocket_failure(error, 0, no)
+    assert policy.next_transport(1) == WS
+    assert policy.on_websocket_failure(error, 1, yes)
+    assert policy.next_transport(2) == LONGPOLL
 
 
 @pytest.mark.parametrize("error", [RESET, NetworkError("HTTP", code=502)], ids=["reset", "502"])
 def test_resets_have_to_repeat(error):
     """A server error, reset, time-out or death before hello_ack counts when it comes twice in a row with a healthy brain."""
-    choice = FallbackPolicy()
-    assert not choice.failed(error, 0, yes)
-    assert choice.failed(error, 1, yes)
-    assert choice.begin(2) == LONGPOLL
+    policy = FallbackPolicy()
+    assert not policy.on_websocket_failure(error, 0, yes)
+    assert policy.on_websocket_failure(error, 1, yes)
+    assert policy.next_transport(2) == LONGPOLL
 
 
 @pytest.mark.parametrize("error", SPEAKS, ids=lambda error: type(error).__name__)
 def test_who_closes_with_a_code_speaks_websocket(error):
     """A close code of the brain's, or a mistake of our own, never leads away from WebSocket, and ends a row of resets."""
-    choice = FallbackPolicy()
+    policy = FallbackPolicy()
     for now in range(10):
-        assert not choice.failed(RESET, now, yes)
-        assert not choice.failed(error, now, yes)
+        assert not policy.on_websocket_failure(RESET, now, yes)
+        assert not policy.on_websocket_failure(error, now, yes)
 
 
 def test_a_brain_that_is_down_is_no_proxy():
     """While the health route does not answer either, nothing changes however often it fails."""
-    choice = FallbackPolicy()
-    assert not any(choice.failed(RESET, now, no) for now in range(20))
-    assert choice.begin(20) == WS
+    policy = FallbackPolicy()
+    assert not any(policy.on_websocket_failure(RESET, now, no) for now in range(20))
+    assert policy.next_transport(20) == WS
 
 
 def test_a_session_in_between_starts_the_count_anew():
     """Two resets with a good session between them are chance."""
-    choice = FallbackPolicy()
-    choice.failed(RESET, 0, yes)
-    choice.welcomed(WS, 1)
-    assert not choice.failed(RESET, 2, yes)
+    policy = FallbackPolicy()
+    policy.on_websocket_failure(RESET, 0, yes)
+    policy.on_connected(WS, 1)
+    assert not policy.on_websocket_failure(RESET, 2, yes)
 
 
 def test_looks_again_at_growing_intervals():
     """WebSocket gets another try after a minute, then two, up to an hour apart."""
-    choice, now, waits = FallbackPolicy(), 0.0, []
-    choice.failed(BLOCKED[0], now, yes)
+    policy, now, waits = FallbackPolicy(), 0.0, []
+    policy.on_websocket_failure(BLOCKED[0], now, yes)
     for _ in range(9):
-        waits.append(choice.due - now)
-        now = choice.due
-        assert choice.begin(now - 0.1) == LONGPOLL
-        assert choice.begin(now) == WS
-        assert choice.failed(RESET, now, no)
+        waits.append(policy.next_probe_at - now)
+        now = policy.next_probe_at
+        assert policy.next_transport(now - 0.1) == LONGPOLL
+        assert policy.next_transport(now) == WS
+        assert policy.on_websocket_failure(RESET, now, no)
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
 
 
 def test_returns():
     """Once a session stands over WebSocket it is the choice again, and a later blockade starts at a minute."""
-    choice = FallbackPolicy()
-    choice.failed(BLOCKED[0], 0, yes)
-    choice.postpone(60)
-    choice.welcomed(WS, 200)
-    assert choice.begin(201) == WS
-    choice.failed(BLOCKED[0], 10_000, yes)
-    assert choice.due == 10_000 + FIRST
+    policy = FallbackPolicy()
+    policy.on_websocket_failure(BLOCKED[0], 0, yes)
+    policy.postpone_probe(60)
+    policy.on_connected(WS, 200)
+    assert policy.next_transport(201) == WS
+    policy.on_websocket_failure(BLOCKED[0], 10_000, yes)
+    assert policy.next_probe_at == 10_000 + PROBE_DELAY_INITIAL
 
 
 def test_flapping_looks_later_and_later():
     """WebSocket that works for moments only is looked at ever more rarely."""
-    choice = FallbackPolicy()
+    policy = FallbackPolicy()
     now = 0.0
-    choice.failed(BLOCKED[0], now, yes)
+    policy.on_websocket_failure(BLOCKED[0], now, yes)
     for _ in range(12):
-        now = choice.due
-        choice.postpone(now)
-        choice.welcomed(WS, now)
+        now = policy.next_probe_at
+        policy.postpone_probe(now)
+        policy.on_connected(WS, now)
         now += 1
-        assert choice.failed(BLOCKED[0], now, yes)
-    assert choice.due - now == LONGEST
+        assert policy.on_websocket_failure(BLOCKED[0], now, yes)
+    assert policy.next_probe_at - now == PROBE_DELAY_MAX
 
 
 def test_long_poll_refused_leads_back():
     """Where long-poll is refused too, by a proxy or for the token, WebSocket is the next try."""
     for error in (AuthenticationRejectedError("x", code=401), NetworkError("x", code=404)):
-        choice = FallbackPolicy()
-        choice.failed(BLOCKED[0], 0, yes)
-        choice.refused(error)
-        assert choice.begin(1) == WS
-    choice.failed(BLOCKED[0], 0, yes)
-    choice.refused(NetworkError("x", code=503))
-    choice.refused(RESET)
-    assert choice.begin(1) == LONGPOLL
+        policy = FallbackPolicy()
+        policy.on_websocket_failure(BLOCKED[0], 0, yes)
+        policy.on_longpoll_failure(error)
+        assert policy.next_transport(1) == WS
+    policy.on_websocket_failure(BLOCKED[0], 0, yes)
+    policy.on_longpoll_failure(NetworkError("x", code=503))
+    policy.on_longpoll_failure(RESET)
+    assert policy.next_transport(1) == LONGPOLL
 
 
 @given(
@@ -157,28 +163,28 @@ def test_long_poll_refused_leads_back():
 )
 def test_never_stuck(steps):
     """Whatever happens, either WebSocket is the choice or a look at it is due within an hour."""
-    choice, now = FallbackPolicy(), 0.0
+    policy, now = FallbackPolicy(), 0.0
     for what, error, healthy, seconds in steps:
         now += seconds
-        if what == "fail" and choice.begin(now) == WS:
-            choice.failed(error, now, lambda healthy=healthy: healthy)
-        elif what == "poll" and choice.begin(now) == LONGPOLL:
-            choice.refused(error)
+        if what == "fail" and policy.next_transport(now) == WS:
+            policy.on_websocket_failure(error, now, lambda healthy=healthy: healthy)
+        elif what == "poll" and policy.next_transport(now) == LONGPOLL:
+            policy.on_longpoll_failure(error)
         elif what == "hello_ack":
-            choice.welcomed(choice.begin(now), now)
-        elif what == "look" and choice.name == LONGPOLL:
-            choice.postpone(now)
-        assert choice.name == WS or choice.due <= now + LONGEST
+            policy.on_connected(policy.next_transport(now), now)
+        elif what == "look" and policy.name == LONGPOLL:
+            policy.postpone_probe(now)
+        assert policy.name == WS or policy.next_probe_at <= now + PROBE_DELAY_MAX
 
 
-@pytest.mark.parametrize("wish", [WS, LONGPOLL])
-def test_a_forced_transport_stays(wish):
+@pytest.mark.parametrize("preference", [WS, LONGPOLL])
+def test_a_forced_transport_stays(preference):
     """``ws`` and ``longpoll`` are never left, whatever fails."""
-    choice = FallbackPolicy(wish)
+    policy = FallbackPolicy(preference)
     for error in (*BLOCKED, RESET):
-        assert not choice.failed(error, 0, yes)
-        choice.refused(error)
-        assert choice.begin(1e9) == wish
+        assert not policy.on_websocket_failure(error, 0, yes)
+        policy.on_longpoll_failure(error)
+        assert policy.next_transport(1e9) == preference
 
 
 # -- the setting
@@ -277,13 +283,11 @@ def gate(backend, peers):
 
 @pytest.fixture
 def install(gate, monkeypatch):
-    for kind in list(close_codes.BACKOFF_POLICIES):
-        monkeypatch.setitem(
-            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
-        )
+    for kind in list(backoff.BACKOFF_POLICIES):
+        monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "IDLE", 0.05)
-    monkeypatch.setattr(longpoll, "RATE", 1000.0)
-    monkeypatch.setattr(longpoll, "WAIT", 1)
+    monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
+    monkeypatch.setattr(longpoll, "POLL_WAIT", 1)
     made = []
 
     def make(**changes):
@@ -315,7 +319,7 @@ def test_falls_back(install, gate, peers, until, caplog, block):
     assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
     until(lambda: settled(runtime, 1))
     assert len(http_peer.events()) == 1
-    assert caplog.text.count("using long-poll") == 1
+    assert caplog.text.count("falling back to long-poll") == 1
     assert "connected over longpoll" in caplog.text or "connected again" in caplog.text
     assert http_peer.mishaps == []
 
@@ -324,12 +328,11 @@ def test_falls_back(install, gate, peers, until, caplog, block):
 def test_returns_and_loses_nothing(install, gate, peers, until, monkeypatch, caplog):
     """Back and forth under load, every event arrives once and in order on whichever road was open, and commands run."""
     caplog.set_level(logging.INFO, "z4j")
-    monkeypatch.setattr(fallback, "FIRST", 0.3)
-    monkeypatch.setattr(fallback, "LONGEST", 0.5)
+    monkeypatch.setattr(fallback, "PROBE_DELAY_INITIAL", 0.3)
+    monkeypatch.setattr(fallback, "PROBE_DELAY_MAX", 0.5)
     ws_peer, http_peer = peers
     gate.block = "403"
     runtime = install()
-    runtime._agent.routes.choice.interval = 0.3
     numbers = iter(range(10_000))
     for _ in range(100):
         runtime.record_event(an_event(next(numbers)))
@@ -348,7 +351,7 @@ def test_returns_and_loses_nothing(install, gate, peers, until, monkeypatch, cap
     until(lambda: settled(runtime, 300))
     sent = [event["data"]["number"] for event in [*http_peer.events(), *ws_peer.events()]]
     assert sent == list(range(300))
-    assert "WebSocket gets through again" in caplog.text
+    assert "WebSocket works again" in caplog.text
     gate.block = "403"
     session.drop()
     before = len(http_peer.frames("heartbeat"))

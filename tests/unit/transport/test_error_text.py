@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from z4j_bare.errors import NetworkError
-from z4j_bare.transport.error_text import short
+from z4j_bare.transport.error_text import describe_error
 from z4j_bare.transport.http import Client
 from z4j_bare.transport.websocket import WebSocketTransport, close_error
 
@@ -38,7 +38,7 @@ def knock(backend, scheme):
     if scheme.startswith("http"):
         client = Client(f"{scheme}://192.0.2.1/api/v1", {}, backend)
         try:
-            client.call("GET", "/health", timeout=5.0)
+            client.request("GET", "/health", timeout=5.0)
         finally:
             client.close()
     else:
@@ -63,11 +63,14 @@ def test_only_passwords_are_struck_out(monkeypatch):
     """What is no proxy's password stays, and one of a character or two does not eat the text."""
     monkeypatch.setenv("https_proxy", "http://me:a@proxy:1")
     monkeypatch.setenv("all_proxy", "http://proxy:1")
-    assert short(ValueError("a proxy\nand more")) == "ValueError: a proxy"
-    assert short(TimeoutError()) == "TimeoutError"
+    assert describe_error(ValueError("a proxy\nand more")) == "ValueError: a proxy"
+    assert describe_error(TimeoutError()) == "TimeoutError"
 
 
 def test_noise_does_not_reach_the_log():
     """What a peer sends in place of words can neither forge a line nor steer a terminal."""
-    assert short(OSError("BadStatusLine: \x1b[2J\r\x07ok")) == "OSError: BadStatusLine: ?[2J??ok"
+    assert (
+        describe_error(OSError("BadStatusLine: \x1b[2J\r\x07ok"))
+        == "OSError: BadStatusLine: ?[2J??ok"
+    )
     assert str(close_error(b"\x0f\xa0bye\x1b[0m\nz4j: forged")).isprintable()

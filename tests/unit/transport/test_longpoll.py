@@ -25,10 +25,14 @@ from z4j_bare.errors import (
 )
 from z4j_bare.pipeline import heartbeat, send
 from z4j_bare.transport import longpoll
-from z4j_bare.transport.endpoint import longpoll_url
-from z4j_bare.transport.longpoll import BODY_FIRST, LearnedLimits, LongPollTransport, TokenBucket
-from z4j_bare.transport.tls import tls_context
-from z4j_bare.wire import close_codes
+from z4j_bare.transport.endpoint import longpoll_url, tls_context
+from z4j_bare.transport.longpoll import (
+    BODY_LIMIT_INITIAL,
+    LearnedLimits,
+    LongPollTransport,
+    TokenBucket,
+)
+from z4j_bare.wire import backoff
 from z4j_bare.wire.frames import Identity, event_batch, hello
 from z4j_bare.wire.session import Session, parse_hello_ack
 
@@ -63,12 +67,12 @@ def peer(backend):
 class Dial:
     """A transport, its session, and short ways to use them."""
 
-    def __init__(self, peer, backend, known=None, token=TOKEN, secret=SECRET):
-        self.known = known or LearnedLimits()
+    def __init__(self, peer, backend, limits=None, token=TOKEN, secret=SECRET):
+        self.limits = limits or LearnedLimits()
         self.backend = backend
         self.secret = secret
         self.url = longpoll_url(peer.url, dev_mode=False)
-        self.transport = LongPollTransport(self.url, lambda: token, backend, self.known)
+        self.transport = LongPollTransport(self.url, lambda: token, backend, self.limits)
 
     def connect(self):
         self.session = Session(parse_hello_ack(self.transport.connect(a_hello())), self.secret)
@@ -278,9 +282,9 @@ def test_the_body_limit_is_learned(dial, peer):
         with pytest.raises(FrameTooLargeError) as caught:
             one.send(event_batch([b'"%s"' % (b"x" * (limit - 1000))]))
     one.send(event_batch([b'{"x":"%s"}' % (b"x" * 7000)]))
-    assert one.known.body_limit == 8192
+    assert one.limits.body_limit == 8192
     before = len(peer.requests)
-    two = dial(known=one.known)
+    two = dial(limits=one.limits)
     assert 8000 < two.connect().max_frame_bytes < 8192
     with pytest.raises(FrameTooLargeError) as caught:
         two.send(event_batch([b'"%s"' % (b"x" * 8000)]))
@@ -289,7 +293,7 @@ def test_the_body_limit_is_learned(dial, peer):
 
 def test_the_escapes_count(dial, peer):
     """A frame travels as a JSON string, so its quotes cost two bytes each; the body never exceeds the limit by them."""
-    one = dial(known=LearnedLimits(body_limit=8192))
+    one = dial(limits=LearnedLimits(body_limit=8192))
     one.connect()
     with pytest.raises(FrameTooLargeError) as caught:
         one.send(event_batch([b'{"k":"v"}'] * 600))
@@ -302,26 +306,26 @@ def test_a_line_that_breaks_under_a_large_body_is_a_hint(live, peer):
     peer.drop_posts = 100
     for _ in range(8):
         with pytest.raises(NetworkError):
-            live.send(event_batch([b'"%s"' % (b"x" * min(90_000, live.known.body_limit - 1000))]))
-    assert live.known.body_limit == 8192
+            live.send(event_batch([b'"%s"' % (b"x" * min(90_000, live.limits.body_limit - 1000))]))
+    assert live.limits.body_limit == 8192
 
 
-@pytest.mark.parametrize("size", [2, 8192, 8193, BODY_FIRST])
+@pytest.mark.parametrize("size", [2, 8192, 8193, BODY_LIMIT_INITIAL])
 def test_the_limit_sinks_below_what_was_refused(size):
     """After a refusal the limit is under the refused size, or at its floor."""
-    known = LearnedLimits()
-    known.too_large(size)
-    assert known.body_limit < size or known.body_limit == longpoll.BODY_LEAST
+    limits = LearnedLimits()
+    limits.reject_body(size)
+    assert limits.body_limit < size or limits.body_limit == longpoll.BODY_LIMIT_MIN
 
 
 def test_the_pace():
     """A burst goes at once, then the pace holds it below half of what the brain allows an address in a minute."""
-    pace, now, sent = TokenBucket(), 0.0, 0
+    bucket, now, sent = TokenBucket(), 0.0, 0
     while now < 60:
-        now += pace.delay(now)
+        now += bucket.take(now)
         sent += 1
     assert 250 < sent <= 335
-    assert TokenBucket().delay(0.0) == 0.0
+    assert TokenBucket().take(0.0) == 0.0
 
 
 # -- polls
@@ -334,7 +338,7 @@ def test_commands_come_one_by_one(live, peer, until):
     while len(got) < 5:
         message = live.transport.receive(10.0)
         assert message is not None
-        got.append(live.session.open(message).id)
+        got.append(live.session.verify(message).id)
     assert got == ids
     polls = [request for request in peer.of("GET") if request.query["max_frames"] != "0"]
     assert polls[0].query == {"wait": "30", "max_frames": "50"}
@@ -372,7 +376,7 @@ def test_abort_wakes_the_reader(live, peer, backend, until):
     live.transport.abort()
     assert task.join(10)
     assert ended[0] - began < 5
-    assert live.transport._task.join(5)
+    assert live.transport._poller.join(5)
     with pytest.raises(NetworkError):
         live.send()
 
@@ -408,7 +412,7 @@ def test_something_cuts_long_polls(live, peer):
     peer.answers["GET"] = [(504, {}, b"")]
     with pytest.raises(NetworkError, match="504"):
         live.transport.receive(5.0)
-    assert live.known.wait == 15
+    assert live.limits.wait == 15
 
 
 def test_drain_loses_no_command(live, peer, backend, until, monkeypatch):
@@ -420,11 +424,11 @@ def test_drain_loses_no_command(live, peer, backend, until, monkeypatch):
             while True:
                 message = live.transport.receive(0.1)
                 if message is not None:
-                    got.append(live.session.open(message).id)
+                    got.append(live.session.verify(message).id)
         except NetworkError:
             pass
 
-    live.known.wait = 5
+    live.limits.wait = 5
     reader = backend.spawn(read, name="reader")
     until(lambda: peer.polling)
     drained = backend.spawn(live.transport.drain, name="drain")
@@ -496,7 +500,7 @@ def dial_secure(secure, backend):
     def make(ca):
         one = Dial(secure, backend)
         one.transport = LongPollTransport(
-            one.url, lambda: TOKEN, backend, one.known, tls_context(ca, None, None)
+            one.url, lambda: TOKEN, backend, one.limits, tls_context(ca, None, None)
         )
         made.append(one)
         return one
@@ -514,7 +518,7 @@ def test_over_tls(dial_secure, secure, certificate):
     for size in (10, 100_000):
         one.send(event_batch([b'{"x":"%s"}' % (b"x" * size)]))
     identity = secure.command("retry_task")
-    assert one.session.open(one.transport.receive(10.0)).id == identity
+    assert one.session.verify(one.transport.receive(10.0)).id == identity
     assert [len(event["x"]) for event in secure.events()] == [10, 100_000]
     assert secure.mishaps == []
 
@@ -598,7 +602,7 @@ def test_a_forked_child_leaves_the_line_alone(live, peer, backend, until, mode, 
     identity = peer.command("retry_task")
     message = until(lambda: live.transport.receive(0.1))
     live.send()
-    assert live.session.open(message).id == identity
+    assert live.session.verify(message).id == identity
     status = until(lambda: [code for found, code in [os.waitpid(pid, os.WNOHANG)] if found])
     assert status == [0]
     live.send()
@@ -642,12 +646,10 @@ def engine():
 @pytest.fixture
 def install(peer, engine, monkeypatch):
     """A started agent on forced long-poll, impatient and unpaced."""
-    for kind in list(close_codes.BACKOFF_POLICIES):
-        monkeypatch.setitem(
-            close_codes.BACKOFF_POLICIES, kind, close_codes.BackoffPolicy(0.01, 0.05)
-        )
+    for kind in list(backoff.BACKOFF_POLICIES):
+        monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "IDLE", 0.05)
-    monkeypatch.setattr(longpoll, "RATE", 1000.0)
+    monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     peer.body_limit = 8192
     made = []
 

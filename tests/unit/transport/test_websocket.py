@@ -12,11 +12,9 @@ from websocket import ABNF
 from tests.support.peer import TOKEN, Peer
 from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
 from z4j_bare.transport import websocket
-from z4j_bare.transport.binary import PIECE, BinaryFrame
 from z4j_bare.transport.cooperative_socket import CooperativeSocket
-from z4j_bare.transport.endpoint import websocket_url
-from z4j_bare.transport.tls import tls_context
-from z4j_bare.transport.websocket import WebSocketTransport, close_error
+from z4j_bare.transport.endpoint import tls_context, websocket_url
+from z4j_bare.transport.websocket import MASK_CHUNK, BinaryFrame, WebSocketTransport, close_error
 from z4j_bare.wire.frames import Identity, hello
 from z4j_bare.wire.session import parse_hello_ack
 
@@ -64,12 +62,24 @@ def test_close_frames():
 
 # -- a binary message
 
-SIZES = (0, 1, 125, 126, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, (1 << 16) - 1, 1 << 16, 70_001)
+SIZES = (
+    0,
+    1,
+    125,
+    126,
+    MASK_CHUNK - 1,
+    MASK_CHUNK,
+    MASK_CHUNK + 1,
+    2 * MASK_CHUNK,
+    (1 << 16) - 1,
+    1 << 16,
+    70_001,
+)
 
 
 @given(
     st.binary(min_size=4, max_size=4),
-    st.sampled_from(SIZES) | st.integers(0, 3 * PIECE),
+    st.sampled_from(SIZES) | st.integers(0, 3 * MASK_CHUNK),
     st.randoms(),
 )
 def test_a_binary_message(key, size, random):
@@ -115,7 +125,7 @@ def test_the_line_times_out(ends):
     with pytest.raises(TimeoutError):
         line.recv(1)
     with pytest.raises(BlockingIOError):
-        line.offer(b"x")
+        line.try_send(b"x")
     assert line.gettimeout() == 0
 
 

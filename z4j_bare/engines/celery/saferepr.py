@@ -1,8 +1,7 @@
-"""Parses values from the ``saferepr`` text in which a worker's events carry them.
+"""Values out of the text that Celery makes of them.
 
-Celery writes arguments and results in Python's notation, limits length and depth, and escapes only
-quotes. Redaction selects by key, so the structure has to be recovered. What cannot be parsed
-remains text.
+A worker's events carry arguments and results as Celery's ``saferepr``: Python's notation, cut at a length and a depth, with
+only quotes escaped. Redaction goes by key, so the structure has to be found again; what cannot be read stays text.
 """
 
 from __future__ import annotations
@@ -16,170 +15,166 @@ from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 
-#: Maximum characters parsed of one text. Celery's default limit is 1,024.
+#: Characters of one text that are read; Celery sends 1,024 unless it is told otherwise.
 MAX_TEXT = 8 * 1024
 
-#: Maximum brackets and commas examined in text that cannot be parsed; the rest is one piece.
+#: Brackets and commas that are looked at in text that cannot be read; after that the rest is one piece.
 MAX_STEPS = 2000
 
-#: Marks what Celery or a limit of this module left out.
+#: What stands where Celery, or we, left something out.
 CUT = "[... cut]"
 
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _PLAIN = re.compile(r"[-+.\w]+")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,300}\Z")
 _FLOAT = re.compile(r"[-+]?[0-9]{1,300}(?:\.[0-9]{0,300})?(?:[eE][-+]?[0-9]{1,4})?\Z")
-_UNSTRUCTURED = re.compile(r"[^()<>\[\]{},:]+")
+_DULL = re.compile(r"[^()<>\[\]{},:]+")
 _WORD = re.compile(r"[A-Za-z_][\w-]*")
 _CONSTANTS = {"None": None, "True": True, "False": False, "...": CUT}
 _OPEN, _CLOSE = "([{", ")]}"
 
 
 class ReprText(str):
-    """Text in ``saferepr`` notation, at most ``MAX_TEXT`` characters."""
+    """Such a text, at most ``MAX_TEXT`` characters of it."""
 
     __slots__ = ()
 
 
-def bound(value: object) -> Any:
-    """Return a bounded copy of an argument or result: text for :func:`parse`, or a snapshot."""
+def keep(value: Any) -> Any:
+    """Return a bounded copy of what an event brought as argument or result: text to :func:`read`, or a snapshot."""
     return ReprText(value[:MAX_TEXT]) if isinstance(value, str) else snapshot(value)
 
 
-def parse(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
-    """Return the value that ``text`` describes, in JSON types.
+def read(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
+    """Return the value that ``text`` tells of, in JSON's types. Never raises; 0.3 ms for 1,000 characters of short pairs.
 
-    Does not raise. Takes 0.3 ms for 1,000 characters of short pairs. Tuples and sets become lists,
-    bytes the name of their class, and other objects stay text.
+    Tuples and sets become lists, bytes the name of their class, what is no literal stays text.
 
-    :param is_sensitive_key: whether the value of a key must be redacted. If opaque text contains
-        such a word, all opaque text is redacted, because the end of the value is unknown.
+    :param secret: whether a word is a key whose value must be redacted. Where unreadable text contains one, no unreadable
+        text is passed on: nobody can say where its value ends.
     """
     try:
-        return _Parser(text, is_sensitive_key).document()
+        return _Reader(text, is_sensitive_key).whole()
     except _SensitiveError:
-        return _Parser(text, is_sensitive_key, redact_opaque=True).document()
+        return _Reader(text, is_sensitive_key, hide=True).whole()
 
 
 class _SensitiveError(Exception):
-    """Opaque text contains a sensitive key."""
+    """Unreadable text names a key that redaction hides."""
 
 
-class _Parser:
-    """One pass over a text. Every method leaves ``position`` after what it has read."""
+class _Reader:
+    """One pass over a text. Every method leaves ``at`` behind what it has read, and always gets to the end."""
 
     def __init__(
-        self, text: str, is_sensitive_key: Callable[[str], bool], *, redact_opaque: bool = False
+        self, text: str, is_sensitive_key: Callable[[str], bool], *, hide: bool = False
     ) -> None:
         self.text = text[:MAX_TEXT]
-        self.position = 0
+        self.at = 0
         self.nodes = MAX_NODES
         self.steps = MAX_STEPS
         self.is_sensitive_key = is_sensitive_key
-        self.redact_opaque = redact_opaque
-        self.sensitive_words: set[str] | None = None
+        self.hide = hide
+        self.secrets: set[str] | None = None
 
-    def document(self) -> Any:
-        """Parse the whole text."""
+    def whole(self) -> Any:
         value = self.value("", MAX_DEPTH)
-        return value if self.peek() == "" else self.opaque(0, "")
+        return value if self.next() == "" else self.loose(0, "")
 
-    def peek(self) -> str:
-        """Skip spaces and return the next character without reading it; empty at the end."""
-        found = self.text[self.position : self.position + 1]
+    def next(self) -> str:
+        """Return the next character that is no space, without reading it; empty at the end."""
+        found = self.text[self.at : self.at + 1]
         while found in {" ", "\n"}:
-            self.position += 1
-            found = self.text[self.position : self.position + 1]
+            self.at += 1
+            found = self.text[self.at : self.at + 1]
         return found
 
     def value(self, ends: str, depth: int) -> Any:
-        """Read a value, which must be followed by one of the characters ``ends`` or by the end."""
+        """Read one value, which one of the characters ``ends``, or the end of the text, has to follow."""
         self.nodes -= 1
-        first = self.peek()
-        start = self.position
-        value = self.literal(first, depth) if self.nodes > 0 else _FAILED
-        following = self.peek()
-        # Without this check, text with a backslash before its last quote would include the next
-        # key.
-        if value is _FAILED or (following and following not in ends):
-            return self.opaque(start, ends)
+        first = self.next()
+        began = self.at
+        value = self.exact(first, depth) if self.nodes > 0 else _FAILED
+        follows = self.next()
+        # Without a look at what follows, text with a backslash before its last quote would swallow the next key.
+        if value is _FAILED or (follows and follows not in ends):
+            return self.loose(began, ends)
         return value
 
-    def literal(self, first: str, depth: int) -> Any:
-        """Read a container, string, bytes, number or constant; ``_FAILED`` for anything else."""
+    def exact(self, first: str, depth: int) -> Any:
         if first and first in _OPEN:
             return self.container(first, depth - 1) if depth else _FAILED
         if first == "'":
             return self.string()
-        if self.text.startswith("b'", self.position):
-            self.position += 1
+        if self.text.startswith("b'", self.at):
+            self.at += 1
             return _FAILED if self.string() is _FAILED else "<builtins.bytes>"
-        found = _PLAIN.match(self.text, self.position)
+        found = _PLAIN.match(self.text, self.at)
         if found is None:
             return _FAILED
-        self.position = found.end()
-        return _number_or_constant(found.group())
+        self.at = found.end()
+        return _plain(found.group())
 
     def string(self) -> Any:
-        found = _STRING.match(self.text, self.position)
+        found = _STRING.match(self.text, self.at)
         if found is None:
             return _FAILED
-        self.position = found.end()
+        self.at = found.end()
         return found.group(1).replace("\\'", "'")
 
     def container(self, opening: str, depth: int) -> Any:
-        """Read up to the closing bracket. If it is missing, the container was cut."""
+        """Read up to the closing bracket; one that is missing was cut off."""
         closing = _CLOSE[_OPEN.index(opening)]
-        self.position += 1
+        self.at += 1
         items: list[Any] = []
         pairs: dict[str, Any] = {}
-        while (first := self.peek()) != closing:
+        while (first := self.next()) != closing:
             if not first or first in _CLOSE or self.nodes <= 0:
                 items.append(CUT)
-                self.position = len(self.text) if self.nodes <= 0 else self.position
-                return self.finish_container(opening, items, pairs)
+                self.at = len(self.text) if self.nodes <= 0 else self.at
+                return self.filled(opening, items, pairs)
             if first == ",":
-                self.position += 1
+                self.at += 1
                 continue
             item = self.value(closing + (",:" if opening == "{" else ","), depth)
-            if self.peek() == ":" and opening == "{":
-                self.position += 1
+            if self.next() == ":" and opening == "{":
+                self.at += 1
                 pairs[_key(item)] = self.value(closing + ",", depth)
             else:
                 items.append(item)
-        self.position += 1
-        return self.finish_container(opening, items, pairs)
+        self.at += 1
+        return self.filled(opening, items, pairs)
 
     @staticmethod
-    def finish_container(opening: str, items: list[Any], pairs: dict[str, Any]) -> Any:
+    def filled(opening: str, items: list[Any], pairs: dict[str, Any]) -> Any:
         if pairs and items:
-            pairs["..."] = CUT  # a key without its value, or the three dots of a cut mapping
+            pairs["..."] = CUT  # a key without its value, or three dots: Celery's mark for more
         return pairs if pairs or (opening == "{" and not items) else items
 
-    def opaque(self, start: int, ends: str) -> str:
-        """Return everything up to one of ``ends`` outside of brackets and quotes, as text."""
-        self.position, depth = start, 0
-        while self.position < len(self.text):
-            unstructured = _UNSTRUCTURED.match(self.text, self.position)
-            if unstructured is not None:
-                self.position = unstructured.end()
+    def loose(self, began: int, ends: str) -> str:
+        """Take everything up to one of ``ends`` outside of brackets and quotes as text."""
+        self.at, depth = began, 0
+        while self.at < len(self.text):
+            dull = _DULL.match(self.text, self.at)
+            if dull is not None:
+                self.at = dull.end()
                 continue
-            character = self.text[self.position]
+            character = self.text[self.at]
             if depth <= 0 and character in ends:
                 break
             depth += (character in "([{<") - (character in ")]}>")
             self.steps -= 1
-            self.position = self.position + 1 if self.steps > 0 else len(self.text)
-        return self.check_opaque(self.text[start : self.position].strip())
+            self.at = self.at + 1 if self.steps > 0 else len(self.text)
+        return self.judged(self.text[began : self.at].strip())
 
-    def check_opaque(self, text: str) -> str:
-        """Return ``text``, or the redaction marker; raise if it contains a sensitive key."""
-        if self.redact_opaque:
+    def judged(self, text: str) -> str:
+        if self.hide:
             return REDACTED
-        if self.sensitive_words is None:
-            words = set(_WORD.findall(self.text))
-            self.sensitive_words = {word for word in words if self.is_sensitive_key(word)}
-        if self.sensitive_words and not self.sensitive_words.isdisjoint(_WORD.findall(text)):
+        if self.secrets is None:
+            self.secrets = {
+                word for word in set(_WORD.findall(self.text)) if self.is_sensitive_key(word)
+            }
+        if self.secrets and not self.secrets.isdisjoint(_WORD.findall(text)):
             raise _SensitiveError
         return text
 
@@ -187,7 +182,7 @@ class _Parser:
 _FAILED = object()
 
 
-def _number_or_constant(word: str) -> Any:
+def _plain(word: str) -> Any:
     if word in _CONSTANTS:
         return _CONSTANTS[word]
     if _INTEGER.match(word):
@@ -196,5 +191,5 @@ def _number_or_constant(word: str) -> Any:
     return number if isfinite(number) else _FAILED
 
 
-def _key(item: object) -> str:
+def _key(item: Any) -> str:
     return (item if isinstance(item, str) else str(item))[:MARGIN]
