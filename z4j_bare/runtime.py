@@ -156,13 +156,13 @@ class AgentRuntime:
         """
         agent = self._agent
         streaks = agent.supervisor.backoff.streaks if agent else {}
-        link = agent.supervisor.link if agent else None
+        connection = agent.supervisor.connection if agent else None
         return {
             "state": str(self.state),
             "auth_error_count": streaks.get("auth", 0),
             "protocol_error_count": streaks.get("protocol", 0),
             "connection_error_count": streaks.get("connection", 0),
-            "session_id": link.hello_ack.session_id if link else None,
+            "session_id": connection.hello_ack.session_id if connection else None,
         }
 
     def stats(self) -> dict[str, Any]:

@@ -4,12 +4,12 @@ import json
 from types import SimpleNamespace
 
 from tests.support.engines import FakeEngineHost
-from tests.support.virtual import World
+from tests.support.session import SessionHarness
 from z4j_bare.buffer.rows import RESULT
 from z4j_bare.commands import Dispatcher
 
 
-class CommandHarness(World):
+class CommandHarness(SessionHarness):
     """A dispatcher with fake engine hosts and a real buffer manager.
 
     ``new_process`` replaces the dispatcher, as a restart on the same disk does.
@@ -56,7 +56,7 @@ class CommandHarness(World):
             timeout_seconds=timeout,
             delivery_claim_token=token,
         )
-        self.dispatcher.submit(SimpleNamespace(id=identity, payload=payload), self.link, delay)
+        self.dispatcher.submit(SimpleNamespace(id=identity, payload=payload), self.connection, delay)
 
     def run(self, *args, **options):
         """Submit one command and return the payload of its result, the only one stored."""

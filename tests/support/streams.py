@@ -14,7 +14,7 @@ from z4j_core.schedule_external import (
     external_snapshot_frame_digest,
 )
 
-from tests.support.virtual import World
+from tests.support.session import SessionHarness
 from z4j_bare.buffer.rows import PROJECTION
 from z4j_bare.schedules import ScheduleManager
 from z4j_bare.schedules.host import SchedulerHost
@@ -256,7 +256,7 @@ class Direct:
 
 
 class Plans:
-    """For a ``World``: a room with one scheduler, and the brain at the other end of the store."""
+    """For a ``SessionHarness``: a room with one scheduler, and the brain at the other end of the store."""
 
     def plan(self, *schedules, interval=900):
         self.scheduler = StubScheduler(
@@ -299,7 +299,7 @@ class Plans:
         return self.brain.told[before:]
 
 
-class Planned(World, Plans):
+class Planned(SessionHarness, Plans):
     """A world with nothing but that room."""
 
     def __init__(self, *schedules, interval=900):

@@ -69,7 +69,7 @@ def impatient(monkeypatch):
         monkeypatch.setitem(
             backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
         )
-    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
     monkeypatch.setenv("Z4J_FLUSH_INTERVAL_SECONDS", "0.02")
     monkeypatch.setenv("Z4J_FLUSH_SECONDS", "0.5")
@@ -724,15 +724,15 @@ def test_starts_again_after_stop(runtime, peer, until):
 
 def test_a_session_loop_that_dies(install, peer, until, monkeypatch, caplog):
     """A bug in a session's loop is counted and logged, ends that session, and the next one waits its turn and works."""
-    real, died = send.SendLoop.run, []
+    real, died = send.Sender.run, []
 
-    def run(loop):
+    def run(sender, connection):
         if len(died) < 2:
             died.append(1)
             raise ValueError("a bug")
-        real(loop)
+        real(sender, connection)
 
-    monkeypatch.setattr(send.SendLoop, "run", run)
+    monkeypatch.setattr(send.Sender, "run", run)
     runtime = install()
     runtime.record_event(an_event(1))
     until(lambda: peer.events())

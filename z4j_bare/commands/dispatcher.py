@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
     from z4j_bare.monitoring.metrics import Counters
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.pipeline.session import Connection
     from z4j_bare.schedules import ScheduleManager
 
 logger = logging.getLogger("z4j.runtime.commands.dispatcher")

@@ -1,85 +1,89 @@
-"""Ring to store: encode what the host captured and commit it, one transaction a wake."""
+"""Ring to store: encode the captured events and commit them, one transaction a wake-up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.interfaces import IEvent
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Captured, Ring
     from z4j_bare.monitoring.metrics import Counters
+    from z4j_bare.pipeline.send import Sender
 
-logger = logging.getLogger("z4j.runtime.flush")
+logger = logging.getLogger("z4j.runtime.pipeline.flush")
 
-#: Seconds that an empty ring, which wakes us by itself, is left alone: until the figures are looked at, and after that.
-QUIET = 5.0
-ASLEEP = 60.0
+#: Seconds without an event before the buffer's stats are refreshed. The ring wakes the loop at an event.
+IDLE_WAIT = 5.0
 
-#: The encoder of what has been encoded before.
-_ENCODED = itemgetter(1)
+#: Seconds between wake-ups after that.
+IDLE_WAIT_MAX = 60.0
+
+#: Returns the bytes of a record that has been encoded before.
+_encoded_bytes = itemgetter(1)
 
 
 class FlushLoop:
-    """Wakes ``interval`` seconds after the first event, or when the ring says that there are many.
+    """Runs ``interval`` seconds after the first event, or when the ring has reached its threshold.
 
-    :param most: events in one transaction.
-    :param stored: called after each commit with the number of events.
+    :param max_events: events in one transaction.
+    :param sender: informed after each commit.
     """
 
     def __init__(
         self,
         ring: Ring,
         buffer: BufferManager,
+        sender: Sender,
         backend: BaseConcurrency,
         counters: Counters,
         *,
         interval: float,
-        most: int,
-        stored: Callable[[int], None],
+        max_events: int,
     ) -> None:
         self._ring = ring
         self._buffer = buffer
+        self._sender = sender
         self._backend = backend
         self._counters = counters
         self._interval = interval
-        self._most = most
-        self._stored = stored
-        self._turn = backend.lock()
+        self._max_events = max_events
+        self._commit_lock = backend.lock()
 
-    def run(self, stop_event: object) -> None:
-        """Flush until ``stop_event`` (an ``IEvent``) is set."""
-        patience = QUIET
-        while not stop_event.is_set():  # type: ignore[attr-defined]
+    def run(self, stop_event: IEvent) -> None:
+        """Flush until ``stop_event`` is set."""
+        timeout = IDLE_WAIT
+        while not stop_event.is_set():
             if self._ring.arm_wakeup():
-                if not self._backend.wait(self._ring.wake, patience):
+                if not self._backend.wait(self._ring.wake, timeout):
                     self._buffer.refresh_stats()
-                    patience = ASLEEP
+                    timeout = IDLE_WAIT_MAX
                 self._ring.wake.clear()
                 continue
-            patience = QUIET
-            if len(self._ring) < self._most:
-                self._backend.wait(self._ring.wake, self._interval)  # let company come
+            timeout = IDLE_WAIT
+            if len(self._ring) < self._max_events:
+                self._backend.wait(self._ring.wake, self._interval)  # let more events arrive
             self._ring.wake.clear()
-            # What came during a commit waits for the next wake, unless it is a whole batch: commits of a dozen events, one
-            # after the other, cost the worker 0.2 ms a task; a batch of 256 costs hardly more than one of 12.
-            while self._commit() == self._most <= len(self._ring):
+            # Events that arrive during a commit wait for the next wake-up, unless they fill a batch.
+            # Successive commits of a dozen events cost the worker 0.2 ms a task; a batch of 256 costs
+            # hardly more than a batch of 12.
+            while self._commit() == self._max_events <= len(self._ring):
                 pass
 
     def flush(self) -> None:
-        """Empty the ring into the store. Safe from several tasks: order is kept."""
+        """Empty the ring into the store. Several tasks may call this; events keep their order."""
         while self._commit():
             pass
 
     def _commit(self) -> int:
-        """Store the oldest events, at most one transaction's worth, and return how many they were."""
-        with self._turn:
-            left = self._ring.take(self._most)
+        """Store the oldest events, at most one transaction of them; return how many were taken."""
+        with self._commit_lock:
+            left = self._ring.take(self._max_events)
             if not left:
                 return 0
             taken, encoded = len(left), list[bytes]()
@@ -88,14 +92,18 @@ class FlushLoop:
                 self._encode(left, encoded)
                 self._buffer.append_events(encoded)
             except BaseException:
-                self._ring.requeue([*((_ENCODED, each) for each in encoded), *reversed(left)])
+                done = [(_encoded_bytes, each) for each in encoded]
+                self._ring.requeue([*done, *reversed(left)])
                 raise
             self._counters.stored += len(encoded)
-            self._stored(len(encoded))
+            self._sender.on_stored(len(encoded))
             return taken
 
     def _encode(self, left: list[Captured], encoded: list[bytes]) -> None:
-        """Move the events from ``left``, last first, to ``encoded``: each but once, for a task's stamps grow with each."""
+        """Move events from the end of ``left`` to ``encoded``.
+
+        Each event is encoded once, because encoding advances its task's timestamps.
+        """
         checkpoint = TimeSlice(self._backend).checkpoint
         while left:
             captured = left[-1]

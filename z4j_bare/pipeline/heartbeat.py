@@ -1,4 +1,4 @@
-"""The heartbeat: proof of life every 10 s, with the figures that an operator asks for first."""
+"""Heartbeats every 10 s, with the figures that an operator asks for first, and status reports."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.wire.frames import frame_id, shrink_heartbeat
 
+
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.monitoring.metrics import Counters
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.pipeline.session import Connection
 
-#: Seconds between keepalives where heartbeats are switched off; the brain closes a session that is silent for 90.
-QUIET_INTERVAL = 30.0
+#: Seconds between keepalive frames where heartbeats are disabled. The brain closes a session that sends
+#: nothing for 90 s.
+KEEPALIVE_INTERVAL = 30.0
 
-#: Seconds between two reports of how the agent is; the first follows a session's first heartbeat.
+#: Seconds between two ``agent_status`` frames. The first follows the session's first heartbeat.
 STATUS_INTERVAL = 60.0
 
 
 class HeartbeatLoop:
-    """Beats at once and then every ``interval`` seconds. It never touches the store: a slow disk must not look like death.
+    """Sends a heartbeat at once and then every ``interval`` seconds.
 
-    :param payload: makes the frame's payload from what is in memory.
-    :param status: makes that of ``agent_status``, which the brain keeps as history; ``None``: none is sent.
+    It does not use the store: with a slow disk the agent must not look dead.
+
+    :param payload: makes the payload of a heartbeat from figures in memory.
+    :param status: makes the payload of an ``agent_status``, which the brain keeps as history; ``None``
+        sends none.
     """
 
     def __init__(
         self,
-        link: Connection,
+        connection: Connection,
         backend: BaseConcurrency,
         counters: Counters,
         payload: Callable[[], bytes],
@@ -37,31 +42,30 @@ class HeartbeatLoop:
         enabled: bool = True,
         status: Callable[[], bytes] | None = None,
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._backend = backend
         self._counters = counters
         self._payload = payload
-        self._interval = interval if enabled else QUIET_INTERVAL
+        self._interval = interval if enabled else KEEPALIVE_INTERVAL
         self._enabled = enabled
         self._status = status
         self._status_at = float("-inf")
 
     def run(self) -> None:
-        """Beat until the session ends. Raises ``NetworkError``."""
-        while not self._link.closing.is_set():
+        """Send heartbeats until the session ends. Raises ``NetworkError``."""
+        while not self._connection.closing.is_set():
             if self._enabled:
-                cut = self._link.send_shrinking(
+                self._counters.recut += self._connection.send_shrinking(
                     "heartbeat", frame_id("hb"), self._payload(), shrink_heartbeat
                 )
-                self._counters.recut += cut
                 self._counters.heartbeats += 1
-                self._report()
+                self._send_status()
             else:
-                self._link.send("event_batch", frame_id("ka"), b'{"events":[]}')
-            self._backend.wait(self._link.closing, self._interval)
+                self._connection.send("event_batch", frame_id("ka"), b'{"events":[]}')
+            self._backend.wait(self._connection.closing, self._interval)
 
-    def _report(self) -> None:
+    def _send_status(self) -> None:
         now = self._backend.now()
         if self._status is not None and now - self._status_at >= STATUS_INTERVAL:
-            self._link.send("agent_status", frame_id("as"), self._status())
+            self._connection.send("agent_status", frame_id("as"), self._status())
             self._status_at = now

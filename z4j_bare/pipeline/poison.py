@@ -1,65 +1,114 @@
-"""Which rows may be what the brain cannot take, and which of them to try next.
+"""Isolation of poison rows: rows that the brain cannot accept, and that end every session they are sent in.
 
-A row that was on its way when the brain ended two sessions over a frame is a suspect. Suspects are tried apart: nothing
-else is on its way, and after each death only a part of them, until the one is alone. The count is the row's own, in the
-store, so that the search goes on after a restart, and with an heir.
+A row that was in flight when the brain ended two sessions over a frame is a suspect. Suspects are sent
+in isolation: nothing else is in flight. After each session they end, a smaller part of them is sent,
+until one row is alone. The count belongs to the row and is stored with it, so the search goes on after
+a restart and in a process that adopts the store.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.rows import RESULT
+from z4j_bare.buffer.rows import POISON, RESULT
+from z4j_bare.errors import AgentError, PoisonRowError
+from z4j_bare.wire import close_codes
 
 if TYPE_CHECKING:
+    from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.buffer.rows import BufferEntry
 
-#: Deaths of sessions that make a suspect of what was on its way.
-DEATHS = 2
+logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: Into how many parts a set of suspects is divided: 500 events are 63, 8 and 1, four deaths more. With two it would be
-#: ten, and as the brain answers between them, most parts cost a hundredth of a second, a death seconds.
-PARTS = 8
+#: Sessions that a row must have been in flight in, when the brain ended them over a frame, to be a suspect.
+SUSPECT_AFTER = 2
+
+#: A set of suspects is split into this many parts: of 500 events 63, then 8, then 1 are tried, which
+#: takes four more sessions. Halving would take ten. A failed session costs seconds; an accepted part
+#: costs a hundredth of a second.
+SPLIT_FACTOR = 8
 
 
-def part(
+class PoisonIsolation:
+    """The search for poison rows within one session."""
+
+    def __init__(self) -> None:
+        #: The suspects that are in flight alone.
+        self.isolated: Sequence[BufferEntry] = ()
+        #: Whether the brain has acknowledged anything in this session. Before that, suspects are not
+        #: sent: the cause that ends every session would be held against them.
+        self.session_works = False
+        #: Rows of the upload in progress, over a transport with synchronous acks.
+        self.uploading: Sequence[BufferEntry] = ()
+        #: The error that the last upload failed with.
+        self.upload_error: AgentError | None = None
+
+    def on_session_error(
+        self, error: AgentError, in_flight: Sequence[int], buffer: BufferManager, generation: int
+    ) -> AgentError:
+        """Mark the rows that may have caused the session's end; return the error to report.
+
+        The only suspect, in a session that worked until then, is dropped and counted as lost.
+
+        :param in_flight: ids of the rows that are sent and not acknowledged.
+        """
+        if not close_codes.may_be_poison(error) or not in_flight:
+            return error
+        suspects = [entry for entry in self.isolated if entry.id in in_flight]
+        if len(in_flight) == len(suspects) == 1:
+            buffer.discard(in_flight, POISON, generation)
+            logger.warning(
+                "z4j: dropped a row that the brain cannot accept: %s (%s)",
+                describe(suspects[0]),
+                error,
+            )
+        else:
+            buffer.mark_suspect(in_flight, generation)
+        if not suspects:
+            return error
+        return PoisonRowError(str(error), code=getattr(error, "code", None))
+
+
+def next_trial(
     results: Sequence[BufferEntry], events: Sequence[BufferEntry]
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
-    """Return the results and events in front of the first suspects, and what to try apart behind those.
+    """Return the results and events before the first suspects, and the suspects to try next.
 
-    Suspects that have gone through the same number of deaths are a set, and an eighth of it is next: who died once more is
-    in front of the others, and a smaller set.
+    Suspects with the same count are a set, and an eighth of the first set is next. Rows that have ended
+    one session more stand before the others, and are a smaller set.
     """
-    calm_results, calm_events = list(takewhile(_calm, results)), list(takewhile(_calm, events))
-    if len(calm_results) < len(results):
-        return calm_results, calm_events, [results[len(calm_results)]]
-    return calm_results, calm_events, _first_part(events[len(calm_events) :])
+    clear_results = list(takewhile(_is_clear, results))
+    clear_events = list(takewhile(_is_clear, events))
+    if len(clear_results) < len(results):
+        return clear_results, clear_events, [results[len(clear_results)]]
+    return clear_results, clear_events, _first_part(events[len(clear_events) :])
 
 
 def describe(entry: BufferEntry) -> str:
-    """Return what may be said of a row in a log: which one it is, and nothing that it holds."""
+    """Return a text that identifies a row in a log and contains none of its data."""
     size = f"{len(entry.payload)} bytes"
     if entry.kind == RESULT:
         return f"the result of command {entry.key}, {size}"
     try:
-        fields: Any = json.loads(entry.payload)
+        fields: object = json.loads(entry.payload)
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        return f"a row that is no event, {size}"
+        return f"a row that is not an event, {size}"
     kind, engine, task = (str(fields.get(name))[:200] for name in ("kind", "engine", "task_id"))
     return f"a {kind!r} of {engine!r}, task {task!r}, {size}"
 
 
-def _calm(entry: BufferEntry) -> bool:
-    return entry.attempts < DEATHS
+def _is_clear(entry: BufferEntry) -> bool:
+    return entry.attempts < SUSPECT_AFTER
 
 
 def _first_part(suspects: Sequence[BufferEntry]) -> list[BufferEntry]:
     if not suspects:
         return []
-    alike = list(takewhile(lambda entry: entry.attempts == suspects[0].attempts, suspects))
-    return alike[: -(-len(alike) // PARTS)]
+    same_count = list(takewhile(lambda entry: entry.attempts == suspects[0].attempts, suspects))
+    return same_count[: -(-len(same_count) // SPLIT_FACTOR)]

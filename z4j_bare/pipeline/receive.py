@@ -1,84 +1,92 @@
-"""Brain to agent: verify every message and hand it to whom it concerns."""
+"""Brain to agent: verify every frame and route it to its handler."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from z4j_core.transport.frames import (
+    CommandFrame,
+    ErrorFrame,
+    EventBatchAckFrame,
+)
 
 from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
 
 if TYPE_CHECKING:
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.pipeline.session import Connection
 
-logger = logging.getLogger("z4j.runtime.receive")
+logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Seconds that the reader waits at a time. ``abort`` wakes it at once; by itself it wakes to look for silence (a ping after
-#: 30 s), and each wake of an idle worker costs 0.25 ms.
+#: Seconds of one read. ``abort`` wakes it at once. Otherwise the loop wakes only to detect a silent
+#: connection (the transport pings after 30 s), and each wake-up of an idle worker costs 0.25 ms.
 READ_TIMEOUT = 10.0
 
-#: Codes of a fatal ``error`` frame that an upgrade alone cures.
-_UPGRADE = frozenset({"agent_incompatible", "protocol_incompatible"})
+#: Codes of fatal ``error`` frames that go away only with an upgrade.
+_UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
-#: The code that one event brings about, in batch after batch (``brain-contract`` 2.4): as good as a close with 4400.
-_REFUSED_EVENT = "scheduler_upgrade_required"
+#: Code of an ``error`` frame that one event causes, and causes again in every batch that carries it. It
+#: is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
+_REJECTED_EVENT = "scheduler_upgrade_required"
 
 
 class ReceiveLoop:
     """Reads until the session ends.
 
-    :param acked: called with the id of an acknowledged frame.
-    :param command: called with a command frame, the link, and how many seconds late it was read; must not wait.
+    :param on_ack: called with the id of an acknowledged frame.
+    :param on_command: called with a command frame, the connection, and by how many seconds the frame was
+        read late; must not wait.
     """
 
     def __init__(
         self,
-        link: Connection,
-        acked: Callable[[str], None],
-        command: Callable[[Any, Connection, float], None],
+        connection: Connection,
+        on_ack: Callable[[str], None],
+        on_command: Callable[[CommandFrame, Connection, float], None],
     ) -> None:
-        self._link = link
-        self._routes: dict[str, Callable[[Any, float], None]] = {
-            "event_batch_ack": lambda frame, _: acked(str(frame.payload.acked_id)),
-            "command": lambda frame, late: command(frame, link, late),
-            "error": _complain,
-        }
+        self._connection = connection
+        self._on_ack = on_ack
+        self._on_command = on_command
 
     def run(self) -> None:
-        """Read until we end the session ourselves; raise ``NetworkError`` or ``RemoteError`` when it ends otherwise."""
-        while not self._link.closing.is_set():
-            self._take(READ_TIMEOUT)
-        # What has arrived counts: acks, commands that for the brain are on their way, and the close code that says why the
-        # line broke under a sender.
-        while self._take(0.0):
+        """Read until we end the session; raise ``NetworkError`` or ``RemoteError`` if it ends otherwise."""
+        while not self._connection.closing.is_set():
+            self._receive_one(READ_TIMEOUT)
+        # Frames that have arrived still count: acks, commands that the brain regards as delivered, and
+        # the close code that says why a send failed.
+        while self._receive_one(0.0):
             pass
 
-    def _take(self, timeout: float) -> bool:
+    def _receive_one(self, timeout: float) -> bool:
         began = time.perf_counter()
-        message = self._link.transport.receive(timeout)
+        message = self._connection.transport.receive(timeout)
         if time.perf_counter() - began > SLICE_SECONDS:
-            self._link.rested()
+            self._connection.on_receive_waited()
         if message is None:
             return False
-        frame = self._link.open(message)
-        late = self._link.lateness(frame.ts.timestamp()) if frame.ts else 0.0
-        self._routes.get(frame.type, _ignore)(frame, late)
+        frame = self._connection.open(message)
+        delay = self._connection.relative_delay(frame.ts.timestamp()) if frame.ts else 0.0
+        if isinstance(frame, EventBatchAckFrame):
+            self._on_ack(str(frame.payload.acked_id))
+        elif isinstance(frame, CommandFrame):
+            self._on_command(frame, self._connection, delay)
+        elif isinstance(frame, ErrorFrame):
+            _on_error_frame(frame)
+        else:
+            logger.debug("z4j: ignored a %s frame", frame.type)
         return True
 
 
-def _complain(frame: Any, _late: float) -> None:
+def _on_error_frame(frame: ErrorFrame) -> None:
     code, text = str(frame.payload.code), str(frame.payload.message)[:500]
-    if code == _REFUSED_EVENT:
-        raise RemoteProtocolError(f"the brain does not take an event ({code}: {text})", code=4400)
+    if code == _REJECTED_EVENT:
+        raise RemoteProtocolError(f"the brain rejects an event ({code}: {text})", code=4400)
     if not frame.payload.fatal:
         logger.warning("z4j: the brain reports %s: %s", code, text)
-    elif code in _UPGRADE:
+    elif code in _UPGRADE_CODES:
         raise IncompatibleError(f"the brain ended the session with {code}: {text}")
     else:
         raise RemoteProtocolError(f"the brain ended the session with {code}: {text}")
-
-
-def _ignore(frame: Any, _late: float) -> None:
-    logger.debug("z4j: ignored a %s frame", frame.type)

@@ -1,16 +1,15 @@
-"""Store to brain: results first, then events in frames, as far as the in-flight window allows."""
+"""Store to brain: results and schedule frames first, then events in frames, as the window allows."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.rows import EVENT, POISON, PROJECTION, RESULT
-from z4j_bare.errors import AgentError, FrameTooLargeError, PoisonRowError, ScheduleStreamError
-from z4j_bare.pipeline.poison import describe, part
-from z4j_bare.wire import close_codes
+from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
+from z4j_bare.errors import AgentError, FrameTooLargeError, ScheduleStreamError
+from z4j_bare.pipeline.poison import PoisonIsolation, next_trial
 from z4j_bare.wire.frames import event_batch, frame_id, shrink_event, shrink_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
 from z4j_bare.wire.window import FRAME_EVENTS, Window
@@ -20,335 +19,442 @@ if TYPE_CHECKING:
     from z4j_bare.buffer.rows import BufferEntry
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.monitoring.metrics import Counters
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.pipeline.session import Connection
 
-logger = logging.getLogger("z4j.runtime.send")
+logger = logging.getLogger("z4j.runtime.pipeline.send")
 
-#: Bytes of one frame: signing and masking more would hold the hub too long.
+#: Largest frame in bytes. Signing and masking a larger one would hold the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Bytes of events below which the limit of a frame does not sink, however much its JSON grows on the way.
-SMALLEST = 512
+#: Smallest limit for the events of one frame, in bytes, however much their JSON grows in the envelope.
+MIN_PAYLOAD_BYTES = 512
 
-#: Seconds between two looks at the store when nobody wakes the loop: while something is under way, in memory only, or to be
-#: tidied, and else.
-IDLE = 2.0
-QUIET = 30.0
+#: Seconds between two reads of the store without a wake-up, while a frame is in flight, rows are in
+#: memory only, or acknowledged rows have to be deleted.
+POLL_BUSY = 2.0
 
-#: Results sent in one turn, so that a flood of them cannot starve events.
-RESULTS = 50
+#: Seconds between two reads of the store without a wake-up, otherwise.
+POLL_IDLE = 30.0
 
-#: What overtakes events, in the order in which it was stored: the result of an order comes behind what it tells of.
-EXPRESS = (PROJECTION, RESULT)
+#: Seconds between two checks for the last acks at shutdown.
+DRAIN_POLL = 0.02
+
+#: Rows of ``PRIORITY_KINDS`` sent before events get their turn.
+MAX_PRIORITY_ROWS = 50
+
+#: Row kinds sent ahead of events, in insertion order, so that a command's result follows the schedule
+#: frames it reports.
+PRIORITY_KINDS = (PROJECTION, RESULT)
 
 
-class SendLoop:
-    """One per session: every row that is not confirmed is sent again in the next one, with the same id and time.
+class Pacing:
+    """How many events the next frame may carry, and when the sender has to run again. One per session.
 
-    A result has no ack of its own. The next ``event_batch``, empty if need be, is its receipt: the brain works through a
-    connection in order, so that batch's ack says that the result has arrived too.
-
-    A frame of a schedule stream travels alone, because the brain acknowledges none that comes out of sequence. If it keeps
-    silent over one that it got twice, a row before it has been lost, and only a new session, with a new epoch, goes on.
-
-    Rows that brought down two sessions (see ``suspects``) are tried apart: nothing else is on its way, and the brain has
-    acknowledged an empty batch in this very session, so that what kills every session is not held against them.
+    In threads mode an ack can arrive while the sender runs: callers hold the sender's window lock.
     """
 
     def __init__(
-        self, link: Connection, buffer: BufferManager, backend: BaseConcurrency, counters: Counters
+        self, max_payload: int, backend: BaseConcurrency, *, synchronous_acks: bool
     ) -> None:
-        self._link = link
+        self.synchronous_acks = synchronous_acks
+        self.window = Window()
+        #: Bytes of events that the next frame may carry.
+        self.payload_limit = max_payload
+        #: Whether the store may hold rows that the sender has not read yet.
+        self.maybe_pending = False
+        self._max_payload = max_payload
+        self._backend = backend
+
+    def room(self) -> int:
+        """Return how many events may be sent now."""
+        return self.window.available(self._backend.now())
+
+    def max_events(self, room: int) -> int:
+        """Return how many events the next frame may carry, at most ``room``."""
+        return min(room, FRAME_EVENTS if self.synchronous_acks else self.window.frame_events)
+
+    def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
+        """Return whether a limit ended ``events``, so that the store may hold more of them.
+
+        When the next row alone takes half a frame this is missed; the next read finds that row.
+        """
+        if self.synchronous_acks:
+            return bool(events)  # how many of them fit is known after the upload
+        return (
+            len(events) >= self.max_events(room)
+            or sum(len(entry.payload) for entry in events) > self.payload_limit // 2
+        )
+
+    def on_frame_too_large(self, fits: int) -> None:
+        """Reduce the limit to the ``fits`` bytes that the brain accepts."""
+        self.payload_limit = max(MIN_PAYLOAD_BYTES, min(self.payload_limit, fits))
+
+    def on_upload(self) -> None:
+        """Raise the limit a little: the batch that reduced it may have been an unusual one."""
+        self.payload_limit = min(self._max_payload, self.payload_limit + self.payload_limit // 16)
+
+    def pause(self) -> float:
+        """Return the seconds that are left of the pause after an ack."""
+        return self.window.pause_remaining(self._backend.now())
+
+    def idle_timeout(self, *, is_idle: bool) -> float:
+        """Return the seconds after which the sender runs again without a wake-up.
+
+        :param is_idle: whether neither an ack nor work on the store is due.
+        """
+        pause = self.pause()
+        if self.maybe_pending and (pause or not self.window.frames):
+            return pause  # only the pause holds the events back, and it may be over by now
+        return POLL_IDLE if is_idle else POLL_BUSY
+
+
+class ProjectionResend:
+    """The schedule rows in flight, and which of them were sent a second time.
+
+    The brain acknowledges no schedule frame that is out of sequence. When a row gets no ack twice, a row
+    before it was lost, and only a new session with a new epoch can continue the stream.
+    """
+
+    def __init__(self) -> None:
+        self._in_flight: set[int] = set()
+        self._resent: set[int] = set()
+
+    def on_sent(self, row_id: int) -> None:
+        """Record a row as in flight."""
+        self._in_flight.add(row_id)
+
+    def on_acked(self, row_ids: set[int]) -> None:
+        """Remove acknowledged rows."""
+        self._in_flight.difference_update(row_ids)
+
+    def on_ack_timeout(self) -> None:
+        """Everything will be sent again. Raises ``ScheduleStreamError`` for a row that already was."""
+        if self._in_flight & self._resent:
+            raise ScheduleStreamError(
+                "the brain acknowledges no schedules: a new session sends all of them again"
+            )
+        self._resent, self._in_flight = self._in_flight, set()
+
+
+class Sender:
+    """Sends rows and deletes them when they are acknowledged. One sender serves all sessions in turn.
+
+    A row without an ack is sent again in the next session, with the same id and timestamp.
+
+    A result has no ack of its own. The brain works through a connection in order, so the ack of the next
+    ``event_batch`` proves that the result has arrived; if there are no events, an empty batch is sent.
+
+    A frame of a schedule stream carries one row. See :class:`ProjectionResend`.
+
+    Rows that ended two sessions are sent in isolation: nothing else is in flight, and the brain has
+    acknowledged an empty batch in this session. See ``poison``.
+    """
+
+    def __init__(self, buffer: BufferManager, backend: BaseConcurrency, counters: Counters) -> None:
         self._buffer = buffer
         self._backend = backend
         self._counters = counters
-        self._synchronous_acks: bool = link.transport.synchronous_acks
-        self._most = self._limit = min(FRAME_BYTES, link.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
-        self._window = Window()
-        # In threads an ack may come between the two halves of whatever the sender does to the window.
-        self._books = backend.lock()
-        self._overtook: set[int] = set()
-        # Whether there may be events that have not been looked at.
-        self._more = False
-        # What a transport that confirms is uploading, and what an upload failed with.
-        self._uploading: Sequence[BufferEntry] = ()
-        self._failure: AgentError | None = None
-        self._proven = False
-        # Rows of schedule streams that were sent again for want of an ack.
-        self._doubted: set[int] = set()
-        self._rewind()
+        # Held by a session's run: the last session's run may still be in a call of a slow disk.
+        self._run_lock = backend.lock()
+        # In threads mode an ack may arrive between two steps of a change to the window.
+        self._window_lock = backend.lock()
+        self._connection: Connection | None = None
+        self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
+        self._isolation = PoisonIsolation()
+        self._projections = ProjectionResend()
+        # Ids of rows that were sent ahead of events and are not acknowledged.
+        self._priority_in_flight: set[int] = set()
+        # Ids of results that no ``event_batch`` has followed yet.
+        self._unconfirmed_results: list[int] = []
+        self._generation = 0
+        self._after_event = 0
+        self._after_priority = 0
 
-    def run(self) -> None:
-        """Send until the session ends. Raises ``NetworkError``, or a ``RemoteError`` where the answer comes with a send."""
-        try:
-            while not self._link.closing.is_set():
-                self._link.wake.clear()
-                if not self._turn():
-                    self._backend.wait(self._link.wake, self._patience())
-        except AgentError as error:
-            self._failure = error
-            raise
+    def run(self, connection: Connection) -> None:
+        """Send until the session ends.
 
-    def acked(self, frame: str) -> None:
-        """Take an ``event_batch_ack``; called by the receive loop."""
-        with self._books:
-            now = self._backend.now()
-            self._finish(self._window.acked(frame, now))
-            self._proven = True
-            rest = self._window.pause_remaining(now)
-        # A hub wakes us once, when the brain has had its breath. Without one we wake now, see that, and wait it out.
-        if self._more and self._backend.timer(rest, self._link.wake.set, once=True) is None:
-            self._link.wake.set()
-
-    def stored(self, events: int) -> None:
-        """Take note of events that were committed; called by the flush loop. If a frame is under way, its ack wakes us."""
-        self._more = self._more or events > 0  # first: an ack that comes now has to see it
-        if not self._window.in_flight:
-            self._link.wake.set()
-
-    def hurry(self) -> None:
-        """Let nothing wait from now on: the agent stops."""
-        self._window.disable_pacing()
-        self._link.wake.set()
-
-    def idle(self) -> bool:
-        """Whether everything that was stored has been sent and acknowledged."""
-        return not (self._more or self._window.frames or self._owed)
-
-    def judge(self, error: AgentError) -> AgentError:
-        """Draw the conclusion from what ended the session, once its loops have left; return what to report.
-
-        Rows that were on their way when the brain refused a frame are marked. The only one, in a session that worked until
-        then, is dropped and counted.
+        Raises ``NetworkError``, or ``RemoteError`` where the brain's answer comes with a send.
         """
-        ids = self._undecided(error) if close_codes.may_be_poison(error) else []
-        if not ids:
-            return error
-        apart = [entry for entry in self._apart if entry.id in ids]
-        if len(ids) == len(apart) == 1:
-            self._buffer.discard(ids, POISON, self._generation)
-            logger.warning(
-                "z4j: dropped what the brain cannot take: %s (%s)", describe(apart[0]), error
-            )
+        with self._run_lock:
+            self._attach(connection)
+            try:
+                while not connection.closing.is_set():
+                    connection.wake.clear()
+                    if not self._step(connection):
+                        self._backend.wait(connection.wake, self._idle_timeout())
+            except AgentError as error:
+                self._isolation.upload_error = error
+                raise
+
+    def notify(self) -> None:
+        """Wake the sender: rows may have been stored. Callable from any task; never waits."""
+        connection = self._connection
+        if connection is not None:
+            connection.wake.set()
+
+    def on_stored(self, events: int) -> None:
+        """Record that the flush loop has stored events. While a frame is in flight, its ack wakes us."""
+        # First: an ack that arrives now has to see it.
+        self._pacing.maybe_pending = self._pacing.maybe_pending or events > 0
+        if not self._pacing.window.in_flight:
+            self.notify()
+
+    def on_ack(self, frame: str) -> None:
+        """Process an ``event_batch_ack`` for the frame of this id; called by the receive loop."""
+        connection, pacing = self._connection, self._pacing
+        if connection is None:
+            return
+        with self._window_lock:
+            now = self._backend.now()
+            self._on_delivered(pacing.window.acked(frame, now))
+            self._isolation.session_works = True
+            pause = pacing.window.pause_remaining(now)
+        if not pacing.maybe_pending:
+            return
+        # Schedule one wake-up for the end of the pause; without a hub wake now and wait for the rest.
+        if self._backend.timer(pause, connection.wake.set, once=True) is None:
+            connection.wake.set()
+
+    def is_idle(self) -> bool:
+        """Return whether everything stored has been sent and acknowledged, or there is no session."""
+        connection = self._connection
+        if connection is None or connection.closing.is_set():
+            return True
+        return self._is_idle()
+
+    def drain(self, deadline: float, may_send: Callable[[], bool]) -> None:
+        """Send without pacing until the store is empty, ``deadline``, or ``may_send()`` is false.
+
+        :param deadline: in the backend's monotonic seconds.
+        :param may_send: whether there is a session or one may start at once.
+        """
+        while may_send() and self._backend.now() < deadline:
+            self.disable_pacing()
+            if self.is_idle() and not self._buffer.stats().rows:
+                return
+            self._backend.sleep(DRAIN_POLL)
+
+    def disable_pacing(self) -> None:
+        """Send whatever the window has room for at once, until the session ends."""
+        self._pacing.window.disable_pacing()
+        self.notify()
+
+    def on_session_error(self, connection: Connection, error: AgentError) -> AgentError:
+        """Mark the rows that may have ended the session, and return the error to report.
+
+        Called after the session's loops have ended.
+        """
+        if connection is not self._connection:
+            return error  # the run of an earlier session still holds the sender
+        if not self._pacing.synchronous_acks:
+            with self._window_lock:
+                ids = [*self._unconfirmed_results, *self._pacing.window.ids]
+        elif error is self._isolation.upload_error:
+            ids = [entry.id for entry in self._isolation.uploading]
         else:
-            self._buffer.mark_suspect(ids, self._generation)
-        return PoisonRowError(str(error), code=getattr(error, "code", None)) if apart else error
+            ids = []
+        return self._isolation.on_session_error(error, ids, self._buffer, self._generation)
 
-    def _undecided(self, error: AgentError) -> list[int]:
-        """Return the ids of the rows that may be what ``error`` is about."""
-        if self._synchronous_acks:
-            return [entry.id for entry in self._uploading] if error is self._failure else []
-        with self._books:
-            return [*self._owed, *self._window.ids]
+    def _attach(self, connection: Connection) -> None:
+        """Start a session: everything that is not acknowledged will be sent again."""
+        limit = min(FRAME_BYTES, connection.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
+        pacing = Pacing(limit, self._backend, synchronous_acks=connection.transport.synchronous_acks)
+        with self._window_lock:
+            self._pacing = pacing
+            self._isolation = PoisonIsolation()
+            self._projections = ProjectionResend()
+            self._priority_in_flight = set()
+        self._reset_cursors()
+        self._connection = connection
 
-    def _patience(self) -> float:
-        """Return for how many seconds nothing happens that does not wake us."""
-        rest = self._window.pause_remaining(self._backend.now())
-        if self._more and (rest or not self._window.frames):
-            return rest  # only the brain's breath keeps us, which may have just ended
-        # No ack is due, nothing is to be deleted or tidied, and the disk needs no second try.
-        return QUIET if self.idle() and self._buffer.is_idle else IDLE
-
-    def _finish(self, ids: Sequence[int]) -> None:
-        """Take note of rows that the brain has."""
-        others = self._overtook.intersection(ids)
-        self._overtook.difference_update(others)
-        self._told.difference_update(others)
-        self._buffer.ack(ids, len(ids) - len(others), self._generation)
-
-    def _rewind(self) -> None:
-        with self._books:
-            self._window.reset()
-        # The suspects on their way.
-        self._apart: Sequence[BufferEntry] = ()
-        # Rows of schedule streams that are on their way.
-        self._told: set[int] = set()
+    def _reset_cursors(self) -> None:
+        with self._window_lock:
+            self._pacing.window.reset()
+        self._isolation.isolated = ()
         self._generation = self._buffer.generation
         self._after_event = 0
-        self._after_result = 0
-        self._owed: list[int] = []
+        self._after_priority = 0
+        self._unconfirmed_results = []
 
-    def _turn(self) -> bool:
-        """Confirm, look, send; return whether there may be more to send at once."""
-        now = self._backend.now()
-        with self._books:
-            silent = self._window.ack_timed_out(now)
-        if silent:
-            if self._told & self._doubted:
-                raise ScheduleStreamError("no ack for schedules: a new session tells them anew")
-            self._doubted = set(self._told)
-            logger.warning(
-                "z4j: no ack for a long time; sending %d events again", self._window.events
-            )
-            self._rewind()
-        if self._apart and self._window.frames:
+    def _is_idle(self) -> bool:
+        pacing = self._pacing
+        return not (pacing.maybe_pending or pacing.window.frames or self._unconfirmed_results)
+
+    def _idle_timeout(self) -> float:
+        return self._pacing.idle_timeout(is_idle=self._is_idle() and self._buffer.is_idle)
+
+    def _room(self) -> int:
+        with self._window_lock:
+            return self._pacing.room()
+
+    def _step(self, connection: Connection) -> bool:
+        """Read rows and send them; return whether there may be more to send at once."""
+        pacing = self._pacing
+        with self._window_lock:
+            timed_out = pacing.window.ack_timed_out(self._backend.now())
+        if timed_out:
+            self._on_ack_timeout()
+        if self._isolation.isolated and pacing.window.frames:
             return False
-        self._apart = ()
-        self._more = False  # before the look: what is stored from now on may be missed by it
-        room = self._room(now)
-        results, events, suspects = part(*self._fetch(room))
-        full = self._full(
-            events, room
-        )  # now: with an ack that comes at once, the next frame may be larger
+        self._isolation.isolated = ()
+        pacing.maybe_pending = False  # before the read, which may miss rows stored from now on
+        room = self._room()
+        results, events, suspects = next_trial(*self._read(room))
+        full = pacing.is_full(events, room)  # before sending: a synchronous ack enlarges the limits
         for entry in results:
-            self._send_express(entry)
-        self._send_events(events)
+            self._send_priority(connection, entry)
+        self._send_events(connection, events)
         if suspects:
-            return self._try_apart(suspects)
-        if room == 0 or full or len(results) == RESULTS:  # without room nobody looked
-            self._more = True
-        # Of a schedule stream a frame or so is fetched at a time.
+            return self._send_isolated(connection, suspects)
+        if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # without room no event was read
+            pacing.maybe_pending = True
+        # One read returns about a frame of a schedule stream, so there may be more of it.
         return any(row.kind == PROJECTION for row in results) or (
-            self._more and self._room(self._backend.now()) > 0
+            pacing.maybe_pending and self._room() > 0
         )
 
-    def _full(self, events: Sequence[BufferEntry], room: int) -> bool:
-        """Whether it took a limit to end ``events``; a row that is half a frame by itself shows at the next look."""
-        if self._synchronous_acks:
-            return bool(events)  # how many of them fitted is not known here
-        return (
-            len(events) >= self._most_events(room)
-            or sum(len(entry.payload) for entry in events) > self._limit // 2
+    def _on_ack_timeout(self) -> None:
+        self._projections.on_ack_timeout()
+        logger.warning(
+            "z4j: the brain has acknowledged nothing for a long time: sending %d events again",
+            self._pacing.window.events,
         )
+        self._reset_cursors()
 
-    def _most_events(self, room: int) -> int:
-        return min(room, FRAME_EVENTS if self._synchronous_acks else self._window.frame_events)
-
-    def _try_apart(self, suspects: Sequence[BufferEntry]) -> bool:
-        """Send suspects when nothing else is on its way and the session has proved to work; return as ``_turn`` does."""
-        self._more = True  # first of all: the ack that it waits for wakes it
-        if self._window.frames:
-            return False
-        if not self._proven:
-            self._prove()
-            return self._synchronous_acks
-        self._apart = suspects
-        if suspects[0].kind in EXPRESS:
-            self._send_express(suspects[0])
-            suspects = ()
-        self._send_events(suspects)
-        return self._synchronous_acks
-
-    def _prove(self) -> None:
-        """Have an empty batch acknowledged."""
-        if self._synchronous_acks:
-            self._uploading = ()
-            self._link.send("event_batch", frame_id("ev"), event_batch(()))
-            self._proven = True
-        else:
-            self._send_batch(())
-
-    def _send_events(self, events: Sequence[BufferEntry]) -> None:
-        if events and self._synchronous_acks:
-            self._deliver(events)
-        elif events or self._owed:
-            self._send_batch(events)
-
-    def _room(self, now: float) -> int:
-        with self._books:
-            return self._window.available(now)
-
-    def _fetch(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
-        next_results = (self._after_result, RESULTS, EXPRESS)
-        next_events = (self._after_event, self._most_events(room), (EVENT,))
-        results, events = self._buffer.read_next(next_results, next_events, self._limit)
-        if self._buffer.generation != self._generation:  # another file, other ids
-            self._rewind()
-            self._overtook.clear()
-            self._doubted.clear()
+    def _read(self, room: int) -> tuple[list[BufferEntry], list[BufferEntry]]:
+        priority = (self._after_priority, MAX_PRIORITY_ROWS, PRIORITY_KINDS)
+        events = (self._after_event, self._pacing.max_events(room), (EVENT,))
+        found = self._buffer.read_next(priority, events, self._pacing.payload_limit)
+        if self._buffer.generation != self._generation:  # the store was replaced: row ids restarted
+            self._reset_cursors()
+            self._priority_in_flight.clear()
+            self._projections = ProjectionResend()
             return [], []
-        return results, events
+        return found
 
-    def _send_express(self, entry: BufferEntry) -> None:
-        self._overtook.add(entry.id)  # first: the ack may come while we send
-        if entry.kind == PROJECTION:
-            self._told.add(entry.id)
-            self._send_events((entry,))
+    def _send_isolated(self, connection: Connection, suspects: Sequence[BufferEntry]) -> bool:
+        """Send suspects if nothing else is in flight and the session works; return as ``_step`` does."""
+        self._pacing.maybe_pending = True  # first: the ack that this waits for wakes us
+        if self._pacing.window.frames:
+            return False
+        if not self._isolation.session_works:
+            self._probe_session(connection)
+            return self._pacing.synchronous_acks
+        self._isolation.isolated = suspects
+        if suspects[0].kind in PRIORITY_KINDS:
+            self._send_priority(connection, suspects[0])
+            suspects = ()
+        self._send_events(connection, suspects)
+        return self._pacing.synchronous_acks
+
+    def _probe_session(self, connection: Connection) -> None:
+        """Send an empty batch: its ack shows that the session works."""
+        if self._pacing.synchronous_acks:
+            self._isolation.uploading = ()
+            connection.send("event_batch", frame_id("ev"), event_batch(()))
+            self._isolation.session_works = True
         else:
-            self._send_result(entry)
-        self._after_result = entry.id
+            self._send_batch(connection, ())
 
-    def _send_result(self, entry: BufferEntry) -> None:
-        self._uploading = (entry,)
-        self._counters.recut += self._link.send_shrinking(
+    def _send_priority(self, connection: Connection, entry: BufferEntry) -> None:
+        self._priority_in_flight.add(entry.id)  # first: the ack may arrive before the send returns
+        if entry.kind == PROJECTION:
+            self._projections.on_sent(entry.id)
+            self._send_events(connection, (entry,))
+        else:
+            self._send_result(connection, entry)
+        self._after_priority = entry.id
+
+    def _send_result(self, connection: Connection, entry: BufferEntry) -> None:
+        self._isolation.uploading = (entry,)
+        self._counters.recut += connection.send_shrinking(
             "command_result", entry.key, entry.payload, shrink_result
         )
-        if self._synchronous_acks:
-            self._finish((entry.id,))
+        if self._pacing.synchronous_acks:
+            self._on_delivered((entry.id,))
         else:
-            self._owed.append(entry.id)
+            self._unconfirmed_results.append(entry.id)
 
-    def _deliver(self, events: Sequence[BufferEntry]) -> None:
-        """Send as many of ``events`` as fit over a transport that confirms, and be done with those."""
+    def _send_events(self, connection: Connection, events: Sequence[BufferEntry]) -> None:
+        if events and self._pacing.synchronous_acks:
+            self._upload(connection, events)
+        elif events or self._unconfirmed_results:
+            self._send_batch(connection, events)
+
+    def _upload(self, connection: Connection, events: Sequence[BufferEntry]) -> None:
+        """Send as many of ``events`` as fit in one frame, over a transport with synchronous acks."""
         payloads = [entry.payload for entry in events]
-        payload, cut = event_batch(payloads), False
+        payload, truncated = event_batch(payloads), False
         while True:
-            self._uploading = events[: len(payloads)]
+            self._isolation.uploading = events[: len(payloads)]
             try:
-                self._link.send("event_batch", frame_id("ev"), payload)
+                connection.send("event_batch", frame_id("ev"), payload)
                 break
             except FrameTooLargeError as error:
-                room = _room_for(payload, error)
+                fits = _payload_that_fits(payload, error)
                 if len(payloads) > 1:
-                    self._limit = max(SMALLEST, min(self._limit, room))
-                    payloads = payloads[: _fitting(payloads, room)]
+                    self._pacing.on_frame_too_large(fits)
+                    payloads = payloads[: _count_fitting(payloads, fits)]
                 else:
-                    payloads, cut = [_recut(payloads[0], room, error)], True
+                    payloads, truncated = [_truncate(payloads[0], fits, error)], True
                 payload = event_batch(payloads)
-        self._counters.recut += cut
-        # It may have been an unusual batch: the next ones are a little longer each, and trying costs no request.
-        self._limit = min(self._most, self._limit + self._limit // 16)
-        self._finish([entry.id for entry in events[: len(payloads)]])
-        self._note(events[: len(payloads)])
+        self._counters.recut += truncated
+        self._pacing.on_upload()
+        self._on_delivered([entry.id for entry in events[: len(payloads)]])
+        self._count_sent(events[: len(payloads)])
 
-    def _send_batch(self, events: Sequence[BufferEntry]) -> None:
-        frame = frame_id("ev")
+    def _send_batch(self, connection: Connection, events: Sequence[BufferEntry]) -> None:
+        frame, max_bytes = frame_id("ev"), connection.hello_ack.max_frame_bytes
         payload = event_batch([entry.payload for entry in events])
-        if (
-            len(payload) > self._limit
-            and len(payload) + ENVELOPE_BYTES > self._link.hello_ack.max_frame_bytes
-        ):
-            payload = event_batch([self._cut(entry.payload) for entry in events])
-        self._link.send("event_batch", frame, payload)
-        ids = [*self._owed, *(entry.id for entry in events)]
-        self._owed = []
-        with self._books:
-            self._finish(self._window.sent(frame, ids, len(events), self._backend.now()))
-        self._note(events)
+        if len(payload) > self._pacing.payload_limit and len(payload) + ENVELOPE_BYTES > max_bytes:
+            limit = max_bytes - ENVELOPE_BYTES - 16
+            payload = event_batch([shrink_event(json.loads(each.payload), limit) for each in events])
+        connection.send("event_batch", frame, payload)
+        ids = [*self._unconfirmed_results, *(entry.id for entry in events)]
+        self._unconfirmed_results = []
+        with self._window_lock:
+            window, now = self._pacing.window, self._backend.now()
+            self._on_delivered(window.sent(frame, ids, len(events), now))
+        self._count_sent(events)
 
-    def _note(self, events: Sequence[BufferEntry]) -> None:
+    def _on_delivered(self, ids: Sequence[int]) -> None:
+        """Have the buffer delete rows that the brain has."""
+        priority = self._priority_in_flight.intersection(ids)
+        self._priority_in_flight.difference_update(priority)
+        self._projections.on_acked(priority)
+        self._buffer.ack(ids, len(ids) - len(priority), self._generation)
+
+    def _count_sent(self, events: Sequence[BufferEntry]) -> None:
         self._counters.frames += 1
         if events and events[-1].kind == EVENT:
             self._counters.sent += len(events)
             self._after_event = events[-1].id
         self._counters.last_flush_at = self._backend.wall()
 
-    def _cut(self, payload: bytes) -> bytes:
-        fields: dict[str, Any] = json.loads(payload)
-        return shrink_event(fields, self._link.hello_ack.max_frame_bytes - ENVELOPE_BYTES - 16)
 
+def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
+    """Return the bytes that a payload may have if it grows in the envelope as this one did.
 
-def _room_for(payload: bytes, error: FrameTooLargeError) -> int:
-    """Return how long a payload may be that grows on the wire as this one did: JSON in JSON costs a backslash a quote."""
+    JSON inside JSON takes a backslash for each quote.
+    """
     growth = max(1.0, (error.size - ENVELOPE_BYTES) / len(payload))
     return max(1, int((error.limit - ENVELOPE_BYTES) / growth) - len(event_batch([])))
 
 
-def _recut(payload: bytes, room: int, error: FrameTooLargeError) -> bytes:
-    """Return the event in ``room`` bytes or little more; raise ``error`` when there is nothing left to cut."""
-    fields: dict[str, Any] = json.loads(payload)
-    cut = shrink_event(fields, room)
-    if len(cut) >= len(payload):
+def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
+    """Return the event in about ``limit`` bytes; raise ``error`` when nothing is left to remove."""
+    truncated = shrink_event(json.loads(payload), limit)
+    if len(truncated) >= len(payload):
         raise error
-    return cut
+    return truncated
 
 
-def _fitting(payloads: Sequence[bytes], room: int) -> int:
-    """Return how many of the first payloads have room: one at least, and never all of them."""
-    number = 0
+def _count_fitting(payloads: Sequence[bytes], limit: int) -> int:
+    """Return how many of the first payloads fit: at least one, and never all of them."""
+    count = 0
     for payload in payloads[:-1]:
-        room -= len(payload) + 1
-        if room < 0:
+        limit -= len(payload) + 1
+        if limit < 0:
             break
-        number += 1
-    return max(1, number)
+        count += 1
+    return max(1, count)

@@ -1,40 +1,291 @@
-"""Connect, serve, wait, again: the only place that decides when to call the brain."""
+"""Sessions with the brain: connect, run the session's loops, wait, connect again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
-from z4j_bare.errors import AgentError, InterpreterShutdownError, RemoteError
-from z4j_bare.pipeline.link import Connection
+from zope.interface import implementer
+
+from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.errors import (
+    AgentError,
+    FrameTooLargeError,
+    InterpreterShutdownError,
+    RemoteError,
+)
+from z4j_bare.interfaces import IConnection, IEvent, ITransport
+from z4j_bare.pipeline.heartbeat import HeartbeatLoop
+from z4j_bare.pipeline.receive import ReceiveLoop
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.backoff import BACKOFF_POLICIES, ReconnectBackoff, failure_class
 from z4j_bare.wire.close_codes import explain_signature_error
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
+    from z4j_core.transport.frames import CommandFrame, Frame
+
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.monitoring.metrics import Counters
+    from z4j_bare.concurrency.base import Task
+    from z4j_bare.monitoring.metrics import AgentMetrics, Counters
+    from z4j_bare.pipeline.identity import AgentIdentity
+    from z4j_bare.pipeline.send import Sender
 
-logger = logging.getLogger("z4j.runtime.supervisor")
+logger = logging.getLogger("z4j.runtime.pipeline.session")
 
-#: Every how many failures in a row one is logged again. The first always is, and one of another class: it asks for another
-#: cure.
+#: Largest difference in rate between two synchronised clocks, in seconds per second.
+CLOCK_DRIFT = 1e-4
+
+#: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
+SESSION_JOIN_TIMEOUT = 5.0
+
+#: Consecutive failures between two log lines at INFO. The first failure, and one of another class, is a warning.
 LOG_EVERY = 10
 
+#: Seconds before a loop that died is started again; doubled at each death.
+RESTART_DELAY = 1.0
 
-class Supervisor:
-    """Runs one session after another until told to stop.
+#: Maximum of that delay in seconds. A loop that ran for longer than this starts over at ``RESTART_DELAY``.
+RESTART_DELAY_MAX = 60.0
 
-    :param transport: makes an ``ITransport`` for one session.
-    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can change.
-    :param secret: returns the project's key; called at each connect, because it can be rotated.
-    :param serve: runs a session's loops and returns, or raises, when it is over.
+
+@implementer(IConnection)
+class Connection:
+    """One connection that the brain has accepted: sends signed frames and verifies received ones.
+
+    Any loop may send. The transport's lock keeps the sequence numbers in the order of the bytes.
+
+    :param transport: a connected transport.
+    """
+
+    def __init__(self, transport: ITransport, session: Session, backend: BaseConcurrency) -> None:
+        self.transport = transport
+        self.session = session
+        self.hello_ack = session.hello_ack
+        #: Start of the session in seconds since the epoch.
+        self.connected_at = backend.wall()
+        #: Consecutive failures before this session by class, until the first ``agent_status`` reports them.
+        self.failures_before: dict[str, int] = {}
+        #: Brain's clock minus this host's in seconds; ``None`` when ``hello_ack`` has no time.
+        self.clock_offset = (
+            None
+            if self.hello_ack.server_time is None
+            else self.hello_ack.server_time - self.connected_at
+        )
+        #: Set when the session ends.
+        self.closing = backend.event()
+        #: Set when there may be something to send, and when the session ends.
+        self.wake = backend.event()
+        self._backend = backend
+        self._timeslice = TimeSlice(backend)
+        self._fastest = float("inf")
+        self._received_at = backend.now()
+        if self.hello_ack.server_time is not None:
+            self.relative_delay(self.hello_ack.server_time)
+
+    def send(self, kind: str, identity: str, payload: bytes) -> int:
+        """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
+        size: int = self.transport.send(
+            lambda: self.session.sign(kind, identity, payload, self._backend.wall())
+        )
+        return size
+
+    def send_shrinking(
+        self, kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
+    ) -> bool:
+        """Send the payload, or the first smaller version of it that fits.
+
+        :param shrink: yields ever smaller versions of a payload.
+        :return: whether a smaller version was sent.
+        :raises FrameTooLargeError: no version fits.
+        """
+        try:
+            self.send(kind, identity, payload)
+            return False
+        except FrameTooLargeError as error:
+            too_large = error
+        for version in shrink(payload):
+            try:
+                self.send(kind, identity, version)
+                return True
+            except FrameTooLargeError as error:
+                too_large = error
+        raise too_large
+
+    def open(self, message: bytes) -> Frame:
+        """Verify a message and return it as z4j_core's model. Raises ``RemoteProtocolError``."""
+        self._timeslice.checkpoint()  # one read can return fifty commands, and opening them does not wait
+        return self.session.verify(message, self._timeslice.checkpoint)
+
+    def on_receive_waited(self) -> None:
+        """Start a new time slice: the receive loop has just waited, so other tasks have run."""
+        self._timeslice.restart()
+
+    def relative_delay(self, sent_at: float) -> float:
+        """Return by how many seconds a frame was slower than the fastest frame of this session.
+
+        The two clocks may differ, so a delay is only known relative to other frames. A frame is late
+        when the worker was stopped or the hub was blocked. The fastest time grows by ``CLOCK_DRIFT``.
+
+        :param sent_at: the brain's timestamp of the frame, in seconds since the epoch.
+        """
+        now = self._backend.now()
+        took = now - sent_at
+        self._fastest = min(took, self._fastest + (now - self._received_at) * CLOCK_DRIFT)
+        self._received_at = now
+        return took - self._fastest
+
+    def close(self) -> None:
+        """End the session: wakes the receive loop now; the other loops end at their next wake-up."""
+        self.closing.set()
+        self.wake.set()
+        self.transport.abort()
+
+
+class FallbackMonitor(Protocol):
+    """Ends a long-poll session as soon as WebSocket works again."""
+
+    def needs_recovery(self, connection: Connection) -> bool:
+        """Return whether this session may end for a better transport."""
+
+    def monitor_recovery(self, connection: Connection) -> None:
+        """Run until the session has ended or the better transport works."""
+
+
+class SessionLoops:
+    """The loops that run while a connection lasts: sender, heartbeat, receiver, fallback monitor.
+
+    :param submit: accepts a command frame, its connection and its delay in seconds; must not wait.
+    :param heartbeat_seconds: the longest heartbeat interval; the brain may ask for a shorter one.
     """
 
     def __init__(
         self,
-        transport: Callable[[], Any],
+        sender: Sender,
+        submit: Callable[[CommandFrame, Connection, float], None],
+        metrics: AgentMetrics,
+        identity: AgentIdentity,
+        fallback: FallbackMonitor,
+        backend: BaseConcurrency,
+        counters: Counters,
+        *,
+        heartbeat_seconds: float,
+        heartbeat_enabled: bool = True,
+        status_enabled: bool = True,
+    ) -> None:
+        #: Called without arguments at the start of each session, and at its end.
+        self.on_start: list[Callable[[], object]] = []
+        self.on_end: list[Callable[[], object]] = []
+        self.sender = sender
+        self._tasks: list[Task] = []
+        self._submit = submit
+        self._metrics = metrics
+        self._identity = identity
+        self._fallback = fallback
+        self._backend = backend
+        self._counters = counters
+        self._heartbeat_seconds = heartbeat_seconds
+        self._heartbeat_enabled = heartbeat_enabled
+        self._status_enabled = status_enabled
+
+    def run(self, connection: Connection) -> None:
+        """Run the loops until the session ends. Raises an ``AgentError`` unless we ended it."""
+        for start in self.on_start:
+            start()
+        errors: list[AgentError] = []
+        loops: list[tuple[Callable[[], None], str]] = [
+            (partial(self.sender.run, connection), "z4j-send"),
+            (self._heartbeat(connection).run, "z4j-heartbeat"),
+        ]
+        if self._fallback.needs_recovery(connection):
+            loops.append((partial(self._fallback.monitor_recovery, connection), "z4j-fallback"))
+        self._tasks = [
+            self._backend.spawn(self._run_loop, connection, run, name, errors, name=name)
+            for run, name in loops
+        ]
+        try:
+            ReceiveLoop(connection, self.sender.on_ack, self._submit).run()
+        except AgentError as error:
+            if errors or not connection.closing.is_set():  # otherwise we closed the transport
+                errors.append(error)
+        finally:
+            connection.close()
+            for end in self.on_end:
+                end()
+            for task in self._tasks:
+                task.join(SESSION_JOIN_TIMEOUT)
+        if errors:
+            raise self.sender.on_session_error(connection, self._session_error(errors))
+
+    def stuck(self, seconds: float) -> set[str]:
+        """Return the names of the session's loops that have computed for longer than ``seconds``."""
+        return {task.name for task in self._tasks if task.stuck(seconds)}
+
+    def _heartbeat(self, connection: Connection) -> HeartbeatLoop:
+        return HeartbeatLoop(
+            connection,
+            self._backend,
+            self._counters,
+            self._metrics.heartbeat,
+            interval=min(self._heartbeat_seconds, connection.hello_ack.heartbeat_seconds),
+            enabled=self._heartbeat_enabled,
+            status=partial(self._status, connection) if self._status_enabled else None,
+        )
+
+    def _status(self, connection: Connection) -> bytes:
+        """Return an ``agent_status`` payload; the first of a session reports the failures before it."""
+        failures, connection.failures_before = connection.failures_before, {}
+        return self._metrics.status(failures, connection.connected_at, self._identity.current)
+
+    def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
+        """Return the error that says most: the sender sees a lost connection, the receiver its close code."""
+        coded = [error for error in errors if getattr(error, "code", None) is not None]
+        error = next(
+            (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
+        )
+        if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
+            # Two processes with one worker id would replace each other's session for ever.
+            self._identity.change_worker_id()
+        return error
+
+    def _run_loop(
+        self,
+        connection: Connection,
+        run: Callable[[], None],
+        name: str,
+        errors: list[AgentError],
+    ) -> None:
+        try:
+            run()
+        except AgentError as error:
+            if not connection.closing.is_set():
+                errors.append(error)
+        except Exception as error:
+            self._counters.restarts[name] += 1
+            logger.exception(
+                "z4j: loop %s died; its session ends and a new one begins. Please report it", name
+            )
+            # As an error of the session it makes the next connect back off.
+            errors.append(AgentError(f"loop {name} died of {type(error).__name__}"))
+        finally:
+            if not self._backend.forked():
+                connection.close()
+
+
+class Supervisor:
+    """Runs one session after another until it is stopped. Only it decides when to connect.
+
+    :param transport: makes the transport of one session.
+    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can change.
+    :param secret: returns the project's key; called at each connect, because it can be rotated.
+    :param serve: runs a session's loops; returns or raises when the session is over.
+    """
+
+    def __init__(
+        self,
+        transport: Callable[[], ITransport],
         hello: Callable[[], bytes],
         secret: Callable[[], bytes],
         serve: Callable[[Connection], None],
@@ -42,109 +293,194 @@ class Supervisor:
         counters: Counters,
     ) -> None:
         self.backoff = ReconnectBackoff()
-        self.link: Connection | None = None
-        #: When the last session began, in seconds since the epoch, and the failures in a row that it ended.
-        self.connected_at = 0.0
-        self.overcome: dict[str, int] = {}
-        self._transport = transport
+        #: The current session's connection, if there is a session.
+        self.connection: Connection | None = None
+        self._make_transport = transport
         self._hello = hello
         self._secret = secret
         self._serve = serve
         self._backend = backend
         self._counters = counters
-        self._now = backend.event()
+        self._reconnect_requested = backend.event()
         self._failures = 0
-        self._kind = ""
-        self._attempt: Any = None
-        self._begun = False
-        self._ended = False
+        self._failure_class = ""
+        self._transport: ITransport | None = None
+        self._attempted = False
+        self._stopped = False
 
     @property
-    def busy(self) -> bool:
-        """Whether a session stands or may yet come without a pause before it: there is something to wait for."""
-        return not self._begun or self._attempt is not None
+    def is_active(self) -> bool:
+        """Whether there is a session, or one may start without a back-off before it."""
+        return not self._attempted or self._transport is not None
 
-    def run(self, stop_event: Any) -> None:
-        """Keep a session until ``stop_event`` (an ``IEvent``) is set.
+    def run(self, stop_event: IEvent) -> None:
+        """Keep a session until ``stop_event`` is set.
 
-        The first attempt is made even then, unless ``end`` was called: a script may be over before its loops have run.
+        The first attempt is made even then, unless ``stop`` was called: a short script may call
+        ``AgentRuntime.stop`` before its loops have run.
         """
-        while not (stop_event.is_set() and self._begun) and not self._ended:
+        while not (stop_event.is_set() and self._attempted) and not self._stopped:
             try:
-                self._session()
+                self._run_session()
             except InterpreterShutdownError:
                 return
             except AgentError as error:
-                self._after(error, stop_event)
+                self._on_failure(error, stop_event)
 
     def reconnect(self) -> None:
         """End the session, if there is one, and connect now. Callable from any task; never waits."""
-        self._now.set()
-        if self.link is not None:
-            self.link.shut()
+        self._reconnect_requested.set()
+        if self.connection is not None:
+            self.connection.close()
 
-    def end(self) -> None:
-        """End the session, or the attempt at one, for good; ``stop_event`` has been set."""
-        self._ended = True
+    def stop(self) -> None:
+        """End the session or the connection attempt. The caller has set ``stop_event`` before."""
+        self._stopped = True
         self.reconnect()
-        if self._attempt is not None:
-            self._attempt.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
-    def _session(self) -> None:
-        transport = self._attempt = self._transport()
-        self._begun = True
+    def _run_session(self) -> None:
+        transport = self._transport = self._make_transport()
+        self._attempted = True
         try:
             hello_ack = parse_hello_ack(transport.connect(self._hello()))
-            link = Connection(transport, Session(hello_ack, self._secret()), self._backend)
-            self.link = link
-            if not self._ended:
-                self._stand(link)
+            connection = Connection(transport, Session(hello_ack, self._secret()), self._backend)
+            self.connection = connection
+            if not self._stopped:
+                self._serve_connection(connection)
         finally:
-            self.link = self._attempt = None
+            self.connection = self._transport = None
             transport.close()
 
-    def _stand(self, link: Connection) -> None:
+    def _serve_connection(self, connection: Connection) -> None:
         began = self._backend.now()
-        self._welcome(link)
+        self._on_connected(connection)
         try:
-            self._serve(link)
+            self._serve(connection)
         except RemoteError as error:
-            raise explain_signature_error(error, link.behind) from None
+            raise explain_signature_error(error, connection.clock_offset) from None
         finally:
-            stood = self._backend.now() - began
-            self.backoff.on_session_end(stood)
-            if stood >= BACKOFF_POLICIES["connection"].reset_after:
+            lasted = self._backend.now() - began
+            self.backoff.on_session_end(lasted)
+            if lasted >= BACKOFF_POLICIES["connection"].reset_after:
                 self._failures = 0
 
-    def _welcome(self, link: Connection) -> None:
-        self._now.clear()
+    def _on_connected(self, connection: Connection) -> None:
+        self._reconnect_requested.clear()
         self._counters.sessions += 1
-        self._counters.transport = link.transport.name
+        self._counters.transport = connection.transport.name
         self._counters.last_error = ""
-        self.connected_at, self.overcome = self._backend.wall(), self.backoff.on_connected()
+        failures = connection.failures_before = self.backoff.on_connected()
         if not self._failures:
             logger.info(
-                "z4j: connected over %s, session %s", link.transport.name, link.hello_ack.session_id
+                "z4j: connected over %s, session %s",
+                connection.transport.name,
+                connection.hello_ack.session_id,
             )
         else:
-            # One failure after each welcome is a session that does not hold; no reason for a line each time.
-            level = (
-                logging.INFO
-                if sum(self.overcome.values()) > 1 or self._failures == 1
-                else logging.DEBUG
-            )
+            # Where every session fails right after it started, a line for each would flood the log.
+            flapping = sum(failures.values()) <= 1 and self._failures != 1
+            level = logging.DEBUG if flapping else logging.INFO
             logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
 
-    def _after(self, error: AgentError, stop_event: Any) -> None:
+    def _on_failure(self, error: AgentError, stop_event: IEvent) -> None:
         if stop_event.is_set():
             return
         self._counters.last_error = str(error)
         delay, kind = self.backoff.next(error), failure_class(error)
         level = logging.DEBUG if self._failures % LOG_EVERY else logging.INFO
-        if self._failures == 0 or kind != self._kind:
+        if self._failures == 0 or kind != self._failure_class:
             level = logging.WARNING
         self._failures += 1
-        self._kind = kind
+        self._failure_class = kind
         logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
-        self._backend.wait(self._now, delay)
-        self._now.clear()
+        self._backend.wait(self._reconnect_requested, delay)
+        self._reconnect_requested.clear()
+
+
+class BackgroundLoops:
+    """The loops that run as long as the agent. A loop that dies is logged, counted and restarted.
+
+    A dead loop that nobody restarts loses data for days without a sign (posthog-python #865).
+    """
+
+    def __init__(self, backend: BaseConcurrency, counters: Counters) -> None:
+        self.stop_event: IEvent = backend.event()
+        self._backend = backend
+        self._counters = counters
+        self._added: list[tuple[Callable[[IEvent], None], str]] = []
+        self._wakes: list[Callable[[], object]] = [self.stop_event.set]
+        self._tasks: list[Task] = []
+
+    def add(
+        self,
+        run: Callable[[IEvent], None],
+        name: str,
+        *,
+        wake: Callable[[], object] | None = None,
+    ) -> None:
+        """Add a loop that :meth:`start` spawns.
+
+        :param wake: makes a loop that does not wait for ``stop_event`` check it.
+        """
+        self._added.append((run, name))
+        if wake is not None:
+            self._wakes.append(wake)
+
+    def start(self) -> None:
+        """Spawn the added loops."""
+        for run, name in self._added:
+            self.spawn(run, name)
+
+    def spawn(self, run: Callable[[IEvent], None], name: str, *, join: bool = True) -> Task:
+        """Run ``run(stop_event)`` in a task, and again whenever it dies.
+
+        :param join: whether :meth:`join` waits for the task and :meth:`stuck` reports it.
+        """
+        task = self._backend.spawn(self._run_with_restarts, run, name, name=name)
+        if join:
+            self._tasks.append(task)
+        return task
+
+    def signal_stop(self) -> None:
+        """Set ``stop_event`` and wake the loops; waits for nothing."""
+        for wake in self._wakes:
+            wake()
+
+    def join(self, deadline: float) -> None:
+        """Wait for the loops until ``deadline``, in the backend's monotonic seconds."""
+        for task in self._tasks:
+            task.join(max(0.0, deadline - self._backend.now()))
+
+    def stuck(self, seconds: float) -> set[str]:
+        """Return the names of the loops that have ended or computed for longer than ``seconds``."""
+        return {task.name for task in self._tasks if task.stuck(seconds) or not task.alive()}
+
+    def _run_with_restarts(self, run: Callable[[IEvent], None], name: str) -> None:
+        delay = RESTART_DELAY
+        while not self.stop_event.is_set():
+            began = self._backend.now()
+            try:
+                run(self.stop_event)
+            except InterpreterShutdownError:
+                return
+            except Exception:
+                if self._backend.now() - began > RESTART_DELAY_MAX:
+                    delay = RESTART_DELAY
+                self._counters.restarts[name] += 1
+                logger.exception(
+                    "z4j: loop %s died and runs again in %.0f s; please report it", name, delay
+                )
+                self._backend.wait(self.stop_event, delay)
+                delay = min(delay * 2, RESTART_DELAY_MAX)
+
+
+def run_until(deadline: float, function: Callable[[], object], backend: BaseConcurrency) -> None:
+    """Run ``function`` in a task of its own and wait for it until ``deadline`` (monotonic seconds)."""
+    try:
+        task = backend.spawn(function, name="z4j-stop")
+    except InterpreterShutdownError:
+        function()
+        return
+    task.join(max(0.0, deadline - backend.now()))

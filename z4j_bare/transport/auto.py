@@ -17,7 +17,7 @@ from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.pipeline.link import Connection
+    from z4j_bare.pipeline.session import Connection
     from z4j_bare.settings import Settings
     from z4j_bare.transport.http import Client, Response
     from z4j_bare.transport.longpoll import LearnedLimits, LongPollTransport

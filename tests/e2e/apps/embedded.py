@@ -88,7 +88,7 @@ class Host:
             for each in gc.get_objects()
             if str(type(each).__module__).startswith(("z4j_bare", "z4j_core"))
         )
-        routes = self.runtime._agent.routes
+        routes = self.runtime._agent.transports
         return {
             "reprs": [text for each in list(ours) for text in (repr(each), str(each))],
             "figures": [self.runtime.stats(), self.runtime.supervisor_state()],

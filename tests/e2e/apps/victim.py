@@ -30,8 +30,8 @@ from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial  # noqa: E40
 from tests.support.store_scenario import Watch  # noqa: E402
 from z4j_bare import install_agent  # noqa: E402
 from z4j_bare.buffer.store import BufferStore  # noqa: E402
-from z4j_bare.pipeline.link import Connection  # noqa: E402
-from z4j_bare.pipeline.send import SendLoop  # noqa: E402
+from z4j_bare.pipeline.send import Sender  # noqa: E402
+from z4j_bare.pipeline.session import Connection  # noqa: E402
 
 #: Seconds between two groups of events.
 PAUSE = 0.02
@@ -104,7 +104,7 @@ class Host:
             "adopt": (BufferStore, "import_rows"),
             "send": (Connection, "send"),
             "sent": (Connection, "send"),
-            "ack": (SendLoop, "acked"),
+            "ack": (Sender, "on_ack"),
         }
         if self.trial.point not in owners:
             return

@@ -22,7 +22,7 @@ def test_command_is_acknowledged_before_it_runs(harness):
     """The ack goes out first; the result carries id and token, and storing it wakes the sender."""
     harness.host.seconds = 5
     harness.command(token="tok")
-    assert [(frame["id"], frame["payload"]) for frame in harness.transport.of("command_ack")] == [
+    assert [(frame["id"], frame["payload"]) for frame in harness.transport.frames("command_ack")] == [
         ("c-1", {"delivery_claim_token": "tok"})
     ]
     assert harness.results == []
@@ -48,7 +48,7 @@ def test_redelivered_command_runs_once(harness):
         harness.command()
         harness.backend.advance(3)
     assert len(harness.host.calls) == 1
-    assert len(harness.transport.of("command_ack")) == 3
+    assert len(harness.transport.frames("command_ack")) == 3
     assert [body["result"] for _, body in harness.results] == [{"ok": True}] * 2
 
 
@@ -163,7 +163,7 @@ def test_hung_command_does_not_block_others():
     harness.host.seconds = lambda task: 1000 if task == "7" else 1
     for number in range(50):
         harness.command(identity=f"c-{number}", parameters={"task_id": str(number)})
-    assert len(harness.transport.of("command_ack")) == 50
+    assert len(harness.transport.frames("command_ack")) == 50
     harness.backend.advance(10)
     assert {key for key, _ in harness.results} == {
         f"c-{number}" for number in range(50) if number != 7

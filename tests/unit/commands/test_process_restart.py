@@ -163,7 +163,7 @@ signalled = []
 if sys.argv[2] != "without handler":
     signal.signal(signal.SIGTERM, lambda *_: signalled.append(1))
 runtime = install_agent(engines=[FakeEngine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
-runtime._agent.sources[0].presence.online("w")
+runtime._agent.engines.sources[0].presence.online("w")
 
 def until(condition):
     deadline = time.monotonic() + 20
@@ -180,8 +180,8 @@ def stop_and_check(seconds):
     stop(seconds)
     check_worker_offline()
 runtime._agent.stop = stop_and_check
-if runtime._agent.hosts["stub"].process_restart:
-    runtime._agent.hosts["stub"].process_restart._stop = stop_and_check
+if runtime._agent.engines.hosts["stub"].process_restart:
+    runtime._agent.engines.hosts["stub"].process_restart._stop = stop_and_check
 
 until(lambda: peer.frames("heartbeat"))
 assert peer.last.hello.payload.capabilities == {"stub": ["restart_worker"]}

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.support.virtual import World
+from tests.support.session import SessionHarness
 from z4j_bare.concurrency import timeslice as slices
 from z4j_bare.events.ring import Ring
 from z4j_bare.pipeline import flush
@@ -17,7 +17,7 @@ def unhurried(monkeypatch):
     monkeypatch.setattr(slices, "SLICE_SECONDS", 1e9)
 
 
-class Flushing(World):
+class Flushing(SessionHarness):
     """A world with a ring and a running flush loop."""
 
     def __init__(self, limit=10_000, most=256, interval=0.2):
@@ -25,21 +25,22 @@ class Flushing(World):
         self.ring = Ring(limit, most, self.backend.event())
         self.stop_event = self.backend.event()
         self.woken = []
+        self.sender.on_stored = lambda _: self.woken.append(self.backend.now())
         self.flusher = flush.FlushLoop(
             self.ring,
             self.buffer,
+            self.sender,
             self.backend,
             self.counters,
             interval=interval,
-            most=most,
-            stored=lambda _: self.woken.append(self.backend.now()),
+            max_events=most,
         )
         self.task = self.backend.spawn(self.flusher.run, self.stop_event, name="z4j-flush")
 
     def put(self, number):
         for _ in range(number):
-            self.ring.put((encode, self.stored))
-            self.stored += 1
+            self.ring.put((encode, self.rows_stored))
+            self.rows_stored += 1
 
     def numbers(self):
         return [
@@ -80,7 +81,7 @@ def test_the_figures_follow_a_last_burst(world):
     world.put(10)
     world.backend.advance(0.3)
     assert world.buffer.last_stats.rows < 11
-    world.backend.advance(2 * flush.QUIET)
+    world.backend.advance(2 * flush.IDLE_WAIT)
     assert world.buffer.last_stats.rows == 11
 
 
@@ -177,9 +178,9 @@ def test_overflow_is_counted():
             assert world.balance()[0] == world.balance()[1]
     world.backend.advance(1)
     assert world.ring.lost > 0
-    assert world.balance() == (world.stored, world.stored)
+    assert world.balance() == (world.rows_stored, world.rows_stored)
     assert world.numbers() == sorted(world.numbers())
-    assert world.numbers()[-1] == world.stored - 1, "the newest survive"
+    assert world.numbers()[-1] == world.rows_stored - 1, "the newest survive"
 
 
 def test_a_failing_disk_loses_nothing(world):

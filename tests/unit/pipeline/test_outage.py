@@ -11,7 +11,7 @@ from z4j_core.transport.frames import EventBatchAckFrame, EventBatchAckPayload
 from z4j_core.transport.framing import FrameSigner
 
 from tests.support.peer import SECRET, SECRET_TEXT
-from tests.support.virtual import FakeTransport
+from tests.support.session import FakeTransport
 from z4j_bare.agent import Agent
 from z4j_bare.concurrency import timeslice as slices
 from z4j_bare.concurrency.fake import FakeConcurrency
@@ -40,14 +40,14 @@ class Brain:
         made = FakeTransport(self.backend)
         self.attempts.append(self.backend.now())
         if self.away:
-            made.answer = NetworkError("connection refused")
+            made.hello_answer = NetworkError("connection refused")
         else:
             self._admit(made, f"session-{len(self.sessions)}")
         return made
 
     def go(self):
         self.away = True
-        self.sessions[-1].broken = NetworkError("reset")
+        self.sessions[-1].send_error = NetworkError("reset")
         self.sessions[-1].inbox.append(NetworkError("reset"))
 
     def frames(self, kind):
@@ -68,7 +68,7 @@ class Brain:
             "heartbeat_interval_seconds": 10,
             **ids,
         }
-        transport.answer = json.dumps(
+        transport.hello_answer = json.dumps(
             {"v": 2, "type": "hello_ack", "id": "h", "payload": payload}
         ).encode()
         signer = FrameSigner(secret=SECRET, **ids)
@@ -84,7 +84,7 @@ class Brain:
                     signer.sign_and_serialize(EventBatchAckFrame(id="a", payload=ack))
                 )
 
-        transport.heard = heard
+        transport.on_frame = heard
         self.sessions.append(transport)
 
 
@@ -99,7 +99,7 @@ class Outage:
             buffer_path=home / "buffer.sqlite", **caps,
         )  # fmt: skip
         self.agent = Agent(config, BareFrameworkAdapter(config), [], [], Settings(), self.backend)
-        self.agent.supervisor._transport = self.brain.transport
+        self.agent.supervisor._make_transport = self.brain.transport
         self.produced = 0
         self.books = []
         self.agent.start()

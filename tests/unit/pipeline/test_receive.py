@@ -18,7 +18,7 @@ from z4j_core.transport.hmac import sign_envelope
 from tests.support.engines import FakeEngineHost
 from tests.support.http_peer import HttpPeer
 from tests.support.peer import TOKEN, Peer
-from tests.support.virtual import SECRET, World
+from tests.support.session import SECRET, SessionHarness
 from z4j_bare.buffer.rows import RESULT
 from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.actions import ENGINE_ACTIONS
@@ -72,7 +72,7 @@ SLOW = settings(
 )
 
 
-class Reading(World):
+class Reading(SessionHarness):
     """A session whose reader feeds a real dispatcher; ``died`` holds what came out of the reader."""
 
     def __init__(self):
@@ -83,7 +83,7 @@ class Reading(World):
             {"stub": self.engine}, self.buffer, lambda: None, self.backend, self.counters, 4
         )
         self.acks = []
-        loop = ReceiveLoop(self.link, self.acks.append, dispatcher.submit)
+        loop = ReceiveLoop(self.connection, self.acks.append, dispatcher.submit)
 
         def run():
             try:

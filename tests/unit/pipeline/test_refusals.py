@@ -51,7 +51,7 @@ def install():
 @pytest.fixture
 def first_failure(install, until, caplog):
     """``first_failure(**options)``: start an agent; return class, text and delay of the first session that failed."""
-    caplog.set_level(logging.INFO, "z4j.runtime.supervisor")
+    caplog.set_level(logging.INFO, "z4j.runtime.pipeline.session")
 
     def run(**options):
         install(**options)

@@ -6,48 +6,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.virtual import World
+from tests.support.session import SessionHarness
 from z4j_bare.buffer import receipts
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
-from z4j_bare.pipeline.send import FRAME_BYTES, IDLE, SendLoop
+from z4j_bare.pipeline.send import FRAME_BYTES, POLL_BUSY
 from z4j_bare.wire.session import HelloAck
 from z4j_bare.wire.window import ACK_DEADLINE, ACK_PAUSE, FRAME_EVENTS, FRAME_FIRST, SLOW_ACK
 
 
-class Sending(World):
-    """A world with a running send loop; ``ack()`` acknowledges the oldest frame that is not yet."""
+class SenderHarness(SessionHarness):
+    """A session harness whose sender runs."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.begin()
-
-    def begin(self):
-        self.sender = SendLoop(self.link, self.buffer, self.backend, self.counters)
-        self.acked = 0
-        self.task = self.backend.spawn(self.sender.run, name="z4j-send")
-
-    def ack(self, number=1):
-        for _ in range(number):
-            self.sender.acked(self.transport.of("event_batch")[self.acked]["id"])
-            self.acked += 1
+        self.start_sender()
 
     def hub_timer(self, seconds, function, *, once):
+        """Stand in for ``BaseConcurrency.timer`` of a hub."""
         assert once
         return self.backend.spawn(lambda: (self.backend.sleep(seconds), function()), name="hub")
-
-    def answer_at_once(self):
-        self.transport.heard = lambda frame: (
-            frame["type"] == "event_batch" and self.sender.acked(frame["id"])
-        )
-
-    def rows(self):
-        return self.buffer.stats().rows
 
 
 @pytest.fixture(params=["hub", "no hub"])
 def world(request):
-    """A sender is woken after the brain's breath by the hub, and by itself where there is none."""
-    world = Sending()
+    """A running sender. After the pause behind an ack a hub's timer wakes it; without a hub it waits."""
+    world = SenderHarness()
     if request.param == "hub":
         world.backend.timer = world.hub_timer
     return world
@@ -55,46 +38,46 @@ def world(request):
 
 def test_everything_goes_in_order(world):
     """With a brain that keeps up, all events go out once, in order, in frames of bounded size, and leave the store."""
-    world.answer_at_once()
+    world.ack_immediately()
     world.store(2600)
     world.backend.advance(5)
-    assert world.transport.events() == list(range(2600))
-    sizes = [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")]
+    assert world.transport.event_numbers() == list(range(2600))
+    sizes = [len(frame["payload"]["events"]) for frame in world.transport.frames("event_batch")]
     assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
-    assert world.rows() == 0
+    assert world.buffered() == 0
     assert (world.counters.sent, world.buffer.acked_events) == (2600, 2600)
-    assert world.sender.idle()
+    assert world.sender.is_idle()
 
 
 def test_one_frame_at_a_time(world):
     """Without an ack a second frame waits; each ack lets one follow, a breath later, and the rest waits in the store."""
     world.store(2600)
     world.backend.advance(1.5)
-    assert len(world.transport.events()) == FRAME_FIRST
+    assert len(world.transport.event_numbers()) == FRAME_FIRST
     world.ack()
     world.backend.advance(ACK_PAUSE - 0.01)
-    assert len(world.transport.events()) == FRAME_FIRST
+    assert len(world.transport.event_numbers()) == FRAME_FIRST
     world.backend.advance(0.02)
-    assert len(world.transport.events()) == FRAME_FIRST + world.sender._window.frame_events
+    assert len(world.transport.event_numbers()) == FRAME_FIRST + world.sender._pacing.window.frame_events
     world.backend.advance(receipts.MAX_DEFER_SECONDS - 0.1)
-    assert world.rows() == 2600 - FRAME_FIRST
-    assert not world.sender.idle()
+    assert world.buffered() == 2600 - FRAME_FIRST
+    assert not world.sender.is_idle()
 
 
 def test_a_hub_wakes_the_sender_when_the_breath_is_over(monkeypatch):
     """An ack wakes no sender that has to wait: one look for each frame, where there is a hub to time it."""
-    world, turns = Sending(), []
+    world, steps = SenderHarness(), []
     world.backend.timer = world.hub_timer
     monkeypatch.setattr(
-        world.sender, "_turn", lambda turn=world.sender._turn: turns.append(1) or turn()
+        world.sender, "_step", lambda *args, step=world.sender._step: steps.append(1) or step(*args)
     )
     world.store(2000)
     world.backend.advance(1)
-    begun = len(turns)
+    begun = len(steps)
     for _ in range(3):
         world.ack()
         world.backend.advance(ACK_PAUSE + 0.01)
-    assert (len(world.transport.of("event_batch")), len(turns) - begun) == (4, 3)
+    assert (len(world.transport.frames("event_batch")), len(steps) - begun) == (4, 3)
 
 
 @pytest.mark.parametrize("acknowledged", [3, 5])
@@ -102,11 +85,11 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
     """With nothing stored any more, acknowledged rows are deleted within four seconds, whether or not others wait for an ack."""
     for _ in range(5):
         world.store(1)
-        world.link.wake.set()
+        world.connection.wake.set()
         world.backend.advance(SLOW_ACK + 0.1)  # a frame each
     world.buffer.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
-    world.backend.advance(IDLE + receipts.MAX_DEFER_SECONDS)
+    world.backend.advance(POLL_BUSY + receipts.MAX_DEFER_SECONDS)
     assert world.disk.store.size() == 5 - acknowledged
 
 
@@ -114,10 +97,10 @@ def test_a_full_window_moves_with_each_ack(world):
     """After a wait longer than the idle time, an ack still wakes the sender."""
     world.store(3000)
     world.backend.advance(2.2)
-    before = len(world.transport.events())
+    before = len(world.transport.event_numbers())
     world.ack()
     world.backend.advance(ACK_PAUSE + 0.01)
-    assert len(world.transport.events()) > before
+    assert len(world.transport.event_numbers()) > before
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -133,29 +116,30 @@ def test_a_look_that_outlasts_the_breath(world, monkeypatch, begun):
     world.backend.advance(0.5)
     monkeypatch.setattr(world.buffer, "read_next", slowly)
     if begun:
-        world.link.wake.set()
+        world.connection.wake.set()
         world.backend.advance(0.01)
     world.ack()
     world.backend.advance(1.2)
-    assert len(world.transport.of("event_batch")) == 2
+    assert len(world.transport.frames("event_batch")) == 2
 
 
 def test_frames_stay_below_their_size(world):
     """Rows of 30 kB travel a few to a frame, never beyond 128 KiB."""
-    world.answer_at_once()
+    world.ack_immediately()
     world.store(40, size=30_000)
     world.backend.advance(30)
     sizes = [
-        len(json.dumps(frame, separators=(",", ":"))) for frame in world.transport.of("event_batch")
+        len(json.dumps(frame, separators=(",", ":")))
+        for frame in world.transport.frames("event_batch")
     ]
     assert max(sizes) <= FRAME_BYTES
-    assert world.transport.events() == list(range(40))
+    assert world.transport.event_numbers() == list(range(40))
 
 
 def test_an_event_over_the_brains_limit_is_cut():
     """A row larger than the brain's own frame limit is cut to fit and marked, because the brain would close (4400)."""
-    world = Sending(HelloAck("a", "p", "s", max_frame_bytes=4096))
-    world.answer_at_once()
+    world = SenderHarness(HelloAck("a", "p", "s", max_frame_bytes=4096))
+    world.ack_immediately()
     world.buffer.append(
         [
             (
@@ -167,14 +151,16 @@ def test_an_event_over_the_brains_limit_is_cut():
             )
         ]
     )
-    world.link.wake.set()
+    world.connection.wake.set()
     world.backend.advance(2)
     (event,) = (
-        event for frame in world.transport.of("event_batch") for event in frame["payload"]["events"]
+        event
+        for frame in world.transport.frames("event_batch")
+        for event in frame["payload"]["events"]
     )
     assert len(json.dumps(world.transport.sent[0][1])) <= 4096
     assert (event["id"], event["data"]["task_name"]) == ("e-1", "t")
-    assert world.rows() == 0
+    assert world.buffered() == 0
 
 
 def test_results_overtake_events(world):
@@ -194,20 +180,20 @@ def test_a_busy_brain_gets_no_crumbs(world):
 
     def more(events):
         world.store(events, wake=False)
-        world.sender.stored(events)
+        world.sender.on_stored(events)
         world.backend.advance(0.01)
 
     for _ in range(6):
         more(5)
-    assert world.transport.events() == list(range(5))
-    assert not world.sender.idle()
+    assert world.transport.event_numbers() == list(range(5))
+    assert not world.sender.is_idle()
     more(FRAME_FIRST - 30)
-    assert world.transport.events() == list(range(5))
+    assert world.transport.event_numbers() == list(range(5))
     world.ack()
     world.backend.advance(ACK_PAUSE + 0.01)
-    assert world.transport.events() == list(range(FRAME_FIRST))
-    assert len(world.transport.of("event_batch")) == 2
-    assert not world.sender.idle()
+    assert world.transport.event_numbers() == list(range(FRAME_FIRST))
+    assert len(world.transport.frames("event_batch")) == 2
+    assert not world.sender.is_idle()
 
 
 def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
@@ -216,49 +202,49 @@ def test_crumbs_do_not_wait_for_an_ack_that_never_comes(world):
     world.backend.advance(0.01)
     world.store(5)
     world.backend.advance(0.5)
-    assert len(world.transport.events()) == 5
-    world.backend.advance(SLOW_ACK + IDLE)
-    assert len(world.transport.events()) == 10
+    assert len(world.transport.event_numbers()) == 5
+    world.backend.advance(SLOW_ACK + POLL_BUSY)
+    assert len(world.transport.event_numbers()) == 10
     world.store(5)
     world.backend.advance(0.5)
-    assert len(world.transport.events()) == 10
-    world.sender.hurry()
+    assert len(world.transport.event_numbers()) == 10
+    world.sender.disable_pacing()
     world.backend.advance(0.01)
-    assert len(world.transport.events()) == 15
+    assert len(world.transport.event_numbers()) == 15
 
 
 def test_an_idle_brain_waits_for_nobody(world):
     """A single event goes out as soon as it is stored, unless an ack has just come, and what has just come then soon after."""
-    world.answer_at_once()
+    world.ack_immediately()
     for number in range(1, 4):
         world.store(1, wake=False)
-        world.sender.stored(1)
+        world.sender.on_stored(1)
         world.backend.advance(0.01)
-        assert len(world.transport.events()) == number
+        assert len(world.transport.event_numbers()) == number
         world.backend.advance(ACK_PAUSE)
     world.store(1, wake=False)
-    world.sender.stored(1)
+    world.sender.on_stored(1)
     world.backend.advance(0.01)
     world.store(1, wake=False)
-    world.sender.stored(1)
+    world.sender.on_stored(1)
     world.backend.advance(0.01)
-    assert len(world.transport.events()) == 4
+    assert len(world.transport.event_numbers()) == 4
     world.backend.advance(ACK_PAUSE)
-    assert len(world.transport.events()) == 5
+    assert len(world.transport.event_numbers()) == 5
     world.backend.advance(ACK_PAUSE)
-    assert world.sender.idle()
+    assert world.sender.is_idle()
 
 
 def test_a_result_waits_for_its_receipt(world):
     """A result leaves the store with the ack of the batch behind it, not before; and it is sent once."""
     world.store(1, kind="result")
     world.backend.advance(5)
-    assert world.rows() == 1
-    assert not world.sender.idle()
+    assert world.buffered() == 1
+    assert not world.sender.is_idle()
     world.ack()
     world.backend.advance(5)
-    assert world.rows() == 0
-    assert len(world.transport.of("command_result")) == 1
+    assert world.buffered() == 0
+    assert len(world.transport.frames("command_result")) == 1
     assert world.buffer.acked_events == 0, "results are no events"
 
 
@@ -284,55 +270,54 @@ def test_schedules_overtake_events_one_by_one(world):
 
 def test_schedules_are_no_events(world):
     """Frames of a stream leave the store with their acks, and the figures of events do not count them."""
-    world.answer_at_once()
+    world.ack_immediately()
     world.store(3, kind="projection")
     world.backend.advance(5)
-    assert world.rows() == 0
+    assert world.buffered() == 0
     assert (world.counters.sent, world.buffer.acked_events) == (0, 0)
-    assert world.transport.events() == [0, 1, 2]
+    assert world.transport.event_numbers() == [0, 1, 2]
     world.store(2)
     world.backend.advance(5)
     assert (world.counters.sent, world.buffer.acked_events) == (2, 2)
 
 
-def test_schedules_that_get_no_ack():
-    """A stream that the brain keeps silent over is sent once more, in order, and then given up with the session."""
-    world = World()
-    sender = SendLoop(world.link, world.buffer, world.backend, world.counters)
+def test_sender_ends_session_when_schedules_get_no_ack_twice():
+    """A stream without acks is sent once more, in order; then a new session is needed."""
+    world = SessionHarness()
     world.store(2, kind="projection")
-    given_up = []
+    ended_at = []
 
     def run():
         with pytest.raises(ScheduleStreamError):
-            sender.run()
-        given_up.append(world.backend.now())
+            world.sender.run(world.connection)
+        ended_at.append(world.backend.now())
 
     began = world.backend.now()
     world.backend.spawn(run, name="z4j-send")
     world.backend.advance(ACK_DEADLINE + 5)
-    assert world.transport.events() == [0, 1, 0, 1]
+    assert world.transport.event_numbers() == [0, 1, 0, 1]
     world.backend.advance(ACK_DEADLINE + 5)
-    assert world.transport.events() == [0, 1, 0, 1]
-    assert given_up[0] - began > 2 * ACK_DEADLINE
+    assert world.transport.event_numbers() == [0, 1, 0, 1]
+    assert ended_at[0] - began > 2 * ACK_DEADLINE
 
 
 def test_many_results_do_not_starve_events(world):
     """A flood of results lets events through in between."""
-    world.answer_at_once()
+    world.ack_immediately()
     world.store(400, kind="result", wake=False)
     world.store(10)
     world.backend.advance(5)
-    kinds = [len(frame["payload"]["events"]) > 0 for frame in world.transport.of("event_batch")]
+    kinds = [len(frame["payload"]["events"]) > 0 for frame in world.transport.frames("event_batch")]
     assert kinds.index(True) < 3
-    assert len(world.transport.of("command_result")) == 400
-    assert world.rows() == 0
+    assert len(world.transport.frames("command_result")) == 400
+    assert world.buffered() == 0
 
 
 def test_a_brain_that_cannot_keep_up_has_little_to_digest():
     """At 100 events a second a result waits for at most 5 s behind the events on their way, and all events arrive."""
-    world = Sending()
+    world = SenderHarness()
     backend, queue, waits = world.backend, [], []
-    world.transport.heard = queue.append
+    world.transport.on_frame = queue.append
 
     def digest():
         while True:
@@ -344,18 +329,18 @@ def test_a_brain_that_cannot_keep_up_has_little_to_digest():
                 waits.append(backend.now() - asked[int(frame["id"].removeprefix("c-"))])
             else:
                 backend.sleep(len(frame["payload"]["events"]) / 100)
-                world.sender.acked(frame["id"])
+                world.sender.on_ack(frame["id"])
 
     backend.spawn(digest, name="brain")
     world.store(6000)
     asked = {}
     for _ in range(12):
         backend.advance(5)
-        asked[world.stored] = backend.now()
+        asked[world.rows_stored] = backend.now()
         world.store(1, kind="result")
     backend.advance(30)
-    assert world.rows() == 0
-    assert sorted(world.transport.events()) == list(range(6000))
+    assert world.buffered() == 0
+    assert sorted(world.transport.event_numbers()) == list(range(6000))
     assert len(waits) == 12
     assert max(waits[2:]) < 5, "the first two may meet the window before it has learned"
 
@@ -364,40 +349,40 @@ def test_the_watchdog(world):
     """After 90 s without any ack everything unacknowledged is sent again, with the same content under new frame ids."""
     world.store(10)
     world.backend.advance(ACK_DEADLINE - 1)
-    assert world.transport.events() == list(range(10))
+    assert world.transport.event_numbers() == list(range(10))
     world.backend.advance(4)
-    assert world.transport.events() == list(range(10)) * 2
-    first, second = world.transport.of("event_batch")
+    assert world.transport.event_numbers() == list(range(10)) * 2
+    first, second = world.transport.frames("event_batch")
     assert first["id"] != second["id"]
-    world.sender.acked(second["id"])
+    world.sender.on_ack(second["id"])
     world.backend.advance(3)
-    assert world.rows() == 0
+    assert world.buffered() == 0
 
 
 def test_no_resend_while_acks_arrive(world):
     """A brain that is slow but alive gets nothing twice, however long the last frame waits for its ack."""
     world.store(3000)
     world.backend.advance(1)
-    while world.acked < len(world.transport.of("event_batch")):
+    while world.acked_frames < len(world.transport.frames("event_batch")):
         world.backend.advance(60)
         world.ack()
         world.backend.advance(0.1)
     world.backend.advance(5)
-    assert world.transport.events() == list(range(3000))
-    assert world.rows() == 0
+    assert world.transport.event_numbers() == list(range(3000))
+    assert world.buffered() == 0
 
 
 def test_a_late_ack_after_a_resend_is_harmless(world):
     """An ack of the frame that was given up neither deletes what it should not nor stops the loop."""
     world.store(5)
     world.backend.advance(ACK_DEADLINE + 3)
-    first, second = world.transport.of("event_batch")
-    world.sender.acked(first["id"])
+    first, second = world.transport.frames("event_batch")
+    world.sender.on_ack(first["id"])
     world.backend.advance(2)
-    assert world.rows() == 5
-    world.sender.acked(second["id"])
+    assert world.buffered() == 5
+    world.sender.on_ack(second["id"])
     world.backend.advance(2)
-    assert world.rows() == 0
+    assert world.buffered() == 0
 
 
 def test_the_next_session_sends_it_again(world):
@@ -406,38 +391,26 @@ def test_the_next_session_sends_it_again(world):
     world.backend.advance(1)
     world.ack()
     world.backend.advance(1.5)
-    world.link.shut()
+    world.connection.close()
     world.backend.advance(1)
-    assert not world.task.alive()
-    world.dial()
-    world.begin()
-    world.answer_at_once()
+    assert not world.sender_task.alive()
+    world.start_session()
+    world.ack_immediately()
     world.store(1)
     world.backend.advance(3)
-    assert world.transport.events() == list(range(FRAME_FIRST, 701))
+    assert world.transport.event_numbers() == list(range(FRAME_FIRST, 701))
 
 
-def test_a_broken_line_ends_the_loop(world):
-    """A send that fails ends the loop and loses nothing."""
-    world.transport.broken = NetworkError("reset")
-    ended = []
-
-    def run():
-        try:
-            world.sender.run()
-        except NetworkError as error:
-            ended.append(error)
-
-    world.link.shut()
-    world.backend.advance(1)
-    world.dial()
-    world.transport.broken = NetworkError("reset")
-    world.sender = SendLoop(world.link, world.buffer, world.backend, world.counters)
-    world.backend.spawn(run, name="run")
+def test_sender_ends_when_send_fails(world):
+    """A send that fails ends the loop and loses no row."""
+    world.end_session()
+    world.reconnect()
+    world.transport.send_error = NetworkError("reset")
+    ended = world.run_loop(lambda: world.sender.run(world.connection))
     world.store(3)
     world.backend.advance(2)
-    assert len(ended) == 1
-    assert world.rows() == 3
+    assert [type(error) for error in ended] == [NetworkError]
+    assert world.buffered() == 3
 
 
 def test_a_disk_that_fails_and_returns(world):
@@ -449,23 +422,23 @@ def test_a_disk_that_fails_and_returns(world):
     world.backend.advance(1)
     world.disk.full = True
     world.store(20)
-    world.backend.advance(IDLE + 0.1)
+    world.backend.advance(POLL_BUSY + 0.1)
     assert not world.buffer.durable
     assert world.buffer.generation == 1
-    assert set(world.transport.events()) == set(range(50))
-    newest = world.transport.of("event_batch")[-1]
+    assert set(world.transport.event_numbers()) == set(range(50))
+    newest = world.transport.frames("event_batch")[-1]
     world.disk.full = False
     world.backend.advance(3)
-    world.sender.acked(newest["id"])
+    world.sender.on_ack(newest["id"])
     world.backend.advance(4)
     assert world.buffer.durable
     assert world.disk.store.stats().rows >= 30, (
         "an ack of rows in memory must not delete rows on disk"
     )
-    world.answer_at_once()
+    world.ack_immediately()
     world.backend.advance(ACK_DEADLINE + 5)
-    assert set(world.transport.events()) == set(range(50))
-    assert world.rows() == 0
+    assert set(world.transport.event_numbers()) == set(range(50))
+    assert world.buffered() == 0
 
 
 def test_what_the_failed_disk_still_holds_is_not_counted(world):
@@ -483,10 +456,10 @@ def test_acks_of_the_old_disk_do_not_touch_the_new_store(world):
     """An ack that arrives after the disk has failed deletes nothing from the memory that took over."""
     world.store(5)
     world.backend.advance(1)
-    old = world.transport.of("event_batch")[0]
+    old = world.transport.frames("event_batch")[0]
     world.disk.full = True
     world.store(5)
-    world.sender.acked(old["id"])
+    world.sender.on_ack(old["id"])
     world.backend.advance(3)
     assert world.buffer.stats().rows == 10, "five in memory, and five that wait on the disk"
 
@@ -511,7 +484,7 @@ class Brain:
 
     def hello_ack(self):
         self.dead = False
-        self.world.transport.heard = self.hear
+        self.world.transport.on_frame = self.hear
 
     def hear(self, frame):
         if self.dead:
@@ -524,20 +497,21 @@ class Brain:
         if not self.dead:
             self.arrived += rows
             if frame["type"] == "event_batch":
-                self.world.sender.acked(frame["id"])
+                self.world.sender.on_ack(frame["id"])
 
     def live(self, seconds=5.0):
         """Let time pass; a session that dies ends as the agent ends it, and the next one begins."""
         self.world.backend.advance(seconds)
         if not self.dead:
             return False
-        self.world.link.shut()
+        self.world.connection.close()
         self.world.backend.advance(0.1)
         self.deaths.append(
-            self.world.sender.judge(NetworkError("the brain failed on a frame", code=self.code))
+            self.world.sender.on_session_error(
+                self.world.connection, NetworkError("the brain failed on a frame", code=self.code)
+            )
         )
-        self.world.dial()
-        self.world.begin()
+        self.world.start_session()
         self.hello_ack()
         return True
 
@@ -553,7 +527,7 @@ def test_a_poisoned_event_is_found_and_dropped(world, caplog):
     }
     world.store(400, wake=False)
     world.buffer.append([("event", "", json.dumps(event).encode())])
-    world.stored += 1
+    world.rows_stored += 1
     world.store(499)
     brain = Brain(world, {400})
     while brain.live():
@@ -566,7 +540,7 @@ def test_a_poisoned_event_is_found_and_dropped(world, caplog):
     stats = world.buffer.stats()
     assert (stats.rows, stats.lost, stats.produced) == (0, {"poison": 1}, stats.confirmed + 1)
     (line,) = [
-        record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()
+        record.getMessage() for record in caplog.records if "cannot accept" in record.getMessage()
     ]
     assert "a 'task.failed' of 'celery', task 't-400', 106 bytes" in line
     assert "hunter2" not in line
@@ -593,12 +567,14 @@ def test_a_brain_that_fails_on_everything_costs_nothing(world):
     for _ in range(50):
         brain.live()
     assert world.buffer.stats().lost == {}
-    assert [len(frame["payload"]["events"]) for frame in world.transport.of("event_batch")] == []
+    assert [
+        len(frame["payload"]["events"]) for frame in world.transport.frames("event_batch")
+    ] == []
     brain.mute = False
     brain.live()
     brain.live(30)
     assert sorted(brain.arrived) == list(range(300))
-    assert world.rows() == 0
+    assert world.buffered() == 0
 
 
 def test_other_deaths_make_no_suspects(world):
@@ -618,10 +594,10 @@ def test_the_search_outlives_the_process(world):
     for _ in range(4):
         brain.live()
     before = len(brain.deaths)
-    heir = Sending()
+    heir = SenderHarness()
     rows = world.disk.store.drain(0, 1000, 10**7, ("event",))
     heir.buffer.run_on_disk(lambda store: store.import_rows(rows))
-    heir.link.wake.set()
+    heir.connection.wake.set()
     brain.world = heir
     brain.hello_ack()
     while brain.live():
@@ -640,14 +616,14 @@ def test_the_search_outlives_the_process(world):
 )
 def test_innocents_arrive_and_the_guilty_are_counted(events, poison, results, code):
     """Any rows may be poisoned: those are lost and counted, all others arrive, in a bounded number of sessions."""
-    world = Sending()
+    world = SenderHarness()
     world.store(events, wake=False)
     world.store(results, kind="result")
-    guilty = {number for number in poison if number < world.stored}
+    guilty = {number for number in poison if number < world.rows_stored}
     brain = Brain(world, guilty, code=code)
     while brain.live(10):
         assert len(brain.deaths) <= 6 * len(guilty)
-    assert set(brain.arrived) == set(range(world.stored)) - guilty
+    assert set(brain.arrived) == set(range(world.rows_stored)) - guilty
     stats = world.buffer.stats()
     assert (stats.rows, stats.lost.get("poison", 0)) == (0, len(guilty))
     assert stats.produced == stats.confirmed + len(guilty)
@@ -657,43 +633,41 @@ def test_innocents_arrive_and_the_guilty_are_counted(events, poison, results, co
 @given(st.data())
 def test_whatever_the_line_does(data):
     """Delivery, acks in any order, late or lost, and line breaks: at the end every event has arrived, first time in order."""
-    world = Sending()
+    world = SenderHarness()
     seen = []
     for _ in range(data.draw(st.integers(1, 6), "sessions")):
         world.store(data.draw(st.integers(0, 900)))
         if data.draw(st.booleans(), "result"):
             world.store(1, kind="result")
         world.backend.advance(data.draw(st.sampled_from([0.1, 1.5, 7.0, 100.0]), "seconds"))
-        frames = world.transport.of("event_batch")
+        frames = world.transport.frames("event_batch")
         for index in (
             data.draw(st.lists(st.integers(0, max(0, len(frames) - 1)), max_size=5), "acks")
             if frames
             else []
         ):
-            world.sender.acked(frames[index]["id"])
+            world.sender.on_ack(frames[index]["id"])
         world.backend.advance(1.5)
-        seen += world.transport.events()
+        seen += world.transport.event_numbers()
         if data.draw(st.booleans(), "break"):
-            world.link.shut()
+            world.connection.close()
             world.backend.advance(2)
-            world.dial()
-            world.begin()
+            world.start_session()
         else:
             world.transport.sent.clear()
-    world.link.shut()
+    world.connection.close()
     world.backend.advance(2)
-    world.dial()
-    world.begin()
-    world.answer_at_once()
-    world.link.wake.set()
+    world.start_session()
+    world.ack_immediately()
+    world.connection.wake.set()
     world.backend.advance(60)
-    seen += world.transport.events()
+    seen += world.transport.event_numbers()
     firsts = list(dict.fromkeys(seen))
     assert firsts == sorted(firsts)
     stats = world.buffer.stats()
     assert stats.rows == 0
     assert stats.produced == stats.confirmed
-    results = world.stored - len(firsts)
+    results = world.rows_stored - len(firsts)
     assert world.buffer.acked_events + results == stats.produced
 
 
@@ -713,7 +687,7 @@ class Moody:
 
     def hello_ack(self):
         self.dead = False
-        self.world.transport.heard = self.hear
+        self.world.transport.on_frame = self.hear
 
     def hear(self, frame):
         if self.dead or frame["type"] != "event_batch":
@@ -723,7 +697,7 @@ class Moody:
         if mood == "die":
             self.dead = True
         elif mood == "early":
-            self.world.sender.acked(frame["id"])
+            self.world.sender.on_ack(frame["id"])
         elif mood != "lost":
             self.world.backend.spawn(
                 self.answer,
@@ -741,11 +715,12 @@ class Moody:
     def live(self, seconds, code=None):
         self.world.backend.advance(seconds)
         if self.dead:
-            self.world.link.shut()
+            self.world.connection.close()
             self.world.backend.advance(0.1)
-            self.world.sender.judge(NetworkError("gone", code=code))
-            self.world.dial()
-            self.world.begin()
+            self.world.sender.on_session_error(
+                self.world.connection, NetworkError("gone", code=code)
+            )
+            self.world.start_session()
             self.hello_ack()
 
 
@@ -753,7 +728,7 @@ class Moody:
 @given(st.data())
 def test_any_brain_gets_every_event_as_it_was(data):
     """Whatever the acks do, each event arrives, in order within its task, and each replay has the same id and time."""
-    world, events = Sending(), []
+    world, events = SenderHarness(), []
     brain = Moody(world, data.draw(st.lists(st.sampled_from(Moody.MOODS), max_size=60), "moods"))
     for _ in range(data.draw(st.integers(1, 6), "rounds")):
         fresh = [
@@ -769,7 +744,7 @@ def test_any_brain_gets_every_event_as_it_was(data):
         world.buffer.append(
             [("event", event["task_id"], json.dumps(event).encode()) for event in fresh]
         )
-        world.link.wake.set()
+        world.connection.wake.set()
         seconds = data.draw(st.sampled_from([0.1, 1.0, 7.0, 95.0]), "seconds")
         brain.live(seconds, data.draw(st.sampled_from([None, 1006, 1012, 4408]), "code"))
     brain.moods.clear()

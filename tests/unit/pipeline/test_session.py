@@ -19,7 +19,7 @@ from z4j_core.transport.frames import (
 )
 from z4j_core.transport.framing import FrameSigner
 
-from tests.support.virtual import SECRET, WELCOME, FakeTransport, World
+from tests.support.session import HELLO_ACK, SECRET, FakeTransport, SessionHarness
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import (
     AgentError,
@@ -31,17 +31,17 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 from z4j_bare.monitoring.metrics import Counters
-from z4j_bare.pipeline import heartbeat, watch
+from z4j_bare.pipeline import heartbeat
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
 from z4j_bare.pipeline.receive import ReceiveLoop
-from z4j_bare.pipeline.session import Supervisor
+from z4j_bare.pipeline.session import BackgroundLoops, Supervisor
 from z4j_bare.wire.backoff import ReconnectBackoff
 from z4j_bare.wire.close_codes import error_for_close_code, may_be_poison
 
 
 @pytest.fixture
 def world():
-    return World()
+    return SessionHarness()
 
 
 def outcome(backend, run):
@@ -67,7 +67,7 @@ def test_beats_at_once_and_then_at_its_interval(world):
     """The first heartbeat needs no waiting, the others come at the interval, each with a fresh payload."""
     numbers = iter(range(100))
     loop = HeartbeatLoop(
-        world.link,
+        world.connection,
         world.backend,
         world.counters,
         lambda: b'{"buffer_size":%d}' % next(numbers),
@@ -76,7 +76,7 @@ def test_beats_at_once_and_then_at_its_interval(world):
     world.backend.spawn(loop.run, name="beat")
     world.backend.advance(35)
     assert [when for when, _ in world.transport.sent] == [0, 10, 20, 30]
-    assert [frame["payload"]["buffer_size"] for frame in world.transport.of("heartbeat")] == [
+    assert [frame["payload"]["buffer_size"] for frame in world.transport.frames("heartbeat")] == [
         0,
         1,
         2,
@@ -89,12 +89,12 @@ def test_beats_at_once_and_then_at_its_interval(world):
 def test_a_switched_off_heartbeat_keeps_alive(world):
     """Switched off, an empty batch every 30 s keeps the brain from closing a silent session (4408 after 90 s)."""
     loop = HeartbeatLoop(
-        world.link, world.backend, world.counters, bytes, interval=10, enabled=False
+        world.connection, world.backend, world.counters, bytes, interval=10, enabled=False
     )
     world.backend.spawn(loop.run, name="beat")
     world.backend.advance(95)
     assert [when for when, _ in world.transport.sent] == [
-        heartbeat.QUIET_INTERVAL * turn for turn in range(4)
+        heartbeat.KEEPALIVE_INTERVAL * turn for turn in range(4)
     ]
     assert {frame["type"] for _, frame in world.transport.sent} == {"event_batch"}
     assert world.counters.heartbeats == 0
@@ -102,17 +102,21 @@ def test_a_switched_off_heartbeat_keeps_alive(world):
 
 def test_the_heartbeat_leaves_with_its_session(world):
     """It ends at once when the session is shut, and with an error when the line is broken."""
-    loop = HeartbeatLoop(world.link, world.backend, world.counters, lambda: b"{}", interval=10)
+    loop = HeartbeatLoop(
+        world.connection, world.backend, world.counters, lambda: b"{}", interval=10
+    )
     ended = outcome(world.backend, loop.run)
     world.backend.advance(5)
-    world.link.shut()
+    world.connection.close()
     world.backend.advance(0.001)
     assert ended == [None]
-    world.dial()
-    world.transport.broken = NetworkError("reset")
+    world.reconnect()
+    world.transport.send_error = NetworkError("reset")
     ended = outcome(
         world.backend,
-        HeartbeatLoop(world.link, world.backend, world.counters, lambda: b"{}", interval=10).run,
+        HeartbeatLoop(
+            world.connection, world.backend, world.counters, lambda: b"{}", interval=10
+        ).run,
     )
     world.backend.advance(0.001)
     assert isinstance(ended[0], NetworkError)
@@ -121,7 +125,7 @@ def test_the_heartbeat_leaves_with_its_session(world):
 def test_the_agents_status_follows_a_sessions_first_heartbeat(world):
     """The report on the agent itself comes right after the first heartbeat and then once a minute."""
     loop = HeartbeatLoop(
-        world.link,
+        world.connection,
         world.backend,
         world.counters,
         lambda: b"{}",
@@ -145,7 +149,7 @@ def test_the_agents_status_follows_a_sessions_first_heartbeat(world):
 # -- receive
 
 
-class Reading(World):
+class Reading(SessionHarness):
     """A world with a running reader."""
 
     def __init__(self):
@@ -155,9 +159,9 @@ class Reading(World):
         )
         self.acks, self.commands = [], []
         self.loop = ReceiveLoop(
-            self.link,
+            self.connection,
             self.acks.append,
-            lambda frame, link, late: self.commands.append((frame, link, late)),
+            lambda frame, connection, late: self.commands.append((frame, connection, late)),
         )
         self.ended = outcome(self.backend, self.loop.run)
 
@@ -173,8 +177,8 @@ def reading():
 
 def test_lateness_is_measured_against_the_fastest():
     """What a frame took longer than the fastest of its session is lateness, whatever the clocks say; drift is forgiven."""
-    world = World(replace(WELCOME, server_time=5_000.0))
-    took = world.link.lateness
+    world = SessionHarness(replace(HELLO_ACK, server_time=5_000.0))
+    took = world.connection.relative_delay
     world.backend.advance(10)
     assert took(5_010.0) == 0
     assert took(5_003.0) == pytest.approx(7, abs=0.01)
@@ -182,8 +186,8 @@ def test_lateness_is_measured_against_the_fastest():
     assert took(5_010.0) == pytest.approx(2, abs=0.01)
     world.backend.advance(100_000)
     assert took(5_010.0 + 100_000 - 5) == 0, "five seconds in a day may be the clocks' own"
-    world.dial()
-    assert world.link.lateness(0.0) == 0, (
+    world.reconnect()
+    assert world.connection.relative_delay(0.0) == 0, (
         "without the brain's time the first frame counts as in time"
     )
 
@@ -200,8 +204,8 @@ def test_routes_frames(reading):
     reading.say(HeartbeatFrame(id="hb_1", payload=HeartbeatPayload()))
     reading.say(ErrorFrame(id="err", payload=ErrorPayload(code="x", message="y", fatal=False)))
     assert reading.acks == ["ev_1"]
-    ((frame, link, late),) = reading.commands
-    assert (frame.id, link) == ("c-1", reading.link)
+    ((frame, connection, late),) = reading.commands
+    assert (frame.id, connection) == ("c-1", reading.connection)
     assert 0 <= late < 60
     assert reading.ended == []
 
@@ -256,7 +260,7 @@ def test_unsigned_messages_end_the_session(reading, message):
 
 def test_the_reader_leaves_when_told(reading):
     """It ends when the session is shut, and reports a line that broke by itself."""
-    reading.link.closing.set()
+    reading.connection.closing.set()
     reading.backend.advance(2)
     assert reading.ended == [None]
     other = Reading()
@@ -297,15 +301,15 @@ class Supervised:
 
         def dial():
             transport = FakeTransport(self.backend)
-            transport.answer = self.script.pop(0) if self.script else ACK
+            transport.hello_answer = self.script.pop(0) if self.script else ACK
             self.attempts.append(self.backend.now())
             self.transports.append(transport)
             return transport
 
-        def serve(link):
+        def serve(connection):
             if self.serving is not None:
-                self.serving(link)
-            self.backend.wait(link.closing)
+                self.serving(connection)
+            self.backend.wait(connection.closing)
 
         self.supervisor = Supervisor(
             dial, lambda: b"hello", lambda: SECRET, serve, self.backend, self.counters
@@ -317,8 +321,8 @@ class Supervised:
 def fail_with(backend, error, seconds):
     """What serves a session by failing after some seconds."""
 
-    def serve(link):
-        backend.wait(link.closing, seconds)
+    def serve(connection):
+        backend.wait(connection.closing, seconds)
         raise error
 
     return serve
@@ -330,7 +334,7 @@ def test_one_session_while_it_lasts():
     world.backend.advance(1000)
     assert world.attempts == [0]
     assert world.transports[0].hellos == [b"hello"]
-    assert world.supervisor.link.hello_ack.session_id == "s"
+    assert world.supervisor.connection.hello_ack.session_id == "s"
     assert world.counters.sessions == 1
 
 
@@ -351,7 +355,7 @@ def test_waits_longer_with_each_failure(error, delays):
     gaps = [later - earlier for earlier, later in pairwise(world.attempts)]
     assert gaps == pytest.approx(delays)
     assert all(transport.closed for transport in world.transports[:-1])
-    assert world.supervisor.link is not None
+    assert world.supervisor.connection is not None
 
 
 def test_another_kind_of_failure_is_warned_of(caplog):
@@ -372,7 +376,7 @@ def test_a_session_that_holds_resets_the_schedule():
     world = Supervised([NetworkError("x")] * 5 + [ACK] + [NetworkError("x")])
     world.backend.advance(31 + 31)
     assert world.counters.last_error == ""
-    world.supervisor.link.shut()
+    world.supervisor.connection.close()
     world.backend.advance(5)
     assert world.attempts[-1] - world.attempts[-2] == pytest.approx(1)
 
@@ -400,11 +404,11 @@ def test_two_that_replace_each_other_part():
     """Two processes under one worker id, each thrown out when the other comes, end up minutes apart, not in a fight."""
     backend, seats = FakeConcurrency(), []
 
-    def serve(link):
+    def serve(connection):
         if seats:
             seats.pop().transport.inbox.append(SessionLimitError("replaced", code=4002))
-        seats.append(link)
-        link.transport.receive(1e9)
+        seats.append(connection)
+        connection.transport.receive(1e9)
 
     one, two = (Supervised(backend=backend, serving=serve) for _ in range(2))
     backend.advance(6 * 3600)
@@ -420,7 +424,7 @@ def test_a_session_that_never_holds_is_not_a_line_each_time(caplog):
     world = Supervised()
     world.serving = fail_with(world.backend, NetworkError("x", code=1011), 0.5)
     world.backend.advance(1200)
-    lines = [record for record in caplog.records if record.name == "z4j.runtime.supervisor"]
+    lines = [record for record in caplog.records if record.name == "z4j.runtime.pipeline.session"]
     assert len(world.attempts) > 40
     assert len(lines) < 10
 
@@ -466,7 +470,7 @@ def test_reconnect_now():
     assert len(world.attempts) == 4
     assert world.transports[2].aborted
     assert world.transports[2].closed
-    world.supervisor.link.shut()
+    world.supervisor.connection.close()
     world.backend.advance(9.9)
     assert len(world.attempts) == 5, "the request was used up: the failure after it waits in full"
 
@@ -477,7 +481,7 @@ def test_stops_wherever_it_is():
         world = Supervised(script)
         world.backend.advance(5)
         world.stop_event.set()
-        world.supervisor.end()
+        world.supervisor.stop()
         world.backend.advance(0.001)
         assert not world.task.alive()
         assert world.transports[-1].closed
@@ -492,7 +496,7 @@ def test_logs_the_first_failure_and_every_tenth(caplog):
     lines = [
         (record.levelname, record.getMessage())
         for record in caplog.records
-        if record.name == "z4j.runtime.supervisor"
+        if record.name == "z4j.runtime.pipeline.session"
     ]
     assert [level for level, _ in lines] == ["WARNING", "INFO", "INFO", "INFO"]
     assert "nobody there" in lines[0][1]
@@ -505,19 +509,19 @@ def test_logs_the_first_failure_and_every_tenth(caplog):
 def test_a_dead_loop_runs_again(caplog):
     """A loop that dies is logged, counted and started again, later and later, until it is told to stop."""
     backend, counters = FakeConcurrency(), Counters()
-    stop_event, runs = backend.event(), []
+    loops, runs = BackgroundLoops(backend, counters), []
 
     def run(_stop_event):
         runs.append(backend.now())
         raise ValueError("a bug")
 
-    task = watch.keep(run, "z4j-odd", stop_event, backend, counters)
+    task = loops.spawn(run, "z4j-odd")
     backend.advance(400)
     gaps = [later - earlier for earlier, later in pairwise(runs)]
     assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
     assert counters.restarts == {"z4j-odd": len(runs)}
     assert "z4j-odd died" in caplog.text
-    stop_event.set()
+    loops.signal_stop()
     backend.advance(0.001)
     assert not task.alive()
 
@@ -531,7 +535,7 @@ def test_a_loop_that_ran_well_for_long_comes_back_soon():
         backend.sleep(3600)
         raise ValueError("a rare bug")
 
-    watch.keep(run, "z4j-odd", backend.event(), backend, counters)
+    BackgroundLoops(backend, counters).spawn(run, "z4j-odd")
     backend.advance(3600 * 8)
     assert {round(later - earlier) for earlier, later in pairwise(runs)} == {3601}
 
@@ -539,10 +543,10 @@ def test_a_loop_that_ran_well_for_long_comes_back_soon():
 def test_a_loop_that_returns_because_it_was_told_to_is_not_restarted():
     """A loop that ends after ``stop_event`` ends for good, uncounted."""
     backend, counters = FakeConcurrency(), Counters()
-    stop_event = backend.event()
-    task = watch.keep(backend.wait, "z4j-calm", stop_event, backend, counters)
+    loops = BackgroundLoops(backend, counters)
+    task = loops.spawn(backend.wait, "z4j-idle")
     backend.advance(5)
-    stop_event.set()
+    loops.signal_stop()
     backend.advance(0.001)
     assert not task.alive()
     assert counters.restarts == {}

@@ -39,8 +39,8 @@ def peer(backend, monkeypatch):
         monkeypatch.setitem(
             backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
         )
-    monkeypatch.setattr(send, "IDLE", 0.05)
-    monkeypatch.setattr(send, "QUIET", 0.05)
+    monkeypatch.setattr(send, "POLL_BUSY", 0.05)
+    monkeypatch.setattr(send, "POLL_IDLE", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
     made = Peer(backend)
     made.brain, made.heard_events = StreamBrain(), 0

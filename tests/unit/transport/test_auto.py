@@ -285,7 +285,7 @@ def gate(backend, peers):
 def install(gate, monkeypatch):
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
-    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     monkeypatch.setattr(longpoll, "POLL_WAIT", 1)
     made = []

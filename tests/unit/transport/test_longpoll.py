@@ -648,7 +648,7 @@ def install(peer, engine, monkeypatch):
     """A started agent on forced long-poll, impatient and unpaced."""
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
-    monkeypatch.setattr(send, "IDLE", 0.05)
+    monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     peer.body_limit = 8192
     made = []
@@ -723,7 +723,7 @@ def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
         (huge, None),
     ):
         monkeypatch.setattr(
-            agent.figures,
+            agent.status.metrics,
             "_health",
             lambda details=details: {"stub.worker_details": json.dumps(details)},
         )
@@ -793,7 +793,7 @@ def test_a_dead_session_is_replaced(install, peer, until):
     assert [sent["id"] for sent in peer.events()] == [str(event.id)]
     assert len(peer.sessions) >= 2
     assert (
-        "HTTP 409" in runtime._agent.counters.last_error or not runtime._agent.counters.last_error
+        "HTTP 409" in runtime.stats()["last_error"] or not runtime.stats()["last_error"]
     )
 
 

@@ -1,0 +1,92 @@
+"""All engines of the process: the host of each adapter together with its event source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from z4j_bare.engines.engine import describe_engine
+from z4j_bare.engines.host import EngineHost
+from z4j_bare.events.redaction import merge_redaction
+from z4j_bare.process import ready_worker
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config
+    from z4j_core.protocols import QueueEngineAdapter
+
+    from z4j_bare.asyncio_bridge.bridge import Bridge
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.events.ring import Ring
+    from z4j_bare.events.source import EventSource, Loop
+    from z4j_bare.settings import Settings
+
+
+class EngineManager:
+    """Hosts the engine adapters and captures their events."""
+
+    def __init__(
+        self,
+        adapters: Sequence[QueueEngineAdapter],
+        config: Config,
+        settings: Settings,
+        ring: Ring,
+        bridge: Bridge,
+        backend: BaseConcurrency,
+    ) -> None:
+        self.hosts: dict[str, EngineHost] = {}
+        self.sources: list[EventSource] = []
+        for adapter in adapters:
+            # First: the source uses the merged patterns, and a bad pattern raises.
+            merge_redaction(adapter, config)
+            description = describe_engine(adapter)
+            source = description.make_source(ring, settings, backend, ready_worker())
+            self.sources.append(source)
+            self.hosts[adapter.name] = EngineHost(adapter, bridge, backend, source.record)
+
+    @property
+    def uses_adapter_events(self) -> bool:
+        """Whether an adapter must be connected before its engine's events can be captured."""
+        return any(source.uses_adapter_events for source in self.sources)
+
+    def start_capture(self) -> None:
+        """Start the capture of events, without I/O."""
+        for source in self.sources:
+            source.connect()
+
+    def loops(self) -> Iterator[Loop]:
+        """Return the background loops of the sources. :meth:`disconnect` waits for their end."""
+        for source in self.sources:
+            yield from source.loops()
+
+    def connect(self) -> None:
+        """Connect the adapters."""
+        for host, source in self.pairs():
+            host.connect(events=source.uses_adapter_events)
+
+    def disconnect(self) -> None:
+        """Stop the capture and disconnect the adapters."""
+        for source in self.sources:
+            source.disconnect()
+        for host in self.hosts.values():
+            host.disconnect()
+
+    def announce_workers(self) -> None:
+        """Record a ``worker.online`` of each worker: a session has started."""
+        for source in self.sources:
+            source.presence.announce("worker.online")
+
+    def workers(self) -> dict[str, list[str]]:
+        """Return the names of the known workers by engine."""
+        return {source.engine: sorted(source.presence.workers) for source in self.sources}
+
+    def dropped(self) -> dict[str, int]:
+        """Return by engine how many events the adapter or its event stream has lost."""
+        return {host.name: host.dropped() + source.dropped() for host, source in self.pairs()}
+
+    def failures(self) -> int:
+        """Return how often event streams broke."""
+        return sum(source.failures() for source in self.sources)
+
+    def pairs(self) -> Iterator[tuple[EngineHost, EventSource]]:
+        """Return each host with its source."""
+        return zip(self.hosts.values(), self.sources, strict=True)
