@@ -64,4 +64,4 @@ def test_poisoned_rows_cost_themselves_alone(brain, agent_credentials, caplog, c
     finally:
         runtime.stop()
         _process_singleton.clear_runtime(expected=runtime)
-    assert caplog.text.count("dropped what the brain cannot take") == 2
+    assert caplog.text.count("dropped a row that the brain cannot accept") == 2

@@ -270,7 +270,7 @@ def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code)
     assert {event["data"]["number"] for event in peer.events()} == set(range(600))
     assert len(peer.sessions) <= 8
     assert (
-        "dropped what the brain cannot take: a 'task.succeeded' of 'stub', task 't-77'"
+        "dropped a row that the brain cannot accept: a 'task.succeeded' of 'stub', task 't-77'"
         in caplog.text
     )
     assert runtime.stats()["restarts"] == {}

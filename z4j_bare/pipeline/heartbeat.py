@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.wire.frames import frame_id, shrink_heartbeat
 
-
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.monitoring.metrics import Counters

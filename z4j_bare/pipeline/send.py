@@ -258,7 +258,9 @@ class Sender:
     def _attach(self, connection: Connection) -> None:
         """Start a session: everything that is not acknowledged will be sent again."""
         limit = min(FRAME_BYTES, connection.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
-        pacing = Pacing(limit, self._backend, synchronous_acks=connection.transport.synchronous_acks)
+        pacing = Pacing(
+            limit, self._backend, synchronous_acks=connection.transport.synchronous_acks
+        )
         with self._window_lock:
             self._pacing = pacing
             self._isolation = PoisonIsolation()
@@ -408,7 +410,9 @@ class Sender:
         payload = event_batch([entry.payload for entry in events])
         if len(payload) > self._pacing.payload_limit and len(payload) + ENVELOPE_BYTES > max_bytes:
             limit = max_bytes - ENVELOPE_BYTES - 16
-            payload = event_batch([shrink_event(json.loads(each.payload), limit) for each in events])
+            payload = event_batch(
+                [shrink_event(json.loads(each.payload), limit) for each in events]
+            )
         connection.send("event_batch", frame, payload)
         ids = [*self._unconfirmed_results, *(entry.id for entry in events)]
         self._unconfirmed_results = []

@@ -58,7 +58,10 @@ def test_one_frame_at_a_time(world):
     world.backend.advance(ACK_PAUSE - 0.01)
     assert len(world.transport.event_numbers()) == FRAME_FIRST
     world.backend.advance(0.02)
-    assert len(world.transport.event_numbers()) == FRAME_FIRST + world.sender._pacing.window.frame_events
+    assert (
+        len(world.transport.event_numbers())
+        == FRAME_FIRST + world.sender._pacing.window.frame_events
+    )
     world.backend.advance(receipts.MAX_DEFER_SECONDS - 0.1)
     assert world.buffered() == 2600 - FRAME_FIRST
     assert not world.sender.is_idle()

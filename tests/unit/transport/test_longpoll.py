@@ -835,7 +835,7 @@ def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, s
         number for number in range(12) if number != 5
     ]
     dropped = [
-        record.getMessage() for record in caplog.records if "cannot take" in record.getMessage()
+        record.getMessage() for record in caplog.records if "cannot accept" in record.getMessage()
     ]
     assert (
         sum("task 't-5'" in line for line in dropped)
@@ -880,7 +880,7 @@ def test_no_secret_in_the_log(install, peer, until, caplog):
 def test_quiet_agents_stay_alive(install, peer, until, monkeypatch):
     """With heartbeats off an empty batch stands in, as over WebSocket."""
     monkeypatch.setenv("Z4J_HEARTBEAT", "off")
-    monkeypatch.setattr(heartbeat, "QUIET_INTERVAL", 0.1)
+    monkeypatch.setattr(heartbeat, "KEEPALIVE_INTERVAL", 0.1)
     install()
     until(lambda: len(peer.frames("event_batch")) >= 2)
     assert peer.frames("heartbeat") == []
