@@ -1,4 +1,4 @@
-"""Every example of docs/deploy is taken by the tool that it is for, and keeps the rules that its README states."""
+"""Every example of docs/deploy is accepted by its tool and follows the rules of the README."""
 
 import re
 import shlex
@@ -11,54 +11,52 @@ import pytest
 import yaml
 
 from z4j_bare.cli import configuration
-from z4j_bare.cli.adapters import ENGINES, SCHEDULERS, known
+from z4j_bare.cli.adapters import ENGINES, SCHEDULERS, require_known
 from z4j_bare.cli.main import build_parser
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 
 
-def tool(name):
-    """The program of that name: this environment's, or the system's."""
+def find_tool(name):
+    """Return the path of a program in this environment or in the system."""
     own = Path(sys.executable).with_name(name)
     found = str(own) if own.exists() else shutil.which(name)
-    assert found, f"{name} is missing: tox -e deploy installs what comes from PyPI"
+    assert found, f"{name} is missing: tox -e deploy installs the tools that are on PyPI"
     return found
 
 
 def run(*command):
-    """Run a tool, which has to be content and silent about it."""
+    """Run a tool; return the completed process."""
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def understood(words):
-    """Have our own command line parse what stands in an example."""
+def parse(words):
+    """Parse an example's ``z4j-bare`` command with the real parser."""
     assert Path(words[0]).name == "z4j-bare"
     return build_parser("z4j-bare", words[1:2]).parse_args(words[1:])
 
 
-def test_the_readme_knows_every_file():
-    """Every file of the directory is in the table, and the other way round."""
+def test_readme_lists_every_file():
+    """The README's table and the directory name the same files."""
     named = set(re.findall(r"^\| \[([^\]]+)\]", (DEPLOY / "README.md").read_text(), re.MULTILINE))
     assert named == {path.name for path in DEPLOY.iterdir()} - {"README.md"}
 
 
-def test_toml(monkeypatch):
-    """The file holds settings that exist, and adapters that do."""
+def test_toml_has_known_settings_and_adapters(monkeypatch):
+    """The file contains only known settings and adapters."""
     for name in configuration.known_settings():
         monkeypatch.setenv(f"Z4J_{name.upper()}", "")
-    found = configuration.apply(
-        understood(["z4j-bare", "run", "--config", str(DEPLOY / "agent.toml")])
-    )
-    assert [known(name, ENGINES) for name in found.engines] == ["celery"]
-    assert [known(name, SCHEDULERS) for name in found.schedulers] == ["celerybeat"]
+    found = configuration.apply(parse(["z4j-bare", "run", "--config", str(DEPLOY / "agent.toml")]))
+    assert [require_known(name, ENGINES) for name in found.engines] == ["celery"]
+    assert [require_known(name, SCHEDULERS) for name in found.schedulers] == ["celerybeat"]
 
 
 @pytest.mark.skipif(
     shutil.which("systemd-analyze") is None,
-    reason="no systemd-analyze here (Debian: apt-get install systemd)",
+    reason="systemd-analyze is not installed (Debian: apt-get install systemd)",
 )
-def test_systemd(tmp_path):
-    """``systemd-analyze verify`` has nothing to say of the unit, once its program and its user are there."""
+def test_systemd_unit_is_verified(tmp_path):
+    """``systemd-analyze verify`` reports nothing about the unit with a program and user that exist."""
     unit = tmp_path / "z4j-bare.service"
     text = (DEPLOY / "z4j-bare.service").read_text()
     assert "/opt/shop/venv/bin/z4j-bare" in text
@@ -68,16 +66,15 @@ def test_systemd(tmp_path):
         )
     )
     done = run("systemd-analyze", "verify", "--man=no", str(unit))
-    said = [
-        line for line in done.stderr.splitlines() if "z4j-bare.service" in line
-    ]  # not what it finds in the host's own
-    assert (done.returncode, said) == (0, [])
+    # The other lines are about units of the host.
+    lines = [line for line in done.stderr.splitlines() if "z4j-bare.service" in line]
+    assert (done.returncode, lines) == (0, [])
 
 
-def test_systemd_starts_what_there_is():
-    """The unit's command line is ours, and it is told which exit codes are not worth another try."""
+def test_systemd_unit_runs_valid_command():
+    """The unit's command is valid, and exit codes that a restart cannot fix prevent a restart."""
     unit = (DEPLOY / "z4j-bare.service").read_text()
-    understood(shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1]))
+    parse(shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1]))
     for line in (
         "Type=notify",
         "WatchdogSec=30",
@@ -87,43 +84,52 @@ def test_systemd_starts_what_there_is():
         assert f"\n{line}\n" in unit
 
 
-def test_supervisord():
-    """Supervisor's own parser takes the file, and stops the agent later than its drain."""
-    code = (
-        "import sys; from supervisor.options import ServerOptions; options = ServerOptions();"
-        "options.realize(['-n', '-c', sys.argv[1]]); (group,) = options.process_group_configs; (one,) = group.process_configs;"
-        "print(one.command); print(one.stopwaitsecs, one.exitcodes, one.environment['Z4J_HOME'])"
+READ_SUPERVISORD = """\
+import sys
+from supervisor.options import ServerOptions
+options = ServerOptions()
+options.realize(["-n", "-c", sys.argv[1]])
+(group,) = options.process_group_configs
+(process,) = group.process_configs
+print(process.command)
+print(process.stopwaitsecs, process.exitcodes, process.environment["Z4J_HOME"])
+"""
+
+
+def test_supervisord_file_is_accepted():
+    """Supervisor's parser accepts the file; the stop timeout is longer than the agent's drain."""
+    done = run(
+        sys.executable, "-W", "ignore", "-c", READ_SUPERVISORD, str(DEPLOY / "supervisord.conf")
     )
-    done = run(sys.executable, "-W", "ignore", "-c", code, str(DEPLOY / "supervisord.conf"))
     assert done.returncode == 0, done.stderr
     command, rest = done.stdout.splitlines()
-    understood(shlex.split(command))
+    parse(shlex.split(command))
     assert rest == "20 [0, 2, 3] /var/lib/z4j/home"
 
 
-def test_docker():
-    """Hadolint has nothing to say, and entry point and health check are commands of ours."""
+def test_dockerfile_is_accepted():
+    """Hadolint reports nothing, and entry point and health check are valid commands."""
     path = DEPLOY / "Dockerfile"
-    done = run(tool("hadolint"), str(path))
+    done = run(find_tool("hadolint"), str(path))
     assert (done.returncode, done.stdout) == (0, "")
     text = path.read_text()
     for words in re.findall(r"^(?:ENTRYPOINT|HEALTHCHECK .* CMD) \[(.*)\]$", text, re.MULTILINE):
-        understood(re.findall(r'"([^"]*)"', words))
+        parse(re.findall(r'"([^"]*)"', words))
     assert text.index("\nUSER 10001") < text.index("\nENTRYPOINT")
 
 
-def test_procfile():
-    """``honcho check`` finds both processes."""
-    done = run(tool("honcho"), "check", "-f", str(DEPLOY / "Procfile"))
+def test_procfile_is_accepted():
+    """``honcho check`` accepts the file with both processes."""
+    done = run(find_tool("honcho"), "check", "-f", str(DEPLOY / "Procfile"))
     assert done.returncode == 0, done.stderr
     assert all(name in done.stderr for name in ("Valid procfile", "agent", "worker"))
     lines = dict(line.split(": ", 1) for line in (DEPLOY / "Procfile").read_text().splitlines())
-    understood(shlex.split(lines["agent"]))
+    parse(shlex.split(lines["agent"]))
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_kubernetes(number):
-    """State lies below a volume that outlives the pod, secrets are files, and nothing restarts a worker for its agent."""
+def test_kubernetes_objects_follow_the_rules(number):
+    """State is on a persistent volume, secrets are files, and there is no liveness probe."""
     objects = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     assert len(objects) == 2
     found = objects[number]
@@ -143,7 +149,7 @@ def test_kubernetes(number):
         found["spec"]["selector"]["matchLabels"] == found["spec"]["template"]["metadata"]["labels"]
     )
     if container["command"][0] == "z4j-bare":
-        arguments = understood(container["command"])
+        arguments = parse(container["command"])
         assert spec["terminationGracePeriodSeconds"] > arguments.drain
-        assert understood(container["readinessProbe"]["exec"]["command"]).quiet
+        assert parse(container["readinessProbe"]["exec"]["command"]).quiet
         assert found["spec"]["replicas"] == 1

@@ -1,4 +1,4 @@
-"""The command line: one module per command, each with ``add_arguments`` and ``run``."""
+"""The command line: a command is a module, or a few functions of one, that ``main.py`` lists."""
 
 from __future__ import annotations
 

@@ -1,113 +1,184 @@
-"""Engines and schedulers by name. An adapter is imported when it is asked for, so none has to be installed for another."""
+"""Construction of engine and scheduler adapters by name.
+
+An adapter's package is imported only when the operator selects it, so no adapter is a dependency.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
-from z4j_bare.cli.apps import load_app
+from z4j_core.errors import ConfigError
+
 from z4j_bare.errors import HostConfigurationError
+from z4j_bare.process import importing_application
+
+logger = logging.getLogger("z4j.runtime.cli.adapters")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """How an adapter is made of what the operator named.
+class AdapterSpec:
+    """How to construct one kind of adapter.
 
-    :param package: the distribution to install; the import package is its name with an underscore.
-    :param parameter: the constructor's name for the application object.
-    :param read: makes the constructor's arguments of that object, where one parameter will not do.
+    :param package: distribution to install; the import package has the same name with underscores.
+    :param attribute: class name in that package.
+    :param parameter: constructor parameter that takes the application object.
+    :param read: function that derives all constructor arguments from the application object; used
+        instead of ``parameter``.
     """
 
     package: str
     attribute: str
     parameter: str
-    read: Callable[[Any], dict[str, Any]] | None = None
+    read: Callable[[Any], dict[str, object]] | None = None
 
-    def build(self, app: str | None, options: Mapping[str, Any], setting: str = "--app") -> Any:
-        """Import what is needed and return the adapter. Raises ``HostConfigurationError`` naming what is missing.
+    def build(self, app: str | None, options: Mapping[str, object], setting: str = "--app") -> Any:
+        """Import the application and the adapter's package and return the adapter.
 
-        ``setting`` is where the operator named ``app``.
+        Raises ``HostConfigurationError`` that names what is missing or invalid.
+
+        :param app: the application as ``module:attr``.
+        :param options: further constructor arguments.
+        :param setting: name of the setting that contains ``app``, for error messages.
         """
         found = load_app(app, setting)
         try:
             adapter = getattr(import_module(self.package.replace("-", "_")), self.attribute)
         except ImportError as error:
             raise HostConfigurationError(
-                f"the adapter is missing: pip install {self.package} ({error})"
+                f"the adapter is not installed: pip install {self.package} ({error})"
             ) from error
+        arguments = self.read(found) if self.read else {self.parameter: found}
         try:
-            return adapter(
-                **(self.read(found) if self.read else {self.parameter: found}), **options
-            )
+            return adapter(**arguments, **options)
         except (TypeError, ValueError, AttributeError) as error:
             raise HostConfigurationError(
-                f"{self.attribute} cannot be made of {app}: {error}"
+                f"cannot create {self.attribute} from {app}: {error}"
             ) from error
 
 
-def _arq_worker(settings: Any) -> dict[str, Any]:
-    """Read arq's ``WorkerSettings``; its redis settings alone will do as well."""
+class _ArqSettings(Protocol):
+    """The attributes of an arq ``WorkerSettings`` class that are read here."""
+
+    functions: Sequence[object]
+    redis_settings: object
+    cron_jobs: Sequence[object]
+
+
+def _read_arq_worker(settings: _ArqSettings) -> dict[str, object]:
+    """Return constructor arguments from ``WorkerSettings``, or from plain redis settings."""
     if not hasattr(settings, "functions"):
         return {"redis_settings": settings}
     names = [
         getattr(each, "name", None) or getattr(each, "__name__", str(each))
         for each in settings.functions
     ]
-    found = {"redis_settings": settings.redis_settings, "function_names": names}
+    arguments = {"redis_settings": settings.redis_settings, "function_names": names}
     queue = getattr(settings, "queue_name", None)
-    return {**found, "queue_name": queue} if queue else found
+    return {**arguments, "queue_name": queue} if queue else arguments
 
 
-def _arq_cron(settings: Any) -> dict[str, Any]:
+def _read_arq_cron(settings: _ArqSettings) -> dict[str, object]:
     return {"cron_jobs": settings.cron_jobs}
 
 
 ENGINES = {
-    "celery": Kind("z4j-celery", "CeleryEngineAdapter", "celery_app"),
-    "rq": Kind("z4j-rq", "RqEngineAdapter", "rq_app"),
-    "dramatiq": Kind("z4j-dramatiq", "DramatiqEngineAdapter", "broker"),
-    "huey": Kind("z4j-huey", "HueyEngineAdapter", "huey"),
-    "arq": Kind("z4j-arq", "ArqEngineAdapter", "redis_settings", _arq_worker),
-    "taskiq": Kind("z4j-taskiq", "TaskiqEngineAdapter", "broker"),
+    "celery": AdapterSpec("z4j-celery", "CeleryEngineAdapter", "celery_app"),
+    "rq": AdapterSpec("z4j-rq", "RqEngineAdapter", "rq_app"),
+    "dramatiq": AdapterSpec("z4j-dramatiq", "DramatiqEngineAdapter", "broker"),
+    "huey": AdapterSpec("z4j-huey", "HueyEngineAdapter", "huey"),
+    "arq": AdapterSpec("z4j-arq", "ArqEngineAdapter", "redis_settings", _read_arq_worker),
+    "taskiq": AdapterSpec("z4j-taskiq", "TaskiqEngineAdapter", "broker"),
 }
 
 SCHEDULERS = {
-    "celerybeat": Kind("z4j-celerybeat", "CeleryBeatSchedulerAdapter", "celery_app"),
-    "apscheduler": Kind("z4j-apscheduler", "APSchedulerAdapter", "scheduler"),
-    "rqscheduler": Kind("z4j-rqscheduler", "RqSchedulerAdapter", "scheduler"),
-    "hueyperiodic": Kind("z4j-hueyperiodic", "HueyPeriodicAdapter", "huey"),
-    "arqcron": Kind("z4j-arqcron", "ArqCronAdapter", "cron_jobs", _arq_cron),
-    "taskiqscheduler": Kind("z4j-taskiqscheduler", "TaskiqSchedulerAdapter", "source"),
+    "celerybeat": AdapterSpec("z4j-celerybeat", "CeleryBeatSchedulerAdapter", "celery_app"),
+    "apscheduler": AdapterSpec("z4j-apscheduler", "APSchedulerAdapter", "scheduler"),
+    "rqscheduler": AdapterSpec("z4j-rqscheduler", "RqSchedulerAdapter", "scheduler"),
+    "hueyperiodic": AdapterSpec("z4j-hueyperiodic", "HueyPeriodicAdapter", "huey"),
+    "arqcron": AdapterSpec("z4j-arqcron", "ArqCronAdapter", "cron_jobs", _read_arq_cron),
+    "taskiqscheduler": AdapterSpec("z4j-taskiqscheduler", "TaskiqSchedulerAdapter", "source"),
 }
 
 
-def canonical(name: str) -> str:
-    """Return an adapter's name as it is a key here: ``celery-beat`` and ``z4j-celerybeat`` are the same."""
+def canonical_name(name: str) -> str:
+    """Return an adapter's key in :data:`ENGINES` or :data:`SCHEDULERS`.
+
+    ``celery-beat``, ``celery_beat`` and ``z4j-celerybeat`` all become ``celerybeat``.
+    """
     return re.sub(r"[-_]", "", name.strip().lower().removeprefix("z4j-"))
 
 
-def known(name: str, kinds: Mapping[str, Kind]) -> str:
-    """Return the canonical name. Raises ``HostConfigurationError`` listing the names there are."""
-    found = canonical(name)
-    if found not in kinds:
-        raise HostConfigurationError(f"{name!r} is none of {', '.join(kinds)}")
+def require_known(name: str, specs: Mapping[str, AdapterSpec]) -> str:
+    """Return the canonical name. Raises ``HostConfigurationError`` that lists the valid names."""
+    found = canonical_name(name)
+    if found not in specs:
+        raise HostConfigurationError(f"unknown adapter {name!r}: choose from {', '.join(specs)}")
     return found
 
 
 def build(
-    kinds: Mapping[str, Kind], wanted: Mapping[str, Mapping[str, Any]], app: str | None
+    specs: Mapping[str, AdapterSpec], selected: Mapping[str, Mapping[str, Any]], app: str | None
 ) -> list[Any]:
-    """Return the adapters; ``wanted`` has options by name, of which ``app`` defaults to the common one."""
-    made = []
-    for name, options in wanted.items():
-        rest = {key: value for key, value in options.items() if key != "app"}
+    """Return the selected adapters.
+
+    Raises ``HostConfigurationError`` for an adapter that cannot be constructed.
+
+    :param selected: constructor options by adapter name. The option ``app`` names the adapter's
+        own application.
+    :param app: the application of the adapters that have no ``app`` option.
+    """
+    adapters = []
+    for name, options in selected.items():
+        arguments = {key: value for key, value in options.items() if key != "app"}
         own = options.get("app")
-        made.append(
-            kinds[known(name, kinds)].build(
-                own or app, rest, f"the app of {name}" if own else "--app"
-            )
+        setting = f"the app of {name}" if own else "--app"
+        spec = specs[require_known(name, specs)]
+        adapters.append(spec.build(own or app, arguments, setting))
+    return adapters
+
+
+def load_app(path: object, setting: str = "--app") -> object:
+    """Import ``module:attr`` or ``module.attr`` without starting an agent that the module installs.
+
+    Raises ``HostConfigurationError`` that names ``setting`` and what is wrong with it, or the
+    ``ConfigError`` of the application's own ``install_agent``.
+    """
+    if not path:
+        raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
+    if not isinstance(path, str):
+        raise HostConfigurationError(f'{setting} is {path!r}, not of the form "module:attr"')
+    module, separator, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not separator:
+        raise HostConfigurationError(f"{setting} {path!r} is not of the form module:attr")
+    found = _import_attribute(path, module, attribute, setting)
+    if isinstance(found, ModuleType):
+        raise HostConfigurationError(
+            f"{setting} {path!r} is a module: add the name of the object in it, such as {path}:app"
         )
-    return made
+    return found
+
+
+def _import_attribute(path: str, module: str, attribute: str, setting: str) -> object:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # like celery -A: the app is usually in the working directory
+    try:
+        with importing_application():
+            return getattr(import_module(module), attribute)
+    except ConfigError:  # the application's own install_agent: its message names the setting
+        raise
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: empty module name
+        hint = "" if ":" in path else "; is it of the form module:attr?"
+        raise HostConfigurationError(f"cannot load {setting} {path!r}: {error}{hint}") from error
+    except Exception as error:  # the application's own, such as a missing environment variable
+        logger.debug("z4j: importing %s failed", module, exc_info=True)
+        cause = f"{type(error).__name__}: {error}"
+        raise HostConfigurationError(
+            f"cannot load {setting} {path!r}: {cause} (--log-level DEBUG logs the traceback)"
+        ) from error

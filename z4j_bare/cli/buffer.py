@@ -1,4 +1,4 @@
-"""``z4j-bare buffer``: what dead processes have left in ``Z4J_HOME``, looked at, saved, sent or thrown away."""
+"""``z4j-bare buffer``: list, export, send and delete the stores of ended processes."""
 
 from __future__ import annotations
 
@@ -9,68 +9,72 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from z4j_bare.buffer import files as paths
-from z4j_bare.buffer import report as inspect
+from z4j_bare.buffer import files, report
 from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.report import StoreReport
+from z4j_bare.buffer.rows import BufferEntry
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
-from z4j_bare.cli.status import span
+from z4j_bare.cli.status import format_duration
 from z4j_bare.errors import AgentError, HostConfigurationError, LocalStorageError
 
 EXAMPLES = """\
 examples:
-  z4j-bare buffer list                       every store of this user, the living agents' too
-  z4j-bare buffer stats                      what they hold together, and what was lost
-  z4j-bare buffer export -o rows.jsonl       every row of the dead ones, a JSON object a line
-  z4j-bare buffer flush --config agent.toml  send them to the brain now; an agent that starts does so by itself
-  z4j-bare buffer drop --all --yes           throw them away
+  z4j-bare buffer list                       all stores of this user, running agents included
+  z4j-bare buffer stats                      totals of rows, bytes and lost rows
+  z4j-bare buffer export -o rows.jsonl       write the rows of orphaned stores as JSON lines
+  z4j-bare buffer flush --config agent.toml  send the rows of orphaned stores to the brain
+  z4j-bare buffer drop --all --yes           delete all orphaned stores
 
-A store is named by its file, with or without the directory. One whose process lives is looked at only.
-exit codes: 0 done, 1 something is left or cannot be read, 2 usage or configuration, 3 the store belongs to a living process
+A store is an agent's buffer file. It is orphaned when its process has ended. An agent that starts
+adopts the orphaned stores of its project, so flush is needed only when no agent starts again.
+Name a store by its file name or its path. export, flush and drop refuse the store of a running
+process.
+exit codes: 0 done, 1 rows are left or a store cannot be read, 2 usage or configuration,
+  3 the named store belongs to a running process
 """
 
-#: Exit code for a store that may not be touched.
-REFUSED = 3
+#: Exit code when a named store belongs to a running process.
+STORE_IN_USE = 3
 
 ACTIONS = {
-    "list": "one line for each store",
-    "stats": "what they hold together",
-    "export": "write the rows as JSON lines",
-    "flush": "send the rows to the brain and delete what it has acknowledged",
-    "drop": "delete stores with everything in them",
+    "list": "show one line per store",
+    "stats": "show totals of all stores",
+    "export": "write the rows of orphaned stores as JSON lines",
+    "flush": "send the rows of orphaned stores and delete what the brain has acknowledged",
+    "drop": "delete orphaned stores with all their rows",
 }
 
 COLUMNS = ("store", "process", "rows", "oldest", "size", "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to do, with which stores."""
+    """Add the actions and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in ACTIONS.items():
-        action = actions.add_parser(name, help=text)
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        default = "all" if name in ("list", "stats") else "all orphaned stores"
+        if name == "drop":
+            default = "none; see --all"
         action.add_argument(
-            "stores",
-            nargs="*",
-            metavar="STORE",
-            help="only these (default: all that are left behind)",
+            "stores", nargs="*", metavar="STORE", help=f"only these stores (default: {default})"
         )
-        action.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        configuration.add_json(action)
         if name == "flush":
             configuration.add_connection(action)
         else:
             configuration.add_config(action)
             configuration.add_home(action)
         if name == "export":
-            where = "a new file, readable by you alone (default: stdout)"
+            where = "new file to write, readable only by this user (default: stdout)"
             action.add_argument("--output", "-o", type=Path, metavar="FILE", help=where)
         if name == "drop":
-            action.add_argument("--all", action="store_true", help="all that are left behind")
+            action.add_argument("--all", action="store_true", help="delete all orphaned stores")
             action.add_argument("--yes", "-y", action="store_true", help="do not ask")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it and return an exit code of :data:`EXAMPLES`."""
+    """Perform the action and return an exit code of :data:`EXAMPLES`."""
     output = Output(machine=arguments.json)
     actions = {"list": _list, "stats": _stats, "export": _export, "flush": _flush, "drop": _drop}
     try:
@@ -79,72 +83,74 @@ def run(arguments: argparse.Namespace) -> int:
         return actions[arguments.action](output, arguments)
     except LocalStorageError as error:
         print(f"z4j-bare: {error}", file=sys.stderr)
-        return REFUSED if classify(error) == BUSY else 1
+        return STORE_IN_USE if classify(error) == BUSY else 1
     except OSError as error:
         print(f"z4j-bare: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
 
 
-def looks(arguments: argparse.Namespace) -> list[StoreReport]:
-    """Return the stores in question. Raises ``HostConfigurationError`` for a name that is none."""
-    found = inspect.stores(configuration.home() / "store")
-    wanted = []
+def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
+    """Return the selected stores. Raises ``HostConfigurationError`` for an unknown name."""
+    found = report.stores(configuration.home() / "store")
+    selected = []
     for name in arguments.stores:
-        match = next(
-            (
-                path
-                for path in found
-                if name in (path.name, str(path)) or Path(name).absolute() == path
-            ),
-            None,
-        )
-        if match is None:
-            raise HostConfigurationError(f"there is no store {name!r}: see z4j-bare buffer list")
-        wanted.append(match)
-    return [inspect.read_report(path) for path in wanted or found]
+        path = next((path for path in found if _is_named(path, name)), None)
+        if path is None:
+            raise HostConfigurationError(
+                f"there is no store {name!r}: `z4j-bare buffer list` shows all stores"
+            )
+        selected.append(path)
+    return [report.read_report(path) for path in selected or found]
 
 
-def left_behind(arguments: argparse.Namespace) -> list[StoreReport]:
-    """Return the stores without a living process. Raises ``LocalStorageError`` for one that was named and has one."""
-    found = looks(arguments)
+def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
+    """Return the selected stores whose process has ended.
+
+    Raises ``LocalStorageError`` if a store that was selected by name belongs to a running process.
+    """
+    found = selected_stores(arguments)
     if arguments.stores:
-        for owner_alive in (each for each in found if each.owner_alive):
-            with inspect.claim_orphan(
-                owner_alive.path
-            ):  # says whose it is, if it has not ended this moment
-                pass
-    return [each for each in found if not each.owner_alive]
+        for store in found:
+            if store.owner_alive:
+                # This raises, unless the process has ended since the report was made.
+                with report.claim_orphan(store.path):
+                    pass
+    return [store for store in found if not store.owner_alive]
+
+
+def _is_named(path: Path, name: str) -> bool:
+    return name in (path.name, str(path)) or Path(name).absolute() == path
 
 
 def _list(output: Output, arguments: argparse.Namespace) -> int:
-    found = looks(arguments)
+    found = selected_stores(arguments)
     if not found:
-        output.say(f"no store lies in {configuration.home()}")
+        output.say(f"there is no store in {configuration.home()}")
     else:
-        output.table(COLUMNS, [_row(each) for each in found])
-    output.answer({"stores": [_plain(each) for each in found]})
-    return 1 if any(each.error for each in found) else 0
+        output.table(COLUMNS, [_row(store) for store in found])
+    output.answer({"stores": [_as_dict(store) for store in found]})
+    return 1 if any(store.error for store in found) else 0
 
 
 def _stats(output: Output, arguments: argparse.Namespace) -> int:
-    found = looks(arguments)
-    dead = [each for each in found if not each.owner_alive]
-    ages = [each.oldest_age for each in found if each.oldest_age is not None]
-    figures: dict[str, Any] = {
+    found = selected_stores(arguments)
+    orphaned = [store for store in found if not store.owner_alive]
+    ages = [store.oldest_age for store in found if store.oldest_age is not None]
+    totals: dict[str, Any] = {
         "stores": len(found),
-        "left_behind": len(dead),
-        "rows": sum(each.total for each in found),
-        "rows_left_behind": sum(each.total for each in dead),
-        "payload_bytes": sum(each.payload_bytes for each in found),
-        "disk_bytes": sum(each.disk_bytes for each in found),
+        "left_behind": len(orphaned),
+        "rows": sum(store.total for store in found),
+        "rows_left_behind": sum(store.total for store in orphaned),
+        "payload_bytes": sum(store.payload_bytes for store in found),
+        "disk_bytes": sum(store.disk_bytes for store in found),
         "oldest_age_seconds": round(max(ages), 1) if ages else None,
-        "lost": _sums(found),
-        "unreadable": sum(bool(each.error) for each in found),
+        "lost": _losses(found),
+        "unreadable": sum(bool(store.error) for store in found),
     }
-    for name, value in figures.items():
+    for name, value in totals.items():
         output.say(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
-    output.answer(figures)
-    return 1 if figures["unreadable"] else 0
+    output.answer(totals)
+    return 1 if totals["unreadable"] else 0
 
 
 def _export(output: Output, arguments: argparse.Namespace) -> int:
@@ -152,118 +158,122 @@ def _export(output: Output, arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stream: TextIO = sys.stdout
         if arguments.output is not None:
-            paths.create_file(arguments.output)
+            files.create_file(arguments.output)
             stream = stack.enter_context(arguments.output.open("w", encoding="utf-8"))
-        for each in left_behind(arguments):
-            stack.enter_context(inspect.claim_orphan(each.path))
-            for row in inspect.rows(each.path):
-                stream.write(json.dumps(_exported(each.path, row), ensure_ascii=False) + "\n")
+        for store in orphaned_stores(arguments):
+            stack.enter_context(report.claim_orphan(store.path))
+            for row in report.rows(store.path):
+                stream.write(json.dumps(_exported(store.path, row), ensure_ascii=False) + "\n")
                 written += 1
     if arguments.output is not None:
-        output.say(f"{written} rows are in {arguments.output}")
+        output.say(f"wrote {written} rows to {arguments.output}")
         output.answer({"rows": written, "file": str(arguments.output)})
     return 0
 
 
 def _flush(output: Output, arguments: argparse.Namespace) -> int:
-    from z4j_bare.cli.flushing import Flush
+    from z4j_bare.cli.buffer_flush import OrphanUploader
 
     config, settings = configuration.resolved(arguments)
-    dead = left_behind(arguments)
-    total = sum(each.total for each in dead)
-    flush, trouble = Flush(config, settings), ""
+    orphaned = orphaned_stores(arguments)
+    total = sum(store.total for store in orphaned)
+    uploader, failure = OrphanUploader(config, settings), ""
     try:
         with output.progress("sent", total) as done:
-            for each in dead:
-                flush.send(each.path, done)
+            for store in orphaned:
+                uploader.send(store.path, done)
     except LocalStorageError:
         raise
     except AgentError as error:
-        trouble = str(error)
-        output.mark(
-            "FAIL",
-            "flush",
-            trouble,
-            "z4j-bare doctor tells more; nothing that was not acknowledged is gone",
-        )
+        failure = str(error)
+        fix = "run z4j-bare doctor; rows that the brain has not acknowledged are still in the store"
+        output.mark("FAIL", "flush", failure, fix)
     finally:
-        flush.close()
-    for path, why in flush.passed_over:
-        output.mark("SKIP", "store", f"{path.name}: {why}")
-    left = sum(inspect.read_report(each.path).total for each in dead if each.path.exists())
-    output.say(f"{flush.sent} of {total} rows are with the brain, {left} are still here")
-    passed = [{"store": path.name, "why": why} for path, why in flush.passed_over]
-    output.answer({"sent": flush.sent, "left": left, "passed_over": passed, "error": trouble})
+        uploader.close()
+    for path, reason in uploader.skipped:
+        output.mark("SKIP", "store", f"{path.name}: {reason}")
+    left = sum(report.read_report(store.path).total for store in orphaned if store.path.exists())
+    output.say(f"sent {uploader.sent} of {total} rows, {left} rows are left")
+    skipped = [{"store": path.name, "why": reason} for path, reason in uploader.skipped]
+    output.answer({"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure})
     return 1 if left else 0
 
 
 def _drop(output: Output, arguments: argparse.Namespace) -> int:
     if not arguments.stores and not arguments.all:
         raise HostConfigurationError(
-            "name the stores to drop, or pass --all; z4j-bare buffer list shows them"
+            "name the stores to delete or pass --all: `z4j-bare buffer list` shows all stores"
         )
-    dead = left_behind(arguments)
-    rows = sum(each.total for each in dead)
-    if (
-        dead
-        and not arguments.yes
-        and not _agreed(f"Delete {len(dead)} stores with {rows} rows for good? [y/N] ")
-    ):
-        output.say("nothing was deleted")
+    orphaned = orphaned_stores(arguments)
+    rows = sum(store.total for store in orphaned)
+    question = f"Delete {len(orphaned)} stores with {rows} rows permanently? [y/N] "
+    if orphaned and not arguments.yes and not _confirmed(question):
+        output.say("no store was deleted")
         return 1
-    for each in dead:
-        inspect.delete_store(each.path)
-    output.say(f"{len(dead)} stores with {rows} rows are gone")
-    output.answer({"dropped": [str(each.path) for each in dead], "rows": rows})
+    for store in orphaned:
+        report.delete_store(store.path)
+    output.say(f"deleted {len(orphaned)} stores with {rows} rows")
+    output.answer({"dropped": [str(store.path) for store in orphaned], "rows": rows})
     return 0
 
 
-def _agreed(question: str) -> bool:
+def _confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise HostConfigurationError("there is nobody to ask: pass --yes to delete without asking")
+        raise HostConfigurationError(
+            "cannot ask for confirmation, because stdin is not a terminal: pass --yes to delete"
+        )
     try:
         return input(question).strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D is no yes
+    except EOFError:  # Ctrl-D
         print()
         return False
 
 
-def _row(each: StoreReport) -> list[str]:
-    process = f"{each.pid} lives" if each.owner_alive else f"{each.pid or '?'} is gone"
-    age = "" if each.oldest_age is None else span(each.oldest_age)
+def _row(store: StoreReport) -> list[str]:
     return [
-        str(each.path),
-        process,
-        str(each.total),
-        age,
-        f"{each.disk_bytes / 1024:.0f} KiB",
-        each.error,
+        str(store.path),
+        f"{store.pid} running" if store.owner_alive else f"{store.pid or '?'} ended",
+        str(store.total),
+        "" if store.oldest_age is None else format_duration(store.oldest_age),
+        f"{store.disk_bytes / 1024:.0f} KiB",
+        store.error,
     ]
 
 
-def _sums(found: list[StoreReport]) -> dict[str, int]:
+def _losses(found: list[StoreReport]) -> dict[str, int]:
     lost: dict[str, int] = {}
-    for each in found:
-        for reason, number in each.lost.items():
+    for store in found:
+        for reason, number in store.lost.items():
             lost[reason] = lost.get(reason, 0) + number
     return lost
 
 
-def _plain(each: StoreReport) -> dict[str, Any]:
+def _as_dict(store: StoreReport) -> dict[str, Any]:
     return {
-        "path": str(each.path), "living": each.owner_alive, "pid": each.pid, "rows": each.rows, "lost": each.lost,
-        "payload_bytes": each.payload_bytes, "disk_bytes": each.disk_bytes, "oldest_age_seconds": each.oldest_age,
-        "commands": each.commands, "trouble": each.error,
-    }  # fmt: skip
+        "path": str(store.path),
+        "living": store.owner_alive,
+        "pid": store.pid,
+        "rows": store.rows,
+        "lost": store.lost,
+        "payload_bytes": store.payload_bytes,
+        "disk_bytes": store.disk_bytes,
+        "oldest_age_seconds": store.oldest_age,
+        "commands": store.commands,
+        "trouble": store.error,
+    }
 
 
-def _exported(path: Path, row: tuple[int, str, str, bytes, float, int]) -> dict[str, Any]:
-    identity, kind, key, payload, created_at, attempts = row
+def _exported(path: Path, row: BufferEntry) -> dict[str, Any]:
     try:
-        content = json.loads(payload)
+        payload = json.loads(row.payload)
     except ValueError:
-        content = payload.decode(errors="replace")
+        payload = row.payload.decode(errors="replace")
     return {
-        "store": path.name, "id": identity, "kind": kind, "key": key, "created_at": created_at, "attempts": attempts,
-        "payload": content,
-    }  # fmt: skip
+        "store": path.name,
+        "id": row.id,
+        "kind": row.kind,
+        "key": row.key,
+        "created_at": row.created_at,
+        "attempts": row.attempts,
+        "payload": payload,
+    }

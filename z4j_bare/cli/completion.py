@@ -1,4 +1,4 @@
-"""``z4j-bare completion``: what a shell needs to complete commands and options, made from the parsers themselves."""
+"""``z4j-bare completion``: completion scripts for shells, generated from the parsers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 EXAMPLES = """\
 examples:
-  source <(z4j-bare completion bash)                                    # in ~/.bashrc
-  source <(z4j-bare completion zsh)                                     # in ~/.zshrc, after compinit
+  source <(z4j-bare completion bash)        # in ~/.bashrc
+  source <(z4j-bare completion zsh)         # in ~/.zshrc, after compinit
   z4j-bare completion fish > ~/.config/fish/completions/z4j-bare.fish
 """
 
 _BASH = """\
 _z4j_bare() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" path="" words="" each
+    local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}"
+    local path="" words="" each
     for each in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
         case "$path/$each" in {commands}) path="$path/$each" ;; esac
     done
@@ -31,17 +32,17 @@ complete -o default -F _z4j_bare {prog}
 
 _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
-#: A parser and the commands that lead to it.
-Node = tuple[tuple[str, ...], argparse.ArgumentParser]
+#: The names of a command and its subcommands, and the parser of the last one.
+ParserNode = tuple[tuple[str, ...], argparse.ArgumentParser]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the shell."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    """Add the argument."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell to complete for")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script; return 0."""
     from z4j_bare.cli.main import COMMANDS, build_parser
 
     nodes = list(walk(build_parser("z4j-bare", COMMANDS), ()))
@@ -52,22 +53,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def walk(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[Node]:
-    """Yield a parser and all below it."""
+def walk(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[ParserNode]:
+    """Yield a parser and, depth first, the parsers of its subcommands."""
     yield path, parser
-    for name, below in _commands(parser).items():
-        yield from walk(below, (*path, name))
+    for name, subparser in _subparsers(parser).items():
+        yield from walk(subparser, (*path, name))
 
 
-def bash(nodes: list[Node]) -> str:
-    """Return the script for bash, which zsh understands too."""
+def bash(nodes: list[ParserNode]) -> str:
+    """Return the bash script, which also works in zsh after ``bashcompinit``."""
     choices, words = [], []
     for path, parser in nodes:
-        place = "".join(f"/{word}" for word in path)
-        words.append(f'            "{place}") words="{" ".join(_words(parser))}" ;;')
-        for action in parser._actions:  # noqa: SLF001 - argparse has no public way to look at itself
+        location = "".join(f"/{word}" for word in path)
+        words.append(f'            "{location}") words="{" ".join(_words(parser))}" ;;')
+        for action in parser._actions:  # noqa: SLF001 - no public equivalent
             if action.choices and action.option_strings:
-                patterns = "|".join(f'"{place} {option}"' for option in action.option_strings)
+                patterns = "|".join(f'"{location} {option}"' for option in action.option_strings)
                 choices.append(
                     f'        {patterns}) words="{" ".join(map(str, action.choices))}" ;;'
                 )
@@ -77,20 +78,21 @@ def bash(nodes: list[Node]) -> str:
     )
 
 
-def fish(nodes: list[Node]) -> Iterator[str]:
-    """Yield the lines for fish."""
+def fish(nodes: list[ParserNode]) -> Iterator[str]:
+    """Yield the lines of the fish script."""
     for path, parser in nodes:
-        below = _commands(parser)
-        here = " ; and ".join(f"__fish_seen_subcommand_from {word}" for word in path)
-        apart = f"not __fish_seen_subcommand_from {' '.join(below)}" if below else ""
-        when = " ; and ".join(filter(None, (here, apart)))
+        subcommands = " ".join(_subparsers(parser))
+        entered = " ; and ".join(f"__fish_seen_subcommand_from {word}" for word in path)
+        not_deeper = f"not __fish_seen_subcommand_from {subcommands}" if subcommands else ""
+        condition = " ; and ".join(filter(None, (entered, not_deeper)))
         for action in parser._actions:  # noqa: SLF001
             for option in action.option_strings:
-                form = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
+                flag = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
                 values = f" -x -a '{' '.join(map(str, action.choices))}'" if action.choices else ""
-                yield f"complete -c z4j-bare -n '{when}' {form}{values} -d '{_plain(action.help)}'"
-        for name, text in _helps(parser):
-            yield f"complete -c z4j-bare -f -n '{when}' -a {name} -d '{_plain(text)}'"
+                text = _quotable(action.help)
+                yield f"complete -c z4j-bare -n '{condition}' {flag}{values} -d '{text}'"
+        for name, text in _command_helps(parser):
+            yield f"complete -c z4j-bare -f -n '{condition}' -a {name} -d '{_quotable(text)}'"
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -101,16 +103,16 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield from map(str, action.choices)
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     found = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]  # noqa: SLF001
     return dict(found[0].choices) if found else {}
 
 
-def _helps(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+def _command_helps(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     for action in parser._actions:  # noqa: SLF001
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             yield from ((each.dest, each.help or "") for each in action._choices_actions)  # noqa: SLF001
 
 
-def _plain(text: str | None) -> str:
+def _quotable(text: str | None) -> str:
     return (text or "").replace("'", "")

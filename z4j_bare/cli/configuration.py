@@ -1,6 +1,7 @@
-"""The one place where a command gets its settings: a file, the environment, flags, by weight from low to high.
+"""Settings of a command. Flags override environment variables, and those override the file.
 
-What the file and the flags say is put into this process's environment, because adapters read theirs from there.
+Settings from the file and the flags are copied into this process's environment, because adapters
+read their settings from there.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from z4j_core.paths import ensure_z4j_home, reject_deprecated_path_env, z4j_home
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.settings import Settings, load_settings
 
-#: Settings of ``z4j-bare run`` alone.
-OWN = frozenset({"home", "app", "log_format", "drain_seconds"})
+#: Settings that only the command line reads.
+CLI_SETTINGS = frozenset({"home", "app", "log_format", "drain_seconds"})
 
-#: Fields of ``Config`` that have no business in a file: one is derived, the others are tables.
-_NOT_IN_A_FILE = frozenset({"buffer_path", "engines", "schedulers"})
+#: Fields of ``Config`` that are not settings of the file: one is derived, the others are tables.
+_NOT_IN_FILE = frozenset({"buffer_path", "engines", "schedulers"})
 
 _SECRETS = frozenset({"token", "hmac_secret"})
 
-#: Flags of :func:`add_connection`, which are the fields of their settings.
+#: Flags that set the environment variable of the same name.
 _FLAGS = (
     "brain_url",
     "token",
@@ -40,10 +41,13 @@ _FLAGS = (
     "concurrency",
 )
 
+#: What argparse's parsers and argument groups have in common; the base class has no public name.
+ArgumentContainer = argparse._ActionsContainer  # noqa: SLF001
+
 
 @dataclass(slots=True)
 class FileSettings:
-    """What a file said that is no environment variable."""
+    """The parts of a file that are not copied into the environment."""
 
     dev_mode: bool | None = None
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -51,61 +55,69 @@ class FileSettings:
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Add what says which brain, and as whom. Secrets are better given by file: arguments show in the process list."""
+    """Add the flags for the brain's address and the agent's credentials.
+
+    There is no flag for the signing key itself, because other users can read a process's arguments.
+    """
     group = parser.add_argument_group(
-        "connection", "each also in the file (--config) and as an environment variable"
+        "connection", "flags override environment variables, and those override the file"
     )
     add_config(group)
     group.add_argument("--brain-url", metavar="URL", help="address of the brain (Z4J_BRAIN_URL)")
     group.add_argument("--project-id", metavar="SLUG", help="project slug (Z4J_PROJECT_ID)")
-    group.add_argument("--token", help="the agent's token (Z4J_TOKEN); visible in the process list")
+    group.add_argument(
+        "--token", help="the agent's token (Z4J_TOKEN); other users can see it in the process list"
+    )
     group.add_argument(
         "--token-file",
         metavar="FILE",
-        help="file with the token, re-read at each connect (Z4J_TOKEN_FILE)",
+        help="file that contains the token, read at each connect (Z4J_TOKEN_FILE)",
     )
     group.add_argument(
         "--hmac-secret-file",
         metavar="FILE",
-        help="file with the project's key, re-read likewise (Z4J_HMAC_SECRET_FILE)",
+        help="file that contains the signing key, read at each connect (Z4J_HMAC_SECRET_FILE)",
     )
     add_home(group)
 
 
-def add_config(group: Any) -> None:
-    """Add the file with the settings."""
-    group.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="TOML file, which all others outweigh (Z4J_CONFIG)",
+def add_config(container: ArgumentContainer) -> None:
+    """Add the flag for the settings file."""
+    container.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with settings (Z4J_CONFIG)"
     )
 
 
-def add_home(group: Any) -> None:
-    """Add the directory that agents keep their state in."""
-    group.add_argument(
+def add_home(container: ArgumentContainer) -> None:
+    """Add the flag for the state directory."""
+    container.add_argument(
         "--home", metavar="DIR", help="directory of the agents' state (Z4J_HOME, default ~/.z4j)"
     )
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for JSON output."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
 def add_agents(parser: argparse.ArgumentParser) -> None:
-    """Add which of the agents that run here are meant, and how to answer."""
+    """Add the flags that select running agents."""
     parser.add_argument(
         "--adapter",
         "-a",
         metavar="NAME",
         help="only agents of this framework adapter (bare, django, ...)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_json(parser)
     add_config(parser)
     add_home(parser)
 
 
 def apply(arguments: argparse.Namespace) -> FileSettings:
-    """Put the file's and the flags' settings into the environment; return the file's tables.
+    """Copy the settings of the file and of the flags into the environment.
 
-    Raises ``HostConfigurationError`` naming the file or the variable, and what to do.
+    Returns the file's other settings. Raises ``HostConfigurationError`` that names the file or the
+    variable, and the fix.
     """
     found = FileSettings()
     path = getattr(arguments, "config", None) or os.environ.get("Z4J_CONFIG")
@@ -115,33 +127,33 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
         value = getattr(arguments, name, None)
         if value is not None:
             os.environ[f"Z4J_{name.upper()}"] = str(value)
-    refuse_old_paths()
+    reject_removed_variables()
     return found
 
 
 def home() -> Path:
-    """Return the directory that agents keep their state in."""
+    """Return the state directory."""
     return z4j_home()
 
 
 def open_home(arguments: argparse.Namespace) -> None:
-    """:func:`apply`, and make sure that agents can be looked for.
+    """Apply the settings and check that the state directory is accessible.
 
-    Raises ``HostConfigurationError`` for a home that cannot be used.
+    Raises ``HostConfigurationError``, also for a directory that cannot be used.
     """
     apply(arguments)
     try:
         with os.scandir(ensure_z4j_home()):
             pass
     except OSError as error:
-        hint = "name the directory of the agents, and be their user"
         raise HostConfigurationError(
-            f"Z4J_HOME={z4j_home()} cannot be used by uid {os.geteuid()} ({error.strerror}): {hint}"
+            f"cannot use Z4J_HOME={z4j_home()} as uid {os.geteuid()} ({error.strerror}): "
+            "set Z4J_HOME to the directory of the agents and run this command as their user"
         ) from None
 
 
-def refuse_old_paths() -> None:
-    """Raise ``HostConfigurationError`` for a path variable that z4j no longer reads."""
+def reject_removed_variables() -> None:
+    """Raise ``HostConfigurationError`` if a path variable is set that z4j no longer reads."""
     try:
         reject_deprecated_path_env()
     except RuntimeError as error:
@@ -149,7 +161,7 @@ def refuse_old_paths() -> None:
 
 
 def resolved(arguments: argparse.Namespace) -> tuple[Config, Settings]:
-    """Return the settings in force for a command that talks to the brain. Raises ``ConfigError``."""
+    """Apply the settings and return them parsed. Raises ``ConfigError``."""
     from z4j_bare.install import resolve_config
 
     file = apply(arguments)
@@ -159,8 +171,8 @@ def resolved(arguments: argparse.Namespace) -> tuple[Config, Settings]:
 
 def known_settings() -> frozenset[str]:
     """Return the names that a file may use at its top level."""
-    ours = {each.metadata["variable"].removeprefix("Z4J_").lower() for each in fields(Settings)}
-    return frozenset((set(Config.model_fields) - _NOT_IN_A_FILE) | ours | OWN)
+    own = {each.metadata["variable"].removeprefix("Z4J_").lower() for each in fields(Settings)}
+    return frozenset((set(Config.model_fields) - _NOT_IN_FILE) | own | CLI_SETTINGS)
 
 
 def _read(path: Path) -> FileSettings:
@@ -168,15 +180,16 @@ def _read(path: Path) -> FileSettings:
         text = path.read_bytes()
         table = tomllib.loads(text.decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise HostConfigurationError(f"--config {path} cannot be read: {error}") from None
+        raise HostConfigurationError(f"cannot read --config {path}: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise HostConfigurationError(f"--config {path} is not TOML: {error}") from None
     if _SECRETS & table.keys() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise HostConfigurationError(
-            f"--config {path} holds a secret and is open to others: chmod 600 it, or use token_file and hmac_secret_file"
+            f"--config {path} contains a secret and other users can read it: "
+            "chmod 600 it, or use token_file and hmac_secret_file"
         )
     found = FileSettings(
-        dev_mode=_switch(path, table.pop("dev_mode", None)),
+        dev_mode=_dev_mode(path, table.pop("dev_mode", None)),
         engines=_tables(path, "engines", table.pop("engines", {})),
         schedulers=_tables(path, "schedulers", table.pop("schedulers", {})),
     )
@@ -185,39 +198,42 @@ def _read(path: Path) -> FileSettings:
     return found
 
 
-def _set(path: Path, name: str, value: Any) -> None:
-    """Let a setting of the file have its say, unless the environment has spoken."""
+def _set(path: Path, name: str, value: object) -> None:
+    """Copy a setting of the file into the environment, unless its variable is set already."""
     known = known_settings()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}?" if close else "see docs for the settings"
-        raise HostConfigurationError(f"--config {path}: there is no setting {name!r}: {hint}")
+        hint = f"did you mean {close[0]}?" if close else "see Configuration in the documentation"
+        raise HostConfigurationError(f"--config {path}: unknown setting {name!r}: {hint}")
     variable = f"Z4J_{name.upper()}"
     if not os.environ.get(variable):
-        os.environ[variable] = _text(path, name, value)
+        os.environ[variable] = _as_variable(path, name, value)
 
 
-def _text(path: Path, name: str, value: Any) -> str:
+def _as_variable(path: Path, name: str, value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
         return ",".join(map(str, value))
     if isinstance(value, Mapping):
         if name != "tags":
-            raise HostConfigurationError(f"--config {path}: {name} is a table, but takes one value")
+            raise HostConfigurationError(
+                f"--config {path}: {name} is a table, but must be a single value"
+            )
         return ",".join(f"{key}={each}" for key, each in value.items())
     return str(value)
 
 
-def _switch(path: Path, value: Any) -> bool | None:
+def _dev_mode(path: Path, value: object) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
-    raise HostConfigurationError(f"--config {path}: dev_mode is true or false, not {value!r}")
+    raise HostConfigurationError(f"--config {path}: dev_mode must be true or false, not {value!r}")
 
 
-def _tables(path: Path, name: str, value: Any) -> dict[str, dict[str, Any]]:
+def _tables(path: Path, name: str, value: object) -> dict[str, dict[str, Any]]:
     if isinstance(value, Mapping) and all(isinstance(each, Mapping) for each in value.values()):
         return {key: dict(each) for key, each in value.items()}
     raise HostConfigurationError(
-        f'--config {path}: {name} are tables: [{name}.NAME] and below it app = "shop.celery:app"'
+        f"--config {path}: {name} must be tables, "
+        f'such as [{name}.NAME] followed by app = "shop.celery:app"'
     )

@@ -1,78 +1,108 @@
-"""``z4j-bare doctor``: find out why it does not connect."""
+"""``z4j-bare doctor`` and ``z4j-bare check``: find out why an agent does not connect."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_core.errors import ConfigError
 
 from z4j_bare.cli import configuration
-from z4j_bare.cli.apps import load_app
+from z4j_bare.cli.adapters import load_app
 from z4j_bare.cli.output import Output
-from z4j_bare.diagnostics import ProbeResult, examine
+from z4j_bare.diagnostics import ProbeResult, all_checks, quick_checks
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config
 
 EXAMPLES = """\
 examples:
   z4j-bare doctor                                  with the settings of the environment
-  z4j-bare doctor --config /etc/z4j/agent.toml     with those of an agent's file
-  z4j-bare doctor --app shop.celery:app            import the app first: does it patch by half?
+  z4j-bare doctor --config /etc/z4j/agent.toml     with the settings of an agent's file
+  z4j-bare doctor --app shop.celery:app            import the app first, then check its patching
   z4j-bare doctor --json | jq '.probes[] | select(.ok | not)'
 
-exit codes: 0 all is well, 1 a probe failed or a setting is wrong, 2 usage
+exit codes: 0 no probe failed, 1 a probe failed or a setting is wrong, 2 usage
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  z4j-bare check                     buffer directory, DNS, TCP, TLS and the brain's health route
+  z4j-bare check --json
+
+The command sends no token. Run it before a worker starts.
+`z4j-bare status` reports whether the running agents are connected.
+exit codes: 0 the brain is reachable, 1 it is not or a setting is wrong, 2 usage
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the connection and what to leave out."""
-    configuration.add_connection(parser)
+    """Add the options of ``doctor``."""
+    add_check_arguments(parser)
     parser.add_argument(
         "--app",
         metavar="MODULE:ATTR",
-        help="import this first, to see whether it patches the process",
+        help="import this application first, then check what it patches",
     )
-    parser.add_argument("--no-websocket", action="store_true", help="do not try WebSocket")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--no-websocket", action="store_true", help="do not probe WebSocket")
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``check``."""
+    configuration.add_connection(parser)
+    configuration.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run every probe and return 0, or 1 if one failed."""
+    """Run every probe; return 0, or 1 if one failed or a setting is wrong."""
     output = Output(machine=arguments.json)
     try:
         if arguments.app:
-            configuration.apply(arguments)  # what it installs wants the same settings
+            configuration.apply(arguments)  # an agent that the application installs reads them
             load_app(arguments.app)
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
-        return refuse(output, error)
-    output.say(f"z4j-bare doctor: {config.brain_url} project {config.project_id}")
-    return report(output, config, examine(config, settings, websocket=not arguments.no_websocket))
+        return report_configuration_error(output, error)
+    output.say(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
+    results = all_checks(config, settings, websocket=not arguments.no_websocket)
+    return report(output, config, results)
 
 
-def refuse(output: Output, error: ConfigError) -> int:
-    """Say that the settings themselves are wrong; return 1."""
+def run_check(arguments: argparse.Namespace) -> int:
+    """Run the probes that need no token; return 0, or 1 if one failed or a setting is wrong."""
+    output = Output(machine=arguments.json)
+    try:
+        config, settings = configuration.resolved(arguments)
+    except ConfigError as error:
+        return report_configuration_error(output, error)
+    return report(output, config, quick_checks(config, settings))
+
+
+def report_configuration_error(output: Output, error: ConfigError) -> int:
+    """Print that a setting is wrong; return 1."""
     output.mark("FAIL", "settings", str(error))
     output.answer({"ok": False, "stage": "config", "error": str(error)})
     return 1
 
 
-def report(output: Output, config: Any, results: Iterable[ProbeResult]) -> int:
-    """Show results as they come; return 0 if all are good, else 1."""
+def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> int:
+    """Print each result when its probe ends; return 0 if none failed, else 1."""
     seen = []
     for result in results:
         seen.append(result)
         output.mark(result.verdict, result.name, result.text, result.fix)
-    bad = [result.name for result in seen if not result.ok]
-    verdict = f"{len(bad)} of {len(seen)} failed: {', '.join(bad)}" if bad else "all is well"
-    output.say(verdict, "bold red" if bad else "bold green")
-    output.answer(
-        {"ok": not bad, "config": _public(config), "probes": [_plain(result) for result in seen]}
-    )
-    return 1 if bad else 0
+    failed = [result.name for result in seen if not result.ok]
+    if failed:
+        output.say(f"{len(failed)} of {len(seen)} probes failed: {', '.join(failed)}", "bold red")
+    else:
+        output.say("no probe failed", "bold green")
+    probes = [_as_dict(result) for result in seen]
+    output.answer({"ok": not failed, "config": _public_fields(config), "probes": probes})
+    return 1 if failed else 0
 
 
-def _public(config: Any) -> dict[str, str]:
+def _public_fields(config: Config) -> dict[str, str]:
     return {
         "brain_url": str(config.brain_url),
         "project_id": config.project_id,
@@ -81,7 +111,7 @@ def _public(config: Any) -> dict[str, str]:
     }
 
 
-def _plain(result: ProbeResult) -> dict[str, Any]:
+def _as_dict(result: ProbeResult) -> dict[str, Any]:
     return {
         "name": result.name,
         "ok": result.ok,

@@ -1,4 +1,4 @@
-"""The command lines of the adapters, ``z4j-django``, ``z4j-celery`` and so on, made of ours."""
+"""Command lines of the adapter packages: ``z4j-django``, ``z4j-celery`` and so on."""
 
 from __future__ import annotations
 
@@ -9,28 +9,37 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from z4j_bare.cli.main import main
+from z4j_bare.cli import configuration
+from z4j_bare.cli.main import USAGE_ERROR, main
 from z4j_bare.cli.output import Output
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine's command line; the others need an agent, which an engine is not.
+#: Commands of an engine's command line. The other commands need an agent, which an engine is not.
 _ENGINE_COMMANDS = {
-    "doctor": "see whether the adapter and its task queue are installed",
-    "check": "the same",
-    "status": "the same",
+    "doctor": "check that the adapter and its task queue are installed",
+    "check": "the same as doctor",
+    "status": "the same as doctor",
     "version": "print the versions",
 }
 
 
 def make_main_for_adapter(adapter_id: str) -> Main:
-    """Return ``main(argv=None)`` of a framework adapter: ``z4j-bare`` by another name, whose restart means its agents."""
+    """Return the ``main(argv=None)`` of a framework adapter.
+
+    It is the command line of ``z4j-bare``, except that ``restart`` and ``reload`` select the
+    adapter's own agents by default.
+
+    :param adapter_id: name of the framework adapter, such as ``django``.
+    """
 
     def adapter_main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
-        named = any(word in ("-a", "--adapter") or word.startswith("--adapter=") for word in words)
-        if words and words[0] in ("restart", "reload") and not named:
+        selected = any(
+            word in ("-a", "--adapter") or word.startswith("--adapter=") for word in words
+        )
+        if words and words[0] in ("restart", "reload") and not selected:
             words[1:1] = ["--adapter", adapter_id]
         return main(words, prog=f"z4j-{adapter_id}")
 
@@ -44,11 +53,14 @@ def make_engine_main(
     broker_env: str | None = None,
     upstream_attribute: str | None = None,
 ) -> Main:
-    """Return ``main(argv=None)`` of an engine adapter, which sees whether both packages are there and a broker is named.
+    """Return the ``main(argv=None)`` of an engine adapter.
 
-    :param upstream_package: the task queue's package, import name and distribution.
-    :param broker_env: variable with the broker's address; a missing one is only mentioned.
-    :param upstream_attribute: accepted, because adapters may pass it; nothing depends on it.
+    It checks that the adapter and its task queue are installed, and whether a broker is set.
+
+    :param engine_id: name of the engine, such as ``celery``.
+    :param upstream_package: import name and distribution name of the task queue.
+    :param broker_env: variable with the broker's address; a missing one is a warning.
+    :param upstream_attribute: ignored; adapters may pass it.
     """
     del upstream_attribute
 
@@ -57,12 +69,12 @@ def make_engine_main(
         arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
         if arguments.command is None:
             parser.print_help()
-            return 2
+            return USAGE_ERROR
         output = Output(machine=arguments.json)
         packages = (upstream_package, f"z4j-{engine_id}")
         if arguments.command == "version":
-            return _versions(output, packages)
-        return _report(output, [*map(_importable, packages), *_broker(broker_env)])
+            return _print_versions(output, packages)
+        return _report(output, [*map(_probe_import, packages), *_probe_broker(broker_env)])
 
     return engine_main
 
@@ -73,55 +85,49 @@ def _engine_parser(engine_id: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _ENGINE_COMMANDS.items():
-        commands.add_parser(name, help=text).add_argument(
-            "--json", action="store_true", help="one JSON object"
-        )
+        configuration.add_json(commands.add_parser(name, help=text))
     return parser
 
 
-def _importable(package: str) -> ProbeResult:
+def _probe_import(package: str) -> ProbeResult:
     try:
         import_module(package.replace("-", "_"))
     except Exception as error:
-        cause = f"{package} cannot be imported ({type(error).__name__}: {error})"
-        return failed(
-            package, cause, f"pip install {package}, in the environment that the workers use"
-        )
+        cause = f"cannot import {package} ({type(error).__name__}: {error})"
+        return failed(package, cause, f"pip install {package} in the workers' environment")
     return passed(package, f"{package} {_version(package)}", version=_version(package))
 
 
-def _broker(variable: str | None) -> Iterator[ProbeResult]:
+def _probe_broker(variable: str | None) -> Iterator[ProbeResult]:
     if variable and os.environ.get(variable):
         yield passed("broker", f"{variable} is set")
     elif variable:
-        yield warned(
-            "broker",
-            f"{variable} is not set",
-            "nothing, if the application configures its broker itself",
-        )
+        fix = "set it, unless the application configures its broker itself"
+        yield warned("broker", f"{variable} is not set", fix)
 
 
 def _report(output: Output, results: Sequence[ProbeResult]) -> int:
     for result in results:
         output.mark(result.verdict, result.name, result.text, result.fix)
-    good = all(result.ok for result in results)
+    ok = all(result.ok for result in results)
     probes = [
         {"name": each.name, "ok": each.ok, "message": each.message, "details": each.details}
         for each in results
     ]
-    output.answer({"ok": good, "probes": probes})
-    return 0 if good else 1
+    output.answer({"ok": ok, "probes": probes})
+    return 0 if ok else 1
 
 
-def _versions(output: Output, packages: Sequence[str]) -> int:
-    found = {package: _version(package) for package in (*packages, "z4j-bare")}
-    for name, number in found.items():
+def _print_versions(output: Output, packages: Sequence[str]) -> int:
+    versions = {package: _version(package) for package in (*packages, "z4j-bare")}
+    for name, number in versions.items():
         output.say(f"{name} {number or 'not installed'}")
-    output.answer(found)
-    return 0 if all(found.values()) else 1
+    output.answer(versions)
+    return 0 if all(versions.values()) else 1
 
 
 def _version(package: str) -> str:
+    """Return an installed distribution's version, or an empty string."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""``z4j-bare``: parse, pick the command, turn configuration errors into one line and exit code 2."""
+"""``z4j-bare``: parse the arguments, run the command, print configuration errors as one line."""
 
 from __future__ import annotations
 
@@ -7,79 +7,106 @@ import os
 import sys
 from collections.abc import Container, Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 from z4j_core.errors import ConfigError
 
 from z4j_bare.cli import logs
 from z4j_bare.errors import LocalStorageError
 
-#: Command, module, help. A module is imported when its command is asked for, so that ``version`` needs no demo extra.
+
+class Command(NamedTuple):
+    """A command's module, its help, and the names of its functions and help text in the module."""
+
+    module: str
+    help: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+    examples: str = "EXAMPLES"
+
+
+#: Commands by name. Only the selected command's module is imported: demo needs optional packages.
 COMMANDS = {
-    "run": ("z4j_bare.cli.run", "run a standalone agent beside the workers"),
-    "doctor": ("z4j_bare.cli.doctor", "find out why it does not connect, and what to do about it"),
-    "check": ("z4j_bare.cli.check", "see whether the brain can be reached from here"),
-    "status": (
+    "run": Command("z4j_bare.cli.run", "run a standalone agent in its own process"),
+    "doctor": Command("z4j_bare.cli.doctor", "find out why an agent does not connect"),
+    "check": Command(
+        "z4j_bare.cli.doctor",
+        "check that this host can reach the brain, without sending a token",
+        "add_check_arguments",
+        "run_check",
+        "CHECK_EXAMPLES",
+    ),
+    "status": Command("z4j_bare.cli.status", "show the state of the agents on this host"),
+    "restart": Command(
         "z4j_bare.cli.status",
-        "how the agents of this host are; exits with 1 unless all are connected",
+        "make the agents on this host reconnect",
+        "add_restart_arguments",
+        "run_restart",
+        "RESTART_EXAMPLES",
     ),
-    "restart": ("z4j_bare.cli.restart", "have the agents of this host connect anew"),
-    "reload": ("z4j_bare.cli.restart", "the same as restart"),
-    "buffer": (
-        "z4j_bare.cli.buffer",
-        "look at what dead processes have left, save it, send it or throw it away",
+    "reload": Command(
+        "z4j_bare.cli.status",
+        "the same as restart",
+        "add_restart_arguments",
+        "run_restart",
+        "RESTART_EXAMPLES",
     ),
-    "demo": (
-        "z4j_bare.demo.command",
-        "see it all work: a real brain, a real worker, one scripted day",
+    "buffer": Command(
+        "z4j_bare.cli.buffer", "list, export, send or delete the buffers of ended processes"
     ),
-    "completion": ("z4j_bare.cli.completion", "print what a shell needs to complete all this"),
-    "version": ("z4j_bare.cli.version", "print the versions"),
+    "demo": Command(
+        "z4j_bare.demo.command", "start a real brain and a real worker and run a scripted scenario"
+    ),
+    "completion": Command("z4j_bare.cli.completion", "print a completion script for a shell"),
+    "version": Command("z4j_bare.cli.version", "print the versions of z4j and its dependencies"),
 }
 
-#: Exit codes of every command: usage or configuration, and Ctrl-C. 0 is success, 1 what the command is there to find out.
-USAGE = 2
+#: Exit codes that every command uses.
+USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
-def build_parser(prog: str, wanted: Container[str]) -> argparse.ArgumentParser:
-    """Return the parser; only the ``wanted`` commands' modules are imported for their options."""
+def build_parser(prog: str, selected: Container[str]) -> argparse.ArgumentParser:
+    """Return the parser with all commands, and with the options of the ``selected`` ones."""
     parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
     parser.add_argument(
-        "--log-level", choices=logs.LEVELS, help="what to log (default: INFO; Z4J_LOG_LEVEL)"
+        "--log-level", choices=logs.LEVELS, help="lowest level to log (Z4J_LOG_LEVEL, default INFO)"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name in wanted:
-            found = import_module(module)
-            found.add_arguments(sub)
-            sub.epilog, sub.formatter_class = (
-                getattr(found, "EXAMPLES", None),
-                argparse.RawDescriptionHelpFormatter,
-            )
-            sub.set_defaults(run=found.run)
+    for name, command in COMMANDS.items():
+        description = command.help[0].upper() + command.help[1:] + "."
+        sub = commands.add_parser(name, help=command.help, description=description)
+        if name in selected:
+            module = import_module(command.module)
+            getattr(module, command.add_arguments)(sub)
+            sub.epilog = getattr(module, command.examples, None)
+            sub.formatter_class = argparse.RawDescriptionHelpFormatter
+            sub.set_defaults(run=getattr(module, command.run))
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one command and return the exit code: its own, 2 for a usage or configuration error."""
+    """Run one command and return its exit code, or 2 for a usage or configuration error.
+
+    :param argv: arguments without the program's name; default: ``sys.argv[1:]``.
+    :param prog: name of the program in help and errors; default: ``z4j-bare``.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(prog or "z4j-bare", [word for word in words if word in COMMANDS][:1])
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
-        return USAGE
+        return USAGE_ERROR
     try:
         logs.configure(arguments.log_level or os.environ.get("Z4J_LOG_LEVEL") or "INFO")
         code: int = arguments.run(arguments)
     except (ConfigError, LocalStorageError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return USAGE
+        return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read us, head for one, has had enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter's last flush would complain
+    except BrokenPipeError:  # the reader of the pipe ended early, as head does
+        # Without this the interpreter's final flush of stdout raises again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

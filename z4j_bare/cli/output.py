@@ -1,6 +1,7 @@
-"""The one place for output: text for people, one JSON object for machines.
+"""Output of the commands: text for people, one JSON object for programs.
 
-``rich`` draws where it is installed and a terminal is there to look at it. Piped output is plain text without colours.
+``rich`` draws colours, tables and progress bars when it is installed and the output is a terminal.
+Output to a pipe or a file is plain text.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-#: What a line about something good, and so on, begins with, and its colour.
-MARKS = {
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+#: For each verdict of a probe: the word at the start of its line, and the line's style.
+VERDICTS = {
     "OK": ("ok", "green"),
     "WARN": ("warn", "yellow"),
     "SKIP": ("skip", "dim"),
@@ -22,9 +27,10 @@ MARKS = {
 
 
 class Output:
-    """Where a command says what it found.
+    """Writes the results of a command.
 
-    :param machine: whether a program reads it: then nothing but one JSON object is written, by :meth:`answer`.
+    :param machine: write nothing but the JSON object of :meth:`answer`.
+    :param stream: default: stdout.
     """
 
     def __init__(self, *, machine: bool = False, stream: TextIO | None = None) -> None:
@@ -33,12 +39,12 @@ class Output:
         self._console = None if machine else _console(self._stream)
 
     @property
-    def console(self) -> Any:
-        """``rich``'s console, or ``None`` where there is no terminal or no ``rich``."""
+    def console(self) -> Console | None:
+        """The console of ``rich``, or ``None`` without a terminal or without ``rich``."""
         return self._console
 
     def say(self, text: str = "", style: str = "") -> None:
-        """Write a line for people."""
+        """Write a line of text."""
         if self.machine:
             return
         if self._console is None:
@@ -49,8 +55,8 @@ class Output:
             )
 
     def mark(self, verdict: str, name: str, text: str, fix: str = "") -> None:
-        """Write a line with a verdict (a key of :data:`MARKS`), and below it what to do about it."""
-        word, style = MARKS[verdict]
+        """Write a line with a verdict, a key of :data:`VERDICTS`, and the fix on a second line."""
+        word, style = VERDICTS[verdict]
         self.say(f"{word:>4}  {name:<12} {text}", style)
         if fix:
             self.say(f"      {'':<12} -> {fix}")
@@ -62,20 +68,21 @@ class Output:
             return
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
-            self.say(
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-                ).rstrip()
-            )
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            self.say("  ".join(cells).rstrip())
 
-    def answer(self, value: Any) -> None:
-        """Write the answer for machines."""
+    def answer(self, value: object) -> None:
+        """Write a JSON object, if the output is for a program."""
         if self.machine:
             print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
-        """Redraw in place; yields a function that takes one which writes everything. Without a terminal it appends."""
+        """Yield a function that redraws the screen.
+
+        Its argument is a function that writes the whole screen. Without a terminal the new text is
+        appended.
+        """
         if self._console is None:
             yield lambda draw: draw()
             return
@@ -90,9 +97,9 @@ class Output:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how far something has come; yields a function that takes how much is done."""
+        """Show progress; yields a function whose argument is the number of completed items."""
         if self._console is None:
-            yield _Steps(self, title, total)
+            yield _TextProgress(self, title, total)
             return
         from rich.progress import Progress
 
@@ -101,33 +108,33 @@ class Output:
             yield lambda done: bar.update(task, completed=done)
 
 
-class _Steps:
-    """Progress without a terminal: a line at each tenth."""
+class _TextProgress:
+    """Progress without a terminal: a line for each tenth of the total."""
 
     def __init__(self, output: Output, title: str, total: int) -> None:
         self._output = output
         self._title = title
         self._total = max(1, total)
-        self._told = -1
+        self._last_tenth = -1
 
     def __call__(self, done: int) -> None:
         tenth = done * 10 // self._total
-        if tenth > self._told:
-            self._told = tenth
+        if tenth > self._last_tenth:
+            self._last_tenth = tenth
             self._output.say(f"{self._title}: {done} of {self._total}")
 
 
-def _console(stream: TextIO) -> Any:
+def _console(stream: TextIO) -> Console | None:
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(file=stream)  # it knows NO_COLOR
+    return Console(file=stream)  # honours NO_COLOR
 
 
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

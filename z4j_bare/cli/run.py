@@ -1,4 +1,4 @@
-"""``z4j-bare run``: the agent in a process of its own."""
+"""``z4j-bare run``: the agent in its own process, beside workers that run no agent."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
@@ -24,18 +24,17 @@ from z4j_bare.errors import HostConfigurationError, LocalStorageError
 from z4j_bare.install import install_agent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from z4j_bare.runtime import AgentRuntime
 
-logger = logging.getLogger("z4j.runtime.cli")
+logger = logging.getLogger("z4j.runtime.cli.run")
 
 EXAMPLES = """\
 examples:
   z4j-bare run --config /etc/z4j/agent.toml
   z4j-bare run --app shop.celery:app --brain-url https://brain.example.com --project-id shop \\
       --token-file /run/secrets/z4j_token --hmac-secret-file /run/secrets/z4j_hmac
-  z4j-bare run --engine celery=shop.celery:app --engine rq=shop.jobs:queue --scheduler celerybeat=shop.celery:app
+  z4j-bare run --engine celery=shop.celery:app --engine rq=shop.jobs:queue \\
+      --scheduler celerybeat=shop.celery:app
   z4j-bare run --app shop.celery:app --concurrency gevent --log-format json
 
 a file for --config:
@@ -46,84 +45,99 @@ a file for --config:
   [engines.celery]
   app = "shop.celery:app"
 
-signals: SIGTERM and SIGINT drain and end, SIGHUP connects anew (and reads rotated secrets).
-exit codes: 0 ended by a signal, 1 could not start, 2 usage or configuration,
-  3 another standalone agent of this project runs on this Z4J_HOME
+signals: SIGTERM and SIGINT drain the buffer and stop; SIGHUP reads the token and key files again
+  and reconnects.
+exit codes: 0 stopped by a signal, 1 could not start, 2 usage or configuration,
+  3 another standalone agent of this project runs with this Z4J_HOME
 """
 
-#: Exit code where another standalone agent has the place.
-REFUSED = 3
+#: Exit code when another standalone agent of the project runs with this Z4J_HOME.
+ALREADY_RUNNING = 3
 
-#: Seconds between two looks at the flag that a signal sets; for the final drain; and of that, for what follows the acks.
-POLL = 0.5
+#: Seconds between checks whether a signal has arrived.
+POLL_INTERVAL = 0.5
 
-#: Seconds that a loop of the agent may be busy with one thing before systemd's watchdog is no longer fed; its steps take
-#: milliseconds, and an import from a slow disk some seconds.
-STUCK = 60.0
-DRAIN = 10.0
-FAREWELL = 1.0
+#: Seconds that a step of the agent's loops may take before the systemd watchdog is no longer reset.
+#: A step takes milliseconds; one that imports a module from a slow disk takes some seconds.
+STUCK_SECONDS = 60.0
+
+#: Seconds that the shutdown may take, unless --drain or Z4J_DRAIN_SECONDS is set.
+DRAIN_SECONDS = 10.0
+
+#: Seconds of the drain that are kept for what follows the last ack, such as closing the store.
+POST_DRAIN = 1.0
+
+#: Seconds that --drain may be set to.
+MAX_DRAIN_SECONDS = 3600.0
+
+
+class AlreadyRunningError(Exception):
+    """Another standalone agent of the project runs with this Z4J_HOME."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add connection, engines, and how the process behaves."""
+    """Add the options of ``run``."""
     configuration.add_connection(parser)
-    group = parser.add_argument_group("what it looks after")
-    pair = "NAME[=MODULE:ATTR]"
-    for option, kinds in (("--engine", adapters.ENGINES), ("--scheduler", adapters.SCHEDULERS)):
+    group = parser.add_argument_group("engines and schedulers")
+    for option, specs in (("--engine", adapters.ENGINES), ("--scheduler", adapters.SCHEDULERS)):
         group.add_argument(
             option,
             action="append",
-            type=_choice(kinds),
-            metavar=pair,
-            help=f"one of {', '.join(kinds)}; may be repeated",
+            type=_adapter_choice(specs),
+            metavar="NAME[=MODULE:ATTR]",
+            help=f"adapter to run, repeatable: {', '.join(specs)} (Z4J_{option[2:].upper()}S)",
         )
     group.add_argument(
         "--app",
         "--celery-app",
         dest="app",
         metavar="MODULE:ATTR",
-        help="the object for all that name none (Z4J_APP)",
+        help="application object of every adapter that names none (Z4J_APP)",
     )
     group = parser.add_argument_group("process")
     group.add_argument(
         "--concurrency",
         choices=("auto", "threads", "gevent", "eventlet"),
-        help="patch the process first where asked for",
+        help="gevent and eventlet monkey-patch the process (Z4J_CONCURRENCY, default auto)",
     )
     group.add_argument(
         "--drain",
         type=float,
         metavar="SECONDS",
-        help=f"for the last acks at the end (default: {DRAIN:g})",
+        help=f"time limit of the shutdown (Z4J_DRAIN_SECONDS, default {DRAIN_SECONDS:g})",
     )
-    group.add_argument("--log-format", choices=logs.FORMATS, help="default: text (Z4J_LOG_FORMAT)")
+    group.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        help="format of the log on stderr (Z4J_LOG_FORMAT, default text)",
+    )
     group.add_argument(
         "--allow-second",
         action="store_true",
-        help="beside another standalone agent of this project",
+        help="start even if another standalone agent of this project runs with this Z4J_HOME",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run until SIGINT or SIGTERM, then drain. SIGHUP connects anew. Returns an exit code of :data:`EXAMPLES`."""
+    """Run until SIGINT or SIGTERM, then drain; return an exit code of :data:`EXAMPLES`."""
     file = configuration.apply(arguments)
     level = arguments.log_level or os.environ.get("Z4J_LOG_LEVEL") or "INFO"
     logs.configure(level, arguments.log_format or os.environ.get("Z4J_LOG_FORMAT") or "text")
     patch(os.environ.get("Z4J_CONCURRENCY") or "auto")
-    drain = _drain(arguments.drain)
+    drain = _drain_seconds(arguments.drain)
     try:
-        with _place(alone=not arguments.allow_second), _told_to_end() as ended:
-            _serve(_install(arguments, file), ended, drain)
-    except _TakenError as error:
+        with _single_instance(enforce=not arguments.allow_second), _termination_signals() as caught:
+            _serve(_install(arguments, file), caught, drain)
+    except AlreadyRunningError as error:
         print(f"z4j-bare: {error}", file=sys.stderr)
-        return REFUSED
+        return ALREADY_RUNNING
     return 0
 
 
 def _install(arguments: argparse.Namespace, file: configuration.FileSettings) -> AgentRuntime:
     app = arguments.app or os.environ.get("Z4J_APP")
-    engines = wanted(arguments.engine, "Z4J_ENGINES", file.engines)
-    schedulers = wanted(arguments.scheduler, "Z4J_SCHEDULERS", file.schedulers)
+    engines = select_adapters(arguments.engine, "Z4J_ENGINES", file.engines)
+    schedulers = select_adapters(arguments.scheduler, "Z4J_SCHEDULERS", file.schedulers)
     if not engines and not schedulers:
         engines = {"celery": {}}
     return install_agent(
@@ -134,114 +148,125 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
 
 
 @contextmanager
-def _told_to_end() -> Iterator[list[int]]:
-    """Yield a list that SIGINT and SIGTERM are noted in, from before the agent starts: none may end it without a drain."""
-    ended: list[int] = []
+def _termination_signals() -> Iterator[list[int]]:
+    """Yield a list that collects SIGINT and SIGTERM.
+
+    The handlers are installed before the agent starts, so that no signal ends it without a drain.
+    """
+    caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [
-        signal.signal(number, lambda received, _frame: ended.append(received)) for number in numbers
+    previous = [
+        signal.signal(number, lambda received, _frame: caught.append(received))
+        for number in numbers
     ]
     try:
-        yield ended
+        yield caught
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
 
 
-def _serve(runtime: AgentRuntime, ended: list[int], drain: float) -> None:
+def _serve(runtime: AgentRuntime, caught: list[int], drain: float) -> None:
     control.install_sighup_handler(runtime)
     notifier = Notifier()
     notifier.ready()
-    while not ended:
-        stuck = runtime.stuck(STUCK)
+    while not caught:
+        stuck = runtime.stuck(STUCK_SECONDS)
         if not stuck:
             notifier.alive()
         notifier.status(f"stuck: {', '.join(stuck)}" if stuck else _summary(runtime.stats()))
-        time.sleep(POLL)
-    logger.info("z4j: %s: the agent ends, within %.0f s", signal.Signals(ended[0]).name, drain)
-    notifier.stop_event()
+        time.sleep(POLL_INTERVAL)
+    name = signal.Signals(caught[0]).name
+    logger.info("z4j: received %s: stopping the agent, within %.0f s", name, drain)
+    notifier.stopping()
     runtime.stop(timeout=drain)
 
 
-def wanted(
+def select_adapters(
     flags: list[tuple[str, str | None]] | None,
     variable: str,
     tables: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Mapping[str, Any]]:
-    """Return options by adapter: those that flags name, else those of the variable, else those of the file.
+    """Return the options of each selected adapter by its name.
 
-    What the file says of an adapter holds for it whoever named it, except its ``app``.
+    The flags select the adapters; without flags the variable does, and without both the file. The
+    options come from the file in any case, except ``app``: a flag or the variable overrides it.
+
+    :param flags: adapters with their application, as ``--engine`` or ``--scheduler`` named them.
+    :param variable: ``Z4J_ENGINES`` or ``Z4J_SCHEDULERS``.
+    :param tables: the tables of the file.
     """
-    kinds = adapters.ENGINES if variable == "Z4J_ENGINES" else adapters.SCHEDULERS
+    specs = adapters.ENGINES if variable == "Z4J_ENGINES" else adapters.SCHEDULERS
     pairs = flags or [
-        _pair(word, kinds) for word in os.environ.get(variable, "").split(",") if word.strip()
+        _parse_adapter(word, specs)
+        for word in os.environ.get(variable, "").split(",")
+        if word.strip()
     ]
-    options = {adapters.known(name, kinds): dict(table) for name, table in tables.items()}
+    options = {adapters.require_known(name, specs): dict(table) for name, table in tables.items()}
     if not pairs:
         return dict(options)
     return {name: {**options.get(name, {}), **({"app": app} if app else {})} for name, app in pairs}
 
 
-def _pair(text: str, kinds: Mapping[str, adapters.Kind]) -> tuple[str, str | None]:
+def _parse_adapter(text: str, specs: Mapping[str, adapters.AdapterSpec]) -> tuple[str, str | None]:
+    """Return the name and the application of ``NAME`` or ``NAME=MODULE:ATTR``."""
     name, _, app = text.partition("=")
-    return adapters.known(name, kinds), app or None
+    return adapters.require_known(name, specs), app or None
 
 
-def _choice(kinds: Mapping[str, adapters.Kind]) -> Any:
-    def read(text: str) -> tuple[str, str | None]:
+def _adapter_choice(
+    specs: Mapping[str, adapters.AdapterSpec],
+) -> Callable[[str], tuple[str, str | None]]:
+    def parse(text: str) -> tuple[str, str | None]:
         try:
-            return _pair(text, kinds)
+            return _parse_adapter(text, specs)
         except HostConfigurationError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return read
+    return parse
 
 
-def _drain(flag: float | None) -> float:
-    """Return the seconds for the end, and let ``stop()`` wait for acks nearly as long: nobody's tasks wait for it here."""
-    text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN)
+def _drain_seconds(flag: float | None) -> float:
+    """Return the time limit of the shutdown, in seconds.
+
+    Unless it is set, ``Z4J_FLUSH_SECONDS`` becomes nearly as long: this process runs no tasks that
+    a long wait for acks would delay.
+    """
+    text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:
         seconds = float(text) if flag is None else flag
     except ValueError:
         raise HostConfigurationError(
             f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds"
         ) from None
-    if not 0 <= seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
+    if not 0 <= seconds <= MAX_DRAIN_SECONDS:  # this form also rejects NaN
         raise HostConfigurationError(
-            f"a drain of {seconds:g} s: between 0 and 3600 (--drain, Z4J_DRAIN_SECONDS)"
+            f"--drain (Z4J_DRAIN_SECONDS) must be between 0 and 3600 seconds, not {seconds:g}"
         )
-    os.environ.setdefault("Z4J_FLUSH_SECONDS", f"{max(0.0, seconds - FAREWELL):g}")
+    os.environ.setdefault("Z4J_FLUSH_SECONDS", f"{max(0.0, seconds - POST_DRAIN):g}")
     return seconds
 
 
-class _TakenError(Exception):
-    """Another standalone agent has the place."""
-
-
 @contextmanager
-def _place(*, alone: bool) -> Iterator[None]:
-    """Be the only standalone agent of this project and home on this host, if ``alone``.
+def _single_instance(*, enforce: bool) -> Iterator[None]:
+    """Hold the lock of the only standalone agent of this project, ``Z4J_HOME`` and host.
 
-    Two would report every worker twice. A home that has no room for a lock has none for a second agent's either.
+    A second one would report every worker twice. If the lock file cannot be created, the agent
+    starts all the same: a second agent could not create its buffer there either.
+
+    Raises ``AlreadyRunningError`` when another process holds the lock and ``enforce`` is true.
     """
     project = os.environ.get("Z4J_PROJECT_ID", "")
     lock = None
     try:
-        if alone and project:
-            directory = paths.private_directory(configuration.home())
-            lock = OwnerLock(
-                directory / f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock"
-            )
+        if enforce and project:
+            directory = files.private_directory(configuration.home())
+            name = f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock"
+            lock = OwnerLock(directory / name)
     except LocalStorageError as error:
-        if classify(error) != BUSY:
-            logger.warning(
-                "z4j: whether another standalone agent runs here cannot be told: %s", error
-            )
-        else:
-            pids = ", ".join(str(desk.pid) for desk in control.list_clients("bare")) or "unknown"
-            hint = "stop it, give this one a Z4J_HOME of its own, or pass --allow-second"
-            text = f"a standalone agent of project {project} runs already on {configuration.home()} (pid {pids}): {hint}"
-            raise _TakenError(text) from None
+        if classify(error) == BUSY:
+            raise AlreadyRunningError(_already_running(project)) from None
+        logger.warning("z4j: cannot check whether another standalone agent runs here: %s", error)
     try:
         yield
     finally:
@@ -249,7 +274,17 @@ def _place(*, alone: bool) -> Iterator[None]:
             lock.release(delete=True)
 
 
+def _already_running(project: str) -> str:
+    pids = ", ".join(str(client.pid) for client in control.list_clients("bare")) or "unknown"
+    return (
+        f"a standalone agent of project {project} already runs with "
+        f"Z4J_HOME={configuration.home()} (pid {pids}): "
+        "stop it, set another Z4J_HOME, or pass --allow-second"
+    )
+
+
 def _summary(stats: Mapping[str, Any]) -> str:
     if not stats.get("session_id"):
-        return f"no session: {stats.get('last_error') or 'connecting'}; {stats.get('buffered', 0)} buffered"
+        error = stats.get("last_error") or "connecting"
+        return f"no session: {error}; {stats.get('buffered', 0)} buffered"
     return f"connected over {stats['transport']}; {stats['buffered']} buffered"

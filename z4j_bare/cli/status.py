@@ -1,4 +1,4 @@
-"""``z4j-bare status``: how the agents of this host are, as they tell it themselves."""
+"""``z4j-bare status`` and ``z4j-bare restart``: query and reconnect the agents on this host."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ from z4j_bare.monitoring.duplicate_agents import workers_of
 EXAMPLES = """\
 examples:
   z4j-bare status                    every agent of this Z4J_HOME
-  z4j-bare status --watch            live, with what happened in the last minute
-  z4j-bare status --quiet            a probe: say nothing, exit 1 unless all are connected
+  z4j-bare status --watch            refresh every second, with the last 60 samples as bars
+  z4j-bare status --quiet            for health probes: no output, only the exit code
   z4j-bare status --worker celery@web-1 --json
 
-exit codes: 0 every agent is connected, 1 one is not or there is none, 2 usage
+exit codes: 0 every agent is connected, 1 an agent is not connected or none runs, 2 usage
 """
 
-#: Seconds between the two looks that make a rate.
-SAMPLE = 0.5
+RESTART_EXAMPLES = """\
+examples:
+  z4j-bare restart                       every agent of this Z4J_HOME
+  z4j-bare restart --adapter django      only agents of one framework adapter
 
-#: Looks that a sparkline shows.
-HISTORY = 60
+The workers keep running. Each agent closes its session, reads the token and key files again and
+reconnects. No event is lost: unacknowledged rows stay in the buffer and are sent again.
+exit codes: 0 every agent accepted the request, 1 none runs or one did not answer,
+  2 usage, or the platform has no Unix sockets
+"""
+
+#: Seconds between the two samples from which a rate is calculated.
+SAMPLE_INTERVAL = 0.5
+
+#: Number of samples in a sparkline.
+HISTORY_SIZE = 60
 
 COLUMNS = (
     "agent",
@@ -44,54 +55,83 @@ COLUMNS = (
 
 _BARS = "▁▂▃▄▅▆▇█"
 
-Agent = dict[str, Any]
+#: An agent's answer to ``status``, with ``adapter`` and ``pid``, or these two and an ``error``.
+AgentStatus = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where to look, for whom, and how often."""
+    """Add the options of ``status``."""
     configuration.add_agents(parser)
     parser.add_argument("--worker", metavar="NAME", help="only agents that report this worker")
-    often = "look again and again (default: every second)"
     parser.add_argument(
-        "--watch", nargs="?", type=_interval, const=1.0, metavar="SECONDS", help=often
+        "--watch",
+        nargs="?",
+        type=_interval,
+        const=1.0,
+        metavar="SECONDS",
+        help="refresh until interrupted (default: every second)",
     )
-    parser.add_argument("--quiet", "-q", action="store_true", help="say nothing, for probes")
+    parser.add_argument(
+        "--quiet", "-q", action="store_true", help="print nothing, for health probes"
+    )
+
+
+def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``restart``."""
+    configuration.add_agents(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, show, and return 0 if every agent is connected."""
+    """Print the agents' state; return 0 if every agent is connected, else 1."""
     configuration.open_home(arguments)
     if arguments.quiet:
-        return exit_code(ask(arguments))
+        return exit_code(query_agents(arguments))
     output = Output(machine=arguments.json)
     if arguments.watch:
-        return Watch(output, arguments).run()
-    first = ask(arguments)
-    time.sleep(SAMPLE if first else 0)
-    agents = rated(first, ask(arguments), SAMPLE)
+        return StatusMonitor(output, arguments).run()
+    first = query_agents(arguments)
+    time.sleep(SAMPLE_INTERVAL if first else 0)
+    agents = with_rates(first, query_agents(arguments), SAMPLE_INTERVAL)
     output.answer(
         {"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents}
     )
-    show(output, agents, whose(arguments))
+    print_agents(output, agents, filter_description(arguments))
     return exit_code(agents)
 
 
-def ask(arguments: argparse.Namespace) -> list[Agent]:
-    """Return what the agents in question say; one that does not answer has an ``error`` instead."""
+def run_restart(arguments: argparse.Namespace) -> int:
+    """Make the selected agents reconnect; return the highest exit code of all adapters."""
+    configuration.open_home(arguments)
+    output = Output(machine=arguments.json)
+    adapters = [arguments.adapter] if arguments.adapter else _running_adapters() or ["bare"]
+    results = {adapter: control.send_restart(adapter) for adapter in adapters}
+    for code, text in results.values():
+        output.say(text, "bold red" if code else "")
+    highest = max(code for code, _ in results.values())
+    texts = {adapter: text for adapter, (_, text) in results.items()}
+    output.answer({"ok": highest == 0, "adapters": texts})
+    return highest
+
+
+def query_agents(arguments: argparse.Namespace) -> list[AgentStatus]:
+    """Return the status of the selected agents; one that does not answer has an ``error``."""
     return [
         agent
         for agent in control.status()
-        if arguments.adapter in (None, agent["adapter"]) and _reports(agent, arguments.worker)
+        if arguments.adapter in (None, agent["adapter"])
+        and _reports_worker(agent, arguments.worker)
     ]
 
 
-def exit_code(agents: Sequence[Agent]) -> int:
-    """Return 0 if there is an agent, and every one of them is connected."""
+def exit_code(agents: Sequence[AgentStatus]) -> int:
+    """Return 0 if there is at least one agent and every agent is connected, else 1."""
     return 0 if agents and all(agent.get("connected") for agent in agents) else 1
 
 
-def rated(before: Sequence[Agent], now: Sequence[Agent], seconds: float) -> list[Agent]:
-    """Return the agents as they are now, with ``events_per_second`` since the look before."""
+def with_rates(
+    before: Sequence[AgentStatus], now: Sequence[AgentStatus], seconds: float
+) -> list[AgentStatus]:
+    """Return the agents of ``now``, with ``events_per_second`` since the sample ``before``."""
     earlier = {_key(agent): agent.get("produced", 0) for agent in before}
     for agent in now:
         if "produced" in agent:
@@ -100,26 +140,28 @@ def rated(before: Sequence[Agent], now: Sequence[Agent], seconds: float) -> list
     return list(now)
 
 
-def whose(arguments: argparse.Namespace) -> str:
-    """Return which agents were asked for, as it stands after the word "agent"; all is nothing."""
-    adapter = f" of {arguments.adapter}" if arguments.adapter else ""
+def filter_description(arguments: argparse.Namespace) -> str:
+    """Return the selection as it follows the word "agent"; empty when all are selected."""
+    adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
 
 
-def show(output: Output, agents: Sequence[Agent], wanted: str) -> None:
-    """Write the table, or where none of the ``wanted`` was found and what that may mean."""
+def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
+    """Write the table, or that no agent was found and the usual reason."""
     if not agents:
-        hint = "Z4J_HOME of the workers, and their user?"
-        output.say(f"no agent{wanted} runs here: looked in {configuration.home()} ({hint})")
+        output.say(
+            f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "
+            "use the Z4J_HOME and the user of the workers"
+        )
         return
     output.table(COLUMNS, [row(agent) for agent in agents])
 
 
-def row(agent: Agent) -> list[str]:
+def row(agent: AgentStatus) -> list[str]:
     """Return the cells of one agent."""
     name, pid = _title(agent), str(agent["pid"])
     if "error" in agent:
-        hint = "is its process stopped, or its hub blocked?"
+        hint = "is its process stopped, or its event loop blocked?"
         return [name, pid, "", "no answer", "", "", "", "", f"{agent['error']}: {hint}"]
     age = agent["oldest_age_seconds"]
     return [
@@ -128,15 +170,15 @@ def row(agent: Agent) -> list[str]:
         agent["concurrency"],
         _session(agent),
         str(agent["buffered"] + agent["adopting"]),
-        "" if age is None or not agent["buffered"] else span(age),
+        "" if age is None or not agent["buffered"] else format_duration(age),
         f"{agent.get('events_per_second', 0):g}",
         str(agent["acked"]),
         agent["last_error"],
     ]
 
 
-def span(seconds: float) -> str:
-    """Return a time in the unit that fits it: ``12 s``, ``3 min``, ``5 h``, ``2 d``."""
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest unit: ``12 s``, ``3 min``, ``5 h`` or ``2 d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
@@ -144,73 +186,81 @@ def span(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return the values as bars, the largest being the highest."""
+    """Return the values as bars; the highest bar is the largest value."""
     top = max(values, default=0)
     if top <= 0:
         return _BARS[0] * len(values)
     return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in values)
 
 
-class Watch:
-    """Looks again and again, and remembers what it saw."""
+class StatusMonitor:
+    """Refreshes the status until interrupted, with a history of each agent."""
 
     def __init__(self, output: Output, arguments: argparse.Namespace) -> None:
         self._output = output
         self._arguments = arguments
-        self._rates: dict[Any, deque[float]] = {}
-        self._depths: dict[Any, deque[float]] = {}
-        self._last: list[Agent] = []
-        self._looked_at = time.monotonic()
+        self._rates: dict[tuple[str, int], deque[float]] = {}
+        self._depths: dict[tuple[str, int], deque[float]] = {}
+        self._agents: list[AgentStatus] = []
+        self._polled_at = time.monotonic()
 
     def run(self) -> int:
-        """Go on until interrupted; return the exit code of the last look."""
+        """Run until interrupted; return the exit code of the last sample."""
         try:
-            with self._output.live() as update:
+            with self._output.live() as redraw:
                 while True:
-                    self._look()
-                    update(self._draw)
-                    self._output.answer({"ok": exit_code(self._last) == 0, "agents": self._last})
+                    self._poll()
+                    redraw(self._draw)
+                    ok = exit_code(self._agents) == 0
+                    self._output.answer({"ok": ok, "agents": self._agents})
                     time.sleep(self._arguments.watch)
         except KeyboardInterrupt:
-            return exit_code(self._last)
+            return exit_code(self._agents)
 
-    def _look(self) -> None:
-        agents, now = ask(self._arguments), time.monotonic()
-        self._last = rated(self._last, agents, max(now - self._looked_at, 0.001))
-        self._looked_at = now
+    def _poll(self) -> None:
+        agents, now = query_agents(self._arguments), time.monotonic()
+        self._agents = with_rates(self._agents, agents, max(now - self._polled_at, 0.001))
+        self._polled_at = now
         for agent in agents:
-            for history, figure in ((self._rates, "events_per_second"), (self._depths, "buffered")):
-                history.setdefault(_key(agent), deque(maxlen=HISTORY)).append(agent.get(figure, 0))
+            for histories, key in ((self._rates, "events_per_second"), (self._depths, "buffered")):
+                history = histories.setdefault(_key(agent), deque(maxlen=HISTORY_SIZE))
+                history.append(agent.get(key, 0))
 
     def _draw(self) -> None:
-        show(self._output, self._last, whose(self._arguments))
-        for agent in self._last:
+        print_agents(self._output, self._agents, filter_description(self._arguments))
+        for agent in self._agents:
             rates, depths = self._rates[_key(agent)], self._depths[_key(agent)]
             self._output.say(f"{_title(agent)} [{agent['pid']}]")
-            self._output.say(f"  events/s  {sparkline(rates)}  at most {max(rates):g}")
-            self._output.say(f"  buffered  {sparkline(depths)}  at most {max(depths):g}")
+            self._output.say(f"  events/s  {sparkline(rates)}  max {max(rates):g}")
+            self._output.say(f"  buffered  {sparkline(depths)}  max {max(depths):g}")
+
+
+def _running_adapters() -> list[str]:
+    return sorted({client.adapter for client in control.list_clients()})
 
 
 def _interval(text: str) -> float:
-    wrong = argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most 3600")
+    invalid = argparse.ArgumentTypeError(
+        f"{text!r} is not a number of seconds above 0 and at most 3600"
+    )
     try:
         seconds = float(text)
     except ValueError:
-        raise wrong from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - an hour; also refuses NaN
-        raise wrong
+        raise invalid from None
+    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; the form also rejects NaN
+        raise invalid
     return seconds
 
 
-def _key(agent: Agent) -> tuple[str, int]:
+def _key(agent: AgentStatus) -> tuple[str, int]:
     return agent["adapter"], agent["pid"]
 
 
-def _reports(agent: Agent, worker: str | None) -> bool:
+def _reports_worker(agent: AgentStatus, worker: str | None) -> bool:
     return worker is None or worker in workers_of(agent)
 
 
-def _title(agent: Agent) -> str:
+def _title(agent: AgentStatus) -> str:
     names = sorted(workers_of(agent))
     if len(names) == 1:
         return str(names[0])
@@ -219,9 +269,9 @@ def _title(agent: Agent) -> str:
     )
 
 
-def _session(agent: Agent) -> str:
+def _session(agent: AgentStatus) -> str:
     if not agent["connected"]:
         return "not connected"
     since = agent.get("connected_at")
-    age = "" if since is None else f" for {span(datetime.now(UTC).timestamp() - since)}"
+    age = "" if since is None else f" for {format_duration(datetime.now(UTC).timestamp() - since)}"
     return f"{agent['transport']}{age}"

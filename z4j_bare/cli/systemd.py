@@ -1,4 +1,4 @@
-"""What systemd wants to hear from a service of ``Type=notify``; silence where nobody listens."""
+"""The notification protocol of a systemd service with ``Type=notify``."""
 
 from __future__ import annotations
 
@@ -8,33 +8,39 @@ import time
 
 
 class Notifier:
-    """Sends to ``$NOTIFY_SOCKET``; nothing here raises, for an agent does not depend on who started it."""
+    """Sends notifications to ``$NOTIFY_SOCKET``; does nothing without that variable.
+
+    No method raises: the agent must work whatever service manager started it.
+    """
 
     def __init__(self) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "")
-        self._every = _watchdog_seconds()
-        self._barked_at = float("-inf")
+        self._watchdog_seconds = _watchdog_seconds()
+        self._watchdog_sent_at = float("-inf")
         self._status = ""
 
     def ready(self) -> None:
-        """Tell that the agent is up: it captures and buffers, be the brain there or not."""
+        """Report that the agent has started: it captures and buffers even without the brain."""
         self._send("READY=1")
 
     def status(self, text: str) -> None:
-        """Set the line that ``systemctl status`` shows, if it has changed."""
+        """Set the status line of ``systemctl status``, if it has changed."""
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
 
     def alive(self) -> None:
-        """Feed the watchdog, three times in the interval that it allows; call it as often as you like."""
+        """Reset the watchdog's timer; sends three times per watchdog interval however often called.
+
+        systemd restarts the service when no reset arrives within the interval.
+        """
         now = time.monotonic()
-        if self._every and now - self._barked_at >= self._every / 3:
-            self._barked_at = now
+        if self._watchdog_seconds and now - self._watchdog_sent_at >= self._watchdog_seconds / 3:
+            self._watchdog_sent_at = now
             self._send("WATCHDOG=1")
 
-    def stop_event(self) -> None:
-        """Tell that the end has begun."""
+    def stopping(self) -> None:
+        """Report that the shutdown has begun."""
         self._send("STOPPING=1")
 
     def _send(self, text: str) -> None:
@@ -42,14 +48,14 @@ class Notifier:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-                line.sendto(text.encode(), address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), address)
         except OSError:
             pass
 
 
 def _watchdog_seconds() -> float:
-    """Return the seconds that systemd allows between two signs of life of this very process, 0: it does not watch."""
+    """Return the watchdog interval that systemd set for this process; 0 if it set none."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     try:

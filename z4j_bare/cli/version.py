@@ -7,6 +7,7 @@ import platform
 
 from z4j_core.version import PROTOCOL_VERSION
 
+from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
 from z4j_bare.diagnostics.host import installed_versions
 
@@ -18,19 +19,19 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the form."""
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    """Add the options."""
+    configuration.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one line per package that matters and is installed, the protocol and Python."""
+    """Print the versions of the installed packages, of the protocol and of Python; return 0."""
     output = Output(machine=arguments.json)
-    found = {
+    versions = {
         **dict(installed_versions()),
         "protocol": PROTOCOL_VERSION,
         "python": platform.python_version(),
     }
-    for name, number in found.items():
+    for name, number in versions.items():
         output.say(f"{name} {number}")
-    output.answer(found)
+    output.answer(versions)
     return 0

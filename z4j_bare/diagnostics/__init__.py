@@ -1,12 +1,13 @@
-"""Why does it not connect? Probes of this host, of the way to the brain and of the brain, each with its cause and its fix.
+"""Probes that find out why an agent does not connect: this host, the network, the brain.
 
-``z4j-bare doctor`` runs them, and so do the adapters' own doctors, by these names. None starts an agent or writes a
-pidfile.
+Each result names the cause and the fix. ``z4j-bare doctor`` runs all probes; adapters import them
+by these names. A probe neither starts an agent nor writes a pid file.
 """
 
 from __future__ import annotations
 
 from z4j_bare.diagnostics.agents import probe_agents
+from z4j_bare.diagnostics.checks import all_checks, probe_websocket, quick_checks, run_all
 from z4j_bare.diagnostics.host import (
     probe_buffer_path,
     probe_concurrency,
@@ -14,13 +15,11 @@ from z4j_bare.diagnostics.host import (
     probe_versions,
 )
 from z4j_bare.diagnostics.network import probe_dns, probe_tcp, probe_tls
-from z4j_bare.diagnostics.plan import examine, glance, probe_websocket, run_all
 from z4j_bare.diagnostics.result import ProbeResult
 
 __all__ = [
     "ProbeResult",
-    "examine",
-    "glance",
+    "all_checks",
     "probe_agents",
     "probe_buffer_path",
     "probe_concurrency",
@@ -30,5 +29,6 @@ __all__ = [
     "probe_tls",
     "probe_versions",
     "probe_websocket",
+    "quick_checks",
     "run_all",
 ]

@@ -1,4 +1,4 @@
-"""The agents that run here, as they tell it themselves."""
+"""Probe of the agents that run on this host."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from z4j_bare import control
 from z4j_bare.diagnostics.result import ProbeResult, passed, skipped, warned
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
-Agent = dict[str, Any]
+#: An agent's answer to ``status``, with ``adapter`` and ``pid``, or these two and an ``error``.
+AgentStatus = dict[str, Any]
 
 
 def probe_agents(project: str) -> ProbeResult:
-    """Look whether all agents of this ``Z4J_HOME`` answer and are connected, and no worker is reported twice."""
+    """Check that every agent of this ``Z4J_HOME`` answers and is connected.
+
+    It also checks that no two agents report the same worker.
+
+    :param project: agents of other projects are ignored.
+    """
     try:
         found = control.status()
     except OSError as error:
-        return skipped("agents", f"Z4J_HOME cannot be looked into ({error.strerror})")
-    ours = [agent for agent in found if "error" in agent or agent.get("project") == project]
-    if not ours:
-        return passed("agents", "none runs here")
-    pids: Agent = {"pids": [agent["pid"] for agent in ours]}
-    for complaint in (_silent, _doubled, _unconnected):
-        said = complaint(ours)
-        if said is not None:
-            return warned("agents", *said, **pids)
-    return passed("agents", f"{len(ours)} connected", **pids)
+        return skipped("agents", f"cannot read Z4J_HOME ({error.strerror})")
+    agents = [agent for agent in found if "error" in agent or agent.get("project") == project]
+    if not agents:
+        return passed("agents", "no agent is running")
+    pids: dict[str, Any] = {"pids": [agent["pid"] for agent in agents]}
+    for check in (_check_answers, _check_duplicates, _check_connections):
+        problem = check(agents)
+        if problem is not None:
+            return warned("agents", *problem, **pids)
+    return passed("agents", f"{len(agents)} connected", **pids)
 
 
-def doubled(agents: Sequence[Agent]) -> dict[str, list[int]]:
-    """Return the workers that several agents report, with the pids of those."""
+def duplicated_workers(agents: Sequence[AgentStatus]) -> dict[str, list[int]]:
+    """Return the workers that several agents report, with the pids of these agents."""
     reporters: dict[str, list[int]] = {}
     for agent in agents:
         for worker in workers_of(agent):
@@ -38,36 +44,40 @@ def doubled(agents: Sequence[Agent]) -> dict[str, list[int]]:
     return {worker: pids for worker, pids in sorted(reporters.items()) if len(pids) > 1}
 
 
-def _silent(agents: Sequence[Agent]) -> tuple[str, str] | None:
+def _check_answers(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
+    """Return cause and fix if an agent does not answer."""
     silent = [agent for agent in agents if "error" in agent]
     if not silent:
         return None
     cause = "; ".join(
         f"process {agent['pid']} does not answer ({agent['error']})" for agent in silent
     )
-    return cause, "see whether it is stopped, its hub blocked, or another user's"
+    return cause, (
+        "check whether the process is stopped, its event loop is blocked, or another user owns it"
+    )
 
 
-def _doubled(agents: Sequence[Agent]) -> tuple[str, str] | None:
-    twice = doubled(agents)
-    if not twice:
+def _check_duplicates(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
+    """Return cause and fix if several agents report one worker."""
+    duplicates = duplicated_workers(agents)
+    if not duplicates:
         return None
     cause = "; ".join(
         f"{worker} is reported by processes {', '.join(map(str, pids))}"
-        for worker, pids in twice.items()
+        for worker, pids in duplicates.items()
     )
-    return (
-        cause,
-        "each event arrives twice: stop the standalone agent, or take the agent out of the worker",
+    return cause, (
+        "each event arrives twice: stop the standalone agent, or remove the agent from the worker"
     )
 
 
-def _unconnected(agents: Sequence[Agent]) -> tuple[str, str] | None:
-    apart = [agent for agent in agents if not agent.get("connected")]
-    if not apart:
+def _check_connections(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
+    """Return cause and fix if an agent has no session."""
+    unconnected = [agent for agent in agents if not agent.get("connected")]
+    if not unconnected:
         return None
-    told = [
-        f"process {agent['pid']} has no session ({agent.get('last_error') or 'not yet'})"
-        for agent in apart
-    ]
-    return "; ".join(told), "it buffers and tries again; the lines below say what is in its way"
+    cause = "; ".join(
+        f"process {agent['pid']} has no session ({agent.get('last_error') or 'connecting'})"
+        for agent in unconnected
+    )
+    return cause, "it buffers events and retries; the probes below show why it cannot connect"

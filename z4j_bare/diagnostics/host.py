@@ -1,4 +1,4 @@
-"""The host itself: whose package is installed, what is patched, and whether there is a directory for the buffer."""
+"""Probes of this host: the installed package, monkey-patching, the buffer's directory."""
 
 from __future__ import annotations
 
@@ -11,67 +11,64 @@ from pathlib import Path
 from typing import Any
 
 import z4j_bare
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import choose, detect
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 from z4j_bare.errors import HostConfigurationError, LocalStorageError
 
-#: What our versions say after the plus sign.
-MARK = "+green."
+#: Local version label of this package's releases.
+VERSION_LABEL = "+green."
 
-#: The task queues that z4j knows.
+#: Task queues that z4j has adapters for.
 ENGINES = ("celery", "rq", "dramatiq", "huey", "arq", "taskiq")
 
-#: Packages whose versions a report is incomplete without.
+#: Packages whose versions a bug report needs.
 PACKAGES = ("z4j-bare", "z4j-core", "gevent", "eventlet", "websocket-client", *ENGINES)
 
-#: Bytes of room under which a buffer of the usual size would fill the disk.
-LITTLE_ROOM = 256 * 1024 * 1024
+#: Bytes of free disk space below which a buffer of the default size (256 MiB) can fill the disk.
+MIN_FREE_BYTES = 256 * 1024 * 1024
 
 
-def probe_package(found: Sequence[Distribution] | None = None) -> ProbeResult:
-    """Tell whether the ``z4j_bare`` in use is this one, and the only one installed.
+def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResult:
+    """Check that this package, and no other release of z4j-bare, is installed.
 
-    :param found: the distributions to look among; default: everything on ``sys.path``.
+    :param installed: the distributions to search; default: those on ``sys.path``.
     """
-    ours = [
-        each for each in (distributions() if found is None else found) if _name(each) == "z4j-bare"
+    found = [
+        each
+        for each in (distributions() if installed is None else installed)
+        if _name(each) == "z4j-bare"
     ]
-    fix = "pip install --force-reinstall 'z4j-bare==<version>+green.<n>', and pin it in a constraints file"
-    versions = sorted({each.version for each in ours})
+    versions = sorted({each.version for each in found})
+    if not found:
+        problem = "z4j-bare is not installed: its files are on the path, but not its metadata"
+    elif len(versions) > 1:
+        problem = f"several releases are installed side by side ({', '.join(versions)})"
+    elif VERSION_LABEL not in versions[0]:
+        problem = f"z4j-bare {versions[0]} is the asyncio agent, not this one"
+    else:
+        problem = ""
     details = {"versions": versions, "path": str(Path(z4j_bare.__file__).parent)}
-    if not ours:
-        return failed(
-            "package",
-            "z4j-bare is not installed: its files lie on the path without metadata",
-            fix,
-            **details,
+    if problem:
+        fix = (
+            "pip install --force-reinstall 'z4j-bare==<version>+green.<n>', "
+            "and pin it in a constraints file"
         )
-    if len(versions) > 1:
-        return failed(
-            "package",
-            f"several releases are installed side by side ({', '.join(versions)})",
-            fix,
-            **details,
-        )
-    if MARK not in versions[0]:
-        return failed(
-            "package", f"z4j-bare {versions[0]} is the asyncio agent, not this one", fix, **details
-        )
+        return failed("package", problem, fix, **details)
     return passed("package", f"z4j-bare {versions[0]}", **details)
 
 
 def probe_versions() -> ProbeResult:
-    """List what is installed; it cannot fail."""
-    found = dict(installed_versions())
+    """List the installed versions. This probe cannot fail."""
+    packages = dict(installed_versions())
     python = platform.python_version()
-    text = ", ".join(f"{name} {number}" for name, number in found.items() if name != "z4j-bare")
-    return passed("versions", f"Python {python}, {text}", python=python, packages=found)
+    text = ", ".join(f"{name} {number}" for name, number in packages.items() if name != "z4j-bare")
+    return passed("versions", f"Python {python}, {text}", python=python, packages=packages)
 
 
 def installed_versions() -> Iterator[tuple[str, str]]:
-    """Yield name and version of each package that matters and is installed, adapters included."""
+    """Yield name and version of each installed package in :data:`PACKAGES` and each adapter."""
     adapters = sorted(
         {_name(each) for each in distributions() if _name(each).startswith("z4j-")} - set(PACKAGES)
     )
@@ -83,65 +80,72 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 
 def probe_concurrency(setting: str = "auto") -> ProbeResult:
-    """Tell what carries the agent in this process, and whether it is patched by half."""
+    """Check which backend the agent would use here, and whether monkey-patching is complete.
+
+    :param setting: value of ``Z4J_CONCURRENCY``.
+    """
     found = detect()
     details: dict[str, Any] = {
         "library": found.library,
         "thread": found.thread,
         "socket": found.socket,
     }
-    fix = f"call {found.library or 'gevent'}'s full monkey patch before anything else is imported"
     if found.outcome == "partial":
-        done, left = ("threads", "sockets") if found.thread else ("sockets", "threads")
-        return failed(
-            "concurrency", f"{found.library} has patched {done} but not {left}", fix, **details
-        )
+        patched, missing = ("threads", "sockets") if found.thread else ("sockets", "threads")
+        cause = f"{found.library} has patched {patched} but not {missing}"
+        fix = f"call {found.library}'s full monkey patch before any other import"
+        return failed("concurrency", cause, fix, **details)
     try:
         name = choose(setting, found)
     except HostConfigurationError as error:
         return failed("concurrency", str(error), "set Z4J_CONCURRENCY to auto", **details)
-    how = (
+    reason = (
         "nothing is patched"
         if found.outcome == "none"
         else f"{found.library} has patched threads and sockets"
     )
-    return passed("concurrency", f"{name}: {how}", chosen=name, **details)
+    return passed("concurrency", f"{name}: {reason}", chosen=name, **details)
 
 
 def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
-    """Make a real store in the buffer's directory, and remove it."""
+    """Create a store in the buffer's directory, remove it, and check the free disk space.
+
+    :param buffer_path: path of the buffer; only its directory is used.
+    """
     directory = Path(buffer_path).parent
     try:
-        directory = paths.absolute(buffer_path).parent
-        BufferStore(paths.new_store_path(buffer_path), deployment="doctor").close()
+        directory = files.absolute(buffer_path).parent
+        BufferStore(files.new_store_path(buffer_path), deployment="doctor").close()
     except LocalStorageError as error:
-        return _no_buffer(directory, error)
-    room = shutil.disk_usage(directory).free
-    details = {"path": str(directory), "free_bytes": room}
-    if room < LITTLE_ROOM:
-        fix = "make room, or lower Z4J_BUFFER_MAX_BYTES"
-        return warned("buffer_path", f"{directory} has {room >> 20} MiB left", fix, **details)
-    return passed("buffer_path", f"{directory} takes a buffer", **details)
+        return _unusable_directory(directory, error)
+    free = shutil.disk_usage(directory).free
+    details = {"path": str(directory), "free_bytes": free}
+    if free < MIN_FREE_BYTES:
+        fix = "free disk space, or lower Z4J_BUFFER_MAX_BYTES"
+        cause = f"only {free >> 20} MiB are free in {directory}"
+        return warned("buffer_path", cause, fix, **details)
+    return passed("buffer_path", f"a buffer can be created in {directory}", **details)
 
 
-def _no_buffer(directory: Path, error: LocalStorageError) -> ProbeResult:
-    other = next(
-        (place for place in paths.candidate_directories(directory / "x")[1:] if _serves(place)),
-        None,
-    )
-    fix = f"point Z4J_HOME at a directory of uid {os.geteuid()} alone, writable, on a local file system"
+def _unusable_directory(directory: Path, error: LocalStorageError) -> ProbeResult:
+    candidates = files.candidate_directories(directory / "x")[1:]
+    fallback = next((each for each in candidates if _is_usable(each)), None)
     details = {
         "path": str(directory),
         "uid": os.geteuid(),
-        "fallback": str(other or ""),
-        "fallback_writable": bool(other),
+        "fallback": str(fallback or ""),
+        "fallback_writable": bool(fallback),
     }
+    fix = (
+        "set Z4J_HOME to a directory on a local file system "
+        f"that only uid {os.geteuid()} can read and write"
+    )
     return failed("buffer_path", str(error), fix, **details)
 
 
-def _serves(place: Path) -> bool:
+def _is_usable(directory: Path) -> bool:
     try:
-        BufferStore(paths.new_store_path(place / "x"), deployment="doctor").close()
+        BufferStore(files.new_store_path(directory / "x"), deployment="doctor").close()
     except LocalStorageError:
         return False
     return True

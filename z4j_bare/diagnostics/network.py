@@ -1,4 +1,4 @@
-"""The way to the brain, layer by layer: its name, its port, its certificate."""
+"""Probes of the network between this host and the brain: DNS, TCP, TLS."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ if TYPE_CHECKING:
 
 _PORTS = {"http": 80, "https": 443}
 
-#: Days of a certificate's life that are few enough to speak of.
-FEW_DAYS = 14
+#: Days before a certificate's expiry from which the probe warns.
+EXPIRY_WARNING_DAYS = 14
 
-#: OpenSSL's verification codes, by what they mean for whoever has to repair it.
-_EXPIRED, _NOT_YET = 10, 9
-_UNKNOWN_CA = frozenset({2, 18, 19, 20, 21, 27})
-_OTHER_NAME = frozenset({62, 64})
+#: The fix for an invalid ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` or ``Z4J_CLIENT_KEY``.
+FIX_PEM_FILE = "set it to a PEM file that exists and contains certificates"
+
+#: Verification codes of OpenSSL, grouped by the fix.
+_EXPIRED, _NOT_YET_VALID = 10, 9
+_UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
+_WRONG_NAME = frozenset({62, 64})
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The brain's address, and the proxy that leads there, if the environment names one."""
+    """The brain's address, and the proxy that the environment names for it."""
 
     scheme: str
     host: str
@@ -42,161 +45,157 @@ class Target:
 
     @property
     def first_hop(self) -> tuple[str, int]:
-        """Whom this host talks to: the proxy, or the brain."""
+        """Host and port that this host connects to: those of the proxy, or of the brain."""
         if self.proxy is None:
             return self.host, self.port
         return self.proxy.hostname or "", self.proxy.port or _PORTS.get(self.proxy.scheme, 80)
 
     @property
     def setting(self) -> str:
-        """The setting that names the first hop."""
+        """Name of the variable that sets the first hop."""
         return "Z4J_BRAIN_URL" if self.proxy is None else f"{self.scheme.upper()}_PROXY"
 
     @property
-    def through(self) -> str:
-        """How to mention the proxy; empty without one, and never with its password."""
-        return (
-            ""
-            if self.proxy is None
-            else f" through the proxy {self.first_hop[0]}:{self.first_hop[1]}"
-        )
+    def via_proxy(self) -> str:
+        """The proxy as messages name it, without its password; empty without a proxy."""
+        if self.proxy is None:
+            return ""
+        return f" through the proxy {self.first_hop[0]}:{self.first_hop[1]}"
 
 
-def target_of(brain_url: str) -> Target:
-    """Return the target of an address. Raises ``HostConfigurationError`` for one that is none."""
+def parse_target(brain_url: str) -> Target:
+    """Return the target of an address. Raises ``HostConfigurationError`` if it is invalid."""
     try:
         parts = urlsplit(brain_url)
         port = parts.port or _PORTS.get(parts.scheme, 0)
     except ValueError as error:
         raise HostConfigurationError(
-            f"Z4J_BRAIN_URL={brain_url!r} is not an address: {error}"
+            f"Z4J_BRAIN_URL={brain_url!r} is not a valid address: {error}"
         ) from None
     if not parts.hostname or not port:
-        raise HostConfigurationError(f"Z4J_BRAIN_URL={brain_url!r} is not an http(s) address")
+        raise HostConfigurationError(
+            f"Z4J_BRAIN_URL={brain_url!r} is not an address of the form https://HOST[:PORT]"
+        )
     proxy = None if proxy_bypass(parts.netloc) else getproxies_environment().get(parts.scheme)
     try:
-        return Target(parts.scheme, parts.hostname, port, _proxy_parts(proxy))
+        return Target(parts.scheme, parts.hostname, port, _parse_proxy(proxy))
     except ValueError as error:
         raise HostConfigurationError(
-            f"{parts.scheme.upper()}_PROXY is not an address: {describe_error(error)}"
+            f"{parts.scheme.upper()}_PROXY is not a valid address: {describe_error(error)}"
         ) from None
 
 
-def _proxy_parts(proxy: str | None) -> SplitResult | None:
+def _parse_proxy(proxy: str | None) -> SplitResult | None:
     if not proxy:
         return None
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if not parts.hostname:
-        raise ValueError("it names no host")
-    _ = parts.port  # raises for one that is no number
+        raise ValueError("it contains no host name")
+    _ = parts.port  # raises ValueError if it is not a number
     return parts
 
 
 def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
-    """Look up the name of the brain, or of the proxy that will do so, in at most ``timeout`` seconds."""
-    target = target_of(brain_url)
+    """Resolve the host name of the brain, or of the proxy.
+
+    :param timeout: seconds for the answer.
+    """
+    target = parse_target(brain_url)
     host = target.first_hop[0]
-    found: list[Any] = []
-    # A thread of its own: the C library waits for dead name servers as long as it pleases.
-    asking = threading.Thread(target=_look_up, args=(host, found), name="z4j-dns", daemon=True)
-    asking.start()
-    asking.join(timeout)
-    if not found:
+    answers: list[list[str] | Exception] = []
+    # A separate thread, because getaddrinfo has no timeout.
+    thread = threading.Thread(target=_resolve, args=(host, answers), name="z4j-dns", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not answers:
         fix = "check this host's name servers (/etc/resolv.conf)"
-        return failed(
-            "dns", f"no name server answered for {host} within {timeout:g} s", fix, host=host
-        )
-    if isinstance(found[0], Exception):
+        cause = f"no name server answered for {host} within {timeout:g} s"
+        return failed("dns", cause, fix, host=host)
+    answer = answers[0]
+    if isinstance(answer, Exception):
         fix = f"check the host name in {target.setting}, and this host's name servers"
-        number = getattr(found[0], "errno", None)
-        return failed(
-            "dns", f"{host} is not a known name ({describe_error(found[0])})", fix, host=host, errno=number
-        )
-    return passed(
-        "dns", f"{host} is {', '.join(found[0])}{target.through}", host=host, addresses=found[0]
-    )
+        number = getattr(answer, "errno", None)
+        cause = f"cannot resolve {host} ({describe_error(answer)})"
+        return failed("dns", cause, fix, host=host, errno=number)
+    text = f"{host} resolves to {', '.join(answer)}{target.via_proxy}"
+    return passed("dns", text, host=host, addresses=answer)
 
 
-def _look_up(host: str, found: list[Any]) -> None:
+def _resolve(host: str, answers: list[list[str] | Exception]) -> None:
     try:
-        found.append(
-            sorted(
-                {
-                    str(each[4][0])
-                    for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-                }
-            )
-        )
-    except Exception as error:  # eventlet's resolver has errors of its own
-        found.append(error)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        answers.append(sorted({str(each[4][0]) for each in found}))
+    except Exception as error:  # eventlet's resolver raises exceptions of its own
+        answers.append(error)
 
 
 def probe_tcp(brain_url: str, timeout: float = 5.0) -> ProbeResult:
-    """Connect to the brain's port, or the proxy's."""
-    target = target_of(brain_url)
+    """Connect to the port of the brain, or of the proxy.
+
+    :param timeout: seconds for the connection.
+    """
+    target = parse_target(brain_url)
     host, port = target.first_hop
-    where: dict[str, Any] = {"host": host, "port": port}
+    address: dict[str, Any] = {"host": host, "port": port}
     began = time.monotonic()
     try:
         with closing(socket.create_connection((host, port), timeout)):
             pass
     except TimeoutError:
-        fix = "look for a firewall or a security group between here and there"
-        return failed(
-            "tcp", f"{host}:{port} does not answer within {timeout:g} s", fix, errno=None, **where
-        )
+        cause = f"{host}:{port} does not answer within {timeout:g} s"
+        fix = "check whether a firewall or a security group blocks the connection"
+        return failed("tcp", cause, fix, errno=None, **address)
     except ConnectionRefusedError as error:
-        fix = f"check the port in {target.setting}, and whether the brain runs"
-        return failed("tcp", f"nobody listens on {host}:{port}", fix, errno=error.errno, **where)
+        cause = f"{host}:{port} refuses the connection"
+        fix = f"check the port in {target.setting}, and whether the brain is running"
+        return failed("tcp", cause, fix, errno=error.errno, **address)
     except OSError as error:
+        cause = f"cannot connect to {host}:{port} ({describe_error(error)})"
         fix = f"check {target.setting} and this host's routes"
-        return failed(
-            "tcp",
-            f"{host}:{port} cannot be reached ({describe_error(error)})",
-            fix,
-            errno=error.errno,
-            **where,
-        )
-    took = (time.monotonic() - began) * 1000
-    return passed("tcp", f"connected to {host}:{port} in {took:.1f} ms", **where)
+        return failed("tcp", cause, fix, errno=error.errno, **address)
+    milliseconds = (time.monotonic() - began) * 1000
+    return passed("tcp", f"connected to {host}:{port} in {milliseconds:.1f} ms", **address)
 
 
-def probe_tls(brain_url: str, timeout: float = 5.0, context: Any = None) -> ProbeResult:
-    """Shake hands under TLS as the agent would, and look at the certificate.
+def probe_tls(
+    brain_url: str, timeout: float = 5.0, context: ssl.SSLContext | None = None
+) -> ProbeResult:
+    """Perform the TLS handshake with the agent's settings and check the certificate.
 
-    :param context: an ``ssl.SSLContext``; without it, the one that ``Z4J_CA_BUNDLE`` and its like make.
+    :param timeout: seconds for the handshake.
+    :param context: default: the context that ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` and
+        ``Z4J_CLIENT_KEY`` define.
     """
-    target = target_of(brain_url)
+    target = parse_target(brain_url)
     if target.scheme != "https":
         return skipped("tls", "the address is plain http")
     import ssl
 
-    where: dict[str, Any] = {"host": target.host, "port": target.port}
+    address: dict[str, Any] = {"host": target.host, "port": target.port}
     try:
-        certificate, version = _shake_hands(target, context or _context(), timeout)
+        certificate, version = _handshake(target, context or _default_context(), timeout)
     except HostConfigurationError as error:
-        return failed(
-            "tls", str(error), "name a PEM file that exists and holds certificates", **where
-        )
+        return failed("tls", str(error), FIX_PEM_FILE, **address)
     except ssl.SSLCertVerificationError as error:
-        return failed("tls", *_verdict(target, error), verify_message=error.verify_message, **where)
+        cause, fix = _certificate_problem(target, error)
+        return failed("tls", cause, fix, verify_message=error.verify_message, **address)
     except ssl.SSLError as error:
-        fix = "check scheme and port in Z4J_BRAIN_URL: does the brain's port speak http, or want a client certificate?"
-        return failed(
-            "tls", f"no TLS with {target.host}:{target.port} ({describe_error(error)})", fix, **where
+        cause = f"no TLS with {target.host}:{target.port} ({describe_error(error)})"
+        fix = (
+            "check scheme and port in Z4J_BRAIN_URL: "
+            "does the port speak plain http, or require a client certificate?"
         )
+        return failed("tls", cause, fix, **address)
     except (OSError, HTTPException) as error:
-        fix = f"check {target.setting}, and what stands between here and there"
-        return failed(
-            "tls",
-            f"the line broke during the handshake{target.through} ({describe_error(error)})",
-            fix,
-            **where,
+        cause = (
+            f"the connection broke during the handshake{target.via_proxy} ({describe_error(error)})"
         )
-    return _dated(certificate, version, where)
+        fix = f"check {target.setting}, and any proxy or firewall on the way"
+        return failed("tls", cause, fix, **address)
+    return _check_expiry(certificate, version, address)
 
 
-def _context() -> ssl.SSLContext:
+def _default_context() -> ssl.SSLContext:
     from z4j_bare.settings import load_settings
     from z4j_bare.transport.endpoint import tls_context
 
@@ -207,7 +206,10 @@ def _context() -> ssl.SSLContext:
     return context
 
 
-def _shake_hands(target: Target, context: Any, timeout: float) -> tuple[dict[str, Any], str]:
+def _handshake(
+    target: Target, context: ssl.SSLContext, timeout: float
+) -> tuple[dict[str, Any], str]:
+    """Return the certificate's fields and the TLS version."""
     host, port = target.first_hop
     connection: HTTPConnection = HTTPSConnection(host, port, timeout=timeout, context=context)
     if target.proxy is not None:
@@ -225,54 +227,52 @@ def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
-def _verdict(target: Target, error: ssl.SSLCertVerificationError) -> tuple[str, str]:
-    """Return cause and fix of a certificate that was refused."""
+def _certificate_problem(target: Target, error: ssl.SSLCertVerificationError) -> tuple[str, str]:
+    """Return cause and fix for a certificate that failed verification."""
+    certificate = f"the certificate of {target.host}"
     code = error.verify_code
     if code == _EXPIRED:
         return (
-            f"the certificate of {target.host} has expired",
-            "renew it, or set this host's clock if it is ahead",
+            f"{certificate} has expired",
+            "renew it; if it has not expired, correct this host's clock",
         )
-    if code == _NOT_YET:
+    if code == _NOT_YET_VALID:
         return (
-            f"the certificate of {target.host} is not valid yet",
-            "set this host's clock (NTP), or wait",
+            f"{certificate} is not valid yet",
+            "correct this host's clock (NTP), or wait until the certificate is valid",
         )
-    if code in _UNKNOWN_CA:
-        cause = f"the certificate of {target.host} comes from an authority unknown to this host ({error.verify_message})"
+    if code in _UNKNOWN_AUTHORITY:
+        cause = f"{certificate} was issued by an unknown authority ({error.verify_message})"
+        fix = "set Z4J_CA_BUNDLE to a PEM file with the certificate of the (private?) authority"
+        return cause, fix
+    if code in _WRONG_NAME:
         return (
-            cause,
-            "set Z4J_CA_BUNDLE to a PEM file with that authority's certificate (a private or company CA?)",
-        )
-    if code in _OTHER_NAME:
-        return (
-            f"the certificate is not for {target.host}",
-            "use the name that the certificate bears in Z4J_BRAIN_URL",
+            f"the certificate is not valid for {target.host}",
+            "use a host name of the certificate in Z4J_BRAIN_URL",
         )
     return (
-        f"the certificate of {target.host} is refused ({error.verify_message})",
-        "have the brain's certificate mended",
+        f"{certificate} failed verification ({error.verify_message})",
+        "replace the brain's certificate",
     )
 
 
-def _dated(certificate: dict[str, Any], version: str, where: dict[str, Any]) -> ProbeResult:
+def _check_expiry(
+    certificate: dict[str, Any], version: str, address: dict[str, Any]
+) -> ProbeResult:
     import ssl
 
-    until = str(certificate.get("notAfter", ""))
-    days = int((ssl.cert_time_to_seconds(until) - time.time()) // 86400) if until else None
+    not_after = str(certificate.get("notAfter", ""))
+    seconds = ssl.cert_time_to_seconds(not_after) - time.time() if not_after else None
+    days = None if seconds is None else int(seconds // 86400)
     names = dict(pair for group in certificate.get("subject", ()) for pair in group)
     details = {
-        **where,
+        **address,
         "tls_version": version,
         "cn": names.get("commonName", ""),
-        "not_after": until,
+        "not_after": not_after,
         "days_left": days,
     }
-    if days is not None and days < FEW_DAYS:
-        return warned(
-            "tls",
-            f"{version}, but the certificate expires in {days} days",
-            "have it renewed",
-            **details,
-        )
-    return passed("tls", f"{version}, the certificate is good for {days} more days", **details)
+    if days is not None and days < EXPIRY_WARNING_DAYS:
+        cause = f"{version}, but the certificate expires in {days} days"
+        return warned("tls", cause, "renew the brain's certificate", **details)
+    return passed("tls", f"{version}, the certificate is valid for {days} more days", **details)

@@ -1,8 +1,9 @@
-"""The brain itself: its health, its clock, the token, WebSocket, a signed frame.
+"""Probes of the brain: its health, its clock, the agent's token, WebSocket, a signed frame.
 
-Nothing here says ``hello``: that would overwrite what the brain knows of the agent's engines, and take the commands that
-wait for it. The token is shown on the long-poll routes, whose probe claims no command, and what goes over WebSocket is
-refused by its form, which comes after the token and before anything is stored (``brain-contract`` 1.2, 3.3).
+No probe sends a ``hello``: it would overwrite the engines that the brain has recorded for the agent
+and claim the agent's pending commands. The token is checked on the long-poll routes, with a request
+that claims no command. The message sent over WebSocket is invalid, so the brain rejects it after it
+has checked the token and before it stores anything (``docs/protocol.md``, Hello and Long-poll).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
 from z4j_bare.errors import (
@@ -34,255 +35,244 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
     from z4j_bare.transport.http import Response
+    from z4j_bare.transport.longpoll import LongPollTransport
 
-#: Seconds of difference between the clocks that are worth a word; ``close_codes.MAX_CLOCK_SKEW`` is where they break signatures.
-NOTABLE = 5.0
+#: Seconds of clock difference from which the probe warns. It fails from ``close_codes.MAX_CLOCK_SKEW``, where
+#: the brain rejects signatures.
+SKEW_WARNING = 5.0
 
-#: A message that is no ``hello``: the brain closes with this code, if it likes the token.
-_NO_HELLO = b"{}"
-_UNREADABLE = 4400
+#: A message that is not a ``hello``. The brain closes the connection with ``_NOT_A_HELLO`` after it
+#: has accepted the token.
+_INVALID_HELLO = b"{}"
+_NOT_A_HELLO = 4400
 
-#: How the brain calls a project that is no more.
+#: Words by which the brain's error names an archived project.
 _ARCHIVED = ("archive", "inactive", "not active")
+
+_UNAUTHORIZED, _FORBIDDEN = 401, 403
+
+
+class ProbeStep(NamedTuple):
+    """A probe, and the name of the probe without whose success it is skipped."""
+
+    name: str
+    requires: str
+    run: Callable[[], ProbeResult]
 
 
 class BrainProbe:
-    """Asks one brain, in an order in which each answer rests on the one before.
+    """Probes one brain. Call the methods in the order of :func:`brain_steps`, ``close`` at the end.
 
-    Raises ``HostConfigurationError`` for settings that cannot work.
+    Raises ``HostConfigurationError`` for invalid settings.
+
+    :param timeout: seconds for each answer of the brain.
     """
 
     def __init__(
         self, config: Config, settings: Settings, backend: BaseConcurrency, timeout: float = 5.0
     ) -> None:
-        wish = settings.transport if settings.transport != "auto" else config.transport
+        preference = settings.transport if settings.transport != "auto" else config.transport
         self._config = config
         self._settings = settings
         self._backend = backend
         self._timeout = timeout
-        self._routes = TransportFactory(
+        self._preference = preference
+        self._transports = TransportFactory(
             str(config.brain_url),
-            wish,
+            preference,
             lambda: read_token(config, settings),
             settings,
             backend,
             dev_mode=config.dev_mode,
         )
-        self._date: str | None = None
-        self._asked_at = 0.0
+        self._brain_date: str | None = None
+        self._brain_date_at = 0.0
         self._skew: float | None = None
-        self._line: Any = None
-        self._welcome = b""
+        self._longpoll: LongPollTransport | None = None
+        self._hello_ack = b""
 
     def close(self) -> None:
-        """Release what is open."""
-        if self._line is not None:
-            self._line.close()
+        """Close the connections."""
+        if self._longpoll is not None:
+            self._longpoll.close()
         self._backend.close()
 
     def health(self) -> ProbeResult:
-        """Ask the brain's health route."""
+        """Request the brain's health route."""
         began = self._backend.wall()
         try:
-            answer = self._routes.health(self._timeout)
+            answer = self._transports.health(self._timeout)
         except NetworkError as error:
-            return failed(
-                "http",
-                str(error),
-                "see whether a proxy or a firewall cuts the connection, and the brain's log",
-            )
-        self._asked_at, self._date = (began + self._backend.wall()) / 2, answer.headers.get("Date")
+            fix = "check the brain's log, and whether a proxy or a firewall cuts the connection"
+            return failed("http", str(error), fix)
+        self._brain_date = answer.headers.get("Date")
+        self._brain_date_at = (began + self._backend.wall()) / 2
         if answer.status != 200:  # noqa: PLR2004 - HTTP
-            return failed("http", *_unhealthy(answer), status=answer.status)
+            cause, fix = _health_problem(answer)
+            return failed("http", cause, fix, status=answer.status)
         if not _is_brain(answer.body):
-            fix = "point Z4J_BRAIN_URL at the brain itself (a captive portal, another service?)"
-            return failed(
-                "http", "what answers the health route is no brain", fix, status=answer.status
-            )
+            cause = "the health route is not answered by a brain"
+            fix = "set Z4J_BRAIN_URL to the brain's address (is it a captive portal's?)"
+            return failed("http", cause, fix, status=answer.status)
         return passed("http", "the brain is healthy", status=answer.status)
 
     def clock(self) -> ProbeResult:
-        """Compare this host's clock with the brain's, as its health route told it; call ``health`` before."""
+        """Compare this host's clock with the brain's; requires :meth:`health`."""
         try:
-            stamp = parsedate_to_datetime(self._date or "").timestamp()
+            brain_time = parsedate_to_datetime(self._brain_date or "").timestamp()
         except (ValueError, TypeError):
-            return skipped("clock", "the brain's answer has no date")
-        skew = stamp + 0.5 - self._asked_at  # the header has whole seconds
+            return skipped("clock", "the brain's answer has no Date header")
+        skew = brain_time + 0.5 - self._brain_date_at  # the header has whole seconds
         self._skew = skew
-        way = "behind" if skew > 0 else "ahead of"
+        direction = "behind" if skew > 0 else "ahead of"
         details = {"skew_seconds": round(skew, 1)}
+        cause = f"this host's clock is {abs(skew):.0f} s {direction} the brain's"
         if abs(skew) > close_codes.MAX_CLOCK_SKEW:
-            cause = f"this host's clock is {abs(skew):.0f} s {way} the brain's, which allows 60"
-            return failed(
-                "clock",
-                cause,
-                "set it: run NTP (chrony, systemd-timesyncd) on both hosts",
-                **details,
+            cause += "; the brain rejects signatures from 60 s"
+            fix = "run NTP (chrony, systemd-timesyncd) on both hosts"
+            return failed("clock", cause, fix, **details)
+        if abs(skew) > SKEW_WARNING:
+            fix = (
+                "run NTP (chrony, systemd-timesyncd) on both hosts; "
+                "the brain rejects signatures from 60 s"
             )
-        if abs(skew) > NOTABLE:
-            cause = f"this host's clock is {abs(skew):.0f} s {way} the brain's"
-            return warned(
-                "clock",
-                cause,
-                "run NTP (chrony, systemd-timesyncd); at 60 s signatures are refused",
-                **details,
-            )
-        return passed("clock", f"agrees with the brain's to {max(1.0, abs(skew)):.0f} s", **details)
-
-    def token(self) -> ProbeResult:
-        """Show the token where no command is claimed and nothing is stored."""
-        self._line = self._routes.longpoll()
-        try:
-            self._welcome = self._line.connect(silent_hello())
-        except HostConfigurationError as error:
-            return failed(
-                "token",
-                str(error),
-                "have the file hold the token that the brain minted, readable by this user",
-            )
-        except AgentError as error:
-            return self._token_refused(error)
-        return passed("token", "the brain knows it, and its project is active")
-
-    def websocket(self) -> ProbeResult:
-        """Upgrade to WebSocket and have a message answered."""
-        if self._routes.policy.preference == LONGPOLL:
-            return skipped("websocket", "Z4J_TRANSPORT is longpoll")
-        try:
-            code, text = self._refused_message()
-        except NetworkError as error:
-            fix = "let Upgrade and Connection pass (nginx: proxy_http_version 1.1), or set Z4J_TRANSPORT=longpoll"
-            return failed(
-                "websocket", f"no WebSocket gets through: {error}", fix, status=error.code
-            )
-        if code == _UNREADABLE:
-            return passed(
-                "websocket", "gets through in both directions", remote_connection_verified=True
-            )
-        return failed(
-            "websocket",
-            f"the brain closed with {code}",
-            text,
-            code=code,
-            remote_connection_verified=True,
+            return warned("clock", cause, fix, **details)
+        return passed(
+            "clock", f"within {max(1.0, abs(skew)):.0f} s of the brain's clock", **details
         )
 
-    def signature(self) -> ProbeResult:
-        """Send an empty batch that is signed with the project's key; call ``token`` before."""
+    def token(self) -> ProbeResult:
+        """Check the token with a request that claims no command and stores nothing."""
+        self._longpoll = self._transports.longpoll()
         try:
-            session = Session(
-                parse_hello_ack(self._welcome), read_key(self._config, self._settings)
-            )
+            self._hello_ack = self._longpoll.connect(unsent_hello())
         except HostConfigurationError as error:
-            return failed(
-                "signature",
-                str(error),
-                "copy the hmac_secret that the brain showed when the agent was minted",
-            )
-        except RemoteError as error:
-            return failed(
-                "signature", str(error), "see whether Z4J_BRAIN_URL is the brain's own address"
-            )
-        identity = frames.frame_id("ev")
+            fix = "store the agent's token in that file, readable by this user"
+            return failed("token", str(error), fix)
+        except AgentError as error:
+            return self._token_problem(error)
+        return passed("token", "the brain accepts the token, and the project is active")
+
+    def websocket(self) -> ProbeResult:
+        """Upgrade to WebSocket and exchange one message."""
+        if self._preference == LONGPOLL:
+            return skipped("websocket", "Z4J_TRANSPORT is longpoll")
         try:
-            self._line.send(
-                lambda: session.sign(
-                    "event_batch", identity, frames.event_batch([]), self._backend.wall()
-                )
+            code, text = self._rejection_of_invalid_hello()
+        except NetworkError as error:
+            cause = f"WebSocket is blocked: {error}"
+            fix = (
+                "let the proxy pass the Upgrade and Connection headers "
+                "(nginx: proxy_http_version 1.1), or set Z4J_TRANSPORT=longpoll"
+            )
+            return failed("websocket", cause, fix, status=error.code)
+        details = {"remote_connection_verified": True}
+        if code == _NOT_A_HELLO:
+            return passed("websocket", "messages pass in both directions", **details)
+        cause = f"the brain closed the connection with code {code}"
+        return failed("websocket", cause, text, code=code, **details)
+
+    def signature(self) -> ProbeResult:
+        """Send an empty event batch, signed with the project's key; requires :meth:`token`."""
+        try:
+            key = read_key(self._config, self._settings)
+            session = Session(parse_hello_ack(self._hello_ack), key)
+        except HostConfigurationError as error:
+            fix = "copy the hmac_secret that the brain showed when the agent was created"
+            return failed("signature", str(error), fix)
+        except RemoteError as error:
+            fix = "check that Z4J_BRAIN_URL is the brain's own address"
+            return failed("signature", str(error), fix)
+        frame_id, batch = frames.frame_id("ev"), frames.event_batch([])
+        assert self._longpoll is not None  # noqa: S101 - set by token()
+        try:
+            self._longpoll.send(
+                lambda: session.sign("event_batch", frame_id, batch, self._backend.wall())
             )
         except AuthenticationRejectedError as error:
-            return self._signature_refused(error)
+            return self._signature_problem(error)
         except (RemoteError, NetworkError, FrameTooLargeError) as error:
-            return failed(
-                "signature",
-                f"the brain did not take a signed frame: {error}",
-                "see the brain's log for why",
-            )
+            cause = f"the brain did not accept a signed frame: {error}"
+            return failed("signature", cause, "the brain's log has the reason")
         return passed(
             "signature",
-            "a signed frame was verified and acknowledged",
+            "the brain verified and acknowledged a signed frame",
             remote_authentication_verified=True,
         )
 
-    def _token_refused(self, error: AgentError) -> ProbeResult:
+    def _token_problem(self, error: AgentError) -> ProbeResult:
         code, text = getattr(error, "code", None), str(error)
-        if code == 403 and any(word in text.partition("(")[2].lower() for word in _ARCHIVED):  # noqa: PLR2004 - HTTP
+        answer = text.partition("(")[2].lower()
+        if code == _FORBIDDEN and any(word in answer for word in _ARCHIVED):
             cause = f"the project {self._config.project_id} is archived"
-            return failed(
-                "token",
-                cause,
-                "restore it in the brain, or mint an agent in another project",
-                status=code,
-            )
-        if code == 401:  # noqa: PLR2004 - HTTP
+            fix = "restore it in the brain, or create an agent in another project"
+            return failed("token", cause, fix, status=code)
+        if code == _UNAUTHORIZED:
             cause = "the brain does not know the token, or it was revoked"
-            return failed(
-                "token",
-                cause,
-                "copy Z4J_TOKEN (or Z4J_TOKEN_FILE) anew, or mint another agent",
-                status=code,
-            )
+            fix = "copy Z4J_TOKEN (or Z4J_TOKEN_FILE) again, or create another agent"
+            return failed("token", cause, fix, status=code)
         if isinstance(error, AuthenticationRejectedError):
-            return failed("token", "the brain turned this agent away", text, status=code)
-        if self._routes.policy.preference == WS:
-            fix = "nothing for WebSocket, but long-poll and this check need these routes"
-            return warned(
-                "token", f"the agent's HTTP routes do not answer: {text}", fix, status=code
-            )
+            return failed("token", "the brain rejected this agent", text, status=code)
+        if self._preference == WS:
+            cause = f"the agent's HTTP routes do not answer: {text}"
+            fix = "WebSocket works without them, but long-poll and this probe do not"
+            return warned("token", cause, fix, status=code)
         return failed("token", "the agent's HTTP routes do not answer", text, status=code)
 
-    def _refused_message(self) -> tuple[int | None, str]:
-        """Return the code with which the brain closes on a message that is no ``hello``, and what it means."""
-        line = self._routes.websocket()
+    def _rejection_of_invalid_hello(self) -> tuple[int | None, str]:
+        """Return the brain's close code for a message that is not a ``hello``, and its meaning.
+
+        Raises ``NetworkError`` when the upgrade or the exchange fails.
+        """
+        transport = self._transports.websocket()
         try:
-            line.upgrade()
-            line.send(lambda: _NO_HELLO)
-            if line.receive(self._timeout) is None:
-                raise NetworkError(f"after the upgrade the brain is silent for {self._timeout:g} s")
+            transport.upgrade()
+            transport.send(lambda: _INVALID_HELLO)
+            if transport.receive(self._timeout) is None:
+                raise NetworkError(
+                    f"the brain sent nothing within {self._timeout:g} s of the upgrade"
+                )
         except AgentError as error:
             code = getattr(error, "code", None)
-            if not isinstance(code, int) or code < close_codes.APPLICATION_CODES:
-                raise (
-                    error
-                    if isinstance(error, NetworkError)
-                    else NetworkError(str(error), code=code)
-                ) from None
-            return code, str(error)
+            if isinstance(code, int) and code >= close_codes.APPLICATION_CODES:
+                return code, str(error)
+            if isinstance(error, NetworkError):
+                raise
+            raise NetworkError(str(error), code=code) from None
         finally:
-            line.close()
-        return None, "it answered what it should have refused: is this the brain?"
+            transport.close()
+        return None, "it answered an invalid message: check that Z4J_BRAIN_URL is the brain's"
 
-    def _signature_refused(self, error: RemoteError) -> ProbeResult:
+    def _signature_problem(self, error: RemoteError) -> ProbeResult:
         if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:
-            cause = (
-                f"the brain refuses the signature, for the clocks differ by {abs(self._skew):.0f} s"
+            cause = f"the brain rejects the signature: the clocks differ by {abs(self._skew):.0f} s"
+            fix = "correct this host's clock (NTP)"
+        else:
+            cause = "the brain rejects the signature: the key is not this project's"
+            fix = (
+                "copy Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE) again: "
+                "each project has its own key, and the key can be rotated"
             )
-            return failed("signature", cause, "set this host's clock (NTP)", status=error.code)
-        fix = "copy Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE) anew: each project has its own, and it can be rotated"
-        return failed(
-            "signature",
-            "the brain refuses the signature: the key is another one",
-            fix,
-            status=error.code,
-        )
+        return failed("signature", cause, fix, status=error.code)
 
 
-def sequence(
-    remote: BrainProbe, *, websocket: bool = True
-) -> list[tuple[str, str, Callable[[], ProbeResult]]]:
-    """Return ``(name, what it rests on, probe)`` in order; a probe whose ground failed is not worth making."""
-    probes = [
-        ("http", "tls", remote.health),
-        ("clock", "http", remote.clock),
-        ("token", "http", remote.token),
+def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]:
+    """Return the probes of the brain in their order.
+
+    :param websocket: whether to include WebSocket.
+    """
+    steps = [
+        ProbeStep("http", "tls", probe.health),
+        ProbeStep("clock", "http", probe.clock),
+        ProbeStep("token", "http", probe.token),
     ]
     if websocket:
-        probes.append(("websocket", "token", remote.websocket))
-    return [*probes, ("signature", "token", remote.signature)]
+        steps.append(ProbeStep("websocket", "token", probe.websocket))
+    return [*steps, ProbeStep("signature", "token", probe.signature)]
 
 
-def silent_hello() -> bytes:
-    """Return a ``hello`` for the long-poll transport, which reads the features out of it and does not send it."""
+def unsent_hello() -> bytes:
+    """Return a ``hello`` for the long-poll transport, which reads it but does not send it."""
     identity = frames.Identity(
         framework="bare",
         agent_version="",
@@ -293,27 +283,22 @@ def silent_hello() -> bytes:
     return frames.hello(identity)
 
 
-def _unhealthy(answer: Response) -> tuple[str, str]:
+def _health_problem(answer: Response) -> tuple[str, str]:
+    """Return cause and fix for an answer of the health route that is not 200."""
     status = answer.status
     if 300 <= status < 400:  # noqa: PLR2004 - HTTP
-        place = printable(answer.headers.get("Location", "elsewhere"))[:200]
-        return f"the address redirects to {place}", "set Z4J_BRAIN_URL to where it leads"
+        location = printable(answer.headers.get("Location", "another address"))[:200]
+        return f"the address redirects to {location}", "set Z4J_BRAIN_URL to the final address"
     if status == 404:  # noqa: PLR2004 - HTTP
-        return (
-            "there is no health route (HTTP 404)",
-            "check Z4J_BRAIN_URL, path included: is it the brain's?",
-        )
+        cause = "there is no health route at this address (HTTP 404)"
+        return cause, "check Z4J_BRAIN_URL, including its path"
     if status in (401, 403, 407):
-        return (
-            f"something on the way wants a login (HTTP {status})",
-            "check the proxy, and let the agent's routes pass",
-        )
+        cause = f"a proxy on the way requires a login (HTTP {status})"
+        return cause, "check the proxy, and let the agent's routes pass without a login"
     if status in (502, 503, 504):
-        return (
-            f"a proxy answers in the brain's place (HTTP {status})",
-            "see whether the brain behind it runs",
-        )
-    return f"the health route answers HTTP {status}", "look at the brain's log"
+        cause = f"a proxy answers instead of the brain (HTTP {status})"
+        return cause, "check that the brain behind the proxy is running"
+    return f"the health route answers HTTP {status}", "check the brain's log"
 
 
 def _is_brain(body: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""What a probe found out."""
+"""The result of a probe."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ OK, WARN, SKIP, FAIL = "OK", "WARN", "SKIP", "FAIL"
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """One line of a doctor's report.
+    """The result of a probe, one line of the doctor's report.
 
-    ``message`` begins with ``OK:``, ``WARN:``, ``SKIP:`` or ``FAIL:``; only the last is not ``ok``. ``details`` are plain
-    JSON; where something is wrong, ``cause`` and ``fix`` are among them.
+    :param name: name of the probe.
+    :param ok: false only if the probe failed; a warning is ``ok``.
+    :param message: verdict, cause and fix; begins with ``OK:``, ``WARN:``, ``SKIP:`` or ``FAIL:``.
+    :param details: values of JSON types. A warning and a failure have ``cause`` and ``fix``.
     """
 
     name: str
@@ -28,27 +30,27 @@ class ProbeResult:
 
     @property
     def text(self) -> str:
-        """What was found, without verdict and fix."""
+        """The finding, without verdict and fix."""
         return str(self.details.get("cause") or self.message.partition(": ")[2])
 
     @property
     def fix(self) -> str:
-        """What to do about it; empty where there is nothing."""
+        """What the operator should do; empty if there is nothing to do."""
         return str(self.details.get("fix", ""))
 
 
-def passed(name: str, text: str, **details: Any) -> ProbeResult:
-    """Return a good result."""
+def passed(name: str, text: str, **details: object) -> ProbeResult:
+    """Return the result of a probe that succeeded."""
     return ProbeResult(name, ok=True, message=f"{OK}: {text}", details=details)
 
 
-def skipped(name: str, why: str, **details: Any) -> ProbeResult:
-    """Return the result of a probe that was not made."""
-    return ProbeResult(name, ok=True, message=f"{SKIP}: {why}", details=details)
+def skipped(name: str, reason: str, **details: object) -> ProbeResult:
+    """Return the result of a probe that was not run."""
+    return ProbeResult(name, ok=True, message=f"{SKIP}: {reason}", details=details)
 
 
-def warned(name: str, cause: str, fix: str, **details: Any) -> ProbeResult:
-    """Return the result for what works, but will not go on for ever, or not as well as it could."""
+def warned(name: str, cause: str, fix: str, **details: object) -> ProbeResult:
+    """Return the result of a probe that succeeded but found a problem."""
     return ProbeResult(
         name,
         ok=True,
@@ -57,8 +59,8 @@ def warned(name: str, cause: str, fix: str, **details: Any) -> ProbeResult:
     )
 
 
-def failed(name: str, cause: str, fix: str, **details: Any) -> ProbeResult:
-    """Return a bad result: what is wrong, and what to do about it."""
+def failed(name: str, cause: str, fix: str, **details: object) -> ProbeResult:
+    """Return the result of a probe that failed."""
     return ProbeResult(
         name,
         ok=False,

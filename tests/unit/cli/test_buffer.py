@@ -1,4 +1,4 @@
-"""What the dead have left is looked at, saved, sent and thrown away; what belongs to the living is only looked at."""
+"""``z4j-bare buffer`` lists all stores, and exports, sends and deletes orphaned ones."""
 
 import json
 import os
@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import pytest
 from z4j_core.transport.frames import CommandResultPayload
 
+from tests.support.environment import set_connection
 from tests.support.front import Front
-from tests.support.peer import SECRET, SECRET_TEXT, TOKEN
+from tests.support.peer import SECRET
 from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.buffer.store import BufferStore
@@ -24,30 +25,32 @@ from z4j_bare.wire.canonical import canonical
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home of our own, and temporary directories that nobody else's stores lie in."""
-    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [type(tmp_path)(path).parent])
-    made = tmp_path / "home"
-    made.mkdir(mode=0o700)
-    return made
+    """An empty home; the stores of other tests in the fallback directories are not listed."""
+    monkeypatch.setattr(
+        "z4j_bare.buffer.files.candidate_directories", lambda path: [type(tmp_path)(path).parent]
+    )
+    directory = tmp_path / "home"
+    directory.mkdir(mode=0o700)
+    return directory
 
 
 def event(number, text="x"):
     return canonical({"number": number, "text": text})
 
 
-def leave(home, name, events=3, results=0, deployment="d", kind=EVENT, text="x"):
-    """Leave a store behind, as a process that has ended; return its path."""
+def make_orphan(home, name, events=3, results=0, deployment="d", kind=EVENT, text="x"):
+    """Create the store of a process that has ended; return its path."""
     store = BufferStore(home / f"z4j-green-{name}.sqlite", deployment=deployment)
     store.append([(kind, "", event(number, text)) for number in range(events)])
-    answer = frames.command_result("success", {"n": 1}, None, None)
+    result = frames.command_result("success", {"n": 1}, None, None)
     store.append(
-        [(RESULT, f"00000000-0000-4000-8000-{number:012d}", answer) for number in range(results)]
+        [(RESULT, f"00000000-0000-4000-8000-{number:012d}", result) for number in range(results)]
     )
     store.close()
     return store.path
 
 
-LIVE = """
+OWNER_PROCESS = """
 import sys, pathlib
 from z4j_bare.buffer.store import BufferStore
 store = BufferStore(pathlib.Path(sys.argv[1]))
@@ -58,11 +61,11 @@ sys.stdin.read()
 
 
 @contextmanager
-def living(home):
-    """A store whose process lives; yields its path."""
+def store_in_use(home):
+    """Yield the path of a store whose process is running."""
     path = home / "z4j-green-live.sqlite"
     process = subprocess.Popen(
-        [sys.executable, "-c", LIVE, str(path)],
+        [sys.executable, "-c", OWNER_PROCESS, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -77,44 +80,44 @@ def living(home):
         process.stdout.close()
 
 
-def answer(capsys, *words):
-    """Run ``buffer ... --json``; return exit code and answer."""
+def run_json(capsys, *words):
+    """Run ``buffer ... --json``; return the exit code and the JSON answer, or the error."""
     capsys.readouterr()
     code = main(["buffer", *words, "--json"])
-    said = capsys.readouterr()
-    return code, json.loads(said.out) if said.out else said.err
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out) if captured.out else captured.err
 
 
-def test_list_and_stats(home, capsys):
-    """Every store is listed with its rows, age, size and whose it is; the sums tell what was left behind."""
-    leave(home, "dead", events=3, results=2)
-    with living(home):
-        code, found = answer(capsys, "list")
+def test_list_and_stats_show_all_stores(home, capsys):
+    """Every store is listed with its rows and its process; the totals count orphaned rows."""
+    make_orphan(home, "orphan", events=3, results=2)
+    with store_in_use(home):
+        code, found = run_json(capsys, "list")
         by_name = {os.path.basename(each["path"]): each for each in found["stores"]}
         assert code == 0
-        assert by_name["z4j-green-dead.sqlite"]["rows"] == {"event": 3, "result": 2}
-        assert not by_name["z4j-green-dead.sqlite"]["living"]
+        assert by_name["z4j-green-orphan.sqlite"]["rows"] == {"event": 3, "result": 2}
+        assert not by_name["z4j-green-orphan.sqlite"]["living"]
         assert by_name["z4j-green-live.sqlite"]["living"]
-        code, sums = answer(capsys, "stats")
+        code, totals = run_json(capsys, "stats")
         assert (
             code,
-            sums["stores"],
-            sums["left_behind"],
-            sums["rows"],
-            sums["rows_left_behind"],
+            totals["stores"],
+            totals["left_behind"],
+            totals["rows"],
+            totals["rows_left_behind"],
         ) == (0, 2, 1, 7, 5)
-        assert sums["oldest_age_seconds"] >= 0
+        assert totals["oldest_age_seconds"] >= 0
         assert main(["buffer", "list"]) == 0
-        said = capsys.readouterr().out
-        assert "lives" in said
-        assert "is gone" in said
+        text = capsys.readouterr().out
+        assert "running" in text
+        assert "ended" in text
         assert main(["buffer", "stats"]) == 0
         assert "rows left behind     5" in capsys.readouterr().out
 
 
-def test_looking_changes_nothing(home, capsys):
-    """Looking at a store takes no row, makes no file and leaves its owner to whoever adopts it."""
-    path = leave(home, "dead")
+def test_reading_actions_change_nothing(home, capsys):
+    """List, stats and export remove no row and create no file but the store's lock."""
+    path = make_orphan(home, "orphan")
     before = sorted(each.name for each in home.iterdir())
     for action in ("list", "stats", "export"):
         assert main(["buffer", action]) == 0
@@ -124,35 +127,38 @@ def test_looking_changes_nothing(home, capsys):
     store.close()
 
 
-def test_an_empty_home(home, capsys):
-    """Where nothing was left nothing is wrong."""
+def test_empty_home_is_not_an_error(home, capsys):
+    """Without any store the exit code is 0."""
     assert main(["buffer", "list"]) == 0
-    assert "no store lies" in capsys.readouterr().out
-    assert answer(capsys, "stats")[1]["rows"] == 0
+    assert "there is no store" in capsys.readouterr().out
+    assert run_json(capsys, "stats")[1]["rows"] == 0
 
 
-def test_a_file_that_cannot_be_read(home, capsys):
-    """A corrupt store is told of, and makes the exit code 1; the others are shown all the same."""
-    leave(home, "dead")
+def test_corrupt_store_is_reported(home, capsys):
+    """A corrupt store is listed with its error and makes the exit code 1; others are listed too."""
+    make_orphan(home, "orphan")
     (home / "z4j-green-bad.sqlite").write_bytes(b"x" * 5000)
-    code, found = answer(capsys, "list")
+    code, found = run_json(capsys, "list")
     assert (code, sorted(bool(each["trouble"]) for each in found["stores"])) == (1, [False, True])
     assert main(["buffer", "export", "z4j-green-bad.sqlite"]) == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_export(home, capsys, tmp_path):
-    """Every row of the dead is a JSON line, in a new file that is private; an existing one is not overwritten."""
-    leave(home, "dead", events=2, results=1)
-    with living(home) as path:
+def test_export_writes_orphaned_rows(home, capsys, tmp_path):
+    """Every orphaned row becomes a JSON line in a new private file; no file is overwritten."""
+    make_orphan(home, "orphan", events=2, results=1)
+    with store_in_use(home) as path:
         assert main(["buffer", "export"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [(line["kind"], line["store"]) for line in lines] == [
-            (kind, "z4j-green-dead.sqlite") for kind in (EVENT, EVENT, RESULT)
+            (kind, "z4j-green-orphan.sqlite") for kind in (EVENT, EVENT, RESULT)
         ]
         assert lines[1]["payload"] == {"number": 1, "text": "x"}
         target = tmp_path / "rows.jsonl"
-        assert answer(capsys, "export", "-o", str(target)) == (0, {"rows": 3, "file": str(target)})
+        assert run_json(capsys, "export", "-o", str(target)) == (
+            0,
+            {"rows": 3, "file": str(target)},
+        )
         assert target.stat().st_mode & 0o777 == 0o600
         assert main(["buffer", "export", "-o", str(target)]) == 1
         assert f"{target}: File exists" in capsys.readouterr().err
@@ -160,14 +166,14 @@ def test_export(home, capsys, tmp_path):
         assert "living process" in capsys.readouterr().err
 
 
-def no_more(_question):
+def press_ctrl_d(_question):
     raise EOFError
 
 
-def test_drop(home, capsys, monkeypatch):
-    """Dropping wants names or --all, and somebody's yes; the files of the living stay."""
-    path = leave(home, "dead")
-    leave(home, "other")
+def test_drop_requires_selection_and_confirmation(home, capsys, monkeypatch):
+    """Drop requires names or --all, and a confirmation; it deletes no store in use."""
+    path = make_orphan(home, "orphan")
+    make_orphan(home, "other")
     assert main(["buffer", "drop"]) == 2
     assert "--all" in capsys.readouterr().err
     assert main(["buffer", "drop", "nonsense"]) == 2
@@ -179,49 +185,43 @@ def test_drop(home, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _question: "n")
     assert main(["buffer", "drop", path.name]) == 1
     assert path.exists()
-    monkeypatch.setattr("builtins.input", no_more)
+    monkeypatch.setattr("builtins.input", press_ctrl_d)
     assert main(["buffer", "drop", path.name]) == 1
     assert path.exists()
     monkeypatch.setattr("builtins.input", lambda _question: "y")
     assert main(["buffer", "drop", path.name]) == 0
     assert not path.exists()
     assert not lock_path(path).exists()
-    with living(home) as alive:
-        assert main(["buffer", "drop", "--yes", alive.name]) == 3
-        code, found = answer(capsys, "drop", "--all", "--yes")
+    with store_in_use(home) as used:
+        assert main(["buffer", "drop", "--yes", used.name]) == 3
+        code, found = run_json(capsys, "drop", "--all", "--yes")
         assert (code, found["rows"]) == (0, 3)
-        assert alive.exists()
+        assert used.exists()
 
 
 @pytest.fixture
 def front(backend, monkeypatch):
-    """A scripted brain, and the settings that lead to it."""
-    made = Front(backend)
-    for name, value in {
-        "BRAIN_URL": made.url,
-        "PROJECT_ID": "p",
-        "TOKEN": TOKEN,
-        "HMAC_SECRET": SECRET_TEXT,
-    }.items():
-        monkeypatch.setenv(f"Z4J_{name}", value)
-    yield made
-    made.stop()
+    """A scripted brain, and the settings to connect to it."""
+    scripted = Front(backend)
+    set_connection(monkeypatch, scripted.url)
+    yield scripted
+    scripted.stop()
 
 
-def ours():
+def own_deployment():
     return deployment_id(resolve_config(load_settings()), SECRET)
 
 
-def test_flush(home, front, capsys):
-    """Everything is sent in frames that fit, results first, without a hello or a poll; the emptied files are gone."""
+def test_flush_sends_all_rows(home, front, capsys):
+    """All rows are sent in frames that fit, without hello or poll; the empty files are deleted."""
     front.http.body_limit = 8192
-    leave(home, "one", events=700, deployment=ours())
-    leave(home, "two", events=5, results=2, deployment=ours())
+    make_orphan(home, "one", events=700, deployment=own_deployment())
+    make_orphan(home, "two", events=5, results=2, deployment=own_deployment())
     front.http.command("retry_task")
     assert main(["buffer", "flush"]) == 0
-    said = capsys.readouterr().out
-    assert "707 of 707 rows are with the brain, 0 are still here" in said
-    assert "sent: " in said
+    text = capsys.readouterr().out
+    assert "sent 707 of 707 rows, 0 rows are left" in text
+    assert "sent: " in text
     assert len(front.http.events()) == 705
     assert all(
         isinstance(frame.payload, CommandResultPayload)
@@ -234,38 +234,38 @@ def test_flush(home, front, capsys):
     assert front.ws.sessions == []
 
 
-def test_what_is_not_sent_stays(home, front, capsys):
-    """Rows too large, of another kind or of another project stay, and so does everything when the brain refuses."""
+def test_flush_keeps_rows_that_brain_does_not_accept(home, front, capsys):
+    """Rows that are too large or of another deployment stay; all stay if the brain rejects us."""
     front.http.body_limit = 8192
-    large = leave(home, "large", events=1, deployment=ours(), text="y" * 9000)
-    other = leave(home, "projections", kind=PROJECTION, deployment=ours())
-    foreign = leave(home, "foreign", deployment="another")
+    large = make_orphan(home, "large", events=1, deployment=own_deployment(), text="y" * 9000)
+    other = make_orphan(home, "projections", kind=PROJECTION, deployment=own_deployment())
+    foreign = make_orphan(home, "foreign", deployment="another")
     assert main(["buffer", "flush"]) == 1
-    said = capsys.readouterr().out
-    assert "larger than the brain takes" in said
-    assert "another deployment" in said
-    assert "goes on with their stream" in said
+    text = capsys.readouterr().out
+    assert "larger than the brain accepts" in text
+    assert "another deployment" in text
+    assert "schedule snapshots" in text
     assert all(path.exists() for path in (large, other, foreign))
-    fine = leave(home, "fine", deployment=ours())
+    valid = make_orphan(home, "valid", deployment=own_deployment())
     front.http.token = "another"
-    assert main(["buffer", "flush", fine.name]) == 1
+    assert main(["buffer", "flush", valid.name]) == 1
     assert "FAIL" in capsys.readouterr().out
-    code, found = answer(capsys, "flush")
+    code, found = run_json(capsys, "flush")
     assert (code, found["sent"], [each["store"] for each in found["passed_over"]]) == (
         1,
         0,
         [foreign.name],
     )
     assert "Z4J_TOKEN" in found["error"]
-    assert answer(capsys, "stats", fine.name)[1]["rows"] == 3
+    assert run_json(capsys, "stats", valid.name)[1]["rows"] == 3
 
 
-def test_flush_leaves_the_living_alone(home, front, capsys):
-    """A store whose process lives is not flushed, not even by name."""
-    with living(home) as path:
+def test_flush_refuses_store_in_use(home, front, capsys):
+    """A store whose process is running is not sent, not even when it is named."""
+    with store_in_use(home) as path:
         assert main(["buffer", "flush", path.name]) == 3
-        assert answer(capsys, "flush")[0] == 0
+        assert run_json(capsys, "flush")[0] == 0
         assert path.exists()
     deadline = time.monotonic() + 30
-    while main(["buffer", "list"]) or "lives" in capsys.readouterr().out:
+    while main(["buffer", "list"]) or "running" in capsys.readouterr().out:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""The command line: exit codes, messages, and an agent that runs until it is told to stop."""
+"""The commands: usage errors, help, doctor, check, version and completion."""
 
 import json
 import subprocess
@@ -8,13 +8,14 @@ import time
 import pytest
 from z4j_core.version import PROTOCOL_VERSION
 
+from tests.support.environment import set_connection
 from tests.support.front import Front
 from tests.support.peer import SECRET_TEXT, TOKEN
 from z4j_bare.cli import main
 
 
-def test_without_a_command(capsys):
-    """No command prints the help and is a usage error."""
+def test_missing_command_prints_help(capsys):
+    """Without a command the help is printed and the exit code is 2."""
     assert main([]) == 2
     assert "run" in capsys.readouterr().out
 
@@ -28,16 +29,16 @@ def test_without_a_command(capsys):
         ["run", "--engine", "none"],
     ],
 )
-def test_usage_errors(argv, capsys):
-    """What argparse refuses ends with code 2 and says why on stderr."""
+def test_invalid_arguments_are_usage_errors(argv, capsys):
+    """An argument that argparse rejects ends with exit code 2 and a message on stderr."""
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "error" in capsys.readouterr().err
 
 
-def test_version(capsys):
-    """The versions that matter are printed, one a line, and it needs no setting."""
+def test_version_without_settings(capsys):
+    """The installed versions are printed without any setting, one per line or as JSON."""
     assert main(["version"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("z4j-bare 1.13") for line in lines)
@@ -46,8 +47,8 @@ def test_version(capsys):
     assert f"protocol {PROTOCOL_VERSION}" in lines
 
 
-def test_help_of_every_command(capsys):
-    """Every command explains itself, and naming one loads its module."""
+def test_every_command_has_help(capsys):
+    """``COMMAND --help`` prints the command's options for every command."""
     from z4j_bare.cli.main import COMMANDS
 
     for name in COMMANDS:
@@ -57,8 +58,8 @@ def test_help_of_every_command(capsys):
     assert "--token-file" in capsys.readouterr().out
 
 
-def test_as_a_module():
-    """``python -m z4j_bare`` is the same command."""
+def test_module_runs_the_command_line():
+    """``python -m z4j_bare`` runs the same command line."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "z4j_bare", "version"],
@@ -71,31 +72,15 @@ def test_as_a_module():
     assert time.monotonic() - began < 60
 
 
-@pytest.fixture
-def spoken_to(monkeypatch):
-    """``spoken_to(url)``: the environment of an agent of that brain."""
-
-    def point(url):
-        for name, value in {
-            "BRAIN_URL": url,
-            "PROJECT_ID": "p",
-            "TOKEN": TOKEN,
-            "HMAC_SECRET": SECRET_TEXT,
-        }.items():
-            monkeypatch.setenv(f"Z4J_{name}", value)
-
-    return point
-
-
-def test_doctor_and_check(backend, spoken_to, capsys):
-    """Both say what they found, for people line by line and for machines as one object; the exit code says it too."""
+def test_doctor_and_check_report_probes(backend, monkeypatch, capsys):
+    """Both report every probe as text or JSON, and the exit code says whether one failed."""
     front = Front(backend)
-    spoken_to(front.url)
+    set_connection(monkeypatch, front.url)
     try:
         assert main(["doctor"]) == 0
-        said = capsys.readouterr().out
-        assert "all is well" in said
-        assert "\x1b" not in said
+        text = capsys.readouterr().out
+        assert "no probe failed" in text
+        assert "\x1b" not in text
         assert main(["check", "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert [probe["name"] for probe in answer["probes"]] == [
@@ -108,15 +93,15 @@ def test_doctor_and_check(backend, spoken_to, capsys):
         assert front.ws.token not in str(answer)
         front.http.token = "another"
         assert main(["doctor"]) == 1
-        said = capsys.readouterr().out
-        assert "FAIL  token" in said
-        assert "-> copy Z4J_TOKEN" in said
-        assert "1 of 13 failed: token" in said
+        text = capsys.readouterr().out
+        assert "FAIL  token" in text
+        assert "-> copy Z4J_TOKEN" in text
+        assert "1 of 13 probes failed: token" in text
     finally:
         front.stop()
 
 
-STUB = """\
+APPLICATION = """\
 class Engine:
     name = "stub"
 
@@ -127,31 +112,29 @@ runtime = install_agent(engines=[Engine()])
 """
 
 
-def test_doctor_with_an_app_and_a_file(backend, capsys, monkeypatch, tmp_path):
-    """The application that the doctor imports finds the settings of --config, and nobody says hello."""
+def test_doctor_imports_app_with_settings_of_file(backend, capsys, monkeypatch, tmp_path):
+    """The application that the doctor imports gets the file's settings and starts no agent."""
     front = Front(backend)
     names = ("brain_url", "project_id", "token", "hmac_secret")
     for name in names:
-        monkeypatch.setenv(
-            f"Z4J_{name.upper()}", ""
-        )  # restored at the end, whatever the command puts there
+        monkeypatch.setenv(f"Z4J_{name.upper()}", "")  # makes monkeypatch restore it at the end
     file = tmp_path / "agent.toml"
     values = zip(names, (front.url, "p", TOKEN, SECRET_TEXT), strict=True)
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in values))
     file.chmod(0o600)
-    (tmp_path / "doctored_app.py").write_text("from z4j_bare import install_agent\n" + STUB)
+    (tmp_path / "doctored_app.py").write_text("from z4j_bare import install_agent\n" + APPLICATION)
     monkeypatch.syspath_prepend(tmp_path)
     try:
         assert main(["doctor", "--config", str(file), "--app", "doctored_app:runtime"]) == 0
-        assert "all is well" in capsys.readouterr().out
+        assert "no probe failed" in capsys.readouterr().out
         assert [each for each in front.ws.sessions if each.hello] == []
     finally:
         front.stop()
 
 
 @pytest.mark.parametrize("command", ["doctor", "check"])
-def test_settings_that_are_wrong(command, capsys, monkeypatch):
-    """A missing setting and a path variable of old are one line each that names them, without a traceback."""
+def test_wrong_settings_are_reported_by_name(command, capsys, monkeypatch):
+    """A missing setting and a removed path variable are reported by name, without a traceback."""
     assert main([command]) == 1
     assert "brain_url" in capsys.readouterr().out
     monkeypatch.setenv("Z4J_BUFFER_DIR", "/somewhere")
@@ -163,7 +146,7 @@ def test_settings_that_are_wrong(command, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"),
+    ("words", "completions"),
     [
         (["z4j-bare", "do"], {"doctor"}),
         (["z4j-bare", "status", "--wa"], {"--watch"}),
@@ -176,23 +159,23 @@ def test_settings_that_are_wrong(command, capsys, monkeypatch):
         ),
     ],
 )
-def test_completion_in_bash(capsys, typed, offered):
-    """Bash completes commands, their options and the values of those, as the parsers have them."""
+def test_bash_completes_commands_and_options(capsys, words, completions):
+    """Bash completes commands, their options, and the options' values."""
     assert main(["completion", "bash"]) == 0
-    words = " ".join(f"'{word}'" for word in typed)
+    quoted = " ".join(f"'{word}'" for word in words)
     script = (
         capsys.readouterr().out
-        + f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _z4j_bare; echo ${{COMPREPLY[@]}}"
+        + f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _z4j_bare; echo ${{COMPREPLY[@]}}"
     )
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stderr == ""
-    assert set(done.stdout.split()) == offered
+    assert set(done.stdout.split()) == completions
 
 
-def test_completion_elsewhere(capsys):
-    """Zsh takes bash's script, fish has lines of its own for every command and option."""
+def test_completion_scripts_for_zsh_and_fish(capsys):
+    """Zsh uses the bash script; the fish script has a line for every command and option."""
     assert main(["completion", "zsh"]) == 0
     assert "bashcompinit" in capsys.readouterr().out
     assert main(["completion", "fish"]) == 0

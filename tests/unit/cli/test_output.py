@@ -1,4 +1,4 @@
-"""Text for people, JSON for machines: in colour where there is a terminal and rich, plain everywhere else."""
+"""Output as text with and without a terminal, and as JSON."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from z4j_bare.cli.output import Output
 
 
 class Terminal(io.StringIO):
-    """Somebody looks at it."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self):
         return True
@@ -18,56 +18,56 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal that knows colours."""
+    """A terminal with colours."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("COLORTERM", raising=False)
     return Terminal()
 
 
-def everything(output):
-    """Use all of it."""
+def write_everything(output):
+    """Call every method that writes text."""
     output.say("[bold]not markup[/bold]")
-    output.mark("FAIL", "tcp", "nobody listens", "check the port")
+    output.mark("FAIL", "tcp", "connection refused", "check the port")
     output.table(["a", "long"], [["1", "x"], ["22", "[y]"]])
     with output.progress("sent", 20) as done:
         for number in range(0, 21, 5):
             done(number)
-    with output.live() as update:
-        update(lambda: output.say("frame"))
+    with output.live() as redraw:
+        redraw(lambda: output.say("frame"))
 
 
-def test_in_a_terminal(terminal):
-    """With rich there are colours, and nothing that was said is taken for markup."""
-    everything(Output(stream=terminal))
-    said = terminal.getvalue()
-    assert "\x1b[1;31mFAIL" in said
-    assert "[bold]not markup[/bold]" in said
-    assert "[y]" in said
-    assert "-> check the port" in said
-    assert "100%" in said
-    assert "frame" in said
+def test_terminal_with_rich_gets_colours(terminal):
+    """Rich draws colours and does not interpret the text as markup."""
+    write_everything(Output(stream=terminal))
+    text = terminal.getvalue()
+    assert "\x1b[1;31mFAIL" in text
+    assert "[bold]not markup[/bold]" in text
+    assert "[y]" in text
+    assert "-> check the port" in text
+    assert "100%" in text
+    assert "frame" in text
 
 
-def test_no_color(terminal, monkeypatch):
-    """NO_COLOR is heard."""
+def test_no_color_disables_colours(terminal, monkeypatch):
+    """NO_COLOR is honoured."""
     monkeypatch.setenv("NO_COLOR", "1")
-    Output(stream=terminal).mark("FAIL", "tcp", "nobody listens")
+    Output(stream=terminal).mark("FAIL", "tcp", "connection refused")
     assert "\x1b[1;31m" not in terminal.getvalue()
 
 
-@pytest.mark.parametrize("why", ["a pipe", "no rich", "a dumb terminal"])
-def test_plain(terminal, monkeypatch, why):
-    """In a pipe, on a dumb terminal and without rich it is the same text, plain, with progress in lines."""
-    stream = io.StringIO() if why == "a pipe" else terminal
-    if why == "no rich":
+@pytest.mark.parametrize("case", ["a pipe", "no rich", "a dumb terminal"])
+def test_plain_text_without_capable_terminal(terminal, monkeypatch, case):
+    """A pipe, a dumb terminal and a missing rich all get the same plain text."""
+    stream = io.StringIO() if case == "a pipe" else terminal
+    if case == "no rich":
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    if why == "a dumb terminal":
+    if case == "a dumb terminal":
         monkeypatch.setenv("TERM", "dumb")
-    everything(Output(stream=stream))
+    write_everything(Output(stream=stream))
     assert stream.getvalue().splitlines() == [
         "[bold]not markup[/bold]",
-        "FAIL  tcp          nobody listens",
+        "FAIL  tcp          connection refused",
         "                   -> check the port",
         "a   long",
         "1   x",
@@ -77,11 +77,11 @@ def test_plain(terminal, monkeypatch, why):
     ]
 
 
-def test_for_machines(terminal):
-    """A machine gets one object and nothing else, whatever it looks like."""
+def test_machine_output_is_one_json_object(terminal):
+    """With ``machine`` only the JSON answer is written; without it the answer is not."""
     output = Output(machine=True, stream=terminal)
-    everything(output)
+    write_everything(output)
     output.answer({"ok": True, "path": io})
     assert json.loads(terminal.getvalue())["ok"] is True
-    Output(stream=terminal).answer({"nothing": "for people"})
+    Output(stream=terminal).answer({"nothing": "as text"})
     assert "nothing" not in terminal.getvalue()

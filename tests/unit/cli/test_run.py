@@ -1,4 +1,4 @@
-"""The standalone agent: its settings by their weight, what it looks after, signals, systemd, logs and exit codes."""
+"""``z4j-bare run``: settings, engines, signals, systemd, logs and exit codes."""
 
 import json
 import logging
@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.environment import set_connection
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import RuntimeState
 from z4j_bare import _process_singleton as singleton
 from z4j_bare.cli import adapters, configuration, logs, main
 from z4j_bare.cli import run as run_command
-from z4j_bare.cli.apps import load_app
+from z4j_bare.cli.adapters import load_app
 from z4j_bare.cli.systemd import Notifier
 from z4j_bare.concurrency import detect
 from z4j_bare.concurrency.detect import patch
@@ -25,44 +26,44 @@ from z4j_bare.errors import HostConfigurationError
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         (None, "--app MODULE:ATTR is required"),
         ("shop", "not of the form"),
-        ("no_such_module_at_all:app", "cannot be loaded"),
-        ("json:no_such_attribute", "cannot be loaded"),
-        (":app", "cannot be loaded"),
-        ("json:", "cannot be loaded"),
+        ("no_such_module_at_all:app", "cannot load"),
+        ("json:no_such_attribute", "cannot load"),
+        (":app", "cannot load"),
+        ("json:", "cannot load"),
         ("json.no_such", "of the form module:attr?"),
-        ("os:path", "is a module: name the object in it"),
+        ("os:path", "is a module: add the name of the object in it"),
         (3, "is 3, not of the form"),
     ],
 )
-def test_bad_apps(path, said):
-    """An application that cannot be loaded is one line that says what is wrong with it."""
+def test_invalid_app_is_configuration_error(path, message):
+    """An application that cannot be loaded is an error that names the flag and the cause."""
     with pytest.raises(HostConfigurationError, match="--app") as caught:
         load_app(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["json:dumps", "json.dumps"])
-def test_good_apps(path):
-    """Both usual spellings of an application are understood."""
+def test_both_forms_of_app_are_accepted(path):
+    """``module:attr`` and ``module.attr`` name the same object."""
     assert load_app(path) is json.dumps
 
 
-def test_an_application_that_fails_at_import(tmp_path, monkeypatch):
-    """What the application itself lacks is one line, too, which names where the application was named."""
+def test_app_that_raises_at_import_is_configuration_error(tmp_path, monkeypatch):
+    """An exception of the application's module becomes an error that names the setting."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "needy_app.py").write_text("import os\napp = os.environ['NEEDY_DATABASE']\n")
+    (tmp_path / "failing_app.py").write_text("import os\napp = os.environ['FAILING_DATABASE']\n")
     with pytest.raises(
         HostConfigurationError,
-        match=r"the app of celery 'needy_app:app'.*KeyError: 'NEEDY_DATABASE'",
+        match=r"the app of celery 'failing_app:app'.*KeyError: 'FAILING_DATABASE'",
     ):
-        adapters.build(adapters.ENGINES, {"celery": {"app": "needy_app:app"}}, None)
+        adapters.build(adapters.ENGINES, {"celery": {"app": "failing_app:app"}}, None)
 
 
-INSTALLS = """\
+INSTALLING_APP = """\
 from z4j_bare import AgentRuntime, BareFrameworkAdapter, install_agent
 
 class Engine:
@@ -78,57 +79,51 @@ own.start()
 """
 
 
-def test_the_agent_of_an_application_stays_out(tmp_path, monkeypatch):
-    """An application that installs an agent, as ours does after the docs, is imported without its agent.
+def test_agent_of_imported_app_does_not_start(tmp_path, monkeypatch):
+    """An application that installs an agent is imported without starting that agent.
 
-    It would take the process from `run`, whose engines and settings are others, and connect under `doctor`.
+    Started, it would occupy the process instead of the agent of `run`, and connect under `doctor`.
     """
-    for name, value in {
-        "BRAIN_URL": "http://127.0.0.1:9",
-        "TOKEN": TOKEN,
-        "PROJECT_ID": "p",
-        "HMAC_SECRET": SECRET_TEXT,
-    }.items():
-        monkeypatch.setenv(f"Z4J_{name}", value)
+    set_connection(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "agent_app.py").write_text(INSTALLS)
+    (tmp_path / "agent_app.py").write_text(INSTALLING_APP)
     runtime = load_app("agent_app:runtime")
     module = sys.modules["agent_app"]
     assert (runtime.state, module.own.state) == (RuntimeState.STOPPED, RuntimeState.STOPPED)
     assert singleton.current_runtime() is None
-    runtime.start()  # afterwards nothing holds it back
+    runtime.start()  # after the import it can be started
     try:
         assert runtime.state is RuntimeState.RUNNING
     finally:
         runtime.stop(timeout=2)
 
 
-def test_what_the_agent_of_an_application_lacks(tmp_path, monkeypatch):
-    """A setting that is missing to the application's own install_agent is told as that, not as an import that failed."""
+def test_missing_setting_of_imported_app_is_named(tmp_path, monkeypatch):
+    """A ConfigError of the application's own install_agent is passed on unchanged."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "lacking_app.py").write_text(INSTALLS)
+    (tmp_path / "lacking_app.py").write_text(INSTALLING_APP)
     with pytest.raises(HostConfigurationError, match=r"^missing required Z4J settings: brain_url"):
         load_app("lacking_app:runtime")
 
 
-def test_configuration_errors_are_one_line(capsys, tmp_path, monkeypatch):
-    """A missing setting is one line on stderr and exit code 2, without a traceback."""
+def test_configuration_error_is_one_line(capsys, tmp_path, monkeypatch):
+    """A missing setting is reported as one line on stderr with exit code 2."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lonely_app.py").write_text(
+    (tmp_path / "plain_app.py").write_text(
         "from celery import Celery\napp = Celery('x', broker='memory://')\n"
     )
-    assert main(["run", "--app", "lonely_app:app"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("z4j-bare: ")
-    assert "brain_url" in said
-    assert "Traceback" not in said
+    assert main(["run", "--app", "plain_app:app"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("z4j-bare: ")
+    assert "brain_url" in text
+    assert "Traceback" not in text
 
 
 # -- settings
 
 
-def applied(monkeypatch, text, *words, mode=0o600, tmp_path=None, **environment):
-    """The environment after file, variables and flags."""
+def apply_settings(monkeypatch, text, *words, mode=0o600, tmp_path=None, **environment):
+    """Apply a file, variables and flags; return what ``configuration.apply`` returns."""
     path = tmp_path / "agent.toml"
     path.write_text(text)
     path.chmod(mode)
@@ -140,30 +135,50 @@ def applied(monkeypatch, text, *words, mode=0o600, tmp_path=None, **environment)
     return configuration.apply(arguments)
 
 
-def test_weights(monkeypatch, tmp_path):
-    """A setting of the file is outweighed by the environment, and that by a flag; a variable that is empty says nothing."""
-    text = 'brain_url = "http://file"\nproject_id = "file"\nagent_name = "file"\nenvironment = "file"\nflush_events = 7\n'
-    text += 'heartbeat = false\ntags = {zone = "a", rack = 1}\nredaction_extra_key_patterns = ["x", "y"]\n'
-    applied(
-        monkeypatch, text, "--brain-url", "http://flag", tmp_path=tmp_path,
-        BRAIN_URL="http://variable", PROJECT_ID="variable", ENVIRONMENT="",
-    )  # fmt: skip
+SETTINGS = """\
+brain_url = "http://file"
+project_id = "file"
+agent_name = "file"
+environment = "file"
+flush_events = 7
+heartbeat = false
+tags = {zone = "a", rack = 1}
+redaction_extra_key_patterns = ["x", "y"]
+"""
+
+
+def test_flag_overrides_variable_overrides_file(monkeypatch, tmp_path):
+    """A flag overrides a variable, a variable overrides the file; an empty variable is ignored."""
+    apply_settings(
+        monkeypatch,
+        SETTINGS,
+        "--brain-url",
+        "http://flag",
+        tmp_path=tmp_path,
+        BRAIN_URL="http://variable",
+        PROJECT_ID="variable",
+        ENVIRONMENT="",
+    )
     found = {
         name: os.environ[f"Z4J_{name}"]
         for name in ("BRAIN_URL", "PROJECT_ID", "AGENT_NAME", "ENVIRONMENT", "FLUSH_EVENTS")
     }
     assert found == {
-        "BRAIN_URL": "http://flag", "PROJECT_ID": "variable", "AGENT_NAME": "file", "ENVIRONMENT": "file", "FLUSH_EVENTS": "7",
-    }  # fmt: skip
+        "BRAIN_URL": "http://flag",
+        "PROJECT_ID": "variable",
+        "AGENT_NAME": "file",
+        "ENVIRONMENT": "file",
+        "FLUSH_EVENTS": "7",
+    }
     assert os.environ["Z4J_HEARTBEAT"] == "false"
     assert os.environ["Z4J_TAGS"] == "zone=a,rack=1"
     assert os.environ["Z4J_REDACTION_EXTRA_KEY_PATTERNS"] == "x,y"
 
 
-def test_tables(monkeypatch, tmp_path):
-    """Engines and schedulers of the file are tables, and dev_mode is its own."""
+def test_file_has_tables_of_engines_and_schedulers(monkeypatch, tmp_path):
+    """The tables of the file and ``dev_mode`` are returned instead of copied to the environment."""
     text = 'dev_mode = true\n[engines.celery]\napp = "a:b"\n[schedulers.celery-beat]\n'
-    found = applied(monkeypatch, text, tmp_path=tmp_path)
+    found = apply_settings(monkeypatch, text, tmp_path=tmp_path)
     assert (found.dev_mode, found.engines, found.schedulers) == (
         True,
         {"celery": {"app": "a:b"}},
@@ -172,48 +187,48 @@ def test_tables(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "said"),
+    ("text", "mode", "message"),
     [
         ("brain_ulr = 1", 0o600, "did you mean brain_url"),
-        ("zzz = 1", 0o600, "there is no setting 'zzz'"),
+        ("zzz = 1", 0o600, "unknown setting 'zzz'"),
         ("brain_url = ", 0o600, "is not TOML"),
         ("token = 'x'", 0o644, "chmod 600"),
-        ("engines = ['celery']", 0o600, "are tables"),
-        ("brain_url = {a = 1}", 0o600, "takes one value"),
+        ("engines = ['celery']", 0o600, "must be tables"),
+        ("brain_url = {a = 1}", 0o600, "must be a single value"),
         ("dev_mode = 'yes'", 0o600, "true or false"),
     ],
 )
-def test_bad_files(monkeypatch, tmp_path, text, mode, said):
-    """What is wrong with a file is told with its name, and the way out."""
+def test_invalid_file_is_configuration_error(monkeypatch, tmp_path, text, mode, message):
+    """An invalid file is an error that names the file and the fix."""
     with pytest.raises(HostConfigurationError, match=r"agent\.toml") as caught:
-        applied(monkeypatch, text, mode=mode, tmp_path=tmp_path)
-    assert said in str(caught.value)
+        apply_settings(monkeypatch, text, mode=mode, tmp_path=tmp_path)
+    assert message in str(caught.value)
 
 
-def test_a_missing_file(capsys):
-    """A file that is not there is one line and exit code 2."""
+def test_missing_file_is_configuration_error(capsys):
+    """A missing file is reported as one line with exit code 2."""
     assert main(["run", "--config", "/no/such.toml"]) == 2
-    assert "/no/such.toml cannot be read" in capsys.readouterr().err
+    assert "cannot read --config /no/such.toml" in capsys.readouterr().err
 
 
 # -- engines and schedulers
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """Adapters' packages that are not installed, as their constructors are."""
+def fake_packages(monkeypatch):
+    """Replace every adapter's package by one whose class records its constructor arguments."""
 
     class Adapter:
         def __init__(self, **arguments):
             self.arguments = arguments
 
-    for kind in {*adapters.ENGINES.values(), *adapters.SCHEDULERS.values()}:
-        module = SimpleNamespace(**{kind.attribute: Adapter})
-        monkeypatch.setitem(sys.modules, kind.package.replace("-", "_"), module)
+    for spec in {*adapters.ENGINES.values(), *adapters.SCHEDULERS.values()}:
+        module = SimpleNamespace(**{spec.attribute: Adapter})
+        monkeypatch.setitem(sys.modules, spec.package.replace("-", "_"), module)
 
 
-def test_every_adapter(stand_ins):
-    """Each gets the application under the name that its constructor wants, and options of the file besides."""
+def test_adapters_get_app_and_options(fake_packages):
+    """Each adapter gets the application as its own parameter, and the options of the file."""
     made = adapters.build(
         adapters.ENGINES,
         {name: {"extra": 1} for name in ("celery", "rq", "dramatiq", "huey", "taskiq")},
@@ -232,8 +247,8 @@ def test_every_adapter(stand_ins):
     ]
 
 
-def test_arq(stand_ins, monkeypatch):
-    """Arq's worker settings are read; redis settings alone will do."""
+def test_arq_adapter_reads_worker_settings(fake_packages, monkeypatch):
+    """Arq's adapters read ``WorkerSettings``; the engine also accepts plain redis settings."""
 
     def job():
         """A job."""
@@ -259,15 +274,17 @@ def test_arq(stand_ins, monkeypatch):
     assert cron.arguments == {"cron_jobs": [1]}
 
 
-def test_adapters_that_cannot_be_made(monkeypatch):
-    """An adapter that is not installed names the package, one that refuses says why."""
+def test_adapter_that_cannot_be_built_is_configuration_error(monkeypatch):
+    """A missing package, an unknown name and a constructor's exception are reported."""
     monkeypatch.setitem(sys.modules, "z4j_rq", None)
     with pytest.raises(HostConfigurationError, match="pip install z4j-rq"):
         adapters.build(adapters.ENGINES, {"rq": {}}, "json:dumps")
-    with pytest.raises(HostConfigurationError, match="none of celery, rq"):
+    with pytest.raises(
+        HostConfigurationError, match="unknown adapter 'cellery': choose from celery, rq"
+    ):
         adapters.build(adapters.ENGINES, {"cellery": {}}, "json:dumps")
     with pytest.raises(
-        HostConfigurationError, match="CeleryEngineAdapter cannot be made of json:dumps"
+        HostConfigurationError, match="cannot create CeleryEngineAdapter from json:dumps"
     ):
         adapters.build(adapters.ENGINES, {"celery": {"no_such": 1}}, "json:dumps")
 
@@ -281,25 +298,25 @@ def test_adapters_that_cannot_be_made(monkeypatch):
         ([("celery", "flag:app")], "rq", {"celery": {"app": "flag:app", "deep": 1}}),
     ],
 )
-def test_which_engines(monkeypatch, flags, variable, found):
-    """Flags say which, else the variable, else the file; what the file says of one of them holds."""
+def test_flags_select_engines_before_variable_and_file(monkeypatch, flags, variable, found):
+    """Flags select the engines, else the variable, else the file; options come from the file."""
     monkeypatch.setenv("Z4J_ENGINES", variable)
     tables = {"celery": {"app": "file:app", "deep": 1}, "rq": {}}
-    assert run_command.wanted(flags, "Z4J_ENGINES", tables) == found
+    assert run_command.select_adapters(flags, "Z4J_ENGINES", tables) == found
 
 
 # -- the process
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "7200"])
-def test_bad_drains(seconds, capsys):
-    """A drain that makes no sense names its setting."""
+def test_invalid_drain_is_configuration_error(seconds, capsys):
+    """A drain outside its range is an error that names the flag."""
     assert main(["run", "--app", "json:dumps", "--drain", seconds]) == 2
     assert "--drain" in capsys.readouterr().err
 
 
-def test_patching_on_request(mode):
-    """What is patched already stays so, nothing is patched unasked, and unknown names are refused."""
+def test_patch_accepts_present_mode_and_rejects_unknown(mode):
+    """Patching twice and ``auto`` change nothing; an unknown name is an error."""
     patch(mode)
     patch("auto")
     assert detect().outcome == ("none" if mode == "threads" else mode)
@@ -307,8 +324,8 @@ def test_patching_on_request(mode):
         patch("fibers")
 
 
-def test_log_lines():
-    """A JSON line holds time, level, logger, message and exception; bad levels and forms are refused."""
+def test_json_log_line_has_all_fields():
+    """A JSON line has time, level, logger, message, exception; unknown levels and formats raise."""
     try:
         raise ValueError("boom")
     except ValueError:
@@ -328,33 +345,36 @@ def test_log_lines():
 
 @pytest.fixture
 def systemd(monkeypatch, tmp_path):
-    """A listening systemd; ``systemd()`` returns what it has heard."""
-    door = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    door.bind(str(tmp_path / "notify"))
-    door.setblocking(False)
+    """A notification socket; ``systemd()`` returns the notifications since the last call."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listener.bind(str(tmp_path / "notify"))
+    listener.setblocking(False)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
 
-    def heard():
-        said = []
+    def received():
+        notifications = []
         while True:
             try:
-                said.append(door.recv(4096).decode())
+                notifications.append(listener.recv(4096).decode())
             except BlockingIOError:
-                return said
+                return notifications
 
-    yield heard
-    door.close()
+    yield received
+    listener.close()
 
 
-def test_systemd_is_told(systemd, monkeypatch):
-    """Ready, status once a change, the watchdog at a third of its time, stopping; nothing without anybody to hear."""
+def test_notifier_sends_changes_and_watchdog(systemd, monkeypatch):
+    """The status is sent on change and the watchdog once per third of its interval.
+
+    Without a listening socket nothing is sent and nothing raises.
+    """
     monkeypatch.setenv("WATCHDOG_USEC", "60000000")
     notifier = Notifier()
     notifier.ready()
     for _ in range(3):
         notifier.alive()
         notifier.status("well")
-    notifier.stop_event()
+    notifier.stopping()
     assert systemd() == ["READY=1", "WATCHDOG=1", "STATUS=well", "STOPPING=1"]
     monkeypatch.setenv("WATCHDOG_PID", "1")
     Notifier().alive()
@@ -368,7 +388,7 @@ def test_systemd_is_told(systemd, monkeypatch):
     assert systemd() == []
 
 
-RUN = """
+RUN_SCRIPT = """
 import sys
 from tests.launch import patch
 patch(sys.argv[1])
@@ -378,23 +398,29 @@ class Engine:
     name = "stub"
     def capabilities(self):
         return set()
-adapters.ENGINES["celery"] = SimpleNamespace(build=lambda *_given: Engine())
+adapters.ENGINES["celery"] = SimpleNamespace(build=lambda *_arguments: Engine())
 sys.exit(main(sys.argv[2:]))
 """
 
 
 @pytest.fixture
 def standalone(backend, tmp_path):
-    """``standalone(*words, mode=...)``: start an agent in a process of its own that talks to a ``Peer``."""
+    """``standalone(*words, mode=...)``: start ``z4j-bare run`` connected to ``standalone.peer``."""
     peer, token, key = Peer(backend), tmp_path / "token", tmp_path / "key"
     token.write_text(TOKEN)
     key.write_text(SECRET_TEXT)
-    (tmp_path / "agent.toml").write_text(
-        f'brain_url = "{peer.url}"\nproject_id = "p"\ntoken_file = "{token}"\nhmac_secret_file = "{key}"\nlog_format = "json"\n'
-    )
+    settings = {
+        "brain_url": peer.url,
+        "project_id": "p",
+        "token_file": token,
+        "hmac_secret_file": key,
+        "log_format": "json",
+    }
+    lines = [f'{name} = "{value}"\n' for name, value in settings.items()]
+    (tmp_path / "agent.toml").write_text("".join(lines))
     started = []
 
-    def start(*words, mode="threads", script=RUN):
+    def start(*words, mode="threads", script=RUN_SCRIPT):
         command = [
             sys.executable,
             "-W",
@@ -420,38 +446,41 @@ def standalone(backend, tmp_path):
     peer.stop()
 
 
-def test_a_whole_life(mode, until, standalone, systemd):
-    """It connects, tells systemd, connects anew on SIGHUP, lets no second one in, and ends with a goodbye on SIGTERM."""
+def test_standalone_agent_handles_its_signals(mode, until, standalone, systemd):
+    """The agent connects, notifies systemd, refuses a second instance, and handles its signals.
+
+    SIGHUP makes it reconnect, SIGTERM makes it close the session with a goodbye and exit with 0.
+    """
     process, peer = standalone(mode=mode), standalone.peer
     until(lambda: peer.frames("heartbeat"), seconds=40)
-    told = []
+    notifications = []
     until(
         lambda: (
-            told.extend(systemd())
-            or any(line.startswith("STATUS=connected over ws") for line in told)
+            notifications.extend(systemd())
+            or any(line.startswith("STATUS=connected over ws") for line in notifications)
         )
     )
     second = standalone(mode=mode)
     until(lambda: second.poll() is not None)
-    assert second.returncode == run_command.REFUSED
-    said = second.stderr.read()
-    assert f"pid {process.pid}" in said
-    assert "--allow-second" in said
+    assert second.returncode == run_command.ALREADY_RUNNING
+    text = second.stderr.read()
+    assert f"pid {process.pid}" in text
+    assert "--allow-second" in text
     process.send_signal(signal.SIGHUP)
     until(lambda: len(peer.sessions) == 2 and peer.sessions[1].hello)
     process.send_signal(signal.SIGTERM)
     until(lambda: process.poll() is not None)
-    said = process.stderr.read()
-    assert process.returncode == 0, said
+    text = process.stderr.read()
+    assert process.returncode == 0, text
     assert peer.sessions[1].goodbye == 1000
-    lines = [json.loads(line) for line in said.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
     assert any("connected over ws" in line["message"] for line in lines)
-    assert TOKEN not in said
-    assert (told[0], systemd()[-1]) == ("READY=1", "STOPPING=1")
+    assert TOKEN not in text
+    assert (notifications[0], systemd()[-1]) == ("READY=1", "STOPPING=1")
 
 
-#: An agent whose flush loop computes, or hangs in foreign code, for as long as there is a file.
-JAMMED = RUN.replace(
+#: ``RUN_SCRIPT`` with a flush loop that blocks its thread while the file ``jam`` exists.
+BLOCKING_SCRIPT = RUN_SCRIPT.replace(
     "sys.exit(main",
     """
 import ctypes, os
@@ -459,31 +488,36 @@ from pathlib import Path
 from z4j_bare.cli import run
 from z4j_bare.pipeline.flush import FlushLoop
 jam, seen = Path(os.environ["Z4J_HOME"], "jam"), Path(os.environ["Z4J_HOME"], "seen")
-def jammed(self, stopping):
-    while not stopping.is_set():
+def blocking_run(self, stop_event):
+    while not stop_event.is_set():
         while jam.exists():
             seen.touch()
             ctypes.CDLL(None).usleep(10_000)
         self._backend.sleep(0.02)
-FlushLoop.run = jammed
-run.STUCK = 0.5
+FlushLoop.run = blocking_run
+run.STUCK_SECONDS = 0.5
 sys.exit(main""",
 )
 
 
-def test_a_stuck_loop_starves_the_watchdog(mode, until, standalone, systemd, monkeypatch, tmp_path):
-    """While a loop of the agent does not go on, systemd's watchdog is not fed; where another thread can, it tells why."""
+def test_watchdog_is_not_reset_while_loop_is_stuck(
+    mode, until, standalone, systemd, monkeypatch, tmp_path
+):
+    """While a loop of the agent is stuck, the watchdog is not reset and the status names the loop.
+
+    Under gevent and eventlet the whole hub is blocked, so that no status can be sent.
+    """
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
     jam, seen = tmp_path / "home" / "jam", tmp_path / "home" / "seen"
-    process = standalone(mode=mode, script=JAMMED)
+    process = standalone(mode=mode, script=BLOCKING_SCRIPT)
     until(lambda: "WATCHDOG=1" in systemd(), seconds=40)
     jam.touch()
     until(seen.exists)
-    if mode == "threads":  # else the hub is stuck as a whole
+    if mode == "threads":
         until(lambda: "STATUS=stuck: z4j-flush" in systemd())
     else:
         systemd()
-    time.sleep(3 * run_command.POLL)  # three more looks
+    time.sleep(3 * run_command.POLL_INTERVAL)
     assert "WATCHDOG=1" not in systemd()
     jam.unlink()
     until(lambda: "WATCHDOG=1" in systemd())
@@ -492,8 +526,8 @@ def test_a_stuck_loop_starves_the_watchdog(mode, until, standalone, systemd, mon
     assert process.returncode == 0
 
 
-def test_two_by_wish_and_patched_by_flag(mode, until, standalone):
-    """``--allow-second`` lets another one in; ``--concurrency`` patches a process that was not; SIGINT ends it too."""
+def test_allow_second_and_concurrency_flags(mode, until, standalone):
+    """``--allow-second`` allows a second agent, ``--concurrency`` patches it, SIGINT stops it."""
     first = standalone()
     until(lambda: len(standalone.peer.live) == 1, seconds=40)
     second = standalone("--allow-second", "--concurrency", mode)

@@ -1,4 +1,4 @@
-"""What an operator sees of the agents that run here, and what a probe is told by the exit code."""
+"""``z4j-bare status`` and ``restart``, the probe of agents, the adapters' command lines."""
 
 import json
 import os
@@ -15,24 +15,37 @@ from z4j_bare.diagnostics.agents import probe_agents
 
 
 def agent(pid=7, **changes):
-    """What an agent that is well says of itself."""
+    """Return the status of a connected agent, with ``changes``."""
     return {
-        "adapter": "bare", "pid": pid, "project": "p", "connected": True, "connected_at": 0.0, "concurrency": "gevent",
-        "transport": "ws", "workers": {"celery": ["celery@a"]}, "agent_name": None, "oldest_age_seconds": None, "produced": 10,
-        "acked": 4, "buffered": 6, "adopting": 0, "last_error": "", **changes,
-    }  # fmt: skip
+        "adapter": "bare",
+        "pid": pid,
+        "project": "p",
+        "connected": True,
+        "connected_at": 0.0,
+        "concurrency": "gevent",
+        "transport": "ws",
+        "workers": {"celery": ["celery@a"]},
+        "agent_name": None,
+        "oldest_age_seconds": None,
+        "produced": 10,
+        "acked": 4,
+        "buffered": 6,
+        "adopting": 0,
+        "last_error": "",
+        **changes,
+    }
 
 
 SILENT = {"adapter": "bare", "pid": 8, "error": "timed out"}
 
 
 @pytest.fixture
-def answers(monkeypatch):
-    """``answers(*lists)``: what the looks to come are told; the last one for ever."""
-    monkeypatch.setattr(status, "SAMPLE", 0.01)
+def set_agents(monkeypatch):
+    """``set_agents(*samples)``: the agents that each query returns; the last sample repeats."""
+    monkeypatch.setattr(status, "SAMPLE_INTERVAL", 0.01)
 
-    def script(*lists):
-        left = list(lists)
+    def script(*samples):
+        left = list(samples)
         monkeypatch.setattr(
             control,
             "status",
@@ -52,9 +65,9 @@ def answers(monkeypatch):
         ([], 1),
     ],
 )
-def test_probes(answers, capsys, agents, code):
-    """A probe fails unless there is an agent and every one is connected; quiet says nothing."""
-    answers(agents)
+def test_exit_code_is_zero_if_all_are_connected(set_agents, capsys, agents, code):
+    """The exit code is 0 if an agent runs and all are connected; ``--quiet`` prints nothing."""
+    set_agents(agents)
     assert main(["status", "--quiet"]) == code
     assert capsys.readouterr().out == ""
     assert main(["status", "--json"]) == code
@@ -62,9 +75,9 @@ def test_probes(answers, capsys, agents, code):
     assert (answer["ok"], len(answer["agents"])) == (code == 0, len(agents))
 
 
-def test_the_table(answers, capsys):
-    """A line for each agent: who, in which mode, since when, how much waits, how fast, what went wrong."""
-    apart = agent(
+def test_table_shows_one_line_per_agent(set_agents, capsys):
+    """The table shows name, mode, session, buffer depth, rate and last error of each agent."""
+    unconnected = agent(
         pid=9,
         connected=False,
         last_error="connection refused",
@@ -72,7 +85,7 @@ def test_the_table(answers, capsys):
         oldest_age_seconds=200,
         workers={"celery": []},
     )
-    answers([agent(), apart], [agent(produced=11), apart, SILENT])
+    set_agents([agent(), unconnected], [agent(produced=11), unconnected, SILENT])
     assert main(["status"]) == 1
     head, first, second, third = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["agent", "pid", "mode"]
@@ -83,64 +96,69 @@ def test_the_table(answers, capsys):
     assert "3 min" in second
     assert "connection refused" in second
     assert "no answer" in third
-    assert "hub blocked" in third
+    assert "event loop blocked" in third
 
 
-def test_one_worker_or_adapter(answers, capsys):
-    """One agent can be asked for by the worker it reports, or by its framework."""
-    answers([agent(), agent(pid=9, adapter="django", workers={}, connected=False)])
+def test_agents_can_be_selected(set_agents, capsys):
+    """Agents can be selected by a worker that they report and by their framework adapter."""
+    set_agents([agent(), agent(pid=9, adapter="django", workers={}, connected=False)])
     assert main(["status", "-q", "--worker", "celery@a"]) == 0
     assert main(["status", "-q", "--adapter", "django"]) == 1
     assert main(["status", "--worker", "celery@b"]) == 1
-    assert "no agent that reports celery@b runs here" in capsys.readouterr().out
+    assert "no agent that reports celery@b runs with Z4J_HOME=" in capsys.readouterr().out
 
 
-def test_watch(answers, capsys, monkeypatch):
-    """The watch goes on until it is interrupted, with what it saw as bars, and then says how the last look was."""
-    looks = []
+def test_watch_refreshes_until_interrupted(set_agents, capsys, monkeypatch):
+    """The history is drawn as bars; the exit code is that of the last sample."""
+    sleeps = []
 
-    def sleep(_seconds):
-        looks.append(1)
-        if len(looks) == 3:
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
             raise KeyboardInterrupt
 
-    answers([agent(produced=0)], [agent(produced=5)], [agent(produced=500)])
+    set_agents([agent(produced=0)], [agent(produced=5)], [agent(produced=500)])
     monkeypatch.setattr(status.time, "sleep", sleep)
     assert main(["status", "--watch"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("events/s  ") == 3 + 3
-    assert "▁▁█" in said
+    text = capsys.readouterr().out
+    assert text.count("events/s  ") == 3 + 3
+    assert "▁▁█" in text
 
 
 @pytest.mark.parametrize("command", ["status", "restart"])
-def test_a_home_that_is_none(command, capsys, monkeypatch, tmp_path):
-    """A home that cannot be looked into is one line that names the setting."""
+def test_unusable_home_is_one_line(command, capsys, monkeypatch, tmp_path):
+    """A Z4J_HOME that cannot be read is reported as one line with exit code 2."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "file" / "home"))
     assert main([command]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("z4j-bare: Z4J_HOME=")
-    assert len(said.splitlines()) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("z4j-bare: cannot use Z4J_HOME=")
+    assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "x"])
-def test_bad_intervals(seconds):
-    """An interval that is none is a usage error."""
+def test_invalid_watch_interval_is_usage_error(seconds):
+    """An interval that is not a positive number is a usage error."""
     with pytest.raises(SystemExit) as caught:
         main(["status", "--watch", seconds])
     assert caught.value.code == 2
 
 
-def test_bars_and_spans():
-    """The largest value is the highest bar, nothing is the lowest, and times come in the unit that fits."""
+def test_sparklines_and_durations():
+    """The largest value is the highest bar; a duration is shown in its largest unit."""
     assert status.sparkline([]) == ""
     assert status.sparkline([0, 0]) == "▁▁"
     assert status.sparkline([0, 1, 2]) == "▁▅█"
-    assert [status.span(each) for each in (5, 65, 7300, 200000)] == ["5 s", "1 min", "2 h", "2 d"]
+    assert [status.format_duration(each) for each in (5, 65, 7300, 200000)] == [
+        "5 s",
+        "1 min",
+        "2 h",
+        "2 d",
+    ]
 
 
-def test_a_living_agent(backend, until, monkeypatch):
-    """A real agent is found from another process, told apart from a home without one, and told to connect anew."""
+def test_other_process_queries_and_restarts_agent(backend, until):
+    """Another process shows a real agent's status and makes it reconnect."""
     peer = Peer(backend)
 
     class Engine:
@@ -154,23 +172,23 @@ def test_a_living_agent(backend, until, monkeypatch):
     )
     try:
         until(lambda: peer.frames("heartbeat"))
-        code, said = elsewhere(until, "status", "--json")
-        assert code == 0, said
-        (found,) = json.loads(said)["agents"]
+        code, text = run_in_process(until, "status", "--json")
+        assert code == 0, text
+        (found,) = json.loads(text)["agents"]
         assert (found["pid"], found["connected"], found["project"]) == (os.getpid(), True, "p")
-        assert TOKEN not in said
-        code, said = elsewhere(until, "restart")
-        assert (code, str(os.getpid()) in said) == (0, True)
+        assert TOKEN not in text
+        code, text = run_in_process(until, "restart")
+        assert (code, str(os.getpid()) in text) == (0, True)
         until(lambda: len(peer.sessions) > 1)
     finally:
         runtime.stop()
         singleton.clear_runtime()
         peer.stop()
-    assert elsewhere(until, "reload")[0] == 1
+    assert run_in_process(until, "reload")[0] == 1
 
 
-def elsewhere(until, *words):
-    """Run the command in a process of its own while this one's hub goes on; return exit code and output."""
+def run_in_process(until, *words):
+    """Run a command in another process without blocking the hub; return exit code and output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "z4j_bare", *words],
         stdout=subprocess.PIPE,
@@ -187,10 +205,10 @@ def elsewhere(until, *words):
 
 
 @pytest.mark.parametrize(
-    ("agents", "verdict", "said"),
+    ("agents", "verdict", "text"),
     [
-        ([], "OK", "none runs here"),
-        ([agent(project="another")], "OK", "none runs here"),
+        ([], "OK", "no agent is running"),
+        ([agent(project="another")], "OK", "no agent is running"),
         ([agent()], "OK", "1 connected"),
         ([agent(), agent(pid=9)], "WARN", "celery@a is reported by processes 7, 9"),
         ([agent(), SILENT], "WARN", "process 8 does not answer (timed out)"),
@@ -201,11 +219,11 @@ def elsewhere(until, *words):
         ),
     ],
 )
-def test_the_doctor_looks_at_agents(answers, agents, verdict, said):
-    """Agents that are silent, without a session, or that report one worker twice are named."""
-    answers(agents)
+def test_doctor_probes_agents(set_agents, agents, verdict, text):
+    """Agents that do not answer, have no session or report the same worker are warnings."""
+    set_agents(agents)
     found = probe_agents("p")
-    assert (found.verdict, said in found.message) == (verdict, True)
+    assert (found.verdict, text in found.message) == (verdict, True)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +236,15 @@ def test_the_doctor_looks_at_agents(answers, agents, verdict, said):
         (["restart", "--adapter=flask"], "flask"),
     ],
 )
-def test_adapters_restart_their_own(monkeypatch, capsys, words, adapter):
-    """``z4j-django restart`` means Django's agents, unless others are named."""
-    monkeypatch.setattr(control, "send_restart", lambda name: (0, f"told {name}"))
+def test_adapter_restarts_its_own_agents(monkeypatch, capsys, words, adapter):
+    """``z4j-django restart`` restarts Django's agents, unless another adapter is named."""
+    monkeypatch.setattr(control, "send_restart", lambda name: (0, f"restarted {name}"))
     assert make_main_for_adapter("django")(words) == 0
-    assert capsys.readouterr().out.strip() == f"told {adapter}"
+    assert capsys.readouterr().out.strip() == f"restarted {adapter}"
 
 
-def test_adapters_have_all_other_commands(monkeypatch, capsys):
-    """As a console script, without arguments, and by the adapter's name."""
+def test_adapter_has_all_commands(monkeypatch, capsys):
+    """The adapter's command line has the same commands under the adapter's name."""
     monkeypatch.setattr(sys, "argv", ["z4j-django", "version"])
     main_of_django = make_main_for_adapter("django")
     assert main_of_django() == 0
@@ -235,8 +253,8 @@ def test_adapters_have_all_other_commands(monkeypatch, capsys):
     assert "usage: z4j-django" in capsys.readouterr().out
 
 
-def test_engines(monkeypatch, capsys):
-    """An engine's command line says what is installed, and what is not."""
+def test_engine_command_line_checks_installation(monkeypatch, capsys):
+    """An engine's command line reports what is installed and whether a broker is set."""
     engine = make_engine_main("celery", upstream_package="celery", broker_env="CELERY_BROKER_URL")
     assert engine([]) == 2
     assert "usage: z4j-celery" in capsys.readouterr().out
@@ -246,12 +264,12 @@ def test_engines(monkeypatch, capsys):
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://:hunter2@there")
     monkeypatch.setattr(sys, "argv", ["z4j-celery", "doctor", "--json"])
     assert engine() == 0
-    said = capsys.readouterr().out
-    assert json.loads(said)["ok"] is True
-    assert "hunter2" not in said
+    text = capsys.readouterr().out
+    assert json.loads(text)["ok"] is True
+    assert "hunter2" not in text
     assert engine(["version"]) == 0
-    nobody = make_engine_main(
-        "nobody", upstream_package="no_such_queue", broker_env=None, upstream_attribute="x"
+    missing = make_engine_main(
+        "missing", upstream_package="no_such_queue", broker_env=None, upstream_attribute="x"
     )
-    assert (nobody(["doctor"]), nobody(["version"])) == (1, 1)
+    assert (missing(["doctor"]), missing(["version"])) == (1, 1)
     assert "pip install no_such_queue" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes.
+
+No ``hello`` is sent: it would overwrite the engines that the brain has recorded for the agent and
+claim the agent's pending commands. A row is deleted when the brain has acknowledged it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from z4j_bare.buffer.errors import BUSY, classify
+from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.diagnostics.remote import unsent_hello
+from z4j_bare.errors import FrameTooLargeError, LocalStorageError
+from z4j_bare.settings import deployment_id, read_key, read_token
+from z4j_bare.transport.auto import LONGPOLL, TransportFactory
+from z4j_bare.wire import frames
+from z4j_bare.wire.frames import shrink_result
+from z4j_bare.wire.session import Session, parse_hello_ack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from z4j_core.models import Config
+
+    from z4j_bare.settings import Settings
+
+#: Rows read from the store at a time, and events in one frame at most.
+MAX_ROWS = 500
+
+#: Payload bytes read from the store at a time. A frame that the brain finds too large is halved.
+MAX_BYTES = 512 * 1024
+
+#: Sends rows, all of one kind; returns how many of the first ones the brain has acknowledged.
+SendRows = Callable[[Sequence[BufferEntry]], int]
+
+
+class OrphanUploader:
+    """Sends stores one after the other over one session. Call ``close`` at the end.
+
+    ``sent`` is the number of acknowledged rows. ``skipped`` lists stores with the reason why rows
+    are left in them.
+    """
+
+    def __init__(self, config: Config, settings: Settings) -> None:
+        self.sent = 0
+        self.skipped: list[tuple[Path, str]] = []
+        self._config = config
+        self._backend = build(choose(settings.concurrency, detect()))
+        self._key = read_key(config, settings)
+        self._max_events = MAX_ROWS
+        self._transport = TransportFactory(
+            str(config.brain_url),
+            LONGPOLL,
+            partial(read_token, config, settings),
+            settings,
+            self._backend,
+            dev_mode=config.dev_mode,
+        ).longpoll()
+        self._session: Session | None = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+        self._backend.close()
+
+    def send(self, path: Path, done: Callable[[int], None]) -> None:
+        """Send the rows of one store and delete the file when it is empty.
+
+        A store of another deployment is skipped. Raises ``LocalStorageError`` when the store
+        belongs to a running process, and ``NetworkError`` or ``RemoteError`` when the brain does
+        not accept the rows.
+
+        :param done: receives the number of rows sent so far, over all stores.
+        """
+        deployment = deployment_id(self._config, self._key)
+        try:
+            store = BufferStore(path, deployment=deployment, create=False)
+        except LocalStorageError as error:
+            if classify(error) == BUSY:
+                raise
+            self.skipped.append((path, str(error)))
+            return
+        try:
+            # Results first: each of them ends a command that the dashboard shows as pending.
+            self._send_kind(store, RESULT, self._send_result, done)
+            self._send_kind(store, EVENT, self._send_events, done)
+            if store.drain(0, 1, MAX_BYTES, (PROJECTION,)):
+                self.skipped.append(
+                    (path, "only an agent can send its projection rows (schedule snapshots)")
+                )
+        finally:
+            store.close()
+
+    def _send_kind(
+        self, store: BufferStore, kind: str, send: SendRows, done: Callable[[int], None]
+    ) -> None:
+        after = 0
+        while rows := store.drain(after, MAX_ROWS, MAX_BYTES, (kind,)):
+            sent = send(rows)
+            if not sent:  # the first row alone is too large for a frame
+                reason = f"row {rows[0].id} is larger than the brain accepts"
+                self.skipped.append((store.path, reason))
+                after = rows[0].id
+                continue
+            store.confirm([row.id for row in rows[:sent]])
+            self.sent += sent
+            done(self.sent)
+
+    def _send_events(self, rows: Sequence[BufferEntry]) -> int:
+        """Send as many of the first events as fit into one frame; return how many."""
+        number = min(len(rows), self._max_events)
+        while number:
+            batch = frames.event_batch([row.payload for row in rows[:number]])
+            try:
+                self._send_frame("event_batch", frames.frame_id("ev"), batch)
+                return number
+            except FrameTooLargeError:
+                number //= 2
+                self._max_events = max(1, number)
+        return 0
+
+    def _send_result(self, rows: Sequence[BufferEntry]) -> int:
+        """Send the first result, shortened if necessary; return 1, or 0 if no version fits."""
+        row = rows[0]
+        for payload in (row.payload, *shrink_result(row.payload)):
+            try:
+                self._send_frame("command_result", row.key, payload)
+                return 1
+            except FrameTooLargeError:
+                continue
+        return 0
+
+    def _send_frame(self, kind: str, frame_id: str, payload: bytes) -> None:
+        session = self._session or self._connect()
+        self._transport.send(lambda: session.sign(kind, frame_id, payload, self._backend.wall()))
+
+    def _connect(self) -> Session:
+        self._session = Session(parse_hello_ack(self._transport.connect(unsent_hello())), self._key)
+        return self._session
