@@ -1,4 +1,4 @@
-"""What the documentation says of the tests is so."""
+"""The pages of the documentation agree with the tests."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_guarantees_name_existing_tests():
-    """Every test that the table of guarantees names exists in the file that it names."""
+    """Every test that the table of guarantees names exists in the named file."""
     named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / "docs/guarantees.md").read_text())
     assert len(named) > 20
     missing = [(file, test) for file, test in named if f"def {test}(" not in _read(file)]

@@ -1,4 +1,4 @@
-"""The package's metadata keeps the promises that adapters and the test environments rest on."""
+"""The package's metadata agrees with the changelog, the pages and the test environments."""
 
 import configparser
 import re
@@ -18,7 +18,8 @@ def setup_cfg():
     return parser
 
 
-def bounds(text):
+def lower_bounds(text):
+    """Return the lower bound of each requirement that has one."""
     found = {}
     for line in text.splitlines():
         match = re.match(r"([A-Za-z0-9_.\-]+)>=([0-9.]+)", line.strip())
@@ -27,38 +28,38 @@ def bounds(text):
     return found
 
 
-def test_lowest_is_what_setup_cfg_allows(setup_cfg):
-    """The lowest environment installs exactly the lower bounds that users are promised."""
-    promised = bounds(setup_cfg["options"]["install_requires"])
+def test_lowest_environment_installs_lower_bounds(setup_cfg):
+    """``tests/lowest.txt`` pins exactly the lower bounds of ``setup.cfg``."""
+    declared = lower_bounds(setup_cfg["options"]["install_requires"])
     for extra in ("celery", "demo", "eventlet"):
-        promised |= bounds(setup_cfg["options.extras_require"][extra])
+        declared |= lower_bounds(setup_cfg["options.extras_require"][extra])
     pinned = dict(
         line.split("==")
         for line in (ROOT / "tests/lowest.txt").read_text().splitlines()
         if "==" in line
     )
-    assert pinned == promised
+    assert pinned == declared
 
 
-def test_adapters_resolve_to_us():
-    """The version lies in z4j-bare>=1.13.0,<2, which every published adapter requires."""
+def test_version_satisfies_adapters_requirement():
+    """The version is in z4j-bare>=1.13.0,<2, which every published adapter requires."""
     assert version("z4j-bare").startswith("1.13.0+green.")
 
 
-def test_the_changelog_knows_the_version():
-    """The installed version has its entry in the changelog."""
+def test_changelog_has_entry_of_version():
+    """The installed version has an entry in the changelog."""
     assert f"## [{version('z4j-bare')}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_source_distribution_is_whole():
-    """What stands in the repository beside the package goes along: pages, tests, and what runs them."""
+def test_source_distribution_contains_pages_and_tests():
+    """The source distribution contains the pages, the tests, and the files that run them."""
     manifest = (ROOT / "MANIFEST.in").read_text()
-    wanted = ("CHANGELOG.md", "tox.ini", "ruff.toml", "docs", "tests", "benchmarks")
-    assert [name for name in wanted if name not in manifest] == []
+    required = ("CHANGELOG.md", "tox.ini", "ruff.toml", "docs", "tests", "benchmarks")
+    assert [name for name in required if name not in manifest] == []
 
 
-def test_the_docs_install_this_version(setup_cfg):
-    """Every version of ours that a page tells to install or to pin is the present one."""
+def test_pages_name_this_version(setup_cfg):
+    """Every version of this package that a page names is the present one."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     named = {
         found
@@ -68,12 +69,11 @@ def test_the_docs_install_this_version(setup_cfg):
     assert named == {setup_cfg["metadata"]["version"]}
 
 
-def test_no_page_sends_to_the_other_package():
-    """No page takes the existing agent for this one: its page on the index, or an install by the bare name."""
+def test_no_page_installs_the_other_package():
+    """No page links to the existing agent on the index or installs it by the plain name."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*")]
-    texts = [
-        page.read_text() for page in pages if page.is_file() and page.suffix != ".pyc"
-    ]  # conf.py may have been imported
+    # conf.py may have been imported, hence .pyc.
+    texts = [page.read_text() for page in pages if page.is_file() and page.suffix != ".pyc"]
     lines = [line for text in texts for line in text.splitlines()]
     assert [line for line in lines if "pypi.org/project/z4j-bare" in line] == []
     assert [
