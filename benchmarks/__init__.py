@@ -1,1 +1,1 @@
-"""Benchmarks of the agent beside no agent and beside the existing one; see ``docs/performance.md``."""
+"""Benchmarks of the agent; ``benchmarks/README.md`` describes them."""

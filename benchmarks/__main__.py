@@ -9,12 +9,16 @@ import sys
 
 from z4j_bare.demo.process import HarnessError
 
-#: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is its help.
+#: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is
+#: its help.
 NAMES = ("host", "hot", "ingest", "burst", "crash", "soak", "parity")
 
 
 def main() -> int:
-    """Run one benchmark: 0 when it ran to its end, 1 when it could not, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one benchmark.
+
+    0 when it ran to its end, 1 when it could not, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="|".join(NAMES))
     for name in NAMES:

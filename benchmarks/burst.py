@@ -1,4 +1,4 @@
-"""How long the brain takes to have every row of a burst of tasks, beside the rate at which it ingests at all."""
+"""Time until the brain has every row of a burst of tasks, and its ingest rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.existing import existing_python
 from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from benchmarks.trial import Plan, Stage, Trial
+from benchmarks.trial import BenchWorker, Plan, Trial
 from z4j_bare.demo.worker import POOLS
 
 EVENTS = 3  # a task: received, started, succeeded
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
-        "--patience",
+        "--row-timeout",
         type=float,
         default=300.0,
         help="seconds to wait for rows (default: %(default)s)",
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the brain's own rate, then each agent's burst; print and save the table."""
+    """Measure the brain's ingest rate, then the burst of each agent; print and save the table."""
     before = circumstances()
-    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0)
+    plan = Plan(tasks=args.tasks, row_timeout=args.row_timeout, probes=0)
     trials: dict[str, list[Trial]] = {name: [] for name in args.variants}
     rates: list[float] = []
     with Peers() as peers:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
                 progress(f"round {number + 1}: {name}")
                 python = existing_python() if name == "existing" else sys.executable
                 peers.purge()
-                trials[name].append(Stage(peers, plan, name, args.pool, python).run())
+                trials[name].append(BenchWorker(peers, plan, name, args.pool, python).run())
     rows = [_line(name, found) for name, found in trials.items()]
     print(f"the brain ingests {median(rates):.0f} events/s of one connection in frames of 500")
     print(

@@ -10,7 +10,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Reading:
-    """One moment of a worker: ``at`` on the monotonic clock, ``cpu`` in seconds since its start, ``rss`` in bytes."""
+    """One reading: monotonic time, CPU seconds since the worker's start, resident bytes."""
 
     at: float
     cpu: float
@@ -18,17 +18,17 @@ class Reading:
 
 
 class Meter:
-    """Reads the worker ``pid`` and its living children.
+    """Reads the CPU time and memory of a worker and its running children.
 
-    The CPU clock of a process counts in nanoseconds and includes threads that have ended; ``/proc/PID/stat`` counts in
-    hundredths of a second.
+    It uses the CPU clock of each process, which counts nanoseconds and includes ended threads;
+    ``/proc/PID/stat`` counts in hundredths of a second.
     """
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
 
     def read(self) -> Reading:
-        """Return this moment's figures."""
+        """Return the current reading."""
         family = [self._process, *self._process.children(recursive=True)]
         at = time.monotonic()
         return Reading(

@@ -1,7 +1,10 @@
-"""Hosts killed while they store, send, hear of acks, delete and adopt: what of their events the real brain has in the end.
+"""Hosts killed while they store, send, hear of acks, delete and adopt.
 
-Blocks of one mode each: every host inherits what the one before it left, the last one sends the rest, and then the brain is
-asked for every event. With ``--compare``: how long an ended Celery worker's backlog takes, beside the existing agent.
+What of their events the real brain has in the end.
+
+Blocks of one mode each: every host inherits what the one before it left, the last one sends the
+rest, and then the brain is asked for every event. With ``--compare``: how long an ended Celery
+worker's backlog takes, beside the existing agent.
 """
 
 from __future__ import annotations
@@ -57,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all trials; print and save the table. ``HarnessError`` when an event was lost or doubled, or a file damaged."""
+    """Run all trials; print and save the table.
+
+    ``HarnessError`` when an event was lost or doubled, or a file damaged.
+    """
     if args.compare:
         outage.run(args)
         return
@@ -80,7 +86,10 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass
 class Block:
-    """Some hosts of one mode, each the heir of the one before it. ``seconds`` are for the killing, without the asking."""
+    """Some hosts of one mode, each the heir of the one before it.
+
+    ``seconds`` are for the killing, without the asking.
+    """
 
     mode: str
     number: int

@@ -1,4 +1,4 @@
-"""The existing agent in a virtual environment of its own, from the package index, made at its first use."""
+"""Installs the existing agent from the package index into a virtual environment of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from z4j_bare.demo.process import HarnessError
 OUT = Path(__file__).with_name("out")
 VERSION = "1.13.0"
 
-#: What both environments must share in the very same version, so that only the agent differs.
+#: Packages that have the same version in both environments, so that only the agent differs.
 SHARED = (
     "celery",
     "kombu",
@@ -29,7 +29,7 @@ SHARED = (
 
 
 def existing_python(folder: Path = OUT / "existing-venv") -> str:
-    """Return the interpreter of the environment in ``folder``; makes it anew when what it should hold has changed."""
+    """Return the interpreter in ``folder``; create the environment if it is missing or outdated."""
     wanted = [
         f"z4j-bare=={VERSION}",
         *(f"{name}=={found}" for name, found in shared_versions().items()),
@@ -45,7 +45,7 @@ def existing_python(folder: Path = OUT / "existing-venv") -> str:
 
 
 def shared_versions() -> dict[str, str]:
-    """Return the versions of ``SHARED`` that are installed here."""
+    """Return the installed versions of the ``SHARED`` packages."""
     found = {}
     for name in SHARED:
         try:

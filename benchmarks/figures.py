@@ -1,4 +1,7 @@
-"""From trials to ratios: paired by round, geometric means, 95 % intervals by Student's t on the logarithms."""
+"""Ratios of trials.
+
+Paired by round, geometric mean, 95 % interval by Student's t on the logarithms.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.trial import Trial
 
-#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is near enough.
+#: No agent, this checkout, another checkout of this project, and the existing agent.
+VARIANTS = ("off", "ours", "baseline", "existing")
+
+#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal quantile serves
+#: beyond.
 _T = (
     12.706,
     4.303,
@@ -48,7 +55,7 @@ _T = (
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio to no agent with its 95 % interval; the interval is infinite with fewer than two rounds."""
+    """A ratio with its 95 % interval, which is infinite with fewer than two rounds."""
 
     mean: float
     low: float
@@ -78,22 +85,32 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 def cpu_per_task(trial: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
-    The agent goes on sending when the tasks are done, and the worker under it goes on as well. What the worker without an
-    agent used in that very time is the host's, and is taken off; everything else is the agent's. What it uses per second on
-    average would not do: Celery waits for each message at most two seconds, and eventlet wakes when each of these would
-    have been over, which is soon after a batch, and not at other times.
+    The agent keeps sending after the tasks have ended, and the worker itself uses CPU meanwhile.
+    What the worker without an agent used in the same seconds is subtracted. Its average idle CPU
+    would be wrong: under eventlet Celery's time-outs of two seconds wake the hub shortly after a
+    batch and not at other times.
     """
-    return (trial.cpu - trial.beside) / trial.tasks
+    return (trial.cpu - trial.idle_host_cpu) / trial.tasks
 
 
 def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each variant over the rounds in which it and "off" both came through."""
+    """Return the figures of each variant over the rounds that it and "off" completed."""
     found = {}
-    for name in ("off", "ours", "existing"):
+    for name in VARIANTS:
         both = [each for each in rounds if name in each and "off" in each]
         if both:
             found[name] = _variant(both, name)
     return found
+
+
+def paired_cpu_ratio(rounds: Sequence[dict[str, Trial]], name: str, base: str) -> Ratio | None:
+    """Return the CPU ratio of two variants, paired by round; ``None`` if they share no round."""
+    both = [each for each in rounds if name in each and base in each]
+    if not both:
+        return None
+    return paired_ratio(
+        [cpu_per_task(each[name]) for each in both], [cpu_per_task(each[base]) for each in both]
+    )
 
 
 def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
@@ -105,7 +122,7 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
 
     cpu, cpu_ratio = values(lambda each, who: cpu_per_task(each[who]))
     rate, rate_ratio = values(lambda each, who: each[who].tasks / each[who].tasks_seconds)
-    lateness = [[quantile(trial.lateness, share) for trial in trials] for share in (0.5, 0.99, 1.0)]
+    lags = [[quantile(trial.hub_lags, share) for trial in trials] for share in (0.5, 0.99, 1.0)]
     delays = sorted(delay for trial in trials for delay in trial.row_delays)
     return {
         "rounds": len(trials),
@@ -113,9 +130,9 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
         "cpu_ratio": cpu_ratio,
         "tasks_per_second": median(rate),
         "tasks_ratio": rate_ratio,
-        "late_p50_ms": median(lateness[0]) * 1e3,
-        "late_p99_ms": median(lateness[1]) * 1e3,
-        "late_max_ms": max(lateness[2]) * 1e3,
+        "lag_p50_ms": median(lags[0]) * 1e3,
+        "lag_p99_ms": median(lags[1]) * 1e3,
+        "lag_max_ms": max(lags[2]) * 1e3,
         "idle_ms_per_s": median(trial.idle for trial in trials) * 1e3,
         "rss_mb": median(trial.rss for trial in trials) / 1e6,
         "rows": [trial.rows for trial in trials],

@@ -1,8 +1,9 @@
-"""What the agent costs a Celery worker: no agent, ours and the existing one in turn, on the same brain and broker.
+"""Cost of the agent in a Celery worker, compared with no agent and with other agents in one run.
 
-The workers of a round live together, share one processor, and get small batches of the same tasks at the same moments: a
-machine that is slow for a second is slow for all. CPU is counted from the release of a batch until the brain has its last
-row, so that work put off is counted too; what the agentless worker uses at the same time, idling, is taken off.
+The workers of a round run at the same time, share one processor, and get the same batches of tasks
+at the same moments: a machine that is slow for a second is slow for all. CPU is counted from the
+release of a batch until the brain has its last row, so that postponed work is counted; what the
+worker without an agent uses meanwhile is subtracted. ``benchmarks/README.md`` describes the method.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.existing import existing_python
-from benchmarks.figures import quantile, summary
+from benchmarks.figures import VARIANTS, paired_cpu_ratio, quantile, summary
 from benchmarks.peers import ARGUMENTS, Peers, progress
 from benchmarks.report import circumstances, picture, save, table
-from benchmarks.trial import VARIANTS, Plan, Stage, Trial, in_step
+from benchmarks.trial import BenchWorker, Plan, Trial, run_in_step
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import POOLS
 
 T = TypeVar("T")
 
-_IDLE_SECONDS = 5.0  # of a round, in which all workers rest, to see what that costs
+_IDLE_SECONDS = 5.0  # without tasks at the end of a round, to measure idle CPU
 
 _HEADER = (
     "pool",
@@ -32,7 +34,7 @@ _HEADER = (
     "CPU ms/task",
     "ratio [95 %]",
     "tasks/s",
-    "late p50/p99/max ms",
+    "lag p50/p99/max ms",
     "RSS MB",
     "idle ms/s",
     "row delay ms",
@@ -46,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pools", nargs="+", choices=POOLS, default=["gevent", "eventlet", "threads", "prefork"]
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["off", "ours", "existing"]
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--batches", type=int, default=8, help="for each worker of a round (default: %(default)s)"
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)"
     )
     parser.add_argument(
-        "--patience",
+        "--row-timeout",
         type=float,
         default=180.0,
         help="seconds to wait for rows (default: %(default)s)",
@@ -67,19 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loglevel",
         default="WARNING",
-        help="of the worker; Celery's default (default: %(default)s)",
+        help="log level of the worker (default: %(default)s)",
     )
     parser.add_argument(
         "--attribute",
         action="store_true",
-        help="measure where the CPU goes, which costs some itself",
+        help="assign CPU time to parts of the agent, which itself costs CPU",
     )
-    parser.add_argument("--no-pin", action="store_true", help="leave all processors to everybody")
+    parser.add_argument(
+        "--no-pin", action="store_true", help="do not reserve a processor for the workers"
+    )
+    parser.add_argument(
+        "--baseline",
+        default="",
+        metavar="DIRECTORY",
+        help="another checkout of this project, measured as variant 'baseline'",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all rounds; print the table, and save JSON and picture, of whatever has come through."""
+    """Run all rounds; print the table and save JSON and picture of the completed ones."""
     before = circumstances()
+    if args.baseline and "baseline" not in args.variants:
+        args.variants.append("baseline")
+    if "baseline" in args.variants and not Path(args.baseline, "z4j_bare").is_dir():
+        raise HarnessError(
+            "--variants baseline needs --baseline DIRECTORY, a checkout of this project"
+        )
     pythons = dict.fromkeys(VARIANTS, sys.executable)
     if "existing" in args.variants:
         pythons["existing"] = existing_python()
@@ -90,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         with Peers() as peers:
             for number in range(args.rounds):
                 for pool in args.pools:
-                    names = _turned(args.variants, number)
+                    names = _rotated(args.variants, number)
                     try:
                         rounds[pool].append(
                             _round(peers, plan, pool, number, names, pythons, args.batches)
@@ -107,17 +125,17 @@ def _plan(args: argparse.Namespace) -> Plan:
     core = None
     if not args.no_pin and len(cores) > 1:
         core = cores[-1]
-        os.sched_setaffinity(
-            0, cores[:-1]
-        )  # brain, broker and harness inherit it; the worker leaves it for its own
+        # Brain, broker and harness inherit this set; each worker then pins itself to ``core``.
+        os.sched_setaffinity(0, cores[:-1])
     return Plan(
         tasks=args.tasks,
         arguments=args.arguments,
         concurrency=args.concurrency,
-        patience=args.patience,
+        row_timeout=args.row_timeout,
         loglevel=args.loglevel,
         attribute=args.attribute,
         core=core,
+        baseline=str(Path(args.baseline).resolve()) if args.baseline else "",
     )
 
 
@@ -130,28 +148,28 @@ def _round(
     pythons: dict[str, str],
     batches: int,
 ) -> dict[str, Trial]:
-    """Start one worker of each variant, and give them batches in step."""
+    """Start one worker of each variant and give all of them the same batches."""
     peers.purge()
-    stages = [
-        Stage(peers, plan, name, pool, pythons[name], database)
+    workers = [
+        BenchWorker(peers, plan, name, pool, pythons[name], database)
         for database, name in enumerate(names)
     ]
-    with ExitStack() as living:
-        for stage in stages:
-            living.enter_context(stage.open())
+    with ExitStack() as stack:
+        for worker in workers:
+            stack.enter_context(worker.open())
         for batch in range(batches):
             progress(f"round {number + 1}: {pool}, batch {batch + 1}")
-            in_step(peers, plan, stages)
+            run_in_step(peers, plan, workers)
         time.sleep(_IDLE_SECONDS)
-        for step in (Stage.rest, Stage.tick, Stage.late):
-            for stage in _turned(stages, number):
-                step(stage)
-    return {stage.trial.variant: stage.trial for stage in stages}
+        for step in (BenchWorker.measure_idle, BenchWorker.start_ticker, BenchWorker.measure_lag):
+            for worker in _rotated(workers, number):
+                step(worker)
+    return {worker.trial.variant: worker.trial for worker in workers}
 
 
-def _turned(items: list[T], number: int) -> list[T]:
-    turn = number % len(items)
-    return items[turn:] + items[:turn]
+def _rotated(items: list[T], number: int) -> list[T]:
+    shift = number % len(items)
+    return items[shift:] + items[:shift]
 
 
 def _publish(
@@ -173,31 +191,41 @@ def _publish(
             ],
         )
     )
+    compared = {
+        pool: ratio
+        for pool, done in rounds.items()
+        if (ratio := paired_cpu_ratio(done, "ours", "baseline"))
+    }
+    for pool, ratio in compared.items():
+        print(f"{pool}: CPU of ours / baseline {ratio}")
     for failure in failures:
         print(f"failed: {failure}")
     content = {
         **before,
         "options": {key: value for key, value in vars(args).items() if key != "name"},
         "summary": pools,
+        "ours_to_baseline": compared,
         "failures": failures,
         "trials": {pool: [_compact(each) for each in done] for pool, done in rounds.items()},
     }
     path = save(f"host-{args.arguments}", content)
-    title = f"{args.batches} x {args.tasks} tasks of 10 ms, arguments: {args.arguments}, {args.rounds} rounds"
-    picture(path.with_suffix(".png"), title, pools)
-    print(f"saved {path} and {path.with_suffix('.png').name}")
+    tasks = f"{args.rounds} rounds of {args.batches} x {args.tasks} tasks of 10 ms"
+    title = f"{tasks}, arguments: {args.arguments}"
+    for suffix in (".png", ".svg"):
+        picture(path.with_suffix(suffix), title, pools)
+    print(f"saved {path}, and pictures of that name")
 
 
 def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
     delay = each["row_delay_ms"]
-    late = "/".join(f"{each[key]:.1f}" for key in ("late_p50_ms", "late_p99_ms", "late_max_ms"))
+    lag = "/".join(f"{each[key]:.1f}" for key in ("lag_p50_ms", "lag_p99_ms", "lag_max_ms"))
     return [
         pool,
         name,
         f"{each['cpu_ms']:.3f}",
         "1" if name == "off" else str(each["cpu_ratio"]),
         f"{each['tasks_per_second']:.0f}",
-        late,
+        lag,
         f"{each['rss_mb']:.1f}",
         f"{each['idle_ms_per_s']:.1f}",
         "-" if delay is None else f"{delay[0]:.0f} (max {delay[1]:.0f})",
@@ -207,11 +235,11 @@ def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
 
 
 def _compact(trials: dict[str, Trial]) -> dict[str, Any]:
-    """Return a round as JSON types, with the ticker's samples as quantiles."""
+    """Return a round as JSON types, the lags as quantiles."""
     content = {name: trial.to_object() for name, trial in trials.items()}
     for name, trial in trials.items():
-        shares = (0.5, 0.9, 0.99, 0.999, 1.0) if trial.lateness else ()
-        content[name]["lateness"] = {
-            str(share): quantile(trial.lateness, share) for share in shares
+        shares = (0.5, 0.9, 0.99, 0.999, 1.0) if trial.hub_lags else ()
+        content[name]["hub_lags"] = {
+            str(share): quantile(trial.hub_lags, share) for share in shares
         }
     return content

@@ -84,7 +84,7 @@ def record_event(python: str, calls: int) -> list[float]:
 
 
 def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[float]:
-    """Return the sorted microseconds of ``call(number)``, divided by ``per`` things it does at once."""
+    """Return the sorted microseconds of ``call(number)``, divided by its ``per`` items."""
     costs = []
     for number in range(calls):
         began = time.perf_counter()
@@ -94,7 +94,7 @@ def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[fl
 
 
 def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list[float]]:
-    """Measure the three signals of a task as Celery sends them, the snapshot alone, and the encoder."""
+    """Measure the three signals of a task, the snapshot alone, and the encoder."""
     from celery import signals
 
     from z4j_bare.events.snapshot import snapshot

@@ -1,6 +1,6 @@
-"""How many events a second the brain takes from one connection, by how many a frame carries.
+"""Events a second that the brain takes from one connection, by the number of events in a frame.
 
-No worker and no buffer: frames are made, signed and sent by the agent's own wire and transport as fast as acks allow.
+There is no worker and no buffer: the agent's wire and transport send frames as fast as acks allow.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 FRAMES = (500, 50, 1)
 IN_FLIGHT = 1000
-_PATIENCE = 120.0
+_ACK_TIMEOUT = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
     parser.add_argument(
-        "--events", type=int, default=3000, help="per frame size (default: %(default)s)"
+        "--events", type=int, default=3000, help="events for each frame size (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3)
 
@@ -66,8 +66,8 @@ class Feed:
         self._backend = ThreadsConcurrency()
         url = websocket_url(agent.brain_url, dev_mode=False)
         self._transport = WebSocketTransport(url, lambda: agent.token, self._backend)
-        self._flying: dict[str, int] = {}
-        self._turn = threading.Condition()
+        self._in_flight: dict[str, int] = {}
+        self._condition = threading.Condition()
         self._failure: AgentError | None = None
 
     def rate(self, count: int, size: int) -> float:
@@ -81,11 +81,11 @@ class Feed:
             began = time.monotonic()
             for events in _frames(_events(count), size):
                 self._send(events)
-            reader.join(_PATIENCE)
+            reader.join(_ACK_TIMEOUT)
             if self._failure is not None:
                 raise HarnessError(f"the session ended early: {self._failure}")
             if reader.is_alive():
-                raise HarnessError(f"the brain acknowledged too little within {_PATIENCE:.0f} s")
+                raise HarnessError(f"the brain acknowledged too little within {_ACK_TIMEOUT:.0f} s")
             return count / (self._ended - began)
         finally:
             self._transport.abort()
@@ -96,30 +96,32 @@ class Feed:
         from z4j_bare.wire.frames import event_batch, frame_id
 
         frame = frame_id("ev")
-        with self._turn:
-            self._turn.wait_for(
-                lambda: sum(self._flying.values()) + len(events) <= IN_FLIGHT, _PATIENCE
+        with self._condition:
+            self._condition.wait_for(
+                lambda: sum(self._in_flight.values()) + len(events) <= IN_FLIGHT, _ACK_TIMEOUT
             )
-            self._flying[frame] = len(events)
+            self._in_flight[frame] = len(events)
         payload = event_batch(events)
         self._transport.send(lambda: self._session.sign("event_batch", frame, payload, time.time()))
 
     def _read(self, count: int) -> None:
         try:
             self._count_down(count)
-        except AgentError as error:  # also when the line is cut because the sender was interrupted
+        except (
+            AgentError
+        ) as error:  # also when the sender was interrupted and closed the connection
             self._failure = error
 
     def _count_down(self, count: int) -> None:
         while count > 0:
-            message = self._transport.receive(_PATIENCE)
-            if message is None:  # the brain's ping: over its silence the transport raises
+            message = self._transport.receive(_ACK_TIMEOUT)
+            if message is None:  # a ping; the transport raises if the brain is silent
                 continue
             frame: Any = self._session.verify(message)
             if frame.type == "event_batch_ack":
-                with self._turn:
-                    count -= self._flying.pop(str(frame.payload.acked_id))
-                    self._turn.notify()
+                with self._condition:
+                    count -= self._in_flight.pop(str(frame.payload.acked_id))
+                    self._condition.notify()
         self._ended = time.monotonic()
 
 
@@ -135,7 +137,7 @@ def _hello() -> bytes:
 
 
 def _events(count: int) -> Iterator[bytes]:
-    """Yield the events of tasks without arguments, three a task, as the capture makes them."""
+    """Yield the events of tasks without arguments, three for each task, as capture encodes them."""
     from z4j_core.redaction.engine import RedactionEngine
 
     from z4j_bare.events.encode import Encoder
@@ -158,7 +160,7 @@ def _events(count: int) -> Iterator[bytes]:
 
 
 def _frames(events: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    """Yield batches of at most ``size`` events and 128 KiB, as the send loop makes them."""
+    """Yield batches of at most ``size`` events and ``FRAME_BYTES`` bytes, as the sender does."""
     from z4j_bare.pipeline.send import FRAME_BYTES
 
     batch: list[bytes] = []

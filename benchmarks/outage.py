@@ -1,4 +1,7 @@
-"""A Celery worker ends while the brain is away, killed or stopped: when the next worker's agent tells what it knew."""
+"""A worker is killed or stopped while the brain is away.
+
+When do its rows arrive with the next worker?
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from benchmarks.existing import existing_python
 from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from benchmarks.trial import Plan, Stage
+from benchmarks.trial import BenchWorker, Plan
 from z4j_bare.buffer.report import read_report
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import POOLS
 
 ENDS = ("killed", "stopped")
 _CALIBRATION = 1500
-_SETTLE = 2.0  # seconds between the last task and the kill: both agents commit well within it
+_SETTLE = 2.0  # seconds between the last task and the kill; both agents commit within it
 _READY_SECONDS = 60.0
 _STALLED = 60.0  # seconds without another row after which the rest counts as lost
 _HEADER = (
@@ -43,7 +46,7 @@ _HEADER = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the comparison."""
     parser.add_argument(
-        "--compare", action="store_true", help="outages of a worker, beside the existing agent"
+        "--compare", action="store_true", help="compare outages of a worker with the existing agent"
     )
     parser.add_argument(
         "--variants", nargs="+", choices=("ours", "existing"), default=["ours", "existing"]
@@ -51,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ends", nargs="+", choices=ENDS, default=list(ENDS))
     parser.add_argument("--pool", choices=POOLS, default="gevent")
     parser.add_argument(
-        "--tasks", type=int, default=500, help="of each worker (default: %(default)s)"
+        "--tasks", type=int, default=500, help="tasks of each worker (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
-        "--patience",
+        "--row-timeout",
         type=float,
         default=240.0,
         help="seconds to wait for rows (default: %(default)s)",
@@ -63,9 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the brain's own rate, then each agent's outages; print and save the table of whatever has come through."""
+    """Measure the ingest rate, then the outages of each agent.
+
+    Print and save the completed ones.
+    """
     before = circumstances()
-    found: list[CallFuture] = []
+    found: list[OutageResult] = []
     failures: list[str] = []
     with Peers() as peers:
         rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
@@ -80,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
         for line in _lines(end, name, found, rate)
     ]
     print(
-        f"the brain ingests {rate:.0f} events/s; seconds from the next worker's readiness; medians of {args.rounds}"
+        f"the brain ingests {rate:.0f} events/s; seconds after the next worker is ready; "
+        f"medians of {args.rounds}"
     )
     print(table(_HEADER, lines))
     for failure in failures:
@@ -99,10 +106,10 @@ def _outage(
     args: argparse.Namespace,
     name: str,
     end: str,
-    found: list[CallFuture],
+    found: list[OutageResult],
     failures: list[str],
 ) -> None:
-    plan = Plan(tasks=args.tasks, patience=args.patience, probes=0)
+    plan = Plan(tasks=args.tasks, row_timeout=args.row_timeout, probes=0)
     python = existing_python() if name == "existing" else sys.executable
     progress(f"{name}, {end}")
     try:
@@ -118,11 +125,11 @@ def _outage(
 
 
 @dataclass
-class CallFuture:
-    """What became of the ``tasks`` that the brain did not know when it went away.
+class OutageResult:
+    """The fate of the ``tasks`` that the brain did not have when it was stopped.
 
-    ``backlog`` is in rows of the buffer, ``boot``, ``first`` and ``last`` in seconds, the latter two from the next worker's
-    readiness; ``inf`` is never.
+    ``backlog`` counts rows of the buffer. ``boot`` is in seconds; ``first`` and ``last`` are the
+    arrival of the first and last row, in seconds after the next worker is ready (``inf``: never).
     """
 
     end: str
@@ -135,11 +142,14 @@ class CallFuture:
     lost: int
 
 
-class Outage(Stage):
-    """Runs two workers on one home: the first ends while the brain is away, the second finds what it left."""
+class Outage(BenchWorker):
+    """Runs two workers on one home.
 
-    def after(self, end: str) -> CallFuture:
-        """Let the first worker be killed or stopped as ``end`` says; return what the brain got to know of its tasks."""
+    The first ends while the brain is away, the second adopts its buffer.
+    """
+
+    def after(self, end: str) -> OutageResult:
+        """Kill or stop the first worker (``end``), start the second, and return what arrived."""
         self._peers.purge()
         with self._worker() as first:
             first.spawn((self._home / "ready").exists, _READY_SECONDS)
@@ -151,7 +161,7 @@ class Outage(Stage):
             until(
                 lambda: len(self._ends()) >= done + self._plan.tasks,
                 "the tasks",
-                timeout=self._plan.patience,
+                timeout=self._plan.row_timeout,
             )
             time.sleep(_SETTLE)
             if end == "killed":
@@ -166,7 +176,7 @@ class Outage(Stage):
             second.spawn((self._home / "ready").exists, _READY_SECONDS)
             ready = time.monotonic()
             first_row, last_row, rows = self._arrivals(ready, known, ended)
-        return CallFuture(
+        return OutageResult(
             end,
             self._variant,
             ended - known,
@@ -192,9 +202,12 @@ class Outage(Stage):
         return rows
 
     def _arrivals(self, since: float, known: int, expected: int) -> tuple[float, float, int]:
-        """Watch the rows grow from ``known``; return when the first and the last one came, and how many there are."""
+        """Poll the rows.
+
+        Return the arrival of the first and last new row, and the number of rows.
+        """
         first = last = float("inf")
-        while (now := time.monotonic() - since) < self._plan.patience and known < expected:
+        while (now := time.monotonic() - since) < self._plan.row_timeout and known < expected:
             found = self._rows()
             if found > known:
                 known, first, last = found, min(first, now), now
@@ -205,9 +218,9 @@ class Outage(Stage):
 
 
 def _lines(
-    end: str, name: str, outcomes: list[CallFuture], rate: float
+    end: str, name: str, outcomes: list[OutageResult], rate: float
 ) -> Iterator[tuple[object, ...]]:
-    """Yield the line of one agent and one end, if there is anything to tell."""
+    """Yield the table line of one agent and one end, if it has results."""
     mine = [each for each in outcomes if (each.end, each.variant) == (end, name)]
     if not mine:
         return

@@ -1,7 +1,8 @@
-"""The same scripted day under the existing agent and under ours: what the brain recorded of each, and how that differs.
+"""Differences in what the brain records of one scripted day under the existing agent and this one.
 
-Real workers, a real broker, one brain with a project for each. Tasks have known ids, so that only times and what the
-agents do differently can differ. Every difference is printed with its reason; one without a reason is an error.
+Workers, broker and brain are real; each agent has a project of its own. Tasks have fixed ids, so
+only times and the agents' behaviour can differ. Every difference is printed with its reason; a
+difference without a reason is an error.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from z4j_bare.demo.worker import POOLS, Worker
 INSIDE = Path(__file__).with_name("inside")
 VARIANTS = ("existing", "ours")
 NAME = "w1@parity"
-#: Seconds for a task to reach its final state in the brain; what has not by then is recorded as it is.
-_PATIENCE = 20.0
-#: Seconds in which late events arrive.
+#: Seconds for a task to reach its final state in the brain. Later states are not waited for.
+_TASK_TIMEOUT = 20.0
+#: Seconds to wait for late events.
 _SETTLE = 6.0
 
 #: Task id, name, arguments, keyword arguments.
@@ -64,7 +65,8 @@ COMMANDS = (
     ("cancel nothing", "cancel-task", {"engine": "celery", "task_id": "never-was"}),
 )
 
-#: Of a task's row and of an agent's, what is recorded; times and durations count as there or not there.
+#: Compared fields of a task's row and of an agent's row. Times and durations are compared as
+#: present or absent.
 _TASK = (
     "name",
     "queue",
@@ -77,7 +79,7 @@ _TASK = (
     "retry_count",
     "worker_name",
 )
-_THERE = (
+_PRESENCE = (
     "received_at",
     "started_at",
     "finished_at",
@@ -97,40 +99,42 @@ _AGENT = (
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-#: What we know to differ: pool and path as patterns, and why ours is right.
+#: Known differences: patterns of pool and path, and the reason.
 REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "*",
         "task *: worker_name",
         "ours names the worker in each event; the brain clears it when one does not",
     ),
-    ("*", "task *: runtime_ms", "ours tells the run time with the end"),
-    ("*", "task retries: retry_count", "ours tells the count with the retry"),
-    ("*", "task retries: events", "ours tells each attempt's receipt"),
+    ("*", "task *: runtime_ms", "ours reports the run time with the end"),
+    ("*", "task retries: retry_count", "ours reports the count with the retry"),
+    ("*", "task retries: events", "ours reports the receipt of each attempt"),
     (
         "*",
         "task *: result",
-        "ours tells the value, redacted by key; the other Celery's text of it, secrets included",
+        "ours reports the value, redacted by key; the other reports Celery's text with its secrets",
     ),
     (
         "*",
         "task waits: *",
-        "ours tells a task that was killed as revoked, not as succeeded as well",
+        "ours reports a terminated task as revoked only, not also as succeeded",
     ),
-    ("*", "other tasks", "ours had the retried task's end in the brain"),
-    ("*", "queues", "ours has carried out add-consumer"),
-    ("*", "agent: processes", "ours tells the role of the process"),
+    ("*", "other tasks", "ours reports the end of the retried task"),
+    ("*", "queues", "ours executes add-consumer"),
+    ("*", "agent: processes", "ours reports the role of the process"),
     (
         "*",
         "command cancel*: *",
-        "ours tells what the workers answered, and whether a task was ended",
+        "ours reports the workers' answers and the effect",
     ),
-    ("*", "command rate limit: *", "ours names the workers that obeyed"),
-    ("*", "command grow: *", "ours announces its worker, without which the brain refuses"),
-    ("*", "command consume*: *", "ours announces its worker, without which the brain refuses"),
+    ("*", "command rate limit: *", "ours names the workers that applied it"),
+    ("*", "command grow: *", "ours announces its worker, which the brain requires"),
+    ("*", "command consume*: *", "ours announces its worker, which the brain requires"),
 )
-#: Of any task's events, by chance: the brain takes what is told twice for one unless a second begins in between.
-DOUBLED = "ours tells an event once; the other by signal and by the broker, in two seconds here"
+#: A random difference of any task's events: the brain merges duplicates only within one second.
+DUPLICATED = (
+    "ours reports an event once; the other by signal and by the broker, here in different seconds"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +143,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the script in each pool under each agent; ``HarnessError`` for a difference that nobody has explained."""
+    """Run the script in each pool under each agent.
+
+    Raises ``HarnessError`` for a difference without a known reason.
+    """
     content = circumstances()
     differences: list[Difference] = []
     with Peers() as peers:
@@ -147,43 +154,43 @@ def run(args: argparse.Namespace) -> None:
             found = {variant: _Day(peers, variant, pool).record() for variant in VARIANTS}
             content[pool] = found
             differences += _compare(pool, found)
-    print(table(("pool", "what", *VARIANTS, "why"), [each.line() for each in differences]))
+    print(table(("pool", "what", *VARIANTS, "reason"), [each.line() for each in differences]))
     print(f"saved {save('parity', content)}")
-    if unexplained := [each for each in differences if not each.why]:
+    if unexplained := [each for each in differences if not each.reason]:
         raise HarnessError(f"{len(unexplained)} of {len(differences)} differences are unexplained")
 
 
 @dataclass
 class Difference:
-    """One thing that the brain recorded differently."""
+    """One value that the brain recorded differently."""
 
     pool: str
     path: str
     existing: Any
     ours: Any
-    why: str = field(init=False)
+    reason: str = field(init=False)
 
     def __post_init__(self) -> None:
         matching = (
-            why
-            for pool, path, why in REASONS
+            reason
+            for pool, path, reason in REASONS
             if fnmatchcase(self.pool, pool) and fnmatchcase(self.path, path)
         )
-        self.why = next(matching, DOUBLED if self._doubled() else "")
+        self.reason = next(matching, DUPLICATED if self._is_duplicated() else "")
 
-    def _doubled(self) -> bool:
-        """Whether the existing agent has told the very events of a task that ours has, some of them more than once."""
+    def _is_duplicated(self) -> bool:
+        """Whether the existing agent reported the same events of a task, some of them twice."""
         if not self.path.endswith(": events") or self.existing.keys() != self.ours.keys():
             return False
         return all(self.existing[kind] >= count for kind, count in self.ours.items())
 
     def line(self) -> tuple[str, ...]:
-        """Return it as a line of the table."""
+        """Return the table line."""
         return (
             self.pool,
             self.path,
             *(f"{value!r:.60}" for value in (self.existing, self.ours)),
-            self.why or "UNEXPLAINED",
+            self.reason or "UNEXPLAINED",
         )
 
 
@@ -198,16 +205,16 @@ class _Day:
         self._home.mkdir()
 
     def record(self) -> dict[str, Any]:
-        """Live through it, and return what the brain has in the end, by path."""
+        """Run the day; return what the brain has in the end, by path."""
         progress(f"{self._pool}, {self._variant}")
         self._peers.purge()
         with self._worker(), self._producer() as producer:
             until(self._online, f"the session of the {self._variant} agent", timeout=40.0)
-            time.sleep(_SETTLE)  # both have switched the worker's events on by then
+            time.sleep(_SETTLE)  # both have enabled the worker's events by then
             for task_id, name, args, kwargs in TASKS:
                 producer.send_task(name, args=args, kwargs=kwargs, task_id=task_id, queue="parity")
             self._await("add", "fails", "retries", "greets", "parent", "parent-child")
-            if self._pool != "solo":  # which hears of nothing while it works
+            if self._pool != "solo":  # a solo worker receives no command while it runs a task
                 producer.send_task("shop.waits", args=[60], task_id="waits", queue="parity")
                 self._await("waits", states=("started",))
             producer.send_task("shop.add", args=[0, 0], task_id="idle", queue="idle")
@@ -233,9 +240,15 @@ class _Day:
             **self._agent.env(self._home / "agent"),
         }
         worker = Worker(
-            "parity_app", pool=self._pool, log=self._home / "worker.log", environment=environment,
-            concurrency=None if self._pool == "solo" else 4, name=NAME, options=["-E"], python=python,
-        )  # fmt: skip
+            "parity_app",
+            pool=self._pool,
+            log=self._home / "worker.log",
+            environment=environment,
+            concurrency=None if self._pool == "solo" else 4,
+            name=NAME,
+            options=["-E"],
+            python=python,
+        )
         worker.start()
         return worker
 
@@ -257,8 +270,11 @@ class _Day:
     def _await(
         self, *task_ids: str, states: tuple[str, ...] = ("success", "failure", "revoked")
     ) -> None:
-        """Wait until the brain has these tasks in such a state; not for ever, as one of the agents may not tell it."""
-        deadline = time.monotonic() + _PATIENCE
+        """Wait until the brain has these tasks in one of ``states``, or the time-out.
+
+        An agent may not report it.
+        """
+        deadline = time.monotonic() + _TASK_TIMEOUT
         while time.monotonic() < deadline:
             rows = [self._brain.task(self._agent.project, "celery", each) for each in task_ids]
             if all(row and row["state"] in states for row in rows):
@@ -280,7 +296,7 @@ class _Day:
         for task_id in [*(each[0] for each in TASKS), "parent-child", "waits"]:
             row = self._brain.task(self._agent.project, "celery", task_id) or {}
             found |= {f"task {task_id}: {key}": row.get(key) for key in _TASK}
-            found |= {f"task {task_id}: {key}": row.get(key) is not None for key in _THERE}
+            found |= {f"task {task_id}: {key}": row.get(key) is not None for key in _PRESENCE}
             events = self._brain.events(self._agent.project, "celery", task_id)
             found[f"task {task_id}: events"] = dict(
                 sorted(Counter(event["kind"] for event in events).items())
@@ -288,7 +304,7 @@ class _Day:
         return found
 
     def _others(self) -> dict[str, Any]:
-        """Return what the commands set going, whose ids are new."""
+        """Return the tasks that commands started, whose ids are not known beforehand."""
         known = {each[0] for each in TASKS} | {"parent-child", "waits"}
         rows = [
             row for row in self._brain.tasks(self._agent.project) if row["task_id"] not in known
@@ -316,7 +332,7 @@ class _Day:
 
 
 def commands_by_path(commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the fields of all commands under paths of their own."""
+    """Return the fields of all commands by path."""
     return {
         f"command {label}: {key}": value
         for label, row in commands.items()
@@ -331,8 +347,8 @@ def _compare(pool: str, found: dict[str, dict[str, Any]]) -> list[Difference]:
     return [Difference(pool, *pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def _plain(value: Any) -> Any:
-    """Replace ids that are new each time."""
+def _plain(value: object) -> object:
+    """Return ``value`` with generated ids replaced."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list):

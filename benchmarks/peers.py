@@ -1,4 +1,7 @@
-"""What every trial shares: a private redis-server, one real brain, and batches of tasks that appear all at once."""
+"""What the trials of a run share.
+
+A private redis-server, one real brain, and prepared batches of tasks.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,14 @@ QUEUE = "bench"
 TASK = "bench.nap"
 ARGUMENTS = ("none", "five", "1k", "8k")
 
-_STAGING = 15  # the last database that Redis has by default
+_PREPARING = 15  # the last of the databases that Redis has by default
 
 
 class Peers:
-    """A context manager: everything it starts is stopped at its end, and its directory goes."""
+    """A context manager that starts broker and brain.
+
+    Its exit stops them and removes their directory.
+    """
 
     def __init__(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="z4j-bench-"))
@@ -46,7 +52,7 @@ class Peers:
 
     def __enter__(self) -> Self:
         self._stack.callback(shutil.rmtree, self.home, ignore_errors=True)
-        # As pip does at an install: what a worker has to compile itself costs it a megabyte.
+        # pip compiles at install; a worker that compiles modules itself uses 1 MB more.
         compileall.compile_dir(Path(z4j_bare.__file__).parent, quiet=1)
         try:
             self._stack.enter_context(self._redis_service())
@@ -62,35 +68,38 @@ class Peers:
         self._stack.close()
 
     def broker(self, database: int = 0) -> str:
-        """Return the broker's address; each of the workers that are alive together has a database of its own."""
+        """Return the broker's address; each worker of a round has a database of its own."""
         return f"redis://127.0.0.1:{self._port}/{database}"
 
     def new_agent(self, title: str) -> Credentials:
-        """Return credentials in a project of their own, so that its rows can be counted."""
+        """Return credentials in a new project, so that its rows can be counted."""
         self._projects += 1
         project = f"{title}-{self._projects}"[:50].lower()
         self.brain.create_project(project)
         return self.brain.mint_agent(project, title[:40])
 
-    def stage(self, count: int, arguments: str) -> list[bytes]:
-        """Return the messages of new tasks, which no worker has seen."""
+    def prepare(self, count: int, arguments: str) -> list[bytes]:
+        """Return the broker messages of new tasks that no worker has received."""
         with self._producer.producer_or_acquire() as producer:
             for number in range(count):
                 self._producer.send_task(
                     TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer
                 )
-        messages: list[bytes] = self._redis_staging.lrange(QUEUE, 0, -1)
-        self._redis_staging.delete(QUEUE)
+        messages: list[bytes] = self._redis_preparing.lrange(QUEUE, 0, -1)
+        self._redis_preparing.delete(QUEUE)
         return messages
 
     def release(self, database: int, messages: list[bytes]) -> None:
-        """Hand staged tasks to a worker at once, so that no producer competes with it for the processor."""
+        """Put prepared tasks into a worker's queue at once.
+
+        No producer competes with it for the processor.
+        """
         with Redis(port=self._port, db=database) as client:
             if client.rpush(QUEUE, *messages) > len(messages):
                 raise HarnessError("the queue was not empty when the next batch was released")
 
     def purge(self) -> None:
-        """Forget every message and binding of the last trial."""
+        """Delete all messages and bindings."""
         self._redis.flushall()
 
     def _redis_service(self) -> Service:
@@ -127,9 +136,9 @@ class Peers:
     def _build_producer(self) -> Celery:
         from celery import Celery
 
-        self._redis_staging = self._stack.enter_context(Redis(port=self._port, db=_STAGING))
+        self._redis_preparing = self._stack.enter_context(Redis(port=self._port, db=_PREPARING))
         return Celery(
-            "bench_producer", broker=self.broker(_STAGING), changes={"task_default_queue": QUEUE}
+            "bench_producer", broker=self.broker(_PREPARING), changes={"task_default_queue": QUEUE}
         )
 
     def _arguments(self, kind: str, number: int) -> dict[str, Any]:
@@ -157,25 +166,25 @@ def wait_count(
     *,
     quiet: float,
     timeout: float,
-    news: Callable[[], None] = lambda: None,
+    on_change: Callable[[], None] = lambda: None,
 ) -> int:
-    """Call ``count()`` until it is ``expected``, has not changed for ``quiet`` seconds, or ``timeout`` passed.
+    """Poll ``count()`` until it is ``expected``, unchanged for ``quiet`` seconds, or time is up.
 
-    It asks every half second, to spare the brain, and calls ``news()`` when the count has changed.
+    It polls every 0.5 s to spare the brain, and calls ``on_change()`` when the count has changed.
     """
     deadline, changed_at, last = time.monotonic() + timeout, time.monotonic(), -1
     while True:
         now, found = time.monotonic(), count()
         if found != last:
             last, changed_at = found, now
-            news()
+            on_change()
         if found >= expected or now - changed_at > quiet or now > deadline:
             return found
         time.sleep(0.5)
 
 
 def progress(text: str) -> None:
-    """Say what happens now."""
+    """Print a progress line to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 

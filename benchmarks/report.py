@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on standard output, JSON and a picture in ``benchmarks/out``."""
+"""Output of a benchmark: a table on standard output, JSON and a picture in ``benchmarks/out``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.existing import OUT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PACKAGES = (
     "z4j-bare",
@@ -26,14 +29,14 @@ _PACKAGES = (
     "redis",
     "websocket-client",
 )
-_COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "existing": "#d93025"}
+_COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "baseline": "#f9ab00", "existing": "#d93025"}
 _CPU_BARS = ("cpu_ms", "worker CPU per task (ms)")
-_LATE_BARS = ("late_p99_ms", "hub lateness p99 (ms)")
+_LAG_BARS = ("lag_p99_ms", "hub lag p99 (ms)")
 _RSS_BARS = ("rss_mb", "RSS (MB)")
 
 
 def circumstances() -> dict[str, Any]:
-    """Return date, machine and versions: without them a figure means nothing."""
+    """Return date, machine and versions, without which a figure cannot be compared."""
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -42,7 +45,7 @@ def circumstances() -> dict[str, Any]:
             versions[name] = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_system()}",
         "python": platform.python_version(),
         "versions": versions,
         "load_before": os.getloadavg()[0],
@@ -51,7 +54,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def save(name: str, content: Mapping[str, Any]) -> Path:
-    """Write ``content`` to a file whose name has the time in it; return its path."""
+    """Write ``content`` to a JSON file with the time in its name; return its path."""
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
@@ -59,7 +62,7 @@ def save(name: str, content: Mapping[str, Any]) -> Path:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table whose columns line up on a terminal too."""
+    """Return a Markdown table with aligned columns."""
     cells = [[str(each) for each in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
@@ -71,14 +74,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Draw CPU, lateness and memory of each variant in each pool as bars."""
+    """Draw CPU, hub lag and memory of each variant in each pool as bars.
+
+    PNG or SVG by the suffix.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4))
-    for panel, (key, label) in zip(panels, (_CPU_BARS, _LATE_BARS, _RSS_BARS), strict=True):
+    for panel, (key, label) in zip(panels, (_CPU_BARS, _LAG_BARS, _RSS_BARS), strict=True):
         _bars(panel, key, label, pools)
     panels[0].legend(frameon=False)
     figure.suptitle(title)
@@ -88,16 +94,22 @@ def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str
 
 
 def _bars(
-    panel: Any, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    panel: Axes, key: str, label: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> None:
-    for offset, (variant, color) in enumerate(_COLORS.items()):
+    drawn = [name for name in _COLORS if any(name in figures for figures in pools.values())]
+    width = 0.8 / len(drawn)
+    for offset, variant in enumerate(drawn):
         heights = [figures.get(variant, {}).get(key, 0.0) for figures in pools.values()]
-        places = [place + (offset - 1) * 0.27 for place in range(len(pools))]
-        bars = panel.bar(places, heights, 0.25, color=color, label=variant)
+        places = [place + (offset - (len(drawn) - 1) / 2) * width for place in range(len(pools))]
+        bars = panel.bar(places, heights, width * 0.93, color=_COLORS[variant], label=variant)
         panel.bar_label(bars, fmt="%.3g", fontsize=7)
     panel.set_xticks(range(len(pools)), list(pools))
     panel.set_title(label)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()}"
 
 
 def _processor() -> str:
@@ -110,7 +122,7 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value)

@@ -1,7 +1,10 @@
-"""Hours in minutes: events at an even rate with reconnects, and whether memory, descriptors, greenlets and file stay flat.
+"""Growth over time: events at a constant rate with reconnects.
 
-First against a scripted peer that acknowledges at once and hangs up now and then, then against the real brain at half the
-rate that it can ingest, shared by all modes. Slopes are least squares over all samples but those of the first fifth.
+Memory, descriptors, greenlets and files must not grow.
+
+The first half runs against a scripted peer that acknowledges at once and closes the connection now
+and then, the second against the real brain at half its ingest rate, shared by all modes. Slopes are
+least squares over all samples but the first fifth.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 HOST = Path(__file__).with_name("inside") / "bench_soak.py"
 AGAINST = ("peer", "brain")
 
-#: What must be flat: the sample's key, its title, and its unit in bytes or pieces.
+#: Measured values: key of the sample, title, unit in bytes or pieces.
 FIGURES = (
     ("rss", "RSS (MiB)", 1 << 20),
     ("fds", "descriptors", 1),
@@ -50,14 +53,21 @@ _WARM_UP = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
     parser.add_argument(
-        "--minutes", type=float, default=10.0, help="against each (default: %(default)s)"
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="duration against each peer (default: %(default)s)",
     )
     parser.add_argument(
         "--rate", type=float, default=500.0, help="events/s against the peer (default: %(default)s)"
     )
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=list(AGAINST))
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="side by side"
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=list(MODES),
+        help="modes that run at the same time",
     )
     parser.add_argument(
         "--reconnect",
@@ -68,20 +78,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all hosts; print the slopes, save samples and picture. ``HarnessError`` when an event was not acknowledged."""
+    """Run all hosts; print the slopes, save samples and picture.
+
+    Raises ``HarnessError`` if an event was not acknowledged.
+    """
     before = circumstances()
     found: dict[str, list[Host]] = {}
     try:
         for name in args.against:
-            found[name] = _beside_peers(args) if name == "peer" else _beside_brain(args)
+            found[name] = _run_against_peers(args) if name == "peer" else _run_against_brain(args)
     finally:
         _publish(args, before, found)
-    if lossy := [host.title for hosts in found.values() for host in hosts if not host.whole]:
+    if lossy := [host.title for hosts in found.values() for host in hosts if not host.complete]:
         raise HarnessError(f"not every event was acknowledged: {', '.join(lossy)}")
 
 
 class Host:
-    """One host as a subprocess, and the samples that it prints. A context manager."""
+    """One host in a subprocess and the samples that it prints; a context manager."""
 
     def __init__(
         self,
@@ -103,22 +116,22 @@ class Host:
             [sys.executable, str(HOST), mode, *map(str, numbers)],
             env=worker_environment(extra),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # the agent's warnings of sessions that were ended on purpose
+            stderr=subprocess.DEVNULL,  # warnings about sessions that end on purpose
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     @property
-    def whole(self) -> bool:
-        """Whether the last sample says that everything produced has been acknowledged, and nothing lost."""
+    def complete(self) -> bool:
+        """Whether all produced events were acknowledged and none was lost, by the last sample."""
         last: dict[str, Any] = (
             self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
         )
         return bool(last["acked"] >= last["produced"]) and not last["lost"]
 
-    def steady(self, key: str) -> tuple[list[float], list[float]]:
-        """Return minutes and values of one figure after the warm-up."""
+    def after_warm_up(self, key: str) -> tuple[list[float], list[float]]:
+        """Return times in minutes and the values of one key after the warm-up."""
         end = self.samples[-1]["at"]
         kept = [
             each for each in self.samples if each["at"] >= end * _WARM_UP and each[key] is not None
@@ -126,7 +139,7 @@ class Host:
         return [each["at"] / 60 for each in kept], [float(each[key]) for each in kept]
 
     def wait(self) -> None:
-        """Wait for its end."""
+        """Wait for the end of the subprocess."""
         self._reader.join(self._seconds + 180)
 
     def _read(self) -> None:
@@ -147,20 +160,20 @@ class Host:
         self._reader.join(5.0)
 
 
-class ForgetfulPeer(Peer):  # type: ignore[misc]
-    """Acknowledges at once and keeps nothing."""
+class AcknowledgingPeer(Peer):  # type: ignore[misc]
+    """Acknowledges at once and keeps no frames."""
 
     def heard(self, session: Any, frame: Any) -> None:
-        """React, and forget."""
+        """React to the frame and drop it."""
         super().heard(session, frame)
         session.frames.clear()
 
 
-def _beside_peers(args: argparse.Namespace) -> list[Host]:
-    """Soak each mode against a peer of its own, which hangs up halfway between the host's own reconnects."""
+def _run_against_peers(args: argparse.Namespace) -> list[Host]:
+    """Run each mode against a peer, which closes connections halfway between two reconnects."""
     with tempfile.TemporaryDirectory(prefix="z4j-soak-") as name, ExitStack() as stack:
         folder = Path(name)
-        peers = [ForgetfulPeer(ThreadsConcurrency()) for _ in args.modes]
+        peers = [AcknowledgingPeer(ThreadsConcurrency()) for _ in args.modes]
         for peer in peers:
             stack.callback(peer.stop)
         hosts = []
@@ -182,14 +195,12 @@ def _beside_peers(args: argparse.Namespace) -> list[Host]:
     return hosts
 
 
-def _beside_brain(args: argparse.Namespace) -> list[Host]:
-    """Soak all modes against one brain at half the rate that it has shown."""
+def _run_against_brain(args: argparse.Namespace) -> list[Host]:
+    """Run all modes against one brain at half its ingest rate."""
     with ExitStack() as stack, Peers() as peers:
         rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
         share = rate / 2 / len(args.modes)
-        progress(
-            f"{args.minutes:g} minutes against the brain, which ingests {rate:.0f} events/s: {share:.0f} per host"
-        )
+        progress(f"{args.minutes:g} minutes against the brain: {share:.0f} events/s per host")
         hosts = []
         for mode in args.modes:
             agent = peers.new_agent(f"soak-{mode}")
@@ -235,7 +246,8 @@ def _publish(
         **before,
         "options": {key: value for key, value in vars(args).items() if key != "name"},
         "slopes_per_minute": {
-            host.title: {key: slope(*host.steady(key)) for key, _, _ in FIGURES} for host in hosts
+            host.title: {key: slope(*host.after_warm_up(key)) for key, _, _ in FIGURES}
+            for host in hosts
         },
         "samples": {host.title: host.samples for host in hosts},
     }
@@ -248,12 +260,14 @@ def _line(host: Host) -> tuple[object, ...]:
     last = host.samples[-1]
     figures = []
     for key, _, unit in FIGURES:
-        moments, values = host.steady(key)
+        moments, values = host.after_warm_up(key)
         figures.append(
             f"{values[-1] / unit:.4g}, {slope(moments, values) / unit:+.3f}" if values else "-"
         )
     cpu = f"{100 * last['cpu'] / last['at']:.1f}"
-    acked = "all" if host.whole else f"{last['acked']} of {last['produced']}, lost {last['lost']}"
+    acked = (
+        "all" if host.complete else f"{last['acked']} of {last['produced']}, lost {last['lost']}"
+    )
     return host.title, f"{host.rate:.0f}", last["produced"], last["sessions"], *figures, cpu, acked
 
 

@@ -1,4 +1,4 @@
-"""One worker of one variant, and what its batches of tasks cost until the brain knew all about them."""
+"""One worker of one variant, and the cost of its batches until the brain has all their rows."""
 
 from __future__ import annotations
 
@@ -27,42 +27,43 @@ if TYPE_CHECKING:
     from z4j_bare.demo.rest import BrainApi, Credentials
 
 INSIDE = Path(__file__).with_name("inside")
-VARIANTS = ("off", "ours", "existing")
 
 _READY_SECONDS = 60.0
 _WARM_TASKS = 300
 _GATE_SECONDS = 60.0
-_STALLED = 15.0  # seconds without a new row after which an agent counts as having lost the rest
+_STALLED = 15.0  # seconds without a new row after which the missing rows count as lost
 _PROBES = 10
-_PROBE_PATIENCE = 20.0
+_PROBE_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every trial of a run does alike.
+    """The parameters that all trials of a run share.
 
-    ``tasks``: of one batch. ``core``: the processor that all workers share; the brain would otherwise spoil their caches,
-    at the expense of whichever agent keeps the brain busy.
+    ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers: on a
+    shared one the brain would evict their caches, and an agent that keeps the brain busy would pay
+    for it. ``baseline`` is the directory of the other checkout.
     """
 
     tasks: int = 2000
     arguments: str = "none"
     concurrency: int = 100
-    patience: float = 120.0
+    row_timeout: float = 120.0
     loglevel: str = "WARNING"
     attribute: bool = False
     probes: int = _PROBES
     core: int | None = None
+    baseline: str = ""
 
 
 @dataclass
 class Trial:
-    """What one worker did in all its batches. Seconds, bytes.
+    """The measurements of one worker over all its batches, in seconds and bytes.
 
-    ``cpu`` is counted from each batch's release until its last row, of which the first ``tasks_seconds`` pass until the
-    last task has ended; ``beside`` is what the worker without an agent used in the same time, after its own last task.
-    ``idle`` is the CPU used per second at all other times. ``lateness`` comes from one more batch, because the ticker that
-    tells it costs more than an agent that idles.
+    ``cpu`` is counted from the release of each batch until its last row; ``tasks_seconds`` end with
+    the last task. ``idle_host_cpu`` is what the worker without an agent used in the same time,
+    after its own last task. ``idle`` is the CPU per second at all other times. ``hub_lags`` come
+    from one more batch, because the ticker that measures them costs more than an idle agent.
     """
 
     variant: str
@@ -72,11 +73,11 @@ class Trial:
     tasks_seconds: float = 0.0
     end_seconds: float = 0.0
     cpu: float = 0.0
-    beside: float = 0.0
+    idle_host_cpu: float = 0.0
     idle: float = 0.0
     rows: int | None = None
     rss: int = 0
-    lateness: list[float] = field(default_factory=list)
+    hub_lags: list[float] = field(default_factory=list)
     row_delays: list[float] = field(default_factory=list)
     attribution: dict[str, list[float]] = field(default_factory=dict)
     load: float = 0.0
@@ -86,10 +87,10 @@ class Trial:
         return asdict(self)
 
 
-class Stage:
-    """A worker that waits, warm, for its batches.
+class BenchWorker:
+    """A warm worker that waits for its batches.
 
-    :param database: the broker's, one for each of the workers that are alive together.
+    :param database: the Redis database of its broker; workers of one round have different ones.
     """
 
     def __init__(
@@ -110,21 +111,21 @@ class Stage:
         self._brain: BrainApi = peers.brain
         self.trial = Trial(variant, pool)
         self._span = (0.0, 0.0)
-        self._agentless: Stage | None = None
-        self._beside = 0.0
+        self._agentless: BenchWorker | None = None
+        self._idle_host_cpu = 0.0
 
     def run(self) -> Trial:
-        """Live for one batch."""
+        """Run one batch from start to end."""
         with self.open():
-            in_step(self._peers, self._plan, [self])
-            self.rest()
+            run_in_step(self._peers, self._plan, [self])
+            self.measure_idle()
         return self.trial
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Start the worker and warm it up; it ends with the block, and then ``trial`` is complete.
+        """Start the worker and warm it up; ``trial`` is complete when the block has ended.
 
-        Raises ``HarnessError`` with the end of the worker's log in it.
+        Raises ``HarnessError`` with the end of the worker's log.
         """
         try:
             with self._worker() as worker:
@@ -132,12 +133,11 @@ class Stage:
                 self.meter = Meter(worker.pid)
                 self._warm_up()
                 self._opened = self.meter.read()
-                with closing(
-                    self._peers.brain.sibling()
-                ) as self._brain:  # each worker has a thread that watches it
+                # Each worker has a thread that polls its rows.
+                with closing(self._peers.brain.sibling()) as self._brain:
                     yield
                 worker.stop()
-            self.trial.lateness = self._lateness()
+            self.trial.hub_lags = self._hub_lags()
             self.trial.attribution = self._attribution()
         except HarnessError as error:
             log = self._home / "worker.log"
@@ -145,7 +145,10 @@ class Stage:
             raise HarnessError(f"{error}\n{tail}") from None
 
     def batch(self, messages: list[bytes], gate: Barrier) -> None:
-        """Release the tasks when all are at the gate, and watch until the brain has their rows."""
+        """Release the tasks when all workers are at the gate.
+
+        Return when the brain has their rows.
+        """
         trial, rows = self.trial, self._rows()
         began, last, ended = self._tasks(messages, gate)
         if self._agent:
@@ -156,40 +159,41 @@ class Stage:
         trial.end_seconds += ended.at - began.at
         trial.cpu += ended.cpu - began.cpu
 
-    def stand_beside(self, agentless: Stage | None) -> None:
-        """Read the CPU clock of a worker without an agent, too, at the end of each batch."""
+    def compare_with(self, agentless: BenchWorker | None) -> None:
+        """Also read the CPU clock of the worker without an agent at the end of each batch."""
         self._agentless = None if agentless is self else agentless
 
-    def compare(self) -> None:
-        """Take what the worker without an agent used between the end of its batch and that of ours; both are over."""
+    def add_idle_host_cpu(self) -> None:
+        """Add what the worker without an agent used after its own batch and before our last row."""
         if self._agentless is not None:
-            self.trial.beside += max(0.0, self._beside - self._agentless.marked.cpu)
+            used = self._idle_host_cpu - self._agentless.marked.cpu
+            self.trial.idle_host_cpu += max(0.0, used)
 
-    def tick(self) -> None:
-        """Let the ticker begin; what the worker uses from now on counts no longer."""
+    def start_ticker(self) -> None:
+        """Start the ticker; from now on the worker's CPU is not measured."""
         (self._home / "tick").touch()
         until(lambda: any(self._home.glob("ticks.*")), "the ticker", timeout=_READY_SECONDS)
 
-    def late(self) -> None:
-        """Release as many tasks as in a batch, for the sake of the ticker alone."""
+    def measure_lag(self) -> None:
+        """Release one more batch while the ticker runs."""
         began, _, ended = self._tasks(
-            self._peers.stage(self._plan.tasks, self._plan.arguments), Barrier(1)
+            self._peers.prepare(self._plan.tasks, self._plan.arguments), Barrier(1)
         )
         self._span = (began.at, ended.at)
 
     def _tasks(self, messages: list[bytes], gate: Barrier) -> tuple[Reading, float, Reading]:
-        """Release the tasks; return when that was, when the last had ended, and when the brain had its last row."""
+        """Release the tasks; return the release, the end of the last task, and its last row."""
         plan, ends, rows = self._plan, len(self._ends()), self._rows()
         gate.wait(_GATE_SECONDS)
         began = self.meter.read()
         self._peers.release(self._database, messages)
         done = f"the {len(messages)} tasks of a {self._pool} worker ({self._variant})"
-        until(lambda: len(self._ends()) >= ends + len(messages), done, timeout=plan.patience)
+        until(lambda: len(self._ends()) >= ends + len(messages), done, timeout=plan.row_timeout)
         ended = self._await_rows(rows + len(messages))
         return began, self._ends()[-1], ended
 
-    def rest(self) -> None:
-        """Take the figures of a worker between its batches, which are over."""
+    def measure_idle(self) -> None:
+        """Measure the worker after its batches: idle CPU, memory, delay of single rows."""
         trial, now = self.trial, self.meter.read()
         trial.idle = (now.cpu - self._opened.cpu - trial.cpu) / max(
             0.1, now.at - self._opened.at - trial.end_seconds
@@ -223,22 +227,28 @@ class Stage:
 
     def _search_path(self) -> str:
         folders = [str(INSIDE)]
-        if self._python == sys.executable:
+        if self._variant == "baseline":
+            folders.append(self._plan.baseline)
+        elif self._python == sys.executable:
             folders.append(str(Path(z4j_bare.__file__).parents[1]))
         return os.pathsep.join(folders)
 
     def _warm_up(self) -> None:
-        """Pay for first times (imports, connections, caches), and let the agent send what came of it."""
+        """Run tasks for imports, connections and caches, and wait until the agent has sent them."""
         self._release(_WARM_TASKS)
         until(lambda: len(self._ends()) >= _WARM_TASKS, "the warm-up tasks", timeout=60.0)
         self._await_rows(_WARM_TASKS)
         time.sleep(2.0)
 
     def _await_rows(self, expected: int) -> Reading:
-        """Wait until the brain has ``expected`` rows, or no new one for long; return the moment of the last one."""
+        """Wait until the brain has ``expected`` rows, or no new one for ``_STALLED`` seconds."""
         if self._agent:
             wait_count(
-                self._rows, expected, quiet=_STALLED, timeout=self._plan.patience, news=self._mark
+                self._rows,
+                expected,
+                quiet=_STALLED,
+                timeout=self._plan.row_timeout,
+                on_change=self._mark,
             )
         else:
             self._mark()
@@ -247,10 +257,10 @@ class Stage:
     def _mark(self) -> None:
         self.marked = self.meter.read()
         if self._agentless is not None:
-            self._beside = self._agentless.meter.read().cpu
+            self._idle_host_cpu = self._agentless.meter.read().cpu
 
     def _release(self, count: int) -> None:
-        self._peers.release(self._database, self._peers.stage(count, self._plan.arguments))
+        self._peers.release(self._database, self._peers.prepare(count, self._plan.arguments))
 
     def _rows(self) -> int:
         """Return how many tasks the brain shows as succeeded; 0 without an agent."""
@@ -259,10 +269,13 @@ class Stage:
         return succeeded(self._brain.stats(self._agent.project))
 
     def _probe(self) -> float:
-        """Return the seconds from a single task's end to its row in the brain, on an idle worker; ``inf`` if never."""
+        """Return the seconds from one task's end to its row on an idle worker.
+
+        ``inf`` after a time-out.
+        """
         rows, ends = self._rows(), len(self._ends())
         self._release(1)
-        deadline = time.monotonic() + _PROBE_PATIENCE
+        deadline = time.monotonic() + _PROBE_TIMEOUT
         while time.monotonic() < deadline:
             time.sleep(0.01)
             if self._rows() > rows:
@@ -271,20 +284,20 @@ class Stage:
 
     def _ends(self) -> list[float]:
         moments = array("d")
-        for tape in self._home.glob("ends.*"):
+        for samples in self._home.glob("ends.*"):
             found = array("d")
-            found.frombytes(tape.read_bytes())
+            found.frombytes(samples.read_bytes())
             moments.extend(moment for moment in found if moment)
         return sorted(moments)
 
-    def _lateness(self) -> list[float]:
-        """Return how late the ticker woke while the tasks ran and their rows were sent; sorted."""
+    def _hub_lags(self) -> list[float]:
+        """Return the ticker's lags while the tasks ran and their rows were sent, sorted."""
         values = array("d")
-        for tape in self._home.glob("ticks.*"):
-            values.frombytes(tape.read_bytes())
+        for samples in self._home.glob("ticks.*"):
+            values.frombytes(samples.read_bytes())
         began, ended = self._span
         return sorted(
-            late for at, late in zip(values[::2], values[1::2], strict=True) if began <= at <= ended
+            lag for at, lag in zip(values[::2], values[1::2], strict=True) if began <= at <= ended
         )
 
     def _attribution(self) -> dict[str, list[float]]:
@@ -294,20 +307,21 @@ class Stage:
         return {}
 
 
-def in_step(peers: Peers, plan: Plan, stages: Sequence[Stage]) -> None:
-    """Give all workers the same tasks at the same moment, and watch until the brain has their rows.
+def run_in_step(peers: Peers, plan: Plan, workers: Sequence[BenchWorker]) -> None:
+    """Give all workers the same tasks at the same moment; return when the brain has their rows.
 
-    The speed of a shared machine changes within a second by more than what is measured, and then it changes for all.
+    The speed of a shared machine changes within a second by more than the measured differences, and
+    then it changes for all workers.
     """
-    messages, gate = peers.stage(plan.tasks, plan.arguments), Barrier(len(stages))
-    agentless = next((stage for stage in stages if stage.trial.variant == "off"), None)
-    for stage in stages:
-        stage.stand_beside(agentless)
-    with ThreadPoolExecutor(len(stages)) as watchers:
-        for watcher in [watchers.submit(stage.batch, messages, gate) for stage in stages]:
-            watcher.result()
-    for stage in stages:
-        stage.compare()
+    messages, gate = peers.prepare(plan.tasks, plan.arguments), Barrier(len(workers))
+    agentless = next((worker for worker in workers if worker.trial.variant == "off"), None)
+    for worker in workers:
+        worker.compare_with(agentless)
+    with ThreadPoolExecutor(len(workers)) as pollers:
+        for poller in [pollers.submit(worker.batch, messages, gate) for worker in workers]:
+            poller.result()
+    for worker in workers:
+        worker.add_idle_host_cpu()
 
 
 def succeeded(stats: dict[str, Any]) -> int:

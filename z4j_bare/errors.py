@@ -1,7 +1,7 @@
-"""One tree of errors, split by whose fault it is.
+"""The errors of this package, in one tree.
 
-Only :class:`HostConfigurationError` ever reaches the host, and only out of ``install_agent`` or ``start()``. The others
-travel between rooms and end in the supervisor (remote, network) or in the store's guard (local storage).
+Only :class:`HostConfigurationError` reaches the host, from ``install_agent`` or ``start()``. The
+session handles remote and network errors, and the buffer handles storage errors.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from z4j_core.errors import ConfigError
 
 
 class AgentError(Exception):
-    """Base of everything this package raises on its own account."""
+    """Base class of all errors that this package raises."""
 
 
 class HostConfigurationError(AgentError, ConfigError, RuntimeError):
-    """A setting is missing or wrong; the message names it and the fix.
+    """A setting is missing or wrong. The message names the setting and the fix.
 
-    Also a ``ConfigError`` because adapters catch that by name, and a ``RuntimeError`` because the existing agent's
-    ``start()`` raises that for a bad secret.
+    Adapters catch it as a ``ConfigError``. It is also a ``RuntimeError``, because ``start()`` of
+    z4j-bare 1.13 raises that for a wrong secret.
     """
 
 
 class RemoteError(AgentError):
-    """The brain said no, or said something that is not the protocol.
+    """The brain refused a request, or its response violates the protocol.
 
-    ``code`` is the WebSocket close code or the HTTP status, ``None`` when there was neither. ``retry_after`` is the
-    server's own wish in seconds.
+    :param code: the WebSocket close code or the HTTP status, if there was one.
+    :param retry_after: seconds after which the brain asks the agent to try again, if it said so.
     """
 
     def __init__(
@@ -37,19 +37,26 @@ class RemoteError(AgentError):
 
 
 class RemoteProtocolError(RemoteError):
-    """The peer broke the protocol: bad JSON, bad signature, replay, a frame out of place."""
+    """The brain violated the protocol: invalid JSON or signature, a replay, an unexpected frame."""
 
 
 class AuthenticationRejectedError(RemoteError):
-    """Token, project, address or signature refused (4401, 4003, 4403, HTTP 401 and 403)."""
+    """The brain refused the token, project, address or signature.
+
+    Close codes 4401, 4003 and 4403; HTTP status 401 and 403.
+    """
 
 
 class IncompatibleError(RemoteError):
-    """Somebody has to upgrade something (4426, 4427)."""
+    """The versions of brain and agent do not match: one has to be upgraded. Codes 4426 and 4427."""
 
 
 class NetworkError(AgentError, ConnectionError):
-    """The line failed: refused, reset, timed out, closed."""
+    """The connection failed: it was refused, reset or closed, or timed out.
+
+    :param code: the WebSocket close code or the HTTP status, if there was one.
+    :param retry_after: seconds after which the brain asks the agent to try again, if it said so.
+    """
 
     def __init__(
         self, message: str, *, code: int | None = None, retry_after: float | None = None
@@ -60,21 +67,25 @@ class NetworkError(AgentError, ConnectionError):
 
 
 class SessionLimitError(NetworkError):
-    """The brain has no place for this session: a limit is reached, or another process took it (4002, 4429, HTTP 429)."""
+    """The brain limits sessions, or another process has taken over this one.
+
+    Close codes 4002 and 4429; HTTP status 429.
+    """
 
 
 class PoisonRowError(NetworkError):
-    """A session died of one frame, and the search for the row that the brain cannot take has come a step further."""
+    """The session ended on a suspected poison row; the bisection has narrowed."""
 
 
 class ScheduleStreamError(NetworkError):
-    """The brain acknowledges a schedule stream no more: a row of it was lost on the way, to a full or failing disk."""
+    """The brain stopped acknowledging a schedule stream, because a bad disk lost a row of it."""
 
 
 class FrameTooLargeError(AgentError):
-    """A frame does not fit what the brain accepts in one piece; the session stands, and a smaller one may follow.
+    """A frame exceeds the size that the brain accepts. The session continues.
 
-    ``size`` is what it would have taken on the wire and ``limit`` what there is room for, both in bytes.
+    :param size: the bytes that the frame would take on the wire.
+    :param limit: the maximum number of bytes.
     """
 
     def __init__(self, size: int, limit: int) -> None:
@@ -84,9 +95,9 @@ class FrameTooLargeError(AgentError):
 
 
 class CommandError(AgentError):
-    """An operator's command was not carried out; the text is the answer.
+    """A command failed; the message is the error text of its result.
 
-    ``indeterminate`` says that it may have happened all the same.
+    :param indeterminate: whether the command may have had its effect all the same.
     """
 
     def __init__(self, message: str, *, indeterminate: bool = False) -> None:
@@ -95,16 +106,16 @@ class CommandError(AgentError):
 
 
 class LocalStorageError(AgentError):
-    """The disk failed: full, read-only, corrupt, locked for too long."""
+    """The disk failed: it is full, read-only or corrupt, or was locked for too long."""
 
 
 class InterpreterShutdownError(AgentError, RuntimeError):
-    """No task can be started: CPython 3.12 and later start no thread once the interpreter is going down."""
+    """No task can be started: CPython 3.12 and later start no threads during shutdown."""
 
 
 class ForkedChildError(BaseException):
-    """Raised inside an agent loop that finds itself copied into a forked child.
+    """Raised in an agent loop that was copied into a forked child.
 
-    Not an ``Exception``: no handler of ours or of an adapter may take it for a failure and carry on. ``spawn`` swallows
-    it, which is how a loop leaves silently (greenlets survive ``os.fork``; gevent #316 declined to change that).
+    Greenlets survive ``os.fork`` (gevent #316, not to be changed). The task ends without a message.
+    This is not an ``Exception``, so that no handler takes it for a failure and continues the loop.
     """

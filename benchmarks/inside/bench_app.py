@@ -1,6 +1,7 @@
-"""The worker's Celery application, the same for every variant: it runs in other virtual environments too.
+"""The worker's Celery application, the same for every variant.
 
-So it imports the standard library and Celery, and the agent only where the variant has one.
+It also runs in other virtual environments, so it imports only the standard library and Celery, and
+the agent if the variant has one.
 """
 
 import os
@@ -25,7 +26,7 @@ app.conf.update(
 
 @app.task(name="bench.nap", ignore_result=True)
 def nap(**_arguments: object) -> None:
-    """Wait 10 ms, as a task that asks somebody something does."""
+    """Sleep 10 ms, as a task that waits for an answer does."""
     time.sleep(0.01)
     bench_meter.ended()
 

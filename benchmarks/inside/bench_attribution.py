@@ -1,8 +1,10 @@
-"""CPU time of the agent's parts inside a worker, by ``time.thread_time``: handlers, loops, offloaded work, host, hub.
+"""CPU time of the agent's parts inside a worker, by ``time.thread_time``.
 
-It wraps ours from outside, so the product carries nothing for it. Under gevent and eventlet a greenlet tracer charges every
-stretch between two switches to the greenlet that ran it; threads have clocks of their own. What measuring costs, about a
-microsecond a switch and half of one a call, is part of what is reported.
+Handlers, loops, host, hub.
+
+It wraps methods from outside, so the package contains nothing for it. Under gevent and eventlet a
+greenlet tracer assigns the time between two switches to the greenlet that ran; threads have clocks
+of their own. The measurement itself (1 us a switch, 0.5 us a call) is included in the result.
 """
 
 import atexit
@@ -18,7 +20,7 @@ from time import thread_time
 totals = defaultdict(lambda: [0, 0.0])
 _names = {}
 
-#: Module, class, methods that never yield: measured on their own, inside whatever loop calls them.
+#: Module, class, methods that never yield. They are measured separately inside the calling loop.
 PARTS = (
     (
         "z4j_bare.engines.celery.task_encoder",
@@ -32,7 +34,7 @@ HANDLERS = ("_on_received", "_on_prerun", "_on_postrun", "_on_failure", "_on_ret
 
 
 def install_parts():
-    """Wrap the agent's handlers, loops and parts; to be called before the agent is installed."""
+    """Wrap the agent's handlers, loops and parts; call it before the agent is installed."""
     from z4j_bare.engines.celery.signals import CeleryCapture
 
     for name in HANDLERS:
@@ -41,11 +43,11 @@ def install_parts():
         kind = getattr(__import__(module, fromlist=[owner]), owner)
         for name in names:
             setattr(kind, name, _timed(getattr(kind, name), f"part {owner}.{name.strip('_')}"))
-    _wrap_seam()
+    _wrap_backend()
 
 
 def begin(**_signal):
-    """Start to trace, once the worker is ready; the totals go to a file when the process ends."""
+    """Start tracing when the worker is ready; the totals are written at process exit."""
     if "gevent" in sys.modules or "eventlet" in sys.modules:
         _trace_greenlets()
     gc.callbacks.append(_collected)
@@ -53,7 +55,7 @@ def begin(**_signal):
 
 
 def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
-    """Charge the garbage collector, whoever set it off: it is part of what its victim is charged, too."""
+    """Add the garbage collector's time; it is also part of the code that triggered it."""
     if phase == "start":
         began[0] = thread_time()
     else:
@@ -74,7 +76,7 @@ def _timed(function, name):
     return measured
 
 
-def _wrap_seam():
+def _wrap_backend():
     from z4j_bare.concurrency import base
 
     run, capture_outcome = base.BaseConcurrency._run, base.capture_outcome

@@ -1,7 +1,8 @@
-"""What the harness reads from a worker while it runs: when tasks ended, and how late a ticker woke.
+"""What the harness reads from a running worker: when tasks ended, and the lag of a ticker.
 
-Both are files mapped into memory, one of each per process, a slot per sample: a microsecond to write, no lock,
-nothing to flush at exit. Times are ``CLOCK_MONOTONIC``, which all processes of a machine share.
+Both are memory-mapped files, one of each per process with one slot per sample: a write takes 1 us,
+needs no lock, and nothing has to be flushed at exit. Times are ``CLOCK_MONOTONIC``, which all
+processes share.
 """
 
 import mmap
@@ -16,15 +17,15 @@ HOME = Path(os.environ["BENCH_HOME"])
 TASKS = 1 << 17
 TICKS = 1 << 17
 INTERVAL = 0.005
-#: Seconds between two looks whether the ticker shall begin.
-LOOK = 1.0
+#: Seconds between checks whether the ticker is to start.
+POLL_INTERVAL = 1.0
 
 _end = Struct("d")
 _tick = Struct("dd")
 
 
-class Tape:
-    """A file of fixed-size samples, each written once."""
+class SampleFile:
+    """A memory-mapped file of fixed-size samples, each written once."""
 
     def __init__(self, name, sample, length):
         self._sample = sample
@@ -45,31 +46,34 @@ _ends = {}
 
 
 def ended():
-    """Note that a task has ended now; a prefork child has a tape of its own."""
+    """Record that a task has ended now; each prefork child has a file of its own."""
     now = time.monotonic()
     pid = os.getpid()
-    tape = _ends.get(pid)
-    if tape is None:
-        tape = _ends.setdefault(pid, Tape("ends", _end, TASKS))
-    tape.write(now)
+    samples = _ends.get(pid)
+    if samples is None:
+        samples = _ends.setdefault(pid, SampleFile("ends", _end, TASKS))
+    samples.write(now)
 
 
 def ready(**_signal):
-    """Tell the harness that the worker consumes."""
+    """Signal the harness that the worker consumes tasks."""
     (HOME / "ready").touch()
 
 
 def start_ticker(**_signal):
-    """Let the ticker begin when it is asked to: a greenlet where threads are patched, else a thread."""
+    """Start the ticker when the harness asks for it.
+
+    A greenlet if threads are patched, else a thread.
+    """
     threading.Thread(target=_run_ticker, daemon=True, name="bench-ticker").start()
 
 
 def _run_ticker():
     while not (HOME / "tick").exists():
-        time.sleep(LOOK)
-    tape = Tape("ticks", _tick, TICKS)
+        time.sleep(POLL_INTERVAL)
+    samples = SampleFile("ticks", _tick, TICKS)
     while True:
         due = time.monotonic() + INTERVAL
         time.sleep(INTERVAL)
         now = time.monotonic()
-        tape.write(now, now - due)
+        samples.write(now, now - due)

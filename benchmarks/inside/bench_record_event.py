@@ -1,6 +1,6 @@
-"""Microseconds of ``record_event``, through the public interface that both agents share; prints JSON.
+"""Print the microseconds of ``record_event``, the public call that both agents share, as JSON.
 
-No brain answers: what is measured is the host's side of the call, while the agent under it buffers.
+No brain answers: the call's own cost is measured while the agent buffers events.
 """
 
 import base64
@@ -24,14 +24,17 @@ RATE = 500
 
 
 def main(count: int) -> None:
-    """Record ``count`` events in groups of ten, 500 a second, and print the microseconds of each call, sorted."""
+    """Record ``count`` events in groups of ten, 500 a second.
+
+    Print the sorted microseconds of the calls.
+    """
     with tempfile.TemporaryDirectory(prefix="z4j-bench-", ignore_cleanup_errors=True) as home:
         Path(home).chmod(0o700)
         os.environ["Z4J_HOME"] = home
         runtime = install_agent(
             engines=[CeleryEngineAdapter(celery_app=Celery("bench", broker="memory://"))],
             brain_url="http://127.0.0.1:9",
-            token="bench",  # noqa: S106 - nobody answers there
+            token="bench",  # noqa: S106 - no server listens there
             project_id="bench",
             hmac_secret=base64.urlsafe_b64encode(bytes(range(32))).decode(),
         )

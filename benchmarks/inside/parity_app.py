@@ -1,4 +1,4 @@
-"""The Celery application of the comparison, the same under either agent."""
+"""The Celery application of the parity benchmark, the same under both agents."""
 
 import os
 import time
@@ -32,11 +32,10 @@ def fails(text: str) -> None:
 
 @app.task(name="shop.retries", bind=True, max_retries=2)
 def retries(self, text: str) -> str:
-    """Succeed at the second attempt."""
+    """Fail once, then succeed."""
     if not self.request.retries:
-        raise self.retry(
-            countdown=1.5, exc=ValueError("not yet")
-        )  # events of one second and kind are one to the brain
+        # The brain merges events of one kind within a second, hence 1.5 s.
+        raise self.retry(countdown=1.5, exc=ValueError("not yet"))
     return text
 
 
@@ -52,7 +51,7 @@ def waits(seconds: float) -> None:
 
 @app.task(name="shop.parent", bind=True)
 def parent(self) -> str:
-    """Send a child with a known id."""
+    """Send a child task with a known id."""
     return str(add.apply_async((20, 22), task_id=f"{self.request.id}-child").id)
 
 

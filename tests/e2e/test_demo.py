@@ -1,4 +1,4 @@
-"""The demo as its user runs it, and the harness underneath it."""
+"""The demo command, and the brain and worker processes that it starts."""
 
 import argparse
 import json
@@ -18,20 +18,22 @@ from z4j_bare.demo.worker import POOLS, Worker, worker_environment
 
 pytestmark = pytest.mark.timeout(300)
 
-#: One line of the table each, and how many tasks, events or commands it is about.
-ALWAYS = {
+#: The figures of the report in every pool, and their counts.
+FIGURES = {
     "plain": 50,
     "failing": 1,
-    "retrying by itself": 1,
+    "automatic retry": 1,
     "asyncio.run": 5,
     "Django ORM": 5,
-    "failing until retried": 1,
-    "retried by the operator": 1,
+    "failing before retry": 1,
+    "retried by operator": 1,
     "plain, no loop visible": 50,
-    "retries": 1,
-    "operator's commands": 2,
-    "sent by nobody": 0,
+    "retry events": 1,
+    "operator commands": 2,
+    "unknown tasks": 0,
 }
+
+#: The figure of the cancelled task in the pools that can terminate a running task.
 CANCELLED = dict.fromkeys(("gevent", "eventlet", "prefork"), "cancelled while running")
 
 
@@ -44,18 +46,18 @@ def start_demo(temporary, *arguments):
 
 
 def run_demo(temporary, *arguments):
-    """Run it to its end and return exit code, stdout and stderr."""
+    """Run the demo to its end and return exit code, stdout and stderr."""
     with start_demo(temporary, *arguments) as demo:
         try:
             out, err = demo.communicate(timeout=240)
         except BaseException:
-            demo.terminate()  # it stops what it started
+            demo.terminate()  # The demo stops its brain and worker.
             raise
     return demo.returncode, out, err
 
 
 def processes_of(temporary):
-    """Return the ids of living processes whose environment names the directory."""
+    """Return the ids of processes whose environment contains the directory."""
     mark = f"{temporary}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -68,41 +70,41 @@ def processes_of(temporary):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_figure_agrees(pool, tmp_path):
-    """In every pool the brain shows exactly what the script produced, and the demo leaves nothing behind."""
+def test_demo_figures_agree_in_every_pool(pool, tmp_path):
+    """In every pool the brain shows what the script produced, and the demo deletes its files."""
     code, out, err = run_demo(tmp_path, "--json", "--pool", pool)
     assert out, err
     report = json.loads(out)
     assert (code, report["problems"], report["mismatches"]) == (0, [], []), err
     assert {figure["kind"]: figure["produced"] for figure in report["figures"]} == {
-        **ALWAYS,
-        CANCELLED.get(pool, "cancelled before its ETA"): 1,
+        **FIGURES,
+        CANCELLED.get(pool, "cancelled before start"): 1,
     }
     assert all(figure["seen"] == figure["produced"] for figure in report["figures"])
     assert report["ok"]
     assert report["agent"]["state_at_work"] == "online"
-    assert report["worker"]["seen"] == ["day@demo"]
+    assert report["worker"]["seen"] == ["worker@demo"]
     assert report["worker"]["exit_code"] == 0
     assert 0 < report["slowest_delay"] < 10
     assert list(tmp_path.iterdir()) == []
     assert processes_of(tmp_path) == []
 
 
-def test_a_real_broker_is_left_as_it_was(redis_url, tmp_path):
-    """On Redis every figure agrees too, other people's keys stay and none of the demo's do."""
+def test_demo_cleans_up_shared_broker(redis_url, tmp_path):
+    """On Redis all figures agree, the demo's keys are deleted, and other keys stay."""
     with Redis.from_url(redis_url) as client:
-        client.set("theirs", "1")
+        client.set("other", "1")
         code, out, err = run_demo(
             tmp_path, "--pool", "prefork", "--tasks", "10", "--broker", redis_url
         )
         assert code == 0, out + err
-        assert "Every figure agrees." in out
-        assert client.keys() == [b"theirs"]
+        assert "All figures agree." in out
+        assert client.keys() == [b"other"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything(number, tmp_path):
-    """A signal in the middle of the day ends brain and worker, removes the directory, says so in one line."""
+def test_signal_stops_demo(number, tmp_path):
+    """A signal during the run stops brain and worker, deletes the directory and prints one line."""
     with start_demo(tmp_path, "--pool", "threads") as demo:
         for line in demo.stderr:
             if "one at a time" in line:
@@ -111,13 +113,13 @@ def test_a_signal_stops_everything(number, tmp_path):
         out, err = demo.communicate(timeout=30)
     assert demo.returncode == 128 + number
     assert out == ""
-    assert err.splitlines()[-1] == "z4j-bare demo: interrupted, everything is stopped"
+    assert err.splitlines()[-1] == "z4j-bare demo: interrupted; brain and worker are stopped"
     assert list(tmp_path.iterdir()) == []
     assert processes_of(tmp_path) == []
 
 
-def test_keep_leaves_the_brain_up_until_a_signal(tmp_path):
-    """With --keep the object names a dashboard that answers, and Ctrl-C ends it without touching the directory."""
+def test_demo_with_keep_runs_brain_until_signal(tmp_path):
+    """With --keep the brain runs until Ctrl-C, and the directory is not deleted."""
     with start_demo(tmp_path, "--pool", "threads", "--tasks", "5", "--keep", "--json") as demo:
         report = json.loads(demo.stdout.readline())
         brain = Brain(
@@ -134,8 +136,8 @@ def test_keep_leaves_the_brain_up_until_a_signal(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-def test_no_broker_is_one_line(tmp_path):
-    """A broker that does not answer costs one line with its address, without the password, and exit code 1."""
+def test_unreachable_broker_is_reported_in_one_line(tmp_path):
+    """An unreachable broker is reported in one line, without its password, with exit code 1."""
     code, out, err = run_demo(tmp_path, "--broker", "redis://:secret@127.0.0.1:1/0")
     assert (code, out) == (1, "")
     assert err.startswith("z4j-bare demo: no broker answers at redis://:**@127.0.0.1:1/0")
@@ -143,8 +145,8 @@ def test_no_broker_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_one_line(monkeypatch, capsys):
-    """Without the brain the demo names what to install."""
+def test_missing_package_is_reported(monkeypatch, capsys):
+    """Without the brain package the demo prints which extra to install."""
     monkeypatch.setattr(command, "brain_command", lambda: None)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -152,28 +154,26 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     assert "pip install 'z4j-bare[demo]'" in capsys.readouterr().err
 
 
-def test_a_brain_that_does_not_boot_names_its_log(tmp_path):
-    """A brain that ends while starting raises an error with the path of the log that says why."""
+def test_failed_brain_start_raises_error_with_log(tmp_path):
+    """A brain that exits while starting raises an error that names the log with the cause."""
     broken = Brain(tmp_path / "brain", environment={"Z4J_DATABASE_URL": "nonsense://"})
     with pytest.raises(
-        HarnessError, match=r"the brain ended with code \d+ while starting"
+        HarnessError, match=r"the brain exited with code \d+ while starting"
     ) as caught:
         broken.start()
     assert caught.value.log.stat().st_size > 0
 
 
-def test_a_worker_that_does_not_come_up_names_its_log(tmp_path):
-    """A worker whose application cannot be imported raises an error with the path of its log."""
+def test_failed_worker_start_raises_error_with_log(tmp_path):
+    """A worker whose application cannot be imported raises an error that names the log."""
     broken = Worker("no_such_application", pool="solo", log=tmp_path / "worker.log", environment={})
     with pytest.raises(HarnessError, match="while starting") as caught:
         broken.start()
     assert "no_such_application" in caught.value.log.read_text()
 
 
-def test_the_fixtures_make_a_worker_the_brain_can_see(
-    brain, agent_credentials, worker, redis_url, tmp_path
-):
-    """A worker from the fixtures, on Redis, connects its agent; a revoked agent disappears from the brain's list."""
+def test_worker_fixture_connects_agent(brain, agent_credentials, worker, redis_url, tmp_path):
+    """A worker from the fixtures connects its agent; the brain does not list a revoked agent."""
     agent = agent_credentials("fixture")
     environment = {**agent.env(tmp_path / "agent"), **broker.environment(tmp_path, redis_url)}
     running = worker("z4j_bare.demo.app", pool="threads", environment=environment)
@@ -188,16 +188,16 @@ def test_the_fixtures_make_a_worker_the_brain_can_see(
     assert agent.agent_id not in {row["id"] for row in brain.agents(agent.project)}
 
 
-def test_a_command_for_an_absent_agent_is_kept(brain, agent_credentials):
-    """The brain refuses such a command with 503 and stores it all the same; ``issue`` returns the stored row."""
+def test_issue_to_offline_agent_returns_stored_command(brain, agent_credentials):
+    """The brain returns 503 for an offline agent but stores the command; ``issue`` returns it."""
     agent = agent_credentials("absent")
     issued = brain.issue(agent.project, "purge-queue", agent_id=agent.agent_id, queue="nobody")
     assert (issued["action"], issued["status"]) == ("purge_queue", "pending")
     assert brain.command(agent.project, issued["id"])["id"] == issued["id"]
 
 
-def test_a_restarted_brain_knows_what_it_knew(tmp_path):
-    """``restart`` and ``kill`` keep home and port, so projects, agents and credentials live on."""
+def test_restarted_brain_keeps_its_data(tmp_path):
+    """After ``restart`` and ``kill`` the brain has the same port, projects and agents."""
     with Brain(tmp_path / "brain") as brain:
         brain.create_project("lasting")
         agent = brain.mint_agent("lasting", "one")

@@ -101,7 +101,7 @@ def test_changes_apply_to_every_control_of_owner(control, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_fork_waits_for_running_change(backend, control, until, monkeypatch):
     """A fork waits while a thread is in SQLite, because the child could not release its locks."""
-    monkeypatch.setattr(fork, "PATIENCE", 30.0)
+    monkeypatch.setattr(fork, "STORE_TIMEOUT", 30.0)
     steps = []
     os.register_at_fork(before=partial(steps.append, "fork"))  # the latest hook runs first
 

@@ -1,1 +1,1 @@
-"""Hosts the asyncio-flavoured z4j adapters. Importing it loads no asyncio; the bridge does, on first need."""
+"""Runs the asyncio-based z4j adapters. asyncio itself is imported when a loop is first needed."""

@@ -1,112 +1,121 @@
-"""The synchronous side of the adapters: calls with deadlines, pumps, one loop per process incarnation."""
+"""Synchronous calls of asyncio-based adapters, with deadlines, and pumps of their streams."""
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
 from z4j_bare.asyncio_bridge import trampoline
+from z4j_bare.asyncio_bridge.future import CallFuture, as_exception
 from z4j_bare.asyncio_bridge.worker_pool import WorkerPool
 from z4j_bare.errors import AgentError, ForkedChildError
 from z4j_bare.interfaces import IBridge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Awaitable, Callable
 
     from z4j_bare.asyncio_bridge.hubloop import HubLoop
     from z4j_bare.asyncio_bridge.pump import Pump
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Workers for calls that need no loop; apart from the loop's own, so that eight hung offloads leave these
-#: alive. As many as commands run at a time by default.
-CALLERS = 8
-#: Longest deadline in seconds that a caller may ask for.
-LONGEST_CALL = 3600.0
+#: Workers for calls that need no loop, by default as many as commands run at a time. They are
+#: separate from the loop's own workers, so that eight hung executor calls do not block these.
+CALL_WORKERS = 8
+#: Longest timeout of a call, in seconds.
+MAX_CALL_TIMEOUT = 3600.0
 #: Seconds that :meth:`Bridge.stop` waits for the loop to end.
-STOP_PATIENCE = 1.0
+STOP_TIMEOUT = 1.0
 
 
 @implementer(IBridge)
 class Bridge:
-    """Routes every call by the rules of ``adapter-surface`` 5.1.
+    """Calls an adapter's functions, of whatever kind, from greenlets and threads.
 
-    Synchronous functions and coroutines without an await run on persistent workers, where no loop is visible;
-    anything that awaits becomes a task of the :class:`HubLoop`, which is built on first need. None of the
-    methods is for loop steps: the loop would wait for itself.
+    Synchronous functions and coroutines without an ``await`` run on persistent workers, where no
+    loop is visible. Everything that awaits becomes a task of the :class:`HubLoop`, which is built
+    when first needed. No method may be called from a step of that loop, which would wait for
+    itself.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
         self._lock = backend.lock()
-        self._workers = WorkerPool(backend, "z4j-call", CALLERS)
+        self._workers = WorkerPool(backend, "z4j-call", CALL_WORKERS)
         self._loop: HubLoop | None = None
         self._pumps: list[Pump] = []
         self._stopped = False
 
     @property
     def restarts(self) -> int:
-        """How often a pump or the loop had to be started again."""
-        return sum(pump.restarts for pump in self._pumps) + (
-            self._loop.restarts if self._loop else 0
-        )
+        """How often a pump or the loop was restarted."""
+        restarts = sum(pump.restarts for pump in self._pumps)
+        return restarts + (self._loop.restarts if self._loop else 0)
 
     @property
     def dropped(self) -> int:
-        """How many ``call_soon_threadsafe`` came too late."""
+        """How many ``call_soon_threadsafe`` calls came after the loop had stopped."""
         return self._loop.dropped if self._loop else 0
 
     @property
     def busy(self) -> int:
-        """How many workers run a call now; one that stays here is hung."""
+        """The number of workers that run a call now; a worker that stays busy is hung."""
         return self._workers.busy + (self._loop.busy_workers if self._loop else 0)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call ``function(*args, **kwargs)``, whatever its kind, and return its result; see ``IBridge``.
+        """Call ``function(*args, **kwargs)``, of whatever kind, and return its result.
 
-        After ``timeout`` seconds (at most :data:`LONGEST_CALL`) a task is cancelled; a blocking body keeps
-        its worker until it returns, and one that had not begun never runs. ``AgentError`` after :meth:`stop`.
+        Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
+        ``AgentError`` after :meth:`stop`, and whatever the function raises. On timeout a coroutine
+        on the loop is cancelled, a blocking function keeps its worker until it returns, and a
+        function that had not begun never runs.
         """
-        self._refuse()
-        what = _name(function)
-        deadline = self._backend.now() + min(timeout, LONGEST_CALL)
+        self._check_usable()
+        description = _name(function)
+        deadline = self._backend.now() + min(timeout, MAX_CALL_TIMEOUT)
         job = partial(function, *args, **kwargs)
         if trampoline.needs_loop(function):
-            return self._await(job(), deadline, what)
-        value = self._workers.call(trampoline.step, job, timeout=self._left(deadline), what=what)
+            return self._await(job(), deadline, description)
+        seconds = self._seconds_until(deadline)
+        value = self._workers.call(trampoline.step, job, timeout=seconds, description=description)
         if isinstance(value, trampoline.Unfinished):
-            return self._await(value.awaitable, deadline, what)
+            return self._await(value.awaitable, deadline, description)
         return value
 
     def pump(
         self, iterate: Callable[[], Any], sink: Callable[[Any], object], name: str
     ) -> Callable[[], None]:
-        """Feed every item of ``iterate()`` to ``sink``; the returned function drains and ends that.
+        """Pass every item of ``iterate()`` to ``sink``; return a function that drains and stops.
 
         See :class:`~z4j_bare.asyncio_bridge.pump.Pump`.
         """
         loop = self.loop()
-        from z4j_bare.asyncio_bridge.pump import Pump  # after the loop, which brought asyncio along
+        from z4j_bare.asyncio_bridge.pump import Pump  # imports asyncio, as the loop already has
 
         pump = Pump(self._backend, loop, iterate, sink, name)
         self._pumps.append(pump)
-        loop.call_soon_threadsafe(pump.begin)
-        return pump.end
+        loop.call_soon_threadsafe(pump.start)
+        return pump.stop
 
     def loop(self) -> HubLoop:
-        """Return the loop itself, the same one each time: arq and taskiq compare identities.
+        """Return the loop, always the same object: arq's and taskiq's adapters compare identities.
 
-        ``AgentError`` when none was built before :meth:`stop`.
+        Raises ``AgentError`` when none was built before :meth:`stop`.
         """
         if self._loop is None:
-            self._refuse()
+            self._check_usable()
             self._build()
         assert self._loop is not None  # noqa: S101 - _build has just set it
         return self._loop
 
-    def stop(self, timeout: float = STOP_PATIENCE) -> None:
-        """Cancel what runs, end the loop within ``timeout`` seconds. Idempotent; no-op in a forked child."""
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Cancel what runs and end the loop within ``timeout`` seconds.
+
+        Idempotent. Does nothing in a forked child.
+        """
         if self._backend.forked():
             return
         self._stopped = True
@@ -116,7 +125,7 @@ class Bridge:
         if loop is not None:
             loop.shutdown(timeout)
 
-    def _refuse(self) -> None:
+    def _check_usable(self) -> None:
         if self._backend.forked():
             raise ForkedChildError
         if self._stopped:
@@ -133,20 +142,73 @@ class Bridge:
                 loop = hubloop.HubLoop(self._backend)
                 loop.start()
                 self._loop = loop
-        self._refuse()
+        self._check_usable()
 
-    def _left(self, deadline: float) -> float:
+    def _seconds_until(self, deadline: float) -> float:
         return max(0.0, deadline - self._backend.now())
 
-    def _await(self, awaitable: Any, deadline: float, what: str) -> Any:
-        loop = self.loop()
-        from z4j_bare.asyncio_bridge.calls import LoopCall
-
-        return LoopCall(self._backend, loop, awaitable).run(self._left(deadline), what)
+    def _await(self, awaitable: Awaitable[Any], deadline: float, description: str) -> Any:
+        call = LoopCall(self._backend, self.loop(), awaitable)
+        return call.run(self._seconds_until(deadline), description)
 
 
-def _name(function: Any) -> str:
-    """Return what a call is called; not its ``repr``, which holds a command's arguments."""
+class LoopCall:
+    """Runs an awaitable as a task of the loop while its caller waits in a greenlet or thread."""
+
+    def __init__(self, backend: BaseConcurrency, loop: HubLoop, awaitable: Awaitable[Any]) -> None:
+        self._loop = loop
+        self._awaitable = awaitable
+        self._future = CallFuture(backend)
+        self._task: asyncio.Task[Any] | None = None
+
+    def run(self, timeout: float, description: str) -> Any:
+        """Return the result, or raise what the coroutine raised.
+
+        Raises ``TimeoutError`` after ``timeout`` seconds, and ``AgentError`` when the loop has
+        ended or the task was cancelled. On timeout, and when the waiting greenlet is killed, the
+        task is cancelled.
+        """
+        if self._loop.call_soon_threadsafe(self._start).cancelled():
+            self._close()
+            raise AgentError("the agent is stopping")
+        try:
+            return self._future.wait(timeout, description)
+        finally:
+            if self._future.abandoned:
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._on_done)
+
+    async def _run(self) -> Any:
+        if self._future.is_awaited():  # a call that timed out before it began must not run
+            return await self._awaitable
+        from asyncio import CancelledError
+
+        raise CancelledError
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _close(self) -> None:
+        """Close a coroutine that never began, which would warn; no effect on one that ended."""
+        if inspect.iscoroutine(self._awaitable):
+            self._awaitable.close()
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._close()
+        if task.cancelled():
+            self._future.set_result(False, AgentError("the call was cancelled before it ended"))
+        elif (error := task.exception()) is not None:
+            self._future.set_result(False, as_exception(error))
+        else:
+            self._future.set_result(True, task.result())
+
+
+def _name(function: Callable[..., object]) -> str:
+    """Return the function's name. Its ``repr`` would contain a command's arguments."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)

@@ -1,4 +1,4 @@
-"""Where a caller waits for what a worker or a loop step produces. No asyncio in here."""
+"""A result handed from a worker or an event loop to a waiting task. Imports no asyncio."""
 
 from __future__ import annotations
 
@@ -11,45 +11,50 @@ if TYPE_CHECKING:
 
 
 class CallFuture:
-    """One result on its way from a worker or a loop step to the greenlet or thread that waits for it."""
+    """The result of one call, set by a worker or a loop step, awaited by a greenlet or thread."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
-        self._settled = backend.event()
+        self._done = backend.event()
         self._ok = False
         self._value: Any = None
+        #: Whether the caller stopped waiting before there was a result.
         self.abandoned = False
 
-    def wanted(self) -> bool:
-        """Whether somebody still waits."""
+    def is_awaited(self) -> bool:
+        """Return whether the caller has not given up."""
         return not self.abandoned
 
-    def settle(self, ok: bool, value: Any) -> None:
-        """Deliver ``value`` (an exception when not ``ok``). Never switches, so loop steps may call it."""
+    def set_result(self, ok: bool, value: object) -> None:
+        """Set the value, or the exception when not ``ok``.
+
+        Never switches greenlets, so that loop steps may call it.
+        """
         self._ok, self._value = ok, value
-        self._settled.set()
+        self._done.set()
 
-    def wait(self, timeout: float, what: str) -> Any:
-        """Return the value or raise the exception; ``TimeoutError`` naming ``what`` after ``timeout`` s.
+    def wait(self, timeout: float, description: str) -> Any:
+        """Return the value or raise the exception.
 
-        However the wait ends early (time-out, greenlet killed, fork), the outcome counts as abandoned.
+        Raises ``TimeoutError`` with ``description`` after ``timeout`` seconds. When the wait ends
+        early (timeout, killed greenlet, fork), the future counts as abandoned.
         """
         try:
-            settled = self._backend.wait(self._settled, timeout)
+            done = self._backend.wait(self._done, timeout)
         finally:
-            self.abandoned = not self._settled.is_set()
-        if not settled:
-            raise TimeoutError(f"{what} did not finish within {timeout:g} s")
+            self.abandoned = not self._done.is_set()
+        if not done:
+            raise TimeoutError(f"{description} did not finish within {timeout:g} s")
         if self._ok:
             return self._value
         raise self._value
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error`` in a form that futures accept and agent loops survive.
+    """Return ``error``, or an ``AgentError`` caused by it where it would end the wrong loop.
 
-    ``SystemExit`` out of an eager task would end ``run_forever``, a greenlet's ``Timeout`` or
-    ``GreenletExit`` the loop that asked; futures refuse ``StopIteration``.
+    ``SystemExit`` raised in an eager task would end ``run_forever``. A greenlet's ``Timeout`` or
+    ``GreenletExit`` would end the calling loop. asyncio futures refuse ``StopIteration``.
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error

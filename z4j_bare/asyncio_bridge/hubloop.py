@@ -1,91 +1,232 @@
-"""A real asyncio loop in one greenlet (or thread) that never shows itself to the host."""
+"""A real asyncio loop in one greenlet (or thread) that is never visible to the host."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import selectors
+import sys
+from asyncio.events import _get_running_loop, _set_running_loop
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from z4j_bare.asyncio_bridge.marks import StepScopedSelector
+from greenlet import getcurrent
+
 from z4j_bare.asyncio_bridge.worker_pool import Job, WorkerPool
+from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from contextvars import Context
 
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import ITask
 
-logger = logging.getLogger("z4j.runtime.adapters")
+logger = logging.getLogger("z4j.runtime.asyncio_bridge.hubloop")
 
-#: Workers behind ``run_in_executor``; the adapters' own pools have eight (``adapter-surface`` 2.1).
-OFFLOADERS = 8
-#: Seconds before a loop whose step let an exception escape goes on.
+#: Workers behind ``run_in_executor``; the adapters' own thread pools have as many.
+EXECUTOR_WORKERS = 8
+#: Seconds before the loop continues after an exception escaped from a step.
 RESTART_PAUSE = 0.1
+#: Longest wait in ``select``, in seconds. It bounds two delays that nothing else ends: a
+#: ``put_nowait`` from another thread, which does not wake the loop, and eventlet's epoll set, which
+#: a forked child shares and edits.
+MAX_WAIT = 1.0
+
+
+class StepScopedSelector(selectors.BaseSelector):
+    """A cooperative selector that unsets the thread's running loop while it waits.
+
+    asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. A
+    loop that stayed recorded while it waits would make every ``asyncio.run()`` of the host fail,
+    and every Django ORM call raise ``SynchronousOnlyOperation``. A loop waits only in ``select``,
+    so that is where its record is removed: the running loop and the async-generator hooks. At the
+    end of a step the values found at its beginning, possibly those of a user's loop, are restored.
+    """
+
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._inner: selectors.BaseSelector = backend.selector()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outer_loop: asyncio.AbstractEventLoop | None = None
+        self._outer_hooks = self._hooks = sys.get_asyncgen_hooks()
+        self._ready: list[tuple[selectors.SelectorKey, int]] = []
+        self._yield_at = 0.0
+        self._waiting = self._called = False
+        self._greenlet: object = None
+
+    def in_step(self) -> bool:
+        """Return whether the caller is a step of the loop.
+
+        Compares greenlets (a thread has one, too), not running loops: when an adapter's step
+        switches, other greenlets see its running loop.
+        """
+        return self._greenlet is getcurrent()
+
+    def enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Unset the thread's running loop, under which ``loop.run_forever()`` would not start."""
+        self._loop, self._greenlet = loop, getcurrent()
+        self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
+        _set_running_loop(None)
+
+    def leave(self) -> None:
+        """Restore what the last step found on the thread."""
+        _set_running_loop(self._outer_loop)
+        sys.set_asyncgen_hooks(*self._outer_hooks)
+
+    @contextmanager
+    def running_loop_unset(self) -> Iterator[None]:
+        """Unset the running loop inside a step, around code that may switch, such as logging."""
+        if not self.in_step():
+            yield
+            return
+        self._end_step()
+        try:
+            yield
+        finally:
+            self._begin_step()
+
+    def should_wake(self) -> bool:
+        """Record a call from outside the loop; return whether it must write to the self-pipe.
+
+        Only the first call after the loop began to wait must write: each write costs a system call,
+        and events come by the thousand. A caller appends to the loop's queue first, and ``select``
+        sets ``_waiting`` before it checks for calls, so that one of the two sees the other.
+        """
+        self._called = True
+        waiting, self._waiting = self._waiting, False
+        return waiting
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for I/O between two steps; ``ForkedChildError`` on waking in a forked child."""
+        self._waiting = True
+        if self._called:
+            timeout = 0
+        try:
+            if timeout is not None and timeout <= 0 and self._backend.now() < self._yield_at:
+                return []
+            return self._yield_and_select(MAX_WAIT if timeout is None else min(timeout, MAX_WAIT))
+        finally:
+            self._waiting = self._called = False
+
+    def wait(self, timeout: float) -> bool:
+        """Select; return whether anything is ready."""
+        self._ready = self._inner.select(timeout)
+        return bool(self._ready)
+
+    def _yield_and_select(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
+        self._end_step()
+        try:
+            if timeout <= 0:
+                # gevent's selector does not run the hub when it must not block.
+                self._backend.sleep(0)
+            self._backend.call_blocking(self.wait, timeout)
+        finally:
+            self._begin_step()
+            self._yield_at = self._backend.now() + SLICE_SECONDS
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _end_step(self) -> None:
+        self._hooks = sys.get_asyncgen_hooks()
+        self.leave()
+
+    def _begin_step(self) -> None:
+        self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
+        _set_running_loop(self._loop)
+        sys.set_asyncgen_hooks(*self._hooks)
+
+    def register(self, fileobj: Any, events: int, data: object = None) -> selectors.SelectorKey:
+        """Delegate."""
+        return self._inner.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """Delegate."""
+        return self._inner.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: object = None) -> selectors.SelectorKey:
+        """Delegate."""
+        return self._inner.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """Delegate."""
+        return self._inner.get_map()
+
+    def close(self) -> None:
+        """Delegate."""
+        self._inner.close()
 
 
 class HubLoop(asyncio.SelectorEventLoop):
-    """The loop that asyncio-flavoured adapters run on: ``start()``, use, ``shutdown()``.
+    """The event loop of the adapters: ``start()``, use, ``shutdown()``.
 
-    Differs from the stock loop in what a host notices: its running mark is on its thread during a step only,
-    the given executor is ignored in favour of workers on the backend, ``call_soon_threadsafe`` never raises,
-    nothing is ever set as "the current event loop", and a forked copy leaves without touching a file
-    descriptor that it shares.
+    It differs from the standard loop where a host would notice. It is its thread's running loop
+    only during a step. It ignores the executor given to ``run_in_executor`` and uses workers of the
+    backend. ``call_soon_threadsafe`` never raises. It is never set as the current event loop. A
+    forked copy leaves without touching a file descriptor that it shares with the parent.
     """
 
-    #: Loops in use, so that no garbage collection in a forked child closes what the parent still polls.
-    _alive: ClassVar[set[HubLoop]] = set()
+    #: Loops in use. The reference keeps garbage collection in a forked child from closing file
+    #: descriptors that the parent polls.
+    _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
         self._scope = StepScopedSelector(backend)
-        self._workers = WorkerPool(backend, "z4j-offload", OFFLOADERS)
-        self._task: Any = None
-        self._ending = False
+        self._workers = WorkerPool(backend, "z4j-offload", EXECUTOR_WORKERS)
+        self._task: ITask | None = None
+        self._shutdown_task: asyncio.Task[None] | None = None
+        self._shutting_down = False
         self.dropped = 0
         self.restarts = 0
         super().__init__(self._scope)
-        # PYTHONASYNCIODEBUG would switch on coroutine origin tracking, which is per OS thread: the host's
-        # greenlets too.
+        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking, which is per OS thread and
+        # would affect the host's greenlets.
         self.set_debug(False)
 
     @property
     def busy_workers(self) -> int:
-        """How many offloaded calls run now, hung ones included."""
+        """The number of executor calls that run now, hung ones included."""
         return self._workers.busy
 
     def start(self) -> None:
-        """Spawn the loop and its first worker; returns without waiting. Also inside a user's running loop."""
-        self._alive.add(self)
+        """Spawn the loop and its first worker without waiting. Works inside a running user loop."""
+        self._in_use.add(self)
         self._workers.start()
         self._task = self._backend.spawn(self._main, name="z4j-hubloop")
 
     def shutdown(self, timeout: float) -> bool:
-        """Cancel every task and end the loop; whether it has ended after ``timeout`` seconds. Idempotent."""
-        if not self._ending:
-            self.call_soon_threadsafe(self._begin_end, timeout)
-            self._ending = True
-        return self.in_step() or bool(self._task.join(timeout))
+        """Cancel every task and end the loop within ``timeout`` seconds. Idempotent.
+
+        Returns whether the loop has ended; from a step of the loop always ``True``.
+        """
+        if not self._shutting_down:
+            self.call_soon_threadsafe(self._begin_shutdown, timeout)
+            self._shutting_down = True
+        return self.in_step() or self._task is None or bool(self._task.join(timeout))
 
     def in_step(self) -> bool:
-        """Whether the caller is a step of this loop."""
+        """Return whether the caller is a step of this loop."""
         return self._scope.in_step()
 
-    def unmarked(self) -> Any:
-        """Return a context manager that hides the running mark inside a step, for logging."""
-        return self._scope.hidden()
+    def running_loop_unset(self) -> AbstractContextManager[None]:
+        """Return a context manager that unsets the running loop inside a step, for logging."""
+        return self._scope.running_loop_unset()
 
     def call_soon_threadsafe(  # type: ignore[override]
-        self, callback: Callable[..., object], *args: Any, context: Any = None
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule ``callback``; never switches, never raises.
+        """Schedule ``callback``; never switches greenlets, never raises.
 
-        After :meth:`shutdown`, and in a forked child, the call is counted in ``dropped`` and comes back
-        cancelled.
+        After :meth:`shutdown`, and in a forked child, the call is counted in ``dropped`` and the
+        returned handle is cancelled.
         """
-        if not self._ending and not self._backend.forked():
+        if not self._shutting_down and not self._backend.forked():
             try:
                 return super().call_soon_threadsafe(callback, *args, context=context)
-            except RuntimeError:  # closed between the question and the call
+            except RuntimeError:  # the loop was closed since the check
                 pass
         self.dropped += 1
         handle = asyncio.Handle(callback, args, self, context)
@@ -94,14 +235,14 @@ class HubLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(  # type: ignore[override]
         self,
-        executor: Any,  # noqa: ARG002 - ignored on purpose
+        executor: object,  # noqa: ARG002 - ignored on purpose
         func: Callable[..., Any],
         *args: Any,
     ) -> asyncio.Future[Any]:
-        """Run ``func`` on our own workers whatever the pool: theirs would start threads inside a step.
+        """Run ``func`` on the backend's workers, whatever ``executor`` is.
 
-        Under gevent and eventlet those threads are greenlets of a hub that may never run (``adapter-surface``
-        4, row 1).
+        An executor would start threads inside a step. Under gevent and eventlet those are greenlets
+        of a hub that may never run.
         """
         future = self.create_future()
         self._workers.submit(
@@ -110,21 +251,21 @@ class HubLoop(asyncio.SelectorEventLoop):
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Log as asyncio does, with the mark off; say nothing about what a forked child leaves behind."""
+        """Log as asyncio does, with the running loop unset; log nothing in a forked child."""
         if not self._backend.forked():
-            with self._scope.hidden():
+            with self._scope.running_loop_unset():
                 super().call_exception_handler(context)
 
-    def add_signal_handler(self, *_: Any) -> None:  # type: ignore[override]
-        """Refuse: signal handlers belong to the host."""
+    def add_signal_handler(self, *_: object) -> None:  # type: ignore[override]
+        """Raise ``NotImplementedError``: signal handlers belong to the host."""
         raise NotImplementedError
 
     def _write_to_self(self) -> None:
-        if self._scope.needs_waking():
+        if self._scope.should_wake():
             super()._write_to_self()  # type: ignore[misc]
 
-    def _deliver(self, future: asyncio.Future[Any], ok: bool, value: Any) -> None:
-        self.call_soon_threadsafe(_settle, future, ok, value)
+    def _deliver(self, future: asyncio.Future[Any], ok: bool, value: object) -> None:
+        self.call_soon_threadsafe(_set_future, future, ok, value)
 
     def _main(self) -> None:
         try:
@@ -132,10 +273,10 @@ class HubLoop(asyncio.SelectorEventLoop):
                 self._backend.sleep(RESTART_PAUSE)
         finally:
             if not self._backend.forked():
-                self._discard()
+                self._release()
 
     def _run_steps(self) -> bool:
-        """Run until :meth:`stop`, then return ``True``; ``False`` when an exception escaped from a step."""
+        """Run until :meth:`stop` and return ``True``; ``False`` when an exception left a step."""
         self._scope.enter(self)
         try:
             self.run_forever()
@@ -146,38 +287,42 @@ class HubLoop(asyncio.SelectorEventLoop):
             self._scope.leave()
         self.restarts += 1
         logger.error(
-            "z4j: an error escaped from the adapters' loop, which goes on", exc_info=escaped
+            "z4j: an exception escaped from an adapter's callback; the adapters' loop continues",
+            exc_info=escaped,
         )
         return False
 
-    def _discard(self) -> None:
-        self._ending = True
+    def _release(self) -> None:
+        self._shutting_down = True
         self._workers.stop()
         self.close()
-        self._alive.discard(self)
+        self._in_use.discard(self)
 
-    def _begin_end(self, patience: float) -> None:
-        self._last_task = self.create_task(self._end(patience))
+    def _begin_shutdown(self, timeout: float) -> None:
+        self._shutdown_task = self.create_task(self._cancel_and_stop(timeout))
 
-    async def _end(self, patience: float) -> None:
+    async def _cancel_and_stop(self, seconds: float) -> None:
         try:
-            await self._cancel_all(self.time() + patience / 2)
+            await self._cancel_all(self.time() + seconds / 2)
         finally:
             self.stop()
 
     async def _cancel_all(self, deadline: float) -> None:
-        cancelled: set[asyncio.Task[Any]] = {self._last_task}
-        while (left := asyncio.all_tasks(self) - {self._last_task}) and self.time() < deadline:
-            for task in left - cancelled:
+        cancelled = {self._shutdown_task}
+        while (
+            running := asyncio.all_tasks(self) - {self._shutdown_task}
+        ) and self.time() < deadline:
+            for task in running - cancelled:
                 task.cancel()
-            cancelled |= left
-            patience = max(0.0, deadline - self.time())
-            await asyncio.wait(left, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-        for task in left:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - nobody else can tell
+            cancelled |= running
+            timeout = max(0.0, deadline - self.time())
+            await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            # asyncio has no public way to keep an abandoned task from logging when it is collected.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def _settle(future: asyncio.Future[Any], ok: bool, value: Any) -> None:
+def _set_future(future: asyncio.Future[Any], ok: bool, value: Any) -> None:
     if future.done():
         return
     if ok:

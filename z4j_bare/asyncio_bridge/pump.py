@@ -1,4 +1,4 @@
-"""One async generator of an adapter, feeding the synchronous side."""
+"""Feeds the items of an adapter's async generator to a synchronous function."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.asyncio_bridge.future import CallFuture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from z4j_bare.asyncio_bridge.hubloop import HubLoop
     from z4j_bare.concurrency import BaseConcurrency
 
-logger = logging.getLogger("z4j.runtime.adapters")
+logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
-#: Seconds of items after which the pump yields: a full queue never suspends its reader, and 10,000 items are
-#: 30 ms.
-SLICE = 0.001
-#: Seconds of work after which a failure counts as the first again.
-STEADY = 60.0
-#: Seconds that :meth:`Pump.end` gives to items already queued.
-DRAIN = 1.0
+#: Seconds of items between two yields. A full queue never suspends its reader, and 10,000 items
+#: take 30 ms.
+YIELD_INTERVAL = 0.001
+#: Seconds of work after which the restart pauses begin again at the shortest.
+BACKOFF_RESET = 60.0
+#: Seconds that :meth:`Pump.stop` gives to items already queued.
+DRAIN_TIMEOUT = 1.0
 
 
 def backoff() -> Iterator[float]:
@@ -35,11 +35,11 @@ def backoff() -> Iterator[float]:
 
 
 class Pump:
-    """Hands every item of ``iterate()`` to ``sink`` inside the loop step that produced it.
+    """Passes every item of ``iterate()`` to ``sink`` in the loop step that produced it.
 
-    ``sink`` may append and nothing else: it must not wait, log or switch. A generator that ends has nothing
-    more to say (rq, dramatiq and huey end their registry stream at once); one that raises is logged and
-    started again.
+    ``sink`` may only append: it must not wait, log or switch greenlets. A generator that ends is
+    not restarted, because rq's, dramatiq's and huey's adapters end their registry stream at once.
+    One that raises is logged and restarted.
     """
 
     def __init__(
@@ -56,75 +56,79 @@ class Pump:
         self._name = name
         self._ended = CallFuture(backend)
         self._task: asyncio.Task[None] | None = None
-        self._ending: asyncio.Task[None] | None = None
+        self._stop_task: asyncio.Task[None] | None = None
         self.delivered = 0
         self.restarts = 0
 
-    def begin(self) -> None:
-        """Start the task. A loop step."""
+    def start(self) -> None:
+        """Start the task. Must be called in a loop step."""
         self._task = self._loop.create_task(self._run(), name=self._name)
-        self._task.add_done_callback(lambda _: self._ended.settle(True, None))
+        self._task.add_done_callback(lambda _: self._ended.set_result(True, None))
 
-    def end(self) -> None:
-        """Let queued items through, then cancel; wait for that at most :data:`DRAIN` seconds. Idempotent."""
-        handle = self._loop.call_soon_threadsafe(self._begin_end)
+    def stop(self) -> None:
+        """Deliver queued items, then cancel the task. Idempotent.
+
+        Waits at most twice :data:`DRAIN_TIMEOUT`.
+        """
+        handle = self._loop.call_soon_threadsafe(self._begin_stop)
         if handle.cancelled() or self._loop.in_step():
             return
         try:
-            self._ended.wait(2 * DRAIN, self._name)
+            self._ended.wait(2 * DRAIN_TIMEOUT, self._name)
         except TimeoutError:
-            logger.warning("z4j: %s does not end; left behind", self._name)
+            logger.warning(
+                "z4j: %s did not stop within %g s; abandoned", self._name, 2 * DRAIN_TIMEOUT
+            )
 
     async def _run(self) -> None:
         pauses = backoff()
         while True:
-            began = self._loop.time()
+            started_at = self._loop.time()
             try:
-                await self._feed()
+                await self._deliver_all()
                 return
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self._task is None or self._task.cancelling():
-                    raise  # the cancellation is ours, not the stream's
-                if self._loop.time() - began > STEADY:
+                    raise  # the pump itself is being cancelled
+                if self._loop.time() - started_at > BACKOFF_RESET:
                     pauses = backoff()
                 pause = next(pauses)
                 self.restarts += 1
-                with self._loop.unmarked():  # a log handler may switch greenlets
+                with self._loop.running_loop_unset():  # a log handler may switch greenlets
                     logger.warning(
-                        "z4j: %s failed; again in %g s", self._name, pause, exc_info=error
+                        "z4j: %s failed; restarting in %g s", self._name, pause, exc_info=error
                     )
             await asyncio.sleep(pause)
 
-    async def _feed(self) -> None:
+    async def _deliver_all(self) -> None:
         stream = self._iterate()
         if inspect.isawaitable(stream):
             stream = await stream
         try:
-            await self._drain(stream)
+            await self._deliver(stream)
         finally:
             if inspect.isasyncgen(stream):
                 await stream.aclose()
 
-    async def _drain(self, stream: Any) -> None:
+    async def _deliver(self, stream: AsyncIterator[Any]) -> None:
         yield_at = 0.0
         async for item in stream:
             self._sink(item)
             self.delivered += 1
             if self._loop.time() >= yield_at:
                 await asyncio.sleep(0)
-                yield_at = self._loop.time() + SLICE
+                yield_at = self._loop.time() + YIELD_INTERVAL
 
-    def _begin_end(self) -> None:
-        if self._ending is None:
-            self._ending = self._loop.create_task(self._end())
+    def _begin_stop(self) -> None:
+        if self._stop_task is None:
+            self._stop_task = self._loop.create_task(self._drain_and_cancel())
 
-    async def _end(self) -> None:
-        deadline, seen = self._loop.time() + DRAIN, -1
-        while seen != self.delivered and self._loop.time() < deadline:
-            seen = self.delivered
-            for _ in range(
-                3
-            ):  # an item takes three turns of the loop from call_soon_threadsafe to the sink
+    async def _drain_and_cancel(self) -> None:
+        deadline, before = self._loop.time() + DRAIN_TIMEOUT, -1
+        while before != self.delivered and self._loop.time() < deadline:
+            before = self.delivered
+            # An item takes three loop iterations from call_soon_threadsafe to the sink.
+            for _ in range(3):
                 await asyncio.sleep(0)
         if self._task is not None:
             self._task.cancel()

@@ -1,7 +1,7 @@
-"""Coroutines that await nothing need no loop: one ``send`` runs them to their end.
+"""Runs coroutines without an ``await`` to their end with one ``send`` and no event loop.
 
-Most adapter methods are such (huey has no other), and some of them block: on a loop they would stall it with
-the running mark on (``adapter-surface`` 4, row 4). Rule 5.1.2 there.
+Most adapter methods are such coroutines; huey's adapter has no others. Some of them block, and on a
+loop they would stall it while it is visible to the host as the running loop.
 """
 
 from __future__ import annotations
@@ -13,51 +13,52 @@ from types import CodeType, CoroutineType, coroutine
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator
 
-#: Whatever suspends a coroutine compiles to one of these: await, async for and async with alike.
+#: Every suspension of a coroutine (await, async for, async with) compiles to one of these.
 _SUSPENDING = frozenset(opmap[name] for name in ("GET_AWAITABLE", "SEND"))
 
 
-def is_await_free(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` is a coroutine function without an await in it.
+def is_await_free(function: Callable[..., object]) -> bool:
+    """Return whether ``function`` is a coroutine function without an ``await``.
 
-    Looks through ``functools.partial``, bound methods, callable objects and the synchronous layers that
-    ``functools.wraps`` leaves. Compiled coroutine functions and asynchronous generators are not.
+    Sees through ``functools.partial``, bound methods, callable objects and synchronous
+    ``functools.wraps`` wrappers. Compiled coroutine functions and asynchronous generators are not
+    recognised.
     """
     code = _code(function)
-    return code is not None and _runs_through(code)
+    return code is not None and _has_no_suspension(code)
 
 
-def needs_loop(function: Callable[..., Any]) -> bool:
-    """Whether calling ``function`` makes a coroutine that awaits, so that the call itself runs nothing."""
+def needs_loop(function: Callable[..., object]) -> bool:
+    """Return whether ``function`` is a coroutine function that awaits; calling it runs nothing."""
     return inspect.iscoroutinefunction(function) and not is_await_free(function)
 
 
 class Unfinished:
-    """What a call left over that only a loop can finish."""
+    """An awaitable that only an event loop can finish."""
 
-    def __init__(self, awaitable: Any) -> None:
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
         self.awaitable = awaitable
 
 
-def step(function: Callable[..., Any]) -> Any:
-    """Call ``function()`` without any loop and return its result.
+def step(function: Callable[..., object]) -> Any:
+    """Call ``function()`` without an event loop and return its result.
 
-    Returns :class:`Unfinished` for a coroutine that awaits or an awaitable that is none. A coroutine that
-    suspends against expectation is handed over as it stands, to be continued: what it has done must not be
-    done twice.
+    Returns :class:`Unfinished` for a coroutine that awaits and for other awaitables. A coroutine
+    that suspends unexpectedly is handed over in its present state, not restarted, because its side
+    effects must not happen twice.
     """
     value = function()
     if not inspect.isawaitable(value):
         return value
-    if not isinstance(value, CoroutineType) or not _runs_through(value.cr_code):
+    if not isinstance(value, CoroutineType) or not _has_no_suspension(value.cr_code):
         return Unfinished(value)
     return send(value)
 
 
 def send(started: CoroutineType[Any, Any, Any]) -> Any:
-    """Run a coroutine up to its end, or to its first suspension and return it as :class:`Unfinished`."""
+    """Run a coroutine to its end, or up to its first suspension and return :class:`Unfinished`."""
     try:
         pending = started.send(None)
     except StopIteration as end:
@@ -66,8 +67,8 @@ def send(started: CoroutineType[Any, Any, Any]) -> Any:
 
 
 @coroutine
-def _continue(started: CoroutineType[Any, Any, Any], pending: Any) -> Generator[Any, Any, Any]:
-    """Yield ``pending`` to the loop in place of ``started``, which did already; then pass all through."""
+def _continue(started: CoroutineType[Any, Any, Any], pending: object) -> Generator[Any, Any, Any]:
+    """Yield ``pending``, which ``started`` yielded already, then pass everything through."""
     while True:
         try:
             resume = partial(started.send, (yield pending))
@@ -79,20 +80,22 @@ def _continue(started: CoroutineType[Any, Any, Any], pending: Any) -> Generator[
             return end.value
 
 
-def _runs_through(code: CodeType) -> bool:
+def _has_no_suspension(code: CodeType) -> bool:
     return bool(code.co_flags & inspect.CO_COROUTINE) and _SUSPENDING.isdisjoint(code.co_code[::2])
 
 
-def _code(function: Any) -> CodeType | None:
+def _code(function: Callable[..., object]) -> CodeType | None:
     """Return the code that runs when the coroutine of ``function`` is stepped."""
+    target: Any = function
     while True:
-        if isinstance(function, partial):
-            function = function.func
-        elif inspect.ismethod(function):
-            function = function.__func__
-        elif not inspect.isfunction(function) and inspect.isfunction(type(function).__call__):
-            function = type(function).__call__
-        elif hasattr(function, "__wrapped__") and not inspect.iscoroutinefunction(function):
-            function = function.__wrapped__
+        if isinstance(target, partial):
+            target = target.func
+        elif inspect.ismethod(target):
+            target = target.__func__
+        elif not inspect.isfunction(target) and inspect.isfunction(type(target).__call__):
+            target = type(target).__call__
+        elif hasattr(target, "__wrapped__") and not inspect.iscoroutinefunction(target):
+            target = target.__wrapped__
         else:
-            return getattr(function, "__code__", None)
+            code = getattr(target, "__code__", None)
+            return code if isinstance(code, CodeType) else None

@@ -1,7 +1,7 @@
-"""Persistent workers on the backend, for everything in adapters that blocks.
+"""Persistent workers on the backend that run the adapters' blocking calls.
 
-Persistent, because Celery keeps one result backend per thread or greenlet: a fresh greenlet per job pays a
-new Redis connection each time, 0.3 s at 50 ms per reply (``adapter-surface`` 4, row 19).
+They are persistent because Celery keeps one result backend per thread or greenlet. A new greenlet
+per call opens a new Redis connection each time: 0.3 s at 50 ms per reply.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A blocking call, who wants it and who gets its outcome."""
+    """A blocking call with the callback for its result."""
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    done: Callable[[bool, Any], object]
-    wanted: Callable[[], bool]
+    function: Callable[..., object]
+    args: tuple[object, ...]
+    set_result: Callable[[bool, object], object]
+    is_awaited: Callable[[], bool]
 
-    def run(self, call: Callable[..., Any]) -> None:
-        """Run the function with ``call``, unless nobody waits any more: what timed out unbegun must not happen."""
-        if not self.wanted():
+    def run(self, call: Callable[..., object]) -> None:
+        """Run the function with ``call``, unless the caller gave up before it began."""
+        if not self.is_awaited():
             return
         try:
             ok, value = True, call(self.function, *self.args)
@@ -39,15 +40,15 @@ class Job:
             raise
         except BaseException as error:
             ok, value = False, as_exception(error)
-        self.done(ok, value)
+        self.set_result(ok, value)
 
 
 class WorkerPool:
-    """At most ``limit`` workers; a hung call occupies its own and no other.
+    """At most ``limit`` workers; a hung call blocks only its own worker.
 
-    The last to become idle works first, so that few connections are opened. There is always one to spare
-    below the limit, and a worker starts it: a submitter may be a loop step, and starting a thread switches
-    greenlets there (``adapter-surface`` 5.2).
+    The worker that became idle last runs the next job, so that few connections are opened. Below
+    the limit one idle worker is kept in reserve. Workers spawn it, not submitters: a submitter may
+    be a loop step, and starting a thread there switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -56,98 +57,99 @@ class WorkerPool:
         self._limit = limit
         self._lock = backend.lock()
         self._jobs: deque[Job] = deque()
-        self._idle: list[Any] = []
+        self._idle: list[IEvent] = []
         self._numbers = itertools.count(1)
         self._stopped = False
         self.size = 0
 
     @property
     def busy(self) -> int:
-        """How many workers run a job now, hung ones included."""
+        """The number of workers that run a job now, hung ones included."""
         return max(0, self.size - len(self._idle))
 
     def start(self) -> bool:
-        """Start the first worker, not in a loop step; whether there is one. Idempotent."""
+        """Start the first worker; return whether there is one. Idempotent. Not for loop steps."""
         if not self.size:
-            self._hire()
+            self._spawn()
         return self.size > 0
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Never switches; after :meth:`stop` the job fails at once."""
+        """Queue a job. Never switches greenlets; after :meth:`stop` the job fails at once."""
         self._jobs.append(job)
         if self._stopped:
-            self._refuse()
+            self._fail_queued()
             return
         try:
-            idle = self._idle.pop()
+            wakeup = self._idle.pop()
         except IndexError:
             return
-        idle.set()
+        wakeup.set()
 
-    def call(self, function: Callable[..., Any], *args: Any, timeout: float, what: str) -> Any:
-        """Run ``function(*args)`` on a worker; ``TimeoutError`` after ``timeout`` s. Not for loop steps.
+    def call(
+        self, function: Callable[..., object], *args: object, timeout: float, description: str
+    ) -> Any:
+        """Run ``function(*args)`` on a worker and return its result. Not for loop steps.
 
-        Runs inline when no worker can be had: CPython 3.12 starts no thread once the interpreter is going down.
+        Raises ``TimeoutError`` after ``timeout`` seconds. Runs inline when no worker can be
+        started: CPython 3.12 starts no thread once the interpreter shuts down.
         """
-        outcome = CallFuture(self._backend)
-        job = Job(function, args, outcome.settle, outcome.wanted)
+        future = CallFuture(self._backend)
+        job = Job(function, args, future.set_result, future.is_awaited)
         if self.start() or self._stopped:
             self.submit(job)
         else:
             job.run(self._backend.call_blocking)
-        return outcome.wait(timeout, what)
+        return future.wait(timeout, description)
 
     def stop(self) -> None:
-        """Fail what is queued and let every worker end after its present job. Idempotent, never waits."""
+        """Fail queued jobs; each worker ends after its current job. Idempotent, never waits."""
         self._stopped = True
-        self._refuse()
+        self._fail_queued()
         while self._idle:
             self._idle.pop().set()
 
-    def _refuse(self) -> None:
+    def _fail_queued(self) -> None:
         while self._jobs:
-            self._jobs.popleft().done(False, AgentError("the agent is stopping"))
+            self._jobs.popleft().set_result(False, AgentError("the agent is stopping"))
 
-    def _hire(self) -> None:
+    def _spawn(self) -> None:
         with self._lock:
             if self._idle or self._stopped or self.size >= self._limit:
                 return
             self.size += 1
         try:
             self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
-        except RuntimeError:  # no more threads to be had; those there are carry on
+        except RuntimeError:  # no thread can be started; the existing workers go on
             self.size -= 1
 
     def _work(self) -> None:
-        bell = self._backend.event()
+        wakeup = self._backend.event()
         try:
             while not self._stopped:
-                self._turn(bell)
+                self._run_one(wakeup)
         finally:
-            if not self._backend.forked():  # there the lock may be a copy that nobody will release
+            if not self._backend.forked():  # a child's copy of the lock may never be released
                 with self._lock:
                     self.size -= 1
 
-    def _turn(self, bell: Any) -> None:
-        if (
-            self._backend.forked()
-        ):  # a copy that woke inside a job must not take the parent's next one
+    def _run_one(self, wakeup: IEvent) -> None:
+        if self._backend.forked():  # a copy that wakes in a child must not take the parent's job
             raise ForkedChildError
         try:
             job = self._jobs.popleft()
         except IndexError:
-            self._rest(bell)
+            self._wait_for_job(wakeup)
         else:
-            self._hire()
-            job.run(self._backend.call_blocking)  # an adapter's code waits by itself
+            self._spawn()
+            job.run(self._backend.call_blocking)
 
-    def _rest(self, bell: Any) -> None:
-        bell.clear()
-        self._idle.append(bell)
-        # Looked at again after lying down: whoever appended a job just before saw no idle bell to ring.
+    def _wait_for_job(self, wakeup: IEvent) -> None:
+        wakeup.clear()
+        self._idle.append(wakeup)
+        # Check again after registering as idle: a job queued just before saw no idle worker.
         if not self._jobs and not self._stopped:
-            self._backend.wait(bell)
+            self._backend.wait(wakeup)
         try:
-            self._idle.remove(bell)
+            self._idle.remove(wakeup)
         except ValueError:
-            return  # rung, hence taken off by the ringer
+            return  # already removed by the submitter that woke this worker

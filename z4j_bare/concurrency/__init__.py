@@ -1,7 +1,4 @@
-"""The backend: detection, one file per runtime, the fork epoch, and a fake with virtual time for tests.
-
-The only room that knows the names gevent and eventlet. Importing it loads neither.
-"""
+"""The backends for threads, gevent and eventlet. Importing this package loads neither library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What all backends share: fork checks, step times and tasks. A backend adds the primitives of its runtime."""
+"""What all backends share: fork checks, step times and tasks.
+
+A backend adds the primitives of its runtime.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,7 @@ class BaseConcurrency:
         self._yielding(self._sleep, seconds)
 
     def offload(self, function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
-        """Run ``function(*args)`` off the hub; return ``(True, result)`` or ``(False, exception)``."""
+        """Run ``function(*args)`` off the hub, as ``(True, result)`` or ``(False, exception)``."""
         return self._yielding(self._offload, partial(capture_outcome, function, args))
 
     def wait_readable(self, sock: HasFileno, timeout: float) -> bool:
@@ -174,7 +177,7 @@ class BaseConcurrency:
         return self._yielding(event.wait, timeout)
 
     def call_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call foreign code that waits by itself. Its time is no step."""
+        """Call foreign code that waits by itself. The call is not measured as a step."""
         return self._yielding(partial(function, *args, **kwargs))
 
     def import_module(self, module: str) -> ModuleType:
@@ -197,23 +200,26 @@ class BaseConcurrency:
         raise NotImplementedError
 
     def native_ident(self) -> int:
-        """Return the ident of the current OS thread, as in ``sys._current_frames``; 0 without a hub."""
+        """Return the current OS thread's key in ``sys._current_frames``; 0 without a hub."""
         return 0
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
-        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread; return whether there is a hub."""
+        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread."""
         del function, args
         return False
 
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """Have the hub call ``function()`` every ``seconds``; return a function that cancels, or ``None``: no hub."""
+        """Have the hub, if there is one, call ``function()`` every ``seconds``."""
         del seconds, function, once
         return None
 
     def _tick(self, function: Callable[[], object]) -> bool:
-        """Call ``function`` for a timer; return ``False`` without a call in a forked child, which has copies of timers."""
+        """Call ``function`` for a timer.
+
+        In a forked child, which has copies of the timers, return ``False`` without a call.
+        """
         if self.forked():
             return False
         function()

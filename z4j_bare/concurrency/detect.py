@@ -1,4 +1,4 @@
-"""Choice of the backend at ``start()``, from what ``sys.modules`` says about monkey-patching, and patching on request."""
+"""Detection of monkey-patching, the choice of a backend, and patching on request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 from z4j_bare.concurrency.base import BaseConcurrency
 from z4j_bare.errors import HostConfigurationError
 
+#: Values of ``Z4J_CONCURRENCY``.
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
+#: Module and class of each backend. They are imported by name, because two need their library.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),
@@ -24,7 +25,7 @@ _BACKENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What is patched. ``library`` is ``gevent``, ``eventlet`` or empty."""
+    """Which modules a library has patched. ``library`` is ``gevent``, ``eventlet`` or empty."""
 
     library: str = ""
     thread: bool = False
@@ -32,14 +33,18 @@ class Detection:
 
     @property
     def outcome(self) -> str:
-        """``none``, ``gevent``, ``eventlet`` or ``partial``."""
+        """``none``, ``gevent``, ``eventlet`` or ``partial``: only one of threads and sockets."""
         if self.thread and self.socket:
             return self.library
         return "partial" if self.thread or self.socket else "none"
 
 
-def detect(modules: Mapping[str, ModuleType | Any] | None = None) -> Detection:
-    """Look at ``modules`` (default: ``sys.modules``) and say what has been patched, and by whom."""
+def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
+    """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
+
+    Threads *and* sockets have to be patched. kombu checks the socket class alone and takes a
+    partial patch for a full one.
+    """
     modules = sys.modules if modules is None else modules
     gevent = modules.get("gevent.monkey")
     if gevent is not None:
@@ -55,57 +60,65 @@ def detect(modules: Mapping[str, ModuleType | Any] | None = None) -> Detection:
 
 
 def choose(setting: str, found: Detection) -> str:
-    """Return the backend's name for a ``Z4J_CONCURRENCY`` setting in a process in the ``found`` state.
+    """Return the name of the backend for a ``Z4J_CONCURRENCY`` setting.
 
-    Raises ``HostConfigurationError`` for an unknown setting and for one that the process cannot
-    carry.
+    :param found: what is patched in this process.
+
+    Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches.
     """
+    _check_known(setting)
+    if setting != "auto":
+        name = setting
+    elif found.outcome == "partial":
+        name = "threads"
+    else:
+        name = found.library or "threads"
+    _check_fits(name, setting, found)
+    return name
+
+
+def _check_known(setting: str) -> None:
     if setting not in CHOICES:
         raise HostConfigurationError(
             f"Z4J_CONCURRENCY={setting!r} is not one of {', '.join(CHOICES)}"
         )
-    wanted = (
-        setting
-        if setting != "auto"
-        else (found.library if found.outcome != "partial" else "threads")
-    )
-    _check(wanted or "threads", setting, found)
-    return wanted or "threads"
 
 
-def _check(wanted: str, setting: str, found: Detection) -> None:
-    if wanted == "threads" and found.thread:
+def _check_fits(name: str, setting: str, found: Detection) -> None:
+    if name == "threads" and found.thread:
+        only = "" if found.socket else " but not sockets"
         raise HostConfigurationError(
-            f"{found.library} has patched threads"
-            + ("" if found.socket else " but not sockets")
-            + f", so Z4J_CONCURRENCY={setting} cannot work: call {found.library}'s full monkey patch before anything "
-            "else is imported, and leave Z4J_CONCURRENCY at auto"
+            f"{found.library} has patched threads{only}, so Z4J_CONCURRENCY={setting} cannot work:"
+            f" run the full monkey patch of {found.library} before any other import, and set"
+            " Z4J_CONCURRENCY=auto"
         )
-    if wanted != "threads" and not (found.library == wanted and found.socket):
+    if name != "threads" and not (found.library == name and found.socket):
         raise HostConfigurationError(
-            f"Z4J_CONCURRENCY={setting} in a process whose sockets {wanted} has not patched: the agent would block its "
-            f"host. Patch first ({wanted} monkey patching, before anything else is imported) or leave it at auto"
+            f"Z4J_CONCURRENCY={setting}, but {name} has not patched the sockets of this process, so"
+            f" the agent would block it: run the monkey patch of {name} before any other import, or"
+            " set Z4J_CONCURRENCY=auto"
         )
 
 
 def build(name: str) -> BaseConcurrency:
-    """Import the backend called ``name`` and return a new backend."""
+    """Import the backend module for ``name`` and return a new backend."""
     module, attribute = _BACKENDS[name]
     backend: BaseConcurrency = getattr(import_module(module), attribute)()
     return backend
 
 
 def patch(name: str) -> None:
-    """Patch the process for ``gevent`` or ``eventlet``, before it imports anything that waits; nothing for the others.
+    """Patch this process for ``gevent`` or ``eventlet``; other backends need no patch.
 
-    Raises ``HostConfigurationError`` for an unknown name and for a library that is not installed.
+    This has to happen before the process imports any module that waits. It is only for processes
+    of the agent's own: a host patches itself. Raises ``HostConfigurationError`` if the name is
+    unknown or the library is not installed.
     """
-    if name not in CHOICES:
-        raise HostConfigurationError(f"Z4J_CONCURRENCY={name!r} is not one of {', '.join(CHOICES)}")
+    _check_known(name)
     if name in ("auto", "threads") or detect().outcome == name:
         return
     try:
-        _patchers[name]()
+        _PATCHERS[name]()
     except ImportError as error:
         raise HostConfigurationError(
             f"Z4J_CONCURRENCY={name} needs the library: pip install {name} ({error})"
@@ -120,10 +133,11 @@ def _patch_gevent() -> None:
 
 def _patch_eventlet() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it announces its own retirement
+        # eventlet announces its deprecation on import
+        warnings.simplefilter("ignore", DeprecationWarning)
         import eventlet
 
     eventlet.monkey_patch()
 
 
-_patchers = {"gevent": _patch_gevent, "eventlet": _patch_eventlet}
+_PATCHERS = {"gevent": _patch_gevent, "eventlet": _patch_eventlet}

@@ -1,4 +1,7 @@
-"""The backend for processes that eventlet has patched. eventlet is deprecated by its authors, so this stays small."""
+"""The backend for processes that eventlet has patched.
+
+eventlet is deprecated by its authors, so this stays small.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ MAX_IO_WAIT_UNFORKED = 10.0
 
 @implementer(IEvent)
 class Event:
-    """A flag on a semaphore. eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``."""
+    """A flag on a semaphore.
+
+    eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``.
+    """
 
     def __init__(self) -> None:
         self._flag = False

@@ -71,7 +71,10 @@ class FakeLock:
 
 @implementer(IConcurrency)
 class FakeConcurrency(BaseConcurrency):
-    """A deterministic backend in one thread. Its wall clock starts at ``start`` seconds since the epoch."""
+    """A deterministic backend in one thread.
+
+    Its wall clock starts at ``start`` seconds since the epoch.
+    """
 
     name = "fake"
 
@@ -104,7 +107,10 @@ class FakeConcurrency(BaseConcurrency):
         self.run_until(lambda: False, seconds)
 
     def run_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-        """Run tasks for at most ``seconds`` of virtual time until ``condition()`` is true; return whether it is."""
+        """Run tasks until ``condition()`` is true; return whether it is.
+
+        :param seconds: maximum virtual time.
+        """
         deadline = self._clock + seconds
         while not condition():
             task = self._next(deadline)
@@ -115,9 +121,11 @@ class FakeConcurrency(BaseConcurrency):
         return True
 
     def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Suspend the current task for at most ``timeout`` virtual seconds until ``condition()`` is true.
+        """Suspend the current task until ``condition()`` is true; return whether it is.
 
-        Return whether it is true. Outside a task this runs the tasks meanwhile.
+        Outside a task this runs the tasks meanwhile.
+
+        :param timeout: maximum virtual seconds.
         """
         if getcurrent() is self._main:
             return self.run_until(condition, timeout if timeout is not None else MAX_MAIN_WAIT)
@@ -128,7 +136,7 @@ class FakeConcurrency(BaseConcurrency):
         return condition()
 
     def _next(self, deadline: float) -> greenlet | None:
-        """Remove and return a ready task, else the task with the earliest timeout, and advance the clock to it."""
+        """Remove and return a ready task, else the one whose timeout is next; advance the clock."""
         ready = [entry for entry in self._parked if entry[3]()]
         entry = (
             min(ready, key=lambda item: item[1])
@@ -155,4 +163,5 @@ class FakeConcurrency(BaseConcurrency):
         return job()
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
+        del sock
         return write or self.wait_until(lambda: False, timeout)

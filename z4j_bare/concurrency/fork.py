@@ -1,4 +1,4 @@
-"""Fork safety: the fork epoch, and guards that keep ``os.fork`` away from the agent's native threads."""
+"""Fork safety: the fork epoch, and guards that make ``os.fork`` wait for native threads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def epoch() -> int:
 
 
 def has_forked() -> bool:
-    """Return whether this process has forked a child that may run Python; ``subprocess`` usually does not."""
+    """Return whether this process has forked a child that runs Python (``subprocess`` does not)."""
     return _forked
 
 
@@ -82,7 +82,7 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 
 
 class ForkGuard:
-    """Makes ``os.fork`` wait for a short section of code on a native thread. The section must not fork.
+    """Makes ``os.fork`` wait for a short section of code, which must not fork.
 
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
     thread opened and closed databases, 33 deadlocked at their first use of SQLite, whether by the
@@ -103,7 +103,10 @@ class ForkGuard:
         )
 
     def run(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
-        """Call ``function`` on this native thread. Other guarded calls and forks wait until it returns."""
+        """Call ``function`` on this native thread.
+
+        Other guarded calls and forks wait until it returns.
+        """
         with self._lock:
             return function(*args)
 

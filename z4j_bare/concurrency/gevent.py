@@ -30,10 +30,11 @@ _store_guard = ForkGuard(_original("_thread", "allocate_lock"))
 
 @implementer(IConcurrency)
 class GeventConcurrency(BaseConcurrency):
-    """Runs each task in a greenlet on the hub of the thread that starts the agent, and the store in one native thread.
+    """Runs each task in a greenlet on the hub, and offloaded functions in one native thread.
 
-    That thread is in a pool of the agent's own. The hub's pool of ten threads also resolves host
-    names, and a hung disk must not occupy one of them.
+    The hub is that of the thread that starts the agent. The native thread is in a pool of the
+    agent's own. The hub's pool of ten threads also resolves host names, and a hung disk must not
+    occupy one of them.
     """
 
     name = "gevent"
@@ -65,7 +66,7 @@ class GeventConcurrency(BaseConcurrency):
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object]:
-        """Start a timer of the event loop that does not keep the loop alive."""
+        """Start a timer of the hub that does not keep the hub alive."""
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
         def tick() -> None:
@@ -116,7 +117,7 @@ class GeventConcurrency(BaseConcurrency):
 
 
 class _YieldingFinder:
-    """A meta-path finder that finds nothing and yields before each module that its own greenlet imports."""
+    """A meta-path finder that yields before each import of its own greenlet, and finds nothing."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._greenlet = getcurrent()
@@ -133,7 +134,9 @@ class _YieldingFinder:
 
 
 def import_cooperatively(module: str, sleep: Callable[[float], None]) -> ModuleType:
-    """Import and return ``module``, yielding before each file. Without yields ``requests`` takes 100 to 200 ms.
+    """Import and return ``module``, yielding before each file.
+
+    Without yields ``requests`` takes 100 to 200 ms.
 
     Another greenlet that imports one of these modules meanwhile waits for its import lock. This is
     only safe under gevent, whose locks and thread idents importlib uses. Under eventlet importlib

@@ -21,7 +21,7 @@ _import_guard = ImportForkGuard()
 
 @implementer(IConcurrency)
 class ThreadsConcurrency(BaseConcurrency):
-    """Runs each task in a daemon thread, and offloaded functions in the thread that calls ``offload``."""
+    """Runs each task in a daemon thread, and offloaded functions in the calling thread."""
 
     name = "threads"
 

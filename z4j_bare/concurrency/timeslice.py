@@ -1,4 +1,4 @@
-"""Time slices: long work on a hub yields after every slice, so that the host's tasks get their turn."""
+"""Time slices: long work on a hub yields after each slice, so that other tasks can run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ YIELD_SECONDS = 1e-5
 
 
 class TimeSlice:
-    """The current slice of one task. Call :meth:`checkpoint` often: it yields when the slice is used up."""
+    """The current slice of one task.
+
+    Call :meth:`checkpoint` often: it yields when the slice is used up.
+    """
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend

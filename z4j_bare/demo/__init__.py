@@ -1,5 +1,4 @@
-"""``z4j-bare demo``: a real brain, a real worker and a small scripted day, counted by both sides.
+"""``z4j-bare demo``: a real brain, a real worker and a scripted load, counted on both sides.
 
-``brain`` and ``worker`` start the real peers and are public tools: the end-to-end tests and the benchmarks
-stand on them.
+End-to-end tests and benchmarks start their peers with the ``brain`` and ``worker`` modules.
 """

@@ -1,6 +1,6 @@
-"""The demo's Celery application, with the agent in it the way a user puts it there.
+"""The demo's Celery application; it installs the agent as a user does.
 
-The module is imported by the worker only: the script on the other side sends tasks by name.
+Only the worker imports this module. The demo's script sends its tasks by name.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -21,19 +21,25 @@ from z4j_bare.demo import broker, task_log
 
 HOME = Path(os.environ[broker.HOME])
 
+#: Simulated I/O time of a task, in seconds.
+IO_SECONDS = 0.01
+
+#: Time between two checks of a long task's deadline, in seconds.
+STEP_SECONDS = 0.1
+
 app = Celery("z4j_demo")
 app.conf.update(broker.settings_from_environment())
 
 
 class LoggedTask(Task):  # type: ignore[misc]  # Celery has no types
-    """A task that writes down when each of its runs ended, and how."""
+    """A task that logs the end and the outcome of each of its runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task."""
         outcome = task_log.RETURNED
         try:
             return super().__call__(*args, **kwargs)
-        except BaseException as exc:  # GreenletExit too: that is how a cancelled run ends
+        except BaseException as exc:  # A cancelled run ends with GreenletExit.
             outcome = type(exc).__name__
             raise
         finally:
@@ -45,8 +51,8 @@ app.Task = LoggedTask
 
 @app.task(name="demo.plain")
 def plain(number: int) -> str:
-    """Wait 10 ms, as a task that asks somebody something does; report whether a running loop is visible."""
-    time.sleep(0.01)
+    """Sleep for 10 ms like a task that waits for I/O; return whether it sees a running loop."""
+    time.sleep(IO_SECONDS)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -56,35 +62,35 @@ def plain(number: int) -> str:
 
 @app.task(name="demo.failing")
 def failing() -> None:
-    """Fail."""
-    raise ValueError("the demo wants this one to fail")
+    """Raise ``ValueError`` in every run."""
+    raise ValueError("this demo task always fails")
 
 
 @app.task(name="demo.retrying", bind=True, max_retries=1)
 def retrying(self: Task) -> int:
-    """Fail at the first run, come back after a second, succeed."""
+    """Fail in the first run, and succeed in the retry one second later."""
     retries = int(self.request.retries)
     if not retries:
-        raise self.retry(countdown=1, exc=ConnectionError("the demo wants one retry"))
+        raise self.retry(countdown=1, exc=ConnectionError("this demo task is retried once"))
     return retries
 
 
 @app.task(name="demo.fails_once")
 def fails_once(mark: str) -> str:
-    """Fail unless the file ``mark`` is there, and leave it: an operator's retry succeeds."""
+    """Create the file ``mark`` and fail; succeed if the file exists, as in an operator's retry."""
     try:
         Path(mark).touch(exist_ok=False)
     except FileExistsError:
-        return "succeeded for the operator"
-    raise ConnectionError("the demo wants an operator to retry this one")
+        return "succeeded in the retry"
+    raise ConnectionError("this demo task fails until an operator retries it")
 
 
 @app.task(name="demo.uses_asyncio")
 def uses_asyncio() -> str:
-    """Run a coroutine; raises ``RuntimeError`` where a running loop is visible."""
+    """Call ``asyncio.run``, which raises ``RuntimeError`` if a running loop is visible."""
 
     async def work() -> str:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(IO_SECONDS)
         return "asyncio.run returned"
 
     return asyncio.run(work())
@@ -92,22 +98,22 @@ def uses_asyncio() -> str:
 
 @app.task(name="demo.long")
 def long(seconds: float) -> str:
-    """Work in steps of 0.1 s, for an operator to cancel."""
+    """Sleep in steps of 0.1 s until an operator cancels the task."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        time.sleep(0.1)
-    return "nobody cancelled it"
+        time.sleep(STEP_SECONDS)
+    return "not cancelled"
 
 
 if importlib.util.find_spec("django"):
     from z4j_bare.demo import orm
 
-    visit = orm.create_model(HOME)
+    visit_model = orm.create_model(HOME)
 
     @app.task(name="demo.uses_orm")
     def uses_orm() -> int:
-        """Write and read through Django's ORM."""
-        return orm.record_visit(visit)
+        """Write and read a row with Django's ORM."""
+        return orm.record_visit(visit_model)
 
 
 install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

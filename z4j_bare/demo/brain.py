@@ -1,4 +1,4 @@
-"""The real brain as a subprocess: SQLite, a private home, loopback."""
+"""The real brain as a subprocess, on SQLite and the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-_BOOT_SECONDS = 60.0
+#: Maximum boot time, in seconds.
+_BOOT_TIMEOUT = 60.0
 
-#: Seconds that the brain waits for SQLite while another connection of its own writes. With the driver's 5 it answers 500
-#: to an operator's request on a machine whose disk stalls.
-_DATABASE_SECONDS = 20
+#: SQLite's busy timeout in the brain, in seconds. With the driver's default of 5 s the brain
+#: returns status 500 when the disk stalls.
+_DATABASE_TIMEOUT = 20
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on at this moment."""
+    """Return a port of 127.0.0.1 that is currently unused."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def brain_command() -> Path | None:
-    """Return the brain's console script in this environment, ``None`` when it is not installed here."""
+    """Return the brain's console script in this environment, ``None`` if it is not installed."""
     script = Path(sys.executable).with_name("z4j")
     return script if script.exists() else None
 
 
 class Brain(BrainApi):
-    """A brain on ``home`` (made private) and a free ``port``, and a session with it as its administrator.
+    """A brain process, and a REST session as its administrator.
 
-    ``environment`` is added to its own, for instance ``Z4J_COMMAND_TIMEOUT_SECONDS``. Use it as a context
-    manager, or call ``start`` and ``stop``; it may be stopped, killed and started again, always on the same home
-    and port.
+    Use it as a context manager, or call ``start`` and ``stop``. It can be stopped, killed and
+    started again, and it keeps its directory and port.
+
+    :param home: the brain's directory, created with mode 0700.
+    :param port: the port, by default an unused one.
+    :param environment: additional variables, for example ``Z4J_COMMAND_TIMEOUT_SECONDS``.
     """
 
     email = "admin@example.test"
@@ -57,54 +61,62 @@ class Brain(BrainApi):
 
     @property
     def running(self) -> bool:
-        """Whether its process lives."""
+        """Whether the process is running."""
         return self._service is not None and self._service.running
 
     @property
     def pid(self) -> int:
-        """Its process id; ``HarnessError`` before ``start``."""
+        """The process id; raises ``HarnessError`` before ``start``."""
         return self._require_service().pid
 
-    def start(self, timeout: float = _BOOT_SECONDS) -> None:
-        """Boot it, at most ``timeout`` seconds (3 to 5 s on an empty home), and log in."""
+    def start(self, timeout: float = _BOOT_TIMEOUT) -> None:
+        """Start the process, wait until it is healthy (3 to 5 s with a new home), and log in.
+
+        :param timeout: maximum boot time, in seconds.
+        """
         self._service = self._service or self._build_service()
         self._service.spawn(self.healthy, timeout)
         self.login(self.email, self.password)
 
     def stop(self, timeout: float = 20.0) -> None:
-        """End it with SIGTERM; its agents see close code 1012. It waits for polls, at most ``timeout`` seconds."""
+        """Stop the process with SIGTERM; its agents get close code 1012.
+
+        :param timeout: seconds to wait for running long-polls before SIGKILL.
+        """
         self.close()
         if self._service:
             self._service.stop(timeout)
 
     def kill(self) -> None:
-        """SIGKILL it; its agents see the connection reset."""
+        """Kill the process; its agents get a connection reset."""
         self.close()
         if self._service:
             self._service.kill()
 
     def restart(self) -> None:
-        """Stop it and start it again with everything it knew."""
+        """Stop the process and start it again with the same data."""
         self.stop()
         self.start()
 
     def wait(self) -> None:
-        """Wait until it ends by itself."""
+        """Wait until the process exits."""
         self._require_service().wait()
 
     def _build_service(self) -> Service:
         script = brain_command()
         if script is None:
             raise HarnessError(
-                "there is no brain in this environment: pip install 'z4j-bare[demo]'"
+                "the brain is not installed in this environment: pip install 'z4j-bare[demo]'"
             )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        database = self.home.resolve() / "z4j.db"
         environment = {
             **clean_environment(),
             "HOME": str(self.home),
             "Z4J_HOME": str(self.home),
-            "Z4J_DATABASE_URL": f"sqlite+aiosqlite:///{self.home.resolve()}/z4j.db?timeout={_DATABASE_SECONDS}",
-            "Z4J_ENVIRONMENT": "dev",  # otherwise its cookies are marked Secure and plain http cannot log in
+            "Z4J_DATABASE_URL": f"sqlite+aiosqlite:///{database}?timeout={_DATABASE_TIMEOUT}",
+            # In other environments cookies are Secure, and a login over plain HTTP fails.
+            "Z4J_ENVIRONMENT": "dev",
             "Z4J_BOOTSTRAP_ADMIN_EMAIL": self.email,
             "Z4J_BOOTSTRAP_ADMIN_PASSWORD": self.password,
             **self._extra,
@@ -114,7 +126,7 @@ class Brain(BrainApi):
 
     def _require_service(self) -> Service:
         if self._service is None:
-            raise HarnessError("the brain is not started")
+            raise HarnessError("the brain was not started")
         return self._service
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The broker between the demo's script and its worker: files in a private directory, or a real one."""
+"""The broker between the demo's script and its worker: files in a private directory, or a URL."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
+#: Variable with the run's directory.
 HOME = "DEMO_HOME"
+
+#: Variable with the broker's URL; empty for files.
 BROKER = "DEMO_BROKER"
-_CONNECT_SECONDS = 5
+
+#: Timeout of the first connection to the broker, in seconds.
+_CONNECT_TIMEOUT = 5
 
 
 def environment(home: Path, broker: str | None) -> dict[str, str]:
-    """Return the variables that ``settings_from_environment`` reads in the worker."""
+    """Return the variables that :func:`settings_from_environment` reads in the worker."""
     return {HOME: str(home), BROKER: broker or ""}
 
 
 def settings_from_environment() -> dict[str, Any]:
-    """Return the Celery settings of a worker that was started with ``environment``."""
+    """Return the Celery settings of a worker that was started with :func:`environment`."""
     return settings(Path(os.environ[HOME]), os.environ[BROKER] or None)
 
 
 def settings(home: Path, broker: str | None) -> dict[str, Any]:
-    """Return the Celery settings for a run in ``home``, on ``broker`` or else on files in there.
+    """Return the Celery settings of a run in ``home``, on ``broker`` or on files in ``home``.
 
-    On a broker that others use too, everything bears the home's name, which is unique.
+    Queues, exchanges and keys contain the unique name of ``home``, because the broker may be shared
+    with other applications.
     """
     shared = {
         "result_backend": f"file://{_folder(home, 'results')}",
-        "result_extended": True,  # an operator's retry takes the arguments from the result backend
+        "result_extended": True,  # A retry command reads the arguments from the result backend.
         "task_default_queue": home.name,
         "control_exchange": f"{home.name}.pidbox",
         "event_exchange": f"{home.name}.events",
@@ -47,7 +53,7 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
         return {**shared, "broker_url": broker, "broker_transport_options": prefix}
     return {
         **shared,
-        "broker_url": "filesystem://localhost",  # the host only keeps kombu from warning that there is none
+        "broker_url": "filesystem://localhost",  # kombu warns about a URL without a host.
         "broker_transport": "z4j_bare.demo.atomic_fs_transport:Transport",
         "broker_transport_options": _folders(home),
     }
@@ -55,17 +61,17 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
 
 @contextmanager
 def producer(home: Path, broker: str | None) -> Iterator[Celery]:
-    """Yield the application that the script sends with; afterwards nothing of ours is left on the broker.
+    """Yield a Celery application that sends tasks, and clean up the broker afterwards.
 
-    Raises ``HarnessError`` when nobody answers there.
+    :raises HarnessError: the broker does not answer.
     """
     from celery import Celery
 
     with Celery("z4j_demo_script", changes=settings(home, broker)) as app:
         try:
             with app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1, timeout=_CONNECT_SECONDS)
-        except Exception as exc:  # each transport has errors of its own
+                connection.ensure_connection(max_retries=1, timeout=_CONNECT_TIMEOUT)
+        except Exception as exc:  # Each transport raises different exceptions.
             raise HarnessError(f"no broker answers at {address(broker)}: {exc}") from exc
         try:
             yield app
@@ -75,14 +81,14 @@ def producer(home: Path, broker: str | None) -> Iterator[Celery]:
 
 
 def address(broker: str | None) -> str:
-    """Return how to call the broker in public: without its password."""
+    """Return the broker's URL without its password, or ``files``."""
     from kombu.utils.url import sanitize_url
 
     return str(sanitize_url(broker)) if broker else "files"
 
 
 def _clear(app: Celery, home: Path, broker: str) -> None:
-    """Delete the queue, and on Redis kombu's tables of bindings, which outlive it."""
+    """Delete the queue, and on Redis also kombu's binding keys, which remain without it."""
     try:
         with app.connection_for_write() as connection:
             app.amqp.queues[home.name].bind(connection.default_channel).delete()
@@ -93,17 +99,17 @@ def _clear(app: Celery, home: Path, broker: str) -> None:
                 for key in client.scan_iter(f"{home.name}:*"):
                     client.delete(key)
     except Exception:
-        pass  # the broker is gone; the run has said so already
+        pass  # The broker is unreachable, and the run has already reported that.
 
 
 def _folders(home: Path) -> dict[str, Any]:
-    atomic_fs_transport = _folder(home, "spool")
+    messages = _folder(home, "messages")
     return {
-        "data_folder_in": atomic_fs_transport,
-        "data_folder_out": atomic_fs_transport,
+        "data_folder_in": messages,
+        "data_folder_out": messages,
         "control_folder": _folder(home, "exchanges"),
         "processed_folder": _folder(home, "processed"),
-        "store_processed": True,  # otherwise kombu moves each message through the system's /tmp
+        "store_processed": True,  # Otherwise kombu moves each message through /tmp.
         "polling_interval": 0.1,
     }
 

@@ -1,4 +1,4 @@
-"""``z4j-bare demo``: start everything, let the day pass, compare, stop everything."""
+"""The command ``z4j-bare demo``: start the peers, run the scenario, compare, stop the peers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.demo import broker
 from z4j_bare.demo.brain import Brain, brain_command
+from z4j_bare.demo.display import LineProgress, make_progress, render
 from z4j_bare.demo.poller import BrainPoller
 from z4j_bare.demo.process import HarnessError
-from z4j_bare.demo.progress import Lines, display
 from z4j_bare.demo.report import Report, build_report
 from z4j_bare.demo.scenario import Peers, Scenario, expected_total
-from z4j_bare.demo.table import render
 from z4j_bare.demo.task_log import TaskLog
 from z4j_bare.demo.worker import POOLS, Worker
 
@@ -31,13 +30,15 @@ if TYPE_CHECKING:
     from celery import Celery
 
 _PROJECT = "demo"
-_WORKER = "day@demo"
+_WORKER = "worker@demo"
 _APP = "z4j_bare.demo.app"
+
+#: Default number of plain tasks.
 _TASKS = 50
 
 
 class InterruptedBySignal(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; ``number`` is which."""
+    """The demo was interrupted by the signal ``number``."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -45,7 +46,7 @@ class InterruptedBySignal(KeyboardInterrupt):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``z4j-bare demo`` understands to its parser."""
+    """Add the options of ``z4j-bare demo`` to its parser."""
     parser.add_argument(
         "--pool", choices=POOLS, default="gevent", help="the worker's pool (default: %(default)s)"
     )
@@ -54,21 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=_TASKS,
         metavar="N",
-        help="plain tasks (default: %(default)s)",
+        help="number of plain tasks (default: %(default)s)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="leave the brain up until Ctrl-C, and its directory"
+        "--keep",
+        action="store_true",
+        help="keep the brain running until Ctrl-C, and keep its directory",
     )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the table"
-    )
-    parser.add_argument(
-        "--broker", metavar="URL", help="a real broker instead of files in a private directory"
+        "--broker", metavar="URL", help="use this broker instead of files in a private directory"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo: 0 when every figure agrees, 1 when not or when it cannot run, 128 + n after signal n."""
+    """Run the demo and return its exit code.
+
+    It is 0 if all figures agree, 1 if they do not or the demo cannot run, and 128 + n after
+    signal n.
+    """
     try:
         _check_extras(args.pool)
         with _signals_interrupt(), _private_directory(keep=args.keep) as home:
@@ -77,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"z4j-bare demo: {exc}", file=sys.stderr)
         return 1
     except InterruptedBySignal as exc:
-        print("z4j-bare demo: interrupted, everything is stopped", file=sys.stderr)
+        print("z4j-bare demo: interrupted; brain and worker are stopped", file=sys.stderr)
         return 128 + exc.number
 
 
 def _run_in(home: Path, args: argparse.Namespace) -> int:
     with ExitStack() as stack:
-        with display(expected_total(args.tasks)) as progress:
+        with make_progress(expected_total(args.tasks)) as progress:
             producer = stack.enter_context(broker.producer(home, args.broker))
             progress.stage("starting the brain")
             brain = stack.enter_context(Brain(home / "brain"))
@@ -100,9 +105,9 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
 
 
 def _run_scenario(
-    home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: Lines
+    home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: LineProgress
 ) -> Report:
-    """Start the worker, let the day pass, stop the worker, compare."""
+    """Start the worker, run the scenario, stop the worker, compare."""
     began = time.monotonic()
     brain.create_project(_PROJECT)
     agent = brain.mint_agent(_PROJECT, f"demo-{args.pool}")
@@ -126,9 +131,9 @@ def _run_scenario(
 
 
 def _keep_brain_running(brain: Brain, home: Path) -> None:
-    """Leave the brain up until Ctrl-C or SIGTERM."""
+    """Keep the brain running until Ctrl-C or SIGTERM."""
     print(
-        f"z4j-bare demo: the brain stays up until Ctrl-C; everything is in {home}",
+        f"z4j-bare demo: the brain runs until Ctrl-C; its data and all logs are in {home}",
         file=sys.stderr,
         flush=True,
     )
@@ -140,7 +145,10 @@ def _keep_brain_running(brain: Brain, home: Path) -> None:
 
 @contextmanager
 def _private_directory(*, keep: bool) -> Iterator[Path]:
-    """Yield a new directory of mode 0700; it stays with ``keep``, and where an error names a log in it."""
+    """Yield a new directory with mode 0700 and delete it afterwards.
+
+    It is kept if ``keep`` is true or an error names a log file in it.
+    """
     home = Path(tempfile.mkdtemp(prefix="z4j-demo-"))
     try:
         yield home
@@ -154,7 +162,10 @@ def _private_directory(*, keep: bool) -> Iterator[Path]:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into ``InterruptedBySignal``; later ones must not disturb."""
+    """Raise ``InterruptedBySignal`` on the first SIGINT or SIGTERM and ignore later ones.
+
+    A second signal must not interrupt the shutdown of the peers.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: int, _frame: object) -> None:
@@ -162,16 +173,16 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise InterruptedBySignal(number)
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _check_extras(pool: str) -> None:
-    """Raise ``HarnessError`` naming what has to be installed."""
+    """Raise ``HarnessError`` if a package is missing; the message names what to install."""
     missing = [name for name in ("celery", "z4j_celery") if importlib.util.find_spec(name) is None]
     if brain_command() is None:
         missing.append("z4j (the brain)")

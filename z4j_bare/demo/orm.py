@@ -1,4 +1,4 @@
-"""A Django model on SQLite without a project around it; imported only where Django is."""
+"""A Django model on SQLite without a Django project; imported only if Django is installed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def create_model(home: Path) -> Any:
-    """Point Django at a new database in ``home`` and return a model with its table made."""
+    """Configure Django with a new database in ``home`` and return a model whose table exists."""
     database = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(home / "orm.sqlite3")}
     settings.configure(DATABASES={"default": database}, USE_TZ=True)
     django.setup()
 
-    class Visit(models.Model):  # type: ignore[misc]  # noqa: DJ008  nobody prints it
+    class Visit(models.Model):  # type: ignore[misc]  # noqa: DJ008 - never printed
         id = models.AutoField(primary_key=True)
 
         class Meta:
@@ -26,14 +26,14 @@ def create_model(home: Path) -> Any:
 
     with connection.schema_editor() as editor:
         editor.create_model(Visit)
-    connection.close()  # prefork's children must not inherit it
+    connection.close()  # Prefork's children must not inherit the connection.
     return Visit
 
 
 def record_visit(visit: Any) -> int:
-    """Store a row and return how many there are.
+    """Insert a row and return the number of rows.
 
-    Raises ``SynchronousOnlyOperation`` where a running loop is visible: that is what Django looks at.
+    Django raises ``SynchronousOnlyOperation`` if a running loop is visible.
     """
     try:
         visit.objects.create()

@@ -1,4 +1,4 @@
-"""An onlooker, who notes when the brain first shows each task as finished."""
+"""Polls the brain's task list to note when each task first appears in a final state."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ if TYPE_CHECKING:
 
     from z4j_bare.demo.rest import BrainApi, Row
 
+#: Final states of a task.
 TERMINAL = frozenset({"success", "failure", "revoked"})
+
+#: Minimum pause between two polls, in seconds.
 _INTERVAL = 0.1
-_SHARE = (
-    2  # a pause lasts at least this many times as long as the poll before it, to spare the brain
-)
+
+#: Minimum pause as a multiple of the duration of the previous poll, to limit the brain's load.
+_PAUSE_FACTOR = 2
 
 
 class BrainPoller:
-    """Polls the project's task list in a thread of its own, from ``__enter__`` to ``__exit__``.
+    """Polls the tasks of a project in a thread between ``__enter__`` and ``__exit__``.
 
-    ``brain`` is a session for this thread alone. Polls that fail are left out; what they missed shows in the next one.
+    A failed poll is skipped; the next one shows its changes.
+
+    :param brain: a REST session that no other thread uses.
     """
 
     def __init__(self, brain: BrainApi, project: str) -> None:
         self._brain = brain
         self._project = project
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="demo-watch", daemon=True)
+        self._stop_event = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="demo-poller", daemon=True)
         self.rows: dict[str, Row] = {}
         self.first_finished: dict[str, float] = {}
 
     def state(self, task_id: str) -> str | None:
-        """Return the task's state at the last poll, ``None`` when the brain had no row of it."""
+        """Return the task's state in the latest poll, ``None`` if the brain had no row for it."""
         row = self.rows.get(task_id)
         return row["state"] if row else None
 
     def _run(self) -> None:
         pause = 0.0
-        while not self._over.wait(pause):
+        while not self._stop_event.wait(pause):
             began = time.monotonic()
             try:
                 self._poll()
             except (HarnessError, requests.RequestException):
                 pass
-            pause = max(_INTERVAL, _SHARE * (time.monotonic() - began))
+            pause = max(_INTERVAL, _PAUSE_FACTOR * (time.monotonic() - began))
 
     def _poll(self) -> None:
         rows = {row["task_id"]: row for row in self._brain.tasks(self._project)}
@@ -69,6 +74,6 @@ class BrainPoller:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._over.set()
+        self._stop_event.set()
         self._thread.join()
         self._brain.close()

@@ -1,4 +1,4 @@
-"""Subprocesses that end with whoever started them."""
+"""Subprocesses of the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class HarnessError(AgentError):
-    """A peer that the demo or a test started did not do its part; ``log`` is the file that says why."""
+    """A process of the demo or of a test failed; ``log`` is its log file, if that has the cause."""
 
     def __init__(self, message: str, *, log: Path | None = None) -> None:
         super().__init__(f"{message} (log: {log})" if log else message)
@@ -29,7 +29,8 @@ class HarnessError(AgentError):
 def until(check: Callable[[], T], what: str, *, timeout: float, interval: float = 0.05) -> T:
     """Call ``check`` every ``interval`` seconds and return its first true value.
 
-    Raises ``HarnessError`` saying that ``what`` did not come within ``timeout`` seconds.
+    :param what: the awaited condition, for the error message.
+    :raises HarnessError: ``check`` returned no true value within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -41,16 +42,18 @@ def until(check: Callable[[], T], what: str, *, timeout: float, interval: float 
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without what would steer a brain or a worker behind our back."""
-    strays = ("Z4J_", "CELERY_", "DJANGO_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(strays)}
+    """Return this process's environment without variables that configure z4j, Celery or Django."""
+    prefixes = ("Z4J_", "CELERY_", "DJANGO_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
 class Service:
-    """One subprocess in a session of its own, so that Ctrl-C in a terminal reaches only whoever started it.
+    """A subprocess in its own session, so that Ctrl-C in a terminal reaches only its parent.
 
-    Its output is appended to ``log``. As a context manager it is stopped at the end of the block, and killed
-    when the block fails. ``title`` is how error messages call it; ``cwd`` becomes its working directory.
+    As a context manager it is stopped at the end of the block, and killed if the block fails.
+
+    :param title: the name of the process in error messages.
+    :param log: the file that its output is appended to.
     """
 
     def __init__(
@@ -71,28 +74,30 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The process id; ``HarnessError`` when it was never started."""
+        """The process id; raises ``HarnessError`` if the process was never started."""
         if self._process is None:
-            raise HarnessError(f"{self.title} is not started")
+            raise HarnessError(f"{self.title} was not started")
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended: ``None`` while it runs or before it started, negative for a signal."""
+        """The exit code: negative for a signal, ``None`` before the start and while running."""
         return self._process.poll() if self._process else None
 
     @property
     def running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Whether the process was started and has not exited."""
         return self._process is not None and self._process.poll() is None
 
     def spawn(self, ready: Callable[[], bool], timeout: float) -> None:
-        """Start it and wait at most ``timeout`` seconds until ``ready`` says true.
+        """Start the process and wait until ``ready()`` is true.
 
-        When it ends early or does not get ready it is killed, and ``HarnessError`` names the log.
+        :param timeout: maximum time to wait, in seconds.
+        :raises HarnessError: the process exited or was not ready in time. It is killed, and the
+            error names its log.
         """
         if self.running:
-            raise HarnessError(f"{self.title} runs already, as process {self.pid}")
+            raise HarnessError(f"{self.title} is already running as process {self.pid}")
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
@@ -109,20 +114,20 @@ class Service:
             self.kill()
             if isinstance(exc, HarnessError):
                 raise HarnessError(
-                    f"{self.title} did not come up within {timeout:g} s", log=self.log
+                    f"{self.title} was not ready within {timeout:g} s", log=self.log
                 ) from None
             raise
         if not self.running:
             raise HarnessError(
-                f"{self.title} ended with code {self.exit_code} while starting", log=self.log
+                f"{self.title} exited with code {self.exit_code} while starting", log=self.log
             )
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Ask it to end, wait ``timeout`` seconds, kill what is left; return the exit code."""
+        """Send SIGTERM, wait ``timeout`` seconds, kill what remains; return the exit code."""
         if self._process is None:
             return 0
         if self.running:
-            # only the leader: Celery's prefork children would take a SIGTERM of their own as "die now"
+            # Only to the leader: a SIGTERM terminates Celery's prefork children immediately.
             self._process.terminate()
             try:
                 self._process.wait(timeout)
@@ -131,7 +136,7 @@ class Service:
         return self.kill()
 
     def kill(self) -> int:
-        """SIGKILL it with everything it started; return the exit code."""
+        """Kill the process and all its children; return the exit code."""
         if self._process is None:
             return 0
         try:
@@ -141,11 +146,11 @@ class Service:
         return self._process.wait()
 
     def wait(self) -> int:
-        """Wait until it ends by itself; return the exit code."""
+        """Wait until the process exits; return the exit code."""
         return self._process.wait() if self._process else 0
 
     def output(self) -> str:
-        """Return everything it has written so far."""
+        """Return the content of the log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def __enter__(self) -> Self:

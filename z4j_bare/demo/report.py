@@ -1,4 +1,4 @@
-"""What was produced against what the brain shows, as figures."""
+"""Compares the tasks that the script produced with those that the brain shows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from z4j_bare.demo.scenario import PLAIN, RETRYING, Peers, Record, Sent
 if TYPE_CHECKING:
     from z4j_bare.demo.rest import Row
 
-_NO_LOOP = "no running loop"  # what demo.plain returns
+#: Part of the result of ``demo.plain`` if the task sees no running loop.
+_NO_LOOP = "no running loop"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: ``produced`` by the script's own list, ``seen`` in the brain's REST API."""
+    """A line of the table: a count by the script, and the same count by the brain's REST API."""
 
     kind: str
     produced: int
@@ -24,13 +25,13 @@ class Figure:
 
     @property
     def agrees(self) -> bool:
-        """Whether both sides tell the same."""
+        """Whether both counts are equal."""
         return self.produced == self.seen
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A task that the brain shows in another state than it must have; ``None`` when it has no row of it."""
+    """A task in an unexpected state; ``seen`` is ``None`` if the brain has no row for it."""
 
     task_id: str
     kind: str
@@ -40,7 +41,7 @@ class Mismatch:
 
 @dataclass
 class Report:
-    """The whole outcome of one demo. Times are seconds."""
+    """The result of a demo run. Times are in seconds."""
 
     pool: str
     broker: str
@@ -58,7 +59,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every figure agrees and both peers were in order."""
+        """Whether all figures agree and there are no problems."""
         return (
             all(figure.agrees for figure in self.figures)
             and not self.mismatches
@@ -66,15 +67,16 @@ class Report:
         )
 
     def to_object(self) -> dict[str, Any]:
-        """Return it for ``--json``."""
+        """Return the JSON object of ``--json``."""
         figures = [{**asdict(figure), "agrees": figure.agrees} for figure in self.figures]
         return {"ok": self.ok, **asdict(self), "figures": figures}
 
 
 def build_report(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Report:
-    """Ask the brain for everything, now that the worker has stopped, and compare.
+    """Compare the record with the brain's data after the worker has stopped.
 
-    ``agent_at_work`` is the agent's row as it was while the worker still ran.
+    :param agent_at_work: the agent's row while the worker was running.
+    :param broker: the broker's address without a password.
     """
     project = peers.agent.project
     rows = {row["task_id"]: row for row in peers.brain.tasks(project)}
@@ -106,16 +108,16 @@ def _by_kind(record: Record, rows: dict[str, Row]) -> list[Figure]:
 
 
 def _kind_figure(kind: str, record: Record, rows: dict[str, Row]) -> Figure:
-    sent = [one for one in record.sent if one.kind == kind]
-    seen = [one for one in sent if _mismatch(one, rows) is None]
+    sent = [each for each in record.sent if each.kind == kind]
+    seen = [each for each in sent if _mismatch(each, rows) is None]
     state = sent[0].expected if sent else ""
     return Figure(kind, len(sent), len(seen), record.notes.get(kind) or state)
 
 
 def _loop_figure(record: Record, rows: dict[str, Row]) -> Figure:
     plain = [sent.task_id for sent in record.sent if sent.kind == PLAIN]
-    free = [task_id for task_id in plain if _NO_LOOP in str(rows.get(task_id, {}).get("result"))]
-    return Figure("plain, no loop visible", len(plain), len(free), "get_running_loop raised")
+    seen = [task_id for task_id in plain if _NO_LOOP in str(rows.get(task_id, {}).get("result"))]
+    return Figure("plain, no loop visible", len(plain), len(seen), "get_running_loop raised")
 
 
 def _retries_figure(peers: Peers, record: Record) -> Figure:
@@ -126,33 +128,33 @@ def _retries_figure(peers: Peers, record: Record) -> Figure:
         for event in peers.brain.events(peers.agent.project, "celery", task_id)
     ]
     retried = sum(event["kind"] == "task.retried" for event in events)
-    return Figure("retries", len(retrying), retried, "task.retried")
+    return Figure("retry events", len(retrying), retried, "task.retried")
 
 
 def _commands_figure(peers: Peers, record: Record) -> Figure:
     rows = [peers.brain.command(peers.agent.project, command_id) for command_id in record.commands]
     failed = [row for row in rows if row["status"] != "completed"]
-    note = (
-        "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed)
-        or "completed"
-    )
-    return Figure("operator's commands", len(rows), len(rows) - len(failed), note)
+    errors = "; ".join(f"{row['action']} {row['status']}: {row['error']}" for row in failed)
+    return Figure("operator commands", len(rows), len(rows) - len(failed), errors or "completed")
 
 
 def _unknown_tasks_figure(record: Record, rows: dict[str, Row]) -> Figure:
     known = {sent.task_id for sent in record.sent} | set(record.warm_up)
-    return Figure("sent by nobody", 0, len(rows.keys() - known), "")
+    return Figure("unknown tasks", 0, len(rows.keys() - known), "")
 
 
 def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:
     state = rows[sent.task_id]["state"] if sent.task_id in rows else None
-    return (
-        None if state == sent.expected else Mismatch(sent.task_id, sent.kind, sent.expected, state)
-    )
+    if state == sent.expected:
+        return None
+    return Mismatch(sent.task_id, sent.kind, sent.expected, state)
 
 
 def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | None]:
-    """Return the longest time from a task's own end to its first sight in the brain, by polls 0.1 s apart."""
+    """Return the longest time from a task's end to its final state in the brain, and its kind.
+
+    The resolution is the poll interval of 0.1 s.
+    """
     delays = [
         (seen - ended, sent.kind)
         for sent in record.sent
@@ -186,8 +188,9 @@ def _problems(report: Report) -> list[str]:
         problems.append(f"the agent was {report.agent['state_at_work']} while the worker ran")
     if report.worker["seen"] != [report.worker["name"]]:
         problems.append(
-            f"the brain lists the workers {report.worker['seen']}, not {report.worker['name']}"
+            f"the brain lists the workers {report.worker['seen']} "
+            f"instead of {report.worker['name']}"
         )
     if report.worker["exit_code"] != 0:
-        problems.append(f"the worker ended with code {report.worker['exit_code']}")
+        problems.append(f"the worker exited with code {report.worker['exit_code']}")
     return problems

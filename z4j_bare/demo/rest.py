@@ -1,4 +1,4 @@
-"""The part of the brain's REST API that a harness needs, as an operator's browser would use it."""
+"""A client of the brain's REST API, for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,35 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+#: Final states of a command.
 FINISHED_COMMAND = frozenset({"completed", "failed", "timeout", "cancelled"})
-_PAGE = 500  # the brain's own maximum
+
+#: Rows per page: the brain's maximum.
+_PAGE_SIZE = 500
+
+#: Timeout of a request, in seconds.
 _TIMEOUT = 30.0
+
+#: HTTP status for a command to an agent without a session.
 _AGENT_OFFLINE = 503
-# The server closes a connection that nobody used for 5 s, and perhaps just when we do.
+
+#: Retry a GET once: the server may close a connection that was idle for 5 s while the request is
+#: sent.
 _RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
 class BrainRefusedError(HarnessError):
-    """The brain answered with an error; ``status`` is the HTTP status, ``body`` what it said."""
+    """The brain returned an error; ``status`` is the HTTP status and ``body`` the response text."""
 
     def __init__(self, call: str, status: int, body: str) -> None:
-        super().__init__(f"the brain answered {status} to {call}: {body[:300]}")
+        super().__init__(f"the brain returned status {status} for {call}: {body[:300]}")
         self.status = status
         self.body = body
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What one agent needs to talk to the brain; the token is shown once, at minting."""
+    """The credentials of an agent; the brain returns the token only when it creates the agent."""
 
     brain_url: str
     project: str
@@ -45,7 +54,10 @@ class Credentials:
     hmac_secret: str = field(repr=False)
 
     def env(self, home: Path) -> dict[str, str]:
-        """Return a worker's ``Z4J_*`` environment; its agent keeps its state in ``home``, made private here."""
+        """Return the ``Z4J_*`` variables of an agent whose state directory is ``home``.
+
+        The directory is created with mode 0700.
+        """
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         return {
             "Z4J_BRAIN_URL": self.brain_url,
@@ -57,45 +69,48 @@ class Credentials:
 
 
 class BrainApi:
-    """A session with the brain at ``url``, logged in by ``login``; one thread at a time, see ``sibling``.
+    """A REST session for one thread; :meth:`sibling` returns one for another thread.
 
-    Methods raise ``BrainRefusedError`` for an answer of 400 and above, ``requests.RequestException`` for none.
-    ``project`` is the slug everywhere. Times in rows are UTC, without an offset on SQLite.
+    Methods raise ``BrainRefusedError`` for a status of 400 or more, and
+    ``requests.RequestException`` if there is no response. ``project`` is always the project's slug.
+    Times in rows are UTC; on SQLite they have no offset.
+
+    :param url: the brain's URL.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._session = requests.Session()
-        self._session.trust_env = False  # a proxy variable must not catch loopback
+        self._session.trust_env = False  # Ignore proxy variables for loopback.
         self._session.mount("http://", HTTPAdapter(max_retries=_RETRY))
 
     def login(self, email: str, password: str) -> None:
-        """Open a session; the brain allows 20 of them a minute."""
+        """Log in; the brain allows 20 logins per minute."""
         self.post("/auth/login", email=email, password=password)
 
     def close(self) -> None:
-        """Close its connections; the next call opens new ones under the same login."""
+        """Close the connections; the next call opens new ones with the same login."""
         self._session.close()
 
     def sibling(self) -> BrainApi:
-        """Return another session under the same login, for another thread."""
+        """Return another session with the same login, for another thread."""
         twin = BrainApi(self.url)
         twin._session.cookies.update(self._session.cookies)
         return twin
 
     def healthy(self) -> bool:
-        """Whether the brain answers its health check now."""
+        """Whether the brain's health check succeeds."""
         try:
             return self._session.get(f"{self.url}/api/v1/health", timeout=2).ok
         except requests.RequestException:
             return False
 
     def create_project(self, project: str) -> Row:
-        """Create a project; the slug is 3 to 50 of ``a-z0-9-``."""
+        """Create a project; its slug has 3 to 50 characters of ``a-z0-9-``."""
         return self._row(self.post("/projects", slug=project, name=project))
 
     def archive_project(self, project: str) -> None:
-        """Archive it; its agents are thrown out with close code 4003."""
+        """Archive a project; the brain closes its agents' sessions with code 4003."""
         self._call("DELETE", f"/projects/{project}")
 
     def mint_agent(self, project: str, name: str) -> Credentials:
@@ -106,42 +121,42 @@ class BrainApi:
         )
 
     def revoke_agent(self, project: str, agent_id: str) -> None:
-        """Revoke its token; open sessions close with 4003, later ones are refused with 4401."""
+        """Revoke an agent's token; open sessions close with 4003, new ones with 4401."""
         self._call("DELETE", f"/projects/{project}/agents/{agent_id}")
 
     def agents(self, project: str) -> list[Row]:
-        """Return the agents: state, capabilities, versions."""
+        """Return the project's agents with their states, capabilities and versions."""
         return self._rows(self.get(f"/projects/{project}/agents"))
 
     def agent(self, project: str, agent_id: str) -> Row:
-        """Return one of ``agents``; ``HarnessError`` when the brain does not list it."""
+        """Return one agent; raises ``HarnessError`` if the brain does not list it."""
         for row in self.agents(project):
             if row["id"] == agent_id:
                 return row
         raise HarnessError(f"the brain lists no agent {agent_id} in {project}")
 
     def agent_workers(self, project: str) -> list[Row]:
-        """Return the processes that said hello, one row per worker id."""
+        """Return the processes that connected, one row per worker id."""
         return self._rows(self.get(f"/projects/{project}/agent-workers"))
 
     def workers(self, project: str) -> list[Row]:
-        """Return the workers that events named."""
+        """Return the workers that occurred in events."""
         return self._rows(self.get(f"/projects/{project}/workers"))
 
     def queues(self, project: str) -> list[Row]:
-        """Return the queues that events named."""
+        """Return the queues that occurred in events."""
         return self._rows(self.get(f"/projects/{project}/queues"))
 
     def stats(self, project: str) -> Row:
-        """Return the dashboard's sums: tasks by state, depths, agents and workers online."""
+        """Return the dashboard's totals: tasks by state, queue depths, agents and workers."""
         return self._row(self.get(f"/projects/{project}/stats"))
 
     def tasks(self, project: str, **filters: Any) -> list[Row]:
-        """Return every task that matches: ``state``, ``name``, ``queue``, ``worker``, ``since`` ..."""
+        """Return the tasks that match ``state``, ``name``, ``queue``, ``worker``, ``since`` ..."""
         return self._pages(f"/projects/{project}/tasks", **filters)
 
     def task(self, project: str, engine: str, task_id: str) -> Row | None:
-        """Return one task, ``None`` while no event has made a row of it."""
+        """Return one task, ``None`` if the brain has no row for it."""
         try:
             return self._row(self.get(f"/projects/{project}/tasks/{engine}/{task_id}"))
         except BrainRefusedError as exc:
@@ -158,14 +173,16 @@ class BrainApi:
         return self._pages(f"/projects/{project}/commands", **filters)
 
     def command(self, project: str, command_id: str) -> Row:
-        """Return one command as it stands."""
+        """Return the current row of one command."""
         return self._row(self.get(f"/projects/{project}/commands/{command_id}"))
 
     def issue(self, project: str, route: str, *, agent_id: str, **body: Any) -> Row:
-        """Issue a command by its route, such as ``cancel-task`` or ``pool-resize``, and return its row.
+        """Issue a command and return its row.
 
-        To an agent without a session the brain answers 503 and keeps the command all the same, for its next
-        connect within 60 s; the row is then the newest one of that agent.
+        For an agent without a session the brain returns status 503, but keeps the command for a
+        connect within the next 60 s. In that case the agent's newest command is returned.
+
+        :param route: the command's route, such as ``cancel-task`` or ``pool-resize``.
         """
         try:
             issued = self.post(f"/projects/{project}/commands/{route}", agent_id=agent_id, **body)
@@ -176,7 +193,10 @@ class BrainApi:
         return self._row(issued)
 
     def wait_command(self, project: str, command_id: str, timeout: float = 70.0) -> Row:
-        """Return the command once it is finished, well or not; the brain itself gives up after 60 s."""
+        """Wait until a command has finished or failed, and return its row.
+
+        :param timeout: maximum time to wait, in seconds; the brain's own timeout is 60 s.
+        """
 
         def finished() -> Row | None:
             row = self.command(project, command_id)
@@ -186,11 +206,11 @@ class BrainApi:
         return self._row(row)
 
     def get(self, path: str, **query: Any) -> Any:
-        """GET ``/api/v1{path}`` and return the decoded answer."""
+        """GET ``/api/v1{path}`` and return the decoded response."""
         return self._call("GET", path, params=query)
 
     def post(self, path: str, **body: Any) -> Any:
-        """POST ``body`` as JSON to ``/api/v1{path}`` and return the decoded answer."""
+        """POST ``body`` as JSON to ``/api/v1{path}`` and return the decoded response."""
         return self._call("POST", path, json=body)
 
     def _call(self, method: str, path: str, **request: Any) -> Any:
@@ -198,34 +218,34 @@ class BrainApi:
             {"X-CSRF-Token": self._session.cookies.get("z4j_csrf", "")} if method != "GET" else {}
         )
         url = f"{self.url}/api/v1{path}"
-        answer = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **request)
-        if not answer.ok:
-            raise BrainRefusedError(f"{method} {path}", answer.status_code, answer.text)
-        return answer.json() if answer.content else None
+        response = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **request)
+        if not response.ok:
+            raise BrainRefusedError(f"{method} {path}", response.status_code, response.text)
+        return response.json() if response.content else None
 
     def _pages(self, path: str, **query: Any) -> list[Row]:
         rows: list[Row] = []
         cursor = None
         while True:
-            page = self.get(path, limit=_PAGE, cursor=cursor, **query)
+            page = self.get(path, limit=_PAGE_SIZE, cursor=cursor, **query)
             rows += page["items"]
             cursor = page["next_cursor"]
             if not cursor:
                 return rows
 
     @staticmethod
-    def _row(answer: Any) -> Row:
-        if not isinstance(answer, dict):
-            raise HarnessError(f"the brain answered {answer!r:.100} where an object belongs")
-        return answer
+    def _row(value: object) -> Row:
+        if not isinstance(value, dict):
+            raise HarnessError(f"the brain returned {value!r:.100} instead of a JSON object")
+        return value
 
     @staticmethod
-    def _rows(answer: Any) -> list[Row]:
-        if not isinstance(answer, list):
-            raise HarnessError(f"the brain answered {answer!r:.100} where a list belongs")
-        return answer
+    def _rows(value: object) -> list[Row]:
+        if not isinstance(value, list):
+            raise HarnessError(f"the brain returned {value!r:.100} instead of a JSON array")
+        return value
 
 
 def generate_password() -> str:
-    """Return a password that meets the brain's policy: at least 16 characters of any class."""
+    """Return a password that meets the brain's policy of at least 16 characters."""
     return secrets.token_urlsafe(18)

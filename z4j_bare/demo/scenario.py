@@ -1,11 +1,11 @@
-"""The scripted day: what is sent to the worker, and what an operator does meanwhile."""
+"""The scripted scenario: the tasks that are sent and the commands of an operator."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.demo.poller import TERMINAL
 from z4j_bare.demo.process import HarnessError, until
@@ -16,36 +16,41 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
+    from z4j_bare.demo.display import LineProgress
     from z4j_bare.demo.poller import BrainPoller
     from z4j_bare.demo.rest import BrainApi, Credentials, Row
     from z4j_bare.demo.task_log import TaskLog
     from z4j_bare.demo.worker import Worker
 
-#: Pools that can end a running task; the others only skip one that has not begun.
+#: Pools that can terminate a running task; the others only skip a task that has not started.
 TERMINATING_POOLS = frozenset({"gevent", "eventlet", "prefork"})
+
+#: Kinds of tasks that the report refers to.
 PLAIN = "plain"
-RETRYING = "retrying by itself"
-SEQUENTIAL_TASKS = 5  # how many asyncio tasks and how many ORM tasks, one at a time
-_OTHER_TASKS = 5  # failing, retrying, cancelled, failed, retried by the operator
-_ETA_SECONDS = 6.0
-_WARM_UP_SECONDS = 30.0
+RETRYING = "automatic retry"
+
+#: Number of asyncio tasks, and of ORM tasks, that run one at a time.
+SEQUENTIAL_TASKS = 5
+
+#: Number of other tasks: failing, retried, cancelled, failed, and retried by the operator.
+_OTHER_TASKS = 5
+
+#: Countdown of a task that is cancelled before it starts, in seconds.
+_COUNTDOWN = 6.0
+
+#: Maximum time until the first complete task in the brain, in seconds.
+_WARM_UP_TIMEOUT = 30.0
+
+#: Maximum time of any other step, in seconds; a step with many tasks gets more.
 _TIMEOUT = 30.0
-_PLAIN_PER_SECOND = 20.0  # slower than any pool, solo on files included
 
-
-class Progress(Protocol):
-    """Whoever shows how far the day has come."""
-
-    def stage(self, text: str) -> None:
-        """Say what happens now."""
-
-    def seen(self, count: int) -> None:
-        """Say how many tasks the brain shows as finished."""
+#: Minimum throughput of any pool, in plain tasks per second; solo on files is the slowest.
+_MIN_PLAIN_PER_SECOND = 20.0
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One task that the script produced, and the state it must have in the brain in the end."""
+    """A task that the script sent, and its expected final state in the brain."""
 
     kind: str
     task_id: str
@@ -54,7 +59,7 @@ class Sent:
 
 @dataclass
 class Record:
-    """The script's own account of the day: nothing in it comes from the agent."""
+    """The script's own record of the run; none of it comes from the agent."""
 
     sent: list[Sent] = field(default_factory=list)
     warm_up: list[str] = field(default_factory=list)
@@ -65,7 +70,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Peers:
-    """Everything that runs while the day goes on."""
+    """Everything that runs during the scenario."""
 
     brain: BrainApi
     agent: Credentials
@@ -77,45 +82,49 @@ class Peers:
 
 
 def has_django() -> bool:
-    """Whether the ORM takes part."""
+    """Whether Django is installed and ORM tasks are sent."""
     return importlib.util.find_spec("django") is not None
 
 
 def expected_total(plain: int) -> int:
-    """Return how many tasks a day with so many plain ones has, without the warm-up."""
+    """Return the number of tasks of a run with ``plain`` plain tasks, without the warm-up."""
     return plain + SEQUENTIAL_TASKS + (SEQUENTIAL_TASKS if has_django() else 0) + _OTHER_TASKS
 
 
 class Scenario:
-    """Runs the script once, with ``plain`` plain tasks; ``run`` returns the record.
+    """Runs the script once.
 
-    Raises ``HarnessError`` when the worker dies or something that everything else stands on never comes.
+    :param plain: the number of plain tasks.
     """
 
-    def __init__(self, peers: Peers, plain: int, progress: Progress) -> None:
+    def __init__(self, peers: Peers, plain: int, progress: LineProgress) -> None:
         self._peers = peers
         self._plain = plain
         self._progress = progress
         self._record = Record()
-        self._batch_timeout = _TIMEOUT + plain / _PLAIN_PER_SECOND
+        self._batch_timeout = _TIMEOUT + plain / _MIN_PLAIN_PER_SECOND
 
     def run(self) -> Record:
-        """Go through the day and return what was sent and issued."""
+        """Run all steps and return the record of sent tasks and issued commands.
+
+        :raises HarnessError: the worker exited, or a step that later ones depend on timed out.
+        """
         self._warm_up()
         self._send_batch()
-        self._one_at_a_time("asyncio.run", "demo.uses_asyncio")
+        self._send_sequentially("asyncio.run", "demo.uses_asyncio")
         if has_django():
-            self._one_at_a_time("Django ORM", "demo.uses_orm")
+            self._send_sequentially("Django ORM", "demo.uses_orm")
         else:
-            self._record.notes["Django ORM"] = "left out: Django is not installed"
-        self._wait_for_brain()  # an operator acts on what the dashboard shows, and a task to cancel does not wait
-        self._operator_cancels()
-        self._operator_retries()
+            self._record.notes["Django ORM"] = "skipped: Django is not installed"
+        # The operator's commands depend on the tasks that the dashboard shows.
+        self._wait_for_brain()
+        self._cancel_task()
+        self._retry_task()
         self._wait_for_brain()
         return self._record
 
     def _warm_up(self) -> None:
-        """Send tasks until one is complete in the brain: prefork's broker events are switched on late."""
+        """Send tasks until the brain shows a complete one, which proves that capture is active."""
         self._progress.stage("warming up")
         began = time.monotonic()
 
@@ -124,7 +133,7 @@ class Scenario:
                 self._record.warm_up.append(self._publish("demo.plain", 0))
             return any(self._is_complete(task_id) for task_id in self._record.warm_up)
 
-        self._until(complete, "a complete task in the brain", _WARM_UP_SECONDS)
+        self._until(complete, "a complete task in the brain", _WARM_UP_TIMEOUT)
         self._record.warm_up_seconds = time.monotonic() - began
 
     def _is_complete(self, task_id: str) -> bool:
@@ -132,60 +141,61 @@ class Scenario:
         return row is not None and row["state"] == "success" and row["started_at"] is not None
 
     def _send_batch(self) -> None:
-        self._progress.stage(f"{self._plain} plain tasks, one that fails, one that retries")
+        self._progress.stage(f"running {self._plain} plain tasks, a failing and a retried task")
         sent = [self._send(PLAIN, "demo.plain", "success", number) for number in range(self._plain)]
         sent.append(self._send("failing", "demo.failing", "failure"))
         sent.append(self._send(RETRYING, "demo.retrying", "success"))
         self._wait_ended(sent, self._batch_timeout)
 
-    def _one_at_a_time(self, kind: str, name: str) -> None:
-        """Overlapping ones collide in gevent and eventlet without any agent too."""
-        self._progress.stage(f"{kind}, one at a time")
+    def _send_sequentially(self, kind: str, name: str) -> None:
+        """Run tasks one after another: concurrent ones fail under greenlets without any agent."""
+        self._progress.stage(f"running {kind} tasks one at a time")
         for _ in range(SEQUENTIAL_TASKS):
             self._wait_ended([self._send(kind, name, "success")], _TIMEOUT)
 
-    def _operator_cancels(self) -> None:
-        self._progress.stage("an operator cancels a task")
+    def _cancel_task(self) -> None:
+        self._progress.stage("cancelling a task from the dashboard")
         if self._peers.worker.pool in TERMINATING_POOLS:
             task_id = self._send("cancelled while running", "demo.long", "revoked", _TIMEOUT)
             self._wait_state(task_id, {"started", *TERMINAL})
         else:
-            kind = "cancelled before its ETA"
-            self._record.notes[kind] = f"{self._peers.worker.pool} cannot end a running task"
-            task_id = self._send(kind, "demo.plain", "revoked", 0, countdown=_ETA_SECONDS)
+            kind = "cancelled before start"
+            pool = self._peers.worker.pool
+            self._record.notes[kind] = f"the {pool} pool cannot terminate a running task"
+            task_id = self._send(kind, "demo.plain", "revoked", 0, countdown=_COUNTDOWN)
             self._wait_state(task_id, {"received", "started", *TERMINAL})
         self._command("cancel-task", task_id)
         self._wait_state(task_id, TERMINAL)
 
-    def _operator_retries(self) -> None:
-        self._progress.stage("an operator retries a failed task")
+    def _retry_task(self) -> None:
+        self._progress.stage("retrying a failed task from the dashboard")
         mark = str(self._peers.home / "failed-once")
-        task_id = self._send("failing until retried", "demo.fails_once", "failure", mark)
+        task_id = self._send("failing before retry", "demo.fails_once", "failure", mark)
         self._wait_state(task_id, TERMINAL)
         result = self._command("retry-task", task_id)["result"]
-        again = Sent("retried by the operator", str((result or {}).get("new_task_id")), "success")
-        self._record.sent.append(again)
+        retried = Sent("retried by operator", str((result or {}).get("new_task_id")), "success")
+        self._record.sent.append(retried)
         if result:
-            self._wait_ended([again.task_id], _TIMEOUT)
+            self._wait_ended([retried.task_id], _TIMEOUT)
 
     def _wait_for_brain(self) -> None:
-        """Give it time to show what was sent so far; what is missing then will be missing in the table."""
+        """Wait for the brain to show all tasks; the report lists those that are missing."""
         self._progress.stage("waiting for the brain")
-        waiting = {sent.task_id for sent in self._record.sent}
+        expected = {sent.task_id for sent in self._record.sent}
         self._try_until(
-            lambda: waiting <= self._peers.poller.first_finished.keys(), self._batch_timeout
+            lambda: expected <= self._peers.poller.first_finished.keys(), self._batch_timeout
         )
 
-    def _send(self, kind: str, name: str, expected: str, *args: Any, **options: Any) -> str:
+    def _send(self, kind: str, name: str, expected: str, *args: object, **options: object) -> str:
         task_id = self._publish(name, *args, **options)
         self._record.sent.append(Sent(kind, task_id, expected))
         return task_id
 
-    def _publish(self, name: str, *args: Any, **options: Any) -> str:
+    def _publish(self, name: str, *args: object, **options: Any) -> str:
         return str(self._peers.producer.send_task(name, args=args, **options).id)
 
     def _command(self, route: str, task_id: str) -> Row:
-        """Issue a command as the operator does and return its row once it is finished."""
+        """Issue a command as an operator does, and return its row after it has finished."""
         brain, agent = self._peers.brain, self._peers.agent
         issued = brain.issue(
             agent.project, route, agent_id=agent.agent_id, engine="celery", task_id=task_id
@@ -204,7 +214,7 @@ class Scenario:
         self._try_until(lambda: self._peers.poller.state(task_id) in states, _TIMEOUT)
 
     def _try_until(self, check: Callable[[], bool], timeout: float) -> None:
-        """Wait for something that the table will show as missing should it not come."""
+        """Wait for a condition and ignore a timeout, because the report shows the missing task."""
         try:
             self._until(check, "", timeout)
         except HarnessError:
@@ -217,10 +227,10 @@ class Scenario:
         def check_with_worker() -> bool:
             if not worker.running:
                 raise HarnessError(
-                    f"{worker.title} ended with code {worker.exit_code}", log=worker.log
+                    f"{worker.title} exited with code {worker.exit_code}", log=worker.log
                 )
             finished = self._peers.poller.first_finished
-            self._progress.seen(sum(sent.task_id in finished for sent in self._record.sent))
+            self._progress.finished(sum(sent.task_id in finished for sent in self._record.sent))
             return check()
 
         try:

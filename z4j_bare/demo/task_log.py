@@ -1,4 +1,4 @@
-"""The tasks' own record of when each of their runs ended: evidence that owes nothing to an agent."""
+"""The tasks' own log of their runs: a reference that does not depend on any agent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+#: Outcome of a run that did not raise.
 RETURNED = "returned"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one task: ``ended`` as a POSIX time, ``outcome`` ``"returned"`` or the exception's name."""
+    """One run of a task.
+
+    ``ended`` is a POSIX time in seconds. ``outcome`` is ``"returned"`` or the exception's class.
+    """
 
     task_id: str
     ended: float
@@ -24,12 +28,12 @@ class Run:
 
 
 def path(home: Path) -> Path:
-    """Return the journal of a run in ``home``."""
-    return home / "journal.jsonl"
+    """Return the path of the log in the directory of a demo run."""
+    return home / "tasks.jsonl"
 
 
 def write(home: Path, task_id: str, outcome: str) -> None:
-    """Append one run, in one ``write`` to a file opened for appending: lines of processes do not mix."""
+    """Append one run with a single ``write``, so that lines of several processes do not mix."""
     line = json.dumps({"task_id": task_id, "ended": time.time(), "outcome": outcome}) + "\n"
     descriptor = os.open(path(home), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -39,7 +43,7 @@ def write(home: Path, task_id: str, outcome: str) -> None:
 
 
 class TaskLog:
-    """The script's side: the runs so far, per task id."""
+    """Reads the log incrementally."""
 
     def __init__(self, home: Path) -> None:
         self._path = path(home)
@@ -47,17 +51,17 @@ class TaskLog:
         self._runs: dict[str, list[Run]] = {}
 
     def runs(self, task_id: str) -> list[Run]:
-        """Return the runs of one task that have ended by now, oldest first."""
+        """Return the completed runs of a task, oldest first."""
         self._read_new()
         return self._runs.get(task_id, [])
 
     def ended(self, task_id: str) -> bool:
-        """Whether it has ended for good: a run that ends in ``Retry`` is followed by another."""
+        """Whether the task has ended: its last run did not end with ``Retry``."""
         runs = self.runs(task_id)
         return bool(runs) and runs[-1].outcome != "Retry"
 
     def last_end(self, task_id: str) -> float | None:
-        """Return when its last run ended, ``None`` when none has."""
+        """Return the end of the task's last run, ``None`` if no run has ended."""
         runs = self.runs(task_id)
         return runs[-1].ended if runs else None
 
@@ -66,9 +70,9 @@ class TaskLog:
             return
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")[0]
-        if whole:
-            self._offset += len(whole) + 1
-        for line in whole.splitlines():
+            complete = file.read().rpartition(b"\n")[0]
+        if complete:
+            self._offset += len(complete) + 1
+        for line in complete.splitlines():
             run = Run(**json.loads(line))
             self._runs.setdefault(run.task_id, []).append(run)

@@ -13,16 +13,20 @@ from z4j_bare.demo.process import Service, clean_environment
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+#: Celery's worker pools.
 POOLS = ("gevent", "eventlet", "threads", "solo", "prefork")
-#: How many tasks each pool runs at a time when nobody says otherwise.
+
+#: Default number of concurrent tasks of each pool.
 CONCURRENCY = {"gevent": 20, "eventlet": 20, "threads": 8, "solo": 1, "prefork": 2}
-_READY_SECONDS = 60.0
+
+#: Maximum start-up time of a worker, in seconds.
+_READY_TIMEOUT = 60.0
 
 
 def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
-    """Return a clean environment with ``extra``, and with the very ``z4j_bare`` that runs here.
+    """Return a clean environment with ``extra`` in which ``python`` imports this ``z4j_bare``.
 
-    Another ``python`` than this one has a ``z4j_bare`` of its own and gets no search path from here.
+    A different interpreter uses the ``z4j_bare`` of its own environment.
     """
     environment = clean_environment()
     search_path = environment.pop("PYTHONPATH", "")
@@ -33,12 +37,17 @@ def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -
 
 
 class Worker(Service):
-    """``celery worker`` of ``pool`` for the application module ``app``, called ``name`` in the cluster.
+    """A ``celery worker`` process.
 
-    ``environment`` is added to a clean one, usually ``Credentials.env(...)`` and what the module reads;
-    ``broker`` is passed as ``--broker`` when given; ``options`` go to the command line as they are; ``python``
-    runs it in another virtual environment. A name without a dot survives the brain's redaction, which takes
-    dotted ones for e-mail addresses.
+    :param app: the application's module.
+    :param environment: variables in addition to a clean environment, usually
+        ``Credentials.env(...)`` and the variables that the module reads.
+    :param broker: the broker's URL, if the module does not set it.
+    :param concurrency: number of concurrent tasks, by default that of :data:`CONCURRENCY`.
+    :param name: the worker's name. It must contain no dot, because the brain redacts a name with
+        a dot as an e-mail address.
+    :param options: additional command-line options.
+    :param python: the interpreter, for example that of another virtual environment.
     """
 
     def __init__(
@@ -67,7 +76,7 @@ class Worker(Service):
             log=log,
         )
 
-    def start(self, timeout: float = _READY_SECONDS) -> None:
-        """Start it and wait until it consumes, at most ``timeout`` seconds."""
-        seen = len(self.output())
-        self.spawn(lambda: f"{self.name} ready." in self.output()[seen:], timeout)
+    def start(self, timeout: float = _READY_TIMEOUT) -> None:
+        """Start the worker and wait at most ``timeout`` seconds until it consumes messages."""
+        offset = len(self.output())
+        self.spawn(lambda: f"{self.name} ready." in self.output()[offset:], timeout)

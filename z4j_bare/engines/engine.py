@@ -1,5 +1,7 @@
 """What the agent has to know of an engine beyond the methods of its adapter."""
 
+# ruff: noqa: ARG002 - the base class ignores arguments that subclasses need
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -34,7 +34,11 @@ class RqEngine(Engine):
     kind = "rq"
 
     def make_source(
-        self, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: object
+        self,
+        ring: Ring,
+        settings: Settings,
+        backend: BaseConcurrency,
+        consumer: object,  # noqa: ARG002 - only for Celery
     ) -> RqSource:
         """Return a source that hooks into RQ's workers."""
         return RqSource(self.adapter, ring, settings, backend)

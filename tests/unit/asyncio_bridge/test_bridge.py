@@ -1,4 +1,4 @@
-"""Calls with deadlines, and pumps."""
+"""The bridge: calls with deadlines, and pumps."""
 
 import asyncio
 import itertools
@@ -17,18 +17,18 @@ from z4j_bare.interfaces import IBridge
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """Restarts without their pauses."""
+def fast_restarts(monkeypatch):
+    """Pumps restart without pauses."""
     monkeypatch.setattr(pump_module, "backoff", lambda: itertools.repeat(0.001))
 
 
-def test_contract(bridge):
-    """Bridge offers what IBridge promises."""
+def test_bridge_implements_interface(bridge):
+    """Bridge has the methods of IBridge."""
     assert verifyObject(IBridge, bridge)
 
 
-def test_no_loop_for_calls_that_need_none(bridge):
-    """Synchronous functions and await-free coroutines run without a loop being visible, or built."""
+def test_await_free_calls_build_no_loop(bridge):
+    """Synchronous functions and await-free coroutines run without a loop, which is not built."""
 
     async def free(value, *, other):
         return value, other, asyncio._get_running_loop()
@@ -38,8 +38,8 @@ def test_no_loop_for_calls_that_need_none(bridge):
     assert bridge._loop is None
 
 
-def test_a_late_call_is_named_without_its_arguments(bridge, backend):
-    """The time-out names the function, however it is wrapped: its arguments may be a mebibyte, and secret."""
+def test_timeout_names_function_without_arguments(bridge, backend):
+    """The error names the wrapped function, not its arguments: they may be large and secret."""
 
     def charge(_card):
         return backend.event().wait(5)
@@ -49,8 +49,8 @@ def test_a_late_call_is_named_without_its_arguments(bridge, backend):
     assert "4111" not in str(caught.value)
 
 
-def test_a_blocking_body_blocks_nobody_else(bridge, backend):
-    """While an await-free body waits, other calls of both kinds go through; its deadline holds."""
+def test_blocking_call_does_not_block_others(bridge, backend):
+    """While an await-free coroutine blocks, other calls return; its own timeout holds."""
     release = backend.event()
 
     async def blocking():
@@ -71,8 +71,8 @@ def test_a_blocking_body_blocks_nobody_else(bridge, backend):
     assert results == [True]
 
 
-def test_errors_reach_the_caller(bridge):
-    """Adapters' own exceptions, TimeoutError included, come out of either route unchanged."""
+def test_adapter_error_reaches_the_caller(bridge):
+    """An adapter's own exception is raised unchanged, with and without a loop."""
 
     class OffloadTimeoutError(Exception):
         pass
@@ -89,28 +89,27 @@ def test_errors_reach_the_caller(bridge):
             bridge.call(function, timeout=5)
 
 
-def test_expiry_cancels_the_task(bridge, until):
-    """After its deadline a coroutine is cancelled, and the loop serves the next call."""
+def test_timeout_cancels_the_task(bridge, until):
+    """A coroutine is cancelled at its deadline, and the loop serves the next call."""
     seen = []
 
     async def endless():
-        seen.append("began")
+        seen.append("started")
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             seen.append("cancelled")
             raise
 
-    while (
-        not seen
-    ):  # on a busy machine the deadline may pass before the first step; then nothing runs at all
+    # On a busy machine the deadline may pass before the first step; then nothing runs.
+    while not seen:
         with pytest.raises(TimeoutError, match="endless"):
             bridge.call(endless, timeout=0.05)
-    until(lambda: seen == ["began", "cancelled"])
+    until(lambda: seen == ["started", "cancelled"])
 
 
-def test_what_expires_before_its_first_step_never_runs(bridge):
-    """A coroutine whose deadline passes while the loop is busy is cancelled unbegun: no side effect comes late."""
+def test_call_that_expires_before_its_first_step_never_runs(bridge):
+    """A coroutine whose deadline passes while the loop is busy has no late side effect."""
     loop, seen = bridge.loop(), []
 
     async def work():
@@ -118,23 +117,23 @@ def test_what_expires_before_its_first_step_never_runs(bridge):
         await asyncio.sleep(0)
 
     def busy():
-        until = time.monotonic() + 0.3
-        while time.monotonic() < until:
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
             pass  # blocks without switching, as CPU work does
 
     loop.call_soon_threadsafe(busy)
     with pytest.raises(TimeoutError):
         bridge.call(work, timeout=0.05)
 
-    async def turn():
+    async def pause():
         await asyncio.sleep(0.01)
 
-    bridge.call(turn, timeout=5)
+    bridge.call(pause, timeout=5)
     assert seen == []
 
 
-def test_a_cancelled_coroutine_is_an_error_of_ours(bridge):
-    """CancelledError, a BaseException, never leaves the bridge."""
+def test_cancelled_coroutine_raises_agent_error(bridge):
+    """CancelledError, a BaseException, is converted to AgentError."""
 
     async def gives_up():
         await asyncio.sleep(0)
@@ -144,8 +143,8 @@ def test_a_cancelled_coroutine_is_an_error_of_ours(bridge):
         bridge.call(gives_up, timeout=5)
 
 
-def test_system_exit_of_an_adapter_stays_inside(bridge):
-    """An eager task that calls sys.exit() inside an adapter neither ends our loop nor the calling one."""
+def test_system_exit_of_adapter_is_contained(bridge):
+    """``sys.exit()`` in an adapter ends neither the adapters' loop nor the calling loop."""
 
     async def free():
         raise SystemExit(1)
@@ -160,8 +159,8 @@ def test_system_exit_of_an_adapter_stays_inside(bridge):
     assert bridge.call(int, timeout=5) == 0
 
 
-def test_an_awaitable_out_of_a_sync_function_is_awaited(bridge):
-    """A synchronous layer around a coroutine function is called where nothing is visible, its coroutine on the loop."""
+def test_awaitable_from_sync_function_is_awaited(bridge):
+    """A synchronous wrapper runs on a worker, and the awaitable it returns runs on the loop."""
 
     async def inner():
         await asyncio.sleep(0)
@@ -175,8 +174,8 @@ def test_an_awaitable_out_of_a_sync_function_is_awaited(bridge):
     assert bridge.call(Awaitable, timeout=5) is bridge.loop()
 
 
-def test_one_loop(bridge):
-    """Everybody gets the same loop object, the one that runs the coroutines."""
+def test_loop_is_always_the_same(bridge):
+    """``loop()`` returns one object, which also runs the coroutines."""
 
     async def adapter():
         await asyncio.sleep(0)
@@ -185,24 +184,24 @@ def test_one_loop(bridge):
     assert bridge.loop() is bridge.loop() is bridge.call(adapter, timeout=5)
 
 
-def test_many_callers_at_once(bridge, backend):
-    """Fifty tasks calling at once each get their own answer."""
-    answers = []
+def test_concurrent_calls_get_their_own_results(bridge, backend):
+    """Fifty tasks that call at once each get their own result."""
+    results = []
 
     async def echo(number):
         await asyncio.sleep(0.001)
         return number
 
     tasks = [
-        backend.spawn(lambda n=n: answers.append((n, bridge.call(echo, n, timeout=10))), name="c")
+        backend.spawn(lambda n=n: results.append((n, bridge.call(echo, n, timeout=10))), name="c")
         for n in range(50)
     ]
     assert all(task.join(10) for task in tasks)
-    assert sorted(answers) == [(n, n) for n in range(50)]
+    assert sorted(results) == [(n, n) for n in range(50)]
 
 
-def test_stop_is_idempotent_and_refuses_what_comes_later(backend):
-    """After stop, calls fail at once, call_soon_threadsafe is silent, a waiting caller is let go."""
+def test_stop_refuses_later_calls(backend):
+    """After stop, calls fail at once, a waiting call fails, and late callbacks are dropped."""
     bridge, caught = Bridge(backend), []
     loop = bridge.loop()
 
@@ -234,8 +233,8 @@ def test_stop_is_idempotent_and_refuses_what_comes_later(backend):
             bridge.call(function, timeout=5)
 
 
-def test_stop_without_a_loop(backend):
-    """A bridge that nobody used stops, and builds no loop afterwards."""
+def test_stop_without_loop_builds_none(backend):
+    """A bridge that was never used can be stopped, and builds no loop afterwards."""
     bridge = Bridge(backend)
     bridge.stop()
     with pytest.raises(AgentError):
@@ -244,9 +243,9 @@ def test_stop_without_a_loop(backend):
         bridge.pump(lambda: None, print, "late")
 
 
-def test_pump_delivers_everything_in_order(bridge, backend, until):
-    """20,000 events of four producers arrive completely, each producer's in its order, while no loop is visible."""
-    loop, seen, leaks = bridge.loop(), defaultdict(list), []
+def test_pump_delivers_all_items_in_order(bridge, backend, until):
+    """All 20,000 events of four producers arrive in order, and producers see no running loop."""
+    loop, seen, visible = bridge.loop(), defaultdict(list), []
 
     class Adapter:
         def __init__(self):
@@ -262,23 +261,23 @@ def test_pump_delivers_everything_in_order(bridge, backend, until):
         for number in range(5000):
             loop.call_soon_threadsafe(adapter.queue.put_nowait, (producer, number))
             if not number % 100:
-                leaks.append(asyncio._get_running_loop())
+                visible.append(asyncio._get_running_loop())
                 backend.sleep(0)
 
-    end = bridge.pump(
+    stop_pump = bridge.pump(
         adapter.subscribe_events, lambda item: seen[item[0]].append(item[1]), "events"
     )
     tasks = [backend.spawn(produce, name, name=f"producer-{name}") for name in "abcd"]
     assert all(task.join(20) for task in tasks)
     until(lambda: sum(map(len, seen.values())) == 20_000)
     assert all(numbers == list(range(5000)) for numbers in seen.values())
-    assert not any(leaks)
-    end()
+    assert not any(visible)
+    stop_pump()
     assert bridge.restarts == 0
 
 
-def test_ending_a_pump_lets_queued_items_through(bridge):
-    """Items announced before the end reach the sink; ending twice, or after stop, is fine."""
+def test_stopping_pump_delivers_queued_items(bridge):
+    """Items queued before the stop reach the sink; stopping twice, or after the bridge, is safe."""
     loop, seen = bridge.loop(), []
     queue = asyncio.Queue()
 
@@ -286,38 +285,38 @@ def test_ending_a_pump_lets_queued_items_through(bridge):
         while True:
             yield await queue.get()
 
-    end = bridge.pump(stream, seen.append, "events")
+    stop_pump = bridge.pump(stream, seen.append, "events")
     for number in range(3000):
         loop.call_soon_threadsafe(queue.put_nowait, number)
-    end()
+    stop_pump()
     assert seen == list(range(3000))
-    end()
+    stop_pump()
     bridge.stop(5)
-    end()
+    stop_pump()
 
 
-def test_a_generator_that_ends_at_once_is_not_respawned(bridge, until, impatient):
-    """An adapter without registry changes is asked once."""
-    asked = []
+def test_generator_that_ends_is_not_restarted(bridge, until, fast_restarts):
+    """A stream that ends at once is started once."""
+    started = []
 
     async def stream():
-        asked.append(1)
+        started.append(1)
         return
         yield
 
-    end = bridge.pump(stream, asked.append, "registry")
-    until(lambda: asked)
+    stop_pump = bridge.pump(stream, started.append, "registry")
+    until(lambda: started)
 
-    async def turn():
+    async def pause():
         await asyncio.sleep(0.02)
 
-    bridge.call(turn, timeout=5)
-    assert (asked, bridge.restarts) == ([1], 0)
-    end()
+    bridge.call(pause, timeout=5)
+    assert (started, bridge.restarts) == ([1], 0)
+    stop_pump()
 
 
-def test_a_generator_that_raises_is_restarted(bridge, until, impatient, caplog):
-    """A failing stream is logged, counted and asked again, and what it yields afterwards arrives."""
+def test_generator_that_raises_is_restarted(bridge, until, fast_restarts, caplog):
+    """A failing stream is logged, counted and restarted, and its later items arrive."""
     attempts, seen = [], []
 
     async def stream():
@@ -326,16 +325,16 @@ def test_a_generator_that_raises_is_restarted(bridge, until, impatient, caplog):
         if len(attempts) < 4:
             raise LookupError("broken stream")
 
-    with caplog.at_level(logging.WARNING, "z4j.runtime.adapters"):
-        end = bridge.pump(stream, seen.append, "events")
+    with caplog.at_level(logging.WARNING, "z4j.runtime.asyncio_bridge.pump"):
+        stop_pump = bridge.pump(stream, seen.append, "events")
         until(lambda: len(seen) == 4)
     assert bridge.restarts == 3
     assert caplog.text.count("events failed") == 3
-    end()
+    stop_pump()
 
 
-def test_a_stream_that_cancels_itself_is_restarted(bridge, until, impatient):
-    """CancelledError or SystemExit out of a stream, without anybody having cancelled the pump, counts as a failure."""
+def test_stream_that_cancels_itself_is_restarted(bridge, until, fast_restarts):
+    """CancelledError or SystemExit raised by a stream, not by a cancelled pump, is a failure."""
     seen, errors = [], [asyncio.CancelledError, SystemExit]
 
     async def stream():
@@ -348,20 +347,20 @@ def test_a_stream_that_cancels_itself_is_restarted(bridge, until, impatient):
     assert bridge.restarts == 2
 
 
-def test_a_call_from_a_step_is_refused(bridge):
-    """A step that calls the bridge gets an error instead of a deadlock."""
+def test_call_from_loop_step_is_refused(bridge):
+    """A loop step that calls the bridge gets an error, not a deadlock."""
 
-    async def reenters():
+    async def call_again():
         await asyncio.sleep(0)
         with pytest.raises(AgentError, match="wait for itself"):
             bridge.call(int, timeout=5)
         return 1
 
-    assert bridge.call(reenters, timeout=5) == 1
+    assert bridge.call(call_again, timeout=5) == 1
 
 
-def test_a_step_that_switches_does_not_disturb_outsiders(bridge, backend, until):
-    """While an adapter's step switches and shows its mark, other tasks' calls are not taken for steps."""
+def test_switching_step_does_not_affect_other_callers(bridge, backend, until):
+    """While an adapter's step switches, calls of other tasks are not mistaken for loop steps."""
     inside, release = [], backend.event()
 
     async def switches():
@@ -378,13 +377,13 @@ def test_a_step_that_switches_does_not_disturb_outsiders(bridge, backend, until)
     assert results == [True]
 
 
-def test_backoff():
+def test_backoff_doubles_up_to_thirty_seconds():
     """Pauses double from one second and stay at thirty."""
     assert list(itertools.islice(pump_module.backoff(), 8)) == [1, 2, 4, 8, 16, 30, 30, 30]
 
 
-def test_a_coroutine_that_returns_a_stream(bridge, until):
-    """subscribe_events may also be a plain coroutine function returning an async iterator."""
+def test_pump_accepts_coroutine_that_returns_a_stream(bridge, until):
+    """``subscribe_events`` may be a coroutine function that returns an async iterator."""
     seen = []
 
     async def stream():
@@ -397,23 +396,23 @@ def test_a_coroutine_that_returns_a_stream(bridge, until):
     until(lambda: seen == [1])
 
 
-def test_a_full_queue_does_not_stall_the_siblings(bridge, backend, until):
-    """While 50,000 ready items are drained, siblings get their turns again and again."""
-    seen, turns, over = [], [], []
+def test_full_queue_does_not_block_other_tasks(bridge, backend, until):
+    """While 50,000 ready items are delivered, another task runs at least five times."""
+    seen, samples, over = [], [], []
 
     async def stream():
         for number in range(50_000):
             yield number
 
-    def sibling():
+    def other_task():
         while not over:
-            turns.append(len(seen))
+            samples.append(len(seen))
             backend.sleep(0)
 
-    task = backend.spawn(sibling, name="sibling")
+    task = backend.spawn(other_task, name="other")
     bridge.pump(stream, seen.append, "events")
     until(lambda: len(seen) == 50_000)
     over.append(1)
     assert task.join(5)
-    if backend.name != "threads":  # threads get their turns from the operating system, ours or not
-        assert len({turn for turn in turns if 0 < turn < 50_000}) >= 5
+    if backend.name != "threads":  # the operating system schedules threads, whatever the pump does
+        assert len({sample for sample in samples if 0 < sample < 50_000}) >= 5

@@ -1,4 +1,4 @@
-"""Forked children: greenlets are copied into them, threads are not; either way the copies keep still."""
+"""The bridge in forked children: the copies of its greenlets must not run."""
 
 import asyncio
 import os
@@ -7,16 +7,16 @@ import time
 import warnings
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
-from z4j_bare.asyncio_bridge.marks import LONGEST_PARK
+from z4j_bare.asyncio_bridge.hubloop import MAX_WAIT
 from z4j_bare.errors import ForkedChildError
 
 
 def in_child(check):
-    """Fork; run ``check`` in the child and return what it returned there, as the exit code."""
+    """Fork, call ``check`` in the child, and return its value, which is the exit code."""
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
-        )  # CPython 3.12 warns of any fork beside threads
+        )  # CPython 3.12 warns about a fork while threads run
         pid = os.fork()
     if not pid:
         code = 99
@@ -27,7 +27,7 @@ def in_child(check):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-async def offload(function, *args):
+async def in_executor(function, *args):
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
@@ -36,8 +36,8 @@ async def awaiting():
     return asyncio.get_running_loop()
 
 
-def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, backend, until, capfd):
-    """In a child no step runs, late calls drop, nothing is printed; the parent's timers and calls keep going."""
+def test_copy_in_child_stays_silent_and_parent_continues(bridge, backend, until, capfd):
+    """In a child no step runs and nothing is printed; the parent's timers and calls continue."""
     loop, ticks, late = bridge.loop(), [], []
 
     def tick():
@@ -49,13 +49,13 @@ def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, backend, until,
     parent = os.getpid()
 
     def check():
-        refused = loop.call_soon_threadsafe(late.append, 1).cancelled()
-        time.sleep(0.2)  # patched: copies get their chance
+        dropped = loop.call_soon_threadsafe(late.append, 1).cancelled()
+        time.sleep(0.2)  # patched: lets the copies run
         bridge.stop()
         return (
             (os.getpid() in ticks)
             + 2 * bool(late)
-            + 4 * (not refused)
+            + 4 * (not dropped)
             + 8 * (asyncio._get_running_loop() is not None)
         )
 
@@ -63,19 +63,19 @@ def test_the_copy_leaves_silently_and_the_parent_goes_on(bridge, backend, until,
         assert in_child(check) == 0
         before = len(ticks)
         assert bridge.call(awaiting, timeout=5) is loop
-        assert bridge.call(offload, int, timeout=5) == 0
+        assert bridge.call(in_executor, int, timeout=5) == 0
         assert bridge.call(int, timeout=5) == 0
         until(lambda before=before: len(ticks) > before + 3, 3)
     assert set(ticks) == {parent}
     assert capfd.readouterr().err == ""
 
 
-def test_a_parked_parent_is_still_woken(bridge, backend, until):
-    """Children that let their copies run do not eat the parent's wake-ups: a parked loop answers promptly."""
+def test_waiting_parent_is_still_woken(bridge, backend, until):
+    """A child does not take the parent's wake-ups: a waiting loop in the parent reacts promptly."""
     loop, slow = bridge.loop(), []
     bridge.call(awaiting, timeout=5)
     for _ in range(5):
-        until(lambda: loop._scope._parked)
+        until(lambda: loop._scope._waiting)
         assert in_child(lambda: time.sleep(0.05) or 0) == 0
         began = backend.now()
         bridge.call(awaiting, timeout=5)
@@ -83,8 +83,8 @@ def test_a_parked_parent_is_still_woken(bridge, backend, until):
     assert sorted(slow)[2] < 0.5
 
 
-def test_the_parent_is_served_while_the_child_lives(bridge, backend):
-    """A child that lives on beside the parent may delay a call by one park (eventlet shares its epoll set), no more."""
+def test_living_child_delays_parent_by_one_wait_at_most(bridge, backend):
+    """While a child lives, a call takes at most two waits: eventlet shares its epoll set."""
     loop = bridge.loop()
     bridge.call(awaiting, timeout=5)
     reader, writer = os.pipe()
@@ -103,7 +103,7 @@ def test_the_parent_is_served_while_the_child_lives(bridge, backend):
     for _ in range(5):
         began = backend.now()
         assert bridge.call(awaiting, timeout=5) is loop
-        assert backend.now() - began < 2 * LONGEST_PARK
+        assert backend.now() - began < 2 * MAX_WAIT
         backend.sleep(0.01)
     os.close(writer)
     assert task.join(10)
@@ -111,8 +111,8 @@ def test_the_parent_is_served_while_the_child_lives(bridge, backend):
     assert codes == [0]
 
 
-def test_queued_offloads_do_not_run_twice(bridge, backend, until, tmp_path):
-    """Jobs queued at the moment of the fork run in the parent only."""
+def test_queued_executor_calls_run_once(bridge, backend, until, tmp_path):
+    """Jobs that are queued during the fork run only in the parent."""
     release, trace = backend.event(), tmp_path / "trace"
 
     def job(number):
@@ -121,7 +121,8 @@ def test_queued_offloads_do_not_run_twice(bridge, backend, until, tmp_path):
 
     async def adapter():
         await asyncio.gather(
-            *(offload(release.wait, 20) for _ in range(8)), *(offload(job, n) for n in range(5))
+            *(in_executor(release.wait, 20) for _ in range(8)),
+            *(in_executor(job, n) for n in range(5)),
         )
 
     task = backend.spawn(lambda: bridge.call(adapter, timeout=20), name="caller")
@@ -141,8 +142,8 @@ def test_queued_offloads_do_not_run_twice(bridge, backend, until, tmp_path):
     ]
 
 
-def test_calls_in_a_child_leave(bridge):
-    """A copied agent loop that calls the bridge is told to leave; stop there touches nothing."""
+def test_call_in_child_raises_forked_child_error(bridge):
+    """A call in a child raises ForkedChildError, and stop does nothing there."""
     bridge.call(awaiting, timeout=5)
 
     def check():
@@ -159,8 +160,8 @@ def test_calls_in_a_child_leave(bridge):
     assert bridge.call(int, timeout=5) == 0
 
 
-def test_a_child_builds_its_own(bridge, backend, mode):
-    """A new backend and bridge in a child work, with the parent's still there and alive in the parent."""
+def test_child_can_build_its_own_bridge(bridge, backend, mode):
+    """A new backend and bridge work in a child, and the parent's bridge keeps working."""
     from z4j_bare.concurrency import build
 
     bridge.call(awaiting, timeout=5)
@@ -168,7 +169,7 @@ def test_a_child_builds_its_own(bridge, backend, mode):
     def check():
         own = Bridge(build(mode))
         loop = own.call(awaiting, timeout=5)
-        value = own.call(offload, int, timeout=5)
+        value = own.call(in_executor, int, timeout=5)
         own.stop(5)
         return 0 if loop is not bridge._loop and value == 0 and loop.is_closed() else 1
 

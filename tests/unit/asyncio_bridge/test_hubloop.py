@@ -1,4 +1,4 @@
-"""The loop that the host never sees."""
+"""The adapters' loop: never visible to the host, cooperative, and bounded at shutdown."""
 
 import asyncio
 import logging
@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from z4j_bare.asyncio_bridge.hubloop import HubLoop
-from z4j_bare.asyncio_bridge.marks import LONGEST_PARK, StepScopedSelector
+from z4j_bare.asyncio_bridge.hubloop import MAX_WAIT, HubLoop, StepScopedSelector
 
 
 @pytest.fixture
@@ -21,11 +20,11 @@ def loop(backend):
     assert made.shutdown(5)
 
 
-class Samples:
-    """A sibling task that looks for a running loop whenever it gets to run."""
+class Sampler:
+    """Another task, which checks for a running loop whenever it runs."""
 
     def __init__(self, backend):
-        self.taken = self.leaks = 0
+        self.taken = self.visible = 0
         self._backend = backend
         self._over = False
         self._task = backend.spawn(self._run, name="sampler")
@@ -34,34 +33,35 @@ class Samples:
         hooks = sys.get_asyncgen_hooks()
         while not self._over:
             self.taken += 1
-            self.leaks += (
+            self.visible += (
                 asyncio._get_running_loop() is not None or sys.get_asyncgen_hooks() != hooks
             )
             self._backend.sleep(0)
 
-    def end(self):
+    def stop(self):
         self._over = True
         assert self._task.join(5)
-        return self.leaks
+        return self.visible
 
 
-async def offload(function, *args, timeout=5.0):  # noqa: ASYNC109 - the adapters' own shape
-    """What the six ``_offload.py`` of the adapters do."""
+async def in_executor(function, *args, timeout=5.0):  # noqa: ASYNC109 - the adapters' own shape
+    """Do what the six ``_offload.py`` modules of the adapters do."""
     loop = asyncio.get_running_loop()
     return await asyncio.wait_for(loop.run_in_executor(object(), function, *args), timeout)
 
 
-def test_importing_loads_no_asyncio():
-    """Neither the package nor its rooms load asyncio, ssl or a green runtime before a loop is needed."""
+def test_import_loads_no_asyncio():
+    """Before a loop is needed, neither asyncio nor a green runtime is imported."""
     code = (
-        "import sys, z4j_bare, z4j_bare.asyncio_bridge, z4j_bare.asyncio_bridge.bridge, z4j_bare.asyncio_bridge.worker_pool;"
+        "import sys, z4j_bare, z4j_bare.asyncio_bridge;"
+        "import z4j_bare.asyncio_bridge.bridge, z4j_bare.asyncio_bridge.worker_pool;"
         "sys.exit(sum(name in sys.modules for name in ('asyncio', 'gevent', 'eventlet')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_siblings_never_see_a_running_loop(bridge, backend):
-    """A sibling sampling at every chance sees neither the mark nor the hooks during calls, offloads, timers, agens."""
+def test_other_tasks_never_see_a_running_loop(bridge, backend):
+    """Another task sees neither a running loop nor async-generator hooks during calls."""
 
     async def work(number):
         async def numbers():
@@ -70,40 +70,40 @@ def test_siblings_never_see_a_running_loop(bridge, backend):
             yield number
 
         await asyncio.sleep(0)
-        await offload(backend.sleep, 0.001)
+        await in_executor(backend.sleep, 0.001)
         return [item async for item in numbers()]
 
-    samples = Samples(backend)
+    sampler = Sampler(backend)
     for number in range(100):
         assert bridge.call(work, number, timeout=5) == [number, number]
-    assert samples.end() == 0
-    assert samples.taken > 100
+    assert sampler.stop() == 0
+    assert sampler.taken > 100
     assert asyncio._get_running_loop() is None
 
 
-def test_logging_inside_a_step_may_switch(loop, backend, until):
-    """An error in a callback is logged with the mark off, though the handler lets every sibling run."""
+def test_logging_in_a_step_hides_the_running_loop(loop, backend, until):
+    """An error in a callback is logged without a running loop: the handler may switch."""
 
-    class Sleepy(logging.Handler):
+    class SwitchingHandler(logging.Handler):
         def emit(self, record):
             backend.sleep(0.01)
             seen.append(asyncio._get_running_loop())
 
-    seen, handler = [], Sleepy()
+    seen, handler = [], SwitchingHandler()
     logger = logging.getLogger("asyncio")
     logger.addHandler(handler)
-    samples = Samples(backend)
+    sampler = Sampler(backend)
     try:
         loop.call_soon_threadsafe(divmod, 1, 0)
         until(lambda: seen)
     finally:
         logger.removeHandler(handler)
     assert seen == [None]
-    assert samples.end() == 0
+    assert sampler.stop() == 0
 
 
-def test_asyncio_run_works_in_a_sibling(bridge, backend):
-    """Users' own loops run to their end beside the bridge and always find themselves running."""
+def test_asyncio_run_works_in_other_tasks(bridge, backend):
+    """A user's ``asyncio.run`` works beside the bridge and always sees its own loop."""
     finished, wrong = [], []
 
     async def program():
@@ -120,7 +120,7 @@ def test_asyncio_run_works_in_a_sibling(bridge, backend):
 
     async def adapter():
         await asyncio.sleep(0.001)
-        return await offload(int)
+        return await in_executor(int)
 
     task = backend.spawn(user, name="user")
     while not task.join(0):
@@ -128,8 +128,8 @@ def test_asyncio_run_works_in_a_sibling(bridge, backend):
     assert (len(finished), wrong) == (20, [])
 
 
-def test_call_inside_a_running_user_loop(bridge):
-    """A user's coroutine may start the bridge and wait for a call; its own loop is the running one afterwards."""
+def test_call_inside_running_user_loop(bridge):
+    """A user's coroutine may call the bridge; afterwards its own loop is the running loop."""
 
     async def adapter():
         await asyncio.sleep(0.001)
@@ -137,27 +137,27 @@ def test_call_inside_a_running_user_loop(bridge):
 
     async def user():
         mine = asyncio.get_running_loop()
-        theirs = bridge.call(adapter, timeout=5)
+        adapters = bridge.call(adapter, timeout=5)
         await asyncio.sleep(0.001)
-        return mine is asyncio.get_running_loop(), theirs is bridge.loop(), theirs is mine
+        return mine is asyncio.get_running_loop(), adapters is bridge.loop(), adapters is mine
 
     assert asyncio.run(user()) == (True, True, False)
 
 
-def test_offload_runs_where_no_loop_is_visible(bridge):
-    """The given executor is ignored; the function runs on a worker and sees no loop; errors come back."""
-    assert bridge.call(offload, asyncio._get_running_loop, timeout=5) is None
+def test_executor_call_sees_no_running_loop(bridge):
+    """The given executor is ignored; the function runs on a worker, and errors are raised."""
+    assert bridge.call(in_executor, asyncio._get_running_loop, timeout=5) is None
     with pytest.raises(ZeroDivisionError):
-        bridge.call(offload, divmod, 1, 0, timeout=5)
+        bridge.call(in_executor, divmod, 1, 0, timeout=5)
 
 
-def test_offload_times_out_honestly(bridge, backend, until):
-    """A hung offload raises TimeoutError inside the adapter at its own deadline, and the worker stays counted."""
+def test_hung_executor_call_times_out(bridge, backend, until):
+    """A hung executor call times out in the adapter; its worker stays busy until it ends."""
     release = backend.event()
 
     async def adapter():
         try:
-            await offload(release.wait, 20, timeout=0.5)
+            await in_executor(release.wait, 20, timeout=0.5)
         except TimeoutError:
             return "indeterminate"
 
@@ -167,8 +167,8 @@ def test_offload_times_out_honestly(bridge, backend, until):
     until(lambda: bridge.busy == 0)
 
 
-def test_eight_offloads_run_at_once(bridge, backend):
-    """Eight offloads that wait for one another all get a worker."""
+def test_eight_executor_calls_run_at_once(bridge, backend):
+    """Eight executor calls that wait for one another all get a worker."""
     arrived, everyone = [], backend.event()
 
     def meet():
@@ -178,20 +178,20 @@ def test_eight_offloads_run_at_once(bridge, backend):
         return everyone.wait(5)
 
     async def adapter():
-        return await asyncio.gather(*(offload(meet) for _ in range(8)))
+        return await asyncio.gather(*(in_executor(meet) for _ in range(8)))
 
     assert bridge.call(adapter, timeout=10) == [True] * 8
 
 
-def test_an_abandoned_offload_never_begins(bridge, backend, until):
-    """Offloads that time out in the queue of a hung pool are not run when it recovers."""
+def test_abandoned_executor_call_never_runs(bridge, backend, until):
+    """A call that timed out in the queue of a hung pool is not run when a worker is free."""
     release, ran = backend.event(), []
 
     async def adapter():
-        hung = [asyncio.ensure_future(offload(release.wait, 20)) for _ in range(8)]
+        hung = [asyncio.ensure_future(in_executor(release.wait, 20)) for _ in range(8)]
         await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
-            await offload(ran.append, 1, timeout=0.05)
+            await in_executor(ran.append, 1, timeout=0.05)
         release.set()
         await asyncio.gather(*hung)
 
@@ -200,34 +200,34 @@ def test_an_abandoned_offload_never_begins(bridge, backend, until):
     assert ran == []
 
 
-def test_a_system_exit_in_a_step_does_not_end_the_loop(loop, until, caplog):
-    """An adapter's sys.exit() costs a restart that is counted and logged; later callbacks run."""
+def test_system_exit_in_a_step_does_not_end_the_loop(loop, until, caplog):
+    """An adapter's ``sys.exit()`` is logged and counted as a restart; later callbacks run."""
     ran = []
     loop.call_soon_threadsafe(sys.exit, 1)
     loop.call_soon_threadsafe(ran.append, 1)
     until(lambda: ran)
     assert loop.restarts == 1
-    assert "goes on" in caplog.text
+    assert "the adapters' loop continues" in caplog.text
 
 
-def test_a_long_chain_of_steps_gives_way(loop, backend, until):
-    """A loop that is never out of work lets siblings run every few milliseconds."""
+def test_busy_loop_yields_to_other_tasks(loop, backend, until):
+    """A loop that always has work lets other tasks run every few milliseconds."""
     over = []
 
     def spin():
         if not over:
             loop.call_soon(spin)
 
-    samples = Samples(backend)
+    sampler = Sampler(backend)
     loop.call_soon_threadsafe(spin)
-    before = samples.taken
-    until(lambda: samples.taken > before + 20)
+    before = sampler.taken
+    until(lambda: sampler.taken > before + 20)
     over.append(1)
-    assert samples.end() == 0
+    assert sampler.stop() == 0
 
 
 def test_streams_and_timers_work(bridge):
-    """Sockets, name resolution and timers work as on any selector loop."""
+    """Sockets, name resolution and timers work as on the standard loop."""
 
     async def adapter():
         async def echo(reader, writer):
@@ -247,42 +247,44 @@ def test_streams_and_timers_work(bridge):
     assert bridge.call(adapter, timeout=10) == b"HELLO\n"
 
 
-def test_a_quiet_foreign_put_is_seen_within_a_park(loop, backend, until):
-    """A call_soon from outside, which wakes nobody, is run when the park ends: a second later at most."""
+def test_call_soon_from_another_task_runs_within_max_wait(loop, backend, until):
+    """A ``call_soon`` from outside, which does not wake the loop, runs within MAX_WAIT."""
     ran = []
     backend.sleep(0.05)
     loop.call_soon(ran.append, 1)
     until(lambda: ran, 3)
 
 
-def test_a_call_between_two_parks_is_not_lost(backend):
-    """A call that comes after the loop looked at its queue and before it parks keeps it from parking."""
+def test_call_before_wait_prevents_waiting(backend):
+    """A call after the loop checked its queue and before it waits makes it not wait."""
     scope = StepScopedSelector(backend)
-    asked = []
+    timeouts = []
     scope._inner.close()
-    scope._inner = type("Inner", (), {"select": lambda _, timeout: asked.append(timeout) or []})()
-    assert not scope.needs_waking()
+    scope._inner = type(
+        "Inner", (), {"select": lambda _, timeout: timeouts.append(timeout) or []}
+    )()
+    assert not scope.should_wake()
     assert scope.select(None) == []
-    assert asked == [0]
-    scope._give_way_at = 0
+    assert timeouts == [0]
+    scope._yield_at = 0
     assert scope.select(None) == []
     assert scope.select(0.25) == []
-    assert asked == [0, LONGEST_PARK, 0.25]
+    assert timeouts == [0, MAX_WAIT, 0.25]
 
 
-def test_shutdown_cancels_and_later_calls_are_dropped(backend):
-    """Shutdown is bounded and idempotent; tasks see their cancellation; late calls neither raise nor run."""
+def test_shutdown_cancels_tasks_and_drops_later_calls(backend):
+    """Shutdown is idempotent; tasks are cancelled; later calls neither raise nor run."""
     loop, seen = HubLoop(backend), []
     loop.start()
 
-    async def patient():
+    async def endless():
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             seen.append("cancelled")
             raise
 
-    loop.call_soon_threadsafe(lambda: seen.append(loop.create_task(patient())))
+    loop.call_soon_threadsafe(lambda: seen.append(loop.create_task(endless())))
     while not seen:
         backend.sleep(0.01)
     assert loop.shutdown(5)
@@ -292,15 +294,15 @@ def test_shutdown_cancels_and_later_calls_are_dropped(backend):
     assert loop.call_soon_threadsafe(seen.append, "late").cancelled()
     assert loop.dropped == 1
     assert "late" not in seen
-    assert loop not in HubLoop._alive
+    assert loop not in HubLoop._in_use
 
 
-def test_shutdown_is_bounded_with_a_task_that_will_not_die(backend, caplog):
-    """A coroutine that swallows its cancellation is left behind after the time-out, without a word."""
+def test_shutdown_is_bounded_with_uncancellable_task(backend, caplog):
+    """A coroutine that ignores its cancellation is abandoned at the timeout and not logged."""
     loop = HubLoop(backend)
     loop.start()
 
-    async def stubborn():
+    async def uncancellable():
         while True:
             try:
                 await asyncio.sleep(60)
@@ -308,7 +310,7 @@ def test_shutdown_is_bounded_with_a_task_that_will_not_die(backend, caplog):
                 continue
 
     tasks = []
-    loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(stubborn())))
+    loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(uncancellable())))
     while not tasks:
         backend.sleep(0.01)
     began = backend.now()
@@ -319,30 +321,30 @@ def test_shutdown_is_bounded_with_a_task_that_will_not_die(backend, caplog):
 
 
 def test_signal_handlers_are_refused(loop):
-    """No adapter may install a signal handler in the host through our loop."""
+    """An adapter cannot install a signal handler in the host through the loop."""
     with pytest.raises(NotImplementedError):
         loop.add_signal_handler(signal.SIGTERM, print)
 
 
 def test_debug_mode_stays_off(backend, monkeypatch):
-    """PYTHONASYNCIODEBUG does not reach our loop: its origin tracking would be the host's too."""
+    """PYTHONASYNCIODEBUG has no effect on the loop: its tracking would affect the host."""
     monkeypatch.setenv("PYTHONASYNCIODEBUG", "1")
     loop = HubLoop(backend)
     assert not loop.get_debug()
     loop.close()
 
 
-def test_waking_writes_once_per_park(loop, backend, monkeypatch, until):
-    """A thousand calls while the loop is parked cost one write to the self-pipe."""
+def test_waking_writes_once_per_wait(loop, backend, monkeypatch, until):
+    """A thousand calls while the loop waits cost one write to the self-pipe."""
     writes, ran = [], []
     monkeypatch.setattr(
         asyncio.SelectorEventLoop, "_write_to_self", lambda _: writes.append(os.getpid())
     )
-    until(lambda: loop._scope._parked)
+    until(lambda: loop._scope._waiting)
     for number in range(1000):
         loop.call_soon_threadsafe(ran.append, number)
     monkeypatch.undo()
     loop._csock.send(b"\0")
     until(lambda: len(ran) == 1000)
-    if backend.name != "threads":  # threads may wake in between for reasons of their own
+    if backend.name != "threads":  # a thread may wake in between
         assert len(writes) == 1

@@ -1,4 +1,4 @@
-"""Which coroutines need no loop, and that those get none."""
+"""The trampoline: which coroutines need no loop, and how they run without one."""
 
 import asyncio
 import functools
@@ -46,20 +46,20 @@ class Adapter:
         return "called"
 
 
-def traced(function):
+def sync_wrapped(function):
     @functools.wraps(function)
-    def layer(*args, **kwargs):
+    def wrapper(*args, **kwargs):
         return function(*args, **kwargs)
 
-    return layer
+    return wrapper
 
 
-def asynchronously_traced(function):
+def async_wrapped(function):
     @functools.wraps(function)
-    async def layer(*args, **kwargs):
+    async def wrapper(*args, **kwargs):
         return await function(*args, **kwargs)
 
-    return layer
+    return wrapper
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def asynchronously_traced(function):
         Adapter().free,
         functools.partial(free, 2),
         functools.partial(Adapter().free),
-        traced(free),
+        sync_wrapped(free),
         Adapter(),
     ],
 )
-def test_await_free(function):
-    """A coroutine function without an await is found through methods, partials, sync layers and callable objects."""
+def test_await_free_function_is_found(function):
+    """It is found through methods, partials, sync wrappers and callable objects."""
     assert is_await_free(function)
     assert not needs_loop(function)
 
@@ -87,30 +87,30 @@ def test_await_free(function):
         entering,
         Adapter().awaiting,
         functools.partial(awaiting),
-        traced(awaiting),
-        asynchronously_traced(free),
+        sync_wrapped(awaiting),
+        async_wrapped(free),
     ],
 )
-def test_awaiting(function):
-    """Await, async for, async with and an awaiting layer around an await-free function all count as awaiting."""
+def test_awaiting_function_is_not_await_free(function):
+    """Await, async for, async with and an awaiting wrapper all count as awaiting."""
     assert not is_await_free(function)
 
 
 @pytest.mark.parametrize("function", [generator, synchronous, len, Adapter])
-def test_neither(function):
-    """Asynchronous generators, plain functions, builtins and classes are not await-free coroutine functions."""
+def test_other_callables_are_neither(function):
+    """Async generators, plain functions, builtins and classes are neither of both."""
     assert not is_await_free(function)
     assert not needs_loop(function)
 
 
-def test_needs_loop_means_that_the_call_runs_nothing():
-    """Only a true coroutine function that awaits may be called on the spot; a sync layer around one may not."""
+def test_needs_loop_only_for_true_coroutine_functions():
+    """A synchronous wrapper around an awaiting function does not count: calling it runs code."""
     assert needs_loop(awaiting)
-    assert not needs_loop(traced(awaiting))
+    assert not needs_loop(sync_wrapped(awaiting))
 
 
-def test_step_runs_an_await_free_body_without_a_loop():
-    """The body sees no running loop and its value comes back."""
+def test_step_runs_await_free_function_without_loop():
+    """The function sees no running loop, and its value is returned."""
 
     async def body():
         return asyncio._get_running_loop()
@@ -120,8 +120,8 @@ def test_step_runs_an_await_free_body_without_a_loop():
     assert step(functools.partial(free, 3)) == 3
 
 
-def test_step_lets_errors_through():
-    """What the body raises reaches the caller as it is."""
+def test_step_raises_errors_unchanged():
+    """An exception of the function reaches the caller unchanged."""
 
     async def body():
         raise LookupError("x")
@@ -130,16 +130,16 @@ def test_step_lets_errors_through():
         step(body)
 
 
-def test_step_hands_over_what_awaits():
-    """A sync layer that returns an awaiting coroutine yields it untouched."""
-    left = step(traced(awaiting))
-    assert isinstance(left, Unfinished)
-    assert asyncio.run(left.awaitable) is None
+def test_step_returns_awaiting_coroutine_unfinished():
+    """An awaiting coroutine returned by a sync wrapper is handed over, not started."""
+    unfinished = step(sync_wrapped(awaiting))
+    assert isinstance(unfinished, Unfinished)
+    assert asyncio.run(unfinished.awaitable) is None
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_surprising_suspension_is_continued_not_repeated(raises):
-    """A coroutine that suspends after a side effect goes on from there, with results and exceptions passed through."""
+def test_unexpected_suspension_is_continued_not_repeated(raises):
+    """A coroutine that suspends after a side effect continues from there."""
     effects = []
 
     async def body():
@@ -153,12 +153,12 @@ def test_a_surprising_suspension_is_continued_not_repeated(raises):
         effects.append("after")
         return "done"
 
-    left = trampoline.send(body())
-    assert isinstance(left, Unfinished)
+    unfinished = trampoline.send(body())
+    assert isinstance(unfinished, Unfinished)
     assert effects == ["before"]
 
     async def finish():
-        return await asyncio.wait_for(left.awaitable, 0.05 if raises else 5)
+        return await asyncio.wait_for(unfinished.awaitable, 0.05 if raises else 5)
 
     if raises:
         with pytest.raises(TimeoutError):

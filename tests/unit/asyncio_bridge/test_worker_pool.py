@@ -1,4 +1,4 @@
-"""The persistent workers: bounded, persistent, honest about what never began."""
+"""The worker pool: bounded, persistent, and no job runs after its caller gave up."""
 
 import pytest
 
@@ -8,96 +8,96 @@ from z4j_bare.errors import AgentError
 
 
 @pytest.fixture
-def workers(backend):
+def pool(backend):
     made = WorkerPool(backend, "z4j-test", 3)
     yield made
     made.stop()
 
 
-def test_values_and_errors_come_back(workers):
-    """A call returns what the function returns and raises what it raises."""
-    assert workers.call(divmod, 7, 2, timeout=5, what="divmod") == (3, 1)
+def test_call_returns_value_or_raises(pool):
+    """A call returns the function's value or raises its exception."""
+    assert pool.call(divmod, 7, 2, timeout=5, description="divmod") == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        workers.call(divmod, 7, 0, timeout=5, what="divmod")
+        pool.call(divmod, 7, 0, timeout=5, description="divmod")
 
 
-def test_sequential_calls_share_one_or_two_workers(workers):
-    """Calls one after the other do not open a worker each."""
+def test_sequential_calls_share_two_workers(pool):
+    """Calls made one after another use at most two workers."""
     for _ in range(50):
-        workers.call(int, timeout=5, what="int")
-    assert workers.size <= 2
+        pool.call(int, timeout=5, description="int")
+    assert pool.size <= 2
 
 
-def test_a_hung_call_occupies_its_own_worker_only(workers, backend, until):
-    """With two of three workers hung the third still answers; with all hung a call times out, and never runs later."""
+def test_hung_call_blocks_only_its_own_worker(pool, backend, until):
+    """The third of three workers still runs; with all hung a call times out and never runs."""
     release = backend.event()
     ran = []
     hung = Job(release.wait, (20,), lambda *_: None, lambda: True)
-    workers.start()
+    pool.start()
     for _ in range(2):
-        workers.submit(hung)
-    assert workers.call(int, timeout=10, what="int") == 0
-    workers.submit(hung)
-    until(lambda: workers.busy == 3 and not workers._jobs)
+        pool.submit(hung)
+    assert pool.call(int, timeout=10, description="int") == 0
+    pool.submit(hung)
+    until(lambda: pool.busy == 3 and not pool._jobs)
     with pytest.raises(TimeoutError):
-        workers.call(ran.append, 1, timeout=0.02, what="never")
+        pool.call(ran.append, 1, timeout=0.02, description="never")
     release.set()
-    until(lambda: not workers.busy)
-    assert workers.call(int, timeout=5, what="int") == 0
+    until(lambda: not pool.busy)
+    assert pool.call(int, timeout=5, description="int") == 0
     assert ran == []
 
 
-def test_every_job_of_a_burst_runs_once(workers, until):
-    """A burst beyond the number of workers is worked off completely."""
+def test_each_job_of_a_burst_runs_once(pool, until):
+    """Of 500 jobs on three workers each runs once."""
     done = []
-    workers.start()
+    pool.start()
     for number in range(500):
-        workers.submit(Job(int, (number,), lambda _ok, value: done.append(value), lambda: True))
+        pool.submit(Job(int, (number,), lambda _ok, value: done.append(value), lambda: True))
     until(lambda: len(done) == 500)
     assert sorted(done) == list(range(500))
 
 
-def test_stop_fails_what_is_queued_and_what_comes_later(workers, backend, until):
-    """After stop nothing waits for ever: queued and later jobs fail at once, running ones finish."""
+def test_stop_fails_queued_and_later_jobs(pool, backend, until):
+    """After stop queued and later jobs fail at once, and running ones finish."""
     release = backend.event()
     done = []
-    workers.start()
+    pool.start()
     for _ in range(4):
-        workers.submit(
+        pool.submit(
             Job(release.wait, (20,), lambda ok, value: done.append((ok, value)), lambda: True)
         )
-    until(lambda: workers.size == 3 and not workers._idle and len(workers._jobs) == 1)
-    workers.stop()
-    workers.stop()
+    until(lambda: pool.size == 3 and not pool._idle and len(pool._jobs) == 1)
+    pool.stop()
+    pool.stop()
     assert [ok for ok, _ in done] == [False]
     with pytest.raises(AgentError):
-        workers.call(int, timeout=5, what="int")
+        pool.call(int, timeout=5, description="int")
     release.set()
-    until(lambda: workers.size == 0)
+    until(lambda: pool.size == 0)
     assert [ok for ok, _ in done] == [False, True, True, True]
 
 
-def test_without_threads_a_call_runs_inline(workers, backend, monkeypatch):
-    """When the interpreter starts no more threads, a call still happens."""
+def test_call_runs_inline_when_no_thread_starts(pool, backend, monkeypatch):
+    """During interpreter shutdown, when no thread can start, a call runs inline."""
 
     def refuse(*_args, **_kwargs):
         raise RuntimeError("can't start new thread at interpreter shutdown")
 
     monkeypatch.setattr(backend, "spawn", refuse)
-    assert workers.call(int, timeout=5, what="int") == 0
-    assert workers.size == 0
+    assert pool.call(int, timeout=5, description="int") == 0
+    assert pool.size == 0
 
 
 @pytest.mark.parametrize(
     "error", [SystemExit(1), KeyboardInterrupt(), StopIteration(), BaseException("x")]
 )
-def test_what_would_kill_a_loop_is_wrapped(error, workers):
-    """Exceptions that futures refuse or that end loops arrive as AgentError, cause attached; workers survive them."""
+def test_base_exception_is_wrapped(error, pool):
+    """Exceptions that futures refuse or that end loops become AgentError; workers survive them."""
     assert as_exception(error).__cause__ is error
 
     def raises():
         raise error
 
     with pytest.raises(AgentError):
-        workers.call(raises, timeout=5, what="raises")
-    assert workers.call(int, timeout=5, what="int") == 0
+        pool.call(raises, timeout=5, description="raises")
+    assert pool.call(int, timeout=5, description="int") == 0

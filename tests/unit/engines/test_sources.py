@@ -98,7 +98,7 @@ def test_a_prefork_worker_reads_its_own_events(app, made):
     assert consumer.event_dispatcher.groups == {"worker", "task"}
     received(app)
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])
-    take = source._receiver._take
+    take = source._receiver._on_event
     take(
         {
             "type": "task-received",
@@ -119,7 +119,7 @@ def test_a_prefork_worker_reads_its_own_events(app, made):
 def test_elsewhere_every_worker_is_read(made):
     """A process that is no worker tells of all workers that it reads of, and of no others."""
     source, events = made()
-    take = source._receiver._take
+    take = source._receiver._on_event
     for name in ("a@h", "b@h"):
         take({"type": "task-started", "hostname": name, "uuid": "t"})
     with pytest.raises(KeyError):
@@ -151,7 +151,7 @@ def test_one_worker_can_be_named(variable, made, monkeypatch):
     assert only_worker() == "w@named"
     source, events = made()
     for name in ("w@other", "w@named"):
-        source._receiver._take({"type": "task-started", "hostname": name, "uuid": "t"})
+        source._receiver._on_event({"type": "task-started", "hostname": name, "uuid": "t"})
     assert [event["data"]["worker"] for event in events()] == ["w@named", "w@named"]
     own, events = made(worker(Prefork))
     assert list(own.presence.workers) == ["w@h"]
@@ -161,8 +161,8 @@ def test_switches_hold_for_the_broker_s_events(made):
     """``Z4J_CAPTURE_ARGS=0`` and ``Z4J_CAPTURE_RESULT=0`` send neither."""
     source, events = made(capture_args=False, capture_result=False)
     common = {"hostname": "w@h", "uuid": "t", "name": "shop.add"}
-    source._receiver._take({"type": "task-received", "args": "(1,)", "kwargs": "{}", **common})
-    source._receiver._take({"type": "task-succeeded", "result": "2", **common})
+    source._receiver._on_event({"type": "task-received", "args": "(1,)", "kwargs": "{}", **common})
+    source._receiver._on_event({"type": "task-succeeded", "result": "2", **common})
     assert all(event["data"].keys().isdisjoint({"args", "kwargs", "result"}) for event in events())
 
 

@@ -1,61 +1,70 @@
-"""Whether Celery's broker answers, and how deep its queues are: asked, not inferred.
+"""Probes Celery's broker: whether it answers, and how deep its queues are.
 
-The adapter's own answers are no evidence: its ``broker_connected`` stays true when the broker is down, and its
-``queue_depths`` are empty on Redis and AMQP alike (``adapter-surface`` 2.11).
+The adapter's figures prove neither: its ``broker_connected`` stays true while the broker is down,
+and its ``queue_depths`` are empty on Redis and AMQP alike.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from z4j_bare.engines.celery.engine import broker_connection
 
-#: Queues asked for at most; the brain reads 1,024 per heartbeat.
-MOST_QUEUES = 100
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.worker.consumer import Consumer
+    from kombu import Connection
+    from kombu.transport.virtual import Channel
 
-#: AMQP's reply code; a number from RabbitMQ, a text from kombu's virtual transports such as Redis.
+#: Maximum number of queues measured. The brain reads 1,024 of a heartbeat.
+MAX_QUEUES = 100
+
+#: AMQP's reply code. RabbitMQ sends a number, kombu's virtual transports such as Redis a text.
 NOT_FOUND = "404"
 
 
 class BrokerProbe:
-    """Keeps one connection of its own, which it renews after any failure.
+    """Probes the broker over a connection of its own, which it renews after a failure.
 
-    :param queues: names the queues to measure; asked each time, because consumers come and go.
+    :param queues: returns the queues to measure; called each time, because consumers change.
     """
 
-    def __init__(self, engine: str, app: Any, queues: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, engine: str, app: Celery, queues: Callable[[], Iterable[str]]) -> None:
         self.engine = engine
         self._app = app
         self._queues = queues
-        self._connection: Any = None
-        self._channel: Any = None
+        self._connection: Connection | None = None
+        self._channel: Channel | None = None
 
     def __call__(self) -> Mapping[str, str]:
-        """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``. Never raises.
+        """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``.
 
-        ``.broker_type`` is kombu's word: ``redis``, ``amqp``, ``sqs``, ``memory``.
+        ``.broker_type`` is kombu's name: ``redis``, ``amqp``, ``sqs``, ``memory``. Does not raise.
         """
-        kept = self._channel is not None
+        reused = self._channel is not None
         try:
-            depths = self._depths()
+            connection = self._connect()
+            depths = {
+                name: self._depth(connection, name)
+                for name in sorted(set(self._queues()))[:MAX_QUEUES]
+            }
         except Exception as error:
             self.close()
-            if kept:  # what was kept may be older than a broker that has been restarted
+            if reused:  # the broker may have been restarted since the channel was opened
                 return self()
-            # The text may quote the broker's address with its password; the class says enough.
-            return self._answer(broker_connected="False", broker_error=type(error).__name__)
-        kind = self._connection.transport.driver_type
-        return self._answer(
+            # Only the class, because the text may contain the broker's address with its password.
+            return self._entries(broker_connected="False", broker_error=type(error).__name__)
+        return self._entries(
             broker_connected="True",
             broker_error="",
-            broker_type=kind,
+            broker_type=connection.transport.driver_type,
             queue_depths=json.dumps(depths),
         )
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection. Does not raise."""
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None:
             try:
@@ -63,33 +72,31 @@ class BrokerProbe:
             except Exception:
                 return
 
-    def _answer(self, **fields: str) -> dict[str, str]:
+    def _entries(self, **fields: str) -> dict[str, str]:
         return {f"{self.engine}.{name}": value for name, value in fields.items()}
 
-    def _depths(self) -> dict[str, int]:
+    def _connect(self) -> Connection:
         if self._connection is None:
             self._connection = broker_connection(self._app, reading=True)
             self._connection.connect()
-        names = sorted(set(self._queues()))[:MOST_QUEUES]
-        return {name: self._depth(name) for name in names}
+        return self._connection
 
-    def _depth(self, name: str) -> int:
-        if self._channel is None:
-            self._channel = self._connection.channel()
+    def _depth(self, connection: Connection, name: str) -> int:
+        channel = self._channel = self._channel or connection.channel()
         try:
-            return int(self._channel.queue_declare(queue=name, passive=True).message_count)
-        except self._connection.channel_errors as error:
-            if getattr(
-                self._channel, "closed", True
-            ):  # AMQP's has been; a new one on Redis costs six round trips
+            return int(channel.queue_declare(queue=name, passive=True).message_count)
+        except connection.channel_errors as error:
+            # AMQP closes the channel after an error. Redis does not, and a new channel there costs
+            # six round trips.
+            if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
-                return 0  # Redis has no empty lists, so an empty queue is one that does not exist
+                return 0  # Redis has no empty lists, so an empty queue does not exist there
             raise
 
 
-def queue_names(app: Any, consumer: Any) -> Callable[[], Iterable[str]]:
-    """Return what names the queues: those that this worker consumes, else those that the app declares."""
+def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
+    """Return a function that returns the queues of this worker, or outside one those of the app."""
 
     def names() -> Iterable[str]:
         task_consumer = getattr(consumer, "task_consumer", None)

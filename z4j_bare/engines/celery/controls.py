@@ -1,7 +1,7 @@
-"""Controls of Celery's workers that report what the worker says and does, not only that they were sent.
+"""Worker controls that report what the worker did, not only that a command was sent.
 
-The adapter broadcasts and reports success, also for a worker that does not exist and for a pool that cannot do it
-(``adapter-surface`` 2.2). Here the worker's own answer decides, and where the effect can be seen it is looked for.
+The adapter broadcasts and reports success, even for a worker that does not exist or a pool that
+cannot do it. Here the worker's reply decides, and the effect is verified where it is visible.
 """
 
 from __future__ import annotations
@@ -13,49 +13,57 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_core.models import CommandResult
 
-from z4j_bare.engines.celery.remote_control import GATHER, Node, RemoteControl, said
+from z4j_bare.engines.celery.remote_control import GATHER_TIMEOUT, Node, RemoteControl, reply_text
 from z4j_bare.errors import CommandError
 from z4j_bare.process import ready_worker
 
 if TYPE_CHECKING:
+    from celery import Celery
+
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds kept back from the time for a command, so that our own words are the answer and not the caller's time-out.
+#: Seconds of a command's time kept in reserve, so that the result is this module's own error and
+#: not the caller's timeout.
 RESERVE = 0.5
 
-#: Seconds for the first process of a restarted pool to go; the others take as long as their tasks.
-RESTART = 5.0
+#: Maximum seconds to wait until a restarted pool has replaced all of its idle processes.
+RESTART_TIMEOUT = 5.0
 
-_FIXED = "the number of tasks that it runs at a time is fixed at its start"
-_ENDLESS = "it cannot end a task that it has begun, or take back one that waits in it"
-_LASTING = "it has no processes that could be replaced"
-#: What pools cannot do, and why (Celery 5.7).
-_RESIZE = {"threads": _FIXED, "solo": "it runs one task at a time"}
-_END = {"threads": _ENDLESS, "solo": _ENDLESS}
-_RESTART = dict.fromkeys(("gevent", "eventlet", "threads", "solo"), _LASTING)
+_FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"
+_CANNOT_CANCEL = "it cannot end a task that it has begun, or take back one that waits in it"
+_NO_PROCESSES = "it has no processes that could be replaced"
 
-_RATE = re.compile(r"0|[1-9]\d*(/[smh])?").fullmatch
+#: Why a pool cannot be resized, cannot end a running task, or cannot be restarted (Celery 5.7).
+_NO_RESIZE = {"threads": _FIXED_SIZE, "solo": "it runs one task at a time"}
+_NO_TERMINATE = {"threads": _CANNOT_CANCEL, "solo": _CANNOT_CANCEL}
+_NO_RESTART = dict.fromkeys(("gevent", "eventlet", "threads", "solo"), _NO_PROCESSES)
+
+_is_rate = re.compile(r"0|[1-9]\d*(/[smh])?").fullmatch
 
 
 class CeleryControls:
-    """What an operator can do with workers and with running tasks; blocking, each within ``seconds``.
+    """Controls of workers and of running tasks. Each method blocks for at most ``seconds``.
 
-    All methods return a ``CommandResult`` or raise ``CommandError``. A worker goes by its name in the brain.
+    Every method returns a ``CommandResult`` or raises ``CommandError``. Workers are named by their
+    names in the brain.
+
+    :param alias: returns a worker's name in the brain.
     """
 
-    def __init__(self, app: Any, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
-        self._nodes = RemoteControl(app, alias, backend)
+    def __init__(self, app: Celery, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
+        self._remote = RemoteControl(app, alias, backend)
 
     def restart_worker(self, worker: str, *, seconds: float) -> CommandResult:
-        """Let every process of a prefork pool be replaced after the task that it runs, or else after its next one.
+        """Replace every process of a prefork pool after its current task, or after its next one.
 
-        Idle ones wait for a task, so the answer says how many are still to come (billiard looks at the order before each
-        task, and an idle process does not look). Code is not loaded again: the new ones are forked of the old parent.
+        An idle process sees the order only after its next task (billiard checks before it waits for
+        one), so the result says how many are still pending. The new processes are forked from the
+        same parent and do not load new code.
         """
-        until = self._until(seconds)
-        node = self._able(worker, until, _RESTART)
+        deadline = self._deadline(seconds)
+        node = self._resolve_able(worker, deadline, _NO_RESTART)
         try:
-            answer = self._nodes.tell(node, "pool_restart", until)
+            answer = self._remote.command(node, "pool_restart", deadline)
         except CommandError as error:
             if "not enabled" in str(error):
                 raise CommandError(
@@ -63,168 +71,201 @@ class CeleryControls:
                 ) from None
             raise
         old = node.processes
-        soon = min(until, self._nodes.now() + RESTART)
-        gone = self._nodes.see(lambda: old - self._nodes.again(node, until).processes, soon) or ()
-        return _done(node, replaced=len(gone), pending=len(old) - len(gone), says=answer)
+        replaced = (
+            self._remote.wait_for(
+                lambda: old - self._remote.refresh(node, deadline).processes,
+                min(deadline, self._remote.now() + RESTART_TIMEOUT),
+            )
+            or ()
+        )
+        pending = len(old) - len(replaced)
+        return _success(node, replaced=len(replaced), pending=pending, says=answer)
 
     def pool_grow(self, worker: str, delta: int, *, seconds: float) -> CommandResult:
         """Let a worker run ``delta`` more tasks at a time."""
-        return self._resize("pool_grow", worker, delta, self._until(seconds))
+        return self._resize("pool_grow", worker, delta, self._deadline(seconds))
 
     def pool_shrink(self, worker: str, delta: int, *, seconds: float) -> CommandResult:
-        """Let a worker run ``delta`` fewer tasks at a time, but one at least."""
-        return self._resize("pool_shrink", worker, -delta, self._until(seconds))
+        """Let a worker run ``delta`` fewer tasks at a time, but at least one."""
+        return self._resize("pool_shrink", worker, -delta, self._deadline(seconds))
 
     def add_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandResult:
-        """Let a worker consume from one more queue."""
-        until = self._until(seconds)
-        node = self._nodes.find(worker, until)
-        answer = self._nodes.tell(node, "add_consumer", until, queue=queue)
-        seen = self._nodes.see(lambda: queue in self._nodes.queues(node, until), until)
-        _expect(seen, node, answer, f"{queue} is not among its queues")
-        return _done(node, queue=queue)
+        """Let a worker consume one more queue."""
+        deadline = self._deadline(seconds)
+        node = self._remote.resolve(worker, deadline)
+        answer = self._remote.command(node, "add_consumer", deadline, queue=queue)
+        effect = self._remote.wait_for(
+            lambda: queue in self._remote.queues(node, deadline), deadline
+        )
+        _require_effect(effect, node, answer, f"{queue} is not among its queues")
+        return _success(node, queue=queue)
 
     def cancel_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandResult:
-        """Let a worker consume from a queue no longer."""
-        until = self._until(seconds)
-        node = self._nodes.find(worker, until)
-        if queue not in self._nodes.queues(node, until):
+        """Stop a worker from consuming a queue."""
+        deadline = self._deadline(seconds)
+        node = self._remote.resolve(worker, deadline)
+        if queue not in self._remote.queues(node, deadline):
             raise CommandError(f"{node.alias} does not consume from {queue}")
-        answer = self._nodes.tell(node, "cancel_consumer", until, queue=queue)
-        seen = self._nodes.see(lambda: queue not in self._nodes.queues(node, until), until)
-        _expect(seen, node, answer, f"{queue} is still among its queues")
-        return _done(node, queue=queue)
+        answer = self._remote.command(node, "cancel_consumer", deadline, queue=queue)
+        effect = self._remote.wait_for(
+            lambda: queue not in self._remote.queues(node, deadline), deadline
+        )
+        _require_effect(effect, node, answer, f"{queue} is still among its queues")
+        return _success(node, queue=queue)
 
     def rate_limit(
         self, task: str, rate: str, *, seconds: float, worker_name: str | None = None
     ) -> CommandResult:
-        """Limit how often each worker, or the named one, may start a task: ``10/m``, ``5``, or ``0`` for no limit."""
-        until = self._until(seconds)
-        if not _RATE(rate):
-            raise CommandError(f"rate_limit: {rate!r} is no rate: 0, or a number with /s, /m or /h")
-        node = self._nodes.find(worker_name, until) if worker_name else None
+        """Limit how often each worker, or only the named one, may start a task.
+
+        :param rate: ``10/m``, ``5`` (a second), or ``0`` for no limit.
+        """
+        deadline = self._deadline(seconds)
+        if not _is_rate(rate):
+            raise CommandError(
+                f"rate_limit: {rate!r} is not a rate: use 0, or a number with /s, /m or /h"
+            )
+        node = self._remote.resolve(worker_name, deadline) if worker_name else None
         refused: dict[str, str] = {}
         if node is not None:
-            self._nodes.tell(node, "rate_limit", until, task_name=task, rate_limit=rate)
-            agreed = {node.name: ""}
+            self._remote.command(node, "rate_limit", deadline, task_name=task, rate_limit=rate)
+            accepted = {node.name: ""}
         else:
-            agreed, refused = self._everybody("rate_limit", until, task_name=task, rate_limit=rate)
-        to = None if node is None else node.name
-        limited = self._nodes.ask(
-            "registered", self._gather(until), to=to, taskinfoitems=["rate_limit"]
+            accepted, refused = self._broadcast(
+                "rate_limit", deadline, task_name=task, rate_limit=rate
+            )
+        registered = self._remote.broadcast(
+            "registered",
+            self._gather_time(deadline),
+            to=None if node is None else node.name,
+            taskinfoitems=["rate_limit"],
         )
-        deaf = [name for name in agreed if not _is_limited(limited.get(name), task, rate)]
-        if deaf:
+        not_applied = [
+            name for name in accepted if not _is_limited(registered.get(name), task, rate)
+        ]
+        if not_applied:
             raise CommandError(
-                f"not in force on {', '.join(self._aliases(deaf))}", indeterminate=True
+                f"not in force on {', '.join(self._aliases(not_applied))}", indeterminate=True
             )
         facts = {
             "task_name": task,
             "rate": rate,
-            "workers": self._aliases(agreed),
+            "workers": self._aliases(accepted),
             "refused": refused,
         }
         return CommandResult(status="success", result=facts)
 
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandResult:
-        """Revoke a task on all workers, and end it where it runs."""
-        until = self._until(seconds)
-        if _busy_solo(task_id):  # it would not hear us before the task ends
-            raise CommandError(_not_supported("solo", _ENDLESS))
-        holder, runs = self._holder(task_id, until)
-        if holder is not None and holder.pool in _END:
-            raise CommandError(_not_supported(holder.pool, _END[holder.pool]))
-        agreed, refused = self._everybody(
-            "revoke", until, task_id=task_id, terminate=True, signal="SIGTERM"
+        """Revoke a task on all workers, and terminate it where it runs."""
+        deadline = self._deadline(seconds)
+        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task's end
+            raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
+        holder, running = self._find_task(task_id, deadline)
+        if holder is not None and holder.pool in _NO_TERMINATE:
+            raise CommandError(_not_supported(holder.pool, _NO_TERMINATE[holder.pool]))
+        accepted, refused = self._broadcast(
+            "revoke", deadline, task_id=task_id, terminate=True, signal="SIGTERM"
         )
-        if holder is not None and runs:
-            gone = self._nodes.see(lambda: self._ended(task_id, holder, until), until)
-            answer = agreed.get(holder.name) or refused.get(holder.alias, "nothing")
-            _expect(gone, holder, answer, "it still runs")
-        facts = {"task_id": task_id, "terminated": runs, "worker": holder and holder.alias}
-        return CommandResult(
-            status="success", result={**facts, "workers": self._aliases(agreed), "refused": refused}
-        )
+        if holder is not None and running:
+            effect = self._remote.wait_for(
+                lambda: self._has_ended(task_id, holder, deadline), deadline
+            )
+            answer = accepted.get(holder.name) or refused.get(holder.alias, "nothing")
+            _require_effect(effect, holder, answer, "it still runs")
+        facts = {
+            "task_id": task_id,
+            "terminated": running,
+            "worker": holder and holder.alias,
+            "workers": self._aliases(accepted),
+            "refused": refused,
+        }
+        return CommandResult(status="success", result=facts)
 
-    def _until(self, seconds: float) -> float:
-        return self._nodes.now() + max(0.0, seconds - RESERVE)
+    def _deadline(self, seconds: float) -> float:
+        return self._remote.now() + max(0.0, seconds - RESERVE)
 
-    def _able(self, worker: str, until: float, cannot: Mapping[str, str]) -> Node:
-        node = self._nodes.find(worker, until)
-        if node.pool in cannot:
-            raise CommandError(_not_supported(node.pool, cannot[node.pool]))
+    def _resolve_able(self, worker: str, deadline: float, reasons: Mapping[str, str]) -> Node:
+        """Return the live worker; raise if ``reasons`` says that its pool cannot do it."""
+        node = self._remote.resolve(worker, deadline)
+        if node.pool in reasons:
+            raise CommandError(_not_supported(node.pool, reasons[node.pool]))
         return node
 
-    def _resize(self, command: str, worker: str, change: int, until: float) -> CommandResult:
-        node = self._able(worker, until, _RESIZE)
-        wanted = node.size + change
-        if wanted < 1:
+    def _resize(self, command: str, worker: str, change: int, deadline: float) -> CommandResult:
+        node = self._resolve_able(worker, deadline, _NO_RESIZE)
+        target = node.size + change
+        if target < 1:
             raise CommandError(
                 f"{node.alias} runs {node.size} tasks at a time, and one has to be left"
             )
-        answer = self._nodes.tell(node, command, until, n=abs(change))
+        answer = self._remote.command(node, command, deadline, n=abs(change))
 
-        def reached() -> int | None:
-            size = self._nodes.again(node, until).size
-            # A prefork process that was just being replaced was not counted before.
-            return size if (size - wanted) * change >= 0 else None
+        def size_reached() -> int | None:
+            size = self._remote.refresh(node, deadline).size
+            # A size beyond the target is a success too: a prefork process that was just being
+            # replaced was not counted before.
+            return size if (size - target) * change >= 0 else None
 
-        size = self._nodes.see(reached, until)
-        _expect(size, node, answer, f"it does not run {wanted} tasks at a time")
-        return _done(node, delta=abs(change), size=size)
+        size = self._remote.wait_for(size_reached, deadline)
+        _require_effect(size, node, answer, f"it does not run {target} tasks at a time")
+        return _success(node, delta=abs(change), size=size)
 
-    def _everybody(
-        self, command: str, until: float, **arguments: Any
+    def _broadcast(
+        self, command: str, deadline: float, **arguments: object
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Give all workers a command; return what those say that agree, by name, and those that refuse, by alias.
+        """Send a command to all workers.
 
-        Not every worker knows every task. ``CommandError`` when all refuse, or none is there.
+        Return the replies of those that accept it, by node name, and the errors of those that
+        refuse it, by alias. A worker refuses a task that it does not know.
+
+        :raises CommandError: if all refuse, or no worker replies.
         """
-        answers = self._nodes.ask(command, self._gather(until), **arguments)
+        answers = self._remote.broadcast(command, self._gather_time(deadline), to=None, **arguments)
         if not answers:
             raise CommandError("no answer from any worker", indeterminate=True)
-        agreed, refused = {}, {}
+        accepted, refused = {}, {}
         for name, answer in sorted(answers.items()):
             try:
-                agreed[name] = said(self._nodes.alias(name), answer)
+                accepted[name] = reply_text(self._remote.alias(name), answer)
             except CommandError as error:
-                refused[self._nodes.alias(name)] = str(error)
-        if not agreed:
+                refused[self._remote.alias(name)] = str(error)
+        if not accepted:
             raise CommandError("; ".join(refused.values()))
-        return agreed, refused
+        return accepted, refused
 
-    def _holder(self, task_id: str, until: float) -> tuple[Node | None, bool]:
-        """Return the worker whose pool has the task, and whether it runs already.
+    def _find_task(self, task_id: str, deadline: float) -> tuple[Node | None, bool]:
+        """Return the worker whose pool holds the task, and whether the task runs.
 
-        One that waits for its time is not in the pool yet: any worker drops it then.
+        A task that waits for its ETA is not in a pool yet, and every worker can revoke it.
         """
-        answers = self._nodes.ask("query_task", self._gather(until), ids=[task_id])
-        for name, known in answers.items():
-            if (state := _state(known, task_id)) in ("active", "reserved"):
-                return self._nodes.again(
-                    Node(name, self._nodes.alias(name), {}), until
-                ), state == "active"
+        answers = self._remote.broadcast("query_task", self._gather_time(deadline), ids=[task_id])
+        for name, reply in answers.items():
+            if (state := _task_state(reply, task_id)) in ("active", "reserved"):
+                node = Node(name, self._remote.alias(name), {})
+                return self._remote.refresh(node, deadline), state == "active"
         return None, False
 
-    def _ended(self, task_id: str, node: Node, until: float) -> bool:
-        answers = self._nodes.ask("query_task", self._gather(until), to=node.name, ids=[task_id])
-        return node.name in answers and _state(answers[node.name], task_id) != "active"
+    def _has_ended(self, task_id: str, node: Node, deadline: float) -> bool:
+        answers = self._remote.broadcast(
+            "query_task", self._gather_time(deadline), to=node.name, ids=[task_id]
+        )
+        return node.name in answers and _task_state(answers[node.name], task_id) != "active"
 
-    def _gather(self, until: float) -> float:
-        return min(GATHER, until - self._nodes.now())
+    def _gather_time(self, deadline: float) -> float:
+        return min(GATHER_TIMEOUT, deadline - self._remote.now())
 
     def _aliases(self, names: Iterable[str]) -> list[str]:
-        return sorted(map(self._nodes.alias, names))
+        return sorted(map(self._remote.alias, names))
 
 
-def _done(node: Node, **facts: Any) -> CommandResult:
+def _success(node: Node, **facts: object) -> CommandResult:
     return CommandResult(
         status="success", result={"worker": node.alias, "pool": node.pool, **facts}
     )
 
 
-def _expect(seen: Any, node: Node, answer: Any, otherwise: str) -> None:
-    if not seen:
+def _require_effect(effect: object, node: Node, answer: str, otherwise: str) -> None:
+    if not effect:
         raise CommandError(
             f"{node.alias} says: {answer}; but in the end {otherwise}", indeterminate=True
         )
@@ -234,22 +275,25 @@ def _not_supported(pool: str, why: str) -> str:
     return f"not supported by the {pool} pool: {why}"
 
 
-def _state(known: Any, task_id: str) -> str | None:
-    """Return a worker's ``[state, info]`` of a task, the state alone."""
-    found = known.get(task_id) if isinstance(known, Mapping) else None
+def _task_state(reply: object, task_id: str) -> str | None:
+    """Return the state from a worker's ``{task_id: [state, info]}``."""
+    found = reply.get(task_id) if isinstance(reply, Mapping) else None
     return str(found[0]) if found else None
 
 
-def _is_limited(registered: Any, task: str, rate: str) -> bool:
-    """Whether a worker's list, ``shop.pay [rate_limit=10/m]``, shows the rate for the task."""
+def _is_limited(registered: Iterable[object] | None, task: str, rate: str) -> bool:
+    """Whether a worker lists the task with the rate, as in ``shop.pay [rate_limit=10/m]``."""
     return any(
         str(entry).split(" ", 1)[0] == task and f"rate_limit={rate}]" in str(entry)
         for entry in registered or ()
     )
 
 
-def _busy_solo(task_id: str) -> bool:
-    """Whether this very process runs the task in a solo pool, whose only thread reads the control commands too."""
+def _runs_in_this_solo_worker(task_id: str) -> bool:
+    """Whether the task runs in this process, in a solo pool.
+
+    The only thread of a solo pool also reads the control commands.
+    """
     pool = getattr(ready_worker(), "pool", None)
     state: Any = sys.modules.get("celery.worker.state")
     if state is None or not type(pool).__module__.endswith(".solo"):

@@ -1,7 +1,7 @@
-"""Celery's events as the broker has them, for processes in which the signals do not fire.
+"""Receives Celery's own events from the broker, where the signals do not fire.
 
-That is a prefork worker's own process, whose children have the signals, and any process that is no worker: the standalone
-agent, a web process, a script.
+That is the case in the parent process of a prefork worker, whose children have the signals, and in
+every process outside a worker: the standalone agent, a web process, a script.
 """
 
 from __future__ import annotations
@@ -15,194 +15,209 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
+from z4j_bare.interfaces import IEvent
 
 if TYPE_CHECKING:
+    from celery import Celery
+    from kombu import Connection, Message
+
     from z4j_bare.concurrency import BaseConcurrency
 
-logger = logging.getLogger("z4j.runtime.capture.broker")
+logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 
 #: Seconds of one wait for events.
-TURN = 0.5
+POLL_TIMEOUT = 0.5
 
-#: Seconds before a broken connection is renewed: first, and at most. On Redis what is sent meanwhile is lost.
-FIRST = 0.5
-LONGEST = 15.0
+#: Seconds before a broken connection is renewed, after the first failure. Events that are sent in
+#: between are lost on Redis.
+BACKOFF_INITIAL = 0.5
 
-#: Seconds after which a connection counts as a good one, and the next failure as the first again.
-STEADY = 60.0
+#: Maximum seconds before a broken connection is renewed.
+BACKOFF_MAX = 15.0
 
-#: Seconds of silence on a line that has spoken after which it is renewed: Redis does not say that a peer has vanished, and
-#: workers send a heartbeat every 2 s.
-SILENCE = 90.0
+#: Seconds after which a connection counts as good, and the back-off starts again.
+STABLE_SECONDS = 60.0
 
-#: Seconds at the end: without an event, after which there are no more to come, and in all.
-QUIET = 0.2
-LAST = 1.0
+#: Seconds of silence after which a connection that delivered events is renewed. Redis does not
+#: report that a peer has vanished, and workers send a heartbeat every 2 s.
+SILENCE_TIMEOUT = 90.0
+
+#: Seconds without an event after which the last events have been read, at the end.
+DRAIN_IDLE = 0.2
+
+#: Maximum seconds of reading the last events.
+DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Whether kombu waits in the ``select`` of before the patching; it also remembers that there was none."""
+    """Whether kombu was imported before the patching, so that it waits in the original select."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
 
 
 class EventReceiver:
-    """Reads the event exchange of a Celery app and hands each event to ``take``.
+    """Reads the event exchange of a Celery app.
 
-    :param take: gets a decoded event; it may raise for garbage, which is counted.
-    :param tend: called at each turn; neither waits nor raises.
+    :param on_event: called with each decoded event. It may raise for a malformed one, which is
+        counted.
+    :param on_tick: called after each wait for events; must neither wait nor raise.
     """
 
     name = "z4j-celery-events"
 
     def __init__(
         self,
-        app: Any,
-        take: Callable[[dict[str, Any]], None],
-        tend: Callable[[], None],
+        app: Celery,
+        on_event: Callable[[dict[str, Any]], None],
+        on_tick: Callable[[], None],
         backend: BaseConcurrency,
     ) -> None:
-        #: Connections that failed, and events that could not be read.
+        #: Number of failed connections.
         self.failures = 0
+        #: Number of events that could not be decoded or translated.
         self.unreadable = 0
         self._app = app
-        self._take = take
-        self._tend = tend
+        self._on_event = on_event
+        self._on_tick = on_tick
         self._backend = backend
-        self._streak = 0
+        self._consecutive_failures = 0
         self._messages = 0
-        self._yielded = 0.0
-        self._over = backend.event()
-        self._over.set()
+        self._yielded_at = 0.0
+        self._finished = backend.event()
+        self._finished.set()
 
-    def run(self, stop_event: Any) -> None:
-        """Read until ``stop_event`` is set, and then what has been sent up to then. A lost broker is waited for."""
+    def run(self, stop_event: IEvent) -> None:
+        """Read until ``stop_event`` is set, then read what was sent before. Reconnects."""
         if self._backend.name in _HUBS and patched_late():
             logger.warning(
-                "z4j: this process was patched after it had imported kombu, whose waits would hold up the hub: nothing is"
-                " read from the broker. Patch first, for a preloaded application in gunicorn's configuration file"
+                "z4j: this process imported kombu before it was patched for %s. Waiting for the"
+                " broker would block the hub, so Celery's events are not read from the broker."
+                " Patch before kombu is imported; for gunicorn with preload_app, patch in its"
+                " configuration file",
+                self._backend.name,
             )
             self._backend.wait(stop_event)
             return
-        self._over.clear()
+        self._finished.clear()
         try:
             while not stop_event.is_set():
-                began = self._backend.now()
+                started_at = self._backend.now()
                 try:
                     self._session(stop_event)
                 except (ForkedChildError, InterpreterShutdownError):
                     raise
                 except Exception as error:
-                    if self._backend.now() - began > STEADY:
-                        self._streak = 0
-                    self._failed(error)
-                    self._backend.wait(
-                        stop_event, min(FIRST * 2 ** min(self._streak - 1, 10), LONGEST)
-                    )
+                    if self._backend.now() - started_at > STABLE_SECONDS:
+                        self._consecutive_failures = 0
+                    self._on_failure(error)
+                    self._backend.wait(stop_event, self._backoff())
         finally:
             if not self._backend.forked():
-                self._over.set()
+                self._finished.set()
 
     def finish(self) -> None:
-        """Wait until what was sent before ``stop_event`` has been read, a little longer than ``LAST`` at most."""
-        self._backend.wait(self._over, TURN + LAST)
+        """Wait until everything sent before ``stop_event`` has been read.
 
-    def _session(self, stop_event: Any) -> None:
+        Takes at most ``POLL_TIMEOUT + DRAIN_MAX`` seconds.
+        """
+        self._backend.wait(self._finished, POLL_TIMEOUT + DRAIN_MAX)
+
+    def _session(self, stop_event: IEvent) -> None:
         connection = broker_connection(self._app, reading=True)
         try:
             self._backend.call_blocking(self._subscribe, connection)
             self._listen(connection, stop_event)
             self._drain_last(connection)
         finally:
-            if (
-                not self._backend.forked()
-            ):  # the socket is the parent's, and so is the subscription that would be cancelled
+            # In a forked child the socket is the parent's, and releasing it would cancel the
+            # parent's subscription.
+            if not self._backend.forked():
                 self._backend.call_blocking(_release, connection)
 
-    def _failed(self, error: Exception) -> None:
+    def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        self._streak += 1
-        # The text may quote the broker's address with its password; the class says enough.
+        self._consecutive_failures += 1
+        # Only the class, because the text may contain the broker's address with its password.
         logger.log(
-            logging.WARNING if self._streak == 1 else logging.DEBUG,
-            "z4j: cannot read Celery's events from the broker (%s); trying until it works",
+            logging.WARNING if self._consecutive_failures == 1 else logging.DEBUG,
+            "z4j: cannot read Celery's events from the broker (%s); retrying until it works",
             type(error).__name__,
         )
 
-    def _subscribe(self, connection: Any) -> None:
-        connection.connect()  # by itself kombu would try for ever
+    def _backoff(self) -> float:
+        doublings = min(self._consecutive_failures - 1, 10)
+        return min(BACKOFF_INITIAL * 2.0**doublings, BACKOFF_MAX)
+
+    def _subscribe(self, connection: Connection) -> None:
+        connection.connect()  # fails at once, where the first use would retry without end
         receiver = self._app.events.Receiver(connection)
         consumer = connection.Consumer(
             queues=[receiver.queue],
-            callbacks=[self._receive],
+            callbacks=[self._on_message],
             no_ack=True,
             accept=receiver.accept,
-            on_decode_error=self._refuse,
+            on_decode_error=self._on_decode_error,
         )
         consumer.consume()
 
-    def _listen(self, connection: Any, stop_event: Any) -> None:
-        heard, messages = self._backend.now(), self._messages
+    def _listen(self, connection: Connection, stop_event: IEvent) -> None:
+        last_message_at, messages = self._backend.now(), self._messages
         while not stop_event.is_set():
-            self._drain(connection, TURN)
+            self._drain(connection, POLL_TIMEOUT)
             connection.heartbeat_check()
-            self._tend()
+            self._on_tick()
             now = self._backend.now()
             if self._messages != messages:
-                heard, messages = now, self._messages
-            elif messages and now - heard > SILENCE:
-                logger.debug("z4j: no event for %.0f s; connecting anew", SILENCE)
+                last_message_at, messages = now, self._messages
+            elif messages and now - last_message_at > SILENCE_TIMEOUT:
+                logger.debug("z4j: no event for %.0f s; reconnecting", SILENCE_TIMEOUT)
                 return
 
-    def _drain_last(self, connection: Any) -> None:
-        deadline = self._backend.now() + LAST
-        while self._backend.now() < deadline and self._drain(connection, QUIET):
+    def _drain_last(self, connection: Connection) -> None:
+        deadline = self._backend.now() + DRAIN_MAX
+        while self._backend.now() < deadline and self._drain(connection, DRAIN_IDLE):
             pass
 
-    def _drain(self, connection: Any, seconds: float) -> bool:
-        """Take what has come, waiting at most ``seconds``; return whether anything had."""
+    def _drain(self, connection: Connection, timeout: float) -> bool:
+        """Read what has arrived within ``timeout`` seconds; return whether anything had."""
         before = self._messages
         try:
-            self._backend.call_blocking(connection.drain_events, timeout=seconds)
+            self._backend.call_blocking(connection.drain_events, timeout=timeout)
         except TimeoutError as error:
-            if error.errno is not None:  # not ours, but the network's
+            if error.errno is not None:  # the network's own, such as ETIMEDOUT
                 raise
             return False
-        if (
-            self._messages == before
-        ):  # the transport's own business; should it repeat, it must not keep the hub busy
+        if self._messages == before:
+            # The transport returned without a message. If it keeps doing so, the loop must not
+            # keep the hub busy.
             self._backend.sleep(SLICE_SECONDS)
         return True
 
-    def _receive(self, body: Any, _message: Any) -> None:
+    def _on_message(self, body: list[dict[str, Any]] | dict[str, Any], _message: Message) -> None:
         step = self._backend.steps.begin()
         self._messages += 1
         for event in body if isinstance(body, list) else [body]:
             try:
-                self._take(event)
+                self._on_event(event)
             except Exception as error:
                 self.unreadable += 1
-                logger.debug("z4j: an event of Celery's cannot be read: %s", type(error).__name__)
+                logger.debug("z4j: malformed Celery event: %s", type(error).__name__)
         self._backend.steps.end(step, self.name)
-        if (
-            perf_counter() - self._yielded > SLICE_SECONDS
-        ):  # kombu may hand over a whole burst in one go
+        if perf_counter() - self._yielded_at > SLICE_SECONDS:  # kombu may deliver a burst at once
             self._backend.sleep(0)
-            self._yielded = perf_counter()
+            self._yielded_at = perf_counter()
 
-    def _refuse(self, _message: Any, error: Exception) -> None:
+    def _on_decode_error(self, _message: Message, error: Exception) -> None:
         self._messages += 1
         self.unreadable += 1
-        logger.debug(
-            "z4j: a message on the event exchange cannot be decoded: %s", type(error).__name__
-        )
+        logger.debug("z4j: undecodable message on the event exchange: %s", type(error).__name__)
 
 
-def _release(connection: Any) -> None:
+def _release(connection: Connection) -> None:
     try:
         connection.release()
     except Exception as error:
-        logger.debug("z4j: closing the broker's connection failed: %s", type(error).__name__)
+        logger.debug("z4j: closing the broker connection failed: %s", type(error).__name__)

@@ -1,4 +1,4 @@
-"""Celery's live workers: asked by broadcast, found by the name that the brain knows."""
+"""Celery's remote control: broadcasts to the live workers, found by their names in the brain."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import CommandError
 
 if TYPE_CHECKING:
+    from celery import Celery
+
     from z4j_bare.concurrency import BaseConcurrency
 
 T = TypeVar("T")
 
-#: Seconds for one worker's answer to a question, and between the answers of all when nobody knows how many there are.
-ASK = 2.0
-GATHER = 1.5
+#: Seconds to wait for the reply of one worker.
+REPLY_TIMEOUT = 2.0
 
-#: Seconds between two looks whether something has come about, and for which it may take to.
-LOOK = 0.2
-EFFECT = 15.0
+#: Seconds to wait for further replies to a broadcast; the number of workers is unknown.
+GATHER_TIMEOUT = 1.5
 
-#: Names of workers kept for the next question; they change where hosts come and go.
-REMEMBERED = 1000
+#: Seconds between two checks of a command's effect.
+POLL_INTERVAL = 0.2
 
-#: Module of a pool's class to the name by which users start it, where these differ.
-_POOLS = {"thread": "threads"}
+#: Maximum seconds to wait for a command's effect.
+EFFECT_TIMEOUT = 15.0
+
+#: Maximum number of cached worker names. Names change where hosts come and go.
+MAX_CACHED_NAMES = 1000
+
+#: The pool name of users, where it differs from the module of the pool's class.
+_POOL_NAMES = {"thread": "threads"}
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A worker that has just answered. ``alias`` is its name in the brain, ``pool`` such as ``gevent``."""
+    """A worker that has just replied, with its name in the brain (``alias``) and its statistics."""
 
     name: str
     alias: str
@@ -39,141 +45,154 @@ class Node:
 
     @property
     def pool(self) -> str:
-        """What the worker runs its tasks in; ask the worker, for ``conf.worker_pool`` proves nothing."""
-        module, _, _ = str(self._pool().get("implementation", "")).partition(":")
-        kind = module.rpartition(".")[2]
-        return _POOLS.get(kind, kind) or "unknown"
+        """Name of the running pool, such as ``gevent``; ``conf.worker_pool`` may differ from it."""
+        module, _, _ = str(self._pool_stats().get("implementation", "")).partition(":")
+        name = module.rpartition(".")[2]
+        return _POOL_NAMES.get(name, name) or "unknown"
 
     @property
     def size(self) -> int:
-        """How many tasks it runs at a time; prefork's own figure is the one it was started with."""
-        processes = self._pool().get("processes")
-        return (
-            len(processes)
-            if self.pool == "prefork" and processes
-            else int(self._pool().get("max-concurrency") or 0)
-        )
+        """How many tasks the worker runs at a time.
+
+        For prefork that is the number of processes: its ``max-concurrency`` is the initial value.
+        """
+        processes = self._pool_stats().get("processes")
+        if self.pool == "prefork" and processes:
+            return len(processes)
+        return int(self._pool_stats().get("max-concurrency") or 0)
 
     @property
     def processes(self) -> frozenset[int]:
-        """The pids of a prefork pool."""
-        return frozenset(self._pool().get("processes") or ())
+        """Process ids of a prefork pool."""
+        return frozenset(self._pool_stats().get("processes") or ())
 
-    def _pool(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.stats.get("pool") or {}
-        return found
+    def _pool_stats(self) -> Mapping[str, Any]:
+        pool: Mapping[str, Any] = self.stats.get("pool") or {}
+        return pool
 
 
 class RemoteControl:
-    """Asks workers through Celery's remote control. Methods wait; none is for loop steps.
+    """Sends remote control commands to workers. Its methods block; loops must not call them.
 
-    :param app: the Celery application.
-    :param alias: a worker's name as the brain keeps it.
+    Deadlines are values of :meth:`now`.
+
+    :param alias: returns a worker's name in the brain.
     """
 
-    def __init__(self, app: Any, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
+    def __init__(self, app: Celery, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
         self.alias = alias
         self._app = app
         self._backend = backend
-        self._real: dict[str, str] = {}
+        #: Node names by node name and by alias.
+        self._node_names: dict[str, str] = {}
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
         return self._backend.now()
 
-    def ask(
-        self, command: str, seconds: float, *, to: str | None = None, **arguments: Any
+    def broadcast(
+        self, command: str, timeout: float, *, to: str | None = None, **arguments: object
     ) -> dict[str, Any]:
-        """Broadcast a control command and return the answers by worker.
+        """Send a control command and return the replies by node name.
 
-        From one worker the first answer ends it; from all, ``seconds`` without a further one. Raises ``CommandError``
-        when the broker fails.
+        Returns after the first reply of the worker ``to``, or without ``to`` when no further reply
+        has come for ``timeout`` seconds.
+
+        :raises CommandError: if the broker fails.
         """
         try:
             replies = self._backend.call_blocking(
-                self._broadcast, command, arguments, to, max(0.1, seconds)
+                self._broadcast, command, arguments, to, max(0.1, timeout)
             )
         except Exception as error:
-            # The text may quote the broker's address with its password; the class says enough.
+            # Only the class, because the text may contain the broker's address with its password.
             raise CommandError(
                 f"the broker failed: {type(error).__name__}", indeterminate=True
             ) from error
         answers = {name: answer for reply in replies or () for name, answer in reply.items()}
-        if len(self._real) > REMEMBERED:
-            self._real.clear()
+        if len(self._node_names) > MAX_CACHED_NAMES:
+            self._node_names.clear()
         for name in answers:
-            self._real[name] = self._real[self.alias(name)] = name
+            self._node_names[name] = self._node_names[self.alias(name)] = name
         return answers
 
     def _broadcast(
-        self, command: str, arguments: dict[str, Any], to: str | None, seconds: float
+        self, command: str, arguments: dict[str, object], to: str | None, timeout: float
     ) -> Any:
-        """Ask on a connection of our own, publishing included.
-
-        A child that is forked meanwhile closes the app's pool, and would read the replies off the socket that it shares
-        with us there; it hangs when we are first (kombu 5.7, prefork).
-        """
         with broker_connection(self._app) as connection:
             connection.connect()
             mailbox = self._app.control.mailbox(connection)
-            mailbox.producer_pool = None
+            mailbox.producer_pool = None  # else the command is published on the app's pool
             if to is None:
-                return mailbox.multi_call(command, arguments, timeout=seconds)
-            return mailbox.call([to], command, arguments, timeout=seconds)
+                return mailbox.multi_call(command, arguments, timeout=timeout)
+            return mailbox.call([to], command, arguments, timeout=timeout)
 
-    def tell(self, node: Node, command: str, until: float, **arguments: Any) -> str:
-        """Give one worker a command and return what it says to it, waiting for that ``until`` the end of our time.
+    def command(self, node: Node, command: str, deadline: float, **arguments: object) -> str:
+        """Send a command to one worker and return the text of its reply.
 
-        Raises ``CommandError`` with its error, or when it does not answer.
+        :raises CommandError: if the reply is an error, or does not come before the deadline.
         """
-        answers = self.ask(command, until - self.now(), to=node.name, **arguments)
+        answers = self.broadcast(command, deadline - self.now(), to=node.name, **arguments)
         if node.name not in answers:
             raise CommandError(f"no answer from {node.alias}", indeterminate=True)
-        return said(node.alias, answers[node.name])
+        return reply_text(node.alias, answers[node.name])
 
-    def find(self, name: str, until: float) -> Node:
-        """Return the live worker that the brain calls ``name``; ``CommandError`` when there is none."""
-        if name in self._real:  # heard of before, which costs no round among all
-            real = self._real.pop(name)
-            stats = self.ask("stats", min(ASK, until - self.now()), to=real).get(real)
+    def resolve(self, name: str, deadline: float) -> Node:
+        """Return the live worker with this name in the brain.
+
+        :raises CommandError: if no worker with that name replies.
+        """
+        if name in self._node_names:  # a cached name saves a broadcast to all workers
+            node_name = self._node_names.pop(name)
+            stats = self.broadcast("stats", self._reply_time(deadline), to=node_name).get(node_name)
             if stats is not None:
-                return Node(real, self.alias(real), stats)
-        alive = self.ask("ping", min(GATHER, until - self.now()))
-        if name in self._real:
-            return self.again(Node(self._real[name], self.alias(name), {}), until)
+                return Node(node_name, self.alias(node_name), stats)
+        alive = self.broadcast("ping", min(GATHER_TIMEOUT, deadline - self.now()))
+        if name in self._node_names:
+            return self.refresh(Node(self._node_names[name], self.alias(name), {}), deadline)
         others = ", ".join(sorted(map(self.alias, alive))) or "none"
         raise CommandError(f"no answer from {self.alias(name)}; workers that answer: {others}")
 
-    def again(self, node: Node, until: float) -> Node:
-        """Ask a worker for its figures once more."""
-        answers = self.ask("stats", min(ASK, until - self.now()), to=node.name)
+    def refresh(self, node: Node, deadline: float) -> Node:
+        """Return the worker with current statistics.
+
+        :raises CommandError: if it does not reply.
+        """
+        answers = self.broadcast("stats", self._reply_time(deadline), to=node.name)
         if node.name not in answers:
             raise CommandError(f"no answer from {node.alias}")
         return Node(node.name, node.alias, answers[node.name])
 
-    def queues(self, node: Node, until: float) -> set[str]:
-        """Return the names of the queues from which a worker consumes."""
-        answers = self.ask("active_queues", min(ASK, until - self.now()), to=node.name)
+    def queues(self, node: Node, deadline: float) -> set[str]:
+        """Return the names of the queues that a worker consumes."""
+        answers = self.broadcast("active_queues", self._reply_time(deadline), to=node.name)
         return {str(queue.get("name")) for queue in answers.get(node.name) or ()}
 
-    def see(self, look: Callable[[], T | None], until: float) -> T | None:
-        """Look until there is something to see, for :data:`EFFECT` seconds; return it, or ``None``.
+    def wait_for(self, check: Callable[[], T | None], deadline: float) -> T | None:
+        """Call ``check`` until it returns a true value; return its last value.
 
-        A worker that is too busy to answer one look may answer the next.
+        Waits at most :data:`EFFECT_TIMEOUT` seconds. A ``CommandError`` counts as ``None``, because
+        a worker that is too busy to reply once may reply to the next check.
         """
-        until = min(until, self.now() + EFFECT)
+        deadline = min(deadline, self.now() + EFFECT_TIMEOUT)
         while True:
             try:
-                found = look()
+                found = check()
             except CommandError:
                 found = None
-            if found or self.now() + LOOK >= until:
+            if found or self.now() + POLL_INTERVAL >= deadline:
                 return found
-            self._backend.sleep(LOOK)
+            self._backend.sleep(POLL_INTERVAL)
+
+    def _reply_time(self, deadline: float) -> float:
+        return min(REPLY_TIMEOUT, deadline - self.now())
 
 
-def said(worker: str, answer: Any) -> str:
-    """Return a worker's own words; raise ``CommandError`` with them when they are an error."""
-    if isinstance(answer, Mapping) and "error" in answer:
-        raise CommandError(f"{worker} says: {answer['error']}")
-    return str(answer.get("ok", answer)) if isinstance(answer, Mapping) else str(answer)
+def reply_text(worker: str, reply: object) -> str:
+    """Return the text of a worker's reply.
+
+    :raises CommandError: with the worker's text, if the reply is an error.
+    """
+    if isinstance(reply, Mapping) and "error" in reply:
+        raise CommandError(f"{worker} says: {reply['error']}")
+    return str(reply.get("ok", reply)) if isinstance(reply, Mapping) else str(reply)

@@ -1,7 +1,8 @@
-"""Values out of the text that Celery makes of them.
+"""Parses values from the ``saferepr`` text in which a worker's events carry them.
 
-A worker's events carry arguments and results as Celery's ``saferepr``: Python's notation, cut at a length and a depth, with
-only quotes escaped. Redaction goes by key, so the structure has to be found again; what cannot be read stays text.
+Celery writes arguments and results in Python's notation, limits length and depth, and escapes only
+quotes. Redaction selects by key, so the structure has to be recovered. What cannot be parsed
+remains text.
 """
 
 from __future__ import annotations
@@ -15,166 +16,170 @@ from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 
-#: Characters of one text that are read; Celery sends 1,024 unless it is told otherwise.
+#: Maximum characters parsed of one text. Celery's default limit is 1,024.
 MAX_TEXT = 8 * 1024
 
-#: Brackets and commas that are looked at in text that cannot be read; after that the rest is one piece.
+#: Maximum brackets and commas examined in text that cannot be parsed; the rest is one piece.
 MAX_STEPS = 2000
 
-#: What stands where Celery, or we, left something out.
+#: Marks what Celery or a limit of this module left out.
 CUT = "[... cut]"
 
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _PLAIN = re.compile(r"[-+.\w]+")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,300}\Z")
 _FLOAT = re.compile(r"[-+]?[0-9]{1,300}(?:\.[0-9]{0,300})?(?:[eE][-+]?[0-9]{1,4})?\Z")
-_DULL = re.compile(r"[^()<>\[\]{},:]+")
+_UNSTRUCTURED = re.compile(r"[^()<>\[\]{},:]+")
 _WORD = re.compile(r"[A-Za-z_][\w-]*")
 _CONSTANTS = {"None": None, "True": True, "False": False, "...": CUT}
 _OPEN, _CLOSE = "([{", ")]}"
 
 
 class ReprText(str):
-    """Such a text, at most ``MAX_TEXT`` characters of it."""
+    """Text in ``saferepr`` notation, at most ``MAX_TEXT`` characters."""
 
     __slots__ = ()
 
 
-def keep(value: Any) -> Any:
-    """Return a bounded copy of what an event brought as argument or result: text to :func:`read`, or a snapshot."""
+def bound(value: object) -> Any:
+    """Return a bounded copy of an argument or result: text for :func:`parse`, or a snapshot."""
     return ReprText(value[:MAX_TEXT]) if isinstance(value, str) else snapshot(value)
 
 
-def read(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
-    """Return the value that ``text`` tells of, in JSON's types. Never raises; 0.3 ms for 1,000 characters of short pairs.
+def parse(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
+    """Return the value that ``text`` describes, in JSON types.
 
-    Tuples and sets become lists, bytes the name of their class, what is no literal stays text.
+    Does not raise. Takes 0.3 ms for 1,000 characters of short pairs. Tuples and sets become lists,
+    bytes the name of their class, and other objects stay text.
 
-    :param secret: whether a word is a key whose value must be redacted. Where unreadable text contains one, no unreadable
-        text is passed on: nobody can say where its value ends.
+    :param is_sensitive_key: whether the value of a key must be redacted. If opaque text contains
+        such a word, all opaque text is redacted, because the end of the value is unknown.
     """
     try:
-        return _Reader(text, is_sensitive_key).whole()
+        return _Parser(text, is_sensitive_key).document()
     except _SensitiveError:
-        return _Reader(text, is_sensitive_key, hide=True).whole()
+        return _Parser(text, is_sensitive_key, redact_opaque=True).document()
 
 
 class _SensitiveError(Exception):
-    """Unreadable text names a key that redaction hides."""
+    """Opaque text contains a sensitive key."""
 
 
-class _Reader:
-    """One pass over a text. Every method leaves ``at`` behind what it has read, and always gets to the end."""
+class _Parser:
+    """One pass over a text. Every method leaves ``position`` after what it has read."""
 
     def __init__(
-        self, text: str, is_sensitive_key: Callable[[str], bool], *, hide: bool = False
+        self, text: str, is_sensitive_key: Callable[[str], bool], *, redact_opaque: bool = False
     ) -> None:
         self.text = text[:MAX_TEXT]
-        self.at = 0
+        self.position = 0
         self.nodes = MAX_NODES
         self.steps = MAX_STEPS
         self.is_sensitive_key = is_sensitive_key
-        self.hide = hide
-        self.secrets: set[str] | None = None
+        self.redact_opaque = redact_opaque
+        self.sensitive_words: set[str] | None = None
 
-    def whole(self) -> Any:
+    def document(self) -> Any:
+        """Parse the whole text."""
         value = self.value("", MAX_DEPTH)
-        return value if self.next() == "" else self.loose(0, "")
+        return value if self.peek() == "" else self.opaque(0, "")
 
-    def next(self) -> str:
-        """Return the next character that is no space, without reading it; empty at the end."""
-        found = self.text[self.at : self.at + 1]
+    def peek(self) -> str:
+        """Skip spaces and return the next character without reading it; empty at the end."""
+        found = self.text[self.position : self.position + 1]
         while found in {" ", "\n"}:
-            self.at += 1
-            found = self.text[self.at : self.at + 1]
+            self.position += 1
+            found = self.text[self.position : self.position + 1]
         return found
 
     def value(self, ends: str, depth: int) -> Any:
-        """Read one value, which one of the characters ``ends``, or the end of the text, has to follow."""
+        """Read a value, which must be followed by one of the characters ``ends`` or by the end."""
         self.nodes -= 1
-        first = self.next()
-        began = self.at
-        value = self.exact(first, depth) if self.nodes > 0 else _FAILED
-        follows = self.next()
-        # Without a look at what follows, text with a backslash before its last quote would swallow the next key.
-        if value is _FAILED or (follows and follows not in ends):
-            return self.loose(began, ends)
+        first = self.peek()
+        start = self.position
+        value = self.literal(first, depth) if self.nodes > 0 else _FAILED
+        following = self.peek()
+        # Without this check, text with a backslash before its last quote would include the next
+        # key.
+        if value is _FAILED or (following and following not in ends):
+            return self.opaque(start, ends)
         return value
 
-    def exact(self, first: str, depth: int) -> Any:
+    def literal(self, first: str, depth: int) -> Any:
+        """Read a container, string, bytes, number or constant; ``_FAILED`` for anything else."""
         if first and first in _OPEN:
             return self.container(first, depth - 1) if depth else _FAILED
         if first == "'":
             return self.string()
-        if self.text.startswith("b'", self.at):
-            self.at += 1
+        if self.text.startswith("b'", self.position):
+            self.position += 1
             return _FAILED if self.string() is _FAILED else "<builtins.bytes>"
-        found = _PLAIN.match(self.text, self.at)
+        found = _PLAIN.match(self.text, self.position)
         if found is None:
             return _FAILED
-        self.at = found.end()
-        return _plain(found.group())
+        self.position = found.end()
+        return _number_or_constant(found.group())
 
     def string(self) -> Any:
-        found = _STRING.match(self.text, self.at)
+        found = _STRING.match(self.text, self.position)
         if found is None:
             return _FAILED
-        self.at = found.end()
+        self.position = found.end()
         return found.group(1).replace("\\'", "'")
 
     def container(self, opening: str, depth: int) -> Any:
-        """Read up to the closing bracket; one that is missing was cut off."""
+        """Read up to the closing bracket. If it is missing, the container was cut."""
         closing = _CLOSE[_OPEN.index(opening)]
-        self.at += 1
+        self.position += 1
         items: list[Any] = []
         pairs: dict[str, Any] = {}
-        while (first := self.next()) != closing:
+        while (first := self.peek()) != closing:
             if not first or first in _CLOSE or self.nodes <= 0:
                 items.append(CUT)
-                self.at = len(self.text) if self.nodes <= 0 else self.at
-                return self.filled(opening, items, pairs)
+                self.position = len(self.text) if self.nodes <= 0 else self.position
+                return self.finish_container(opening, items, pairs)
             if first == ",":
-                self.at += 1
+                self.position += 1
                 continue
             item = self.value(closing + (",:" if opening == "{" else ","), depth)
-            if self.next() == ":" and opening == "{":
-                self.at += 1
+            if self.peek() == ":" and opening == "{":
+                self.position += 1
                 pairs[_key(item)] = self.value(closing + ",", depth)
             else:
                 items.append(item)
-        self.at += 1
-        return self.filled(opening, items, pairs)
+        self.position += 1
+        return self.finish_container(opening, items, pairs)
 
     @staticmethod
-    def filled(opening: str, items: list[Any], pairs: dict[str, Any]) -> Any:
+    def finish_container(opening: str, items: list[Any], pairs: dict[str, Any]) -> Any:
         if pairs and items:
-            pairs["..."] = CUT  # a key without its value, or three dots: Celery's mark for more
+            pairs["..."] = CUT  # a key without its value, or the three dots of a cut mapping
         return pairs if pairs or (opening == "{" and not items) else items
 
-    def loose(self, began: int, ends: str) -> str:
-        """Take everything up to one of ``ends`` outside of brackets and quotes as text."""
-        self.at, depth = began, 0
-        while self.at < len(self.text):
-            dull = _DULL.match(self.text, self.at)
-            if dull is not None:
-                self.at = dull.end()
+    def opaque(self, start: int, ends: str) -> str:
+        """Return everything up to one of ``ends`` outside of brackets and quotes, as text."""
+        self.position, depth = start, 0
+        while self.position < len(self.text):
+            unstructured = _UNSTRUCTURED.match(self.text, self.position)
+            if unstructured is not None:
+                self.position = unstructured.end()
                 continue
-            character = self.text[self.at]
+            character = self.text[self.position]
             if depth <= 0 and character in ends:
                 break
             depth += (character in "([{<") - (character in ")]}>")
             self.steps -= 1
-            self.at = self.at + 1 if self.steps > 0 else len(self.text)
-        return self.judged(self.text[began : self.at].strip())
+            self.position = self.position + 1 if self.steps > 0 else len(self.text)
+        return self.check_opaque(self.text[start : self.position].strip())
 
-    def judged(self, text: str) -> str:
-        if self.hide:
+    def check_opaque(self, text: str) -> str:
+        """Return ``text``, or the redaction marker; raise if it contains a sensitive key."""
+        if self.redact_opaque:
             return REDACTED
-        if self.secrets is None:
-            self.secrets = {
-                word for word in set(_WORD.findall(self.text)) if self.is_sensitive_key(word)
-            }
-        if self.secrets and not self.secrets.isdisjoint(_WORD.findall(text)):
+        if self.sensitive_words is None:
+            words = set(_WORD.findall(self.text))
+            self.sensitive_words = {word for word in words if self.is_sensitive_key(word)}
+        if self.sensitive_words and not self.sensitive_words.isdisjoint(_WORD.findall(text)):
             raise _SensitiveError
         return text
 
@@ -182,7 +187,7 @@ class _Reader:
 _FAILED = object()
 
 
-def _plain(word: str) -> Any:
+def _number_or_constant(word: str) -> Any:
     if word in _CONSTANTS:
         return _CONSTANTS[word]
     if _INTEGER.match(word):
@@ -191,5 +196,5 @@ def _plain(word: str) -> Any:
     return number if isfinite(number) else _FAILED
 
 
-def _key(item: Any) -> str:
+def _key(item: object) -> str:
     return (item if isinstance(item, str) else str(item))[:MARGIN]

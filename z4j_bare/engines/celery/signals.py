@@ -1,14 +1,15 @@
-"""Task events from Celery's signals, as far as they fire in this process.
+"""Captures task events by Celery's signals, as far as they fire in this process.
 
-In gevent, eventlet, threads and solo pools that is all of them. Every handler copies a little, appends to the ring, and
-returns. Reading the broker's events instead takes 30 % of a loaded worker's CPU.
+In gevent, eventlet, threads and solo pools every signal does. A handler copies a little, appends to
+the ring and returns. Reading the events from the broker instead takes 30 % of the CPU of a loaded
+worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter, time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import fork
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
@@ -22,16 +23,27 @@ from z4j_bare.engines.celery.task_state import (
     TaskTypes,
 )
 from z4j_bare.events.redaction import Redactor, safe_name
-from z4j_bare.events.ring import Put
+from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
-from z4j_bare.safety import excused, safe_boundary
+from z4j_bare.safety import safe_boundary, should_suppress
 
-#: Characters of a traceback that are looked at; the encoder sends the first 4,096.
-TRACEBACK = 5120
+if TYPE_CHECKING:
+    from celery.app.task import Task
+    from celery.utils.dispatch import Signal
+    from celery.worker.consumer import Consumer
+    from celery.worker.request import Request
+    from z4j_celery import CeleryEngineAdapter
 
-#: Of tasks without them: two containers less for the garbage collector to count. Nobody changes what was captured.
+#: Characters of a traceback that are captured; the encoder sends the first 4,096.
+CAPTURED_TRACEBACK_CHARS = 5120
+
+#: Shared by all tasks without arguments: two containers less for the garbage collector to track.
+#: Nothing modifies captured arguments.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
+
+#: Default of the arguments that Celery always sends. A missing one fails in the handler.
+_ABSENT: Any = None
 
 _HANDLERS = {
     "task_received": "_on_received",
@@ -46,20 +58,21 @@ _HANDLERS = {
 
 
 class CeleryCapture:
-    """The signal handlers of one worker whose tasks run in its own process.
+    """The signal handlers of a worker whose tasks run in its own process.
 
-    :param engine: the ``CeleryEngineAdapter``; its redaction and its tasks' ``@z4j_meta`` hold as with its own hooks.
+    :param adapter: its redaction and its tasks' ``@z4j_meta`` apply as in its own handlers.
     :param put: ``Ring.put``.
-    :param hostname: the worker's node name; ``None`` in a process that is no worker.
-    :param args: whether arguments are sent; likewise ``result``.
+    :param hostname: the worker's node name; ``None`` outside a worker.
+    :param args: whether to capture arguments.
+    :param result: whether to capture results.
     """
 
-    #: The signals that are listened to.
+    #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
 
     def __init__(
         self,
-        engine: Any,
+        adapter: CeleryEngineAdapter,
         put: Put,
         hostname: str | None,
         *,
@@ -70,28 +83,26 @@ class CeleryCapture:
         from z4j_celery.meta import get_meta
 
         self.worker = (
-            None if hostname is None else safe_name(hostname, engine.redaction.value_matches)
+            None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
         )
         self.task_states = TaskStates()
-        self._put = put
         self._args = args
         self._result = result
         self._clock = clock
-        scribe = TaskEncoder(engine.name, Redactor(engine.redaction), self.worker)
-        # Bound once: a bound method made at each event is one more thing for the garbage collector to count.
-        self._received, self._started, self._succeeded = (
-            scribe.received,
-            scribe.started,
-            scribe.succeeded,
-        )
-        self._other, self._encode = scribe.other, scribe.encode
-        self._at_once = scribe.at_once
-        self._kinds = TaskTypes(get_meta)
+        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), self.worker)
+        self._put = self._wrapped(put, encoder)
+        # Bound once: a method bound at each event is one more object for the garbage collector.
+        self._received = encoder.received
+        self._started = encoder.started
+        self._succeeded = encoder.succeeded
+        self._generic = encoder.generic
+        self._encode = encoder.encode
+        self._task_types = TaskTypes(get_meta)
         self._epoch = fork.epoch()
-        self._connected: list[tuple[Any, Callable[..., Any]]] = []
+        self._connected: list[tuple[Signal, Callable[..., None]]] = []
 
     def connect(self) -> None:
-        """Subscribe to the task signals. Idempotent."""
+        """Connect the handlers. Idempotent."""
         from celery import signals
 
         if self._connected:
@@ -102,53 +113,61 @@ class CeleryCapture:
             self._connected.append((signal, handler))
 
     def disconnect(self) -> None:
-        """Unsubscribe. Idempotent."""
+        """Disconnect the handlers. Idempotent."""
         while self._connected:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
 
-    # The first three are called for every task, and so have no boundary around them but a ``try`` of their own.
+    def _wrapped(self, put: Put, _encoder: TaskEncoder, /) -> Put:
+        """Return the function that the handlers call with each record."""
+        return put
 
-    def _on_received(self, request: Any = None, **_kwargs: Any) -> None:
+    # The next three run for every task. They have a try of their own instead of safe_boundary,
+    # which costs a call.
+
+    def _on_received(self, request: Request = _ABSENT, **_kwargs: object) -> None:
         try:
             task_id = request.id
-            kind = self._kinds.of(request.task)
-            if fork.epoch() != self._epoch or not (kind.whole or kind.reports(task_id)):
+            task_type = self._task_types.of(request.task)
+            if fork.epoch() != self._epoch or not (
+                task_type.unsampled or task_type.is_sampled(task_id)
+            ):
                 return
             task_state = self.task_states.get(task_id) or self.task_states.add(
-                task_id, TaskState(kind, _queue(request))
+                task_id, TaskState(task_type, _queue(request))
             )
             args = kwargs = None
             if self._args:
                 args = snapshot(request.args) if request.args else _NO_ARGS
                 kwargs = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
-            above, root = request.parent_id, request.root_id
+            parent, root = request.parent_id, request.root_id
             self._put(
-                (self._received, self._clock(), task_id, task_state, args, kwargs, above, root)
+                (self._received, self._clock(), task_id, task_state, args, kwargs, parent, root)
             )
         except Exception as error:
-            if not excused(self._on_received, error):
+            if not should_suppress(self._on_received, error):
                 raise
 
-    def _on_prerun(self, task_id: str = "", task: Any = None, **_kwargs: Any) -> None:
+    def _on_prerun(self, task_id: str = "", task: Task = _ABSENT, **_kwargs: object) -> None:
         try:
             task_state = self._task_state(task_id, task)
             if task_state is not None:
-                task_state.began = perf_counter()
+                task_state.started_at = perf_counter()
                 self._put((self._started, self._clock(), task_id, task_state))
         except Exception as error:
-            if not excused(self._on_prerun, error):
+            if not should_suppress(self._on_prerun, error):
                 raise
 
     def _on_postrun(
         self,
         task_id: str = "",
-        task: Any = None,
-        retval: Any = None,
-        state: Any = None,
-        **_kwargs: Any,
+        task: Task = _ABSENT,
+        retval: object = None,
+        state: str | None = None,
+        **_kwargs: object,
     ) -> None:
-        # task_success carries no id. Failures have a signal of their own, and a task that gevent killed has no state.
+        # task_success carries no task id. A failure has a signal of its own. A task that was
+        # killed by gevent has no state.
         if state != "SUCCESS":
             return
         try:
@@ -168,17 +187,17 @@ class CeleryCapture:
                     )
                 )
         except Exception as error:
-            if not excused(self._on_postrun, error):
+            if not should_suppress(self._on_postrun, error):
                 raise
 
     @safe_boundary
     def _on_failure(
         self,
-        sender: Any = None,
+        sender: Task = _ABSENT,
         task_id: str = "",
-        exception: Any = None,
-        einfo: Any = None,
-        **_kwargs: Any,
+        exception: BaseException | None = None,
+        einfo: object = None,
+        **_kwargs: object,
     ) -> None:
         task_state = self._task_state(task_id, sender)
         if task_state is not None:
@@ -188,99 +207,117 @@ class CeleryCapture:
             }
             text = getattr(einfo, "traceback", None)
             if isinstance(text, str):
-                own["traceback"] = text[:TRACEBACK]
-            self._finish(FAILED, task_id, task_state, own)
+                own["traceback"] = text[:CAPTURED_TRACEBACK_CHARS]
+            self._end(FAILED, task_id, task_state, own)
 
     @safe_boundary
     def _on_retry(
-        self, sender: Any = None, request: Any = None, reason: Any = None, **_kwargs: Any
+        self,
+        sender: Task = _ABSENT,
+        request: Request = _ABSENT,
+        reason: object = None,
+        **_kwargs: object,
     ) -> None:
         task_state = self._task_state(request.id, sender)
         if task_state is not None:
             retries = int(getattr(request, "retries", 0) or 0) + 1
             own = {"reason": snapshot(_text(reason)), "retry_count": retries}
-            self._put((self._other, self._clock(), request.id, task_state, RETRIED, own, None))
+            self._put((self._generic, self._clock(), request.id, task_state, RETRIED, own, None))
 
     @safe_boundary
     def _on_revoked(
         self,
-        sender: Any = None,
-        request: Any = None,
-        terminated: Any = None,
-        signum: Any = None,
-        expired: Any = None,
-        **_kwargs: Any,
+        sender: Task = _ABSENT,
+        request: Request = _ABSENT,
+        terminated: object = None,
+        signum: object = None,
+        expired: object = None,
+        **_kwargs: object,
     ) -> None:
         task_state = self._task_state(request.id, sender)
         if task_state is not None:
             number = int(signum) if isinstance(signum, int) else None
             own = {"terminated": bool(terminated), "signum": number, "expired": bool(expired)}
-            self._finish(REVOKED, request.id, task_state, own)
+            self._end(REVOKED, request.id, task_state, own)
 
     @safe_boundary
-    def _on_rejected(self, message: Any = None, exc: Any = None, **_kwargs: Any) -> None:
+    def _on_rejected(self, message: object = None, exc: object = None, **_kwargs: object) -> None:
         headers = getattr(message, "headers", None) or {}
-        self._refused(
+        self._reject(
             str(headers.get("id") or ""),
             str(headers.get("task") or "unknown"),
             snapshot(_text(exc)),
         )
 
     @safe_boundary
-    def _on_unknown(self, name: Any = None, id: Any = None, **_kwargs: Any) -> None:  # noqa: A002 - Celery's keyword
-        self._refused(str(id or ""), str(name or "unknown"), "not registered with this worker")
+    def _on_unknown(
+        self,
+        name: object = None,
+        id: object = None,  # noqa: A002 - the signal's keyword
+        **_kwargs: object,
+    ) -> None:
+        self._reject(str(id or ""), str(name or "unknown"), "not registered with this worker")
 
-    def _refused(self, task_id: str, name: str, reason: Any) -> None:
+    def _reject(self, task_id: str, name: str, reason: str) -> None:
         if fork.epoch() == self._epoch:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
             self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
-    def _task_state(self, task_id: str, task: Any) -> TaskState | None:
-        """Return the track of a reported task; one that was received before us begins here."""
+    def _task_state(self, task_id: str, task: Task) -> TaskState | None:
+        """Return the state of a task, or ``None`` if it is not reported.
+
+        A task that was received before the capture started gets its state here.
+        """
         if fork.epoch() != self._epoch:
             return None
         task_state = self.task_states.get(task_id)
         if task_state is not None:
             return task_state
-        kind = self._kinds.of(task)
-        if not kind.reports(task_id):
+        task_type = self._task_types.of(task)
+        if not task_type.is_sampled(task_id):
             return None
-        return self.task_states.add(
-            task_id, TaskState(kind, _queue(getattr(task, "request", None)))
-        )
+        queue = _queue(getattr(task, "request", None))
+        return self.task_states.add(task_id, TaskState(task_type, queue))
 
-    def _finish(self, event: str, task_id: str, task_state: TaskState, own: dict[str, Any]) -> None:
-        self._put((self._other, self._clock(), task_id, task_state, event, own, perf_counter()))
+    def _end(self, event: str, task_id: str, task_state: TaskState, own: dict[str, Any]) -> None:
+        self._put((self._generic, self._clock(), task_id, task_state, event, own, perf_counter()))
         self.task_states.end(task_id)
 
 
 class ParentCapture(CeleryCapture):
-    """What fires in a prefork worker's own process: a task comes, with its real arguments, or cannot be taken.
+    """The signal handlers of a prefork worker's parent process.
 
-    The rest fires in its children, and what fires in both is told by the broker's events, which are stamped by the same
-    tracks as they come.
+    Only the arrival of a task is captured there: its real arguments, or why it was rejected. The
+    other signals fire in the children. Those that fire in both also come as events from the broker,
+    which take their timestamps from the same task states.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")
 
-    def __init__(self, engine: Any, put: Put, hostname: str | None, **options: Any) -> None:
-        super().__init__(engine, lambda note: put(self._at_once(note)), hostname, **options)
+    def _wrapped(self, put: Put, encoder: TaskEncoder, /) -> Put:
+        def put_stamped(record: Captured) -> None:
+            put(encoder.stamped_now(record))
+
+        return put_stamped
 
 
 class EagerCapture(CeleryCapture):
-    """Tasks that a process runs itself although it is no worker: ``apply()``, ``task_always_eager``."""
+    """Captures the tasks that a process outside a worker runs itself.
+
+    Those are tasks called by ``apply()`` or under ``task_always_eager``.
+    """
 
     signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
 
-    def _task_state(self, task_id: str, task: Any) -> TaskState | None:
+    def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         eager = getattr(getattr(task, "request", None), "is_eager", False)
         return super()._task_state(task_id, task) if eager else None
 
 
-def runs_in_process(consumer: Any) -> bool:
+def runs_in_process(consumer: Consumer | None) -> bool:
     """Whether a worker's tasks, and so their signals, run in the worker's own process.
 
-    The running pool is asked: ``conf.worker_pool`` knows nothing of ``-P``.
+    The running pool decides. ``conf.worker_pool`` does not know the ``-P`` option.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(
@@ -288,13 +325,13 @@ def runs_in_process(consumer: Any) -> bool:
     )
 
 
-def _queue(request: Any) -> str | None:
+def _queue(request: object) -> str | None:
     info = getattr(request, "delivery_info", None)
     name = info.get("routing_key") if isinstance(info, dict) else None
     return str(name) if name else None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     try:
         return str(value)
     except Exception:

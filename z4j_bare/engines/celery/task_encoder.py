@@ -1,7 +1,8 @@
-"""The second half of a capture: what a handler has noted becomes an event, on the flush loop's time.
+"""Encodes the records of the signal handlers to event bytes, on the flush loop's time.
 
-A handler runs between two pieces of the host's code and finds cold caches: there, every line costs three times what it
-costs here, where 256 notes are written up in a row. So a handler notes what may change or be gone by then, and no more.
+A handler runs between two pieces of the host's code with cold caches. There every line costs three
+times what it costs here, where up to 256 records are encoded in a row. So a handler records only
+what may change or disappear until then.
 """
 
 from __future__ import annotations
@@ -10,153 +11,171 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, TaskState
-from z4j_bare.events.encode import REMEMBERED, Encoder, encode_text
+from z4j_bare.events.encode import Encoder, encode_text
 from z4j_bare.events.redaction import Redactor
+from z4j_bare.events.ring import Captured
+
+#: Maximum number of cached templates, one for each task name and queue.
+MAX_TEMPLATES = 4096
 
 
-class _Place:
-    """What all events of one task name and queue have in common, as JSON: all of a start's data, and its parts."""
+class _Template:
+    """JSON that all events of one task name and queue share.
 
-    __slots__ = ("data", "queue", "rest")
+    ``data`` is the complete data of ``task.started``; ``queue`` and ``tail`` are parts of others.
+    """
+
+    __slots__ = ("data", "queue", "tail")
 
     def __init__(self, fields: dict[str, Any], queue: str | None, worker: str | None) -> None:
         self.data = encode_text({**fields, "worker": worker, "queue": queue})
         self.queue = f'"queue":{encode_text(queue)}'
-        self.rest = (
+        self.tail = (
             f'"task_name":{encode_text(fields["task_name"])},"worker":{encode_text(worker)}}}'
         )
 
 
 class TaskEncoder:
-    """Writes up the notes of one worker's tasks, in the order of the ring, in which a task's stamps grow.
+    """Encodes the records of one worker's tasks, in the order of the ring.
 
-    The usual three events are spliced from text, which takes half the time of a dictionary; a test holds them equal to what
-    :class:`Encoder` makes of the same fields, as it does for tasks with annotations and for text that is no text.
+    It also assigns the timestamps, which must grow in that order. The three usual events are
+    spliced from text, in half the time of encoding a dictionary. A test compares the result with
+    that of :class:`Encoder` for the same fields. Tasks with ``@z4j_meta``, and text that JSON
+    cannot hold, go through ``Encoder``.
 
-    :param worker: the name that the brain knows; ``None`` in a process that is no worker.
+    :param worker: the worker's name in the brain; ``None`` outside a worker.
     """
 
     def __init__(self, engine: str, redactor: Redactor, worker: str | None) -> None:
         self.encode = Encoder(engine, redactor)
         self._scrub = redactor.scrub
         self._worker = worker
-        self._places: dict[tuple[str, str | None], _Place] = {}
+        self._templates: dict[tuple[str, str | None], _Template] = {}
 
-    def received(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, task_state, args, kwargs, parent_id, root_id)``; no ``args`` and ``kwargs``: not sent."""
-        return self._received(note[3].stamp(note[1], RECEIVED), note)
+    def received(self, record: Captured) -> bytes:
+        """Encode ``(_, now, task_id, task_state, args, kwargs, parent_id, root_id)``.
 
-    def at_once(self, note: Any) -> tuple[Any, ...]:
-        """Return the note of a task that comes with its stamp given now: for tracks that others stamp meanwhile."""
+        ``args`` and ``kwargs`` are ``None`` if arguments are not captured.
+        """
+        return self._received(record[3].next_timestamp(record[1], RECEIVED), record)
+
+    def stamped_now(self, record: Captured) -> Captured:
+        """Assign the timestamp of a ``received`` record immediately, instead of when encoding.
+
+        Needed where the broker's events advance the same task state. Others are returned as is.
+        """
         return (
-            (self._stamped, note[3].stamp(note[1], RECEIVED), note)
-            if note[0] == self.received
-            else note
+            (self._stamped, record[3].next_timestamp(record[1], RECEIVED), record)
+            if record[0] == self.received
+            else record
         )
 
-    def started(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, task_state)``."""
-        _, now, task_id, task_state = note
-        stamp = task_state.stamp(now, STARTED)
+    def started(self, record: Captured) -> bytes:
+        """Encode ``(_, now, task_id, task_state)``."""
+        _, now, task_id, task_state = record
+        timestamp = task_state.next_timestamp(now, STARTED)
         try:
-            return self.encode.envelope(STARTED, stamp, task_id, self._place(task_state).data)
+            data = self._template(task_state).data
+            return self.encode.envelope(STARTED, timestamp, task_id, data)
         except ValueError:
             own = {"worker": self._worker, "queue": task_state.queue}
-            return self.encode((None, STARTED, stamp, task_id, task_state.kind.fields, own))
+            fields = task_state.task_type.fields
+            return self.encode((None, STARTED, timestamp, task_id, fields, own))
 
-    def succeeded(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, task_state, ended, has_result, result)``; ``ended`` as :meth:`other`."""
-        _, now, task_id, task_state, ended, has_result, result = note
-        if task_state.kind.meta is not None:
-            return self.other(
-                (
-                    None,
-                    now,
-                    task_id,
-                    task_state,
-                    SUCCEEDED,
-                    {"result": result} if has_result else {},
-                    ended,
-                )
-            )
-        stamp = task_state.stamp(now)
+    def succeeded(self, record: Captured) -> bytes:
+        """Encode ``(_, now, task_id, task_state, ended, has_result, result)``.
+
+        ``ended`` is as in :meth:`generic`.
+        """
+        _, now, task_id, task_state, ended, has_result, result = record
+        if task_state.task_type.meta is not None:
+            own = {"result": result} if has_result else {}
+            return self.generic((None, now, task_id, task_state, SUCCEEDED, own, ended))
+        timestamp = task_state.next_timestamp(now)
         try:
-            place = self._place(task_state)
-            shown = f',"result":{self._shown(result)}' if has_result else ""
-            runtime = f',"runtime_ms":{_runtime(task_state, ended)}' if task_state.began else ""
+            template = self._template(task_state)
+            shown = f',"result":{self._result_json(result)}' if has_result else ""
+            runtime = (
+                f',"runtime_ms":{_runtime(task_state, ended)}' if task_state.started_at else ""
+            )
             return self.encode.envelope(
-                SUCCEEDED, stamp, task_id, f"{{{place.queue}{shown}{runtime},{place.rest}"
+                SUCCEEDED, timestamp, task_id, f"{{{template.queue}{shown}{runtime},{template.tail}"
             )
         except ValueError:
             own = {"result": result} if has_result else {}
-            return self._plain(SUCCEEDED, stamp, note, self._finish(own, task_state, ended))
+            return self._encode(
+                SUCCEEDED, timestamp, record, self._complete(own, task_state, ended)
+            )
 
-    def other(self, note: Any) -> bytes:
-        """Write up ``(_, now, task_id, task_state, kind, own, ended)``; ``ended``: performance counter, or ``None``."""
-        _, now, _, task_state, kind, own, ended = note
-        return self._plain(
-            kind, task_state.stamp(now, kind), note, self._finish(own, task_state, ended)
-        )
+    def generic(self, record: Captured) -> bytes:
+        """Encode ``(_, now, task_id, task_state, kind, own, ended)``.
 
-    def _stamped(self, note: Any) -> bytes:
-        return self._received(note[1], note[2])
+        ``own`` are the event's own fields. ``ended`` is the performance counter at the end of the
+        run, or ``None`` if the event does not end it.
+        """
+        _, now, _, task_state, kind, own, ended = record
+        timestamp = task_state.next_timestamp(now, kind)
+        return self._encode(kind, timestamp, record, self._complete(own, task_state, ended))
 
-    def _received(self, stamp: float, note: Any) -> bytes:
-        _, _, task_id, task_state, args, kwargs, parent, root = note
-        if task_state.kind.meta is None:
+    def _stamped(self, record: Captured) -> bytes:
+        return self._received(record[1], record[2])
+
+    def _received(self, timestamp: float, record: Captured) -> bytes:
+        _, _, task_id, task_state, args, kwargs, parent, root = record
+        if task_state.task_type.meta is None:
             try:
-                place, sent = self._place(task_state), ""
+                template, sent = self._template(task_state), ""
                 if args is not None:
-                    sent = f'"args":{self._scrubbed(args, "[]")},"kwargs":{self._scrubbed(kwargs, "{}")},'
+                    sent = (
+                        f'"args":{self._scrubbed(args, "[]")},'
+                        f'"kwargs":{self._scrubbed(kwargs, "{}")},'
+                    )
                 above = f'"parent_task_id":{encode_basestring(parent)},' if parent else ""
                 top = f'"root_task_id":{encode_basestring(root)},' if root else ""
-                data = f"{{{sent}{above}{place.queue},{top}{place.rest}"
-                return self.encode.envelope(RECEIVED, stamp, task_id, data)
-            except (
-                TypeError,
-                ValueError,
-            ):  # ids that are no text are the sanitiser's business, too
+                data = f"{{{sent}{above}{template.queue},{top}{template.tail}"
+                return self.encode.envelope(RECEIVED, timestamp, task_id, data)
+            except (TypeError, ValueError):  # an id that is not text: Encoder replaces it
                 pass
         own: dict[str, Any] = {} if args is None else {"args": args, "kwargs": kwargs}
-        own |= {
-            name: value
-            for name, value in (("parent_task_id", parent), ("root_task_id", root))
-            if value
-        }
-        return self._plain(RECEIVED, stamp, note, self._finish(own, task_state, None))
+        if parent:
+            own["parent_task_id"] = parent
+        if root:
+            own["root_task_id"] = root
+        return self._encode(RECEIVED, timestamp, record, self._complete(own, task_state, None))
 
-    def _scrubbed(self, value: Any, empty: str) -> str:
-        return encode_text(self._scrub(value)) if value else empty  # what is empty hides nothing
+    def _scrubbed(self, value: list[Any] | dict[str, Any], empty: str) -> str:
+        return encode_text(self._scrub(value)) if value else empty
 
-    def _shown(self, result: Any) -> str:
+    def _result_json(self, result: object) -> str:
         if result is None:
             return "null"
         return encode_text(self._scrub(result) if result else result)
 
-    def _finish(
+    def _complete(
         self, own: dict[str, Any], task_state: TaskState, ended: float | None
     ) -> dict[str, Any]:
+        """Return an event's own fields with the worker, the queue, the runtime and the meta."""
         own = {**own, "worker": self._worker, "queue": task_state.queue}
-        if ended is not None and task_state.began:
+        if ended is not None and task_state.started_at:
             own["runtime_ms"] = _runtime(task_state, ended)
-        if task_state.kind.meta is not None:
-            own["_meta"] = task_state.kind.meta
+        if task_state.task_type.meta is not None:
+            own["_meta"] = task_state.task_type.meta
         return own
 
-    def _plain(self, kind: str, stamp: float, note: Any, own: dict[str, Any]) -> bytes:
-        return self.encode((None, kind, stamp, note[2], note[3].kind.fields, own))
+    def _encode(self, kind: str, timestamp: float, record: Captured, own: dict[str, Any]) -> bytes:
+        return self.encode((None, kind, timestamp, record[2], record[3].task_type.fields, own))
 
-    def _place(self, task_state: TaskState) -> _Place:
-        key = (task_state.kind.name, task_state.queue)
-        place = self._places.get(key)
-        if place is None:
-            if len(self._places) >= REMEMBERED:
-                self._places.clear()
-            place = self._places[key] = _Place(
-                task_state.kind.fields, task_state.queue, self._worker
+    def _template(self, task_state: TaskState) -> _Template:
+        key = (task_state.task_type.name, task_state.queue)
+        template = self._templates.get(key)
+        if template is None:
+            if len(self._templates) >= MAX_TEMPLATES:
+                self._templates.clear()
+            template = self._templates[key] = _Template(
+                task_state.task_type.fields, task_state.queue, self._worker
             )
-        return place
+        return template
 
 
 def _runtime(task_state: TaskState, ended: float) -> int:
-    return int((ended - task_state.began) * 1000)
+    return int((ended - task_state.started_at) * 1000)

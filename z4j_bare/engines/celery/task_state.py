@@ -1,33 +1,39 @@
-"""What is remembered of a task while it is here, and what is known of its kind."""
+"""State of the tasks that are being processed, and properties of their task types."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery.app.task import Task
+    from z4j_celery.meta import TaskMeta
 
 #: Kinds of events.
 RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
 
-#: Tasks remembered at most; a task that goes back to the broker for another worker is never heard of again.
-REMEMBERED = 20_000
+#: Maximum number of task states. A task that returns to the broker and is then run by another
+#: worker never ends here, so its state stays until it is evicted.
+MAX_TASKS = 20_000
 
-#: Seconds that a stamp may run ahead of the clock to keep two events of one kind apart.
-AHEAD = 5.0
+#: Maximum seconds by which a timestamp may lead the clock, to separate two events of one kind.
+MAX_TIMESTAMP_LEAD = 5.0
 
 
 class TaskType:
-    """What is the same for every run of a task: its ``@z4j_meta`` annotations, and the fields they add to each event."""
+    """Properties of all runs of a task: its ``@z4j_meta`` and the event fields that result."""
 
-    __slots__ = ("fields", "meta", "name", "rate", "whole")
+    __slots__ = ("fields", "meta", "name", "rate", "unsampled")
 
-    def __init__(self, name: str, meta: Any) -> None:
+    def __init__(self, name: str, meta: TaskMeta | None) -> None:
         self.name = name
         self.meta = meta
         self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
         #: Whether every run is reported.
-        self.whole = self.rate >= 1.0
+        self.unsampled = self.rate >= 1.0
+        #: Fields of every event of this type.
         self.fields: dict[str, Any] = {"task_name": name}
         if meta is not None:
             if meta.tags:
@@ -36,77 +42,96 @@ class TaskType:
                 if getattr(meta, field) is not None:
                     self.fields[field] = getattr(meta, field)
 
-    def reports(self, task_id: str) -> bool:
-        """Whether this run is reported: by a hash of its id, so that a run is reported wholly or not at all."""
-        return self.whole or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
+    def is_sampled(self, task_id: str) -> bool:
+        """Whether this run is reported.
+
+        The decision is a hash of the task id, so all events of a run are reported or none.
+        """
+        return (
+            self.unsampled or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
+        )
 
 
-#: Where a track keeps the last second of the events that come more than once. An attribute each: a dictionary in every task
-#: that waits is one more thing for the garbage collector to walk.
+#: The attribute of :class:`TaskState` that holds the last second used by each kind that a task may
+#: repeat. A dictionary in every waiting task would be one more container for the garbage collector.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
 class TaskState:
-    """One task that is here: its kind and queue, when it began, the last stamp it got, and the retries counted here."""
+    """State of one task: its type and queue, start time, last timestamp and retries seen here."""
 
-    __slots__ = ("began", "kind", "last", "queue", "retries", *_SECONDS.values())
+    __slots__ = (
+        "last_timestamp",
+        "queue",
+        "retries",
+        "started_at",
+        "task_type",
+        *_SECONDS.values(),
+    )
 
-    def __init__(self, kind: TaskType, queue: str | None) -> None:
-        self.kind = kind
+    def __init__(self, task_type: TaskType, queue: str | None) -> None:
+        self.task_type = task_type
         self.queue = queue
-        self.began = self.last = 0.0
+        #: Performance counter at the start, 0 before.
+        self.started_at = 0.0
+        #: Seconds since the epoch, 0 before the first event.
+        self.last_timestamp = 0.0
         self.retries = self.received = self.started = self.retried = self.rejected = 0
 
-    def stamp(self, now: float, event: str = "") -> float:
-        """Return the time for an event: never before the last one, and in a second of its own among events of its kind.
+    def next_timestamp(self, now: float, event: str = "") -> float:
+        """Return the timestamp of an event, never earlier than the previous one of the task.
 
-        The brain drops a second event of one kind for a task within the same whole second (``brain-contract`` 5.3).
+        The brain drops the second event of one kind of a task within the same whole second. So a
+        kind that a task may repeat gets a second of its own.
 
-        :param event: the kind; only of those that may come more than once is a second reserved.
+        :param now: the clock, in seconds since the epoch.
+        :param event: the kind; empty for one that a task cannot repeat.
         """
-        clock, now = now, max(now, self.last)
+        clock, now = now, max(now, self.last_timestamp)
         slot = _SECONDS.get(event)
         if slot is not None:
-            second, taken = int(now), getattr(self, slot)
-            if second <= taken < clock + AHEAD - 1:
-                second = taken + 1
+            second, used = int(now), getattr(self, slot)
+            if second <= used < clock + MAX_TIMESTAMP_LEAD - 1:
+                second = used + 1
                 now = float(second)
             setattr(self, slot, second)
-        self.last = now
+        self.last_timestamp = now
         return now
 
 
 class TaskStates(dict[str, TaskState]):
-    """Every task that is here, by its id, bounded; the oldest are forgotten first."""
+    """Task states by task id; the oldest is evicted above :data:`MAX_TASKS`."""
 
     def add(self, task_id: str, task_state: TaskState) -> TaskState:
-        """Remember a task."""
-        if len(self) >= REMEMBERED:
+        """Add a state and return it."""
+        if len(self) >= MAX_TASKS:
             self.pop(next(iter(self)), None)
         self[task_id] = task_state
         return task_state
 
     def end(self, task_id: str) -> TaskState | None:
-        """Forget a task that has ended, and return what was known of it."""
+        """Remove the state of a task that has ended, and return it."""
         return self.pop(task_id, None)
 
 
 class TaskTypes:
-    """The kinds seen so far, by task name."""
+    """Task types by task name, created at a task's first event.
 
-    def __init__(self, read_meta: Callable[[Any], Any]) -> None:
+    :param read_meta: returns the ``@z4j_meta`` of a task.
+    """
+
+    def __init__(self, read_meta: Callable[[Task], TaskMeta | None]) -> None:
         self._read_meta = read_meta
-        #: By name.
         self.known: dict[str, TaskType] = {}
 
-    def of(self, task: Any) -> TaskType:
-        """Return the kind of a task object or name."""
+    def of(self, task: Task | str) -> TaskType:
+        """Return the type of a Celery task, or of a name without a task in this app."""
         name = getattr(task, "name", None) or (
             task if isinstance(task, str) else type(task).__name__
         )
-        return self.known.get(name) or self._meet(name, task)
+        return self.known.get(name) or self._add(name, task)
 
-    def _meet(self, name: str, task: Any) -> TaskType:
+    def _add(self, name: str, task: Task | str) -> TaskType:
         meta = None if isinstance(task, str) else self._read_meta(task)
-        found = self.known[name] = TaskType(name, meta)
-        return found
+        task_type = self.known[name] = TaskType(name, meta)
+        return task_type

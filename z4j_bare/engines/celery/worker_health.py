@@ -1,32 +1,39 @@
-"""What Celery workers say of themselves: read where this process is one, asked over the broker where it is not.
+"""Details of Celery workers for the heartbeat.
 
-Asking has a price in a worker that forks. ``control.inspect`` waits for replies on a connection of the app's pool. A child
-that is forked meanwhile closes that pool (kombu's after-fork hook), and in doing so reads the answer that the parent waits
-for from the socket they share; it hangs for good when the parent was first, and its tasks never run (kombu 5.6, prefork
-with ``--max-tasks-per-child``).
+Inside a worker they are read from its objects, elsewhere requested over the broker. A worker that
+forks must not wait for replies of ``control.inspect`` on a connection of the app's pool: a child
+that is forked meanwhile closes the pool (kombu's after-fork hook), and thereby reads the parent's
+reply from the shared socket. If the parent reads first, the child hangs for ever and its tasks
+never run (kombu 5.6, prefork with ``--max-tasks-per-child``).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.events.redaction import safe_name
 
-#: Seconds between two looks; the dashboard's worker page lives by them.
-DETAILS_EVERY = 60.0
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.worker.consumer import Consumer
+    from celery.worker.request import Request
 
-#: Seconds that workers elsewhere have to answer: with no known destination, the whole of it passes every time.
-REPLY_SECONDS = 1.0
+#: Seconds for which the details are cached. The dashboard's worker page shows them.
+DETAILS_TTL = 60.0
 
-#: Looks at a set that the worker's own thread changes meanwhile.
-_LOOKS = 3
+#: Seconds to wait for the workers' replies. All of it passes every time, because the number of
+#: workers is unknown.
+REPLY_TIMEOUT = 1.0
 
-#: The settings that the brain keeps (``brain-contract`` 2.6); others may carry credentials.
+#: Attempts to copy a set that the worker's own thread changes.
+_COPY_ATTEMPTS = 3
+
+#: The settings that the brain stores. Others may contain credentials.
 _SETTINGS = (
     "task_serializer",
     "result_serializer",
@@ -48,41 +55,43 @@ _SETTINGS = (
 
 
 class WorkerDetails:
-    """``<engine>.worker_details``, renewed every minute.
+    """Returns ``<engine>.worker_details``, cached for a minute.
 
-    :param consumer: the Consumer of the worker that this process is, or ``None``: then all workers are asked.
+    :param consumer: the Consumer of this process's worker. ``None`` outside a worker: then all
+        workers are asked.
     :param matches: the adapter's ``RedactionEngine.value_matches``, for :func:`safe_name`.
     """
 
     def __init__(
         self,
-        app: Any,
-        consumer: Any,
+        app: Celery,
+        consumer: Consumer | None,
         matches: Callable[[str], bool],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._look = (
+        self._read = (
             partial(remote_details, app) if consumer is None else partial(local_details, consumer)
         )
         self._matches = matches
         self._clock = clock
-        self._looked_at = float("-inf")
+        self._read_at = float("-inf")
         self._text = "{}"
 
     def __call__(self) -> str:
-        """Return the details as JSON by worker name, at most :data:`DETAILS_EVERY` seconds old. May raise anything."""
-        if self._clock() - self._looked_at >= DETAILS_EVERY:
-            self._looked_at = self._clock()
-            found = {safe_name(name, self._matches): facts for name, facts in self._look().items()}
+        """Return the details as JSON by worker name. May raise any exception."""
+        if self._clock() - self._read_at >= DETAILS_TTL:
+            self._read_at = self._clock()
+            found = {safe_name(name, self._matches): facts for name, facts in self._read().items()}
             self._text = json.dumps(found, default=str)
         return self._text
 
 
-def local_details(consumer: Any) -> dict[str, dict[str, Any]]:
-    """Return what the worker around ``consumer`` would answer to ``inspect``, without asking it.
+def local_details(consumer: Consumer) -> dict[str, dict[str, Any]]:
+    """Return what this worker would reply to ``inspect``, without remote control.
 
-    Running tasks come without their arguments: the brain redacts nothing here, and each task's row has them redacted.
+    Running tasks are listed without arguments, because the brain does not redact this entry. Each
+    task's own row has its arguments, redacted.
     """
     from celery.worker import state
 
@@ -94,30 +103,30 @@ def local_details(consumer: Any) -> dict[str, dict[str, Any]]:
     task_consumer = consumer.task_consumer
     if task_consumer is not None:
         facts["active_queues"] = [queue.as_dict(recurse=True) for queue in task_consumer.queues]
-    active = _listed(state.active_requests)
-    if active is not None:  # the brain keeps what it had of a key that is missing
-        facts["active"] = [_running(request) for request in active]
+    active = _copy(state.active_requests)
+    if active is not None:  # the brain keeps the previous value of a missing key
+        facts["active"] = [_without_arguments(request) for request in active]
     return {consumer.hostname: facts}
 
 
-def remote_details(app: Any) -> dict[str, dict[str, Any]]:
-    """Ask all workers for their statistics, over a connection that belongs to no pool."""
+def remote_details(app: Celery) -> dict[str, dict[str, Any]]:
+    """Return the statistics of all workers that reply."""
     with broker_connection(app) as connection:
-        inspect = app.control.inspect(timeout=REPLY_SECONDS, connection=connection)
+        inspect = app.control.inspect(timeout=REPLY_TIMEOUT, connection=connection)
         answers: Mapping[str, Any] = inspect.stats() or {}
     return {name: {"stats": stats} for name, stats in answers.items()}
 
 
-def _listed(requests: Any) -> list[Any] | None:
-    for _ in range(_LOOKS):
+def _copy(requests: Iterable[Request]) -> list[Request] | None:
+    for _ in range(_COPY_ATTEMPTS):
         try:
             return list(requests)
-        except RuntimeError:
+        except RuntimeError:  # the set changed during the iteration
             continue
     return None
 
 
-def _running(request: Any) -> dict[str, Any]:
+def _without_arguments(request: Request) -> dict[str, Any]:
     info: dict[str, Any] = request.info(safe=True)
     info.pop("args", None)
     info.pop("kwargs", None)

@@ -400,7 +400,7 @@ def test_a_rate_limit_that_is_not_in_force(cluster, worker):
     )
     assert "unknown task" in str(cluster.fails("rate_limit", "no.such", "1"))
     for rate in ("fast", "-1", "1/d", "01", ""):
-        assert "is no rate" in str(cluster.fails("rate_limit", "shop.pay", rate))
+        assert "is not a rate" in str(cluster.fails("rate_limit", "shop.pay", rate))
     worker.lazy = True
     assert str(cluster.fails("rate_limit", "shop.pay", "5")) == f"not in force on {ALIAS}"
 

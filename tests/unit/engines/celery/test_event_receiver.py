@@ -10,7 +10,13 @@ from kombu.utils import eventio
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import event_receiver as broker
-from z4j_bare.engines.celery.event_receiver import LAST, LONGEST, SILENCE, TURN, EventReceiver
+from z4j_bare.engines.celery.event_receiver import (
+    BACKOFF_MAX,
+    DRAIN_MAX,
+    POLL_TIMEOUT,
+    SILENCE_TIMEOUT,
+    EventReceiver,
+)
 from z4j_bare.errors import ForkedChildError
 
 
@@ -114,7 +120,7 @@ def test_what_was_sent_before_the_end_is_read(running):
 def test_a_burst_lets_others_run(running, backend, until):
     """Twenty messages in one go, of ten slow events each, are no step of 200 ms: others get their turn in between."""
     turns = []
-    take = running.stream._take
+    take = running.stream._on_event
 
     def slow(event):
         deadline = backend.now() + 0.001
@@ -127,7 +133,7 @@ def test_a_burst_lets_others_run(running, backend, until):
             turns.append(len(running.taken))
             backend.sleep(0.001)
 
-    running.stream._take = slow
+    running.stream._on_event = slow
     backend.spawn(beside, name="beside")
     for number in range(20):
         for each in range(10):
@@ -151,7 +157,7 @@ class Broken:
         self.attempts = []
         self.released = 0
         self.error = None
-        self.drain = lambda: self.backend.sleep(TURN)
+        self.drain = lambda: self.backend.sleep(POLL_TIMEOUT)
         self.events = SimpleNamespace(
             Receiver=lambda _connection: SimpleNamespace(queue=None, accept=None)
         )
@@ -200,13 +206,13 @@ def test_a_broker_that_is_away_is_tried_ever_more_rarely(world, caplog):
         world.backend.advance(120)
     assert world.stream.failures == len(world.app.attempts) <= 15
     assert world.app.attempts[1] <= 1
-    assert world.app.attempts[-1] - world.app.attempts[-2] >= LONGEST
+    assert world.app.attempts[-1] - world.app.attempts[-2] >= BACKOFF_MAX
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "password" not in caplog.text
     world.app.error = None
     world.backend.advance(60)
     attempts = len(world.app.attempts)
-    world.backend.advance(SILENCE * 2)
+    world.backend.advance(SILENCE_TIMEOUT * 2)
     assert len(world.app.attempts) == attempts
     assert world.app.released == attempts - 1
 
@@ -220,7 +226,7 @@ def test_a_line_that_breaks_is_renewed_soon(world):
         raise ConnectionError
 
     world.app.drain = broken
-    world.backend.advance(TURN + 1.1)
+    world.backend.advance(POLL_TIMEOUT + 1.1)
     assert (len(world.app.attempts), world.stream.failures) == (2, 1)
 
 
@@ -238,10 +244,10 @@ def test_the_network_s_own_time_out_is_a_failure(world):
 
 def test_a_line_that_fell_silent_is_renewed(world):
     """Workers beat every two seconds; after a long silence the line is presumed dead. One that never spoke is left alone."""
-    world.backend.advance(3 * SILENCE)
+    world.backend.advance(3 * SILENCE_TIMEOUT)
     assert len(world.app.attempts) == 1
     world.app.callback({"type": "worker-heartbeat"}, None)
-    world.backend.advance(SILENCE + 5)
+    world.backend.advance(SILENCE_TIMEOUT + 5)
     assert (len(world.app.attempts), world.stream.failures) == (2, 0)
 
 
@@ -266,7 +272,7 @@ def test_the_end_is_bounded(world):
     world.stop_event.set()
     began = world.backend.now()
     world.stream.finish()
-    assert world.backend.now() - began <= TURN + LAST + 0.1
+    assert world.backend.now() - began <= POLL_TIMEOUT + DRAIN_MAX + 0.1
     world.backend.advance(1)
     assert not world.task.alive()
 
@@ -282,7 +288,7 @@ def test_a_child_leaves_the_parent_s_connection_alone(world, monkeypatch):
     world.app.drain = in_child
     world.backend.advance(2)
     assert world.app.released == 0
-    assert not world.stream._over.is_set()
+    assert not world.stream._finished.is_set()
     assert world.stream.failures == 0
 
 
@@ -293,7 +299,7 @@ def test_a_process_that_was_patched_too_late(backend, mode, until, monkeypatch, 
     monkeypatch.setattr(eventio, "_selectf", lambda: None)
     stop_event = backend.event()
     task = backend.spawn(EventReceiver(app, None, None, backend).run, stop_event, name="late")
-    until(lambda: asked or "patched after it had imported kombu" in caplog.text)
+    until(lambda: asked or "imported kombu before it was patched" in caplog.text)
     stop_event.set()
     assert task.join(10)
     assert bool(asked) == (mode == "threads")

@@ -115,7 +115,7 @@ def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypat
 
 def test_workers_elsewhere_may_all_be_silent(app, monkeypatch):
     """Nobody answers: there are no details, and no error."""
-    monkeypatch.setattr(worker, "REPLY_SECONDS", 0.01)
+    monkeypatch.setattr(worker, "REPLY_TIMEOUT", 0.01)
     assert remote_details(app) == {}
 
 
@@ -125,7 +125,7 @@ def test_details_are_renewed_every_minute(app, consumer):
     consumer.controller.stats = lambda: looks.append(1) or {}
     details = WorkerDetails(app, consumer, lambda name: "@" in name, clock=lambda: now[0])
     assert list(json.loads(details())) == ["w@web-1_example_com"]
-    now[0] += worker.DETAILS_EVERY - 1
+    now[0] += worker.DETAILS_TTL - 1
     details()
     assert len(looks) == 1
     now[0] += 1

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from z4j_core.redaction.engine import RedactionEngine
 
-from z4j_bare.engines.celery.saferepr import CUT, MAX_TEXT, ReprText, keep, read
+from z4j_bare.engines.celery.saferepr import CUT, MAX_TEXT, ReprText, bound, parse
 from z4j_bare.events.redaction import Redactor
 
 SECRET = "hunter2"
@@ -58,14 +58,14 @@ def no_secret(_word):
 @given(values)
 def test_what_celery_did_not_cut_is_read_back(value):
     """JSON values survive the way through Celery's notation unchanged."""
-    assert read(saferepr(value, maxlevels=None), no_secret) == value
+    assert parse(saferepr(value, maxlevels=None), no_secret) == value
 
 
 def test_python_s_own_types():
     """Tuples and sets become lists, bytes their class as in a worker; anything else stays as text."""
     day, number = dt.datetime(2026, 1, 2), uuid.UUID(int=1)
     given = ((1, {2}), {"raw": b"abc", "day": day, "id": number, 5: None})
-    assert read(saferepr(given), no_secret) == [
+    assert parse(saferepr(given), no_secret) == [
         [1, [2]], {"raw": "<builtins.bytes>", "day": repr(day), "id": repr(number), "5": None}
     ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_python_s_own_types():
 )
 def test_what_is_cut_or_odd(text, value):
     """What Celery left out is marked, and what is no literal is text between its neighbours."""
-    assert read(text, no_secret) == value
+    assert parse(text, no_secret) == value
 
 
 @given(st.text(st.sampled_from("'\"\\()[]{}<>,:. ab1-e\n") | st.characters(), max_size=200))
@@ -100,7 +100,7 @@ def test_what_is_cut_or_odd(text, value):
 @example("<a," * 3000)
 def test_any_text_is_read(text):
     """Whatever stands there, the outcome is JSON, and not much larger than the text."""
-    encoded = json.dumps(read(text, redactor.is_sensitive_key), allow_nan=False)
+    encoded = json.dumps(parse(text, redactor.is_sensitive_key), allow_nan=False)
     assert len(encoded) <= 12 * min(len(text), MAX_TEXT) + 200
 
 
@@ -114,7 +114,7 @@ def test_any_text_is_read(text):
 def test_no_secret_survives(before, key, after, length, nested):
     """Whatever stands beside it and wherever Celery cuts, the value under a sensitive key is hidden or gone."""
     hidden = {"before": before, key: [SECRET] if nested else SECRET, "after": after}
-    told = redactor.scrub(read(saferepr(hidden, maxlen=length), redactor.is_sensitive_key))
+    told = redactor.scrub(parse(saferepr(hidden, maxlen=length), redactor.is_sensitive_key))
     assert SECRET not in json.dumps(told)
 
 
@@ -124,7 +124,7 @@ def test_no_secret_survives(before, key, after, length, nested):
 def test_an_odd_repr_gives_nothing_away(start, end):
     """An object that shows a password in its own words is hidden, and so is every other piece that cannot be read."""
     told = redactor.scrub(
-        read(
+        parse(
             saferepr({"who": Odd(f"<{start} password={SECRET} {end}>"), "n": 1}),
             redactor.is_sensitive_key,
         )
@@ -135,12 +135,12 @@ def test_an_odd_repr_gives_nothing_away(start, end):
 def test_a_path_does_not_swallow_the_next_key():
     """A backslash before a quote, which Celery does not escape, leaves the password after it hidden."""
     text = saferepr({"path": "C:\\", "password": SECRET, "more": "x"})
-    assert redactor.scrub(read(text, redactor.is_sensitive_key))["password"] == "[REDACTED]"
+    assert redactor.scrub(parse(text, redactor.is_sensitive_key))["password"] == "[REDACTED]"
 
 
 def test_only_text_is_kept_to_be_read():
     """Text is bounded and read later; real values, which protocol 1 can bring, are copied as in a worker."""
-    assert isinstance(keep("(1,)"), ReprText)
-    assert len(keep("x" * 100_000)) == MAX_TEXT
-    assert keep([1, (2,)]) == [1, [2]]
-    assert read(keep("(" + "1, " * 100_000), no_secret)[-1] == CUT
+    assert isinstance(bound("(1,)"), ReprText)
+    assert len(bound("x" * 100_000)) == MAX_TEXT
+    assert bound([1, (2,)]) == [1, [2]]
+    assert parse(bound("(" + "1, " * 100_000), no_secret)[-1] == CUT

@@ -11,8 +11,8 @@ from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
-    AHEAD,
-    REMEMBERED,
+    MAX_TASKS,
+    MAX_TIMESTAMP_LEAD,
     TaskState,
     TaskStates,
     TaskType,
@@ -32,29 +32,29 @@ def encoder():
 def test_stamps_never_go_back(clock):
     """Whatever the clock does, a task's stamps do not regress: the brain refuses an older one."""
     task_state = TaskState(TaskType("a", None), None)
-    stamps = [task_state.stamp(now, "task.received") for now in clock]
+    stamps = [task_state.next_timestamp(now, "task.received") for now in clock]
     assert stamps == sorted(stamps)
 
 
 def test_second_event_of_a_kind_gets_its_own_second():
     """Two retries within one second get different whole seconds, because the brain drops the second of a pair."""
     task_state = TaskState(TaskType("a", None), None)
-    stamps = [task_state.stamp(100.2, "task.retried") for _ in range(3)]
+    stamps = [task_state.next_timestamp(100.2, "task.retried") for _ in range(3)]
     assert [int(stamp) for stamp in stamps] == [100, 101, 102]
 
 
 def test_stamps_do_not_run_away():
     """However many events of a kind come in one second, stamps stay within five seconds of the clock."""
     task_state = TaskState(TaskType("a", None), None)
-    assert max(task_state.stamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + AHEAD
+    assert max(task_state.next_timestamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + MAX_TIMESTAMP_LEAD
 
 
 def test_different_kinds_share_a_second():
     """Received and started in one second are no pair."""
     task_state = TaskState(TaskType("a", None), None)
     assert (
-        int(task_state.stamp(100.2, "task.received"))
-        == int(task_state.stamp(100.3, "task.started"))
+        int(task_state.next_timestamp(100.2, "task.received"))
+        == int(task_state.next_timestamp(100.3, "task.started"))
         == 100
     )
 
@@ -62,11 +62,11 @@ def test_different_kinds_share_a_second():
 def test_tracks_are_bounded():
     """Tasks that leave for another worker and never come back do not pile up."""
     task_states = TaskStates()
-    for number in range(REMEMBERED + 10):
+    for number in range(MAX_TASKS + 10):
         task_states.add(str(number), TaskState(TaskType("a", None), None))
-    assert len(task_states) == REMEMBERED
+    assert len(task_states) == MAX_TASKS
     assert task_states.get("0") is None
-    assert task_states.end(str(REMEMBERED)) is not None
+    assert task_states.end(str(MAX_TASKS)) is not None
 
 
 def test_kinds_read_annotations_once():
@@ -90,11 +90,11 @@ def test_kinds_read_annotations_once():
 
 def test_skip_and_sample_rate():
     """Skipped tasks are not reported; a sampled one is reported for that share of ids, always the same ones."""
-    assert not TaskType("a", TaskMeta(skip=True)).reports("x")
+    assert not TaskType("a", TaskMeta(skip=True)).is_sampled("x")
     kind = TaskType("a", TaskMeta(sample_rate=0.25))
-    chosen = [number for number in range(4000) if kind.reports(str(number))]
+    chosen = [number for number in range(4000) if kind.is_sampled(str(number))]
     assert 800 < len(chosen) < 1200
-    assert chosen == [number for number in range(4000) if kind.reports(str(number))]
+    assert chosen == [number for number in range(4000) if kind.is_sampled(str(number))]
 
 
 def test_ids_are_uuids_of_version_4():
@@ -261,8 +261,8 @@ def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
     """The three events of a task, spliced from text, are the bytes that the encoder makes of the same fields."""
     name, queue, meta, worker = task
     task_state, redactor = TaskState(TaskType(name, meta), queue), Redactor(RedactionEngine())
-    scribe, plain = TaskEncoder("celery", redactor, worker), Encoder("celery", redactor)
-    task_state.began = 1.0 if outcome[2] else 0.0
+    task_encoder, plain = TaskEncoder("celery", redactor, worker), Encoder("celery", redactor)
+    task_state.started_at = 1.0 if outcome[2] else 0.0
     own = {"worker": worker, "queue": queue} | ({} if meta is None else {"_meta": meta})
     expected = [
         ("task.received", own | ({} if call is None else {"args": call[0], "kwargs": call[1]})),
@@ -283,13 +283,13 @@ def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
     )
     args, kwargs = call or (None, None)
     written = [
-        scribe.received((None, 5.0, "t", task_state, args, kwargs, *above)),
-        scribe.started((None, 5.1, "t", task_state)),
-        scribe.succeeded((None, 5.2, "t", task_state, 1.5, *outcome[:2])),
+        task_encoder.received((None, 5.0, "t", task_state, args, kwargs, *above)),
+        task_encoder.started((None, 5.1, "t", task_state)),
+        task_encoder.succeeded((None, 5.2, "t", task_state, 1.5, *outcome[:2])),
     ]
     for bytes_, stamp, (kind, fields) in zip(written, (5.0, 5.1, 5.2), expected, strict=True):
         assert without_id(bytes_) == without_id(
-            plain((None, kind, stamp, "t", task_state.kind.fields, fields))
+            plain((None, kind, stamp, "t", task_state.task_type.fields, fields))
         )
         assert canonical_plain(json.loads(bytes_)) == bytes_
 
@@ -300,12 +300,12 @@ def without_id(event):
 
 def test_notes_are_stamped_in_the_order_of_the_ring():
     """Whatever is written up later, a note that is stamped at once has its time before those that others stamp meanwhile."""
-    task_state, scribe = (
+    task_state, task_encoder = (
         TaskState(TaskType("a", None), "q"),
         TaskEncoder("celery", Redactor(RedactionEngine()), "w"),
     )
-    note = scribe.at_once((scribe.received, 10.0, "t", task_state, None, None, None, None))
-    assert task_state.stamp(10.5, "task.started") == 10.5
+    note = task_encoder.stamped_now((task_encoder.received, 10.0, "t", task_state, None, None, None, None))
+    assert task_state.next_timestamp(10.5, "task.started") == 10.5
     assert json.loads(note[0](note))["occurred_at"].endswith("00:00:10.000000+00:00")
-    other = (scribe.started, 11.0, "t", task_state)
-    assert scribe.at_once(other) is other
+    other = (task_encoder.started, 11.0, "t", task_state)
+    assert task_encoder.stamped_now(other) is other

@@ -10,7 +10,7 @@ from z4j_celery.meta import z4j_meta
 from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.engines.celery.task_state import TaskState, TaskStates, TaskTypes
-from z4j_bare.engines.celery.translate import LONGEST_ID, SKEW, Translator
+from z4j_bare.engines.celery.translate import MAX_CLOCK_SKEW, MAX_ID_CHARS, Translator
 
 NOW = 1_700_000_000.25
 
@@ -189,8 +189,8 @@ def test_in_a_worker_the_signal_tells_who_was_received():
     ("given", "used"),
     [
         (NOW - 5, NOW - 5),
-        (NOW + SKEW + 1, NOW),
-        (NOW - SKEW - 1, NOW),
+        (NOW + MAX_CLOCK_SKEW + 1, NOW),
+        (NOW - MAX_CLOCK_SKEW - 1, NOW),
         ("soon", NOW),
         (float("nan"), NOW),
         (None, NOW),
@@ -272,6 +272,6 @@ def test_garbage_is_refused_with_an_ordinary_error(events):
         except (TypeError, ValueError, LookupError, AttributeError):
             continue
     for event in world.events:
-        assert 0 < len(event["task_id"]) <= LONGEST_ID
+        assert 0 < len(event["task_id"]) <= MAX_ID_CHARS
         assert isinstance(event["data"].get("args", []), list)
         assert isinstance(event["data"].get("kwargs", {}), dict)

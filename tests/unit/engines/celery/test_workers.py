@@ -9,7 +9,13 @@ from z4j_core.redaction.engine import RedactionEngine
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.celery import workers as module
-from z4j_bare.engines.celery.workers import EVERY, LONGEST, MOST, SILENT, WorkerRegistry
+from z4j_bare.engines.celery.workers import (
+    EXPIRY,
+    INTERVAL,
+    MAX_NAME_CHARS,
+    MAX_WORKERS,
+    WorkerRegistry,
+)
 from z4j_bare.events.presence import Presence
 
 
@@ -79,12 +85,12 @@ def world():
 
 def test_all_workers_are_called(world):
     """``enable_events`` goes to everyone within a second or two of the start, at 5 s, and every minute after that."""
-    world.backend.advance(2.5 * EVERY)
+    world.backend.advance(2.5 * INTERVAL)
     calls = [when for when, destination in world.enabled if destination is None]
     assert calls[0] <= 2
     assert 4 <= calls[1] <= 7
     assert [
-        EVERY - 2 <= later - earlier <= EVERY + 2 for earlier, later in pairwise(calls[1:])
+        INTERVAL - 2 <= later - earlier <= INTERVAL + 2 for earlier, later in pairwise(calls[1:])
     ] == [True, True]
 
 
@@ -139,9 +145,9 @@ def test_the_queue_is_known_where_it_can_be(world):
 def test_a_silent_worker_is_forgotten(world):
     """One that says nothing for minutes is announced no longer, so that the brain does not take it for alive."""
     world.roster.touch("w@h")
-    world.backend.advance(SILENT / 2)
+    world.backend.advance(EXPIRY / 2)
     assert list(world.presence.workers) == ["w@h"]
-    world.backend.advance(SILENT + EVERY)
+    world.backend.advance(EXPIRY + INTERVAL)
     assert list(world.presence.workers) == []
     assert world.announced == [("worker.online", "w@h")]
 
@@ -164,7 +170,7 @@ def test_one_worker_only():
     world = World(only_hostname="w@h")
     assert (world.roster.touch("w@h"), world.roster.touch("w@other")) == ("w@h", None)
     world.queues = {"w@other": ["q"]}
-    world.backend.advance(SILENT + 2 * EVERY)
+    world.backend.advance(EXPIRY + 2 * INTERVAL)
     assert {tuple(destination) for _, destination in world.enabled} == {("w@h",)}
     assert list(world.presence.workers) == ["w@h"]
 
@@ -174,7 +180,7 @@ def test_our_own_worker_is_greeted_but_not_asked():
     world = World(own_hostname="w@h")
     world.queues = {"w@h": ["q"]}
     world.roster.touch("w@h")
-    world.backend.advance(10 * EVERY)
+    world.backend.advance(10 * INTERVAL)
     assert [destination for _, destination in world.enabled] == [["w@h"]] * 3
     assert world.enabled[-1][0] <= 8
     assert world.roster.queue_of("w@h", "plain") is None
@@ -188,18 +194,18 @@ def test_a_broker_that_fails_is_survived(world):
     world.backend.advance(8)
     assert len(world.enabled) == 2
     world.fails, world.queues = None, {"w@h": ["q"]}
-    world.backend.advance(EVERY + 5)
+    world.backend.advance(INTERVAL + 5)
     assert world.roster.queue_of("w@h", "plain") == "q"
 
 
 def test_names_are_bounded(world, monkeypatch):
     """Not more than so many workers are kept, the longest silent going first, and no name longer than the brain's column."""
-    monkeypatch.setattr(module, "MOST", 3)
-    assert MOST >= 1000
+    monkeypatch.setattr(module, "MAX_WORKERS", 3)
+    assert MAX_WORKERS >= 1000
     for number in range(5):
         world.roster.touch(f"w{number}@h")
         world.backend.advance(1)
     assert list(world.presence.workers) == ["w2@h", "w3@h", "w4@h"]
-    for name in ("", "w" * (LONGEST + 1)):
-        with pytest.raises(ValueError, match="no name"):
+    for name in ("", "w" * (MAX_NAME_CHARS + 1)):
+        with pytest.raises(ValueError, match="worker name"):
             world.roster.touch(name)
