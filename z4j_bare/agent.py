@@ -144,7 +144,7 @@ class Agent:
             dev=config.dev_mode or settings.dev_mode,
         )
         self._session.on_start += [self.engines.announce_workers, registry.wake]
-        self._session.on_end.append(self.schedules.lapse)
+        self._session.on_end.append(self.schedules.revoke)
         control_server = Desk(
             framework.name, {STATUS: self.status.describe, RESTART: self._restart}, backend
         )

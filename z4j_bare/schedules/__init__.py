@@ -1,4 +1,4 @@
-"""What schedulers have planned: sequenced streams to the brain, and operators' orders back."""
+"""The streams that publish schedules, and the operators' commands that change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands about schedules: those that enqueue go to an engine, the others to the schedulers."""
+"""Handlers of the commands about schedules."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import CommandError
-from z4j_bare.wire.command import CommandOutcome
+from z4j_bare.wire.command import Command, CommandOutcome
 
 if TYPE_CHECKING:
     from z4j_bare.engines.host import EngineHost
     from z4j_bare.schedules import ScheduleManager
     from z4j_bare.schedules.stream import Stream
-    from z4j_bare.wire.command import Command
 
-Act = Callable[["Command", "ScheduleManager", float], CommandOutcome]
+#: Carries out a command within a number of seconds.
+ScheduleAction = Callable[[Command, "ScheduleManager", float], CommandOutcome]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Enqueue what z4j's own scheduler has found due."""
+    """Enqueue the task of a schedule that z4j's own scheduler found due."""
     args, kwargs = command.arguments("args", "kwargs")
     queue = command.option("queue", str, "text") or None
     name = command.required("task_name")
@@ -28,18 +28,18 @@ def fire(command: Command, host: EngineHost, seconds: float) -> Any:
 
 
 def resync(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Tell the brain all schedules anew."""
+    """Publish all schedules of all schedulers again."""
     del command
     return CommandOutcome.success(schedules.resync(seconds))
 
 
 def enable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Switch a schedule on."""
+    """Enable a schedule."""
     return _apply(command, schedules, "enable", "enable_schedule", seconds)
 
 
 def disable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Switch a schedule off."""
+    """Disable a schedule."""
     return _apply(command, schedules, "disable", "disable_schedule", seconds)
 
 
@@ -54,28 +54,28 @@ def delete(command: Command, schedules: ScheduleManager, seconds: float) -> Comm
 
 
 def activate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Begin to tell a scheduler's schedules in a stream."""
-    told = _stream(command, schedules).activate(command.parameters, seconds)
-    return CommandOutcome.success(told)
+    """Start to publish a scheduler's schedules in a stream."""
+    result = _stream(command, schedules).activate(command.parameters, seconds)
+    return CommandOutcome.success(result)
 
 
 def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Switch a schedule of a stream on or off."""
-    from z4j_bare.schedules import operations as orders  # most workers have no scheduler
+    """Enable or disable a schedule of a stream."""
+    from z4j_bare.schedules import operations  # late, because most processes have no scheduler
 
-    done = orders.control(_stream(command, schedules), command.parameters, seconds)
-    return CommandOutcome.success(done)
+    stream = _stream(command, schedules)
+    return CommandOutcome.success(operations.control(stream, command.parameters, seconds))
 
 
 def mutate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Create, change, delete or trigger a schedule of a stream."""
-    from z4j_bare.schedules import operations as orders
+    from z4j_bare.schedules import operations
 
-    done = orders.mutate(_stream(command, schedules), command.parameters, seconds)
-    return CommandOutcome.success(done)
+    stream = _stream(command, schedules)
+    return CommandOutcome.success(operations.mutate(stream, command.parameters, seconds))
 
 
-SCHEDULE_ACTIONS: Mapping[str, Act] = {
+SCHEDULE_ACTIONS: Mapping[str, ScheduleAction] = {
     "schedule.resync": resync,
     "schedule.enable": enable,
     "schedule.disable": disable,
@@ -94,16 +94,14 @@ def _apply(
     identity = command.text("external_id") or command.required("schedule_id", "id")
     if capability not in stream.host.capabilities():
         raise CommandError(f"scheduler {stream.name} does not support {command.action}")
-    returned = stream.host.invoke(method, stream.native(identity), timeout=seconds)
-    schedules.note(stream)
+    returned = stream.host.invoke(method, stream.adapter_key(identity), timeout=seconds)
+    schedules.mark_changed(stream)
     return CommandOutcome.from_adapter(returned)
 
 
 def _stream(command: Command, schedules: ScheduleManager) -> Stream:
-    named = command.option("scheduler", str, "text")
+    name = command.option("scheduler", str, "text")
     target = command.target.get("scheduler")
-    if named and target and named != target:
-        raise command.error(
-            f"scheduler is {named!r} in the parameters and {target!r} in the target"
-        )
-    return schedules.stream(named or target)
+    if name and target and name != target:
+        raise command.error(f"scheduler is {name!r} in the parameters and {target!r} in the target")
+    return schedules.stream(name or target)

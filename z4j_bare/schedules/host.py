@@ -1,4 +1,4 @@
-"""One scheduler adapter, hosted: connect, capabilities, listing, orders, disconnect."""
+"""One scheduler adapter, called through the asyncio bridge."""
 
 from __future__ import annotations
 
@@ -16,87 +16,106 @@ from z4j_bare.interfaces import ISchedulerHost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from z4j_core.models import Config, Schedule
+    from z4j_core.protocols import SchedulerAdapter
+
     from z4j_bare.interfaces import IBridge
 
-logger = logging.getLogger("z4j.runtime.adapters")
+logger = logging.getLogger("z4j.runtime.schedules.host")
 
-#: Seconds for ``connect_signals`` and for ``capabilities``, which may import Django's models.
-CONNECT_PATIENCE = 30.0
-ASK_PATIENCE = 5.0
+#: Seconds within which the adapter must connect its signals.
+CONNECT_TIMEOUT = 30.0
 
-#: Bytes of one text in a row. The brain cuts at 8,192 and puts a note behind, also behind ours if that makes it longer.
-LONGEST_TEXT = 8000
+#: Seconds within which the adapter must list its capabilities, for which it may import Django's
+#: models.
+CAPABILITIES_TIMEOUT = 5.0
 
-#: Bytes of one text in an answer, which repeats rows: nothing of those is cut a second time.
-LONGEST_ANSWER = 8192
+#: Bytes of a text in a published row. The brain truncates at 8,192 bytes and appends a note. It
+#: would do the same with an already truncated text whose note makes it longer than that.
+MAX_ROW_TEXT_BYTES = 8000
+
+#: Bytes of a text in a command's result. The result repeats texts of rows, which must not be
+#: truncated again.
+MAX_RESULT_TEXT_BYTES = 8192
 
 
 @implementer(ISchedulerHost)
 class SchedulerHost:
-    """What the agent does with one scheduler adapter, in the bridge's hands."""
+    """Calls one scheduler adapter through the bridge."""
 
-    def __init__(self, scheduler: Any, bridge: IBridge, config: Any) -> None:
+    def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Hides what the brain would hide: a row that its rules change fails its digest (``brain-contract`` 5.7).
-        self.redactor = Redactor(_engine(config, min(LONGEST_TEXT, config.max_payload_bytes)))
-        self.result_redactor = Redactor(_engine(config, LONGEST_ANSWER))
+        #: Redacts rows by the brain's rules. A row that the brain has to redact fails its digest.
+        self.redactor = Redactor(
+            _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
+        )
+        self.result_redactor = Redactor(_redaction_engine(config, MAX_RESULT_TEXT_BYTES))
         self._bridge = bridge
-        self._able: list[str] = []
+        self._capabilities: list[str] = []
 
     def connect(self, changed: Callable[[], object]) -> None:
-        """Have ``changed()`` called whenever the scheduler says that a schedule has changed; never raises."""
+        """Call ``changed()`` whenever the adapter signals a change; never raises."""
         connect = getattr(self.scheduler, "connect_signals", None)
         if connect is None:
             return
         try:
-            # What has changed is read anew: the signal's own copy may be of a transaction that is rolled back.
-            self._bridge.call(partial(connect, lambda *_: changed()), timeout=CONNECT_PATIENCE)
+            # The schedule in the signal is ignored, because its transaction may be rolled back.
+            self._bridge.call(partial(connect, lambda *_: changed()), timeout=CONNECT_TIMEOUT)
         except Exception:
             logger.warning(
-                "z4j: %s did not connect; its changes are noticed later", self.name, exc_info=True
+                "z4j: could not connect the signals of %s: its changes are published later",
+                self.name,
+                exc_info=True,
             )
 
     def disconnect(self, timeout: float = 5.0) -> None:
-        """Undo :meth:`connect` within ``timeout`` seconds; never raises."""
+        """Disconnect the adapter's signals within ``timeout`` seconds; never raises."""
         disconnect = getattr(self.scheduler, "disconnect_signals", None)
         try:
             if disconnect is not None:
                 self._bridge.call(disconnect, timeout=timeout)
         except Exception:
-            logger.warning("z4j: %s did not disconnect", self.name, exc_info=True)
+            logger.warning("z4j: could not disconnect the signals of %s", self.name, exc_info=True)
 
     def capabilities(self) -> list[str]:
-        """Return what the adapter can do now, or could when it last said so; never raises."""
+        """Return the adapter's capabilities, or the previous ones on failure; never raises."""
         try:
-            self._able = sorted(
-                map(str, self._bridge.call(self.scheduler.capabilities, timeout=ASK_PATIENCE))
-            )
+            names = self._bridge.call(self.scheduler.capabilities, timeout=CAPABILITIES_TIMEOUT)
+            self._capabilities = sorted(map(str, names))
         except Exception as error:
-            logger.debug("z4j: %s does not tell its capabilities: %s", self.name, error)
-        return self._able
+            logger.debug("z4j: could not read the capabilities of %s: %s", self.name, error)
+        return self._capabilities
 
-    def schedules(self, timeout: float) -> list[Any]:
-        """Return all schedules; raises whatever the adapter raises, for an incomplete list would delete the rest."""
+    def schedules(self, timeout: float) -> list[Schedule]:
+        """Return all schedules.
+
+        Raises what the adapter raises, because a missing schedule counts as deleted.
+        """
         return list(self.invoke("list_schedules", timeout=timeout))
 
-    def schedule(self, identity: str, timeout: float) -> Any:
-        """Return one schedule, ``None`` when there is none of that id."""
-        return self.invoke("get_schedule", identity, timeout=timeout)
+    def schedule(self, identity: str, timeout: float) -> Schedule | None:
+        """Return a schedule by its id, or ``None`` if there is none."""
+        found: Schedule | None = self.invoke("get_schedule", identity, timeout=timeout)
+        return found
 
-    def invoke(self, method_name: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call a method of the adapter; ``CommandError`` when it has none, ``TimeoutError``, or what the adapter raises."""
+    def invoke(self, method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
+        """Call a method of the adapter.
+
+        Raises ``CommandError`` if the adapter lacks it, ``TimeoutError``, and what the adapter
+        raises.
+        """
         method = getattr(self.scheduler, method_name, None)
         if not callable(method):
             raise CommandError(f"scheduler {self.name} does not support {method_name}")
         return self._bridge.call(partial(method, *args, **kwargs), timeout=timeout)
 
 
-def _engine(config: Any, longest: int) -> RedactionEngine:
+def _redaction_engine(config: Config, max_text_bytes: int) -> RedactionEngine:
     return RedactionEngine(
         RedactionConfig(
             extra_key_patterns=tuple(config.redaction_extra_key_patterns),
             extra_value_patterns=tuple(config.redaction_extra_value_patterns),
-            max_value_bytes=longest,
+            max_value_bytes=max_text_bytes,
         )
     )

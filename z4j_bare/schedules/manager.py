@@ -1,4 +1,4 @@
-"""All schedulers of this process: their streams, and the loop that tells changes of them."""
+"""All schedulers of this process: their streams, and the loop that publishes changes."""
 
 from __future__ import annotations
 
@@ -12,114 +12,130 @@ from z4j_bare.errors import AgentError, CommandError
 if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
     from z4j_bare.schedules.host import SchedulerHost
     from z4j_bare.schedules.stream import Stream
 
-logger = logging.getLogger("z4j.runtime.schedules")
+logger = logging.getLogger("z4j.runtime.schedules.manager")
 
-#: Seconds for which further changes are waited for, so that a deployment which saves a hundred schedules is told once.
-SETTLE = 0.5
+#: Seconds from a signal to the snapshot. A deployment that saves a hundred schedules causes one
+#: snapshot.
+DEBOUNCE = 0.5
 
-#: Seconds between two looks while nothing is to be told: a thread of the host's own may have rung without waking us.
-IDLE = 30.0
+#: Seconds between two checks of an idle loop. A signal from a thread of the host may not have woken
+#: it.
+IDLE_INTERVAL = 30.0
 
 
 class ScheduleManager:
-    """Tells every stream that is ours when its scheduler says so, and every ``interval`` seconds (0: not by itself)."""
+    """Publishes each active stream when its scheduler signals a change, and periodically.
+
+    :param on_stored: called after rows were stored.
+    :param interval: seconds between two periodic snapshots; 0 disables them.
+    """
 
     def __init__(
         self,
         hosts: Iterable[SchedulerHost],
         buffer: BufferManager,
         backend: BaseConcurrency,
-        stored: Callable[[], None],
+        on_stored: Callable[[], None],
         interval: float,
     ) -> None:
-        self.streams = {host.name: _stream(host, buffer, backend, stored) for host in hosts}
-        #: Hides in answers to commands what is hidden in schedules; ``None`` without a scheduler.
-        self.redactor = next((stream.host.result_redactor for stream in self.streams.values()), None)
+        self.streams = {host.name: _stream(host, buffer, backend, on_stored) for host in hosts}
+        #: Redacts results of schedule commands; ``None`` without a scheduler.
+        self.redactor = next(
+            (stream.host.result_redactor for stream in self.streams.values()), None
+        )
         self._backend = backend
         self._interval = interval
-        self._bell = backend.event()
+        self._wakeup = backend.event()
 
     def connect(self) -> None:
-        """Listen to the schedulers' own signals; never raises."""
+        """Connect the signals of all schedulers; never raises."""
         for stream in self.streams.values():
-            stream.host.connect(partial(self.note, stream))
+            stream.host.connect(partial(self.mark_changed, stream))
 
     def disconnect(self) -> None:
-        """Undo :meth:`connect`; never raises."""
+        """Disconnect the signals of all schedulers; never raises."""
         for stream in self.streams.values():
             stream.host.disconnect()
 
-    def note(self, stream: Stream) -> None:
-        """Note that something changed; for any task or thread, never waits."""
+    def mark_changed(self, stream: Stream) -> None:
+        """Request a snapshot of the stream. Callable from any task or thread; never waits."""
         stream.changed = True
-        self._bell.set()
+        self._wakeup.set()
 
-    def lapse(self) -> None:
-        """Be silent: the session has ended."""
+    def revoke(self) -> None:
+        """Deactivate all streams, because the session has ended."""
         for stream in self.streams.values():
-            stream.lapse()
+            stream.revoke()
 
-    def stream(self, name: Any) -> Stream:
+    def stream(self, name: object) -> Stream:
         """Return the stream of the named scheduler, or of the only one. Raises ``CommandError``."""
         if not name and len(self.streams) == 1:
             return next(iter(self.streams.values()))
         if not isinstance(name, str) or name not in self.streams:
-            raise CommandError(
-                f"this agent has no scheduler {name!r}, only {', '.join(sorted(self.streams)) or 'none'}"
-            )
+            known = ", ".join(sorted(self.streams)) or "none"
+            raise CommandError(f"this agent has no scheduler {name!r}, only {known}")
         return self.streams[name]
 
     def resync(self, seconds: float) -> dict[str, Any]:
-        """Tell all schedules of all schedulers anew; return how many were, and why others were not."""
-        told, skipped = 0, {}
-        until = self._backend.now() + seconds
+        """Publish all streams within ``seconds``; return how many, and why others were skipped."""
+        published, skipped = 0, {}
+        deadline = self._backend.now() + seconds
         for name, stream in self.streams.items():
             try:
-                if stream.snapshot("command", until - self._backend.now()):
-                    told += 1
+                if stream.snapshot("command", deadline - self._backend.now()):
+                    published += 1
                 else:
                     skipped[name] = "the brain has not asked this process for its schedules"
             except Exception as error:
                 skipped[name] = f"{type(error).__name__}: {error}"
-        return {"schedulers_drained": told, "skipped": skipped}
+        return {"schedulers_drained": published, "skipped": skipped}
 
-    def run(self, stop_event: Any) -> None:
-        """Tell what changes until ``stop_event`` (an ``IEvent``) is set."""
-        due = self._backend.now() + self._interval
+    def run(self, stop_event: IEvent) -> None:
+        """Publish changes until ``stop_event`` is set."""
+        next_due = self._backend.now() + self._interval
         while not stop_event.is_set():
-            self._bell.clear()
+            self._wakeup.clear()
             if any(stream.changed and stream.authority for stream in self.streams.values()):
-                self._backend.wait(stop_event, SETTLE)
-                self._tell("signal", [stream for stream in self.streams.values() if stream.changed])
-            elif self._interval and self._backend.now() >= due:
-                due = self._backend.now() + self._interval
-                self._tell("periodic", self.streams.values())
+                self._backend.wait(stop_event, DEBOUNCE)
+                changed = [stream for stream in self.streams.values() if stream.changed]
+                self._publish("signal", changed)
+            elif self._interval and self._backend.now() >= next_due:
+                next_due = self._backend.now() + self._interval
+                self._publish("periodic", self.streams.values())
             else:
-                self._backend.wait(self._bell, self._patience(due))
+                self._backend.wait(self._wakeup, self._idle_timeout(next_due))
 
     def wake(self) -> None:
-        """Have :meth:`run` look whether it shall stop."""
-        self._bell.set()
+        """Wake :meth:`run`, which then checks its ``stop_event``."""
+        self._wakeup.set()
 
-    def _patience(self, due: float) -> float:
-        return min(IDLE, max(0.0, due - self._backend.now())) if self._interval else IDLE
+    def _idle_timeout(self, next_due: float) -> float:
+        if not self._interval:
+            return IDLE_INTERVAL
+        return min(IDLE_INTERVAL, max(0.0, next_due - self._backend.now()))
 
-    def _tell(self, reason: str, streams: Iterable[Stream]) -> None:
+    def _publish(self, reason: str, streams: Iterable[Stream]) -> None:
         for stream in streams:
             try:
                 stream.snapshot(reason)
-            except AgentError as error:  # among them: the session has just ended
+            except AgentError as error:  # for example when the session has just ended
                 logger.debug(
-                    "z4j: the schedules of %s are not told (%s): %s", stream.name, reason, error
+                    "z4j: schedules of %s not published (%s): %s", stream.name, reason, error
                 )
             except Exception as error:
-                logger.warning("z4j: the schedules of %s could not be read: %s", stream.name, error)
+                logger.warning("z4j: could not read the schedules of %s: %s", stream.name, error)
 
 
-def _stream(*args: Any) -> Stream:
-    from z4j_bare.schedules.stream import Stream  # most workers have no scheduler
+def _stream(
+    host: SchedulerHost,
+    buffer: BufferManager,
+    backend: BaseConcurrency,
+    on_stored: Callable[[], None],
+) -> Stream:
+    from z4j_bare.schedules.stream import Stream  # late, because most processes have no scheduler
 
-    return Stream(*args)
+    return Stream(host, buffer, backend, on_stored)

@@ -1,4 +1,4 @@
-"""What an operator changes in a scheduler that keeps its own schedules, and how the brain is told what came of it."""
+"""Operators' changes to the schedules of a scheduler, and the projections that confirm them."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from z4j_core.schedule_external import (
 )
 
 from z4j_bare.errors import CommandError
-from z4j_bare.schedules.projection import Row, digest_of, row_of
+from z4j_bare.schedules.projection import Row, digest, make_row
 from z4j_bare.wire.canonical import canonical_plain
 
 if TYPE_CHECKING:
-    from z4j_bare.schedules.stream import Left, Stream
+    from z4j_bare.schedules.stream import Remaining, Stream
 
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: What the scheduler itself goes on changing; the brain takes its own figures of them for what was asked.
-_LIVE = ("last_run_at", "total_runs")
+#: Fields that the scheduler updates at each run. In a confirmation the brain expects its own values
+#: of them.
+_RUN_FIELDS = ("last_run_at", "total_runs")
 
 
 def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Switch one schedule on or off and confirm it; return the command's result.
+    """Enable or disable one schedule and confirm it; return the command's result.
 
-    Raises ``CommandError`` for an order that is not for our stream, comes too late, or is refused by the scheduler.
+    Raises ``CommandError`` for another stream, for a schedule that has changed, and when the
+    scheduler refuses.
     """
     operation, key = _text(parameters, "operation_id"), _text(parameters, "source_key")
     desired = _desired(parameters)
-    with stream.order(parameters, seconds) as left:
+    with stream.operation(parameters, seconds) as remaining:
         if parameters.get("expected_accepted_sequence") != stream.sequence:
             raise CommandError(
-                f"{stream.name} has been told anew since the order was given; try again"
+                f"{stream.name} was published again after the command was sent; try again"
             )
-        row = _known(stream, key, left)
+        row = _require_row(stream, key, remaining)
         if _settings(row.fields) != _settings(desired):
-            raise CommandError(f"schedule {key} was changed since the order was given")
+            raise CommandError(f"schedule {key} was changed after the command was sent")
         if row.fields["is_enabled"] != desired["is_enabled"]:
-            _switch(stream, key, desired["is_enabled"], left)
-            row = _known(stream, key, left)
+            _set_enabled(stream, key, desired["is_enabled"], remaining)
+            row = _require_row(stream, key, remaining)
         if row.fields["is_enabled"] != desired["is_enabled"] or _settings(row.fields) != _settings(
             desired
         ):
             raise CommandError(
-                f"schedule {key} is not as it should be after that", indeterminate=True
+                f"schedule {key} is not in the requested state afterwards", indeterminate=True
             )
-        fields = {**row.fields, **{name: desired[name] for name in _LIVE}}
+        fields = {**row.fields, **{name: desired[name] for name in _RUN_FIELDS}}
         sequence = stream.confirm(Row(row.source, fields, canonical_plain(fields)), operation)
         return {
             "operation_id": operation,
@@ -60,26 +62,27 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
 
 
 def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Create, change, delete or trigger a schedule, and tell all of them anew; return the command's result.
+    """Create, change, delete or trigger a schedule, and publish; return the command's result.
 
-    Raises ``CommandError``, or what the adapter raises; an error after the scheduler has agreed is indeterminate.
+    Raises ``CommandError`` and what the adapter raises. An error after the scheduler made the
+    change is indeterminate.
     """
     operation, identity = _text(parameters, "operation"), _text(parameters, "operation_id")
     if operation not in OPERATIONS:
-        raise CommandError(f"{operation} is no operation on schedules")
-    with stream.order(parameters, seconds) as left:
-        act = _trigger if operation == "trigger" else _change
-        key, extra = act(stream, operation, parameters, left)
+        raise CommandError(f"{operation} is not an operation on schedules")
+    with stream.operation(parameters, seconds) as remaining:
+        apply = _trigger if operation == "trigger" else _change
+        key, extra = apply(stream, operation, parameters, remaining)
         try:
-            told = stream.tell(f"native-mutation:{identity}", left)
+            published = stream.publish(f"native-mutation:{identity}", remaining)
         except Exception as error:
             raise CommandError(
-                f"done, but the schedules could not be told anew: {error}", indeterminate=True
+                f"done, but the schedules could not be published: {error}", indeterminate=True
             ) from error
-    row = told.rows.get(key)
+    row = published.rows.get(key)
     observed = None if row is None else external_schedule_configuration(row.fields)
     return {
-        **told.facts,
+        **published.facts,
         "operation_id": identity,
         "source_key": key,
         "observed_configuration": observed,
@@ -88,19 +91,19 @@ def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dic
 
 
 def _trigger(
-    stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left
+    stream: Stream, operation: str, parameters: Mapping[str, Any], remaining: Remaining
 ) -> tuple[str, dict[str, Any]]:
     del operation
     key = _text(parameters, "schedule_id")
     _require(stream, "trigger_now")
-    _unchanged(stream, key, parameters.get("expected"), left)
-    result = stream.host.invoke("trigger_now", stream.native(key), timeout=left())
-    _succeeded(stream, result)
+    _require_unchanged(stream, key, parameters.get("expected"), remaining)
+    result = stream.host.invoke("trigger_now", stream.adapter_key(key), timeout=remaining())
+    _require_success(stream, result)
     return key, {"trigger_result": {"status": "success"}}
 
 
 def _change(
-    stream: Stream, operation: str, parameters: Mapping[str, Any], left: Left
+    stream: Stream, operation: str, parameters: Mapping[str, Any], remaining: Remaining
 ) -> tuple[str, dict[str, Any]]:
     _require(stream, EXTERNAL_SCHEDULE_MUTATION_CAPABILITY)
     definition = parameters.get("definition") or {}
@@ -108,48 +111,57 @@ def _change(
         raise CommandError("definition must be an object")
     if REDACTED.encode() in canonical_plain(definition):
         raise CommandError(
-            f"{REDACTED} stands for what the brain never had: it would replace the real value"
+            f"{REDACTED} in the definition would replace a value that the brain does not have"
         )
     key = None if operation == "create" else _text(parameters, "schedule_id")
-    expected = None if key is None else _unchanged(stream, key, parameters.get("expected"), left)
+    expected = (
+        None
+        if key is None
+        else _require_unchanged(stream, key, parameters.get("expected"), remaining)
+    )
     try:
-        made = stream.host.invoke(
+        changed = stream.host.invoke(
             "apply_external_mutation",
-            timeout=left(),
+            timeout=remaining(),
             operation=operation,
-            schedule_id=None if key is None else stream.native(key),
+            schedule_id=None if key is None else stream.adapter_key(key),
             expected=expected,
             definition=definition,
         )
     except (ConflictError, NotFoundError, ValueError) as error:
         raise CommandError(f"{stream.name} refuses: {error}") from error
-    return key or row_of(made, stream.name, stream.host.redactor).key, {}
+    return key or make_row(changed, stream.name, stream.host.redactor).key, {}
 
 
-def _unchanged(stream: Stream, key: str, expected: Any, left: Left) -> dict[str, Any]:
-    """Return the schedule as the adapter has it, which knows what the brain must not, if it is what the brain expects."""
-    row = _known(stream, key, left)
-    present = external_schedule_configuration(row.fields)
-    if not isinstance(expected, dict) or external_schedule_configuration(expected) != present:
-        raise CommandError(f"schedule {key} was changed since the order was given")
+def _require_unchanged(
+    stream: Stream, key: str, expected: Any, remaining: Remaining
+) -> dict[str, Any]:
+    """Return the adapter's unredacted schedule.
+
+    Raises ``CommandError`` if it is not what the brain expects.
+    """
+    row = _require_row(stream, key, remaining)
+    current = external_schedule_configuration(row.fields)
+    if not isinstance(expected, dict) or external_schedule_configuration(expected) != current:
+        raise CommandError(f"schedule {key} was changed after the command was sent")
     return row.source
 
 
 def _desired(parameters: Mapping[str, Any]) -> dict[str, Any]:
     desired = parameters.get("desired_projection")
-    if not isinstance(desired, dict) or digest_of(desired) != parameters.get(
+    if not isinstance(desired, dict) or digest(desired) != parameters.get(
         "desired_projection_digest"
     ):
-        raise CommandError("desired_projection does not have the digest that came with it")
+        raise CommandError("desired_projection does not match desired_projection_digest")
     if not isinstance(desired.get("is_enabled"), bool) or desired.get(
         "source_key"
     ) != parameters.get("source_key"):
-        raise CommandError("desired_projection is of another schedule")
+        raise CommandError("desired_projection belongs to another schedule")
     return desired
 
 
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a schedule the one it is, on or off."""
+    """Return the configuration without ``is_enabled``."""
     return {
         name: value
         for name, value in external_schedule_configuration(dict(fields)).items()
@@ -157,12 +169,14 @@ def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _switch(stream: Stream, key: str, on: bool, left: Left) -> None:
-    method = "enable_schedule" if on else "disable_schedule"
-    _succeeded(stream, stream.host.invoke(method, stream.native(key), timeout=left()))
+def _set_enabled(stream: Stream, key: str, enabled: bool, remaining: Remaining) -> None:
+    method = "enable_schedule" if enabled else "disable_schedule"
+    _require_success(
+        stream, stream.host.invoke(method, stream.adapter_key(key), timeout=remaining())
+    )
 
 
-def _succeeded(stream: Stream, outcome: Any) -> None:
+def _require_success(stream: Stream, outcome: object) -> None:
     if getattr(outcome, "status", None) != "success":
         result = getattr(outcome, "result", None) or {}
         error = getattr(outcome, "error", None) or "no reason given"
@@ -171,8 +185,8 @@ def _succeeded(stream: Stream, outcome: Any) -> None:
         )
 
 
-def _known(stream: Stream, key: str, left: Left) -> Row:
-    row = stream.row(key, left)
+def _require_row(stream: Stream, key: str, remaining: Remaining) -> Row:
+    row = stream.row(key, remaining)
     if row is None:
         raise CommandError(f"{stream.name} has no schedule {key}")
     return row

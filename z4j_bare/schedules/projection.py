@@ -1,7 +1,9 @@
-"""Schedules as the brain takes them (``brain-contract`` 5.7): rows, snapshots in frames, digests. No I/O.
+"""Projections of schedules (``docs/protocol.md``, "Schedules"): rows, snapshots in frames, digests.
 
-A row is encoded once, and bodies, digests and events are put together around those bytes; ``z4j_core`` defines the same
-bodies as dictionaries, and a property test holds the two equal.
+No I/O.
+
+A row is encoded once; bodies, digests and events are assembled around its bytes. ``z4j_core``
+defines the same bodies as dictionaries, and a property test compares the two.
 """
 
 from __future__ import annotations
@@ -24,26 +26,31 @@ from z4j_bare.errors import CommandError
 from z4j_bare.wire.canonical import canonical_plain, to_json_types
 
 if TYPE_CHECKING:
+    from z4j_core.models import Schedule
+
     from z4j_bare.events.redaction import Redactor
 
-#: Bytes of rows in one frame; with all that goes around them it stays below what the sender puts into one, 128 KiB.
+#: Bytes of rows in one frame. With everything around them it stays below the sender's limit of 128
+#: KiB.
 FRAME_BYTES = 96 * 1024
 
-#: Bytes of the largest row; half the brain's frame of 1 MiB.
+#: Bytes of one row, at most: half the brain's frame of 1 MiB.
 ROW_BYTES = 512 * 1024
 
-#: How deep arguments may be nested: the brain hides what is deeper than 64 levels, its own envelope included.
-DEPTH = 50
+#: Nesting levels of arguments. The brain redacts everything below level 64, its own envelope
+#: included.
+MAX_DEPTH = 50
 
-#: What a row is known by. Where redaction would swallow that, a digest of it stands in: it has to tell rows apart.
-_NAMES = ("source_key", "external_id", "name")
+#: Fields that identify a row. A digest replaces one that redaction would change, because it must
+#: stay unique.
+_IDENTIFIERS = ("source_key", "external_id", "name")
 
-Breathe = Callable[[], None]
+Checkpoint = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """The right to speak for one scheduler: what the brain grants with each activation."""
+    """The right to publish a scheduler's schedules. The brain grants it with each activation."""
 
     owner: str
     source_scope: str
@@ -53,8 +60,11 @@ class Authority:
     adapter_instance_id: str
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Any], owner: str) -> Authority:
-        """Read a command's parameters. Raises ``CommandError`` for what is no authority over ``owner``."""
+    def from_parameters(cls, parameters: Mapping[str, Any], owner: str) -> Authority:
+        """Parse a command's parameters.
+
+        Raises ``CommandError`` if they grant no authority over ``owner``.
+        """
         texts = [
             parameters.get(name)
             for name in ("source_scope", "stream_id", "epoch_uuid", "adapter_instance_id")
@@ -62,17 +72,17 @@ class Authority:
         number = parameters.get("epoch_number")
         if not all(isinstance(text, str) and text for text in texts):
             raise CommandError(
-                "source_scope, stream_id, epoch_uuid and adapter_instance_id of the stream are required"
+                "source_scope, stream_id, epoch_uuid and adapter_instance_id are required"
             )
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise CommandError("the stream's epoch_number must be a whole number from 1")
+            raise CommandError("the stream's epoch_number must be an integer of 1 or more")
         scope, stream, epoch, instance = map(str, texts)
         if scope != external_schedule_source_scope(owner):
-            raise CommandError(f"source_scope is not the whole of {owner}")
+            raise CommandError(f"source_scope does not cover all of {owner}")
         return cls(owner, scope, stream, epoch, number, instance)
 
-    def named(self) -> dict[str, Any]:
-        """Return how it is named in a command's result."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that identify the authority in a command's result."""
         return {
             "stream_id": self.stream_id,
             "epoch_uuid": self.epoch_uuid,
@@ -81,10 +91,10 @@ class Authority:
         }
 
     def body(self, sequence: int, **fields: Any) -> dict[str, Any]:
-        """Return a body without its rows."""
+        """Return the body of a projection without its rows."""
         return {
             "protocol_version": EXTERNAL_SCHEDULE_PROTOCOL_VERSION,
-            **self.named(),
+            **self.as_dict(),
             "sequence": sequence,
             "owner": self.owner,
             "source_scope": self.source_scope,
@@ -96,30 +106,35 @@ class Authority:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule: what the adapter says of it, what the brain shall know of that, and the latter as canonical bytes."""
+    """One schedule: the adapter's fields, the redacted fields, and those as canonical bytes."""
 
     source: dict[str, Any]
     fields: dict[str, Any]
     encoded: bytes
 
     @property
-    def native(self) -> str:
-        """The adapter's name of the schedule."""
+    def adapter_key(self) -> str:
+        """The adapter's key of the schedule."""
         return str(self.source["source_key"])
 
     @property
     def key(self) -> str:
-        """The brain's name of the schedule."""
+        """The brain's key of the schedule."""
         return str(self.fields["source_key"])
 
 
-def row_of(schedule: Any, owner: str, redactor: Redactor) -> Row:
-    """Return an adapter's ``Schedule`` as a row, redacted. Raises ``ValueError`` for one that cannot be told."""
-    source = normalize_external_schedule(to_json_types(_dumped(schedule), DEPTH), owner=owner)
+def make_row(schedule: Schedule, owner: str, redactor: Redactor) -> Row:
+    """Return an adapter's schedule as a redacted row.
+
+    Raises ``ValueError`` if it cannot be published.
+    """
+    source = normalize_external_schedule(
+        to_json_types(_fields_of(schedule), MAX_DEPTH), owner=owner
+    )
     fields: dict[str, Any] = redactor.scrub(source)
-    for name in _NAMES:
+    for name in _IDENTIFIERS:
         if fields[name] != source[name]:
-            fields[name] = known_as(source[name], redactor)
+            fields[name] = public_key(source[name], redactor)
     encoded = canonical_plain(fields)
     if len(encoded) > ROW_BYTES:
         raise ValueError(
@@ -128,8 +143,8 @@ def row_of(schedule: Any, owner: str, redactor: Redactor) -> Row:
     return Row(source, fields, encoded)
 
 
-def known_as(name: str, redactor: Redactor) -> str:
-    """Return what the brain calls a schedule that the adapter calls ``name``: that, unless redaction would swallow it."""
+def public_key(name: str, redactor: Redactor) -> str:
+    """Return ``name``, or a digest of it if redaction would change it."""
     return (
         name
         if redactor.scrub(name) == name
@@ -137,20 +152,24 @@ def known_as(name: str, redactor: Redactor) -> str:
     )
 
 
-def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Return rows in the order of a snapshot. Raises ``ValueError`` when two have one key."""
-    found = sorted(rows, key=lambda row: row.key)
-    for first, second in pairwise(found):
+def sort_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return rows in the order of a snapshot. Raises ``ValueError`` if two have the same key."""
+    ordered = sorted(rows, key=lambda row: row.key)
+    for first, second in pairwise(ordered):
         if first.key == second.key:
             raise ValueError(f"two schedules have the key {first.key}")
-    return found
+    return ordered
 
 
 def snapshot(
-    authority: Authority, sequence: int, rows: Sequence[Row], reason: str, checkpoint: Breathe
+    authority: Authority, sequence: int, rows: Sequence[Row], reason: str, checkpoint: Checkpoint
 ) -> list[bytes]:
-    """Return the events of a complete snapshot: frames of rows, then the terminal one. ``rows`` are :func:`ordered`."""
-    whole = authority.body(
+    """Return the events of a complete snapshot: frames of rows, then the terminal frame.
+
+    ``rows`` come from :func:`sort_rows`. ``checkpoint`` is called after each row and may yield to
+    other tasks.
+    """
+    snapshot_body = authority.body(
         sequence, kind="snapshot", complete=True, operation_id=None, deleted_source_keys=[]
     )
     chunks = list(_chunks(rows))
@@ -158,17 +177,22 @@ def snapshot(
         "snapshot_id": str(uuid4()),
         "frame_count": len(chunks),
         "row_count": len(rows),
-        "snapshot_digest": _digest(_around(whole, rows), checkpoint),
+        "snapshot_digest": _digest(_splice_rows(snapshot_body, rows), checkpoint),
     }
     events = []
     for index, chunk in enumerate([*chunks, []]):
         kind = "rows" if index < len(chunks) else "terminal"
         body = authority.body(sequence, frame_kind=kind, frame_index=index, **common)
-        pieces = [b"".join(_around(body, chunk))]
-        digest = _digest(pieces, checkpoint)
+        pieces = [b"".join(_splice_rows(body, chunk))]
+        frame_digest = _digest(pieces, checkpoint)
         events.append(
             _event(
-                authority, "schedule.snapshot", "external_snapshot_frame", pieces[0], digest, reason
+                authority,
+                "schedule.snapshot",
+                "external_snapshot_frame",
+                pieces[0],
+                frame_digest,
+                reason,
             )
         )
         checkpoint()
@@ -176,26 +200,31 @@ def snapshot(
 
 
 def control(authority: Authority, sequence: int, row: Row, operation: str, reason: str) -> bytes:
-    """Return the event that confirms a control operation by what the scheduler now says of the one schedule."""
+    """Return the event that confirms a control operation with the current row of its schedule."""
     body = authority.body(
         sequence, kind="control", complete=False, operation_id=operation, deleted_source_keys=[]
     )
-    payload = b"".join(_around(body, [row]))
-    digest = sha256(payload).hexdigest()
-    return _event(authority, "schedule.updated", "external_projection", payload, digest, reason)
+    payload = b"".join(_splice_rows(body, [row]))
+    payload_digest = sha256(payload).hexdigest()
+    return _event(
+        authority, "schedule.updated", "external_projection", payload, payload_digest, reason
+    )
 
 
-def digest_of(fields: Mapping[str, Any]) -> str:
-    """Return the digest of one row or body that came as JSON."""
+def digest(fields: Mapping[str, Any]) -> str:
+    """Return the digest of a row or body that was parsed from JSON."""
     return sha256(canonical_plain(dict(fields))).hexdigest()
 
 
-def _dumped(schedule: Any) -> Mapping[str, Any]:
-    """Return the fields of an adapter's model; arguments that are no JSON become text later."""
+def _fields_of(schedule: Schedule) -> Mapping[str, Any]:
+    """Return the fields of an adapter's model.
+
+    Arguments that are not JSON are converted to text later.
+    """
     try:
         fields: Mapping[str, Any] = schedule.model_dump(mode="json")
     except AttributeError:
-        raise ValueError(f"{type(schedule).__name__} is no schedule") from None
+        raise ValueError(f"{type(schedule).__name__} is not a schedule") from None
     except Exception:
         fields = schedule.model_dump()
     return fields
@@ -214,26 +243,27 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _around(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
+def _splice_rows(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
     """Yield the canonical bytes of a body with its rows, in pieces."""
-    # No string can hold this: its quotes would be escaped. And no other key ends like that.
-    head, mark, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
-    yield head + mark
+    # The marker is unique: inside a string its quotes would be escaped, and no other key ends with
+    # it.
+    head, marker, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
+    yield head + marker
     for number, row in enumerate(rows):
         yield b"," + row.encoded if number else row.encoded
     yield tail
 
 
-def _digest(pieces: Iterator[bytes] | Sequence[bytes], checkpoint: Breathe) -> str:
-    found = sha256()
+def _digest(pieces: Iterator[bytes] | Sequence[bytes], checkpoint: Checkpoint) -> str:
+    hashed = sha256()
     for piece in pieces:
-        found.update(piece)
+        hashed.update(piece)
         checkpoint()
-    return found.hexdigest()
+    return hashed.hexdigest()
 
 
 def _event(
-    authority: Authority, kind: str, form: str, body: bytes, digest: str, reason: str
+    authority: Authority, kind: str, form: str, body: bytes, digest_text: str, reason: str
 ) -> bytes:
     name = "frame_digest" if form == "external_snapshot_frame" else "payload_digest"
     fields = {
@@ -242,7 +272,7 @@ def _event(
         "engine": authority.owner,
         "task_id": "",
         "occurred_at": datetime.now(UTC).isoformat(),
-        "data": {form: None, name: digest, "reason": reason},
+        "data": {form: None, name: digest_text, "reason": reason},
     }
-    head, mark, tail = canonical_plain(fields).partition(f'"{form}":'.encode())
-    return head + mark + body + tail.removeprefix(b"null")
+    head, marker, tail = canonical_plain(fields).partition(f'"{form}":'.encode())
+    return head + marker + body + tail.removeprefix(b"null")

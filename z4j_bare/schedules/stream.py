@@ -1,4 +1,4 @@
-"""The stream of one scheduler: who may speak for it, the next sequence number, and what is told in order."""
+"""The stream of one scheduler: authority, sequence numbers, and order of projections."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.schedules.host import SchedulerHost
 
-logger = logging.getLogger("z4j.runtime.schedules")
+logger = logging.getLogger("z4j.runtime.schedules.stream")
 
-#: Seconds for one listing; the adapters give up after 10 or 15 by themselves.
-LISTING = 20.0
+#: Seconds for one listing. The adapters themselves time out after 10 or 15 s.
+LIST_TIMEOUT = 20.0
 
-#: Tells how many seconds are left; raises ``CommandError`` when none are.
-Left = Callable[[], float]
+#: Returns the seconds that remain; raises ``CommandError`` when none do.
+Remaining = Callable[[], float]
 
 
 class Stream:
-    """Everything that is told of one scheduler goes through here, one thing at a time.
+    """Stores all projections of one scheduler, one at a time.
 
-    The brain takes the sequence numbers of an epoch without a gap, from 1 on, first of all a complete snapshot. It grants a
-    new epoch with every session, so no number has to outlive the process; what was stored for an older epoch is
-    acknowledged and ignored.
+    In each epoch the brain expects sequence numbers without a gap, from 1 on, and a complete
+    snapshot first. It grants a new epoch in every session, so no number has to be stored. The brain
+    acknowledges and ignores projections of an older epoch (``docs/protocol.md``, "Schedules").
 
-    :param stored: called after rows were stored, to wake the sender.
+    :param on_stored: called after rows were stored, to wake the sender.
     """
 
     def __init__(
@@ -44,157 +44,162 @@ class Stream:
         host: SchedulerHost,
         buffer: BufferManager,
         backend: BaseConcurrency,
-        stored: Callable[[], None],
+        on_stored: Callable[[], None],
     ) -> None:
         self.host = host
         self.name = host.name
-        #: Whether the scheduler has said that something changed since the last snapshot began.
+        #: Whether the scheduler has signalled a change since the last snapshot began.
         self.changed = False
-        #: By which right we speak just now, if any.
+        #: The current authority; ``None`` while the stream is inactive.
         self.authority: Authority | None = None
-        #: The last number that was used in its epoch.
+        #: The last sequence number used in the epoch.
         self.sequence = 0
         self._buffer = buffer
         self._backend = backend
-        self._stored = stored
-        self._turn = backend.lock()
-        self._newest: Authority | None = None
-        #: What the adapter calls the schedules whose key had to be hidden.
-        self._natives: dict[str, str] = {}
+        self._on_stored = on_stored
+        self._lock = backend.lock()
+        self._latest: Authority | None = None
+        #: The adapter's keys of schedules whose public key differs because of redaction.
+        self._adapter_keys: dict[str, str] = {}
 
-    def lapse(self) -> None:
-        """Be silent until the next activation: the session that this one came with has ended."""
+    def revoke(self) -> None:
+        """Deactivate the stream until the next activation, because its session has ended."""
         self.authority = None
 
     def activate(self, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Take the authority of ``schedule.external.activate`` and tell everything; return the command's result.
+        """Activate the stream and publish; return the result of ``schedule.external.activate``.
 
-        Raises ``CommandError`` for one that is older than what was there, else whatever the adapter raises.
+        Raises ``CommandError`` for an authority older than the current one, and what the adapter
+        raises.
         """
-        authority = Authority.of(parameters, self.name)
+        authority = Authority.from_parameters(parameters, self.name)
         if (
             parameters.get("owner", self.name) != self.name
             or parameters.get("stable_source") is not True
         ):
-            raise CommandError(f"{self.name} can only be told by its owner, as a stable source")
-        with self._alone(seconds) as left:
-            self._take(authority)
+            raise CommandError(f"only the owner of {self.name} can publish it, as a stable source")
+        with self._exclusive(seconds) as remaining:
+            self._accept(authority)
             try:
-                return self.tell("activation", left).facts
+                return self.publish("activation", remaining).facts
             except BaseException:
                 self.authority = None
                 raise
 
-    def snapshot(self, reason: str, seconds: float = LISTING) -> bool:
-        """Tell everything, if it is ours to tell; return whether it was. Raises whatever the adapter raises."""
+    def snapshot(self, reason: str, seconds: float = LIST_TIMEOUT) -> bool:
+        """Publish if the stream is active; return whether it was.
+
+        Raises what the adapter raises.
+        """
         if self.authority is None:
             return False
-        with self._alone(seconds) as left:
-            self.tell(reason, left)
+        with self._exclusive(seconds) as remaining:
+            self.publish(reason, remaining)
         return True
 
     @contextmanager
-    def order(self, parameters: Mapping[str, Any], seconds: float) -> Iterator[Left]:
-        """Hold the stream for one operator's order. Raises ``CommandError`` when it is not for our authority."""
-        wanted = Authority.of(
+    def operation(self, parameters: Mapping[str, Any], seconds: float) -> Iterator[Remaining]:
+        """Hold the stream during an operator's command.
+
+        Raises ``CommandError`` for another authority.
+        """
+        wanted = Authority.from_parameters(
             {"source_scope": external_schedule_source_scope(self.name), **parameters}, self.name
         )
-        with self._alone(seconds) as left:
+        with self._exclusive(seconds) as remaining:
             if wanted != self.authority:
                 raise CommandError(
-                    f"epoch {wanted.epoch_number} of {self.name} is not this process's"
+                    f"epoch {wanted.epoch_number} of {self.name} does not belong to this process"
                 )
-            yield left
+            yield remaining
 
-    # -- for whoever holds the stream
+    # -- methods for a task that holds the stream
 
-    def row(self, key: str, left: Left) -> Row | None:
-        """Return what the scheduler says of one schedule now, ``None`` when it has none of that name."""
-        schedule = self.host.schedule(self.native(key), left())
-        return (
-            None if schedule is None else projection.row_of(schedule, self.name, self.host.redactor)
-        )
+    def row(self, key: str, remaining: Remaining) -> Row | None:
+        """Return the current row of a schedule, or ``None`` if there is none with this key."""
+        schedule = self.host.schedule(self.adapter_key(key), remaining())
+        if schedule is None:
+            return None
+        return projection.make_row(schedule, self.name, self.host.redactor)
 
-    def native(self, key: str) -> str:
-        """Return what the adapter calls the schedule that the brain calls ``key``."""
-        return self._natives.get(key, key)
+    def adapter_key(self, key: str) -> str:
+        """Return the adapter's key of the schedule that the brain knows as ``key``."""
+        return self._adapter_keys.get(key, key)
 
     def confirm(self, row: Row, operation: str) -> int:
         """Store the confirmation of a control operation; return its sequence number."""
-        self._store(
-            [
-                projection.control(
-                    self._authority(), self.sequence + 1, row, operation, "external-control"
-                )
-            ]
-        )
+        authority = self._require_authority()
+        number = self.sequence + 1
+        self._store([projection.control(authority, number, row, operation, "external-control")])
         return self.sequence
 
-    def tell(self, reason: str, left: Left) -> Published:
+    def publish(self, reason: str, remaining: Remaining) -> Published:
         """Store a complete snapshot."""
         self.changed = False
-        rows = self._rows(min(left(), LISTING))
-        authority = self._authority()
+        rows = self._rows(min(remaining(), LIST_TIMEOUT))
+        authority = self._require_authority()
         frames = projection.snapshot(
             authority, self.sequence + 1, rows, reason, TimeSlice(self._backend).checkpoint
         )
         self._store(frames)
-        self._natives = {row.key: row.native for row in rows if row.key != row.native}
-        logger.debug("z4j: told %d schedules of %s (%s)", len(rows), self.name, reason)
-        facts = {"scheduler": self.name, **authority.named(), "sequence": self.sequence}
+        self._adapter_keys = {
+            row.key: row.adapter_key for row in rows if row.key != row.adapter_key
+        }
+        logger.debug("z4j: published %d schedules of %s (%s)", len(rows), self.name, reason)
+        facts = {"scheduler": self.name, **authority.as_dict(), "sequence": self.sequence}
         return Published({**facts, "schedule_count": len(rows), "frame_count": len(frames)}, rows)
 
-    # -- how
+    # -- internals
 
     @contextmanager
-    def _alone(self, seconds: float) -> Iterator[Left]:
-        until = self._backend.now() + seconds
+    def _exclusive(self, seconds: float) -> Iterator[Remaining]:
+        deadline = self._backend.now() + seconds
 
-        def left() -> float:
-            remaining = until - self._backend.now()
-            if remaining <= 0:
-                raise CommandError(f"not done: other business with {self.name} took too long")
-            return remaining
+        def remaining() -> float:
+            left = deadline - self._backend.now()
+            if left <= 0:
+                raise CommandError(f"not done: another operation on {self.name} took too long")
+            return left
 
-        with self._turn:
-            left()
-            yield left
+        with self._lock:
+            remaining()
+            yield remaining
 
-    def _take(self, authority: Authority) -> None:
-        newest = self._newest
-        if authority == newest:  # delivered again
+    def _accept(self, authority: Authority) -> None:
+        latest = self._latest
+        if authority == latest:  # the same activation, delivered again
             self.authority = authority
             return
         if (
-            newest is not None
-            and authority.stream_id == newest.stream_id
-            and authority.epoch_number <= newest.epoch_number
+            latest is not None
+            and authority.stream_id == latest.stream_id
+            and authority.epoch_number <= latest.epoch_number
         ):
             raise CommandError(f"epoch {authority.epoch_number} of {self.name} is over")
-        self.authority = self._newest = authority
+        self.authority = self._latest = authority
         self.sequence = 0
 
-    def _authority(self) -> Authority:
-        """Return by which right we speak, or raise ``CommandError``: a session may end at any time."""
+    def _require_authority(self) -> Authority:
+        """Return the authority. Raises ``CommandError`` if the session ended in the meantime."""
         if self.authority is None:
-            raise CommandError(f"the session that told the schedules of {self.name} has ended")
+            raise CommandError(f"the session that published the schedules of {self.name} has ended")
         return self.authority
 
     def _rows(self, seconds: float) -> list[Row]:
         checkpoint, rows = TimeSlice(self._backend).checkpoint, []
         for schedule in self.host.schedules(seconds):
-            rows.append(projection.row_of(schedule, self.name, self.host.redactor))
+            rows.append(projection.make_row(schedule, self.name, self.host.redactor))
             checkpoint()
-        return projection.ordered(rows)
+        return projection.sort_rows(rows)
 
     def _store(self, events: list[bytes]) -> None:
         self._buffer.append([(PROJECTION, "", event) for event in events])
         self.sequence += 1
-        self._stored()
+        self._on_stored()
 
 
 class Published:
-    """A snapshot that was stored: what the answer to a command says of it, and its rows by key."""
+    """A stored snapshot: ``facts`` for the command's result, and the rows by key."""
 
     def __init__(self, facts: dict[str, Any], rows: list[Row]) -> None:
         self.facts = facts

@@ -1,9 +1,13 @@
-"""The choice of a session's transport: WebSocket where it works, long-poll behind proxies that block it."""
+"""The choice of a session's transport.
+
+WebSocket where it works, long-poll behind proxies that block it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from zope.interface import implementer
@@ -26,13 +30,15 @@ logger = logging.getLogger("z4j.runtime.transport.auto")
 
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles them.
+#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles
+#: them.
 PROBE_DELAY_INITIAL = 60.0
 
 #: Seconds between two attempts at WebSocket, at most.
 PROBE_DELAY_MAX = 3600.0
 
-#: Consecutive failures after which WebSocket counts as blocked, if each of them alone can have another cause.
+#: Consecutive failures after which WebSocket counts as blocked, if each of them alone can have
+#: another cause.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Seconds within which the brain's health route must answer.
@@ -40,12 +46,12 @@ HEALTH_TIMEOUT = 5.0
 
 #: Error codes from here on are close codes of WebSocket. Lower ones are HTTP statuses.
 _CLOSE_CODES = 1000
-_SERVER_ERRORS = 500
-_TOO_MANY_REQUESTS = 429
 
 
 class FallbackPolicy:
-    """Decides between WebSocket and long-poll. It does no I/O: ``now`` is monotonic time in seconds.
+    """Decides between WebSocket and long-poll.
+
+    It does no I/O: ``now`` is monotonic time in seconds.
 
     :param preference: ``auto``, ``ws`` or ``longpoll``. Only ``auto`` ever changes the transport.
     """
@@ -74,10 +80,11 @@ class FallbackPolicy:
     ) -> bool:
         """Process a failed WebSocket connect; return whether to try long-poll at once.
 
-        An HTTP status in place of 101 is proof of a blocked WebSocket. Server errors, resets and timeouts have to
-        occur twice. All of them count only if ``is_reachable``, which requests the brain's health route. Statuses
-        401 and 403 are proof as well: the brain rejects tokens after the upgrade, so these come from a proxy. If
-        they do come from the brain, the probe of long-poll is rejected too.
+        An HTTP status in place of 101 is proof of a blocked WebSocket. Server errors, resets and
+        timeouts have to occur twice. All of them count only if ``is_reachable``, which requests the
+        brain's health route. Statuses 401 and 403 are proof as well: the brain rejects tokens after
+        the upgrade, so these come from a proxy. If they do come from the brain, the probe of
+        long-poll is rejected too.
         """
         if self.preference != AUTO:
             return False
@@ -110,7 +117,10 @@ class FallbackPolicy:
             self.name, self.next_probe_at = WS, float("inf")
 
     def on_longpoll_failure(self, error: AgentError) -> None:
-        """Process a failed long-poll connect. Return to WebSocket if long-poll itself was rejected."""
+        """Process a failed long-poll connect.
+
+        Return to WebSocket if long-poll itself was rejected.
+        """
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
             self.name, self.next_probe_at = WS, float("inf")
@@ -124,18 +134,19 @@ def _blocking_evidence(error: AgentError) -> int:
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
-    if code >= _CLOSE_CODES or code == _TOO_MANY_REQUESTS:
-        # A close code arrives over a working WebSocket. After 429 a fallback would only add requests.
+    if code >= _CLOSE_CODES or code == HTTPStatus.TOO_MANY_REQUESTS:
+        # A close code arrives over a working WebSocket. After 429 a fallback would only add
+        # requests.
         return 0
     # A brain behind a proxy also causes 502 while it starts.
-    return 1 if code >= _SERVER_ERRORS else FAILURES_BEFORE_FALLBACK
+    return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
 
 
 class TransportFactory:
     """Creates the transport of each session.
 
-    It loads certificates and the library of the preferred transport in its constructor, because doing so later would
-    block a hub.
+    It loads certificates and the library of the preferred transport in its constructor, because
+    doing so later would block a hub.
 
     :param preference: ``auto``, ``ws`` or ``longpoll``.
     :param token: called at every connect.
@@ -185,7 +196,9 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        longpoll = self._backend.import_module("z4j_bare.transport.longpoll")  # few processes need it
+        longpoll = self._backend.import_module(
+            "z4j_bare.transport.longpoll"
+        )  # few processes need it
         self._limits = self._limits or longpoll.LearnedLimits()
         transport: LongPollTransport = longpoll.LongPollTransport(
             self._api_url, self._token, self._backend, self._limits, self._tls
@@ -195,12 +208,15 @@ class TransportFactory:
     def is_reachable(self) -> bool:
         """Whether the brain's health route answers with 200."""
         try:
-            return self.health(HEALTH_TIMEOUT).status == 200
+            return self.health(HEALTH_TIMEOUT).status == HTTPStatus.OK
         except NetworkError:
             return False
 
     def health(self, timeout: float) -> Response:
-        """Request the brain's health route. Raises ``NetworkError``, also after ``timeout`` seconds without data."""
+        """Request the brain's health route.
+
+        Raises ``NetworkError``, also after ``timeout`` seconds without data.
+        """
         http = self._backend.import_module("z4j_bare.transport.http")
         client: Client = http.Client(self._api_url, {}, self._backend, self._tls)
         try:
@@ -227,7 +243,8 @@ class TransportFactory:
     def monitor_recovery(self, connection: Connection) -> None:
         """Probe WebSocket at growing intervals during a long-poll session.
 
-        Returns when WebSocket works, after the session has been drained, or when the session has ended.
+        Returns when WebSocket works, after the session has been drained, or when the session has
+        ended.
         """
         while not self._backend.wait(
             connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())
@@ -253,7 +270,7 @@ class AutoTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Connect over WebSocket, over long-poll, or over long-poll after WebSocket failed; see ``ITransport``."""
+        """Connect over WebSocket or long-poll, or over both in turn; see ``ITransport``."""
         policy, previous = self._policy, self._policy.name
         if policy.next_transport(self._backend.now()) == WS:
             websocket = self._factory.websocket()
@@ -292,7 +309,7 @@ class AutoTransport:
 
     def drain(self) -> None:
         """Stop a long-poll session from polling; see ``LongPollTransport.drain``."""
-        if self._transport is not None and self._transport.name == LONGPOLL:
+        if self._transport is not None and not isinstance(self._transport, WebSocketTransport):
             self._transport.drain()
 
     def abort(self) -> None:

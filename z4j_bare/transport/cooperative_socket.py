@@ -1,7 +1,8 @@
 """A non-blocking socket that waits through the concurrency backend.
 
-This has three effects. A copy of a loop in a forked child ends before it touches the parent's socket. Two
-threads never use a TLS object at the same time. Timeouts work the same in every runtime.
+This has three effects. A copy of a loop in a forked child ends before it touches the parent's
+socket. Two threads never use a TLS object at the same time. Timeouts work the same in every
+runtime.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ _Result = TypeVar("_Result")
 class CooperativeSocket:
     """Replaces a connected socket inside ``websocket-client`` and ``http.client``.
 
-    :param timeout: seconds that ``recv`` waits for the first byte before it raises ``TimeoutError``.
-    :param send_timeout: seconds that ``send`` waits for free space before it raises ``TimeoutError``.
+    :param timeout: seconds that ``recv`` waits for the first byte before it raises
+        ``TimeoutError``.
+    :param send_timeout: seconds that ``send`` waits for free space before it raises
+        ``TimeoutError``.
     """
 
     def __init__(
@@ -58,12 +61,15 @@ class CooperativeSocket:
         return self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True)
 
     def try_send(self, data: bytes) -> None:
-        """Write ``data`` without waiting. Raises ``OSError`` when the socket has no space for it."""
+        """Write ``data`` without waiting.
+
+        Raises ``OSError`` when the socket has no space for it.
+        """
         with self._lock:
             self._sock.send(data)
 
     def gettimeout(self) -> float:
-        """Return 0, so that ``websocket-client`` calls ``recv`` and ``send`` without a selector of its own."""
+        """Return 0, so that ``websocket-client`` uses no selector around ``recv`` and ``send``."""
         return 0.0
 
     def settimeout(self, timeout: float | None) -> None:
@@ -79,7 +85,10 @@ class CooperativeSocket:
         self._sock.shutdown(how)
 
     def close(self) -> None:
-        """Release the file descriptor. Only the owner may call this, after all readers and writers have left."""
+        """Release the file descriptor.
+
+        Only the owner may call this, after all readers and writers have left.
+        """
         self._sock.close()
 
     def _retry(
@@ -94,7 +103,8 @@ class CooperativeSocket:
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # The name says what TLS waits for. Comparing classes would import ssl for plain connections.
+                # The name says what TLS waits for. Comparing classes would import ssl for plain
+                # connections.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise

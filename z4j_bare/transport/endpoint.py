@@ -18,8 +18,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
     """Return the parts of the brain's URL, including a path prefix.
 
-    Raises ``HostConfigurationError`` for a URL that is not HTTP, and for plain HTTP to another host unless
-    ``dev_mode`` is set.
+    Raises ``HostConfigurationError`` for a URL that is not HTTP, and for plain HTTP to another host
+    unless ``dev_mode`` is set.
     """
     parts = urlsplit(brain_url.rstrip("/"))
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -50,9 +50,10 @@ def tls_context(
 ) -> ssl.SSLContext:
     """Return a TLS context that verifies the certificate and the host name.
 
-    One context serves all connections and is made at start, because loading the CA certificates takes 20 ms of
-    CPU. Without ``ca_bundle`` (``Z4J_CA_BUNDLE``) they come from ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or
-    the system, in this order. Raises ``HostConfigurationError`` with the name of a file that cannot be used.
+    One context serves all connections and is made at start, because loading the CA certificates
+    takes 20 ms of CPU. Without ``ca_bundle`` (``Z4J_CA_BUNDLE``) they come from
+    ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order. Raises
+    ``HostConfigurationError`` with the name of a file that cannot be used.
     """
     import ssl
 

@@ -1,4 +1,6 @@
-"""HTTP for the brain's long-poll routes: ``requests`` on sockets that wait through the concurrency backend.
+"""HTTP for the brain's long-poll routes.
+
+``requests`` on sockets that wait through the concurrency backend.
 
 This module imports ``requests``. Import it late where long-poll may never be needed.
 """
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 #: Seconds for DNS, TCP and TLS together, per address.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds after which an idle connection is not used again. The brain closes one after 5 s, and a request sent
-#: at that moment would fail like a broken connection.
+#: Seconds after which an idle connection is not used again. The brain closes one after 5 s, and a
+#: request sent at that moment would fail like a broken connection.
 KEEPALIVE_SECONDS = 4.0
 
 #: Bytes of a response, at most. A response with 50 commands is far smaller.
@@ -40,7 +42,8 @@ MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 #: Bytes that are read from a response in one step.
 _READ_SIZE = 64 * 1024
 
-#: Errors of the libraries for malformed URLs and responses. A proxy URL without a host raises ``TypeError``.
+#: Errors of the libraries for malformed URLs and responses. A proxy URL without a host raises
+#: ``TypeError``.
 _MALFORMED = (ValueError, TypeError)
 
 
@@ -77,12 +80,15 @@ class HttpSocket:
             rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # accepts any buffer
 
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
-        """Return a reader. As with a real socket, ``close`` takes effect when all readers are closed."""
+        """Return a reader.
+
+        As with a real socket, ``close`` takes effect when all readers are closed.
+        """
         self._readers += 1
         return io.BufferedReader(_Reader(self._socket, self._reader_closed))
 
     def settimeout(self, timeout: float | None) -> None:
-        """Set the seconds without progress after which a read or a write raises ``TimeoutError``."""
+        """Set the timeout of reads and writes: seconds without progress."""
         if timeout is not None:
             self._socket.settimeout(timeout)
             self._socket.send_timeout = timeout
@@ -139,8 +145,8 @@ class Client:
     :param headers: sent with each request.
     :param tls: the TLS context for an ``https`` URL. No other setting affects certificates.
 
-    Proxies come from the environment, including ``NO_PROXY``. Nothing else does, because a ``.netrc`` would
-    replace the token.
+    Proxies come from the environment, including ``NO_PROXY``. Nothing else does, because a
+    ``.netrc`` would replace the token.
     """
 
     def __init__(
@@ -158,7 +164,8 @@ class Client:
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
-        # All requests must reach the same brain process, so the cookies of a load balancer are kept.
+        # All requests must reach the same brain process, so the cookies of a load balancer are
+        # kept.
         self._session.headers.update(
             {"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers}
         )
@@ -201,7 +208,10 @@ class Client:
         return Response(response.status_code, response.headers, content)
 
     def abort(self) -> None:
-        """Break the connection from any task and prevent new ones. Idempotent; does nothing in a forked child."""
+        """Break the connection from any task and prevent new ones.
+
+        Idempotent; does nothing in a forked child.
+        """
         self._aborted = True
         if self._socket is not None and not self._backend.forked():
             self._socket.shutdown()
@@ -298,7 +308,7 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the innermost error below those of ``requests`` and ``urllib3``, but at most a ``ProxyError``."""
+    """Return the cause inside the errors of ``requests`` and ``urllib3``, or a ``ProxyError``."""
     while not isinstance(error, ProxyError):
         inner = getattr(error, "reason", None)
         if not isinstance(inner, BaseException):

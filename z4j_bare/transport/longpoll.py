@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ MAX_COMMANDS = 50
 #: Uploads in a burst, at most.
 UPLOAD_BURST = 30
 
-#: Uploads per second after a burst. The brain allows 600 requests a minute from one address, which includes
-#: polls and all other workers of that address.
+#: Uploads per second after a burst. The brain allows 600 requests a minute from one address, which
+#: includes polls and all other workers of that address.
 UPLOAD_RATE = 5.0
 
 #: Bytes of a request body: the first limit, which is halved after each rejection.
@@ -86,14 +87,10 @@ RETRY_CONTRACT = "retry_by_reference_v1"
 
 _NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy answer in its place?"
 
-_SESSION_OVER = 409
-_TOO_LARGE = 413
-_UNPROCESSABLE = 422
-
 
 @dataclass(slots=True)
 class LearnedLimits:
-    """Facts about the brain and the network that one session learns for all later sessions of this process."""
+    """Limits of the brain and the network, learned by one session for all later ones."""
 
     body_limit: int = BODY_LIMIT_INITIAL
     #: Bytes of the largest request body that was accepted.
@@ -146,7 +143,10 @@ class _Poller:
         self._task: Task | None = None
 
     def receive(self, timeout: float) -> bytes | None:
-        """Return the next frame, or ``None`` after ``timeout`` seconds. The first call starts the task."""
+        """Return the next frame, or ``None`` after ``timeout`` seconds.
+
+        The first call starts the task.
+        """
         if self._task is None and not self.aborted:
             self._task = self._backend.spawn(self._run, name="z4j-poll")
         self._ready.clear()
@@ -161,7 +161,7 @@ class _Poller:
         return None
 
     def drain(self) -> None:
-        """Start no other poll; wait until the current one has ended and its frames have been received."""
+        """Stop polling; wait until the current poll's frames have been received."""
         self._draining = True
         if self._task is not None:
             self._backend.wait(self._stopped, POLL_WAIT + POLL_GRACE)
@@ -174,7 +174,7 @@ class _Poller:
         self._ready.set()
 
     def close(self) -> None:
-        """Release the connection, unless the polling task is still running, which then does it at its end."""
+        """Release the connection. A polling task that was started does this at its end."""
         if self._task is None:
             self._client.close()
 
@@ -213,9 +213,9 @@ class _Poller:
             if self._backend.now() - started > wait / 2 and not self.aborted:
                 self._limits.shorten_polls()
             raise
-        if response.status in (502, 504):
+        if response.status in (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT):
             self._limits.shorten_polls()
-        if response.status != 200:
+        if response.status != HTTPStatus.OK:
             raise _error_for(response)
         frames = _json_object(response.body).get("frames")
         if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
@@ -257,7 +257,7 @@ class LongPollTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Probe the routes with a new nonce and return a ``hello_ack`` made from the headers of the answer.
+        """Probe the routes with a new nonce; return a ``hello_ack`` made from the response headers.
 
         Long-poll has no ``hello`` of its own. The headers carry a part of it.
         """
@@ -282,12 +282,15 @@ class LongPollTransport:
         response = uploads.request(
             "GET", "/agent/commands?wait=0&max_frames=0", timeout=PROBE_TIMEOUT, headers=features
         )
-        if response.status != 200:
+        if response.status != HTTPStatus.OK:
             raise _error_for(response)
         return self._hello_ack(nonce, response)
 
     def send(self, build: Callable[[], bytes]) -> int:
-        """Sign and upload one frame. When this returns, the brain has stored it; see ``ITransport``."""
+        """Sign and upload one frame.
+
+        When this returns, the brain has stored it; see ``ITransport``.
+        """
         with self._send_lock:
             if self._uploads is None or self._aborted:
                 raise NetworkError("the connection is closed")
@@ -307,7 +310,7 @@ class LongPollTransport:
         return self._poller.receive(timeout)
 
     def drain(self) -> None:
-        """Stop polling, and wait until the current poll has ended and its commands have been received.
+        """Stop polling; wait until the current poll's commands have been received.
 
         A poll that is cut off can take a command with it, which then never runs.
         """
@@ -367,22 +370,24 @@ class LongPollTransport:
                 "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
             )
         except NetworkError:
-            # A proxy that rejects a large body may close the connection before its answer can be read.
+            # A proxy that rejects a large body may close the connection before its answer can be
+            # read.
             if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
                 limits.reject_body(len(body))
             raise
-        if response.status == _TOO_LARGE:
+        if response.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             limits.reject_body(len(body))
             if limits.body_limit < len(body):
                 raise FrameTooLargeError(len(body), limits.body_limit)
-        if response.status != 200:
+        if response.status != HTTPStatus.OK:
             raise _error_for(response, first_upload=not self._upload_accepted)
         self._upload_accepted = True
         limits.body_proven = max(limits.body_proven, len(body))
         outcome = _json_object(response.body)
         if code := outcome.get("error_code"):
             raise RemoteProtocolError(
-                f"the brain rejects a frame ({_quoted(code)})", code=_UNPROCESSABLE
+                f"the brain rejects a frame ({_quoted(code)})",
+                code=HTTPStatus.UNPROCESSABLE_ENTITY.value,
             )
         if outcome.get("accepted") != 1:
             raise NetworkError(
@@ -392,13 +397,14 @@ class LongPollTransport:
 
 def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
     reason = _reason(response)
-    if response.status == _SESSION_OVER and first_upload:
-        # The nonce is new and the probe succeeded, so the brain can only have rejected the signature.
+    if response.status == HTTPStatus.CONFLICT and first_upload:
+        # The nonce is new and the probe succeeded, so the brain can only have rejected the
+        # signature.
         text = (
             "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
             f"the brain rejected a signature ({reason})"
         )
-        return AuthenticationRejectedError(text, code=_SESSION_OVER)
+        return AuthenticationRejectedError(text, code=HTTPStatus.CONFLICT.value)
     return close_codes.error_for_http_status(response.status, reason, response.retry_after)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds for DNS, TCP, TLS and the upgrade together, per address. ``hello_ack`` gets the same time again.
+#: Seconds for DNS, TCP, TLS and the upgrade together, per address. ``hello_ack`` gets the same time
+#: again.
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds that a frame may wait for space in the socket before the connection counts as lost.
@@ -42,11 +43,14 @@ NORMAL_CLOSURE = 1000
 #: Bytes of an outgoing message that are masked in one step.
 MASK_CHUNK = 4096
 
-# The header of a frame (RFC 6455, 5.2): the first byte of a complete binary message, the mask bit of the second
-# byte, and the two values of it that announce a length of 2 or of 8 bytes.
+# The header of a frame (RFC 6455, 5.2): the first byte of a complete binary message, the mask bit
+# of the second byte, and the two values of it that announce a length of 2 or of 8 bytes.
 _BINARY = 0x82
 _MASKED = 0x80
 _LENGTH_16, _LENGTH_64 = 126, 127
+
+#: The close code at the start of a close frame's body.
+_CLOSE_CODE = struct.Struct("!H")
 
 
 @implementer(ITransport)
@@ -84,7 +88,8 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            # The brain closes the connection at once when it rejects the token. The close code is still readable.
+            # The brain closes the connection at once when it rejects the token. The close code is
+            # still readable.
             self.receive(CONNECT_TIMEOUT)
             raise
         answer = self.receive(CONNECT_TIMEOUT)
@@ -98,7 +103,8 @@ class WebSocketTransport:
 
         # ``WebSocket.connect`` accepts TLS options as well, but ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        # The library checks UTF-8 in a Python loop, at 0.3 s per MiB. The JSON parser checks it as well.
+        # The library checks UTF-8 in a Python loop, at 0.3 s per MiB. The JSON parser checks it as
+        # well.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -122,8 +128,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # The library answers a close frame. If the socket is gone, the error would hide the close code, so
-        # ``abort`` sends the answer instead.
+        # The library answers a close frame. If the socket is gone, the error would hide the close
+        # code, so ``abort`` sends the answer instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -169,8 +175,8 @@ class WebSocketTransport:
     def abort(self) -> None:
         """Break the connection from any task. ``WebSocket.close`` hangs while a reader waits.
 
-        A close frame is sent if the socket accepts it at once and no other frame is being written. In a forked
-        child this does nothing, because the connection belongs to the parent.
+        A close frame is sent if the socket accepts it at once and no other frame is being written.
+        In a forked child this does nothing, because the connection belongs to the parent.
         """
         sock = getattr(self._ws, "sock", None)
         if sock is None or self._backend.forked():
@@ -214,16 +220,17 @@ class WebSocketTransport:
         return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
-            # The library would follow three redirects and send the Authorization header to their targets.
+            # The library would follow three redirects and send the Authorization header to their
+            # targets.
             "redirect_limit": 0,
         }
 
 
 class BinaryFrame:
-    """A complete binary message, passed to ``WebSocket.send_frame`` in place of the library's ``ABNF``.
+    """A complete binary message, for ``WebSocket.send_frame`` in place of the library's ``ABNF``.
 
-    ``websocket-client`` masks a message as one large integer, with eight copies of it: 115 to 260 us for 60 KB
-    and 420 us for 126 KB. In chunks it takes 85 and 170 us.
+    ``websocket-client`` masks a message as one large integer, with eight copies of it: 115 to 260
+    us for 60 KB and 420 us for 126 KB. In chunks it takes 85 and 170 us.
     """
 
     __slots__ = ("_data", "get_mask_key")
@@ -240,11 +247,12 @@ class BinaryFrame:
 
 
 def masked(key: bytes, data: bytes) -> list[bytes]:
-    """Return ``data`` in chunks, with each byte XORed with a byte of the 4-byte ``key`` in turn (RFC 6455, 5.3)."""
+    """Return ``data`` in chunks, masked with the four bytes of ``key`` (RFC 6455, 5.3)."""
     width = min(MASK_CHUNK, 4 * (len(data) // 4 + 1))
     mask = int.from_bytes(key * (width // 4), "little")
     chunks = (data[start : start + width] for start in range(0, len(data), width))
-    # A last chunk that is shorter than the mask is followed by bytes of the mask, which are cut off.
+    # A last chunk that is shorter than the mask is followed by bytes of the mask, which are cut
+    # off.
     return [
         (int.from_bytes(chunk, "little") ^ mask).to_bytes(width, "little")[: len(chunk)]
         for chunk in chunks
@@ -253,12 +261,13 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
 
 def close_error(data: bytes) -> AgentError:
     """Return the error for the body of a close frame: two bytes of code, then the reason."""
-    code = struct.unpack("!H", data[:2])[0] if len(data) >= 2 else None
-    return close_codes.error_for_close_code(code, printable(data[2:].decode(errors="replace")))
+    code = _CLOSE_CODE.unpack_from(data)[0] if len(data) >= _CLOSE_CODE.size else None
+    reason = data[_CLOSE_CODE.size :].decode(errors="replace")
+    return close_codes.error_for_close_code(code, printable(reason))
 
 
 def preload() -> None:
-    """Import ``websocket-client`` at start, because the import takes 0.2 s and would block a hub later."""
+    """Import ``websocket-client`` at start: the import takes 0.2 s and would block a hub later."""
 
 
 def _frame_header(size: int) -> bytes:
@@ -272,11 +281,14 @@ def _frame_header(size: int) -> bytes:
 def _close_frame() -> bytes:
     from websocket import ABNF
 
-    return bytes(ABNF.create_frame(struct.pack("!H", NORMAL_CLOSURE), ABNF.OPCODE_CLOSE).format())
+    return bytes(ABNF.create_frame(_CLOSE_CODE.pack(NORMAL_CLOSURE), ABNF.OPCODE_CLOSE).format())
 
 
 def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """Reject frames over ``MAX_FRAME_BYTES``. The library would wait for the whole frame and process nothing else."""
+    """Reject frames over ``MAX_FRAME_BYTES``.
+
+    The library would wait for the whole frame and process nothing else.
+    """
 
     def bounded(size: int) -> bytes:
         if size > MAX_FRAME_BYTES:
@@ -287,6 +299,9 @@ def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """Return the seconds of a ``Retry-After``. The form with a date is rare and counts as absent."""
+    """Return the seconds of a ``Retry-After``.
+
+    The form with a date is rare and counts as absent.
+    """
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None

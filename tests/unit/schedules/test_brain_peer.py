@@ -36,9 +36,7 @@ def scheduler():
 def peer(backend, monkeypatch):
     """A peer that grants an epoch in each session, as the brain does; everything in hundredths of a second."""
     for kind in list(backoff.BACKOFF_POLICIES):
-        monkeypatch.setitem(
-            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
-        )
+        monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(send, "POLL_IDLE", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)

@@ -86,8 +86,8 @@ def test_an_adapter_that_fails_to_connect(hosted, caplog):
     assert "list" in host.capabilities(), "what it said last"
     assert len(host.schedules(30)) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "z4j: beat did not connect; its changes are noticed later",
-        "z4j: beat did not disconnect",
+        "z4j: could not connect the signals of beat: its changes are published later",
+        "z4j: could not disconnect the signals of beat",
     ]
 
 

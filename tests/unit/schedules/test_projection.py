@@ -12,10 +12,10 @@ from tests.support.streams import StreamBrain, schedule
 from z4j_bare.errors import CommandError
 from z4j_bare.events.redaction import Redactor
 from z4j_bare.schedules import projection
-from z4j_bare.schedules.host import LONGEST_TEXT
+from z4j_bare.schedules.host import MAX_ROW_TEXT_BYTES
 from z4j_bare.schedules.projection import Authority
 
-REDACTOR = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=LONGEST_TEXT)))
+REDACTOR = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=MAX_ROW_TEXT_BYTES)))
 
 #: Names and texts that the brain's rules would hide, among any others.
 SECRETS = st.sampled_from(
@@ -43,19 +43,19 @@ NAMES = st.one_of(
 
 
 def row(each):
-    return projection.row_of(each, "beat", REDACTOR)
+    return projection.make_row(each, "beat", REDACTOR)
 
 
 def granted():
     brain = StreamBrain()
-    return brain, Authority.of(brain.grant(), "beat")
+    return brain, Authority.from_parameters(brain.grant(), "beat")
 
 
 def told(brain, authority, rows, sequence=1):
     events = [
         json.loads(event)
         for event in projection.snapshot(
-            authority, sequence, projection.ordered(rows), "test", lambda: None
+            authority, sequence, projection.sort_rows(rows), "test", lambda: None
         )
     ]
     for event in events:
@@ -119,7 +119,7 @@ def test_what_the_brain_would_hide_is_hidden_before():
     assert found.fields["kwargs"] == {"api_key": "[REDACTED]", "x": 1}
     assert found.key == found.fields["name"]
     assert found.key.startswith("redacted-")
-    assert found.native == "for a@example.com"
+    assert found.adapter_key == "for a@example.com"
     assert found.source["kwargs"] == {"api_key": "k", "x": 1}
     assert b"example.com" not in found.encoded
 
@@ -141,10 +141,10 @@ def test_arguments_that_are_no_json():
 def test_what_cannot_be_told():
     """Two schedules of one key, a row beyond the brain's frame, and an object that is no schedule are errors."""
     with pytest.raises(ValueError, match="two schedules have the key id:a"):
-        projection.ordered([row(schedule("a")), row(schedule("b")), row(schedule("a"))])
+        projection.sort_rows([row(schedule("a")), row(schedule("b")), row(schedule("a"))])
     with pytest.raises(ValueError, match="over the limit"):
         row(schedule("large", args=["x" * 7000] * 100))
-    with pytest.raises(ValueError, match="int is no schedule"):
+    with pytest.raises(ValueError, match="int is not a schedule"):
         row(3)
 
 
@@ -163,4 +163,4 @@ def test_what_cannot_be_told():
 def test_an_authority_is_read_with_care(changes):
     """Parameters that name no stream, epoch or scope are refused as such."""
     with pytest.raises(CommandError):
-        Authority.of({**StreamBrain().grant(), **changes}, "beat")
+        Authority.from_parameters({**StreamBrain().grant(), **changes}, "beat")

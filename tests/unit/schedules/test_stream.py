@@ -9,8 +9,8 @@ from z4j_core.models import CommandResult
 
 from tests.support.streams import KEY, Planned, StreamBrain, schedule
 from z4j_bare.errors import CommandError
-from z4j_bare.schedules import operations as orders
-from z4j_bare.schedules.manager import SETTLE
+from z4j_bare.schedules import operations as operations
+from z4j_bare.schedules.manager import DEBOUNCE
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_change_while_it_is_told(world):
     world.go().run()
     world.bridge.seconds = 5
     world.scheduler.sink("updated", None)
-    world.backend.advance(SETTLE + 1)
+    world.backend.advance(DEBOUNCE + 1)
     world.scheduler.sink("updated", None)
     world.backend.advance(20)
     assert world.deliver() == ["signal"] * 2
@@ -138,7 +138,7 @@ def test_the_loop_ends(world):
 def test_a_session_that_ends_ends_the_stream(world):
     """After it nothing is told until the next activation, which begins with number 1."""
     world.go().run()
-    world.room.lapse()
+    world.room.revoke()
     world.scheduler.sink("updated", None)
     world.backend.advance(1000)
     assert world.deliver() == []
@@ -152,7 +152,7 @@ def test_a_session_that_ends_while_it_is_told(world):
     world.bridge.seconds = 5
     task = world.backend.spawn(world.room.resync, 60, name="t")
     world.backend.advance(1)
-    world.room.lapse()
+    world.room.revoke()
     world.backend.advance(10)
     assert not task.alive()
     assert world.deliver() == []
@@ -189,7 +189,7 @@ def test_control_switches_and_confirms(world):
     """The schedule is switched off in the scheduler, and the one row says so under the number that was expected."""
     world.go()
     asked = world.brain.control(KEY, on=False)
-    done = orders.control(world.stream, asked, 60)
+    done = operations.control(world.stream, asked, 60)
     assert done == {
         "operation_id": asked["operation_id"],
         "sequence": 2,
@@ -199,7 +199,7 @@ def test_control_switches_and_confirms(world):
     assert world.scheduler.calls == [("disable", KEY)]
     assert world.deliver() == ["external-control"]
     assert world.brain.rows[KEY] == asked["desired_projection"]
-    orders.control(world.stream, world.brain.control(KEY, on=True), 60)
+    operations.control(world.stream, world.brain.control(KEY, on=True), 60)
     assert world.scheduler.calls[-1] == ("enable", KEY)
 
 
@@ -207,7 +207,7 @@ def test_control_of_what_is_so_already(world):
     """A schedule that is as wanted is confirmed without touching the scheduler."""
     world.go()
     world.scheduler.kept[KEY] = world.scheduler.kept[KEY].model_copy(update={"is_enabled": False})
-    orders.control(world.stream, world.brain.control(KEY, on=False), 60)
+    operations.control(world.stream, world.brain.control(KEY, on=False), 60)
     assert (world.scheduler.calls, world.deliver()) == ([], ["external-control"])
 
 
@@ -221,7 +221,7 @@ def test_control_minds_what_runs_meanwhile(world):
     }
     world.scheduler.kept[KEY] = schedule("hourly", **ran)
     asked = world.brain.control(KEY, on=False)
-    orders.control(world.stream, asked, 60)
+    operations.control(world.stream, asked, 60)
     world.deliver()
     assert world.brain.rows[KEY] == {
         **asked["desired_projection"],
@@ -232,23 +232,26 @@ def test_control_minds_what_runs_meanwhile(world):
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda world, asked: asked.update(expected_accepted_sequence=0), "told anew since"),
-        (lambda world, asked: asked.update(epoch_uuid="another"), "is not this process's"),
+        (lambda world, asked: asked.update(expected_accepted_sequence=0), "published again after"),
+        (
+            lambda world, asked: asked.update(epoch_uuid="another"),
+            "does not belong to this process",
+        ),
         (
             lambda world, asked: asked.update(desired_projection_digest="0" * 64),
-            "does not have the digest",
+            "does not match",
         ),
-        (lambda world, asked: asked.update(desired_projection=None), "does not have the digest"),
-        (lambda world, asked: asked.update(source_key="id:daily"), "of another schedule"),
+        (lambda world, asked: asked.update(desired_projection=None), "does not match"),
+        (lambda world, asked: asked.update(source_key="id:daily"), "belongs to another schedule"),
         (lambda world, asked: asked.update(operation_id=3), "operation_id is required"),
         (lambda world, asked: world.scheduler.kept.clear(), "has no schedule"),
         (
             lambda world, asked: world.scheduler.kept.update(
                 {KEY: schedule("hourly", expression="60")}
             ),
-            "was changed since",
+            "was changed after",
         ),
-        (lambda world, asked: world.room.lapse(), "is not this process's"),
+        (lambda world, asked: world.room.revoke(), "does not belong to this process"),
     ],
 )
 def test_control_that_is_refused(world, spoil, complaint):
@@ -257,7 +260,7 @@ def test_control_that_is_refused(world, spoil, complaint):
     asked = world.brain.control(KEY, on=False)
     spoil(world, asked)
     with pytest.raises(CommandError, match=complaint) as refused:
-        orders.control(world.stream, asked, 60)
+        operations.control(world.stream, asked, 60)
     assert not refused.value.indeterminate
     assert (world.scheduler.calls, world.deliver()) == ([], [])
 
@@ -273,12 +276,12 @@ def test_control_without_an_effect(world):
         return CommandResult(status="failed", error="read-only")
 
     for method, complaint, indeterminate in (
-        (agrees, "not as it should be", True),
+        (agrees, "not in the requested state", True),
         (refuses, "beat refuses: read-only", False),
     ):
         world.scheduler.disable_schedule = method
         with pytest.raises(CommandError, match=complaint) as refused:
-            orders.control(world.stream, world.brain.control(KEY, on=False), 60)
+            operations.control(world.stream, world.brain.control(KEY, on=False), 60)
         assert refused.value.indeterminate is indeterminate
     assert world.deliver() == []
 
@@ -291,7 +294,7 @@ def test_a_change(world):
     world.scheduler.kept[KEY] = schedule("hourly", kwargs={"token": "t"})
     world.go()
     asked = world.brain.mutation("update", KEY, expression="60")
-    done = orders.mutate(world.stream, asked, 60)
+    done = operations.mutate(world.stream, asked, 60)
     ((operation, identity, expected),) = world.scheduler.calls
     assert (operation, identity, expected["kwargs"]) == ("update", KEY, {"token": "t"})
     assert world.deliver() == [f"native-mutation:{asked['operation_id']}"]
@@ -313,12 +316,12 @@ def test_a_change(world):
 def test_creation_and_deletion(world):
     """What is created is told under its own key, what is deleted is gone from the snapshot."""
     world.go()
-    done = orders.mutate(
+    done = operations.mutate(
         world.stream, world.brain.mutation("create", name="new", task_name="a.task"), 60
     )
     assert (done["source_key"], done["observed_configuration"]["name"]) == ("id:new", "new")
     world.deliver()
-    done = orders.mutate(world.stream, world.brain.mutation("delete", "id:new"), 60)
+    done = operations.mutate(world.stream, world.brain.mutation("delete", "id:new"), 60)
     assert (done["source_key"], done["observed_configuration"]) == ("id:new", None)
     world.deliver()
     assert set(world.brain.rows) == {KEY, "id:daily"}
@@ -327,7 +330,7 @@ def test_creation_and_deletion(world):
 def test_a_trigger(world):
     """A trigger runs the schedule once and says so."""
     world.go()
-    done = orders.mutate(world.stream, world.brain.mutation("trigger", KEY), 60)
+    done = operations.mutate(world.stream, world.brain.mutation("trigger", KEY), 60)
     assert world.scheduler.calls == [("trigger_now", KEY)]
     assert (done["trigger_result"], done["source_key"]) == ({"status": "success"}, KEY)
     assert world.deliver()
@@ -338,23 +341,23 @@ def test_a_hidden_key_finds_its_schedule(world):
     world.scheduler.kept = {"a@example.com": schedule("a@example.com", external_id=None)}
     world.go()
     (key,) = world.brain.rows
-    orders.mutate(world.stream, world.brain.mutation("trigger", key), 60)
+    operations.mutate(world.stream, world.brain.mutation("trigger", key), 60)
     assert world.scheduler.calls == [("trigger_now", "a@example.com")]
 
 
 @pytest.mark.parametrize(
     ("operation", "changes", "complaint"),
     [
-        ("update", {"expected": None}, "was changed since"),
-        ("trigger", {"expected": {"name": "other"}}, "was changed since"),
+        ("update", {"expected": None}, "was changed after"),
+        ("trigger", {"expected": {"name": "other"}}, "was changed after"),
         ("delete", {"schedule_id": "id:none"}, "has no schedule"),
         ("update", {"schedule_id": None}, "schedule_id is required"),
-        ("pause", {}, "pause is no operation"),
+        ("pause", {}, "pause is not an operation"),
         ("update", {"definition": 3}, "must be an object"),
         (
             "update",
             {"definition": {"kwargs": {"token": "[REDACTED]"}}},
-            "would replace the real value",
+            "would replace a value",
         ),
         ("update", {"source_scope": "{}"}, "source_scope"),
     ],
@@ -364,7 +367,7 @@ def test_a_change_that_is_refused(world, operation, changes, complaint):
     world.go()
     asked = {**world.brain.mutation(operation, KEY), **changes}
     with pytest.raises(CommandError, match=complaint) as refused:
-        orders.mutate(world.stream, asked, 60)
+        operations.mutate(world.stream, asked, 60)
     assert not refused.value.indeterminate
     assert (world.scheduler.calls, world.deliver()) == ([], [])
 
@@ -378,7 +381,7 @@ def test_capabilities_are_asked_each_time(world):
         ("update", "external_schedule_mutation_v1"),
     ):
         with pytest.raises(CommandError, match=f"does not support {capability}"):
-            orders.mutate(world.stream, world.brain.mutation(operation, KEY), 60)
+            operations.mutate(world.stream, world.brain.mutation(operation, KEY), 60)
 
 
 def test_a_conflict_is_no_mystery(world):
@@ -390,7 +393,7 @@ def test_a_conflict_is_no_mystery(world):
 
     world.scheduler.apply_external_mutation = refuses
     with pytest.raises(CommandError, match="beat refuses") as refused:
-        orders.mutate(world.stream, world.brain.mutation("update", KEY), 60)
+        operations.mutate(world.stream, world.brain.mutation("update", KEY), 60)
     assert not refused.value.indeterminate
 
 
@@ -399,7 +402,7 @@ def test_done_but_not_told(world):
     world.go()
     world.scheduler.failure = OSError("no database")
     with pytest.raises(CommandError, match="done, but") as refused:
-        orders.mutate(world.stream, world.brain.mutation("trigger", KEY), 60)
+        operations.mutate(world.stream, world.brain.mutation("trigger", KEY), 60)
     assert refused.value.indeterminate
 
 
@@ -411,14 +414,14 @@ def test_no_time_left(world):
 
     def ask():
         try:
-            orders.mutate(world.stream, world.brain.mutation("trigger", KEY), 10)
+            operations.mutate(world.stream, world.brain.mutation("trigger", KEY), 10)
         except CommandError as error:
             answers.append((str(error), error.indeterminate))
 
     world.backend.spawn(world.room.resync, 60, name="t")
     world.backend.spawn(ask, name="t")
     world.backend.advance(100)
-    assert answers == [("not done: other business with beat took too long", False)]
+    assert answers == [("not done: another operation on beat took too long", False)]
     assert world.scheduler.calls == []
 
 
@@ -439,12 +442,12 @@ class Streams(RuleBasedStateMachine):
     @rule()
     def a_session(self):
         self.world.deliver()
-        self.world.room.lapse()
+        self.world.room.revoke()
         self.world.stream.activate(self.world.brain.grant(), 60)
 
     @rule()
     def a_session_ends(self):
-        self.world.room.lapse()
+        self.world.room.revoke()
 
     @rule(seconds=st.sampled_from([0.1, 1, 1000]))
     def time_passes(self, seconds):
@@ -465,7 +468,7 @@ class Streams(RuleBasedStateMachine):
         self.world.deliver()
         if self.world.brain.rows:
             key = data.draw(st.sampled_from(sorted(self.world.brain.rows)))
-            self.order(orders.control, self.world.brain.control(key, on=on))
+            self.order(operations.control, self.world.brain.control(key, on=on))
 
     @precondition(alive)
     @rule(data=st.data(), operation=st.sampled_from(["trigger", "update", "delete"]))
@@ -474,7 +477,7 @@ class Streams(RuleBasedStateMachine):
         if self.world.brain.rows:
             key = data.draw(st.sampled_from(sorted(self.world.brain.rows)))
             changes = {"expression": "5"} if operation == "update" else {}
-            self.order(orders.mutate, self.world.brain.mutation(operation, key, **changes))
+            self.order(operations.mutate, self.world.brain.mutation(operation, key, **changes))
 
     def order(self, give, asked):
         try:
@@ -526,7 +529,7 @@ def test_garbage_is_refused(garbage):
     ]
     for number, value in enumerate(garbage.values()):
         garbage = {**garbage, names[number % len(names)]: value}
-    for give in (orders.control, orders.mutate):
+    for give in (operations.control, operations.mutate):
         for base in ({}, world.brain.authority):
             with pytest.raises(CommandError):
                 give(world.stream, {**base, **garbage}, 60)
