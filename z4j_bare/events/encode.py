@@ -1,4 +1,4 @@
-"""From a captured tuple to the event's bytes: redaction and JSON, on the flush loop's time."""
+"""Encodes captured records to event bytes, on the flush loop's time: redaction and JSON."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from z4j_bare.events.redaction import Redactor
 from z4j_bare.wire.frames import encode_event, encode_fields
 
 if TYPE_CHECKING:
+    from z4j_celery.meta import TaskMeta
     from z4j_core.models import Event
 
-#: Characters of a traceback, as the adapter's own hooks send it.
-TRACEBACK = 4096
+#: Maximum characters of a traceback. The adapter's own hooks send as many.
+MAX_TRACEBACK_CHARS = 4096
 
-#: Combinations of task name, queue and worker whose constant part is remembered.
-REMEMBERED = 4096
+#: A captured record: its encoder (``None`` if called directly), event kind, timestamp (seconds
+#: since the epoch), task id, fields that all events of the task type share, and its own fields.
+Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], dict[str, Any]]
 
 _encoder = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
 
-#: Its encoder, kind of event, stamp (seconds since the epoch), task id, fields common to all events of that kind of task,
-#: fields of its own.
-Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], dict[str, Any]]
-
 
 def new_ids() -> Callable[[], str]:
-    """Return a source of UUIDs of version 4: random in their first ten bytes, counted in the last twelve digits.
+    """Return a function that returns a new UUID of version 4 at each call.
 
-    One ``uuid4`` per event costs more than the rest of its envelope. Decimal digits will do, and need no filling up if the
-    first number has them all; they last 28,000 years at 1,000 events a second.
+    The first ten bytes are random, the last twelve digits are a counter. A ``uuid4`` per event
+    costs more than the rest of the event's envelope. The counter starts with all its digits, so it
+    needs no padding, and lasts 28,000 years at 1,000 events a second.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
 
 
 class Encoder:
-    """Turns records into canonical event bytes.
+    """Encodes records to canonical JSON.
 
     :param redactor: applied to ``args``, ``kwargs``, ``result`` and the texts of an error.
     """
@@ -56,29 +55,29 @@ class Encoder:
         self._second = -1
         self._timestamp_format = ""
 
-    def envelope(self, kind: str, stamp: float, task_id: str, data: str) -> bytes:
-        """Return the bytes of an event whose data are canonical JSON already.
+    def envelope(self, kind: str, timestamp: float, task_id: str, data: str) -> bytes:
+        """Return an event's bytes around ``data``, which must be canonical JSON.
 
-        Raises ``ValueError`` for text with a lone surrogate.
+        :raises ValueError: for text with a lone surrogate.
         """
         return (
             f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
-            f'"occurred_at":"{self._iso(stamp)}","task_id":{encode_basestring(task_id)}}}'
+            f'"occurred_at":"{self._iso(timestamp)}","task_id":{encode_basestring(task_id)}}}'
         ).encode()
 
     def __call__(self, record: Record) -> bytes:
         """Return the bytes of one event."""
-        _, kind, stamp, task_id, common, own = record
+        _, kind, timestamp, task_id, common, own = record
         try:
-            return self.envelope(kind, stamp, task_id, encode_text(self._data(common, own)))
-        except ValueError:  # a lone surrogate or a NaN: the sanitiser's business
+            return self.envelope(kind, timestamp, task_id, encode_text(self._data(common, own)))
+        except ValueError:  # a lone surrogate or a NaN, which encode_fields replaces
             return encode_fields(
                 {
                     "data": self._data(common, own),
                     "engine": self._engine,
                     "id": self._new_id(),
                     "kind": kind,
-                    "occurred_at": self._iso(stamp),
+                    "occurred_at": self._iso(timestamp),
                     "task_id": task_id,
                 }
             )
@@ -86,37 +85,36 @@ class Encoder:
     def _data(self, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         data = {**common, **own}
         for name in _SCRUBBED:
-            if own.get(name):  # what is empty hides nothing
+            if own.get(name):  # an empty value needs no redaction
                 data[name] = self._redactor.scrub(own[name])
         if "traceback" in own:
-            data["traceback"] = _traceback(data["traceback"])
+            data["traceback"] = _truncate_traceback(data["traceback"])
         meta = data.pop("_meta", None)
         if meta is not None:
             apply_task_meta(data, meta)
         return data
 
-    def _iso(self, stamp: float) -> str:
-        # Formatting a datetime costs a microsecond; within one second only the fraction changes.
-        second = int(stamp)
+    def _iso(self, timestamp: float) -> str:
+        # Formatting a datetime takes 1 us. Within one second only the fraction changes.
+        second = int(timestamp)
         if second != self._second:
             self._second = second
-            self._timestamp_format = (
-                datetime.fromtimestamp(second, UTC).isoformat()[:19] + ".%06d+00:00"
-            )
-        # The format cuts, and so rounds; never up to the next second.
-        return self._timestamp_format % min(999_999, (stamp - second) * 1_000_000 + 0.5)
+            start = datetime.fromtimestamp(second, UTC).isoformat()[:19]
+            self._timestamp_format = start + ".%06d+00:00"
+        # %d truncates, so adding 0.5 rounds; min() keeps the result below the next second.
+        return self._timestamp_format % min(999_999, (timestamp - second) * 1_000_000 + 0.5)
 
 
 _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reason")
 
 
-def _c_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
-    """Return ``encoder.encode`` for trees, without the set-up that it repeats at each call, half of its time."""
+def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
+    """Return ``encoder.encode`` without the set-up at each call, which is half of its time."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # an interpreter without the C module
         return encoder.encode
     run = make(
-        None,  # no look for circles: snapshots are trees
+        None,  # no detection of cycles: snapshots are trees
         encoder.default,
         encode_basestring,
         encoder.indent,
@@ -129,15 +127,15 @@ def _c_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
     return lambda data: "".join(run(data, 0))
 
 
-#: Return canonical JSON of plain values. Raises ``ValueError`` for a float that is no number.
+#: Returns canonical JSON of plain values. Raises ``ValueError`` for NaN and infinity.
 encode_text = _c_encode(_encoder)
 
 
-def apply_task_meta(data: dict[str, Any], meta: Any) -> None:
-    """Apply a task's ``@z4j_meta``: kept and redacted keyword arguments, a hidden result."""
+def apply_task_meta(data: dict[str, Any], meta: TaskMeta) -> None:
+    """Apply a task's ``@z4j_meta``: kept and redacted keyword arguments, a redacted result."""
     if meta.keep_kwargs is not None:
         if data.get("args") is not None:
-            data["args"] = REDACTED  # positions have no names to keep them by
+            data["args"] = REDACTED  # positional arguments have no names to select by
         if isinstance(data.get("kwargs"), dict):
             data["kwargs"] = {
                 key: item for key, item in data["kwargs"].items() if key in meta.keep_kwargs
@@ -149,12 +147,12 @@ def apply_task_meta(data: dict[str, Any], meta: Any) -> None:
         data["result"] = REDACTED
 
 
-def _traceback(text: Any) -> Any:
-    if isinstance(text, str) and len(text) > TRACEBACK:
-        return text[:TRACEBACK] + "\n[... traceback truncated ...]"
+def _truncate_traceback(text: object) -> object:
+    if isinstance(text, str) and len(text) > MAX_TRACEBACK_CHARS:
+        return text[:MAX_TRACEBACK_CHARS] + "\n[... traceback truncated ...]"
     return text
 
 
 def encode_model(captured: tuple[Any, Event]) -> bytes:
-    """Return the bytes of an event that came as z4j_core's model, captured with this function."""
+    """Return the bytes of an event that was captured as a z4j_core model."""
     return encode_event(captured[1])

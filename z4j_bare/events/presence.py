@@ -1,27 +1,30 @@
-"""Who is here: the ``worker.*`` events that make the brain accept commands for a worker (``brain-contract`` 5.5)."""
+"""Presence of workers: the brain accepts commands only for workers announced by an event."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from z4j_bare.events.encode import Record, new_ids
 from z4j_bare.events.redaction import safe_name
 from z4j_bare.events.ring import Put
+from z4j_bare.interfaces import IEvent
 from z4j_bare.wire.frames import encode_fields
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds between two ``worker.heartbeat`` events, and how many of those make a ``worker.online`` due again: the brain's
-#: retention may erase the first one.
+#: Seconds between announcements.
 INTERVAL = 60.0
+
+#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the
+#: brain's retention may have deleted the first one.
 ONLINE_EVERY = 5
 
 
 class Presence:
-    """Announces workers of one engine.
+    """Announces the workers of one engine.
 
     :param put: ``Ring.put``.
     :param matches: the engine's ``RedactionEngine.value_matches``; see :func:`safe_name`.
@@ -34,6 +37,7 @@ class Presence:
         matches: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        #: Names of the announced workers; a dict keeps their order.
         self.workers: dict[str, None] = {}
         self._engine = engine
         self._put = put
@@ -42,7 +46,7 @@ class Presence:
         self._new_id = new_ids()
 
     def online(self, worker: str) -> str:
-        """Announce a worker that is new to us; return its name as the brain can keep it."""
+        """Announce a worker unless it is announced already; return its :func:`safe_name`."""
         name = safe_name(worker, self._matches)
         if name not in self.workers:
             self.workers[name] = None
@@ -50,37 +54,41 @@ class Presence:
         return name
 
     def remove(self, name: str, *, announce: bool) -> None:
-        """Announce a worker no longer; with ``left``, say that it went. ``name`` is what :meth:`seen` returned."""
+        """Stop announcing a worker. Idempotent.
+
+        :param name: the name that :meth:`online` returned.
+        :param announce: whether to record ``worker.offline``.
+        """
         if self.workers.pop(name, name) is None and announce:
             self._record("worker.offline", name)
 
     def announce(self, kind: str) -> None:
-        """Record ``worker.online``, ``worker.heartbeat`` or ``worker.offline`` for every worker of ours."""
+        """Record an event for every announced worker.
+
+        :param kind: ``worker.online``, ``worker.heartbeat`` or ``worker.offline``.
+        """
         for worker in list(self.workers):
             self._record(kind, worker)
 
-    def run(self, backend: BaseConcurrency, stop_event: Any) -> None:
-        """Announce every ``INTERVAL`` seconds until ``stop_event`` is set."""
-        turn = 0
+    def run(self, backend: BaseConcurrency, stop_event: IEvent) -> None:
+        """Announce the workers every ``INTERVAL`` seconds until ``stop_event`` is set."""
+        rounds = 0
         while not backend.wait(stop_event, INTERVAL):
-            turn += 1
-            self.announce("worker.heartbeat" if turn % ONLINE_EVERY else "worker.online")
+            rounds += 1
+            self.announce("worker.heartbeat" if rounds % ONLINE_EVERY else "worker.online")
 
     def _record(self, kind: str, worker: str) -> None:
         record: Record = (self._encode, kind, self._clock(), self._new_id(), {}, {"worker": worker})
         self._put(record)
 
     def _encode(self, record: Record) -> bytes:
-        _, kind, stamp, identity, _common, data = record
-        occurred = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp))
-            + f".{int(stamp % 1 * 1e6):06d}+00:00"
-        )
+        _, kind, timestamp, event_id, _common, data = record
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(timestamp))
         fields = {
-            "id": identity,
+            "id": event_id,
             "kind": kind,
             "engine": self._engine,
             "task_id": "",
-            "occurred_at": occurred,
+            "occurred_at": f"{seconds}.{int(timestamp % 1 * 1e6):06d}+00:00",
         }
         return encode_fields({**fields, "data": data}, trusted=True)

@@ -1,7 +1,7 @@
-"""A bounded copy of what a task was called with, or returned, taken on the host's time.
+"""Bounded copies of task arguments and results, taken on the host's time.
 
-It runs none of the host's code: JSON types are copied through their own type's methods, a few well-known ones become text,
-and anything else becomes the name of its class. What is cut is marked as cut.
+A snapshot runs no code of the host. JSON types are copied by the methods of the built-in types, a
+few well-known types become text, and every other object becomes the name of its class.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import uuid
 from itertools import islice
 from typing import Any
 
-#: Characters and nodes that one event may bring; ten 8 KB values cost 36 ms of redaction otherwise (design, rule 5).
+#: Maximum characters of one event. Redacting ten values of 8 KB each would take 36 ms.
 MAX_CHARS = 16 * 1024
+
+#: Maximum values of one event, containers included.
 MAX_NODES = 500
 
-#: Characters kept beyond a cut until redaction has seen them, so that no secret survives on the edge.
+#: Characters kept beyond the limit until redaction, so that it also sees a secret at the limit.
 MARGIN = 1024
 
-#: Nesting beyond which a value is named instead of copied; the brain redacts below 64.
+#: Nesting depth below which a container is replaced by its name. The brain redacts below 64.
 MAX_DEPTH = 32
 
-#: Integers over this many bits are named: Python refuses to parse more than 4,300 digits.
+#: Bits of an integer above which only its size is kept. Python refuses to parse 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
@@ -43,7 +45,11 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 class TruncatedStr(str):
-    """The beginning of a longer string: ``limit`` characters to send, ``MARGIN`` more to look at, ``length`` in all."""
+    """The start of a longer string.
+
+    It holds the ``limit`` characters to send and up to ``MARGIN`` more for redaction. ``length`` is
+    the length of the original.
+    """
 
     __slots__ = ("length", "limit")
 
@@ -52,22 +58,22 @@ class TruncatedStr(str):
 
     @classmethod
     def of(cls, text: str, limit: int) -> TruncatedStr:
-        """Cut ``text`` after ``limit`` characters."""
-        cut = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
-        cut.limit, cut.length = limit, str.__len__(text)
-        return cut
+        """Truncate ``text`` to ``limit`` characters."""
+        truncated = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
+        truncated.limit, truncated.length = limit, str.__len__(text)
+        return truncated
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy of ``value`` within the bounds; strings over them come as :class:`TruncatedStr`."""
+    """Return a bounded copy of ``value``; a string over the limit is a :class:`TruncatedStr`."""
     kind = type(value)
     if value is None or kind is bool or kind is float or (kind is str and len(value) <= MAX_CHARS):
         return value
-    return _Copy().copy(value, MAX_DEPTH)
+    return _Copier().copy(value, MAX_DEPTH)
 
 
-class _Copy:
-    """One pass over a value, and what is left of its bounds."""
+class _Copier:
+    """One copy of one value, with the characters and nodes that it may still take."""
 
     __slots__ = ("chars", "nodes")
 
@@ -79,20 +85,16 @@ class _Copy:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        kind = type(
-            value
-        )  # not isinstance: that asks the value for its __class__, which may be the host's code
+        # Not isinstance(): it reads value.__class__, which may run the host's code.
+        kind = type(value)
         if issubclass(kind, enum.Enum):
             return self.text(f"{kind.__name__}.{value._name_}")
         if issubclass(kind, str):
             return self.text(value)
         if issubclass(kind, int):
             number = int.__int__(value)
-            return (
-                number
-                if number.bit_length() <= MAX_INT_BITS
-                else f"<int of {number.bit_length()} bits>"
-            )
+            bits = number.bit_length()
+            return number if bits <= MAX_INT_BITS else f"<int of {bits} bits>"
         if issubclass(kind, float):
             return float.__float__(value)
         if issubclass(kind, _CONTAINERS):
@@ -103,10 +105,10 @@ class _Copy:
 
     def text(self, value: str) -> str:
         length = str.__len__(value)
-        left = max(0, self.chars)
+        remaining = max(0, self.chars)
         self.chars -= length
-        if length > left:
-            return TruncatedStr.of(value, left)
+        if length > remaining:
+            return TruncatedStr.of(value, remaining)
         return value if type(value) is str else str.__str__(value)
 
     def container(self, value: Any, kind: type, depth: int) -> Any:
@@ -137,6 +139,6 @@ class _Copy:
         missing = base.__len__(value) - len(items)
         return [*items, f"[... {missing} more cut]"] if missing > 0 else items
 
-    def key(self, key: Any) -> str:
-        named = self.copy(key, 1)
-        return named[:MARGIN] if isinstance(named, str) else str(named)
+    def key(self, key: object) -> str:
+        name = self.copy(key, 1)
+        return name[:MARGIN] if isinstance(name, str) else str(name)

@@ -28,8 +28,8 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_same_answers_as_the_engine(value):
-    """For any plain value, asked twice, the redactor returns exactly what z4j_core's engine returns."""
+def test_redactor_equals_engine(value):
+    """For any plain value, scrubbed twice, the redactor returns what z4j_core's engine returns."""
     engine = RedactionEngine(
         RedactionConfig(extra_key_patterns=("order_.*",), extra_value_patterns=("pl.in",))
     )
@@ -92,14 +92,16 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=500)
 @given(st.lists(PIECES, max_size=6).map("".join))
-def test_the_matcher_gives_the_engines_answer(text):
-    """For any text made of secrets and of pieces of them, asking by literals first changes no answer."""
+def test_value_matcher_equals_engine(text):
+    """For any text made of secrets and their parts, the literals change no answer."""
     engine = RedactionEngine()
     assert ValueMatcher(engine)(text) == engine.value_matches(text)
 
 
-def test_every_built_in_pattern_is_gated():
-    """Each of this z4j_core's patterns has its literal; one that a later version brings is tried on every text."""
+def test_every_built_in_pattern_has_required_literal():
+    """Every pattern of this z4j_core has its literal; one of a later version is tried on every
+    text.
+    """
     assert [
         pattern for pattern in DEFAULT_VALUE_PATTERNS if _required_literal(pattern) is None
     ] == []
@@ -109,20 +111,20 @@ def test_every_built_in_pattern_is_gated():
     )
 
 
-def test_long_values_are_cut_after_matching():
-    """A string over the byte limit is cut with z4j_core's own mark."""
+def test_redactor_truncates_like_engine():
+    """A string over the byte limit is truncated with z4j_core's own marker."""
     engine = RedactionEngine()
     assert Redactor(engine).scrub("é" * 9000) == engine.scrub("é" * 9000)
 
 
-def test_no_secret_survives_on_the_edge():
-    """A secret that begins before the cut and ends beyond it hides the whole value."""
+def test_redactor_matches_secret_across_the_limit():
+    """A secret that begins before the limit and ends after it redacts the whole value."""
     text = "x " * (MAX_CHARS // 2 - 4) + "alice@example.com" + " y" * 10_000
     assert Redactor(RedactionEngine()).scrub(snapshot(text)) == "[REDACTED]"
 
 
-def test_a_cut_is_marked():
-    """What was too long says how much is missing, and no more than the limit is sent."""
+def test_redactor_marks_truncated_string():
+    """A truncated string says how much is missing, and has no more characters than the limit."""
     text = "word " * 10_000
     scrubbed = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=1 << 20))).scrub(
         snapshot(text)
@@ -130,8 +132,8 @@ def test_a_cut_is_marked():
     assert scrubbed == text[:MAX_CHARS] + f"[... {len(text) - MAX_CHARS} more characters cut]"
 
 
-def test_memory_is_bounded():
-    """Ten thousand different values do not stay in memory."""
+def test_redactor_caches_are_bounded():
+    """Ten thousand different values do not stay in the caches."""
     redactor = Redactor(RedactionEngine())
     for number in range(10_000):
         redactor.scrub({f"k{number}": f"v{number}"})

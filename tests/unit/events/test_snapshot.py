@@ -24,13 +24,13 @@ SMALL = st.recursive(
 
 
 @given(SMALL)
-def test_small_plain_values_are_copied_as_they_are(value):
-    """A plain value within the bounds comes out equal."""
+def test_snapshot_of_small_value_is_equal(value):
+    """A plain value within the bounds is copied unchanged."""
     assert snapshot(value) == value
 
 
-def test_the_copy_is_a_copy():
-    """What the task does to its arguments afterwards does not reach the event."""
+def test_snapshot_is_independent():
+    """Changes that the task makes to its arguments afterwards do not reach the event."""
     given_value = {"items": [1, {"a": "b"}]}
     taken = snapshot(given_value)
     given_value["items"][1]["a"] = "changed"
@@ -65,8 +65,8 @@ class Level(enum.IntEnum):
         (object, "<builtins.type>"),
     ],
 )
-def test_well_known_types(value, expected):
-    """The types users pass most often come as text, tuples and sets as lists, other things as their class's name."""
+def test_snapshot_converts_common_types(value, expected):
+    """Common types become text, tuples and sets lists, and other objects the name of their class."""
     assert snapshot([value]) == [expected]
 
 
@@ -80,13 +80,13 @@ class Rude:
     __hash__ = object.__hash__
 
 
-def test_no_code_of_the_hosts_runs():
-    """An object is named by its class without a single call of its own methods."""
+def test_snapshot_runs_no_host_code():
+    """An object is replaced by its class's name without a call of its methods."""
     assert snapshot([Rude()]) == [f"<{__name__}.Rude>"]
 
 
-def test_subclasses_of_containers_are_read_by_their_base():
-    """A dict or list subclass with methods of its own is copied through dict's and list's."""
+def test_snapshot_reads_subclasses_by_their_base():
+    """A subclass of dict or list with own methods is copied by the methods of dict and list."""
 
     class Sly(dict):
         def items(self):
@@ -102,8 +102,8 @@ def test_subclasses_of_containers_are_read_by_their_base():
     assert snapshot({"a": Sly(b=1), "c": Slow([2])}) == {"a": {"b": 1}, "c": [2]}
 
 
-def test_dataclasses_are_named():
-    """A dataclass holds whatever its author put there; only its class is told."""
+def test_snapshot_names_dataclass():
+    """A dataclass may hold anything, so only its class is copied."""
 
     @dataclasses.dataclass
     class Card:
@@ -112,15 +112,15 @@ def test_dataclasses_are_named():
     assert "4242" not in str(snapshot({"card": Card("4242")}))
 
 
-def test_long_strings_keep_a_margin():
-    """A long string keeps the margin for redaction and remembers how long it was."""
+def test_snapshot_keeps_margin_of_long_string():
+    """A long string keeps the margin for redaction, and its original length."""
     cut = snapshot("x" * (5 * 1024 * 1024))
     assert isinstance(cut, TruncatedStr)
     assert len(cut) == MAX_CHARS + MARGIN
     assert cut.length == 5 * 1024 * 1024
 
 
-def test_characters_are_counted_over_the_whole_value():
+def test_snapshot_counts_characters_of_whole_value():
     """Ten strings of 8 KB share one budget of 16 KiB."""
     taken = snapshot(["y" * 8192] * 10)
     assert (
@@ -129,36 +129,38 @@ def test_characters_are_counted_over_the_whole_value():
     )
 
 
-def test_long_lists_are_marked():
-    """A list of 100,000 items stops at the node budget and says how many are missing."""
+def test_snapshot_marks_long_list():
+    """A list of 100,000 items ends at the node limit and says how many are missing."""
     taken = snapshot(list(range(100_000)))
     assert taken[0] == 0
     assert len(taken) <= MAX_NODES
     assert taken[-1] == f"[... {100_000 - len(taken) + 1} more cut]"
 
 
-def test_wide_dicts_are_marked():
-    """A dict of 100,000 entries stops likewise."""
+def test_snapshot_marks_large_dict():
+    """A dict of 100,000 entries ends likewise."""
     taken = snapshot({str(number): number for number in range(100_000)})
     assert len(taken) <= MAX_NODES
     assert taken["..."].endswith("more cut]")
 
 
-def test_cycles_and_depth_end():
-    """A structure that contains itself, and one nested without end, come to an end."""
+def test_snapshot_ends_at_maximum_depth():
+    """A structure that contains itself ends at the maximum depth."""
     loop = []
     loop.append(loop)
     assert "nested too deep" in str(snapshot(loop))
 
 
-def test_odd_keys_become_text():
-    """Keys that are no strings are told like values; a huge one is cut."""
+def test_snapshot_converts_keys_to_text():
+    """Keys that are not strings are converted like values, and a huge key is truncated."""
     taken = snapshot({1: "a", None: "b", Rude(): "c", "k" * 5000: "d"})
     assert set(taken) == {"1", "None", f"<{__name__}.Rude>", "k" * MARGIN}
 
 
-def test_a_huge_value_costs_no_more_than_a_medium_one():
-    """A 5 MB string and a million-item list cost a small multiple of a full-budget value: the copy stops early."""
+def test_snapshot_cost_is_bounded():
+    """A 5 MB string and a list of a million items cost at most a small multiple of a value at the
+    limits.
+    """
 
     def cost(value):
         best = 1.0

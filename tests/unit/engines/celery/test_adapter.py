@@ -1,46 +1,46 @@
-"""The real Celery adapter on an in-memory broker."""
+"""The z4j-celery adapter on kombu's memory transport."""
 
 import asyncio
 
 import pytest
 
-celery = pytest.importorskip("celery")
-z4j_celery = pytest.importorskip("z4j_celery")
+pytest.importorskip("celery")
+pytest.importorskip("z4j_celery")
 
-from celery import signals  # noqa: E402
+import z4j_celery
+from celery import signals
 
-from z4j_bare.asyncio_bridge.bridge import Bridge  # noqa: E402
-from z4j_bare.engines.host import EngineHost  # noqa: E402
+from tests.support.celery_fakes import memory_app
+from z4j_bare.asyncio_bridge.bridge import Bridge
+from z4j_bare.engines.host import EngineHost
 
 
 @pytest.fixture
 def app():
-    made = celery.Celery(
-        "z4j-test", broker="memory://", backend="cache+memory://", set_as_current=False
-    )
-    made.conf.task_always_eager = True
-    made.conf.task_store_eager_result = True
-    yield made
-    made.close()
+    app = memory_app("z4j-test")
+    app.conf.task_always_eager = True
+    app.conf.task_store_eager_result = True
+    yield app
+    app.close()
 
 
 @pytest.fixture
-def sunk():
+def received():
     return []
 
 
 @pytest.fixture
-def host(app, backend, sunk):
+def host(app, backend, received):
     bridge = Bridge(backend)
     adapter = z4j_celery.CeleryEngineAdapter(celery_app=app)
-    made = EngineHost(adapter, bridge, backend, sunk.append)
-    yield made
-    made.disconnect()
+    host = EngineHost(adapter, bridge, backend, received.append)
+    yield host
+    host.disconnect()
     bridge.stop(5)
 
 
-def test_submit_runs_an_eager_task_that_sees_no_loop(host, app):
-    """submit_task, an offloading method, executes; the task may use asyncio.run."""
+def test_submit_runs_eager_task_without_running_loop(host, app):
+    """``submit_task`` runs the task, which can use ``asyncio.run``."""
     seen = []
 
     @app.task(name="t.work", shared=False)
@@ -57,8 +57,8 @@ def test_submit_runs_an_eager_task_that_sees_no_loop(host, app):
     assert seen == [(None, 3)]
 
 
-def test_cancel_publishes_a_revoke(host, app):
-    """cancel_task reaches the control exchange."""
+def test_cancel_task_publishes_revoke(host, app):
+    """``cancel_task`` calls ``control.revoke`` with terminate."""
     sent = []
     app.control.revoke = lambda *args, **kwargs: sent.append((args, kwargs))
     result = host.invoke("cancel_task", "abc", timeout=15, priority=None)
@@ -66,13 +66,13 @@ def test_cancel_publishes_a_revoke(host, app):
     assert sent == [(("abc",), {"terminate": True, "signal": "SIGTERM"})]
 
 
-def test_cancel_over_the_memory_broker(host):
-    """The same with the real control object: nothing hangs, nothing fails."""
+def test_cancel_task_succeeds_over_memory_broker(host):
+    """``cancel_task`` with the real control object neither hangs nor fails."""
     assert host.invoke("cancel_task", "abc", timeout=15).status == "success"
 
 
-def test_a_hung_broker_is_reported_as_indeterminate(host, app, backend, monkeypatch):
-    """The adapter's own time-out fires in its task and yields its own indeterminate result."""
+def test_cancel_task_is_indeterminate_when_broker_hangs(host, app, backend, monkeypatch):
+    """The adapter's own timeout fires and returns its indeterminate result."""
     release = backend.event()
     monkeypatch.setattr("z4j_celery.actions.cancel._REVOKE_TIMEOUT", 0.1)
     app.control.revoke = lambda *_args, **_kwargs: release.wait(20)
@@ -82,8 +82,8 @@ def test_a_hung_broker_is_reported_as_indeterminate(host, app, backend, monkeypa
     release.set()
 
 
-def test_await_free_methods(host, app):
-    """Discovery and reconciliation, which await nothing, run with no loop built."""
+def test_methods_without_await_build_no_loop(host, app):
+    """Discovery and reconciliation await nothing and run without a loop."""
 
     @app.task(name="t.found", shared=False)
     def found():
@@ -98,21 +98,23 @@ def test_await_free_methods(host, app):
     assert host._bridge._loop is None
 
 
-def test_capabilities(host):
-    """What the adapter can do, and that its retries are safe by reference."""
+def test_capabilities_include_retry_by_reference(host):
+    """The adapter's actions are listed, and its retries are by reference."""
     assert {"submit_task", "cancel_task", "retry_by_reference_v1"} <= set(host.capabilities())
 
 
-def test_health(host, app):
-    """The blocking probe answers in the heartbeat's form."""
+def test_health_has_heartbeat_form(host, app):
+    """The blocking health check returns entries for the heartbeat."""
     app.control.inspect = lambda **_: type("Inspect", (), {"stats": lambda _: {}})()
     health = host.health(10)
     assert health["celery.broker_connected"] == "True"
     assert health["celery.queue_depths"].startswith("{")
 
 
-def test_signals_arrive_as_events(host, app, sunk, until):
-    """Connected to the live signals, a task's life comes out of the sink in order; disconnecting ends it."""
+def test_adapter_signals_arrive_as_events(host, app, received, until):
+    """With signals connected the events of a task reach the sink in order; disconnecting stops
+    them.
+    """
 
     @app.task(name="t.lives", shared=False)
     def lives():
@@ -121,12 +123,12 @@ def test_signals_arrive_as_events(host, app, sunk, until):
     host.connect()
     for _ in range(20):
         lives.apply_async()
-    until(lambda: len(sunk) >= 40)
-    kinds = [str(event.kind) for event in sunk]
+    until(lambda: len(received) >= 40)
+    kinds = [str(event.kind) for event in received]
     assert kinds[0].endswith("started")
     assert kinds[1].endswith("succeeded")
     assert host.dropped() == 0
     host.disconnect()
-    before = len(sunk)
+    before = len(received)
     lives.apply_async()
-    assert not signals.task_prerun.receivers or len(sunk) == before
+    assert not signals.task_prerun.receivers or len(received) == before

@@ -1,186 +1,25 @@
-"""Worker controls against workers that answer, refuse, keep silent or say yes and do nothing."""
+"""Worker controls against workers that accept, refuse, keep silent, or accept without effect."""
 
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from z4j_bare.concurrency.fake import FakeConcurrency
+from tests.support.celery_fakes import FakeCluster, FakeWorker
 from z4j_bare.engines.celery import controls as module
-from z4j_bare.engines.celery.controls import CeleryControls
-from z4j_bare.errors import CommandError
-from z4j_bare.events.redaction import safe_name
 
-MODULES = {"threads": "thread"}
+#: A worker's node name, and its name in the brain.
 NAME = "w2@web-2.example.com"
 ALIAS = "w2@web-2_example_com"
-
-
-class FakeWorker:
-    """What a worker answers to remote control; ``lazy`` says yes and does nothing, ``deaf`` hears nothing."""
-
-    def __init__(self, pool="gevent", size=4):
-        self.pool, self.size = pool, size
-        self.pids = list(range(100, 100 + size))
-        self.queues = ["celery"]
-        self.tasks = {"shop.pay": None}
-        self.states = {}
-        self.revoked = []
-        self.idle = 0
-        self.restarts = True
-        self.autoscaled = self.lazy = self.deaf = False
-
-    def handle(self, command, arguments):
-        return getattr(self, f"on_{command}")(**arguments)
-
-    def on_ping(self):
-        return {"ok": "pong"}
-
-    def on_stats(self):
-        pool = {
-            "implementation": f"celery.concurrency.{MODULES.get(self.pool, self.pool)}:TaskPool",
-            "max-concurrency": self.size,
-        }
-        if self.pool == "prefork":
-            pool = {**pool, "max-concurrency": 4, "processes": list(self.pids)}
-        return {"pool": pool}
-
-    def on_pool_grow(self, n):
-        return self._resize(n)
-
-    def on_pool_shrink(self, n):
-        return self._resize(-n)
-
-    def _resize(self, n):
-        if self.autoscaled:
-            return {"error": "not supported with autoscale"}
-        if not self.lazy:
-            self.size += n
-            self.pids = list(range(100, 100 + self.size))
-        return {"ok": "pool will change"}
-
-    def on_pool_restart(self):
-        if not self.restarts:
-            return {"error": "ValueError('Pool restarts not enabled')"}
-        self.pids = [*self.pids[: self.idle], *(pid + 1000 for pid in self.pids[self.idle :])]
-        return {"ok": "reload started"}
-
-    def on_active_queues(self):
-        return [{"name": name} for name in self.queues]
-
-    def on_add_consumer(self, queue):
-        if not self.lazy:
-            self.queues.append(queue)
-        return {"ok": f"add consumer {queue}"}
-
-    def on_cancel_consumer(self, queue):
-        if not self.lazy:
-            self.queues.remove(queue)
-        return {"ok": f"no longer consuming from {queue}"}
-
-    def on_rate_limit(self, task_name, rate_limit):
-        if task_name not in self.tasks:
-            return {"error": "unknown task"}
-        if not self.lazy:
-            self.tasks[task_name] = rate_limit
-        return {"ok": "new rate limit set successfully"}
-
-    def on_registered(self, taskinfoitems):
-        assert taskinfoitems == ["rate_limit"]
-        return [
-            name if rate is None else f"{name} [rate_limit={rate}]"
-            for name, rate in self.tasks.items()
-        ]
-
-    def on_query_task(self, ids):
-        return {task: [self.states[task], {"id": task}] for task in ids if task in self.states}
-
-    def on_revoke(self, task_id, terminate, signal):
-        assert (terminate, signal) == (True, "SIGTERM")
-        self.revoked.append(task_id)
-        if not self.lazy:
-            self.states.pop(task_id, None)
-        return {"ok": "terminate: tasks unknown"}
-
-
-class Connection:
-    """A connection of its own for each question, closed after it."""
-
-    def __init__(self, cluster):
-        self.cluster = cluster
-        self.open = False
-
-    def connect(self):
-        if self.cluster.broken:
-            raise self.cluster.broken
-        self.open = True
-
-    def __enter__(self):
-        self.cluster.connections += 1
-        return self
-
-    def __exit__(self, *exc):
-        self.cluster.connections -= 1
-
-
-class Mailbox:
-    """kombu's: with a pool it would publish on a connection that a forked child may close."""
-
-    producer_pool = "the app's"
-
-    def __init__(self, cluster, connection):
-        self.cluster, self.connection = cluster, connection
-
-    def call(self, destination, command, kwargs, timeout):
-        assert (self.producer_pool, self.connection.open) == (None, True)
-        return self.cluster.broadcast(command, kwargs, destination, timeout)
-
-    def multi_call(self, command, kwargs, timeout):
-        return self.call(None, command, kwargs, timeout)
-
-
-class Cluster:
-    """A Celery application whose broadcasts reach the workers in ``workers``; virtual time passes as with a real broker."""
-
-    def __init__(self):
-        self.backend = FakeConcurrency()
-        self.workers = {}
-        self.connections = 0
-        self.told = []
-        self.broken = None
-        self.control = SimpleNamespace(mailbox=lambda connection: Mailbox(self, connection))
-        self.controls = CeleryControls(
-            self, lambda name: safe_name(name, lambda text: "." in text), self.backend
-        )
-
-    def connection_for_write(self, connect_timeout):
-        assert connect_timeout > 0
-        return Connection(self)
-
-    def broadcast(self, command, arguments, destination, timeout):
-        assert timeout > 0
-        self.told.append(command)
-        names = destination or list(self.workers)
-        heard = [name for name in names if name in self.workers and not self.workers[name].deaf]
-        replies = [{name: self.workers[name].handle(command, arguments)} for name in heard]
-        if destination is None or not replies:
-            self.backend.sleep(timeout)
-        return replies or None
-
-    def fails(self, action, *args, **kwargs):
-        """The error with which a control fails."""
-        with pytest.raises(CommandError) as caught:
-            getattr(self.controls, action)(*args, seconds=58, **kwargs)
-        return caught.value
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     monkeypatch.setattr(module, "ready_worker", lambda: None)
-    made = Cluster()
-    made.workers = {"w1@web-1": FakeWorker("prefork"), NAME: FakeWorker()}
-    yield made
-    assert made.connections == 0
+    cluster = FakeCluster()
+    cluster.workers = {"w1@web-1": FakeWorker("prefork"), NAME: FakeWorker()}
+    yield cluster
+    assert cluster.connections == 0
 
 
 @pytest.fixture
@@ -189,8 +28,8 @@ def worker(cluster):
 
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet", "prefork", "celery_pool_asyncio"])
-def test_a_pool_grows_and_shrinks(cluster, worker, pool):
-    """A resize is a success when the worker then runs that many tasks at a time; it goes by its name in the brain."""
+def test_pool_resize_succeeds_when_worker_has_new_size(cluster, worker, pool):
+    """A resize succeeds once the worker runs that many tasks; the worker is named by its alias."""
     worker.pool = pool
     result = cluster.controls.pool_grow(ALIAS, 2, seconds=58)
     assert (result.status, result.result) == (
@@ -204,47 +43,48 @@ def test_a_pool_grows_and_shrinks(cluster, worker, pool):
         "delta": 5,
         "size": 1,
     }
-    assert cluster.told.count("ping") == 1, "the second time it was known"
+    assert cluster.commands.count("ping") == 1, "the second resize uses the cached name"
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 @pytest.mark.parametrize("action", ["pool_grow", "pool_shrink"])
-def test_a_pool_of_fixed_size(cluster, worker, pool, action):
-    """What a pool cannot do is answered as not supported, and the worker is told nothing."""
+def test_pool_resize_fails_for_pool_of_fixed_size(cluster, worker, pool, action):
+    """A pool that cannot be resized gets no command, and the error says not supported."""
     worker.pool = pool
-    error = cluster.fails(action, ALIAS, 1)
+    error = cluster.error_of(action, ALIAS, 1)
     assert str(error).startswith(f"not supported by the {pool} pool: ")
     assert not error.indeterminate
-    assert cluster.told[-1] == "stats"
+    assert cluster.commands[-1] == "stats"
 
 
-def test_one_task_at_a_time_is_left(cluster, worker):
-    """A pool is never shrunk to nothing."""
-    assert "one has to be left" in str(cluster.fails("pool_shrink", ALIAS, 4))
+def test_pool_shrink_keeps_one_task(cluster, worker):
+    """A pool is never shrunk to zero."""
+    assert "one has to be left" in str(cluster.error_of("pool_shrink", ALIAS, 4))
     assert worker.size == 4
 
 
-def test_the_workers_own_error_is_the_answer(cluster, worker):
-    """What the worker says against it is passed on."""
+def test_control_fails_with_worker_error(cluster, worker):
+    """The error is the worker's own text."""
     worker.autoscaled = True
     assert (
-        str(cluster.fails("pool_grow", ALIAS, 1)) == f"{ALIAS} says: not supported with autoscale"
+        str(cluster.error_of("pool_grow", ALIAS, 1))
+        == f"{ALIAS} says: not supported with autoscale"
     )
 
 
 @pytest.mark.parametrize(
-    ("action", "args", "left"),
+    ("action", "args", "message"),
     [
         ("pool_grow", (2,), "does not run 6 tasks"),
         ("add_consumer", ("q",), "q is not among its queues"),
         ("cancel_consumer", ("celery",), "celery is still among its queues"),
     ],
 )
-def test_yes_is_not_enough(cluster, worker, action, args, left):
-    """A worker that agrees and does nothing is no success, and the outcome counts as unknown."""
+def test_control_fails_without_effect(cluster, worker, action, args, message):
+    """A worker that accepts and does nothing is a failure with unknown outcome."""
     worker.lazy = True
-    error = cluster.fails(action, ALIAS, *args)
-    assert left in str(error)
+    error = cluster.error_of(action, ALIAS, *args)
+    assert message in str(error)
     assert error.indeterminate
     assert 10 < cluster.backend.now() < 20
 
@@ -259,47 +99,50 @@ def test_yes_is_not_enough(cluster, worker, action, args, left):
         ("restart_worker", ()),
     ],
 )
-def test_a_worker_that_does_not_exist(cluster, action, args):
-    """A name that no live worker bears is a failure that lists those there are, and changes nothing."""
-    error = cluster.fails(action, "ghost@x", *args)
+def test_control_fails_for_unknown_worker(cluster, action, args):
+    """An unknown worker name is a failure that lists the live workers; nothing is changed."""
+    error = cluster.error_of(action, "ghost@x", *args)
     assert str(error) == f"no answer from ghost@x; workers that answer: w1@web-1, {ALIAS}"
     assert not error.indeterminate
-    assert cluster.told == ["ping"]
+    assert cluster.commands == ["ping"]
 
 
-def test_no_worker_at_all(cluster):
-    """Without any worker nothing is reported as done."""
+def test_control_fails_without_workers(cluster):
+    """Without a worker nothing is reported as done."""
     cluster.workers = {}
     assert (
-        str(cluster.fails("pool_grow", "w1", 1)) == "no answer from w1; workers that answer: none"
+        str(cluster.error_of("pool_grow", "w1", 1))
+        == "no answer from w1; workers that answer: none"
     )
     for action, args in (("cancel_task", ("t",)), ("rate_limit", ("shop.pay", "1"))):
-        error = cluster.fails(action, *args)
+        error = cluster.error_of(action, *args)
         assert str(error) == "no answer from any worker"
         assert error.indeterminate
 
 
-def test_a_worker_that_falls_silent(cluster, worker):
-    """A worker that answers no more after it has been found is waited for until the end of our time, and not longer."""
+def test_control_waits_for_silent_worker_until_deadline(cluster, worker):
+    """A worker that stops replying is waited for until the deadline, and no longer."""
 
-    def last_words():
-        worker.deaf = True
+    def reply_once():
+        worker.silent = True
         return FakeWorker().on_stats()
 
-    worker.on_stats = last_words
-    error = cluster.fails("pool_grow", NAME, 1)
+    worker.on_stats = reply_once
+    error = cluster.error_of("pool_grow", NAME, 1)
     assert (str(error), error.indeterminate) == (f"no answer from {ALIAS}", True)
     assert 50 < cluster.backend.now() < 58
 
 
-def test_a_broker_that_fails(cluster):
-    """An error of the broker is an answer, without the address that it may quote."""
-    cluster.broken = ConnectionRefusedError("no broker at redis://:secret@host")
-    assert str(cluster.fails("pool_grow", ALIAS, 1)) == "the broker failed: ConnectionRefusedError"
+def test_control_fails_when_broker_fails(cluster):
+    """The error of the broker is reported without its address."""
+    cluster.broker_error = ConnectionRefusedError("no broker at redis://:secret@host")
+    assert (
+        str(cluster.error_of("pool_grow", ALIAS, 1)) == "the broker failed: ConnectionRefusedError"
+    )
 
 
-def test_consumers_come_and_go(cluster, worker):
-    """A worker consumes from one more queue, and no longer from it; what it does not consume it cannot give up."""
+def test_consumer_is_added_and_cancelled(cluster, worker):
+    """A queue can be added and cancelled; one that the worker does not consume cannot."""
     assert cluster.controls.add_consumer(ALIAS, "extra", seconds=58).result == {
         "worker": ALIAS,
         "pool": "gevent",
@@ -309,13 +152,13 @@ def test_consumers_come_and_go(cluster, worker):
     assert cluster.controls.cancel_consumer(ALIAS, "extra", seconds=58).status == "success"
     assert worker.queues == ["celery"]
     assert (
-        str(cluster.fails("cancel_consumer", ALIAS, "extra"))
+        str(cluster.error_of("cancel_consumer", ALIAS, "extra"))
         == f"{ALIAS} does not consume from extra"
     )
 
 
-def test_a_prefork_pool_restarts(cluster):
-    """A restart is what the worker says it is, and the answer tells how many processes have been replaced so far."""
+def test_restart_reports_replaced_processes(cluster):
+    """The result has the worker's reply and the number of processes replaced so far."""
     cluster.workers["w1@web-1"].idle = 1
     result = cluster.controls.restart_worker("w1@web-1", seconds=58).result
     assert result == {
@@ -327,32 +170,32 @@ def test_a_prefork_pool_restarts(cluster):
     }
 
 
-def test_a_restart_that_waits_for_tasks(cluster):
-    """While every process is at a task none can be replaced, and nobody waits for that long."""
+def test_restart_does_not_wait_for_busy_processes(cluster):
+    """While every process runs a task none can be replaced, and the control returns."""
     cluster.workers["w1@web-1"].idle = 4
     result = cluster.controls.restart_worker("w1@web-1", seconds=58).result
     assert (result["replaced"], result["pending"]) == (0, 4)
     assert cluster.backend.now() < 10
 
 
-def test_restarts_that_are_off_name_the_setting(cluster):
-    """Celery's default forbids restarts, and the answer says which setting allows them."""
+def test_restart_names_setting_when_disabled(cluster):
+    """Celery disables restarts by default, and the error names the setting."""
     cluster.workers["w1@web-1"].restarts = False
-    error = str(cluster.fails("restart_worker", "w1@web-1"))
+    error = str(cluster.error_of("restart_worker", "w1@web-1"))
     assert error == "not supported by the prefork pool: worker_pool_restarts is off on w1@web-1"
 
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet", "threads", "solo"])
-def test_pools_that_cannot_restart(cluster, worker, pool):
-    """Only a prefork pool has something to replace."""
+def test_restart_fails_for_pools_without_processes(cluster, worker, pool):
+    """Only a prefork pool has processes to replace."""
     worker.pool = pool
-    assert str(cluster.fails("restart_worker", ALIAS)).startswith(
+    assert str(cluster.error_of("restart_worker", ALIAS)).startswith(
         f"not supported by the {pool} pool: "
     )
 
 
-def test_a_rate_limit_on_one_and_on_all(cluster, worker):
-    """The limit is set on the worker that was named, or on every one, and looked up there."""
+def test_rate_limit_applies_to_one_or_all_workers(cluster, worker):
+    """The limit is set on the named worker or on all, and verified there."""
     result = cluster.controls.rate_limit("shop.pay", "10/m", seconds=58, worker_name=ALIAS)
     assert result.result == {
         "task_name": "shop.pay",
@@ -368,8 +211,8 @@ def test_a_rate_limit_on_one_and_on_all(cluster, worker):
     assert [each.tasks["shop.pay"] for each in cluster.workers.values()] == ["0", "0"]
 
 
-def test_not_every_worker_knows_every_task(cluster, worker):
-    """A limit for all is in force where the task is known, and the answer names who does not know it."""
+def test_rate_limit_reports_workers_without_task(cluster, worker):
+    """A limit for all workers applies where the task is known, and the result names the others."""
     worker.tasks = {"mail.send": None}
     result = cluster.controls.rate_limit("mail.send", "1/s", seconds=58).result
     assert (result["workers"], result["refused"]) == (
@@ -378,36 +221,36 @@ def test_not_every_worker_knows_every_task(cluster, worker):
     )
 
 
-def test_a_look_that_fails_is_not_the_last(cluster, worker):
-    """A worker too busy to answer one look at the effect is asked again."""
+def test_effect_check_is_repeated_after_failure(cluster, worker):
+    """A worker too busy to reply to one check is checked again."""
 
     def grow(n):
-        worker.deaf = True
+        worker.silent = True
         cluster.backend.spawn(
-            lambda: cluster.backend.sleep(3) or setattr(worker, "deaf", False), name="recovers"
+            lambda: cluster.backend.sleep(3) or setattr(worker, "silent", False), name="recovers"
         )
-        return worker._resize(n)
+        return worker.resize(n)
 
     worker.on_pool_grow = grow
     assert cluster.controls.pool_grow(ALIAS, 1, seconds=58).result["size"] == 5
     assert cluster.backend.now() > 3
 
 
-def test_a_rate_limit_that_is_not_in_force(cluster, worker):
-    """Unknown tasks, bad rates and workers that only say yes are failures that name the worker."""
+def test_rate_limit_fails_when_not_applied(cluster, worker):
+    """Unknown tasks, invalid rates and workers that only accept are failures that name the worker."""
     assert f"{ALIAS} says: unknown task" in str(
-        cluster.fails("rate_limit", "no.such", "1", worker_name=ALIAS)
+        cluster.error_of("rate_limit", "no.such", "1", worker_name=ALIAS)
     )
-    assert "unknown task" in str(cluster.fails("rate_limit", "no.such", "1"))
+    assert "unknown task" in str(cluster.error_of("rate_limit", "no.such", "1"))
     for rate in ("fast", "-1", "1/d", "01", ""):
-        assert "is not a rate" in str(cluster.fails("rate_limit", "shop.pay", rate))
+        assert "is not a rate" in str(cluster.error_of("rate_limit", "shop.pay", rate))
     worker.lazy = True
-    assert str(cluster.fails("rate_limit", "shop.pay", "5")) == f"not in force on {ALIAS}"
+    assert str(cluster.error_of("rate_limit", "shop.pay", "5")) == f"not in force on {ALIAS}"
 
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet", "prefork"])
-def test_a_running_task_is_ended(cluster, worker, pool):
-    """All workers are told, and the one that runs the task is watched until it does not."""
+def test_cancel_task_terminates_running_task(cluster, worker, pool):
+    """All workers get the revoke, and the control waits until the task has ended."""
     worker.pool = pool
     worker.states["t"] = "active"
     result = cluster.controls.cancel_task("t", seconds=58)
@@ -423,36 +266,38 @@ def test_a_running_task_is_ended(cluster, worker, pool):
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 @pytest.mark.parametrize("state", ["active", "reserved"])
-def test_a_running_task_that_cannot_be_ended(cluster, worker, pool, state):
-    """Where a pool cannot end a task nobody is told anything: revoking would only hide that it goes on."""
+def test_cancel_task_fails_for_pools_that_cannot_terminate(cluster, worker, pool, state):
+    """If the pool cannot end the task, no worker gets a revoke that would hide it."""
     worker.pool = pool
     worker.states["t"] = state
-    assert str(cluster.fails("cancel_task", "t")).startswith(f"not supported by the {pool} pool: ")
+    assert str(cluster.error_of("cancel_task", "t")).startswith(
+        f"not supported by the {pool} pool: "
+    )
     assert all(each.revoked == [] for each in cluster.workers.values())
 
 
 @pytest.mark.parametrize(
     ("state", "pool"), [(None, "threads"), ("scheduled", "threads"), ("reserved", "gevent")]
 )
-def test_a_task_that_does_not_run_is_revoked(cluster, worker, state, pool):
-    """A task that waits, in the queue or for its time, is revoked in every pool."""
+def test_cancel_task_revokes_waiting_task(cluster, worker, state, pool):
+    """A task that waits in a queue or for its ETA is revoked in every pool."""
     worker.pool = pool
     worker.states.update({"t": state} if state else {})
     result = cluster.controls.cancel_task("t", seconds=58).result
     assert (result["terminated"], result["workers"]) == (False, ["w1@web-1", ALIAS])
 
 
-def test_a_task_that_goes_on(cluster, worker):
-    """A task that still runs long after its worker said yes is no success."""
+def test_cancel_task_fails_when_task_continues(cluster, worker):
+    """A task that still runs long after the revoke is a failure with unknown outcome."""
     worker.states["t"] = "active"
     worker.lazy = True
-    error = cluster.fails("cancel_task", "t")
+    error = cluster.error_of("cancel_task", "t")
     assert "it still runs" in str(error)
     assert error.indeterminate
 
 
-def test_our_own_busy_solo_worker(cluster, monkeypatch):
-    """A solo worker hears nothing while it runs a task, so this process looks for itself."""
+def test_cancel_task_detects_busy_local_solo_worker(cluster, monkeypatch):
+    """A solo worker reads no command while it runs a task, so this process checks its own tasks."""
     pool = type("TaskPool", (), {"__module__": "celery.concurrency.solo"})()
     monkeypatch.setattr(module, "ready_worker", lambda: SimpleNamespace(pool=pool))
     monkeypatch.setitem(
@@ -460,5 +305,5 @@ def test_our_own_busy_solo_worker(cluster, monkeypatch):
         "celery.worker.state",
         SimpleNamespace(active_requests=[SimpleNamespace(id="t")]),
     )
-    assert "not supported by the solo pool" in str(cluster.fails("cancel_task", "t"))
+    assert "not supported by the solo pool" in str(cluster.error_of("cancel_task", "t"))
     assert cluster.controls.cancel_task("other", seconds=58).status == "success"

@@ -1,15 +1,15 @@
-"""The stream of events: over kombu's memory transport on the real backend, and over a broken broker in virtual time."""
+"""The event receiver on kombu's memory transport, and with a fake broker in virtual time."""
 
 import logging
 from types import SimpleNamespace
 
 import pytest
-from celery import Celery
 from kombu import Producer
 from kombu.utils import eventio
 
+from tests.support.celery_fakes import FakeBroker, memory_app
 from z4j_bare.concurrency.fake import FakeConcurrency
-from z4j_bare.engines.celery import event_receiver as broker
+from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.engines.celery.event_receiver import (
     BACKOFF_MAX,
     DRAIN_MAX,
@@ -22,34 +22,34 @@ from z4j_bare.errors import ForkedChildError
 
 @pytest.fixture
 def app():
-    found = Celery("shop", broker="memory://", set_as_current=False)
-    yield found
-    found.close()
+    app = memory_app()
+    yield app
+    app.close()
 
 
-class Running:
-    """A stream in a task, what it took, and a dispatcher such as a worker's."""
+class RunningReceiver:
+    """A receiver in a task, the events it delivered, and an event dispatcher like a worker's."""
 
     def __init__(self, app, backend):
         self.backend = backend
-        self.taken = []
-        self.tended = 0
+        self.events = []
+        self.ticks = 0
         self.stop_event = backend.event()
         self.connection = app.connection_for_write()
         self.dispatcher = app.events.Dispatcher(
             self.connection, hostname="w@h", buffer_group=["task"], buffer_limit=100
         )
         self.exchange = app.events.Receiver(self.connection).exchange
-        self.stream = EventReceiver(app, self.take, self.tend, backend)
-        self.task = backend.spawn(self.stream.run, self.stop_event, name="stream")
+        self.receiver = EventReceiver(app, self.on_event, self.on_tick, backend)
+        self.task = backend.spawn(self.receiver.run, self.stop_event, name="receiver")
 
-    def take(self, event):
+    def on_event(self, event):
         if event.get("uuid") == "garbage":
             raise LookupError
-        self.taken.append((event["type"], event.get("uuid")))
+        self.events.append((event["type"], event.get("uuid")))
 
-    def tend(self):
-        self.tended += 1
+    def on_tick(self):
+        self.ticks += 1
 
     def send(self, what, **fields):
         self.dispatcher.send(what, **fields)
@@ -57,7 +57,7 @@ class Running:
 
     def end(self):
         self.stop_event.set()
-        self.stream.finish()
+        self.receiver.finish()
         ended = self.task.join(5)
         self.connection.release()
         return ended
@@ -65,26 +65,26 @@ class Running:
 
 @pytest.fixture
 def running(app, backend, until):
-    """The stream, once it listens: what is sent before that is nobody's."""
-    found = Running(app, backend)
-    until(lambda: found.send("worker-heartbeat") or found.taken)
-    yield found
-    found.end()
+    """A receiver that has subscribed; an event sent before that would be lost."""
+    running = RunningReceiver(app, backend)
+    until(lambda: running.send("worker-heartbeat") or running.events)
+    yield running
+    running.end()
 
 
-def test_events_come_in_order(running, until):
-    """Events arrive as they were sent, one by one or many in a message, and what is due is tended to."""
+def test_receiver_delivers_events_in_order(running, until):
+    """Events arrive in order, one or many in a message, and ``on_tick`` is called."""
     for number in range(5):
         running.dispatcher.send("task-received", uuid=str(number))
     running.dispatcher.flush()
     running.send("task-started", uuid="5")
-    until(lambda: ("task-started", "5") in running.taken)
-    assert [uuid for _, uuid in running.taken if uuid] == ["0", "1", "2", "3", "4", "5"]
-    assert running.tended
+    until(lambda: ("task-started", "5") in running.events)
+    assert [uuid for _, uuid in running.events if uuid] == ["0", "1", "2", "3", "4", "5"]
+    assert running.ticks
 
 
-def test_garbage_is_counted_and_the_stream_goes_on(running, until):
-    """Neither an event that cannot be taken, nor one that is none, nor a message that cannot be decoded ends the stream."""
+def test_receiver_counts_malformed_events_and_continues(running, until):
+    """Malformed events and undecodable messages are counted and do not end the receiver."""
     running.dispatcher.send("task-received", uuid="garbage")
     running.send("task-received", uuid="good")
     with Producer(running.connection, exchange=running.exchange) as producer:
@@ -102,204 +102,172 @@ def test_garbage_is_counted_and_the_stream_goes_on(running, until):
             content_encoding="binary",
         )
     running.send("task-received", uuid="last")
-    until(lambda: ("task-received", "last") in running.taken)
-    assert ("task-received", "good") in running.taken
-    assert (running.stream.unreadable, running.stream.failures) == (6, 0)
+    until(lambda: ("task-received", "last") in running.events)
+    assert ("task-received", "good") in running.events
+    assert (running.receiver.unreadable, running.receiver.failures) == (6, 0)
     assert running.task.alive()
 
 
-def test_what_was_sent_before_the_end_is_read(running):
-    """Told to stop, it first reads what is there, and ``finish`` returns when that is done."""
+def test_receiver_drains_before_stopping(running):
+    """After the stop event everything already sent is read, and ``finish`` waits for that."""
     for number in range(200):
         running.dispatcher.send("task-received", uuid=str(number))
     running.dispatcher.flush()
     assert running.end()
-    assert len([uuid for _, uuid in running.taken if uuid]) == 200
+    assert len([uuid for _, uuid in running.events if uuid]) == 200
 
 
-def test_a_burst_lets_others_run(running, backend, until):
-    """Twenty messages in one go, of ten slow events each, are no step of 200 ms: others get their turn in between."""
+def test_receiver_yields_during_burst(running, backend, until):
+    """Twenty messages of ten slow events each are not one step of 200 ms: other tasks run in
+    between.
+    """
     turns = []
-    take = running.stream._on_event
+    on_event = running.receiver._on_event
 
     def slow(event):
         deadline = backend.now() + 0.001
         while backend.now() < deadline:
             pass
-        take(event)
+        on_event(event)
 
-    def beside():
+    def other_task():
         while not running.stop_event.is_set():
-            turns.append(len(running.taken))
+            turns.append(len(running.events))
             backend.sleep(0.001)
 
-    running.stream._on_event = slow
-    backend.spawn(beside, name="beside")
+    running.receiver._on_event = slow
+    backend.spawn(other_task, name="other")
     for number in range(20):
         for each in range(10):
             running.dispatcher.send("task-received", uuid=f"{number}-{each}")
         running.dispatcher.flush()
-    before = len(running.taken)
-    until(lambda: len(running.taken) >= before + 200)
+    before = len(running.events)
+    until(lambda: len(running.events) >= before + 200)
     assert len({turn for turn in turns if before < turn < before + 200}) >= 3
 
 
-def test_finish_before_the_start_returns(app, backend):
-    """A stream that never ran has nothing to wait for."""
+def test_finish_returns_without_run(app, backend):
+    """A receiver that never ran has nothing to wait for."""
     EventReceiver(app, print, print, backend).finish()
 
 
-class Broken:
-    """An app whose broker does as it is told, with the times of each attempt."""
-
-    def __init__(self, backend):
-        self.backend = backend
-        self.attempts = []
-        self.released = 0
-        self.error = None
-        self.drain = lambda: self.backend.sleep(POLL_TIMEOUT)
-        self.events = SimpleNamespace(
-            Receiver=lambda _connection: SimpleNamespace(queue=None, accept=None)
-        )
-
-    def connection_for_read(self, **_options):
-        self.attempts.append(self.backend.now())
-        return self
-
-    def connect(self):
-        if self.error:
-            raise self.error
-
-    def Consumer(self, callbacks, **_options):
-        self.callback = callbacks[0]
-        return SimpleNamespace(consume=lambda: None)
-
-    def drain_events(self, timeout):
-        self.drain()
-        self.backend.sleep(timeout)
-        raise TimeoutError("timed out")
-
-    def heartbeat_check(self):
-        pass
-
-    def release(self):
-        self.released += 1
-        raise OSError("gone already")
-
-
 @pytest.fixture
-def world():
+def harness():
     backend = FakeConcurrency()
-    app = Broken(backend)
-    found = SimpleNamespace(backend=backend, app=app, stop_event=backend.event(), taken=[])
-    found.stream = EventReceiver(app, found.taken.append, lambda: None, backend)
-    found.task = backend.spawn(found.stream.run, found.stop_event, name="stream")
-    yield found
-    found.stop_event.set()
-    found.backend.advance(60)
+    app = FakeBroker(backend)
+    harness = SimpleNamespace(backend=backend, app=app, stop_event=backend.event(), events=[])
+    harness.receiver = EventReceiver(app, harness.events.append, lambda: None, backend)
+    harness.task = backend.spawn(harness.receiver.run, harness.stop_event, name="receiver")
+    yield harness
+    harness.stop_event.set()
+    harness.backend.advance(60)
 
 
-def test_a_broker_that_is_away_is_tried_ever_more_rarely(world, caplog):
-    """Every failure is counted, one is logged, without the address in its text, and no error reaches anybody."""
-    world.app.error = OSError("redis://:password@host is away")
+def test_receiver_backs_off_while_broker_is_down(harness, caplog):
+    """Each failure is counted, only the first is logged, and the interval grows."""
+    harness.app.error = OSError("redis://:password@host is away")
     with caplog.at_level(logging.INFO, "z4j"):
-        world.backend.advance(120)
-    assert world.stream.failures == len(world.app.attempts) <= 15
-    assert world.app.attempts[1] <= 1
-    assert world.app.attempts[-1] - world.app.attempts[-2] >= BACKOFF_MAX
+        harness.backend.advance(120)
+    assert harness.receiver.failures == len(harness.app.attempts) <= 15
+    assert harness.app.attempts[1] <= 1
+    assert harness.app.attempts[-1] - harness.app.attempts[-2] >= BACKOFF_MAX
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "password" not in caplog.text
-    world.app.error = None
-    world.backend.advance(60)
-    attempts = len(world.app.attempts)
-    world.backend.advance(SILENCE_TIMEOUT * 2)
-    assert len(world.app.attempts) == attempts
-    assert world.app.released == attempts - 1
+    harness.app.error = None
+    harness.backend.advance(60)
+    attempts = len(harness.app.attempts)
+    harness.backend.advance(SILENCE_TIMEOUT * 2)
+    assert len(harness.app.attempts) == attempts
+    assert harness.app.released == attempts - 1
 
 
-def test_a_line_that_breaks_is_renewed_soon(world):
-    """After a good connection the next one comes within a second."""
-    world.backend.advance(300)
+def test_receiver_reconnects_soon_after_stable_connection(harness):
+    """After a stable connection breaks, the next attempt follows within a second."""
+    harness.backend.advance(300)
 
     def broken():
-        world.app.drain = lambda: None
+        harness.app.drain = lambda: None
         raise ConnectionError
 
-    world.app.drain = broken
-    world.backend.advance(POLL_TIMEOUT + 1.1)
-    assert (len(world.app.attempts), world.stream.failures) == (2, 1)
+    harness.app.drain = broken
+    harness.backend.advance(POLL_TIMEOUT + 1.1)
+    assert (len(harness.app.attempts), harness.receiver.failures) == (2, 1)
 
 
-def test_the_network_s_own_time_out_is_a_failure(world):
-    """ETIMEDOUT is a ``TimeoutError`` too, and must not be taken for a quiet broker."""
+def test_receiver_treats_network_timeout_as_failure(harness):
+    """ETIMEDOUT is a ``TimeoutError`` too, and must not be taken for a broker without events."""
 
     def dead():
-        world.app.drain = lambda: None
+        harness.app.drain = lambda: None
         raise TimeoutError(110, "Connection timed out")
 
-    world.app.drain = dead
-    world.backend.advance(3)
-    assert world.stream.failures == 1
+    harness.app.drain = dead
+    harness.backend.advance(3)
+    assert harness.receiver.failures == 1
 
 
-def test_a_line_that_fell_silent_is_renewed(world):
-    """Workers beat every two seconds; after a long silence the line is presumed dead. One that never spoke is left alone."""
-    world.backend.advance(3 * SILENCE_TIMEOUT)
-    assert len(world.app.attempts) == 1
-    world.app.callback({"type": "worker-heartbeat"}, None)
-    world.backend.advance(SILENCE_TIMEOUT + 5)
-    assert (len(world.app.attempts), world.stream.failures) == (2, 0)
+def test_receiver_reconnects_after_silence(harness):
+    """A connection that delivered events is renewed after a long silence; one that never did is
+    kept.
+    """
+    harness.backend.advance(3 * SILENCE_TIMEOUT)
+    assert len(harness.app.attempts) == 1
+    harness.app.callback({"type": "worker-heartbeat"}, None)
+    harness.backend.advance(SILENCE_TIMEOUT + 5)
+    assert (len(harness.app.attempts), harness.receiver.failures) == (2, 0)
 
 
-def test_a_transport_that_returns_at_once_does_not_spin(world):
-    """A transport that comes back without a message each time leaves the hub to others."""
+def test_receiver_does_not_spin_on_empty_drain(harness):
+    """A transport that keeps returning without a message does not keep the hub busy."""
     turns = []
 
-    def at_once(timeout):
-        turns.append(world.backend.now())
+    def return_immediately(timeout):
+        turns.append(harness.backend.now())
 
-    world.app.drain_events = at_once
-    world.backend.advance(1)
-    assert len(turns) <= 1 / broker.SLICE_SECONDS + 2
+    harness.app.drain_events = return_immediately
+    harness.backend.advance(1)
+    assert len(turns) <= 1 / SLICE_SECONDS + 2
 
 
-def test_the_end_is_bounded(world):
-    """A broker that never falls silent does not keep the agent from stopping."""
-    world.backend.advance(1)
-    world.app.drain_events = lambda timeout: (
-        world.app.callback({}, None) or world.backend.sleep(0.01)
+def test_receiver_drain_is_bounded(harness):
+    """A broker that keeps sending events does not delay the agent's stop."""
+    harness.backend.advance(1)
+    harness.app.drain_events = lambda timeout: (
+        harness.app.callback({}, None) or harness.backend.sleep(0.01)
     )
-    world.stop_event.set()
-    began = world.backend.now()
-    world.stream.finish()
-    assert world.backend.now() - began <= POLL_TIMEOUT + DRAIN_MAX + 0.1
-    world.backend.advance(1)
-    assert not world.task.alive()
+    harness.stop_event.set()
+    started_at = harness.backend.now()
+    harness.receiver.finish()
+    assert harness.backend.now() - started_at <= POLL_TIMEOUT + DRAIN_MAX + 0.1
+    harness.backend.advance(1)
+    assert not harness.task.alive()
 
 
-def test_a_child_leaves_the_parent_s_connection_alone(world, monkeypatch):
-    """In a forked child the copy ends without closing anything: that would cancel the parent's subscription."""
-    world.backend.advance(1)
-    monkeypatch.setattr(type(world.backend), "forked", lambda _backend: True)
+def test_receiver_keeps_connection_open_in_forked_child(harness, monkeypatch):
+    """In a forked child the receiver ends without a release, which would cancel the parent's
+    subscription.
+    """
+    harness.backend.advance(1)
+    monkeypatch.setattr(type(harness.backend), "forked", lambda _backend: True)
 
     def in_child():
         raise ForkedChildError
 
-    world.app.drain = in_child
-    world.backend.advance(2)
-    assert world.app.released == 0
-    assert not world.stream._finished.is_set()
-    assert world.stream.failures == 0
+    harness.app.drain = in_child
+    harness.backend.advance(2)
+    assert harness.app.released == 0
+    assert not harness.receiver._finished.is_set()
+    assert harness.receiver.failures == 0
 
 
-def test_a_process_that_was_patched_too_late(backend, mode, until, monkeypatch, caplog):
-    """Where kombu was imported before the patching, its wait would hold up the hub: the broker is left alone and a warning says why."""
-    asked = []
-    app = SimpleNamespace(connection_for_read=lambda **_: asked.append(1))
+def test_receiver_is_inert_when_patched_after_kombu(backend, mode, until, monkeypatch, caplog):
+    """If kombu was imported before the patching, the broker is not read and a warning says why."""
+    attempts = []
+    app = SimpleNamespace(connection_for_read=lambda **_: attempts.append(1))
     monkeypatch.setattr(eventio, "_selectf", lambda: None)
     stop_event = backend.event()
     task = backend.spawn(EventReceiver(app, None, None, backend).run, stop_event, name="late")
-    until(lambda: asked or "imported kombu before it was patched" in caplog.text)
+    until(lambda: attempts or "imported kombu before it was patched" in caplog.text)
     stop_event.set()
     assert task.join(10)
-    assert bool(asked) == (mode == "threads")
+    assert bool(attempts) == (mode == "threads")

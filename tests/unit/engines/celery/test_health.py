@@ -1,50 +1,51 @@
-"""Celery's health, asked of its broker and read from its worker."""
+"""Health probes of Celery's broker and workers."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 
-celery = pytest.importorskip("celery")
+pytest.importorskip("celery")
 
-from celery.worker import state  # noqa: E402
+from celery.worker import state
 
-from z4j_bare.engines.celery import worker_health as worker  # noqa: E402
-from z4j_bare.engines.celery.broker_health import BrokerProbe  # noqa: E402
-from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details  # noqa: E402
-from z4j_bare.monitoring import health as probes  # noqa: E402
+from tests.support.celery_fakes import memory_app
+from z4j_bare.engines.celery import worker_health
+from z4j_bare.engines.celery.broker_health import BrokerProbe
+from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details
+from z4j_bare.monitoring import health as probes
 
 
-class Request:
-    """A running task, as far as Celery's own ``Request.info`` is asked."""
+class FakeRequest:
+    """A running task, with the ``info`` of Celery's Request."""
 
     def info(self, safe):
         return {"id": "1", "name": "t.pays", "args": "('4111',)", "kwargs": "{}", "safe": safe}
 
 
-class Hasty(set):
-    """A set that another thread changes during the first looks."""
+class ChangingSet(set):
+    """A set that another thread changes during the first iterations."""
 
-    looks = 2
+    failures = 2
 
     def __iter__(self):
-        if self.looks:
-            self.looks -= 1
+        if self.failures:
+            self.failures -= 1
             raise RuntimeError("Set changed size during iteration")
         return super().__iter__()
 
 
 @pytest.fixture
 def app():
-    made = celery.Celery("z4j-health", broker="memory://", set_as_current=False)
+    app = memory_app("z4j-health")
 
-    @made.task(name="t.pays", shared=False)
+    @app.task(name="t.pays", shared=False)
     def pays():
         return None
 
-    made.conf.worker_prefetch_multiplier = 7
-    yield made
-    made.close()
+    app.conf.worker_prefetch_multiplier = 7
+    yield app
+    app.close()
 
 
 @pytest.fixture
@@ -59,10 +60,12 @@ def consumer(app):
     )
 
 
-def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch):
-    """Statistics, queues, tasks, settings and running tasks are there, and no remote control is used for them."""
+def test_local_details_need_no_remote_control(app, consumer, monkeypatch):
+    """Statistics, queues, tasks and settings are read from the worker's objects, without
+    credentials.
+    """
     monkeypatch.setattr(app, "control", None)
-    monkeypatch.setattr(state, "active_requests", [Request()])
+    monkeypatch.setattr(state, "active_requests", [FakeRequest()])
     facts = local_details(consumer)["w@web-1.example.com"]
     assert facts["stats"]["pool"] == {"max-concurrency": 3}
     assert [queue["name"] for queue in facts["active_queues"]] == ["celery"]
@@ -71,31 +74,31 @@ def test_a_worker_tells_of_itself_without_being_asked(app, consumer, monkeypatch
     assert "broker_url" not in facts["conf"]
 
 
-def test_running_tasks_come_without_arguments(consumer, monkeypatch):
-    """The brain keeps worker details as they are, so nothing that a redaction would look at is in them."""
-    monkeypatch.setattr(state, "active_requests", [Request()])
+def test_local_details_omit_arguments_of_running_tasks(consumer, monkeypatch):
+    """The brain stores worker details unredacted, so they contain no arguments."""
+    monkeypatch.setattr(state, "active_requests", [FakeRequest()])
     assert local_details(consumer)["w@web-1.example.com"]["active"] == [
         {"id": "1", "name": "t.pays", "safe": True}
     ]
 
 
-def test_a_set_that_changes_is_looked_at_again(consumer, monkeypatch):
-    """The worker's own thread adds and removes running tasks while ours reads; a set that never rests is left out."""
-    hasty = Hasty([Request()])
-    monkeypatch.setattr(state, "active_requests", hasty)
+def test_local_details_copy_changing_set_again(consumer, monkeypatch):
+    """A set that changes during the copy is copied again; after three failures it is omitted."""
+    changing = ChangingSet([FakeRequest()])
+    monkeypatch.setattr(state, "active_requests", changing)
     assert len(local_details(consumer)["w@web-1.example.com"]["active"]) == 1
-    hasty.looks = 3
+    changing.failures = 3
     assert "active" not in local_details(consumer)["w@web-1.example.com"]
 
 
-def test_a_worker_that_reconnects_has_no_queues(consumer, monkeypatch):
-    """Between two connections to the broker there is no task consumer, and the rest is told all the same."""
+def test_local_details_omit_queues_while_reconnecting(consumer, monkeypatch):
+    """Between two broker connections there is no task consumer; the rest is still reported."""
     consumer.task_consumer = None
     assert "active_queues" not in local_details(consumer)["w@web-1.example.com"]
 
 
-def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypatch):
-    """A forked child closes the app's pool and would read our answer from it: nobody waits for one in there."""
+def test_remote_details_use_unpooled_connection(app, monkeypatch):
+    """The request uses no pooled connection, whose replies a forked child would read."""
     used = []
 
     class Inspect:
@@ -113,28 +116,28 @@ def test_workers_elsewhere_are_asked_over_a_connection_of_our_own(app, monkeypat
     assert not connection.connected
 
 
-def test_workers_elsewhere_may_all_be_silent(app, monkeypatch):
-    """Nobody answers: there are no details, and no error."""
-    monkeypatch.setattr(worker, "REPLY_TIMEOUT", 0.01)
+def test_remote_details_are_empty_without_replies(app, monkeypatch):
+    """If no worker replies there are no details and no error."""
+    monkeypatch.setattr(worker_health, "REPLY_TIMEOUT", 0.01)
     assert remote_details(app) == {}
 
 
-def test_details_are_renewed_every_minute(app, consumer):
-    """The answer is kept for a minute; a name that the brain would redact is rewritten."""
-    now, looks = [100.0], []
-    consumer.controller.stats = lambda: looks.append(1) or {}
+def test_worker_details_are_cached_for_a_minute(app, consumer):
+    """The details are read once a minute, and a name that the brain would redact is rewritten."""
+    now, reads = [100.0], []
+    consumer.controller.stats = lambda: reads.append(1) or {}
     details = WorkerDetails(app, consumer, lambda name: "@" in name, clock=lambda: now[0])
     assert list(json.loads(details())) == ["w@web-1_example_com"]
-    now[0] += worker.DETAILS_TTL - 1
+    now[0] += worker_health.DETAILS_TTL - 1
     details()
-    assert len(looks) == 1
+    assert len(reads) == 1
     now[0] += 1
     details()
-    assert len(looks) == 2
+    assert len(reads) == 2
 
 
-def test_a_broker_that_answers_is_connected(app):
-    """The probe names the broker's kind, and the depth of each queue it is asked for."""
+def test_broker_probe_reports_type_and_queue_depths(app):
+    """A broker that answers is connected; its type and the depth of each queue are reported."""
     probe = BrokerProbe("celery", app, lambda: ["idle"])
     try:
         answer = probe()
@@ -147,8 +150,8 @@ def test_a_broker_that_answers_is_connected(app):
         probe.close()
 
 
-def test_a_channel_is_kept_while_it_is_good(app):
-    """Probes share one channel; a kept one that is out of date costs another try, not a false alarm."""
+def test_broker_probe_reuses_channel_until_it_fails(app):
+    """Probes share a channel; a stale one is replaced in the same probe."""
     probe = BrokerProbe("celery", app, lambda: ["one", "two"])
     try:
         probe()
@@ -166,33 +169,35 @@ def test_a_channel_is_kept_while_it_is_good(app):
         probe.close()
 
 
-def test_a_broker_that_is_away_is_not(app):
-    """A refused connection is an answer too, without the broker's address in it."""
+def test_broker_probe_reports_refused_connection(app):
+    """A refused connection is reported without the broker's address."""
     app.conf.broker_url = "redis://:secret@127.0.0.1:1/0"
     answer = BrokerProbe("celery", app, lambda: ["celery"])()
     assert answer["celery.broker_connected"] == "False"
     assert "secret" not in str(answer)
 
 
-def test_a_question_is_not_asked_twice_at_a_time(bridge, backend, monkeypatch, until):
-    """While an answer is outstanding the check fails, and the late answer is the next one."""
+def test_cached_probe_runs_once_at_a_time(bridge, backend, monkeypatch, until):
+    """While a check runs the probe fails, and the late answer is used next."""
     monkeypatch.setattr(probes, "PATIENCE", 0.05)
-    go, asked = backend.event(), []
+    go, runs = backend.event(), []
 
-    def question():
-        asked.append(1)
+    def check():
+        runs.append(1)
         go.wait()
-        return {"x": str(len(asked))}
+        return {"x": str(len(runs))}
 
-    ask = probes.CachedProbe(bridge, question, lambda error: {"failed": type(error).__name__})
-    assert ask() == {"failed": "TimeoutError"}
-    assert ask() == {"failed": "TimeoutError"}
-    assert len(asked) == 1
+    probe = probes.CachedProbe(bridge, check, lambda error: {"failed": type(error).__name__})
+    assert probe() == {"failed": "TimeoutError"}
+    assert probe() == {"failed": "TimeoutError"}
+    assert len(runs) == 1
     go.set()
-    until(lambda: ask().get("x"))
+    until(lambda: probe().get("x"))
 
 
-def test_a_question_that_fails_says_so(bridge):
-    """An error becomes the answer that the caller has for it."""
-    ask = probes.CachedProbe(bridge, lambda: 1 / 0, lambda error: {"failed": type(error).__name__})
-    assert ask() == {"failed": "ZeroDivisionError"}
+def test_cached_probe_returns_entries_for_error(bridge):
+    """An exception becomes the entries that the caller provides for it."""
+    probe = probes.CachedProbe(
+        bridge, lambda: 1 / 0, lambda error: {"failed": type(error).__name__}
+    )
+    assert probe() == {"failed": "ZeroDivisionError"}

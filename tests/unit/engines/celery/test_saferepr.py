@@ -1,4 +1,4 @@
-"""Values read out of Celery's text: equal where nothing was lost, harmless everywhere else."""
+"""Values parsed from ``saferepr`` text: equal where nothing was cut, safe everywhere else."""
 
 import datetime as dt
 import json
@@ -18,7 +18,7 @@ SECRET = "hunter2"
 
 redactor = Redactor(RedactionEngine())
 
-#: Celery escapes no backslash, so text with one cannot always be told from its end; three dots are its own mark.
+#: Text without backslashes: Celery does not escape them, so the end of a string is ambiguous.
 words = st.text(st.characters(exclude_characters="\\", exclude_categories=["Cs"]), max_size=20)
 scalars = (
     st.none()
@@ -41,8 +41,8 @@ neighbours = st.recursive(
 )
 
 
-class Odd:
-    """An object that calls itself what a test says."""
+class CustomRepr:
+    """An object with a given ``repr``."""
 
     def __init__(self, name):
         self.name = name
@@ -51,21 +51,21 @@ class Odd:
         return self.name
 
 
-def no_secret(_word):
+def nothing_sensitive(_word):
     return False
 
 
 @given(values)
-def test_what_celery_did_not_cut_is_read_back(value):
-    """JSON values survive the way through Celery's notation unchanged."""
-    assert parse(saferepr(value, maxlevels=None), no_secret) == value
+def test_parse_inverts_saferepr(value):
+    """JSON values survive the conversion to Celery's notation and back."""
+    assert parse(saferepr(value, maxlevels=None), nothing_sensitive) == value
 
 
-def test_python_s_own_types():
-    """Tuples and sets become lists, bytes their class as in a worker; anything else stays as text."""
+def test_parse_converts_python_types():
+    """Tuples and sets become lists, bytes the name of their class; other objects stay text."""
     day, number = dt.datetime(2026, 1, 2), uuid.UUID(int=1)
     given = ((1, {2}), {"raw": b"abc", "day": day, "id": number, 5: None})
-    assert parse(saferepr(given), no_secret) == [
+    assert parse(saferepr(given), nothing_sensitive) == [
         [1, [2]], {"raw": "<builtins.bytes>", "day": repr(day), "id": repr(number), "5": None}
     ]  # fmt: skip
 
@@ -88,9 +88,9 @@ def test_python_s_own_types():
         ("}", "}"),
     ],
 )
-def test_what_is_cut_or_odd(text, value):
-    """What Celery left out is marked, and what is no literal is text between its neighbours."""
-    assert parse(text, no_secret) == value
+def test_parse_marks_cut_values_and_keeps_opaque_text(text, value):
+    """What Celery left out is marked, and what cannot be parsed is text between its neighbours."""
+    assert parse(text, nothing_sensitive) == value
 
 
 @given(st.text(st.sampled_from("'\"\\()[]{}<>,:. ab1-e\n") | st.characters(), max_size=200))
@@ -98,8 +98,8 @@ def test_what_is_cut_or_odd(text, value):
 @example("{'a':" * 2000)
 @example("'\\" * 5000)
 @example("<a," * 3000)
-def test_any_text_is_read(text):
-    """Whatever stands there, the outcome is JSON, and not much larger than the text."""
+def test_parse_accepts_any_text(text):
+    """The result for any text is JSON, not much larger than the text."""
     encoded = json.dumps(parse(text, redactor.is_sensitive_key), allow_nan=False)
     assert len(encoded) <= 12 * min(len(text), MAX_TEXT) + 200
 
@@ -111,36 +111,38 @@ def test_any_text_is_read(text):
     st.integers(1, 400),
     st.booleans(),
 )
-def test_no_secret_survives(before, key, after, length, nested):
-    """Whatever stands beside it and wherever Celery cuts, the value under a sensitive key is hidden or gone."""
+def test_parse_hides_value_of_sensitive_key(before, key, after, length, nested):
+    """Whatever surrounds it and wherever Celery cuts, the value of a sensitive key is redacted or
+    missing.
+    """
     hidden = {"before": before, key: [SECRET] if nested else SECRET, "after": after}
-    told = redactor.scrub(parse(saferepr(hidden, maxlen=length), redactor.is_sensitive_key))
-    assert SECRET not in json.dumps(told)
+    parsed = redactor.scrub(parse(saferepr(hidden, maxlen=length), redactor.is_sensitive_key))
+    assert SECRET not in json.dumps(parsed)
 
 
 @given(st.text(string.printable, max_size=30), st.text(string.printable, max_size=30))
 @example("<User ", ", 12>")
 @example("C:\\", "")
-def test_an_odd_repr_gives_nothing_away(start, end):
-    """An object that shows a password in its own words is hidden, and so is every other piece that cannot be read."""
-    told = redactor.scrub(
+def test_parse_hides_secret_in_opaque_text(start, end):
+    """Opaque text that names a password is redacted, and so is every other opaque text."""
+    parsed = redactor.scrub(
         parse(
-            saferepr({"who": Odd(f"<{start} password={SECRET} {end}>"), "n": 1}),
+            saferepr({"who": CustomRepr(f"<{start} password={SECRET} {end}>"), "n": 1}),
             redactor.is_sensitive_key,
         )
     )
-    assert SECRET not in json.dumps(told)
+    assert SECRET not in json.dumps(parsed)
 
 
-def test_a_path_does_not_swallow_the_next_key():
-    """A backslash before a quote, which Celery does not escape, leaves the password after it hidden."""
+def test_parse_ends_string_at_unescaped_backslash():
+    """Celery does not escape a backslash before a quote; the password after it stays hidden."""
     text = saferepr({"path": "C:\\", "password": SECRET, "more": "x"})
     assert redactor.scrub(parse(text, redactor.is_sensitive_key))["password"] == "[REDACTED]"
 
 
-def test_only_text_is_kept_to_be_read():
-    """Text is bounded and read later; real values, which protocol 1 can bring, are copied as in a worker."""
+def test_bound_keeps_text_and_copies_values():
+    """Text is bounded and parsed later; real values, which protocol 1 can carry, are copied."""
     assert isinstance(bound("(1,)"), ReprText)
     assert len(bound("x" * 100_000)) == MAX_TEXT
     assert bound([1, (2,)]) == [1, [2]]
-    assert parse(bound("(" + "1, " * 100_000), no_secret)[-1] == CUT
+    assert parse(bound("(" + "1, " * 100_000), nothing_sensitive)[-1] == CUT

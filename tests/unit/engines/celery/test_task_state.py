@@ -1,4 +1,4 @@
-"""Stamps, tracks, kinds and encoding: what the brain needs to put events in order."""
+"""Task states, task types and encoders: the order and the content of events."""
 
 import json
 from types import SimpleNamespace
@@ -29,28 +29,33 @@ def encoder():
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
-def test_stamps_never_go_back(clock):
-    """Whatever the clock does, a task's stamps do not regress: the brain refuses an older one."""
+def test_timestamps_never_decrease(clock):
+    """A task's timestamps do not decrease, because the brain rejects an older one."""
     task_state = TaskState(TaskType("a", None), None)
-    stamps = [task_state.next_timestamp(now, "task.received") for now in clock]
-    assert stamps == sorted(stamps)
+    timestamps = [task_state.next_timestamp(now, "task.received") for now in clock]
+    assert timestamps == sorted(timestamps)
 
 
-def test_second_event_of_a_kind_gets_its_own_second():
-    """Two retries within one second get different whole seconds, because the brain drops the second of a pair."""
+def test_repeated_kind_gets_its_own_second():
+    """Two retries within a second get different whole seconds, because the brain drops one of a
+    pair.
+    """
     task_state = TaskState(TaskType("a", None), None)
-    stamps = [task_state.next_timestamp(100.2, "task.retried") for _ in range(3)]
-    assert [int(stamp) for stamp in stamps] == [100, 101, 102]
+    timestamps = [task_state.next_timestamp(100.2, "task.retried") for _ in range(3)]
+    assert [int(timestamp) for timestamp in timestamps] == [100, 101, 102]
 
 
-def test_stamps_do_not_run_away():
-    """However many events of a kind come in one second, stamps stay within five seconds of the clock."""
+def test_timestamps_lead_clock_by_bounded_time():
+    """Timestamps of many events of a kind stay within five seconds of the clock."""
     task_state = TaskState(TaskType("a", None), None)
-    assert max(task_state.next_timestamp(100.0, "task.retried") for _ in range(50)) <= 100.0 + MAX_TIMESTAMP_LEAD
+    assert (
+        max(task_state.next_timestamp(100.0, "task.retried") for _ in range(50))
+        <= 100.0 + MAX_TIMESTAMP_LEAD
+    )
 
 
 def test_different_kinds_share_a_second():
-    """Received and started in one second are no pair."""
+    """Received and started may have the same second."""
     task_state = TaskState(TaskType("a", None), None)
     assert (
         int(task_state.next_timestamp(100.2, "task.received"))
@@ -59,8 +64,8 @@ def test_different_kinds_share_a_second():
     )
 
 
-def test_tracks_are_bounded():
-    """Tasks that leave for another worker and never come back do not pile up."""
+def test_task_states_are_bounded():
+    """States of tasks that continue in another worker are evicted."""
     task_states = TaskStates()
     for number in range(MAX_TASKS + 10):
         task_states.add(str(number), TaskState(TaskType("a", None), None))
@@ -69,36 +74,36 @@ def test_tracks_are_bounded():
     assert task_states.end(str(MAX_TASKS)) is not None
 
 
-def test_kinds_read_annotations_once():
-    """A task's @z4j_meta is read at its first event and its fields go into every one."""
-    asked = []
-    kinds = TaskTypes(
+def test_task_types_read_meta_once():
+    """A task's ``@z4j_meta`` is read at its first event, and its fields are in every event."""
+    read = []
+    task_types = TaskTypes(
         lambda task: (
-            asked.append(task) or TaskMeta(tags=("billing",), priority="high", deadline_ms=5)
+            read.append(task) or TaskMeta(tags=("billing",), priority="high", deadline_ms=5)
         )
     )
     task = SimpleNamespace(name="shop.pay")
-    assert kinds.of(task) is kinds.of(task)
-    assert kinds.of(task).fields == {
+    assert task_types.of(task) is task_types.of(task)
+    assert task_types.of(task).fields == {
         "task_name": "shop.pay",
         "tags": ["billing"],
         "priority": "high",
         "deadline_ms": 5,
     }
-    assert len(asked) == 1
+    assert len(read) == 1
 
 
-def test_skip_and_sample_rate():
-    """Skipped tasks are not reported; a sampled one is reported for that share of ids, always the same ones."""
+def test_sampling_selects_share_of_ids():
+    """Skipped tasks are not sampled; a rate selects that share of ids, and always the same ones."""
     assert not TaskType("a", TaskMeta(skip=True)).is_sampled("x")
-    kind = TaskType("a", TaskMeta(sample_rate=0.25))
-    chosen = [number for number in range(4000) if kind.is_sampled(str(number))]
+    task_type = TaskType("a", TaskMeta(sample_rate=0.25))
+    chosen = [number for number in range(4000) if task_type.is_sampled(str(number))]
     assert 800 < len(chosen) < 1200
-    assert chosen == [number for number in range(4000) if kind.is_sampled(str(number))]
+    assert chosen == [number for number in range(4000) if task_type.is_sampled(str(number))]
 
 
-def test_ids_are_uuids_of_version_4():
-    """Event ids are valid for the brain, and different."""
+def test_ids_are_unique_uuids_of_version_4():
+    """Event ids are different, and valid for the brain."""
     new_id = new_ids()
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
@@ -114,8 +119,8 @@ def test_ids_are_uuids_of_version_4():
         max_size=5,
     ),
 )
-def test_encoded_events_are_canonical(task_id, stamp, kwargs):
-    """The hand-assembled envelope is the canonical JSON of what it says."""
+def test_encoder_output_is_canonical(task_id, stamp, kwargs):
+    """The assembled envelope is the canonical JSON of its content."""
     encoded = encoder()(
         (None, "task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs})
     )
@@ -123,12 +128,12 @@ def test_encoded_events_are_canonical(task_id, stamp, kwargs):
     assert json.loads(encoded)["task_id"] == task_id
 
 
-def test_times_are_utc_with_microseconds():
-    """A stamp becomes ISO 8601 in UTC; also when the second changes and comes back."""
-    make = encoder()
+def test_encoder_writes_utc_with_microseconds():
+    """A timestamp becomes ISO 8601 in UTC, also when the second changes back."""
+    encode = encoder()
     times = [
-        json.loads(make((None, "task.started", stamp, "t", {}, {})))["occurred_at"]
-        for stamp in (0.25, 61.000001, 0.5)
+        json.loads(encode((None, "task.started", timestamp, "t", {}, {})))["occurred_at"]
+        for timestamp in (0.25, 61.000001, 0.5)
     ]
     assert times == [
         "1970-01-01T00:00:00.250000+00:00",
@@ -137,8 +142,8 @@ def test_times_are_utc_with_microseconds():
     ]
 
 
-def test_unencodable_text_is_made_plain():
-    """A lone surrogate or NaN in a task's data costs its own characters, not the event."""
+def test_encoder_replaces_unencodable_text():
+    """A lone surrogate or NaN costs its own characters, not the event."""
     data = json.loads(
         encoder()(
             (
@@ -155,23 +160,25 @@ def test_unencodable_text_is_made_plain():
     assert data["task_id"] == "t?"
 
 
-def own(meta, **data):
+def data_with(meta, **data):
     return json.loads(encoder()((None, "task.received", 1.0, "t", {}, {**data, "_meta": meta})))[
         "data"
     ]
 
 
-def test_kept_kwargs():
-    """keep_kwargs keeps those, drops others, and hides the positions, which have no names."""
-    assert own(TaskMeta(keep_kwargs=frozenset({"a"})), args=[1], kwargs={"a": 1, "b": 2}) == {
+def test_keep_kwargs_drops_others():
+    """``keep_kwargs`` keeps those, drops others, and redacts positional arguments, which have no
+    names.
+    """
+    assert data_with(TaskMeta(keep_kwargs=frozenset({"a"})), args=[1], kwargs={"a": 1, "b": 2}) == {
         "args": "[REDACTED]",
         "kwargs": {"a": 1},
     }
 
 
-def test_redacted_kwargs_and_result():
-    """redact_kwargs and redact_result hide what they name, whatever the default rules think of it."""
-    data = own(
+def test_task_meta_redacts_kwargs_and_result():
+    """``redact_kwargs`` and ``redact_result`` redact what the default rules would keep."""
+    data = data_with(
         TaskMeta(redact_kwargs=frozenset({"b"}), redact_result=True),
         kwargs={"a": 1, "b": 2},
         result=3,
@@ -179,8 +186,8 @@ def test_redacted_kwargs_and_result():
     assert data == {"kwargs": {"a": 1, "b": "[REDACTED]"}, "result": "[REDACTED]"}
 
 
-def test_long_tracebacks_are_cut_after_redaction():
-    """A traceback is cut to what the adapter's own hooks send, with their mark."""
+def test_encoder_truncates_long_traceback():
+    """A traceback is truncated like that of the adapter's own hooks, with their marker."""
     data = json.loads(
         encoder()((None, "task.failed", 1.0, "t", {}, {"traceback": "line\n" * 1020}))
     )["data"]
@@ -188,8 +195,8 @@ def test_long_tracebacks_are_cut_after_redaction():
     assert len(data["traceback"]) < 4200
 
 
-def test_only_names_that_redaction_swallows_are_rewritten():
-    """An FQDN worker name gets underscores in its host part; any other name stays as it is."""
+def test_safe_name_rewrites_only_redacted_names():
+    """A fully qualified host name gets underscores; any other name stays unchanged."""
     matches = RedactionEngine().value_matches
     assert safe_name("celery@web-1.example.com", matches) == "celery@web-1_example_com"
     assert safe_name("celery@web-1", matches) == "celery@web-1"
@@ -197,38 +204,42 @@ def test_only_names_that_redaction_swallows_are_rewritten():
 
 
 def test_presence_announces_each_worker_once():
-    """A worker seen again is no news; an announcement names every worker known."""
-    got = []
+    """A known worker is not announced again, and an announcement names every known worker."""
+    recorded = []
     presence = Presence(
         "celery",
-        lambda item: got.append(json.loads(item[0](item))),
+        lambda item: recorded.append(json.loads(item[0](item))),
         RedactionEngine().value_matches,
         clock=lambda: 1.5,
     )
     presence.online("w@a.example.com")
     presence.online("w@a.example.com")
     presence.announce("worker.offline")
-    assert [(event["kind"], event["data"]["worker"]) for event in got] == [
+    assert [(event["kind"], event["data"]["worker"]) for event in recorded] == [
         ("worker.online", "w@a_example_com"),
         ("worker.offline", "w@a_example_com"),
     ]
-    assert got[0]["occurred_at"] == "1970-01-01T00:00:01.500000+00:00"
+    assert recorded[0]["occurred_at"] == "1970-01-01T00:00:01.500000+00:00"
 
 
-def test_presence_forgets():
-    """A worker that left is told once, one that fell silent is not told; neither is announced again."""
-    got = []
+def test_presence_removes_workers():
+    """A removed worker is announced as offline at most once, and only on request."""
+    recorded = []
     presence = Presence(
         "celery",
-        lambda record: got.append((record[1], record[-1]["worker"])),
+        lambda record: recorded.append((record[1], record[-1]["worker"])),
         RedactionEngine().value_matches,
     )
-    left, silent = presence.online("left@a.example.com"), presence.online("silent@a")
-    presence.remove(left, announce=True)
-    presence.remove(left, announce=True)
+    offline, silent = presence.online("offline@a.example.com"), presence.online("silent@a")
+    presence.remove(offline, announce=True)
+    presence.remove(offline, announce=True)
     presence.remove(silent, announce=False)
     presence.announce("worker.heartbeat")
-    assert got == [("worker.online", left), ("worker.online", silent), ("worker.offline", left)]
+    assert recorded == [
+        ("worker.online", offline),
+        ("worker.online", silent),
+        ("worker.offline", offline),
+    ]
 
 
 names = st.text(st.characters(codec="utf-8"), max_size=9)
@@ -257,8 +268,8 @@ metas = st.sampled_from(
     above=st.tuples(ids, ids),
     outcome=st.tuples(st.booleans(), anything | st.just(float("nan")), st.booleans()),
 )
-def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
-    """The three events of a task, spliced from text, are the bytes that the encoder makes of the same fields."""
+def test_spliced_events_equal_encoded_events(task, call, above, outcome):
+    """The three spliced events of a task equal those of the encoder for the same fields."""
     name, queue, meta, worker = task
     task_state, redactor = TaskState(TaskType(name, meta), queue), Redactor(RedactionEngine())
     task_encoder, plain = TaskEncoder("celery", redactor, worker), Encoder("celery", redactor)
@@ -282,30 +293,32 @@ def test_what_is_spliced_is_what_the_encoder_makes(task, call, above, outcome):
         }
     )
     args, kwargs = call or (None, None)
-    written = [
+    encoded = [
         task_encoder.received((None, 5.0, "t", task_state, args, kwargs, *above)),
         task_encoder.started((None, 5.1, "t", task_state)),
         task_encoder.succeeded((None, 5.2, "t", task_state, 1.5, *outcome[:2])),
     ]
-    for bytes_, stamp, (kind, fields) in zip(written, (5.0, 5.1, 5.2), expected, strict=True):
-        assert without_id(bytes_) == without_id(
-            plain((None, kind, stamp, "t", task_state.task_type.fields, fields))
+    for spliced, timestamp, (kind, fields) in zip(encoded, (5.0, 5.1, 5.2), expected, strict=True):
+        assert without_id(spliced) == without_id(
+            plain((None, kind, timestamp, "t", task_state.task_type.fields, fields))
         )
-        assert canonical_plain(json.loads(bytes_)) == bytes_
+        assert canonical_plain(json.loads(spliced)) == spliced
 
 
 def without_id(event):
     return {**json.loads(event), "id": ""}
 
 
-def test_notes_are_stamped_in_the_order_of_the_ring():
-    """Whatever is written up later, a note that is stamped at once has its time before those that others stamp meanwhile."""
+def test_stamped_now_assigns_timestamp_before_encoding():
+    """A record stamped now has a timestamp before those that are assigned until it is encoded."""
     task_state, task_encoder = (
         TaskState(TaskType("a", None), "q"),
         TaskEncoder("celery", Redactor(RedactionEngine()), "w"),
     )
-    note = task_encoder.stamped_now((task_encoder.received, 10.0, "t", task_state, None, None, None, None))
+    record = task_encoder.stamped_now(
+        (task_encoder.received, 10.0, "t", task_state, None, None, None, None)
+    )
     assert task_state.next_timestamp(10.5, "task.started") == 10.5
-    assert json.loads(note[0](note))["occurred_at"].endswith("00:00:10.000000+00:00")
+    assert json.loads(record[0](record))["occurred_at"].endswith("00:00:10.000000+00:00")
     other = (task_encoder.started, 11.0, "t", task_state)
     assert task_encoder.stamped_now(other) is other
