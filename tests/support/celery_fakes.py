@@ -219,7 +219,7 @@ class FakeCluster:
 
 
 class FakeBroker:
-    """An application and its only connection. ``error`` and ``drain`` decide what happens.
+    """An application that is also its only connection. ``error`` and ``drain`` set what it does.
 
     ``attempts`` has the time of each connection attempt.
     """

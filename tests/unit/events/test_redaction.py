@@ -1,4 +1,4 @@
-"""The redactor gives z4j_core's answers."""
+"""The redactor returns what z4j_core's redaction engine returns."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""The bounded copy: faithful to plain values, deaf to the host's code, cheap for huge ones."""
+"""Snapshots are equal to plain values, run no host code, and have a bounded cost."""
 
 import dataclasses
 import datetime as dt
@@ -66,12 +66,12 @@ class Level(enum.IntEnum):
     ],
 )
 def test_snapshot_converts_common_types(value, expected):
-    """Common types become text, tuples and sets lists, and other objects the name of their class."""
+    """Common types become text, tuples and sets become lists, others the name of their class."""
     assert snapshot([value]) == [expected]
 
 
 class Rude:
-    """Every way of asking it anything fails the test."""
+    """An object whose methods all fail the test."""
 
     def _fail(self, *_):
         raise AssertionError("the host's code was called")

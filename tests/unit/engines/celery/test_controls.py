@@ -237,7 +237,7 @@ def test_effect_check_is_repeated_after_failure(cluster, worker):
 
 
 def test_rate_limit_fails_when_not_applied(cluster, worker):
-    """Unknown tasks, invalid rates and workers that only accept are failures that name the worker."""
+    """Unknown tasks, invalid rates and limits without effect are failures."""
     assert f"{ALIAS} says: unknown task" in str(
         cluster.error_of("rate_limit", "no.such", "1", worker_name=ALIAS)
     )

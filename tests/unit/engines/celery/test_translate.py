@@ -91,9 +91,14 @@ def test_translator_completes_all_events_of_a_task(harness):
     name.
     """
     assert harness.send("task-received", **received(root_id="r", parent_id="p")) == {
-        "task_name": "plain", "worker": "w@h", "queue": "queue of w@h, plain", "args": [1, "two"],
-        "kwargs": {"amount": 3, "password": "[REDACTED]"}, "parent_task_id": "p", "root_task_id": "r",
-    }  # fmt: skip
+        "task_name": "plain",
+        "worker": "w@h",
+        "queue": "queue of w@h, plain",
+        "args": [1, "two"],
+        "kwargs": {"amount": 3, "password": "[REDACTED]"},
+        "parent_task_id": "p",
+        "root_task_id": "r",
+    }
     common = {"task_name": "plain", "worker": "w@h", "queue": "queue of w@h, plain"}
     assert harness.send("task-started") == common
     assert harness.send("task-succeeded", result="{'n': 5}", runtime=0.0256) == {
