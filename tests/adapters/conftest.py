@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters import table
+from tests.adapters import compatibility
 from tests.e2e.conftest import brain, redis_url
 
 __all__ = ["brain", "redis_url"]
@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def prove(request):
-    """``prove(row, column, text)``: enter a cell into the table, if the test passes; see ``table.render`` for the row."""
+    """``prove(row, column, text)``: enter a cell into the table, if the test passes; see ``compatibility.render`` for the row."""
     request.node.stash[_claims] = []
     return lambda *claim: request.node.stash[_claims].append(claim)
 
@@ -43,4 +43,4 @@ def pytest_sessionfinish(session, exitstatus):
         session.config.getoption("--write-table", default=False)
         and exitstatus == pytest.ExitCode.OK
     ):
-        table.write(DOCUMENT, _proven)
+        compatibility.write(DOCUMENT, _proven)

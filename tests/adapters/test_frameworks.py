@@ -19,13 +19,13 @@ GUNICORN = ("gunicorn", "-w", "1", "--threads", "4", "-b", "127.0.0.1:{port}", "
 
 
 @dataclass(frozen=True)
-class Site:
+class Server:
     """A site under a server.
 
     :param package: the server's.
     :param command: console script and words, with ``{port}``.
     :param agents: how many processes have an agent: a preloaded application has one in the master, too.
-    :param ending: the signal that ends it; ``SIGINT`` goes to the whole group, as a terminal's Ctrl-C does.
+    :param stop_signal: the signal that ends it; ``SIGINT`` goes to the whole group, as a terminal's Ctrl-C does.
     :param code: its exit code then; uvicorn sends itself the signal again once it is done.
     """
 
@@ -34,7 +34,7 @@ class Site:
     package: str
     command: tuple[str, ...]
     agents: int = 1
-    ending: int = signal.SIGTERM
+    stop_signal: int = signal.SIGTERM
     code: int = 0
 
     @property
@@ -42,30 +42,30 @@ class Site:
         return f"z4j-{self.framework}", self.title, self.package
 
 
-SITES = [
-    Site(
+SERVERS = [
+    Server(
         "django",
         "runserver with autoreload",
         "django",
         ("django-admin", "runserver", "{port}"),
-        ending=signal.SIGINT,
+        stop_signal=signal.SIGINT,
     ),
-    Site(
+    Server(
         "django",
         "gunicorn gevent, preloaded, `post_fork()`",
         "gunicorn",
         (*GUNICORN, "gevent", "-c", "python:gunicorn_gevent_conf", "django_wsgi"),
         agents=2,
     ),
-    Site(
+    Server(
         "django",
         "gunicorn gthread, preloaded, `post_fork()`",
         "gunicorn",
         (*GUNICORN, "gthread", "-c", "python:gunicorn_conf", "django_wsgi"),
         agents=2,
     ),
-    Site("flask", "gunicorn gthread", "gunicorn", (*GUNICORN, "gthread", "flask_app:app")),
-    Site(
+    Server("flask", "gunicorn gthread", "gunicorn", (*GUNICORN, "gthread", "flask_app:app")),
+    Server(
         "fastapi",
         "uvicorn",
         "uvicorn",
@@ -77,48 +77,48 @@ SITES = [
 
 @pytest.fixture(
     scope="module",
-    params=SITES,
-    ids=lambda site: "-".join([site.framework, *site.title.split()[:2]]).strip(","),
+    params=SERVERS,
+    ids=lambda server: "-".join([server.framework, *server.title.split()[:2]]).strip(","),
 )
-def site(request):
+def server(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def project(site, brain, redis_url, tmp_path_factory):
+def project(server, brain, redis_url, tmp_path_factory):
     """The server, running, with a session of every agent in it."""
     with AdapterProject(
-        brain, redis_url, tmp_path_factory.mktemp(site.framework), "", "celery"
+        brain, redis_url, tmp_path_factory.mktemp(server.framework), "", "celery"
     ) as here:
         port = free_port()
         here.url = f"http://127.0.0.1:{port}"
-        words = [word.format(port=port) for word in site.command]
-        here.host = here.start(*words, processes=site.agents, DJANGO_SETTINGS_MODULE="django_app")
-        until(lambda: answers(here.url), "the server", timeout=20)
+        words = [word.format(port=port) for word in server.command]
+        here.host = here.start(*words, processes=server.agents, DJANGO_SETTINGS_MODULE="django_app")
+        until(lambda: is_up(here.url), "the server", timeout=20)
         yield here
 
 
-def answers(url):
+def is_up(url):
     try:
         return requests.get(url, timeout=5) is not None
     except requests.ConnectionError:
         return False
 
 
-def visit(project, path):
+def get(project, path):
     answer = requests.get(f"{project.url}/{path}", timeout=20)
     answer.raise_for_status()
     return answer.json()
 
 
-def test_events_reach_the_brain(site, project, prove):
+def test_events_reach_the_brain(server, project, prove):
     """A task that a request runs itself has a row with name, state and result."""
-    row = project.row(visit(project, "add/1/2")["id"], "success")
+    row = project.row(get(project, "add/1/2")["id"], "success")
     assert (row["name"], row["result"]) == ("add", 3)
-    prove(site.row, "events", "started, succeeded")
+    prove(server.row, "events", "started, succeeded")
 
 
-def test_a_submitted_task_is_in_the_queue(site, project, prove):
+def test_a_submitted_task_is_in_the_queue(server, project, prove):
     """What an operator submits is in the broker's queue, with its arguments."""
     row = project.submit("add", 30, 12)
     assert row["status"] == "completed", row["error"]
@@ -128,28 +128,28 @@ def test_a_submitted_task_is_in_the_queue(site, project, prove):
         row["result"]["task_id"],
         "(30, 12)",
     )
-    prove(site.row, "command", "`submit_task`")
+    prove(server.row, "command", "`submit_task`")
 
 
-def test_no_loop_but_the_server_s_own_shows(site, project, prove):
+def test_no_loop_but_the_server_s_own_shows(server, project, prove):
     """A request that looks for a second sees no running loop, or only the one that it runs on, which is not held up."""
-    visit(project, "look")
-    project.saw_no_loop()
-    prove(site.row, "loop visible to tasks", "never")
+    get(project, "look")
+    project.assert_no_loop_seen()
+    prove(server.row, "loop visible to tasks", "never")
 
 
-def test_a_stop_loses_nothing(site, project, prove):
+def test_a_stop_loses_nothing(server, project, prove):
     """Ended right after its last task, the server leaves as it does without an agent, and its tasks are in the brain or, while that is busy, on disk."""
-    last = [visit(project, f"add/{number}/1")["id"] for number in range(10)]
-    if site.ending == signal.SIGINT:
-        os.killpg(project.host.pid, site.ending)
+    last = [get(project, f"add/{number}/1")["id"] for number in range(10)]
+    if server.stop_signal == signal.SIGINT:
+        os.killpg(project.host.pid, server.stop_signal)
     else:
-        os.kill(project.host.pid, site.ending)
+        os.kill(project.host.pid, server.stop_signal)
     until(lambda: not project.host.running, "the server's end", timeout=30)
-    assert project.host.exit_code == site.code
-    assert project.told(last) + project.left() >= len(last)
+    assert project.host.exit_code == server.code
+    assert project.count_succeeded(last) + project.count_buffered() >= len(last)
     prove(
-        site.row,
+        server.row,
         "clean stop",
-        f"{signal.Signals(site.ending).name}, exit code {site.code}, nothing lost",
+        f"{signal.Signals(server.stop_signal).name}, exit code {server.code}, nothing lost",
     )

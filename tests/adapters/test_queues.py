@@ -21,8 +21,8 @@ class Worker:
     :param command: console script and words; the agent comes in with ``app``, the module that the words name.
     :param slots: how many tasks it runs at a time.
     :param agents: how many of its processes have an agent.
-    :param ending: the signal that asks it to finish what it does and leave.
-    :param aborts: whether it can end a task that runs.
+    :param stop_signal: the signal that asks it to finish what it does and leave.
+    :param can_abort: whether it can end a task that runs.
     """
 
     engine: str
@@ -31,42 +31,42 @@ class Worker:
     command: tuple[str, ...]
     slots: int = 1
     agents: int = 1
-    ending: int = signal.SIGTERM
-    aborts: bool = True
+    stop_signal: int = signal.SIGTERM
+    can_abort: bool = True
 
     @property
     def row(self):
         return f"z4j-{self.engine}", self.title, self.engine
 
-    def called(self, chore):
+    def task_name(self, task):
         """Return a task's name: RQ has no other than the function's path."""
-        return f"chores.{chore}" if self.engine == "rq" else chore
+        return f"sample_tasks.{task}" if self.engine == "rq" else task
 
 
 def celery(pool, slots=2, **how):
     """Return Celery's worker with one of its pools."""
-    words = ("celery", "-A", "celery_app", "worker", "-P", pool, "-c", str(slots), "-n", "w1@stage")
+    words = ("celery", "-A", "celery_app", "worker", "-P", pool, "-c", str(slots), "-n", "w1@adapters")
     return Worker("celery", f"{pool} pool", "celery_app", words, slots=slots, **how)
 
 
 WORKERS = [
     celery("gevent"),
     celery("eventlet"),
-    celery("threads", aborts=False),
-    celery("solo", slots=1, aborts=False),
+    celery("threads", can_abort=False),
+    celery("solo", slots=1, can_abort=False),
     celery("prefork"),
     Worker("rq", "Worker, forking", "rq_app", ("rq", "worker", "-c", "rq_app", "--name", "w1")),
     Worker("rq", "SimpleWorker", "rq_app", ("rq", "worker", "-c", "rq_app", "--worker-class", "rq.SimpleWorker")),
     Worker("dramatiq", "dramatiq, threads", "dramatiq_app", ("dramatiq", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
     Worker("dramatiq", "dramatiq-gevent", "dramatiq_app", ("dramatiq-gevent", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
-    Worker("huey", "thread workers", "huey_app", (*HUEY, "huey_app.huey"), slots=2, ending=signal.SIGINT),
+    Worker("huey", "thread workers", "huey_app", (*HUEY, "huey_app.huey"), slots=2, stop_signal=signal.SIGINT),
     Worker(
         "huey", "greenlet workers", "huey_gevent_app", (*HUEY, "-k", "greenlet", "huey_gevent_app.huey"),
-        slots=2, ending=signal.SIGINT,
+        slots=2, stop_signal=signal.SIGINT,
     ),
     Worker(
         "huey", "process workers, `post_fork()`", "huey_app", (*HUEY, "-k", "process", "huey_app.huey"),
-        slots=2, agents=3, ending=signal.SIGINT,
+        slots=2, agents=3, stop_signal=signal.SIGINT,
     ),
     Worker("arq", "arq", "arq_app", ("arq", "arq_app.WorkerSettings"), slots=10),
     Worker("taskiq", "taskiq worker", "taskiq_app", ("taskiq", "worker", "-w", "1", "taskiq_app:broker"), slots=10),
@@ -103,7 +103,7 @@ def test_events_reach_the_brain(worker, project, prove):
     """A task that ends well and one that fails have rows with name and state, and their lives as events."""
     good, bad = project.send(("add", 1, 2), ("fails", "broken"))
     ended, failed = project.row(good, "success"), project.row(bad, "failure")
-    assert (ended["name"], failed["name"]) == (worker.called("add"), worker.called("fails"))
+    assert (ended["name"], failed["name"]) == (worker.task_name("add"), worker.task_name("fails"))
     kinds = project.kinds(good) | project.kinds(bad)
     assert {"task.started", "task.succeeded", "task.failed"} <= kinds
     if worker.engine != "arq":  # whose adapter says nothing of errors
@@ -113,16 +113,16 @@ def test_events_reach_the_brain(worker, project, prove):
 
 def test_a_submitted_task_runs_and_no_loop_shows(worker, project, prove):
     """What an operator submits runs; a task that looks on all the while sees no loop but its host's own."""
-    project.send(("looks", 2.0))
-    row = project.submit(worker.called("add"), 30, 12)
+    project.send(("checks_loop", 2.0))
+    row = project.submit(worker.task_name("add"), 30, 12)
     assert row["status"] == "completed", row["error"]
     until(
-        lambda: [line for line in project.did("add") if line["x"] == 30],
+        lambda: [line for line in project.actions("add") if line["x"] == 30],
         "the submitted task",
         timeout=20,
     )
     project.row(row["result"]["task_id"], "success")
-    project.saw_no_loop()
+    project.assert_no_loop_seen()
     prove(worker.row, "loop visible to tasks", "never")
     prove(worker.row, "command", "`submit_task`")
 
@@ -135,23 +135,23 @@ def error(row):
 def cancelled(worker, project):
     """Cancel a task that waits for a free slot."""
     *busy, doomed = project.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
-    until(lambda: len(project.did("waits")) >= worker.slots, "a busy worker", timeout=20)
+    until(lambda: len(project.actions("waits")) >= worker.slots, "a busy worker", timeout=20)
     row = project.command("cancel-task", task_id=doomed)
     assert row["status"] == "completed", row["error"]
     for task_id in busy:
         project.row(task_id, "success")
     project.row(*project.send(("add", 50, 0)), "success")
-    assert {40, 50} & {line["x"] for line in project.did("add")} == {50}
+    assert {40, 50} & {line["x"] for line in project.actions("add")} == {50}
 
 
 def aborted(worker, project):
     """Cancel a task that runs."""
     (doomed,) = project.send(("waits", 60.0))
-    until(lambda: project.did("waits"), "the running task", timeout=20)
+    until(lambda: project.actions("waits"), "the running task", timeout=20)
     row = project.command("cancel-task", task_id=doomed)
     assert row["status"] == "completed", row["error"]
     project.row(doomed, "failure" if worker.engine == "arq" else "revoked")
-    assert not project.did("waited")
+    assert not project.actions("waited")
 
 
 def retried(worker, project):
@@ -186,7 +186,7 @@ def test_a_control_takes_effect(worker, project, prove):
     controls = {
         what: act
         for what, act in CONTROLS.get(worker.engine, {}).items()
-        if worker.aborts or act is not aborted
+        if worker.can_abort or act is not aborted
     }
     if not controls:
         pytest.skip("its adapter offers nothing but submit_task")
@@ -197,18 +197,18 @@ def test_a_control_takes_effect(worker, project, prove):
 
 def test_a_stop_loses_nothing(worker, project, prove):
     """Asked to leave in the middle of many tasks, the worker ends with 0, and what had run is in the brain or, while that is busy, on disk."""
-    before = len(project.did("add"))
+    before = len(project.actions("add"))
     ids = project.send(*[("add", number, 1) for number in range(60)])
-    until(lambda: len(project.did("add")) > before + 15, "a few tasks", timeout=20)
-    os.kill(project.host.pid, worker.ending)
+    until(lambda: len(project.actions("add")) > before + 15, "a few tasks", timeout=20)
+    os.kill(project.host.pid, worker.stop_signal)
     until(lambda: not project.host.running, "the worker's end", timeout=30)
     assert project.host.exit_code == 0
-    ran = len(project.did("add")) - before
+    ran = len(project.actions("add")) - before
     until(
-        lambda: project.told(ids) + project.left() >= ran,
+        lambda: project.count_succeeded(ids) + project.count_buffered() >= ran,
         f"the ends of {ran} tasks, in the brain or on disk",
         timeout=20,
     )
     prove(
-        worker.row, "clean stop", f"{signal.Signals(worker.ending).name}, exit code 0, nothing lost"
+        worker.row, "clean stop", f"{signal.Signals(worker.stop_signal).name}, exit code 0, nothing lost"
     )

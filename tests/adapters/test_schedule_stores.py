@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 
 from tests.support.schedule_project import (
-    MADE,
+    NEW_SCHEDULE,
     MODES,
     ScheduleProject,
     SchedulerHost,
@@ -26,10 +26,10 @@ def project(brain, redis_url, tmp_path):
         yield here
 
 
-def proven(prove, row, commands, host, *, loop=False):
+def stop_and_prove(prove, row, commands, host, *, loop=False):
     """Stop the host, and enter its whole row; ``loop`` says that its tasks have looked for one and seen none."""
     assert host.stop() == 0
-    prove(row, "events", "schedules told")
+    prove(row, "events", "schedules reported")
     prove(row, "command", commands)
     prove(row, "clean stop", "SIGTERM, exit code 0")
     if loop:
@@ -39,8 +39,8 @@ def proven(prove, row, commands, host, *, loop=False):
 @requires_module("z4j_celerybeat")
 def test_celerys_static_schedule(project, prove):
     """Celery's own schedule is known to the brain without its secrets; a trigger runs its task, a resync tells what is new."""
-    worker = project.worker("planned", pool="gevent")
-    row = project.known("hourly")
+    worker = project.worker("scheduled", pool="gevent")
+    row = project.wait_schedule("hourly")
     assert (row["scheduler"], row["task_name"], row["expression"], row["args"]) == (
         "celery-beat",
         "e2e.fails_once",
@@ -51,19 +51,19 @@ def test_celerys_static_schedule(project, prove):
     assert other["name"].startswith("redacted-")
     assert other["kwargs"] == {"x": 3, "y": 4, "api_key": "[REDACTED]"}
 
-    assert project.act("hourly", "trigger")["trigger_result"] == {"status": "success"}
-    project.marked()
+    assert project.control("hourly", "trigger")["trigger_result"] == {"status": "success"}
+    project.wait_mark()
     with pytest.raises(BrainRefusedError, match="read-only"):
-        project.act("hourly", "disable")
+        project.control("hourly", "disable")
 
-    assert project.run("plans", "every other hour")[0] == "SUCCESS"
+    assert project.run("add_schedule", "every other hour")[0] == "SUCCESS"
     project.resync()
-    project.known("every other hour", expression="7200")
+    project.wait_schedule("every other hour", expression="7200")
     log = worker.output()
     assert "not for the brain" not in log
     assert "please report" not in log
     assert project.run("sees_a_loop") == ("SUCCESS", False)
-    proven(
+    stop_and_prove(
         prove,
         ("z4j-celerybeat", "static schedule, gevent worker", "celery"),
         "trigger",
@@ -78,33 +78,33 @@ def test_celerys_static_schedule(project, prove):
 def test_django_celery_beat(project, prove, pool):
     """Rows of django-celery-beat are switched, triggered, changed, created and deleted from the brain, in every pool."""
     worker = project.worker("django_beat_app", pool=pool)
-    assert project.known("hourly")["source"] == "celery-beat:database"
-    project.act("hourly", "trigger")
-    project.marked()
+    assert project.wait_schedule("hourly")["source"] == "celery-beat:database"
+    project.control("hourly", "trigger")
+    project.wait_mark()
     for what, on in (("disable", False), ("enable", True)):
-        project.act("hourly", what)
-        project.known("hourly", is_enabled=on)
+        project.control("hourly", what)
+        project.wait_schedule("hourly", is_enabled=on)
         assert beat_rows(project)["hourly"] == (on, '["triggered"]')
     project.change("update", "celery-beat", "hourly", args=["changed"])
     assert beat_rows(project)["hourly"] == (True, '["changed"]')
-    project.act("hourly", "trigger")
-    project.marked("changed")
-    project.change("create", "celery-beat", **MADE, task_name="e2e.mark", args=["made"])
+    project.control("hourly", "trigger")
+    project.wait_mark("changed")
+    project.change("create", "celery-beat", **NEW_SCHEDULE, task_name="e2e.mark", args=["made"])
     assert beat_rows(project)["made"] == (True, '["made"]')
     project.change("delete", "celery-beat", "made")
-    project.gone("made")
+    project.wait_deleted("made")
     assert set(beat_rows(project)) & {"hourly", "made"} == {"hourly"}
 
     assert project.run("edit", "hourly", enabled=False)[0] == "SUCCESS"
     if pool == "prefork":  # the row was saved in a child, where nobody hears of it
         project.resync()
-    project.known("hourly", is_enabled=False)
+    project.wait_schedule("hourly", is_enabled=False)
     log = worker.output()
     for complaint in ("please report", "SynchronousOnlyOperation", "could not be read"):
         assert complaint not in log
     assert project.run("sees_a_loop") == ("SUCCESS", False)
     row = ("z4j-celerybeat", f"rows in Django's database, {pool} worker", "django-celery-beat")
-    proven(prove, row, "trigger, disable, enable, create, update, delete", worker, loop=True)
+    stop_and_prove(prove, row, "trigger, disable, enable, create, update, delete", worker, loop=True)
 
 
 @pytest.mark.long
@@ -113,24 +113,24 @@ def test_django_celery_beat(project, prove, pool):
 def test_apscheduler(project, prove, mode):
     """Jobs of APScheduler are switched, triggered, changed, created and deleted from the brain, in every mode."""
     with SchedulerHost(project, mode, "apscheduler") as host:
-        assert project.known("hourly")["task_name"] == "mark"
-        project.act("hourly", "trigger")
-        project.marked()
+        assert project.wait_schedule("hourly")["task_name"] == "mark"
+        project.control("hourly", "trigger")
+        project.wait_mark()
         for what, on in (("disable", False), ("enable", True)):
-            project.act("hourly", what)
-            assert bool(project.known("hourly", is_enabled=on)["next_run_at"]) is on
+            project.control("hourly", what)
+            assert bool(project.wait_schedule("hourly", is_enabled=on)["next_run_at"]) is on
         project.change("update", "apscheduler", "hourly", args=["changed"], expression="7200")
-        project.known("hourly", expression="7200.0")
-        project.act("hourly", "trigger")
-        project.marked("changed")
+        project.wait_schedule("hourly", expression="7200.0")
+        project.control("hourly", "trigger")
+        project.wait_mark("changed")
         project.change(
-            "create", "apscheduler", **{**MADE, "expression": "1"}, task_name="look", args=["made"]
+            "create", "apscheduler", **{**NEW_SCHEDULE, "expression": "1"}, task_name="mark_without_loop", args=["made"]
         )
-        project.marked("made")  # the scheduler's own clock runs it, and it has seen no loop
+        project.wait_mark("made")  # the scheduler's own clock runs it, and it has seen no loop
         project.change("delete", "apscheduler", "made")
-        project.gone("made")
+        project.wait_deleted("made")
         row = ("z4j-apscheduler", f"BackgroundScheduler, {mode}", "apscheduler")
-        proven(prove, row, "trigger, disable, enable, create, update, delete", host, loop=True)
+        stop_and_prove(prove, row, "trigger, disable, enable, create, update, delete", host, loop=True)
 
 
 @pytest.mark.long
@@ -145,20 +145,20 @@ def test_rq_scheduler(project, prove, mode):
         closing(Redis.from_url(project.redis_url)) as redis,
         SchedulerHost(project, mode, "rq") as host,
     ):
-        project.known(name, queue="default")
-        project.act(name, "trigger")
+        project.wait_schedule(name, queue="default")
+        project.control(name, "trigger")
         assert redis.llen("rq:queue:default") == 1
         active = "rq:scheduler:scheduled_jobs"
         for what, on in (("disable", False), ("enable", True)):
-            project.act(name, what)
-            project.known(name, is_enabled=on)
+            project.control(name, what)
+            project.wait_schedule(name, is_enabled=on)
             assert redis.zcard(active) == on
             assert redis.zcard(f"{active}:z4j-paused") == (not on)
         project.change("delete", "rq-scheduler", name)
-        project.gone(name)
+        project.wait_deleted(name)
         assert redis.zcard(active) == 0
         redis.delete("rq:queue:default")
-        proven(
+        stop_and_prove(
             prove,
             ("z4j-rqscheduler", f"Scheduler, {mode}", "rq-scheduler"),
             "trigger, disable, enable, delete",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.adapter_hosts import APPS, AdapterProject
-from tests.support.schedule_project import MADE, Operator
+from tests.support.schedule_project import NEW_SCHEDULE, ScheduleOperator
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 
@@ -23,7 +23,7 @@ class Host:
     :param adapter: its distribution.
     :param scheduler: what the brain calls the scheduler.
     :param package: whose schedules they are.
-    :param ending: the signal that ends it; taskiq's scheduler knows only Ctrl-C.
+    :param stop_signal: the signal that ends it; taskiq's scheduler knows only Ctrl-C.
     :param code: its exit code then; Python sends itself a Ctrl-C again that nobody has caught.
     """
 
@@ -32,7 +32,7 @@ class Host:
     package: str
     app: str
     command: tuple[str, ...]
-    ending: int = signal.SIGTERM
+    stop_signal: int = signal.SIGTERM
     code: int = 0
 
     @property
@@ -53,7 +53,7 @@ HOSTS = [
 ]  # fmt: skip
 
 
-class Calendar(Operator, AdapterProject):
+class SchedulerProject(ScheduleOperator, AdapterProject):
     """A stage whose operator looks after schedules."""
 
     def nightly(self):
@@ -65,7 +65,7 @@ class Calendar(Operator, AdapterProject):
         )
         return names[0]
 
-    def takes(self, scheduler, schedule, expression):
+    def try_change(self, scheduler, schedule, expression):
         """Change a schedule; ``False`` while the brain hears of it from nobody."""
         try:
             self.change("update", scheduler, schedule, expression=expression)
@@ -79,31 +79,31 @@ class Calendar(Operator, AdapterProject):
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.package)
 def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path, prove):
     """What the code says is told; what operators change, make and delete holds in the scheduler, and in its next process too."""
-    with Calendar(brain, redis_url, tmp_path, host.app, host.package) as project:
+    with SchedulerProject(brain, redis_url, tmp_path, host.app, host.package) as project:
         running = project.start(*host.command)
         nightly = project.nightly()
-        prove(host.row, "events", "schedules told")
-        project.act(nightly, "trigger")
-        project.saw_no_loop()
+        prove(host.row, "events", "schedules reported")
+        project.control(nightly, "trigger")
+        project.assert_no_loop_seen()
         prove(host.row, "loop visible to tasks", "never")
         project.change("update", host.scheduler, nightly, expression="30 4 * * *")
-        made = {**MADE, "kind": "cron", "expression": "* * * * *"}
+        made = {**NEW_SCHEDULE, "kind": "cron", "expression": "* * * * *"}
         project.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
         until(
-            lambda: project.did("add"),
+            lambda: project.actions("add"),
             "the created schedule's task, at the full minute",
             timeout=90,
         )
         project.change("delete", host.scheduler, "made")
-        project.gone("made")
-        os.kill(running.pid, host.ending)
+        project.wait_deleted("made")
+        os.kill(running.pid, host.stop_signal)
         until(lambda: not running.running, "the end of the process", timeout=20)
         assert running.exit_code == host.code
-        prove(host.row, "clean stop", f"{signal.Signals(host.ending).name}, exit code {host.code}")
+        prove(host.row, "clean stop", f"{signal.Signals(host.stop_signal).name}, exit code {host.code}")
         project.start(*host.command)
         # The brain allows a change of what the scheduler has told it, in the state in which it told it.
         until(
-            lambda: project.takes(host.scheduler, nightly, "45 5 * * *"),
+            lambda: project.try_change(host.scheduler, nightly, "45 5 * * *"),
             "a change in the next process",
             timeout=40,
             interval=1,

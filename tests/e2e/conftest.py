@@ -1,4 +1,4 @@
-"""The real peers: one brain for the whole session, workers and Redis as a test asks for them."""
+"""The real peers: a shared brain, a private Redis, and projects with workers."""
 
 import shutil
 import subprocess
@@ -8,6 +8,8 @@ from contextlib import ExitStack
 import pytest
 from redis import Redis, RedisError
 
+from tests.support.e2e_project import E2EProject
+from tests.support.schedule_project import ScheduleProject
 from z4j_bare.demo.brain import Brain, free_port
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import Worker
@@ -15,14 +17,36 @@ from z4j_bare.demo.worker import Worker
 
 @pytest.fixture(scope="session")
 def brain(tmp_path_factory):
-    """A running brain, logged in; tests share it, so each works in projects of its own."""
+    """A running brain with an administrator's session; each test uses its own projects."""
     with Brain(tmp_path_factory.mktemp("brain")) as running:
         yield running
 
 
+@pytest.fixture(scope="module")
+def project(request, brain, redis_url, tmp_path_factory):
+    """A project that all tests of a module share."""
+    name = request.module.__name__.rpartition("test_")[2]
+    with E2EProject(brain, redis_url, tmp_path_factory.mktemp(name)) as project:
+        yield project
+
+
+@pytest.fixture
+def fresh_project(brain, redis_url, tmp_path):
+    """A project for one test."""
+    with E2EProject(brain, redis_url, tmp_path) as project:
+        yield project
+
+
+@pytest.fixture
+def schedule_project(brain, redis_url, tmp_path):
+    """A project for one test whose schedules an operator changes."""
+    with ScheduleProject(brain, redis_url, tmp_path) as project:
+        yield project
+
+
 @pytest.fixture
 def agent_credentials(brain):
-    """``agent_credentials(name)``: mint an agent; all agents of one test share a new project."""
+    """``agent_credentials(name)``: create an agent in a project that the test owns."""
     project = f"p-{uuid.uuid4().hex[:12]}"
     brain.create_project(project)
 
@@ -35,52 +59,43 @@ def agent_credentials(brain):
 
 @pytest.fixture
 def worker(tmp_path):
-    """``worker(app, pool=..., environment=...)``: start a worker, as ``Worker`` takes it; it ends with the test."""
-    with ExitStack() as started:
+    """``worker(app, pool=..., environment=...)``: start a ``Worker`` that ends with the test."""
+    with ExitStack() as stack:
 
-        def start(app, **how):
+        def start(app, **options):
             log = tmp_path / f"worker-{uuid.uuid4().hex[:6]}.log"
-            one = started.enter_context(Worker(app, log=log, **how))
-            one.start()
-            return one
+            started = stack.enter_context(Worker(app, log=log, **options))
+            started.start()
+            return started
 
         yield start
 
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory):
-    """The address of a private Redis that keeps nothing."""
+    """The URL of a private Redis server without persistence."""
     server = shutil.which("redis-server")
     if server is None:
         pytest.fail(
             "these tests need redis-server on the PATH (Debian: apt-get install redis-server)"
         )
     port = free_port()
-    command = [
-        server,
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--appendonly",
-        "no",
-    ]
+    command = [server, "--port", str(port), "--bind", "127.0.0.1"]
+    command += ["--save", "", "--appendonly", "no"]
     with (tmp_path_factory.mktemp("redis") / "redis.log").open("wb") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         url = f"redis://127.0.0.1:{port}/0"
-        until(lambda: _answers(url), "an answer of Redis", timeout=10)
+        until(lambda: _is_up(url), "a response of Redis", timeout=10)
         yield url
     finally:
         process.kill()
         process.wait()
 
 
-def _answers(url):
+def _is_up(url):
     with Redis.from_url(url) as client:
         try:
             return client.ping()

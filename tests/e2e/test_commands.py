@@ -1,6 +1,7 @@
-"""Every action of an operator over the brain's REST API, in each pool, judged by what Celery and Redis then do.
+"""Every operator command over the brain's REST API, and its effect in Celery and Redis.
 
-Two workers share one agent's token, so that a command reaches either process; controls are for the second one.
+Two workers share one agent's token, so that a command reaches either process. Controls are sent for
+the second worker.
 """
 
 import json
@@ -21,12 +22,17 @@ EVENTLET, THREADS, SOLO = (
     pytest.param(name, marks=pytest.mark.long) for name in ("eventlet", "threads", "solo")
 )
 POOLS = ("gevent", EVENTLET, THREADS, SOLO, "prefork")
-ENDING = ("gevent", EVENTLET, "prefork")
-FIXED = (THREADS, SOLO)
-#: Where the brain's own question is waited for, which takes it more than a minute; no pool has a part in the answer.
-ASKED = ("gevent", "prefork")
-#: The second worker's name, and as the brain keeps it: it would take a dotted host for an e-mail address.
+TERMINATING = ("gevent", EVENTLET, "prefork")
+NON_TERMINATING = (THREADS, SOLO)
+
+#: Pools of the test of the brain's reconciliation, which takes more than a minute. The answer does
+#: not depend on the pool.
+RECONCILED = ("gevent", "prefork")
+
+#: Name of the second worker.
 SECOND = "w2@web-2.example.com"
+
+#: The same name in the brain, which redacts a host with dots as an e-mail address.
 ALIAS = "w2@web-2_example_com"
 
 
@@ -37,25 +43,25 @@ def pool(request):
 
 @pytest.fixture(scope="module")
 def project(pool, redis_url, tmp_path_factory):
-    """A place with a brain of its own: the brain takes ten bulk actions a minute from one address."""
+    """A project in its own brain, which accepts only ten bulk actions a minute."""
     home = tmp_path_factory.mktemp(pool)
-    often = {
+    intervals = {
         "Z4J_RECONCILIATION_SWEEP_SECONDS": "30",
         "Z4J_RECONCILIATION_STALE_THRESHOLD_SECONDS": "60",
     }
     with (
-        Brain(home / "brain", environment=often) as brain,
-        Commands(brain, redis_url, home) as here,
+        Brain(home / "brain", environment=intervals) as brain,
+        CommandProject(brain, redis_url, home) as here,
     ):
         yield here
 
 
 @pytest.fixture(scope="module")
 def workers(project, pool):
-    """Two workers on one token, the second one's pool may be restarted."""
-    first = project.worker("commanded", pool=pool, name="w1@e2e", concurrency=3)
+    """Two workers with the same token; only the second one allows a pool restart."""
+    first = project.worker("controllable", pool=pool, name="w1@e2e", concurrency=3)
     second = project.worker(
-        "commanded", pool=pool, name=SECOND, concurrency=3, environment={"E2E_RESTARTS": "1"}
+        "controllable", pool=pool, name=SECOND, concurrency=3, environment={"E2E_RESTARTS": "1"}
     )
     project.warm_up()
     until(
@@ -68,12 +74,12 @@ def workers(project, pool):
 
 @pytest.fixture(scope="module")
 def old_task(project, workers):
-    """A task that wants to be tried again in an hour: nothing is heard of it for longer than the brain likes."""
+    """A task that is retried after an hour, so that the brain reconciles it after a minute."""
     return project.send("retries_later")
 
 
-class Commands(E2EProject):
-    """A place whose operator waits for answers, and who sees what the broker and the workers know."""
+class CommandProject(E2EProject):
+    """A project with methods for commands and for the state of the broker and the workers."""
 
     def __init__(self, brain, redis_url, home):
         super().__init__(brain, redis_url, home)
@@ -81,43 +87,39 @@ class Commands(E2EProject):
 
     def __enter__(self):
         super().__enter__()
-        self.producer.conf.broker_transport_options = {}  # as in the workers
+        self.producer.conf.broker_transport_options = {}  # The same as in the workers.
         return self
 
     def online(self):
         return [row for row in self.brain.workers(self.slug) if row["state"] == "online"]
 
     def command(self, route, **body):
-        """Issue a command and return its row once it is finished."""
+        """Issue a command and return its row after it has finished."""
         issued = self.brain.issue(self.slug, route, agent_id=self.agent.agent_id, **body)
         return self.brain.wait_command(self.slug, issued["id"])
 
-    def done(self, route, **body):
-        """Issue a command that succeeds; return its result."""
+    def run_command(self, route, **body):
+        """Issue a command, assert that it succeeds, and return its result."""
         row = self.command(route, **body)
         assert row["status"] == "completed", row["error"]
         return row["result"]
 
-    def refused(self, route, **body):
-        """Issue a command that fails; return its error."""
+    def failed_error(self, route, **body):
+        """Issue a command, assert that it fails, and return its error."""
         row = self.command(route, **body)
         assert row["status"] == "failed", row["result"]
         return row["error"]
 
     def inspect(self, method, *args, node=SECOND):
-        """Ask the second worker, and return its answer."""
-        return (
-            getattr(self.producer.control.inspect(destination=[node], timeout=5), method)(*args)
-            or {}
-        ).get(node)
+        """Return a worker's reply to an inspect command."""
+        inspect = self.producer.control.inspect(destination=[node], timeout=5)
+        return (getattr(inspect, method)(*args) or {}).get(node)
 
     def size(self):
-        figures = self.inspect("stats")["pool"]
-        return (
-            len(figures["processes"])
-            if "prefork" in figures["implementation"]
-            else figures["max-concurrency"]
-        )
+        stats = self.inspect("stats")["pool"]
+        if "prefork" in stats["implementation"]:
+            return len(stats["processes"])
+        return stats["max-concurrency"]
 
     def queues(self, node=SECOND):
         return {queue["name"] for queue in self.inspect("active_queues", node=node)}
@@ -131,13 +133,13 @@ class Commands(E2EProject):
         return compute_purge_confirm_token(secret=secret, queue_name=queue, queue_depth=depth)
 
 
-def test_retry_with_and_without_overrides(project, workers, old_task):
-    """A failed task that is retried runs again under a new id, with its own arguments or the operator's."""
+def test_retry_runs_task_with_own_or_overridden_arguments(project, workers, old_task):
+    """A retried task runs under a new id, with its own arguments or those of the command."""
     failed = project.send("fails_once", "again")
     project.row(failed, "failure")
-    result = project.done("retry-task", engine="celery", task_id=failed)
+    result = project.run_command("retry-task", engine="celery", task_id=failed)
     assert project.outcome(result["new_task_id"]) == ("SUCCESS", "succeeded")
-    result = project.done(
+    result = project.run_command(
         "retry-task",
         engine="celery",
         task_id=failed,
@@ -149,24 +151,32 @@ def test_retry_with_and_without_overrides(project, workers, old_task):
     assert (project.home / "other").exists()
 
 
-def test_bulk_retry(project, workers):
-    """Each task of the list runs again."""
+def test_bulk_retry_runs_each_task(project, workers):
+    """A bulk retry runs each task of its list again."""
     failed = [project.send("fails_once", f"bulk-{number}") for number in range(3)]
     for task_id in failed:
         project.row(task_id, "failure")
-    result = project.done("bulk-retry", filter={"task_ids": failed, "engine": "celery"}, max=10)
+    result = project.run_command(
+        "bulk-retry", filter={"task_ids": failed, "engine": "celery"}, max=10
+    )
     assert (result["requested"], result["succeeded"], result["failed"]) == (3, 3, 0)
     assert [project.outcome(result["new_task_ids"][task_id])[0] for task_id in failed] == [
         "SUCCESS"
     ] * 3
 
 
-def test_a_manual_trigger_submits(project, workers):
-    """Triggering a schedule of the brain's own enqueues its task."""
+def test_manual_trigger_submits_task(project, workers):
+    """A manual trigger of a schedule in the brain enqueues its task."""
     schedule = project.brain.post(
         f"/projects/{project.slug}/schedules",
-        name="by-hand", engine="celery", kind="interval", expression="3600", task_name="e2e.add", args=[20, 3], kwargs={},
-    )  # fmt: skip
+        name="by-hand",
+        engine="celery",
+        kind="interval",
+        expression="3600",
+        task_name="e2e.add",
+        args=[20, 3],
+        kwargs={},
+    )
     project.brain.post(f"/projects/{project.slug}/schedules/{schedule['id']}/trigger")
     rows = project.brain.commands(project.slug)
     (issued,) = (row for row in rows if row["action"] == "submit_task")
@@ -175,162 +185,171 @@ def test_a_manual_trigger_submits(project, workers):
     assert project.outcome(row["result"]["task_id"]) == ("SUCCESS", 23)
 
 
-@pytest.mark.parametrize("pool", ENDING, indirect=True)
-def test_a_running_task_is_cancelled(project, workers, pool):
-    """A task that runs really ends, and the brain shows it as revoked."""
+@pytest.mark.parametrize("pool", TERMINATING, indirect=True)
+def test_cancel_terminates_running_task(project, workers, pool):
+    """A cancelled task stops running, and the brain shows it as revoked."""
     running = project.send("wait", 60)
     project.row(running, "started")
-    result = project.done("cancel-task", engine="celery", task_id=running)
+    result = project.run_command("cancel-task", engine="celery", task_id=running)
     assert result["terminated"] is True
     assert result["worker"] in ("w1@e2e", ALIAS)
     assert result["workers"] == sorted(("w1@e2e", ALIAS))
-    if (
-        pool != "prefork"
-    ):  # there the process dies of the signal, and no code of the task's runs any more
+    # In prefork the signal kills the process, and the task's finally block does not run.
+    if pool != "prefork":
         until((project.home / "wait.ended").exists, "the end of the cancelled task", timeout=20)
     project.row(running, "revoked")
 
 
-@pytest.mark.parametrize("pool", FIXED, indirect=True)
-def test_a_running_task_that_cannot_be_cancelled(project, workers, pool):
-    """Where a running task cannot be ended the answer says so, and the task goes on to its end.
+@pytest.mark.parametrize("pool", NON_TERMINATING, indirect=True)
+def test_cancel_in_pool_without_termination_fails(project, workers, pool):
+    """A pool that cannot terminate a task reports an error, and the task runs to its end.
 
-    It runs in the first worker, to which the brain gives every command: a solo worker that is busy answers nobody else.
+    The task runs in the first worker, to which the brain sends every command, because a busy solo
+    worker answers no other process.
     """
     queue = f"{project.home.name}-first"
-    project.done("add-consumer", worker_name="w1@e2e", queue=queue)
+    project.run_command("add-consumer", worker_name="w1@e2e", queue=queue)
     running = project.send("wait", 6, queue=queue)
     project.row(running, "started")
-    error = project.refused("cancel-task", engine="celery", task_id=running)
+    error = project.failed_error("cancel-task", engine="celery", task_id=running)
     assert error.startswith(f"not supported by the {pool} pool: ")
     assert project.outcome(running) == ("SUCCESS", "waited")
 
 
-def test_a_waiting_task_is_cancelled(project, workers):
-    """A task that waits for its time is revoked and never runs."""
+def test_cancel_revokes_waiting_task(project, workers):
+    """A task that waits for its ETA is revoked and never runs."""
     later = project.producer.send_task("e2e.fails_once", args=("never",), countdown=10)
     project.row(later.id, "received")
-    assert project.done("cancel-task", engine="celery", task_id=later.id)["terminated"] is False
+    assert (
+        project.run_command("cancel-task", engine="celery", task_id=later.id)["terminated"] is False
+    )
     assert project.outcome(later.id)[0] == "REVOKED"
-    project.row(later.id, "revoked")  # once its time has come
+    project.row(later.id, "revoked")  # At its ETA.
     assert not (project.home / "never").exists()
 
 
-@pytest.mark.parametrize("pool", ENDING, indirect=True)
-def test_a_pool_grows_and_shrinks(project, workers, pool):
-    """The second worker's pool has as many slots as the answer says, and the first one's is as it was."""
-    assert project.done("pool-resize", worker_name=ALIAS, delta=2) == {
+@pytest.mark.parametrize("pool", TERMINATING, indirect=True)
+def test_pool_resize_changes_one_worker(project, workers, pool):
+    """The second worker's pool has the reported size, and the first worker's is unchanged."""
+    assert project.run_command("pool-resize", worker_name=ALIAS, delta=2) == {
         "worker": ALIAS,
         "pool": pool,
         "delta": 2,
         "size": 5,
     }
     assert project.size() == 5
-    assert project.done("pool-resize", worker_name=ALIAS, delta=-2)["size"] == 3
+    assert project.run_command("pool-resize", worker_name=ALIAS, delta=-2)["size"] == 3
     assert project.size() == 3
-    assert "one has to be left" in project.refused("pool-resize", worker_name=ALIAS, delta=-3)
+    assert "one has to be left" in project.failed_error("pool-resize", worker_name=ALIAS, delta=-3)
     assert project.run("add", 1, 2) == ("SUCCESS", 3)
 
 
-@pytest.mark.parametrize("pool", FIXED, indirect=True)
-def test_a_pool_of_fixed_size(project, workers, pool):
-    """A pool that cannot be resized is answered as such."""
+@pytest.mark.parametrize("pool", NON_TERMINATING, indirect=True)
+def test_resize_of_fixed_pool_fails(project, workers, pool):
+    """A pool that cannot be resized reports an error."""
     for delta in (1, -1):
-        assert project.refused("pool-resize", worker_name=ALIAS, delta=delta).startswith(
+        assert project.failed_error("pool-resize", worker_name=ALIAS, delta=delta).startswith(
             f"not supported by the {pool} pool: "
         )
 
 
-def test_restart(project, workers, pool):
-    """Prefork's processes are replaced where Celery allows it; otherwise the answer says why not."""
+def test_restart_replaces_prefork_processes(project, workers, pool):
+    """Prefork replaces its processes if Celery allows it; other cases report an error."""
     if pool != "prefork":
-        assert project.refused("restart-worker", worker_name=ALIAS).startswith(
+        assert project.failed_error("restart-worker", worker_name=ALIAS).startswith(
             f"not supported by the {pool} pool: "
         )
         return
-    assert "worker_pool_restarts is off on w1@e2e" in project.refused(
+    assert "worker_pool_restarts is off on w1@e2e" in project.failed_error(
         "restart-worker", worker_name="w1@e2e"
     )
     before = set(project.inspect("stats")["pool"]["processes"])
-    result = project.done("restart-worker", worker_name=ALIAS)
+    result = project.run_command("restart-worker", worker_name=ALIAS)
     assert result["replaced"] >= 1
     assert result["replaced"] + result["pending"] == 3
 
     def replaced():
-        tasks = [
-            project.send("sees_a_loop") for _ in range(8)
-        ]  # half a second each: every process gets one
+        # Each takes half a second, so that every process gets one.
+        tasks = [project.send("sees_a_loop") for _ in range(8)]
         assert {project.outcome(task)[0] for task in tasks} == {"SUCCESS"}
         return before.isdisjoint(project.inspect("stats")["pool"]["processes"])
 
     until(replaced, "all processes replaced, each after a task", timeout=30)
 
 
-def test_consumers_rate_limit_and_purge(project, workers):
-    """The second worker consumes from one more queue, is held to a rate, and gives the queue up; what is left is purged."""
+def test_consumer_rate_limit_and_purge_commands_take_effect(project, workers):
+    """Adding a consumer, a rate limit, cancelling the consumer and a purge change the worker."""
     queue = f"{project.home.name}-extra"
-    assert project.done("add-consumer", worker_name=ALIAS, queue=queue)["queue"] == queue
+    assert project.run_command("add-consumer", worker_name=ALIAS, queue=queue)["queue"] == queue
     assert queue in project.queues()
     assert queue not in project.queues(node="w1@e2e")
     assert project.outcome(project.send("add", 4, 4, queue=queue)) == ("SUCCESS", 8)
 
-    limited = project.done("rate-limit", task_name="e2e.returns", rate="1/h", worker_name=ALIAS)
+    limited = project.run_command(
+        "rate-limit", task_name="e2e.returns", rate="1/h", worker_name=ALIAS
+    )
     assert limited == {"task_name": "e2e.returns", "rate": "1/h", "workers": [ALIAS], "refused": {}}
     first, held = (project.send("returns", 1, queue=queue) for _ in range(2))
     assert project.outcome(first)[0] == "SUCCESS"
-    until(lambda: project.depth(queue) == 0, "the second task in the worker's hands", timeout=20)
+    until(lambda: project.depth(queue) == 0, "the reception of the second task", timeout=20)
     assert project.outcome(project.send("add", 5, 5, queue=queue)) == ("SUCCESS", 10)
     assert not project.producer.AsyncResult(held).ready()
-    assert project.done("rate-limit", task_name="e2e.returns", rate="0")["workers"] == sorted(
-        ("w1@e2e", ALIAS)
-    )
-    assert "unknown task" in project.refused(
+    assert project.run_command("rate-limit", task_name="e2e.returns", rate="0")[
+        "workers"
+    ] == sorted(("w1@e2e", ALIAS))
+    assert "unknown task" in project.failed_error(
         "rate-limit", task_name="no.such", rate="1/s", worker_name=ALIAS
     )
 
-    project.done("cancel-consumer", worker_name=ALIAS, queue=queue)
+    project.run_command("cancel-consumer", worker_name=ALIAS, queue=queue)
     assert queue not in project.queues()
-    assert f"does not consume from {queue}" in project.refused(
+    assert f"does not consume from {queue}" in project.failed_error(
         "cancel-consumer", worker_name=ALIAS, queue=queue
     )
     for _ in range(4):
         project.send("add", 1, 1, queue=queue)
-    # The worker's last BRPOP may have one more, which kombu puts back as nobody's.
+    # The worker's last BRPOP may receive one more task, which kombu returns to the queue.
     until(lambda: project.depth(queue) == 4, "all four tasks in the queue", timeout=20)
-    assert "missing confirm_token" in project.refused("purge-queue", queue=queue)
-    assert "confirm_token mismatch" in project.refused("purge-queue", queue=queue, observed_depth=3)
+    assert "missing confirm_token" in project.failed_error("purge-queue", queue=queue)
+    assert "confirm_token mismatch" in project.failed_error(
+        "purge-queue", queue=queue, observed_depth=3
+    )
     assert project.depth(queue) == 4
-    assert "cannot measure" in project.refused(
+    assert "cannot measure" in project.failed_error(
         "purge-queue", queue="no-such-queue", observed_depth=0
     )
     assert (
-        project.done("purge-queue", queue=queue, confirm_token=project.token(queue, 4))["purged"]
+        project.run_command("purge-queue", queue=queue, confirm_token=project.token(queue, 4))[
+            "purged"
+        ]
         == 4
     )
     assert project.depth(queue) == 0
     project.send("add", 1, 1, queue=queue)
-    project.done("purge-queue", queue=queue, force=True)
+    project.run_command("purge-queue", queue=queue, force=True)
     assert project.depth(queue) == 0
 
 
-def test_names_that_nobody_bears(project, workers):
-    """For a worker that does not exist nothing is reported as done; controls the brain refuses by itself."""
-    error = project.refused("rate-limit", task_name="e2e.add", rate="5/s", worker_name="ghost@x")
+def test_command_for_unknown_worker_fails(project, workers):
+    """A command for an unknown worker reports an error; the brain rejects controls itself."""
+    error = project.failed_error(
+        "rate-limit", task_name="e2e.add", rate="5/s", worker_name="ghost@x"
+    )
     assert error == f"no answer from ghost@x; workers that answer: w1@e2e, {ALIAS}"
     with pytest.raises(BrainRefusedError):
         project.command("pool-resize", worker_name="ghost@x", delta=1)
 
 
-def test_what_celery_has_not(project, workers):
-    """Dead letters are no capability of Celery's adapter, and the brain does not even ask."""
+def test_dead_letter_commands_are_rejected_by_brain(project, workers):
+    """Celery's adapter has no dead letters, and the brain rejects such commands itself."""
     with pytest.raises(BrainRefusedError, match="422"):
         project.command("requeue-dead-letter", engine="celery", task_id="t")
     with pytest.raises(BrainRefusedError, match="409"):
         project.brain.get(f"/projects/{project.slug}/dead-letters", engine="celery")
 
 
-def test_twenty_at_once(project, workers):
-    """Twenty commands at once are all answered, and tasks go on meanwhile."""
+def test_concurrent_commands_all_complete(project, workers):
+    """Twenty concurrent commands complete while tasks run."""
     issued = [
         project.brain.issue(
             project.slug,
@@ -349,29 +368,29 @@ def test_twenty_at_once(project, workers):
     )
 
 
-def test_told_from_outside(project, workers, monkeypatch):
-    """Both agents answer another process for themselves, and connect anew when they are told to; the workers go on."""
+def test_control_socket_reports_and_restarts_agents(project, workers, monkeypatch):
+    """Another process reads both agents' status and makes them reconnect; the workers go on."""
     monkeypatch.setenv("Z4J_HOME", str(project.home / "agent"))
     rows = control.status()
     assert sorted(row["pid"] for row in rows) == sorted(worker.pid for worker in workers)
     assert sorted(name for row in rows for name in row["workers"]["celery"]) == ["w1@e2e", ALIAS]
     assert [row["connected"] for row in rows] == [True, True]
     before = project.sessions()
-    code, said = control.send_restart(rows[0]["adapter"])
-    assert code == 0, said
+    code, message = control.send_restart(rows[0]["adapter"])
+    assert code == 0, message
 
-    def anew():
+    def reconnected():
         now = project.sessions()
         return all(now[worker] != stamp for worker, stamp in before.items())
 
-    until(anew, "two new sessions", timeout=20)
+    until(reconnected, "two new sessions", timeout=20)
     assert project.run("add", 1, 2) == ("SUCCESS", 3)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pool", ASKED, indirect=True)
-def test_the_brain_asks_after_a_task(project, workers, old_task):
-    """The brain's own question after a task that it has not heard of for long is answered with what Celery knows."""
+@pytest.mark.parametrize("pool", RECONCILED, indirect=True)
+def test_reconciliation_reports_task_state(project, workers, old_task):
+    """The brain's own request for a task without recent events returns Celery's state."""
 
     def answered():
         rows = [
@@ -382,7 +401,7 @@ def test_the_brain_asks_after_a_task(project, workers, old_task):
             None,
         )
 
-    row = until(answered, "the answer to the brain's question", timeout=120, interval=0.5)
+    row = until(answered, "the result of the reconciliation", timeout=120, interval=0.5)
     assert row["result"] == {
         "task_id": old_task,
         "engine_state": "pending",
@@ -391,15 +410,16 @@ def test_the_brain_asks_after_a_task(project, workers, old_task):
     }
 
 
-def test_nothing_was_logged_as_an_error(project, workers):
-    """Last of all: no worker complains about the agent."""
+def test_no_errors_were_logged(project, workers):
+    """After all other tests the workers' logs contain no errors of the agent."""
+    errors = (
+        "please report",
+        "died and runs again",
+        "cannot switch",
+        "BlockingSwitchOutError",
+        "z4j: command",
+    )
     for worker in workers:
         log = worker.output()
-        for complaint in (
-            "please report",
-            "died and runs again",
-            "cannot switch",
-            "BlockingSwitchOutError",
-            "z4j: command",
-        ):
-            assert complaint not in log, complaint
+        for error in errors:
+            assert error not in log, error

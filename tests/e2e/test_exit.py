@@ -1,4 +1,4 @@
-"""How a process with the agent ends: cold, without a word, and beside a brain that says nothing."""
+"""The exit of a process with the agent: cold shutdown, script end, and an unresponsive brain."""
 
 import os
 import signal
@@ -12,25 +12,19 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.e2e_project import APPS, E2EProject
+from tests.support.e2e_project import APPS
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import POOLS, worker_environment
 
 pytestmark = pytest.mark.timeout(120)
 
-#: Pools that a cold shutdown takes a running task away from; threads waits for it, with or without an agent.
+#: Pools whose cold shutdown interrupts a running task; threads waits for it even without an agent.
 INTERRUPTING = frozenset(POOLS) - {"threads"}
-
-
-@pytest.fixture
-def project(brain, redis_url, tmp_path):
-    with E2EProject(brain, redis_url, tmp_path) as here:
-        yield here
 
 
 @contextmanager
 def silent_listener():
-    """Accept every connection and say nothing; yield the port and the list of what was accepted."""
+    """Accept connections without responding; yield the port and the accepted sockets."""
     accepted = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -51,8 +45,9 @@ def silent_listener():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_cold_shutdown_loses_no_finished_task(pool, project):
-    """SIGQUIT ends a worker, busy or not, in bounded time, and what had finished by then is in the brain."""
+def test_cold_shutdown_loses_no_finished_task(pool, fresh_project):
+    """SIGQUIT ends a worker in bounded time, and the brain has the tasks that had finished."""
+    project = fresh_project
     worker = project.worker(pool=pool)
     project.warm_up()
     finished = [project.send("add", number, 1) for number in range(5)]
@@ -69,8 +64,9 @@ def test_a_cold_shutdown_loses_no_finished_task(pool, project):
     assert "cannot switch" not in worker.output()
 
 
-def test_a_silent_brain_holds_nothing_up(project):
-    """With a brain that accepts and never answers, tasks of every pool run and SIGTERM ends the worker in time with 0."""
+def test_unresponsive_brain_does_not_delay_worker(fresh_project):
+    """With a brain that never responds tasks run in every pool, and SIGTERM ends the worker."""
+    project = fresh_project
     with silent_listener() as (port, accepted), ThreadPoolExecutor(len(POOLS)) as threads:
         url = {"Z4J_BRAIN_URL": f"http://127.0.0.1:{port}"}
 
@@ -91,29 +87,39 @@ def test_a_silent_brain_holds_nothing_up(project):
     assert {pool: code for pool, (code, _seconds) in ends.items()} == dict.fromkeys(POOLS, 0)
     assert all(seconds < 20 for _code, seconds in ends.values()), ends
     for worker in workers:
-        assert "z4j_bare/" not in worker.output(), "a traceback through our code"
+        assert "z4j_bare/" not in worker.output(), "a traceback through this package"
 
 
-def test_a_script_that_just_ends_is_told(project):
-    """What a script recorded reaches the brain although it stops nothing, and it ends in time with its own exit code."""
+def test_events_of_ended_script_arrive(fresh_project):
+    """The events of a script that does not stop its agent arrive, and its exit code is kept."""
+    project = fresh_project
     ids = [f"script-{number}" for number in range(20)]
     done = subprocess.run(
         [sys.executable, str(APPS / "script.py"), *ids],
-        env=worker_environment(project.environment()), cwd=project.home, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=worker_environment(project.environment()),
+        cwd=project.home,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     rows = project.brain.tasks(project.slug)
     assert {row["task_id"]: row["name"] for row in rows} == dict.fromkeys(ids, "e2e.script")
 
 
-def test_a_script_beside_a_silent_brain_ends_too(project):
-    """A script's end waits for a brain that never answers no longer than the agent's budget."""
+def test_script_with_unresponsive_brain_ends(fresh_project):
+    """With a brain that never responds a script ends within the agent's stop timeout."""
+    project = fresh_project
     with silent_listener() as (port, _accepted):
         environment = project.environment(Z4J_BRAIN_URL=f"http://127.0.0.1:{port}")
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, str(APPS / "script.py"), "one"],
-            env=worker_environment(environment), cwd=project.home, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            env=worker_environment(environment),
+            cwd=project.home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0
         assert time.monotonic() - began < 20

@@ -1,4 +1,4 @@
-"""What a dead process has left reaches the real brain by ``z4j-bare buffer flush``, without an agent."""
+"""``z4j-bare buffer flush`` sends the events of a dead process to the brain without an agent."""
 
 import json
 import subprocess
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.timeout(120)
 EVENTS = 60
 
 
-def test_flush(brain, tmp_path, monkeypatch):
-    """Every event is in the brain, the file is gone, and the brain has heard no hello."""
+def test_flush_sends_events_without_session(brain, tmp_path, monkeypatch):
+    """All events arrive, the file is deleted, and the brain has received no hello."""
     project, task = f"p-{uuid.uuid4().hex[:12]}", str(uuid.uuid4())
     brain.create_project(project)
-    agent = brain.mint_agent(project, "heir")
+    agent = brain.mint_agent(project, "flush")
     for name, value in agent.env(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
@@ -51,9 +51,8 @@ def test_flush(brain, tmp_path, monkeypatch):
 
 
 def event(task, number):
-    stamp = (
-        datetime.now(UTC) + timedelta(seconds=number)
-    ).isoformat()  # by which the brain tells a task's events apart
+    # The brain distinguishes events of one task by their times.
+    stamp = (datetime.now(UTC) + timedelta(seconds=number)).isoformat()
     return encode_fields(
         {
             "id": str(uuid.uuid4()),

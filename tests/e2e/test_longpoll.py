@@ -1,4 +1,4 @@
-"""Long-poll and the way there and back, with the real brain and its default body limit of 8 KiB."""
+"""Long-poll, and the change to it and back, with the real brain's body limit of 8 KiB."""
 
 import datetime as dt
 import socket
@@ -9,30 +9,23 @@ from uuid import uuid4
 import pytest
 from z4j_core.models import CommandResult, Event, EventKind
 
-from tests.support.e2e_project import E2EProject
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.demo.process import until
-from z4j_bare.transport import auto as fallback
+from z4j_bare.transport import auto
 
 pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def project(brain, redis_url, tmp_path_factory):
-    with E2EProject(brain, redis_url, tmp_path_factory.mktemp("longpoll")) as here:
-        yield here
-
-
-@pytest.fixture(scope="module")
 def host(project):
-    """A gevent worker on forced long-poll that was never told its agent id."""
+    """A gevent worker with forced long-poll and without an agent id in its settings."""
     worker = project.worker(pool="gevent", environment={"Z4J_TRANSPORT": "longpoll"})
     project.warm_up()
     return worker
 
 
-def test_events_and_heartbeats_arrive(project, host):
-    """Tasks are told whole, and heartbeats keep the agent online though no process ever said hello."""
+def test_events_and_heartbeats_arrive_over_longpoll(project, host):
+    """Tasks arrive complete, and heartbeats keep the agent online without any hello."""
     rows = [
         project.row(task_id, "success")
         for task_id in [project.send("add", number, 1) for number in range(60)]
@@ -48,8 +41,8 @@ def test_events_and_heartbeats_arrive(project, host):
     assert "connected over longpoll" in host.output()
 
 
-def test_what_is_too_large_is_cut(project, host):
-    """A task whose arguments alone are over the body limit still has its row, with a mark in their place."""
+def test_event_over_body_limit_is_truncated(project, host):
+    """A task whose arguments exceed the body limit has a row with a mark instead of them."""
     row = project.row(
         project.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success"
     )
@@ -57,8 +50,8 @@ def test_what_is_too_large_is_cut(project, host):
     assert "bytes cut" in str((row["args"], row["kwargs"]))
 
 
-def test_commands_and_results_travel(project, host):
-    """A retry and a cancellation are carried out and completed, though their results go by POST."""
+def test_commands_complete_over_longpoll(project, host):
+    """A retry and a cancellation are executed, and their results arrive by POST."""
     task_id = project.send("fails", "no")
     project.row(task_id, "failure")
     issued = project.brain.issue(
@@ -81,8 +74,8 @@ def test_commands_and_results_travel(project, host):
     assert (done["status"], done["error"]) == ("completed", None)
 
 
-def test_a_worker_on_long_poll_stops_in_time(project, host):
-    """SIGTERM ends it cleanly although a poll hangs, and its last events are there."""
+def test_sigterm_during_poll_stops_worker(project, host):
+    """SIGTERM ends the worker in time during a poll, and its last events arrive."""
     task_id = project.send("add", 20, 3)
     project.outcome(task_id)
     assert host.stop() == 0
@@ -91,11 +84,11 @@ def test_a_worker_on_long_poll_stops_in_time(project, host):
 
 
 class Proxy:
-    """A proxy in front of the brain that answers 403 to upgrades while ``blocking``."""
+    """A proxy in front of the brain that rejects WebSocket upgrades while ``blocking``."""
 
     def __init__(self, brain):
         self.blocking = True
-        self.refused = 0
+        self.rejected = 0
         self._brain = ("127.0.0.1", brain.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._socks = []
@@ -112,9 +105,9 @@ class Proxy:
             while True:
                 sock, _ = self._listener.accept()
                 self._socks.append(sock)
-                threading.Thread(target=self._pass, args=(sock,), daemon=True).start()
+                threading.Thread(target=self._forward, args=(sock,), daemon=True).start()
 
-    def _pass(self, sock):
+    def _forward(self, sock):
         with suppress(OSError), sock:
             head = b""
             while b"\r\n\r\n" not in head:
@@ -123,9 +116,10 @@ class Proxy:
                     return
                 head += piece
             if b"upgrade: websocket" in head.lower() and self.blocking:
-                self.refused += 1
+                self.rejected += 1
                 sock.sendall(
-                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked"
+                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\n"
+                    b"Connection: close\r\n\r\nBlocked"
                 )
                 return
             inner = socket.create_connection(self._brain)
@@ -156,17 +150,21 @@ class Engine:
         return CommandResult(status="success", result={"cancelled": task_id})
 
 
-def an_event(number):
+def make_event(number):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=dt.datetime.now(dt.UTC), data={"task_name": "e2e.stub", "result": number},
-    )  # fmt: skip
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=dt.datetime.now(dt.UTC),
+        data={"task_name": "e2e.stub", "result": number},
+    )
 
 
-def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeypatch):
-    """Behind a proxy that refuses upgrades the agent uses long-poll, returns when it may, and each event has one row."""
-    monkeypatch.setattr(fallback, "PROBE_DELAY_INITIAL", 2.0)
-    monkeypatch.setattr(fallback, "PROBE_DELAY_MAX", 2.0)
+def test_agent_falls_back_to_longpoll_and_returns(brain, agent_credentials, monkeypatch):
+    """Behind a blocking proxy the agent uses long-poll, later WebSocket; each event has one row."""
+    monkeypatch.setattr(auto, "PROBE_DELAY_INITIAL", 2.0)
+    monkeypatch.setattr(auto, "PROBE_DELAY_MAX", 2.0)
     agent = agent_credentials()
     proxy = Proxy(brain)
     runtime = install_agent(
@@ -178,7 +176,7 @@ def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeyp
     )
     try:
         for number in range(50):
-            runtime.record_event(an_event(number))
+            runtime.record_event(make_event(number))
         until(lambda: runtime.stats()["acked"] == 50, "acks over long-poll", timeout=30)
         assert runtime.stats()["transport"] == "longpoll"
         assert brain.agent(agent.project, agent.agent_id)["state"] == "online"
@@ -188,12 +186,12 @@ def test_falls_back_behind_a_proxy_and_returns(brain, agent_credentials, monkeyp
         assert brain.wait_command(agent.project, issued["id"])["status"] == "completed"
         proxy.blocking = False
         for number in range(50, 100):
-            runtime.record_event(an_event(number))
+            runtime.record_event(make_event(number))
         until(lambda: runtime.stats()["transport"] == "ws", "WebSocket again", timeout=60)
         for number in range(100, 150):
-            runtime.record_event(an_event(number))
+            runtime.record_event(make_event(number))
         until(lambda: runtime.stats()["acked"] == 150, "all acks", timeout=30)
-        assert proxy.refused >= 1
+        assert proxy.rejected >= 1
         assert len(brain.agent_workers(agent.project)) == 1
         assert sorted(row["result"] for row in brain.tasks(agent.project)) == list(range(150))
         assert {

@@ -1,11 +1,10 @@
-"""Everything that a network and a brain can do to an agent, in all three modes at once: nothing is lost, nothing doubled."""
+"""Failures of the network and of the brain, in all modes: every event arrives exactly once."""
 
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from tests.support.e2e_host import start_hosts
-from tests.support.e2e_project import E2EProject
 from tests.support.toxics import (
     Bandwidth,
     BlackHole,
@@ -21,12 +20,14 @@ from z4j_bare.demo.brain import Brain
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
-#: What a session outlives, and what it does not.
+#: Problems that a session survives.
 SLOW = {
     "latency": lambda: Latency(0.15),
     "bandwidth": lambda: Bandwidth(20_000),
     "slicing": TimeSlice,
 }
+
+#: Problems that end a session.
 BROKEN = {
     "half-open": HalfOpen,
     "reset": Reset,
@@ -39,117 +40,119 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def brain(tmp_path_factory):
-    """A brain of this module's own, because it is killed."""
+    """A brain that only this module uses, because it is killed."""
     with Brain(tmp_path_factory.mktemp("brain")) as running:
         yield running
 
 
 @pytest.fixture(scope="class")
-def patient(brain, tmp_path_factory):
-    """Hosts of both transports that wait as long as they do for users."""
+def default_hosts(brain, tmp_path_factory):
+    """Hosts of both transports with the default timeouts."""
     with start_hosts(brain, tmp_path_factory, ("auto", "longpoll")) as hosts:
         yield hosts
 
 
 @pytest.fixture(scope="class")
-def hurried(brain, tmp_path_factory):
-    """Hosts of both transports that give up within seconds."""
-    with start_hosts(brain, tmp_path_factory, ("auto", "longpoll"), HURRY="1") as hosts:
+def fast_hosts(brain, tmp_path_factory):
+    """Hosts of both transports with timeouts of a few seconds."""
+    with start_hosts(brain, tmp_path_factory, ("auto", "longpoll"), FAST_TIMEOUTS="1") as hosts:
         yield hosts
 
 
 @contextmanager
-def everywhere(hosts, toxic):
-    """Poison all their proxies."""
+def toxic_on_all(hosts, toxic):
+    """Activate a toxic in the proxies of all hosts."""
     with ExitStack() as stack:
         for host in hosts:
             host.toxic = stack.enter_context(host.proxy.poisoned(toxic()))
         yield
 
 
-def all_told(hosts, brain, lot):
-    """Wait for the acks of everything, and look at what the brain has of the lot: each event once."""
+def assert_delivered(hosts, brain, batch):
+    """Wait until all events are acknowledged, and assert that each is in the brain once."""
     for host in hosts:
-        host.settle()
-        assert host.delivered(brain, lot), host.title
-        assert host.ask("stats")["restarts"] == {}
+        host.wait_acked()
+        assert host.delivered(brain, batch), host.title
+        assert host.request("stats")["restarts"] == {}
         assert "please report" not in host.output()
 
 
 class TestSlow:
-    """Trouble that a session outlives."""
+    """Problems that a session survives."""
 
     @pytest.mark.parametrize("toxic", SLOW)
-    def test_a_slow_network_only_slows(self, brain, patient, toxic):
-        """Over a line that is merely bad everything arrives while it is, once; WebSocket sessions are not given up for it."""
+    def test_slow_network_keeps_session(self, brain, default_hosts, toxic):
+        """Over a slow connection each event arrives once, and WebSocket sessions are kept."""
         before = {
-            host: host.ask("stats")["sessions"] for host in patient if host.name.endswith("auto")
+            host: host.request("stats")["sessions"]
+            for host in default_hosts
+            if host.name.endswith("auto")
         }
-        with everywhere(patient, SLOW[toxic]):
-            for host in patient:
+        with toxic_on_all(default_hosts, SLOW[toxic]):
+            for host in default_hosts:
                 host.produce(toxic, 60, 1.0)
-            all_told(patient, brain, toxic)
-            assert all(host.toxic.hits for host in patient)
-        assert {host: host.ask("stats")["sessions"] for host in before} == before
+            assert_delivered(default_hosts, brain, toxic)
+            assert all(host.toxic.hits for host in default_hosts)
+        assert {host: host.request("stats")["sessions"] for host in before} == before
 
 
 class TestBroken:
-    """Trouble that no session outlives."""
+    """Problems that end a session."""
 
     @pytest.mark.parametrize("toxic", BROKEN)
-    def test_a_broken_network_loses_nothing(self, brain, hurried, toxic):
-        """Events recorded before, during and after the trouble arrive once each, though no session outlives it."""
-        before = {host: host.ask("stats")["sessions"] for host in hurried}
-        for host in hurried:
+    def test_broken_network_loses_no_event(self, brain, fast_hosts, toxic):
+        """Events recorded before, during and after the problem arrive exactly once."""
+        before = {host: host.request("stats")["sessions"] for host in fast_hosts}
+        for host in fast_hosts:
             host.produce(toxic, 20, 0.5)
-        with everywhere(hurried, BROKEN[toxic]):
-            for host in hurried:
+        with toxic_on_all(fast_hosts, BROKEN[toxic]):
+            for host in fast_hosts:
                 host.produce(toxic, 40, 1.0)
-            for host in hurried:
+            for host in fast_hosts:
                 host.until(
                     lambda stats, host=host: (
                         host.toxic.hits
                         and (stats["last_error"] or stats["sessions"] > before[host])
                     ),
-                    "trouble",
+                    "an error",
                 )
-        for host in hurried:
+        for host in fast_hosts:
             host.produce(toxic, 20, 0.2)
-        all_told(hurried, brain, toxic)
+        assert_delivered(fast_hosts, brain, toxic)
 
     @pytest.mark.parametrize("end", ["stop", "kill"])
-    def test_a_brain_that_restarts_under_load(self, brain, hurried, end):
-        """The brain ends by SIGTERM or SIGKILL in the middle of a stream, comes back, and has every event once."""
-        for host in hurried:
+    def test_restart_of_brain_under_load_loses_no_event(self, brain, fast_hosts, end):
+        """After SIGTERM or SIGKILL of the brain in mid-stream each event arrives exactly once."""
+        for host in fast_hosts:
             host.produce(end, 100, 8.0)
-        for host in hurried:
+        for host in fast_hosts:
             host.until(lambda stats: stats["busy"] and stats["acked"], "acks")
         if end == "stop":
             brain.stop(timeout=5)
         else:
             brain.kill()
-        for host in hurried:
-            host.until(lambda stats: stats["last_error"], "a broken line")
+        for host in fast_hosts:
+            host.until(lambda stats: stats["last_error"], "a broken connection")
         brain.start()
-        all_told(hurried, brain, end)
+        assert_delivered(fast_hosts, brain, end)
 
 
 @pytest.mark.parametrize("pool", ["gevent"])
-def test_a_worker_on_a_bad_network(brain, redis_url, tmp_path, pool):
-    """A Celery worker whose line is torn, silenced and refused under load runs every task, and the brain has each one."""
+def test_worker_on_broken_network_reports_every_task(brain, fresh_project, pool):
+    """A worker whose connection fails under load runs every task, and the brain has each once."""
+    project = fresh_project
     proxy = Proxy(brain.port)
-    with E2EProject(brain, redis_url, tmp_path) as project:
-        worker = project.worker(pool=pool, environment={"Z4J_BRAIN_URL": proxy.url})
-        project.warm_up()
-        sent = []
-        for toxic in (Reset, BlackHole, Refused):
-            with proxy.poisoned(toxic()):
-                sent += [project.send("add", number, 1) for number in range(40)]
-                assert [project.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
-        assert {project.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))
-        assert {tuple(project.kinds(task_id)) for task_id in sent[::10]} == {
-            ("task.received", "task.started", "task.succeeded")
-        }
-        assert worker.stop() == 0
-        assert "please report" not in worker.output()
+    worker = project.worker(pool=pool, environment={"Z4J_BRAIN_URL": proxy.url})
+    project.warm_up()
+    sent = []
+    for toxic in (Reset, BlackHole, Refused):
+        with proxy.poisoned(toxic()):
+            sent += [project.send("add", number, 1) for number in range(40)]
+            assert [project.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
+    assert {project.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))
+    assert {tuple(project.kinds(task_id)) for task_id in sent[::10]} == {
+        ("task.received", "task.started", "task.succeeded")
+    }
+    assert worker.stop() == 0
+    assert "please report" not in worker.output()
     proxy.close()

@@ -1,4 +1,4 @@
-"""What the real brain fails on: the rows are found and dropped, and what was beside them arrives."""
+"""Rows that the real brain cannot process are dropped, and all other rows arrive."""
 
 import json
 from datetime import UTC, datetime
@@ -23,23 +23,31 @@ class Engine:
         return set()
 
 
-def an_event(number):
+def make_event(number):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=f"t-{number}", kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=datetime.now(UTC), data={"task_name": "e2e.stub", "result": number},
-    )  # fmt: skip
+        id=uuid4(),
+        engine="stub",
+        task_id=f"t-{number}",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=datetime.now(UTC),
+        data={"task_name": "e2e.stub", "result": number},
+    )
 
 
-def test_poisoned_rows_cost_themselves_alone(brain, agent_credentials, caplog, capsys):
-    """A number that is none and a result with a status that is none end each session until they are dropped and counted.
+def test_poison_rows_are_dropped_and_counted(brain, agent_credentials, caplog, capsys):
+    """A NaN in an event and an invalid result status end each session until they are dropped.
 
-    (Over long-poll the brain drops the whole frame of such an event and says that it has accepted it.)
+    Over long-poll the brain discards the whole frame of such an event and reports it as accepted.
     """
     agent = agent_credentials()
     runtime = install_agent(
-        engines=[Engine()], brain_url=agent.brain_url, token=agent.token, project_id=agent.project,
-        hmac_secret=agent.hmac_secret, transport="ws",
-    )  # fmt: skip
+        engines=[Engine()],
+        brain_url=agent.brain_url,
+        token=agent.token,
+        project_id=agent.project,
+        hmac_secret=agent.hmac_secret,
+        transport="ws",
+    )
     fields = {
         "id": str(uuid4()),
         "kind": "task.succeeded",
@@ -49,7 +57,7 @@ def test_poisoned_rows_cost_themselves_alone(brain, agent_credentials, caplog, c
     }
     try:
         for number in range(EVENTS):
-            runtime.record_event(an_event(number))
+            runtime.record_event(make_event(number))
             if number == EVENTS // 2:
                 until(lambda: runtime.stats()["stored"] > EVENTS // 2, "the first half", timeout=20)
                 runtime._agent.buffer.append([(EVENT, "bad", json.dumps(fields).encode())])

@@ -1,4 +1,4 @@
-"""One worker per pool on Redis, and everything that its agent must deliver, execute and leave alone."""
+"""One worker per pool on Redis: what its agent delivers, executes and must not disturb."""
 
 import os
 import signal
@@ -12,43 +12,47 @@ from z4j_bare.demo.worker import CONCURRENCY, POOLS
 
 pytestmark = pytest.mark.timeout(120)
 
-#: Each is the beginning of POOLS: pytest groups the tests of one worker by the parameter's position.
+#: Subsets are prefixes of POOLS, because pytest groups tests by the parameter's position.
 GREEN = POOLS[:2]
-ENDING = POOLS[:2]
+TERMINATING = POOLS[:2]
 FORKING = POOLS[:3]
 REDACTED = "[REDACTED]"
-#: As given on the command line, and as the brain keeps it: it takes a dotted host for an e-mail address.
+
+#: A name on the command line, and in the brain, which redacts a host with dots as an address.
 DOTTED = ("w@web-1.example.com", "w@web-1_example_com")
 NAMES = {"gevent": DOTTED, "prefork": DOTTED}
 
 
 @pytest.fixture(scope="module", params=POOLS)
 def pool(request):
+    """Celery's worker pool."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def project(pool, brain, redis_url, tmp_path_factory):
+    """A project for the pool."""
     with E2EProject(brain, redis_url, tmp_path_factory.mktemp(pool)) as here:
         yield here
 
 
 @pytest.fixture(scope="module")
 def names(pool):
+    """The worker's name on the command line, and its name in the brain."""
     return NAMES.get(pool, ("w@e2e", "w@e2e"))
 
 
 @pytest.fixture(scope="module")
 def host(project, pool, names):
-    """The worker; prefork's children are replaced all the time, and none has ``-E``."""
+    """The pool's worker; prefork's children are replaced often, and ``-E`` is not set."""
     options = ("--max-tasks-per-child", "5") if pool == "prefork" else ()
     worker = project.worker(pool=pool, name=names[0], options=options)
     project.warm_up()
     return worker
 
 
-def test_a_success_is_told_whole(project, host, pool, names):
-    """A task that succeeds has one event of each kind and a row with all that a dashboard shows, its password hidden."""
+def test_successful_task_has_complete_row(project, host, pool, names):
+    """A successful task has one event of each kind and a complete row without its password."""
     task_id = project.send("add", 2, 3, password="hunter2", note="plain")
     row = project.row(task_id, "success")
     assert project.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
@@ -58,15 +62,15 @@ def test_a_success_is_told_whole(project, host, pool, names):
         names[1],
     )
     assert (row["args"], row["kwargs"]) == ([2, 3], {"password": REDACTED, "note": "plain"})
-    assert str(row["result"]) == "5"  # prefork's comes from the broker's event, as text
+    assert str(row["result"]) == "5"  # A string in prefork, where it comes from an event.
     assert 20 <= row["runtime_ms"] < 10_000
     assert row["retry_count"] == 0
     assert row["received_at"] <= row["started_at"] <= row["finished_at"]
     assert "hunter2" not in str(project.brain.events(project.slug, "celery", task_id))
 
 
-def test_the_worker_page_is_filled(project, host, pool, names):
-    """The brain's row of the worker has what the worker tells of itself, though nobody asks it over the broker."""
+def test_worker_row_has_details(project, host, pool, names):
+    """The brain's row of the worker has pid, queues and concurrency without a broker request."""
 
     def filled():
         rows = {row["name"]: row for row in project.brain.workers(project.slug)}
@@ -80,13 +84,13 @@ def test_the_worker_page_is_filled(project, host, pool, names):
     )
 
 
-def test_a_queue_that_is_empty_is_no_broken_broker(project, host):
-    """Redis has no empty lists, so a passive declaration fails there: the depth is 0 all the same."""
+def test_empty_queue_has_depth_zero(project, host):
+    """Redis has no empty lists, so that a passive declaration fails; the depth is still 0."""
     depths = until(lambda: project.brain.stats(project.slug)["queue_depths"], "a queue", timeout=60)
     assert {row["name"]: row["pending_count"] for row in depths} == {project.home.name: 0}
 
 
-def test_a_failure_names_its_exception(project, host, names):
+def test_failed_task_has_exception(project, host, names):
     """A task that raises is a failure with exception, traceback and worker."""
     task_id = project.send("fails", "it broke here")
     row = project.row(task_id, "failure")
@@ -98,15 +102,15 @@ def test_a_failure_names_its_exception(project, host, names):
 
 
 def test_retries_are_counted(project, host):
-    """A task that retries twice and then succeeds shows both retries, also those within one second."""
+    """A task that retries twice shows both retries, even within one second."""
     task_id = project.send("retries")
     row = project.row(task_id, "success")
     assert row["retry_count"] == 2
     assert project.kinds(task_id).count("task.retried") == 2
 
 
-def test_a_chain_knows_its_parents(project, host):
-    """The second task of a chain names the first as its parent and root."""
+def test_chained_task_has_parent_and_root(project, host):
+    """The second task of a chain has the first one as parent and root."""
     link = project.producer.signature("e2e.add", args=(10,))
     second = (project.producer.signature("e2e.add", args=(1, 2)) | link).apply_async()
     row = project.row(second.id, "success")
@@ -114,27 +118,26 @@ def test_a_chain_knows_its_parents(project, host):
     assert row["args"] == [3, 10]
 
 
-def test_annotations_hold(project, host):
-    """``@z4j_meta`` keeps, hides and skips what its task asks for, here as with the adapter's own hooks."""
-    silent = [project.send("skipped"), project.send("unsampled")]
+def test_task_annotations_apply(project, host):
+    """``@z4j_meta`` keeps, redacts and skips values as it does with the adapter's own hooks."""
+    skipped = [project.send("skipped"), project.send("unsampled")]
     keeps = project.send("keeps", "secret position", amount=12, customer="Ada")
     hides = project.send("hides", amount=12, customer="Ada")
     row = project.row(keeps, "success")
     assert (row["args"], row["kwargs"], row["priority"]) == (REDACTED, {"amount": 12}, "high")
     row = project.row(hides, "success")
     assert (row["kwargs"], row["result"]) == ({"amount": 12, "customer": REDACTED}, REDACTED)
-    assert [project.outcome(task_id)[0] for task_id in silent] == ["SUCCESS", "SUCCESS"]
-    project.row(
-        project.send("add", 0, 0), "success"
-    )  # sent later, so what was to come of the silent ones is here
-    assert [project.brain.task(project.slug, "celery", task_id) for task_id in silent] == [
+    assert [project.outcome(task_id)[0] for task_id in skipped] == ["SUCCESS", "SUCCESS"]
+    # This task was sent later, so that events of the skipped tasks would have arrived before.
+    project.row(project.send("add", 0, 0), "success")
+    assert [project.brain.task(project.slug, "celery", task_id) for task_id in skipped] == [
         None,
         None,
     ]
 
 
 @pytest.mark.parametrize("task", ["runs_asyncio", "runs_asgiref", "runs_orm"])
-def test_what_a_running_loop_would_break_succeeds(task, project, host):
+def test_tasks_run_asyncio_and_orm(task, project, host):
     """``asyncio.run``, asgiref's ``async_to_sync`` and Django's ORM work in every task."""
     for _ in range(5):
         state, result = project.run(task)
@@ -142,13 +145,13 @@ def test_what_a_running_loop_would_break_succeeds(task, project, host):
     assert result == {"runs_asyncio": "asyncio", "runs_asgiref": "asgiref", "runs_orm": 5}[task]
 
 
-def test_no_running_loop_is_ever_visible(project, host):
-    """``asyncio.get_running_loop`` raises at every moment of a task while the agent beats and sends."""
+def test_tasks_see_no_running_loop(project, host):
+    """``asyncio.get_running_loop`` raises at any time of a task while the agent works."""
     assert project.run("sees_a_loop") == ("SUCCESS", False)
 
 
-def test_a_huge_argument_is_cut_and_says_so(project, host, pool):
-    """A task with a 5 MB string and a list of 100,000 has its row, marked as cut, and the worker goes on."""
+def test_huge_argument_is_truncated(project, host, pool):
+    """A task with huge arguments has a row in which they are marked as truncated."""
     task_id = project.send("takes", "x" * 5_000_000, numbers=list(range(100_000)))
     assert project.outcome(task_id) == ("SUCCESS", [5_000_000, 100_000])
     row = project.row(task_id, "success")
@@ -162,8 +165,8 @@ def test_a_huge_argument_is_cut_and_says_so(project, host, pool):
 
 
 @pytest.mark.parametrize("pool", FORKING, indirect=True)
-def test_forked_children_stay_silent(project, host, pool):
-    """``os.fork``, multiprocessing and subprocess in a task cost no session, and what a child does is never sent."""
+def test_forked_children_send_nothing(project, host, pool):
+    """``os.fork``, multiprocessing and subprocess keep the session, and a child sends nothing."""
     before = project.sessions()
     assert project.run("forks", "os") == ("SUCCESS", 0)
     assert project.run("multiprocesses", "mp") == ("SUCCESS", 0)
@@ -175,9 +178,9 @@ def test_forked_children_stay_silent(project, host, pool):
         assert project.brain.task(project.slug, "celery", f"{mark}-in-child") is None
 
 
-@pytest.mark.parametrize("pool", ENDING, indirect=True)
-def test_an_operator_cancels_and_retries(project, host, pool):
-    """A running task that an operator cancels really ends and is revoked; a failed one that he retries succeeds."""
+@pytest.mark.parametrize("pool", TERMINATING, indirect=True)
+def test_cancel_and_retry_commands_complete(project, host, pool):
+    """A cancelled running task ends as revoked, and a retried failed task succeeds."""
     running = project.send("wait", 60)
     project.row(running, "started")
     cancelled = project.brain.issue(
@@ -201,8 +204,8 @@ def test_an_operator_cancels_and_retries(project, host, pool):
     assert project.row(done["result"]["new_task_id"], "success")["name"] == "e2e.fails_once"
 
 
-def test_the_brain_accepts_worker_controls(project, host, names):
-    """The worker is online under a name that redaction leaves alone, and the brain takes a pool-resize for it."""
+def test_brain_accepts_control_for_worker(project, host, names):
+    """The worker is online under an unredacted name, and the brain accepts a pool resize for it."""
     assert [
         row["name"] for row in project.brain.workers(project.slug) if row["state"] == "online"
     ] == [names[1]]
@@ -213,8 +216,8 @@ def test_the_brain_accepts_worker_controls(project, host, names):
     project.brain.wait_command(project.slug, resize["id"])
 
 
-def test_one_process_speaks_for_the_worker(project, host, pool):
-    """Only the worker's main process has said hello, once; prefork's later children never, and their tasks are told."""
+def test_only_main_process_has_session(project, host, pool):
+    """Only the main process has a session; tasks of prefork's children are reported by it."""
     pids = {
         project.outcome(task_id)[1]
         for task_id in [project.send("pid", number) for number in range(12)]
@@ -226,12 +229,11 @@ def test_one_process_speaks_for_the_worker(project, host, pool):
     assert rows[0]["role"] == "task"
 
 
-def test_sigterm_ends_it_with_everything_told(project, host, pool):
-    """A warm shutdown, last of all, lets the running task end, exits 0 in time, and no event is missing."""
+def test_warm_shutdown_reports_all_tasks(project, host, pool):
+    """SIGTERM lets the running task finish, exits with 0, and all events arrive."""
     finished = [project.send("add", number, 1) for number in range(30)]
-    assert {project.outcome(task_id)[0] for task_id in finished} == {
-        "SUCCESS"
-    }  # the worker gives back what only waits
+    # The worker returns tasks that have not started to the queue.
+    assert {project.outcome(task_id)[0] for task_id in finished} == {"SUCCESS"}
     running = project.send("wait", 2)
     until((project.home / "wait.started").exists, "the last task's start", timeout=30)
     os.kill(host.pid, signal.SIGTERM)
@@ -243,17 +245,17 @@ def test_sigterm_ends_it_with_everything_told(project, host, pool):
     assert {known.get(task_id) for task_id in (*finished, running)} == {"success"}
     assert known["shutting-down"] == "success"
     log = host.output()
-    for complaint in (
+    for error in (
         "Traceback",
         "cannot switch",
         "BlockingSwitchOutError",
         "died and runs again",
         "please report",
     ):
-        assert complaint not in _expected_removed(log), complaint
+        assert error not in _without_expected_errors(log), error
 
 
-def _expected_removed(log):
+def _without_expected_errors(log):
     """Return the log without the tracebacks of tasks that fail on purpose."""
     blocks = log.split("\n[")
     return "\n[".join(

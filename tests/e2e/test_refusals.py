@@ -1,31 +1,31 @@
-"""Agents that the brain wants nothing to do with: a long back-off, one warning that names the setting, and nothing lost."""
+"""Agents that the brain rejects: a long back-off, one warning that names the setting, no loss."""
 
 import re
 import secrets
 
 import pytest
 
-from tests.support.e2e_host import PATIENCE, start_hosts
+from tests.support.e2e_host import TIMEOUT, start_hosts
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
-#: Seconds for which nobody may keep a host from running.
-HANG = 5.0
+#: Maximum time for which the host's main loop may be blocked, in seconds.
+MAX_GAP = 5.0
 
 
-def each_complains(hosts, setting):
-    """Wait until each has warned, once, of a refusal: with that setting's name, and a long wait to the next attempt."""
+def assert_warned_once(hosts, setting):
+    """Wait for one warning per host, with the setting's name and a wait of at least 10 s."""
     for host in hosts:
-        host.until(lambda _stats, host=host: refusals(host), "a warning")
-        (said,) = refusals(host)
+        host.until(lambda _stats, host=host: warnings(host), "a warning")
+        (said,) = warnings(host)
         assert setting in said[0].upper()
         assert int(said[1]) >= 10
 
 
-def refusals(host):
-    """What an operator sees of refusals in the host's log: what is wrong, and the seconds to the next attempt."""
+def warnings(host):
+    """Return the reason and the seconds to the next attempt of each rejection in the host's log."""
     return re.findall(
         r"WARNING z4j\.runtime\.supervisor z4j: no session \(auth\): (.*); next attempt in (\d+) s",
         host.output(),
@@ -33,8 +33,8 @@ def refusals(host):
 
 
 @pytest.mark.parametrize("end", ["revoked", "archived"])
-def test_an_agent_that_is_not_wanted_any_more(brain, tmp_path_factory, end):
-    """The session ends; one warning names the setting; the next attempt is far away; the host goes on, and ends cleanly."""
+def test_revoked_agent_keeps_events_and_retries_rarely(brain, tmp_path_factory, end):
+    """The session ends, one warning names the setting, and the host runs on and stops cleanly."""
     with start_hosts(brain, tmp_path_factory) as hosts:
         project = hosts[0].credentials.project
         if end == "archived":
@@ -42,56 +42,56 @@ def test_an_agent_that_is_not_wanted_any_more(brain, tmp_path_factory, end):
         else:
             for host in hosts:
                 brain.revoke_agent(project, host.credentials.agent_id)
-        each_complains(hosts, "TOKEN")
-        sessions = [host.ask("stats")["sessions"] for host in hosts]
+        assert_warned_once(hosts, "TOKEN")
+        sessions = [host.request("stats")["sessions"] for host in hosts]
         for host in hosts:
-            host.ask("reconnect")
+            host.request("reconnect")
             host.produce(end, 30, 0.2)
-            host.produced()
+            host.wait_produced()
         for host in hosts:
             host.until(lambda stats: "does not know it" in stats["last_error"], "a refusal")
             host.until(lambda stats: stats["buffered"] == 30, "the buffer")
-        each_complains(hosts, "TOKEN")
+        assert_warned_once(hosts, "TOKEN")
         for host, before in zip(hosts, sessions, strict=True):
-            stats = host.ask("stats")
+            stats = host.request("stats")
             assert (stats["state"], stats["lost"], stats["restarts"]) == ("running", {}, {})
             assert stats["sessions"] == before
-            assert stats["longest_gap"] < HANG
-            assert host.leave() == 0
+            assert stats["longest_gap"] < MAX_GAP
+            assert host.finish() == 0
             assert "Traceback" not in host.output()
 
 
-def test_a_rotated_secret(tmp_path_factory):
-    """When the brain's secret changes, agents say which setting is wrong; with the new one they deliver what had to wait."""
+def test_rotated_secret_is_named_and_events_arrive_later(tmp_path_factory):
+    """When the brain's secret changes a warning names it; with the new one all events arrive."""
     with (
         Brain(tmp_path_factory.mktemp("brain")) as brain,
         start_hosts(brain, tmp_path_factory) as hosts,
     ):
         for host in hosts:
             host.produce("rotated", 20, 0.2)
-            host.settle()
-        with rotated(brain) as changed:
+            host.wait_acked()
+        with with_new_secret(brain) as changed:
             for host in hosts:
                 host.produce("rotated", 30, 0.2)
             for host in hosts:
-                host.ask("reconnect")
-            each_complains(hosts, "Z4J_HMAC_SECRET")
+                host.request("reconnect")
+            assert_warned_once(hosts, "Z4J_HMAC_SECRET")
             fresh = changed.mint_agent(hosts[0].credentials.project, "new").hmac_secret
             for host in hosts:
                 assert fresh != host.credentials.hmac_secret
-                assert host.leave() == 0
-                host.come_back(Z4J_HMAC_SECRET=fresh)
+                assert host.finish() == 0
+                host.restart(Z4J_HMAC_SECRET=fresh)
                 host.produce("rotated", 10, 0.1)
             for host in hosts:
                 until(
                     lambda host=host: host.delivered(changed, "rotated"),
                     "all events",
-                    timeout=PATIENCE,
+                    timeout=TIMEOUT,
                 )
 
 
-def rotated(brain):
-    """Stop the brain, and return it with another secret, under which the tokens it has given out stay good."""
+def with_new_secret(brain):
+    """Stop the brain and return it with a new secret; its old tokens remain valid."""
     lines = (brain.home / "secret.env").read_text().splitlines()
     old = next(
         value for name, _, value in (line.partition("=") for line in lines) if name == "Z4J_SECRET"

@@ -1,4 +1,4 @@
-"""A worker without a restart of its own is restarted by the operator's command and its supervisor."""
+"""A restart command for a worker that can only exit, and is restarted by its supervisor."""
 
 import sys
 import uuid
@@ -22,7 +22,10 @@ WORKER = "stub@e2e"
     ]
 )
 def supervised(request, brain, agent_credentials, tmp_path):
-    """``supervised(**environment)``: a supervisor with one worker in it, whose agent is ``supervised.agent``."""
+    """``supervised(**environment)``: start a supervisor with one worker.
+
+    The worker's agent is ``supervised.agent``.
+    """
     started = []
 
     def start(**environment):
@@ -61,8 +64,8 @@ def supervised(request, brain, agent_credentials, tmp_path):
         service.stop()
 
 
-def test_restart(supervised, brain):
-    """The worker finishes, tells everything, ends and comes back as another process."""
+def test_restart_command_replaces_process(supervised, brain):
+    """The worker finishes its task, sends all events, exits, and is replaced by a new process."""
     service = supervised()
     agent = supervised.agent
 
@@ -86,22 +89,22 @@ def test_restart(supervised, brain):
     assert second != first
     task = until(
         lambda: brain.task(agent.project, "stub", "last"),
-        "what the first process did last",
+        "the last task of the first process",
         timeout=20,
     )
     assert task["state"] == "success"
-    # worker.offline came last. Where the brain was too slow for the budget of the end, the next process delivers it.
+    # worker.offline is the last event. If the brain is too slow, the next process sends it.
     until(
         lambda: not list(service.cwd.glob(f"home/z4j-green-{first}-*")),
-        "the end of the first one's store",
+        "the deletion of the first process's store",
         timeout=75,
     )
     assert f"supervisor: {first} ended with 75" in service.output()
 
 
 @pytest.mark.long
-def test_without_a_supervisor_there_is_no_such_ability(supervised, brain):
-    """Where nothing would start it again the worker does not offer to be restarted, and the brain refuses by itself."""
+def test_restart_without_supervisor_is_rejected(supervised, brain):
+    """Without a supervisor the worker offers no restart, and the brain rejects the command."""
     supervised(Z4J_ORCHESTRATED="0")
     agent = supervised.agent
     with pytest.raises(BrainRefusedError, match="422"):

@@ -1,11 +1,11 @@
-"""What is no single scheduler's: who tells of schedules, the fires of z4j's own, orders that no published adapter is sent."""
+"""Schedules apart from a particular scheduler: ownership, z4j's own scheduler, older actions."""
 
 import pytest
 
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from tests.support.schedule_project import (
     MODES,
-    PATIENCE,
+    TIMEOUT,
     ScheduleProject,
     SchedulerHost,
     requires_module,
@@ -19,28 +19,28 @@ pytestmark = pytest.mark.timeout(240)
 POOLS = ("gevent", "eventlet", "threads", "prefork")
 
 
-@pytest.fixture
-def project(brain, redis_url, tmp_path):
-    with ScheduleProject(brain, redis_url, tmp_path) as here:
-        yield here
-
-
 @pytest.mark.long
 @requires_module("z4j_scheduler")
 @pytest.mark.parametrize("pool", POOLS)
-def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
-    """What z4j-scheduler finds due is enqueued by the worker's agent, each time once, and its task runs."""
+def test_agent_runs_fires_of_z4j_scheduler(redis_url, tmp_path, pool):
+    """A fire of z4j-scheduler is enqueued by the worker's agent exactly once, and its task runs."""
     environment = {"Z4J_EMBEDDED_SCHEDULER": "true", "Z4J_SCHEDULER_BIND_PORT": str(free_port())}
     with (
         Brain(tmp_path / "brain", environment=environment) as brain,
         ScheduleProject(brain, redis_url, tmp_path) as project,
     ):
-        project.worker("planned", pool=pool)
-        project.known("hourly")
+        project.worker("scheduled", pool=pool)
+        project.wait_schedule("hourly")
         made = brain.post(
             f"/projects/{project.slug}/schedules",
-            name="often", engine="celery", kind="interval", expression="2", task_name="e2e.add", args=[20, 3], kwargs={},
-        )  # fmt: skip
+            name="often",
+            engine="celery",
+            kind="interval",
+            expression="2",
+            task_name="e2e.add",
+            args=[20, 3],
+            kwargs={},
+        )
 
         def fired():
             rows = [row for row in brain.commands(project.slug) if row["action"] == "schedule.fire"]
@@ -61,13 +61,14 @@ def test_fires_of_z4js_own_scheduler(redis_url, tmp_path, pool):
 @pytest.mark.long
 @requires_module("z4j_apscheduler")
 @pytest.mark.parametrize("mode", MODES)
-def test_switches_without_mutation(project, mode):
-    """An adapter that can only switch schedules on and off is sent ``schedule.external.control``, and does it."""
-    with SchedulerHost(project, mode, "switched"):
-        project.known("hourly")
+def test_adapter_without_mutation_gets_external_control(schedule_project, mode):
+    """An adapter that can only enable and disable gets ``schedule.external.control``."""
+    project = schedule_project
+    with SchedulerHost(project, mode, "enable_only"):
+        project.wait_schedule("hourly")
         for what, on in (("disable", False), ("enable", True)):
-            done = project.act("hourly", what)
-            assert bool(project.known("hourly", is_enabled=on)["next_run_at"]) is on
+            done = project.control("hourly", what)
+            assert bool(project.wait_schedule("hourly", is_enabled=on)["next_run_at"]) is on
             operation = project.brain.get(
                 f"/projects/{project.slug}/schedules/external-control-operations/{done['operation_id']}"
             )
@@ -80,25 +81,26 @@ def test_switches_without_mutation(project, mode):
 
 @pytest.mark.long
 @requires_module("z4j_celerybeat")
-def test_the_next_process_tells_them(project):
-    """One process tells a scheduler's schedules; when it has ended, the next one that connects does, and takes the orders."""
-    first = project.worker("planned", pool="gevent", name="w1@e2e")
-    project.known("hourly")
-    second = project.worker("planned", pool="gevent", name="w2@e2e")
+def test_next_process_takes_over_schedules(schedule_project):
+    """When the process that publishes the schedules ends, the next one takes over."""
+    project = schedule_project
+    first = project.worker("scheduled", pool="gevent", name="w1@e2e")
+    project.wait_schedule("hourly")
+    second = project.worker("scheduled", pool="gevent", name="w2@e2e")
     assert first.stop() == 0
     assert activations(project) == 1
-    third = project.worker("planned", pool="gevent", name="w3@e2e")
-    process.until(lambda: activations(project) == 2, "the second epoch", timeout=PATIENCE)
-    project.act("hourly", "trigger")
-    project.marked()
+    third = project.worker("scheduled", pool="gevent", name="w3@e2e")
+    process.until(lambda: activations(project) == 2, "the second epoch", timeout=TIMEOUT)
+    project.control("hourly", "trigger")
+    project.wait_mark()
     for worker in (second, third):
         assert "no ack for schedules" not in worker.output()
 
 
 @pytest.mark.long
 @requires_module("z4j_apscheduler")
-def test_what_rest_cannot_emit(backend, until, monkeypatch):
-    """The actions of older brains, each delivered twice, reach APScheduler once; a scripted peer sends them."""
+def test_repeated_old_schedule_actions_run_once(backend, until, monkeypatch):
+    """Schedule actions of older brains, delivered twice by a scripted peer, are executed once."""
     from apscheduler.schedulers.background import BackgroundScheduler
     from z4j_apscheduler import APSchedulerAdapter
 
@@ -120,7 +122,7 @@ def test_what_rest_cannot_emit(backend, until, monkeypatch):
     try:
         until(lambda: peer.last and peer.last.frames)
 
-        def order(action):
+        def send_twice(action):
             identity = peer.last.command(
                 f"schedule.{action}", {"schedule_id": "hourly"}, target={"scheduler": "apscheduler"}
             )
@@ -128,21 +130,21 @@ def test_what_rest_cannot_emit(backend, until, monkeypatch):
                 lambda: [frame for frame in peer.frames("command_result") if frame.id == identity]
             )
             peer.last.command(f"schedule.{action}", {"schedule_id": "hourly"}, identity=identity)
-            again = until(
+            repeated = until(
                 lambda: [frame for frame in peer.frames("command_result") if frame.id == identity][
                     1:
                 ]
             )
-            assert again[0].payload == results[0].payload
+            assert repeated[0].payload == results[0].payload
             assert results[0].payload.status == "success", results[0].payload.error
 
-        order("disable")
+        send_twice("disable")
         assert scheduler.get_job("hourly").next_run_time is None
-        order("enable")
+        send_twice("enable")
         assert scheduler.get_job("hourly").next_run_time is not None
-        order("trigger_now")
+        send_twice("trigger_now")
         until(lambda: ran)
-        order("delete")
+        send_twice("delete")
         assert scheduler.get_job("hourly") is None
         assert ran == [1]
         assert peer.events() == [], "no epoch, no schedules"
@@ -155,6 +157,6 @@ def test_what_rest_cannot_emit(backend, until, monkeypatch):
 
 
 def activations(project):
-    """How often a process was asked for the schedules, and has told them."""
+    """Return the number of completed requests to publish the schedules."""
     rows = project.brain.commands(project.slug, status="completed")
     return len([row for row in rows if row["action"] == "schedule.external.activate"])

@@ -1,4 +1,4 @@
-"""After a day with everything that can go wrong, at DEBUG: no secret stands anywhere but in the process's environment."""
+"""After all kinds of failures at log level DEBUG, secrets are only in the process's environment."""
 
 import base64
 import secrets
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.e2e_host import MODES, PATIENCE, Host
+from tests.support.e2e_host import MODES, TIMEOUT, Host
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 
@@ -21,15 +21,15 @@ USER = "worker"
 
 
 class Gateway:
-    """A forward proxy that knows CONNECT and one password; behind it TLS ends, and the brain's port begins.
+    """A forward proxy with CONNECT and one password; behind it TLS ends at the brain's port.
 
-    ``mood`` is what it does to those who come: ``well``, or answer ``407``, ``502``, or ``hang up``.
+    ``behaviour`` is ``forward``, a status (``407``, ``502``), or ``close``.
     """
 
     def __init__(self, port, tls, password):
-        self.mood = "well"
+        self.behaviour = "forward"
         self.served = 0
-        self.refused = 0
+        self.rejected = 0
         self._port = port
         self._tls = tls
         self._pass = (
@@ -41,14 +41,14 @@ class Gateway:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self):
-        """Stop listening and hang up on everybody."""
+        """Stop listening and close all connections."""
         for sock in (self._listener, *self._socks):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
 
-    def hang_up(self):
-        """Break the lines that stand."""
+    def reset_connections(self):
+        """Break the existing connections."""
         for sock in self._socks:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -65,19 +65,20 @@ class Gateway:
             head = b""
             while b"\r\n\r\n" not in head:
                 head += sock.recv(65536) or b"\r\n\r\n"
-            mood = self.mood if self._pass in head.decode() else "407"
-            if mood == "well":
+            behaviour = self.behaviour if self._pass in head.decode() else "407"
+            if behaviour == "forward":
                 self.served += 1
                 sock.sendall(b"HTTP/1.1 200 Established\r\n\r\n")
-                self._join(sock)
+                self._forward(sock)
             else:
-                self.refused += 1
-                if mood != "hang up":
+                self.rejected += 1
+                if behaviour != "close":
                     sock.sendall(
-                        f"HTTP/1.1 {mood} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                        f"HTTP/1.1 {behaviour} No\r\nContent-Length: 0\r\n"
+                        "Connection: close\r\n\r\n".encode()
                     )
 
-    def _join(self, sock):
+    def _forward(self, sock):
         with (
             self._tls.wrap_socket(sock, server_side=True) as outer,
             socket.create_connection(("127.0.0.1", self._port)) as inner,
@@ -100,7 +101,7 @@ def _copy(source, target):
 
 @pytest.fixture(scope="module")
 def brain(tmp_path_factory):
-    """A brain that lets itself be called by another name."""
+    """A brain that also accepts the host name ``brain.test``."""
     hosts = '["brain.test", "127.0.0.1"]'
     with Brain(
         tmp_path_factory.mktemp("brain"), environment={"Z4J_ALLOWED_HOSTS": hosts}
@@ -117,7 +118,7 @@ def gateway(brain, server_tls):
 
 @pytest.fixture(scope="module")
 def hosts(brain, gateway, certificate, tmp_path_factory):
-    """A host in each mode and over each transport, all agents of one project."""
+    """A host in each mode and over each transport; all agents belong to one project."""
     project = f"p-{secrets.token_hex(6)}"
     brain.create_project(project)
     with ExitStack() as stack:
@@ -130,7 +131,7 @@ def hosts(brain, gateway, certificate, tmp_path_factory):
                     "Z4J_BRAIN_URL": f"https://brain.test:{brain.port}",
                     "Z4J_CA_BUNDLE": str(certificate),
                     "Z4J_TRANSPORT": transport,
-                    "HURRY": "1",
+                    "FAST_TIMEOUTS": "1",
                     **dict.fromkeys(
                         ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), gateway.url
                     ),
@@ -142,7 +143,7 @@ def hosts(brain, gateway, certificate, tmp_path_factory):
 
 
 def spellings(secret):
-    """The forms in which a secret could show."""
+    """Return the encodings in which a secret could appear."""
     raw = secret.encode()
     with suppress(ValueError):
         raw = base64.urlsafe_b64decode(secret)
@@ -155,7 +156,7 @@ def spellings(secret):
 
 
 def command_lines():
-    """The process list, as anybody on the machine may read it."""
+    """Yield the command lines of all processes, which every user can read."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             yield (process / "cmdline").read_bytes().decode(errors="replace")
@@ -166,53 +167,53 @@ def files_of(home):
 
 
 def failed_with(answer, host):
-    error = host.ask("stats")["last_error"]
+    error = host.request("stats")["last_error"]
     return bool(error) and answer in error
 
 
-def run_the_day(hosts, gateway, brain):
-    """Sessions, events, every failure of the proxy, a token that is revoked; the brain restarts in between."""
+def run_failures(hosts, gateway, brain):
+    """Produce events, all failures of the proxy, and a revoked token; return the texts."""
     each = lambda condition, what: [  # noqa: E731
-        until(lambda host=host: condition(host), what, timeout=PATIENCE) for host in hosts
+        until(lambda host=host: condition(host), what, timeout=TIMEOUT) for host in hosts
     ]
-    each(lambda host: host.ask("stats")["sessions"], "sessions")
+    each(lambda host: host.request("stats")["sessions"], "sessions")
     texts = []
-    for mood, answer in (("407", "407"), ("502", "502"), ("hang up", "")):
+    for behaviour, answer in (("407", "407"), ("502", "502"), ("close", "")):
         for host in hosts:
-            host.produce("day", 10, 0.1)
-        gateway.mood = mood
-        gateway.hang_up()
-        # The line that broke is the first failure, and tells nothing of the proxy yet.
+            host.produce("failures", 10, 0.1)
+        gateway.behaviour = behaviour
+        gateway.reset_connections()
+        # The first error is that of the broken connection, not of the proxy.
         each(partial(failed_with, answer), f"a failure {answer}")
-        texts += [host.ask("expose") for host in hosts]
-        gateway.mood = "well"
-        each(Host.settled, "acks")
-    texts += [host.ask("expose") for host in hosts]
+        texts += [host.request("expose") for host in hosts]
+        gateway.behaviour = "forward"
+        each(Host.all_acked, "acks")
+    texts += [host.request("expose") for host in hosts]
     for host in hosts:
-        assert host.delivered(brain, "day")
+        assert host.delivered(brain, "failures")
         brain.revoke_agent(host.credentials.project, host.credentials.agent_id)
-    each(lambda host: "Z4J_TOKEN" in host.ask("stats")["last_error"], "a refusal")
-    return texts + [host.ask("expose") for host in hosts]
+    each(lambda host: "Z4J_TOKEN" in host.request("stats")["last_error"], "a rejection")
+    return texts + [host.request("expose") for host in hosts]
 
 
 @pytest.fixture(scope="module")
-def day(hosts, gateway, brain):
-    """What the day left: texts of the living, the process list, and where the files are."""
-    texts = run_the_day(hosts, gateway, brain)
+def exposed(hosts, gateway, brain):
+    """The texts of the hosts, the process list, and the modes and contents of their files."""
+    texts = run_failures(hosts, gateway, brain)
     lines = list(command_lines())
     modes = {
         path: path.stat().st_mode for host in hosts for path in (host.cwd / "agent").rglob("*")
     }
     contents = {path: path.read_bytes() for host in hosts for path in files_of(host.cwd)}
     for host in hosts:
-        assert host.leave() == 0
+        assert host.finish() == 0
     contents |= {path: path.read_bytes() for host in hosts for path in files_of(host.cwd)}
     return {"texts": texts, "lines": lines, "modes": modes, "contents": contents}
 
 
 @pytest.fixture(scope="module")
 def forbidden(hosts, gateway):
-    """Everything that must not be found."""
+    """All encodings of all secrets."""
     password = gateway.url.partition(f"{USER}:")[2].partition("@")[0]
     login = base64.b64encode(f"{USER}:{password}".encode()).decode()
     found = {password, login.rstrip("=")}
@@ -221,45 +222,46 @@ def forbidden(hosts, gateway):
     return found
 
 
-def told(text, forbidden):
+def find_secrets(text, forbidden):
+    """Return the secrets that ``text`` contains."""
     return [secret for secret in forbidden if secret in text]
 
 
-def test_the_day_was_full(day, hosts, gateway):
-    """Each host logged at DEBUG, was refused by the proxy, and named the proxy's answer: there was something to find."""
-    assert gateway.refused >= 3 * len(hosts)
+def test_failures_occurred_at_debug_level(exposed, hosts, gateway):
+    """Each host logged at DEBUG, and the proxy rejected it with a status."""
+    assert gateway.rejected >= 3 * len(hosts)
     for host in hosts:
         log = host.output()
         assert "DEBUG" in log
         assert "407" in log
         assert "Z4J_TOKEN" in log
         assert "Traceback" not in log
-    assert sum(len(text["reprs"]) for text in day["texts"]) > 1000
-    assert any("407" in str(text["errors"]) for text in day["texts"])
+    assert sum(len(text["reprs"]) for text in exposed["texts"]) > 1000
+    assert any("407" in str(text["errors"]) for text in exposed["texts"])
 
 
-def test_no_secret_in_what_is_said(day, forbidden):
-    """Neither reprs, figures, errors nor their contexts hold a secret in any spelling."""
-    for text in day["texts"]:
+def test_no_secret_in_reprs_and_errors(exposed, forbidden):
+    """Reprs, stats, errors and their contexts contain no secret in any encoding."""
+    for text in exposed["texts"]:
         for part in ("reprs", "figures", "errors"):
-            assert told(str(text[part]), forbidden) == [], part
+            assert find_secrets(str(text[part]), forbidden) == [], part
 
 
-def test_no_secret_in_a_file(day, forbidden):
-    """Neither logs nor buffers, whoever may read them."""
-    assert [path.name for path in day["contents"] if path.suffix == ".sqlite"]
-    for path, content in day["contents"].items():
-        assert told(content.decode("latin-1"), forbidden) == [], path
+def test_no_secret_in_files(exposed, forbidden):
+    """Logs and buffers contain no secret."""
+    assert [path.name for path in exposed["contents"] if path.suffix == ".sqlite"]
+    for path, content in exposed["contents"].items():
+        assert find_secrets(content.decode("latin-1"), forbidden) == [], path
 
 
-def test_no_secret_in_the_process_list(day, forbidden, hosts):
-    """No command line holds one."""
-    assert any("embedded.py" in line for line in day["lines"])
-    assert told("\n".join(day["lines"]), forbidden) == []
+def test_no_secret_in_process_list(exposed, forbidden, hosts):
+    """No command line contains a secret."""
+    assert any("embedded.py" in line for line in exposed["lines"])
+    assert find_secrets("\n".join(exposed["lines"]), forbidden) == []
 
 
-def test_buffers_are_private(day, hosts):
-    """The buffer's directory is 0700 and every file in it 0600; its parent was made by others."""
-    assert len({path.suffix for path in day["modes"]} & {".sqlite", ".lock"}) == 2
-    for path, mode in day["modes"].items():
+def test_buffers_are_private(exposed, hosts):
+    """The buffer's directory has mode 0700, and every file in it 0600."""
+    assert len({path.suffix for path in exposed["modes"]} & {".sqlite", ".lock"}) == 2
+    for path, mode in exposed["modes"].items():
         assert stat.S_IMODE(mode) == (0o700 if stat.S_ISDIR(mode) else 0o600), path

@@ -1,11 +1,10 @@
-"""The agent in a process of its own, beside workers that have none."""
+"""The standalone agent in its own process, beside workers without an agent."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.e2e_project import E2EProject
 from z4j_bare.demo.process import Service, until
 from z4j_bare.demo.worker import worker_environment
 
@@ -15,15 +14,9 @@ REDACTED = "[REDACTED]"
 
 
 @pytest.fixture(scope="module")
-def project(brain, redis_url, tmp_path_factory):
-    with E2EProject(brain, redis_url, tmp_path_factory.mktemp("standalone")) as here:
-        yield here
-
-
-@pytest.fixture(scope="module")
 def agent(project):
-    """``z4j-bare run`` with its secrets in files, logging everything, beside a worker that was there before."""
-    project.worker("chores", pool="prefork", name="early@e2e", agent=False)
+    """``z4j-bare run`` at DEBUG with secrets in files, beside a worker that started earlier."""
+    project.worker("sample_tasks", pool="prefork", name="early@e2e", agent=False)
     files = {"--token-file": project.agent.token, "--hmac-secret-file": project.agent.hmac_secret}
     options = []
     for option, secret in files.items():
@@ -42,7 +35,7 @@ def agent(project):
     ]
     command += [
         "--app",
-        "chores:app",
+        "sample_tasks:app",
         "--brain-url",
         project.brain.url,
         "--project-id",
@@ -67,11 +60,12 @@ def agent(project):
 
 
 def online(project):
+    """Return the names of the workers that the brain shows as online."""
     return {row["name"] for row in project.brain.workers(project.slug) if row["state"] == "online"}
 
 
-def test_every_task_of_an_agentless_worker_is_told(project, agent):
-    """All tasks have rows with their state, worker, start and end."""
+def test_tasks_of_worker_without_agent_have_rows(project, agent):
+    """All tasks have rows with state, worker, start and end."""
     rows = [
         project.row(task_id, "success")
         for task_id in [project.send("add", number, 1) for number in range(20)]
@@ -82,8 +76,8 @@ def test_every_task_of_an_agentless_worker_is_told(project, agent):
     assert ("ValueError" in row["exception"], row["worker_name"]) == (True, "early@e2e")
 
 
-def test_its_rows_say_what_ran(project, agent):
-    """Rows of an agentless worker's tasks have name, queue and arguments, their passwords hidden, and each event once."""
+def test_rows_of_worker_without_agent_are_complete(project, agent):
+    """Rows have name, queue and redacted arguments, and each event occurs once."""
     task_id = project.send(
         "add", 2, 3, password="hunter2", note={"token": "abc", "plain": [1.5, None, "it's"]}
     )
@@ -103,8 +97,8 @@ def test_its_rows_say_what_ran(project, agent):
     assert "hunter2" not in str(project.brain.events(project.slug, "celery", task_id))
 
 
-def test_what_cannot_be_read_gives_no_secret_away(project, agent):
-    """Arguments that Celery cut in the middle keep their shape and say so, and a password before the cut is hidden."""
+def test_truncated_arguments_are_redacted(project, agent):
+    """Arguments that Celery truncated keep their structure, and a password in them is redacted."""
     row = project.row(
         project.send("add", 2, 3, password="hunter2", path="C:\\", long=["x" * 500] * 9), "success"
     )
@@ -113,43 +107,42 @@ def test_what_cannot_be_read_gives_no_secret_away(project, agent):
     assert "hunter2" not in str(row)
 
 
-def test_annotations_hold(project, agent):
-    """``@z4j_meta`` keeps, hides and skips what its task asks for, here as inside a worker."""
-    silent = [project.send("skipped"), project.send("unsampled")]
+def test_task_annotations_apply(project, agent):
+    """``@z4j_meta`` keeps, redacts and skips values as it does inside a worker."""
+    skipped = [project.send("skipped"), project.send("unsampled")]
     keeps = project.send("keeps", "secret position", amount=12, customer="Ada")
     hides = project.send("hides", amount=12, customer="Ada")
     row = project.row(keeps, "success")
     assert (row["args"], row["kwargs"], row["priority"]) == (REDACTED, {"amount": 12}, "high")
     row = project.row(hides, "success")
     assert (row["kwargs"], row["result"]) == ({"amount": 12, "customer": REDACTED}, REDACTED)
-    assert [project.outcome(task_id)[0] for task_id in silent] == ["SUCCESS", "SUCCESS"]
-    project.row(
-        project.send("add", 0, 0), "success"
-    )  # sent later, so what was to come of the silent ones is here
-    assert [project.brain.task(project.slug, "celery", task_id) for task_id in silent] == [
+    assert [project.outcome(task_id)[0] for task_id in skipped] == ["SUCCESS", "SUCCESS"]
+    # This task was sent later, so that events of the skipped tasks would have arrived before.
+    project.row(project.send("add", 0, 0), "success")
+    assert [project.brain.task(project.slug, "celery", task_id) for task_id in skipped] == [
         None,
         None,
     ]
 
 
 def test_retries_are_counted(project, agent):
-    """A task that retries twice and then succeeds shows both retries, and has its arguments still."""
+    """A task that retries twice shows both retries, and its row keeps the arguments."""
     task_id = project.send("retries")
     row = project.row(task_id, "success")
     assert (row["retry_count"], row["name"]) == (2, "e2e.retries")
     assert project.kinds(task_id).count("task.retried") == 2
 
 
-def test_a_chain_knows_its_parents(project, agent):
-    """The second task of a chain names the first as its parent and root."""
+def test_chained_task_has_parent_and_root(project, agent):
+    """The second task of a chain has the first one as parent and root."""
     link = project.producer.signature("e2e.add", args=(10,))
     second = (project.producer.signature("e2e.add", args=(1, 2)) | link).apply_async()
     row = project.row(second.id, "success")
     assert (row["parent_task_id"], row["root_task_id"]) == (second.parent.id, second.parent.id)
 
 
-def test_the_brain_accepts_controls_for_a_worker_it_saw(project, agent):
-    """The standalone agent announces the worker, so that the brain takes a pool-resize for it."""
+def test_brain_accepts_control_for_announced_worker(project, agent):
+    """The standalone agent announces the worker, so that the brain accepts a pool resize."""
     resize = project.brain.issue(
         project.slug,
         "pool-resize",
@@ -160,9 +153,11 @@ def test_the_brain_accepts_controls_for_a_worker_it_saw(project, agent):
     assert resize["action"] == "pool_grow"
 
 
-def test_a_worker_that_comes_later_is_told_too(project, agent):
-    """A worker without ``-E`` that starts long after the agent is announced, sends its events and tells its queue."""
-    project.worker("chores", pool="threads", name="late@e2e", agent=False, options=("-Q", "late"))
+def test_later_worker_is_announced(project, agent):
+    """A worker without ``-E`` that starts later is announced, and its events are reported."""
+    project.worker(
+        "sample_tasks", pool="threads", name="late@e2e", agent=False, options=("-Q", "late")
+    )
     until(lambda: "late@e2e" in online(project), "the announcement of the late worker", timeout=8)
     project.warm_up(queue="late")
     row = project.row(project.send("add", 1, 2, queue="late"), "success")
@@ -182,8 +177,8 @@ def test_a_worker_that_comes_later_is_told_too(project, agent):
     assert resize["action"] == "pool_grow"
 
 
-def test_sigterm_ends_it_and_no_secret_shows(project, agent):
-    """Last of all SIGTERM ends it with exit code 0; neither process list nor a log at DEBUG holds a secret."""
+def test_sigterm_stops_agent_without_exposing_secrets(project, agent):
+    """SIGTERM ends the agent with code 0; process list and log contain no secret."""
     process = Path("/proc") / str(agent.pid)
     public = (process / "cmdline").read_text() + (process / "environ").read_text()
     assert agent.stop() == 0

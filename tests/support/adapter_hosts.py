@@ -1,4 +1,4 @@
-"""One adapter's host in a project of its own, and the scenario that every queue goes through."""
+"""Hosts of the published adapters: each has its own project in the brain."""
 
 import json
 import os
@@ -16,16 +16,18 @@ from z4j_bare.demo.process import HarnessError, Service, clean_environment, unti
 
 APPS = Path(__file__).parents[1] / "adapters" / "apps"
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 40.0
+
+#: Timeout of each awaited condition, in seconds.
+TIMEOUT = 40.0
 
 
 class AdapterProject:
-    """A project with one agent, an empty broker, and a journal of what tasks did.
-
-    :param app: the module in ``apps`` that the host runs.
-    :param engine: what the brain calls its queue.
+    """A project with one agent, an empty broker, and a log of the tasks' actions.
 
     As a context manager it stops its hosts at the end.
+
+    :param app: the module in ``apps`` that the host runs.
+    :param engine: the brain's name of the queue engine.
     """
 
     def __init__(self, brain, redis_url, home, app, engine):
@@ -34,7 +36,7 @@ class AdapterProject:
         self.home = home
         self.app = app
         self.engine = engine
-        self.journal = home / "journal"
+        self.task_log = home / "tasks.jsonl"
         self.slug = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
@@ -50,89 +52,102 @@ class AdapterProject:
         self.brain.archive_project(self.slug)
 
     def environment(self, **extra):
-        """Return the host's variables: the app's, and the agent's."""
+        """Return the environment of a host: the variables of its app and of its agent."""
         path = os.pathsep.join((str(APPS), str(Path(z4j_bare.__file__).parents[1])))
         return {
             **clean_environment(),
             "PYTHONPATH": path,
             "REDIS_URL": self.redis_url,
             "Z4J_RQ_REDIS_URL": self.redis_url,
-            "JOURNAL": str(self.journal),
+            "TASK_LOG": str(self.task_log),
             **self.agent.env(self.home / "agent"),
             **extra,
         }
 
-    def start(self, script, *words, processes=1, **environment):
-        """Start a console script as the host, wait until as many agents are online, and return its :class:`Service`."""
-        command = [str(SCRIPTS / script), *words]
+    def start(self, script, *arguments, processes=1, **environment):
+        """Run a console script as the host and return its :class:`Service`.
+
+        Wait until ``processes`` agents are online.
+        """
         host = Service(
             script,
-            command,
+            [str(SCRIPTS / script), *arguments],
             environment=self.environment(**environment),
             cwd=self.home,
             log=self.home / "host.log",
         )
         self._stack.enter_context(host)
-        host.spawn(lambda: self.sessions() >= processes, PATIENCE)
+        host.spawn(lambda: self.sessions() >= processes, TIMEOUT)
         return host
 
     def sessions(self):
-        """Return how many processes have an agent with a session."""
+        """Return the number of processes whose agent has a session."""
         return sum(row["state"] == "online" for row in self.brain.agent_workers(self.slug))
 
     def send(self, *tasks):
-        """Enqueue ``(name, *arguments)`` in a process without an agent, and return the tasks' ids."""
-        words = json.dumps([[name, args] for name, *args in tasks])
+        """Enqueue ``(name, *arguments)`` tuples in a process without an agent; return the ids."""
+        argument = json.dumps([[name, args] for name, *args in tasks])
         done = subprocess.run(
-            [sys.executable, APPS / "send.py", self.app, words],
-            env=self.environment(Z4J_DISABLED="1"), cwd=self.home, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, APPS / "send.py", self.app, argument],
+            env=self.environment(Z4J_DISABLED="1"),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         if done.returncode:
             raise HarnessError(f"send.py {self.app}: {done.stderr.strip()[-1500:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
     def warm_up(self):
-        """Enqueue tasks until the brain has heard of one: what a child of Celery's prefork tells before the agent listens is lost."""
+        """Enqueue tasks until the brain has received one.
+
+        Events that a prefork child sends before the agent listens are lost.
+        """
         sent = []
         until(
-            lambda: sent.extend(self.send(("add", 0, 0))) or self.told(sent),
+            lambda: sent.extend(self.send(("add", 0, 0))) or self.count_succeeded(sent),
             "the end of a first task",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
 
-    def did(self, what=None):
-        """Return what tasks have noted so far, or only what they did by the name ``what``."""
-        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
-        return [line for line in map(json.loads, lines) if what in (None, line["did"])]
+    def actions(self, action=None):
+        """Return the logged actions of tasks, or only those with the name ``action``."""
+        lines = self.task_log.read_text().splitlines() if self.task_log.exists() else []
+        return [line for line in map(json.loads, lines) if action in (None, line["action"])]
 
-    def saw_no_loop(self):
-        """Wait until a task has looked, and assert that it saw no loop but its host's own, and could run one of its own."""
-        looked = until(lambda: self.did("looks"), "the end of the looking", timeout=PATIENCE)[-1]
-        assert (looked["seen"], looked["own"]) == (0, "ran")
-        assert looked["glances"] > 100
+    def assert_no_loop_seen(self):
+        """Wait for a loop check, and assert that no running loop but the host's own was visible.
+
+        The task must also have been able to run its own loop.
+        """
+        check = until(lambda: self.actions("checks_loop"), "the loop check", timeout=TIMEOUT)[-1]
+        assert (check["seen"], check["own"]) == (0, "ran")
+        assert check["checks"] > 100
 
     def row(self, task_id, state):
-        """Return the brain's row of a task once it is in ``state``."""
+        """Wait until a task is in ``state`` in the brain, and return its row."""
         row = None
 
-        def there():
+        def found():
             nonlocal row
             row = self.brain.task(self.slug, self.engine, task_id)
             return row if row and row["state"] == state else None
 
         try:
-            return until(there, f"task {task_id} in state {state}", timeout=PATIENCE, interval=0.1)
+            return until(found, f"task {task_id} in state {state}", timeout=TIMEOUT, interval=0.1)
         except HarnessError as error:
-            raise AssertionError(f"{error}: {row}, journal {self.did()}") from None
+            raise AssertionError(f"{error}: {row}, actions {self.actions()}") from None
 
     def kinds(self, task_id):
         """Return the kinds of a task's events."""
         return {event["kind"] for event in self.brain.events(self.slug, self.engine, task_id)}
 
-    def told(self, task_ids):
-        """Return of how many of these tasks the brain has heard that they succeeded.
+    def count_succeeded(self, task_ids):
+        """Return the number of these tasks whose success the brain has received.
 
-        By their events: on SQLite it may keep an event and refuse its row for a moment, and never make up for that.
+        The events are counted, because the brain on SQLite may store an event and fail to write
+        the row of its task, which it does not retry.
         """
         known = (
             task_id
@@ -141,27 +156,28 @@ class AdapterProject:
         )
         return sum("task.succeeded" in self.kinds(task_id) for task_id in known)
 
-    def left(self):
-        """Return how many ends of tasks are in the files that ended processes have left for the next one."""
+    def count_buffered(self):
+        """Return the number of ``task.succeeded`` events in the buffers of ended processes."""
         paths = (self.home / "agent").glob("z4j-green-*.sqlite")
         return sum(b"task.succeeded" in row.payload for path in paths for row in rows(path))
 
     def submit(self, name, *args):
-        """Have the operator submit a task by its name, and return the finished command.
+        """Submit a task as an operator does, and return the finished command.
 
-        The brain's way to it is a schedule's "run now".
+        The brain submits a task by the manual trigger of a schedule.
         """
-        body = {
-            "kind": "interval",
-            "expression": "86400",
-            "timezone": "UTC",
-            "queue": None,
-            "kwargs": {},
-        }
         schedule = self.brain.post(
             f"/projects/{self.slug}/schedules",
-            name=f"{name}-{uuid.uuid4().hex[:6]}", engine=self.engine, task_name=name, args=list(args), **body,
-        )  # fmt: skip
+            name=f"{name}-{uuid.uuid4().hex[:6]}",
+            engine=self.engine,
+            task_name=name,
+            args=list(args),
+            kind="interval",
+            expression="86400",
+            timezone="UTC",
+            queue=None,
+            kwargs={},
+        )
         self.brain.post(f"/projects/{self.slug}/schedules/{schedule['id']}/trigger")
         newest = next(
             row for row in self.brain.commands(self.slug) if row["action"] == "submit_task"
@@ -169,7 +185,7 @@ class AdapterProject:
         return self.brain.wait_command(self.slug, newest["id"])
 
     def command(self, route, **body):
-        """Issue a command and return its row once it is finished."""
+        """Issue a command and return its row after it has finished."""
         issued = self.brain.issue(
             self.slug, route, agent_id=self.agent.agent_id, engine=self.engine, **body
         )

@@ -1,4 +1,4 @@
-"""Hosts of the agent that cost a second to start: ``apps/embedded.py`` in a process of its own, in each mode."""
+"""Processes that run only the agent, by ``apps/embedded.py``, in each mode."""
 
 import json
 import socket
@@ -16,28 +16,32 @@ from z4j_bare.demo.process import HarnessError, Service, clean_environment, unti
 MODES = ("threads", "gevent", "eventlet")
 APP = Path(__file__).parents[1] / "e2e" / "apps" / "embedded.py"
 
-#: Seconds after which something that should have happened has not.
-PATIENCE = 90.0
+#: Timeout of each awaited condition, in seconds.
+TIMEOUT = 90.0
 
 
 class Host(Service):
-    """A process in ``mode`` whose agent is the one of ``credentials``, as a context manager.
+    """A process with the agent, as a context manager.
 
-    ``home`` is its own directory, and where its log is; ``environment`` comes on top of the credentials'. It is waited for
-    with ``wait_installed``, so that several can start at once.
+    ``wait_installed`` waits for its start, so that several hosts can start concurrently.
+
+    :param mode: ``threads``, ``gevent`` or ``eventlet``.
+    :param credentials: the agent's credentials.
+    :param home: the process's directory, with its log.
+    :param environment: variables in addition to those of the credentials.
     """
 
     def __init__(self, mode, credentials, home, **environment):
         self.name = f"{mode}-{environment.get('Z4J_TRANSPORT', 'auto')}"
         self.credentials = credentials
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self._door.settimeout(PATIENCE)
-        self._lines = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(TIMEOUT)
+        self._connection = None
         self._produced = Counter()
         home.mkdir(parents=True, exist_ok=True)
         super().__init__(
             f"the {self.name} host",
-            [sys.executable, str(APP), mode, str(self._door.getsockname()[1])],
+            [sys.executable, str(APP), mode, str(self._listener.getsockname()[1])],
             environment={
                 **clean_environment(),
                 "PYTHONPATH": str(Path(z4j_bare.__file__).parents[1]),
@@ -49,58 +53,61 @@ class Host(Service):
         )
 
     def __enter__(self):
-        self.spawn(lambda: True, PATIENCE)
+        self.spawn(lambda: True, TIMEOUT)
         return self
 
     def __exit__(self, *exc):
-        if self._lines is not None:
-            self.leave()
-        self._door.close()
+        if self._connection is not None:
+            self.finish()
+        self._listener.close()
         super().__exit__(*exc)
 
     def wait_installed(self):
-        """Wait until its agent is installed."""
-        sock, _ = self._door.accept()
+        """Wait until the process has installed its agent."""
+        sock, _ = self._listener.accept()
         with sock:
-            sock.settimeout(PATIENCE)
-            self._lines = sock.makefile("rw")
+            sock.settimeout(TIMEOUT)
+            self._connection = sock.makefile("rw")
 
-    def leave(self):
-        """Have it stop its agent and end, and return the exit code."""
-        self._lines.close()
-        self._lines = None
+    def finish(self):
+        """Make the process stop its agent and exit, and return the exit code."""
+        self._connection.close()
+        self._connection = None
         return self.wait()
 
-    def come_back(self, **environment):
-        """Start it again after ``leave``, on the same state, with these changes."""
+    def restart(self, **environment):
+        """Start the process again after ``finish``, with the same state and changed variables."""
         self.environment.update(environment)
-        self.spawn(lambda: True, PATIENCE)
+        self.spawn(lambda: True, TIMEOUT)
         self.wait_installed()
 
-    def ask(self, do, **what):
-        """Have it do something, and return the answer: the host is alive and not held up."""
-        self._lines.write(json.dumps({"do": do, **what}) + "\n")
-        self._lines.flush()
-        return json.loads(self._lines.readline())
+    def request(self, do, **arguments):
+        """Call a method of the process and return its result."""
+        self._connection.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._connection.flush()
+        return json.loads(self._connection.readline())
 
-    def produce(self, lot, count, seconds):
-        """Have it record ``count`` more events of the lot ``<lot>-<name>`` within some seconds, beside everything else."""
-        self.ask(
+    def produce(self, batch, count, seconds):
+        """Record ``count`` more events of the batch ``<batch>-<name>`` in the background.
+
+        :param seconds: the time over which the events are spread.
+        """
+        self.request(
             "produce",
-            lot=f"{lot}-{self.name}",
-            first=self._produced[lot],
+            batch=f"{batch}-{self.name}",
+            first=self._produced[batch],
             count=count,
             seconds=seconds,
         )
-        self._produced[lot] += count
+        self._produced[batch] += count
 
-    def produced(self):
-        """Wait until everything asked for has been recorded."""
+    def wait_produced(self):
+        """Wait until all requested events are recorded."""
         self.until(lambda stats: not stats["busy"], "events")
 
-    def settled(self):
-        """Whether the brain has acknowledged everything that was produced here."""
-        stats = self.ask("stats")
+    def all_acked(self):
+        """Whether the brain has acknowledged all events of this process."""
+        stats = self.request("stats")
         return (
             not stats["busy"]
             and stats["produced"] == stats["acked"]
@@ -108,26 +115,29 @@ class Host(Service):
             and not stats["lost"]
         )
 
-    def settle(self):
-        """Wait for that."""
-        self.until(lambda _stats: self.settled(), "acks")
+    def wait_acked(self):
+        """Wait until the brain has acknowledged all events of this process."""
+        self.until(lambda _stats: self.all_acked(), "acks")
 
     def until(self, condition, what):
-        """Wait until ``condition(stats)`` holds; the error says what they are."""
+        """Wait until ``condition(stats)`` is true; the error contains the stats."""
         try:
-            until(lambda: condition(self.ask("stats")), what, timeout=PATIENCE)
+            until(lambda: condition(self.request("stats")), what, timeout=TIMEOUT)
         except HarnessError as error:
-            raise AssertionError(f"{self.title}, {error}: {self.ask('stats')}") from error
+            raise AssertionError(f"{self.title}, {error}: {self.request('stats')}") from error
 
-    def delivered(self, brain, lot):
-        """Whether every event of the lot is in the brain, once."""
-        rows = brain.events(self.credentials.project, "stub", f"{lot}-{self.name}")
-        return sorted(row["payload"]["number"] for row in rows) == list(range(self._produced[lot]))
+    def delivered(self, brain, batch):
+        """Whether the brain has each event of the batch exactly once."""
+        rows = brain.events(self.credentials.project, "stub", f"{batch}-{self.name}")
+        numbers = sorted(row["payload"]["number"] for row in rows)
+        return numbers == list(range(self._produced[batch]))
 
 
 @contextmanager
 def start_hosts(brain, homes, transports=("auto",), **environment):
-    """A host in each mode over each transport, in one new project, each behind a ``proxy`` of its own and with a session.
+    """Yield connected hosts in a new project: one in each mode and over each transport.
+
+    Each host connects through its own ``proxy``.
 
     :param homes: pytest's ``tmp_path_factory``.
     """

@@ -1,4 +1,4 @@
-"""One project in the brain, one broker's corner, and the workers in it: what a test module shares."""
+"""A project in the brain with Celery workers on Redis, as the end-to-end tests share it."""
 
 import os
 import sys
@@ -14,21 +14,24 @@ from z4j_bare.demo.worker import Worker
 
 APPS = Path(__file__).parents[1] / "e2e" / "apps"
 FINISHED = frozenset({"success", "failure", "revoked"})
-PATIENCE = 40.0
+
+#: Timeout of each awaited condition, in seconds.
+TIMEOUT = 40.0
 
 
 class E2EProject:
     """A project with one agent, and a producer of its tasks.
 
-    ``home`` is a new directory; its name is the queue's. As a context manager it stops its workers at the end.
+    As a context manager it stops its workers at the end.
+
+    :param home: a new directory, whose name is also the queue's name.
     """
 
     def __init__(self, brain, redis_url, home):
         self.brain = brain
         self.home = home
-        self.redis_url = (
-            redis_url.rpartition("/")[0] + "/1"
-        )  # the demo's tests look at what is left in the first
+        # The tests of the demo check the keys in database 0.
+        self.redis_url = redis_url.rpartition("/")[0] + "/1"
         self.slug = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
@@ -36,35 +39,33 @@ class E2EProject:
         self.brain.create_project(self.slug)
         self.agent = self.brain.mint_agent(self.slug, "agent")
         self.producer = self._stack.enter_context(broker.producer(self.home, self.redis_url))
-        self.producer.conf.result_backend = (
-            self.redis_url
-        )  # one write per result: files can be read half written
+        # Redis stores a result in one write; a result file may be read before it is complete.
+        self.producer.conf.result_backend = self.redis_url
         return self
 
     def __exit__(self, *exc):
         self._stack.__exit__(*exc)
-        with suppress(
-            BrainRefusedError
-        ):  # one that still digests answers 500; nobody else uses this project
+        # A brain that is busy with its database returns 500; no other test uses this project.
+        with suppress(BrainRefusedError):
             self.brain.archive_project(self.slug)
 
     def environment(self, *, agent=True, **extra):
-        """Return the variables that the apps need, with the agent's unless ``agent`` is false."""
+        """Return the variables of the apps, with those of the agent unless ``agent`` is false."""
         path = os.pathsep.join((str(APPS), str(Path(z4j_bare.__file__).parents[1])))
         variables = {**broker.environment(self.home, self.redis_url), "PYTHONPATH": path}
         if agent:
             variables.update(self.agent.env(self.home / "agent"))
         return {**variables, **extra}
 
-    def worker(self, app="installed", *, pool, name="w@e2e", agent=True, environment=None, **how):
-        """Start a worker and return it; it consumes."""
+    def worker(
+        self, app="installed", *, pool, name="w@e2e", agent=True, environment=None, **options
+    ):
+        """Start a worker, wait until it consumes messages, and return it."""
         log = self.home / f"{name}.log"
         env = self.environment(agent=agent, **(environment or {}))
-        worker = Worker(app, pool=pool, log=log, environment=env, name=name, **how)
-        worker.command[
-            1:3
-        ] = []  # the script of that name, as z4j_celery's own start knows no ``python -m celery``
-        worker.command[0] = str(Path(sys.executable).with_name("celery"))
+        worker = Worker(app, pool=pool, log=log, environment=env, name=name, **options)
+        # z4j_celery starts its agent only in the ``celery`` script, not in ``python -m celery``.
+        worker.command[:3] = [str(Path(sys.executable).with_name("celery"))]
         self._stack.enter_context(worker)
         worker.start()
         return worker
@@ -73,8 +74,8 @@ class E2EProject:
         """Send ``e2e.<name>`` and return the task's id."""
         return str(self.producer.send_task(f"e2e.{name}", args=args, kwargs=kwargs, queue=queue).id)
 
-    def outcome(self, task_id, timeout=PATIENCE):
-        """Return ``(state, result)`` from Celery's own result backend, once there is one."""
+    def outcome(self, task_id, timeout=TIMEOUT):
+        """Wait for the task's end and return ``(state, result)`` from Celery's result backend."""
         result = self.producer.AsyncResult(task_id)
         until(result.ready, f"the end of task {task_id}", timeout=timeout)
         return result.state, result.result
@@ -83,48 +84,44 @@ class E2EProject:
         """Send a task and return its outcome."""
         return self.outcome(self.send(name, *args, **kwargs))
 
-    def row(self, task_id, state=None, timeout=PATIENCE):
-        """Return the brain's row of a task once it is in ``state``; ``None`` means any final state.
+    def row(self, task_id, state=None, timeout=TIMEOUT):
+        """Wait until a task is in ``state`` (``None``: any final one) and return the brain's row.
 
-        The error tells what the brain has instead, and what Celery itself says of the task.
+        The error contains the task's current state in the brain and in Celery.
         """
         row = None
 
-        def there():
+        def found():
             nonlocal row
             row = self.brain.task(self.slug, "celery", task_id)
             return row if row and row["state"] in ({state} if state else FINISHED) else None
 
+        what = f"a row of task {task_id} in state {state or 'final'}"
         try:
-            return until(
-                there,
-                f"a row of task {task_id} in state {state or 'final'}",
-                timeout=timeout,
-                interval=0.1,
-            )
+            return until(found, what, timeout=timeout, interval=0.1)
         except HarnessError as error:
             kinds, celery = self.kinds(task_id), self.producer.AsyncResult(task_id)
             raise HarnessError(
-                f"{error}: events {kinds}, row {row}, Celery says {celery.state} {celery.result!r}"
+                f"{error}: events {kinds}, row {row}, Celery has {celery.state} {celery.result!r}"
             ) from None
 
     def kinds(self, task_id):
-        """Return the kinds of a task's events, sorted: the brain keeps their times to the second."""
+        """Return the sorted kinds of a task's events, whose times the brain rounds to seconds."""
         return sorted(event["kind"] for event in self.brain.events(self.slug, "celery", task_id))
 
-    def warm_up(self, queue=None, timeout=PATIENCE):
-        """Send tasks until the brain shows one whole: prefork's broker events are switched on a second late."""
+    def warm_up(self, queue=None, timeout=TIMEOUT):
+        """Send tasks until the brain shows a complete one, which proves that capture is active."""
         sent = []
 
-        def whole():
+        def complete():
             sent.append(self.send("add", 0, 0, queue=queue))
             row = self.brain.task(self.slug, "celery", sent[max(0, len(sent) - 3)])
             return row and row["state"] == "success" and row["started_at"]
 
-        until(whole, "a whole row", timeout=timeout, interval=0.5)
+        until(complete, "a complete row", timeout=timeout, interval=0.5)
 
     def sessions(self):
-        """Return which processes said hello, and when each did last."""
+        """Return the time of the last connect by worker id."""
         return {
             row["worker_id"]: row["last_connect_at"] for row in self.brain.agent_workers(self.slug)
         }

@@ -1,4 +1,4 @@
-"""What an operator does with schedules over the brain's REST API, and waits for."""
+"""A project whose schedules an operator changes over the brain's REST API."""
 
 import sys
 import uuid
@@ -12,11 +12,15 @@ from z4j_bare.demo.process import Service, clean_environment
 from z4j_bare.demo.rest import BrainRefusedError
 
 MODES = ("threads", "gevent", "eventlet")
-PATIENCE = 30.0
-TOO_MANY = 429
 
-#: What is created, wherever it is.
-MADE = {
+#: Timeout of each awaited condition, in seconds.
+TIMEOUT = 30.0
+
+#: HTTP status of a request over the brain's rate limit.
+TOO_MANY_REQUESTS = 429
+
+#: Definition of a schedule that tests create.
+NEW_SCHEDULE = {
     "name": "made",
     "kind": "interval",
     "expression": "3600",
@@ -28,109 +32,122 @@ MADE = {
 
 
 def requires_module(module, why="not installed; tox installs it"):
-    """Mark a test that nothing can be said of without ``module``."""
+    """Skip a test if ``module`` is not installed."""
     return pytest.mark.skipif(find_spec(module) is None, reason=f"{module}: {why}")
 
 
-class Operator:
-    """Looks after the schedules of ``self.slug`` at ``self.brain``."""
+class ScheduleOperator:
+    """Operations on the schedules of the project ``self.slug`` in ``self.brain``."""
 
     def schedules(self):
-        """The brain's rows, by name."""
-        return {
-            row["name"]: row for row in self.brain.get(f"/projects/{self.slug}/schedules")["items"]
-        }
+        """Return the brain's schedules by name."""
+        rows = self.brain.get(f"/projects/{self.slug}/schedules")["items"]
+        return {row["name"]: row for row in rows}
 
-    def known(self, name, **wanted):
-        """Wait until the brain knows a schedule like that; return its row."""
+    def wait_schedule(self, name, **expected):
+        """Wait until the brain has a schedule with the expected values, and return its row."""
 
-        def there():
+        def found():
             row = self.schedules().get(name)
-            return row if row and wanted.items() <= row.items() else None
+            return row if row and expected.items() <= row.items() else None
 
-        return process.until(there, f"schedule {name} with {wanted}", timeout=PATIENCE)
+        return process.until(found, f"schedule {name} with {expected}", timeout=TIMEOUT)
 
-    def gone(self, name):
+    def wait_deleted(self, name):
+        """Wait until the brain has no schedule with this name."""
         process.until(
-            lambda: name not in self.schedules(), f"the end of schedule {name}", timeout=PATIENCE
+            lambda: name not in self.schedules(),
+            f"the deletion of schedule {name}",
+            timeout=TIMEOUT,
         )
 
-    def act(self, name, what):
+    def control(self, name, action):
         """``trigger``, ``enable`` or ``disable`` a schedule, and wait for the command's success."""
         before = {row["id"] for row in self.brain.commands(self.slug)}
-        self.post(f"/schedules/{self.schedules()[name]['id']}/{what}")
-        return self.answered(before)
+        self.post(f"/schedules/{self.schedules()[name]['id']}/{action}")
+        return self.wait_new_command(before)
 
     def post(self, path, *, tolerated=()):
-        """POST below the project; the brain takes ten triggers and resyncs a minute from one address, so wait where it refuses."""
+        """POST to a path of the project.
+
+        The brain accepts ten triggers and resyncs a minute from an address, so wait while it
+        returns 429.
+        """
 
         def accepted():
             try:
                 self.brain.post(f"/projects/{self.slug}{path}")
             except BrainRefusedError as error:
-                if error.status == TOO_MANY:
+                if error.status == TOO_MANY_REQUESTS:
                     return False
                 if error.status not in tolerated:
                     raise
             return True
 
-        process.until(accepted, f"leave to {path}", timeout=90, interval=3)
+        process.until(accepted, f"an accepted POST to {path}", timeout=90, interval=3)
 
     def change(self, operation, scheduler, schedule=None, /, **definition):
-        """Create, update or delete a schedule where it lives, and wait until the brain has it confirmed."""
+        """Create, update or delete a schedule in its scheduler, and wait for the confirmation."""
         row = self.schedules()[schedule] if schedule else {"id": None, "control_token": None}
-        asked = {"schedule_id": row["id"], "observed_control_token": row["control_token"]}
+        target = {"schedule_id": row["id"], "observed_control_token": row["control_token"]}
         path = f"/projects/{self.slug}/schedules/native-operations"
         issued = self.brain.post(
-            path, request_id=str(uuid.uuid4()), operation=operation, scheduler=scheduler, definition=definition,
-            **{key: value for key, value in asked.items() if value},
-        )  # fmt: skip
+            path,
+            request_id=str(uuid.uuid4()),
+            operation=operation,
+            scheduler=scheduler,
+            definition=definition,
+            **{key: value for key, value in target.items() if value},
+        )
 
-        def ended():
+        def finished():
             found = self.brain.get(f"{path}/{issued['id']}")
             return found if found["status"] not in ("PENDING", "DISPATCHED") else None
 
-        found = process.until(ended, f"the end of {operation}", timeout=PATIENCE)
+        found = process.until(finished, f"the end of {operation}", timeout=TIMEOUT)
         assert found["status"] == "APPLIED", found
 
-    def answered(self, before):
-        """Wait for the one command that was not there before, and return its result."""
-        fresh = process.until(
+    def wait_new_command(self, before):
+        """Wait for the only command whose id is not in ``before``, and return its result."""
+        new = process.until(
             lambda: [row for row in self.brain.commands(self.slug) if row["id"] not in before],
             "a command",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
-        row = self.brain.wait_command(self.slug, fresh[0]["id"])
+        row = self.brain.wait_command(self.slug, new[0]["id"])
         assert row["status"] == "completed", row["error"]
         return row["result"]
 
     def resync(self):
-        """Ask for all schedules; on SQLite the brain answers 500 although it has asked the agent."""
+        """Request all schedules; on SQLite the brain returns 500 although it asks the agent."""
         self.post("/schedules:resync", tolerated=(500,))
 
 
-class ScheduleProject(Operator, E2EProject):
-    """A place whose operator looks after schedules."""
+class ScheduleProject(ScheduleOperator, E2EProject):
+    """A project with workers whose schedules an operator changes."""
 
-    def marked(self, name="triggered"):
-        """Wait for the file that a triggered task leaves, and remove it."""
-        process.until((self.home / name).exists, f"the mark {name}", timeout=PATIENCE)
+    def wait_mark(self, name="triggered"):
+        """Wait for the file that a triggered task creates, and delete it."""
+        process.until((self.home / name).exists, f"the file {name}", timeout=TIMEOUT)
         (self.home / name).unlink()
 
 
 class SchedulerHost(Service):
-    """A host with nothing but a scheduler: ``apps/timed.py``, as a context manager; it has a session when it begins."""
+    """A process with only a scheduler, by ``apps/scheduler_host.py``, as a context manager.
+
+    It has a session when the block starts.
+    """
 
     def __init__(self, project, mode, kind):
         self.project = project
         super().__init__(
             f"the {kind} host in {mode}",
-            [sys.executable, str(APPS / "timed.py"), mode, kind],
+            [sys.executable, str(APPS / "scheduler_host.py"), mode, kind],
             environment={**clean_environment(), **project.environment()},
             cwd=project.home,
             log=project.home / "host.log",
         )
 
     def __enter__(self):
-        self.spawn(lambda: bool(self.project.sessions()), PATIENCE)
+        self.spawn(lambda: bool(self.project.sessions()), TIMEOUT)
         return self

@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-import chores
+import sample_tasks
 from arq import create_pool, func
 from arq.connections import RedisSettings
 from z4j_arq import ArqEngineAdapter
@@ -26,7 +26,7 @@ def task(chore):
 class WorkerSettings:
     functions = [  # noqa: RUF012
         task(each)
-        for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)
+        for each in (sample_tasks.add_async, sample_tasks.fails_async, sample_tasks.waits_async, sample_tasks.checks_loop_async)
     ]
     redis_settings = settings
     allow_abort_jobs = True
@@ -36,7 +36,7 @@ class WorkerSettings:
 
 
 adapter = ArqEngineAdapter(
-    redis_settings=settings, function_names=["add", "fails", "waits", "looks"]
+    redis_settings=settings, function_names=["add", "fails", "waits", "checks_loop"]
 )
 attach_to_worker_settings(WorkerSettings, adapter=adapter)
 

@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 from arq import cron, func
 from arq.connections import RedisSettings
 from arq.worker import Worker
@@ -12,11 +12,11 @@ from z4j_bare import NativeScheduleControl, install_agent
 
 
 async def nightly(_context):
-    await chores.looks_async(1.0)
+    await sample_tasks.checks_loop_async(1.0)
 
 
 async def add(_context, x, y):
-    return await chores.add_async(x, y)
+    return await sample_tasks.add_async(x, y)
 
 
 def main():

@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 from celery import Celery
 from z4j_celery import CeleryEngineAdapter
 
@@ -12,7 +12,7 @@ url = os.environ["REDIS_URL"]
 app = Celery("matrix", broker=url, backend=url)
 app.conf.broker_connection_retry_on_startup = True
 
-for task in (chores.add, chores.fails, chores.waits, chores.looks):
+for task in (sample_tasks.add, sample_tasks.fails, sample_tasks.waits, sample_tasks.checks_loop):
     app.task(name=task.__name__)(task)
 
 

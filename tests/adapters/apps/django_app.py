@@ -1,6 +1,6 @@
 """Settings and views of a Django site in one module."""
 
-import chores
+import sample_tasks
 from django.http import JsonResponse
 from django.urls import path
 
@@ -19,7 +19,7 @@ def add(request, x, y):
 
 
 def look(request):
-    chores.looks(1.0)
+    sample_tasks.checks_loop(1.0)
     return JsonResponse({})
 
 

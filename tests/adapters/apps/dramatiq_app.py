@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 from z4j_dramatiq import DramatiqEngineAdapter
@@ -12,7 +12,7 @@ from z4j_bare import install_agent
 broker = RedisBroker(url=os.environ["REDIS_URL"])
 dramatiq.set_broker(broker)
 
-for task in (chores.add, chores.fails, chores.waits, chores.looks):
+for task in (sample_tasks.add, sample_tasks.fails, sample_tasks.waits, sample_tasks.checks_loop):
     dramatiq.actor(task, actor_name=task.__name__, max_retries=0)
 
 

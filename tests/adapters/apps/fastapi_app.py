@@ -1,6 +1,6 @@
 """A FastAPI site."""
 
-import chores
+import sample_tasks
 from fastapi import FastAPI
 from web_tasks import add as task
 from web_tasks import app as celery_app
@@ -16,5 +16,5 @@ def add(x: int, y: int):
 
 @app.get("/look")
 async def look():
-    await chores.looks_async(1.0)
+    await sample_tasks.checks_loop_async(1.0)
     return {}

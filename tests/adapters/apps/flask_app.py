@@ -1,6 +1,6 @@
 """A Flask site."""
 
-import chores
+import sample_tasks
 from flask import Flask
 from web_tasks import add as task
 from web_tasks import app as celery_app
@@ -18,5 +18,5 @@ def add(x, y):
 
 @app.get("/look")
 def look():
-    chores.looks(1.0)
+    sample_tasks.checks_loop(1.0)
     return {}

@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 from huey import RedisHuey
 from z4j_huey import HueyEngineAdapter
 
@@ -11,7 +11,7 @@ from z4j_bare import install_agent, post_fork
 huey = RedisHuey("matrix", url=os.environ["REDIS_URL"])
 tasks = {
     task.__name__: huey.task(name=task.__name__)(task)
-    for task in (chores.add, chores.fails, chores.waits, chores.looks)
+    for task in (sample_tasks.add, sample_tasks.fails, sample_tasks.waits, sample_tasks.checks_loop)
 }
 
 

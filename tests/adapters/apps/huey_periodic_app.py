@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 from huey import RedisHuey, crontab
 from z4j_huey import HueyEngineAdapter
 from z4j_hueyperiodic import HueyPeriodicAdapter
@@ -14,10 +14,10 @@ huey = RedisHuey("matrix", url=os.environ["REDIS_URL"], utc=True)
 
 @huey.periodic_task(crontab(minute="0", hour="3"), name="nightly")
 def nightly():
-    chores.looks(1.0)
+    sample_tasks.checks_loop(1.0)
 
 
-huey.task(name="add")(chores.add)
+huey.task(name="add")(sample_tasks.add)
 control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "huey-schedules.sqlite"))
 install_agent(
     engines=[HueyEngineAdapter(huey=huey)],

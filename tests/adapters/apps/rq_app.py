@@ -11,7 +11,7 @@ REDIS_URL = os.environ["REDIS_URL"]
 
 def send(name, args):
     with Redis.from_url(REDIS_URL) as connection:
-        return Queue("default", connection=connection).enqueue(f"chores.{name}", *args).id
+        return Queue("default", connection=connection).enqueue(f"sample_tasks.{name}", *args).id
 
 
 register_worker_bootstrap()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-import chores
+import sample_tasks
 from taskiq_redis import ListQueueBroker, RedisAsyncResultBackend
 from z4j_taskiq import TaskiqEngineAdapter, attach_to_broker
 
@@ -15,7 +15,7 @@ tasks = {
     each.__name__.removesuffix("_async"): broker.task(
         task_name=each.__name__.removesuffix("_async")
     )(each)
-    for each in (chores.add_async, chores.fails_async, chores.waits_async, chores.looks_async)
+    for each in (sample_tasks.add_async, sample_tasks.fails_async, sample_tasks.waits_async, sample_tasks.checks_loop_async)
 }
 adapter = TaskiqEngineAdapter(broker=broker)
 attach_to_broker(broker, adapter=adapter)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-import chores
+import sample_tasks
 from taskiq import InMemoryBroker, TaskiqScheduler
 from taskiq.api import run_scheduler_task
 from taskiq.schedule_sources import LabelScheduleSource
@@ -16,10 +16,10 @@ broker = InMemoryBroker()
 
 @broker.task(task_name="nightly", schedule=[{"cron": "0 3 * * *"}])
 async def nightly():
-    await chores.looks_async(1.0)
+    await sample_tasks.checks_loop_async(1.0)
 
 
-broker.task(task_name="add")(chores.add_async)
+broker.task(task_name="add")(sample_tasks.add_async)
 
 
 async def main():

@@ -2,7 +2,7 @@
 
 import os
 
-import chores
+import sample_tasks
 from celery import Celery
 
 app = Celery("web", broker=os.environ["REDIS_URL"])
@@ -11,4 +11,4 @@ app.conf.broker_connection_retry_on_startup = True
 
 @app.task(name="add")
 def add(x, y):
-    return chores.add(x, y)
+    return sample_tasks.add(x, y)

@@ -7,7 +7,7 @@ import django
 from celery import Celery
 from django.conf import settings
 from django.core.management import call_command
-from looking import sees_a_loop
+from loop_check import sees_a_loop
 
 from z4j_bare.demo import broker
 
@@ -32,14 +32,14 @@ if new:
     PeriodicTask.objects.create(
         name="hourly", task="e2e.mark", interval=hourly, args='["triggered"]', kwargs="{}"
     )
-    connection.close()  # prefork's children must not inherit it
+    connection.close()  # Prefork's children must not inherit the connection.
 
 from z4j_celery import CeleryEngineAdapter  # noqa: E402
 from z4j_celerybeat import CeleryBeatSchedulerAdapter  # noqa: E402
 
 from z4j_bare import install_agent  # noqa: E402
 
-app = Celery("beaten")
+app = Celery("django_beat")
 app.conf.update(broker.settings_from_environment())
 app.conf.result_backend = os.environ[broker.BROKER]
 
@@ -54,7 +54,7 @@ app.task(name="e2e.sees_a_loop")(sees_a_loop)
 
 @app.task(name="e2e.edit")
 def edit(name, **changes):
-    """Change a schedule from inside the worker, as an admin page in the same process would."""
+    """Change a schedule inside the worker, as an admin page in the same process would."""
     try:
         row = PeriodicTask.objects.get(name=name)
         for field, value in changes.items():

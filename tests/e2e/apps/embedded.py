@@ -1,4 +1,4 @@
-"""A host that is nothing but a host: it installs the agent and does what the lines on its control connection ask for.
+"""A process that runs only the agent, and executes the requests of its control connection.
 
 ``python embedded.py MODE PORT``; see :mod:`tests.support.e2e_host`.
 """
@@ -27,8 +27,7 @@ from z4j_core.models import CommandResult, Event, EventKind
 
 from z4j_bare import install_agent
 from z4j_bare.pipeline import send
-from z4j_bare.transport import auto as fallback
-from z4j_bare.transport import longpoll, websocket
+from z4j_bare.transport import auto, longpoll, websocket
 from z4j_bare.wire import backoff, window
 
 EPOCH = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
@@ -45,7 +44,7 @@ class Engine:
 
 
 class Host:
-    """Answers each line of JSON with one."""
+    """Answers each JSON line with one JSON line."""
 
     def __init__(self):
         self.runtime = install_agent(engines=[Engine()])
@@ -59,14 +58,14 @@ class Host:
             lines.write(json.dumps(getattr(self, request.pop("do"))(**request)) + "\n")
             lines.flush()
 
-    def produce(self, lot, first, count, seconds):
-        """Record events ``first`` to ``first + count`` of the lot, spread over some seconds, in the background.
+    def produce(self, batch, first, count, seconds):
+        """Record events ``first`` to ``first + count`` of a batch in the background.
 
-        The brain knows events of one task and kind apart by the second: hence their times.
+        Each event has its own second, because the brain distinguishes events of one task by it.
         """
         self._producers.append(
             threading.Thread(
-                target=self._produce, args=(lot, first, count, seconds / count), daemon=True
+                target=self._produce, args=(batch, first, count, seconds / count), daemon=True
             )
         )
         self._producers[-1].start()
@@ -82,75 +81,87 @@ class Host:
         self.runtime.stop()
 
     def expose(self):
-        """Return every text of ours that somebody could come to see: how things call themselves, and what errors say."""
-        ours = (
+        """Return all texts that could become visible: reprs, stats and errors."""
+        objects = (
             each
             for each in gc.get_objects()
             if str(type(each).__module__).startswith(("z4j_bare", "z4j_core"))
         )
-        routes = self.runtime._agent.transports
+        transports = self.runtime._agent.transports
         return {
-            "reprs": [text for each in list(ours) for text in (repr(each), str(each))],
+            "reprs": [text for each in list(objects) for text in (repr(each), str(each))],
             "figures": [self.runtime.stats(), self.runtime.supervisor_state()],
-            "errors": [report(road().connect) for road in (routes.websocket, routes.longpoll)],
+            "errors": [
+                connect_error(make().connect)
+                for make in (transports.websocket, transports.longpoll)
+            ],
         }
 
-    def _produce(self, lot, first, count, gap):
+    def _produce(self, batch, first, count, gap):
         for number in range(first, first + count):
-            self.runtime.record_event(an_event(lot, number))
+            self.runtime.record_event(make_event(batch, number))
             time.sleep(gap)
 
     def _tick(self):
-        """Measure how long the host is kept from running."""
+        """Measure the longest time for which the process was blocked."""
         while True:
             began = time.monotonic()
             time.sleep(0.01)
             self._longest = max(self._longest, time.monotonic() - began)
 
 
-def report(connect):
-    """Return how connecting fails, with everything that the error keeps of what was before it."""
+def connect_error(connect):
+    """Return the texts of a failed connect, with the contexts of its exception."""
     try:
         connect(b"{}")
     except Exception as error:
-        told, seen = [traceback.format_exc()], error
-        while seen is not None:
-            told += [repr(seen), str(seen)]
-            seen = seen.__context__
-        return told
+        texts, cause = [traceback.format_exc()], error
+        while cause is not None:
+            texts += [repr(cause), str(cause)]
+            cause = cause.__context__
+        return texts
     return []
 
 
-def an_event(lot, number):
+def make_event(batch, number):
     return Event.model_construct(
-        id=uuid4(), engine="stub", task_id=lot, kind=EventKind.TASK_SUCCEEDED,
-        occurred_at=EPOCH + dt.timedelta(seconds=number), data={"task_name": "e2e.embedded", "number": number},
-    )  # fmt: skip
+        id=uuid4(),
+        engine="stub",
+        task_id=batch,
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=EPOCH + dt.timedelta(seconds=number),
+        data={"task_name": "e2e.embedded", "number": number},
+    )
 
 
-def hurry():
-    """Wait a second where an agent waits half a minute: patience as such has its own tests."""
+def use_fast_timeouts():
+    """Replace timeouts of half a minute by some seconds; other tests cover the default ones."""
     backoff.BACKOFF_POLICIES.update(
         dict.fromkeys(backoff.BACKOFF_POLICIES, backoff.BackoffPolicy(0.2, 1.0))
     )
-    websocket.CONNECT_TIMEOUT = websocket.SEND_TIMEOUT = longpoll.PROBE_TIMEOUT = 5.0
-    websocket.PING_AFTER, websocket.DEAD_AFTER = 1.0, 5.0
-    longpoll.POST_TIMEOUT, longpoll.POLL_GRACE = 5.0, 5.0
-    longpoll.UPLOAD_RATE = (
-        3.0  # the brain takes 600 requests a minute from an address, and that is everybody's
-    )
-    longpoll.LearnedLimits = functools.partial(longpoll.LearnedLimits, wait=2)
-    fallback.PROBE_DELAY_INITIAL = fallback.PROBE_DELAY_MAX = fallback.HEALTH_TIMEOUT = 2.0
-    window.ACK_DEADLINE = 10.0
-    send.IDLE = 0.2
+    override(websocket, CONNECT_TIMEOUT=5.0, SEND_TIMEOUT=5.0, PING_AFTER=1.0, DEAD_AFTER=5.0)
+    override(longpoll, PROBE_TIMEOUT=5.0, POST_TIMEOUT=5.0, POLL_GRACE=5.0)
+    # The brain accepts 600 requests a minute from an address, which all hosts share.
+    override(longpoll, UPLOAD_RATE=3.0)
+    override(longpoll, LearnedLimits=functools.partial(longpoll.LearnedLimits, wait=2))
+    override(auto, PROBE_DELAY_INITIAL=2.0, PROBE_DELAY_MAX=2.0, HEALTH_TIMEOUT=2.0)
+    override(window, ACK_DEADLINE=10.0)
+    override(send, POLL_BUSY=0.2)
+
+
+def override(module, **constants):
+    """Set existing constants of a module."""
+    for name, value in constants.items():
+        assert hasattr(module, name), f"{module.__name__} has no {name}"
+        setattr(module, name, value)
 
 
 if __name__ == "__main__":
     logging.basicConfig(
         level=logging.DEBUG, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    if "HURRY" in os.environ:
-        hurry()
+    if "FAST_TIMEOUTS" in os.environ:
+        use_fast_timeouts()
     host = Host()
     with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as control:
         host.serve(control.makefile("rw"))

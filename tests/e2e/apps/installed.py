@@ -1,8 +1,8 @@
-"""The chores with the agent installed at import, the usual way."""
+"""The sample tasks with the agent, installed at import."""
 
-import made
+import event_factory
 from celery.signals import worker_shutting_down
-from chores import app
+from sample_tasks import app
 from z4j_celery import CeleryEngineAdapter
 
 from z4j_bare import install_agent
@@ -12,8 +12,8 @@ runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=app)])
 
 @worker_shutting_down.connect
 def record_from_signal_handler(**_kwargs):
-    """Celery sends this from inside its handler of SIGTERM and SIGQUIT, where nothing may switch."""
-    runtime.record_event(made.success("shutting-down", "e2e.shutting_down"))
+    """Record an event in the worker's signal handler, where no greenlet may switch."""
+    runtime.record_event(event_factory.success("shutting-down", "e2e.shutting_down"))
 
 
 __all__ = ["app"]

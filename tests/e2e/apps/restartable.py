@@ -1,4 +1,4 @@
-"""A worker of an engine that knows no restart: one task at a time, and SIGTERM lets it finish the one it runs.
+"""A worker of an engine without a restart method; after SIGTERM it finishes its current task.
 
 ``python restartable.py MODE``.
 """
@@ -26,7 +26,7 @@ WORKER = "stub@e2e"
 
 
 class Engine:
-    """Tells of its worker as adapters do: in the events of their stream."""
+    """An engine that names its worker in the events of its stream, as adapters do."""
 
     name = "stub"
 
@@ -34,10 +34,10 @@ class Engine:
         return {"submit_task"}
 
     async def subscribe_events(self):
-        yield an_event("first", EventKind.TASK_STARTED)
+        yield make_event("first", EventKind.TASK_STARTED)
 
 
-def an_event(task_id, kind):
+def make_event(task_id, kind):
     return Event.model_construct(
         id=uuid4(),
         engine="stub",
@@ -50,11 +50,11 @@ def an_event(task_id, kind):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    process_restart.MIN_UPTIME = 0.0  # patience as such has its own test
+    process_restart.MIN_UPTIME = 0.0  # Another test covers the default.
     ended = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
     runtime = install_agent(engines=[Engine()])
     while not ended:
         time.sleep(0.1)
-    time.sleep(0.5)  # the rest of its task
-    runtime.record_event(an_event("last", EventKind.TASK_SUCCEEDED))
+    time.sleep(0.5)  # The rest of the current task.
+    runtime.record_event(make_event("last", EventKind.TASK_SUCCEEDED))

@@ -1,8 +1,8 @@
-"""A script that installs the agent, records what its command line says, and ends without stopping anything."""
+"""A script that installs the agent, records an event per argument, and does not stop the agent."""
 
 import sys
 
-import made
+import event_factory
 from celery import Celery
 from z4j_celery import CeleryEngineAdapter
 
@@ -12,4 +12,4 @@ runtime = install_agent(
     engines=[CeleryEngineAdapter(celery_app=Celery("script", broker="memory://"))]
 )
 for task_id in sys.argv[1:]:
-    runtime.record_event(made.success(task_id, "e2e.script"))
+    runtime.record_event(event_factory.success(task_id, "e2e.script"))

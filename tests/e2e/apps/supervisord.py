@@ -1,6 +1,6 @@
-"""What supervisord does with a program: starts it, and starts it again when it ends with a code that is not expected.
+"""A substitute of supervisord: it restarts a program that exits with an unexpected code.
 
-``python supervisord.py COMMAND...``; SIGTERM ends both. The name counts: the agent looks at its parent's command line.
+``python supervisord.py COMMAND...``; SIGTERM ends both. The agent detects it by its file name.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""An event of the host's own making, for ``AgentRuntime.record_event``."""
+"""An event that a host records with ``AgentRuntime.record_event``."""
 
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -7,10 +7,10 @@ from z4j_core.models import Event, EventKind
 
 
 def success(task_id, name):
-    """Return a ``task.succeeded``; the brain makes a row of it."""
+    """Return a ``task.succeeded`` event, for which the brain creates a task row."""
     return Event(
         id=uuid4(),
-        project_id=uuid4(),  # the agent's session says which project and agent it belongs to
+        project_id=uuid4(),  # The session determines the project and the agent.
         agent_id=uuid4(),
         engine="celery",
         task_id=task_id,

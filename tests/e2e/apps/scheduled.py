@@ -1,8 +1,8 @@
-"""The chores, two of them on Celery's static schedule, one with what the brain must not see."""
+"""The sample tasks, two of them in Celery's static schedule, one with a secret argument."""
 
 from datetime import timedelta
 
-from chores import app
+from sample_tasks import app
 from z4j_celery import CeleryEngineAdapter
 from z4j_celerybeat import CeleryBeatSchedulerAdapter
 
@@ -18,8 +18,8 @@ app.conf.beat_schedule = {
 }
 
 
-@app.task(name="e2e.plans")
-def plans(name):
+@app.task(name="e2e.add_schedule")
+def add_schedule(name):
     """Add a schedule to the static ones."""
     app.conf.beat_schedule[name] = {
         "task": "e2e.add",

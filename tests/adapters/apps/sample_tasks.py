@@ -7,20 +7,20 @@ import time
 from asyncio.events import _get_running_loop
 
 #: Seconds between two looks.
-GLANCE = 0.001
+CHECK_INTERVAL = 0.001
 
 
-def note(did, **facts):
+def log_action(action, **facts):
     """Append a line to the journal, in one write."""
-    line = json.dumps({"did": did, "pid": os.getpid(), **facts}) + "\n"
-    with open(os.environ["JOURNAL"], "ab", buffering=0) as journal:
-        journal.write(line.encode())
+    line = json.dumps({"action": action, "pid": os.getpid(), **facts}) + "\n"
+    with open(os.environ["TASK_LOG"], "ab", buffering=0) as task_log:
+        task_log.write(line.encode())
 
 
 def add(x, y):
     """Take 20 ms, so that a worker can be stopped in the middle of many."""
     time.sleep(0.02)
-    note("add", x=x, y=y)
+    log_action("add", x=x, y=y)
     return x + y
 
 
@@ -30,24 +30,24 @@ def fails(text):
 
 def waits(seconds):
     """Begin, and take long."""
-    note("waits")
+    log_action("waits")
     time.sleep(seconds)
-    note("waited")
+    log_action("waited")
 
 
-def looks(seconds):
+def checks_loop(seconds):
     """Count the moments in which a task without a loop of its own sees a running one, then run one of its own."""
-    end, seen, glances = time.monotonic() + seconds, 0, 0
+    end, seen, checks = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         seen += _get_running_loop() is not None
-        glances += 1
-        time.sleep(GLANCE)
-    note("looks", seen=seen, glances=glances, own=asyncio.run(asyncio.sleep(0, "ran")))
+        checks += 1
+        time.sleep(CHECK_INTERVAL)
+    log_action("checks_loop", seen=seen, checks=checks, own=asyncio.run(asyncio.sleep(0, "ran")))
 
 
 async def add_async(x, y):
     await asyncio.sleep(0.02)
-    note("add", x=x, y=y)
+    log_action("add", x=x, y=y)
     return x + y
 
 
@@ -56,19 +56,19 @@ async def fails_async(text):
 
 
 async def waits_async(seconds):
-    note("waits")
+    log_action("waits")
     await asyncio.sleep(seconds)
-    note("waited")
+    log_action("waited")
 
 
-async def looks_async(seconds):
+async def checks_loop_async(seconds):
     """Count the moments in which the loop that is running is not the host's own, or in which it was held up."""
     host, late = asyncio.get_running_loop(), 0.0
-    end, seen, glances = time.monotonic() + seconds, 0, 0
+    end, seen, checks = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         began = time.monotonic()
-        await asyncio.sleep(GLANCE)
-        late = max(late, time.monotonic() - began - GLANCE)
+        await asyncio.sleep(CHECK_INTERVAL)
+        late = max(late, time.monotonic() - began - CHECK_INTERVAL)
         seen += asyncio.get_running_loop() is not host
-        glances += 1
-    note("looks", seen=seen, glances=glances, late=late, own="ran")
+        checks += 1
+    log_action("checks_loop", seen=seen, checks=checks, late=late, own="ran")

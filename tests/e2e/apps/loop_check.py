@@ -1,11 +1,11 @@
-"""The look for a running asyncio loop, which no host may see."""
+"""A check for a visible running asyncio loop."""
 
 import asyncio
 import time
 
 
 def sees_a_loop():
-    """Say whether any moment of half a second shows a running loop: the agent's own greenlets run in between."""
+    """Whether a running loop is visible within half a second, while the agent's greenlets run."""
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
         try:

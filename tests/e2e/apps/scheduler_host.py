@@ -1,4 +1,4 @@
-"""A host whose only adapter is a scheduler's: ``python timed.py MODE KIND``; it ends with SIGTERM."""
+"""A process with only a scheduler: ``python scheduler_host.py MODE KIND``; SIGTERM ends it."""
 
 # ruff: noqa: E402 - the process is patched before the other imports
 
@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from looking import sees_a_loop
+from loop_check import sees_a_loop
 
 from z4j_bare import install_agent
 from z4j_bare.demo import broker
@@ -26,25 +26,27 @@ def mark(name):
     (HOME / name).touch()
 
 
-def look(name):
-    """Leave the file only where no loop is seen."""
+def mark_without_loop(name):
+    """Create the file if no running loop is visible."""
     if not sees_a_loop():
         mark(name)
 
 
 def apscheduler():
-    """Jobs in memory, run by a thread or greenlet of APScheduler's own."""
+    """Jobs in memory that a thread or greenlet of APScheduler runs."""
     from apscheduler.schedulers.background import BackgroundScheduler
     from z4j_apscheduler import APSchedulerAdapter
 
     scheduler = BackgroundScheduler(timezone="UTC")
     scheduler.add_job(mark, "interval", hours=1, args=["triggered"], id="hourly", name="hourly")
     scheduler.start()
-    return APSchedulerAdapter(scheduler=scheduler, tasks={"mark": mark, "look": look})
+    return APSchedulerAdapter(
+        scheduler=scheduler, tasks={"mark": mark, "mark_without_loop": mark_without_loop}
+    )
 
 
-def switched():
-    """The same with an adapter that can switch jobs on and off, and change nothing else."""
+def enable_only():
+    """The same with an adapter that can only enable and disable jobs."""
     adapter = apscheduler()
     capabilities = adapter.capabilities() - {
         "external_schedule_mutation_v1",
@@ -57,7 +59,7 @@ def switched():
 
 
 def rq():
-    """Jobs in Redis; nobody runs them."""
+    """Jobs in Redis that no worker runs."""
     from redis import Redis
     from rq_scheduler import Scheduler
     from z4j_rqscheduler import RqSchedulerAdapter
@@ -71,7 +73,7 @@ def rq():
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 install_agent(
     engines=[],
-    schedulers=[{"apscheduler": apscheduler, "switched": switched, "rq": rq}[sys.argv[2]]()],
+    schedulers=[{"apscheduler": apscheduler, "enable_only": enable_only, "rq": rq}[sys.argv[2]]()],
 )
 while True:
     time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A Celery application with a task for each thing that an agent must not disturb; no agent in it."""
+"""A Celery application without an agent, with a task for each property that an agent must keep."""
 
 import asyncio
 import multiprocessing
@@ -12,21 +12,21 @@ from pathlib import Path
 
 from asgiref.sync import async_to_sync
 from celery import Celery
-from looking import sees_a_loop
+from loop_check import sees_a_loop
 from z4j_celery.meta import z4j_meta
 
 from z4j_bare.demo import broker, orm
 
 HOME = Path(os.environ[broker.HOME])
 
-app = Celery("chores")
+app = Celery("sample_tasks")
 app.conf.update(broker.settings_from_environment())
 app.conf.result_backend = os.environ[broker.BROKER]
 
 
 @app.task(name="e2e.add")
 def add(x, y, **_kwargs):
-    """Take 20 ms for it."""
+    """Take 20 ms and return the sum."""
     time.sleep(0.02)
     return x + y
 
@@ -38,7 +38,7 @@ def pid(_number=0):
 
 @app.task(name="e2e.wait")
 def wait(seconds):
-    """Leave a file while it runs, and another when it has ended, however it ended."""
+    """Create a file while the task runs, and another one when it has ended in any way."""
     started, ended = HOME / "wait.started", HOME / "wait.ended"
     ended.unlink(missing_ok=True)
     started.touch()
@@ -59,7 +59,7 @@ def fails(text):
 
 @app.task(name="e2e.retries", bind=True, max_retries=3)
 def retries(self):
-    """Come back twice."""
+    """Retry twice and succeed."""
     if self.request.retries < 2:
         raise self.retry(countdown=0.3, exc=ConnectionError("not yet"))
     return self.request.retries
@@ -72,7 +72,7 @@ def retries_later(self):
 
 @app.task(name="e2e.fails_once")
 def fails_once(mark):
-    """Fail unless the file is there, and leave it."""
+    """Create the file and fail; succeed if the file exists."""
     try:
         (HOME / mark).touch(exist_ok=False)
     except FileExistsError:
@@ -135,18 +135,19 @@ def runs_asgiref():
     return async_to_sync(work)()
 
 
-visit = orm.create_model(Path(tempfile.mkdtemp(dir=HOME)))  # other processes import this module too
+# A directory of its own, because several processes import this module.
+visit_model = orm.create_model(Path(tempfile.mkdtemp(dir=HOME)))
 
 
 @app.task(name="e2e.runs_orm")
 def runs_orm():
-    return orm.record_visit(visit)
+    return orm.record_visit(visit_model)
 
 
 def in_child(mark):
-    """What a forked child does: a task of its own, and in gevent time enough for any copied greenlet to wake.
+    """Run a task in a forked child; under gevent also wait until copied greenlets would wake.
 
-    Not in eventlet: there a child that yields runs copies of Celery's own greenlets on the parent's epoll.
+    Under eventlet a child that yields runs copies of Celery's greenlets on the parent's epoll.
     """
     returns.apply(args=(1,), task_id=f"{mark}-in-child")
     if "gevent" in sys.modules:
@@ -155,7 +156,7 @@ def in_child(mark):
 
 @app.task(name="e2e.forks")
 def forks(mark):
-    """Fork, let the child work, return its exit code."""
+    """Fork, run a task in the child, and return its exit code."""
     child = os.fork()
     if not child:
         code = 1
@@ -169,16 +170,19 @@ def forks(mark):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def in_child_and_leave(mark):
-    """End at once: the orderly end of multiprocessing fails beside Celery's threads and greenlets, agent or not."""
+def run_in_child_and_exit(mark):
+    """Run a task and exit immediately.
+
+    The regular exit of multiprocessing fails in a Celery worker, with or without an agent.
+    """
     in_child(mark)
     os._exit(0)
 
 
 @app.task(name="e2e.multiprocesses")
 def multiprocesses(mark):
-    """The same with ``multiprocessing``."""
-    child = multiprocessing.get_context("fork").Process(target=in_child_and_leave, args=(mark,))
+    """Run a task in a ``multiprocessing`` child and return its exit code."""
+    child = multiprocessing.get_context("fork").Process(target=run_in_child_and_exit, args=(mark,))
     child.start()
     child.join()
     return child.exitcode
