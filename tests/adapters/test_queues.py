@@ -45,7 +45,18 @@ class Worker:
 
 def celery(pool, slots=2, **how):
     """Return Celery's worker with one of its pools."""
-    words = ("celery", "-A", "celery_app", "worker", "-P", pool, "-c", str(slots), "-n", "w1@adapters")
+    words = (
+        "celery",
+        "-A",
+        "celery_app",
+        "worker",
+        "-P",
+        pool,
+        "-c",
+        str(slots),
+        "-n",
+        "w1@adapters",
+    )
     return Worker("celery", f"{pool} pool", "celery_app", words, slots=slots, **how)
 
 
@@ -210,5 +221,7 @@ def test_a_stop_loses_nothing(worker, project, prove):
         timeout=20,
     )
     prove(
-        worker.row, "clean stop", f"{signal.Signals(worker.stop_signal).name}, exit code 0, nothing lost"
+        worker.row,
+        "clean stop",
+        f"{signal.Signals(worker.stop_signal).name}, exit code 0, nothing lost",
     )

@@ -7,8 +7,8 @@ import pytest
 from redis import Redis
 
 from tests.support.schedule_project import (
-    NEW_SCHEDULE,
     MODES,
+    NEW_SCHEDULE,
     ScheduleProject,
     SchedulerHost,
     requires_module,
@@ -104,7 +104,9 @@ def test_django_celery_beat(project, prove, pool):
         assert complaint not in log
     assert project.run("sees_a_loop") == ("SUCCESS", False)
     row = ("z4j-celerybeat", f"rows in Django's database, {pool} worker", "django-celery-beat")
-    stop_and_prove(prove, row, "trigger, disable, enable, create, update, delete", worker, loop=True)
+    stop_and_prove(
+        prove, row, "trigger, disable, enable, create, update, delete", worker, loop=True
+    )
 
 
 @pytest.mark.long
@@ -124,13 +126,19 @@ def test_apscheduler(project, prove, mode):
         project.control("hourly", "trigger")
         project.wait_mark("changed")
         project.change(
-            "create", "apscheduler", **{**NEW_SCHEDULE, "expression": "1"}, task_name="mark_without_loop", args=["made"]
+            "create",
+            "apscheduler",
+            **{**NEW_SCHEDULE, "expression": "1"},
+            task_name="mark_without_loop",
+            args=["made"],
         )
         project.wait_mark("made")  # the scheduler's own clock runs it, and it has seen no loop
         project.change("delete", "apscheduler", "made")
         project.wait_deleted("made")
         row = ("z4j-apscheduler", f"BackgroundScheduler, {mode}", "apscheduler")
-        stop_and_prove(prove, row, "trigger, disable, enable, create, update, delete", host, loop=True)
+        stop_and_prove(
+            prove, row, "trigger, disable, enable, create, update, delete", host, loop=True
+        )
 
 
 @pytest.mark.long

@@ -99,7 +99,11 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
         os.kill(running.pid, host.stop_signal)
         until(lambda: not running.running, "the end of the process", timeout=20)
         assert running.exit_code == host.code
-        prove(host.row, "clean stop", f"{signal.Signals(host.stop_signal).name}, exit code {host.code}")
+        prove(
+            host.row,
+            "clean stop",
+            f"{signal.Signals(host.stop_signal).name}, exit code {host.code}",
+        )
         project.start(*host.command)
         # The brain allows a change of what the scheduler has told it, in the state in which it told it.
         until(

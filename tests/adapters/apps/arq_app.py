@@ -26,7 +26,12 @@ def task(chore):
 class WorkerSettings:
     functions = [  # noqa: RUF012
         task(each)
-        for each in (sample_tasks.add_async, sample_tasks.fails_async, sample_tasks.waits_async, sample_tasks.checks_loop_async)
+        for each in (
+            sample_tasks.add_async,
+            sample_tasks.fails_async,
+            sample_tasks.waits_async,
+            sample_tasks.checks_loop_async,
+        )
     ]
     redis_settings = settings
     allow_abort_jobs = True

@@ -2,8 +2,8 @@
 
 import os
 
-import sample_tasks
 import dramatiq
+import sample_tasks
 from dramatiq.brokers.redis import RedisBroker
 from z4j_dramatiq import DramatiqEngineAdapter
 

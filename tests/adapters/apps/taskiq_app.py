@@ -15,7 +15,12 @@ tasks = {
     each.__name__.removesuffix("_async"): broker.task(
         task_name=each.__name__.removesuffix("_async")
     )(each)
-    for each in (sample_tasks.add_async, sample_tasks.fails_async, sample_tasks.waits_async, sample_tasks.checks_loop_async)
+    for each in (
+        sample_tasks.add_async,
+        sample_tasks.fails_async,
+        sample_tasks.waits_async,
+        sample_tasks.checks_loop_async,
+    )
 }
 adapter = TaskiqEngineAdapter(broker=broker)
 attach_to_broker(broker, adapter=adapter)
