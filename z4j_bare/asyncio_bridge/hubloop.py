@@ -52,7 +52,6 @@ class StepScopedSelector(selectors.BaseSelector):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outer_loop: asyncio.AbstractEventLoop | None = None
         self._outer_hooks = self._hooks = sys.get_asyncgen_hooks()
-        self._ready: list[tuple[selectors.SelectorKey, int]] = []
         self._yield_at = 0.0
         self._waiting = self._called = False
         self._greenlet: object = None
@@ -111,22 +110,18 @@ class StepScopedSelector(selectors.BaseSelector):
         finally:
             self._waiting = self._called = False
 
-    def wait(self, timeout: float) -> bool:
-        """Select; return whether anything is ready."""
-        self._ready = self._inner.select(timeout)
-        return bool(self._ready)
-
     def _yield_and_select(self, timeout: float) -> list[tuple[selectors.SelectorKey, int]]:
         self._end_step()
         try:
             if timeout <= 0:
                 # gevent's selector does not run the hub when it must not block.
                 self._backend.sleep(0)
-            self._backend.call_blocking(self.wait, timeout)
+            ready: list[tuple[selectors.SelectorKey, int]] = self._backend.call_blocking(
+                self._inner.select, timeout
+            )
         finally:
             self._begin_step()
             self._yield_at = self._backend.now() + SLICE_SECONDS
-        ready, self._ready = self._ready, []
         return ready
 
     def _end_step(self) -> None:

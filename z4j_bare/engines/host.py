@@ -1,4 +1,4 @@
-"""One engine adapter, hosted: connect, capabilities, health, commands, disconnect."""
+"""Connects one engine adapter and calls its methods: events, capabilities, health, commands."""
 
 from __future__ import annotations
 
@@ -18,171 +18,190 @@ from z4j_bare.events.redaction import Redactor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from z4j_core.models import Event
+    from z4j_core.protocols import QueueEngineAdapter
+
     from z4j_bare.asyncio_bridge.bridge import Bridge
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.celery.controls import CeleryControls
     from z4j_bare.interfaces import IProcessRestart
 
-logger = logging.getLogger("z4j.runtime.adapters")
+logger = logging.getLogger("z4j.runtime.engines.host")
 
 #: Seconds for ``connect_signals``, which may publish to a broker and start a thread.
-CONNECT_PATIENCE = 30.0
-#: Queues that adapters keep for life although an ``asyncio.Queue`` binds to the first loop that waits in it.
+CONNECT_TIMEOUT = 30.0
+#: Adapters' attributes with an ``asyncio.Queue``. An adapter keeps it for life, but the queue binds
+#: to the first loop that waits in it.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
 class EngineHost:
-    """What the agent does with one engine adapter; each probe is for an attribute that some adapters lack."""
+    """Runs one engine adapter. Adapters may lack any method but ``capabilities``.
+
+    :param sink: receives the events of the adapter's stream.
+    """
 
     def __init__(
         self,
-        engine: Any,
+        adapter: QueueEngineAdapter,
         bridge: Bridge,
         backend: BaseConcurrency,
-        sink: Callable[[Any], object],
+        sink: Callable[[Event], object],
     ) -> None:
-        self.engine = engine
-        self.description = describe_engine(engine)
-        self.name = str(getattr(engine, "name", type(engine).__name__))
+        self.adapter = adapter
+        self.description = describe_engine(adapter)
+        self.name = str(getattr(adapter, "name", type(adapter).__name__))
         self._bridge = bridge
         self._backend = backend
         self._sink = sink
         self._controls: CeleryControls | None = None
-        redaction = getattr(engine, "redaction", None)
-        #: How this process ends for a new one, for the engine that cannot restart a worker itself.
+        #: Restarts the worker by ending its process, where the adapter cannot restart it.
         self.process_restart: IProcessRestart | None = None
-        #: Hides in answers what the adapter hides in events.
+        redaction = getattr(adapter, "redaction", None)
+        #: Redacts results like the adapter redacts events.
         self.redactor = Redactor(
             redaction if isinstance(redaction, RedactionEngine) else RedactionEngine()
         )
-        self._end_pump: Callable[[], None] | None = None
+        self._stop_pump: Callable[[], None] | None = None
         self._health: dict[str, str] = {}
         self._probing = False
 
     def connect(self, *, events: bool = True) -> None:
-        """With ``events``, connect the adapter's signals and pump its events into the sink.
+        """If ``events``, connect the adapter's signals and pump its events into the sink.
 
-        Never raises: an adapter that fails to connect is logged and stays usable for commands.
+        Never raises. A failure is logged, and the adapter can still carry out commands.
         """
         if not events:
             return
         self._unbind_queues()
         self._connect_signals()
-        if self._end_pump is None and hasattr(self.engine, "subscribe_events"):
-            stream = self.engine.subscribe_events
-            self._end_pump = self._bridge.pump(stream, self._sink, f"z4j-events-{self.name}")
+        if self._stop_pump is None and hasattr(self.adapter, "subscribe_events"):
+            stream = self.adapter.subscribe_events
+            self._stop_pump = self._bridge.pump(stream, self._sink, f"z4j-events-{self.name}")
 
     def disconnect(self, timeout: float = 5.0) -> None:
-        """Disconnect the signals within ``timeout`` seconds, then drain and end the pump; never raises."""
-        disconnect = getattr(self.engine, "disconnect_signals", None)
+        """Disconnect the signals within ``timeout`` seconds, then drain and stop the pump.
+
+        Never raises.
+        """
+        disconnect = getattr(self.adapter, "disconnect_signals", None)
         try:
             if disconnect is not None:
                 self._bridge.call(disconnect, timeout=timeout)
         except Exception:
-            logger.warning("z4j: %s did not disconnect", self.name, exc_info=True)
-        end, self._end_pump = self._end_pump, None
-        if end is not None:
-            end()
+            logger.warning("z4j: %s did not disconnect its signals", self.name, exc_info=True)
+        stop_pump, self._stop_pump = self._stop_pump, None
+        if stop_pump is not None:
+            stop_pump()
 
     def capabilities(self) -> list[str]:
-        """Return what the adapter can do now; ask again at every hello, celery-beat's answer changes."""
-        able = {str(name) for name in self.engine.capabilities()}
+        """Return the adapter's present capabilities; those of celery-beat change while it runs."""
+        names = {str(name) for name in self.adapter.capabilities()}
         if self.retries_by_reference:
-            able.add(RETRY_BY_REFERENCE_CAPABILITY)
+            names.add(RETRY_BY_REFERENCE_CAPABILITY)
         if self.process_restart is not None and self.process_restart.is_supervised:
-            able.add("restart_worker")
-        return sorted(able)
+            names.add("restart_worker")
+        return sorted(names)
 
     @property
     def controls(self) -> CeleryControls | None:
-        """Our own way of controlling workers, for the engine whose adapter does not wait for their answers."""
+        """The agent's own worker controls, for an adapter that does not wait for workers' replies.
+
+        They are loaded at the first command.
+        """
         if self._controls is None:
             self._controls = self.description.make_controls(self._backend)
         return self._controls
 
     @property
     def retries_by_reference(self) -> bool:
-        """Whether the adapter promises never to retry with the brain's copy of the arguments, which is redacted."""
-        return getattr(self.engine, "safe_retry_by_reference", None) is True
+        """Whether the adapter promises never to retry with the brain's redacted arguments."""
+        return getattr(self.adapter, "safe_retry_by_reference", None) is True
 
-    def has_method(self, method_name: str) -> bool:
-        """Whether the adapter has such a method."""
-        return callable(getattr(self.engine, method_name, None))
+    def has_method(self, name: str) -> bool:
+        """Return whether the adapter has a method of this name."""
+        return callable(getattr(self.adapter, name, None))
 
     def health(self, timeout: float = 5.0) -> dict[str, str]:
-        """Return ``<engine>.<key>`` entries for the heartbeat, after at most ``timeout`` seconds.
+        """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
-        Celery's probe takes 10 s when its worker does not answer: never two at a time, and what comes late is
-        kept for the next heartbeat. A probe that fails yields ``<engine>.error``.
+        A failed check gives ``<engine>.error``. Celery's check takes 10 s when its worker does not
+        reply. A second check is not started meanwhile, and a late reply is kept for the next
+        heartbeat.
         """
-        if not hasattr(self.engine, "get_health"):
+        if not hasattr(self.adapter, "get_health"):
             return {}
         try:
             if not self._probing:
                 self._bridge.call(self._probe, timeout=timeout)
         except TimeoutError:
-            logger.debug("z4j: the health of %s takes longer than %g s", self.name, timeout)
+            logger.debug("z4j: the health check of %s takes longer than %g s", self.name, timeout)
         except Exception as error:
             logger.debug("z4j: the health check of %s failed: %s", self.name, error)
             self._health = {}
         return self._health or {f"{self.name}.error": "health check failed"}
 
     def dropped(self) -> int:
-        """Return how many events the adapter itself has lost so far."""
+        """Return how many events the adapter itself has lost."""
         try:
-            return int(getattr(self.engine, "dropped_event_count", 0))
+            return int(getattr(self.adapter, "dropped_event_count", 0))
         except Exception:
             return 0
 
     def invoke(
         self,
         method_name: str,
-        *args: Any,
+        *args: object,
         timeout: float,
-        hints: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        hints: Mapping[str, object] | None = None,
+        **kwargs: object,
     ) -> Any:
-        """Call an action of the adapter and return its result; never twice.
+        """Call a method of the adapter once and return its result.
 
-        Of the keywords, those that are ``None`` or mere ``hints`` are left out if this adapter's method does not take
-        them. ``CommandError`` for any other and for a method that it does not have, ``TimeoutError`` after ``timeout``
-        seconds, else whatever the adapter raises.
+        Keywords that the method does not accept are omitted if they are ``None`` or ``hints``.
+        Raises ``CommandError`` for any other such keyword and for a missing method,
+        ``TimeoutError`` after ``timeout`` seconds, and whatever the adapter raises.
         """
-        method = getattr(self.engine, method_name, None)
+        method = getattr(self.adapter, method_name, None)
         if not callable(method):
             raise CommandError(f"engine {self.name} does not support {method_name}")
-        taken = supported_kwargs(method, {**kwargs, **(hints or {})})
-        refused = [key for key, value in kwargs.items() if value is not None and key not in taken]
+        accepted = supported_kwargs(method, {**kwargs, **(hints or {})})
+        refused = [
+            key for key, value in kwargs.items() if value is not None and key not in accepted
+        ]
         if refused:
             raise CommandError(
                 f"engine {self.name} does not support {method_name} with {' and '.join(refused)}"
             )
-        return self._bridge.call(partial(method, *args, **taken), timeout=timeout)
+        return self._bridge.call(partial(method, *args, **accepted), timeout=timeout)
 
-    def control(self, action: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call one of our own :attr:`controls`, which take the time they have as ``seconds``; errors as ``invoke``."""
-        act = getattr(self.controls, action)
-        return self._bridge.call(partial(act, *args, seconds=timeout, **kwargs), timeout=timeout)
+    def control(self, action: str, *args: object, timeout: float, **kwargs: object) -> Any:
+        """Call a method of :attr:`controls` with ``seconds=timeout``; raises what it raises."""
+        method = getattr(self.controls, action)
+        return self._bridge.call(partial(method, *args, seconds=timeout, **kwargs), timeout=timeout)
 
     def _connect_signals(self) -> None:
-        connect = getattr(self.engine, "connect_signals", None)
+        connect = getattr(self.adapter, "connect_signals", None)
         if connect is None:
             return
         keywords = supported_kwargs(connect, {"loop": self._bridge.loop()})
         try:
-            self._bridge.call(partial(connect, **keywords), timeout=CONNECT_PATIENCE)
+            self._bridge.call(partial(connect, **keywords), timeout=CONNECT_TIMEOUT)
         except Exception:
             logger.warning(
-                "z4j: %s did not connect; its commands still work", self.name, exc_info=True
+                "z4j: %s did not connect its signals: its events are missing, its commands work",
+                self.name,
+                exc_info=True,
             )
 
     def _unbind_queues(self) -> None:
-        """Free the adapter's queues from the loop of an earlier agent or of the parent process.
+        """Unbind the adapter's queues from the loop of an earlier agent or of the parent process.
 
-        Its getters go as well: an item would wake the dead one first.
+        The queues' getters are removed as well: the first item would wake one of them, not the new
+        loop.
         """
         for name in _QUEUES:
-            queue = getattr(self.engine, name, None)
+            queue = getattr(self.adapter, name, None)
             if getattr(queue, "_loop", None) not in (None, self._bridge.loop()):
                 queue._loop = None  # type: ignore[union-attr]  # noqa: SLF001
                 queue._getters.clear()  # type: ignore[union-attr]  # noqa: SLF001
@@ -190,16 +209,16 @@ class EngineHost:
     def _probe(self) -> None:
         self._probing = True
         try:
-            health = self.engine.get_health()
+            health = self.adapter.get_health()  # type: ignore[attr-defined]  # optional method
             self._health = {f"{self.name}.{key}": _text(value) for key, value in health.items()}
         finally:
             self._probing = False
 
 
-def supported_kwargs(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return those of ``keywords`` that ``method`` takes; all of them when it does not tell.
+def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that ``method`` accepts; all of them when its signature is unknown.
 
-    Read off the signature: catching ``TypeError`` and calling again would run an action twice.
+    The signature decides. To catch ``TypeError`` and call again could run an action twice.
     """
     try:
         parameters = inspect.signature(method).parameters
@@ -207,12 +226,12 @@ def supported_kwargs(method: Callable[..., Any], keywords: dict[str, Any]) -> di
         return keywords
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return keywords
-    named = {name for name, parameter in parameters.items() if parameter.kind in _NAMED}
-    return {key: value for key, value in keywords.items() if key in named}
+    names = {name for name, parameter in parameters.items() if parameter.kind in _KEYWORD_KINDS}
+    return {key: value for key, value in keywords.items() if key in names}
 
 
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)

@@ -1,10 +1,11 @@
-"""RQ's events, told while its worker is busy.
+"""RQ's events, reported while its worker is busy.
 
-RQ's handler of SIGTERM and SIGINT sets a flag while the worker works, and raises ``StopRequested``, an ordinary exception,
-at any other moment. z4j_rq's own hook surrounds ``execute_job``, at whose end the worker is idle already: raised there, the
-request to stop passes for an error of the hook's, which swallows it and tells a job that went well as failed. It also
-passes by ``SimpleWorker``, which has an ``execute_job`` of its own. So the hooks here are further inside, and the adapter's
-stays off.
+While an RQ worker works, its handler of SIGTERM and SIGINT sets a flag; at any other moment it
+raises ``StopRequested``, an ordinary exception. z4j_rq wraps ``execute_job``, at whose end the
+worker is idle again. Raised there, ``StopRequested`` is caught as a hook error: the stop is lost
+and a successful job is reported as failed. ``SimpleWorker`` overrides ``execute_job``, so that the
+wrapper does not run there at all. Hence the hooks of this module are further inside, and the
+adapter's own hook is not installed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from z4j_bare.events.source import EventSource
 from z4j_bare.safety import safe_boundary
 
 if TYPE_CHECKING:
+    from rq.job import Job
+    from rq.worker import BaseWorker
     from z4j_core.models import Event
+    from z4j_core.protocols import QueueEngineAdapter
 
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Ring
@@ -45,92 +49,96 @@ class RqEngine(Engine):
 
 
 class RqSource(EventSource):
-    """RQ's events, made by the adapter's callbacks: those that users attach to a job work as well."""
+    """RQ's events, made by the adapter's callbacks, which users may also attach to a job."""
 
     uses_adapter_events = False
 
-    def __init__(self, engine: Any, *args: Any) -> None:
-        super().__init__(engine, *args)
-        self._redaction = engine.redaction
+    def __init__(
+        self, adapter: QueueEngineAdapter, ring: Ring, settings: Settings, backend: BaseConcurrency
+    ) -> None:
+        super().__init__(adapter, ring, settings, backend)
+        self._redaction: object = adapter.redaction  # type: ignore[attr-defined]
         self._epoch = fork.epoch()
         self._hooks: list[tuple[type, str, Method | None, Method]] = []
 
     def connect(self) -> None:
-        """Take the callbacks' events, and put the hooks on. Idempotent."""
+        """Receive the callbacks' events, and install the hooks. Idempotent."""
         from z4j_rq.events import callbacks
 
         super().connect()
-        callbacks.install(sink=self._take, redaction=self._redaction)
+        callbacks.install(sink=self._record_in_parent, redaction=self._redaction)
         if self._hooks:
             return
-        for owner, name, outcome in _places():
-            hook = told(getattr(owner, name), outcome)
+        for owner, name, outcome in _hook_points():
+            hook = report_job(getattr(owner, name), outcome)
             self._hooks.append((owner, name, vars(owner).get(name), hook))
             setattr(owner, name, hook)
 
     def disconnect(self) -> None:
-        """Take the hooks off; one that somebody else has wrapped stays, and tells nobody."""
+        """Remove the hooks. A hook that other code has wrapped stays, but reports nothing."""
         from z4j_rq.events import callbacks
 
         while self._hooks:
-            owner, name, own, hook = self._hooks.pop()
+            owner, name, original, hook = self._hooks.pop()
             if vars(owner).get(name) is hook:
                 delattr(owner, name)
-                if own is not None:  # else inherited
-                    setattr(owner, name, own)
+                if original is not None:  # else the method is inherited
+                    setattr(owner, name, original)
         callbacks.uninstall()
         super().disconnect()
 
-    def _take(self, event: Event) -> None:
-        if (
-            fork.epoch() == self._epoch
-        ):  # nobody would ever read what a forked work horse puts into its copy of the ring
+    def _record_in_parent(self, event: Event) -> None:
+        # A forked work horse has a copy of the ring that nothing reads.
+        if fork.epoch() == self._epoch:
             self.record(event)
 
 
-def told(method: Method, outcome: Callable[[Any], str]) -> Method:
-    """Wrap a worker's ``method(job, queue, ...)``: the adapter hears of the start, and of ``outcome(job)`` afterwards."""
+def report_job(method: Method, outcome: Callable[[Job], str]) -> Method:
+    """Wrap a worker's ``method(job, queue, ...)`` to report the job's start and end.
+
+    :param outcome: returns the job's status after the call.
+    """
     from z4j_rq.events import capture_failure, capture_started, capture_success
 
-    ends = {"finished": capture_success, "failed": capture_failure, "stopped": capture_failure}
+    reports = {"finished": capture_success, "failed": capture_failure, "stopped": capture_failure}
 
     @safe_boundary
-    def tell_end(job: Any) -> None:
-        end = ends.get(outcome(job))  # a job that waits for another attempt has none
-        if end is not None:
-            end(job)
+    def report_end(job: Job) -> None:
+        report = reports.get(outcome(job))  # none for a job that will be retried
+        if report is not None:
+            report(job)
 
     @wraps(method)
-    def perform_and_tell(worker: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
-        job.worker_name = worker.name  # RQ itself sets it later than the start is told
+    def perform_and_report(worker: BaseWorker, job: Job, *args: Any, **kwargs: Any) -> Any:
+        job.worker_name = worker.name  # RQ sets it only later
         capture_started(job)
         try:
             returned = method(worker, job, *args, **kwargs)
         except BaseException:
             capture_failure(job)
             raise
-        tell_end(job)
+        report_end(job)
         return returned
 
-    return perform_and_tell
+    return perform_and_report
 
 
-def _places() -> Iterator[tuple[type, str, Callable[[Any], str]]]:
-    """Yield where each worker of RQ is busy with one job, and how to read there how it ended."""
+def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
+    """Yield the method in which each worker class runs one job, and how to read its outcome."""
     try:
         from rq.worker import SimpleWorker, Worker
-    except ImportError:  # a process without a worker can have an engine that needs no rq
+    except ImportError:  # a process without workers may use the engine without rq
         return
-    yield (
-        Worker,
-        "monitor_work_horse",
-        _written,
-    )  # the parent's part; the job itself runs in a child
-    yield SimpleWorker, "perform_job", _known
+    # The parent's part; the job itself runs in a child process.
+    yield Worker, "monitor_work_horse", _status_in_redis
+    yield SimpleWorker, "perform_job", _status_in_memory
 
 
-def _written(job: Any) -> str:
-    """Return the status that the work horse has written to Redis; of a job that is gone from there, RQ keeps no result."""
+def _status_in_redis(job: Job) -> str:
+    """Return the status that the work horse wrote to Redis.
+
+    A job that is not in Redis any more has finished: RQ keeps no result of it.
+    """
     from rq.exceptions import InvalidJobOperation
 
     try:
@@ -139,7 +147,10 @@ def _written(job: Any) -> str:
         return "finished"
 
 
-def _known(job: Any) -> str:
-    """Return the status that the worker has just given the job; RQ 2 gives none where it keeps no result."""
+def _status_in_memory(job: Job) -> str:
+    """Return the status that the worker has set.
+
+    RQ 2 sets no final status for a job whose result is not stored.
+    """
     status: str = job.get_status(refresh=False)
     return "finished" if status == "started" else status

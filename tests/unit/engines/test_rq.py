@@ -1,4 +1,4 @@
-"""RQ's workers, heard through stand-ins for RQ and its adapter; ``tests/adapters`` has the real ones."""
+"""The RQ source with fakes of RQ and its adapter; ``tests/adapters`` uses the real ones."""
 
 import os
 import signal
@@ -14,50 +14,50 @@ from z4j_bare.settings import Settings
 
 
 class StopRequested(Exception):  # noqa: N818 - RQ's name
-    """As in RQ: an ordinary exception."""
+    """An ordinary exception, as in RQ."""
 
 
 StopRequested.__module__ = "rq.exceptions"
 
 
 class InvalidJobOperation(Exception):  # noqa: N818 - RQ's name
-    """What RQ raises for a job that is gone."""
+    """Raised by RQ for a job that is no longer in Redis."""
 
 
 class BaseWorker:
-    """As in RQ: asked to stop it makes a note while busy, and raises at any other moment."""
+    """Handles a stop request as RQ does: sets a flag while busy, else raises."""
 
     name = "w1"
-    busy = stop_event = False
+    busy = stop_requested = False
 
     def request_stop(self, _number, _frame):
         if not self.busy:
             raise StopRequested
-        self.stop_event = True
+        self.stop_requested = True
 
     def perform_job(self, job, queue, execution):
         if job.raises:
             raise job.raises
-        job.carried_out = queue, execution
+        job.performed = queue, execution
         return True
 
     def run(self, job):
-        """Go on until asked to stop; return whether that request has arrived."""
+        """Run one job; return whether a stop request arrived."""
         try:
             self.execute_job(job, "q")
         except StopRequested:
             return True
-        return self.stop_event
+        return self.stop_requested
 
     def execute_job(self, job, queue):
         self.busy = True
         self.work(job, queue)
         self.busy = False
-        job.strike("idle")
+        job.signal_at("idle")
 
 
 class Worker(BaseWorker):
-    """Watches a child at work, which writes to Redis how the job ended."""
+    """Watches the child process that runs the job and writes its status to Redis."""
 
     def work(self, job, queue):
         self.monitor_work_horse(job, queue, "e")
@@ -67,44 +67,47 @@ class Worker(BaseWorker):
 
 
 class SimpleWorker(BaseWorker):
-    """Carries the job out itself."""
+    """Runs the job in its own process."""
 
     def work(self, job, queue):
         self.perform_job(job, queue, "e")
 
 
 class Job:
-    """A job that ends with ``status``, in Redis and in the worker's memory; at ``moment`` a SIGTERM strikes."""
+    """A job that ends with ``status``; it sends SIGTERM at ``moment``."""
 
     def __init__(self, status="finished", raises=None, moment=None):
-        self.worker_name = self.carried_out = None
+        self.worker_name = self.performed = None
         self.status, self.raises, self.moment = status, raises, moment
 
-    def strike(self, moment):
+    def signal_at(self, moment):
         if moment == self.moment:
             signal.raise_signal(signal.SIGTERM)
 
     def get_status(self, refresh=True):
-        self.strike("reading")
+        self.signal_at("reading")
         if isinstance(self.status, Exception):
             raise self.status
         return self.status
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """What the adapter was told of, as pairs of a kind and the worker of the job; like the adapter it eats exceptions."""
-    told = []
+def reported(monkeypatch):
+    """The reports to the adapter: pairs of kind and worker name.
 
-    def teller(kind):
-        def tell(job):
+    Like the adapter, the fake swallows exceptions.
+    """
+    reports = []
+
+    def make_report(kind):
+        def report(job):
             try:
-                job.strike(kind)
-                told.append((kind, job.worker_name))
+                job.signal_at(kind)
+                reports.append((kind, job.worker_name))
             except Exception as error:
-                told.append((repr(error), None))
+                reports.append((repr(error), None))
 
-        return tell
+        return report
 
     names = (
         "rq",
@@ -122,14 +125,14 @@ def heard(monkeypatch):
     callbacks.install = lambda **sink: vars(callbacks).update(sink)
     callbacks.uninstall = lambda: vars(callbacks).update(sink=None)
     for kind in ("started", "success", "failure"):
-        setattr(events, f"capture_{kind}", teller(kind))
+        setattr(events, f"capture_{kind}", make_report(kind))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return told
+    return reports
 
 
 @pytest.fixture
-def source(heard, backend):
+def source(reported, backend):
     engine = SimpleNamespace(name="rq", rq_app=object(), redaction=object())
     made = describe_engine(engine).make_source(
         Ring(10, 10, backend.event()), Settings(), backend, None
@@ -143,17 +146,17 @@ def source(heard, backend):
 
 @pytest.fixture
 def worker(source, request):
-    """A worker of the class that the test asks for, which has SIGTERM in its hands."""
+    """A worker of the test's class, whose handler is installed for SIGTERM."""
     made = request.param()
     before = signal.signal(signal.SIGTERM, made.request_stop)
     yield made
     signal.signal(signal.SIGTERM, before)
 
 
-both = pytest.mark.parametrize("worker", [Worker, SimpleWorker], indirect=True)
+both_workers = pytest.mark.parametrize("worker", [Worker, SimpleWorker], indirect=True)
 
 
-@both
+@both_workers
 @pytest.mark.parametrize(
     ("status", "kinds"),
     [
@@ -163,34 +166,34 @@ both = pytest.mark.parametrize("worker", [Worker, SimpleWorker], indirect=True)
         ("scheduled", ["started"]),
     ],
 )
-def test_start_and_outcome_are_told(worker, heard, status, kinds):
-    """The adapter hears of the start, with the worker's name, and of the end that RQ has written down; the job is done once."""
+def test_start_and_outcome_are_reported(worker, reported, status, kinds):
+    """Start and outcome are reported with the worker's name, and the job runs once."""
     job = Job(status)
     assert not worker.run(job)
-    assert (job.carried_out, heard) == (("q", "e"), [(kind, "w1") for kind in kinds])
+    assert (job.performed, reported) == (("q", "e"), [(kind, "w1") for kind in kinds])
 
 
-@both
+@both_workers
 @pytest.mark.parametrize("moment", ["started", "reading", "success", "idle"])
-def test_a_stop_at_any_moment_loses_nothing(worker, heard, moment):
-    """A SIGTERM amid what is told, or as soon as RQ is idle, reaches RQ, and the job is told as it was."""
+def test_stop_request_at_any_moment_reaches_rq(worker, reported, moment):
+    """A SIGTERM during a report, or when RQ is idle, reaches RQ; the job is reported correctly."""
     assert worker.run(Job(moment=moment))
-    assert [kind for kind, _ in heard] == ["started", "success"]
+    assert [kind for kind, _ in reported] == ["started", "success"]
 
 
-@both
-def test_an_error_of_rq_passes(worker, heard):
-    """What a worker raises is told as a failure and raised on."""
+@both_workers
+def test_error_of_worker_is_reported_and_raised(worker, reported):
+    """An exception of the worker is reported as a failure and raised."""
     with pytest.raises(ConnectionError):
         worker.run(Job(raises=ConnectionError()))
-    assert [kind for kind, _ in heard] == ["started", "failure"]
+    assert [kind for kind, _ in reported] == ["started", "failure"]
 
 
-@both
-def test_an_outcome_that_cannot_be_read_costs_the_job_nothing(worker, heard):
-    """When Redis does not answer after the job, the job's own result stands."""
+@both_workers
+def test_unreadable_outcome_does_not_fail_the_job(worker, reported):
+    """When Redis cannot be read after the job, the job still succeeds."""
     assert not worker.run(Job(ConnectionError()))
-    assert [kind for kind, _ in heard] == ["started"]
+    assert [kind for kind, _ in reported] == ["started"]
 
 
 @pytest.mark.parametrize(
@@ -198,48 +201,48 @@ def test_an_outcome_that_cannot_be_read_costs_the_job_nothing(worker, heard):
     [(Worker, InvalidJobOperation()), (Worker, None), (SimpleWorker, "started")],
     indirect=["worker"],
 )
-def test_a_job_without_a_result_has_ended_well(worker, heard, status):
-    """A job whose result RQ does not keep (``result_ttl=0``) is gone from Redis, or has no last status: it went well."""
+def test_job_without_stored_result_is_successful(worker, reported, status):
+    """A job whose result RQ does not keep (``result_ttl=0``) is reported as successful."""
     worker.run(Job(status))
-    assert [kind for kind, _ in heard] == ["started", "success"]
+    assert [kind for kind, _ in reported] == ["started", "success"]
 
 
-def test_events_of_callbacks_reach_the_ring_of_their_process(source, heard):
-    """What the adapter's callbacks make is recorded, in a forked work horse it is not; after ``disconnect`` nobody takes it."""
+def test_callback_events_are_recorded_in_parent_only(source, reported):
+    """Events of the callbacks are recorded, but not in a forked work horse or once disconnected."""
     callbacks = sys.modules["z4j_rq.events.callbacks"]
-    taken = []
-    source.record = taken.append
+    recorded = []
+    source.record = recorded.append
     callbacks.sink("event")
     child = os.fork()
     if not child:
         callbacks.sink("event of the child")
-        os._exit(len(taken))
+        os._exit(len(recorded))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    assert taken == ["event"]
+    assert recorded == ["event"]
     source.disconnect()
     assert callbacks.sink is None
 
 
-def test_the_hooks_come_off(heard, source):
-    """After ``disconnect`` RQ's classes are as before."""
+def test_disconnect_removes_hooks(reported, source):
+    """After ``disconnect`` RQ's classes have their original methods."""
     hooked = Worker.monitor_work_horse
     source.disconnect()
     assert Worker.monitor_work_horse is hooked.__wrapped__
     assert "perform_job" not in vars(SimpleWorker)
 
 
-def test_a_hook_that_is_wrapped_stays(heard, source):
-    """What somebody else has put around a hook meanwhile is not lost by ``disconnect``."""
-    theirs = SimpleWorker.perform_job = object()
+def test_disconnect_keeps_hooks_wrapped_by_others(reported, source):
+    """``disconnect`` does not remove another library's wrapper around a hook."""
+    wrapper = SimpleWorker.perform_job = object()
     try:
         source.disconnect()
-        assert SimpleWorker.perform_job is theirs
+        assert SimpleWorker.perform_job is wrapper
     finally:
         del SimpleWorker.perform_job
 
 
-def test_without_rq_there_is_nothing_to_hook(heard, source, monkeypatch):
-    """A process without RQ's workers has the engine all the same."""
+def test_source_works_without_rq(reported, source, monkeypatch):
+    """A process without RQ can connect and disconnect the source."""
     source.disconnect()
     monkeypatch.setitem(sys.modules, "rq.worker", None)
     source.connect()
