@@ -230,7 +230,10 @@ def _resubmit(
     args: tuple[Any, ...] | None,
     kwargs: dict[str, Any] | None,
 ) -> object:
-    """Submit a new task for an engine without retry. It keeps no arguments: the operator sends them."""
+    """Retry by submitting a new task, with the arguments that the operator sent.
+
+    An engine without a retry keeps no arguments.
+    """
     if args is None or kwargs is None:
         raise command.error(
             f"engine {host.name} keeps no arguments: override_args and override_kwargs are required"

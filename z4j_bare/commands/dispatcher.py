@@ -91,8 +91,8 @@ class Dispatcher:
         try:
             connection.send("command_ack", command.id, command_ack(command.token))
         except AgentError as error:
-            # The brain counts it as dispatched and redelivers most kinds never, so run it. Its
-            # result goes out with the next session.
+            # Run it nevertheless: the brain counts it as dispatched and redelivers few kinds of
+            # commands. The result is sent in the next session.
             logger.debug("z4j: could not acknowledge command %s: %s", command.id, error)
         with self._lock:
             if command.id in self._queued_ids:
@@ -189,7 +189,10 @@ class Dispatcher:
         return executor.run(command)
 
     def _executor(self) -> Executor:
-        """Return the executor, loaded with the first command: 0.2 MB that most workers never need."""
+        """Return the executor, loaded with the first command.
+
+        It takes 0.2 MB, and most workers never receive a command.
+        """
         with self._load_lock:
             if self._loaded_executor is None:
                 module = self._backend.import_module("z4j_bare.commands.executor")

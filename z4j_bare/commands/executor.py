@@ -96,13 +96,17 @@ class Executor:
             return _failure(command, error)
 
     def _seconds_left(self, command: Command) -> float:
-        """Return the seconds until the deadline; ``CommandError`` when the command must not begin."""
+        """Return the seconds until the deadline.
+
+        Raises ``CommandError`` when the command must not begin any more.
+        """
         seconds = command.deadline - self._backend.now()
         if self._state.stopping:
             raise CommandError(f"{command.action} was not started: the agent is stopping")
         if seconds <= 0:
             raise CommandError(
-                f"{command.action} was not started: it came too late, or waited too long for its turn"
+                f"{command.action} was not started: it came too late, or waited too long"
+                " for its turn"
             )
         return seconds
 
@@ -125,7 +129,7 @@ def _failure(command: Command, error: Exception) -> CommandOutcome:
 
 
 def idempotency_key(command: Command) -> str | None:
-    """Return the ledger key of the command's effect, or ``None`` when only the command has an id."""
+    """Return the ledger key of the command's effect; ``None`` if the effect has no id."""
     parameter, prefix = IDEMPOTENCY_KEYS.get(command.action, ("", ""))
     identity = command.parameters.get(parameter)
     return f"{prefix}:{identity}" if isinstance(identity, str) and identity else None
@@ -173,7 +177,7 @@ class IdempotentEffects:
             done.set()
 
     def _register(self, key: str, done: IEvent) -> IEvent:
-        """Return ``done``, or the event of the command that already carries out ``key``."""
+        """Return the event of the command that carries out ``key``; ``done`` if none does."""
         with self._lock:
             return self._running.setdefault(key, done)
 

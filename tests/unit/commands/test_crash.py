@@ -1,4 +1,4 @@
-"""A process is killed in the middle of a command: the next one answers for it, and nobody runs it again."""
+"""A process is killed during a command: the next process reports it and does not repeat it."""
 
 import os
 import signal
@@ -13,32 +13,36 @@ from tests.support.peer import SECRET_TEXT, TOKEN
 
 pytestmark = pytest.mark.thorough
 
-#: An agent whose engine writes down each call and hangs in it, unless it is told to be quick.
+#: An agent whose engine logs each call to a file, and hangs in it unless ``pace`` is "quick".
 AGENT = """
 import select, sys
-mode, url, token, secret, diary, pace = sys.argv[1:]
+mode, url, token, secret, call_log, pace = sys.argv[1:]
 if mode == "gevent":
     from gevent import monkey; monkey.patch_all()
 if mode == "eventlet":
     import eventlet; eventlet.monkey_patch()
 import time
 from z4j_core.models import CommandResult
+from tests.support.engines import FakeEngine
 from z4j_bare import install_agent
 
-class Engine:
-    name = "stub"
-    def capabilities(self):
-        return {"cancel_task", "submit_task"}
+class LoggingEngine(FakeEngine):
     async def submit_task(self, name, **_options):
         return await self.cancel_task(name)
     async def cancel_task(self, task_id):
-        with open(diary, "a") as file:
+        with open(call_log, "a") as file:
             file.write(task_id + "\\n")
         if pace == "hang":
             time.sleep(60)
         return CommandResult(status="success", result={"task": task_id})
 
-runtime = install_agent(engines=[Engine()], brain_url=url, token=token, project_id="demo", hmac_secret=secret)
+runtime = install_agent(
+    engines=[LoggingEngine("cancel_task", "submit_task")],
+    brain_url=url,
+    token=token,
+    project_id="demo",
+    hmac_secret=secret,
+)
 while not select.select([sys.stdin], [], [], 0)[0]:
     time.sleep(0.05)
 runtime.stop(timeout=5)
@@ -46,15 +50,16 @@ runtime.stop(timeout=5)
 
 
 @pytest.fixture
-def diary(tmp_path):
-    path = tmp_path / "diary"
+def call_log(tmp_path):
+    """A file with one line for each call of the engine."""
+    path = tmp_path / "calls"
     path.touch()
     return path
 
 
 @pytest.fixture
-def agent(mode, peer, diary, tmp_path, until):
-    """``agent(pace)``: a process with a session of its own; they share one Z4J_HOME."""
+def agent(mode, peer, call_log, tmp_path, until):
+    """``agent(pace)``: a connected agent process; all of them share one Z4J_HOME."""
     started = []
 
     def start(pace):
@@ -71,7 +76,7 @@ def agent(mode, peer, diary, tmp_path, until):
             peer.url,
             TOKEN,
             SECRET_TEXT,
-            str(diary),
+            str(call_log),
             pace,
         ]
         started.append(
@@ -96,11 +101,11 @@ def results(peer):
     return [frame.payload for frame in peer.frames("command_result")]
 
 
-def test_killed_between_started_and_done(peer, agent, diary, until):
-    """After a SIGKILL in the middle of a command the next process answers that its outcome is unknown; it never runs it."""
+def test_command_of_killed_process_is_indeterminate(peer, agent, call_log, until):
+    """After SIGKILL the next process reports "outcome unknown" and does not run the command."""
     first = agent("hang")
     identity = peer.last.command("cancel_task", {"task_id": "t-1"}, token="tok")
-    until(lambda: diary.read_text() == "t-1\n")
+    until(lambda: call_log.read_text() == "t-1\n")
     first.send_signal(signal.SIGKILL)
     first.wait()
     agent("quick")
@@ -108,38 +113,40 @@ def test_killed_between_started_and_done(peer, agent, diary, until):
     until(lambda: peer.last.of("command_ack") and results(peer))
     other = peer.last.command("cancel_task", {"task_id": "t-2"})
     until(lambda: any(frame.id == other for frame in peer.frames("command_result")))
-    answers = [frame.payload for frame in peer.frames("command_result") if frame.id == identity]
-    for answer in answers:
-        assert (answer.status, answer.delivery_claim_token) == ("failed", "tok")
-        assert answer.result == {"indeterminate": True, "operation": "cancel_task"}
-        assert "the agent ended before the command did" in answer.error
-    assert answers
-    assert diary.read_text() == "t-1\nt-2\n"
+    found = [frame.payload for frame in peer.frames("command_result") if frame.id == identity]
+    for payload in found:
+        assert (payload.status, payload.delivery_claim_token) == ("failed", "tok")
+        assert payload.result == {"indeterminate": True, "operation": "cancel_task"}
+        assert "the agent ended before the command did" in payload.error
+    assert found
+    assert call_log.read_text() == "t-1\nt-2\n"
 
 
-def test_a_fire_is_not_repeated_after_a_kill(peer, agent, diary, until):
-    """After a SIGKILL in the middle of a fire neither its command nor another one enqueues it again; both outcomes are unknown."""
+def test_fire_is_not_repeated_after_kill(peer, agent, call_log, until):
+    """After SIGKILL during a fire no command enqueues it again; each reports "outcome unknown"."""
     fire = {"task_name": "t-1", "fire_id": "f-1", "args": [], "kwargs": {}}
     first = agent("hang")
-    began = peer.last.command("schedule.fire", fire)
-    until(lambda: diary.read_text() == "t-1\n")
+    killed = peer.last.command("schedule.fire", fire)
+    until(lambda: call_log.read_text() == "t-1\n")
     first.send_signal(signal.SIGKILL)
     first.wait()
     agent("quick")
-    again = peer.last.command("schedule.fire", fire)
+    repeated = peer.last.command("schedule.fire", fire)
     other = peer.last.command("schedule.fire", {**fire, "task_name": "t-2", "fire_id": "f-2"})
-    until(lambda: {began, again, other} <= {frame.id for frame in peer.frames("command_result")})
-    answers = {frame.id: frame.payload for frame in peer.frames("command_result")}
-    for identity in (began, again):
-        assert answers[identity].status == "failed"
-        assert answers[identity].result == {"indeterminate": True, "operation": "schedule.fire"}
-    assert answers[other].result == {"task": "t-2"}
-    assert diary.read_text() == "t-1\nt-2\n"
+    until(
+        lambda: {killed, repeated, other} <= {frame.id for frame in peer.frames("command_result")}
+    )
+    found = {frame.id: frame.payload for frame in peer.frames("command_result")}
+    for identity in (killed, repeated):
+        assert found[identity].status == "failed"
+        assert found[identity].result == {"indeterminate": True, "operation": "schedule.fire"}
+    assert found[other].result == {"task": "t-2"}
+    assert call_log.read_text() == "t-1\nt-2\n"
     assert peer.mishaps == []
 
 
-def test_the_ledger_survives_a_clean_stop(peer, agent, diary, until):
-    """A command that was done before an orderly stop is answered by the next process as it was, and not repeated."""
+def test_ledger_survives_clean_stop(peer, agent, call_log, until):
+    """The next process repeats the result of a command that finished before a clean stop."""
     first = agent("quick")
     identity = peer.last.command("cancel_task", {"task_id": "t-1"})
     until(lambda: results(peer))
@@ -148,20 +155,20 @@ def test_the_ledger_survives_a_clean_stop(peer, agent, diary, until):
     agent("quick")
     peer.last.command("cancel_task", {"task_id": "t-1"}, identity=identity)
     until(lambda: len(results(peer)) == 2)
-    assert [answer.result for answer in results(peer)] == [{"task": "t-1"}] * 2
-    assert diary.read_text() == "t-1\n"
+    assert [payload.result for payload in results(peer)] == [{"task": "t-1"}] * 2
+    assert call_log.read_text() == "t-1\n"
 
 
-def test_a_living_process_has_it(peer, agent, diary, until):
-    """A command that comes to a second process while the first still runs it is acknowledged there, and left alone."""
+def test_command_of_living_process_is_left_alone(peer, agent, call_log, until):
+    """While one process runs a command, another one acknowledges it and does not run it."""
     agent("hang")
     first = peer.last
     identity = first.command("cancel_task", {"task_id": "t-1"})
-    until(lambda: diary.read_text() == "t-1\n")
+    until(lambda: call_log.read_text() == "t-1\n")
     agent("quick")
     second = peer.last
     second.command("cancel_task", {"task_id": "t-1"}, identity=identity)
     other = second.command("cancel_task", {"task_id": "t-2"})
     until(lambda: [frame.id for frame in second.of("command_result")] == [other])
     assert {frame.id for frame in second.of("command_ack")} == {identity, other}
-    assert diary.read_text() == "t-1\nt-2\n"
+    assert call_log.read_text() == "t-1\nt-2\n"

@@ -88,7 +88,7 @@ def test_ledger_says_started_before_the_side_effect(harness):
 
 
 def test_command_of_another_process_is_left_alone(harness):
-    """A command that another process runs gets no result here; one it has finished gets its result."""
+    """Another process's running command gets no result here, its finished one gets its result."""
     entries = {
         "theirs": LedgerEntry("theirs", IN_OTHER_PROCESS, b"", 0.0),
         "done": LedgerEntry("done", DONE, b'{"their":1}', 0.0),
@@ -158,7 +158,7 @@ def test_expired_command_is_not_started(harness):
 
 
 def test_hung_command_does_not_block_others():
-    """Of fifty commands one hangs: the others finish, and that one gets a result by its deadline."""
+    """Of fifty commands one hangs: the others finish, and that one has a result in time."""
     harness = CommandHarness(workers=8)
     harness.host.seconds = lambda task: 1000 if task == "7" else 1
     for number in range(50):
@@ -313,7 +313,7 @@ def test_any_return_value_gives_a_result(harness, outcome, status, message):
 
 
 def test_replaced_package_gives_failed_results(harness, monkeypatch):
-    """If the executor cannot be imported, the command fails with advice; the next one tries again."""
+    """If the executor cannot be imported, the command fails with advice; the next retries."""
     with monkeypatch.context() as changed:
         changed.setattr(
             harness.backend,

@@ -83,7 +83,8 @@ def test_worker_without_signal_handler_is_ended_directly(restart, monkeypatch):
     monkeypatch.setattr(process_restart, "is_caught", lambda _: False)
     outcome = restart.request("w")
     assert outcome.result == {
-        "restarted_via": "self_exit", "worker_name": "w", "pid": os.getpid(), "supervisor": "Z4J_ORCHESTRATED=1", "exit_in_seconds": 35.0
+        "restarted_via": "self_exit", "worker_name": "w", "pid": os.getpid(),
+        "supervisor": "Z4J_ORCHESTRATED=1", "exit_in_seconds": 35.0,
     }  # fmt: skip
     outcome.after_stored()
     assert (restart.steps, restart.clock.slept) == (["exit code set", "stop 5", "exit"], [])
@@ -157,12 +158,22 @@ process_restart.MIN_UPTIME = 0
 backend = build(sys.argv[1])
 peer = Peer(backend)
 import threading
-threading.Thread(target=lambda _: time.sleep(60), args=(process_restart.exit_now,), daemon=True).start()
-del process_restart  # the thread holds its globals beyond the interpreter's end, not the module
+# Beyond the end of the interpreter the thread holds the globals of the module, not the module.
+holder = threading.Thread(
+    target=lambda _: time.sleep(60), args=(process_restart.exit_now,), daemon=True
+)
+holder.start()
+del process_restart
 signalled = []
 if sys.argv[2] != "without handler":
     signal.signal(signal.SIGTERM, lambda *_: signalled.append(1))
-runtime = install_agent(engines=[FakeEngine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT)
+runtime = install_agent(
+    engines=[FakeEngine()],
+    brain_url=peer.url,
+    token=TOKEN,
+    project_id="p",
+    hmac_secret=SECRET_TEXT,
+)
 runtime._agent.engines.sources[0].presence.online("w")
 
 def until(condition):
@@ -172,8 +183,10 @@ def until(condition):
         backend.sleep(0.02)
 
 def check_worker_offline():
-    kinds = [event["kind"] for batch in peer.frames("event_batch") for event in batch.payload.events]
-    os.write(1, b"worker.offline sent\\n" if "worker.offline" in kinds else b"worker.offline missing\\n")
+    batches = peer.frames("event_batch")
+    kinds = [event["kind"] for batch in batches for event in batch.payload.events]
+    state = b"sent" if "worker.offline" in kinds else b"missing"
+    os.write(1, b"worker.offline " + state + b"\\n")
 
 stop = runtime._agent.stop
 def stop_and_check(seconds):
