@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,9 @@ from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.buffer.adopt_loop import AdoptLoop
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.opener import open_store
-from z4j_bare.buffer.recovery import Orphan
+from z4j_bare.buffer.opener import StoreOpener
 from z4j_bare.buffer.siblings import find_in_other_stores
-from z4j_bare.commands import Dispatcher
+from z4j_bare.commands import Dispatcher, add_process_restarts
 from z4j_bare.control import RESTART, STATUS
 from z4j_bare.engines.manager import EngineManager
 from z4j_bare.errors import AgentError
@@ -30,19 +29,15 @@ from z4j_bare.pipeline.identity import AgentIdentity, AgentStatus
 from z4j_bare.pipeline.send import Sender
 from z4j_bare.pipeline.session import BackgroundLoops, SessionLoops, Supervisor, run_until
 from z4j_bare.process import ready_worker
-from z4j_bare.schedules import ScheduleManager
-from z4j_bare.settings import Settings, deployment_id, read_key, read_token
+from z4j_bare.schedules import ScheduleManager, scheduler_hosts
+from z4j_bare.settings import Settings, read_key, read_token
 from z4j_bare.transport.auto import TransportFactory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from z4j_core.models import Config, Event
     from z4j_core.protocols import FrameworkAdapter, QueueEngineAdapter, SchedulerAdapter
 
-    from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
-    from z4j_bare.schedules.host import SchedulerHost
 
 #: Seconds that :meth:`Agent.start` waits at most for adapters to connect, which takes milliseconds.
 CONNECT_GRACE = 1.0
@@ -61,44 +56,36 @@ class Agent:
         backend: BaseConcurrency,
     ) -> None:
         secret = partial(read_key, config, settings)
-        secret()  # a bad key must fail here, in the host's call, and not in a loop
         counters = Counters()
         preference = settings.transport if settings.transport != "auto" else config.transport
         token = partial(read_token, config, settings)
         self.backend = backend
-        self.ring = Ring(settings.ring_events, settings.flush_events, backend.event())
+        self.ring = ring = Ring(settings.ring_events, settings.flush_events, backend.event())
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        self.buffer = BufferManager(
-            partial(_open_store, config, secret),
+        secret()  # a bad key must fail here, in the host's call, and not in a loop
+        stores = StoreOpener(config, secret)
+        self.buffer = buffer = BufferManager(
+            stores.open,
             backend,
             lambda: MemoryStore(max_rows=config.buffer_max_events),
             partial(find_in_other_stores, config.buffer_path),
         )
         self.bridge = Bridge(backend)
-        self.engines = EngineManager(engines, config, settings, self.ring, self.bridge, backend)
-        self._set_process_restarts(settings.restart_grace)
-        sender = Sender(self.buffer, backend, counters)
+        self.engines = EngineManager(engines, config, settings, ring, self.bridge, backend)
+        hosts, schedule_hosts = self.engines.hosts, scheduler_hosts(schedulers, self.bridge, config)
+        add_process_restarts(self.engines.pairs(), self.stop, backend, settings.restart_grace)
+        sender = Sender(buffer, backend, counters)
         self._flusher = FlushLoop(
-            self.ring,
-            self.buffer,
-            sender,
-            backend,
-            counters,
-            interval=settings.flush_interval,
-            max_events=settings.flush_events,
+            ring, buffer, sender, backend, counters, settings.flush_interval, settings.flush_events
         )
         self.schedules = ScheduleManager(
-            _scheduler_hosts(schedulers, self.bridge, config),
-            self.buffer,
-            backend,
-            sender.notify,
-            settings.schedule_resync,
+            schedule_hosts, buffer, backend, sender.notify, settings.schedule_resync
         )
         self.dispatcher = Dispatcher(
-            self.engines.hosts,
-            self.buffer,
+            hosts,
+            buffer,
             sender.notify,
             backend,
             counters,
@@ -106,13 +93,12 @@ class Agent:
             self.schedules,
         )
         hub_lag = HubLagMonitor(backend)
-        health = HealthLoop(self.engines.hosts, self.bridge, backend, ready_worker())
-        scheduler_hosts = {name: each.host for name, each in self.schedules.streams.items()}
-        identity = AgentIdentity(config, framework, self.engines.hosts, scheduler_hosts)
+        health = HealthLoop(hosts, self.bridge, backend, ready_worker())
+        identity = AgentIdentity(config, framework, hosts, schedule_hosts)
         metrics = AgentMetrics(
-            ring=self.ring,
+            ring=ring,
             counters=counters,
-            buffer=self.buffer,
+            buffer=buffer,
             backend=backend,
             lateness=hub_lag,
             started=identity.started_at.timestamp(),
@@ -135,29 +121,21 @@ class Agent:
         self.supervisor = Supervisor(
             self.transports.create, identity.hello, secret, self._session.run, backend, counters
         )
-        self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, self.buffer)
-        registry = RegistryLoop(
-            self.engines.hosts,
+        self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, buffer)
+        hints, dev = (
             getattr(framework, "discovery_hints", None),
-            lambda: self.supervisor.connection,
-            backend,
-            dev=config.dev_mode or settings.dev_mode,
+            config.dev_mode or settings.dev_mode,
         )
+        registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
         self._session.on_start += [self.engines.announce_workers, registry.wake]
         self._session.on_end.append(self.schedules.revoke)
         control_server = Desk(
             framework.name, {STATUS: self.status.describe, RESTART: self._restart}, backend
         )
-        adopter = AdoptLoop(
-            str(config.buffer_path),
-            partial(_claim_orphan, config, secret),
-            self.buffer,
-            backend,
-            sender.notify,
-        )
+        adopter = AdoptLoop(str(config.buffer_path), stores.claim, buffer, backend, sender.notify)
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
-        loops.add(self._flusher.run, "z4j-flush", wake=self.ring.wake.set)
+        loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)
         loops.add(self.supervisor.run, "z4j-supervisor")
         loops.add(health.run, "z4j-health")
         loops.add(hub_lag.run, "z4j-lateness", wake=hub_lag.wake)
@@ -169,7 +147,7 @@ class Agent:
             loops.add(self.schedules.run, "z4j-schedules", wake=self.schedules.wake)
 
     def start(self) -> None:
-        """Start the loops. Waits for no disk and no brain, and for adapters ``CONNECT_GRACE`` at most."""
+        """Start the loops; waits at most ``CONNECT_GRACE`` for adapters to connect."""
         self.engines.start_capture()
         self._loops.start()
         for name, run in self.engines.loops():
@@ -199,10 +177,6 @@ class Agent:
         self.bridge.stop()
         backend.close()
 
-    def stats(self) -> dict[str, object]:
-        """Return the counters as plain JSON types."""
-        return self.status.stats()
-
     def stuck(self, seconds: float) -> list[str]:
         """Return the names of the loops that have ended or computed for longer than ``seconds``."""
         return sorted(self._loops.stuck(seconds) | self._session.stuck(seconds))
@@ -210,16 +184,6 @@ class Agent:
     def _restart(self) -> dict[str, object]:
         self.supervisor.reconnect()
         return {}
-
-    def _set_process_restarts(self, grace: float) -> None:
-        for host, source in self.engines.pairs():
-            if host.description.restarts_by_exit():
-                from z4j_bare.commands.process_restart import ProcessRestart
-
-                workers = source.presence.workers.keys()
-                host.process_restart = ProcessRestart(
-                    host.name, workers, self.stop, self.backend, grace
-                )
 
     def _connect_adapters(self) -> None:
         try:
@@ -233,31 +197,3 @@ class Agent:
     def _disconnect_adapters(self) -> None:
         self.engines.disconnect()
         self.schedules.disconnect()
-
-
-def _open_store(config: Config, secret: Callable[[], bytes]) -> BufferStore:
-    return open_store(
-        config.buffer_path,
-        max_rows=config.buffer_max_events,
-        max_bytes=config.buffer_max_bytes,
-        deployment=deployment_id(config, secret()),
-    )
-
-
-def _claim_orphan(config: Config, secret: Callable[[], bytes], path: Path) -> Orphan:
-    return Orphan(
-        path,
-        deployment_id(config, secret()),
-        max_rows=config.buffer_max_events,
-        max_bytes=config.buffer_max_bytes,
-    )
-
-
-def _scheduler_hosts(
-    adapters: Sequence[SchedulerAdapter], bridge: Bridge, config: Config
-) -> list[SchedulerHost]:
-    if not adapters:
-        return []
-    from z4j_bare.schedules.host import SchedulerHost  # most workers have no scheduler
-
-    return [SchedulerHost(adapter, bridge, config) for adapter in adapters]

@@ -168,7 +168,7 @@ class AgentRuntime:
     def stats(self) -> dict[str, Any]:
         """Return the event counters, the losses by reason, and the agent's health."""
         agent = self._agent
-        return {"state": str(self.state), **(agent.stats() if agent else {})}
+        return {"state": str(self.state), **(agent.status.stats() if agent else {})}
 
     def stuck(self, seconds: float) -> list[str]:
         """Return the names of loops that ended, or did not yield for more than ``seconds`` seconds.

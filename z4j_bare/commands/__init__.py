@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
 from z4j_bare.commands.dispatcher import Dispatcher
 
-__all__ = ["Dispatcher"]
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.engines.host import EngineHost
+    from z4j_bare.events.source import EventSource
+
+__all__ = ["Dispatcher", "add_process_restarts"]
+
+
+def add_process_restarts(
+    engines: Iterable[tuple[EngineHost, EventSource]],
+    stop: Callable[[float], None],
+    backend: BaseConcurrency,
+    grace: float,
+) -> None:
+    """Let the engines that cannot restart a worker restart it by the end of this process.
+
+    :param stop: stops the agent within so many seconds.
+    :param grace: seconds that running jobs get to finish.
+    """
+    for host, source in engines:
+        if host.description.restarts_by_exit():
+            from z4j_bare.commands.process_restart import ProcessRestart  # Celery needs none
+
+            workers = source.presence.workers.keys()
+            host.process_restart = ProcessRestart(host.name, workers, stop, backend, grace)

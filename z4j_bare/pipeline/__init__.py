@@ -1,1 +1,1 @@
-"""Short functions that pump the rooms below: one loop over the narrow backend, never a second copy for another runtime."""
+"""The way of an event from the ring to the brain, and of the brain's frames to their handlers."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.flush")
 
-#: Seconds without an event before the buffer's stats are refreshed. The ring wakes the loop at an event.
+#: Seconds without an event before the buffer's stats are refreshed. The ring wakes the loop at an
+#: event.
 IDLE_WAIT = 5.0
 
 #: Seconds between wake-ups after that.
@@ -42,7 +43,6 @@ class FlushLoop:
         sender: Sender,
         backend: BaseConcurrency,
         counters: Counters,
-        *,
         interval: float,
         max_events: int,
     ) -> None:
@@ -69,9 +69,9 @@ class FlushLoop:
             if len(self._ring) < self._max_events:
                 self._backend.wait(self._ring.wake, self._interval)  # let more events arrive
             self._ring.wake.clear()
-            # Events that arrive during a commit wait for the next wake-up, unless they fill a batch.
-            # Successive commits of a dozen events cost the worker 0.2 ms a task; a batch of 256 costs
-            # hardly more than a batch of 12.
+            # Events that arrive during a commit wait for the next wake-up, unless they fill a
+            # batch. Successive commits of a dozen events cost the worker 0.2 ms a task; a batch of
+            # 256 costs hardly more than a batch of 12.
             while self._commit() == self._max_events <= len(self._ring):
                 pass
 

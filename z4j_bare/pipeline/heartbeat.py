@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.session import Connection
 
-#: Seconds between keepalive frames where heartbeats are disabled. The brain closes a session that sends
-#: nothing for 90 s.
+#: Seconds between keepalive frames where heartbeats are disabled. The brain closes a session that
+#: sends nothing for 90 s.
 KEEPALIVE_INTERVAL = 30.0
 
 #: Seconds between two ``agent_status`` frames. The first follows the session's first heartbeat.
@@ -26,8 +26,8 @@ class HeartbeatLoop:
     It does not use the store: with a slow disk the agent must not look dead.
 
     :param payload: makes the payload of a heartbeat from figures in memory.
-    :param status: makes the payload of an ``agent_status``, which the brain keeps as history; ``None``
-        sends none.
+    :param status: makes the payload of an ``agent_status``, which the brain keeps as history;
+        ``None`` sends none.
     """
 
     def __init__(

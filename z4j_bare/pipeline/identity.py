@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from secrets import token_hex
@@ -32,7 +32,7 @@ class AgentIdentity:
         config: Config,
         framework: FrameworkAdapter,
         engines: Mapping[str, EngineHost],
-        schedulers: Mapping[str, ISchedulerHost],
+        schedulers: Sequence[ISchedulerHost],
     ) -> None:
         self.started_at = datetime.now(UTC)
         #: What the last ``hello`` said; set by :meth:`hello`.
@@ -40,7 +40,7 @@ class AgentIdentity:
         self._config = config
         self._framework = framework
         self._engines = engines
-        self._schedulers = schedulers
+        self._schedulers = {host.name: host for host in schedulers}
         self._version = version("z4j-bare")
         self._worker_suffix = ""
 

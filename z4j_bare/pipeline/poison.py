@@ -1,9 +1,9 @@
-"""Isolation of poison rows: rows that the brain cannot accept, and that end every session they are sent in.
+"""Isolation of poison rows: the brain ends every session in which it receives one.
 
-A row that was in flight when the brain ended two sessions over a frame is a suspect. Suspects are sent
-in isolation: nothing else is in flight. After each session they end, a smaller part of them is sent,
-until one row is alone. The count belongs to the row and is stored with it, so the search goes on after
-a restart and in a process that adopts the store.
+A row that was in flight when the brain ended two sessions over a frame is a suspect. Suspects are
+sent in isolation: nothing else is in flight. After each session they end, a smaller part of them is
+sent, until one row is alone. The count belongs to the row and is stored with it, so the search goes
+on after a restart and in a process that adopts the store.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: Sessions that a row must have been in flight in, when the brain ended them over a frame, to be a suspect.
+#: Sessions that a row must have been in flight in, when the brain ended them over a frame, to be a
+#: suspect.
 SUSPECT_AFTER = 2
 
-#: A set of suspects is split into this many parts: of 500 events 63, then 8, then 1 are tried, which
-#: takes four more sessions. Halving would take ten. A failed session costs seconds; an accepted part
-#: costs a hundredth of a second.
+#: A set of suspects is split into this many parts: of 500 events 63, then 8, then 1 are tried,
+#: which takes four more sessions. Halving would take ten. A failed session costs seconds; an
+#: accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 
 
@@ -39,8 +40,8 @@ class PoisonIsolation:
     def __init__(self) -> None:
         #: The suspects that are in flight alone.
         self.isolated: Sequence[BufferEntry] = ()
-        #: Whether the brain has acknowledged anything in this session. Before that, suspects are not
-        #: sent: the cause that ends every session would be held against them.
+        #: Whether the brain has acknowledged anything in this session. Before that, suspects are
+        #: not sent: the cause that ends every session would be held against them.
         self.session_works = False
         #: Rows of the upload in progress, over a transport with synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -78,8 +79,8 @@ def next_trial(
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
     """Return the results and events before the first suspects, and the suspects to try next.
 
-    Suspects with the same count are a set, and an eighth of the first set is next. Rows that have ended
-    one session more stand before the others, and are a smaller set.
+    Suspects with the same count are a set, and an eighth of the first set is next. Rows that have
+    ended one session more stand before the others, and are a smaller set.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

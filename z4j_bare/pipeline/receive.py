@@ -28,8 +28,8 @@ READ_TIMEOUT = 10.0
 #: Codes of fatal ``error`` frames that go away only with an upgrade.
 _UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
-#: Code of an ``error`` frame that one event causes, and causes again in every batch that carries it. It
-#: is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
+#: Code of an ``error`` frame that one event causes, and causes again in every batch that carries
+#: it. It is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
 _REJECTED_EVENT = "scheduler_upgrade_required"
 
 
@@ -37,8 +37,8 @@ class ReceiveLoop:
     """Reads until the session ends.
 
     :param on_ack: called with the id of an acknowledged frame.
-    :param on_command: called with a command frame, the connection, and by how many seconds the frame was
-        read late; must not wait.
+    :param on_command: called with a command frame, the connection, and by how many seconds the
+        frame was read late; must not wait.
     """
 
     def __init__(
@@ -52,11 +52,14 @@ class ReceiveLoop:
         self._on_command = on_command
 
     def run(self) -> None:
-        """Read until we end the session; raise ``NetworkError`` or ``RemoteError`` if it ends otherwise."""
+        """Read until the agent ends the session.
+
+        Raises ``NetworkError`` or ``RemoteError`` when the session ends for another reason.
+        """
         while not self._connection.closing.is_set():
             self._receive_one(READ_TIMEOUT)
-        # Frames that have arrived still count: acks, commands that the brain regards as delivered, and
-        # the close code that says why a send failed.
+        # Frames that have arrived still count: acks, commands that the brain regards as delivered,
+        # and the close code that says why a send failed.
         while self._receive_one(0.0):
             pass
 

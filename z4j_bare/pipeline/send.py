@@ -1,4 +1,4 @@
-"""Store to brain: results and schedule frames first, then events in frames, as the window allows."""
+"""Store to brain: results and schedule frames first, then as many events as the window allows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ logger = logging.getLogger("z4j.runtime.pipeline.send")
 #: Largest frame in bytes. Signing and masking a larger one would hold the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Smallest limit for the events of one frame, in bytes, however much their JSON grows in the envelope.
+#: Smallest limit for the events of one frame, in bytes, however much their JSON grows in the
+#: envelope.
 MIN_PAYLOAD_BYTES = 512
 
 #: Seconds between two reads of the store without a wake-up, while a frame is in flight, rows are in
@@ -42,13 +43,13 @@ DRAIN_POLL = 0.02
 #: Rows of ``PRIORITY_KINDS`` sent before events get their turn.
 MAX_PRIORITY_ROWS = 50
 
-#: Row kinds sent ahead of events, in insertion order, so that a command's result follows the schedule
-#: frames it reports.
+#: Row kinds sent ahead of events, in insertion order, so that a command's result follows the
+#: schedule frames it reports.
 PRIORITY_KINDS = (PROJECTION, RESULT)
 
 
 class Pacing:
-    """How many events the next frame may carry, and when the sender has to run again. One per session.
+    """How many events the next frame may carry, and when the sender runs again. One per session.
 
     In threads mode an ack can arrive while the sender runs: callers hold the sender's window lock.
     """
@@ -111,8 +112,8 @@ class Pacing:
 class ProjectionResend:
     """The schedule rows in flight, and which of them were sent a second time.
 
-    The brain acknowledges no schedule frame that is out of sequence. When a row gets no ack twice, a row
-    before it was lost, and only a new session with a new epoch can continue the stream.
+    The brain acknowledges no schedule frame that is out of sequence. When a row gets no ack twice,
+    a row before it was lost, and only a new session with a new epoch can continue the stream.
     """
 
     def __init__(self) -> None:
@@ -128,7 +129,10 @@ class ProjectionResend:
         self._in_flight.difference_update(row_ids)
 
     def on_ack_timeout(self) -> None:
-        """Everything will be sent again. Raises ``ScheduleStreamError`` for a row that already was."""
+        """Record that all rows will be sent again.
+
+        Raises ``ScheduleStreamError`` if one of them has been sent again before.
+        """
         if self._in_flight & self._resent:
             raise ScheduleStreamError(
                 "the brain acknowledges no schedules: a new session sends all of them again"
@@ -137,12 +141,13 @@ class ProjectionResend:
 
 
 class Sender:
-    """Sends rows and deletes them when they are acknowledged. One sender serves all sessions in turn.
+    """Sends rows and deletes acknowledged ones. One sender serves all sessions, one after another.
 
     A row without an ack is sent again in the next session, with the same id and timestamp.
 
-    A result has no ack of its own. The brain works through a connection in order, so the ack of the next
-    ``event_batch`` proves that the result has arrived; if there are no events, an empty batch is sent.
+    A result has no ack of its own. The brain works through a connection in order, so the ack of the
+    next ``event_batch`` proves that the result has arrived; if there are no events, an empty batch
+    is sent.
 
     A frame of a schedule stream carries one row. See :class:`ProjectionResend`.
 
@@ -193,7 +198,10 @@ class Sender:
             connection.wake.set()
 
     def on_stored(self, events: int) -> None:
-        """Record that the flush loop has stored events. While a frame is in flight, its ack wakes us."""
+        """Note that the flush loop has stored events.
+
+        While a frame is in flight this wakes nobody: the ack of that frame does.
+        """
         # First: an ack that arrives now has to see it.
         self._pacing.maybe_pending = self._pacing.maybe_pending or events > 0
         if not self._pacing.window.in_flight:
@@ -211,12 +219,13 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Schedule one wake-up for the end of the pause; without a hub wake now and wait for the rest.
+        # Schedule one wake-up for the end of the pause; without a hub wake now and wait for the
+        # rest.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 
     def is_idle(self) -> bool:
-        """Return whether everything stored has been sent and acknowledged, or there is no session."""
+        """Return whether every row was sent and acknowledged, or there is no session."""
         connection = self._connection
         if connection is None or connection.closing.is_set():
             return True
@@ -335,7 +344,10 @@ class Sender:
         return found
 
     def _send_isolated(self, connection: Connection, suspects: Sequence[BufferEntry]) -> bool:
-        """Send suspects if nothing else is in flight and the session works; return as ``_step`` does."""
+        """Send suspects if nothing else is in flight and the session works.
+
+        Returns whether there may be more to send at once.
+        """
         self._pacing.maybe_pending = True  # first: the ack that this waits for wakes us
         if self._pacing.window.frames:
             return False
@@ -384,7 +396,7 @@ class Sender:
             self._send_batch(connection, events)
 
     def _upload(self, connection: Connection, events: Sequence[BufferEntry]) -> None:
-        """Send as many of ``events`` as fit in one frame, over a transport with synchronous acks."""
+        """Send as many ``events`` as fit in one frame, over a transport with synchronous acks."""
         payloads = [entry.payload for entry in events]
         payload, truncated = event_batch(payloads), False
         while True:

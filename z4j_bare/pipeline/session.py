@@ -41,13 +41,15 @@ CLOCK_DRIFT = 1e-4
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
 
-#: Consecutive failures between two log lines at INFO. The first failure, and one of another class, is a warning.
+#: Consecutive failures between two log lines at INFO. The first failure, and one of another class,
+#: is a warning.
 LOG_EVERY = 10
 
 #: Seconds before a loop that died is started again; doubled at each death.
 RESTART_DELAY = 1.0
 
-#: Maximum of that delay in seconds. A loop that ran for longer than this starts over at ``RESTART_DELAY``.
+#: Maximum of that delay in seconds. A loop that ran for longer than this starts over at
+#: ``RESTART_DELAY``.
 RESTART_DELAY_MAX = 60.0
 
 
@@ -66,7 +68,8 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: Consecutive failures before this session by class, until the first ``agent_status`` reports them.
+        #: Consecutive failures before this session by class, until the first ``agent_status``
+        #: reports them.
         self.failures_before: dict[str, int] = {}
         #: Brain's clock minus this host's in seconds; ``None`` when ``hello_ack`` has no time.
         self.clock_offset = (
@@ -116,7 +119,8 @@ class Connection:
 
     def open(self, message: bytes) -> Frame:
         """Verify a message and return it as z4j_core's model. Raises ``RemoteProtocolError``."""
-        self._timeslice.checkpoint()  # one read can return fifty commands, and opening them does not wait
+        # One read can return fifty commands, and nothing between them waits.
+        self._timeslice.checkpoint()
         return self.session.verify(message, self._timeslice.checkpoint)
 
     def on_receive_waited(self) -> None:
@@ -126,8 +130,9 @@ class Connection:
     def relative_delay(self, sent_at: float) -> float:
         """Return by how many seconds a frame was slower than the fastest frame of this session.
 
-        The two clocks may differ, so a delay is only known relative to other frames. A frame is late
-        when the worker was stopped or the hub was blocked. The fastest time grows by ``CLOCK_DRIFT``.
+        The two clocks may differ, so a delay is only known relative to other frames. A frame is
+        late when the worker was stopped or the hub was blocked. The fastest time grows by
+        ``CLOCK_DRIFT``.
 
         :param sent_at: the brain's timestamp of the frame, in seconds since the epoch.
         """
@@ -138,7 +143,7 @@ class Connection:
         return took - self._fastest
 
     def close(self) -> None:
-        """End the session: wakes the receive loop now; the other loops end at their next wake-up."""
+        """End the session: the receive loop wakes now, the other loops end at their next wake-up."""
         self.closing.set()
         self.wake.set()
         self.transport.abort()
@@ -220,7 +225,7 @@ class SessionLoops:
             raise self.sender.on_session_error(connection, self._session_error(errors))
 
     def stuck(self, seconds: float) -> set[str]:
-        """Return the names of the session's loops that have computed for longer than ``seconds``."""
+        """Return the names of the session loops that have computed for over ``seconds``."""
         return {task.name for task in self._tasks if task.stuck(seconds)}
 
     def _heartbeat(self, connection: Connection) -> HeartbeatLoop:
@@ -235,12 +240,15 @@ class SessionLoops:
         )
 
     def _status(self, connection: Connection) -> bytes:
-        """Return an ``agent_status`` payload; the first of a session reports the failures before it."""
+        """Return an ``agent_status``; a session's first one reports the failures before it."""
         failures, connection.failures_before = connection.failures_before, {}
         return self._metrics.status(failures, connection.connected_at, self._identity.current)
 
     def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
-        """Return the error that says most: the sender sees a lost connection, the receiver its close code."""
+        """Return the error that names the cause.
+
+        The sender only sees that the connection is lost; the receiver reads its close code.
+        """
         coded = [error for error in errors if getattr(error, "code", None) is not None]
         error = next(
             (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
@@ -278,7 +286,8 @@ class Supervisor:
     """Runs one session after another until it is stopped. Only it decides when to connect.
 
     :param transport: makes the transport of one session.
-    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can change.
+    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can
+        change.
     :param secret: returns the project's key; called at each connect, because it can be rotated.
     :param serve: runs a session's loops; returns or raises when the session is over.
     """
@@ -328,7 +337,7 @@ class Supervisor:
                 self._on_failure(error, stop_event)
 
     def reconnect(self) -> None:
-        """End the session, if there is one, and connect now. Callable from any task; never waits."""
+        """End the session, if there is one, and connect now. Never waits; callable by any task."""
         self._reconnect_requested.set()
         if self.connection is not None:
             self.connection.close()
@@ -477,7 +486,7 @@ class BackgroundLoops:
 
 
 def run_until(deadline: float, function: Callable[[], object], backend: BaseConcurrency) -> None:
-    """Run ``function`` in a task of its own and wait for it until ``deadline`` (monotonic seconds)."""
+    """Run ``function`` in its own task and wait for it until ``deadline``, in monotonic seconds."""
     try:
         task = backend.spawn(function, name="z4j-stop")
     except InterpreterShutdownError:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from z4j_bare.schedules.manager import ScheduleManager
+from z4j_bare.schedules.manager import ScheduleManager, scheduler_hosts
 
-__all__ = ["ScheduleManager"]
+__all__ = ["ScheduleManager", "scheduler_hosts"]

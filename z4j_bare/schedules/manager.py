@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.errors import AgentError, CommandError
 
 if TYPE_CHECKING:
+    from z4j_core.models import Config
+    from z4j_core.protocols import SchedulerAdapter
+
+    from z4j_bare.asyncio_bridge.bridge import Bridge
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.interfaces import IEvent
@@ -139,3 +143,14 @@ def _stream(
     from z4j_bare.schedules.stream import Stream  # late, because most processes have no scheduler
 
     return Stream(host, buffer, backend, on_stored)
+
+
+def scheduler_hosts(
+    adapters: Sequence[SchedulerAdapter], bridge: Bridge, config: Config
+) -> list[SchedulerHost]:
+    """Return the hosts of scheduler adapters."""
+    if not adapters:
+        return []
+    from z4j_bare.schedules.host import SchedulerHost  # most workers have no scheduler
+
+    return [SchedulerHost(adapter, bridge, config) for adapter in adapters]

@@ -115,7 +115,7 @@ class Outage:
         """Let virtual time pass, and look at the books once a second."""
         while self.backend.now() < when:
             self.backend.advance(min(1.0, when - self.backend.now()))
-            buffer, stats = self.agent.buffer.stats(), self.agent.stats()
+            buffer, stats = self.agent.buffer.stats(), self.agent.status.stats()
             self.books.append(
                 (
                     stats["produced"],
@@ -148,7 +148,7 @@ def outage(request, tmp_path, monkeypatch):
     made.caps = request.param
     made.until(GONE)
     made.in_doubt = (
-        len(made.brain.numbers()) - made.agent.stats()["acked"]
+        len(made.brain.numbers()) - made.agent.status.stats()["acked"]
     )  # the brain has them, but not we its ack
     made.brain.go()
     made.until(BACK)
@@ -163,7 +163,7 @@ def test_ten_minutes_without_a_brain(outage):
     brain, caps = outage.brain, outage.caps
     assert all(produced == accounted for produced, accounted, _ in outage.books)
     assert outage.books[-1][0] == outage.produced
-    lost = outage.agent.stats()["lost"]
+    lost = outage.agent.status.stats()["lost"]
     if caps:
         assert set(lost) == {"capacity"}
         assert lost["capacity"] > 0
