@@ -1,1 +1,1 @@
-"""Every published adapter on this package: its real package and host, a real broker, the real brain."""
+"""Every published adapter on this package, with its real host, broker and brain."""

@@ -1,4 +1,4 @@
-"""The compatibility table: what the tests of whole runs have proven, a row per host."""
+"""The compatibility table: one row per host with what its tests have proven."""
 
 from importlib.metadata import version
 
@@ -8,7 +8,10 @@ HEAD = ["| adapter | host | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|"
 
 
 def render(proven):
-    """Return rows as Markdown lines; ``proven`` maps ``(adapter, host, package)`` to its cells by column."""
+    """Return table rows as Markdown lines.
+
+    ``proven`` maps ``(adapter, host, package)`` to the row's cells by column.
+    """
     lines = []
     for (adapter, host, package), cells in proven.items():
         names = [f"{adapter} {version(adapter)}", f"{host} ({package} {version(package)})"]
@@ -19,9 +22,9 @@ def render(proven):
 
 
 def write(path, proven):
-    """Put the rows between the two marks of the document at ``path``, in the place of all that these adapters had there.
+    """Replace these adapters' rows in the document at ``path``.
 
-    Other adapters' rows stay: not all adapters can be installed beside each other.
+    Rows of other adapters stay, because not all adapters can be installed in one environment.
     """
     before, _, rest = path.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
@@ -36,5 +39,5 @@ def write(path, proven):
 
 
 def _adapter(line):
-    """Return the distribution that a row is about."""
+    """Return the adapter's distribution name in a row."""
     return line.split()[1]

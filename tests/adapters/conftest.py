@@ -1,4 +1,4 @@
-"""The peers of the end-to-end tests, and the table of what was proven."""
+"""Fixtures of the adapter tests, and the compatibility table of what they prove."""
 
 from pathlib import Path
 
@@ -24,7 +24,10 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def prove(request):
-    """``prove(row, column, text)``: enter a cell into the table, if the test passes; see ``compatibility.render`` for the row."""
+    """``prove(row, column, text)``: add a cell to the compatibility table if the test passes.
+
+    ``compatibility.render`` describes the row.
+    """
     request.node.stash[_claims] = []
     return lambda *claim: request.node.stash[_claims].append(claim)
 

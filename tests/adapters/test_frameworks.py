@@ -1,4 +1,4 @@
-"""Django, Flask and FastAPI under their servers: the agent in a web process, on a Celery app that it sends tasks to."""
+"""Django, Flask and FastAPI under their servers, with the agent in the web process."""
 
 import json
 import os
@@ -20,13 +20,13 @@ GUNICORN = ("gunicorn", "-w", "1", "--threads", "4", "-b", "127.0.0.1:{port}", "
 
 @dataclass(frozen=True)
 class Server:
-    """A site under a server.
+    """A framework's site under a server.
 
-    :param package: the server's.
-    :param command: console script and words, with ``{port}``.
-    :param agents: how many processes have an agent: a preloaded application has one in the master, too.
-    :param stop_signal: the signal that ends it; ``SIGINT`` goes to the whole group, as a terminal's Ctrl-C does.
-    :param code: its exit code then; uvicorn sends itself the signal again once it is done.
+    :param package: the server's distribution.
+    :param command: console script and arguments, with ``{port}``.
+    :param agents: number of processes with an agent; a preloaded application has one in the master.
+    :param stop_signal: the signal that stops the server; ``SIGINT`` is sent to its process group.
+    :param code: the exit code; uvicorn sends the signal to itself again after its shutdown.
     """
 
     framework: str
@@ -86,7 +86,7 @@ def server(request):
 
 @pytest.fixture(scope="module")
 def project(server, brain, redis_url, tmp_path_factory):
-    """The server, running, with a session of every agent in it."""
+    """A project with the running server and a session of each agent."""
     with AdapterProject(
         brain, redis_url, tmp_path_factory.mktemp(server.framework), "", "celery"
     ) as here:
@@ -99,6 +99,7 @@ def project(server, brain, redis_url, tmp_path_factory):
 
 
 def is_up(url):
+    """Whether the server responds."""
     try:
         return requests.get(url, timeout=5) is not None
     except requests.ConnectionError:
@@ -111,15 +112,15 @@ def get(project, path):
     return answer.json()
 
 
-def test_events_reach_the_brain(server, project, prove):
-    """A task that a request runs itself has a row with name, state and result."""
+def test_task_of_request_has_row(server, project, prove):
+    """A task that a request runs has a row with name, state and result."""
     row = project.row(get(project, "add/1/2")["id"], "success")
     assert (row["name"], row["result"]) == ("add", 3)
     prove(server.row, "events", "started, succeeded")
 
 
-def test_a_submitted_task_is_in_the_queue(server, project, prove):
-    """What an operator submits is in the broker's queue, with its arguments."""
+def test_submitted_task_is_enqueued(server, project, prove):
+    """A task that an operator submits is in the broker's queue with its arguments."""
     row = project.submit("add", 30, 12)
     assert row["status"] == "completed", row["error"]
     with Redis.from_url(project.redis_url) as broker:
@@ -131,15 +132,15 @@ def test_a_submitted_task_is_in_the_queue(server, project, prove):
     prove(server.row, "command", "`submit_task`")
 
 
-def test_no_loop_but_the_server_s_own_shows(server, project, prove):
-    """A request that looks for a second sees no running loop, or only the one that it runs on, which is not held up."""
-    get(project, "look")
+def test_request_sees_no_foreign_loop(server, project, prove):
+    """A request sees no running loop but its own, and its own one is not blocked."""
+    get(project, "check_loop")
     project.assert_no_loop_seen()
     prove(server.row, "loop visible to tasks", "never")
 
 
-def test_a_stop_loses_nothing(server, project, prove):
-    """Ended right after its last task, the server leaves as it does without an agent, and its tasks are in the brain or, while that is busy, on disk."""
+def test_stop_of_server_loses_no_task(server, project, prove):
+    """A server that is stopped exits as usual; its last tasks are in the brain or in the buffer."""
     last = [get(project, f"add/{number}/1")["id"] for number in range(10)]
     if server.stop_signal == signal.SIGINT:
         os.killpg(project.host.pid, server.stop_signal)

@@ -1,4 +1,4 @@
-"""Celery, rq, dramatiq, huey, arq and taskiq: their workers with the published adapters, unmodified, on this package."""
+"""The workers of all queue engines with the published adapters on this package."""
 
 import os
 import signal
@@ -16,13 +16,14 @@ HUEY = ("huey_consumer", "-w", "2")
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker of one queue.
+    """A worker of a queue engine.
 
-    :param command: console script and words; the agent comes in with ``app``, the module that the words name.
-    :param slots: how many tasks it runs at a time.
-    :param agents: how many of its processes have an agent.
-    :param stop_signal: the signal that asks it to finish what it does and leave.
-    :param can_abort: whether it can end a task that runs.
+    :param app: the module that installs the agent; ``command`` names it.
+    :param command: console script and arguments.
+    :param slots: number of concurrent tasks.
+    :param agents: number of its processes with an agent.
+    :param stop_signal: the signal for a warm shutdown.
+    :param can_abort: whether it can terminate a running task.
     """
 
     engine: str
@@ -39,53 +40,81 @@ class Worker:
         return f"z4j-{self.engine}", self.title, self.engine
 
     def task_name(self, task):
-        """Return a task's name: RQ has no other than the function's path."""
+        """Return a task's name; RQ uses the function's path."""
         return f"sample_tasks.{task}" if self.engine == "rq" else task
 
 
-def celery(pool, slots=2, **how):
-    """Return Celery's worker with one of its pools."""
-    words = (
-        "celery",
-        "-A",
-        "celery_app",
-        "worker",
-        "-P",
-        pool,
-        "-c",
-        str(slots),
-        "-n",
-        "w1@adapters",
-    )
-    return Worker("celery", f"{pool} pool", "celery_app", words, slots=slots, **how)
+def celery_worker(pool, slots=2, **options):
+    """Return a Celery worker with a pool."""
+    command = f"celery -A celery_app worker -P {pool} -c {slots} -n w1@adapters".split()
+    return Worker("celery", f"{pool} pool", "celery_app", command, slots=slots, **options)
 
 
 WORKERS = [
-    celery("gevent"),
-    celery("eventlet"),
-    celery("threads", can_abort=False),
-    celery("solo", slots=1, can_abort=False),
-    celery("prefork"),
+    celery_worker("gevent"),
+    celery_worker("eventlet"),
+    celery_worker("threads", can_abort=False),
+    celery_worker("solo", slots=1, can_abort=False),
+    celery_worker("prefork"),
     Worker("rq", "Worker, forking", "rq_app", ("rq", "worker", "-c", "rq_app", "--name", "w1")),
-    Worker("rq", "SimpleWorker", "rq_app", ("rq", "worker", "-c", "rq_app", "--worker-class", "rq.SimpleWorker")),
-    Worker("dramatiq", "dramatiq, threads", "dramatiq_app", ("dramatiq", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
-    Worker("dramatiq", "dramatiq-gevent", "dramatiq_app", ("dramatiq-gevent", "dramatiq_app", "-p", "1", "-t", "2"), slots=2),
-    Worker("huey", "thread workers", "huey_app", (*HUEY, "huey_app.huey"), slots=2, stop_signal=signal.SIGINT),
     Worker(
-        "huey", "greenlet workers", "huey_gevent_app", (*HUEY, "-k", "greenlet", "huey_gevent_app.huey"),
-        slots=2, stop_signal=signal.SIGINT,
+        "rq",
+        "SimpleWorker",
+        "rq_app",
+        ("rq", "worker", "-c", "rq_app", "--worker-class", "rq.SimpleWorker"),
     ),
     Worker(
-        "huey", "process workers, `post_fork()`", "huey_app", (*HUEY, "-k", "process", "huey_app.huey"),
-        slots=2, agents=3, stop_signal=signal.SIGINT,
+        "dramatiq",
+        "dramatiq, threads",
+        "dramatiq_app",
+        ("dramatiq", "dramatiq_app", "-p", "1", "-t", "2"),
+        slots=2,
+    ),
+    Worker(
+        "dramatiq",
+        "dramatiq-gevent",
+        "dramatiq_app",
+        ("dramatiq-gevent", "dramatiq_app", "-p", "1", "-t", "2"),
+        slots=2,
+    ),
+    Worker(
+        "huey",
+        "thread workers",
+        "huey_app",
+        (*HUEY, "huey_app.huey"),
+        slots=2,
+        stop_signal=signal.SIGINT,
+    ),
+    Worker(
+        "huey",
+        "greenlet workers",
+        "huey_gevent_app",
+        (*HUEY, "-k", "greenlet", "huey_gevent_app.huey"),
+        slots=2,
+        stop_signal=signal.SIGINT,
+    ),
+    Worker(
+        "huey",
+        "process workers, `post_fork()`",
+        "huey_app",
+        (*HUEY, "-k", "process", "huey_app.huey"),
+        slots=2,
+        agents=3,
+        stop_signal=signal.SIGINT,
     ),
     Worker("arq", "arq", "arq_app", ("arq", "arq_app.WorkerSettings"), slots=10),
-    Worker("taskiq", "taskiq worker", "taskiq_app", ("taskiq", "worker", "-w", "1", "taskiq_app:broker"), slots=10),
-]  # fmt: skip
+    Worker(
+        "taskiq",
+        "taskiq worker",
+        "taskiq_app",
+        ("taskiq", "worker", "-w", "1", "taskiq_app:broker"),
+        slots=10,
+    ),
+]
 
 
-def rows():
-    """One of them is quick and needs little: it is part of CI."""
+def worker_params():
+    """Yield the workers as test parameters; only SimpleWorker is fast enough for CI."""
     for each in WORKERS:
         marks = () if each.title == "SimpleWorker" else pytest.mark.long
         yield pytest.param(
@@ -93,14 +122,14 @@ def rows():
         )
 
 
-@pytest.fixture(scope="module", params=rows())
+@pytest.fixture(scope="module", params=worker_params())
 def worker(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def project(worker, brain, redis_url, tmp_path_factory):
-    """The worker, running, with a session of every agent in it."""
+    """A project with the running worker and a session of each agent."""
     with AdapterProject(
         brain, redis_url, tmp_path_factory.mktemp(worker.engine), worker.app, worker.engine
     ) as here:
@@ -110,20 +139,20 @@ def project(worker, brain, redis_url, tmp_path_factory):
         yield here
 
 
-def test_events_reach_the_brain(worker, project, prove):
-    """A task that ends well and one that fails have rows with name and state, and their lives as events."""
+def test_task_events_arrive(worker, project, prove):
+    """A successful and a failed task have rows with name and state, and all their events."""
     good, bad = project.send(("add", 1, 2), ("fails", "broken"))
     ended, failed = project.row(good, "success"), project.row(bad, "failure")
     assert (ended["name"], failed["name"]) == (worker.task_name("add"), worker.task_name("fails"))
     kinds = project.kinds(good) | project.kinds(bad)
     assert {"task.started", "task.succeeded", "task.failed"} <= kinds
-    if worker.engine != "arq":  # whose adapter says nothing of errors
+    if worker.engine != "arq":  # arq's adapter reports no error texts.
         assert "broken" in error(failed)
     prove(worker.row, "events", ", ".join(sorted(kind.removeprefix("task.") for kind in kinds)))
 
 
-def test_a_submitted_task_runs_and_no_loop_shows(worker, project, prove):
-    """What an operator submits runs; a task that looks on all the while sees no loop but its host's own."""
+def test_submitted_task_runs_without_visible_loop(worker, project, prove):
+    """A submitted task runs, and a concurrent task sees no running loop but its host's own."""
     project.send(("checks_loop", 2.0))
     row = project.submit(worker.task_name("add"), 30, 12)
     assert row["status"] == "completed", row["error"]
@@ -139,15 +168,15 @@ def test_a_submitted_task_runs_and_no_loop_shows(worker, project, prove):
 
 
 def error(row):
-    """Return what the brain has of a task's error: its text is in Celery's traceback only."""
+    """Return the texts of a task's error; Celery's is only in the traceback."""
     return f"{row['exception']} {row['traceback']}"
 
 
-def cancelled(worker, project):
+def cancel_waiting(worker, project):
     """Cancel a task that waits for a free slot."""
-    *busy, doomed = project.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
+    *busy, cancelled = project.send(*[("waits", 3.0)] * worker.slots, ("add", 40, 2))
     until(lambda: len(project.actions("waits")) >= worker.slots, "a busy worker", timeout=20)
-    row = project.command("cancel-task", task_id=doomed)
+    row = project.command("cancel-task", task_id=cancelled)
     assert row["status"] == "completed", row["error"]
     for task_id in busy:
         project.row(task_id, "success")
@@ -155,18 +184,18 @@ def cancelled(worker, project):
     assert {40, 50} & {line["x"] for line in project.actions("add")} == {50}
 
 
-def aborted(worker, project):
-    """Cancel a task that runs."""
-    (doomed,) = project.send(("waits", 60.0))
+def cancel_running(worker, project):
+    """Cancel a running task."""
+    (cancelled,) = project.send(("waits", 60.0))
     until(lambda: project.actions("waits"), "the running task", timeout=20)
-    row = project.command("cancel-task", task_id=doomed)
+    row = project.command("cancel-task", task_id=cancelled)
     assert row["status"] == "completed", row["error"]
-    project.row(doomed, "failure" if worker.engine == "arq" else "revoked")
+    project.row(cancelled, "failure" if worker.engine == "arq" else "revoked")
     assert not project.actions("waited")
 
 
-def retried(worker, project):
-    """Run a task again, with the operator's own arguments."""
+def retry_with_arguments(worker, project):
+    """Retry a task with other arguments."""
     (task_id,) = project.send(("fails", "once"))
     project.row(task_id, "failure")
     row = project.command(
@@ -182,32 +211,32 @@ def retried(worker, project):
     )
 
 
-#: What each queue's operator can do beside submitting; taskiq's can nothing.
+#: Commands of each engine in addition to ``submit_task``; taskiq has none.
 CONTROLS = {
-    "rq": {"cancel_task": cancelled},
-    "dramatiq": {"retry_task": retried},
-    "huey": {"cancel_task": cancelled},
-    "arq": {"cancel_task": aborted},
-    "celery": {"retry_task": retried, "cancel_task": aborted},
+    "rq": {"cancel_task": cancel_waiting},
+    "dramatiq": {"retry_task": retry_with_arguments},
+    "huey": {"cancel_task": cancel_waiting},
+    "arq": {"cancel_task": cancel_running},
+    "celery": {"retry_task": retry_with_arguments, "cancel_task": cancel_running},
 }
 
 
-def test_a_control_takes_effect(worker, project, prove):
-    """An operator's retry or cancellation, or both where the queue knows both, changes what the worker does."""
+def test_controls_take_effect(worker, project, prove):
+    """Retry and cancel commands, where the adapter supports them, change what the worker runs."""
     controls = {
-        what: act
-        for what, act in CONTROLS.get(worker.engine, {}).items()
-        if worker.can_abort or act is not aborted
+        action: check
+        for action, check in CONTROLS.get(worker.engine, {}).items()
+        if worker.can_abort or check is not cancel_running
     }
     if not controls:
-        pytest.skip("its adapter offers nothing but submit_task")
-    for act in controls.values():
-        act(worker, project)
-    prove(worker.row, "command", ", ".join(f"`{what}`" for what in ("submit_task", *controls)))
+        pytest.skip("the adapter supports only submit_task")
+    for check in controls.values():
+        check(worker, project)
+    prove(worker.row, "command", ", ".join(f"`{each}`" for each in ("submit_task", *controls)))
 
 
-def test_a_stop_loses_nothing(worker, project, prove):
-    """Asked to leave in the middle of many tasks, the worker ends with 0, and what had run is in the brain or, while that is busy, on disk."""
+def test_warm_shutdown_loses_no_task(worker, project, prove):
+    """A stopped worker exits with 0; its finished tasks are in the brain or in the buffer."""
     before = len(project.actions("add"))
     ids = project.send(*[("add", number, 1) for number in range(60)])
     until(lambda: len(project.actions("add")) > before + 15, "a few tasks", timeout=20)
@@ -217,7 +246,7 @@ def test_a_stop_loses_nothing(worker, project, prove):
     ran = len(project.actions("add")) - before
     until(
         lambda: project.count_succeeded(ids) + project.count_buffered() >= ran,
-        f"the ends of {ran} tasks, in the brain or on disk",
+        f"the ends of {ran} tasks, in the brain or in the buffer",
         timeout=20,
     )
     prove(

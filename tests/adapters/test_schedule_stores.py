@@ -1,4 +1,4 @@
-"""Celery's schedules, static and in Django's database, APScheduler's and rq-scheduler's, as operators see and change them."""
+"""Schedules of Celery beat, Django's database, APScheduler and rq-scheduler under operations."""
 
 import sqlite3
 from contextlib import closing
@@ -27,7 +27,10 @@ def project(brain, redis_url, tmp_path):
 
 
 def stop_and_prove(prove, row, commands, host, *, loop=False):
-    """Stop the host, and enter its whole row; ``loop`` says that its tasks have looked for one and seen none."""
+    """Stop the host and add its row to the table.
+
+    :param loop: whether its tasks have checked for a visible loop and found none.
+    """
     assert host.stop() == 0
     prove(row, "events", "schedules reported")
     prove(row, "command", commands)
@@ -37,8 +40,8 @@ def stop_and_prove(prove, row, commands, host, *, loop=False):
 
 
 @requires_module("z4j_celerybeat")
-def test_celerys_static_schedule(project, prove):
-    """Celery's own schedule is known to the brain without its secrets; a trigger runs its task, a resync tells what is new."""
+def test_static_celery_schedule_is_published_and_triggered(project, prove):
+    """Celery's schedule arrives without secrets; a trigger runs it, a resync sends new entries."""
     worker = project.worker("scheduled", pool="gevent")
     row = project.wait_schedule("hourly")
     assert (row["scheduler"], row["task_name"], row["expression"], row["args"]) == (
@@ -75,8 +78,8 @@ def test_celerys_static_schedule(project, prove):
 @pytest.mark.long
 @requires_module("django_celery_beat")
 @pytest.mark.parametrize("pool", POOLS)
-def test_django_celery_beat(project, prove, pool):
-    """Rows of django-celery-beat are switched, triggered, changed, created and deleted from the brain, in every pool."""
+def test_operator_changes_django_celery_beat(project, prove, pool):
+    """Rows are enabled, disabled, triggered, updated, created and deleted, in each pool."""
     worker = project.worker("django_beat_app", pool=pool)
     assert project.wait_schedule("hourly")["source"] == "celery-beat:database"
     project.control("hourly", "trigger")
@@ -96,7 +99,7 @@ def test_django_celery_beat(project, prove, pool):
     assert set(beat_rows(project)) & {"hourly", "made"} == {"hourly"}
 
     assert project.run("edit", "hourly", enabled=False)[0] == "SUCCESS"
-    if pool == "prefork":  # the row was saved in a child, where nobody hears of it
+    if pool == "prefork":  # The agent does not see a change in a child.
         project.resync()
     project.wait_schedule("hourly", is_enabled=False)
     log = worker.output()
@@ -112,8 +115,8 @@ def test_django_celery_beat(project, prove, pool):
 @pytest.mark.long
 @requires_module("z4j_apscheduler")
 @pytest.mark.parametrize("mode", MODES)
-def test_apscheduler(project, prove, mode):
-    """Jobs of APScheduler are switched, triggered, changed, created and deleted from the brain, in every mode."""
+def test_operator_changes_apscheduler(project, prove, mode):
+    """Jobs are enabled, disabled, triggered, updated, created and deleted, in each mode."""
     with SchedulerHost(project, mode, "apscheduler") as host:
         assert project.wait_schedule("hourly")["task_name"] == "mark"
         project.control("hourly", "trigger")
@@ -132,7 +135,7 @@ def test_apscheduler(project, prove, mode):
             task_name="mark_without_loop",
             args=["made"],
         )
-        project.wait_mark("made")  # the scheduler's own clock runs it, and it has seen no loop
+        project.wait_mark("made")  # The scheduler ran the task, which saw no loop.
         project.change("delete", "apscheduler", "made")
         project.wait_deleted("made")
         row = ("z4j-apscheduler", f"BackgroundScheduler, {mode}", "apscheduler")
@@ -146,8 +149,8 @@ def test_apscheduler(project, prove, mode):
     "rq_scheduler", "its crontab and django-celery-beat's exclude each other: tox -e adapters-rq"
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_rq_scheduler(project, prove, mode):
-    """Jobs of rq-scheduler are switched, triggered and deleted from the brain, judged by what Redis then holds."""
+def test_operator_changes_rq_scheduler(project, prove, mode):
+    """Jobs are enabled, disabled, triggered and deleted, with their effect in Redis."""
     name = "os.getpid [hourly]"
     with (
         closing(Redis.from_url(project.redis_url)) as redis,
@@ -175,7 +178,7 @@ def test_rq_scheduler(project, prove, mode):
 
 
 def beat_rows(project):
-    """``enabled`` and ``args`` of django-celery-beat's rows, by name."""
+    """Return ``enabled`` and ``args`` of django-celery-beat's rows by name."""
     with closing(sqlite3.connect(project.home / "beat.sqlite3")) as connection:
         return {
             name: (bool(enabled), args)

@@ -1,4 +1,4 @@
-"""huey's, arq's and taskiq's schedules, kept in code: told to the brain, changed from there, and changed for good."""
+"""Schedules in code of huey, arq and taskiq: their publication and durable changes."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 @dataclass(frozen=True)
 class Host:
-    """A process in which schedules live.
+    """A process with a scheduler.
 
-    :param adapter: its distribution.
-    :param scheduler: what the brain calls the scheduler.
-    :param package: whose schedules they are.
-    :param stop_signal: the signal that ends it; taskiq's scheduler knows only Ctrl-C.
-    :param code: its exit code then; Python sends itself a Ctrl-C again that nobody has caught.
+    :param adapter: the adapter's distribution.
+    :param scheduler: the scheduler's name in the brain.
+    :param package: the scheduler's package.
+    :param stop_signal: the signal that stops it; taskiq's scheduler handles only SIGINT.
+    :param code: the exit code; Python ends itself by an unhandled SIGINT.
     """
 
     adapter: str
@@ -42,22 +42,33 @@ class Host:
 
 HOSTS = [
     Host(
-        "z4j-hueyperiodic", "huey-periodic", "huey", "huey_periodic_app",
-        ("huey_consumer", "-w", "2", "huey_periodic_app.huey"), signal.SIGINT,
+        "z4j-hueyperiodic",
+        "huey-periodic",
+        "huey",
+        "huey_periodic_app",
+        ("huey_consumer", "-w", "2", "huey_periodic_app.huey"),
+        signal.SIGINT,
     ),
-    Host("z4j-arqcron", "arq-cron", "arq", "arq_cron_app", ("python", str(APPS / "arq_cron_app.py"))),
     Host(
-        "z4j-taskiqscheduler", "taskiq-scheduler", "taskiq", "taskiq_scheduler_app",
-        ("python", str(APPS / "taskiq_scheduler_app.py")), signal.SIGINT, -signal.SIGINT,
+        "z4j-arqcron", "arq-cron", "arq", "arq_cron_app", ("python", str(APPS / "arq_cron_app.py"))
     ),
-]  # fmt: skip
+    Host(
+        "z4j-taskiqscheduler",
+        "taskiq-scheduler",
+        "taskiq",
+        "taskiq_scheduler_app",
+        ("python", str(APPS / "taskiq_scheduler_app.py")),
+        signal.SIGINT,
+        -signal.SIGINT,
+    ),
+]
 
 
 class SchedulerProject(ScheduleOperator, AdapterProject):
-    """A stage whose operator looks after schedules."""
+    """A project with a scheduler's host whose schedules an operator changes."""
 
     def nightly(self):
-        """Return the name of the one schedule in code, once it is known: taskiq's has a digest behind it."""
+        """Return the name of the only schedule in code; taskiq appends a digest to it."""
         names = until(
             lambda: [name for name in self.schedules() if name.startswith("nightly")],
             "the schedule",
@@ -66,7 +77,7 @@ class SchedulerProject(ScheduleOperator, AdapterProject):
         return names[0]
 
     def try_change(self, scheduler, schedule, expression):
-        """Change a schedule; ``False`` while the brain hears of it from nobody."""
+        """Change a schedule; return ``False`` while no process publishes it."""
         try:
             self.change("update", scheduler, schedule, expression=expression)
         except BrainRefusedError as error:
@@ -77,8 +88,8 @@ class SchedulerProject(ScheduleOperator, AdapterProject):
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.package)
-def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path, prove):
-    """What the code says is told; what operators change, make and delete holds in the scheduler, and in its next process too."""
+def test_changes_of_schedules_in_code_are_durable(host, brain, redis_url, tmp_path, prove):
+    """Operators' changes take effect in the scheduler, and also in its next process."""
     with SchedulerProject(brain, redis_url, tmp_path, host.app, host.package) as project:
         running = project.start(*host.command)
         nightly = project.nightly()
@@ -105,7 +116,7 @@ def test_schedules_in_code_are_changed_for_good(host, brain, redis_url, tmp_path
             f"{signal.Signals(host.stop_signal).name}, exit code {host.code}",
         )
         project.start(*host.command)
-        # The brain allows a change of what the scheduler has told it, in the state in which it told it.
+        # The brain accepts a change only after the scheduler has published the current state.
         until(
             lambda: project.try_change(host.scheduler, nightly, "45 5 * * *"),
             "a change in the next process",

@@ -61,7 +61,7 @@ def test_rejections_of_brain_have_distinct_causes(brain, agent, tmp_path):
     )
     assert only_failure(doctor(agent, tmp_path / "home", Z4J_HMAC_SECRET=other)) == (
         "signature",
-        "the brain refuses the signature: the key is another one",
+        "the brain rejects the signature: the key is not this project's",
     )
     project = f"p-{uuid.uuid4().hex[:12]}"
     brain.create_project(project)

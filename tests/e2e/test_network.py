@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 #: Problems that a session survives.
 SLOW = {
-    "latency": lambda: Latency(0.15),
+    "latency": lambda: Latency(seconds=0.15),
     "bandwidth": lambda: Bandwidth(20_000),
     "slicing": TimeSlice,
 }

@@ -1,4 +1,4 @@
-"""arq: ``arq arq_app.WorkerSettings``."""
+"""A worker of arq: ``arq arq_app.WorkerSettings``."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ settings = RedisSettings.from_dsn(os.environ["REDIS_URL"])
 
 
 def task(chore):
-    """Return a chore as arq calls it, with a context before its arguments."""
+    """Return a sample task with arq's signature, which has a context as first parameter."""
 
     async def run(_context, *args):
         return await chore(*args)
@@ -37,7 +37,7 @@ class WorkerSettings:
     allow_abort_jobs = True
     poll_delay = 0.05
     keep_result = 60
-    job_completion_wait = 10  # what makes a SIGTERM a graceful one
+    job_completion_wait = 10  # Without it SIGTERM cancels running jobs.
 
 
 adapter = ArqEngineAdapter(

@@ -1,4 +1,4 @@
-"""arq's worker with a cron job that operators may change: its adapter wants the worker itself."""
+"""An arq worker with a cron job that operators change; its adapter requires the worker object."""
 
 import os
 
@@ -12,7 +12,7 @@ from z4j_bare import NativeScheduleControl, install_agent
 
 
 async def nightly(_context):
-    await sample_tasks.checks_loop_async(1.0)
+    await sample_tasks.checks_loop_async(1)
 
 
 async def add(_context, x, y):

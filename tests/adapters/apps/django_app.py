@@ -1,4 +1,4 @@
-"""Settings and views of a Django site in one module."""
+"""Settings and views of a Django site."""
 
 import sample_tasks
 from django.http import JsonResponse
@@ -18,9 +18,9 @@ def add(request, x, y):
     return JsonResponse({"id": task.apply((x, y)).id})
 
 
-def look(request):
-    sample_tasks.checks_loop(1.0)
+def check_loop(request):
+    sample_tasks.checks_loop(1)
     return JsonResponse({})
 
 
-urlpatterns = [path("add/<int:x>/<int:y>", add), path("look", look)]
+urlpatterns = [path("add/<int:x>/<int:y>", add), path("check_loop", check_loop)]

@@ -1,4 +1,4 @@
-"""The site for a WSGI server."""
+"""The Django site for a WSGI server."""
 
 from django.core.wsgi import get_wsgi_application
 

@@ -1,4 +1,4 @@
-"""Dramatiq, with threads and with dramatiq-gevent."""
+"""A worker of dramatiq, with threads or with dramatiq-gevent."""
 
 import os
 

@@ -14,7 +14,7 @@ def add(x: int, y: int):
     return {"id": task.apply((x, y)).id}
 
 
-@app.get("/look")
-async def look():
-    await sample_tasks.checks_loop_async(1.0)
+@app.get("/check_loop")
+async def check_loop():
+    await sample_tasks.checks_loop_async(1)
     return {}

@@ -16,7 +16,7 @@ def add(x, y):
     return {"id": task.apply((x, y)).id}
 
 
-@app.get("/look")
-def look():
-    sample_tasks.checks_loop(1.0)
+@app.get("/check_loop")
+def check_loop():
+    sample_tasks.checks_loop(1)
     return {}

@@ -1,4 +1,4 @@
-"""A preloaded application: each worker gets an agent of its own once it is what it will be (gevent has patched it)."""
+"""A preloaded application: each worker starts its own agent after gunicorn has set it up."""
 
 import z4j_bare
 

@@ -1,4 +1,4 @@
-"""The same for gevent's workers: patched here, before the application is loaded."""
+"""The same for gevent workers, patched before the application is loaded."""
 
 from gevent import monkey
 

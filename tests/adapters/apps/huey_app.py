@@ -1,4 +1,4 @@
-"""Huey with thread, greenlet and process workers."""
+"""A consumer of huey with thread, greenlet or process workers."""
 
 import os
 
@@ -17,7 +17,7 @@ tasks = {
 
 @huey.on_startup()
 def start_agent():
-    """Give a process worker an agent of its own; does nothing in the consumer's own process."""
+    """Start an agent in a process worker; does nothing in the consumer's own process."""
     post_fork()
 
 

@@ -1,4 +1,4 @@
-"""The same for greenlet workers: huey leaves the patching to the application."""
+"""The same for greenlet workers, which the application has to patch."""
 
 from gevent import monkey
 

@@ -1,4 +1,4 @@
-"""Huey's consumer with a periodic task that operators may change: ``huey_consumer huey_periodic_app.huey``."""
+"""A huey consumer with a periodic task that operators change."""
 
 import os
 
@@ -14,7 +14,7 @@ huey = RedisHuey("matrix", url=os.environ["REDIS_URL"], utc=True)
 
 @huey.periodic_task(crontab(minute="0", hour="3"), name="nightly")
 def nightly():
-    sample_tasks.checks_loop(1.0)
+    sample_tasks.checks_loop(1)
 
 
 huey.task(name="add")(sample_tasks.add)

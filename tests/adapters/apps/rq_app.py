@@ -1,4 +1,4 @@
-"""RQ: the worker imports this by ``rq worker -c rq_app``."""
+"""Configuration of RQ's worker: ``rq worker -c rq_app``."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the tasks of every queue do; a task's effect is a line in the journal, which is a file."""
+"""The functions of all queues' tasks, which log their actions to a file."""
 
 import asyncio
 import json
@@ -6,20 +6,23 @@ import os
 import time
 from asyncio.events import _get_running_loop
 
-#: Seconds between two looks.
+#: Seconds between two checks for a running loop.
 CHECK_INTERVAL = 0.001
+
+#: Duration of ``add``, in seconds.
+ADD_SECONDS = 0.02
 
 
 def log_action(action, **facts):
-    """Append a line to the journal, in one write."""
+    """Append an action to the log with a single write."""
     line = json.dumps({"action": action, "pid": os.getpid(), **facts}) + "\n"
     with open(os.environ["TASK_LOG"], "ab", buffering=0) as task_log:
         task_log.write(line.encode())
 
 
 def add(x, y):
-    """Take 20 ms, so that a worker can be stopped in the middle of many."""
-    time.sleep(0.02)
+    """Take 20 ms, so that a worker can be stopped while it has many tasks."""
+    time.sleep(ADD_SECONDS)
     log_action("add", x=x, y=y)
     return x + y
 
@@ -29,14 +32,14 @@ def fails(text):
 
 
 def waits(seconds):
-    """Begin, and take long."""
+    """Log the start, and take a long time."""
     log_action("waits")
     time.sleep(seconds)
     log_action("waited")
 
 
 def checks_loop(seconds):
-    """Count the moments in which a task without a loop of its own sees a running one, then run one of its own."""
+    """Count how often a running loop is visible, then run an own loop."""
     end, seen, checks = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
         seen += _get_running_loop() is not None
@@ -46,7 +49,7 @@ def checks_loop(seconds):
 
 
 async def add_async(x, y):
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(ADD_SECONDS)
     log_action("add", x=x, y=y)
     return x + y
 
@@ -62,7 +65,7 @@ async def waits_async(seconds):
 
 
 async def checks_loop_async(seconds):
-    """Count the moments in which the loop that is running is not the host's own, or in which it was held up."""
+    """Count how often the running loop is not the host's own, and measure its longest delay."""
     host, late = asyncio.get_running_loop(), 0.0
     end, seen, checks = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""``send.py APP JSON``: enqueue ``[[name, arguments], ...]`` as the app's own producers do, and print the ids."""
+"""Enqueue ``[[name, arguments], ...]`` with an app's producer: ``send.py APP JSON``; print ids."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""taskiq: ``taskiq worker taskiq_app:broker``."""
+"""A worker of taskiq: ``taskiq worker taskiq_app:broker``."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""taskiq's scheduler with a labelled task that operators may change; the broker runs tasks where it is."""
+"""A taskiq scheduler with a labelled task that operators change, and an in-memory broker."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ broker = InMemoryBroker()
 
 @broker.task(task_name="nightly", schedule=[{"cron": "0 3 * * *"}])
 async def nightly():
-    await sample_tasks.checks_loop_async(1.0)
+    await sample_tasks.checks_loop_async(1)
 
 
 broker.task(task_name="add")(sample_tasks.add_async)

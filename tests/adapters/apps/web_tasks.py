@@ -1,4 +1,4 @@
-"""A Celery app as a web process has it: it sends tasks, and runs some itself."""
+"""The Celery application of a web process, which sends tasks and runs some itself."""
 
 import os
 

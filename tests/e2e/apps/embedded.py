@@ -30,6 +30,10 @@ from z4j_bare.pipeline import send
 from z4j_bare.transport import auto, longpoll, websocket
 from z4j_bare.wire import backoff, window
 
+#: Interval of the measurement of blocked times, in seconds.
+TICK = 0.01
+
+#: Time of the first event of a batch.
 EPOCH = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
 
 
@@ -106,7 +110,7 @@ class Host:
         """Measure the longest time for which the process was blocked."""
         while True:
             began = time.monotonic()
-            time.sleep(0.01)
+            time.sleep(TICK)
             self._longest = max(self._longest, time.monotonic() - began)
 
 

@@ -3,6 +3,9 @@
 import asyncio
 import time
 
+#: Time between two checks, in seconds.
+CHECK_INTERVAL = 0.001
+
 
 def sees_a_loop():
     """Whether a running loop is visible within half a second, while the agent's greenlets run."""
@@ -11,7 +14,7 @@ def sees_a_loop():
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            time.sleep(0.001)
+            time.sleep(CHECK_INTERVAL)
         else:
             return True
     return False

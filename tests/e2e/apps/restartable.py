@@ -24,6 +24,12 @@ from z4j_bare.commands import process_restart
 
 WORKER = "stub@e2e"
 
+#: Time between two checks for SIGTERM, in seconds.
+POLL_INTERVAL = 0.1
+
+#: Rest of the current task after SIGTERM, in seconds.
+TASK_SECONDS = 0.5
+
 
 class Engine:
     """An engine that names its worker in the events of its stream, as adapters do."""
@@ -55,6 +61,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
     runtime = install_agent(engines=[Engine()])
     while not ended:
-        time.sleep(0.1)
-    time.sleep(0.5)  # The rest of the current task.
+        time.sleep(POLL_INTERVAL)
+    time.sleep(TASK_SECONDS)
     runtime.record_event(make_event("last", EventKind.TASK_SUCCEEDED))

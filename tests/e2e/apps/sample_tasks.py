@@ -19,6 +19,15 @@ from z4j_bare.demo import broker, orm
 
 HOME = Path(os.environ[broker.HOME])
 
+#: Duration of ``add``, in seconds.
+ADD_SECONDS = 0.02
+
+#: Duration of a wait for I/O in other tasks, in seconds.
+IO_SECONDS = 0.05
+
+#: Time in which a copied gevent greenlet would wake in a child, in seconds.
+CHILD_SECONDS = 0.5
+
 app = Celery("sample_tasks")
 app.conf.update(broker.settings_from_environment())
 app.conf.result_backend = os.environ[broker.BROKER]
@@ -27,7 +36,7 @@ app.conf.result_backend = os.environ[broker.BROKER]
 @app.task(name="e2e.add")
 def add(x, y, **_kwargs):
     """Take 20 ms and return the sum."""
-    time.sleep(0.02)
+    time.sleep(ADD_SECONDS)
     return x + y
 
 
@@ -45,7 +54,7 @@ def wait(seconds):
     try:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(IO_SECONDS)
     finally:
         ended.touch()
         started.unlink()
@@ -120,7 +129,7 @@ app.task(name="e2e.sees_a_loop")(sees_a_loop)
 @app.task(name="e2e.runs_asyncio")
 def runs_asyncio():
     async def work():
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(IO_SECONDS)
         return "asyncio"
 
     return asyncio.run(work())
@@ -129,7 +138,7 @@ def runs_asyncio():
 @app.task(name="e2e.runs_asgiref")
 def runs_asgiref():
     async def work():
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(IO_SECONDS)
         return "asgiref"
 
     return async_to_sync(work)()
@@ -151,7 +160,7 @@ def in_child(mark):
     """
     returns.apply(args=(1,), task_id=f"{mark}-in-child")
     if "gevent" in sys.modules:
-        time.sleep(0.5)
+        time.sleep(CHILD_SECONDS)
 
 
 @app.task(name="e2e.forks")

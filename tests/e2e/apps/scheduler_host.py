@@ -21,6 +21,9 @@ from z4j_bare.demo import broker
 
 HOME = Path(os.environ[broker.HOME])
 
+#: Time between two checks for SIGTERM, in seconds.
+POLL_INTERVAL = 0.1
+
 
 def mark(name):
     (HOME / name).touch()
@@ -76,4 +79,4 @@ install_agent(
     schedulers=[{"apscheduler": apscheduler, "enable_only": enable_only, "rq": rq}[sys.argv[2]]()],
 )
 while True:
-    time.sleep(0.1)
+    time.sleep(POLL_INTERVAL)
