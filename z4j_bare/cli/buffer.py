@@ -45,6 +45,14 @@ ACTIONS = {
     "drop": "delete orphaned stores with all their rows",
 }
 
+STORE_HELP = {
+    "list": "only these stores (default: all)",
+    "stats": "only these stores (default: all)",
+    "export": "only these stores (default: all orphaned stores)",
+    "flush": "only these stores (default: all orphaned stores)",
+    "drop": "the stores to delete",
+}
+
 COLUMNS = ("store", "process", "rows", "oldest", "size", "")
 
 
@@ -53,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, text in ACTIONS.items():
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        default = "all" if name in ("list", "stats") else "all orphaned stores"
-        if name == "drop":
-            default = "none; see --all"
-        action.add_argument(
-            "stores", nargs="*", metavar="STORE", help=f"only these stores (default: {default})"
-        )
+        action.add_argument("stores", nargs="*", metavar="STORE", help=STORE_HELP[name])
         configuration.add_json(action)
         if name == "flush":
             configuration.add_connection(action)

@@ -180,7 +180,8 @@ def _read(path: Path) -> FileSettings:
         text = path.read_bytes()
         table = tomllib.loads(text.decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise HostConfigurationError(f"cannot read --config {path}: {error}") from None
+        cause = getattr(error, "strerror", None) or error
+        raise HostConfigurationError(f"cannot read --config {path}: {cause}") from None
     except tomllib.TOMLDecodeError as error:
         raise HostConfigurationError(f"--config {path} is not TOML: {error}") from None
     if _SECRETS & table.keys() and stat.S_IMODE(path.stat().st_mode) & 0o077:

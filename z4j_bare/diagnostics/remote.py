@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from z4j_bare.transport.http import Response
     from z4j_bare.transport.longpoll import LongPollTransport
 
-#: Seconds of clock difference from which the probe warns. It fails from ``close_codes.MAX_CLOCK_SKEW``, where
-#: the brain rejects signatures.
+#: Seconds of clock difference from which the probe warns. It fails from
+#: ``close_codes.MAX_CLOCK_SKEW``, from which the brain rejects signatures.
 SKEW_WARNING = 5.0
 
 #: A message that is not a ``hello``. The brain closes the connection with ``_NOT_A_HELLO`` after it
