@@ -1,4 +1,4 @@
-"""Sphinx: Markdown pages, and two references that are written from the code at every build."""
+"""Sphinx configuration: Markdown pages, and two pages generated from the code at each build."""
 
 import sys
 from importlib.metadata import version as installed
@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import reference  # noqa: E402 - it lies beside this file
+import reference  # noqa: E402 - a module beside this file
 
 project = "z4j-bare"
 author = "the z4j-bare authors"
