@@ -1,1 +1,1 @@
-"""."""
+"""Engines: their descriptions, hosts and event sources."""

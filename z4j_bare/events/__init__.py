@@ -1,1 +1,1 @@
-"""The hot path: what the host pays for each event."""
+"""Event capture for every engine: ring, snapshots, redaction and encoding."""

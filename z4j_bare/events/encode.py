@@ -1,4 +1,4 @@
-"""Encodes captured records to event bytes, on the flush loop's time: redaction and JSON."""
+"""Encodes captured records to event bytes, in the flush loop: redaction and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from z4j_celery.meta import TaskMeta
     from z4j_core.models import Event
 
-#: Maximum characters of a traceback. The adapter's own hooks send as many.
+#: Maximum characters of a traceback, as in the adapter's own hooks.
 MAX_TRACEBACK_CHARS = 4096
 
 #: A captured record: its encoder (``None`` if called directly), event kind, timestamp (seconds

@@ -145,8 +145,8 @@ class ValueMatcher:
     def __call__(self, value: str) -> bool:
         """Whether ``value`` must be redacted."""
         if not value.isascii():
-            # The patterns fold case by Unicode's rules: the Kelvin sign matches k, but its lower()
-            # is not among the literals.
+            # The patterns ignore case by Unicode's rules: the long s (U+017F) matches s, but
+            # lower() does not change it.
             return self._engine.value_matches(value)
         lowered = value.lower()
         for literal, search in self._gated:

@@ -1,4 +1,4 @@
-"""Bounded copies of task arguments and results, taken on the host's time.
+"""Bounded copies of task arguments and results, taken while the host's task waits.
 
 A snapshot runs no code of the host. JSON types are copied by the methods of the built-in types, a
 few well-known types become text, and every other object becomes the name of its class.

@@ -47,7 +47,7 @@ class EventSource:
         return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._backend))]
 
     def connect(self) -> None:
-        """Start the capture. Runs on the caller's time and does no I/O, so it misses no task."""
+        """Start the capture. Does no I/O, so the caller can wait for it and misses no task."""
         if name := local_worker_name(self.engine):
             self.presence.online(name)
 

@@ -1,1 +1,1 @@
-"""."""
+"""Celery: event capture, health probes and worker controls."""

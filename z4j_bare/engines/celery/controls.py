@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 #: not the caller's timeout.
 RESERVE = 0.5
 
-#: Maximum seconds to wait until a restarted pool has replaced all of its idle processes.
+#: Maximum seconds to wait until the first process of a restarted pool has been replaced. The
+#: others take as long as their tasks.
 RESTART_TIMEOUT = 5.0
 
 _FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"
@@ -56,9 +57,9 @@ class CeleryControls:
     def restart_worker(self, worker: str, *, seconds: float) -> CommandResult:
         """Replace every process of a prefork pool after its current task, or after its next one.
 
-        An idle process sees the order only after its next task (billiard checks before it waits for
-        one), so the result says how many are still pending. The new processes are forked from the
-        same parent and do not load new code.
+        billiard checks for a restart before each task, and an idle process already waits for one.
+        So the result says how many processes are still pending. The new processes are forked from
+        the same parent and do not load new code.
         """
         deadline = self._deadline(seconds)
         node = self._resolve_able(worker, deadline, _NO_RESTART)
@@ -276,7 +277,7 @@ def _not_supported(pool: str, why: str) -> str:
 
 
 def _task_state(reply: object, task_id: str) -> str | None:
-    """Return the state from a worker's ``{task_id: [state, info]}``."""
+    """Return the state of a task from a worker's reply, ``{task_id: [state, info]}``."""
     found = reply.get(task_id) if isinstance(reply, Mapping) else None
     return str(found[0]) if found else None
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 
-#: Seconds of one wait for events.
+#: Maximum seconds of one wait for events.
 POLL_TIMEOUT = 0.5
 
 #: Seconds before a broken connection is renewed, after the first failure. Events that are sent in
@@ -42,17 +42,17 @@ STABLE_SECONDS = 60.0
 #: report that a peer has vanished, and workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
-#: Seconds without an event after which the last events have been read, at the end.
+#: Seconds without an event after which the last events are considered read, when stopping.
 DRAIN_IDLE = 0.2
 
-#: Maximum seconds of reading the last events.
+#: Maximum seconds of reading the last events, when stopping.
 DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Whether kombu was imported before the patching, so that it waits in the original select."""
+    """Whether kombu was imported before the patching, and so waits in the original ``select``."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent

@@ -19,7 +19,7 @@ T = TypeVar("T")
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
-#: Seconds to wait for further replies to a broadcast; the number of workers is unknown.
+#: Seconds without a reply after which a broadcast ends; the number of workers is unknown.
 GATHER_TIMEOUT = 1.5
 
 #: Seconds between two checks of a command's effect.
@@ -31,7 +31,7 @@ EFFECT_TIMEOUT = 15.0
 #: Maximum number of cached worker names. Names change where hosts come and go.
 MAX_CACHED_NAMES = 1000
 
-#: The pool name of users, where it differs from the module of the pool's class.
+#: The ``-P`` name of a pool, where it differs from the module name of the pool's class.
 _POOL_NAMES = {"thread": "threads"}
 
 
@@ -95,8 +95,8 @@ class RemoteControl:
     ) -> dict[str, Any]:
         """Send a control command and return the replies by node name.
 
-        Returns after the first reply of the worker ``to``, or without ``to`` when no further reply
-        has come for ``timeout`` seconds.
+        With ``to``, only that worker is asked, and its first reply ends the wait. Otherwise the
+        wait ends when no reply has come for ``timeout`` seconds.
 
         :raises CommandError: if the broker fails.
         """

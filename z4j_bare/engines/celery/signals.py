@@ -1,8 +1,8 @@
-"""Captures task events by Celery's signals, as far as they fire in this process.
+"""Captures task events by the Celery signals that fire in this process.
 
-In gevent, eventlet, threads and solo pools every signal does. A handler copies a little, appends to
-the ring and returns. Reading the events from the broker instead takes 30 % of the CPU of a loaded
-worker.
+In gevent, eventlet, threads and solo pools all of them fire here. A handler copies a little,
+appends to the ring and returns. Reading the events from the broker instead takes 30 % of the CPU of
+a loaded worker.
 """
 
 from __future__ import annotations
@@ -287,9 +287,8 @@ class CeleryCapture:
 class ParentCapture(CeleryCapture):
     """The signal handlers of a prefork worker's parent process.
 
-    Only the arrival of a task is captured there: its real arguments, or why it was rejected. The
-    other signals fire in the children. Those that fire in both also come as events from the broker,
-    which take their timestamps from the same task states.
+    They capture the arrival of a task with its real arguments, and rejected messages. Everything
+    else comes as events from the broker, which take their timestamps from the same task states.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")

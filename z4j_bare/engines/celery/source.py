@@ -1,4 +1,4 @@
-"""The event source of Celery: local signals, and where they are not enough the broker's events."""
+"""The event source of Celery: signals, and the broker's events where signals do not fire."""
 
 from __future__ import annotations
 

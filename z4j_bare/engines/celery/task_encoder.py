@@ -1,8 +1,8 @@
-"""Encodes the records of the signal handlers to event bytes, on the flush loop's time.
+"""Encodes the records of the signal handlers to event bytes, in the flush loop.
 
-A handler runs between two pieces of the host's code with cold caches. There every line costs three
+A handler runs with cold caches, between two pieces of the host's code. Every line there costs three
 times what it costs here, where up to 256 records are encoded in a row. So a handler records only
-what may change or disappear until then.
+what may have changed by the time of encoding.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class TaskEncoder:
     def stamped_now(self, record: Captured) -> Captured:
         """Assign the timestamp of a ``received`` record immediately, instead of when encoding.
 
-        Needed where the broker's events advance the same task state. Others are returned as is.
+        Needed where the broker's events advance the same task state. Records of other kinds are
+        returned unchanged.
         """
         return (
             (self._stamped, record[3].next_timestamp(record[1], RECEIVED), record)

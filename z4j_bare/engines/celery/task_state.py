@@ -23,7 +23,7 @@ MAX_TIMESTAMP_LEAD = 5.0
 
 
 class TaskType:
-    """Properties of all runs of a task: its ``@z4j_meta`` and the event fields that result."""
+    """Properties of all runs of a task: its ``@z4j_meta``, and the event fields derived from it."""
 
     __slots__ = ("fields", "meta", "name", "rate", "unsampled")
 

@@ -140,7 +140,7 @@ class Translator:
         self._put(record)
 
     def _finish(self, record: Record) -> bytes:
-        """Parse the fields that are still text, then encode; on the flush loop's time."""
+        """Parse the fields that are still text, and encode the record. Runs in the flush loop."""
         own = record[-1]
         for name, value in own.items():
             if isinstance(value, ReprText):
