@@ -56,8 +56,8 @@ def world():
     return Scheduled()
 
 
-def test_a_fire_is_enqueued(world):
-    """A fire is submitted to its engine with the arguments and the queue that it came with, and answered by its token."""
+def test_fire_submits_task_with_arguments_and_queue(world):
+    """A fire command is submitted to its engine, and answered with its token."""
     world.host.act = lambda *_: success(task_id="t-1")
     world.fire("c-1")
     assert world.host.calls == [
@@ -76,8 +76,8 @@ def test_a_fire_is_enqueued(world):
     ]
 
 
-def test_a_fire_happens_once(world):
-    """A second command with the same fire id enqueues nothing, and is answered with what the first one did."""
+def test_fire_id_is_executed_once(world):
+    """A second command with the same fire id enqueues nothing and gets the first one's result."""
     world.host.act = lambda *_: success(task_id="t-1")
     for identity in ("c-1", "c-2", "c-2"):
         world.fire(identity)
@@ -95,8 +95,8 @@ def test_a_fire_happens_once(world):
     assert len(world.host.calls) == 4
 
 
-def test_a_fire_that_failed_is_not_repeated(world):
-    """What the first command failed with is the answer to the second one as well."""
+def test_failed_fire_is_not_repeated(world):
+    """The error of the first command is also the answer to the second one."""
     world.host.act = lambda *_: (_ for _ in ()).throw(ValueError("no broker"))
     for identity in ("c-1", "c-2"):
         world.fire(identity)
@@ -106,8 +106,8 @@ def test_a_fire_that_failed_is_not_repeated(world):
     assert second["result"]["deduplicated"] is True
 
 
-def test_a_fire_that_is_being_enqueued(world):
-    """A second command that comes while the first one runs waits for it, and not beyond its own time."""
+def test_fire_waits_for_same_fire_id_within_deadline(world):
+    """A second command waits for the running first one, but not beyond its own deadline."""
     world.host.seconds = 30
     world.fire("c-1")
     world.fire("c-2")
@@ -121,8 +121,8 @@ def test_a_fire_that_is_being_enqueued(world):
     }
 
 
-def test_a_fire_that_a_crash_cut_short(world):
-    """After a crash neither the same command nor another one enqueues a fire that was begun: both are indeterminate."""
+def test_fire_interrupted_by_crash_is_indeterminate(world):
+    """After a crash no command enqueues a started fire again. The results are indeterminate."""
     world.host.seconds = 1000
     world.fire("c-1")
     assert world.disk.store.claim("fire:f-1", 0.0).state == STARTED
@@ -136,8 +136,8 @@ def test_a_fire_that_a_crash_cut_short(world):
         assert (body["status"], body["result"]["indeterminate"]) == ("failed", True)
 
 
-def test_the_ledger_knows_a_fire_before_it_happens(world):
-    """At the moment of the engine's call the fire is in the ledger as started, and afterwards as done."""
+def test_fire_is_in_ledger_before_engine_call(world):
+    """A fire is started in the ledger when the engine is called, and done afterwards."""
     seen = []
     world.host.act = lambda *_: (
         seen.append(world.disk.store.claim("fire:f-1", 0.0).state) or success()
@@ -147,8 +147,8 @@ def test_the_ledger_knows_a_fire_before_it_happens(world):
     assert world.disk.store.claim("fire:f-1", 0.0).state == DONE
 
 
-def test_a_fire_that_outlives_the_agent(world):
-    """A fire that ends after the agent has ended touches the store no more: it stays begun, for an heir to tell."""
+def test_fire_ending_after_agent_stays_started(world):
+    """A fire that ends after the agent does not touch the store and stays started."""
     world.host.seconds = 30
     world.fire("c-1")
     world.dispatcher.stop()
@@ -158,8 +158,8 @@ def test_a_fire_that_outlives_the_agent(world):
     assert world.disk.store.claim("fire:f-1", 0.0).state == STARTED
 
 
-def test_a_fire_that_another_process_has(world):
-    """What a living sibling has begun is left to it, and answered as unknown."""
+def test_fire_of_other_process_is_indeterminate(world):
+    """A fire that another living process has started is not executed here."""
     world.buffer._others = lambda _path, key: (
         LedgerEntry(key, IN_OTHER_PROCESS, b"", 0.0) if key.startswith("fire:") else None
     )
@@ -169,8 +169,8 @@ def test_a_fire_that_another_process_has(world):
     assert world.answered()["c-1"]["result"]["indeterminate"] is True
 
 
-def test_a_fire_that_comes_too_late_is_not_claimed(world):
-    """One whose time is up is refused and may come again: nothing has begun."""
+def test_late_fire_is_not_claimed(world):
+    """A fire after its deadline is rejected and can be sent again, because nothing was started."""
     world.command("schedule.fire", FIRE, identity="c-1", delay=100)
     world.backend.advance(1)
     assert "was not started" in world.answered()["c-1"]["error"]
@@ -187,8 +187,8 @@ def test_a_fire_that_comes_too_late_is_not_claimed(world):
         ({"queue": 3}, "queue must be text"),
     ],
 )
-def test_a_fire_that_cannot_be(world, changes, complaint):
-    """A fire without a task or for an engine that is not here is a plain failure."""
+def test_invalid_fire_fails(world, changes, complaint):
+    """A fire without a task, for an unknown engine or with invalid arguments fails."""
     world.fire("c-1", **changes)
     assert complaint in world.answered()["c-1"]["error"]
     assert world.answered()["c-1"]["result"] is None
@@ -204,8 +204,8 @@ def test_a_fire_that_cannot_be(world, changes, complaint):
         ("delete", "delete"),
     ],
 )
-def test_legacy_actions(world, action, call):
-    """The actions of older databases reach the scheduler by the schedule's own id, and make it tell its schedules anew."""
+def test_plain_schedule_action_calls_scheduler(world, action, call):
+    """The plain actions call the scheduler with the schedule's own id and request a snapshot."""
     answer = world.run(
         f"schedule.{action}",
         {"schedule_id": "hourly", "external_id": KEY},
@@ -229,14 +229,14 @@ def test_legacy_actions(world, action, call):
         ({"schedule_id": KEY, "scheduler": 3}, {}, "scheduler must be text"),
     ],
 )
-def test_legacy_actions_that_cannot_be(world, parameters, target, complaint):
-    """What names no schedule or no scheduler of ours is a failure that says so."""
+def test_plain_schedule_action_reports_bad_target(world, parameters, target, complaint):
+    """An action without a known schedule or scheduler fails with a text that says so."""
     answer = world.run("schedule.disable", parameters, target=target)
     assert answer["status"] == "failed"
     assert complaint in answer["error"]
 
 
-def test_what_a_scheduler_cannot(world):
+def test_action_without_capability_is_rejected(world):
     """An action without its capability does not reach the adapter."""
     world.scheduler.able = {"list"}
     answer = world.run("schedule.delete", {"schedule_id": KEY})
@@ -246,15 +246,15 @@ def test_what_a_scheduler_cannot(world):
     )
 
 
-def test_resync(world):
-    """A resync answers how many schedulers have told their schedules."""
+def test_resync_reports_published_schedulers(world):
+    """A resync reports how many schedulers were published."""
     world.stream.activate(world.brain.grant(), 60)
     assert world.run("schedule.resync", {})["result"] == {"schedulers_drained": 1, "skipped": {}}
     assert world.deliver() == ["activation", "command"]
 
 
-def test_the_life_of_a_stream(world):
-    """Activation, control and mutation run as commands; the snapshot or confirmation is stored before the answer."""
+def test_stream_commands_store_projection_before_result(world):
+    """Activation, control and mutation store their projection before their result."""
     for identity, make in enumerate(
         (
             world.brain.grant,
@@ -277,8 +277,8 @@ def test_the_life_of_a_stream(world):
     assert world.brain.rows[KEY]["is_enabled"] is False
 
 
-def test_an_operation_happens_once(world):
-    """A mutation that is delivered under another command id gets the receipt of the first one."""
+def test_operation_id_is_executed_once(world):
+    """A mutation that arrives under another command id gets the result of the first one."""
     world.go()
     asked = world.brain.mutation("trigger", KEY)
     for identity in ("c-1", "c-2"):
@@ -293,8 +293,8 @@ def test_an_operation_happens_once(world):
     }
 
 
-def test_an_agent_without_schedulers():
-    """Without schedulers these actions are answered as what they are: nothing for this agent."""
+def test_agent_without_scheduler_rejects_schedule_actions():
+    """Without schedulers these actions are unknown."""
     world = CommandHarness()
     answer = world.run("schedule.external.activate", StreamBrain().grant())
     assert (answer["status"], answer["error"]) == (
@@ -303,13 +303,13 @@ def test_an_agent_without_schedulers():
     )
 
 
-def test_every_effect_with_an_id_is_an_action():
-    """No entry of the table of ids is a misspelt action."""
+def test_idempotency_keys_name_known_actions():
+    """Every action with an idempotency key exists."""
     assert set(IDEMPOTENCY_KEYS) <= {*SCHEDULE_ACTIONS, "schedule.fire"}
 
 
-def test_a_secret_in_a_schedule_does_not_leave_with_an_answer(world):
-    """What an operation observed is answered as redacted as the row itself."""
+def test_result_is_redacted_like_row(world):
+    """The configuration in an operation's result is redacted like the row."""
     world.scheduler.kept = {
         KEY: schedule("hourly", args=["x" * 9000], kwargs={"api_key": "hunter2"})
     }
@@ -323,8 +323,8 @@ def test_a_secret_in_a_schedule_does_not_leave_with_an_answer(world):
     assert "hunter2" not in json.dumps(world.answered())
 
 
-def test_an_adapters_error_is_redacted(world):
-    """What an adapter quotes of a connection does not leave with its error."""
+def test_adapter_error_is_redacted(world):
+    """A connection string in an adapter's error is redacted."""
     world.scheduler.disable_schedule = lambda _identity: (_ for _ in ()).throw(
         OSError("postgres://user:hunter2@db/x")
     )

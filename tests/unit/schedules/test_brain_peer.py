@@ -88,8 +88,8 @@ def answer(peer, identity):
     )
 
 
-def test_the_life_of_a_stream(runtime, peer, scheduler, until):
-    """Hello offers the protocol; activation, signal, control and mutation are told in order, and no legacy event ever is."""
+def test_activation_signal_control_and_mutation_in_order(runtime, peer, scheduler, until):
+    """Activation, signal, control and mutation are published in order."""
     until(lambda: told(peer) == ["activation"])
     hello = peer.sessions[0].hello.payload
     assert (hello.schedulers, "external_schedule_protocol_v1" in hello.runtime_features) == (
@@ -128,8 +128,8 @@ def test_the_life_of_a_stream(runtime, peer, scheduler, until):
     assert runtime.stats()["acked"] == 0
 
 
-def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
-    """What the old session did not take is not held against the new one, which begins with a whole snapshot."""
+def test_new_session_starts_new_epoch(runtime, peer, scheduler, until):
+    """Unacknowledged projections of the old session do not affect the new one."""
     until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
     peer.acks = "none"
     scheduler.sink("updated", None)
@@ -143,8 +143,8 @@ def test_a_new_session_is_a_new_epoch(runtime, peer, scheduler, until):
     assert peer.mishaps == []
 
 
-def test_a_session_without_an_epoch(runtime, peer, scheduler, until):
-    """A session in which the brain does not ask for the schedules hears nothing of them, whatever the one before was told."""
+def test_session_without_activation_publishes_nothing(runtime, peer, scheduler, until):
+    """Without an activation in its session, a stream publishes nothing."""
     until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
     peer.greet = PeerSession.hello_ack
     peer.last.drop()
@@ -156,8 +156,8 @@ def test_a_session_without_an_epoch(runtime, peer, scheduler, until):
     assert told(peer) == ["activation"]
 
 
-def test_stopping_unhooks_the_scheduler(runtime, peer, scheduler, until):
-    """After a stop the scheduler's signals reach nobody."""
+def test_stop_disconnects_scheduler_signals(runtime, peer, scheduler, until):
+    """After a stop the scheduler's signals are disconnected."""
     until(lambda: told(peer) and scheduler.sink)
     runtime.stop(timeout=5)
     assert scheduler.sink is None

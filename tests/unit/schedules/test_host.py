@@ -27,13 +27,13 @@ def hosted(bridge):
     return lambda scheduler: SchedulerHost(scheduler, bridge, CONFIG)
 
 
-def test_it_keeps_its_contract(hosted):
-    """The host keeps ISchedulerHost."""
+def test_host_implements_interface(hosted):
+    """The host implements ISchedulerHost."""
     assert verifyObject(ISchedulerHost, hosted(StubScheduler()))
 
 
-def test_it_lists_and_acts(hosted):
-    """Coroutines with and without an await return what they return, in any mode."""
+def test_host_runs_coroutines_of_adapter(hosted):
+    """Coroutines with and without an await return their results in each mode."""
     host = hosted(Slow(schedule("hourly")))
     assert [each.name for each in host.schedules(30)] == ["hourly"]
     assert host.schedule(KEY, 30).name == "hourly"
@@ -41,8 +41,8 @@ def test_it_lists_and_acts(hosted):
     assert host.invoke("disable_schedule", KEY, timeout=30).status == "success"
 
 
-def test_it_takes_no_longer(hosted):
-    """A list that hangs is a time-out, and the host lists again afterwards."""
+def test_hanging_listing_times_out(hosted):
+    """A listing that hangs raises ``TimeoutError``, and the next listing works."""
     scheduler = Slow(schedule("hourly"))
     host = hosted(scheduler)
     scheduler.seconds = 60
@@ -52,8 +52,8 @@ def test_it_takes_no_longer(hosted):
     assert len(host.schedules(30)) == 1
 
 
-def test_it_passes_on_what_an_adapter_raises(hosted):
-    """An error of the adapter's is the caller's, and a method that it has not is a refusal."""
+def test_host_passes_adapter_errors_on(hosted):
+    """Errors of the adapter reach the caller, and a missing method raises ``CommandError``."""
     scheduler = StubScheduler()
     scheduler.failure = OSError("no database")
     with pytest.raises(OSError, match="no database"):
@@ -62,8 +62,8 @@ def test_it_passes_on_what_an_adapter_raises(hosted):
         hosted(scheduler).invoke("pause", timeout=1)
 
 
-def test_signals_ring(hosted):
-    """Whatever the adapter's signals say, the host only rings; after a disconnect there are none."""
+def test_signals_call_changed_until_disconnect(hosted):
+    """Each signal calls ``changed`` without arguments. After a disconnect there are no signals."""
     rings = []
     host = hosted(scheduler := StubScheduler())
     host.connect(lambda: rings.append(1))
@@ -74,8 +74,8 @@ def test_signals_ring(hosted):
     assert scheduler.sink is None
 
 
-def test_an_adapter_that_fails_to_connect(hosted, caplog):
-    """An adapter that cannot connect, disconnect or tell what it can is a warning, and stays usable."""
+def test_failing_adapter_is_logged_and_stays_usable(hosted, caplog):
+    """An adapter that fails to connect, to disconnect or to list capabilities stays usable."""
     scheduler = StubScheduler(schedule("hourly"))
     host = hosted(scheduler)
     assert "list" in host.capabilities()
@@ -91,8 +91,8 @@ def test_an_adapter_that_fails_to_connect(hosted, caplog):
     ]
 
 
-def test_an_adapter_with_nothing(hosted, caplog):
-    """One without signals is polled, one that tells no capability has none."""
+def test_minimal_adapter_is_accepted(hosted, caplog):
+    """An adapter without signals and capabilities is accepted without a warning."""
     host = hosted(SimpleNamespace(name="bare"))
     host.connect(lambda: None)
     host.disconnect()
@@ -100,8 +100,8 @@ def test_an_adapter_with_nothing(hosted, caplog):
     assert caplog.records == []
 
 
-def test_redaction_obeys_the_operator(bridge):
-    """The operator's own patterns hide more; the brain's defaults are always on."""
+def test_redactor_uses_configured_patterns(bridge):
+    """The configured patterns apply in addition to the brain's defaults."""
     config = SimpleNamespace(
         redaction_extra_key_patterns=("shoe_size",),
         redaction_extra_value_patterns=(),

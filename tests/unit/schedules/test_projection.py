@@ -71,8 +71,8 @@ def told(brain, authority, rows, sequence=1):
         max_size=5,
     )
 )
-def test_any_schedules_arrive(wanted):
-    """Whatever names and arguments schedules have, the brain takes the snapshot, and knows each by a key of its own."""
+def test_snapshot_of_any_schedules_is_accepted(wanted):
+    """The brain accepts any names and arguments, and each schedule has its own key."""
     brain, authority = granted()
     rows = [
         row(schedule(name).model_copy(update={"args": args, "kwargs": kwargs}))
@@ -85,8 +85,8 @@ def test_any_schedules_arrive(wanted):
 
 @settings(max_examples=30)
 @given(NAMES, st.lists(VALUES, max_size=3))
-def test_a_control_projection_arrives(name, args):
-    """The one row of a control projection has the digest that z4j_core computes."""
+def test_control_projection_has_core_digest(name, args):
+    """The row of a control projection has the digest that z4j_core computes."""
     brain, authority = granted()
     known = row(schedule(name).model_copy(update={"args": args}))
     told(brain, authority, [known])
@@ -94,8 +94,8 @@ def test_a_control_projection_arrives(name, args):
     assert brain.sequence == 2
 
 
-def test_large_snapshots_come_in_frames(monkeypatch):
-    """Rows are divided into frames of bounded size, in the order of their keys, with one terminal frame behind them."""
+def test_large_snapshot_is_split_into_bounded_frames(monkeypatch):
+    """Rows are split into bounded frames, ordered by key, followed by one terminal frame."""
     brain, authority = granted()
     rows = [row(schedule(f"n{number}", kwargs={"filler": "x" * 900})) for number in range(300)]
     events = told(brain, authority, rows)
@@ -106,15 +106,15 @@ def test_large_snapshots_come_in_frames(monkeypatch):
     assert len(brain.rows) == 300
 
 
-def test_no_schedules_are_a_snapshot_too():
-    """An empty list is one terminal frame: everything was deleted."""
+def test_empty_snapshot_is_one_terminal_frame():
+    """An empty snapshot is one terminal frame, which deletes all schedules."""
     brain, authority = granted()
     (event,) = told(brain, authority, [])
     assert event["data"]["external_snapshot_frame"]["frame_count"] == 0
 
 
-def test_what_the_brain_would_hide_is_hidden_before():
-    """Secrets in arguments leave redacted; a schedule whose own name would be swallowed is known by a digest of it."""
+def test_row_is_redacted_and_keeps_unique_key():
+    """Secrets in arguments are redacted, and a digest replaces a name with a secret."""
     found = row(schedule("for a@example.com", external_id=None, kwargs={"api_key": "k", "x": 1}))
     assert found.fields["kwargs"] == {"api_key": "[REDACTED]", "x": 1}
     assert found.key == found.fields["name"]
@@ -124,8 +124,8 @@ def test_what_the_brain_would_hide_is_hidden_before():
     assert b"example.com" not in found.encoded
 
 
-def test_arguments_that_are_no_json():
-    """Foreign objects in arguments become text instead of spoiling the snapshot of all the others."""
+def test_foreign_objects_in_arguments_become_text():
+    """Objects that are not JSON become text and do not spoil the snapshot."""
     brain, authority = granted()
     odd = schedule("odd").model_copy(
         update={
@@ -138,8 +138,8 @@ def test_arguments_that_are_no_json():
     assert brain.rows["id:odd"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
 
 
-def test_what_cannot_be_told():
-    """Two schedules of one key, a row beyond the brain's frame, and an object that is no schedule are errors."""
+def test_unpublishable_rows_raise_value_error():
+    """Two schedules with one key, a row that is too large and a foreign object are errors."""
     with pytest.raises(ValueError, match="two schedules have the key id:a"):
         projection.sort_rows([row(schedule("a")), row(schedule("b")), row(schedule("a"))])
     with pytest.raises(ValueError, match="over the limit"):
@@ -160,7 +160,7 @@ def test_what_cannot_be_told():
         {"source_scope": "{}"},
     ],
 )
-def test_an_authority_is_read_with_care(changes):
-    """Parameters that name no stream, epoch or scope are refused as such."""
+def test_invalid_authority_is_rejected(changes):
+    """Parameters without a valid stream, epoch or scope are rejected."""
     with pytest.raises(CommandError):
         Authority.from_parameters({**StreamBrain().grant(), **changes}, "beat")

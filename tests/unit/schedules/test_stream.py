@@ -9,7 +9,7 @@ from z4j_core.models import CommandResult
 
 from tests.support.streams import KEY, Planned, StreamBrain, schedule
 from z4j_bare.errors import CommandError
-from z4j_bare.schedules import operations as operations
+from z4j_bare.schedules import operations
 from z4j_bare.schedules.manager import DEBOUNCE
 
 
@@ -18,8 +18,8 @@ def world():
     return Planned()
 
 
-def test_nothing_is_told_unasked(world):
-    """Before the brain has granted an epoch neither signals, nor the interval, nor a resync tell anything."""
+def test_inactive_stream_publishes_nothing(world):
+    """Before an activation neither signals, nor the interval, nor a resync publish anything."""
     world.run()
     world.scheduler.sink("created", None)
     world.backend.advance(2000)
@@ -31,8 +31,8 @@ def test_nothing_is_told_unasked(world):
     assert world.buffer.stats().rows == 0
 
 
-def test_an_activation_tells_everything(world):
-    """The answer to an activation names stream, sequence and counts, and its snapshot is in the store by then."""
+def test_activation_stores_snapshot_before_result(world):
+    """The result of an activation has its counts, and the snapshot is stored by then."""
     asked = world.brain.grant()
     told = world.stream.activate(asked, 60)
     assert told == {
@@ -45,15 +45,15 @@ def test_an_activation_tells_everything(world):
     }
 
 
-def test_an_activation_again(world):
-    """The same activation once more tells everything once more, under the next number."""
+def test_repeated_activation_publishes_again(world):
+    """The same activation again publishes a second snapshot with the next number."""
     asked = world.brain.grant()
     assert [world.stream.activate(asked, 60)["sequence"] for _ in range(2)] == [1, 2]
     assert world.deliver() == ["activation"] * 2
 
 
-def test_an_older_epoch_is_over(world):
-    """What comes late from the session before is refused, and the newer stream goes on; another stream starts anew."""
+def test_older_epoch_is_rejected(world):
+    """A late activation of the previous session is rejected. Another stream starts from 1."""
     late, asked = world.brain.grant(), world.brain.grant()
     world.stream.activate(asked, 60)
     with pytest.raises(CommandError, match="epoch 1 of beat is over"):
@@ -68,15 +68,15 @@ def test_an_older_epoch_is_over(world):
 @pytest.mark.parametrize(
     "changes", [{"owner": "other"}, {"stable_source": False}, {"stable_source": None}]
 )
-def test_what_is_no_activation(world, changes):
-    """A stream is told by its owner, as a stable source, or not at all."""
+def test_activation_needs_owner_and_stable_source(world, changes):
+    """An activation for another owner or without a stable source is rejected."""
     with pytest.raises(CommandError, match="stable source"):
         world.stream.activate({**world.brain.grant(), **changes}, 60)
     assert world.stream.authority is None
 
 
-def test_a_scheduler_that_fails(world):
-    """A list that cannot be read activates nothing and deletes nothing; the next one does."""
+def test_failed_listing_publishes_nothing(world):
+    """A failed listing activates nothing and deletes nothing. The next listing publishes."""
     world.scheduler.failure = OSError("no database")
     with pytest.raises(OSError, match="no database"):
         world.stream.activate(world.brain.grant(), 60)
@@ -91,8 +91,8 @@ def test_a_scheduler_that_fails(world):
     assert world.deliver() == ["periodic"]
 
 
-def test_signals_are_gathered(world):
-    """A hundred changes at once are one snapshot, which tells what is there then and not what the signals said."""
+def test_signals_are_debounced(world):
+    """A hundred signals cause one snapshot, which ignores the schedules in the signals."""
     world.go().run()
     world.scheduler.kept["id:new"] = schedule("new")
     for _ in range(100):
@@ -102,8 +102,8 @@ def test_signals_are_gathered(world):
     assert "id:new" in world.brain.rows
 
 
-def test_a_change_while_it_is_told(world):
-    """What changes while a snapshot is read is told by the next one."""
+def test_change_during_snapshot_causes_next_snapshot(world):
+    """A change during a listing is published by the next snapshot."""
     world.go().run()
     world.bridge.seconds = 5
     world.scheduler.sink("updated", None)
@@ -113,8 +113,8 @@ def test_a_change_while_it_is_told(world):
     assert world.deliver() == ["signal"] * 2
 
 
-def test_the_interval_is_a_setting():
-    """Every so many seconds all is told anew, and never when the setting is 0."""
+def test_periodic_snapshots_follow_interval():
+    """Snapshots repeat at the interval, and never with an interval of 0."""
     world = Planned(interval=60).go()
     world.run()
     world.backend.advance(185)
@@ -125,8 +125,8 @@ def test_the_interval_is_a_setting():
     assert world.deliver() == []
 
 
-def test_the_loop_ends(world):
-    """Stopping wakes the loop out of its longest wait."""
+def test_loop_ends_on_stop_event(world):
+    """A stop wakes the loop from its longest wait."""
     world.run()
     world.backend.advance(1)
     world.stop_event.set()
@@ -135,8 +135,8 @@ def test_the_loop_ends(world):
     assert not world.task.alive()
 
 
-def test_a_session_that_ends_ends_the_stream(world):
-    """After it nothing is told until the next activation, which begins with number 1."""
+def test_revoked_stream_waits_for_activation(world):
+    """After a revocation nothing is published until the next activation, which starts from 1."""
     world.go().run()
     world.room.revoke()
     world.scheduler.sink("updated", None)
@@ -146,8 +146,8 @@ def test_a_session_that_ends_ends_the_stream(world):
     assert world.brain.told == ["activation"] * 2
 
 
-def test_a_session_that_ends_while_it_is_told(world):
-    """A listing that outlasts its session stores nothing: it would be of nobody's epoch."""
+def test_revocation_during_listing_stores_nothing(world):
+    """A listing that ends after its session stores nothing."""
     world.go()
     world.bridge.seconds = 5
     task = world.backend.spawn(world.room.resync, 60, name="t")
@@ -158,8 +158,8 @@ def test_a_session_that_ends_while_it_is_told(world):
     assert world.deliver() == []
 
 
-def test_one_thing_at_a_time(world):
-    """Snapshots that are asked for together come one after the other, numbered without a gap."""
+def test_concurrent_snapshots_are_serialised(world):
+    """Concurrent snapshots are stored one after the other, numbered without a gap."""
     world.go()
     world.bridge.seconds = 3
     for _ in range(5):
@@ -168,8 +168,8 @@ def test_one_thing_at_a_time(world):
     assert world.deliver() == ["command"] * 5
 
 
-def test_resync_says_what_it_has_done(world):
-    """A resync counts the snapshots that it has stored, and names what hindered the others."""
+def test_resync_reports_snapshots_and_errors(world):
+    """A resync counts the stored snapshots and reports the errors of the others."""
     world.go()
     assert world.room.resync(30) == {"schedulers_drained": 1, "skipped": {}}
     world.scheduler.failure = OSError("no database")
@@ -185,8 +185,8 @@ def test_resync_says_what_it_has_done(world):
 # -- control
 
 
-def test_control_switches_and_confirms(world):
-    """The schedule is switched off in the scheduler, and the one row says so under the number that was expected."""
+def test_control_disables_schedule_and_confirms(world):
+    """The schedule is disabled, and its row is confirmed with the expected number."""
     world.go()
     asked = world.brain.control(KEY, on=False)
     done = operations.control(world.stream, asked, 60)
@@ -203,16 +203,19 @@ def test_control_switches_and_confirms(world):
     assert world.scheduler.calls[-1] == ("enable", KEY)
 
 
-def test_control_of_what_is_so_already(world):
-    """A schedule that is as wanted is confirmed without touching the scheduler."""
+def test_control_of_requested_state_only_confirms(world):
+    """A schedule in the requested state is confirmed without a call to the scheduler."""
     world.go()
     world.scheduler.kept[KEY] = world.scheduler.kept[KEY].model_copy(update={"is_enabled": False})
     operations.control(world.stream, world.brain.control(KEY, on=False), 60)
     assert (world.scheduler.calls, world.deliver()) == ([], ["external-control"])
 
 
-def test_control_minds_what_runs_meanwhile(world):
-    """A run since the last snapshot is no change: the row repeats the figures that the brain knows."""
+def test_control_ignores_run_since_snapshot(world):
+    """A run since the last snapshot is not a change.
+
+    The confirmation has the brain's run fields.
+    """
     world.go()
     ran = {
         "total_runs": 7,
@@ -254,8 +257,8 @@ def test_control_minds_what_runs_meanwhile(world):
         (lambda world, asked: world.room.revoke(), "does not belong to this process"),
     ],
 )
-def test_control_that_is_refused(world, spoil, complaint):
-    """An order for another epoch, schedule or state changes nothing and confirms nothing."""
+def test_control_mismatch_is_rejected(world, spoil, complaint):
+    """A command for another epoch, schedule or state changes nothing and confirms nothing."""
     world.go()
     asked = world.brain.control(KEY, on=False)
     spoil(world, asked)
@@ -265,8 +268,8 @@ def test_control_that_is_refused(world, spoil, complaint):
     assert (world.scheduler.calls, world.deliver()) == ([], [])
 
 
-def test_control_without_an_effect(world):
-    """A scheduler that agrees and does nothing is indeterminate; one that refuses is a failure; neither is confirmed."""
+def test_control_without_effect_is_not_confirmed(world):
+    """A call without effect is indeterminate, and a refusal is a failure. Neither is confirmed."""
     world.go()
 
     async def agrees(_identity):
@@ -289,8 +292,8 @@ def test_control_without_an_effect(world):
 # -- mutate
 
 
-def test_a_change(world):
-    """An update reaches the scheduler with what it has itself, and the snapshot and the answer show it."""
+def test_update_reaches_scheduler_and_snapshot(world):
+    """An update gets the unredacted fields, and the snapshot and the result show it."""
     world.scheduler.kept[KEY] = schedule("hourly", kwargs={"token": "t"})
     world.go()
     asked = world.brain.mutation("update", KEY, expression="60")
@@ -313,8 +316,8 @@ def test_a_change(world):
     }
 
 
-def test_creation_and_deletion(world):
-    """What is created is told under its own key, what is deleted is gone from the snapshot."""
+def test_create_and_delete_change_snapshot(world):
+    """A created schedule has its own key in the snapshot, and a deleted one is absent."""
     world.go()
     done = operations.mutate(
         world.stream, world.brain.mutation("create", name="new", task_name="a.task"), 60
@@ -327,8 +330,8 @@ def test_creation_and_deletion(world):
     assert set(world.brain.rows) == {KEY, "id:daily"}
 
 
-def test_a_trigger(world):
-    """A trigger runs the schedule once and says so."""
+def test_trigger_runs_schedule_once(world):
+    """A trigger runs the schedule once and reports it."""
     world.go()
     done = operations.mutate(world.stream, world.brain.mutation("trigger", KEY), 60)
     assert world.scheduler.calls == [("trigger_now", KEY)]
@@ -336,8 +339,8 @@ def test_a_trigger(world):
     assert world.deliver()
 
 
-def test_a_hidden_key_finds_its_schedule(world):
-    """What the brain knows by a digest of its name is triggered by its real one."""
+def test_redacted_key_resolves_to_adapter_key(world):
+    """A schedule whose key is redacted is triggered by its adapter's key."""
     world.scheduler.kept = {"a@example.com": schedule("a@example.com", external_id=None)}
     world.go()
     (key,) = world.brain.rows
@@ -362,8 +365,8 @@ def test_a_hidden_key_finds_its_schedule(world):
         ("update", {"source_scope": "{}"}, "source_scope"),
     ],
 )
-def test_a_change_that_is_refused(world, operation, changes, complaint):
-    """What does not fit the schedule, the stream or the vocabulary changes nothing and tells nothing."""
+def test_mutation_mismatch_is_rejected(world, operation, changes, complaint):
+    """A command that does not match the schedule, the stream or the operations changes nothing."""
     world.go()
     asked = {**world.brain.mutation(operation, KEY), **changes}
     with pytest.raises(CommandError, match=complaint) as refused:
@@ -372,8 +375,8 @@ def test_a_change_that_is_refused(world, operation, changes, complaint):
     assert (world.scheduler.calls, world.deliver()) == ([], [])
 
 
-def test_capabilities_are_asked_each_time(world):
-    """A scheduler that says it can do neither does neither."""
+def test_operation_needs_current_capability(world):
+    """An operation without the scheduler's current capability is rejected."""
     world.go()
     world.scheduler.able = {"list"}
     for operation, capability in (
@@ -384,8 +387,8 @@ def test_capabilities_are_asked_each_time(world):
             operations.mutate(world.stream, world.brain.mutation(operation, KEY), 60)
 
 
-def test_a_conflict_is_no_mystery(world):
-    """What the scheduler refuses before it does anything is a plain failure."""
+def test_adapter_conflict_is_plain_failure(world):
+    """A refusal by the scheduler before any change is not indeterminate."""
     world.go()
 
     async def refuses(**_options):
@@ -397,8 +400,8 @@ def test_a_conflict_is_no_mystery(world):
     assert not refused.value.indeterminate
 
 
-def test_done_but_not_told(world):
-    """A change after which the schedules cannot be read is indeterminate: it has happened."""
+def test_failed_listing_after_change_is_indeterminate(world):
+    """A failed listing after a change is indeterminate, because the change was made."""
     world.go()
     world.scheduler.failure = OSError("no database")
     with pytest.raises(CommandError, match="done, but") as refused:
@@ -406,8 +409,8 @@ def test_done_but_not_told(world):
     assert refused.value.indeterminate
 
 
-def test_no_time_left(world):
-    """An order that has waited for its turn until its time was up is not begun."""
+def test_operation_that_waited_too_long_is_not_started(world):
+    """A command whose time passed while it waited for the stream is not started."""
     world.go()
     world.bridge.seconds = 15
     answers = []
@@ -495,7 +498,7 @@ class Streams(RuleBasedStateMachine):
             assert self.world.brain.ignored == ignored
 
 
-def test_streams_in_any_order():
+def test_stream_survives_any_order_of_operations():
     """See ``Streams``."""
     machine = Streams.TestCase
     machine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
@@ -515,8 +518,8 @@ def test_streams_in_any_order():
         ),
     )
 )
-def test_garbage_is_refused(garbage):
-    """Parameters of any kind end in a refusal, never in anything else, and tell nothing."""
+def test_arbitrary_parameters_are_rejected(garbage):
+    """Arbitrary parameters raise ``CommandError`` and publish nothing."""
     world = Planned().go()
     names = [
         "operation_id",

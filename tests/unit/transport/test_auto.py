@@ -58,8 +58,8 @@ def no():
 
 
 @pytest.mark.parametrize("error", BLOCKED, ids=lambda error: error.code)
-def test_an_http_answer_to_the_upgrade_is_plain(error):
-    """One answer other than 101 makes long-poll the choice, provided the health route answers."""
+def test_http_status_for_upgrade_causes_fallback(error):
+    """One status other than 101 selects long-poll, provided the health route answers."""
     policy = FallbackPolicy()
     assert not policy.on_websocket_failure(error, 0, no)
     assert policy.next_transport(1) == WS
@@ -68,8 +68,8 @@ def test_an_http_answer_to_the_upgrade_is_plain(error):
 
 
 @pytest.mark.parametrize("error", [RESET, NetworkError("HTTP", code=502)], ids=["reset", "502"])
-def test_resets_have_to_repeat(error):
-    """A server error, reset, time-out or death before hello_ack counts when it comes twice in a row with a healthy brain."""
+def test_repeated_reset_causes_fallback(error):
+    """A server error, reset or timeout selects long-poll when it occurs twice in a row."""
     policy = FallbackPolicy()
     assert not policy.on_websocket_failure(error, 0, yes)
     assert policy.on_websocket_failure(error, 1, yes)
@@ -77,31 +77,31 @@ def test_resets_have_to_repeat(error):
 
 
 @pytest.mark.parametrize("error", SPEAKS, ids=lambda error: type(error).__name__)
-def test_who_closes_with_a_code_speaks_websocket(error):
-    """A close code of the brain's, or a mistake of our own, never leads away from WebSocket, and ends a row of resets."""
+def test_close_code_keeps_websocket(error):
+    """A close code or a configuration error keeps WebSocket and ends a series of resets."""
     policy = FallbackPolicy()
     for now in range(10):
         assert not policy.on_websocket_failure(RESET, now, yes)
         assert not policy.on_websocket_failure(error, now, yes)
 
 
-def test_a_brain_that_is_down_is_no_proxy():
-    """While the health route does not answer either, nothing changes however often it fails."""
+def test_unreachable_brain_keeps_websocket():
+    """While the health route fails as well, WebSocket is kept after any number of failures."""
     policy = FallbackPolicy()
     assert not any(policy.on_websocket_failure(RESET, now, no) for now in range(20))
     assert policy.next_transport(20) == WS
 
 
-def test_a_session_in_between_starts_the_count_anew():
-    """Two resets with a good session between them are chance."""
+def test_session_resets_failure_count():
+    """Two resets with a session between them do not select long-poll."""
     policy = FallbackPolicy()
     policy.on_websocket_failure(RESET, 0, yes)
     policy.on_connected(WS, 1)
     assert not policy.on_websocket_failure(RESET, 2, yes)
 
 
-def test_looks_again_at_growing_intervals():
-    """WebSocket gets another try after a minute, then two, up to an hour apart."""
+def test_websocket_is_retried_at_growing_intervals():
+    """WebSocket is tried again after one minute, then two, up to one hour."""
     policy, now, waits = FallbackPolicy(), 0.0, []
     policy.on_websocket_failure(BLOCKED[0], now, yes)
     for _ in range(9):
@@ -113,8 +113,8 @@ def test_looks_again_at_growing_intervals():
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
 
 
-def test_returns():
-    """Once a session stands over WebSocket it is the choice again, and a later blockade starts at a minute."""
+def test_websocket_session_ends_fallback():
+    """A session over WebSocket ends the fallback, and a later one starts again at one minute."""
     policy = FallbackPolicy()
     policy.on_websocket_failure(BLOCKED[0], 0, yes)
     policy.postpone_probe(60)
@@ -124,8 +124,8 @@ def test_returns():
     assert policy.next_probe_at == 10_000 + PROBE_DELAY_INITIAL
 
 
-def test_flapping_looks_later_and_later():
-    """WebSocket that works for moments only is looked at ever more rarely."""
+def test_brief_websocket_sessions_keep_interval_growing():
+    """If WebSocket works only briefly, the intervals continue to grow."""
     policy = FallbackPolicy()
     now = 0.0
     policy.on_websocket_failure(BLOCKED[0], now, yes)
@@ -138,8 +138,8 @@ def test_flapping_looks_later_and_later():
     assert policy.next_probe_at - now == PROBE_DELAY_MAX
 
 
-def test_long_poll_refused_leads_back():
-    """Where long-poll is refused too, by a proxy or for the token, WebSocket is the next try."""
+def test_rejected_long_poll_returns_to_websocket():
+    """If long-poll is rejected by a proxy or for the token, WebSocket is tried next."""
     for error in (AuthenticationRejectedError("x", code=401), NetworkError("x", code=404)):
         policy = FallbackPolicy()
         policy.on_websocket_failure(BLOCKED[0], 0, yes)
@@ -161,8 +161,8 @@ def test_long_poll_refused_leads_back():
         )
     )
 )
-def test_never_stuck(steps):
-    """Whatever happens, either WebSocket is the choice or a look at it is due within an hour."""
+def test_websocket_is_retried_within_an_hour_after_any_steps(steps):
+    """After any steps, WebSocket is either in use or tried again within an hour."""
     policy, now = FallbackPolicy(), 0.0
     for what, error, healthy, seconds in steps:
         now += seconds
@@ -178,8 +178,8 @@ def test_never_stuck(steps):
 
 
 @pytest.mark.parametrize("preference", [WS, LONGPOLL])
-def test_a_forced_transport_stays(preference):
-    """``ws`` and ``longpoll`` are never left, whatever fails."""
+def test_forced_transport_is_never_left(preference):
+    """``ws`` and ``longpoll`` are kept, whatever fails."""
     policy = FallbackPolicy(preference)
     for error in (*BLOCKED, RESET):
         assert not policy.on_websocket_failure(error, 0, yes)
@@ -190,8 +190,8 @@ def test_a_forced_transport_stays(preference):
 # -- the setting
 
 
-def test_the_setting(monkeypatch):
-    """Z4J_TRANSPORT is read, a keyword wins over it."""
+def test_transport_setting_and_keyword(monkeypatch):
+    """``Z4J_TRANSPORT`` is read, and a keyword overrides it."""
     assert load_settings().transport == "auto"
     monkeypatch.setenv("Z4J_TRANSPORT", "longpoll")
     assert load_settings().transport == "longpoll"
@@ -308,8 +308,8 @@ def install(gate, monkeypatch):
 
 
 @pytest.mark.parametrize("block", ["403", "reset", "mute"])
-def test_falls_back(install, gate, peers, until, caplog, block):
-    """Behind each kind of blockade the agent reaches the brain over long-poll, and log and heartbeat say so."""
+def test_agent_falls_back_behind_blocking_proxy(install, gate, peers, until, caplog, block):
+    """Behind each kind of proxy the agent connects over long-poll, and log and heartbeat say so."""
     caplog.set_level(logging.INFO, "z4j")
     gate.block = block
     _, http_peer = peers
@@ -325,8 +325,8 @@ def test_falls_back(install, gate, peers, until, caplog, block):
 
 
 @pytest.mark.thorough
-def test_returns_and_loses_nothing(install, gate, peers, until, monkeypatch, caplog):
-    """Back and forth under load, every event arrives once and in order on whichever road was open, and commands run."""
+def test_changes_of_transport_lose_no_event(install, gate, peers, until, monkeypatch, caplog):
+    """When the transport changes under load, every event arrives once and in order."""
     caplog.set_level(logging.INFO, "z4j")
     monkeypatch.setattr(fallback, "PROBE_DELAY_INITIAL", 0.3)
     monkeypatch.setattr(fallback, "PROBE_DELAY_MAX", 0.5)
@@ -359,8 +359,8 @@ def test_returns_and_loses_nothing(install, gate, peers, until, monkeypatch, cap
     assert http_peer.mishaps == []
 
 
-def test_a_refused_token_is_not_a_proxy(install, gate, peers, until):
-    """Close code 4401 keeps the agent on WebSocket, because that is the brain speaking."""
+def test_rejected_token_keeps_websocket(install, gate, peers, until):
+    """Close code 4401 keeps the agent on WebSocket, because the brain sent it."""
     ws_peer, http_peer = peers
     ws_peer.token = "another"
     runtime = install()
@@ -370,8 +370,8 @@ def test_a_refused_token_is_not_a_proxy(install, gate, peers, until):
 
 
 @pytest.mark.parametrize("transport", ["ws", "longpoll"])
-def test_forced(install, gate, peers, until, transport):
-    """A forced transport is used from the first attempt, and the other never."""
+def test_forced_transport_is_used_from_first_attempt(install, gate, peers, until, transport):
+    """A forced transport is used from the first attempt, and the other one never."""
     ws_peer, http_peer = peers
     install(transport=transport)
     used, unused = (ws_peer, http_peer) if transport == "ws" else (http_peer, ws_peer)
@@ -379,14 +379,14 @@ def test_forced(install, gate, peers, until, transport):
     assert not unused.sessions
 
 
-def test_an_unknown_transport_is_refused(install):
-    """A transport that does not exist is an error of the host's, at its call."""
+def test_unknown_transport_raises_at_install(install):
+    """An unknown transport raises an error at installation."""
     with pytest.raises(Exception, match=r"(?i)transport"):
         install(transport="pigeon")
 
 
-def test_stop_while_connecting(install, gate, peers, until, backend, monkeypatch):
-    """stop() is bounded while neither road leads anywhere."""
+def test_stop_is_bounded_while_connecting(install, gate, peers, until, backend, monkeypatch):
+    """``stop()`` is bounded while neither transport connects."""
     monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 3.0)
     gate.block = "reset"
     _, http_peer = peers

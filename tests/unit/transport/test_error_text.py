@@ -50,8 +50,11 @@ def knock(backend, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ws", "wss"])
-def test_a_wrong_proxy_is_a_network_error_without_its_password(proxied, backend, caplog, scheme):
-    """Whatever is wrong with the variable, the loops get our error, and neither it nor a log at DEBUG has the password."""
+def test_invalid_proxy_raises_network_error_without_password(proxied, backend, caplog, scheme):
+    """An invalid proxy variable raises ``NetworkError``.
+
+    Neither the error nor a log has its password.
+    """
     caplog.set_level(logging.DEBUG)
     with pytest.raises(NetworkError) as caught:
         knock(backend, scheme)
@@ -59,16 +62,16 @@ def test_a_wrong_proxy_is_a_network_error_without_its_password(proxied, backend,
     assert "hunter" not in caplog.text
 
 
-def test_only_passwords_are_struck_out(monkeypatch):
-    """What is no proxy's password stays, and one of a character or two does not eat the text."""
+def test_only_proxy_passwords_are_masked(monkeypatch):
+    """Other text is kept, and a password of one or two characters is not masked."""
     monkeypatch.setenv("https_proxy", "http://me:a@proxy:1")
     monkeypatch.setenv("all_proxy", "http://proxy:1")
     assert describe_error(ValueError("a proxy\nand more")) == "ValueError: a proxy"
     assert describe_error(TimeoutError()) == "TimeoutError"
 
 
-def test_noise_does_not_reach_the_log():
-    """What a peer sends in place of words can neither forge a line nor steer a terminal."""
+def test_control_characters_are_replaced():
+    """Text from a peer can neither forge a log line nor control a terminal."""
     assert (
         describe_error(OSError("BadStatusLine: \x1b[2J\r\x07ok"))
         == "OSError: BadStatusLine: ?[2J??ok"

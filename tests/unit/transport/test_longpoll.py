@@ -115,20 +115,20 @@ def live(dial):
         ("http://127.0.0.1:7700", "http://127.0.0.1:7700/api/v1"),
     ],
 )
-def test_addresses(given, made):
-    """The brain's address becomes that of its API, a path prefix included."""
+def test_longpoll_url_keeps_path_prefix(given, made):
+    """The brain's URL becomes that of its API, including a path prefix."""
     assert longpoll_url(given, dev_mode=False) == made
 
 
-def test_no_token_in_the_clear():
-    """Plain HTTP to another host is refused, unless dev_mode takes the responsibility."""
+def test_plain_http_to_other_host_is_rejected():
+    """Plain HTTP to another host is rejected unless ``dev_mode`` is set."""
     with pytest.raises(HostConfigurationError, match="in the clear"):
         longpoll_url("http://brain.example.com", dev_mode=False)
     assert longpoll_url("http://brain.example.com", dev_mode=True).startswith("http://")
 
 
-def test_the_probe(dial, peer):
-    """A connect is one request that claims nothing and says who asks; its answer becomes a hello_ack."""
+def test_connect_probes_without_claiming_commands(dial, peer):
+    """Connect is one request that claims no command. Its response becomes a ``hello_ack``."""
     hello_ack = dial().connect()
     (probe,) = peer.requests
     assert (probe.method, probe.path, probe.query) == (
@@ -150,8 +150,8 @@ def test_the_probe(dial, peer):
     assert abs(hello_ack.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5
 
 
-def test_each_session_has_a_nonce_of_its_own(dial, peer):
-    """No nonce is used for two sessions, because seq starts over in each."""
+def test_each_session_has_new_nonce(dial, peer):
+    """No two sessions have the same nonce, because ``seq`` restarts in each."""
     for _ in range(3):
         dial().connect()
     assert len({request.nonce for request in peer.requests}) == 3
@@ -173,8 +173,8 @@ def test_each_session_has_a_nonce_of_its_own(dial, peer):
     ],
 )
 @pytest.mark.parametrize("where", ["probe", "upload", "poll"])
-def test_refusals(dial, peer, status, headers, kind, where):
-    """Every status means the same wherever it comes: its class, its number, the brain's words and its wish for a pause."""
+def test_http_status_has_same_meaning_everywhere(dial, peer, status, headers, kind, where):
+    """A status has the same class, code, reason and ``Retry-After`` in a probe, upload or poll."""
     one = dial()
     if where != "probe":
         one.connect()
@@ -195,15 +195,15 @@ def test_refusals(dial, peer, status, headers, kind, where):
     assert not any(request.path == "/" for request in peer.requests)
 
 
-def test_a_token_that_is_unknown(dial):
-    """The brain's own refusal of a token names the setting."""
+def test_rejected_token_names_setting(dial):
+    """A token that the brain rejects names the setting."""
     with pytest.raises(AuthenticationRejectedError, match="Z4J_TOKEN"):
         dial(token="wrong").connect()
 
 
 @pytest.mark.parametrize("body", [b"<html>Blocked</html>", b"[]", b"", b"\xff", b"[" * 50_000])
-def test_an_answer_that_is_not_the_brains(dial, peer, body):
-    """A page of a proxy in place of an answer is a protocol error that says so, in every place."""
+def test_response_of_proxy_is_protocol_error(dial, peer, body):
+    """A proxy's page in place of a response is a protocol error that says so."""
     one = dial()
     peer.answers["GET"] = [(200, {}, body)]
     with pytest.raises(RemoteProtocolError, match="proxy"):
@@ -218,8 +218,8 @@ def test_an_answer_that_is_not_the_brains(dial, peer, body):
         two.transport.receive(5.0)
 
 
-def test_nobody_there(backend, peer, dial):
-    """A refused connection is a network error, soon."""
+def test_closed_port_raises_network_error(backend, peer, dial):
+    """A closed port raises ``NetworkError``."""
     peer.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
         dial().connect()
@@ -228,7 +228,7 @@ def test_nobody_there(backend, peer, dial):
 # -- uploads
 
 
-def test_an_upload(live, peer):
+def test_upload_carries_one_signed_frame(live, peer):
     """One POST carries one signed frame as a string, and its return is the ack."""
     live.send(b'{"events":[{"n":"caf\xc3\xa9 \\" \\\\"}]}')
     (request,) = peer.of("POST")
@@ -237,8 +237,8 @@ def test_an_upload(live, peer):
     assert peer.events() == [{"n": 'café " \\'}]
 
 
-def test_one_upload_at_a_time(live, peer, backend):
-    """Senders from many tasks take turns, in the order of their signatures."""
+def test_concurrent_uploads_keep_signature_order(live, peer, backend):
+    """Concurrent uploads run one at a time, in the order of their signatures."""
     peer.post_seconds = 0.02
     tasks = [backend.spawn(live.send, name=f"sender-{number}") for number in range(8)]
     assert all(task.join(20) for task in tasks)
@@ -246,8 +246,8 @@ def test_one_upload_at_a_time(live, peer, backend):
     assert [frame.seq for frame in session.frames] == list(range(1, 9))
 
 
-def test_a_rejected_frame_is_not_acknowledged(live, peer):
-    """A 200 that did not accept the frame is an error, with the brain's reason."""
+def test_rejected_frame_raises_with_reason(live, peer):
+    """A response of 200 that did not accept the frame is an error with the brain's reason."""
     peer.answers["POST"] = [
         (200, {}, b'{"accepted":0,"rejected":1,"errors":["busy"],"error_code":null}')
     ]
@@ -255,15 +255,15 @@ def test_a_rejected_frame_is_not_acknowledged(live, peer):
         live.send()
 
 
-def test_an_upload_without_an_answer(live, peer):
-    """A line that breaks after the request leaves the frame unconfirmed."""
+def test_upload_without_response_raises(live, peer):
+    """A connection that breaks after the request leaves the frame unacknowledged."""
     peer.drop_posts = 1
     with pytest.raises(NetworkError):
         live.send()
 
 
-def test_a_refused_signature_names_its_causes(dial, peer):
-    """A 409 to the first frame of a fresh nonce is about key or clock, and waits as long as a refused token."""
+def test_rejected_first_signature_names_secret_and_clock(dial, peer):
+    """A 409 to the first frame of a nonce is an authentication error with two hints."""
     one = dial(secret=bytes(32))
     one.connect()
     with pytest.raises(AuthenticationRejectedError, match=r"Z4J_HMAC_SECRET.*clock"):
@@ -271,8 +271,11 @@ def test_a_refused_signature_names_its_causes(dial, peer):
     peer.mishaps.clear()  # the bad signature was on purpose
 
 
-def test_the_body_limit_is_learned(dial, peer):
-    """413 halves the limit until a body fits; the session stands, and the next session of the process knows."""
+def test_body_limit_is_halved_and_kept_for_next_session(dial, peer):
+    """413 halves the limit until a body fits.
+
+    The session continues, and the next one keeps the limit.
+    """
     peer.body_limit = 8192
     one = dial()
     assert one.connect().max_frame_bytes > 100_000
@@ -291,8 +294,8 @@ def test_the_body_limit_is_learned(dial, peer):
     assert (caught.value.limit, len(peer.requests)) == (8192, before + 1)
 
 
-def test_the_escapes_count(dial, peer):
-    """A frame travels as a JSON string, so its quotes cost two bytes each; the body never exceeds the limit by them."""
+def test_body_limit_includes_json_escapes(dial, peer):
+    """The limit applies to the body with the escapes of its JSON string."""
     one = dial(limits=LearnedLimits(body_limit=8192))
     one.connect()
     with pytest.raises(FrameTooLargeError) as caught:
@@ -301,8 +304,8 @@ def test_the_escapes_count(dial, peer):
     assert peer.of("POST") == []
 
 
-def test_a_line_that_breaks_under_a_large_body_is_a_hint(live, peer):
-    """Who refuses by size may hang up before answering: an unproven size is halved then, but never below the usual 8 KiB."""
+def test_broken_large_upload_halves_unproven_limit(live, peer):
+    """A connection that breaks during a large upload halves a limit above 8 KiB."""
     peer.drop_posts = 100
     for _ in range(8):
         with pytest.raises(NetworkError):
@@ -311,15 +314,15 @@ def test_a_line_that_breaks_under_a_large_body_is_a_hint(live, peer):
 
 
 @pytest.mark.parametrize("size", [2, 8192, 8193, BODY_LIMIT_INITIAL])
-def test_the_limit_sinks_below_what_was_refused(size):
-    """After a refusal the limit is under the refused size, or at its floor."""
+def test_rejected_body_size_exceeds_new_limit(size):
+    """After a rejection the limit is below the rejected size, or at its minimum."""
     limits = LearnedLimits()
     limits.reject_body(size)
     assert limits.body_limit < size or limits.body_limit == longpoll.BODY_LIMIT_MIN
 
 
-def test_the_pace():
-    """A burst goes at once, then the pace holds it below half of what the brain allows an address in a minute."""
+def test_token_bucket_limits_rate_after_burst():
+    """After a burst the rate stays below half of the brain's limit for one address."""
     bucket, now, sent = TokenBucket(), 0.0, 0
     while now < 60:
         now += bucket.take(now)
@@ -331,8 +334,8 @@ def test_the_pace():
 # -- polls
 
 
-def test_commands_come_one_by_one(live, peer, until):
-    """What a poll brought is handed out frame by frame, in order, each verifying under the session's nonce."""
+def test_receive_returns_polled_commands_in_order(live, peer, until):
+    """The commands of one poll are returned one by one, in order, and verify under the nonce."""
     ids = [peer.command("retry_task") for _ in range(5)]
     got = []
     while len(got) < 5:
@@ -345,23 +348,23 @@ def test_commands_come_one_by_one(live, peer, until):
     assert polls[0].headers["x-z4j-retry-contracts"] == "celery=1,rq=1"
 
 
-def test_receive_times_out_on_its_own(live, peer):
-    """A reader's patience is its own, whatever the poll's is; the poll goes on."""
+def test_receive_timeout_does_not_end_poll(live, peer):
+    """A receive times out by its own timeout while the poll continues."""
     assert live.transport.receive(0.05) is None
     assert live.transport.receive(0.05) is None
     assert len([request for request in peer.of("GET") if request.query["max_frames"] != "0"]) <= 1
 
 
-def test_uploads_do_not_wait_for_polls(live, peer, until):
-    """A frame goes out while a poll hangs."""
+def test_upload_during_poll_succeeds(live, peer, until):
+    """A frame is uploaded while a poll is waiting."""
     live.transport.receive(0.01)
     until(lambda: peer.polling)
     live.send()
     assert peer.polling
 
 
-def test_abort_wakes_the_reader(live, peer, backend, until):
-    """abort() from another task ends a waiting receive at once, and the poll with it."""
+def test_abort_ends_receive_and_poll(live, peer, backend, until):
+    """``abort`` from another task ends a waiting receive at once, and the poll with it."""
     ended = []
 
     def read():
@@ -381,8 +384,8 @@ def test_abort_wakes_the_reader(live, peer, backend, until):
         live.send()
 
 
-def test_abort_wakes_the_sender(live, peer, backend, until):
-    """abort() also ends an upload that gets no answer."""
+def test_abort_ends_upload(live, peer, backend, until):
+    """``abort`` ends an upload that has no response."""
     peer.post_seconds = 20.0
     failed = []
 
@@ -398,8 +401,8 @@ def test_abort_wakes_the_sender(live, peer, backend, until):
     assert failed
 
 
-def test_an_impatient_poll_does_not_spin(live, peer, backend, monkeypatch):
-    """Empty answers that come at once, as of a cache, are asked for no more than once a second."""
+def test_empty_polls_are_limited_to_one_per_second(live, peer, backend, monkeypatch):
+    """Immediate empty responses, as from a cache, are requested once a second at most."""
     peer.answers["GET"] = [(200, {}, b'{"frames":[]}')] * 50
     began = backend.now()
     while backend.now() - began < 1.2:
@@ -407,16 +410,16 @@ def test_an_impatient_poll_does_not_spin(live, peer, backend, monkeypatch):
     assert len(peer.answers["GET"]) >= 48
 
 
-def test_something_cuts_long_polls(live, peer):
-    """After a 504 the next session's polls are shorter, because a proxy on the way has less patience than the brain."""
+def test_gateway_timeout_shortens_polls(live, peer):
+    """After a 504 the next session's polls are shorter."""
     peer.answers["GET"] = [(504, {}, b"")]
     with pytest.raises(NetworkError, match="504"):
         live.transport.receive(5.0)
     assert live.limits.wait == 15
 
 
-def test_drain_loses_no_command(live, peer, backend, until, monkeypatch):
-    """drain() lets the poll that is out come back and hands out all it brought, and no other poll follows."""
+def test_drain_waits_for_poll_and_its_commands(live, peer, backend, until, monkeypatch):
+    """``drain`` waits for the current poll and its commands, and no other poll follows."""
     got = []
 
     def read():
@@ -447,8 +450,8 @@ def test_drain_loses_no_command(live, peer, backend, until, monkeypatch):
 # -- surroundings
 
 
-def test_only_the_environments_proxies_decide(dial, peer, monkeypatch, tmp_path):
-    """A proxy variable is used and NO_PROXY spares an address; a .netrc never replaces the token."""
+def test_proxy_variables_apply_and_netrc_does_not(dial, peer, monkeypatch, tmp_path):
+    """A proxy variable and ``NO_PROXY`` apply, and a ``.netrc`` never replaces the token."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login a password b\n")
     netrc.chmod(0o600)
@@ -465,8 +468,8 @@ def test_only_the_environments_proxies_decide(dial, peer, monkeypatch, tmp_path)
     assert peer.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_a_forward_proxy_carries_it(dial, peer, monkeypatch, backend):
-    """Through a forward proxy the request names the whole address, and the session works."""
+def test_session_through_forward_proxy(dial, peer, monkeypatch, backend):
+    """Through a forward proxy the request has the full URL, and the session works."""
     monkeypatch.setenv("http_proxy", peer.url)
     monkeypatch.setattr(
         peer,
@@ -510,8 +513,8 @@ def dial_secure(secure, backend):
         one.transport.close()
 
 
-def test_over_tls(dial_secure, secure, certificate):
-    """Over TLS frames of any size go up while a poll hangs, and commands come down."""
+def test_session_over_tls(dial_secure, secure, certificate):
+    """Over TLS frames of any size are uploaded during a poll, and commands arrive."""
     one = dial_secure(certificate)
     one.connect()
     one.transport.receive(0.01)
@@ -526,8 +529,8 @@ def test_over_tls(dial_secure, secure, certificate):
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_an_unknown_authority_is_refused(dial_secure, secure, certificate):
-    """A certificate that nobody vouches for ends the connection before the token is sent."""
+def test_unknown_certificate_is_rejected_before_token(dial_secure, secure, certificate):
+    """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
         dial_secure(None).connect()
     gc.collect()
@@ -537,8 +540,8 @@ def test_an_unknown_authority_is_refused(dial_secure, secure, certificate):
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_requests_adds_no_authorities(dial_secure, secure, certificate, monkeypatch, tmp_path):
-    """What the setting names is all that counts: neither requests' own bundle nor its variables widen it."""
+def test_requests_adds_no_ca_certificates(dial_secure, secure, certificate, monkeypatch, tmp_path):
+    """Neither the bundle of ``requests`` nor its variables add CA certificates."""
     monkeypatch.setenv("CURL_CA_BUNDLE", str(certificate))
     one = dial_secure(None)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
@@ -551,8 +554,8 @@ def test_requests_adds_no_authorities(dial_secure, secure, certificate, monkeypa
     assert len(one.transport._tls.get_ca_certs()) == 1
 
 
-def test_through_a_tunnel(dial_secure, secure, certificate, backend, monkeypatch):
-    """Over TLS a proxy sees CONNECT and its own credentials, never the token."""
+def test_tunnel_proxy_never_sees_token(dial_secure, secure, certificate, backend, monkeypatch):
+    """Over TLS a proxy sees CONNECT and its own credentials, but never the token."""
     tunnel = Tunnel(backend)
     try:
         monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{tunnel.port}")
@@ -576,8 +579,8 @@ def test_through_a_tunnel(dial_secure, secure, certificate, backend, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
-def test_a_forked_child_leaves_the_line_alone(live, peer, backend, until, mode, idle):
-    """A child neither uses, reads nor breaks its parent's connections: the session goes on as if nobody had forked."""
+def test_forked_child_does_not_touch_connections(live, peer, backend, until, mode, idle):
+    """A child neither uses nor breaks its parent's connections, and the session continues."""
     if idle and mode == "eventlet":
         pytest.skip(
             "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
@@ -670,8 +673,8 @@ def install(peer, engine, monkeypatch):
         _process_singleton.clear_runtime(expected=runtime)
 
 
-def test_everything_over_long_poll(install, peer, engine, until):
-    """Without an agent id given, heartbeats, events, commands and results all work within a body limit of 8 KiB."""
+def test_agent_works_within_8_kib_bodies(install, peer, engine, until):
+    """Heartbeats, events, commands and results work within a body limit of 8 KiB."""
     runtime = install()
     beat = until(lambda: peer.frames("heartbeat"))[0]
     assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
@@ -688,8 +691,11 @@ def test_everything_over_long_poll(install, peer, engine, until):
     assert runtime.stats()["recut"] == 0
 
 
-def test_a_large_event_is_cut_not_dropped(install, peer, until):
-    """An event over the limit loses traceback, result and args in that order, as far as needed, and is marked and counted."""
+def test_large_event_is_truncated_and_counted(install, peer, until):
+    """An event over the limit loses traceback, result and args as far as needed.
+
+    It is marked and counted.
+    """
     runtime = install()
     runtime.record_event(an_event(1, traceback="t" * 6000, result="r" * 4000, args=[1]))
     runtime.record_event(an_event(2, traceback='"' * 9000, result="r" * 9000, args=["a" * 9000]))
@@ -704,8 +710,8 @@ def test_a_large_event_is_cut_not_dropped(install, peer, until):
     assert runtime.stats()["lost"] == {}
 
 
-def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
-    """A heartbeat over the limit loses what is active, then registered, conf and all details, but goes out every time."""
+def test_large_heartbeat_is_reduced_and_sent(install, peer, until, monkeypatch):
+    """A heartbeat over the limit loses worker details in order, but is sent every time."""
     runtime = install()
     until(lambda: peer.frames("heartbeat"))
     agent = runtime._agent
@@ -737,8 +743,8 @@ def test_a_large_heartbeat_is_always_sent(install, peer, until, monkeypatch):
     until(lambda: runtime.stats()["recut"] == 2)
 
 
-def test_commands_outlive_their_session(install, peer, engine, until):
-    """All commands of one poll run although the first acknowledgement meets a dead session; the results go by the next."""
+def test_commands_of_lost_session_are_executed(install, peer, engine, until):
+    """All commands of a poll run although their session is lost. The results go by the next one."""
     runtime = install()
     # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
     until(
@@ -758,8 +764,8 @@ def test_commands_outlive_their_session(install, peer, engine, until):
     assert sorted(engine.calls) == [f"t-{number}" for number in range(5)]
 
 
-def test_a_redelivered_command_is_answered_again(install, peer, engine, until):
-    """A poll that brings a command again, as the brain does every ten seconds, gets its answer again and nothing else."""
+def test_redelivered_command_gets_same_result(install, peer, engine, until):
+    """A command that is delivered again gets the same result and is not executed again."""
     install()
     identity = peer.command("retry_task", {"task_id": "t-1"})
     until(lambda: peer.frames("command_result"))
@@ -770,8 +776,8 @@ def test_a_redelivered_command_is_answered_again(install, peer, engine, until):
     assert engine.calls == ["t-1"]
 
 
-def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
-    """A result over the limit keeps its status and its numbers and says why there is no more, as over WebSocket."""
+def test_large_result_becomes_summary(install, peer, engine, until):
+    """A result over the limit keeps its status and numbers, and reports the reason."""
     engine.result = {"rows": ["x" * 100] * 200, "done": 200}
     install()
     identity = peer.command("retry_task", {"task_id": "t-1"})
@@ -781,8 +787,8 @@ def test_a_large_result_becomes_a_short_one(install, peer, engine, until):
     assert result.payload.result == {"shortened": True, "done": 200}
 
 
-def test_a_dead_session_is_replaced(install, peer, until):
-    """After 409 a new nonce is probed, and the events go again with the same id."""
+def test_lost_session_is_replaced_after_409(install, peer, until):
+    """After a 409 a new nonce is probed, and the events are sent again with the same id."""
     runtime = install()
     until(lambda: peer.frames("heartbeat"))
     for session in list(peer.sessions.values()):
@@ -792,9 +798,7 @@ def test_a_dead_session_is_replaced(install, peer, until):
     until(lambda: settled(runtime, 1))
     assert [sent["id"] for sent in peer.events()] == [str(event.id)]
     assert len(peer.sessions) >= 2
-    assert (
-        "HTTP 409" in runtime.stats()["last_error"] or not runtime.stats()["last_error"]
-    )
+    assert "HTTP 409" in runtime.stats()["last_error"] or not runtime.stats()["last_error"]
 
 
 @pytest.mark.parametrize(
@@ -808,8 +812,8 @@ def test_a_dead_session_is_replaced(install, peer, until):
     ],
     ids=["400", "403", "409", "422", "error-code"],
 )
-def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, status, body):
-    """An event, and a result, whose upload is refused each time is dropped and counted; everything else arrives."""
+def test_poison_upload_is_dropped_and_counted(install, peer, engine, until, caplog, status, body):
+    """An event or result whose upload always fails is dropped and counted."""
     answer, events = peer.answer, [an_event(number) for number in range(12)]
     engine.result = {"say": "hemlock"}
     marks = [b"hemlock", str(events[5].id).encode()]
@@ -845,8 +849,8 @@ def test_a_body_that_is_refused_for_ever(install, peer, engine, until, caplog, s
     assert runtime.stats()["restarts"] == {}
 
 
-def test_an_answer_that_got_lost(install, peer, until):
-    """What was sent without an answer is sent again, same id, in a new session."""
+def test_upload_without_response_is_repeated(install, peer, until):
+    """An event without a response is sent again with the same id in a new session."""
     runtime = install()
     until(lambda: peer.frames("heartbeat"))
     event = an_event(1)
@@ -856,8 +860,8 @@ def test_an_answer_that_got_lost(install, peer, until):
     assert {sent["id"] for sent in peer.events()} == {str(event.id)}
 
 
-def test_stop_is_bounded(install, peer, backend, until):
-    """A poll that hangs does not hold up stop(), and what was recorded before is delivered."""
+def test_stop_is_bounded_during_poll(install, peer, backend, until):
+    """A waiting poll does not delay ``stop()``, and recorded events are delivered."""
     runtime = install()
     until(lambda: peer.polling)
     runtime.record_event(an_event(1))
@@ -867,8 +871,8 @@ def test_stop_is_bounded(install, peer, backend, until):
     assert len(peer.events()) == 1
 
 
-def test_no_secret_in_the_log(install, peer, until, caplog):
-    """Not even at DEBUG does the log hold the token or the key."""
+def test_log_contains_no_secret(install, peer, until, caplog):
+    """The log has neither the token nor the secret, not even at DEBUG."""
     caplog.set_level(logging.DEBUG)
     runtime = install()
     runtime.record_event(an_event(1))
@@ -877,8 +881,8 @@ def test_no_secret_in_the_log(install, peer, until, caplog):
     assert SECRET_TEXT not in caplog.text
 
 
-def test_quiet_agents_stay_alive(install, peer, until, monkeypatch):
-    """With heartbeats off an empty batch stands in, as over WebSocket."""
+def test_empty_batches_replace_disabled_heartbeats(install, peer, until, monkeypatch):
+    """With heartbeats disabled the agent sends empty batches, as over WebSocket."""
     monkeypatch.setenv("Z4J_HEARTBEAT", "off")
     monkeypatch.setattr(heartbeat, "KEEPALIVE_INTERVAL", 0.1)
     install()

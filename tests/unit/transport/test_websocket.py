@@ -29,30 +29,30 @@ from z4j_bare.wire.session import parse_hello_ack
         ("http://[::1]:7700", "ws://[::1]:7700/ws/agent"),
     ],
 )
-def test_addresses(given, made):
-    """The brain's address becomes that of its WebSocket, a path prefix included."""
+def test_websocket_url_keeps_path_prefix(given, made):
+    """The brain's URL becomes that of its WebSocket route, including a path prefix."""
     assert websocket_url(given, dev_mode=False) == made
 
 
 @pytest.mark.parametrize(
     "given", ["http://brain.example.com", "http://10.0.0.7:7700", "http://localhost.example.com"]
 )
-def test_no_token_in_the_clear(given):
-    """Plain HTTP to another host is refused, unless dev_mode takes the responsibility."""
+def test_plain_http_to_other_host_is_rejected(given):
+    """Plain HTTP to another host is rejected unless ``dev_mode`` is set."""
     with pytest.raises(HostConfigurationError, match="in the clear"):
         websocket_url(given, dev_mode=False)
     assert websocket_url(given, dev_mode=True).startswith("ws://")
 
 
 @pytest.mark.parametrize("given", ["ftp://x", "brain.example.com", "https://", ""])
-def test_no_addresses(given):
-    """What is no http(s) address is refused under the setting's name."""
+def test_invalid_url_names_setting(given):
+    """A URL that is not HTTP is rejected with the name of the setting."""
     with pytest.raises(HostConfigurationError, match="Z4J_BRAIN_URL"):
         websocket_url(given, dev_mode=True)
 
 
-def test_close_frames():
-    """A close frame's code and reason are read, and one without a body is a plain loss."""
+def test_close_error_reads_code_and_reason():
+    """The code and reason of a close frame are read. An empty body is a lost connection."""
     assert close_error(struct.pack("!H", 4401) + b"who are you").code == 4401
     assert isinstance(close_error(struct.pack("!H", 4401)), AuthenticationRejectedError)
     assert close_error(b"").code is None
@@ -82,7 +82,7 @@ SIZES = (
     st.sampled_from(SIZES) | st.integers(0, 3 * MASK_CHUNK),
     st.randoms(),
 )
-def test_a_binary_message(key, size, random):
+def test_binary_frame_equals_library_frame(key, size, random):
     """A message of any size is the frame that websocket-client makes of it with the same key."""
     data = random.randbytes(size)
     theirs, ours = ABNF.create_frame(data, ABNF.OPCODE_BINARY), BinaryFrame(data)
@@ -90,8 +90,8 @@ def test_a_binary_message(key, size, random):
     assert ours.format() == theirs.format()
 
 
-def test_the_key_of_a_message():
-    """Each message has a key of its own that nobody can foresee: the same one looks different each time."""
+def test_binary_frames_have_random_masks():
+    """Each message has its own random mask."""
     assert len({BinaryFrame(b"x" * 8).format() for _ in range(16)}) == 16
 
 
@@ -106,15 +106,15 @@ def ends(backend):
     right.close()
 
 
-def test_the_line_reads_ahead(ends):
-    """Bytes come in the pieces that are asked for, whatever pieces they arrived in."""
+def test_recv_returns_requested_sizes(ends):
+    """Bytes are returned in the requested sizes, whatever sizes arrived."""
     line, other = ends
     other.sendall(b"abcdef")
     assert (line.recv(1), line.recv(2), line.recv(10)) == (b"a", b"bc", b"def")
 
 
-def test_the_line_times_out(ends):
-    """A silent line and a full one are time-outs, after the reader's and the writer's own patience."""
+def test_recv_and_send_time_out(ends):
+    """Reads and writes time out after their own timeouts."""
     line, _other = ends
     with pytest.raises(TimeoutError):
         line.recv(1)
@@ -129,8 +129,8 @@ def test_the_line_times_out(ends):
     assert line.gettimeout() == 0
 
 
-def test_the_line_ends(ends, backend, until):
-    """A reader that waits sees the end when the other side hangs up, and when somebody here breaks the line."""
+def test_shutdown_wakes_reader(ends, backend, until):
+    """A waiting reader sees the end of the stream after a shutdown by either side."""
     line, other = ends
     line.settimeout(20)
     got = []
@@ -175,8 +175,8 @@ def dial(backend):
         transport.close()
 
 
-def test_a_session(peer, dial, until):
-    """Connect says hello and returns the answer; messages come and go; close says goodbye and may be repeated."""
+def test_session_connects_exchanges_and_closes(peer, dial, until):
+    """A session connects, exchanges messages, and can be closed repeatedly."""
     transport = dial(peer)
     assert parse_hello_ack(transport.connect(a_hello())).session_id == peer.sessions[0].id
     assert transport.receive(0.01) is None
@@ -194,8 +194,8 @@ def test_a_session(peer, dial, until):
             use()
 
 
-def test_a_message_in_pieces(peer, dial, backend):
-    """A message that arrives byte by byte, with pauses longer than the reader's time-out, is put together."""
+def test_message_in_single_bytes_is_assembled(peer, dial, backend):
+    """A message that arrives byte by byte with pauses beyond the read timeout is assembled."""
     transport = dial(peer)
     transport.connect(a_hello())
     session = peer.last
@@ -212,7 +212,7 @@ def test_a_message_in_pieces(peer, dial, backend):
     assert got == b"hello"
 
 
-def test_fragments_and_pings(peer, dial, until):
+def test_fragmented_message_with_ping_is_assembled(peer, dial, until):
     """A fragmented message with a ping in the middle is one message, and the ping is answered."""
     transport = dial(peer)
     transport.connect(a_hello())
@@ -222,8 +222,8 @@ def test_fragments_and_pings(peer, dial, until):
     until(lambda: peer.last.pongs == 1)
 
 
-def test_abort_wakes_the_reader(peer, dial, backend):
-    """A reader that waits for long wakes with an error when another task breaks the line."""
+def test_abort_wakes_reader(peer, dial, backend):
+    """A waiting reader raises an error when another task aborts."""
     transport = dial(peer)
     transport.connect(a_hello())
     got = []
@@ -241,8 +241,8 @@ def test_abort_wakes_the_reader(peer, dial, backend):
     assert len(got) == 1
 
 
-def test_a_refusal_right_after_the_upgrade(peer, dial):
-    """The reason is told apart although the brain hangs up before our hello gets there."""
+def test_close_code_after_upgrade_is_reported(peer, dial):
+    """The close code is reported although the brain closes before ``hello`` arrives."""
     peer.token = "another"
     for _ in range(10):
         with pytest.raises(AuthenticationRejectedError) as caught:
@@ -250,8 +250,8 @@ def test_a_refusal_right_after_the_upgrade(peer, dial):
         assert caught.value.code == 4401
 
 
-def test_a_failed_build_sends_nothing(peer, dial, until):
-    """A frame that cannot be built costs only itself: the order and the line are intact afterwards."""
+def test_failing_build_keeps_connection_usable(peer, dial, until):
+    """A frame that cannot be built is not sent, and the connection stays usable."""
     transport = dial(peer)
     transport.connect(a_hello())
     with pytest.raises(ZeroDivisionError):
@@ -260,8 +260,8 @@ def test_a_failed_build_sends_nothing(peer, dial, until):
     until(lambda: peer.mishaps)
 
 
-def test_a_full_line_is_dead_after_a_while(peer, dial, monkeypatch):
-    """A peer that stops reading costs the writer its patience, then the line."""
+def test_full_socket_raises_after_send_timeout(peer, dial, monkeypatch):
+    """A peer that stops reading causes ``NetworkError`` after the send timeout."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.1)
     transport = dial(peer)
     transport.connect(a_hello())
@@ -270,8 +270,8 @@ def test_a_full_line_is_dead_after_a_while(peer, dial, monkeypatch):
         [transport.send(lambda: b"x" * 1_000_000) for _ in range(200)]
 
 
-def test_nobody_there(dial, backend):
-    """A closed port is a network error that says so."""
+def test_closed_port_raises_network_error(dial, backend):
+    """A closed port raises ``NetworkError``."""
     gone = Peer(backend)
     gone.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
@@ -288,8 +288,8 @@ def secure(backend, server_tls):
     made.stop()
 
 
-def test_a_session_over_tls(secure, dial, certificate, backend, until):
-    """Over TLS both directions work at once and nothing is torn."""
+def test_tls_session_works_in_both_directions(secure, dial, certificate, backend, until):
+    """Over TLS both directions work at the same time, and no message is damaged."""
     transport = dial(secure, tls_context(certificate, None, None))
     transport.connect(a_hello())
     session = secure.last
@@ -314,15 +314,15 @@ def test_a_session_over_tls(secure, dial, certificate, backend, until):
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_an_unknown_authority_is_refused(secure, dial):
-    """A certificate that nobody vouches for ends the connection before the token is sent."""
+def test_unknown_certificate_is_rejected_before_token(secure, dial):
+    """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
         dial(secure, tls_context(None, None, None)).connect(a_hello())
     assert all(session.headers == {} for session in secure.sessions)
 
 
-def test_abort_over_tls(secure, dial, certificate, backend):
-    """A TLS reader that waits wakes with an error when another task breaks the line."""
+def test_abort_wakes_tls_reader(secure, dial, certificate, backend):
+    """A waiting TLS reader raises an error when another task aborts."""
     transport = dial(secure, tls_context(certificate, None, None))
     transport.connect(a_hello())
     got = []

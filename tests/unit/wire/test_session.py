@@ -79,8 +79,8 @@ def an_event(data, task_id="t-1", queue="celery"):
     )
 
 
-def test_vector(monkeypatch):
-    """The published test vector (brain-contract 2.1) comes out of our signer byte for byte."""
+def test_sign_reproduces_published_vector(monkeypatch):
+    """The test vector of docs/protocol.md results byte for byte."""
     monkeypatch.setattr(session, "token_urlsafe", lambda _n: "A" * 22)
     payload = canonical(
         {
@@ -107,8 +107,8 @@ def test_vector(monkeypatch):
     st.lists(st.dictionaries(st.text(max_size=5), anything, max_size=4), max_size=4),
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
 )
-def test_core_accepts_every_frame(datas, task_id):
-    """z4j_core's verifier accepts every frame we build, for any event that hypothesis invents."""
+def test_core_verifies_any_signed_event_batch(datas, task_id):
+    """z4j_core's verifier accepts the frames of any events."""
     ours, core = session.Session(WELCOME, SECRET), verifier()
     for data in datas:
         encoded = frames.encode_event(an_event(data, task_id))
@@ -120,8 +120,8 @@ def test_core_accepts_every_frame(datas, task_id):
 
 @settings(max_examples=200, deadline=None)
 @given(anything)
-def test_splicing_signs_what_core_signs(value):
-    """The spliced signature equals z4j_core's signature over the parsed frame with the session's ids put in."""
+def test_spliced_signature_equals_core_signature(value):
+    """The signature equals z4j_core's signature of the parsed frame with the three ids."""
     wire = json.loads(
         session.Session(WELCOME, SECRET).sign(
             "heartbeat", 'h"é', canonical({"x": value}), time.time()
@@ -133,20 +133,20 @@ def test_splicing_signs_what_core_signs(value):
 
 @settings(max_examples=200, deadline=None)
 @given(anything)
-def test_plain_values_survive_a_round_trip(value):
-    """A sanitised value encodes the same before and after a parse: nothing the brain re-encodes can differ."""
+def test_canonical_bytes_survive_round_trip(value):
+    """A sanitised value encodes to the same bytes after a parse, as in the brain."""
     encoded = canonical(value)
     assert canonical_plain(json.loads(encoded)) == encoded
     assert to_json_types(json.loads(encoded)) == json.loads(encoded)
 
 
-def test_equal_keys_collapse():
-    """Keys that become equal as text leave one entry: a duplicate key would break the signature (4403)."""
+def test_keys_with_equal_text_collapse():
+    """Keys with equal text leave one entry, because duplicates would break the signature (4403)."""
     assert canonical({1: "a", "1": "b"}) == b'{"1":"b"}'
 
 
-def test_large_strings():
-    """An event with 1 MiB strings is cut to a legal size, keeps its identity and is marked as cut."""
+def test_event_with_large_strings_is_truncated():
+    """An event with strings of 1 MiB is truncated, keeps its names and is marked."""
     encoded = frames.encode_event(
         an_event({"task_name": "shop.pay", "args": ["é" * 1_048_576], "traceback": "x" * 1_048_576})
     )
@@ -157,8 +157,8 @@ def test_large_strings():
     assert "bytes cut" in fields["data"]["traceback"]
 
 
-def test_shrinking_ends_with_the_names():
-    """An event that is large in a place we know nothing about keeps its names and says how much was cut."""
+def test_shrink_event_keeps_names_last():
+    """An event whose size is in unknown fields keeps only its names and the cut size."""
     fields = json.loads(
         frames.shrink_event(
             {"id": "x", "data": {"task_name": "a", "queue": "q" * 300, "odd": ["y" * 5000]}}, 2000
@@ -169,8 +169,8 @@ def test_shrinking_ends_with_the_names():
     assert "bytes cut" in fields["data"]["cut"]
 
 
-def test_a_key_that_cannot_describe_itself():
-    """An object whose own code raises is named by its class instead of failing the event."""
+def test_object_with_failing_str_is_named_by_class():
+    """An object whose ``__str__`` raises is replaced by its class name."""
 
     class Rude:
         def __str__(self):
@@ -179,16 +179,16 @@ def test_a_key_that_cannot_describe_itself():
     assert canonical({"x": Rude()}).startswith(b'{"x":"<tests.unit.wire.test_session')
 
 
-def test_depth_is_bounded():
-    """A structure nested a thousand levels deep becomes a marker at our depth instead of a recursion error."""
+def test_deep_nesting_becomes_marker():
+    """A value nested a thousand levels deep is cut with a marker and causes no recursion error."""
     value = []
     for _ in range(900):
         value = [value]
     assert b"nested too deep" in canonical(value)
 
 
-def test_sequence_starts_at_one_and_rises():
-    """Each session counts its own frames from 1 without a gap."""
+def test_sequence_counts_from_one():
+    """Each session numbers its frames from 1 without a gap."""
     ours = session.Session(WELCOME, SECRET)
     numbers = [json.loads(ours.sign("heartbeat", "h", b"{}", time.time()))["seq"] for _ in range(3)]
     assert numbers == [1, 2, 3]
@@ -199,8 +199,8 @@ def from_brain(**payload):
     return FrameSigner(secret=SECRET, **BINDING).sign_and_serialize(frame)
 
 
-def test_a_good_frame_opens():
-    """A frame that z4j_core signed for this session is accepted once."""
+def test_verify_accepts_frame_once():
+    """A frame that z4j_core signed for this session is accepted once and rejected as a replay."""
     ours, message = session.Session(WELCOME, SECRET), from_brain(x=1)
     assert ours.verify(message).payload.events == [{"x": 1}]
     with pytest.raises(RemoteProtocolError, match="verification"):
@@ -222,8 +222,8 @@ def opened(ours, message):
     ),
     st.sampled_from(["", "key", "alter", "again"]),
 )
-def test_large_frames_are_judged_alike(parameters, attack):
-    """A large frame is verified in bites with the outcome of z4j_core's own verifier, whatever it holds."""
+def test_incremental_verification_equals_core_verification(parameters, attack):
+    """Incremental verification agrees with z4j_core's verifier on valid and forged frames."""
     signer = FrameSigner(secret=bytes(32) if attack == "key" else SECRET, **BINDING)
     payload = CommandPayload(
         action="submit_task", parameters={"kept": 1, **parameters}, timeout_seconds=7
@@ -243,23 +243,26 @@ def test_large_frames_are_judged_alike(parameters, attack):
 
 @settings(max_examples=300, deadline=None)
 @given(anything)
-def test_patient_json(value):
-    """Parsed and encoded in bites, JSON comes out as from the standard library."""
+def test_incremental_json_equals_stdlib(value):
+    """Incremental parsing and encoding have the same results as the standard library."""
     text, breaths = canonical(value), []
     assert incremental.loads_incrementally(text, lambda: breaths.append(1)) == json.loads(text)
     assert b"".join(incremental.iter_canonical(json.loads(text), lambda: breaths.append(1))) == text
 
 
-def test_patient_strings():
-    """A long string is encoded in pieces that no escape or wide character falls between."""
-    value = {"a": ('"\\\n\x00é\u2028\U0001f600' * incremental.CHUNK_CHARS)[:-3], "b": ["x" * incremental.CHUNK_CHARS * 2]}
+def test_iter_canonical_splits_long_strings():
+    """A long string is encoded in pieces, without splitting escapes or wide characters."""
+    value = {
+        "a": ('"\\\n\x00é\u2028\U0001f600' * incremental.CHUNK_CHARS)[:-3],
+        "b": ["x" * incremental.CHUNK_CHARS * 2],
+    }
     pieces = list(incremental.iter_canonical(value, lambda: None))
     assert b"".join(pieces) == canonical(value)
     assert max(map(len, pieces)) < 10 * incremental.CHUNK_CHARS
 
 
-def test_a_foreign_signature_is_refused():
-    """A frame signed with another key, or altered, is a remote protocol error."""
+def test_verify_rejects_foreign_signature():
+    """A frame signed with another key raises ``RemoteProtocolError``."""
     ours = session.Session(WELCOME, bytes(32))
     with pytest.raises(RemoteProtocolError):
         ours.verify(from_brain(x=1))
@@ -280,8 +283,8 @@ def test_a_foreign_signature_is_refused():
         ]
     )
 )
-def test_fuzz_open(message):
-    """Whatever bytes arrive, only our remote-protocol error comes out of the receive path."""
+def test_verify_raises_only_protocol_error_for_any_bytes(message):
+    """Verification raises ``RemoteProtocolError`` and nothing else, for any bytes."""
     for large in (session.INCREMENTAL_THRESHOLD, 0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "INCREMENTAL_THRESHOLD", large)
@@ -290,8 +293,8 @@ def test_fuzz_open(message):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200) | anything.map(canonical))
-def test_fuzz_welcome(message):
-    """Whatever the first message is, it is a hello_ack or our remote-protocol error."""
+def test_parse_hello_ack_raises_only_protocol_error_for_any_bytes(message):
+    """Parsing the first message raises ``RemoteProtocolError`` and nothing else, for any bytes."""
     with pytest.raises(RemoteProtocolError):
         session.parse_hello_ack(message)
 
@@ -310,8 +313,8 @@ def ack(**payload):
     )
 
 
-def test_welcome():
-    """hello_ack yields the ids, the interval, the frame cap and the brain's clock."""
+def test_parse_hello_ack_reads_ids_limits_and_clock():
+    """``hello_ack`` has the ids, the heartbeat interval, the frame limit and the clock."""
     hello_ack = session.parse_hello_ack(
         ack(heartbeat_interval_seconds=7, max_frame_size_bytes=4096)
     )
@@ -323,14 +326,14 @@ def test_welcome():
     )
 
 
-def test_another_protocol_version():
-    """A brain of another protocol version is incompatible, not merely broken."""
+def test_parse_hello_ack_rejects_other_protocol_version():
+    """Another protocol version raises ``IncompatibleError``."""
     with pytest.raises(IncompatibleError, match="upgrade"):
         session.parse_hello_ack(ack(protocol_version="3"))
 
 
-def test_hello_is_valid():
-    """z4j_core's own model accepts our hello, strictly typed as the brain reads it."""
+def test_hello_is_valid_for_core_model():
+    """z4j_core's strict model accepts the ``hello`` frame."""
     identity = frames.Identity(
         framework="bare",
         agent_version="1.13.0+green.1",
@@ -346,8 +349,11 @@ def test_hello_is_valid():
     assert frame.payload.host == {"name": "w1"}
 
 
-def test_results_always_fit():
-    """Of a result too large to send the status and the numbers remain, and why there is no more; keys may be anything."""
+def test_large_result_becomes_summary():
+    """A result that is too large keeps its status and numbers, and reports the reason.
+
+    Keys can be anything.
+    """
     body = json.loads(
         frames.command_result(
             "success", {"rows": ["x" * 100] * 5000, "done": 5000, "all": True}, None, "tok"
@@ -371,13 +377,13 @@ def test_results_always_fit():
     )
 
 
-def test_errors_are_cut():
-    """An error text over the frame model's limit is cut, because the frame would be refused."""
+def test_error_text_is_cut_to_model_limit():
+    """An error text is cut to the limit of the frame model."""
     assert len(json.loads(frames.command_result("failed", None, "x" * 9000, None))["error"]) == 8192
 
 
-def test_heartbeat_is_valid():
-    """The verifier accepts a heartbeat with all its figures, the strictly checked loss object included."""
+def test_heartbeat_is_valid_for_core_model():
+    """The verifier accepts a heartbeat with all fields, such as the strictly validated loss."""
     payload = frames.heartbeat(
         buffer_size=10**9,
         dropped_events=3,
