@@ -18,7 +18,7 @@ from z4j_bare.engines.manager import EngineManager
 from z4j_bare.errors import AgentError
 from z4j_bare.events.encode import encode_model
 from z4j_bare.events.ring import Ring
-from z4j_bare.monitoring.control_server import Desk
+from z4j_bare.monitoring.control_server import ControlServer
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 from z4j_bare.monitoring.health import HealthLoop
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
@@ -100,7 +100,7 @@ class Agent:
             counters=counters,
             buffer=buffer,
             backend=backend,
-            lateness=hub_lag,
+            hub_lag=hub_lag,
             started=identity.started_at.timestamp(),
             health=health.latest,
             dropped=self.engines.dropped,
@@ -129,7 +129,7 @@ class Agent:
         registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
         self._session.on_start += [self.engines.announce_workers, registry.wake]
         self._session.on_end.append(self.schedules.revoke)
-        control_server = Desk(
+        control_server = ControlServer(
             framework.name, {STATUS: self.status.describe, RESTART: self._restart}, backend
         )
         adopter = AdoptLoop(str(config.buffer_path), stores.claim, buffer, backend, sender.notify)

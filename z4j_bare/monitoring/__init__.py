@@ -1,1 +1,1 @@
-"""How the host is: its broker, its hub, its worker. Each probe in a task of its own, bounded, the last good answer kept."""
+"""Health, metrics and reports of a running agent and of the worker around it."""

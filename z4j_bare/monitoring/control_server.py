@@ -1,8 +1,8 @@
-"""The agent's desk: a Unix socket in ``Z4J_HOME`` at which ``z4j-bare status`` and ``restart`` ask (``control.py``)."""
+"""The server side of ``control.py``: the Unix socket for ``z4j-bare status`` and ``restart``."""
 
 from __future__ import annotations
 
-import _socket  # the C class, which nobody patches: its waits go through the backend
+import _socket  # the C class, which is never patched: all waits go through the backend
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -14,64 +14,60 @@ from z4j_bare import control
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
 
-logger = logging.getLogger("z4j.runtime.control")
+logger = logging.getLogger("z4j.runtime.monitoring.control_server")
 
-#: Seconds for a visitor to say a word and to take the answer, and between two looks at whether the desk shall close.
-PATIENCE = 2.0
-LOOK = 60.0
+#: Seconds for a client to send its request, and for each write of the response.
+CLIENT_TIMEOUT = 2.0
 
-#: Bytes of a word.
-LONGEST_WORD = 64
+#: Seconds between two checks of the stop event. Usually :meth:`ControlServer.wake` is faster.
+STOP_POLL_INTERVAL = 60.0
+
+#: Maximum bytes of a request.
+MAX_REQUEST_BYTES = 64
 
 
-class Desk:
-    """Serves one visitor at a time; nobody wakes while there is none.
+class ControlServer:
+    """Serves one client at a time; costs nothing while there is none.
 
-    :param adapter: the framework adapter's name, under which the agent is found.
-    :param answers: what to do at a word; returns the answer.
+    :param adapter: the framework adapter's name, which is part of the socket's file name.
+    :param handlers: a function for each verb, which returns the response.
     """
 
     def __init__(
         self,
         adapter: str,
-        answers: Mapping[str, Callable[[], dict[str, Any]]],
+        handlers: Mapping[str, Callable[[], dict[str, Any]]],
         backend: BaseConcurrency,
     ) -> None:
         self._adapter = adapter
-        self._answers = answers
+        self._handlers = handlers
         self._backend = backend
-        self._listener: Any = None
+        self._listener: _socket.socket | None = None
         self._files: list[Path] = []
 
-    def run(self, stop_event: Any) -> None:
-        """Serve until ``stop_event`` is set, and :meth:`wake` called."""
+    def run(self, stop_event: IEvent) -> None:
+        """Serve until ``stop_event`` is set and :meth:`wake` is called."""
         ok, error = self._backend.offload(self._open)
         try:
-            if ok:
-                self._attend(stop_event)
+            if ok and self._listener is not None:
+                self._accept_loop(self._listener, stop_event)
             else:
                 logger.info(
-                    "z4j: `z4j-bare status` and `restart` will not find this agent: %s", error
+                    "z4j: `z4j-bare status` and `restart` cannot reach this agent,"
+                    " because it has no control socket: %s",
+                    error,
                 )
                 self._backend.wait(stop_event)
         finally:
-            self._backend.offload(
-                _unlink, self._files
-            )  # raises in a forked child, before it touches our files
+            # In a forked child this raises before it removes the parent's files.
+            self._backend.offload(_unlink, self._files)
 
     def wake(self) -> None:
-        """Let the loop look at ``stop_event``; waits for nothing."""
+        """Make the loop check its stop event, by an empty request. Never waits."""
         with suppress(OSError, IndexError):
             control.ControlClient(self._adapter, 0, self._files[-1]).send("")
-
-    def _attend(self, stop_event: Any) -> None:
-        try:
-            while not stop_event.is_set():
-                if self._backend.wait_readable(self._listener, LOOK):
-                    self._meet()
-        finally:
-            self._listener.close()
 
     def _open(self) -> None:
         self._files.append(control.write_pidfile(self._adapter))
@@ -80,52 +76,60 @@ class Desk:
         path = control.new_socket_path(self._adapter)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         listener.setblocking(False)
-        with control.socket_address(path) as short:
-            listener.bind(short)
+        with control.socket_address(path) as address:
+            listener.bind(address)
         self._files.append(path)
         path.chmod(0o600)
         listener.listen(8)
         self._listener = listener
 
-    def _meet(self) -> None:
+    def _accept_loop(self, listener: _socket.socket, stop_event: IEvent) -> None:
         try:
-            descriptor, _ = self._listener._accept()  # noqa: SLF001 - the C class has no other
-        except OSError:  # closed, or the visitor has gone
-            return
-        visitor = _socket.socket(fileno=descriptor)
-        try:
-            visitor.setblocking(False)
-            self._serve(visitor)
-        except OSError as error:
-            logger.debug("z4j: a visitor at the desk left: %s", error)
+            while not stop_event.is_set():
+                if self._backend.wait_readable(listener, STOP_POLL_INTERVAL):
+                    self._accept(listener)
         finally:
-            visitor.close()
+            listener.close()
 
-    def _serve(self, visitor: Any) -> None:
-        word = self._read(visitor)
-        if not word:
+    def _accept(self, listener: _socket.socket) -> None:
+        try:
+            descriptor, _ = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+        except OSError:  # the listener is closed, or the client has disconnected
             return
-        answer = self._answers.get(word)
-        said = (
-            answer()
-            if answer
-            else {"error": f"{word!r} is none of {', '.join(sorted(self._answers))}"}
-        )
-        left = memoryview(json.dumps(said, default=str).encode())
-        while left and self._backend.wait_writable(visitor, PATIENCE):
-            left = left[visitor.send(left) :]
+        client = _socket.socket(fileno=descriptor)
+        try:
+            client.setblocking(False)
+            self._handle(client)
+        except OSError as error:
+            logger.debug("z4j: control client disconnected: %s", error)
+        finally:
+            client.close()
 
-    def _read(self, visitor: Any) -> str:
-        """Return the word before the line's end, or nothing when there is none in time."""
-        said, deadline = b"", self._backend.now() + PATIENCE
-        while b"\n" not in said and len(said) < LONGEST_WORD:
-            if not self._backend.wait_readable(visitor, max(0.0, deadline - self._backend.now())):
+    def _handle(self, client: _socket.socket) -> None:
+        verb = self._read_verb(client)
+        if not verb:
+            return
+        handler = self._handlers.get(verb)
+        response = (
+            handler()
+            if handler
+            else {"error": f"{verb!r} is not one of {', '.join(sorted(self._handlers))}"}
+        )
+        remaining = memoryview(json.dumps(response, default=str).encode())
+        while remaining and self._backend.wait_writable(client, CLIENT_TIMEOUT):
+            remaining = remaining[client.send(remaining) :]
+
+    def _read_verb(self, client: _socket.socket) -> str:
+        """Return the first line of the request, or an empty string if it does not come in time."""
+        data, deadline = b"", self._backend.now() + CLIENT_TIMEOUT
+        while b"\n" not in data and len(data) < MAX_REQUEST_BYTES:
+            if not self._backend.wait_readable(client, max(0.0, deadline - self._backend.now())):
                 return ""
-            part = visitor.recv(LONGEST_WORD)
-            if not part:
+            received = client.recv(MAX_REQUEST_BYTES)
+            if not received:
                 break
-            said += part
-        return said.partition(b"\n")[0].decode("ascii", "replace").strip()
+            data += received
+        return data.partition(b"\n")[0].decode("ascii", "replace").strip()
 
 
 def _unlink(paths: list[Path]) -> None:

@@ -1,9 +1,9 @@
-"""Another agent that reports the same worker, such as a standalone one beside it, is named soon after the start."""
+"""Detection of two agents that report the same worker, such as a standalone agent beside it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
@@ -11,63 +11,68 @@ from z4j_bare import control
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.control import ControlClient
+    from z4j_bare.interfaces import IEvent
 
-logger = logging.getLogger("z4j.runtime.rivals")
+logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before each look: by the first a worker knows its own name, by the second a standalone agent its workers.
-LOOKS = (5.0, 55.0)
+#: Seconds before each check. A worker knows its name by the first one, and a standalone agent has
+#: found the workers by the second.
+CHECK_DELAYS = (5.0, 55.0)
 
-#: Seconds for an answer. Whoever does not give it holds up the store's thread for as long, once.
-PATIENCE = 0.2
+#: Seconds to wait for the answer of another agent. The wait occupies the store's native thread.
+REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Asks the agents of this ``Z4J_HOME`` which workers they report, and warns of those that are ours too.
+    """Asks the other agents of this ``Z4J_HOME`` for their workers, and warns of shared ones.
 
-    :param describe: what this agent says of itself, which has ``project``, ``workers`` by engine, and ``started_at``.
+    :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
+        by engine.
     """
 
     def __init__(self, describe: Callable[[], dict[str, Any]], backend: BaseConcurrency) -> None:
         self._describe = describe
         self._backend = backend
-        self._named: set[tuple[int, str]] = set()
+        self._warned: set[tuple[int, str]] = set()
 
-    def run(self, stop_event: Any) -> None:
-        """Look twice, then wait for ``stop_event`` (an ``IEvent``)."""
-        for delay in LOOKS:
+    def run(self, stop_event: IEvent) -> None:
+        """Check after each of the :data:`CHECK_DELAYS`, then wait for ``stop_event``."""
+        for delay in CHECK_DELAYS:
             if self._backend.wait(stop_event, delay):
                 return
-            self._look()
+            self._check()
         self._backend.wait(stop_event)
 
-    def _look(self) -> None:
-        ok, desks = self._backend.offload(control.list_clients)
+    def _check(self) -> None:
+        ok, clients = self._backend.offload(control.list_clients)
         own = self._describe()
-        ours = workers_of(own)
-        for desk in desks if ok and ours else ():
-            other = self._ask(desk)
-            # Ourselves are told by the start: in containers that share a volume every process has pid 1.
+        own_workers = workers_of(own)
+        for client in clients if ok and own_workers else ():
+            other = self._request_status(client)
+            # The start time identifies this agent, because in containers that share a volume every
+            # process has pid 1.
             if (
                 other.get("project") == own["project"]
                 and other.get("started_at") != own["started_at"]
             ):
-                self._warn(desk.pid, ours & workers_of(other))
+                self._warn(client.pid, own_workers & workers_of(other))
 
-    def _ask(self, desk: ControlClient) -> dict[str, Any]:
-        ok, answer = self._backend.offload(desk.request, control.STATUS, PATIENCE)
+    def _request_status(self, client: ControlClient) -> dict[str, Any]:
+        ok, answer = self._backend.offload(client.request, control.STATUS, REQUEST_TIMEOUT)
         return answer if ok else {}
 
     def _warn(self, pid: int, workers: Iterable[str]) -> None:
         for worker in sorted(workers):
-            if (pid, worker) not in self._named:
-                self._named.add((pid, worker))
+            if (pid, worker) not in self._warned:
+                self._warned.add((pid, worker))
                 logger.warning(
-                    "z4j: process %d reports %s too; each event arrives twice: end one of the two",
+                    "z4j: the agent in process %d also reports worker %s, so the brain receives"
+                    " each event twice: stop one of the two agents",
                     pid,
                     worker,
                 )
 
 
-def workers_of(agent: dict[str, Any]) -> set[str]:
-    """Return the names of the workers that an agent reports, whatever their engine."""
-    return {name for names in agent.get("workers", {}).values() for name in names}
+def workers_of(status: Mapping[str, Any]) -> set[str]:
+    """Return the names of the workers of all engines in an agent's status."""
+    return {name for names in status.get("workers", {}).values() for name in names}

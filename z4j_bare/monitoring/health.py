@@ -1,27 +1,33 @@
-"""The engines' health: asked in turn, in a task of its own, with the last good answer kept."""
+"""Health checks of the engines for the heartbeat."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from celery.worker.consumer import Consumer
+
     from z4j_bare.asyncio_bridge.bridge import Bridge
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
+    from z4j_bare.interfaces import IEvent
 
-logger = logging.getLogger("z4j.runtime.health")
+logger = logging.getLogger("z4j.runtime.monitoring.health")
 
-#: Seconds between two rounds, and for one answer; a call that overruns keeps its worker, and its answer comes later.
+#: Seconds between the end of one round of checks and the start of the next.
 INTERVAL = 20.0
-PATIENCE = 5.0
+
+#: Seconds to wait for one check. A check that takes longer keeps its worker of the bridge.
+CHECK_TIMEOUT = 5.0
 
 
 class HealthLoop:
-    """Asks every engine, and for Celery the broker and the worker.
+    """Checks every engine in turn and keeps the last results.
 
-    :param consumer: the Consumer of the worker that this process is, or ``None``.
+    :param consumer: the Celery consumer if this process is a Celery worker.
     """
 
     def __init__(
@@ -29,66 +35,66 @@ class HealthLoop:
         hosts: Mapping[str, EngineHost],
         bridge: Bridge,
         backend: BaseConcurrency,
-        consumer: Any,
+        consumer: Consumer | None,
     ) -> None:
         self._backend = backend
-        self._answers: dict[str, str] = {}
-        self._rounds: list[Callable[[], Mapping[str, str]]] = []
+        self._results: dict[str, str] = {}
+        self._probes: list[Callable[[], Mapping[str, str]]] = []
         for host in hosts.values():
             probes = host.description.make_probes(consumer)
-            self._rounds += [
-                CachedProbe(bridge, probe.run, probe.on_error) for probe in probes
-            ] or [_engine(host)]
+            if probes:
+                self._probes += [CachedProbe(bridge, probe.run, probe.on_error) for probe in probes]
+            else:
+                self._probes.append(partial(host.health, CHECK_TIMEOUT))
 
-    def run(self, stop_event: Any) -> None:
-        """Ask until ``stop_event`` is set."""
+    def run(self, stop_event: IEvent) -> None:
+        """Run the checks every :data:`INTERVAL` seconds until ``stop_event`` is set."""
         while not stop_event.is_set():
-            for ask in self._rounds:
-                self._answers.update(ask())
+            for probe in self._probes:
+                self._results.update(probe())
             self._backend.wait(stop_event, INTERVAL)
 
     def latest(self) -> dict[str, str]:
-        """Return the last good answers."""
-        return dict(self._answers)
+        """Return the last results."""
+        return dict(self._results)
 
 
 class CachedProbe:
-    """One question, asked off the loop: at most :data:`PATIENCE` seconds are waited, and never twice at a time.
+    """A blocking health check that never delays the caller for more than :data:`CHECK_TIMEOUT`.
 
-    :param question: returns entries for the heartbeat; what it returns too late is this object's next answer.
-    :param failed: makes the entries that tell of an error.
+    A check that is still running is not started again. A result that arrives after the timeout is
+    returned by the next call.
+
+    :param check: returns items for the heartbeat.
+    :param on_error: returns the items that report an error of the check.
     """
 
     def __init__(
         self,
         bridge: Bridge,
-        question: Callable[[], Mapping[str, str]],
-        failed: Callable[[Exception], Mapping[str, str]],
+        check: Callable[[], Mapping[str, str]],
+        on_error: Callable[[Exception], Mapping[str, str]],
     ) -> None:
         self._bridge = bridge
-        self._question = question
-        self._failed = failed
-        self._asking = False
-        self._answer: Mapping[str, str] = {}
+        self._check = check
+        self._on_error = on_error
+        self._running = False
+        self._result: Mapping[str, str] = {}
 
     def __call__(self) -> Mapping[str, str]:
-        """Return the newest answer; never raises."""
+        """Run the check; return its result, or the items for its error. Never raises."""
         try:
-            if self._asking:
+            if self._running:
                 raise TimeoutError
-            self._bridge.call(self._ask, timeout=PATIENCE)
+            self._bridge.call(self._run, timeout=CHECK_TIMEOUT)
         except Exception as error:
-            logger.debug("z4j: a health check failed: %s", type(error).__name__)
-            return self._failed(error)
-        return self._answer
+            logger.debug("z4j: health check failed: %s", type(error).__name__)
+            return self._on_error(error)
+        return self._result
 
-    def _ask(self) -> None:
-        self._asking = True
+    def _run(self) -> None:
+        self._running = True
         try:
-            self._answer = self._question()
+            self._result = self._check()
         finally:
-            self._asking = False
-
-
-def _engine(host: EngineHost) -> Callable[[], Mapping[str, str]]:
-    return lambda: host.health(PATIENCE)
+            self._running = False

@@ -1,135 +1,156 @@
-"""How late the hub is, and who made it so.
+"""The lag of the hub, and the code that blocks it.
 
-A timer of the hub's measures how much later than asked it is called. While it is overdue by a second, a native thread
-looks at the stack of the hub's thread: that is the code which does not yield. It costs a native wake-up every other second
-and nothing per switch or per task; it only reads, and neither logs nor locks.
+A timer of the hub measures how late it is called. When it is overdue by a second, a native thread
+samples the stack of the hub's thread, to find the code that does not yield. The thread wakes every
+other second and only reads: it neither logs nor takes locks. Tasks and switches cost nothing more.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
 
-logger = logging.getLogger("z4j.runtime.hub")
+logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 
-#: Seconds between ticks: 10 samples per heartbeat of a hub, each for 0.2 ms of an idle worker's, and 5 where there is none.
-#: There each wakes a thread, which costs 0.1 ms, and tells only how long that waits for the interpreter.
+#: Sampling interval in seconds on a hub: 10 samples per heartbeat, each for 0.2 ms of CPU.
 TICK = 1.0
+
+#: Sampling interval in seconds without a hub. A sample wakes a thread, which costs 0.1 ms, and only
+#: measures how long that thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 
-#: Seconds of lateness at which the culprit is looked for, and between two looks at one that goes on.
-BLOCKED = 1.0
-LOOK = 0.25
+#: Lag in seconds at which the stack of the hub's thread is sampled.
+BLOCKED_AFTER = 1.0
 
-#: Seconds between two warnings.
-WARN_EVERY = 60.0
+#: Seconds between two samples of the stack while the hub stays blocked.
+STACK_SAMPLE_INTERVAL = 0.25
 
-#: Samples kept between two reports; a heartbeat that never comes must not grow them.
-MOST_SAMPLES = 10_000
+#: Minimum seconds between two warnings.
+WARN_INTERVAL = 60.0
+
+#: Maximum number of samples between two reports, in case that no heartbeat collects them.
+MAX_SAMPLES = 10_000
 
 
 class HubLagMonitor:
-    """The ticker, its samples since the last report, and the culprit of the longest stall."""
+    """Collects samples of the lag, and the position of the code that blocked the hub longest."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
         self._samples: list[float] = []
-        self._every = TICK
+        self._interval = TICK
         self._due = 0.0
-        self._seen: tuple[float, str] = (0.0, "")
+        #: The longest observed lag in seconds, and the position of the code that caused it.
+        self._longest: tuple[float, str] = (0.0, "")
         self._warned_at = float("-inf")
-        self._stack_of = 0
-        self._alarm = backend.event()
-        self._stall = 0.0
+        self._hub_thread = 0
+        self._wakeup = backend.event()
+        self._blocked_for = 0.0
 
-    def run(self, stop_event: Any) -> None:
-        """Tick until ``stop_event`` is set, and :meth:`wake` called."""
-        self._stack_of = self._backend.native_ident()
+    def run(self, stop_event: IEvent) -> None:
+        """Take samples until ``stop_event`` is set and :meth:`wake` is called."""
+        self._hub_thread = self._backend.native_ident()
         self._backend.start_native_thread(self._watch, stop_event)
-        end = self._backend.timer(TICK, self._tick)
-        self._every = TICK if end else TICK_OF_THREADS
-        self._due = self._backend.now() + self._every
+        cancel = self._backend.timer(TICK, self._tick)
+        self._interval = TICK if cancel else TICK_OF_THREADS
+        self._due = self._backend.now() + self._interval
         try:
             while not stop_event.is_set():
-                self._backend.wait(self._alarm, None if end else self._every)
-                self._alarm.clear()
-                if not end:
+                self._backend.wait(self._wakeup, None if cancel else self._interval)
+                self._wakeup.clear()
+                if not cancel:
                     self._tick()
-                if self._stall:
-                    self._blame(self._stall)
+                if self._blocked_for:
+                    self._warn_blocked(self._blocked_for)
         finally:
-            if end:
-                end()
+            if cancel:
+                cancel()
 
     def wake(self) -> None:
-        """Let the loop look at ``stop_event``; waits for nothing."""
-        self._alarm.set()
+        """Make the loop check its stop event. Never waits."""
+        self._wakeup.set()
+
+    def drain(self) -> tuple[float, float, str]:
+        """Return the lag since the last call: p99 and maximum in seconds, and the blocking code.
+
+        The third item is empty if no code was seen.
+        """
+        samples, self._samples = sorted(self._samples), []
+        blocking_code, self._longest = self._longest[1], (0.0, "")
+        if not samples:
+            return 0.0, 0.0, blocking_code
+        p99 = samples[min(len(samples) - 1, int(len(samples) * 0.99))]
+        return p99, samples[-1], blocking_code
 
     def _tick(self) -> None:
-        """Take a sample; on the hub, where nothing may log."""
+        """Take a sample. A timer of the hub calls this, so it must not log."""
         now = self._backend.now()
-        late, self._due = now - self._due, now + self._every
-        if len(self._samples) < MOST_SAMPLES:
-            self._samples.append(max(0.0, late))
-        if late > BLOCKED:
-            self._stall = late
-            self._alarm.set()
+        lag, self._due = now - self._due, now + self._interval
+        if len(self._samples) < MAX_SAMPLES:
+            self._samples.append(max(0.0, lag))
+        if lag > BLOCKED_AFTER:
+            self._blocked_for = lag
+            self._wakeup.set()
 
-    def take(self) -> tuple[float, float, str]:
-        """Return p99 and maximum in seconds since the last call, and who blocked the hub longest, if anybody was seen."""
-        samples, self._samples = sorted(self._samples), []
-        culprit, self._seen = self._seen[1], (0.0, "")
-        if not samples:
-            return 0.0, 0.0, culprit
-        return samples[min(len(samples) - 1, int(len(samples) * 0.99))], samples[-1], culprit
-
-    def _blame(self, late: float) -> None:
-        now, self._stall = self._backend.now(), 0.0
-        if self._seen[1] and now - self._warned_at > WARN_EVERY:
+    def _warn_blocked(self, lag: float) -> None:
+        now, self._blocked_for = self._backend.now(), 0.0
+        if self._longest[1] and now - self._warned_at > WARN_INTERVAL:
             self._warned_at = now
-            logger.warning("z4j: the hub stood still for %.1f s; it was in %s", late, self._seen[1])
+            logger.warning(
+                "z4j: the hub was blocked for %.1f s, so no task could run; the blocking code: %s",
+                lag,
+                self._longest[1],
+            )
 
-    def _watch(self, sleep: Any, stop_event: Any) -> None:
-        """Run in a native thread of its own: reads stacks and assigns, nothing else."""
-        pause = TICK
+    def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
+        """Sample the stack of a blocked hub, in a native thread: only reads and assigns."""
+        delay = TICK
         while not stop_event.is_set():
-            sleep(pause)
-            late = self._backend.now() - self._due
-            if late > BLOCKED and late > self._seen[0]:
-                frame = sys._current_frames().get(self._stack_of)  # noqa: SLF001 - no public equivalent
+            sleep(delay)
+            lag = self._backend.now() - self._due
+            if lag > BLOCKED_AFTER and lag > self._longest[0]:
+                frame = sys._current_frames().get(self._hub_thread)  # noqa: SLF001
                 if frame is not None:
-                    self._seen = (late, describe(frame))
-            pause = next_look(late)
+                    self._longest = (lag, describe(frame))
+            delay = next_check(lag)
 
 
-def next_look(late: float) -> float:
-    """Return the seconds until the watcher should look again: just after the hub, if it does not tick, is ``BLOCKED`` late.
+def next_check(lag: float) -> float:
+    """Return the seconds until the native thread checks the hub again.
 
-    ``late`` is negative until the next tick is due. A hub on time is looked at after every other tick.
+    The check comes just after the lag of a blocked hub exceeds ``BLOCKED_AFTER``, so the thread
+    wakes after every other tick of a hub that is on time. ``lag`` is negative before a tick is due.
     """
-    return LOOK if late >= BLOCKED else BLOCKED - late + LOOK / 10
+    if lag >= BLOCKED_AFTER:
+        return STACK_SAMPLE_INTERVAL
+    return BLOCKED_AFTER - lag + STACK_SAMPLE_INTERVAL / 10
 
 
 def describe(frame: FrameType | None) -> str:
-    """Return where a stack is, and the Celery task it belongs to: ``shop.pay[id] at shop/tasks.py:12 in charge``."""
-    where, task = "", ""
+    """Return the position of a stack and its Celery task.
+
+    For example ``shop.pay[id] at shop/tasks.py:12 in charge``.
+    """
+    position, task = "", ""
     while frame is not None:
         code = frame.f_code
-        if not where and not _ours_or_standard(code.co_filename):
-            where = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+        if not position and not _in_standard_library(code.co_filename):
+            position = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
         if code.co_name == "trace_task" and frame.f_globals.get("__name__") == "celery.app.trace":
             task = f"{frame.f_locals.get('name', 'a task')}[{frame.f_locals.get('uuid', '?')}] at "
             break
         frame = frame.f_back
-    return f"{task}{where or 'the standard library'}"
+    return f"{task}{position or 'the standard library'}"
 
 
-def _ours_or_standard(path: str) -> bool:
+def _in_standard_library(path: str) -> bool:
     return path.startswith("<") or (
         path.startswith(sys.base_prefix) and "site-packages" not in path
     )

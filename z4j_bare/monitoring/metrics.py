@@ -1,4 +1,4 @@
-"""The agent's own figures: what ``runtime.stats()`` returns and what a heartbeat carries."""
+"""The agent's own metrics, for ``runtime.stats()`` and for the heartbeat."""
 
 from __future__ import annotations
 
@@ -19,14 +19,25 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
+#: Reasons of losses whose rows could not be read any more.
+_UNREADABLE = (CORRUPTION, DELETED)
 
-#: Reasons under which rows were lost that nobody could look at any more.
-_UNREAD = (CORRUPTION, DELETED)
+#: Limits of the brain for ``adapter_events``; it closes the session when one is exceeded.
+_MAX_ADAPTERS = 32
+_MAX_ADAPTER_NAME = 64
+_MAX_ADAPTER_EVENTS = 2**53 - 1
+
+#: Maximum characters of the blocking code in a heartbeat.
+_MAX_BLOCKING_CODE = 500
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since ``start()``. Only the loop that owns a number writes it."""
+    """Totals since ``start()``. Each one is written by a single loop.
+
+    ``unencodable`` counts events that the encoder failed on, and ``recut`` payloads that were
+    truncated to fit into a frame. ``last_flush_at`` is in seconds since the epoch.
+    """
 
     stored: int = 0
     sent: int = 0
@@ -43,12 +54,12 @@ class Counters:
 
 
 class AgentMetrics:
-    """Reads what the rooms count; never touches the disk or the network.
+    """Combines the counters of all packages; does no I/O.
 
-    :param runtime_id: names this incarnation in loss reports.
-    :param health: the engines' last answers.
-    :param dropped: events that adapters lost themselves, by engine.
-    :param restarts: restarts that the bridge counts.
+    :param started: seconds since the epoch at which the agent started.
+    :param health: returns the last results of the engines' health checks.
+    :param dropped: returns the number of events that adapters have lost, by engine.
+    :param restarts: returns the number of restarts in the bridge and the event sources.
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class AgentMetrics:
         counters: Counters,
         buffer: BufferManager,
         backend: BaseConcurrency,
-        lateness: HubLagMonitor,
+        hub_lag: HubLagMonitor,
         started: float,
         health: Callable[[], Mapping[str, str]],
         dropped: Callable[[], Mapping[str, int]],
@@ -68,14 +79,14 @@ class AgentMetrics:
         self._counters = counters
         self._buffer = buffer
         self._backend = backend
-        self._lateness = lateness
+        self._hub_lag = hub_lag
         self._runtime_id = f"{os.getpid()}-{int(started * 1000)}"
         self._health = health
         self._dropped = dropped
         self._restarts = restarts
 
     def lost(self) -> dict[str, int]:
-        """Return lost events by reason."""
+        """Return the number of lost rows and events by reason."""
         lost = dict(self._buffer.last_stats.lost)
         for reason, number in (
             ("ring", self._ring.lost),
@@ -86,13 +97,15 @@ class AgentMetrics:
         return lost
 
     def depth(self) -> int:
-        """Return the rows that wait: in our store, and in a dead process's that we are adopting."""
+        """Return the number of unsent rows, in this store and in an orphan that it adopts."""
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
-        """Return ``telemetry_loss``, cumulative and strictly checked by the brain (2.6).
+        """Return ``telemetry_loss``: all losses since the creation of the buffer and of this agent.
 
-        A row is what the existing agent calls a frame. The reasons add up to all losses, and so do the kinds.
+        What the protocol calls a frame is a row here. The counts by reason and the counts by kind
+        each add up to the number of all losses. The brain validates this payload strictly
+        (``docs/protocol.md``, Heartbeats).
         """
         buffer, ring, unencodable = (
             self._buffer.last_stats,
@@ -100,19 +113,20 @@ class AgentMetrics:
             self._counters.unencodable,
         )
         reasons, kinds = Counter(buffer.lost), Counter(buffer.lost_kinds)
-        evicted, unread = reasons.pop(CAPACITY, 0), sum(reasons.pop(each, 0) for each in _UNREAD)
+        evicted = reasons.pop(CAPACITY, 0)
+        unreadable = sum(reasons.pop(reason, 0) for reason in _UNREADABLE)
         return {
             "buffer_id": buffer.buffer_id,
             "runtime_id": self._runtime_id,
             "capacity_evicted_frames": evicted + ring,
             "content_rejected_frames": reasons.total() + unencodable,
-            "unclassified_frames": unread,
+            "unclassified_frames": unreadable,
             "event_records": kinds.pop(EVENT, 0) + ring + unencodable,
             "command_results": kinds.pop(RESULT, 0),
             "other_frames": kinds.total(),
             "adapter_events": {
-                name[:64]: min(max(0, int(number)), 2**53 - 1)
-                for name, number in islice(self._dropped().items(), 32)
+                name[:_MAX_ADAPTER_NAME]: min(max(0, int(number)), _MAX_ADAPTER_EVENTS)
+                for name, number in islice(self._dropped().items(), _MAX_ADAPTERS)
                 if name
             },
         }
@@ -120,7 +134,11 @@ class AgentMetrics:
     def status(
         self, streaks: Mapping[str, int], connected_at: float, identity: frames.Identity
     ) -> bytes:
-        """Return the payload of an ``agent_status``; ``connected_at`` in seconds since the epoch."""
+        """Return the payload of an ``agent_status`` frame.
+
+        :param streaks: the number of consecutive failures by kind.
+        :param connected_at: start of the session in seconds since the epoch.
+        """
         return frames.agent_status(
             streaks=streaks,
             connected_at=connected_at,
@@ -132,7 +150,7 @@ class AgentMetrics:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
+        """Return all metrics as JSON types, for ``runtime.stats()``."""
         counters, buffer, steps = self._counters, self._buffer.last_stats, self._backend.steps
         return {
             "concurrency": self._backend.name,
@@ -159,26 +177,26 @@ class AgentMetrics:
         }
 
     def heartbeat(self) -> bytes:
-        """Return the payload of the next heartbeat; its lateness figures are since the one before."""
+        """Return the payload of the next heartbeat. The hub's lag is since the previous one."""
         return frames.heartbeat(
             buffer_size=self.depth(),
             dropped_events=sum(self.lost().values()) + sum(self._dropped().values()),
             last_flush_at=self._counters.last_flush_at,
             loss=self.loss(),
-            health={**self._health(), **self._own()},
+            health={**self._health(), **self._agent_health()},
         )
 
-    def _own(self) -> dict[str, str]:
+    def _agent_health(self) -> dict[str, str]:
         stats = self.stats()
         names = ("concurrency", "transport", "produced", "stored", "sent", "acked")
-        own = {f"z4j.{name}": str(stats[name]) for name in names}
-        own |= {f"z4j.lost.{reason}": str(number) for reason, number in stats["lost"].items()}
-        p99, longest, culprit = self._lateness.take()
-        own["z4j.hub_lateness_p99_ms"] = f"{p99 * 1000:.1f}"
-        own["z4j.hub_lateness_max_ms"] = f"{longest * 1000:.1f}"
-        if culprit:
-            own["z4j.hub_blocked_by"] = culprit[:500]
-        own["z4j.buffer_durable"] = str(self._buffer.durable).lower()
-        own["z4j.buffer_failures"] = str(self._buffer.failures)
-        own["z4j.loop_restarts"] = str(sum(stats["restarts"].values()) + self._restarts())
-        return own
+        health = {f"z4j.{name}": str(stats[name]) for name in names}
+        health |= {f"z4j.lost.{reason}": str(number) for reason, number in stats["lost"].items()}
+        p99, longest, blocking_code = self._hub_lag.drain()
+        health["z4j.hub_lateness_p99_ms"] = f"{p99 * 1000:.1f}"
+        health["z4j.hub_lateness_max_ms"] = f"{longest * 1000:.1f}"
+        if blocking_code:
+            health["z4j.hub_blocked_by"] = blocking_code[:_MAX_BLOCKING_CODE]
+        health["z4j.buffer_durable"] = str(self._buffer.durable).lower()
+        health["z4j.buffer_failures"] = str(self._buffer.failures)
+        health["z4j.loop_restarts"] = str(sum(stats["restarts"].values()) + self._restarts())
+        return health

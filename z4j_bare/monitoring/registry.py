@@ -1,11 +1,11 @@
-"""Tells the brain which tasks the engines know: all of them once, then what has changed."""
+"""Reports the engines' tasks to the brain: all of them once, then the changes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from z4j_core.models import DiscoveryHints
 
@@ -17,33 +17,34 @@ from z4j_bare.wire.frames import frame_id, registry_delta
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.host import EngineHost
-    from z4j_bare.interfaces import IConnection
+    from z4j_bare.interfaces import IConnection, IEvent
     from z4j_bare.watcher import TasksFileWatcher
 
-logger = logging.getLogger("z4j.runtime.registry")
+logger = logging.getLogger("z4j.runtime.monitoring.registry")
 
-#: Seconds between two looks at what the engines know.
+#: Seconds between two discoveries.
 INTERVAL = 300.0
 
-#: Bytes of definitions in one frame, at first: a session's frames shall not queue behind it.
-PART = 16 * 1024
+#: Target size of a frame in bytes of task definitions; other frames wait while it is written.
+MAX_DELTA_BYTES = 16 * 1024
 
 
 class RegistryLoop:
-    """Discovers tasks while there is a session, and sends the differences to what was sent.
+    """Discovers tasks while connected, and sends the differences to the last report.
 
-    The protocol has no receipt for that, so a difference counts as sent when the transport took it.
+    The protocol does not acknowledge these frames: a difference counts as reported when the
+    transport has accepted it.
 
     :param hints: the framework adapter's ``discovery_hints``.
-    :param link: returns the session, or ``None``.
-    :param dev: look again whenever a ``tasks.py`` changes.
+    :param connection: returns the connection, or ``None`` while there is none.
+    :param dev: also discover tasks whenever a ``tasks.py`` changes.
     """
 
     def __init__(
         self,
         hosts: Mapping[str, EngineHost],
         hints: Callable[[], DiscoveryHints] | None,
-        link: Callable[[], IConnection | None],
+        connection: Callable[[], IConnection | None],
         backend: BaseConcurrency,
         *,
         dev: bool,
@@ -52,116 +53,124 @@ class RegistryLoop:
             name: host for name, host in hosts.items() if host.has_method("discover_tasks")
         }
         self._hints = hints
-        self._link = link
+        self._connection = connection
         self._backend = backend
         self._dev = dev
         self._timeslice = TimeSlice(backend)
-        self._wake = backend.event()
+        self._wakeup = backend.event()
         self._stale = True
+        # By engine: the canonical definition of each task, by its name.
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}
 
     def wake(self) -> None:
-        """Look whether there is something to do: a session has begun, or the agent stops. Never waits."""
-        self._wake.set()
+        """Wake the loop, because a session has begun or the agent stops. Never waits."""
+        self._wakeup.set()
 
-    def run(self, stop_event: Any) -> None:
-        """Discover and tell until ``stop_event`` is set, and :meth:`wake` called."""
-        watcher = self._watch()
+    def run(self, stop_event: IEvent) -> None:
+        """Discover and report until ``stop_event`` is set and :meth:`wake` is called."""
+        watcher = self._start_watcher()
         try:
             while not stop_event.is_set():
-                link = self._link()
-                if link is not None and self._hosts:
-                    self._turn(link)
-                if not self._backend.wait(self._wake, INTERVAL):
+                connection = self._connection()
+                if connection is not None and self._hosts:
+                    self._sync(connection)
+                if not self._backend.wait(self._wakeup, INTERVAL):
                     self._stale = True
-                self._wake.clear()
+                self._wakeup.clear()
         finally:
             if watcher is not None and not self._backend.forked():
                 watcher.stop()
 
-    def _turn(self, link: IConnection) -> None:
+    def _sync(self, connection: IConnection) -> None:
         if self._stale:
             self._stale = False
             self._discover()
         try:
-            for engine, found in self._found.items():
-                self._tell(link, engine, found)
-        except AgentError as error:  # the next session gets the rest
-            logger.debug("z4j: the registry is not told: %s", error)
+            for engine in self._found:
+                self._send_changes(connection, engine)
+        except AgentError as error:  # the next session sends the rest
+            logger.debug("z4j: could not send registry changes: %s", error)
 
     def _discover(self) -> None:
-        hints = self._hinted()
+        hints = self._discovery_hints()
         for name, host in self._hosts.items():
             try:
                 self._found[name] = discover(host, hints, self._timeslice.checkpoint)
             except Exception as error:
                 logger.info(
-                    "z4j: the tasks of %s are not known: %s: %s", name, type(error).__name__, error
+                    "z4j: could not discover the tasks of %s, next attempt in %.0f s: %s: %s",
+                    name,
+                    INTERVAL,
+                    type(error).__name__,
+                    error,
                 )
 
-    def _tell(self, link: IConnection, engine: str, found: Mapping[str, bytes]) -> None:
-        sent = self._sent.setdefault(engine, {})
-        part, size = [], 0
+    def _send_changes(self, connection: IConnection, engine: str) -> None:
+        found, sent = self._found[engine], self._sent.setdefault(engine, {})
+        changed, size = [], 0
         for name in [*found, *(name for name in list(sent) if name not in found)]:
             if sent.get(name) == found.get(name):
                 continue
-            part.append(name)
+            changed.append(name)
             size += len(found.get(name, name))
-            if size >= PART:
-                self._send(link, engine, part)
-                part, size = [], 0
-        if part:
-            self._send(link, engine, part)
+            if size >= MAX_DELTA_BYTES:
+                self._send(connection, engine, changed)
+                changed, size = [], 0
+        if changed:
+            self._send(connection, engine, changed)
 
-    def _send(self, link: IConnection, engine: str, names: list[str]) -> None:
-        """Send what has come of these names, in smaller pieces if need be."""
+    def _send(self, connection: IConnection, engine: str, names: list[str]) -> None:
+        """Send the changes of these tasks, in smaller frames if one frame is too large."""
         found, sent = self._found[engine], self._sent[engine]
         added = [found[name] for name in names if name in found and name not in sent]
         updated = [found[name] for name in names if name in found and name in sent]
         removed = [name for name in names if name not in found]
         self._timeslice.checkpoint()
         try:
-            link.send(
+            connection.send(
                 "registry_delta", frame_id("rd"), registry_delta(engine, added, removed, updated)
             )
         except FrameTooLargeError as error:
             middle = len(names) // 2
             if middle:
-                self._send(link, engine, names[:middle])
-                self._send(link, engine, names[middle:])
+                self._send(connection, engine, names[:middle])
+                self._send(connection, engine, names[middle:])
                 return
-            logger.debug("z4j: task %s is not told: %s", names[0], error)
+            logger.debug("z4j: task %s is left out of the registry: %s", names[0], error)
         for name in names:
             if name in found:
                 sent[name] = found[name]
             else:
                 del sent[name]
 
-    def _hinted(self) -> DiscoveryHints:
-        """Return the framework's hints; in development with every directory that has a ``tasks`` module in use."""
+    def _discovery_hints(self) -> DiscoveryHints:
+        """Return the framework's hints, in development with the directories of loaded ``tasks``."""
         try:
             hints = self._hints() if self._hints else DiscoveryHints()
         except Exception:
-            logger.info("z4j: the framework gives no hints where tasks are", exc_info=True)
+            logger.info("z4j: the framework's discovery_hints failed", exc_info=True)
             hints = DiscoveryHints()
-        return (
-            hints.model_copy(update={"app_paths": task_directories(hints)}) if self._dev else hints
-        )
+        if not self._dev:
+            return hints
+        return hints.model_copy(update={"app_paths": task_directories(hints)})
 
-    def _watch(self) -> TasksFileWatcher | None:
+    def _start_watcher(self) -> TasksFileWatcher | None:
         if not self._dev or not self._hosts:
             return None
-        from z4j_bare.watcher import TasksFileWatcher  # a tool of developers
+        from z4j_bare.watcher import TasksFileWatcher  # only used in development
 
-        watcher = TasksFileWatcher(app_paths=self._hinted().app_paths, on_change=self._changed)
+        watcher = TasksFileWatcher(
+            app_paths=self._discovery_hints().app_paths, on_change=self._on_change
+        )
         if not watcher.start():
             logger.info(
-                "z4j: Z4J_DEV_MODE is set, but no directory is known where tasks are declared"
+                "z4j: Z4J_DEV_MODE is set, but no directory of tasks is known: changes of tasks.py"
+                " are not watched"
             )
         return watcher
 
-    def _changed(self, path: Path) -> None:
-        logger.info("z4j: %s has changed; looking for tasks again", path)
+    def _on_change(self, path: Path) -> None:
+        logger.info("z4j: %s has changed: discovering tasks again", path)
         self._stale = True
-        self._wake.set()
+        self._wakeup.set()

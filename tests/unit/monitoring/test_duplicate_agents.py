@@ -1,60 +1,59 @@
-"""Two agents that report one worker are told of, once, and nobody else is."""
+"""Warnings about two agents that report the same worker."""
 
 import pytest
 
-from tests.unit.monitoring.test_control_server import serve  # noqa: F401 - a fixture
 from z4j_bare.control import STATUS
-from z4j_bare.monitoring import duplicate_agents as rivals
+from z4j_bare.monitoring import duplicate_agents
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 
 
-def told(project="p", started_at="now", workers=("celery@a",)):
-    """What an agent says of itself."""
+def status(project="p", started_at="now", workers=("celery@a",)):
+    """Return the status of an agent."""
     return {"project": project, "started_at": started_at, "workers": {"celery": list(workers)}}
 
 
 @pytest.fixture
-def look(backend, until, monkeypatch):
-    """``look()``: run the loop through both its looks and end it."""
-    monkeypatch.setattr(rivals, "LOOKS", (0.01, 0.01))
+def check(backend, until, monkeypatch):
+    """``check(own)``: run both checks of an agent with the status ``own``."""
+    monkeypatch.setattr(duplicate_agents, "CHECK_DELAYS", (0.01, 0.01))
 
-    def through(own):
-        stop_event, looks = backend.event(), []
-        loop = DuplicateAgentCheck(lambda: looks.append(1) or own, backend)
-        task = backend.spawn(loop.run, stop_event, name="rivals")
-        until(lambda: len(looks) == 2)
+    def run(own):
+        stop_event, checks = backend.event(), []
+        loop = DuplicateAgentCheck(lambda: checks.append(1) or own, backend)
+        task = backend.spawn(loop.run, stop_event, name="duplicates")
+        until(lambda: len(checks) == 2)
         stop_event.set()
         assert task.join(10)
 
-    return through
+    return run
 
 
-def test_a_rival_is_named_once(serve, look, caplog):  # noqa: F811
-    """An agent that reports our worker is named with its process, at the first look only."""
-    serve("django", **{STATUS: told(started_at="before", workers=("celery@a", "celery@b"))})
-    look(told())
+def test_check_warns_once_of_shared_worker(serve, check, caplog):
+    """The first check names the other process and the shared worker; the second is silent."""
+    serve("django", **{STATUS: status(started_at="before", workers=("celery@a", "celery@b"))})
+    check(status())
     (warning,) = caplog.records
-    assert "reports celery@a too" in warning.getMessage()
+    assert "also reports worker celery@a" in warning.getMessage()
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        told(started_at="before", project="q"),
-        told(started_at="before", workers=("celery@b",)),
-        told(),
+        status(started_at="before", project="q"),
+        status(started_at="before", workers=("celery@b",)),
+        status(),
         {"error": "?"},
     ],
 )
-def test_others_are_not(serve, look, caplog, other):  # noqa: F811
-    """Another project, other workers, ourselves, and one that says nothing useful are no rivals."""
+def test_check_accepts_agent_without_shared_worker(serve, check, caplog, other):
+    """No warning for another project, for other workers, for this agent, or for an error."""
     serve("bare", **{STATUS: other})
-    look(told())
+    check(status())
     assert caplog.records == []
 
 
-def test_a_rival_that_hangs(serve, look, monkeypatch, caplog):  # noqa: F811
-    """One that does not answer costs its short time, and no more."""
+def test_check_skips_agent_that_does_not_answer(serve, check, monkeypatch, caplog):
+    """An agent that does not answer in time is left out without a warning."""
     serve("bare")
-    look(told())
+    check(status())
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""How late the hub is, and who made it so."""
+"""The lag of the hub, and the code that blocks it."""
 
 import sys
 
@@ -6,11 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from z4j_bare.monitoring.hub_lag import BLOCKED, LOOK, TICK, HubLagMonitor, describe, next_look
+from z4j_bare.monitoring.hub_lag import (
+    BLOCKED_AFTER,
+    STACK_SAMPLE_INTERVAL,
+    TICK,
+    HubLagMonitor,
+    describe,
+    next_check,
+)
 
 
 def unpatched_sleep(mode):
-    """Return the sleep that stops the whole hub."""
+    """Return the sleep that blocks the whole hub."""
     if mode == "gevent":
         from gevent.monkey import get_original
 
@@ -21,56 +28,56 @@ def unpatched_sleep(mode):
 
 
 @pytest.fixture
-def lateness(backend, until):
-    made, stop_event = HubLagMonitor(backend), backend.event()
-    task = backend.spawn(made.run, stop_event, name="lateness")
-    until(lambda: made._due)
-    yield made
+def monitor(backend, until):
+    """A running monitor."""
+    created, stop_event = HubLagMonitor(backend), backend.event()
+    task = backend.spawn(created.run, stop_event, name="hub-lag")
+    until(lambda: created._due)
+    yield created
     stop_event.set()
-    made.wake()
+    created.wake()
     until(lambda: not task.alive())
 
 
-def test_who_blocks_the_hub_is_named(lateness, mode, until):
-    """Code that keeps the hub from running for seconds is found by a thread that the hub cannot stop."""
+def test_monitor_names_code_that_blocks_hub(monitor, mode, until):
+    """The native thread finds the code that keeps the hub from running for seconds."""
     if mode == "threads":
-        pytest.skip("there is no hub: a task that does not yield blocks nobody else")
+        pytest.skip("there is no hub: a task that does not yield blocks no other task")
     sleep = unpatched_sleep(mode)
 
     def hog():
         sleep(3.0)
 
     hog()
-    until(lambda: len(lateness._samples) >= 2)
-    p99, longest, culprit = lateness.take()
-    assert p99 == longest > BLOCKED
-    assert culprit.endswith("in hog")
-    assert lateness.take()[2] == ""
+    until(lambda: len(monitor._samples) >= 2)
+    p99, longest, blocking_code = monitor.drain()
+    assert p99 == longest > BLOCKED_AFTER
+    assert blocking_code.endswith("in hog")
+    assert monitor.drain()[2] == ""
 
 
-def test_a_hub_on_time_accuses_nobody(lateness, until):
-    """Ticks on time are samples without a culprit; each report begins anew."""
-    until(lambda: len(lateness._samples) >= 1)
-    p99, longest, culprit = lateness.take()
+def test_monitor_names_no_code_while_hub_is_on_time(monitor, until):
+    """Ticks on time give samples and no blocking code."""
+    until(lambda: len(monitor._samples) >= 1)
+    p99, longest, blocking_code = monitor.drain()
     assert 0.0 <= p99 <= longest
-    assert culprit == ""
+    assert blocking_code == ""
 
 
 @given(st.floats(-TICK, 10.0))
-def test_the_watcher_is_there_in_time(late):
-    """However late the hub is at one look, at the next it is not later than ``BLOCKED`` by more than one look's pause."""
-    pause = next_look(late)
-    assert LOOK / 10 <= pause <= TICK + BLOCKED + LOOK
-    assert late + pause <= max(late, BLOCKED) + LOOK
+def test_next_check_follows_blocking_within_one_interval(lag):
+    """At the next check the lag exceeds ``BLOCKED_AFTER`` by one sampling interval at most."""
+    delay = next_check(lag)
+    assert STACK_SAMPLE_INTERVAL / 10 <= delay <= TICK + BLOCKED_AFTER + STACK_SAMPLE_INTERVAL
+    assert lag + delay <= max(lag, BLOCKED_AFTER) + STACK_SAMPLE_INTERVAL
 
 
-def test_a_celery_task_is_named_with_its_id():
-    """The frame of Celery's tracer knows which task runs; without one the place has to do."""
+def test_describe_includes_celery_task_and_id():
+    """``describe`` reads the task from the frame of Celery's tracer, if there is one."""
     program = compile(
-        "def trace_task(uuid, name):\n    return look()\n", "celery/app/trace.py", "exec"
+        "def trace_task(uuid, name):\n    return read()\n", "celery/app/trace.py", "exec"
     )
-    scope = {"__name__": "celery.app.trace", "look": lambda: describe(sys._getframe())}
+    scope = {"__name__": "celery.app.trace", "read": lambda: describe(sys._getframe())}
     exec(program, scope)
     assert scope["trace_task"]("id-1", "shop.pay").startswith("shop.pay[id-1] at ")
-    assert describe(sys._getframe()).endswith("in test_a_celery_task_is_named_with_its_id")
-    assert describe(None) == "the standard library"
+    assert describe(sys._getframe()).endswith("in test_describe_includes_celery_task_and_id")

@@ -1,4 +1,4 @@
-"""What the brain is told of losses and of the agent itself, against the brain's own models."""
+"""The losses and metrics that are sent to the brain, validated by the models of z4j_core."""
 
 import json
 from collections import Counter
@@ -18,8 +18,8 @@ from z4j_bare.monitoring.metrics import AgentMetrics, Counters
 from z4j_bare.wire.frames import Identity
 
 
-class FakeKeeper:
-    """What figures read of it."""
+class FakeBuffer:
+    """The attributes of a ``BufferManager`` that the metrics read."""
 
     durable = True
     failures = 0
@@ -28,21 +28,21 @@ class FakeKeeper:
     last_stats = replace(NO_STATS, buffer_id="b-1", rows=5, oldest_age=12.5)
 
 
-class Accounting:
-    """Figures over a ring of one, counters and a keeper that a test fills in."""
+class MetricsHarness:
+    """Metrics of a ring with one slot, counters and a buffer that the test fills."""
 
     def __init__(self):
         self.backend = FakeConcurrency()
         self.ring = Ring(1, 100, self.backend.event())
         self.counters = Counters()
-        self.buffer = FakeKeeper()
+        self.buffer = FakeBuffer()
         self.dropped = {}
-        self.figures = AgentMetrics(
+        self.metrics = AgentMetrics(
             ring=self.ring,
             counters=self.counters,
             buffer=self.buffer,
             backend=self.backend,
-            lateness=HubLagMonitor(self.backend),
+            hub_lag=HubLagMonitor(self.backend),
             started=self.backend.wall(),
             health=dict,
             dropped=lambda: self.dropped,
@@ -60,27 +60,29 @@ class Accounting:
         )
 
     def overflow(self, number):
+        """Lose ``number`` events in the ring."""
         for _ in range(number + 1):
             self.ring.put((len,))
 
 
 @pytest.fixture
-def books():
-    return Accounting()
+def harness():
+    """A new harness."""
+    return MetricsHarness()
 
 
-def test_each_loss_has_its_place(books):
-    """Reasons and kinds of the store, the ring and the encoder land in the brain's counters, each loss once per group."""
-    books.lose(
+def test_each_loss_is_counted_once_by_reason_and_by_kind(harness):
+    """Losses of store, ring and encoder each go to one counter of reasons and one of kinds."""
+    harness.lose(
         ("capacity", "event", 7),
         ("capacity", "result", 2),
         ("poison", "event", 1),
         ("corrupt", "event", 20),
         ("capacity", "projection", 3),
     )
-    books.overflow(4)
-    books.counters.unencodable = 5
-    loss = TelemetryLossPayload.model_validate(books.figures.loss())
+    harness.overflow(4)
+    harness.counters.unencodable = 5
+    loss = TelemetryLossPayload.model_validate(harness.metrics.loss())
     assert loss.buffer_id == "b-1"
     assert (
         loss.capacity_evicted_frames,
@@ -100,52 +102,52 @@ def test_each_loss_has_its_place(books):
     ),
     st.integers(0, 5),
 )
-def test_both_groups_add_up_to_all_losses(pairs, overflow):
-    """Whatever was lost, reasons and kinds tell of the same number, and the heartbeat's total is that number."""
-    books = Accounting()
-    books.lose(*pairs)
-    books.overflow(overflow)
-    loss = TelemetryLossPayload.model_validate(books.figures.loss())
+def test_reasons_and_kinds_both_add_up_to_all_losses(pairs, overflow):
+    """The counts by reason, the counts by kind and the heartbeat's total are equal."""
+    harness = MetricsHarness()
+    harness.lose(*pairs)
+    harness.overflow(overflow)
+    loss = TelemetryLossPayload.model_validate(harness.metrics.loss())
     total = sum(number for _, _, number in pairs) + overflow
     assert (
         loss.capacity_evicted_frames + loss.content_rejected_frames + loss.unclassified_frames
         == total
     )
     assert loss.event_records + loss.command_results + loss.other_frames == total
-    assert json.loads(books.figures.heartbeat())["dropped_events"] == total
+    assert json.loads(harness.metrics.heartbeat())["dropped_events"] == total
 
 
-def test_an_adapters_figures_cannot_end_the_session(books):
-    """The brain closes a session over a bad loss report, so names and numbers of adapters are brought within its limits."""
-    books.dropped = {
+def test_loss_keeps_adapter_events_within_limits_of_brain(harness):
+    """Names and numbers of adapters are limited, because the brain closes a session otherwise."""
+    harness.dropped = {
         "": 3,
         "e" * 99: -1,
         "f": 2**60,
         **{f"engine-{number}": number for number in range(50)},
     }
-    beat = HeartbeatPayload.model_validate_json(books.figures.heartbeat())
+    beat = HeartbeatPayload.model_validate_json(harness.metrics.heartbeat())
     assert len(beat.telemetry_loss.adapter_events) <= 32
     assert beat.telemetry_loss.adapter_events["e" * 64] == 0
 
 
-def test_the_heartbeat_says_how_the_disk_is(books):
-    """Durability and failures are figures that an operator can see; rows that wait to be adopted are buffered rows."""
-    books.buffer.durable, books.buffer.failures, books.buffer.orphan_rows = False, 3, 1000
-    beat = json.loads(books.figures.heartbeat())
+def test_heartbeat_reports_buffer_state_and_orphan_rows(harness):
+    """The heartbeat has durability and failures; rows to be adopted count as buffered."""
+    harness.buffer.durable, harness.buffer.failures, harness.buffer.orphan_rows = False, 3, 1000
+    beat = json.loads(harness.metrics.heartbeat())
     assert beat["buffer_size"] == 1005
     assert beat["adapter_health"]["z4j.buffer_durable"] == "false"
     assert beat["adapter_health"]["z4j.buffer_failures"] == "3"
-    assert (books.figures.stats()["buffer_failures"], books.figures.stats()["adopting"]) == (
+    assert (harness.metrics.stats()["buffer_failures"], harness.metrics.stats()["adopting"]) == (
         3,
         1000,
     )
 
 
-def test_the_status_is_the_brains_model(books):
-    """An ``agent_status`` passes the brain's validation and tells depth, age, streaks, versions and losses."""
-    books.lose(("capacity", "event", 7))
-    began = books.backend.wall()
-    books.backend.advance(90)
+def test_agent_status_matches_model_of_brain(harness):
+    """An ``agent_status`` has depth, age, streaks, versions and losses."""
+    harness.lose(("capacity", "event", 7))
+    began = harness.backend.wall()
+    harness.backend.advance(90)
     identity = Identity(
         "celery",
         "1.13.0+green.1",
@@ -156,7 +158,7 @@ def test_the_status_is_the_brains_model(books):
         schedulers=("beat",),
     )
     status = AgentStatusPayload.model_validate_json(
-        books.figures.status({"auth": 2, "protocol": 4, "connection": 4}, began, identity)
+        harness.metrics.status({"auth": 2, "protocol": 4, "connection": 4}, began, identity)
     )
     assert (
         status.auth_failure_streak,
@@ -175,12 +177,12 @@ def test_the_status_is_the_brains_model(books):
     assert status.telemetry_loss.capacity_evicted_frames == 7
 
 
-def test_a_clock_set_back_makes_no_negative_age(books):
-    """A session that began in the future is new, and a row of before the epoch is as old as the brain allows."""
-    books.buffer.last_stats = replace(books.buffer.last_stats, oldest_age=1e12)
+def test_ages_stay_within_limits_after_clock_was_set_back(harness):
+    """The age of a session is never negative, and that of a row has an upper limit."""
+    harness.buffer.last_stats = replace(harness.buffer.last_stats, oldest_age=1e12)
     identity = Identity("celery", "1", "w", 1, datetime.now(UTC))
     status = AgentStatusPayload.model_validate_json(
-        books.figures.status({}, books.backend.wall() + 3600, identity)
+        harness.metrics.status({}, harness.backend.wall() + 3600, identity)
     )
     assert status.current_session_age_seconds == 0
     assert status.buffer_oldest_age_seconds == 315_360_000

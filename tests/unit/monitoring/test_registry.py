@@ -1,4 +1,4 @@
-"""The task registry: discovered, compared, told."""
+"""The task registry: discovery, comparison with the last report, and frames."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from z4j_bare.monitoring.registry import RegistryLoop
 
 
 class Engine:
-    """Knows what it is told to."""
+    """An engine whose tasks the test sets."""
 
     name = "stub"
 
@@ -38,136 +38,143 @@ class Engine:
         ]
 
 
-class Session:
-    """Keeps what is sent, and refuses what is larger than it takes."""
+class FakeConnection:
+    """Records what is sent, and refuses payloads above ``max_bytes``."""
 
-    def __init__(self, most=10**6):
-        self.most = most
+    def __init__(self, max_bytes=10**6):
+        self.max_bytes = max_bytes
         self.deltas = []
         self.broken = False
 
     def send(self, kind, _identity, payload):
         if self.broken:
             raise NetworkError("gone")
-        if len(payload) > self.most:
-            raise FrameTooLargeError(len(payload), self.most)
+        if len(payload) > self.max_bytes:
+            raise FrameTooLargeError(len(payload), self.max_bytes)
         assert kind == "registry_delta"
         self.deltas.append(json.loads(payload))
 
-    def names(self, what):
+    def names(self, change):
+        """Return the tasks that were ``added``, ``updated`` or ``removed``."""
         return sorted(
-            each["name"] if what != "removed" else each
+            item["name"] if change != "removed" else item
             for delta in self.deltas
-            for each in delta[what]
+            for item in delta[change]
         )
 
 
 @pytest.fixture
 def loop(backend, bridge, until):
-    """``loop(engine, session, dev=False, paths=())``: a running loop with its ``session`` to be replaced."""
-    stop_event, made = backend.event(), []
+    """``loop(engine, connection)``: a running loop, whose ``connection`` the test may replace."""
+    stop_event, running = backend.event(), []
 
-    def start(engine, session, *, dev=False, paths=()):
+    def start(engine, connection, *, dev=False, paths=()):
         hosts = {engine.name: EngineHost(engine, bridge, backend, print)}
-        place = SimpleNamespace(session=session)
-        place.loop = RegistryLoop(
+        harness = SimpleNamespace(connection=connection)
+        harness.loop = RegistryLoop(
             hosts,
             lambda: DiscoveryHints(app_paths=list(paths)),
-            lambda: place.session,
+            lambda: harness.connection,
             backend,
             dev=dev,
         )
-        made.append((place.loop, backend.spawn(place.loop.run, stop_event, name="registry")))
-        return place
+        running.append((harness.loop, backend.spawn(harness.loop.run, stop_event, name="registry")))
+        return harness
 
     yield start
     stop_event.set()
-    for each, task in made:
-        each.wake()
+    for registry, task in running:
+        registry.wake()
         assert task.join(10)
 
 
-def test_all_then_what_has_changed(loop, until):
-    """The first session is told everything, a later one only what differs: new, changed, gone."""
-    engine, session = Engine("a", "b"), Session()
-    place = loop(engine, None)
-    place.session = session
-    place.loop.wake()
-    until(lambda: session.names("added") == ["a", "b"])
+def test_first_session_gets_all_tasks_and_later_ones_changes(loop, until):
+    """A later connection gets only the tasks that were added, updated or removed."""
+    engine, connection = Engine("a", "b"), FakeConnection()
+    harness = loop(engine, None)
+    harness.connection = connection
+    harness.loop.wake()
+    until(lambda: connection.names("added") == ["a", "b"])
     engine.tasks = {"b": "fast", "c": None}
-    place.session = second = Session()
-    place.loop.wake()
-    place.loop._changed(Path("tasks.py"))
+    harness.connection = second = FakeConnection()
+    harness.loop.wake()
+    harness.loop._on_change(Path("tasks.py"))
     until(lambda: second.deltas)
     assert (second.names("added"), second.names("updated"), second.names("removed")) == (
         ["c"],
         ["b"],
         ["a"],
     )
-    assert (session.deltas[0]["engine"], len(session.deltas), len(second.deltas)) == ("stub", 1, 1)
+    assert (connection.deltas[0]["engine"], len(connection.deltas), len(second.deltas)) == (
+        "stub",
+        1,
+        1,
+    )
 
 
-def test_an_interrupted_telling_is_resumed(loop, until, monkeypatch):
-    """What a session did not take, the next one gets, and nothing twice."""
-    monkeypatch.setattr("z4j_bare.monitoring.registry.PART", 200)
+def test_next_session_gets_unsent_tasks_after_interruption(loop, until, monkeypatch):
+    """The next connection gets the tasks that the first has not accepted, and no other."""
+    monkeypatch.setattr("z4j_bare.monitoring.registry.MAX_DELTA_BYTES", 200)
     engine, first, second = (
         Engine(*(f"task-{number}" for number in range(40))),
-        Session(),
-        Session(),
+        FakeConnection(),
+        FakeConnection(),
     )
-    take = first.send
+    accept = first.send
     first.send = lambda *frame: (
-        take(*frame) if len(first.deltas) < 3 else setattr(first, "broken", True) or take(*frame)
+        accept(*frame)
+        if len(first.deltas) < 3
+        else setattr(first, "broken", True) or accept(*frame)
     )
-    place = loop(engine, first)
+    harness = loop(engine, first)
     until(lambda: first.broken)
-    place.session = second
-    place.loop.wake()
+    harness.connection = second
+    harness.loop.wake()
     until(lambda: len(first.names("added")) + len(second.names("added")) == 40)
     assert not set(first.names("added")) & set(second.names("added"))
     assert len(engine.hints) == 1
 
 
-def test_a_small_line(loop, until):
-    """Parts shrink to what the line takes; a definition that fits nowhere is left out, and the rest arrives."""
-    session = Session(most=600)
-    loop(Engine("x" * 490, *(f"task-{number}" for number in range(20))), session)
-    until(lambda: len(session.names("added")) == 20)
-    assert max(len(name) for name in session.names("added")) < 20
+def test_deltas_shrink_to_frame_limit(loop, until):
+    """A definition that exceeds the limit alone is left out; all others arrive."""
+    connection = FakeConnection(max_bytes=600)
+    loop(Engine("x" * 490, *(f"task-{number}" for number in range(20))), connection)
+    until(lambda: len(connection.names("added")) == 20)
+    assert max(len(name) for name in connection.names("added")) < 20
 
 
-def test_an_engine_that_fails(loop, until, caplog):
-    """An engine that cannot tell costs nothing but a line, and is asked again at the next change."""
+def test_discovery_is_retried_after_engine_failure(loop, until, caplog):
+    """A failed discovery is logged and repeated at the next change."""
     caplog.set_level("INFO")
-    engine, session = Engine("a"), Session()
+    engine, connection = Engine("a"), FakeConnection()
     engine.fail = True
-    place = loop(engine, session)
-    until(lambda: "the tasks of stub are not known: ConnectionError: no broker" in caplog.text)
+    harness = loop(engine, connection)
+    until(lambda: "tasks of stub, next attempt in 300 s: ConnectionError: no broker" in caplog.text)
     engine.fail = False
-    place.loop._changed(Path("tasks.py"))
-    until(lambda: session.names("added") == ["a"])
+    harness.loop._on_change(Path("tasks.py"))
+    until(lambda: connection.names("added") == ["a"])
 
 
-def test_development(loop, until, monkeypatch, tmp_path):
-    """With dev_mode a tasks.py that changes is looked at again, in the framework's directories."""
-    looks, look = [], watcher._look
-    monkeypatch.setattr(watcher, "LOOK", 0.02)
-    monkeypatch.setattr(watcher, "_look", lambda *args: looks.append(1) or look(*args))
-    engine, session = Engine("a"), Session()
-    loop(engine, session, dev=True, paths=[tmp_path])
-    until(lambda: session.deltas)
+def test_changed_tasks_file_triggers_discovery_in_dev_mode(loop, until, monkeypatch, tmp_path):
+    """The directories of the framework are watched for a ``tasks.py`` that changes."""
+    scans, scan = [], watcher._scan
+    monkeypatch.setattr(watcher, "POLL_INTERVAL", 0.02)
+    monkeypatch.setattr(watcher, "_scan", lambda *args: scans.append(1) or scan(*args))
+    engine, connection = Engine("a"), FakeConnection()
+    loop(engine, connection, dev=True, paths=[tmp_path])
+    until(lambda: connection.deltas)
     assert tmp_path in engine.hints[0].app_paths
-    until(lambda: len(looks) > 1)
+    until(lambda: len(scans) > 1)
     engine.tasks["b"] = None
     (tmp_path / "tasks.py").write_text("b = 1")
-    until(lambda: session.names("added") == ["a", "b"])
+    until(lambda: connection.names("added") == ["a", "b"])
 
 
-def test_what_is_sent_is_a_frame(loop, until):
-    """z4j_core reads the payload as its own model of a delta."""
-    session = Session()
-    loop(Engine("a", "b"), session)
-    until(lambda: session.deltas)
+def test_delta_matches_model_of_brain(loop, until):
+    """z4j_core parses the payload of a ``registry_delta``."""
+    connection = FakeConnection()
+    loop(Engine("a", "b"), connection)
+    until(lambda: connection.deltas)
     frame = {
         "v": 2,
         "type": "registry_delta",
@@ -177,12 +184,12 @@ def test_what_is_sent_is_a_frame(loop, until):
         "seq": 1,
         "hmac": "h",
     }
-    payload = parse_frame(json.dumps({**frame, "payload": session.deltas[0]})).payload
+    payload = parse_frame(json.dumps({**frame, "payload": connection.deltas[0]})).payload
     assert [TaskDefinition(**each).name for each in payload.added] == ["a", "b"]
 
 
-def test_celerys_tasks(bridge, backend, tmp_path):
-    """Celery's tasks come in bites, loaded ones before those that only stand in a file, without their secrets."""
+def test_celery_tasks_are_discovered_in_steps_without_defaults(bridge, backend, tmp_path):
+    """Discovery yields between tasks, finds loaded and declared ones, and drops default values."""
     celery = pytest.importorskip("celery")
     from z4j_celery import CeleryEngineAdapter
 
@@ -195,10 +202,10 @@ def test_celerys_tasks(bridge, backend, tmp_path):
         app.task(name=f"shop.t{number}", shared=False)(pay)
     (tmp_path / "tasks.py").write_text("@app.task\ndef declared(a, b='x'):\n    pass\n")
     host = EngineHost(CeleryEngineAdapter(celery_app=app), bridge, backend, print)
-    turns = []
-    found = discover(host, DiscoveryHints(app_paths=[tmp_path]), lambda: turns.append(1))
+    checkpoints = []
+    found = discover(host, DiscoveryHints(app_paths=[tmp_path]), lambda: checkpoints.append(1))
     assert len(found) == 61
-    assert len(turns) > 60
+    assert len(checkpoints) > 60
     task = json.loads(found["shop.t7"])
     assert (task["signature"], task["loaded"], task["engine"]) == ("(user, key)", True, "celery")
     (declared,) = (json.loads(body) for body in found.values() if b'"loaded":false' in body)
@@ -207,7 +214,7 @@ def test_celerys_tasks(bridge, backend, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signature", "left"),
+    ("signature", "stripped"),
     [
         (None, None),
         ("()", "()"),
@@ -221,6 +228,6 @@ def test_celerys_tasks(bridge, backend, tmp_path):
         ("(key='never closed, s3cret", "(key"),
     ],
 )
-def test_defaults_are_left_out(signature, left):
-    """Nothing that stands after an equals sign is told, whatever the text looks like."""
-    assert strip_defaults(signature) == left
+def test_strip_defaults_removes_all_default_values(signature, stripped):
+    """No text after an equals sign remains, even if the signature is malformed."""
+    assert strip_defaults(signature) == stripped

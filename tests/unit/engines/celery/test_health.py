@@ -179,7 +179,7 @@ def test_broker_probe_reports_refused_connection(app):
 
 def test_cached_probe_runs_once_at_a_time(bridge, backend, monkeypatch, until):
     """While a check runs the probe fails, and the late answer is used next."""
-    monkeypatch.setattr(probes, "PATIENCE", 0.05)
+    monkeypatch.setattr(probes, "CHECK_TIMEOUT", 0.05)
     go, runs = backend.event(), []
 
     def check():
