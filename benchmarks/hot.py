@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +127,7 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
     from celery import Celery
     from z4j_celery import CeleryEngineAdapter
 
+    from z4j_bare.concurrency.threads import ThreadEvent
     from z4j_bare.engines.celery.signals import CeleryCapture
     from z4j_bare.events.ring import Ring
 
@@ -137,7 +137,7 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
     def nap(**_arguments: object) -> None:
         """Do nothing; it is never run."""
 
-    ring = Ring(4 * calls, 4 * calls, threading.Event())
+    ring = Ring(4 * calls, 4 * calls, ThreadEvent())
     capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), ring.put, "worker@bench")
     capture.connect()
     try:

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, TypeVarTupl
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
-    import threading
     from selectors import BaseSelector
     from types import ModuleType
-
-    from zope.interface import classImplements
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,10 +70,6 @@ class IEvent(Interface):
 
         Loops call ``IConcurrency.wait`` instead, which checks for forks and ends the step.
         """
-
-
-if TYPE_CHECKING:
-    classImplements(threading.Event, IEvent)
 
 
 class ILock(Interface):

@@ -19,6 +19,11 @@ _store_guard = ForkGuard(threading.Lock)
 _import_guard = ImportForkGuard()
 
 
+@implementer(IEvent)
+class ThreadEvent(threading.Event):
+    """A ``threading.Event`` with the declaration that it implements ``IEvent``."""
+
+
 @implementer(IConcurrency)
 class ThreadsConcurrency(BaseConcurrency):
     """Runs each task in a daemon thread, and offloaded functions in the calling thread."""
@@ -31,8 +36,8 @@ class ThreadsConcurrency(BaseConcurrency):
         self._offload_lock = threading.Lock()
 
     def event(self) -> IEvent:
-        """Return a new ``threading.Event``."""
-        return threading.Event()
+        """Return a new :class:`ThreadEvent`."""
+        return ThreadEvent()
 
     def selector(self) -> selectors.BaseSelector:
         """Return the best selector of this platform."""
