@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.buffer.adopt_loop import AdoptLoop
+from z4j_bare.buffer.ledger import find_in_other_stores
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.opener import StoreOpener
-from z4j_bare.buffer.siblings import find_in_other_stores
 from z4j_bare.commands import Dispatcher, add_process_restarts
 from z4j_bare.control import RESTART, STATUS
 from z4j_bare.engines.manager import EngineManager

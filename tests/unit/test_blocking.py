@@ -185,7 +185,7 @@ def test_a_locked_database(start, peer, delivered, until):
     """Another process locks the database for two seconds: the store waits in its native thread, and nothing is lost."""
     runtime, load = start(peer.url)
     load.run(0.5)
-    path = until(lambda: runtime._agent.buffer._disk).path
+    path = until(lambda: runtime._agent.buffer._disk._store).path
     with subprocess.Popen(
         [sys.executable, "-c", LOCKER, str(path)], stdout=subprocess.PIPE
     ) as locker:

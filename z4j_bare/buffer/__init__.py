@@ -1,12 +1,12 @@
-"""The durable queue between capture and the wire: SQLite, caps, loss counters, the ledger of commands.
+"""The durable queue between capture and the wire: rows, caps, loss counters, command ledger.
 
-Everything here is plain synchronous code for ``offload``: it never logs, sleeps, switches greenlets or takes
-a lock of ``threading``, and its only error is ``LocalStorageError``. One call at a time per store, from any
-native thread.
+The manager and the adopt loop run on the hub. All other modules run on the native thread: they
+never log, sleep, switch greenlets or take a lock of ``threading``, and raise only
+``LocalStorageError``. A store takes one call at a time, from any native thread.
 
-The promise: ``produced == confirmed + rows + sum(lost.values())`` after every call, and after ``SIGKILL`` for
-whatever was committed. Against power failure WAL with ``synchronous=NORMAL`` promises only an intact file
-(the last commits may be missing).
+``produced == confirmed + rows + sum(lost.values())`` holds after every call, and after ``SIGKILL``
+for all committed transactions. After a power failure, WAL with ``synchronous=NORMAL`` guarantees an
+intact file, but the last commits may be missing.
 """
 
 from __future__ import annotations

@@ -1,172 +1,289 @@
-"""What a store has counted: rows and losses, kept in step with the transactions that change them."""
+"""The counters: rows, bytes, losses and acks of a store, and those of all stores of the process."""
 
 from __future__ import annotations
 
-import sqlite3
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import queries
+from z4j_bare.buffer import schema
 from z4j_bare.buffer.batches import Batches
-from z4j_bare.buffer.rows import EVENT, KIND, PAYLOAD, BufferEntry, BufferStats, losses_by, ranges
+from z4j_bare.buffer.rows import EVENT, KIND, NO_STATS, PAYLOAD, BufferEntry, BufferStats, ranges
 from z4j_bare.buffer.schema import scalar, transaction
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Iterable, Iterator, Sequence
+
+    from z4j_bare.buffer.rows import Losses
 
 
 @dataclass(slots=True)
-class RowTransaction:
-    """One transaction: what it does to the rows, and how the counters will differ."""
+class Counts:
+    """Row counters: the totals of one store, or the change by one transaction."""
 
-    connection: sqlite3.Connection
-    accounting: Accounting
     rows: int = 0
+    #: Rows that are not events.
     non_events: int = 0
     payload_bytes: int = 0
     produced: int = 0
     confirmed: int = 0
-    lost: dict[tuple[str, str], int] = field(default_factory=dict)
+    lost: Losses = field(default_factory=dict)
 
-    def insert(self, entries: Sequence[BufferEntry]) -> None:
-        """Insert rows, each by itself, under ids that follow the last one given out."""
-        first = self.accounting.next_id + self.produced
-        self._single([entry._replace(id=identity) for identity, entry in enumerate(entries, first)])
-        self._note(len(entries), sum(map(len, map(PAYLOAD, entries))))
-        self.non_events += len(entries) - list(map(KIND, entries)).count(EVENT)
+    def insert(self, rows: int, non_events: int, payload_bytes: int) -> None:
+        """Count new rows."""
+        self.produced += rows
+        self.rows += rows
+        self.non_events += non_events
+        self.payload_bytes += payload_bytes
 
-    def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
-        """Insert events that came together at ``at``, likewise."""
-        self._single(
-            self.accounting.batches.insert(self.accounting.next_id + self.produced, payloads, at)
-            if payloads
-            else ()
-        )
-        self._note(len(payloads), sum(map(len, payloads)))
-
-    def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
-        """Delete rows, as losses if there is a ``reason``; return how many there were."""
-        spans, before = ranges(ids), self.rows
-        self._removed(EVENT, *self.accounting.batches.remove(spans), reason)
-        if self.accounting.rows + self.rows > self.accounting.batches.rows:  # there are others
-            for kind, count, length in self._count_by_kind(spans):
-                self._removed(kind, count, length, reason)
-            self.connection.executemany(queries.DELETE, spans)
-        return before - self.rows
-
-    def increment_attempts(self, ids: Iterable[int]) -> None:
-        """Count an attempt for each of these rows."""
-        spans = ranges(ids)
-        self.accounting.batches.split(spans)
-        self.connection.executemany(queries.ATTEMPT, spans)
+    def remove(self, kind: str, rows: int, payload_bytes: int, reason: str | None = None) -> None:
+        """Count deleted rows of a kind, as losses if there is a ``reason``."""
+        self.rows -= rows
+        self.payload_bytes -= payload_bytes
+        self.non_events -= 0 if kind == EVENT else rows
+        if reason is not None and rows:
+            self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a row that is not even inserted as produced and lost."""
+        """Count a row that was never inserted as produced and lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
-    def _single(self, entries: Sequence[BufferEntry]) -> None:
+    def record_loss(self, reason: str, kind: str, rows: int) -> None:
+        """Count lost rows of a kind."""
+        self.lost[reason, kind] = self.lost.get((reason, kind), 0) + rows
+
+    def import_losses(self, losses: Losses) -> None:
+        """Count another store's losses as produced and lost here."""
+        for (reason, kind), rows in losses.items():
+            self.produced += rows
+            self.record_loss(reason, kind, rows)
+
+    def add(self, change: Counts) -> None:
+        """Add the change by a committed transaction."""
+        self.rows += change.rows
+        self.non_events += change.non_events
+        self.payload_bytes += change.payload_bytes
+        self.produced += change.produced
+        self.confirmed += change.confirmed
+        for (reason, kind), rows in change.lost.items():
+            self.record_loss(reason, kind, rows)
+
+    def stats(
+        self, buffer_id: str, size: int, oldest_age: float | None, *, durable: bool
+    ) -> BufferStats:
+        """Return the counters with the two values that only the store knows."""
+        return BufferStats(
+            rows=self.rows,
+            bytes=size,
+            payload_bytes=self.payload_bytes,
+            oldest_age=oldest_age,
+            lost=sum_losses(self.lost, 0),
+            lost_kinds=sum_losses(self.lost, 1),
+            produced=self.produced,
+            confirmed=self.confirmed,
+            buffer_id=buffer_id,
+            durable=durable,
+        )
+
+
+class RowTransaction:
+    """One transaction: its SQL statements, and the change of the counters."""
+
+    def __init__(self, connection: sqlite3.Connection, accounting: Accounting) -> None:
+        self.change = Counts()
+        self._connection = connection
+        self._accounting = accounting
+
+    def insert(self, entries: Sequence[BufferEntry]) -> None:
+        """Insert each entry as a row of its own, with new ids."""
+        first = self._next_id()
+        self._insert_rows(
+            [entry._replace(id=identity) for identity, entry in enumerate(entries, first)]
+        )
+        non_events = len(entries) - list(map(KIND, entries)).count(EVENT)
+        self.change.insert(len(entries), non_events, sum(map(len, map(PAYLOAD, entries))))
+
+    def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
+        """Insert events of the time ``at`` as a batch, with new ids."""
+        if payloads:
+            self._insert_rows(self._accounting.batches.insert(self._next_id(), payloads, at))
+        self.change.insert(len(payloads), 0, sum(map(len, payloads)))
+
+    def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
+        """Delete rows, as losses if there is a ``reason``; return the number of deleted rows."""
+        spans, before = ranges(ids), self.change.rows
+        self.change.remove(EVENT, *self._accounting.batches.remove(spans), reason)
+        if self._accounting.counts.rows + self.change.rows > self._accounting.batches.rows:
+            # Some rows are not in batches.
+            for kind, rows, payload_bytes in self._count_by_kind(spans):
+                self.change.remove(kind, rows, payload_bytes, reason)
+            self._connection.executemany(schema.DELETE, spans)
+        return before - self.change.rows
+
+    def increment_attempts(self, ids: Iterable[int]) -> None:
+        """Count one more attempt for each of these rows."""
+        spans = ranges(ids)
+        self._accounting.batches.split(spans)
+        self._connection.executemany(schema.INCREMENT_ATTEMPTS, spans)
+
+    def write_counters(self) -> None:
+        """Write the cumulative counters in the same transaction as the rows, so that both agree."""
+        for key, more in (("next_id", self.change.produced), ("confirmed", self.change.confirmed)):
+            if more:
+                self._connection.execute(schema.ADD_TO_COUNTER, (more, key))
+        for (reason, kind), rows in self.change.lost.items():
+            self._connection.execute(schema.ADD_LOSSES, (reason, kind, rows))
+
+    def _next_id(self) -> int:
+        return self._accounting.counts.produced + self.change.produced + 1
+
+    def _insert_rows(self, entries: Sequence[BufferEntry]) -> None:
         if entries:
-            self.connection.executemany(queries.INSERT, entries)
-
-    def _note(self, count: int, payload_bytes: int) -> None:
-        self.produced += count
-        self.rows += count
-        self.payload_bytes += payload_bytes
-
-    def _removed(self, kind: str, count: int, length: int, reason: str | None) -> None:
-        self.rows -= count
-        self.payload_bytes -= length
-        self.non_events -= 0 if kind == EVENT else count
-        if reason is not None and count:
-            self.record_loss(reason, kind, count)
+            self._connection.executemany(schema.INSERT, entries)
 
     def _count_by_kind(self, spans: Iterable[tuple[int, int]]) -> list[tuple[str, int, int]]:
         return [
-            payload_bytes
+            row
             for span in spans
-            for payload_bytes in self.connection.execute(queries.WEIGH, span).fetchall()
+            for row in self._connection.execute(schema.COUNT_BY_KIND, span).fetchall()
         ]
-
-    def record_loss(self, reason: str, kind: str, count: int) -> None:
-        """Count rows of a kind as lost."""
-        self.lost[reason, kind] = self.lost.get((reason, kind), 0) + count
-
-    def write(self) -> None:
-        """Write the cumulative counters: in the same transaction, so that they cannot tell another story than the rows."""
-        for key, more in (("next_id", self.produced), ("confirmed", self.confirmed)):
-            if more:
-                self.connection.execute(queries.COUNT, (more, key))
-        for (reason, kind), count in self.lost.items():
-            self.connection.execute(queries.LOSE, (reason, kind, count))
 
 
 class Accounting:
-    """The counters of one store, read once and then kept in memory: ``stats`` is asked every second."""
+    """The counters of one file, read when it is opened and updated by each transaction."""
 
-    def __init__(self, connection: sqlite3.Connection, largest_batch: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, max_batch_bytes: int) -> None:
         self._connection = connection
-        self.batches = Batches(connection, largest_batch)
+        self.batches = Batches(connection, max_batch_bytes)
         meta = dict(connection.execute("SELECT key, value FROM meta"))
         self.buffer_id: str = meta["buffer_id"]
-        self.next_id: int = meta["next_id"]
-        self.confirmed: int = meta["confirmed"]
-        self.rows: int
-        self.payload_bytes: int
-        self.rows, self.payload_bytes = connection.execute(queries.TOTALS).fetchone()
-        self.rows += self.batches.rows
-        self.payload_bytes += self.batches.payload_bytes
-        #: Rows that are no events.
-        self.non_events = scalar(connection, queries.KEPT)
-        self.lost: dict[tuple[str, str], int] = {
-            (reason, kind): count
-            for reason, kind, count in connection.execute("SELECT * FROM losses")
-        }
+        rows, payload_bytes = connection.execute(schema.TOTALS).fetchone()
+        self.counts = Counts(
+            rows=rows + self.batches.rows,
+            non_events=scalar(connection, schema.COUNT_NON_EVENTS),
+            payload_bytes=payload_bytes + self.batches.payload_bytes,
+            produced=meta["next_id"] - 1,
+            confirmed=meta["confirmed"],
+            lost={
+                (reason, kind): lost
+                for reason, kind, lost in connection.execute("SELECT * FROM losses")
+            },
+        )
 
     @property
     def unbatched_events(self) -> int:
         """Events that are not in a batch."""
-        return self.rows - self.non_events - self.batches.rows
+        return self.counts.rows - self.counts.non_events - self.batches.rows
 
     def oldest(self) -> float | None:
-        """Return when the oldest row came."""
-        first: tuple[int, float] | None = self._connection.execute(queries.FIRST).fetchone()
+        """Return ``created_at`` of the oldest row."""
+        first: tuple[int, float] | None = self._connection.execute(schema.OLDEST_ROW).fetchone()
         batch = self.batches.oldest()
         if batch is None or (first is not None and first[0] < batch[1]):
             return None if first is None else first[1]
         return batch[2]
 
     @contextmanager
-    def change(self) -> Iterator[RowTransaction]:
-        """Commit what the block does to the rows, with the counters that tell of it, or none of it."""
-        change = RowTransaction(self._connection, self)
+    def transaction(self) -> Iterator[RowTransaction]:
+        """Commit the changes of rows and counters by the block, or none of them."""
+        rows = RowTransaction(self._connection, self)
         try:
             with transaction(self._connection):
-                yield change
-                change.write()
+                yield rows
+                rows.write_counters()
         except BaseException:
             self.batches.invalidate()
             raise
-        self.rows += change.rows
-        self.non_events += change.non_events
-        self.payload_bytes += change.payload_bytes
-        self.next_id += change.produced
-        self.confirmed += change.confirmed
-        for pair, count in change.lost.items():
-            self.lost[pair] = self.lost.get(pair, 0) + count
+        self.counts.add(rows.change)
 
     def stats(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
-        """Return the counters with two figures that only the disk knows."""
-        return BufferStats(
-            rows=self.rows,
-            bytes=disk_bytes,
-            payload_bytes=self.payload_bytes,
-            oldest_age=oldest_age,
-            lost=losses_by(self.lost, 0),
-            lost_kinds=losses_by(self.lost, 1),
-            produced=self.next_id - 1,
-            confirmed=self.confirmed,
-            buffer_id=self.buffer_id,
-            durable=True,
+        """Return the counters with the two values that only the disk knows."""
+        return self.counts.stats(self.buffer_id, disk_bytes, oldest_age, durable=True)
+
+
+class ProcessAccounting:
+    """The counters of this process over all its stores; lives on the hub.
+
+    While memory replaces a failed disk, the rows on that disk are still buffered. ``latest`` then
+    contains both.
+    """
+
+    def __init__(self) -> None:
+        #: The most recent stats.
+        self.latest = NO_STATS
+        #: Events that the brain acknowledged and that were deleted here.
+        self.acked_events = 0
+        #: Losses of a replaced file, until another store has recorded them.
+        self.unrecorded_losses: Losses = {}
+        #: Whether rows were appended since the stats were read.
+        self.outdated = False
+        self._failed_disk: BufferStats | None = None
+        self._read_at = float("-inf")
+
+    def is_due(self, now: float, interval: float) -> bool:
+        """Whether the stats are older than ``interval`` seconds."""
+        return now - self._read_at > interval
+
+    def expire(self) -> None:
+        """Have the stats read at the next opportunity."""
+        self._read_at = float("-inf")
+
+    def update(self, stats: BufferStats, now: float) -> None:
+        """Take new stats of the current store."""
+        self.latest = merge_stats(self._failed_disk, stats) if self._failed_disk else stats
+        self._read_at, self.outdated = now, False
+
+    def record_later(self, losses: Losses) -> None:
+        """Keep losses for the next store that can be opened."""
+        pending = Counts(lost=dict(self.unrecorded_losses))
+        for (reason, kind), rows in losses.items():
+            pending.record_loss(reason, kind, rows)
+        self.unrecorded_losses = pending.lost
+
+    def disk_failed(self, stats: BufferStats | None) -> None:
+        """Count the rows of the failed disk until it works again.
+
+        :param stats: the last known stats of the disk; by default ``latest``.
+        """
+        stats = stats or self.latest
+        self._failed_disk = replace(
+            stats,
+            lost=merge_counts(stats.lost, sum_losses(self.unrecorded_losses, 0)),
+            lost_kinds=merge_counts(stats.lost_kinds, sum_losses(self.unrecorded_losses, 1)),
         )
+
+    def disk_returned(self) -> None:
+        """Count the disk's rows by its own stats again."""
+        self._failed_disk = None
+        self.expire()
+
+
+def sum_losses(losses: Losses, field: int) -> dict[str, int]:
+    """Sum ``(reason, kind)`` counters by reason (``field`` 0) or by kind (``field`` 1)."""
+    sums: dict[str, int] = {}
+    for pair, rows in losses.items():
+        sums[pair[field]] = sums.get(pair[field], 0) + rows
+    return sums
+
+
+def merge_counts(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    """Return the sums of two sets of counters."""
+    return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
+
+
+def merge_stats(disk: BufferStats, memory: BufferStats) -> BufferStats:
+    """Return the stats of a failed disk together with those of the memory that replaces it."""
+    return replace(
+        memory,
+        rows=disk.rows + memory.rows,
+        bytes=disk.bytes + memory.bytes,
+        payload_bytes=disk.payload_bytes + memory.payload_bytes,
+        oldest_age=memory.oldest_age if disk.oldest_age is None else disk.oldest_age,
+        lost=merge_counts(disk.lost, memory.lost),
+        lost_kinds=merge_counts(disk.lost_kinds, memory.lost_kinds),
+        produced=disk.produced + memory.produced,
+        confirmed=disk.confirmed + memory.confirmed,
+        buffer_id=memory.buffer_id if disk.buffer_id == NO_STATS.buffer_id else disk.buffer_id,
+    )

@@ -1,11 +1,11 @@
-"""What a killed worker could not send: its store is adopted as soon as another one runs."""
+"""The loop on the hub that adopts the stores of dead processes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.errors import BUSY, CORRUPT, classify
 from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
@@ -16,30 +16,33 @@ if TYPE_CHECKING:
 
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
 
-logger = logging.getLogger("z4j.runtime.adopt")
+logger = logging.getLogger("z4j.runtime.buffer.adopt_loop")
 
-#: Seconds before each look for orphans: at once, then a few times soon, because a worker is often restarted while its
-#: predecessor is still dying, then every minute.
+#: Seconds before each of the first scans. A worker often restarts while its predecessor still
+#: exits.
 FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
+#: Seconds between scans after those.
 SCAN_INTERVAL = 60.0
 
-#: Seconds between two steps while the heir has enough to do; rows come in as the brain takes them off us.
+#: Seconds between steps while the target store has enough rows.
 BACKPRESSURE_DELAY = 0.2
 
-#: Seconds for which a file that we may not have, or cannot use, is left alone.
+#: Seconds for which a file that cannot be adopted is skipped.
 SKIP_SECONDS = 600.0
 
-#: How often a step that failed is tried again, and after how many seconds.
+#: Maximum number of retries of a failed step.
 MAX_RETRIES = 20
+#: Seconds between retries of a failed step.
 RETRY_DELAY = 30.0
 
 
 class AdoptLoop:
-    """Moves orphaned rows into our own store, one file at a time.
+    """Moves the rows of dead processes into this process's store, one file at a time.
 
-    :param claim: makes an :class:`Orphan` of a path; runs off the hub.
-    :param stored: called after each step, to wake the sender.
+    :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
+    :param stored: called after each step, to notify the sender.
     """
 
     def __init__(
@@ -57,19 +60,19 @@ class AdoptLoop:
         self._stored = stored
         self._skip_until: dict[Path, float] = {}
 
-    def run(self, stop_event: Any) -> None:
-        """Adopt until ``stop_event`` (an ``IEvent``) is set."""
+    def run(self, stop_event: IEvent) -> None:
+        """Adopt until ``stop_event`` is set."""
         for delay in chain(FIRST_SCAN_DELAYS, repeat(SCAN_INTERVAL)):
             if self._backend.wait(stop_event, delay):
                 return
             self._scan(stop_event)
 
-    def _scan(self, stop_event: Any) -> None:
+    def _scan(self, stop_event: IEvent) -> None:
         now = self._backend.now()
-        self._skip_until = {path: until for path, until in self._skip_until.items() if until > now}
+        self._skip_until = {path: end for path, end in self._skip_until.items() if end > now}
         ok, found = self._backend.offload(orphans, self._buffer_path, self._skip_until)
         if not ok:
-            logger.debug("z4j: cannot look for buffers of dead processes: %s", found)
+            logger.debug("z4j: cannot scan for buffers of dead processes: %s", found)
             return
         for path in found:
             if stop_event.is_set():
@@ -77,12 +80,14 @@ class AdoptLoop:
             ok, orphan = self._backend.offload(self._claim, path)
             if ok:
                 if orphan.corrupt:
-                    logger.warning("z4j: %s was set aside: %s", path.name, orphan.corrupt)
+                    logger.warning(
+                        "z4j: quarantined the unreadable buffer %s: %s", path.name, orphan.corrupt
+                    )
                 self._adopt(orphan, stop_event)
             else:
                 self._skip(path, orphan)
 
-    def _adopt(self, orphan: Orphan, stop_event: Any) -> None:
+    def _adopt(self, orphan: Orphan, stop_event: IEvent) -> None:
         failures = 0
         try:
             while not stop_event.is_set():
@@ -90,7 +95,8 @@ class AdoptLoop:
                 try:
                     ended = self._step(orphan, stop_event)
                 except LocalStorageError as error:
-                    # Letting it go would have the rows of the failed step moved again by whoever comes next.
+                    # The orphan stays claimed: another process would move the rows of the failed
+                    # step a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantined(orphan, error)
                     if ended:
@@ -104,14 +110,14 @@ class AdoptLoop:
             if not self._backend.forked():
                 self._backend.offload(orphan.close)
 
-    def _step(self, orphan: Orphan, stop_event: Any) -> bool:
-        """Take one step, and the time that it asks for; return whether it was the last."""
+    def _step(self, orphan: Orphan, stop_event: IEvent) -> bool:
+        """Run one step and wait as long as its outcome requires; return whether it was the last."""
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
             self._stored()
             if orphan.moved:
                 logger.info(
-                    "z4j: adopted %d rows of %s, whose process is dead",
+                    "z4j: adopted %d rows from %s, the buffer of a dead process",
                     orphan.moved,
                     orphan.path.name,
                 )
@@ -133,8 +139,8 @@ class AdoptLoop:
 
     def _skip(self, path: Path, error: BaseException) -> None:
         cause = classify(error) if isinstance(error, LocalStorageError) else ""
-        if cause == BUSY:  # its owner lives, or another heir was faster
+        if cause == BUSY:  # its owner runs, or another process adopts it
             return
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG
-        logger.log(level, "z4j: %s is not adopted: %s", path.name, error)
+        logger.log(level, "z4j: cannot adopt the buffer %s: %s", path.name, error)

@@ -1,8 +1,9 @@
-"""Events that came together, as one row of the file until they have gone.
+"""Batches: events of one append in one table row, until they are deleted.
 
-A row for each event cost three times the CPU, most of it SQLite's: a batch of 256 is one insertion and one deletion. Acks
-come in order, so that what has gone of the oldest batch is one number; whatever else happens to an event (it is doubted,
-dropped, or acknowledged before its elders) loosens its batch into rows of its own, in the table that all other rows are in.
+A row for each event costs three times the CPU, most of it in SQLite: a batch of 256 events takes
+one insertion and one deletion. Acks arrive in order, so one number is enough to say which events of
+the oldest batch were deleted. Any other change of an event (another attempt, a discard, an ack out
+of order) splits its batch into single rows of the ``entries`` table.
 """
 
 from __future__ import annotations
@@ -12,27 +13,28 @@ from contextlib import closing
 from itertools import count, repeat, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
-from z4j_bare.buffer import queries
+from z4j_bare.buffer import schema
 from z4j_bare.buffer.rows import EVENT, PAYLOAD, BufferEntry, take_fitting
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Bytes of one batch at most, as many as a frame has: a look at a backlog reads and takes apart whole batches, with the
-#: interpreter's lock in the native thread's hands.
+#: Maximum size of a batch in bytes, as large as a frame. A reader of a backlog splits whole batches
+#: on the native thread, which holds the interpreter's lock meanwhile.
 MAX_BATCH_BYTES = 128 * 1024
 
-#: Events, and their bytes, that are kept in memory, the newest: what was written a moment ago is sent without being read
-#: back. The in-flight window takes 1,000.
-ROWS = 2_000
-BYTES = 1024 * 1024
+#: Maximum number of cached events. The newest batches are cached, so that recent events are sent
+#: without a read from the file. The in-flight window has 1,000 events.
+CACHE_ROWS = 2_000
+#: Maximum size of the cached events in bytes.
+CACHE_BYTES = 1024 * 1024
 
-_SEPARATOR = b"\n"  # canonical JSON has none
+_SEPARATOR = b"\n"  # canonical JSON contains no newline
 
 
 class Batch(NamedTuple):
-    """Events ``first`` to ``last``, all of the same time."""
+    """Events with the ids ``first`` to ``last`` and the same ``created_at``."""
 
     first: int
     last: int
@@ -44,42 +46,42 @@ class Batch(NamedTuple):
         start = max(self.first, after + 1)
         payloads = self.payloads[start - self.first :]
         fields = zip(count(start), repeat(EVENT), repeat(""), payloads, repeat(self.at), repeat(0))
-        return list(map(tuple.__new__, repeat(BufferEntry), fields))  # all in C: 0.1 us each
+        return list(
+            map(tuple.__new__, repeat(BufferEntry), fields)
+        )  # no bytecode per event: 0.1 us each
 
     def payload_bytes(self, start: int, last: int) -> int:
-        """Return the bytes of the events from ``start`` to ``last``."""
+        """Return the payload bytes of the events from ``start`` to ``last``."""
         return sum(map(len, self.payloads[start - self.first : last + 1 - self.first]))
 
 
 class Batches:
     """The batches of one store.
 
-    Everything that writes is to be called inside a transaction; after one that failed, :meth:`invalidate`.
+    Call the methods that write inside a transaction, and :meth:`invalidate` after a rollback.
 
-    :param largest: bytes of one batch at most.
+    :param max_bytes: maximum size of one batch in bytes.
     """
 
-    def __init__(self, connection: sqlite3.Connection, largest: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
         self._connection = connection
-        self._largest = largest
-        #: The newest batches, all that there are from the first of these on.
+        self._max_bytes = max_bytes
+        #: The newest batches, without a gap.
         self._cache: deque[Batch] = deque()
         self._cached_rows = self._cached_bytes = self._count = 0
-        #: Events, the bytes of their payloads, and the last event that has gone of those in batches.
+        #: Events in batches, their payload bytes, and the id of the last deleted event.
         self.rows = self.payload_bytes = self.acked_through = 0
         self._loaded = False
         self._ensure_loaded()
 
     def invalidate(self) -> None:
-        """Note that the file may have changed in another way than it looked: it is read again at the next change."""
+        """Invalidate the cached totals after a rollback; the next change reads them again."""
         self._loaded = False
 
     def oldest(self) -> tuple[int, int, float] | None:
-        """Return the last and the first id of the oldest batch, and when it came."""
+        """Return last id, first id and ``created_at`` of the oldest batch."""
         if len(self._cache) < self._count:
-            found: tuple[int, int, float] = self._connection.execute(
-                queries.OLDEST_BATCH
-            ).fetchone()
+            found: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
             return found
         return (
             (self._cache[0].last, self._cache[0].first, self._cache[0].at) if self._cache else None
@@ -88,7 +90,7 @@ class Batches:
     # -- changes
 
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
-        """Insert events whose ids begin with ``first``; return those that cannot be in a batch."""
+        """Insert events with ids from ``first`` on; return entries that cannot be in a batch."""
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)
         if joined.count(_SEPARATOR) >= len(payloads):
@@ -96,25 +98,27 @@ class Batches:
                 BufferEntry(identity, EVENT, "", payload, at, 0)
                 for identity, payload in enumerate(payloads, first)
             ]
-        if len(joined) > self._largest and len(payloads) > 1:
+        if len(joined) > self._max_bytes and len(payloads) > 1:
             half = len(payloads) // 2
             return self.insert(first, payloads[:half], at) + self.insert(
                 first + half, payloads[half:], at
             )
         batch = Batch(first, first + len(payloads) - 1, at, list(payloads))
-        self._connection.execute(queries.INSERT_BATCH, (batch.last, len(payloads), at, joined))
+        self._connection.execute(schema.INSERT_BATCH, (batch.last, len(payloads), at, joined))
         self._adjust(1, len(payloads), len(joined) - len(payloads) + 1)
         self._cache_batch(batch)
         return []
 
     def remove(self, spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
-        """Delete the events within ``spans``, each ``(first, last)``; return how many that were, and their bytes.
+        """Delete the events within ``spans``; return their number and their payload bytes.
 
-        A batch that loses others than its oldest events, or that is not the oldest, is loosened instead, and keeps them.
+        Each span is ``(first, last)``. Some batches are split instead, and their events are not
+        deleted: a batch that would lose events other than its oldest, and one that would keep some
+        although it is not the oldest batch.
         """
         self._ensure_loaded()
         rows, payload_bytes, acked_through = self.rows, self.payload_bytes, self.acked_through
-        loosened = [0, 0]
+        split_rows = split_bytes = 0
         for first, last in spans:
             for batch in self._overlapping(first, last):
                 start, end = max(batch.first, self.acked_through + 1), min(batch.last, last)
@@ -124,38 +128,40 @@ class Batches:
                     self._adjust(0, start - end - 1, -batch.payload_bytes(start, end))
                     self.acked_through = end
                 else:
-                    loosened = [
-                        sum(pair) for pair in zip(loosened, self._split(batch), strict=True)
-                    ]
+                    events, size = self._split(batch)
+                    split_rows += events
+                    split_bytes += size
         if self.acked_through != acked_through:
-            self._connection.execute(queries.DONE, (self.acked_through,))
-        return rows - self.rows - loosened[0], payload_bytes - self.payload_bytes - loosened[1]
+            self._connection.execute(schema.SET_ACKED_THROUGH, (self.acked_through,))
+        return rows - self.rows - split_rows, payload_bytes - self.payload_bytes - split_bytes
 
     def split(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Turn the batches that touch ``spans`` into rows of their own."""
+        """Split the batches that overlap with ``spans`` into single rows."""
         self._ensure_loaded()
         for first, last in spans:
             for batch in self._overlapping(first, last):
                 self._split(batch)
 
-    # -- looks
+    # -- reading
 
     def read_cached(self, after: int, limit: int, max_bytes: int) -> list[BufferEntry] | None:
-        """Return the oldest events with ``id > after`` as ``IStore.drain`` does; ``None`` if that takes the file."""
+        """Return what ``IStore.drain`` does, or ``None`` when the cache does not contain it."""
         after = max(after, self.acked_through)
-        kept = self._cache
+        cache = self._cache
         if not self._loaded or (
-            len(kept) < self._count and (not kept or after + 1 < kept[0].first)
+            len(cache) < self._count and (not cache or after + 1 < cache[0].first)
         ):
             return None
         found: list[BufferEntry] = []
-        for batch in kept:
+        for batch in cache:
             if batch.last <= after:
                 continue
             entries = batch.entries(after)
             payload_bytes = sum(map(len, map(PAYLOAD, entries)))
             if len(found) + len(entries) > limit or payload_bytes > max_bytes:
-                return found + take_fitting(entries, limit - len(found), max_bytes, alone=not found)
+                return found + take_fitting(
+                    entries, limit - len(found), max_bytes, allow_oversized=not found
+                )
             found += entries
             max_bytes -= payload_bytes
         return found
@@ -163,22 +169,22 @@ class Batches:
     def read(self, after: int) -> Generator[BufferEntry, None, None]:
         """Yield the events with ``id > after`` from the file, oldest first."""
         after = max(after, self.acked_through)
-        with closing(self._found(queries.BATCHES, after)) as batches:
+        with closing(self._query(schema.BATCHES, after)) as batches:
             for batch in batches:
                 yield from batch.entries(after)
 
-    # -- how
+    # -- internals
 
     def _ensure_loaded(self) -> None:
         if self._loaded:
             return
         self._cache.clear()
         self._cached_rows = self._cached_bytes = 0
-        self.acked_through = self._connection.execute(queries.DONE_SO_FAR).fetchone()[0]
+        self.acked_through = self._connection.execute(schema.READ_ACKED_THROUGH).fetchone()[0]
         self._count, self.rows, self.payload_bytes = self._connection.execute(
-            queries.BATCH_TOTALS
+            schema.BATCH_TOTALS
         ).fetchone()
-        oldest = next(self._found(queries.BATCHES, self.acked_through), None)
+        oldest = next(self._query(schema.BATCHES, self.acked_through), None)
         if oldest is not None and oldest.first <= self.acked_through:
             self._adjust(
                 0,
@@ -187,16 +193,16 @@ class Batches:
             )
         self._loaded = True
 
-    def _found(self, query: str, *values: int) -> Generator[Batch, None, None]:
+    def _query(self, query: str, *values: int) -> Generator[Batch, None, None]:
         with closing(self._connection.execute(query, values)) as cursor:
-            for last, number, at, joined in cursor:
-                yield Batch(last - number + 1, last, at, joined.split(_SEPARATOR))
+            for last, events, at, joined in cursor:
+                yield Batch(last - events + 1, last, at, joined.split(_SEPARATOR))
 
     def _overlapping(self, first: int, last: int) -> list[Batch]:
-        kept = self._cache
-        if len(kept) == self._count or (kept and first >= kept[0].first):
-            return [batch for batch in kept if batch.first <= last and batch.last >= first]
-        with closing(self._found(queries.BATCHES, first - 1)) as batches:
+        cache = self._cache
+        if len(cache) == self._count or (cache and first >= cache[0].first):
+            return [batch for batch in cache if batch.first <= last and batch.last >= first]
+        with closing(self._query(schema.BATCHES, first - 1)) as batches:
             return list(takewhile(lambda batch: batch.first <= last, batches))
 
     def _adjust(self, number: int, rows: int, payload_bytes: int) -> None:
@@ -205,15 +211,15 @@ class Batches:
         self.payload_bytes += payload_bytes
 
     def _split(self, batch: Batch) -> tuple[int, int]:
-        """Give each event of a batch a row of its own; return how many, and their bytes."""
+        """Store each event of a batch as a single row; return their number and payload bytes."""
         start = max(batch.first, self.acked_through + 1)
-        self._connection.executemany(queries.INSERT, batch.entries(self.acked_through))
+        self._connection.executemany(schema.INSERT, batch.entries(self.acked_through))
         self._drop(batch, start)
         return batch.last + 1 - start, batch.payload_bytes(start, batch.last)
 
     def _drop(self, batch: Batch, start: int) -> None:
-        """Delete a batch of which the events from ``start`` on were left."""
-        self._connection.execute(queries.DELETE_BATCH, (batch.last,))
+        """Delete a batch; only its events from ``start`` on were not deleted yet."""
+        self._connection.execute(schema.DELETE_BATCH, (batch.last,))
         self._adjust(-1, start - batch.last - 1, -batch.payload_bytes(start, batch.last))
         if self._cache and batch.last >= self._cache[0].last:
             self._cache.remove(batch)
@@ -223,7 +229,7 @@ class Batches:
         self._cache.append(batch)
         self._cached_rows += len(batch.payloads)
         self._cached_bytes += batch.payload_bytes(batch.first, batch.last)
-        while self._cache and (self._cached_rows > ROWS or self._cached_bytes > BYTES):
+        while self._cache and (self._cached_rows > CACHE_ROWS or self._cached_bytes > CACHE_BYTES):
             self._uncache(self._cache.popleft())
 
     def _uncache(self, batch: Batch) -> None:

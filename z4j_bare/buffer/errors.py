@@ -1,4 +1,4 @@
-"""The one border where errors of SQLite and of the file system become ``LocalStorageError``."""
+"""Translation of SQLite and file system errors into ``LocalStorageError``, and their causes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+#: Causes of a ``LocalStorageError``, see :func:`classify`.
 BUSY = "busy"
 FULL = "full"
 CORRUPT = "corrupt"
@@ -21,6 +22,7 @@ READ_ONLY = "read-only"
 DELETED = "gone"
 OTHER = "other"
 
+#: Causes by the primary result code.
 _BY_SQLITE = {
     sqlite3.SQLITE_BUSY: BUSY,
     sqlite3.SQLITE_LOCKED: BUSY,
@@ -29,10 +31,12 @@ _BY_SQLITE = {
     sqlite3.SQLITE_NOTADB: CORRUPT,
     sqlite3.SQLITE_READONLY: READ_ONLY,
 }
-#: Extended codes that say more than their family, "I/O error".
+#: Causes by the extended result code; the primary code is only "I/O error".
 _BY_DETAIL = {
-    sqlite3.SQLITE_IOERR_WRITE: FULL,  # a write that failed, but not of ENOSPC: EFBIG (a size limit), EDQUOT (a quota)
-    sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,  # the file ends before its last page
+    # A write failed with EFBIG (size limit) or EDQUOT (quota); ENOSPC has a code of its own.
+    sqlite3.SQLITE_IOERR_WRITE: FULL,
+    # The file ends before its last page.
+    sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
 }
 _BY_ERRNO = {
     errno.EAGAIN: BUSY,
@@ -57,12 +61,11 @@ _T = TypeVar("_T")
 
 
 def classify(error: LocalStorageError) -> str:
-    """Sort an error by its remedy: ``busy`` (soon again), ``full``, ``corrupt``, ``read-only``, ``gone``, ``other``."""
+    """Return the cause of an error: ``BUSY``, ``FULL`` or another constant of this module."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
-        code = getattr(
-            cause, "sqlite_errorcode", None
-        )  # absent on errors of the sqlite3 module itself
+        # Errors of the sqlite3 module itself have no code.
+        code = getattr(cause, "sqlite_errorcode", None)
         return OTHER if code is None else _BY_DETAIL.get(code) or _BY_SQLITE.get(code & 0xFF, OTHER)
     if isinstance(cause, OSError):
         return _BY_ERRNO.get(cause.errno or 0, OTHER)
@@ -71,7 +74,7 @@ def classify(error: LocalStorageError) -> str:
 
 @contextmanager
 def translate_errors(path: Path, doing: str) -> Iterator[None]:
-    """Raise what the block throws at us as ``LocalStorageError`` that names the file."""
+    """Raise SQLite and file system errors of the block as ``LocalStorageError`` with the path."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -79,7 +82,7 @@ def translate_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 def storage_call(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
-    """Wrap a store's public method: check that the store is usable, translate its errors."""
+    """Decorate a public method of a store: check that the store is open, and translate errors."""
 
     @functools.wraps(method)
     def call(store: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -1,11 +1,19 @@
-"""Where a store lives, and who may look at it: a directory of ours alone (0700), files of ours alone (0600).
+"""Where stores are, who may access them, and which process owns them.
 
-Task arguments pass through these files, and whoever may write the directory could put another file in their
-place.
+Task arguments pass through these files. The directory has mode 0700 and the files 0600, because a
+user who can write to the directory could replace a file.
+
+The owner of a store holds a POSIX record lock on ``<store>.lock``. A child that outlives its parent
+inherits an ``flock``, so that a dead owner's store would stay locked (measured); a record lock
+belongs to one process. It has two traps. Closing any descriptor of the file drops the lock, so no
+other code may open the lock file. A record lock never excludes its own process, so a table of this
+process does that.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -13,51 +21,61 @@ from pathlib import Path
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
-#: Different from ``buffer-*.sqlite``, so that stores of the asyncio agent (another schema) are left alone.
+#: Differs from ``buffer-*.sqlite``, the files of the asyncio agent, which have another schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
-#: What follows the name of a file that could not be read.
+#: Follows the name of an unreadable file.
 CORRUPT_MARK = ".corrupt-"
 
-_HINT = "point Z4J_HOME at a private directory of that user"
+_HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+#: Lock files of this process, and those that its parents held when it was forked. The latter are
+#: never released: SQLite inherited its own table of open files and would assume locks that this
+#: process does not hold.
+_held: dict[str, object] = {}
 
 
 def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
-    """Return an unused name for this process's store, in the directory of the configured ``buffer_path``.
+    """Return an unused path for this process's store, in the directory of ``buffer_path``.
 
-    The directory is created (0700) or checked first; raises ``LocalStorageError`` when it is no private
-    directory.
+    Creates the directory with mode 0700 if it is missing. Raises ``LocalStorageError`` when it is
+    not private.
     """
     directory = private_directory(absolute(buffer_path).parent)
     return directory / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
 
 
 def private_directory(directory: Path) -> Path:
-    """Return ``directory``, made if missing; raise ``LocalStorageError`` unless it is ours alone."""
+    """Return ``directory``, created if missing; raise ``LocalStorageError`` unless private."""
     try:
-        _make(directory)
+        _create_directory(directory)
         found = directory.lstat()
     except OSError as error:
         raise LocalStorageError(
-            f"cannot make the buffer directory {directory} as uid {os.geteuid()}: {error.strerror}; {_HINT}"
+            f"cannot create the buffer directory {directory} as uid {os.geteuid()}: "
+            f"{error.strerror}; {_HINT}"
         ) from error
-    trouble = _problem(found)
-    if trouble:
+    problem = _problem(found)
+    if problem:
         raise LocalStorageError(
-            f"the buffer directory {directory} {trouble}; this process runs as uid {os.geteuid()}: {_HINT}"
+            f"the buffer directory {directory} {problem}; "
+            f"this process runs as uid {os.geteuid()}: {_HINT}"
         )
     return directory
 
 
-def _make(directory: Path) -> None:
-    """Make ``directory`` and its missing parents, each 0700: ``mkdir`` leaves parents to the umask."""
+def _create_directory(directory: Path) -> None:
+    """Create ``directory`` and its missing parents with mode 0700.
+
+    ``mkdir(parents=True)`` would create the parents with the mode of the umask.
+    """
     if os.path.lexists(directory):
         return
-    _make(directory.parent)
+    _create_directory(directory.parent)
     try:
         directory.mkdir(mode=0o700)
-    except FileExistsError:  # a sibling worker was faster
+    except FileExistsError:  # another worker was faster
         pass
 
 
@@ -69,19 +87,19 @@ def _problem(found: os.stat_result) -> str:
     if found.st_uid != os.geteuid():
         return f"belongs to uid {found.st_uid}"
     if found.st_mode & _FOREIGN_WRITE:
-        return f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
+        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):04o})"
     return ""
 
 
 def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the directories where stores of this user may lie: the configured one, then those it is replaced by."""
+    """Return the directories of this user's stores: the configured one, then the alternatives."""
     name = f"z4j-{os.geteuid()}"
     temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
 
 
 def is_private(directory: Path) -> bool:
-    """Whether ``directory`` is there and ours alone."""
+    """Whether ``directory`` exists and is private."""
     try:
         return not _problem(directory.lstat())
     except OSError:
@@ -89,11 +107,11 @@ def is_private(directory: Path) -> bool:
 
 
 def list_stores(directory: Path) -> list[Path]:
-    """Return the files in a private directory that bear the name of a store of ours, longest untouched first."""
+    """Return the stores in a private directory, least recently modified first."""
     if not is_private(directory):
         return []
     with os.scandir(directory) as entries:
-        found = [(_changed(entry), entry.name) for entry in entries if _is_store(entry.name)]
+        found = [(_modified_at(entry), entry.name) for entry in entries if _is_store(entry.name)]
     return [directory / name for _, name in sorted(found)]
 
 
@@ -101,7 +119,7 @@ def _is_store(name: str) -> bool:
     return name.startswith(PREFIX) and name.endswith(SUFFIX)
 
 
-def _changed(entry: os.DirEntry[str]) -> float:
+def _modified_at(entry: os.DirEntry[str]) -> float:
     try:
         return entry.stat(follow_symlinks=False).st_mtime
     except FileNotFoundError:
@@ -109,29 +127,29 @@ def _changed(entry: os.DirEntry[str]) -> float:
 
 
 def quarantine(path: Path, now: float) -> None:
-    """Rename a corrupt store's file and log to ``<name>.corrupt-<seconds>``; the directory keeps one such store."""
+    """Rename a corrupt store to ``<name>.corrupt-<seconds>``; delete earlier corrupt stores."""
     main, log, index = store_files(path)
     for earlier in path.parent.glob(f"{PREFIX}*{CORRUPT_MARK}*"):
         remove(earlier)
-    aside = main.with_name(f"{main.name}{CORRUPT_MARK}{int(now)}")
-    main.rename(aside)
+    target = main.with_name(f"{main.name}{CORRUPT_MARK}{int(now)}")
+    main.rename(target)
     if log.exists():
-        log.rename(aside.with_name(aside.name + "-wal"))
+        log.rename(target.with_name(target.name + "-wal"))
     remove(index)
 
 
 def create_file(path: Path) -> None:
-    """Create ``path`` empty, 0600; raise ``OSError`` if anything bears that name, be it a dangling link."""
-    # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops the record
-    # locks of this process on it, SQLite's included; hence this happens before SQLite opens it, and never
-    # again.
+    """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
+    # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops
+    # this process's record locks on it, including those of SQLite. So this happens only before
+    # SQLite opens the file.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )
 
 
 def check_file(path: Path) -> None:
-    """Raise ``LocalStorageError`` unless ``path`` is a regular file that only we can read and write."""
+    """Raise ``LocalStorageError`` unless ``path`` is a regular file of mode 0600 of this user."""
     try:
         found = path.lstat()
     except OSError as error:
@@ -144,22 +162,22 @@ def check_file(path: Path) -> None:
         )
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise LocalStorageError(
-            f"the store {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
+            f"the store {path} is accessible to others (mode {stat.S_IMODE(found.st_mode):04o})"
         )
 
 
 def store_files(path: Path) -> tuple[Path, Path, Path]:
-    """Return the main file, the write-ahead log and its index."""
+    """Return the paths of the main file, the write-ahead log and its index."""
     return path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
 
 
 def lock_path(path: Path) -> Path:
-    """Return the file whose record lock says that the store has a living owner."""
+    """Return the path of the lock file that a running owner has locked."""
     return path.with_name(path.name + ".lock")
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes, 0 if there is none."""
+    """Return the size of a file in bytes, 0 if it is missing."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -167,15 +185,113 @@ def file_size(path: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Unlink ``path`` if it is there."""
+    """Delete ``path`` if it exists."""
     path.unlink(missing_ok=True)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Resolve ``~`` and the working directory, but no links; raise ``LocalStorageError`` if it cannot."""
+    """Resolve ``~`` and the working directory, but not links. Raises ``LocalStorageError``."""
     try:
         return Path(path).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no home directory, no working directory
         raise LocalStorageError(
             f"cannot resolve the buffer path {path}: {error}; {_HINT}"
         ) from error
+
+
+class OwnerLock:
+    """Ownership of one store.
+
+    The constructor takes it without waiting, or raises ``LocalStorageError``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        #: A reference to the store's connection, so that a forked child that drops the store does
+        #: not close it.
+        self.pinned: object = None
+        self._path = path
+        self._name = os.path.realpath(path)
+        if _held.setdefault(self._name, self) is not self:
+            raise LocalStorageError(
+                f"the store of {path} is open in this process or was open in its parent at the fork"
+            )
+        try:
+            self._descriptor = _lock(path)
+        except BaseException:
+            del _held[self._name]
+            raise
+
+    def release(self, *, delete: bool = False) -> None:
+        """Release the store; ``delete`` removes the lock file while it is still locked.
+
+        Does nothing when called again or in a forked child.
+        """
+        if _held.get(self._name) is not self:
+            return
+        try:
+            if delete:
+                remove(self._path)
+        finally:
+            del _held[self._name]
+            os.close(self._descriptor)
+
+
+def is_owned(path: Path) -> bool:
+    """Whether a running process, possibly this one, holds the lock ``path``.
+
+    Takes the lock for a moment to find out. Raises ``LocalStorageError`` when it cannot be opened.
+    """
+    if os.path.realpath(path) in _held:  # closing a descriptor of the file would drop the lock
+        return True
+    try:
+        descriptor = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise LocalStorageError(
+            f"cannot check {path} as uid {os.geteuid()}: {error.strerror}"
+        ) from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock(path: Path) -> int:
+    try:
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LocalStorageError(
+            f"cannot create {path} as uid {os.geteuid()}: {error.strerror}; "
+            "set Z4J_HOME to a writable directory"
+        ) from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_same_file(path, descriptor):
+            raise LocalStorageError(f"the store of {path} was just deleted by its owner")
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in {errno.EAGAIN, errno.EACCES}:
+            # ENOLCK and EOPNOTSUPP: some network file systems.
+            raise LocalStorageError(
+                f"no record locks for {path}: {error.strerror}; "
+                "move Z4J_HOME to a local file system"
+            ) from error
+        raise LocalStorageError(
+            f"the store of {path} belongs to a running process: {error.strerror}"
+        ) from error
+    except LocalStorageError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is still this file: its owner may have deleted it between open and lock."""
+    try:
+        return os.fstat(descriptor).st_ino == path.lstat().st_ino
+    except FileNotFoundError:
+        return False

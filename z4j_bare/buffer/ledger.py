@@ -1,26 +1,40 @@
-"""Which commands were begun and finished, so that none runs twice: not after a restart either."""
+"""The ledger of commands: which were started and finished, so that none is executed twice."""
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer.rows import DONE, LEDGER_CAP, STARTED, LedgerEntry, replace_surrogates
-from z4j_bare.buffer.schema import scalar, transaction
+from z4j_bare.buffer import files
+from z4j_bare.buffer.rows import (
+    DONE,
+    IN_OTHER_PROCESS,
+    LEDGER_CAP,
+    STARTED,
+    LedgerEntry,
+    replace_surrogates,
+)
+from z4j_bare.buffer.schema import read_only, scalar, transaction
+from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
-    import sqlite3
+    import os
+    from pathlib import Path
 
-#: Seconds for which an entry justifies keeping an otherwise empty file: the existing agent's memory of
-#: command ids, five times the brain's own deadline for a command.
+#: Age in seconds up to which an entry keeps an otherwise empty file. It equals the time for which
+#: the asyncio agent remembers command ids, five times the brain's timeout of a command.
 RETENTION = 300.0
+
+_FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
 
 
 class Ledger:
-    """The ledger table of one store: at most 10,000 entries, the newest; at most ``max_bytes`` of results.
+    """The ledger table of one store.
 
-    An entry outlives its result: a command must not run again only because its old answer took too much room.
+    It contains the newest 10,000 commands and at most ``max_bytes`` of results. An entry stays when
+    its result is dropped: a command must not run again because its result was too large to keep.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
@@ -29,14 +43,11 @@ class Ledger:
         self._bytes = scalar(connection, "SELECT coalesce(sum(length(result)), 0) FROM ledger")
 
     def find(self, key: str) -> LedgerEntry | None:
-        """Return what is known of command ``key``."""
-        row = self._connection.execute(
-            "SELECT key, state, result, at FROM ledger WHERE key = ?", (key,)
-        ).fetchone()
-        return None if row is None else LedgerEntry(*row)
+        """Return the entry of command ``key``."""
+        return _find(self._connection, key)
 
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
-        """Enter ``key`` as started with its ``provisional_result``, or return the earlier entry."""
+        """Insert ``key`` as started, with its provisional result, or return the earlier entry."""
         key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
@@ -44,7 +55,7 @@ class Ledger:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark ``key`` done with its ``result``; a key that the cap has pushed out is entered again."""
+        """Mark ``key`` as done with its ``result``; insert a key that the cap has removed."""
         key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
@@ -59,20 +70,20 @@ class Ledger:
         self._bytes = size
 
     def count_recent(self, now: float) -> int:
-        """Return how many entries are younger than the retention."""
+        """Return the number of entries younger than ``RETENTION``."""
         query = "SELECT count(*) FROM ledger WHERE at > ?"
         return int(self._connection.execute(query, (now - RETENTION,)).fetchone()[0])
 
     def recent_entries(self, now: float) -> tuple[LedgerEntry, ...]:
-        """Return the entries younger than the retention, oldest first."""
+        """Return the entries younger than ``RETENTION``, oldest first."""
         query = "SELECT key, state, result, at FROM ledger WHERE at > ? ORDER BY seq"
         return tuple(
             LedgerEntry(*row)
             for row in self._connection.execute(query, (now - RETENTION,)).fetchall()
         )
 
-    def import_state(self, entry: LedgerEntry) -> None:
-        """Enter what another store knows, unless more is known here."""
+    def import_entry(self, entry: LedgerEntry) -> None:
+        """Insert another store's entry, unless the entry here has the same or a later state."""
         earlier = self.find(entry.key)
         if earlier is None:
             self._insert(*astuple(entry))
@@ -94,13 +105,13 @@ class Ledger:
         self._bytes = size
 
     def _trim_results(self, size: int) -> int:
-        """Drop the oldest results until they fit; return the bytes left."""
+        """Drop the oldest results until the rest fits; return the remaining bytes."""
         if size <= self._max_bytes:
             return size
         last = 0
         query = "SELECT seq, length(result) FROM ledger WHERE length(result) > 0 ORDER BY seq"
         with closing(self._connection.execute(query)) as cursor:
-            for last, length in cursor:  # noqa: B007  (the last one seen is the boundary)
+            for last, length in cursor:  # noqa: B007
                 size -= length
                 if size <= self._max_bytes:
                     break
@@ -108,3 +119,40 @@ class Ledger:
             "UPDATE ledger SET result = x'' WHERE seq <= ? AND length(result) > 0", (last,)
         )
         return size
+
+
+def find_in_other_stores(
+    buffer_path: str | os.PathLike[str], own: Path, key: str
+) -> LedgerEntry | None:
+    """Return the entry of command ``key`` in the stores of other processes, running or dead.
+
+    The brain may deliver a command to any session of an agent. An entry that is not done gets the
+    state ``elsewhere``: its process sends the result, or the process that adopts its store. Runs on
+    the native thread and never raises.
+
+    :param own: path of this process's store, which is skipped.
+    """
+    found = None
+    try:
+        for directory in files.candidate_directories(buffer_path):
+            for path in files.list_stores(directory):
+                entry = _find_in_file(path, key) if path != own else None
+                if entry is not None and entry.state == DONE:
+                    return entry
+                found = found or entry
+    except (OSError, LocalStorageError):  # the entries found so far are the answer
+        pass
+    return found and LedgerEntry(key, IN_OTHER_PROCESS, b"", found.at)
+
+
+def _find_in_file(path: Path, key: str) -> LedgerEntry | None:
+    try:
+        with read_only(path) as connection:
+            return _find(connection, key)
+    except sqlite3.Error:
+        return None
+
+
+def _find(connection: sqlite3.Connection, key: str) -> LedgerEntry | None:
+    row = connection.execute(_FIND, (key,)).fetchone()
+    return None if row is None else LedgerEntry(*row)

@@ -1,416 +1,481 @@
-"""Runs the store off the hub, and keeps going in memory while the disk fails."""
+"""The buffer on the hub: runs operations on the native thread, or in memory if the disk fails."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
-from z4j_bare.buffer import trips
+from z4j_bare.buffer import store_worker
+from z4j_bare.buffer.accounting import ProcessAccounting
 from z4j_bare.buffer.errors import BUSY, CORRUPT, DELETED, FULL, classify
-from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.receipts import Receipt, Receipts
-from z4j_bare.buffer.rows import (
-    EVENT,
-    NO_STATS,
-    BufferEntry,
-    BufferStats,
-    LedgerEntry,
-    StoreState,
-    added,
-    both,
+from z4j_bare.buffer.maintenance import (
+    AckedRows,
+    DiskRetry,
+    PendingDeletes,
+    Snapshot,
+    VacuumSchedule,
 )
+from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.rows import EVENT, BufferEntry, BufferStats, LedgerEntry
+from z4j_bare.buffer.store_worker import CallResult, Progress, StoreWorker
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
-    from z4j_bare.buffer.trips import Others, Query
+    from z4j_bare.buffer.store import BufferStore
+    from z4j_bare.buffer.store_worker import LedgerLookup, RowQuery, Store
     from z4j_bare.concurrency import BaseConcurrency
 
+Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 
-logger = logging.getLogger("z4j.runtime.buffer")
+logger = logging.getLogger("z4j.runtime.buffer.manager")
 
-#: Seconds between attempts to return to the disk: first, and at most.
-RETRY_INITIAL = 5.0
-RETRY_MAX = 300.0
-
-#: Seconds for which a busy disk is asked again, and between two questions: at first, and at most.
+#: Seconds for which a call on a busy disk is repeated.
 BUSY_TIMEOUT = 3.0
+#: Seconds before the first repetition.
 BUSY_BACKOFF_INITIAL = 0.05
+#: Maximum seconds between repetitions.
 BUSY_BACKOFF_MAX = 0.5
 
-#: Seconds between two looks at the figures: on a trip that is made anyway, and for their own sake.
+#: Age of the stats in seconds above which a call that needs the disk anyway reads them.
 STATS_INTERVAL = 1.0
+#: Age of the stats in seconds above which a read goes to the disk only for them.
 STATS_INTERVAL_IDLE = 5.0
 
-#: Seconds between two tidyings of an idle store, and between two warnings of one sort.
-VACUUM_INTERVAL = 1.0
+#: Seconds between warnings with the same subject.
 WARNING_INTERVAL = 60.0
 
 
 class BufferManager:
-    """What the loops see of the store. Every call is one offloaded transaction; nothing here raises for a bad disk.
+    """The buffer as the agent's loops see it. It lives on the hub.
 
-    A busy disk is asked again for a while. A full one loses its oldest events, a corrupt file is set aside, one that was
-    deleted is replaced, each once per call. What no remedy helps goes on in memory, and returns to the disk later.
+    Every operation is one call on the native thread and one transaction. No method but
+    :meth:`run_on_disk` raises an error of the disk. A call on a busy disk is repeated. A full disk
+    loses its oldest events, a corrupt file is quarantined and a deleted file is replaced, each once
+    per call. After any other error, rows go to memory until the disk works again.
 
-    :param open_store: opens a new durable store; runs off the hub, at the first use.
-    :param memory: makes the store that takes over when the disk fails.
-    :param others: asks the other processes' stores about a command; runs off the hub.
-
-    ``generation`` changes whenever row ids start over, because the rows now live somewhere else.
+    :param open_store: opens a new store on disk; runs on the native thread at the first operation.
+    :param backend: the concurrency backend.
+    :param memory: returns the store that replaces a failed disk.
+    :param lookup: finds a command in other processes' stores; runs on the native thread.
     """
 
     def __init__(
         self,
-        open_store: Callable[[], Any],
+        open_store: Callable[[], BufferStore],
         backend: BaseConcurrency,
         memory: Callable[[], MemoryStore] = MemoryStore,
-        others: Others | None = None,
+        lookup: LedgerLookup | None = None,
     ) -> None:
+        #: Changes whenever row ids restart because another store is in use.
         self.generation = 0
+        #: How often the disk has failed.
         self.failures = 0
-        self.last_stats = NO_STATS
-        #: Rows in a dead process's file that wait for their turn; the adopting loop's.
+        #: Rows in the store of a dead process that are being adopted; set by the adopt loop.
         self.orphan_rows = 0
-        self._open_store = open_store
-        self._new_memory = memory
-        self._others = others
         self._backend = backend
-        self._turn = backend.lock()
-        self._disk: Any = None
+        self._new_memory = memory
+        self._lookup = lookup
+        self._lock = backend.lock()
+        self._disk = StoreWorker(open_store)
         self._memory: MemoryStore | None = None
-        self._beneath = NO_STATS
-        self._owed: dict[tuple[str, str], int] = {}
-        self._receipts = Receipts()
-        self._retry_at = 0.0
-        self._retry_delay = RETRY_INITIAL
-        self._looked_at = float("-inf")
-        self._outdated = False
-        self._tidied_at = float("-inf")
-        self._untidy = True
-        self._returned_at = float("-inf")
-        self._noticed = False
-        self._warned: dict[str, float] = {}
-        self._remedies = {FULL: self._relieve, CORRUPT: self._set_aside, DELETED: self._abandon}
+        self._accounting = ProcessAccounting()
+        self._pending = PendingDeletes()
+        self._retry = DiskRetry()
+        self._vacuum = VacuumSchedule()
+        self._warnings = RateLimitedWarnings(backend)
 
     @property
     def durable(self) -> bool:
-        """Whether rows survive the process just now."""
+        """Whether rows survive the process at the moment."""
         return self._memory is None
 
     @property
+    def last_stats(self) -> BufferStats:
+        """The most recent stats."""
+        return self._accounting.latest
+
+    @property
     def acked_events(self) -> int:
-        """Events that the brain has, and that were deleted."""
-        return self._receipts.events
+        """Events that the brain acknowledged and that were deleted."""
+        return self._accounting.acked_events
 
     @property
     def is_idle(self) -> bool:
-        """Whether the disk is well and tidy, and holds nothing that the brain has."""
-        return self.durable and not self._receipts and not self._untidy
+        """Whether the disk works, needs no vacuum and contains no acknowledged rows."""
+        return self.durable and not self._pending and not self._vacuum.needed
+
+    # -- rows
 
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
-        """Commit rows; see ``IStore.append``. Without a session nobody but this looks at the figures."""
-        self._add(lambda store: store.append(rows))
+        """Commit ``(kind, key, payload)`` rows; see ``IStore.append``."""
+        with self._lock:
+            self._appended(self._run(store_worker.append, rows, self._stats_due()))
 
     def append_events(self, payloads: Sequence[bytes]) -> None:
         """Commit events; see ``IStore.append_events``."""
-        self._add(lambda store: store.append_events(payloads))
-
-    def _add(self, add: Callable[[Any], int]) -> None:
-        stats = self._run(trips.append, add, self._due())
-        if stats is not None:
-            self._note(stats)
-        self._outdated = True
-
-    def refresh_stats(self) -> None:
-        """Look at the figures if rows came since the last look."""
-        if self._outdated:
-            self.stats()
+        with self._lock:
+            self._appended(self._run(store_worker.append_events, payloads, self._stats_due()))
 
     def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
-        """Take note of rows that the brain has, ``events`` of them events; the next trip deletes them.
+        """Have rows deleted that the brain acknowledged; the next operation deletes them.
 
-        ``generation`` is the one that the ids are of: in another one the same numbers are other rows, which stay.
+        :param events: how many of the rows are events.
+        :param generation: the generation of the ids. Ids of an earlier generation are ignored.
         """
         if ids:
-            self._receipts.note(Receipt(generation, ids, events, self._backend.now()))
+            self._pending.add(AckedRows(generation, ids, events, self._backend.now()))
 
     def read_next(
-        self, results: Query, events: Query, max_bytes: int
+        self, results: RowQuery, events: RowQuery, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]]:
-        """Read the next rows, results and events, in one trip; none of them is confirmed.
+        """Read the next rows, results and events; none is deleted.
 
-        A query is ``(after, limit, kinds)``. A trip with nothing to do tidies the file a little; what is in memory anyway
-        takes none, as long as the rest can wait, and it can while nobody asks for events.
+        A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
+        thread if stats, deletes and vacuum can be deferred. They can also be deferred when no
+        events are requested. A call that finds no rows runs a vacuum step.
         """
-        look, chores = self._due(), self._chores()
-        if not self._due(STATS_INTERVAL_IDLE) and self._receipts.may_wait(
-            events[0], self._backend.now()
+        now = self._backend.now()
+        vacuum = not self._pending and self._vacuum.is_due(now)
+        if not self._accounting.is_due(now, STATS_INTERVAL_IDLE) and self._pending.can_defer(
+            events[0], now
         ):
-            read_cached, busy = self._read_cached(results, events, max_bytes), not events[1]
-            if read_cached is not None and (
-                busy or any(read_cached) or not (chores or self._receipts)
-            ):
-                return read_cached
-        tidied = False
-
-        def trip(store: Any) -> tuple[BufferStats | None, list[BufferEntry], list[BufferEntry]]:
-            nonlocal tidied
-            found = trips.drain(store, results, events, max_bytes, look)
-            if chores and not (found[1] or found[2]):
-                self._untidy, tidied = not trips.vacuum_step(store), True
-            return found
-
-        stats, found_results, found_events = self._run(trip)
-        if stats is not None:
-            self._note(stats)
-        if tidied:
-            self._tidied_at = self._backend.now()
-        return found_results, found_events
+            cached = self._read_cached(results, events, max_bytes)
+            can_wait = not events[1] or not (vacuum or self._pending)
+            if cached is not None and (can_wait or any(cached)):
+                return cached
+        with self._lock:
+            found = self._run(
+                store_worker.read_next, results, events, max_bytes, self._stats_due(), vacuum
+            )
+            if found.stats is not None:
+                self._update_stats(found.stats)
+            if found.vacuumed is not None:
+                self._vacuum.on_step(self._backend.now(), complete=found.vacuumed)
+        return found.results, found.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows and count them; ``generation`` as in :meth:`ack`."""
-        self._run(
-            lambda store: store.discard(ids, reason) if generation in (None, self.generation) else 0
-        )
+        """Delete undeliverable rows and count them as lost; ``generation`` as in :meth:`ack`."""
+        with self._lock:
+            self._run_in_generation(generation, _discard, ids, reason)
 
     def mark_suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Note that these rows were on their way when a session died; ``generation`` as in :meth:`ack`."""
-        self._run(
-            lambda store: (
-                store.increment_attempts(ids) if generation in (None, self.generation) else None
-            )
-        )
+        """Count an ended session with these rows in flight; ``generation`` as in :meth:`ack`."""
+        with self._lock:
+            self._run_in_generation(generation, _increment_attempts, ids)
+
+    # -- the ledger of commands
 
     def claim(self, key: str, provisional_result: bytes) -> LedgerEntry | None:
-        """Enter a command as started, unless it is known here or to another process; see ``IStore.claim``."""
-        entry: LedgerEntry | None = self._run(
-            trips.claim, key, self._backend.wall(), provisional_result, self._others
-        )
-        return entry
+        """Insert a command as started, or return its entry here or in another process's store."""
+        now = self._backend.wall()
+        with self._lock:
+            return self._run(store_worker.claim, key, now, provisional_result, self._lookup)
 
     def settle(self, key: str, result: bytes) -> None:
-        """Mark what was claimed under ``key`` as done; see ``IStore.settle``."""
-        self._run(trips.settle, key, result, self._backend.wall())
+        """Mark the command claimed as ``key`` as done; see ``IStore.settle``."""
+        now = self._backend.wall()
+        with self._lock:
+            self._run(_settle, key, result, now)
 
     def answer(self, key: str, result: bytes) -> None:
-        """Mark a command done and store its answer for sending; see ``IStore.answer``."""
-        self._run(trips.answer, key, result, self._backend.wall())
+        """Mark a command as done and append its result as a row; see ``IStore.answer``."""
+        now = self._backend.wall()
+        with self._lock:
+            self._run(_answer, key, result, now)
+
+    # -- stats and the store
 
     def stats(self) -> BufferStats:
-        """Ask the store for its figures now."""
-        self._note(self._run(trips.stats))
-        return self.last_stats
+        """Read the stats of the store now and return them."""
+        with self._lock:
+            self._update_stats(self._run(_stats))
+            return self.last_stats
 
-    def run_on_disk(self, step: Callable[[Any], T]) -> T | None:
-        """Run ``step(store)`` on the disk; ``None`` when there is only memory.
+    def refresh_stats(self) -> None:
+        """Read the stats if rows were appended since the last time."""
+        if self._accounting.outdated:
+            self.stats()
 
-        Raises ``LocalStorageError`` and has no remedy for it: adopted rows are safe where they are.
+    def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
+        """Run ``operation(store)`` on the native thread; return ``None`` while the disk is failed.
+
+        Raises ``LocalStorageError`` without recovery: adopted rows are safe in their own file.
         """
-        with self._turn:
+        with self._lock:
             if self._memory is not None:
                 return None
-            ok, value = self._backend.offload(self._on_disk, step, ())
-            self._say()
+            result = self._call_disk(operation)
+        if result.error is not None:
+            raise result.error
+        return result.value
+
+    def close(self) -> None:
+        """Close the store; rows in memory are moved to the disk if it works."""
+        with self._lock:
+            memory = self._memory
+            if memory is not None and (memory.size() or memory.export_state().ledger):
+                self._return_to_disk(memory)
+                if self._memory is not None and memory.size():
+                    logger.warning(
+                        "z4j: %d rows were in memory only and are lost with this process; "
+                        "check the disk of Z4J_HOME",
+                        memory.size(),
+                    )
+            pending = self._pending.snapshot(self.generation)
+            on_disk = () if self._memory is not None else pending.ids
+            ok, deleted = self._backend.offload(self._disk.close, on_disk)
+            if self._memory is not None:
+                in_memory = store_worker.delete_and_close
+                ok, deleted = self._backend.offload(in_memory, self._memory, pending.ids)
+            if ok and deleted:
+                self._deleted(pending)
+            self._memory = None
+
+    # -- internals; the caller holds the lock
+
+    def _stats_due(self) -> bool:
+        return self._accounting.is_due(self._backend.now(), STATS_INTERVAL)
+
+    def _appended(self, stats: BufferStats | None) -> None:
+        if stats is not None:
+            self._update_stats(stats)
+        self._accounting.outdated = True
+
+    def _update_stats(self, stats: BufferStats) -> None:
+        self._accounting.update(stats, self._backend.now())
+
+    def _read_cached(
+        self, results: RowQuery, events: RowQuery, max_bytes: int
+    ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
+        with self._lock:  # no other call runs meanwhile
+            if self._memory is not None:
+                return None
+            found = self._disk.read_cached(results, events, max_bytes)
+        return None if found is None else (found.results, found.events)
+
+    def _run(self, operation: Callable[[Store, *Ts], T], *args: *Ts) -> T:
+        """Run an operation on the disk, or on memory while the disk is failed."""
+        memory = self._memory_in_use()
+        if memory is None:
+            result = self._try_disk(None, operation, *args)
+            if result.error is None:
+                return result.value  # type: ignore[return-value]
+            memory = self._switch_to_memory(result.error)
+        return self._run_in_memory(memory, operation, *args)
+
+    def _run_in_generation(
+        self,
+        generation: int | None,
+        operation: Callable[[Store, *Ts], object],
+        *args: *Ts,
+    ) -> None:
+        """Run an operation on rows of ``generation``; the ids are wrong in another generation."""
+        memory = self._memory_in_use()
+        if memory is None:
+            result = self._try_disk(generation, operation, *args)
+            if result.error is None:
+                return
+            memory = self._switch_to_memory(result.error)
+        if generation in (None, self.generation):
+            self._run_in_memory(memory, operation, *args)
+
+    def _memory_in_use(self) -> MemoryStore | None:
+        """Return the memory that replaces the disk, after an attempt to return if one is due."""
+        if self._memory is not None and self._retry.is_due(self._backend.now()):
+            self._return_to_disk(self._memory)
+        return self._memory
+
+    def _run_in_memory(
+        self, memory: MemoryStore, operation: Callable[[Store, *Ts], T], *args: *Ts
+    ) -> T:
+        pending = self._pending.snapshot(self.generation)
+        if pending.ids:
+            memory.confirm(pending.ids)
+        self._deleted(pending)
+        return operation(memory, *args)
+
+    def _try_disk(
+        self,
+        generation: int | None,
+        operation: Callable[[BufferStore, *Ts], T],
+        *args: *Ts,
+    ) -> CallResult[T]:
+        """Call the disk: repeat while it is busy, and recover once from another error."""
+        deadline, delay = self._backend.now() + BUSY_TIMEOUT, BUSY_BACKOFF_INITIAL
+        recovered = False
+        while True:
+            if generation not in (None, self.generation):
+                return CallResult(Progress.DONE)
+            result = self._call_disk(operation, *args)
+            error = result.error
+            if not isinstance(error, LocalStorageError):
+                return result
+            cause = classify(error)
+            if cause == BUSY and self._backend.now() < deadline:
+                self._backend.sleep(delay)
+                delay = min(delay * 2, BUSY_BACKOFF_MAX)
+                continue
+            if recovered or result.progress < Progress.OPEN or not self._recover(cause, error):
+                return result
+            recovered = True
+
+    def _call_disk(
+        self,
+        operation: Callable[[BufferStore, *Ts], T],
+        *args: *Ts,
+    ) -> CallResult[T]:
+        """Make one call on the native thread and account for its parts that were completed."""
+        # Pending ids belong to memory while it is in use.
+        pending = self._pending.snapshot(self.generation if self._memory is None else None)
+        result: CallResult[T] = self._offload(
+            self._disk.call, self._accounting.unrecorded_losses, pending.ids, operation, *args
+        )
+        self._account(result)
+        if result.progress >= Progress.ACKED_ROWS_DELETED and self._memory is None:
+            self._deleted(pending)
+        return result
+
+    def _offload(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        ok, value = self._backend.offload(function, *args)
         if not ok:
             raise value
         found: T = value
         return found
 
-    def close(self) -> None:
-        """Close what is open; what is in memory gets a last chance to reach the disk."""
-        with self._turn:
-            memory = self._memory
-            if memory is not None and (memory.size() or memory.export_state().ledger):
-                self._return_to_disk()
-                if self._memory is not None and memory.size():
-                    logger.warning(
-                        "z4j: %d rows were in memory only, and are lost with this process",
-                        memory.size(),
-                    )
-            for store in (self._disk, self._memory):
-                if store is not None:
-                    self._backend.offload(self._bury, store)
-            self._disk = self._memory = None
+    def _account(self, result: CallResult[T]) -> None:
+        if result.progress >= Progress.LOSSES_RECORDED:
+            self._accounting.unrecorded_losses = {}
+        if result.notice:
+            self._warnings.warn_once("z4j: %s", result.notice)
 
-    def _chores(self) -> bool:
-        """Whether the file is to be tidied, should nothing else be to do."""
-        return (
-            self._untidy
-            and not self._receipts
-            and self._backend.now() - self._tidied_at >= VACUUM_INTERVAL
-        )
+    def _deleted(self, pending: Snapshot) -> None:
+        if pending.entries:
+            self._vacuum.needed = True  # first: the buffer must not appear idle in between
+            self._pending.remove(pending)
+            self._accounting.acked_events += pending.events
 
-    def _due(self, every: float = STATS_INTERVAL) -> bool:
-        return self._backend.now() - self._looked_at > every
+    # -- recovery: returns whether the call is worth another attempt
 
-    def _note(self, stats: BufferStats) -> None:
-        memory = self._memory
-        stands_in = memory is not None and memory.buffer_id == stats.buffer_id
-        self.last_stats = both(self._beneath, stats) if stands_in else stats
-        self._looked_at, self._outdated = self._backend.now(), False
+    def _recover(self, cause: str, error: LocalStorageError) -> bool:
+        if cause == FULL:
+            return self._recover_full(error)
+        if cause == CORRUPT:
+            return self._recover_corrupt(error)
+        if cause == DELETED:
+            return self._recover_deleted(error)
+        return False
 
-    def _read_cached(
-        self, results: Query, events: Query, max_bytes: int
-    ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
-        with self._turn:  # nobody is inside the store meanwhile
-            disk = self._disk
-            if disk is None or self._memory is not None:
-                return None
-            found = trips.each(disk.read_cached, (results, events), max_bytes)
-        return None if None in found else (found[0], found[1])
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        with self._turn:
-            if self._memory is not None and self._backend.now() >= self._retry_at:
-                self._return_to_disk()
-            if self._memory is None:
-                ok, value = self._attempt(function, args)
-                if ok:
-                    return value
-                self._fall_back(value)
-            return self._visit(self._memory, function, args)
-
-    def _attempt(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-        """Call on the disk, with patience for a busy one and one remedy for an ill one; return as ``offload`` does."""
-        deadline, delay, remedied = self._backend.now() + BUSY_TIMEOUT, BUSY_BACKOFF_INITIAL, False
-        while True:
-            ok, value = self._backend.offload(self._on_disk, function, args)
-            self._say()
-            if ok or not isinstance(value, LocalStorageError):
-                return ok, value
-            cause = classify(value)
-            if cause == BUSY and self._backend.now() < deadline:
-                self._backend.sleep(delay)
-                delay = min(delay * 2, BUSY_BACKOFF_MAX)
-                continue
-            remedy = self._remedies.get(cause)
-            if remedied or remedy is None or self._disk is None or not remedy(value):
-                return False, value
-            remedied = True
-
-    def _on_disk(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        if self._disk is None:
-            self._disk = self._open_store()
-        if self._owed:
-            self._disk.import_state(StoreState(self._owed))
-            self._owed = {}
-        return self._visit(self._disk, function, args)
-
-    def _visit(self, store: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Call ``function`` on a store without what the brain has: in a full one it would be evicted, and count as lost."""
-        self._delete_confirmed(store)
-        return function(store, *args)
-
-    def _delete_confirmed(self, store: Any) -> None:
-        if self._receipts and store is (self._memory or self._disk):
-            self._untidy = True  # first: at no moment may the store look settled
-            self._receipts.redeem(store, self.generation)
-
-    def _bury(self, store: Any) -> None:
-        try:
-            self._delete_confirmed(store)
-        except LocalStorageError:  # the next process sends them again
-            pass
-        finally:
-            store.close()
-
-    # -- remedies: called on the hub, with the error; whether the call is worth another try
-
-    def _relieve(self, error: LocalStorageError) -> bool:
-        ok, cost = self._backend.offload(self._disk.free_space)
+    def _recover_full(self, error: LocalStorageError) -> bool:
+        ok, evicted = self._backend.offload(self._disk.free_space)
         if ok:
-            self._warn(
-                "full", "z4j: the disk is full: the %d oldest events had to go (%s)", cost, error
+            self._warnings.warn(
+                "full",
+                "z4j: the disk is full: the %d oldest events were dropped (%s); free some space",
+                evicted,
+                error,
             )
         return ok
 
-    def _set_aside(self, error: LocalStorageError) -> bool:
-        """Count every row of the corrupt file as lost: it may still hold some, but nobody can tell which."""
-        disk, self._disk = self._disk, None
-        self._owe(disk.state_if_abandoned().losses)
-        self._backend.offload(disk.quarantine)
+    def _recover_corrupt(self, error: LocalStorageError) -> bool:
+        self._accounting.record_later(self._offload(self._disk.quarantine))
         self.generation += 1
-        self._warn(
+        self._warnings.warn(
             "corrupt",
-            "z4j: the buffer is corrupt; its file was set aside and a new one begun (%s)",
+            "z4j: the buffer is corrupt: its file was renamed and a new one created; "
+            "its rows count as lost (%s)",
             error,
         )
         return True
 
-    def _abandon(self, error: LocalStorageError) -> bool:
-        """Take along what the file without a name still holds."""
-        disk, self._disk = self._disk, None
+    def _recover_deleted(self, error: LocalStorageError) -> bool:
         self.generation += 1
-        ok, moved = self._backend.offload(self._on_disk, trips.move, (disk,))
-        if left := disk.size():
-            self._owe({(DELETED, EVENT): left})
-        self._backend.offload(disk.close)
-        self._warn(
-            "gone",
-            "z4j: the buffer's file was deleted; a new one was begun, %s rows came along (%s)",
-            moved,
+        result, left = self._offload(self._disk.replace_deleted, self._accounting.unrecorded_losses)
+        self._account(result)
+        if left:
+            self._accounting.record_later({(DELETED, EVENT): left})
+        self._warnings.warn(
+            "deleted",
+            "z4j: the buffer's file was deleted: a new one was created with %s of its rows (%s)",
+            result.value or 0,
             error,
         )
-        return ok
-
-    def _owe(self, losses: dict[tuple[str, str], int]) -> None:
-        for pair, count in losses.items():
-            self._owed[pair] = self._owed.get(pair, 0) + count
+        return result.error is None
 
     # -- without a disk
 
-    def _fall_back(self, error: BaseException) -> None:
+    def _switch_to_memory(self, error: Exception) -> MemoryStore:
         if not isinstance(error, LocalStorageError):
             raise error
         self.failures += 1
-        self._memory = self._new_memory()
+        memory = self._memory = self._new_memory()
         self.generation += 1
-        self._beneath = self._below()
-        if self._backend.now() - self._returned_at > RETRY_MAX:
-            self._retry_delay = RETRY_INITIAL
-        self._retry_at = self._backend.now() + self._retry_delay
-        self._warn(
+        ok, stats = self._backend.offload(self._disk.cached_stats)
+        self._accounting.disk_failed(stats if ok else None)
+        self._retry.on_failure(self._backend.now())
+        self._warnings.warn(
             "memory", "z4j: the buffer is in memory only, because the disk failed: %s", error
         )
+        return memory
 
-    def _below(self) -> BufferStats:
-        """Return what is on the disk that failed, as far as we remember: it is still buffered, or already lost."""
-        below = self.last_stats
-        if self._disk is not None:
-            ok, value = self._backend.offload(self._disk.cached_stats)
-            below = value if ok else below
-        owed = StoreState(self._owed)
-        return replace(
-            below,
-            lost=added(below.lost, owed.by(0)),
-            lost_kinds=added(below.lost_kinds, owed.by(1)),
-        )
-
-    def _return_to_disk(self) -> None:
-        memory = self._memory
-        ok, value = self._attempt(trips.move, (memory,))
-        if ok:
+    def _return_to_disk(self, memory: MemoryStore) -> None:
+        result = self._try_disk(None, store_worker.copy_rows, memory)
+        now = self._backend.now()
+        if result.error is None:
             self._memory = None
             self.generation += 1
-            self._untidy, self._looked_at = True, float("-inf")
-            self._returned_at = self._backend.now()
-            self._warn("disk", "z4j: the buffer is on disk again; %d rows came along", value)
-        self._retry_delay = min(self._retry_delay * 2, RETRY_MAX)
-        self._retry_at = self._backend.now() + self._retry_delay
+            self._vacuum.needed = True
+            self._accounting.disk_returned()
+            self._retry.on_return(now)
+            self._warnings.warn(
+                "disk",
+                "z4j: the buffer is on disk again; %d rows were moved from memory",
+                result.value,
+            )
+        self._retry.schedule_next(now)
 
-    def _say(self) -> None:
-        """Pass on, once, what the store could not log where it was opened."""
-        notice = getattr(self._disk, "notice", "")
-        if notice and not self._noticed:
-            self._noticed = True
-            logger.warning("z4j: %s", notice)
 
-    def _warn(self, sort: str, text: str, *args: object) -> None:
+def _discard(store: Store, ids: Sequence[int], reason: str) -> int:
+    return store.discard(ids, reason)
+
+
+def _increment_attempts(store: Store, ids: Sequence[int]) -> None:
+    store.increment_attempts(ids)
+
+
+def _settle(store: Store, key: str, result: bytes, now: float) -> None:
+    store.settle(key, result, now)
+
+
+def _answer(store: Store, key: str, result: bytes, now: float) -> None:
+    store.answer(key, result, now)
+
+
+def _stats(store: Store) -> BufferStats:
+    return store.stats()
+
+
+class RateLimitedWarnings:
+    """Limits the warnings of each subject to one every ``WARNING_INTERVAL`` seconds.
+
+    The others are logged at debug level.
+    """
+
+    def __init__(self, backend: BaseConcurrency) -> None:
+        self._backend = backend
+        self._warned_at: dict[str, float] = {}
+
+    def warn(self, subject: str, text: str, *args: object) -> None:
+        """Log a warning."""
         now = self._backend.now()
-        quiet = now - self._warned.get(sort, float("-inf")) < WARNING_INTERVAL
-        if not quiet:
-            self._warned[sort] = now
-        logger.log(logging.DEBUG if quiet else logging.WARNING, text, *args)
+        repeated = now - self._warned_at.get(subject, float("-inf")) < WARNING_INTERVAL
+        if not repeated:
+            self._warned_at[subject] = now
+        logger.log(logging.DEBUG if repeated else logging.WARNING, text, *args)
+
+    def warn_once(self, text: str, *args: object) -> None:
+        """Log a warning that is not repeated in this process."""
+        if text not in self._warned_at:
+            self._warned_at[text] = float("inf")
+            logger.warning(text, *args)

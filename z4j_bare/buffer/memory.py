@@ -1,4 +1,4 @@
-"""The store for a disk that fails: the same contract in memory, lost with the process."""
+"""The store in memory that replaces a failed disk; its rows are lost with the process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from zope.interface import implementer
 
+from z4j_bare.buffer.accounting import Counts
 from z4j_bare.buffer.rows import (
     CAPACITY,
     DONE,
@@ -24,8 +25,7 @@ from z4j_bare.buffer.rows import (
     LedgerEntry,
     Row,
     StoreState,
-    losses_by,
-    refuse_unknown_kinds,
+    reject_unknown_kinds,
     replace_surrogates,
     take_fitting,
 )
@@ -35,17 +35,23 @@ from z4j_bare.interfaces import IStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-#: Far below the caps on disk: this is the memory of somebody's worker.
+#: Default maximum number of rows, far below the cap on disk: this is the worker's memory.
 MAX_ROWS = 10_000
+#: Default maximum size in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 
-#: What a row costs besides key and payload: the entry, its number, the headers of its strings (measured).
-OVERHEAD = 204
+#: Bytes of a row besides key and payload: the entry, its id, the headers of its strings (measured).
+ROW_OVERHEAD = 204
 
 
 @implementer(IStore)
 class MemoryStore:
-    """Rows in one deque per kind; everything else as ``BufferStore`` promises it."""
+    """A store with one deque per kind of row. The methods behave like those of ``BufferStore``.
+
+    :param max_rows: maximum number of rows.
+    :param max_bytes: maximum size in bytes. Results in the ledger may take a sixteenth of it more.
+    :param clock: returns seconds since the epoch.
+    """
 
     durable = False
 
@@ -62,17 +68,17 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._queues: dict[str, deque[BufferEntry]] = {kind: deque() for kind in EVICTION_ORDER}
-        self._rows = self._bytes = self._payload = self._produced = self._confirmed = 0
-        self._lost: dict[tuple[str, str], int] = {}
+        self._counts = Counts()
+        self._bytes = 0
         self._ledger: dict[str, LedgerEntry] = {}
         self._ledger_bytes = 0
 
     def append(self, rows: Sequence[Row]) -> int:
-        """Take rows in; return how many rows the caps cost, as ``BufferStore.append`` does."""
+        """Append rows; return the number of evicted rows."""
         self._check()
-        refuse_unknown_kinds(rows)
+        reject_unknown_kinds(rows)
         now = self._clock()
-        return self._commit(
+        return self._append(
             [
                 BufferEntry(
                     0, kind, key if key.isascii() else replace_surrogates(key), payload, now, 0
@@ -82,47 +88,45 @@ class MemoryStore:
         )
 
     def append_events(self, payloads: Sequence[bytes]) -> int:
-        """Take events without keys in, as ``append`` does."""
+        """Append events without keys; return the number of evicted rows."""
         return self.append([(EVENT, "", payload) for payload in payloads])
 
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Take rows of another store; they get new ids and keep their age and attempts."""
+        """Append rows of another store with new ids, the same age and attempts."""
         self._check()
-        return self._commit(rows)
+        return self._append(rows)
 
     def import_state(self, export_state: StoreState) -> None:
-        """Take another store's losses for its own, and learn of its commands."""
+        """Count another store's losses as produced and lost here, and import its ledger entries."""
         self._check()
-        for (reason, kind), count in export_state.losses.items():
-            self._produced += count
-            self._lose(reason, kind, count)
+        self._counts.import_losses(export_state.losses)
         for entry in export_state.ledger:
             earlier = self._ledger.get(entry.key)
             if earlier is None or (earlier.state == STARTED and entry.state == DONE):
                 self._insert(entry)
 
     def export_state(self) -> StoreState:
-        """Return what an heir has to know besides the rows."""
+        """Return the losses and all ledger entries."""
         self._check()
-        return StoreState(dict(self._lost), tuple(self._ledger.values()))
+        return StoreState(dict(self._counts.lost), tuple(self._ledger.values()))
 
-    def _commit(self, rows: Sequence[BufferEntry]) -> int:
-        lost = 0
+    def _append(self, rows: Sequence[BufferEntry]) -> int:
+        rejected = 0
         for row in rows:
-            self._produced += 1
-            kind, entry = row.kind, row._replace(id=self._produced)
-            if _weight(entry) > self._max_bytes:
-                self._lose(CAPACITY, kind, 1)
-                lost += 1
+            if _size(row) > self._max_bytes:
+                self._counts.reject(row.kind, CAPACITY)
+                rejected += 1
                 continue
-            self._queues[kind].append(entry)
-            self._count(entry, 1)
-        return lost + self._evict()
+            entry = row._replace(id=self._counts.produced + 1)
+            self._queues[row.kind].append(entry)
+            self._counts.insert(1, 0 if row.kind == EVENT else 1, len(row.payload))
+            self._bytes += _size(row)
+        return rejected + self._evict()
 
     def drain(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
-        """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        """Return the oldest rows of some kinds with ``id > after``; nothing is deleted."""
         self._check()
         queues = [self._queues[kind] for kind in EVICTION_ORDER if kind in kinds]
         rows = heapq.merge(*queues, key=lambda entry: entry.id)
@@ -131,26 +135,23 @@ class MemoryStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what ``drain`` does: nothing here takes I/O."""
+        """Return what ``drain`` does: nothing here needs I/O."""
         return self.drain(after, limit, max_bytes, kinds)
 
     def confirm(self, ids: Sequence[int]) -> int:
-        """Delete delivered rows; return how many there were."""
+        """Delete delivered rows; return the number of deleted rows."""
         self._check()
         removed = len(self._remove(ids))
-        self._confirmed += removed
+        self._counts.confirmed += removed
         return removed
 
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them under ``reason``."""
+        """Delete undeliverable rows and count them as lost for ``reason``."""
         self._check()
-        removed = self._remove(ids)
-        for entry in removed:
-            self._lose(reason, entry.kind, 1)
-        return len(removed)
+        return len(self._remove(ids, reason))
 
     def increment_attempts(self, ids: Sequence[int]) -> None:
-        """Note that these rows were on the wire when a session died."""
+        """Count a session that ended while these rows were in flight."""
         self._check()
         wanted = frozenset(ids)
         for kind, queue in self._queues.items():
@@ -160,40 +161,30 @@ class MemoryStore:
             )
 
     def stats(self) -> BufferStats:
-        """Return rows, bytes, age of the oldest row and the counters."""
+        """Return the counters, the size in bytes and the age of the oldest row."""
         self._check()
         oldest = min(
             (queue[0] for queue in self._queues.values() if queue),
             key=lambda entry: entry.id,
             default=None,
         )
-        return BufferStats(
-            rows=self._rows,
-            bytes=self._bytes,
-            payload_bytes=self._payload,
-            oldest_age=None if oldest is None else max(0.0, self._clock() - oldest.created_at),
-            lost=losses_by(self._lost, 0),
-            lost_kinds=losses_by(self._lost, 1),
-            produced=self._produced,
-            confirmed=self._confirmed,
-            buffer_id=self.buffer_id,
-            durable=False,
-        )
+        age = None if oldest is None else max(0.0, self._clock() - oldest.created_at)
+        return self._counts.stats(self.buffer_id, self._bytes, age, durable=False)
 
     def cached_stats(self) -> BufferStats:
-        """Return the figures; memory does not fail."""
+        """Return the stats; memory does not fail."""
         return self.stats()
 
     def size(self) -> int:
         """Return the number of rows."""
-        return self._rows
+        return self._counts.rows
 
     def byte_size(self) -> int:
-        """Return the bytes of all payloads."""
-        return self._payload
+        """Return the size of all payloads in bytes."""
+        return self._counts.payload_bytes
 
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Enter command ``key`` as started; return the earlier entry if it was there already."""
+        """Insert command ``key`` as started, or return the earlier entry."""
         self._check()
         key = replace_surrogates(key)
         earlier = self._ledger.get(key)
@@ -202,51 +193,46 @@ class MemoryStore:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` done and keep its result for redeliveries."""
+        """Mark command ``key`` as done and keep its result for redeliveries."""
         self._check()
         self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
 
     def answer(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` done and append its result as a row."""
+        """Mark command ``key`` as done and append its result as a row."""
         self.settle(key, result, now)
         self.append([(RESULT, key, result)])
 
     def vacuum_step(self) -> bool:
-        """Do nothing: memory needs no tidying."""
+        """Do nothing: memory needs no vacuum."""
         self._check()
         return True
 
     def close(self) -> None:
-        """Forget everything. Idempotent."""
+        """Drop all rows and ledger entries. Idempotent."""
         self.closed = True
         self._ledger.clear()
         for queue in self._queues.values():
             queue.clear()
-        self._rows = self._bytes = self._payload = 0
+        self._counts.rows = self._counts.non_events = self._counts.payload_bytes = self._bytes = 0
 
     def _check(self) -> None:
         if self.closed:
             raise LocalStorageError("the store in memory is closed")
 
-    def _count(self, entry: BufferEntry, sign: int) -> None:
-        self._rows += sign
-        self._payload += sign * len(entry.payload)
-        self._bytes += sign * _weight(entry)
-
-    def _lose(self, reason: str, kind: str, count: int) -> None:
-        self._lost[reason, kind] = self._lost.get((reason, kind), 0) + count
+    def _delete(self, entry: BufferEntry, reason: str | None) -> None:
+        self._counts.remove(entry.kind, 1, len(entry.payload), reason)
+        self._bytes -= _size(entry)
 
     def _evict(self) -> int:
         evicted = 0
-        for kind, queue in self._queues.items():
-            while queue and (self._rows > self._max_rows or self._bytes > self._max_bytes):
-                self._count(queue.popleft(), -1)
-                self._lose(CAPACITY, kind, 1)
+        for queue in self._queues.values():
+            while queue and (self.size() > self._max_rows or self._bytes > self._max_bytes):
+                self._delete(queue.popleft(), CAPACITY)
                 evicted += 1
         return evicted
 
-    def _remove(self, ids: Iterable[int]) -> list[BufferEntry]:
-        """Take rows out; acks come oldest first, so that most of them stand at the head of their queue."""
+    def _remove(self, ids: Iterable[int], reason: str | None = None) -> list[BufferEntry]:
+        """Delete rows. Acks arrive oldest first, so most rows are at the head of their queue."""
         wanted = set(ids)
         removed: list[BufferEntry] = []
         for queue in self._queues.values():
@@ -254,11 +240,11 @@ class MemoryStore:
                 removed.append(queue.popleft())
             if len(removed) < len(wanted):
                 removed += [entry for entry in queue if entry.id in wanted]
-                kept = [entry for entry in queue if entry.id not in wanted]
+                remaining = [entry for entry in queue if entry.id not in wanted]
                 queue.clear()
-                queue.extend(kept)
+                queue.extend(remaining)
         for entry in removed:
-            self._count(entry, -1)
+            self._delete(entry, reason)
         return removed
 
     def _insert(self, entry: LedgerEntry) -> None:
@@ -268,9 +254,9 @@ class MemoryStore:
         while len(self._ledger) > LEDGER_CAP:
             self._ledger_bytes -= len(self._ledger.pop(next(iter(self._ledger))).result)
         if self._ledger_bytes > self._max_bytes // 16:
-            self._forget_results()
+            self._trim_results()
 
-    def _forget_results(self) -> None:
+    def _trim_results(self) -> None:
         for key, entry in self._ledger.items():
             if self._ledger_bytes <= self._max_bytes // 16:
                 return
@@ -278,5 +264,6 @@ class MemoryStore:
             self._ledger[key] = replace(entry, result=b"")
 
 
-def _weight(entry: BufferEntry) -> int:
-    return len(entry.payload) + len(entry.key) + OVERHEAD
+def _size(entry: BufferEntry) -> int:
+    """Return the memory of a row in bytes."""
+    return len(entry.payload) + len(entry.key) + ROW_OVERHEAD

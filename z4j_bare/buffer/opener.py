@@ -1,11 +1,11 @@
-"""A new store in the first directory that will have one."""
+"""Opens a new store in the first usable directory."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, classify
 from z4j_bare.buffer.recovery import Orphan
 from z4j_bare.buffer.store import BufferStore
@@ -18,31 +18,42 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-#: Troubles that another directory does not cure, or that pass.
+#: Causes that are temporary or would occur in another directory as well.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
-def open_store(buffer_path: str | os.PathLike[str], **options: Any) -> BufferStore:
-    """Return a new store beside the configured path, else in ``<tmp>/z4j-<uid>``; ``options`` are the store's.
+class StoreOptions(TypedDict, total=False):
+    """Options of :class:`BufferStore`."""
 
-    A directory is passed over when it cannot be made or written, belongs to somebody else, can be written by others, is a
-    symbolic link, or lies on a file system without record locks or WAL (some network file systems): there a dead owner
-    could not be told from a living one. ``notice`` of the store says what was wrong. Raises ``LocalStorageError`` with the
-    trouble of the configured directory when no other serves either.
+    max_rows: int
+    max_bytes: int
+    deployment: str
+    busy_timeout: float
+    clock: Callable[[], float]
+
+
+def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptions]) -> BufferStore:
+    """Return a new store in the directory of ``buffer_path``, or in ``<tmp>/z4j-<uid>``.
+
+    A directory is unusable when it cannot be created or written, belongs to another user, is
+    writable by others or is a symbolic link. It is also unusable on a network file system without
+    record locks or WAL, because a dead owner could not be told from a running one. ``notice`` of
+    the store then gives the reason. Raises ``LocalStorageError`` with the error of the configured
+    directory when no directory is usable.
     """
-    trouble: LocalStorageError | None = None
+    first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):
         try:
-            store = BufferStore(paths.new_store_path(directory / "store"), **options)
+            store = BufferStore(files.new_store_path(directory / "store"), **options)
         except LocalStorageError as error:
-            if trouble is None and classify(error) in _NOT_CURED_BY_MOVING:
+            if first_error is None and classify(error) in _NOT_CURED_BY_MOVING:
                 raise
-            trouble = trouble or error
+            first_error = first_error or error
             continue
-        if trouble is not None:
-            store.notice = f"{trouble}. Until then the buffer is in {directory}"
+        if first_error is not None:
+            store.notice = f"{first_error}. Until then the buffer is in {directory}"
         return store
-    raise trouble or LocalStorageError(f"there is no directory for {buffer_path}")
+    raise first_error or LocalStorageError(f"there is no directory for {buffer_path}")
 
 
 class StoreOpener:
@@ -57,23 +68,30 @@ class StoreOpener:
 
     def open(self) -> BufferStore:
         """Return a new store. Raises ``LocalStorageError``."""
-        return open_store(self._config.buffer_path, **self._limits(), deployment=self._deployment())
+        config = self._config
+        return open_store(
+            config.buffer_path,
+            max_rows=config.buffer_max_events,
+            max_bytes=config.buffer_max_bytes,
+            deployment=self._deployment(),
+        )
 
     def claim(self, path: Path) -> Orphan:
         """Return the store of a dead process, locked. Raises ``LocalStorageError``."""
-        return Orphan(path, self._deployment(), **self._limits())
+        return Orphan(
+            path,
+            self._deployment(),
+            max_rows=self._config.buffer_max_events,
+            max_bytes=self._config.buffer_max_bytes,
+        )
 
     def _deployment(self) -> str:
         return deployment_id(self._config, self._secret())
 
-    def _limits(self) -> dict[str, int]:
-        config = self._config
-        return {"max_rows": config.buffer_max_events, "max_bytes": config.buffer_max_bytes}
-
 
 def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
-    configured, *temporary = paths.candidate_directories(buffer_path)
+    configured, *temporary = files.candidate_directories(buffer_path)
     yield configured
     yield from temporary
-    # Somebody sits on the names that can be foreseen. Nobody will look for orphans under this one.
-    yield from (place.with_name(f"{place.name}-{os.urandom(8).hex()}") for place in temporary)
+    # Another user occupies the predictable names. Orphans under these random names are not adopted.
+    yield from (path.with_name(f"{path.name}-{os.urandom(8).hex()}") for path in temporary)

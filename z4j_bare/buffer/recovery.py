@@ -1,13 +1,14 @@
-"""The rows of dead processes: found, claimed and moved, in steps small enough for ``offload``."""
+"""Recovery of the rows of dead processes, in steps that are small enough for the native thread."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
+from z4j_bare.buffer.accounting import Counts
 from z4j_bare.buffer.errors import CORRUPT, classify, translate_errors
-from z4j_bare.buffer.lock import OwnerLock
+from z4j_bare.buffer.files import OwnerLock
 from z4j_bare.buffer.rows import CORRUPTION, EVENT, EVICTION_ORDER, STARTED, StoreState
 from z4j_bare.buffer.schema import read_losses
 from z4j_bare.buffer.store import BufferStore
@@ -18,43 +19,54 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-#: What one step moves at most: 500 rows are 10 ms off the hub, and one frame.
+#: Maximum number of rows per step: 500 rows take 10 ms on the native thread and fill one frame.
 STEP_ROWS = 500
+#: Maximum payload bytes per step.
 STEP_BYTES = 1024 * 1024
 
-#: Rows of the heir above which nothing moves. It is the longest window in flight, so that the brain never waits for a
-#: step, and a fresh event waits behind few adopted ones.
+#: Rows in the target store above which no step moves rows. It equals the largest in-flight window,
+#: so that the sender always finds rows, and new events wait behind few adopted ones.
 TARGET_BACKLOG = 1_000
 
+#: Outcomes of a step.
 MOVED = "moved"
 WAIT = "wait"
 DONE = "done"
 
 
 def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[Path]:
-    """Return the files that may be a dead process's: who owns one, its lock tells. Longest untouched first."""
+    """Return the stores that may belong to dead processes, least recently modified first.
+
+    The lock of a store says whether its owner runs.
+    """
     return [
         path
-        for place in paths.candidate_directories(buffer_path)
-        for path in paths.list_stores(place)
+        for directory in files.candidate_directories(buffer_path)
+        for path in files.list_stores(directory)
         if path not in skip
     ]
 
 
 class Orphan:
-    """A dead process's store, claimed by the constructor: ``LocalStorageError`` when its owner lives (``busy``), when it is
-    of another deployment, or not safe to open. One that cannot be read is set aside, and ``corrupt`` says why.
+    """The store of a dead process.
 
-    Rows are appended to the heir before they leave here: whoever dies in between leaves them twice, and the brain knows an
-    event again by its id and time.
-    """  # noqa: D205
+    The constructor claims it. It raises ``LocalStorageError`` when the owner runs (``busy``), and
+    for a store of another deployment or an unsafe file. An unreadable store is quarantined, and
+    ``corrupt`` gives the reason.
+
+    Rows are appended to the target before they are deleted here. A process that dies in between
+    leaves them in both stores, and the brain recognises a repeated event by its id and time.
+    """
 
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
         self.path = path
+        #: Rows moved so far.
         self.moved = 0
+        #: Reason why the store was quarantined.
         self.corrupt = ""
-        self._enough_rows = min(TARGET_BACKLOG, max_rows // 4)
-        self._enough_bytes = max_bytes // 4
+        self._target_rows = min(TARGET_BACKLOG, max_rows // 4)
+        self._target_bytes = max_bytes // 4
+        #: Ids of rows that are in the target already.
         self._pending: list[int] = []
         self._state: StoreState | None = None
         self._store: BufferStore | None = None
@@ -70,16 +82,18 @@ class Orphan:
         except LocalStorageError as error:
             if classify(error) != CORRUPT:
                 raise
-            self.corrupt, self._state = str(error), _set_aside(path)
+            self.corrupt, self._state = str(error), _quarantine(path)
 
     def left(self) -> int:
-        """Return the number of rows still here."""
+        """Return the number of rows that are still here."""
         return 0 if self._store is None else self._store.size()
 
     def step(self, target: BufferStore) -> str:
-        """Move some rows; ``moved``, ``wait`` (the target has enough to do), or ``done``: the file is gone.
+        """Move some rows to ``target``.
 
-        Raises ``LocalStorageError`` for either store, and may be called again: nothing is moved twice by one heir.
+        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (the file is deleted).
+        Raises ``LocalStorageError`` for either store. It may be called again after an error, and
+        moves no row twice to the same target.
         """
         if self._store is None:
             target.import_state(self._state or StoreState({}))
@@ -88,14 +102,15 @@ class Orphan:
             self._store.confirm(self._pending)
             self._pending = []
         if self._state is None:
-            # First of all: the brain may deliver a command of the dead one again as soon as we are connected.
-            export_state = self._store.export_state()
-            target.import_state(StoreState({}, export_state.ledger))
-            self._answer_interrupted_commands(target, export_state)
-            self._state = export_state
-        if target.size() >= self._enough_rows or target.byte_size() >= self._enough_bytes:
+            # The ledger comes first: the brain may redeliver a command of the dead process as soon
+            # as a session is established.
+            state = self._store.export_state()
+            target.import_state(StoreState({}, state.ledger))
+            self._answer_interrupted_commands(target, state)
+            self._state = state
+        if target.size() >= self._target_rows or target.byte_size() >= self._target_bytes:
             return WAIT
-        rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._enough_bytes), EVICTION_ORDER)
+        rows = self._store.drain(0, STEP_ROWS, min(STEP_BYTES, self._target_bytes), EVICTION_ORDER)
         target.import_rows(rows)
         self.moved += len(rows)
         self._pending = [row.id for row in rows]
@@ -108,36 +123,39 @@ class Orphan:
         return DONE
 
     @staticmethod
-    def _answer_interrupted_commands(target: BufferStore, export_state: StoreState) -> None:
-        """Answer the commands that died with their process: nobody knows how far they came, and none must run again."""
-        for entry in export_state.ledger:
+    def _answer_interrupted_commands(target: BufferStore, state: StoreState) -> None:
+        """Send the provisional results of commands that were running when the process died.
+
+        Their outcome is unknown, and none may run again.
+        """
+        for entry in state.ledger:
             known = target.claim(entry.key, entry.at)
             if known is not None and known.state == STARTED and entry.result:
                 target.answer(entry.key, entry.result, entry.at)
 
     def quarantine_if_corrupt(self, target: BufferStore) -> bool:
-        """Set a file aside that has turned out corrupt, and count its rows as lost; ``False``: nothing is wrong with it."""
+        """Quarantine the file and count its rows as lost if it is corrupt; return whether it is."""
         if self._store is None or self._store.integrity_ok():
             return False
-        left = self._store.state_if_abandoned()
-        left.losses[CORRUPTION, EVENT] -= len(self._pending)  # the heir has those
-        target.import_state(left)
+        counts = Counts(lost=self._store.state_if_abandoned().losses)
+        counts.record_loss(CORRUPTION, EVENT, -len(self._pending))  # those are in the target
+        target.import_state(StoreState(counts.lost))
         self._store.quarantine()
         return True
 
     def close(self) -> None:
-        """Let it go; with rows left in it, it is an orphan again."""
+        """Release the store; it becomes an orphan again if it still has rows."""
         if self._store is not None:
             self._store.close()
 
 
-def _set_aside(path: Path) -> StoreState:
-    """Rename a file that cannot be read, while nobody else can claim it; return what its counters still say was lost."""
-    lock = OwnerLock(paths.lock_path(path))
+def _quarantine(path: Path) -> StoreState:
+    """Rename an unreadable file while it is locked; return the losses that its counters give."""
+    lock = OwnerLock(files.lock_path(path))
     try:
         losses = read_losses(path)
-        with translate_errors(path, "set aside"):
-            paths.quarantine(path, time.time())
+        with translate_errors(path, "quarantine"):
+            files.quarantine(path, time.time())
         return StoreState(losses)
     finally:
         lock.release(delete=not path.exists())

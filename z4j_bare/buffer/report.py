@@ -1,4 +1,4 @@
-"""Looking at stores from outside: those of the living, which go on meanwhile, and what the dead have left."""
+"""Reports on stores of other processes, and access to stores of dead processes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import merge
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files, schema
+from z4j_bare.buffer.accounting import sum_losses
 from z4j_bare.buffer.batches import Batches
-from z4j_bare.buffer.lock import OwnerLock, is_owned
-from z4j_bare.buffer.rows import EVENT, BufferEntry, losses_by
-from z4j_bare.buffer.schema import read_only
+from z4j_bare.buffer.files import OwnerLock, is_owned
+from z4j_bare.buffer.rows import EVENT, BufferEntry
+from z4j_bare.buffer.schema import read_only, scalar
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_ROWS = "SELECT id, kind, key, payload, created_at, attempts FROM entries ORDER BY id"
 _HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreReport:
-    """One store at one moment. ``owner_alive`` says that its process runs, ``error`` why it cannot be read."""
+    """One store at one moment.
+
+    ``owner_alive`` says whether its process runs. ``error`` says why the store is unreadable.
+    ``rows`` are counted by kind, ``lost`` by reason. ``oldest_age`` is in seconds.
+    """
 
     path: Path
     owner_alive: bool
@@ -43,67 +47,72 @@ class StoreReport:
 
     @property
     def total(self) -> int:
-        """All rows."""
+        """The number of all rows."""
         return sum(self.rows.values())
 
 
 def stores(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return all stores of this user, wherever they may lie, longest untouched first."""
+    """Return all stores of this user in all directories; in each, least recently modified first."""
     return [
         path
-        for place in paths.candidate_directories(buffer_path)
-        for path in paths.list_stores(place)
+        for directory in files.candidate_directories(buffer_path)
+        for path in files.list_stores(directory)
     ]
 
 
 def read_report(path: Path) -> StoreReport:
-    """Return how a store is; never raises for one that cannot be read."""
-    size, owner_alive = (
-        sum(map(paths.file_size, paths.store_files(path))),
-        is_owned(paths.lock_path(path)),
-    )
+    """Return the report on a store; ``error`` is set when the store is unreadable."""
+    size = sum(map(files.file_size, files.store_files(path)))
+    owner_alive = is_owned(files.lock_path(path))
     try:
         with read_only(path) as connection:
-            return StoreReport(path, owner_alive, size, **_figures(connection))
+            return _read(connection, path, size, owner_alive=owner_alive)
     except (sqlite3.Error, KeyError, TypeError) as error:
         return StoreReport(path, owner_alive, size, error=f"cannot be read: {error}")
 
 
-def _figures(connection: sqlite3.Connection) -> dict[str, Any]:
+def _read(
+    connection: sqlite3.Connection, path: Path, size: int, *, owner_alive: bool
+) -> StoreReport:
     meta = dict(connection.execute("SELECT key, value FROM meta"))
-    rows = dict(connection.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
-    size, first = connection.execute(
+    by_kind = dict(connection.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
+    payload_bytes, first = connection.execute(
         "SELECT coalesce(sum(length(payload)), 0), min(created_at) FROM entries"
     ).fetchone()
     batches = _batches(connection)
     if batches is not None and (oldest := batches.oldest()) is not None:
-        rows[EVENT] = rows.get(EVENT, 0) + batches.rows
-        size += batches.payload_bytes
+        by_kind[EVENT] = by_kind.get(EVENT, 0) + batches.rows
+        payload_bytes += batches.payload_bytes
         first = oldest[2] if first is None else min(first, oldest[2])
     losses = {
-        (reason, kind): number
-        for reason, kind, number in connection.execute("SELECT * FROM losses")
+        (reason, kind): lost for reason, kind, lost in connection.execute("SELECT * FROM losses")
     }
-    return {
-        "pid": int(meta["pid"]),
-        "rows": rows,
-        "payload_bytes": size,
-        "oldest_age": None if first is None else max(0.0, time.time() - first),
-        "lost": losses_by(losses, 0),
-        "commands": connection.execute("SELECT count(*) FROM ledger").fetchone()[0],
-        "deployment": str(meta["deployment"]),
-    }
+    return StoreReport(
+        path,
+        owner_alive,
+        size,
+        pid=int(meta["pid"]),
+        rows=by_kind,
+        payload_bytes=payload_bytes,
+        oldest_age=None if first is None else max(0.0, time.time() - first),
+        lost=sum_losses(losses, 0),
+        commands=scalar(connection, "SELECT count(*) FROM ledger"),
+        deployment=str(meta["deployment"]),
+    )
 
 
 def _batches(connection: sqlite3.Connection) -> Batches | None:
-    """Return the batches of a store, unless it is of an agent that knew none."""
-    return Batches(connection, 0) if connection.execute(_HAS_BATCHES).fetchone()[0] else None
+    """Return the batches of a store; schema 1 has none."""
+    return Batches(connection, 0) if scalar(connection, _HAS_BATCHES) else None
 
 
 @contextmanager
 def claim_orphan(path: Path) -> Iterator[OwnerLock]:
-    """Own a dead process's store meanwhile. Raises ``LocalStorageError`` when its process lives."""
-    lock = OwnerLock(paths.lock_path(path))
+    """Own the store of a dead process during the block.
+
+    Raises ``LocalStorageError`` when its process runs.
+    """
+    lock = OwnerLock(files.lock_path(path))
     try:
         yield lock
     finally:
@@ -116,7 +125,7 @@ def rows(path: Path) -> Iterator[BufferEntry]:
         with read_only(path) as connection:
             batches = _batches(connection)
             yield from merge(
-                map(BufferEntry._make, connection.execute(_ROWS)),
+                map(BufferEntry._make, connection.execute(schema.ALL_ROWS)),
                 batches.read(0) if batches else (),
             )
     except sqlite3.Error as error:
@@ -124,7 +133,10 @@ def rows(path: Path) -> Iterator[BufferEntry]:
 
 
 def delete_store(path: Path) -> None:
-    """Delete a dead process's store with everything in it. Raises ``LocalStorageError`` when its process lives."""
+    """Delete the store of a dead process with all rows.
+
+    Raises ``LocalStorageError`` when its process runs.
+    """
     with claim_orphan(path):
-        for file in paths.store_files(path):
-            paths.remove(file)
+        for file in files.store_files(path):
+            files.remove(file)

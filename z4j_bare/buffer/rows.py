@@ -1,8 +1,8 @@
-"""What goes into a store and what comes out of it; no I/O."""
+"""The values that go into a store and come out of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,34 +15,42 @@ EVENT = "event"
 RESULT = "result"
 PROJECTION = "projection"
 
-#: Who leaves first when a cap is reached. A lost event is one line of history and a lost result one command
-#: that looks timed out, but a hole in a sequenced schedule stream spoils the whole stream.
+#: Kinds in the order of eviction when a cap is reached. A lost event is one missing line of
+#: history, and a lost result one command that appears to have timed out. A gap in the numbered
+#: frames of a schedule projection invalidates the whole projection.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
 
-#: The reason under which the caps count what they evict.
+#: Loss reason of rows that a cap evicted.
 CAPACITY = "capacity"
-#: The reason under which rows of an unreadable file are counted.
+#: Loss reason of rows in an unreadable file.
 CORRUPTION = "corrupt"
-#: The reason under which rows that the brain cannot take are counted.
+#: Loss reason of rows that the brain cannot process.
 POISON = "poison"
 
+#: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: Started by another process, which will answer, or its heir.
+#: Another process started the command. It sends the result, or the process that adopts its store.
 IN_OTHER_PROCESS = "elsewhere"
 
-#: Commands the ledger remembers; the brain redelivers for a minute, so this is 160 commands a second.
+#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so this
+#: allows 160 commands a second.
 LEDGER_CAP = 10_000
 
+#: ``(kind, key, payload)`` of a row to append.
 Row = tuple[str, str, bytes]
+
+#: Lost rows by ``(reason, kind)``.
+Losses = dict[tuple[str, str], int]
 
 
 class BufferEntry(NamedTuple):
-    """One buffered row: ``id`` grows strictly, ``created_at`` is in seconds since the epoch.
+    """One buffered row.
 
-    ``attempts`` counts the sessions that the brain ended over a frame while this row was on its way. The fields are the
-    table's columns, so that an entry is what SQLite takes and gives.
+    ``id`` grows strictly. ``created_at`` is in seconds since the epoch. ``attempts`` counts the
+    sessions that the brain ended because of a frame while this row was in flight. The fields match
+    the table's columns, so that SQLite reads and writes entries without conversion.
     """
 
     id: int
@@ -53,17 +61,18 @@ class BufferEntry(NamedTuple):
     attempts: int
 
 
-#: An entry's fields as functions, for ``map`` over whole batches, which takes a fraction of a loop's time.
+#: Getters of an entry's fields. ``map`` with a getter takes a fraction of the time of a loop.
 KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 
 @dataclass(frozen=True, slots=True)
 class BufferStats:
-    """One moment of a store.
+    """The counters of a store at one moment.
 
-    ``bytes`` is what the store occupies (files with WAL and SHM, or memory), ``payload_bytes`` what it
-    carries, ``oldest_age`` seconds or ``None`` when it is empty. ``lost`` and ``lost_kinds`` are the same
-    losses by reason and by kind; both are cumulative over the life of ``buffer_id``.
+    ``bytes`` is the size of the store: its files with WAL and SHM, or its memory. ``payload_bytes``
+    is the size of all payloads. ``oldest_age`` is in seconds, ``None`` for an empty store. ``lost``
+    and ``lost_kinds`` are the same losses by reason and by kind. The counters are cumulative over
+    the life of ``buffer_id``.
     """
 
     rows: int
@@ -78,16 +87,18 @@ class BufferStats:
     durable: bool
 
 
-#: The figures of a store that has not been asked yet.
+#: The stats before a store was opened.
 NO_STATS = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What is known of one command: ``state`` is ``started``, ``done`` or, of another process's, ``elsewhere``.
+    """What the ledger knows of one command.
 
-    ``result`` is the answer. Until the command is done, it is its testament: what to say if this process dies before
-    that. It is empty when its bytes had to make room (a very old one).
+    ``state`` is ``started``, ``done``, or ``elsewhere`` for a command of another process.
+    ``result`` is the result payload. While the command runs, it is the provisional result, which is
+    sent if this process dies first. ``result`` is empty when an old result was dropped to free
+    space.
     """
 
     key: str
@@ -98,25 +109,24 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """What a store leaves besides its rows: losses by ``(reason, kind)``, and what is known of young commands."""
+    """What another store imports besides the rows: the losses and the recent ledger entries."""
 
-    losses: dict[tuple[str, str], int]
+    losses: Losses
     ledger: tuple[LedgerEntry, ...] = ()
 
-    def by(self, field: int) -> dict[str, int]:
-        """Return the losses by reason (``field`` 0) or by kind (``field`` 1)."""
-        return losses_by(self.losses, field)
 
-
-def refuse_unknown_kinds(rows: Sequence[Row]) -> None:
-    """Raise ``LocalStorageError`` for a kind outside the drop order: it could never be evicted."""
+def reject_unknown_kinds(rows: Sequence[Row]) -> None:
+    """Raise ``LocalStorageError`` for a kind that is not in ``EVICTION_ORDER``."""
     unknown = {row[0] for row in rows} - KINDS
     if unknown:
         raise LocalStorageError(f"unknown kind of row: {', '.join(sorted(map(repr, unknown)))}")
 
 
 def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
-    """Compress ids into inclusive ``(first, last)`` ranges: acks come in runs, a run is one statement."""
+    """Compress ids into inclusive ``(first, last)`` ranges.
+
+    Acked ids are mostly consecutive, and one range takes one SQL statement.
+    """
     ordered = sorted(set(ids))
     if not ordered:
         return []
@@ -130,54 +140,28 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def take_fitting(
-    entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, alone: bool = True
+    entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, allow_oversized: bool = True
 ) -> list[BufferEntry]:
-    """Return the first ``entries``: at most ``limit``, of ``max_bytes`` together, or one, if it may be ``alone``."""
+    """Return the first ``entries``: at most ``limit``, with at most ``max_bytes`` of payloads.
+
+    With ``allow_oversized``, a first entry larger than ``max_bytes`` is returned alone.
+    """
     found: list[BufferEntry] = []
     for entry in entries:
         max_bytes -= len(entry.payload)
-        if len(found) >= limit or (max_bytes < 0 and (found or not alone)):
+        if len(found) >= limit or (max_bytes < 0 and (found or not allow_oversized)):
             break
         found.append(entry)
     return found
 
 
 def batch_timestamp(entry: BufferEntry) -> float | None:
-    """Return when an event came, if it is like all others that came then, so that they may be stored together."""
+    """Return the ``created_at`` that all events of a batch share, ``None`` for a single row."""
     return (
         entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
     )
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates: a foreign task id may hold some, and SQLite takes none."""
+    """Replace lone surrogates: a foreign task id may contain some, and SQLite rejects them."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def losses_by(counts: dict[tuple[str, str], int], field: int) -> dict[str, int]:
-    """Sum ``(reason, kind)`` counters by reason (``field`` 0) or by kind (``field`` 1)."""
-    sums: dict[str, int] = {}
-    for pair, count in counts.items():
-        sums[pair[field]] = sums.get(pair[field], 0) + count
-    return sums
-
-
-def added(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    """Return the sums of two sets of counters."""
-    return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
-
-
-def both(disk: BufferStats, memory: BufferStats) -> BufferStats:
-    """Return the figures while memory stands in for the disk: the rows down there are still ours."""
-    return replace(
-        memory,
-        rows=disk.rows + memory.rows,
-        bytes=disk.bytes + memory.bytes,
-        payload_bytes=disk.payload_bytes + memory.payload_bytes,
-        oldest_age=memory.oldest_age if disk.oldest_age is None else disk.oldest_age,
-        lost=added(disk.lost, memory.lost),
-        lost_kinds=added(disk.lost_kinds, memory.lost_kinds),
-        produced=disk.produced + memory.produced,
-        confirmed=disk.confirmed + memory.confirmed,
-        buffer_id=memory.buffer_id if disk.buffer_id == NO_STATS.buffer_id else disk.buffer_id,
-    )

@@ -1,4 +1,4 @@
-"""Tables, versions and pragmas of a store."""
+"""SQL of a store: tables, versions, pragmas and queries."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer import files as paths
-from z4j_bare.buffer.rows import CORRUPTION, EVENT
+from z4j_bare.buffer.rows import CORRUPTION, EVENT, KINDS
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-#: Says "a store of ours" in the file's header ("z4gb"); a file with tables and another mark is never touched.
+    from z4j_bare.buffer.rows import Losses
+
+#: Identifies a store in the file's header ("z4gb"). A file with tables and another id is not
+#: opened.
 APPLICATION_ID = 0x7A346762
 
-#: ``MIGRATIONS[n]`` leads from version ``n`` to ``n + 1``; version 0 is an empty file. Append, never edit.
+#: ``MIGRATIONS[n]`` migrates version ``n`` to ``n + 1``. Version 0 is an empty file. Append only.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # Ids are given out by the store, which keeps the next one in ``meta``: AUTOINCREMENT would write its
-        # own counter once per row (a fifth of the cost of an append) to promise the same.
+        # The store assigns the ids and keeps the next one in ``meta``. AUTOINCREMENT would write
+        # its own counter for each row, which takes a fifth of the time of an append.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL,
@@ -32,7 +35,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             attempts INTEGER NOT NULL DEFAULT 0
         )""",
-        # Results are sought among 100,000 events; partial, so that an event costs nothing.
+        # Finds results among 100,000 events. It is partial, so that events need no index entry.
         "CREATE INDEX entries_kept ON entries (id, kind) WHERE kind <> 'event'",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
         """CREATE TABLE losses (
@@ -50,8 +53,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
     ),
     (
-        # Events of one append, ``last - count + 1`` to ``last``, their payloads with a newline between each two. Those up
-        # to ``done`` in ``meta`` have gone.
+        # Events of one append with the ids ``last - count + 1`` to ``last``. A newline separates
+        # the payloads. Events up to ``done`` in ``meta`` are deleted.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,
@@ -62,31 +65,85 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 VERSION = len(MIGRATIONS)
 
+#: Page size in bytes.
 PAGE = 4096
+
+INSERT = "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)"
+DELETE = "DELETE FROM entries WHERE id BETWEEN ? AND ?"
+INCREMENT_ATTEMPTS = "UPDATE entries SET attempts = attempts + 1 WHERE id BETWEEN ? AND ?"
+COUNT_BY_KIND = (
+    "SELECT kind, count(*), sum(length(payload)) FROM entries "
+    "WHERE id BETWEEN ? AND ? GROUP BY kind"
+)
+TOTALS = "SELECT count(*), coalesce(sum(length(payload)), 0) FROM entries"
+COUNT_NON_EVENTS = "SELECT count(*) FROM entries INDEXED BY entries_kept WHERE kind <> 'event'"
+OLDEST_ROW = "SELECT id, created_at FROM entries ORDER BY id LIMIT 1"
+ALL_ROWS = "SELECT id, kind, key, payload, created_at, attempts FROM entries ORDER BY id"
+INSERT_BATCH = "INSERT INTO batches VALUES (?, ?, ?, ?)"
+DELETE_BATCH = "DELETE FROM batches WHERE last = ?"
+BATCHES = "SELECT last, count, created_at, payloads FROM batches WHERE last > ? ORDER BY last"
+OLDEST_BATCH = "SELECT last, last - count + 1, created_at FROM batches ORDER BY last LIMIT 1"
+BATCH_TOTALS = (
+    "SELECT count(*), coalesce(sum(count), 0), coalesce(sum(length(payloads) - count + 1), 0) "
+    "FROM batches"
+)
+SET_ACKED_THROUGH = "UPDATE meta SET value = ? WHERE key = 'done'"
+READ_ACKED_THROUGH = "SELECT value FROM meta WHERE key = 'done'"
+ADD_LOSSES = (
+    "INSERT INTO losses VALUES (?, ?, ?) "
+    "ON CONFLICT (reason, kind) DO UPDATE SET rows = losses.rows + excluded.rows"
+)
+ADD_TO_COUNTER = "UPDATE meta SET value = value + ? WHERE key = ?"
+
+
+# The queries below contain only constants of this package, so S608 does not apply.
+
+
+def select_rows(kinds: Iterable[str]) -> str:
+    """Return a query for the oldest entries of some kinds; parameters: ``after``, ``limit``."""
+    wanted = sorted(KINDS.intersection(kinds))
+    where = f"kind IN ({', '.join(map(repr, wanted))}) AND " if len(wanted) < len(KINDS) else ""
+    index = ""
+    if wanted and EVENT not in wanted:
+        index, where = "INDEXED BY entries_kept", where + "kind <> 'event' AND "
+    return (
+        "SELECT id, kind, key, payload, created_at, attempts "  # noqa: S608
+        f"FROM entries {index} WHERE {where}id > ? ORDER BY id LIMIT ?"
+    )
+
+
+def select_oldest(kind: str) -> str:
+    """Return a query for id and payload length of the oldest rows; parameter: ``limit``."""
+    index, also = ("", "") if kind == EVENT else ("INDEXED BY entries_kept", "AND kind <> 'event' ")
+    return (
+        f"SELECT id, length(payload) FROM entries {index} "  # noqa: S608
+        f"WHERE kind = '{kind}' {also}ORDER BY id LIMIT ?"
+    )
 
 
 def wal_pages(max_bytes: int) -> int:
-    """Return after how many pages the WAL is checkpointed: SQLite's 1000 (4 MiB), less for a small store."""
+    """Return the checkpoint interval in WAL pages: SQLite's 1000 (4 MiB), fewer in small stores."""
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
 
 def connect(
     path: Path, *, busy_timeout: float, max_bytes: int, deployment: str
 ) -> sqlite3.Connection:
-    """Open an existing file with every pragma set, but leave its tables alone.
+    """Open an existing file and set the pragmas; the tables stay unchanged.
 
-    ``busy_timeout`` is in seconds, 0 fails at once. Raises ``sqlite3.Error``, or ``LocalStorageError`` for a
-    file which is not ours, of another deployment, newer than we are, or lies where WAL does not work.
+    ``busy_timeout`` is in seconds; 0 fails immediately. Raises ``sqlite3.Error``. Raises
+    ``LocalStorageError`` for a file of another program, of another deployment or of a newer agent,
+    and for a file system without WAL.
     """
     connection = sqlite3.connect(
         path.as_uri() + "?mode=rw",
         uri=True,
         timeout=busy_timeout,
         isolation_level=None,
-        check_same_thread=False,  # any worker of a thread pool may carry the next call
+        check_same_thread=False,  # another native thread may run the next call
     )
     try:
-        _refuse_foreign(connection, path, deployment)
+        _reject_foreign(connection, path, deployment)
         _configure(connection, path, wal_pages(max_bytes))
     except BaseException:
         connection.close()
@@ -96,10 +153,10 @@ def connect(
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what the block writes, or none of it; inside another such block, together with that.
+    """Commit all statements of the block, or none. A nested block is part of the outer transaction.
 
-    IMMEDIATE, because a transaction that starts by reading and is then refused the write lock cannot wait for
-    it.
+    The transaction is IMMEDIATE. One that starts with a read and is then refused the write lock
+    could not wait for it.
     """
     if connection.in_transaction:
         yield
@@ -108,36 +165,38 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:  # also what a host throws into a greenlet or a main thread
+    except BaseException:  # including an exception thrown into the greenlet or thread by the host
         try:
             connection.execute("ROLLBACK")
-        except sqlite3.Error:  # SQLite has rolled back by itself (disk full, I/O error)
+        except sqlite3.Error:  # already rolled back by SQLite (disk full, I/O error)
             pass
         raise
 
 
 def scalar(connection: sqlite3.Connection, query: str) -> int:
-    """Return the one integer that ``query`` yields."""
+    """Return the single integer result of ``query``."""
     return int(connection.execute(query).fetchone()[0])
 
 
-def _refuse_foreign(connection: sqlite3.Connection, path: Path, deployment: str) -> None:
-    mark = scalar(connection, "PRAGMA application_id")
-    if mark != APPLICATION_ID and (
-        mark or scalar(connection, "SELECT count(*) FROM sqlite_master")
+def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str) -> None:
+    application_id = scalar(connection, "PRAGMA application_id")
+    if application_id != APPLICATION_ID and (
+        application_id or scalar(connection, "SELECT count(*) FROM sqlite_master")
     ):
-        raise LocalStorageError(f"{path} is not a store of this agent (application id {mark:#x})")
+        raise LocalStorageError(
+            f"{path} is not a store of this agent (application id {application_id:#x})"
+        )
     version = scalar(connection, "PRAGMA user_version")
     if version > VERSION:
         raise LocalStorageError(
-            f"{path} was written by a newer agent (schema {version}, this one knows {VERSION})"
+            f"{path} was written by a newer agent (schema {version}, this agent supports {VERSION})"
         )
-    if version and not _of_deployment(connection, deployment):
+    if version and not _is_of_deployment(connection, deployment):
         raise LocalStorageError(f"the store {path} belongs to another deployment")
 
 
-def _of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
-    """Whether the store bears one of the deployment's names, or neither has any."""
+def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
+    """Whether the store has one of the deployment's names, or both have none."""
     found = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
     return found is not None and (
         found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split())
@@ -145,25 +204,24 @@ def _of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    connection.execute(
-        "PRAGMA auto_vacuum=INCREMENTAL"
-    )  # before WAL, which writes the first page and settles it
+    # auto_vacuum comes before WAL mode, which writes the first page and fixes the setting.
+    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
         raise LocalStorageError(
-            f"{path}: this file system offers journal mode {mode}, not WAL; move Z4J_HOME"
+            f"{path}: this file system supports journal mode {mode} but not WAL; "
+            "move Z4J_HOME to a local file system"
         )
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    connection.execute(
-        "PRAGMA secure_delete=OFF"
-    )  # some distributions build it in: twice the writes per delete
+    # Some distributions enable secure_delete at build time, which doubles the writes of a delete.
+    connection.execute("PRAGMA secure_delete=OFF")
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")
 
 
 def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> None:
-    """Bring the tables up to ``VERSION`` and name a new store; the caller holds the transaction."""
+    """Migrate the tables to ``VERSION`` and fill ``meta``, in the caller's transaction."""
     version = scalar(connection, "PRAGMA user_version")
     for step in MIGRATIONS[version:]:
         for statement in step:
@@ -187,17 +245,23 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
 
 @contextmanager
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a store without becoming its owner; for a file that was closed in order, no log and no index are made."""
+    """Open a store without taking ownership.
+
+    A file that was closed properly has no log, and none is created.
+    """
     mode = "mode=ro" if paths.store_files(path)[2].exists() else "immutable=1"
     with closing(
         sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
     ) as connection:
-        connection.execute("BEGIN")  # one moment, whatever its owner does meanwhile
+        connection.execute("BEGIN")  # a consistent snapshot while the owner writes
         yield connection
 
 
-def read_losses(path: Path) -> dict[tuple[str, str], int]:
-    """Return the losses of a file whose rows cannot be read, those rows among them; none if it cannot say."""
+def read_losses(path: Path) -> Losses:
+    """Return the losses of a file with unreadable rows; those rows count as lost.
+
+    Empty when the counters cannot be read either.
+    """
     try:
         with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:
             meta = dict(connection.execute("SELECT key, value FROM meta"))

@@ -1,4 +1,4 @@
-"""The durable store: one SQLite file of one living process."""
+"""The durable store: one SQLite file of one running process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import time
 from contextlib import closing
 from heapq import merge
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from zope.interface import implementer
 
-from z4j_bare.buffer import batches, queries
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import batches, files, schema
 from z4j_bare.buffer.accounting import Accounting, RowTransaction
 from z4j_bare.buffer.disk_usage import ROW_OVERHEAD, DiskUsage
 from z4j_bare.buffer.errors import storage_call, translate_errors
+from z4j_bare.buffer.files import OwnerLock
 from z4j_bare.buffer.ledger import Ledger
-from z4j_bare.buffer.lock import OwnerLock
 from z4j_bare.buffer.rows import (
     CAPACITY,
     CORRUPTION,
@@ -32,7 +31,7 @@ from z4j_bare.buffer.rows import (
     Row,
     StoreState,
     batch_timestamp,
-    refuse_unknown_kinds,
+    reject_unknown_kinds,
     replace_surrogates,
     take_fitting,
 )
@@ -43,33 +42,46 @@ from z4j_bare.interfaces import IStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+#: Default maximum number of rows.
 MAX_ROWS = 100_000
+#: Default maximum size in bytes.
 MAX_BYTES = 256 * 1024 * 1024
-#: An empty store takes 0.1 MiB with WAL and SHM; a cap below this one would be a store that can hold nothing.
+#: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
-#: Events that a full disk costs at a time: this many, or a tenth if that is more.
+#: Events evicted at a time on a full disk, or a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
 
-#: Rows to take: of ``None``, entries whose ids are still to be given; of a time, the payloads of events that came together.
-InsertGroup = tuple[float | None, "Sequence[Any]"]
+
+class InsertGroup(NamedTuple):
+    """Rows to insert: entries whose ids are not assigned yet, or payloads of events of one time."""
+
+    entries: Sequence[BufferEntry] = ()
+    payloads: Sequence[bytes] = ()
+    #: ``created_at`` of the ``payloads``.
+    at: float = 0.0
 
 
 @implementer(IStore)
 class BufferStore:
-    """Rows, loss counters and the ledger of commands in one file, bounded in rows and in bytes on disk.
+    """A file with rows, loss counters and the ledger of commands, bounded in rows and in bytes.
 
-    The constructor takes ownership (see ``lock``) and opens ``path``, or creates it unless ``create`` is
-    false (which is for adopting what another process left). ``busy_timeout`` is in seconds, 0 fails at once.
-    ``deployment`` says whose rows these are, in one name or several: a store that shares none of them is refused,
-    its rows must not reach our brain.
+    The constructor takes ownership of ``path`` (see ``files.OwnerLock``) and opens it.
 
-    ``max_bytes`` bounds the file with WAL and SHM: rows get seven eighths of it, results of the ledger a
-    sixteenth of that, and the rest is for the WAL. When a foreign reader keeps the WAL from being shortened,
-    ``append`` raises as soon as the cap is passed.
+    :param path: the file.
+    :param max_rows: maximum number of rows.
+    :param max_bytes: maximum size in bytes with WAL and SHM. Rows get seven eighths of it, results
+        in the ledger a sixteenth of that, and the WAL the rest. While another process reads the
+        WAL, it cannot be truncated, and ``append`` raises above the cap.
+    :param deployment: one or more names of the deployment, separated by spaces. A store that shares
+        none of them is refused, because its rows must not reach this brain.
+    :param busy_timeout: seconds to wait for a locked file; 0 fails immediately.
+    :param create: whether to create a missing file. Adoption of another process's store sets it to
+        false.
+    :param clock: returns seconds since the epoch.
     """
 
     durable = True
-    #: What the user should know about where this store lies; empty when it lies where it was wanted.
+    #: A warning about the location of this store; empty in the configured directory.
     notice = ""
 
     def __init__(
@@ -83,20 +95,20 @@ class BufferStore:
         create: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.path = paths.absolute(path)
+        self.path = files.absolute(path)
         self._max_rows = max(1, max_rows)
         self._max_bytes = max(MIN_BYTES, max_bytes)
         self._budget = self._max_bytes - self._max_bytes // 8
         self._clock = clock
         self._pid = os.getpid()
         self._closed = False
-        paths.private_directory(self.path.parent)
-        self._lock = OwnerLock(paths.lock_path(self.path))
+        files.private_directory(self.path.parent)
+        self._lock = OwnerLock(files.lock_path(self.path))
         created = False
         try:
             with translate_errors(self.path, "open"):
                 if create and not os.path.lexists(self.path):
-                    paths.create_file(self.path)
+                    files.create_file(self.path)
                     created = True
                 self._open(deployment, busy_timeout)
         except BaseException:
@@ -104,124 +116,140 @@ class BufferStore:
             raise
         self._lock.pinned = self._connection
 
-    # -- the queue
+    # -- rows
 
     @storage_call
     def append(self, rows: Sequence[Row]) -> int:
-        """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows the caps cost.
+        """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
-        The oldest leave first, events before anything else. A row that is larger than all the room there is,
-        or an event that finds only rows more precious than itself, is counted as lost at once.
+        The caps evict events first, the oldest before the others. A row larger than the whole
+        budget, and an event when only rows of higher priority could be evicted, is counted as lost.
         """
-        refuse_unknown_kinds(rows)
+        reject_unknown_kinds(rows)
         if all(kind == EVENT and not key for kind, key, _ in rows):
-            return self._commit([(self._clock(), [payload for _, _, payload in rows])])
+            payloads = [payload for _, _, payload in rows]
+            return self._commit([InsertGroup(payloads=payloads, at=self._clock())])
         now = self._clock()
         safe = [
             (kind, key if key.isascii() else replace_surrogates(key), payload)
             for kind, key, payload in rows
         ]
-        return self._commit([(None, [BufferEntry(0, *row, now, 0) for row in safe])])
+        return self._commit([InsertGroup([BufferEntry(0, *row, now, 0) for row in safe])])
 
     @storage_call
     def append_events(self, payloads: Sequence[bytes]) -> int:
         """Commit events without keys as ``append`` does."""
-        return self._commit([(self._clock(), payloads)])
+        return self._commit([InsertGroup(payloads=payloads, at=self._clock())])
 
     @storage_call
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Commit rows of another store as ``append`` does; they get new ids and keep their age and attempts."""
-        groups = ((at, list(group)) for at, group in groupby(rows, batch_timestamp))
-        return self._commit(
-            [(at, rows if at is None else list(map(PAYLOAD, rows))) for at, rows in groups]
-        )
+        """Commit rows of another store with new ids and the same age and attempts."""
+        groups = []
+        for at, found in groupby(rows, batch_timestamp):
+            entries = list(found)
+            if at is None:
+                groups.append(InsertGroup(entries))
+            else:
+                groups.append(InsertGroup(payloads=list(map(PAYLOAD, entries)), at=at))
+        return self._commit(groups)
 
     @storage_call
     def import_state(self, export_state: StoreState) -> None:
-        """Take another store's losses for its own, as produced here and lost, and learn of its commands."""
-        with self._accounting.change() as change:
-            change.lost.update(export_state.losses)
-            change.produced = sum(export_state.losses.values())
+        """Count another store's losses as produced and lost here, and import its ledger entries."""
+        with self._accounting.transaction() as rows:
+            rows.change.import_losses(export_state.losses)
         for entry in export_state.ledger:
-            self._ledger.import_state(entry)
+            self._ledger.import_entry(entry)
 
     @storage_call
     def export_state(self) -> StoreState:
-        """Return what an heir has to know besides the rows."""
-        return StoreState(dict(self._accounting.lost), self._ledger.recent_entries(self._clock()))
+        """Return the losses and the recent ledger entries."""
+        return StoreState(
+            dict(self._accounting.counts.lost), self._ledger.recent_entries(self._clock())
+        )
 
     @storage_call
     def free_space(self) -> int:
-        """Make room on a full disk: shorten the files, drop the oldest events; return how many that cost."""
+        """Reduce the files on a full disk and evict the oldest events; return their number."""
         self._space.reclaim_all()
-        with self._accounting.change() as change:
-            change.remove(
-                self._oldest(EVENT, max(FULL_DISK_EVICTION, self._accounting.rows // 10), 0),
-                CAPACITY,
-            )
+        number = max(FULL_DISK_EVICTION, self.size() // 10)
+        with self._accounting.transaction() as rows:
+            rows.remove(self._oldest(EVENT, number, 0), CAPACITY)
         self._space.reclaim_all()
-        return sum(change.lost.values())
+        return sum(rows.change.lost.values())
 
     @storage_call
     def drain(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
-        """Return the oldest rows with ``id > after``: at most ``limit``, of ``max_bytes`` together or one."""
+        """Return the oldest rows of some kinds with ``id > after``; nothing is deleted.
+
+        At most ``limit`` rows with at most ``max_bytes`` of payloads. A first row larger than that
+        comes alone.
+        """
         found = self.read_cached(after, limit, max_bytes, kinds)
         return self._read(after, limit, max_bytes, kinds) if found is None else found
 
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what ``drain`` does, or ``None`` if that takes a look at the file. On any thread, between other calls."""
-        if EVENT not in kinds and not self._accounting.non_events:
+        """Return what ``drain`` does, or ``None`` if that needs the file.
+
+        May run on any thread while no other call runs.
+        """
+        if EVENT not in kinds and not self._accounting.counts.non_events:
             return []
-        alone = tuple(kinds) == (EVENT,) and not self._accounting.unbatched_events
-        return self._accounting.batches.read_cached(after, limit, max_bytes) if alone else None
+        if tuple(kinds) != (EVENT,) or self._accounting.unbatched_events:
+            return None
+        return self._accounting.batches.read_cached(after, limit, max_bytes)
 
     def _read(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
-        # An open cursor would hold a snapshot, and with it the WAL.
+        query = schema.select_rows(kinds)
+        # An open cursor would hold a snapshot and keep the WAL from being truncated.
         with (
-            closing(
-                self._connection.execute(queries.drain(kinds), (after, max(0, limit)))
-            ) as cursor,
-            closing(
-                self._accounting.batches.read(after) if EVENT in kinds else empty_iterator()
-            ) as batched,
+            closing(self._connection.execute(query, (after, max(0, limit)))) as cursor,
+            closing(self._batched(after, kinds)) as batched,
         ):
-            # Ids differ: nothing else is compared.
+            # Ids are unique, so merge compares nothing else.
             return take_fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
+
+    def _batched(self, after: int, kinds: Sequence[str]) -> Generator[BufferEntry, None, None]:
+        """Return the events in batches, in a generator that can be closed."""
+        if EVENT in kinds:
+            return self._accounting.batches.read(after)
+        return empty_iterator()
 
     @storage_call
     def confirm(self, ids: Sequence[int]) -> int:
-        """Delete delivered rows; return how many there were."""
-        with self._accounting.change() as change:
-            change.confirmed = change.remove(ids)
-        self._shrink_files()  # a deletion, too, is written to the log first
-        return change.confirmed
+        """Delete delivered rows; return the number of deleted rows."""
+        with self._accounting.transaction() as rows:
+            rows.change.confirmed = rows.remove(ids)
+        self._shrink_files()  # the deletion is written to the log first
+        return rows.change.confirmed
 
     @storage_call
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them under ``reason`` in the same transaction."""
-        with self._accounting.change() as change:
-            removed = change.remove(ids, reason)
+        """Delete undeliverable rows and count them as lost in the same transaction."""
+        with self._accounting.transaction() as rows:
+            removed = rows.remove(ids, reason)
         self._shrink_files()
         return removed
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
-        """Note that these rows were on the wire when a session died."""
-        with self._accounting.change() as change:
-            change.increment_attempts(ids)
-        self._shrink_files()  # a number changed, and the log holds the whole row once more
+        """Count a session that ended while these rows were in flight."""
+        with self._accounting.transaction() as rows:
+            rows.increment_attempts(ids)
+        self._shrink_files()  # the log contains the whole updated row
 
     @storage_call
     def stats(self) -> BufferStats:
-        """Return rows, bytes, age of the oldest row and the counters.
+        """Return the counters, the size of the files and the age of the oldest row.
 
-        Raises when the file has lost its name: what SQLite goes on writing would vanish with this process.
+        Raises when the file was deleted: SQLite would continue to write to it, and its rows would
+        vanish with this process.
         """
         self.path.lstat()
         oldest = self._accounting.oldest()
@@ -229,104 +257,107 @@ class BufferStore:
         return self._accounting.stats(self._space.disk_bytes(), age)
 
     def cached_stats(self) -> BufferStats:
-        """Return what ``stats`` would, without asking a disk that has failed: neither bytes nor age."""
+        """Return the stats without disk access: neither the size nor the age."""
         return self._accounting.stats(0, None)
 
     @storage_call
     def integrity_ok(self) -> bool:
-        """Return whether the file can be read from end to end; slow, for one that is suspected."""
+        """Return whether the whole file is readable; slow, for files that may be corrupt."""
         try:
             return bool(self._connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
         except sqlite3.DatabaseError:
             return False
 
     def state_if_abandoned(self) -> StoreState:
-        """Return the losses when nothing here can be read any more; most rows are events, and the others cannot be told."""
-        lost = dict(self._accounting.lost)
-        lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self._accounting.rows
+        """Return the losses if no row can be read any more.
+
+        All rows count as lost events: most of them are, and the kinds of the others are unknown.
+        """
+        lost = dict(self._accounting.counts.lost)
+        lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self.size()
         return StoreState(lost)
 
     def size(self) -> int:
         """Return the number of rows."""
-        return self._accounting.rows
+        return self._accounting.counts.rows
 
     def byte_size(self) -> int:
-        """Return the bytes of all payloads."""
-        return self._accounting.payload_bytes
+        """Return the size of all payloads in bytes."""
+        return self._accounting.counts.payload_bytes
 
     # -- the ledger of commands
 
     @storage_call
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Enter command ``key`` as started; return the earlier entry if it was there already."""
+        """Insert command ``key`` as started, or return the earlier entry."""
         return self._ledger.claim(key, now, provisional_result)
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` done and keep its result for redeliveries."""
+        """Mark command ``key`` as done and keep its result for redeliveries."""
         self._ledger.settle(key, result, now)
 
     @storage_call
     def answer(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` done and append its result as a row, both or neither."""
+        """Mark command ``key`` as done and append its result as a row, in one transaction."""
         row = BufferEntry(0, RESULT, replace_surrogates(key), result, now, 0)
-        self._commit([(None, [row])], lambda: self._ledger.settle(key, result, now))
+        self._commit([InsertGroup([row])], lambda: self._ledger.settle(key, result, now))
 
     # -- the file
 
     @property
     def closed(self) -> bool:
-        """Whether it is of no use: closed, or inherited through a fork."""
+        """Whether the store is closed or was inherited through a fork."""
         return self._closed or self._pid != os.getpid()
 
     @storage_call
     def vacuum_step(self) -> bool:
-        """Give some unused pages back to the file system, when idle; return whether nothing is left to do."""
+        """Return some unused pages to the file system; return whether the work is complete."""
         return self._space.vacuum_step()
 
     def close(self, *, ledger_transferred: bool = False) -> None:
-        """Release the file; delete it when it holds neither rows nor young ledger entries. Idempotent.
+        """Release the file; delete it if it has neither rows nor recent ledger entries. Idempotent.
 
-        ``ledger_transferred`` says that an heir knows the commands.
+        :param ledger_transferred: whether another store has imported the ledger entries.
         """
-        if (
-            self.closed
-        ):  # a forked child must not close its parent's connection: that could remove the WAL
+        # A forked child must not close its parent's connection: that could delete the WAL.
+        if self.closed:
             return
         self._closed = True
         delete = False
         try:
             with translate_errors(self.path, "close"):
-                delete = self._accounting.rows == 0 and (
+                delete = self.size() == 0 and (
                     ledger_transferred or self._ledger.count_recent(self._clock()) == 0
                 )
-                self._connection.close()  # the last connection checkpoints, and removes -wal and -shm
+                # The last connection checkpoints and deletes the WAL and the SHM file.
+                self._connection.close()
         finally:
             self._release(delete=delete)
 
     def quarantine(self) -> None:
-        """Close a corrupt store without deleting it, and rename its file; see ``paths.quarantine``."""
+        """Close a corrupt store and rename its file; see ``files.quarantine``."""
         self.check()
         self._closed = True
-        with translate_errors(self.path, "set aside"):
+        with translate_errors(self.path, "quarantine"):
             try:
                 self._connection.close()
             finally:
                 try:
-                    paths.quarantine(self.path, self._clock())
+                    files.quarantine(self.path, self._clock())
                 finally:
                     self._lock.release(delete=not os.path.lexists(self.path))
 
     def check(self) -> None:
         """Raise ``LocalStorageError`` if the store is closed or was inherited through a fork."""
         if self.closed:
-            state = "closed" if self._closed else "of the process that forked this one"
+            state = "closed" if self._closed else "owned by the parent of this forked process"
             raise LocalStorageError(f"the store {self.path} is {state}")
 
-    # -- how
+    # -- internals
 
     def _open(self, deployment: str, busy_timeout: float) -> None:
-        paths.check_file(self.path)
+        files.check_file(self.path)
         self._connection = connect(
             self.path, busy_timeout=busy_timeout, max_bytes=self._max_bytes, deployment=deployment
         )
@@ -340,7 +371,8 @@ class BufferStore:
         )
         self.buffer_id = self._accounting.buffer_id
         self._space = DiskUsage(self._connection, self.path, self._max_bytes)
-        self._space.shrink_if_over_cap()  # a dead owner's log, just moved into the file, takes its room twice
+        # The log of a dead owner was just copied into the file and takes its space twice.
+        self._space.shrink_if_over_cap()
         self._ledger = Ledger(self._connection, self._budget // 16)
 
     def _release(self, *, delete: bool) -> None:
@@ -349,81 +381,79 @@ class BufferStore:
             try:
                 if connection is not None:
                     connection.close()
-                for file in paths.store_files(self.path) if delete else ():
-                    paths.remove(file)
+                for file in files.store_files(self.path) if delete else ():
+                    files.remove(file)
             finally:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
-    def _commit(self, lots: Sequence[InsertGroup], also: Callable[[], None] = lambda: None) -> int:
-        """Commit rows, and what ``also`` writes, in one transaction; return how many rows the caps cost."""
-        if not any(rows for _, rows in lots):
+    def _commit(
+        self, groups: Sequence[InsertGroup], also: Callable[[], None] = lambda: None
+    ) -> int:
+        """Commit rows and the statements of ``also`` in one transaction; return the lost rows."""
+        if not any(group.entries or group.payloads for group in groups):
             return 0
         self._space.check_capacity()
-        with self._accounting.change() as change:
-            for at, rows in lots:
-                self._insert(at, rows, change)
-            self._evict(change)
+        with self._accounting.transaction() as rows:
+            for group in groups:
+                self._insert(group, rows)
+            self._evict(rows)
             also()
         self._shrink_files()
-        return sum(change.lost.values())
+        return sum(rows.change.lost.values())
 
-    def _insert(self, at: float | None, rows: Sequence[Any], change: RowTransaction) -> None:
-        length = len if at is not None else _payload_length
-        admitted = rows
-        if max(map(length, rows)) > self._budget:
-            admitted = [row for row in rows if length(row) <= self._budget]
-            for row in rows:
-                if length(row) > self._budget:
-                    change.reject(EVENT if at is not None else row.kind, CAPACITY)
-        if at is not None:
-            change.insert_events(admitted, at)
-        else:
-            change.insert(admitted)
+    def _insert(self, group: InsertGroup, rows: RowTransaction) -> None:
+        """Insert a group; a row larger than the budget is counted as lost."""
+        entries, payloads = group.entries, group.payloads
+        if payloads:
+            if max(map(len, payloads)) > self._budget:
+                payloads = [payload for payload in payloads if len(payload) <= self._budget]
+                for _ in range(len(group.payloads) - len(payloads)):
+                    rows.change.reject(EVENT, CAPACITY)
+            rows.insert_events(payloads, group.at)
+            return
+        if max(map(len, map(PAYLOAD, entries))) > self._budget:
+            entries = [entry for entry in entries if len(entry.payload) <= self._budget]
+            for entry in group.entries:
+                if len(entry.payload) > self._budget:
+                    rows.change.reject(entry.kind, CAPACITY)
+        rows.insert(entries)
 
     def _shrink_files(self) -> None:
         try:
             self._space.shrink_if_over_cap()
-        except (
-            sqlite3.Error,
-            OSError,
-        ):  # the rows are safe; if this is serious, the next append says so
+        except (sqlite3.Error, OSError):
+            # The rows are committed. The next append raises if the error persists.
             pass
 
-    def _evict(self, change: RowTransaction) -> None:
+    def _evict(self, rows: RowTransaction) -> None:
         for kind in EVICTION_ORDER:
             while True:
-                excess_rows = self._accounting.rows + change.rows - self._max_rows
+                excess_rows = self.size() + rows.change.rows - self._max_rows
                 excess_bytes = self._space.live_bytes() - self._budget
                 if excess_rows <= 0 and excess_bytes <= 0:
                     return
-                victims = self._oldest(kind, excess_rows, excess_bytes)
-                if not victims:
+                evicted = self._oldest(kind, excess_rows, excess_bytes)
+                if not evicted:
                     break
-                change.remove(victims, CAPACITY)
+                rows.remove(evicted, CAPACITY)
 
     def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
-        """Return the oldest rows of a kind that make up the excess, as far as one step goes."""
-        victims: list[int] = []
+        """Return the ids of a kind's oldest rows that make up the excess, or the first 1,000."""
+        ids: list[int] = []
         limit = max(excess_rows, 1000)
         with (
-            closing(self._connection.execute(queries.oldest(kind), (limit,))) as cursor,
-            closing(
-                self._accounting.batches.read(0) if kind == EVENT else empty_iterator()
-            ) as batched,
+            closing(self._connection.execute(schema.select_oldest(kind), (limit,))) as cursor,
+            closing(self._batched(0, (kind,))) as batched,
         ):
             events = ((entry.id, len(entry.payload)) for entry in batched)
             for identity, length in islice(merge(cursor, events), limit):
-                if len(victims) >= excess_rows and excess_bytes <= 0:
+                if len(ids) >= excess_rows and excess_bytes <= 0:
                     break
-                victims.append(identity)
+                ids.append(identity)
                 excess_bytes -= length + ROW_OVERHEAD
-        return victims
+        return ids
 
 
 def empty_iterator() -> Generator[BufferEntry, None, None]:
-    """Yield nothing, closeable."""
+    """Yield nothing; unlike ``iter(())`` it can be closed."""
     yield from ()
-
-
-def _payload_length(entry: BufferEntry) -> int:
-    return len(entry.payload)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare import control
 from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, classify
-from z4j_bare.buffer.lock import OwnerLock
+from z4j_bare.buffer.files import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
 from z4j_bare.cli.systemd import Notifier
 from z4j_bare.concurrency.detect import patch

@@ -231,7 +231,7 @@ def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_p
     owner = process(FORKER, path)
     child = int(owner.stdout.readline())
     try:
-        with pytest.raises(LocalStorageError, match="living process"):
+        with pytest.raises(LocalStorageError, match="running process"):
             BufferStore(path, create=False)
         owner.kill()
         owner.wait()
@@ -261,7 +261,7 @@ def test_a_refused_opener_takes_nothing_from_the_owner(process, tmp_path):
     child = int(owner.stdout.readline())
     try:
         for _ in range(2):
-            with pytest.raises(LocalStorageError, match="living process"):
+            with pytest.raises(LocalStorageError, match="running process"):
                 BufferStore(path, create=False)
         assert path.exists()
         assert path.with_name("store.sqlite.lock").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import z4j_bare
-from z4j_bare.buffer import BufferStore, lock, new_store_path
+from z4j_bare.buffer import BufferStore, files, new_store_path
 from z4j_bare.buffer import files as paths
 from z4j_bare.buffer import opener as opening
 from z4j_bare.buffer.errors import OTHER, classify
@@ -235,7 +235,7 @@ def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
     """A directory in which nothing can be made is passed over."""
-    really = lock.open_file
+    really = files.open_file
     home.parent.mkdir(mode=0o700)
 
     def refuse(path, *args, **kwargs):
@@ -243,7 +243,7 @@ def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
             raise OSError(number, os.strerror(number))
         return really(path, *args, **kwargs)
 
-    monkeypatch.setattr(lock, "open_file", refuse)
+    monkeypatch.setattr(files, "open_file", refuse)
     real.put(3)
     assert real.stores[0].path.parent.name == "z4j-1"
 

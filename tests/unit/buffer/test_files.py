@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from z4j_bare.buffer import EVENT, RESULT, BufferStore, lock, new_store_path, queries, schema
+from z4j_bare.buffer import EVENT, RESULT, BufferStore, files, new_store_path, schema
 from z4j_bare.buffer import report as inspect
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, classify
 from z4j_bare.buffer.files import create_file, lock_path
@@ -92,7 +92,7 @@ def test_a_directory_that_others_may_write_is_refused(path):
             LocalStorageError, match=rf"{path.parent}.*0{open_to:o}.*uid {os.geteuid()}.*Z4J_HOME"
         ):
             new_store_path(path)
-        with pytest.raises(LocalStorageError, match="can be written by others"):
+        with pytest.raises(LocalStorageError, match="is writable by others"):
             BufferStore(path)
     assert list(path.parent.iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_a_file_in_place_of_the_directory_is_refused(path):
     path.parent.write_bytes(b"")
     with pytest.raises(LocalStorageError, match="not a directory"):
         new_store_path(path)
-    with pytest.raises(LocalStorageError, match="cannot make"):
+    with pytest.raises(LocalStorageError, match="cannot create"):
         new_store_path(path / "below" / "buffer-1.sqlite")
 
 
@@ -140,9 +140,9 @@ def test_a_read_only_directory_is_reported(path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(lock, "open_file", refuse)
+    monkeypatch.setattr(files, "open_file", refuse)
     with pytest.raises(
-        LocalStorageError, match=r"cannot make .*store.sqlite.lock.*Read-only.*Z4J_HOME"
+        LocalStorageError, match=r"cannot create .*store.sqlite.lock.*Read-only.*Z4J_HOME"
     ) as caught:
         BufferStore(path)
     assert classify(caught.value) == READ_ONLY
@@ -174,7 +174,7 @@ def test_a_file_that_others_may_read_is_not_opened(path, opened):
     store.append(row())
     store.close()
     path.chmod(0o640)
-    with pytest.raises(LocalStorageError, match=r"open to others \(mode 0640\)"):
+    with pytest.raises(LocalStorageError, match=r"accessible to others \(mode 0640\)"):
         BufferStore(path)
 
 
@@ -210,7 +210,7 @@ def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(path, monkeypatch):
         return take(descriptor, command)
 
     monkeypatch.setattr(fcntl, "lockf", delete_first)
-    with pytest.raises(LocalStorageError, match="just been deleted"):
+    with pytest.raises(LocalStorageError, match="was just deleted"):
         BufferStore(path)
     monkeypatch.undo()
     store = BufferStore(path)
@@ -378,7 +378,7 @@ def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
         for _ in range(1000):
             store.append(row(bytes(5000)) * 10)
 
-    with pytest.raises(LocalStorageError, match="keeps its log from being shortened"):
+    with pytest.raises(LocalStorageError, match="its log cannot be truncated"):
         fill()
     assert store.stats().bytes < 1024 * 1024 + 200_000
     other.execute("ROLLBACK")
@@ -563,7 +563,7 @@ def test_results_are_found_without_walking_the_events(path, opened):
     store = opened(path)
     for kinds in ((RESULT,), ("projection", RESULT)):
         plan = store._connection.execute(
-            "EXPLAIN QUERY PLAN " + queries.drain(kinds), (0, 10)
+            "EXPLAIN QUERY PLAN " + schema.select_rows(kinds), (0, 10)
         ).fetchall()
         assert "entries_kept" in str(plan)
         assert "TEMP B-TREE" not in str(plan)

@@ -10,7 +10,7 @@ import pytest
 
 import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
-from z4j_bare.buffer.siblings import find_in_other_stores
+from z4j_bare.buffer.ledger import find_in_other_stores
 
 OWNER = """
 import sys
@@ -31,7 +31,9 @@ sys.stdin.read()
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """The configured path; no store of this machine's own reaches a test."""
-    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent])
+    monkeypatch.setattr(
+        "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
+    )
     return tmp_path / "home" / "buffer.sqlite"
 
 

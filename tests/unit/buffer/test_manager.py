@@ -7,9 +7,9 @@ import sqlite3
 import pytest
 
 from z4j_bare.buffer import manager as module
-from z4j_bare.buffer import receipts
 from z4j_bare.buffer.errors import BUSY, CORRUPT, DELETED, FULL, classify
-from z4j_bare.buffer.manager import BUSY_TIMEOUT, RETRY_INITIAL, RETRY_MAX, BufferManager
+from z4j_bare.buffer.maintenance import MAX_DEFER_SECONDS, RETRY_INITIAL, RETRY_MAX, VACUUM_INTERVAL
+from z4j_bare.buffer.manager import BUSY_TIMEOUT, BufferManager
 from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.rows import NO_STATS
 from z4j_bare.concurrency.fake import FakeConcurrency
@@ -164,7 +164,7 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     assert (world.buffer.acked_events, len(trips)) == (1, 1), (
         "who may send no events will be back soon"
     )
-    world.backend.advance(receipts.MAX_DEFER_SECONDS)
+    world.backend.advance(MAX_DEFER_SECONDS)
     assert world.buffer.read_next((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
     assert (world.buffer.acked_events, len(trips)) == (2, 2)
     world.buffer.ack((3, 4, 5), 3, 0)
@@ -179,7 +179,7 @@ def test_settled_is_who_has_nothing_left_to_do(world):
     nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
     assert world.buffer.read_next(*nothing) == ([], [])
     assert (world.buffer.acked_events, world.buffer.is_idle) == (1, False)
-    world.backend.advance(module.VACUUM_INTERVAL)
+    world.backend.advance(VACUUM_INTERVAL)
     assert world.buffer.read_next(*nothing) == ([], [])
     assert world.buffer.is_idle
 
@@ -200,7 +200,7 @@ def test_confirmed_rows_are_never_found(world):
 )
 def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
     """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
-    world.buffer._open_store = lambda: MemoryStore(max_rows=10)
+    world.buffer._disk._open_store = lambda: MemoryStore(max_rows=10)
     rows = [("event", "", b"%d" % number) for number in range(10)]
     add(world.buffer, rows)
     world.buffer.ack(range(1, 8), 7, 0)
@@ -285,7 +285,10 @@ def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
     assert world.adds_up()
     assert [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
-    ] == ["z4j: the disk is full: the 2 oldest events had to go (cannot append to the store: full)"]
+    ] == [
+        "z4j: the disk is full: the 2 oldest events were dropped "
+        "(cannot append to the store: full); free some space"
+    ]
 
 
 def test_a_disk_that_stays_full_leaves_memory(world):
@@ -321,18 +324,18 @@ def test_a_corrupt_file_is_replaced(world, caplog):
 def test_losses_are_kept_when_no_new_file_can_be_opened(world):
     """A corrupt file and then no disk at all: what was lost is still told, from memory and then from the next file."""
     world.put(5)
-    opened = world.buffer._open_store
+    opened = world.buffer._disk._open_store
 
     def refuse():
         raise trouble("other")
 
-    world.buffer._open_store = refuse
+    world.buffer._disk._open_store = refuse
     world.ail(CORRUPT, 1)
     world.put(2)
     assert not world.buffer.durable
     assert world.buffer.stats().lost == {"corrupt": 5}
     assert world.adds_up()
-    world.buffer._open_store = opened
+    world.buffer._disk._open_store = opened
     world.backend.advance(RETRY_INITIAL)
     assert world.there() == [5, 6]
     assert world.buffer.stats().lost == {"corrupt": 5}
@@ -468,10 +471,19 @@ def test_tidying_that_fails_costs_nothing(world):
 
 
 def test_the_notice_is_passed_on_once(world, caplog):
-    """Where the store lies if not where it was wanted is said once, on our side of the offload."""
+    """The warning about a store in another directory is logged once, although two stores have it."""
+    open_store = world.buffer._disk._open_store
+
+    def open_elsewhere():
+        store = open_store()
+        store.notice = "point Z4J_HOME somewhere"
+        return store
+
+    world.buffer._disk._open_store = open_elsewhere
     world.put(1)
-    world.stores[0].notice = "point Z4J_HOME somewhere"
+    world.ail(CORRUPT, 1)
     world.put(1)
+    assert len(world.stores) == 2
     world.put(1)
     assert caplog.text.count("Z4J_HOME") == 1
 
@@ -490,7 +502,7 @@ def test_figures_from_before_the_first_look(world):
     def refuse():
         raise trouble("other")
 
-    world.buffer._open_store = refuse
+    world.buffer._disk._open_store = refuse
     assert world.buffer.last_stats is NO_STATS
     world.put(2)
     assert world.buffer.stats().buffer_id != "unopened"

@@ -82,7 +82,9 @@ def home(tmp_path):
 @pytest.fixture(autouse=True)
 def _own_temporary_directory(tmp_path, monkeypatch):
     """No orphan of this machine's own reaches a test."""
-    monkeypatch.setattr("z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent])
+    monkeypatch.setattr(
+        "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
+    )
 
 
 @pytest.fixture
@@ -410,16 +412,16 @@ def test_stopping_lets_the_rest_go(home):
 def test_nothing_moves_into_memory(home, heir):
     """While our own disk fails, rows stay where they are safe."""
     path = orphan(home, 10)
-    open_store, heir.buffer._open_store = heir.buffer._open_store, None
+    open_store, heir.buffer._disk._open_store = heir.buffer._disk._open_store, None
 
     def refuse():
         raise LocalStorageError("no disk")
 
-    heir.buffer._open_store = refuse
+    heir.buffer._disk._open_store = refuse
     heir.buffer.append([("event", "", b"1")])
     heir.run(3.0)
     assert path.exists()
-    heir.buffer._open_store = open_store
+    heir.buffer._disk._open_store = open_store
     heir.backend.advance(10)
     heir.buffer.append([("event", "", b"1")])
     heir.run(SCAN_INTERVAL)

@@ -163,7 +163,7 @@ def test_export_writes_orphaned_rows(home, capsys, tmp_path):
         assert main(["buffer", "export", "-o", str(target)]) == 1
         assert f"{target}: File exists" in capsys.readouterr().err
         assert main(["buffer", "export", str(path)]) == 3
-        assert "living process" in capsys.readouterr().err
+        assert "running process" in capsys.readouterr().err
 
 
 def press_ctrl_d(_question):

@@ -15,8 +15,7 @@ import pytest
 from greenlet import getcurrent
 
 from z4j_bare.agent import Agent
-from z4j_bare.buffer.files import lock_path, new_store_path
-from z4j_bare.buffer.lock import is_owned
+from z4j_bare.buffer.files import is_owned, lock_path, new_store_path
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import CHOICES, Detection, build, choose, detect, fork
 from z4j_bare.concurrency.fake import FakeConcurrency

@@ -20,7 +20,7 @@ from tests.support.front import Front
 from tests.support.http_peer import Tunnel
 from tests.support.listener import Listener, push
 from z4j_bare import diagnostics
-from z4j_bare.buffer import lock
+from z4j_bare.buffer import files
 from z4j_bare.buffer.files import candidate_directories
 from z4j_bare.diagnostics import host, network, result
 from z4j_bare.errors import HostConfigurationError
@@ -224,7 +224,7 @@ def test_websocket_is_skipped_with_longpoll(front, run_checks):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_unwritable_home_fails_buffer_path(run_checks, front, tmp_path, monkeypatch, number):
     """A home that is not writable is reported with the setting and the fallback directory."""
-    open_file, home = lock.open_file, tmp_path / "home"
+    open_file, home = files.open_file, tmp_path / "home"
     home.mkdir(mode=0o700)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
 
@@ -233,7 +233,7 @@ def test_unwritable_home_fails_buffer_path(run_checks, front, tmp_path, monkeypa
             raise OSError(number, os.strerror(number))
         return open_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(lock, "open_file", refuse)
+    monkeypatch.setattr(files, "open_file", refuse)
     failure = only_failure(run_checks(front.url))
     assert failure.name == "buffer_path"
     assert str(home) in failure.text

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.session import SessionHarness
-from z4j_bare.buffer import receipts
+from z4j_bare.buffer.maintenance import MAX_DEFER_SECONDS
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.send import FRAME_BYTES, POLL_BUSY
 from z4j_bare.wire.session import HelloAck
@@ -62,7 +62,7 @@ def test_one_frame_at_a_time(world):
         len(world.transport.event_numbers())
         == FRAME_FIRST + world.sender._pacing.window.frame_events
     )
-    world.backend.advance(receipts.MAX_DEFER_SECONDS - 0.1)
+    world.backend.advance(MAX_DEFER_SECONDS - 0.1)
     assert world.buffered() == 2600 - FRAME_FIRST
     assert not world.sender.is_idle()
 
@@ -92,7 +92,7 @@ def test_what_the_brain_has_leaves_the_store_soon(world, acknowledged):
         world.backend.advance(SLOW_ACK + 0.1)  # a frame each
     world.buffer.stats()  # or a look for the figures' sake would delete them
     world.ack(acknowledged)
-    world.backend.advance(POLL_BUSY + receipts.MAX_DEFER_SECONDS)
+    world.backend.advance(POLL_BUSY + MAX_DEFER_SECONDS)
     assert world.disk.store.size() == 5 - acknowledged
 
 

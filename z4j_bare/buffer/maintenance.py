@@ -1,0 +1,118 @@
+"""Policies of the manager: when to delete acked rows, to vacuum, and to retry a failed disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+#: Seconds between the failure of the disk and the first attempt to return to it.
+RETRY_INITIAL = 5.0
+#: Maximum seconds between attempts to return to the disk.
+RETRY_MAX = 300.0
+
+#: Maximum seconds between an ack and the deletion of its rows. A call on the native thread costs a
+#: worker 1 ms, so the next call for another reason deletes them as well.
+MAX_DEFER_SECONDS = 2.0
+
+#: Seconds between vacuum steps of an idle store.
+VACUUM_INTERVAL = 1.0
+
+
+class AckedRows(NamedTuple):
+    """The rows of one ack: the generation of their ids, how many are events, monotonic time."""
+
+    generation: int
+    ids: Sequence[int]
+    events: int
+    at: float
+
+
+class Snapshot(NamedTuple):
+    """Acks at one moment: their number, and the ids and events of the current generation."""
+
+    entries: int = 0
+    ids: Sequence[int] = ()
+    events: int = 0
+
+
+class PendingDeletes:
+    """Acknowledged rows that were not deleted yet. In threads mode, several threads add rows."""
+
+    def __init__(self) -> None:
+        self._acks: deque[AckedRows] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._acks)
+
+    def add(self, rows: AckedRows) -> None:
+        """Add the rows of an ack."""
+        self._acks.append(rows)
+
+    def can_defer(self, after: int, now: float) -> bool:
+        """Whether none of these rows is overdue or would be found by a read of ``id > after``."""
+        return all(
+            now - ack.at < MAX_DEFER_SECONDS and max(ack.ids) <= after for ack in tuple(self._acks)
+        )
+
+    def snapshot(self, generation: int | None) -> Snapshot:
+        """Return the acks so far with the ids of ``generation``.
+
+        ``None`` returns an empty snapshot. The current store has no rows of other generations.
+        """
+        if generation is None or not self._acks:
+            return Snapshot()
+        acks = tuple(self._acks)
+        valid = [ack for ack in acks if ack.generation == generation]
+        ids = [identity for ack in valid for identity in ack.ids]
+        return Snapshot(len(acks), ids, sum(ack.events for ack in valid))
+
+    def remove(self, snapshot: Snapshot) -> None:
+        """Remove the acks of a snapshot."""
+        for _ in range(snapshot.entries):
+            self._acks.popleft()
+
+
+class VacuumSchedule:
+    """When to run the next vacuum step."""
+
+    def __init__(self) -> None:
+        #: Whether rows were deleted since the last complete vacuum.
+        self.needed = True
+        self._stepped_at = float("-inf")
+
+    def is_due(self, now: float) -> bool:
+        """Whether a step is needed, and the last one was long enough ago."""
+        return self.needed and now - self._stepped_at >= VACUUM_INTERVAL
+
+    def on_step(self, now: float, *, complete: bool) -> None:
+        """Record a step."""
+        self.needed, self._stepped_at = not complete, now
+
+
+class DiskRetry:
+    """When to try to return to a failed disk, with exponential backoff."""
+
+    def __init__(self) -> None:
+        self._due_at = 0.0
+        self._delay = RETRY_INITIAL
+        self._returned_at = float("-inf")
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for an attempt."""
+        return now >= self._due_at
+
+    def on_failure(self, now: float) -> None:
+        """Record that the disk failed; the backoff restarts if it had worked for ``RETRY_MAX``."""
+        if now - self._returned_at > RETRY_MAX:
+            self._delay = RETRY_INITIAL
+        self._due_at = now + self._delay
+
+    def on_return(self, now: float) -> None:
+        """Record that the disk works again."""
+        self._returned_at = now
+
+    def schedule_next(self, now: float) -> None:
+        """Double the delay after an attempt."""
+        self._delay = min(self._delay * 2, RETRY_MAX)
+        self._due_at = now + self._delay

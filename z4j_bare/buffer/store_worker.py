@@ -1,0 +1,267 @@
+"""The native side of the buffer: opens the store on disk and runs operations on it.
+
+The module is pure: no logging, no patched lock, errors returned as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, TypeVarTuple
+
+from z4j_bare.buffer.rows import (
+    EVENT,
+    PROJECTION,
+    RESULT,
+    BufferEntry,
+    BufferStats,
+    LedgerEntry,
+    Losses,
+    StoreState,
+)
+from z4j_bare.buffer.store import BufferStore
+from z4j_bare.errors import LocalStorageError
+
+if TYPE_CHECKING:
+    from z4j_bare.buffer.memory import MemoryStore
+
+    #: A store on disk or in memory.
+    Store = BufferStore | MemoryStore
+
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
+
+#: ``(after, limit, kinds)`` of rows to read.
+RowQuery = tuple[int, int, Sequence[str]]
+
+#: Returns the ledger entry of a command in other processes' stores: ``(path of this store, key)``.
+LedgerLookup = Callable[[Path, str], LedgerEntry | None]
+
+#: Rows copied from one store to another in one transaction.
+COPY_ROWS = 500
+#: Maximum payload bytes copied in one transaction.
+COPY_BYTES = 4 * 1024 * 1024
+
+
+class Progress(IntEnum):
+    """The part of a call that was completed. Each part is committed by itself."""
+
+    CLOSED = 0
+    OPEN = 1
+    LOSSES_RECORDED = 2
+    ACKED_ROWS_DELETED = 3
+    DONE = 4
+
+
+class CallResult(NamedTuple, Generic[T]):
+    """The result of a call: its ``value`` when ``progress`` is ``DONE``, else its ``error``."""
+
+    progress: Progress
+    value: T | None = None
+    error: Exception | None = None
+    #: A warning about the location of a store that this call opened.
+    notice: str = ""
+
+
+class ReadResult(NamedTuple):
+    """Rows of a read, with the stats and the outcome of a vacuum step if these were requested."""
+
+    results: list[BufferEntry]
+    events: list[BufferEntry]
+    stats: BufferStats | None = None
+    vacuumed: bool | None = None
+
+
+class StoreWorker:
+    """Owns the store on disk. All methods run on the native thread, one call at a time.
+
+    The exception is :meth:`read_cached`, which the hub may call while no other call runs.
+
+    :param open_store: opens a new store.
+    """
+
+    def __init__(self, open_store: Callable[[], BufferStore]) -> None:
+        self._open_store = open_store
+        self._store: BufferStore | None = None
+
+    def call(
+        self,
+        losses: Losses,
+        acked: Sequence[int],
+        operation: Callable[[BufferStore, *Ts], T],
+        /,
+        *args: *Ts,
+    ) -> CallResult[T]:
+        """Open the store if needed, record ``losses``, delete ``acked`` rows, run ``operation``.
+
+        Acked rows are deleted first: a full store would evict them and count them as lost.
+        """
+        notice = ""
+        progress = Progress.CLOSED
+        try:
+            if self._store is None:
+                self._store = self._open_store()
+                notice = getattr(self._store, "notice", "")
+            progress = Progress.OPEN
+            if losses:
+                self._store.import_state(StoreState(losses))
+            progress = Progress.LOSSES_RECORDED
+            if acked:
+                self._store.confirm(acked)
+            progress = Progress.ACKED_ROWS_DELETED
+            value = operation(self._store, *args)
+        except Exception as error:
+            return CallResult(progress, None, error, notice)
+        return CallResult(Progress.DONE, value, None, notice)
+
+    def read_cached(self, results: RowQuery, events: RowQuery, max_bytes: int) -> ReadResult | None:
+        """Return what :func:`read_next` does, or ``None`` if that needs the file."""
+        if self._store is None:
+            return None
+        found = run_queries(self._store.read_cached, (results, events), max_bytes)
+        if found[0] is None or found[1] is None:
+            return None
+        return ReadResult(found[0], found[1])
+
+    def cached_stats(self) -> BufferStats | None:
+        """Return the stats of a failed store; ``None`` when it could not be opened."""
+        return None if self._store is None else self._store.cached_stats()
+
+    def free_space(self) -> int:
+        """Evict the oldest events of a store on a full disk; return the number of those."""
+        return 0 if self._store is None else self._store.free_space()
+
+    def quarantine(self) -> Losses:
+        """Rename the file of a corrupt store; return its losses, all remaining rows included.
+
+        Some rows may be intact, but they cannot be told from the others.
+        """
+        store, self._store = self._store, None
+        if store is None:
+            return {}
+        losses = store.state_if_abandoned().losses
+        try:
+            store.quarantine()
+        except LocalStorageError:  # the next file has another name
+            pass
+        return losses
+
+    def replace_deleted(self, losses: Losses) -> tuple[CallResult[int], int]:
+        """Copy the rows of a deleted file to a new one.
+
+        The deleted file is readable as long as it is open. Returns the result with the number of
+        copied rows, and the number of rows that could not be copied.
+        """
+        old, self._store = self._store, None
+        if old is None:
+            return CallResult(Progress.CLOSED), 0
+        result = self.call(losses, (), copy_rows, old)
+        left = old.size()
+        try:
+            old.close()
+        except LocalStorageError:  # its rows are counted above
+            pass
+        return result, left
+
+    def close(self, acked: Sequence[int]) -> bool:
+        """Delete ``acked`` rows and close the store; return whether the rows were deleted."""
+        store, self._store = self._store, None
+        return store is not None and delete_and_close(store, acked)
+
+
+# -- operations on a store
+
+
+def append(
+    store: Store, rows: Sequence[tuple[str, str, bytes]], want_stats: bool
+) -> BufferStats | None:
+    """Append rows; return the stats from before if they are wanted.
+
+    The stats are read first: after an error the call is repeated, and rows must not be appended
+    twice.
+    """
+    stats = store.stats() if want_stats else None
+    store.append(rows)
+    return stats
+
+
+def append_events(store: Store, payloads: Sequence[bytes], want_stats: bool) -> BufferStats | None:
+    """Append events without keys; return the stats from before if they are wanted."""
+    stats = store.stats() if want_stats else None
+    store.append_events(payloads)
+    return stats
+
+
+def run_queries(
+    read: Callable[[int, int, int, Sequence[str]], T],
+    queries: Sequence[RowQuery],
+    max_bytes: int,
+) -> list[T | list[BufferEntry]]:
+    """Return the rows for each query; a query without a limit returns none."""
+    return [
+        read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries
+    ]
+
+
+def read_next(
+    store: Store,
+    results: RowQuery,
+    events: RowQuery,
+    max_bytes: int,
+    want_stats: bool,
+    vacuum: bool,
+) -> ReadResult:
+    """Read the next rows; with ``vacuum``, run a vacuum step if there are none."""
+    found = run_queries(store.drain, (results, events), max_bytes)
+    stats = store.stats() if want_stats else None
+    vacuumed = vacuum_step(store) if vacuum and not any(found) else None
+    return ReadResult(found[0], found[1], stats, vacuumed)
+
+
+def claim(
+    store: Store, key: str, now: float, provisional_result: bytes, lookup: LedgerLookup | None
+) -> LedgerEntry | None:
+    """Insert a command as started, or return its entry in this or another process's store."""
+    elsewhere = None
+    if lookup is not None and isinstance(store, BufferStore):
+        # Operations on memory run on the hub, which must not read files.
+        elsewhere = lookup(store.path, key)
+    return elsewhere or store.claim(key, now, provisional_result)
+
+
+def vacuum_step(store: Store) -> bool:
+    """Run one vacuum step; return whether the work is complete."""
+    try:
+        return store.vacuum_step()
+    except LocalStorageError:  # no row is lost; the next append raises if the error persists
+        return False
+
+
+def copy_rows(target: Store, source: Store) -> int:
+    """Move everything from one store to another; return the number of rows.
+
+    An error on the way leaves some rows in both stores at worst.
+    """
+    state, copied = source.export_state(), 0
+    while rows := source.drain(0, COPY_ROWS, COPY_BYTES, (EVENT, RESULT, PROJECTION)):
+        target.import_rows(rows)
+        source.confirm([row.id for row in rows])
+        copied += len(rows)
+    target.import_state(state)
+    return copied
+
+
+def delete_and_close(store: Store, acked: Sequence[int]) -> bool:
+    """Delete ``acked`` rows and close the store; return whether the rows were deleted."""
+    try:
+        if acked:
+            store.confirm(acked)
+        deleted = True
+    except LocalStorageError:  # the next process sends them again
+        deleted = False
+    try:
+        store.close()
+    except LocalStorageError:  # the file stays, and another process adopts it
+        pass
+    return deleted
