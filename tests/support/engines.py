@@ -15,10 +15,10 @@ class FakeEngine:
     Tests set ``result`` and ``error``, or override a method.
     """
 
-    def __init__(self, *capabilities, name="stub"):
+    def __init__(self, *capabilities, name="stub", result=None):
         self.name = name
         self.calls = []
-        self.result = {}
+        self.result = {} if result is None else result
         self.error = None
         self._capabilities = set(capabilities)
 

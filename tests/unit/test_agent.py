@@ -14,6 +14,7 @@ from z4j_core.models import CommandResult, Event, EventKind
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner
 
+from tests.support.engines import FakeEngine
 from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, TOKEN, Peer
 from z4j_bare import RuntimeState, _process_singleton, install_agent
 from z4j_bare.pipeline import receive, send
@@ -24,18 +25,12 @@ from z4j_bare.wire import backoff, close_codes
 HANG = 15.0
 
 
-class StubEngine:
-    """An engine that keeps what it was asked for."""
-
-    name = "stub"
+class BlockingEngine(FakeEngine):
+    """An engine whose ``cancel_task`` waits for ``release``, and whose ``submit_task`` fails."""
 
     def __init__(self, backend):
-        self.calls = []
+        super().__init__("retry_task", "cancel_task", "submit_task")
         self.release = backend.event()
-        self._backend = backend
-
-    def capabilities(self):
-        return {"retry_task", "cancel_task", "submit_task"}
 
     async def retry_task(self, task_id, **_options):
         self.calls.append(task_id)
@@ -66,9 +61,7 @@ def an_event(number=0, **data):
 def impatient(monkeypatch):
     """Everything in hundredths of a second: the schedules and intervals themselves have their own tests."""
     for kind in list(backoff.BACKOFF_POLICIES):
-        monkeypatch.setitem(
-            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05)
-        )
+        monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
     monkeypatch.setenv("Z4J_FLUSH_INTERVAL_SECONDS", "0.02")
@@ -77,7 +70,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def engine(backend):
-    made = StubEngine(backend)
+    made = BlockingEngine(backend)
     yield made
     made.release.set()
 
@@ -242,7 +235,10 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     }
     assert runtime.stats()["restarts"] == {}
     assert peer.mishaps == []
-    assert f"no session ({backoff.failure_class(close_codes.error_for_close_code(code))})" in caplog.text
+    assert (
+        f"no session ({backoff.failure_class(close_codes.error_for_close_code(code))})"
+        in caplog.text
+    )
 
 
 @pytest.mark.thorough
@@ -751,9 +747,7 @@ def test_request_reconnect(runtime, peer, until):
 
 def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
     """During a back-off of an hour, request_reconnect() brings the next attempt now."""
-    monkeypatch.setitem(
-        backoff.BACKOFF_POLICIES, "connection", backoff.BackoffPolicy(3600, 3600)
-    )
+    monkeypatch.setitem(backoff.BACKOFF_POLICIES, "connection", backoff.BackoffPolicy(3600, 3600))
     peer.refuse = (503, {})
     runtime = install()
     until(lambda: runtime.stats()["last_error"])

@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
-from z4j_core.models import CommandResult, Event, EventKind
+from z4j_core.models import Event, EventKind
 
 from tests.support import steps
+from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
@@ -47,20 +48,11 @@ MANY = 100_000
 LOT = 5_000
 
 
-class Engine:
-    """An engine that keeps what it is asked to submit."""
-
-    name = "stub"
-
-    def __init__(self):
-        self.submitted = []
-
-    def capabilities(self):
-        return {"submit_task"}
+class RecordingEngine(FakeEngine):
+    """An engine that keeps the options of each submitted task, too."""
 
     async def submit_task(self, name, **options):
-        self.submitted.append((name, options))
-        return CommandResult(status="success")
+        return self.respond((name, options))
 
 
 class Load:
@@ -106,14 +98,12 @@ def impatient(monkeypatch):
     """Attempts at a session follow each other at once, and the store has room for what waits and what comes."""
     monkeypatch.setenv("Z4J_BUFFER_MAX_EVENTS", str(2 * MANY))
     for kind in list(backoff.BACKOFF_POLICIES):
-        monkeypatch.setitem(
-            backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.05, 0.2)
-        )
+        monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.05, 0.2))
 
 
 @pytest.fixture
 def engine():
-    return Engine()
+    return RecordingEngine("submit_task")
 
 
 @pytest.fixture
@@ -331,7 +321,7 @@ def test_a_frame_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
         session.command("submit_task", {"name": "shop.import", "args": BULK[bulk]})
     load.run(1.0)
     until(lambda: len(peer.frames("command_result")) == steps.OFTEN)
-    assert all(options["args"] == tuple(BULK[bulk]) for _, options in engine.submitted)
+    assert all(options["args"] == tuple(BULK[bulk]) for _, options in engine.calls)
     delivered(runtime, load)
 
 

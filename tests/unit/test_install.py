@@ -6,6 +6,7 @@ import sys
 import pytest
 from z4j_core.errors import ConfigError
 
+from tests.support.engines import FakeEngine
 from tests.support.peer import SECRET_TEXT
 from z4j_bare import (
     AgentRuntime,
@@ -17,14 +18,6 @@ from z4j_bare import (
 )
 from z4j_bare import _process_singleton as singleton
 from z4j_bare.errors import HostConfigurationError
-
-
-class Engine:
-    name = "stub"
-    worker_hostname = None
-
-    def capabilities(self):
-        return {"retry_task"}
 
 
 class Consumer:
@@ -57,7 +50,7 @@ def argv(monkeypatch):
 
 def test_agent_outside_celery_starts_immediately():
     """Outside Celery the agent runs and is registered when install_agent returns."""
-    engine = Engine()
+    engine = FakeEngine("retry_task")
     runtime = install_agent(engines=[engine], **GIVEN)
     assert runtime.state is RuntimeState.RUNNING
     assert (singleton.current_runtime(), singleton.current_owner()) == (runtime, "install_agent")
@@ -68,22 +61,22 @@ def test_agent_outside_celery_starts_immediately():
 
 def test_second_install_returns_first_runtime():
     """A second install_agent returns the first runtime and starts nothing."""
-    first = install_agent(engines=[Engine()], **GIVEN)
-    assert install_agent(engines=[Engine()], **GIVEN) is first
+    first = install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
+    assert install_agent(engines=[FakeEngine("retry_task")], **GIVEN) is first
 
 
 def test_install_after_stop_starts_new_runtime():
     """After stop() the next install_agent starts a new runtime."""
-    first = install_agent(engines=[Engine()], **GIVEN)
+    first = install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
     first.stop(timeout=2)
-    second = install_agent(engines=[Engine()], **GIVEN)
+    second = install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
     assert second is not first
     assert second.state is RuntimeState.RUNNING
 
 
 def test_runtime_without_autostart_runs_after_start():
     """With autostart off the runtime is built but stopped until start()."""
-    runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
+    runtime = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN)
     assert runtime.state is RuntimeState.STOPPED
     assert runtime.stats() == {"state": "stopped"}
     assert (runtime.buffer_size(), runtime.supervisor_state()["session_id"]) == (0, None)
@@ -94,7 +87,7 @@ def test_runtime_without_autostart_runs_after_start():
 
 def test_calls_before_start_do_nothing():
     """Every public method can be called on a runtime that was never started."""
-    runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
+    runtime = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN)
     runtime.record_event(object())
     runtime.request_reconnect()
     runtime.reinit_after_fork()
@@ -105,11 +98,11 @@ def test_calls_before_start_do_nothing():
 @pytest.mark.parametrize("given", [BareFrameworkAdapter, "instance", None])
 def test_framework_may_be_class_or_instance(given):
     """The framework is an adapter class or instance, and BareFrameworkAdapter by default."""
-    config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
+    config = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN).config
     singleton.clear_runtime()
     instance = BareFrameworkAdapter(config)
     runtime = install_agent(
-        engines=[Engine()],
+        engines=[FakeEngine("retry_task")],
         autostart=False,
         framework=instance if given == "instance" else given,
         **GIVEN,
@@ -127,7 +120,7 @@ def test_missing_keywords_are_read_from_environment(monkeypatch):
         ("HMAC_SECRET", SECRET_TEXT),
     ):
         monkeypatch.setenv(f"Z4J_{name}", value)
-    runtime = install_agent(engines=[Engine()])
+    runtime = install_agent(engines=[FakeEngine("retry_task")])
     assert runtime.state is RuntimeState.RUNNING
     assert runtime.config.project_id == "from-env"
 
@@ -137,7 +130,7 @@ def test_token_file_replaces_token(tmp_path):
     path = tmp_path / "token"
     path.write_text("tok\n")
     given = {**GIVEN, "token": None, "token_file": path}
-    assert install_agent(engines=[Engine()], **given).state is RuntimeState.RUNNING
+    assert install_agent(engines=[FakeEngine("retry_task")], **given).state is RuntimeState.RUNNING
 
 
 @pytest.mark.parametrize(
@@ -179,7 +172,7 @@ def test_token_file_replaces_token(tmp_path):
 def test_wrong_keyword_raises_error_that_names_setting(changes, kind, message):
     """The error names the setting and quotes no secret, and nothing is registered."""
     with pytest.raises(kind) as caught:
-        install_agent(**{"engines": [Engine()], **GIVEN, **changes})
+        install_agent(**{"engines": [FakeEngine("retry_task")], **GIVEN, **changes})
     text = f"{caught.value} {getattr(caught.value, 'details', '')}"
     assert message in text
     assert "\n" not in text
@@ -200,7 +193,7 @@ def test_wrong_variable_raises_error_that_names_it(monkeypatch, variable, text, 
     """A validation error of z4j_core becomes one line that names the variable."""
     monkeypatch.setenv(variable, text)
     with pytest.raises(HostConfigurationError, match=f"^{message}") as caught:
-        install_agent(engines=[Engine()], **GIVEN)
+        install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
     assert "\n" not in str(caught.value)
 
 
@@ -209,10 +202,10 @@ def test_wrong_key_file_is_named_by_its_variable(tmp_path):
     path = tmp_path / "key"
     path.write_text("c2hvcnQ=")
     with pytest.raises(HostConfigurationError, match="Z4J_HMAC_SECRET_FILE decodes to 5 bytes"):
-        install_agent(engines=[Engine()], hmac_secret_file=path, **GIVEN)
+        install_agent(engines=[FakeEngine("retry_task")], hmac_secret_file=path, **GIVEN)
     path.write_text("")
     with pytest.raises(HostConfigurationError, match="the file is empty"):
-        install_agent(engines=[Engine()], hmac_secret_file=path, **GIVEN)
+        install_agent(engines=[FakeEngine("retry_task")], hmac_secret_file=path, **GIVEN)
 
 
 def test_invalid_certificate_file_fails_at_start(tmp_path):
@@ -223,24 +216,24 @@ def test_invalid_certificate_file_fails_at_start(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("Z4J_CA_BUNDLE", str(path))
         with pytest.raises(HostConfigurationError, match="Z4J_CA_BUNDLE"):
-            install_agent(engines=[Engine()], **given)
+            install_agent(engines=[FakeEngine("retry_task")], **given)
         patch.delenv("Z4J_CA_BUNDLE")
         patch.setenv("Z4J_CLIENT_CERT", str(path))
         with pytest.raises(HostConfigurationError, match="Z4J_CLIENT_CERT"):
-            install_agent(engines=[Engine()], **given)
+            install_agent(engines=[FakeEngine("retry_task")], **given)
 
 
 def test_deprecated_path_variable_raises_error(monkeypatch):
     """A path variable that z4j no longer reads is an error, because data would go elsewhere."""
     monkeypatch.setenv("Z4J_BUFFER_PATH", "/tmp/x")
     with pytest.raises(RuntimeError, match="Z4J_BUFFER_PATH"):
-        install_agent(engines=[Engine()], **GIVEN)
+        install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
 
 
 def test_disabled_runtime_never_starts(monkeypatch):
     """Z4J_DISABLED needs no other setting, registers nothing, and makes start() do nothing."""
     monkeypatch.setenv("Z4J_DISABLED", "1")
-    runtime = install_agent(engines=[Engine()])
+    runtime = install_agent(engines=[FakeEngine("retry_task")])
     runtime.start()
     assert runtime.state is RuntimeState.STOPPED
     assert singleton.current_runtime() is None
@@ -251,7 +244,7 @@ def test_disabled_runtime_never_starts(monkeypatch):
 def test_runtime_under_testing_keeps_recorded_events(monkeypatch):
     """Z4J_TESTING needs no other setting, starts nothing, and keeps recorded events."""
     monkeypatch.setenv("Z4J_TESTING", "1")
-    runtime, event = install_agent(engines=[Engine()]), object()
+    runtime, event = install_agent(engines=[FakeEngine("retry_task")]), object()
     runtime.record_event(event)
     assert list(runtime.recorded) == [event]
     assert runtime.state is RuntimeState.STOPPED
@@ -260,10 +253,10 @@ def test_runtime_under_testing_keeps_recorded_events(monkeypatch):
 
 def test_disabled_runtime_built_by_adapter_never_starts(monkeypatch):
     """Z4J_DISABLED also applies to a runtime that an adapter builds itself."""
-    config = install_agent(engines=[Engine()], autostart=False, **GIVEN).config
+    config = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN).config
     monkeypatch.setenv("Z4J_DISABLED", "true")
     runtime = AgentRuntime(
-        config=config, framework=BareFrameworkAdapter(config), engines=[Engine()]
+        config=config, framework=BareFrameworkAdapter(config), engines=[FakeEngine("retry_task")]
     )
     runtime.start()
     assert runtime.state is RuntimeState.STOPPED
@@ -272,7 +265,7 @@ def test_disabled_runtime_built_by_adapter_never_starts(monkeypatch):
 def test_agent_in_inspection_command_never_starts(argv):
     """Under celery inspect nothing starts, because it would leave a stale worker in the brain."""
     argv("celery", "-A", "shop", "inspect", "ping")
-    assert install_agent(engines=[Engine()], **GIVEN).state is RuntimeState.STOPPED
+    assert install_agent(engines=[FakeEngine("retry_task")], **GIVEN).state is RuntimeState.STOPPED
 
 
 def test_agent_in_celery_worker_starts_at_worker_ready(argv):
@@ -280,7 +273,8 @@ def test_agent_in_celery_worker_starts_at_worker_ready(argv):
     from celery import signals
 
     argv("/usr/bin/celery", "-A", "shop", "worker", "-P", "gevent")
-    engine = Engine()
+    engine = FakeEngine("retry_task")
+    engine.worker_hostname = None
     before = [list(signal.receivers) for signal in (signals.worker_ready, signals.worker_shutdown)]
     try:
         runtime = install_agent(engines=[engine], **GIVEN)
@@ -298,7 +292,7 @@ def test_agent_installed_after_worker_ready_starts_immediately(argv, monkeypatch
     """Installed during or after worker_ready, which is not sent again, the agent starts now."""
     argv("celery", "worker")
     monkeypatch.setattr(install, "ready_worker", object)
-    assert install_agent(engines=[Engine()], **GIVEN).state is RuntimeState.RUNNING
+    assert install_agent(engines=[FakeEngine("retry_task")], **GIVEN).state is RuntimeState.RUNNING
 
 
 def test_failed_start_unregisters_runtime(monkeypatch):
@@ -309,15 +303,17 @@ def test_failed_start_unregisters_runtime(monkeypatch):
 
     monkeypatch.setattr(AgentRuntime, "start", fail)
     with pytest.raises(OSError, match="no more threads"):
-        install_agent(engines=[Engine()], **GIVEN)
+        install_agent(engines=[FakeEngine("retry_task")], **GIVEN)
     assert singleton.current_runtime() is None
 
 
 def test_start_after_failed_build_succeeds(monkeypatch, tmp_path):
     """A start() that failed for a setting leaves the runtime stopped; a later one succeeds."""
-    runtime = install_agent(engines=[Engine()], autostart=False, **GIVEN)
+    runtime = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN)
     monkeypatch.setenv("Z4J_CONCURRENCY", "trio")
-    fresh = AgentRuntime(config=runtime.config, framework=runtime.framework, engines=[Engine()])
+    fresh = AgentRuntime(
+        config=runtime.config, framework=runtime.framework, engines=[FakeEngine("retry_task")]
+    )
     with pytest.raises(HostConfigurationError):
         fresh.start()
     assert fresh.state is RuntimeState.STOPPED
@@ -329,7 +325,7 @@ def test_start_after_failed_build_succeeds(monkeypatch, tmp_path):
 
 def test_last_engine_with_same_name_wins():
     """Of two engines with the same name the last one is used."""
-    first, last = Engine(), Engine()
+    first, last = FakeEngine("retry_task"), FakeEngine("retry_task")
     runtime = install_agent(engines=[first, last], autostart=False, **GIVEN)
     assert runtime.engines == {"stub": last}
 
@@ -338,20 +334,17 @@ EXIT = """
 import sys
 from tests.launch import patch
 patch(sys.argv[1])
+from tests.support.engines import FakeEngine
 from tests.support.peer import Peer, SECRET_TEXT, TOKEN
 from z4j_bare import install_agent
 from z4j_bare.concurrency import build
 import os, time
 
-class Engine:
-    name = "stub"
-    def capabilities(self):
-        return set()
 
 backend = build(sys.argv[1])
 peer = Peer(backend)
 runtime = install_agent(
-    engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
+    engines=[FakeEngine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
 )
 deadline = time.monotonic() + 20
 while not peer.frames("heartbeat") and time.monotonic() < deadline:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from contextvars import Context
 
+    from _typeshed import FileDescriptorLike
+
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.interfaces import ITask
 
@@ -133,15 +135,19 @@ class StepScopedSelector(selectors.BaseSelector):
         _set_running_loop(self._loop)
         sys.set_asyncgen_hooks(*self._hooks)
 
-    def register(self, fileobj: Any, events: int, data: object = None) -> selectors.SelectorKey:
+    def register(
+        self, fileobj: FileDescriptorLike, events: int, data: object = None
+    ) -> selectors.SelectorKey:
         """Delegate."""
         return self._inner.register(fileobj, events, data)
 
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+    def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
         """Delegate."""
         return self._inner.unregister(fileobj)
 
-    def modify(self, fileobj: Any, events: int, data: object = None) -> selectors.SelectorKey:
+    def modify(
+        self, fileobj: FileDescriptorLike, events: int, data: object = None
+    ) -> selectors.SelectorKey:
         """Delegate."""
         return self._inner.modify(fileobj, events, data)
 
@@ -251,7 +257,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             with self._scope.running_loop_unset():
                 super().call_exception_handler(context)
 
-    def add_signal_handler(self, *_: object) -> None:  # type: ignore[override]
+    def add_signal_handler(self, *_: object) -> None:
         """Raise ``NotImplementedError``: signal handlers belong to the host."""
         raise NotImplementedError
 

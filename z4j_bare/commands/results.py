@@ -48,7 +48,10 @@ def encode_result(
 
 
 def _encode(
-    command: Command, outcome: CommandOutcome, body: object, redactor: Redactor | None
+    command: Command,
+    outcome: CommandOutcome,
+    body: dict[str, Any] | None,
+    redactor: Redactor | None,
 ) -> bytes:
     error = outcome.error
     if redactor is not None:

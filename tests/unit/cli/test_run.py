@@ -393,12 +393,9 @@ import sys
 from tests.launch import patch
 patch(sys.argv[1])
 from types import SimpleNamespace
+from tests.support.engines import FakeEngine
 from z4j_bare.cli import adapters, main
-class Engine:
-    name = "stub"
-    def capabilities(self):
-        return set()
-adapters.ENGINES["celery"] = SimpleNamespace(build=lambda *_arguments: Engine())
+adapters.ENGINES["celery"] = SimpleNamespace(build=lambda *_arguments: FakeEngine())
 sys.exit(main(sys.argv[2:]))
 """
 

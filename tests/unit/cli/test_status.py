@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.engines import FakeEngine
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton as singleton
 from z4j_bare import control, install_agent
@@ -161,14 +162,12 @@ def test_other_process_queries_and_restarts_agent(backend, until):
     """Another process shows a real agent's status and makes it reconnect."""
     peer = Peer(backend)
 
-    class Engine:
-        name = "stub"
-
-        def capabilities(self):
-            return set()
-
     runtime = install_agent(
-        engines=[Engine()], brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
+        engines=[FakeEngine()],
+        brain_url=peer.url,
+        token=TOKEN,
+        project_id="p",
+        hmac_secret=SECRET_TEXT,
     )
     try:
         until(lambda: peer.frames("heartbeat"))

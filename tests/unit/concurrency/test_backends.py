@@ -478,7 +478,9 @@ def test_a_large_import_yields(backend, mode, tmp_path, monkeypatch):
 
         found.append(z4j_large.WHOLE)
 
-    loading = backend.spawn(lambda: found.append(backend.import_module("z4j_large").WHOLE), name="loading")
+    loading = backend.spawn(
+        lambda: found.append(backend.import_module("z4j_large").WHOLE), name="loading"
+    )
     tasks = [backend.spawn(count, name="count"), backend.spawn(also, name="also"), loading]
     assert all(task.join(10) for task in tasks)
     assert (found, sys.z4j_begun) == ([True, True], 1)
@@ -808,6 +810,7 @@ PARTIAL = """
 import sys, warnings
 warnings.simplefilter("ignore")
 {patch}
+from tests.support.engines import FakeEngine
 from tests.support.peer import Peer, SECRET_TEXT, TOKEN
 import threading
 from z4j_bare import AgentRuntime
@@ -817,11 +820,7 @@ from z4j_core.config import resolve_agent_config
 import time
 peer = Peer(build("threads"))
 config = resolve_agent_config(framework_name="bare", explicit_kwargs=dict(brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT))
-class Engine:
-    name = "stub"
-    def capabilities(self):
-        return set()
-runtime = AgentRuntime(config=config, framework=BareFrameworkAdapter(config), engines=[Engine()])
+runtime = AgentRuntime(config=config, framework=BareFrameworkAdapter(config), engines=[FakeEngine()])
 runtime.start()
 deadline = time.monotonic() + 20
 while not peer.frames("heartbeat") and time.monotonic() < deadline:

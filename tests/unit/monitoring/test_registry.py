@@ -8,6 +8,7 @@ import pytest
 from z4j_core.models import DiscoveryHints, TaskDefinition
 from z4j_core.transport.frames import parse_frame
 
+from tests.support.engines import FakeEngine
 from z4j_bare import watcher
 from z4j_bare.engines.discovery import discover, strip_defaults
 from z4j_bare.engines.host import EngineHost
@@ -15,18 +16,14 @@ from z4j_bare.errors import FrameTooLargeError, NetworkError
 from z4j_bare.monitoring.registry import RegistryLoop
 
 
-class Engine:
-    """An engine whose tasks the test sets."""
-
-    name = "stub"
+class RegistryEngine(FakeEngine):
+    """An engine with these tasks; ``hints`` holds the hints of each discovery."""
 
     def __init__(self, *names):
+        super().__init__()
         self.tasks = dict.fromkeys(names)
         self.hints = []
         self.fail = False
-
-    def capabilities(self):
-        return set()
 
     async def discover_tasks(self, hints=None):
         self.hints.append(hints)
@@ -90,7 +87,7 @@ def loop(backend, bridge, until):
 
 def test_first_session_gets_all_tasks_and_later_ones_changes(loop, until):
     """A later connection gets only the tasks that were added, updated or removed."""
-    engine, connection = Engine("a", "b"), FakeConnection()
+    engine, connection = RegistryEngine("a", "b"), FakeConnection()
     harness = loop(engine, None)
     harness.connection = connection
     harness.loop.wake()
@@ -116,7 +113,7 @@ def test_next_session_gets_unsent_tasks_after_interruption(loop, until, monkeypa
     """The next connection gets the tasks that the first has not accepted, and no other."""
     monkeypatch.setattr("z4j_bare.monitoring.registry.MAX_DELTA_BYTES", 200)
     engine, first, second = (
-        Engine(*(f"task-{number}" for number in range(40))),
+        RegistryEngine(*(f"task-{number}" for number in range(40))),
         FakeConnection(),
         FakeConnection(),
     )
@@ -138,7 +135,7 @@ def test_next_session_gets_unsent_tasks_after_interruption(loop, until, monkeypa
 def test_deltas_shrink_to_frame_limit(loop, until):
     """A definition that exceeds the limit alone is left out; all others arrive."""
     connection = FakeConnection(max_bytes=600)
-    loop(Engine("x" * 490, *(f"task-{number}" for number in range(20))), connection)
+    loop(RegistryEngine("x" * 490, *(f"task-{number}" for number in range(20))), connection)
     until(lambda: len(connection.names("added")) == 20)
     assert max(len(name) for name in connection.names("added")) < 20
 
@@ -146,7 +143,7 @@ def test_deltas_shrink_to_frame_limit(loop, until):
 def test_discovery_is_retried_after_engine_failure(loop, until, caplog):
     """A failed discovery is logged and repeated at the next change."""
     caplog.set_level("INFO")
-    engine, connection = Engine("a"), FakeConnection()
+    engine, connection = RegistryEngine("a"), FakeConnection()
     engine.fail = True
     harness = loop(engine, connection)
     until(lambda: "tasks of stub, next attempt in 300 s: ConnectionError: no broker" in caplog.text)
@@ -160,7 +157,7 @@ def test_changed_tasks_file_triggers_discovery_in_dev_mode(loop, until, monkeypa
     scans, scan = [], watcher._scan
     monkeypatch.setattr(watcher, "POLL_INTERVAL", 0.02)
     monkeypatch.setattr(watcher, "_scan", lambda *args: scans.append(1) or scan(*args))
-    engine, connection = Engine("a"), FakeConnection()
+    engine, connection = RegistryEngine("a"), FakeConnection()
     loop(engine, connection, dev=True, paths=[tmp_path])
     until(lambda: connection.deltas)
     assert tmp_path in engine.hints[0].app_paths
@@ -173,7 +170,7 @@ def test_changed_tasks_file_triggers_discovery_in_dev_mode(loop, until, monkeypa
 def test_delta_matches_model_of_brain(loop, until):
     """z4j_core parses the payload of a ``registry_delta``."""
     connection = FakeConnection()
-    loop(Engine("a", "b"), connection)
+    loop(RegistryEngine("a", "b"), connection)
     until(lambda: connection.deltas)
     frame = {
         "v": 2,

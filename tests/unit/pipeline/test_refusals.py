@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer
 from tests.support.peer import AGENT, PROJECT, SECRET_TEXT, TOKEN
 from z4j_bare import _process_singleton, install_agent
@@ -16,15 +17,6 @@ FIRST = {"connection": 1, "protocol": 1, "auth": 10, "incompatible": 120, "limit
 ONCE, WELCOMED = "instead of a welcome", "after the welcome"
 
 
-class StubEngine:
-    """An engine that can do nothing."""
-
-    name = "stub"
-
-    def capabilities(self):
-        return set()
-
-
 @pytest.fixture
 def install():
     """``install(**options)``: a started agent; stopped at the end."""
@@ -33,7 +25,7 @@ def install():
     def make(**options):
         made.append(
             install_agent(
-                engines=[StubEngine()],
+                engines=[FakeEngine()],
                 token=TOKEN,
                 project_id="demo",
                 hmac_secret=SECRET_TEXT,

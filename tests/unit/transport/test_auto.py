@@ -8,8 +8,9 @@ from uuid import uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from z4j_core.models import CommandResult, Event, EventKind
+from z4j_core.models import Event, EventKind
 
+from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer, join
 from tests.support.listener import GoneError, Listener, some
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer, settled
@@ -245,16 +246,6 @@ class ForkGuard:
             join(self.backend, sock, inner, 1 if mute else None)
 
 
-class StubEngine:
-    name = "stub"
-
-    def capabilities(self):
-        return {"retry_task"}
-
-    async def retry_task(self, task_id, **_options):
-        return CommandResult(status="success", result={"again": task_id})
-
-
 def an_event(number):
     return Event.model_construct(
         id=uuid4(),
@@ -292,7 +283,7 @@ def install(gate, monkeypatch):
 
     def make(**changes):
         options = {
-            "engines": [StubEngine()],
+            "engines": [FakeEngine("retry_task")],
             "brain_url": gate.url,
             "token": TOKEN,
             "project_id": "demo",

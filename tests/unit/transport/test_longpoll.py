@@ -10,8 +10,9 @@ import time
 from uuid import uuid4
 
 import pytest
-from z4j_core.models import CommandResult, Event, EventKind
+from z4j_core.models import Event, EventKind
 
+from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer, Tunnel
 from tests.support.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, settled
 from z4j_bare import _process_singleton, install_agent
@@ -615,21 +616,6 @@ def test_forked_child_does_not_touch_connections(live, peer, backend, until, mod
 # -- the whole runtime
 
 
-class StubEngine:
-    name = "stub"
-
-    def __init__(self):
-        self.calls = []
-        self.result = {"done": True}
-
-    def capabilities(self):
-        return {"retry_task", "retry_by_reference_v1"}
-
-    async def retry_task(self, task_id, **_options):
-        self.calls.append(task_id)
-        return CommandResult(status="success", result=self.result)
-
-
 def an_event(number=0, **data):
     return Event.model_construct(
         id=uuid4(),
@@ -643,7 +629,7 @@ def an_event(number=0, **data):
 
 @pytest.fixture
 def engine():
-    return StubEngine()
+    return FakeEngine("retry_task", "retry_by_reference_v1", result={"done": True})
 
 
 @pytest.fixture
