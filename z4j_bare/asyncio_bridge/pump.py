@@ -8,9 +8,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.asyncio_bridge.future import CallFuture
+from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
 
     from z4j_bare.asyncio_bridge.hubloop import HubLoop
     from z4j_bare.concurrency import BaseConcurrency
@@ -20,18 +21,14 @@ logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 #: Seconds of items between two yields. A full queue never suspends its reader, and 10,000 items
 #: take 30 ms.
 YIELD_INTERVAL = 0.001
-#: Seconds of work after which the restart pauses begin again at the shortest.
+#: Seconds before the first restart; doubled at each failure.
+BACKOFF_INITIAL = 1.0
+#: Maximum of that delay in seconds.
+BACKOFF_MAX = 30.0
+#: Seconds of work after which the delays start again at ``BACKOFF_INITIAL``.
 BACKOFF_RESET = 60.0
 #: Seconds that :meth:`Pump.stop` gives to items already queued.
 DRAIN_TIMEOUT = 1.0
-
-
-def backoff() -> Iterator[float]:
-    """Yield the pauses between restarts, in seconds: 1, 2, 4, 8, 16, 30, 30, ..."""
-    pause = 1.0
-    while True:
-        yield min(pause, 30.0)
-        pause = min(pause * 2, 30.0)
 
 
 class Pump:
@@ -81,7 +78,7 @@ class Pump:
             )
 
     async def _run(self) -> None:
-        pauses = backoff()
+        delays = Backoff(BACKOFF_INITIAL, BACKOFF_MAX)
         while True:
             started_at = self._loop.time()
             try:
@@ -91,14 +88,14 @@ class Pump:
                 if self._task is None or self._task.cancelling():
                     raise  # the pump itself is being cancelled
                 if self._loop.time() - started_at > BACKOFF_RESET:
-                    pauses = backoff()
-                pause = next(pauses)
+                    delays.reset()
+                delay = delays.next()
                 self.restarts += 1
                 with self._loop.running_loop_unset():  # a log handler may switch greenlets
                     logger.warning(
-                        "z4j: %s failed; restarting in %g s", self._name, pause, exc_info=error
+                        "z4j: %s failed; restarting in %g s", self._name, delay, exc_info=error
                     )
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
 
     async def _deliver_all(self) -> None:
         stream = self._iterate()

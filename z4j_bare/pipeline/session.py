@@ -20,7 +20,7 @@ from z4j_bare.interfaces import IConnection, IEvent, ITransport
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
 from z4j_bare.pipeline.receive import ReceiveLoop
 from z4j_bare.wire import close_codes
-from z4j_bare.wire.backoff import BACKOFF_POLICIES, ReconnectBackoff, failure_class
+from z4j_bare.wire.backoff import BACKOFF_POLICIES, Backoff, ReconnectBackoff, failure_class
 from z4j_bare.wire.close_codes import explain_signature_error
 from z4j_bare.wire.session import Session, parse_hello_ack
 
@@ -467,7 +467,7 @@ class BackgroundLoops:
         return {task.name for task in self._tasks if task.stuck(seconds) or not task.alive()}
 
     def _run_with_restarts(self, run: Callable[[IEvent], None], name: str) -> None:
-        delay = RESTART_DELAY
+        delays = Backoff(RESTART_DELAY, RESTART_DELAY_MAX)
         while not self.stop_event.is_set():
             began = self._backend.now()
             try:
@@ -476,13 +476,13 @@ class BackgroundLoops:
                 return
             except Exception:
                 if self._backend.now() - began > RESTART_DELAY_MAX:
-                    delay = RESTART_DELAY
+                    delays.reset()
+                delay = delays.next()
                 self._counters.restarts[name] += 1
                 logger.exception(
                     "z4j: loop %s died and runs again in %.0f s; please report it", name, delay
                 )
                 self._backend.wait(self.stop_event, delay)
-                delay = min(delay * 2, RESTART_DELAY_MAX)
 
 
 def run_until(deadline: float, function: Callable[[], object], backend: BaseConcurrency) -> None:

@@ -1,7 +1,6 @@
 """The bridge: calls with deadlines, and pumps."""
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import defaultdict
@@ -14,12 +13,14 @@ from z4j_bare.asyncio_bridge import pump as pump_module
 from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.errors import AgentError
 from z4j_bare.interfaces import IBridge
+from z4j_bare.wire.backoff import Backoff
 
 
 @pytest.fixture
 def fast_restarts(monkeypatch):
     """Pumps restart without pauses."""
-    monkeypatch.setattr(pump_module, "backoff", lambda: itertools.repeat(0.001))
+    monkeypatch.setattr(pump_module, "BACKOFF_INITIAL", 0.001)
+    monkeypatch.setattr(pump_module, "BACKOFF_MAX", 0.001)
 
 
 def test_bridge_implements_interface(bridge):
@@ -379,7 +380,8 @@ def test_switching_step_does_not_affect_other_callers(bridge, backend, until):
 
 def test_backoff_doubles_up_to_thirty_seconds():
     """Pauses double from one second and stay at thirty."""
-    assert list(itertools.islice(pump_module.backoff(), 8)) == [1, 2, 4, 8, 16, 30, 30, 30]
+    delays = Backoff(pump_module.BACKOFF_INITIAL, pump_module.BACKOFF_MAX)
+    assert [delays.next() for _ in range(8)] == [1, 2, 4, 8, 16, 30, 30, 30]
 
 
 def test_pump_accepts_coroutine_that_returns_a_stream(bridge, until):

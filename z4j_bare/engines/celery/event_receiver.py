@@ -16,6 +16,7 @@ from z4j_bare.concurrency.timeslice import SLICE_SECONDS
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 from z4j_bare.interfaces import IEvent
+from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -83,7 +84,7 @@ class EventReceiver:
         self._on_event = on_event
         self._on_tick = on_tick
         self._backend = backend
-        self._consecutive_failures = 0
+        self._delays = Backoff(BACKOFF_INITIAL, BACKOFF_MAX)
         self._messages = 0
         self._yielded_at = 0.0
         self._finished = backend.event()
@@ -111,9 +112,9 @@ class EventReceiver:
                     raise
                 except Exception as error:
                     if self._backend.now() - started_at > STABLE_SECONDS:
-                        self._consecutive_failures = 0
+                        self._delays.reset()
                     self._on_failure(error)
-                    self._backend.wait(stop_event, self._backoff())
+                    self._backend.wait(stop_event, self._delays.next())
         finally:
             if not self._backend.forked():
                 self._finished.set()
@@ -139,17 +140,12 @@ class EventReceiver:
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        self._consecutive_failures += 1
         # Only the class, because the text may contain the broker's address with its password.
         logger.log(
-            logging.WARNING if self._consecutive_failures == 1 else logging.DEBUG,
+            logging.WARNING if self._delays.delay == BACKOFF_INITIAL else logging.DEBUG,
             "z4j: cannot read Celery's events from the broker (%s); retrying until it works",
             type(error).__name__,
         )
-
-    def _backoff(self) -> float:
-        doublings = min(self._consecutive_failures - 1, 10)
-        return min(BACKOFF_INITIAL * 2.0**doublings, BACKOFF_MAX)
 
     def _subscribe(self, connection: Connection) -> None:
         connection.connect()  # fails at once, where the first use would retry without end
