@@ -215,9 +215,7 @@ ENGINE_ACTIONS: Mapping[str, Action] = {
 }
 
 
-def _control(
-    host: EngineHost, action: str, *args: object, seconds: float, **kwargs: str | None
-) -> object:
+def _control(host: EngineHost, action: str, *args: object, seconds: float, **kwargs: Any) -> object:
     """Call the agent's own worker control where the engine has one, else the adapter's method."""
     call = host.control if host.controls is not None else host.invoke
     return call(action, *args, timeout=seconds, **kwargs)

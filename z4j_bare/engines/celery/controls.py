@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.models import CommandResult
-
 from z4j_bare.engines.celery.remote_control import GATHER_TIMEOUT, Node, RemoteControl, reply_text
 from z4j_bare.errors import CommandError
 from z4j_bare.process import ready_worker
+from z4j_bare.wire.command import CommandOutcome
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -45,7 +44,7 @@ _is_rate = re.compile(r"0|[1-9]\d*(/[smh])?").fullmatch
 class CeleryControls:
     """Controls of workers and of running tasks. Each method blocks for at most ``seconds``.
 
-    Every method returns a ``CommandResult`` or raises ``CommandError``. Workers are named by their
+    Every method returns a ``CommandOutcome`` or raises ``CommandError``. Workers are named by their
     names in the brain.
 
     :param alias: returns a worker's name in the brain.
@@ -54,7 +53,7 @@ class CeleryControls:
     def __init__(self, app: Celery, alias: Callable[[str], str], backend: BaseConcurrency) -> None:
         self._remote = RemoteControl(app, alias, backend)
 
-    def restart_worker(self, worker: str, *, seconds: float) -> CommandResult:
+    def restart_worker(self, worker: str, *, seconds: float) -> CommandOutcome:
         """Replace every process of a prefork pool after its current task, or after its next one.
 
         billiard checks for a restart before each task, and an idle process already waits for one.
@@ -82,15 +81,15 @@ class CeleryControls:
         pending = len(old) - len(replaced)
         return _success(node, replaced=len(replaced), pending=pending, says=answer)
 
-    def pool_grow(self, worker: str, delta: int, *, seconds: float) -> CommandResult:
+    def pool_grow(self, worker: str, delta: int, *, seconds: float) -> CommandOutcome:
         """Let a worker run ``delta`` more tasks at a time."""
         return self._resize("pool_grow", worker, delta, self._deadline(seconds))
 
-    def pool_shrink(self, worker: str, delta: int, *, seconds: float) -> CommandResult:
+    def pool_shrink(self, worker: str, delta: int, *, seconds: float) -> CommandOutcome:
         """Let a worker run ``delta`` fewer tasks at a time, but at least one."""
         return self._resize("pool_shrink", worker, -delta, self._deadline(seconds))
 
-    def add_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandResult:
+    def add_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandOutcome:
         """Let a worker consume one more queue."""
         deadline = self._deadline(seconds)
         node = self._remote.resolve(worker, deadline)
@@ -101,7 +100,7 @@ class CeleryControls:
         _require_effect(effect, node, answer, f"{queue} is not among its queues")
         return _success(node, queue=queue)
 
-    def cancel_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandResult:
+    def cancel_consumer(self, worker: str, queue: str, *, seconds: float) -> CommandOutcome:
         """Stop a worker from consuming a queue."""
         deadline = self._deadline(seconds)
         node = self._remote.resolve(worker, deadline)
@@ -116,7 +115,7 @@ class CeleryControls:
 
     def rate_limit(
         self, task: str, rate: str, *, seconds: float, worker_name: str | None = None
-    ) -> CommandResult:
+    ) -> CommandOutcome:
         """Limit how often each worker, or only the named one, may start a task.
 
         :param rate: ``10/m``, ``5`` (a second), or ``0`` for no limit.
@@ -154,9 +153,9 @@ class CeleryControls:
             "workers": self._aliases(accepted),
             "refused": refused,
         }
-        return CommandResult(status="success", result=facts)
+        return CommandOutcome.success(facts)
 
-    def cancel_task(self, task_id: str, *, seconds: float) -> CommandResult:
+    def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
         if _runs_in_this_solo_worker(task_id):  # it would read the command after the task's end
@@ -180,7 +179,7 @@ class CeleryControls:
             "workers": self._aliases(accepted),
             "refused": refused,
         }
-        return CommandResult(status="success", result=facts)
+        return CommandOutcome.success(facts)
 
     def _deadline(self, seconds: float) -> float:
         return self._remote.now() + max(0.0, seconds - RESERVE)
@@ -192,7 +191,7 @@ class CeleryControls:
             raise CommandError(_not_supported(node.pool, reasons[node.pool]))
         return node
 
-    def _resize(self, command: str, worker: str, change: int, deadline: float) -> CommandResult:
+    def _resize(self, command: str, worker: str, change: int, deadline: float) -> CommandOutcome:
         node = self._resolve_able(worker, deadline, _NO_RESIZE)
         target = node.size + change
         if target < 1:
@@ -259,10 +258,8 @@ class CeleryControls:
         return sorted(map(self._remote.alias, names))
 
 
-def _success(node: Node, **facts: object) -> CommandResult:
-    return CommandResult(
-        status="success", result={"worker": node.alias, "pool": node.pool, **facts}
-    )
+def _success(node: Node, **facts: object) -> CommandOutcome:
+    return CommandOutcome.success({"worker": node.alias, "pool": node.pool, **facts})
 
 
 def _require_effect(effect: object, node: Node, answer: str, otherwise: str) -> None:
