@@ -196,7 +196,7 @@ def register_shutdown_atexit(callback: Callable[[], object]) -> str:
 
     atexit.register(run_once)
     try:
-        threading._register_atexit(run_once)  # type: ignore[attr-defined]  # noqa: SLF001 - no public name
+        threading._register_atexit(run_once)  # type: ignore[attr-defined]  # noqa: SLF001
     except (AttributeError, RuntimeError, TypeError):
         return "atexit"
     return "threading"

@@ -56,7 +56,7 @@ def test_toml_has_known_settings_and_adapters(monkeypatch):
     reason="systemd-analyze is not installed (Debian: apt-get install systemd)",
 )
 def test_systemd_unit_is_verified(tmp_path):
-    """``systemd-analyze verify`` reports nothing about the unit with a program and user that exist."""
+    """``systemd-analyze verify`` accepts the unit with a program and user of this host."""
     unit = tmp_path / "z4j-bare.service"
     text = (DEPLOY / "z4j-bare.service").read_text()
     assert "/opt/shop/venv/bin/z4j-bare" in text

@@ -104,14 +104,17 @@ def _words(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    found = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]  # noqa: SLF001
-    return dict(found[0].choices) if found else {}
+    for action in parser._actions:  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            return dict(action.choices)
+    return {}
 
 
 def _command_helps(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     for action in parser._actions:  # noqa: SLF001
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            yield from ((each.dest, each.help or "") for each in action._choices_actions)  # noqa: SLF001
+            for command in action._choices_actions:  # noqa: SLF001
+                yield command.dest, command.help or ""
 
 
 def _quotable(text: str | None) -> str:

@@ -41,7 +41,7 @@ _FLAGS = (
     "concurrency",
 )
 
-#: What argparse's parsers and argument groups have in common; the base class has no public name.
+#: Base class of argparse's parsers and argument groups; it has no public name.
 ArgumentContainer = argparse._ActionsContainer  # noqa: SLF001
 
 
@@ -57,7 +57,7 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the brain's address and the agent's credentials.
 
-    There is no flag for the signing key itself, because other users can read a process's arguments.
+    The signing key has no flag of its own, because other users can see a process's arguments.
     """
     group = parser.add_argument_group(
         "connection", "flags override environment variables, and those override the file"

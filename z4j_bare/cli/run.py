@@ -229,8 +229,8 @@ def _adapter_choice(
 def _drain_seconds(flag: float | None) -> float:
     """Return the time limit of the shutdown, in seconds.
 
-    Unless it is set, ``Z4J_FLUSH_SECONDS`` becomes nearly as long: this process runs no tasks that
-    a long wait for acks would delay.
+    This also sets ``Z4J_FLUSH_SECONDS`` to nearly this time, unless the variable is set. A worker's
+    exit must not wait so long for acks, but this process has nothing else to do.
     """
     text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:

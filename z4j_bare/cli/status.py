@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
+from z4j_bare.diagnostics.host import AgentStatus
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
 EXAMPLES = """\
@@ -54,9 +54,6 @@ COLUMNS = (
 )
 
 _BARS = "▁▂▃▄▅▆▇█"
-
-#: An agent's answer to ``status``, with ``adapter`` and ``pid``, or these two and an ``error``.
-AgentStatus = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +144,7 @@ def filter_description(arguments: argparse.Namespace) -> str:
 
 
 def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
-    """Write the table, or that no agent was found and the usual reason."""
+    """Write the table; without any agent, write the usual reason for that."""
     if not agents:
         output.say(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "

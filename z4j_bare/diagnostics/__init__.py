@@ -6,9 +6,9 @@ by these names. A probe neither starts an agent nor writes a pid file.
 
 from __future__ import annotations
 
-from z4j_bare.diagnostics.agents import probe_agents
 from z4j_bare.diagnostics.checks import all_checks, probe_websocket, quick_checks, run_all
 from z4j_bare.diagnostics.host import (
+    probe_agents,
     probe_buffer_path,
     probe_concurrency,
     probe_package,

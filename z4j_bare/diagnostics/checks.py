@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.diagnostics import host, network
-from z4j_bare.diagnostics.agents import probe_agents
 from z4j_bare.diagnostics.remote import BrainProbe, ProbeStep, brain_steps
 from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
@@ -36,7 +35,7 @@ def all_checks(
     yield host.probe_versions()
     yield host.probe_concurrency(settings.concurrency)
     yield host.probe_buffer_path(config.buffer_path)
-    yield probe_agents(config.project_id)
+    yield host.probe_agents(config.project_id)
     yield from brain_checks(config, settings, websocket=websocket)
 
 

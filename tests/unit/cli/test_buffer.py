@@ -235,7 +235,7 @@ def test_flush_sends_all_rows(home, front, capsys):
 
 
 def test_flush_keeps_rows_that_brain_does_not_accept(home, front, capsys):
-    """Rows that are too large or of another deployment stay; all stay if the brain rejects us."""
+    """Rows are kept that are too large, of another deployment, or rejected with the token."""
     front.http.body_limit = 8192
     large = make_orphan(home, "large", events=1, deployment=own_deployment(), text="y" * 9000)
     other = make_orphan(home, "projections", kind=PROJECTION, deployment=own_deployment())

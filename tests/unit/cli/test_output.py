@@ -78,7 +78,7 @@ def test_plain_text_without_capable_terminal(terminal, monkeypatch, case):
 
 
 def test_machine_output_is_one_json_object(terminal):
-    """With ``machine`` only the JSON answer is written; without it the answer is not."""
+    """With ``machine`` only the JSON object is written, without it only the text."""
     output = Output(machine=True, stream=terminal)
     write_everything(output)
     output.answer({"ok": True, "path": io})

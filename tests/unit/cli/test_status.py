@@ -12,7 +12,7 @@ from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton as singleton
 from z4j_bare import control, install_agent
 from z4j_bare.cli import main, make_engine_main, make_main_for_adapter, status
-from z4j_bare.diagnostics.agents import probe_agents
+from z4j_bare.diagnostics.host import probe_agents
 
 
 def agent(pid=7, **changes):

@@ -97,7 +97,7 @@ def test_closed_port_fails_tcp(run_checks):
 
 
 def test_port_without_answer_fails_tcp(run_checks, monkeypatch):
-    """A timeout of the connection suggests a firewall."""
+    """If the connection times out, the fix names a firewall."""
 
     def time_out(*_args, **_options):
         raise TimeoutError
@@ -144,7 +144,7 @@ def test_certificate_that_expires_soon_is_warning(backend, run_checks, tmp_path,
 
 
 def test_https_to_plain_http_port_fails_tls(backend, run_checks):
-    """An https address whose port speaks plain http suggests to check the scheme."""
+    """If the port of an https address speaks plain http, the fix names the scheme."""
     listener = Listener(
         backend, lambda sock: push(backend, sock, b"HTTP/1.1 400 Bad Request\r\n\r\n"), name="plain"
     )
