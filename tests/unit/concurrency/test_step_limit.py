@@ -54,7 +54,8 @@ def test_computing_is_seen(trial, backend):
         kind for verdict in verdicts for kind in ("two waits", "two switches") if kind in verdict
     ] == ["two waits", "two switches"]
     assert all(
-        verdict.startswith("z4j-accused: 3") and "test_step_limit.py" in verdict for verdict in verdicts
+        verdict.startswith("z4j-accused: 3") and "test_step_limit.py" in verdict
+        for verdict in verdicts
     )
 
 
