@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: Rows read from the store at a time, and events in one frame at most.
 MAX_ROWS = 500
 
-#: Payload bytes read from the store at a time. A frame that the brain finds too large is halved.
+#: Payload bytes read from the store at a time.
 MAX_BYTES = 512 * 1024
 
 #: Sends rows, all of one kind; returns how many of the first ones the brain has acknowledged.
@@ -112,7 +112,10 @@ class OrphanUploader:
             done(self.sent)
 
     def _send_events(self, rows: Sequence[BufferEntry]) -> int:
-        """Send as many of the first events as fit into one frame; return how many."""
+        """Send as many of the first events as fit into one frame; return how many.
+
+        If the brain rejects the frame as too large, half as many events are sent.
+        """
         number = min(len(rows), self._max_events)
         while number:
             batch = frames.event_batch([row.payload for row in rows[:number]])

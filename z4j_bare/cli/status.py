@@ -144,7 +144,7 @@ def filter_description(arguments: argparse.Namespace) -> str:
 
 
 def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
-    """Write the table; without any agent, write the usual reason for that."""
+    """Write the table. If there is no agent, write the usual reason instead."""
     if not agents:
         output.say(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PORTS = {"http": 80, "https": 443}
 
-#: Days before a certificate's expiry from which the probe warns.
+#: The probe warns if the certificate expires in fewer days than this.
 EXPIRY_WARNING_DAYS = 14
 
 #: The fix for an invalid ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` or ``Z4J_CLIENT_KEY``.

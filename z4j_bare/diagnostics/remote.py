@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from z4j_bare.transport.http import Response
     from z4j_bare.transport.longpoll import LongPollTransport
 
-#: Seconds of clock difference from which the probe warns. It fails from
-#: ``close_codes.MAX_CLOCK_SKEW``, from which the brain rejects signatures.
+#: The probe warns if the clocks differ by more seconds than this. It fails above
+#: ``close_codes.MAX_CLOCK_SKEW``, because the brain then rejects signatures.
 SKEW_WARNING = 5.0
 
 #: A message that is not a ``hello``. The brain closes the connection with ``_NOT_A_HELLO`` after it
@@ -46,14 +46,14 @@ SKEW_WARNING = 5.0
 _INVALID_HELLO = b"{}"
 _NOT_A_HELLO = 4400
 
-#: Words by which the brain's error names an archived project.
+#: Words in the brain's error message about an archived project.
 _ARCHIVED = ("archive", "inactive", "not active")
 
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 
 class ProbeStep(NamedTuple):
-    """A probe, and the name of the probe without whose success it is skipped."""
+    """A probe. It is skipped if the probe that ``requires`` names has failed."""
 
     name: str
     requires: str
