@@ -1,4 +1,4 @@
-"""What the brain makes of sequenced schedule streams (``brain-contract`` 5.7), written from the contract on z4j_core's terms."""
+"""The brain's end of schedule streams, a stub scheduler, and a harness in virtual time."""
 
 import json
 from types import SimpleNamespace
@@ -19,40 +19,55 @@ from z4j_bare.buffer.rows import PROJECTION
 from z4j_bare.schedules import ScheduleManager
 from z4j_bare.schedules.host import SchedulerHost
 
-#: What a host reads of z4j_core's ``Config``.
+#: The fields of z4j_core's ``Config`` that a scheduler host reads.
 CONFIG = SimpleNamespace(
     redaction_extra_key_patterns=(), redaction_extra_value_patterns=(), max_payload_bytes=8192
 )
-#: The key of the first schedule in :class:`Planned`.
+#: The key of the first schedule in :class:`ScheduleHarness`.
 KEY = "id:hourly"
 
 STAMP = "2026-11-23T12:00:00Z"
 
 
 def schedule(name="hourly", **fields):
-    """A schedule as an adapter returns it."""
+    """Return a schedule as an adapter would."""
     return Schedule.model_validate_json(
         Schedule.model_construct(
-            id=uuid4(), project_id=uuid4(), created_at=STAMP, updated_at=STAMP,
+            id=uuid4(),
+            project_id=uuid4(),
+            created_at=STAMP,
+            updated_at=STAMP,
             **{
-                "engine": "celery", "scheduler": "beat", "name": name, "task_name": "a.task", "kind": "interval", "expression": "3600",
-                "external_id": f"id:{name}", **fields,
+                "engine": "celery",
+                "scheduler": "beat",
+                "name": name,
+                "task_name": "a.task",
+                "kind": "interval",
+                "expression": "3600",
+                "external_id": f"id:{name}",
+                **fields,
             },
         ).model_dump_json(warnings=False)
-    )  # fmt: skip
+    )
 
 
 class StubScheduler:
-    """A scheduler adapter over a dictionary; every method is a coroutine, as in the real ones."""
+    """A scheduler adapter over a dictionary, with coroutines as in the real ones."""
 
     name = "beat"
 
     def __init__(self, *schedules):
-        self.kept = {each.external_id: each for each in schedules}
+        self.schedules = {item.external_id: item for item in schedules}
         self.calls = []
-        self.able = {
-            "list", "enable", "disable", "trigger_now", "delete", "external_schedule_stable_snapshot_v1", "external_schedule_mutation_v1",
-        }  # fmt: skip
+        self.capability_names = {
+            "list",
+            "enable",
+            "disable",
+            "trigger_now",
+            "delete",
+            "external_schedule_stable_snapshot_v1",
+            "external_schedule_mutation_v1",
+        }
         self.sink = None
         self.failure = None
 
@@ -63,15 +78,15 @@ class StubScheduler:
         self.sink = None
 
     def capabilities(self):
-        return self.able
+        return self.capability_names
 
     async def list_schedules(self):
         if self.failure is not None:
             raise self.failure
-        return list(self.kept.values())
+        return list(self.schedules.values())
 
     async def get_schedule(self, identity):
-        return self.kept.get(identity)
+        return self.schedules.get(identity)
 
     async def enable_schedule(self, identity):
         return self._set(identity, "enable", is_enabled=True)
@@ -85,34 +100,35 @@ class StubScheduler:
 
     async def delete_schedule(self, identity):
         self.calls.append(("delete", identity))
-        del self.kept[identity]
+        del self.schedules[identity]
         return CommandResult(status="success")
 
     async def apply_external_mutation(self, *, operation, schedule_id, expected, definition):
         self.calls.append((operation, schedule_id, expected))
         if operation == "delete":
-            del self.kept[schedule_id]
+            del self.schedules[schedule_id]
             return None
         made = (
             schedule(**definition)
             if operation == "create"
-            else self.kept[schedule_id].model_copy(update=definition)
+            else self.schedules[schedule_id].model_copy(update=definition)
         )
-        self.kept[made.external_id] = made
+        self.schedules[made.external_id] = made
         return made
 
     def _set(self, identity, call, **changes):
         self.calls.append((call, identity))
-        if identity not in self.kept:
+        if identity not in self.schedules:
             return CommandResult(status="failed", error="not found")
-        self.kept[identity] = self.kept[identity].model_copy(update=changes)
+        self.schedules[identity] = self.schedules[identity].model_copy(update=changes)
         return CommandResult(status="success")
 
 
 class StreamBrain:
-    """The receiving end of one owner's streams: ``rows`` is what it knows, ``ignored`` what was of another epoch.
+    """The brain's end of the streams of one owner.
 
-    ``hear`` raises ``AssertionError`` for whatever would fault the stream or drop an event.
+    ``rows`` has the accepted schedules by key, and ``ignored`` counts events of other epochs.
+    ``receive_event`` raises ``AssertionError`` for an event that the brain would reject.
     """
 
     def __init__(self, owner="beat"):
@@ -122,31 +138,34 @@ class StreamBrain:
         self.epochs = 0
         self.rows = {}
         self.ignored = 0
-        self.told = []
+        self.published_reasons = []
         self.redaction = RedactionEngine()
 
     def grant(self):
-        """Begin an epoch; return the parameters of ``schedule.external.activate``."""
+        """Start an epoch; return the parameters of ``schedule.external.activate``."""
         self.epochs += 1
         self.sequence, self.frames = 0, []
         self.authority = {
-            "stream_id": self.stream, "epoch_uuid": str(uuid4()), "epoch_number": self.epochs, "adapter_instance_id": str(uuid4()),
-        }  # fmt: skip
-        named = {
+            "stream_id": self.stream,
+            "epoch_uuid": str(uuid4()),
+            "epoch_number": self.epochs,
+            "adapter_instance_id": str(uuid4()),
+        }
+        target = {
             "scheduler": self.owner,
             "owner": self.owner,
             "source_scope": self.scope,
             "stable_source": True,
         }
         return {
-            **named,
+            **target,
             **self.authority,
             "registry_owner_id": str(uuid4()),
             "session_generation": 1,
         }
 
-    def hear(self, event):
-        """Take one event of a stream, in the order of the wire."""
+    def receive_event(self, event):
+        """Receive one event of a stream, in the order of sending."""
         assert event["kind"].startswith("schedule.")
         assert self.redaction.scrub(event) == event
         assert (event["engine"], event["task_id"]) == (self.owner, "")
@@ -155,7 +174,7 @@ class StreamBrain:
         if {name: body[name] for name in self.authority} != self.authority:
             self.ignored += 1
             return
-        assert body["sequence"] == self.sequence + 1, "a gap, or something said twice"
+        assert body["sequence"] == self.sequence + 1, "a gap or a repeated number"
         if "external_snapshot_frame" in data:
             self._frame(body, data)
         else:
@@ -186,18 +205,24 @@ class StreamBrain:
         )
         rows = [row for frame in frames for row in frame["schedules"]]
         assert (len(rows), len(frames) - 1) == (body["row_count"], body["frame_count"])
-        whole = external_projection_body(
-            **self.authority, sequence=body["sequence"], kind="snapshot", owner=self.owner, source_scope=self.scope,
-            schedules=rows, complete=True, stable_source=True,
-        )  # fmt: skip
-        assert whole["schedules"] == rows, "not in the order of their keys"
-        assert external_projection_digest(whole) == body["snapshot_digest"]
+        snapshot = external_projection_body(
+            **self.authority,
+            sequence=body["sequence"],
+            kind="snapshot",
+            owner=self.owner,
+            source_scope=self.scope,
+            schedules=rows,
+            complete=True,
+            stable_source=True,
+        )
+        assert snapshot["schedules"] == rows, "rows are not sorted by key"
+        assert external_projection_digest(snapshot) == body["snapshot_digest"]
         self.rows = {row["source_key"]: row for row in rows}
         self._accept(data["reason"])
 
     def _projection(self, body, data, event):
         assert not self.frames
-        assert self.sequence, "the first one must be a snapshot"
+        assert self.sequence, "the first projection must be a snapshot"
         names = body.keys() - {"protocol_version"}
         assert external_projection_body(**{name: body[name] for name in names}) == body
         assert external_projection_digest(body) == data["payload_digest"]
@@ -212,29 +237,48 @@ class StreamBrain:
 
     def _accept(self, reason):
         self.sequence += 1
-        self.told.append(reason)
+        self.published_reasons.append(reason)
 
     def control(self, key, *, on):
         """Return the parameters of ``schedule.external.control``."""
         desired = {**self.rows[key], "is_enabled": on}
         return {
-            **self.authority, "operation_id": str(uuid4()), "scheduler": self.owner, "schedule_id": key, "source_key": key,
-            "z4j_schedule_id": str(uuid4()), "expected_accepted_sequence": self.sequence,
-            "expected_projection_digest": external_projection_digest(self.rows[key]), "desired_projection": desired,
-            "desired_projection_digest": external_projection_digest(desired), "registry_owner_id": str(uuid4()), "session_generation": 1,
-        }  # fmt: skip
+            **self.authority,
+            "operation_id": str(uuid4()),
+            "scheduler": self.owner,
+            "schedule_id": key,
+            "source_key": key,
+            "z4j_schedule_id": str(uuid4()),
+            "expected_accepted_sequence": self.sequence,
+            "expected_projection_digest": external_projection_digest(self.rows[key]),
+            "desired_projection": desired,
+            "desired_projection_digest": external_projection_digest(desired),
+            "registry_owner_id": str(uuid4()),
+            "session_generation": 1,
+        }
 
     def mutation(self, operation, key=None, **definition):
         """Return the parameters of ``schedule.external.mutate``."""
         return {
-            **self.authority, "intent": {}, "operation_id": str(uuid4()), "scheduler": self.owner, "owner": self.owner, "operation": operation,
-            "schedule_id": key, "definition": definition, "expected": self.rows.get(key), "source_scope": self.scope, "stable_source": True,
-            "registry_owner_id": str(uuid4()), "session_generation": 1, "expected_accepted_sequence": self.sequence,
-        }  # fmt: skip
+            **self.authority,
+            "intent": {},
+            "operation_id": str(uuid4()),
+            "scheduler": self.owner,
+            "owner": self.owner,
+            "operation": operation,
+            "schedule_id": key,
+            "definition": definition,
+            "expected": self.rows.get(key),
+            "source_scope": self.scope,
+            "stable_source": True,
+            "registry_owner_id": str(uuid4()),
+            "session_generation": 1,
+            "expected_accepted_sequence": self.sequence,
+        }
 
 
-class Direct:
-    """A bridge for virtual time: every call takes ``seconds`` and then runs a coroutine that awaits nothing."""
+class VirtualBridge:
+    """A bridge in virtual time: each call takes ``seconds`` and runs a coroutine without awaits."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -252,56 +296,56 @@ class Direct:
             outcome.send(None)
         except StopIteration as end:
             return end.value
-        raise AssertionError("it awaits")
+        raise AssertionError("the coroutine awaits")
 
 
-class Plans:
-    """For a ``SessionHarness``: a room with one scheduler, and the brain at the other end of the store."""
+class ScheduleFixture:
+    """Adds a manager with one scheduler and the brain's end of its stream to a harness."""
 
-    def plan(self, *schedules, interval=900):
+    def set_up_schedules(self, *schedules, interval=900):
         self.scheduler = StubScheduler(
             *(schedules or (schedule("hourly"), schedule("daily", is_enabled=False)))
         )
-        self.bridge = Direct(self.backend)
-        self.rings = 0
-        self.room = ScheduleManager(
+        self.bridge = VirtualBridge(self.backend)
+        self.wakeups = 0
+        self.manager = ScheduleManager(
             [SchedulerHost(self.scheduler, self.bridge, CONFIG)],
             self.buffer,
             self.backend,
-            self._ring,
+            self._count_wakeup,
             interval,
         )
-        self.stream = self.room.streams["beat"]
+        self.stream = self.manager.streams["beat"]
         self.brain = StreamBrain()
-        self.room.connect()
+        self.manager.connect()
 
-    def _ring(self):
-        self.rings += 1
+    def _count_wakeup(self):
+        self.wakeups += 1
 
-    def go(self):
-        """Activate, and let the brain hear of it."""
+    def activate(self):
+        """Activate the stream and deliver the snapshot."""
         self.stream.activate(self.brain.grant(), 60)
         self.deliver()
         return self
 
-    def run(self):
-        """Start the room's loop."""
+    def start(self):
+        """Start the manager's loop."""
         self.stop_event = self.backend.event()
-        self.task = self.backend.spawn(self.room.run, self.stop_event, name="z4j-schedules")
+        self.task = self.backend.spawn(self.manager.run, self.stop_event, name="z4j-schedules")
 
     def deliver(self):
-        """Hand every projection stored to the brain; return the reasons of what it took."""
-        before = len(self.brain.told)
+        """Deliver all stored projections to the brain; return the reasons of the accepted ones."""
+        before = len(self.brain.published_reasons)
         rows = self.disk.store.drain(0, 10_000, 10**9, (PROJECTION,))
         for row in rows:
-            self.brain.hear(json.loads(row.payload))
+            self.brain.receive_event(json.loads(row.payload))
         self.disk.store.confirm([row.id for row in rows])
-        return self.brain.told[before:]
+        return self.brain.published_reasons[before:]
 
 
-class Planned(SessionHarness, Plans):
-    """A world with nothing but that room."""
+class ScheduleHarness(SessionHarness, ScheduleFixture):
+    """A harness with only that manager."""
 
     def __init__(self, *schedules, interval=900):
         super().__init__()
-        self.plan(*schedules, interval=interval)
+        self.set_up_schedules(*schedules, interval=interval)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from z4j_bare.wire.backoff import Backoff
+
 #: Seconds between the failure of the disk and the first attempt to return to it.
 RETRY_INITIAL = 5.0
 #: Maximum seconds between attempts to return to the disk.
@@ -95,7 +97,7 @@ class DiskRetry:
 
     def __init__(self) -> None:
         self._due_at = 0.0
-        self._delay = RETRY_INITIAL
+        self._backoff = Backoff(RETRY_INITIAL, RETRY_MAX)
         self._returned_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
@@ -105,8 +107,8 @@ class DiskRetry:
     def on_failure(self, now: float) -> None:
         """Record that the disk failed; the backoff restarts if it had worked for ``RETRY_MAX``."""
         if now - self._returned_at > RETRY_MAX:
-            self._delay = RETRY_INITIAL
-        self._due_at = now + self._delay
+            self._backoff.reset()
+        self._due_at = now + self._backoff.delay
 
     def on_return(self, now: float) -> None:
         """Record that the disk works again."""
@@ -114,5 +116,5 @@ class DiskRetry:
 
     def schedule_next(self, now: float) -> None:
         """Double the delay after an attempt."""
-        self._delay = min(self._delay * 2, RETRY_MAX)
-        self._due_at = now + self._delay
+        self._backoff.increase()
+        self._due_at = now + self._backoff.delay

@@ -20,6 +20,7 @@ from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.rows import EVENT, BufferEntry, BufferStats, LedgerEntry
 from z4j_bare.buffer.store_worker import CallResult, Progress, StoreWorker
 from z4j_bare.errors import LocalStorageError
+from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.store import BufferStore
@@ -303,7 +304,8 @@ class BufferManager:
         *args: *Ts,
     ) -> CallResult[T]:
         """Call the disk: repeat while it is busy, and recover once from another error."""
-        deadline, delay = self._backend.now() + BUSY_TIMEOUT, BUSY_BACKOFF_INITIAL
+        deadline = self._backend.now() + BUSY_TIMEOUT
+        delays = Backoff(BUSY_BACKOFF_INITIAL, BUSY_BACKOFF_MAX)
         recovered = False
         while True:
             if generation not in (None, self.generation):
@@ -314,8 +316,7 @@ class BufferManager:
                 return result
             cause = classify(error)
             if cause == BUSY and self._backend.now() < deadline:
-                self._backend.sleep(delay)
-                delay = min(delay * 2, BUSY_BACKOFF_MAX)
+                self._backend.sleep(delays.next())
                 continue
             if recovered or result.progress < Progress.OPEN or not self._recover(cause, error):
                 return result

@@ -1,4 +1,4 @@
-"""Schedules through the whole runtime, against a scripted brain, in the mode of this run."""
+"""Schedules through the whole runtime and a scripted brain, in the mode of this run."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from z4j_bare.pipeline import receive, send
 from z4j_bare.wire import backoff
 
 
-class Awaiting(StubScheduler):
-    """A scheduler whose calls need a loop, as those of the real adapters do."""
+class AwaitingScheduler(StubScheduler):
+    """A scheduler whose calls await, as those of the real adapters do."""
 
     async def list_schedules(self):
         await asyncio.sleep(0.01)
@@ -26,7 +26,7 @@ class Awaiting(StubScheduler):
 
 @pytest.fixture
 def scheduler():
-    return Awaiting(
+    return AwaitingScheduler(
         schedule("hourly"),
         *(schedule(f"n{number}", kwargs={"filler": "x" * 500}) for number in range(400)),
     )
@@ -34,14 +34,14 @@ def scheduler():
 
 @pytest.fixture
 def peer(backend, monkeypatch):
-    """A peer that grants an epoch in each session, as the brain does; everything in hundredths of a second."""
+    """A peer that grants an epoch in each session, as the brain does, with short intervals."""
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(send, "POLL_IDLE", 0.05)
     monkeypatch.setattr(receive, "READ_TIMEOUT", 0.1)
     made = Peer(backend)
-    made.brain, made.heard_events = StreamBrain(), 0
+    made.brain, made.received_events = StreamBrain(), 0
 
     def greet(session):
         session.hello_ack()
@@ -58,7 +58,7 @@ def peer(backend, monkeypatch):
 
 @pytest.fixture
 def runtime(peer, scheduler, monkeypatch):
-    """An agent with nothing but a scheduler."""
+    """An agent with one scheduler and no engine."""
     monkeypatch.setenv("Z4J_FLUSH_SECONDS", "0.5")
     made = install_agent(
         engines=[],
@@ -73,13 +73,13 @@ def runtime(peer, scheduler, monkeypatch):
     _process_singleton.clear_runtime(expected=made)
 
 
-def told(peer):
-    """Hand what arrived to the brain's model; return the reasons of all snapshots so far."""
+def published_reasons(peer):
+    """Deliver new events to the brain's model; return the reasons of all projections so far."""
     events = peer.events()
-    for event in events[peer.heard_events :]:
-        peer.brain.hear(json.loads(json.dumps(event)))
-    peer.heard_events = len(events)
-    return peer.brain.told
+    for event in events[peer.received_events :]:
+        peer.brain.receive_event(json.loads(json.dumps(event)))
+    peer.received_events = len(events)
+    return peer.brain.published_reasons
 
 
 def answer(peer, identity):
@@ -90,7 +90,7 @@ def answer(peer, identity):
 
 def test_activation_signal_control_and_mutation_in_order(runtime, peer, scheduler, until):
     """Activation, signal, control and mutation are published in order."""
-    until(lambda: told(peer) == ["activation"])
+    until(lambda: published_reasons(peer) == ["activation"])
     hello = peer.sessions[0].hello.payload
     assert (hello.schedulers, "external_schedule_protocol_v1" in hello.runtime_features) == (
         ["beat"],
@@ -105,9 +105,9 @@ def test_activation_signal_control_and_mutation_in_order(runtime, peer, schedule
         1,
     )
 
-    scheduler.kept["id:new"] = schedule("new")
-    until(lambda: scheduler.sink)("created", scheduler.kept["id:new"])
-    until(lambda: told(peer) == ["activation", "signal"])
+    scheduler.schedules["id:new"] = schedule("new")
+    until(lambda: scheduler.sink)("created", scheduler.schedules["id:new"])
+    until(lambda: published_reasons(peer) == ["activation", "signal"])
     assert "id:new" in peer.brain.rows
 
     session = peer.last
@@ -115,13 +115,13 @@ def test_activation_signal_control_and_mutation_in_order(runtime, peer, schedule
         "schedule.external.control", peer.brain.control(KEY, on=False), token="c"
     )
     assert until(lambda: answer(peer, control)).status == "success"
-    assert told(peer)[-1] == "external-control", "told before it was answered"
+    assert published_reasons(peer)[-1] == "external-control", "stored before the result"
     mutation = session.command(
         "schedule.external.mutate", peer.brain.mutation("delete", KEY), token="m"
     )
     result = until(lambda: answer(peer, mutation))
     assert (result.status, result.delivery_claim_token) == ("success", "m")
-    assert told(peer)[-1].startswith("native-mutation:")
+    assert published_reasons(peer)[-1].startswith("native-mutation:")
     assert KEY not in peer.brain.rows
     until(lambda: runtime.buffer_size() == 0)
     assert peer.mishaps == []
@@ -130,14 +130,18 @@ def test_activation_signal_control_and_mutation_in_order(runtime, peer, schedule
 
 def test_new_session_starts_new_epoch(runtime, peer, scheduler, until):
     """Unacknowledged projections of the old session do not affect the new one."""
-    until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
+    until(
+        lambda: (
+            published_reasons(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0
+        )
+    )
     peer.acks = "none"
     scheduler.sink("updated", None)
-    until(lambda: len(told(peer)) == 2)
+    until(lambda: len(published_reasons(peer)) == 2)
     peer.acks = "all"
     peer.last.drop()
-    until(lambda: len(peer.sessions) >= 2 and len(told(peer)) == 3)
-    assert peer.brain.told == ["activation", "signal", "activation"]
+    until(lambda: len(peer.sessions) >= 2 and len(published_reasons(peer)) == 3)
+    assert peer.brain.published_reasons == ["activation", "signal", "activation"]
     until(lambda: runtime.buffer_size() == 0)
     assert peer.brain.ignored >= 1
     assert peer.mishaps == []
@@ -145,7 +149,11 @@ def test_new_session_starts_new_epoch(runtime, peer, scheduler, until):
 
 def test_session_without_activation_publishes_nothing(runtime, peer, scheduler, until):
     """Without an activation in its session, a stream publishes nothing."""
-    until(lambda: told(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0)
+    until(
+        lambda: (
+            published_reasons(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0
+        )
+    )
     peer.greet = PeerSession.hello_ack
     peer.last.drop()
     until(lambda: len(peer.sessions) >= 2 and peer.last and peer.last.frames)
@@ -153,11 +161,11 @@ def test_session_without_activation_publishes_nothing(runtime, peer, scheduler, 
     identity = peer.last.command("schedule.resync")
     assert until(lambda: answer(peer, identity)).result["schedulers_drained"] == 0
     until(lambda: runtime.buffer_size() == 0)
-    assert told(peer) == ["activation"]
+    assert published_reasons(peer) == ["activation"]
 
 
 def test_stop_disconnects_scheduler_signals(runtime, peer, scheduler, until):
     """After a stop the scheduler's signals are disconnected."""
-    until(lambda: told(peer) and scheduler.sink)
+    until(lambda: published_reasons(peer) and scheduler.sink)
     runtime.stop(timeout=5)
     assert scheduler.sink is None

@@ -1,4 +1,4 @@
-"""Rows, frames and digests: exactly what z4j_core defines, whatever stands in a schedule."""
+"""Rows, frames and digests, compared with z4j_core's definitions for any schedules."""
 
 import json
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from z4j_bare.schedules.projection import Authority
 
 REDACTOR = Redactor(RedactionEngine(RedactionConfig(max_value_bytes=MAX_ROW_TEXT_BYTES)))
 
-#: Names and texts that the brain's rules would hide, among any others.
+#: Names and texts, some of which the brain would redact.
 SECRETS = st.sampled_from(
     [
         "a@example.com",
@@ -46,12 +46,12 @@ def row(each):
     return projection.make_row(each, "beat", REDACTOR)
 
 
-def granted():
+def activated():
     brain = StreamBrain()
     return brain, Authority.from_parameters(brain.grant(), "beat")
 
 
-def told(brain, authority, rows, sequence=1):
+def publish(brain, authority, rows, sequence=1):
     events = [
         json.loads(event)
         for event in projection.snapshot(
@@ -59,7 +59,7 @@ def told(brain, authority, rows, sequence=1):
         )
     ]
     for event in events:
-        brain.hear(event)
+        brain.receive_event(event)
     return events
 
 
@@ -73,32 +73,34 @@ def told(brain, authority, rows, sequence=1):
 )
 def test_snapshot_of_any_schedules_is_accepted(wanted):
     """The brain accepts any names and arguments, and each schedule has its own key."""
-    brain, authority = granted()
+    brain, authority = activated()
     rows = [
         row(schedule(name).model_copy(update={"args": args, "kwargs": kwargs}))
         for name, (args, kwargs) in wanted.items()
     ]
-    told(brain, authority, rows)
+    publish(brain, authority, rows)
     assert len(brain.rows) == len(wanted)
-    assert brain.told == ["test"]
+    assert brain.publish == ["test"]
 
 
 @settings(max_examples=30)
 @given(NAMES, st.lists(VALUES, max_size=3))
 def test_control_projection_has_core_digest(name, args):
     """The row of a control projection has the digest that z4j_core computes."""
-    brain, authority = granted()
+    brain, authority = activated()
     known = row(schedule(name).model_copy(update={"args": args}))
-    told(brain, authority, [known])
-    brain.hear(json.loads(projection.control(authority, 2, known, "operation", "external-control")))
+    publish(brain, authority, [known])
+    brain.receive_event(
+        json.loads(projection.control(authority, 2, known, "operation", "external-control"))
+    )
     assert brain.sequence == 2
 
 
 def test_large_snapshot_is_split_into_bounded_frames(monkeypatch):
     """Rows are split into bounded frames, ordered by key, followed by one terminal frame."""
-    brain, authority = granted()
+    brain, authority = activated()
     rows = [row(schedule(f"n{number}", kwargs={"filler": "x" * 900})) for number in range(300)]
-    events = told(brain, authority, rows)
+    events = publish(brain, authority, rows)
     frames = [event["data"]["external_snapshot_frame"] for event in events]
     assert [frame["frame_kind"] for frame in frames] == ["rows"] * (len(frames) - 1) + ["terminal"]
     assert len(frames) > 4
@@ -108,8 +110,8 @@ def test_large_snapshot_is_split_into_bounded_frames(monkeypatch):
 
 def test_empty_snapshot_is_one_terminal_frame():
     """An empty snapshot is one terminal frame, which deletes all schedules."""
-    brain, authority = granted()
-    (event,) = told(brain, authority, [])
+    brain, authority = activated()
+    (event,) = publish(brain, authority, [])
     assert event["data"]["external_snapshot_frame"]["frame_count"] == 0
 
 
@@ -126,14 +128,14 @@ def test_row_is_redacted_and_keeps_unique_key():
 
 def test_foreign_objects_in_arguments_become_text():
     """Objects that are not JSON become text and do not spoil the snapshot."""
-    brain, authority = granted()
+    brain, authority = activated()
     odd = schedule("odd").model_copy(
         update={
             "args": [object, {1, 2}, float("nan")],
             "last_run_at": datetime(2026, 1, 1, tzinfo=UTC),
         }
     )
-    told(brain, authority, [row(odd)])
+    publish(brain, authority, [row(odd)])
     assert brain.rows["id:odd"]["args"] == ["<class 'object'>", [1, 2], "nan"]
     assert brain.rows["id:odd"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
 
