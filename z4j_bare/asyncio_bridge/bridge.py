@@ -93,7 +93,7 @@ class Bridge:
         See :class:`~z4j_bare.asyncio_bridge.pump.Pump`.
         """
         loop = self.loop()
-        from z4j_bare.asyncio_bridge.pump import Pump  # imports asyncio, as the loop already has
+        from z4j_bare.asyncio_bridge.pump import Pump  # after the loop, which imports asyncio
 
         pump = Pump(self._backend, loop, iterate, sink, name)
         self._pumps.append(pump)

@@ -22,7 +22,7 @@ class CallFuture:
         self.abandoned = False
 
     def is_awaited(self) -> bool:
-        """Return whether the caller has not given up."""
+        """Return whether the caller still waits."""
         return not self.abandoned
 
     def set_result(self, ok: bool, value: object) -> None:
@@ -51,7 +51,7 @@ class CallFuture:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error``, or an ``AgentError`` caused by it where it would end the wrong loop.
+    """Return ``error``, or an ``AgentError`` caused by it where ``error`` would end a loop.
 
     ``SystemExit`` raised in an eager task would end ``run_forever``. A greenlet's ``Timeout`` or
     ``GreenletExit`` would end the calling loop. asyncio futures refuse ``StopIteration``.

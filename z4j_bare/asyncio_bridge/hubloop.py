@@ -32,20 +32,20 @@ logger = logging.getLogger("z4j.runtime.asyncio_bridge.hubloop")
 EXECUTOR_WORKERS = 8
 #: Seconds before the loop continues after an exception escaped from a step.
 RESTART_PAUSE = 0.1
-#: Longest wait in ``select``, in seconds. It bounds two delays that nothing else ends: a
-#: ``put_nowait`` from another thread, which does not wake the loop, and eventlet's epoll set, which
-#: a forked child shares and edits.
+#: Longest wait in ``select``, in seconds. It limits the delay in two cases: a ``put_nowait`` from
+#: another thread does not wake the loop, and under eventlet a forked child edits the epoll set that
+#: it shares with the parent.
 MAX_WAIT = 1.0
 
 
 class StepScopedSelector(selectors.BaseSelector):
     """A cooperative selector that unsets the thread's running loop while it waits.
 
-    asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. A
-    loop that stayed recorded while it waits would make every ``asyncio.run()`` of the host fail,
-    and every Django ORM call raise ``SynchronousOnlyOperation``. A loop waits only in ``select``,
-    so that is where its record is removed: the running loop and the async-generator hooks. At the
-    end of a step the values found at its beginning, possibly those of a user's loop, are restored.
+    asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. If
+    a loop stayed recorded while it waits, every ``asyncio.run()`` of the host would fail, and every
+    Django ORM call would raise ``SynchronousOnlyOperation``. A loop waits only in ``select``.
+    Therefore ``select`` removes the running loop and the async-generator hooks from the thread. It
+    restores what it found when the step began, which may belong to a user's loop.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -61,13 +61,13 @@ class StepScopedSelector(selectors.BaseSelector):
     def in_step(self) -> bool:
         """Return whether the caller is a step of the loop.
 
-        Compares greenlets (a thread has one, too), not running loops: when an adapter's step
-        switches, other greenlets see its running loop.
+        Compares greenlets, not running loops: when an adapter's step switches, other greenlets see
+        its running loop. A thread without greenlets has one, too.
         """
         return self._greenlet is getcurrent()
 
     def enter(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Unset the thread's running loop, under which ``loop.run_forever()`` would not start."""
+        """Unset the thread's running loop: ``loop.run_forever()`` raises while one is set."""
         self._loop, self._greenlet = loop, getcurrent()
         self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
         _set_running_loop(None)
@@ -116,7 +116,7 @@ class StepScopedSelector(selectors.BaseSelector):
         self._end_step()
         try:
             if timeout <= 0:
-                # gevent's selector does not run the hub when it must not block.
+                # gevent's ``select`` with timeout 0 does not run the hub.
                 self._backend.sleep(0)
             ready: list[tuple[selectors.SelectorKey, int]] = self._backend.call_blocking(
                 self._inner.select, timeout

@@ -22,7 +22,7 @@ _SUSPENDING = frozenset(opmap[name] for name in ("GET_AWAITABLE", "SEND"))
 def is_await_free(function: Callable[..., object]) -> bool:
     """Return whether ``function`` is a coroutine function without an ``await``.
 
-    Sees through ``functools.partial``, bound methods, callable objects and synchronous
+    Finds it behind ``functools.partial``, bound methods, callable objects and synchronous
     ``functools.wraps`` wrappers. Compiled coroutine functions and asynchronous generators are not
     recognised.
     """

@@ -47,8 +47,8 @@ class WorkerPool:
     """At most ``limit`` workers; a hung call blocks only its own worker.
 
     The worker that became idle last runs the next job, so that few connections are opened. Below
-    the limit one idle worker is kept in reserve. Workers spawn it, not submitters: a submitter may
-    be a loop step, and starting a thread there switches greenlets.
+    the limit one idle worker is kept in reserve. A worker spawns it, never a submitter: a submitter
+    may be a loop step, and starting a thread there switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -133,7 +133,7 @@ class WorkerPool:
                     self.size -= 1
 
     def _run_one(self, wakeup: IEvent) -> None:
-        if self._backend.forked():  # a copy that wakes in a child must not take the parent's job
+        if self._backend.forked():  # in a child, the copy must not run the parent's job
             raise ForkedChildError
         try:
             job = self._jobs.popleft()

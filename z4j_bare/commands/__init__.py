@@ -1,4 +1,4 @@
-"""Operators' commands: a table of actions, and the core that runs each once and answers."""
+"""Operators' commands: acknowledged, run once, and answered with a result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def add_process_restarts(
     backend: BaseConcurrency,
     grace: float,
 ) -> None:
-    """Let the engines that cannot restart a worker restart it by the end of this process.
+    """Let engines that cannot restart a worker end this process instead.
 
-    :param stop: stops the agent within so many seconds.
-    :param grace: seconds that running jobs get to finish.
+    :param stop: stops the agent within the given seconds.
+    :param grace: seconds that the worker has to finish its running tasks.
     """
     for host, source in engines:
         if host.description.restarts_by_exit():

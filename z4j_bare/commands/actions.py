@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from z4j_bare.engines.host import EngineHost
     from z4j_bare.wire.command import Command
 
-#: Most tasks in one ``bulk_retry``; the same limit as in z4j-bare 1.13.
+#: Maximum number of tasks in one ``bulk_retry``; the same limit as in z4j-bare 1.13.
 MAX_BULK = 10_000
-#: Most dead letters in one page; the same limit as in z4j-bare 1.13.
+#: Maximum number of dead letters in one page; the same limit as in z4j-bare 1.13.
 MAX_PAGE = 200
-#: Most slots by which one command resizes a pool; the brain's limit.
+#: Maximum number of slots by which one command resizes a pool; the brain's limit.
 MAX_DELTA = 100
 
 #: The keyword argument in which these engines' adapters expect the task's name. Their messages do
@@ -151,7 +151,10 @@ def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> obj
 
 
 def reconcile_task(command: Command, host: EngineHost, seconds: float) -> object:
-    """Return the engine's own state of a task: ``unknown`` where the adapter cannot query it."""
+    """Return the state that the engine has for a task.
+
+    It is ``unknown`` where the adapter cannot query it.
+    """
     task_id = _task_id(command, host)
     if not host.has_method("reconcile_task"):
         return CommandOutcome.success({"task_id": task_id, "engine_state": "unknown"})

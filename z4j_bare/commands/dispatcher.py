@@ -50,7 +50,7 @@ class DispatchState:
 
 
 class Dispatcher:
-    """Runs each command once, at most ``workers`` at a time, and stores its result in time.
+    """Runs each command once, at most ``workers`` at a time, and stores its result by the deadline.
 
     :param buffer: its ledger records started and finished commands, also those of earlier
         processes.
@@ -140,7 +140,7 @@ class Dispatcher:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether this delivery is to run; otherwise store the result the ledger knows."""
+        """Return whether to run this delivery; for a redelivery store the result in the ledger."""
         provisional_result = encode_result(
             command,
             CommandOutcome.indeterminate(

@@ -44,8 +44,8 @@ IDEMPOTENCY_KEYS = {
 class Executor:
     """Carries out commands.
 
-    :param buffer: its ledger records the effects that several commands may request, but that must
-        happen once.
+    :param buffer: its ledger records effects that must happen once, however many commands request
+        them.
     :param state: the dispatcher's; nothing begins after ``stopping``.
     """
 
@@ -82,7 +82,7 @@ class Executor:
             return _failure(command, error), host
 
     def _run_once(self, command: Command, call: Callable[[float], object]) -> CommandOutcome:
-        """Call ``call(seconds)``, and not again for an effect that has happened already."""
+        """Call ``call(seconds)``, unless an earlier command already had the same effect."""
         key = idempotency_key(command)
         if key is None:
             return CommandOutcome.from_adapter(call(self._seconds_left(command)))
@@ -136,9 +136,9 @@ def idempotency_key(command: Command) -> str | None:
 
 
 class IdempotentEffects:
-    """Runs each effect once, also across restarts and across the agent's other processes.
+    """Runs each effect once, across restarts and across all processes of the agent.
 
-    The ledger keeps effects under their own ids, beside the ids of the commands.
+    The ledger records an effect under its own id, in addition to the command's id.
     """
 
     def __init__(

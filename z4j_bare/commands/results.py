@@ -1,4 +1,4 @@
-"""Encoding of command results: redacted, of bounded size, and never impossible to send."""
+"""Encodes command results: redacts them, and limits their size so that each can be sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Offload = Callable[..., tuple[bool, Any]]
 
-#: Most values in a result. Converting more to JSON types would block the hub.
+#: Maximum number of values in a result. To convert more of them would block the hub.
 MAX_NODES = 50_000
 
 
@@ -33,7 +33,7 @@ def encode_result(
     try:
         if _has_more_nodes(result, MAX_NODES):
             result = summarise_result(result, f"of more than {MAX_NODES} values")
-        # Converts foreign objects to text. Their code must not run in the offload thread.
+        # Convert foreign objects to text here: their code must not run in the offload thread.
         body = to_json_types(result)
         ok, payload = offload(_encode, command, outcome, body, redactor)
         if ok:
@@ -57,7 +57,7 @@ def _encode(
     if redactor is not None:
         body = redactor.scrub(body)
         if error is not None:
-            # Line by line, so that one address in a traceback does not redact all of it.
+            # Redact each line separately, so that one address does not hide a whole traceback.
             error = "\n".join(redactor.scrub(line) for line in error.split("\n"))
     return command_result(outcome.status, body, error, command.token)
 

@@ -37,7 +37,7 @@ class Command:
         return None
 
     def required(self, *names: str) -> str:
-        """Return what :meth:`text` returns; raise ``CommandError`` instead of returning ``None``."""
+        """Return what :meth:`text` returns; raise ``CommandError`` if there is none."""
         found = self.text(*names)
         if found is None:
             raise self.error(f"{names[0]} is required")
