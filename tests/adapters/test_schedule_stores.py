@@ -1,4 +1,4 @@
-"""Schedules of Celery beat, Django's database, APScheduler and rq-scheduler under operations."""
+"""Changes of schedules in Celery beat, Django's database, APScheduler and rq-scheduler."""
 
 import sqlite3
 from contextlib import closing

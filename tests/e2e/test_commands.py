@@ -58,7 +58,7 @@ def project(pool, redis_url, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workers(project, pool):
-    """Two workers with the same token; only the second one allows a pool restart."""
+    """Two workers with the same token. Only the second one allows a pool restart."""
     first = project.worker("controllable", pool=pool, name="w1@e2e", concurrency=3)
     second = project.worker(
         "controllable", pool=pool, name=SECOND, concurrency=3, environment={"E2E_RESTARTS": "1"}

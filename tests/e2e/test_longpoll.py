@@ -42,7 +42,7 @@ def test_events_and_heartbeats_arrive_over_longpoll(project, host):
 
 
 def test_event_over_body_limit_is_truncated(project, host):
-    """A task whose arguments exceed the body limit has a row with a mark instead of them."""
+    """A task whose arguments exceed the body limit has a row with a truncation mark."""
     row = project.row(
         project.send("add", 1, 2, notes=[f"{number:0100d}" for number in range(140)]), "success"
     )

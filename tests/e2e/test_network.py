@@ -122,7 +122,7 @@ class TestBroken:
 
     @pytest.mark.parametrize("end", ["stop", "kill"])
     def test_restart_of_brain_under_load_loses_no_event(self, brain, fast_hosts, end):
-        """After SIGTERM or SIGKILL of the brain in mid-stream each event arrives exactly once."""
+        """If the brain is stopped or killed under load, each event still arrives exactly once."""
         for host in fast_hosts:
             host.produce(end, 100, 8.0)
         for host in fast_hosts:
