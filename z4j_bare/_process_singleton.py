@@ -86,5 +86,5 @@ def post_fork() -> Any:
     return runtime
 
 
-def _is_free(runtime: Any) -> bool:
+def _is_free(runtime: object) -> bool:
     return bool(getattr(runtime, "has_stopped", False))

@@ -140,7 +140,7 @@ class Settings:
                 )
 
 
-def load_settings(env: Mapping[str, str] | None = None, **keywords: Any) -> Settings:
+def load_settings(env: Mapping[str, str] | None = None, **keywords: object) -> Settings:
     """Return the effective settings; a keyword that is ``None`` was not given.
 
     :param env: the environment, ``os.environ`` by default.
