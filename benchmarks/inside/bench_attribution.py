@@ -25,7 +25,7 @@ PARTS = (
     (
         "z4j_bare.engines.celery.task_encoder",
         "TaskEncoder",
-        ("received", "started", "succeeded", "other"),
+        ("received", "started", "succeeded", "generic"),
     ),
     ("z4j_bare.wire.session", "Session", ("sign", "verify")),
     ("z4j_bare.buffer.store", "BufferStore", ("append", "drain", "confirm", "stats")),
