@@ -1,4 +1,4 @@
-"""What every test may ask for: the backend of the mode the suite runs in, and a wait that has a deadline."""
+"""Fixtures for all tests: the backend of this run's mode, and a wait with a timeout."""
 
 import os
 import ssl
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import settings
 
 from tests.support.certificates import make
-from tests.support.steps import Judge
+from tests.support.steps import StepLimitChecker
 from z4j_bare import runtime
 from z4j_bare.concurrency import build, choose, detect
 
-#: A busy machine stalls any example: no assertion on durations tighter than a hang.
+# A busy machine delays any example, so hypothesis must not limit durations.
 settings.register_profile("z4j", deadline=None)
 settings.load_profile("z4j")
 
@@ -26,7 +26,7 @@ def mode():
 
 @pytest.fixture
 def backend(mode):
-    """The real backend of this mode, as the agent itself would choose it."""
+    """The real backend of this mode, as the agent chooses it."""
     chosen = choose("auto", detect())
     assert chosen == mode
     found = build(chosen)
@@ -36,12 +36,12 @@ def backend(mode):
 
 @pytest.fixture
 def until(backend):
-    """``until(condition)``: wait for it cooperatively, at most 30 seconds (a hang, on a busy machine), and return it."""
+    """``until(condition)``: wait cooperatively, at most 30 s, and return the condition's value."""
 
     def wait(condition, seconds=30.0):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
-            assert time.monotonic() < deadline, "the condition never came true"
+            assert time.monotonic() < deadline, "timeout: the condition is still false"
             backend.sleep(0.01)
         return value
 
@@ -49,43 +49,45 @@ def until(backend):
 
 
 @pytest.fixture(autouse=True)
-def judge(mode, monkeypatch):
-    """Fails a test in which a step of a started agent holds the hub too long; in threads nobody waits for our steps."""
+def step_limit(mode, monkeypatch):
+    """Fail a test in which a step of a started agent holds the hub for too long.
+
+    In threads mode a long step blocks nobody, so nothing is checked.
+    """
     if mode == "threads":
         yield None
         return
-    if (
-        mode == "eventlet"
-    ):  # no import in bites there: the one that comes with the first fallback would be guilty
+    if mode == "eventlet":
+        # eventlet has no cooperative import: importing these in a step would exceed the limit.
         import_module("z4j_bare.transport.http")
         import_module("z4j_bare.asyncio_bridge.hubloop")
-    judge = Judge()
-    monkeypatch.setattr(runtime, "build", lambda name: judge.watch(build(name)))
-    yield judge
-    judge.stop()
-    assert not judge.guilty, "\n".join(judge.guilty)
+    checker = StepLimitChecker()
+    monkeypatch.setattr(runtime, "build", lambda name: checker.watch(build(name)))
+    yield checker
+    checker.stop()
+    assert not checker.violations, "\n".join(checker.violations)
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No setting of the developer's own reaches a test, and state goes to the test's own directory."""
+    """Remove the developer's settings, and keep all state in the test's directory."""
     for name in [
         name for name in os.environ if name.startswith("Z4J_") and name != "Z4J_TEST_MODE"
     ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("Z4J_ORCHESTRATED", "0")  # whoever runs the tests, in whatever container
+    monkeypatch.setenv("Z4J_ORCHESTRATED", "0")  # also when the tests run in a container
 
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A certificate for 127.0.0.1 and ``brain.test`` that is its own authority."""
+    """A self-signed certificate for 127.0.0.1 and ``brain.test``."""
     return make(tmp_path_factory.mktemp("tls") / "peer.pem")
 
 
 @pytest.fixture(scope="session")
 def server_tls(certificate):
-    """What a server with that certificate speaks."""
+    """The TLS context of a server with that certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     return context

@@ -1,4 +1,4 @@
-"""What the tests of several rooms ask for: a bridge to the adapters' loop, and a peer in the brain's place."""
+"""Fixtures of several packages: a bridge to the adapters' loop, and a scripted brain."""
 
 import pytest
 

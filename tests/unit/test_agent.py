@@ -58,8 +58,8 @@ def an_event(number=0, **data):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Everything in hundredths of a second: the schedules and intervals themselves have their own tests."""
+def fast_timeouts(monkeypatch):
+    """Shorten all intervals to hundredths of a second; they have tests of their own."""
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
@@ -77,7 +77,7 @@ def engine(backend):
 
 @pytest.fixture
 def install(peer, engine):
-    """``install(**changes)``: a started agent whose brain is the peer; stopped at the end."""
+    """``install(**changes)``: a started agent whose brain is the peer, stopped at the end."""
     made = []
 
     def make(**changes):
@@ -106,8 +106,8 @@ def runtime(install, peer, until):
     return made
 
 
-def settled(runtime):
-    """Whether everything produced has been accounted for, and nothing waits any more."""
+def is_settled(runtime):
+    """Return whether every produced event is acknowledged or lost, and nothing is buffered."""
     runtime._agent.buffer.stats()
     stats = runtime.stats()
     return (
@@ -116,8 +116,8 @@ def settled(runtime):
     )
 
 
-def test_introduces_itself(install, peer, until, mode):
-    """The upgrade carries the token, the hello says who this is, and the first heartbeat follows at once."""
+def test_hello_identifies_agent(install, peer, until, mode):
+    """The upgrade carries the token, the hello identifies the agent, and a heartbeat follows."""
     runtime = install(agent_name="web-1")
     beat = until(lambda: peer.frames("heartbeat"))[0]
     session = peer.sessions[0]
@@ -134,8 +134,8 @@ def test_introduces_itself(install, peer, until, mode):
     assert runtime.stats()["session_id"] == session.id
 
 
-def test_heartbeats_at_the_brains_pace(install, peer, until):
-    """Heartbeats come at the interval that hello_ack names, numbered without a gap."""
+def test_heartbeat_interval_comes_from_hello_ack(install, peer, until):
+    """Heartbeats are sent at the interval of ``hello_ack``, with consecutive sequence numbers."""
     peer.heartbeat = 1
     install()
     until(lambda: len(peer.frames("heartbeat")) >= 3)
@@ -145,8 +145,8 @@ def test_heartbeats_at_the_brains_pace(install, peer, until):
     assert peer.mishaps == []
 
 
-def test_the_agent_reports_on_itself(install, peer, until):
-    """The first heartbeat of a session is followed by an ``agent_status`` that names the engine and the losses."""
+def test_status_follows_first_heartbeat(install, peer, until):
+    """An ``agent_status`` with the engines and the losses follows the first heartbeat."""
     install()
     status = until(lambda: peer.frames("agent_status"))[0].payload
     assert (status.engines, status.connection_failure_streak) == (["stub"], 0)
@@ -154,8 +154,8 @@ def test_the_agent_reports_on_itself(install, peer, until):
     assert status.last_successful_connect_at
 
 
-def test_no_report_when_it_is_switched_off(install, peer, until, monkeypatch):
-    """With ``Z4J_AGENT_STATUS_DISABLED`` heartbeats go on and no ``agent_status`` is sent."""
+def test_disabled_status_is_not_sent(install, peer, until, monkeypatch):
+    """With ``Z4J_AGENT_STATUS_DISABLED`` heartbeats go on without an ``agent_status``."""
     monkeypatch.setenv("Z4J_AGENT_STATUS_DISABLED", "1")
     peer.heartbeat = 1
     install()
@@ -163,8 +163,8 @@ def test_no_report_when_it_is_switched_off(install, peer, until, monkeypatch):
     assert peer.frames("agent_status") == []
 
 
-def test_no_heartbeat_keeps_the_session_alive(install, peer, until, monkeypatch):
-    """With Z4J_HEARTBEAT off an empty batch stands in, because the brain closes a session that is silent for 90 s."""
+def test_disabled_heartbeat_sends_keepalives(install, peer, until, monkeypatch):
+    """With ``Z4J_HEARTBEAT`` off an empty batch keeps the session (90 s of silence end it)."""
     monkeypatch.setenv("Z4J_HEARTBEAT", "off")
     install()
     assert until(lambda: peer.frames("event_batch"))[0].payload.events == []
@@ -172,28 +172,28 @@ def test_no_heartbeat_keeps_the_session_alive(install, peer, until, monkeypatch)
 
 
 def test_events_are_delivered_and_deleted(runtime, peer, until):
-    """Every recorded event arrives once, in order, and leaves the buffer with the brain's ack."""
+    """Every event arrives once, in order, and leaves the buffer with the brain's ack."""
     events = [an_event(number) for number in range(1300)]
     for event in events:
         runtime.record_event(event)
-    until(lambda: settled(runtime) and runtime.stats()["acked"] == 1300)
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 1300)
     assert [event["id"] for event in peer.events()] == [str(event.id) for event in events]
     assert max(len(frame.payload.events) for frame in peer.frames("event_batch")) <= 500
     assert runtime.buffer_size() == 0
 
 
-def test_late_acks_do_not_cause_replays(install, peer, until):
-    """Acks that come late delete what they are for; nothing is sent twice in the meantime."""
+def test_late_acks_cause_no_resend(install, peer, until):
+    """Late acks delete their rows, and no row is sent twice meanwhile."""
     peer.acks = 0.3
     runtime = install()
     for number in range(600):
         runtime.record_event(an_event(number))
-    until(lambda: settled(runtime) and runtime.stats()["acked"] == 600)
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 600)
     assert [event["data"]["number"] for event in peer.events()] == list(range(600))
 
 
 def test_large_events(runtime, peer, until):
-    """Events of 100 kB each travel in frames of bounded size, whole and in order."""
+    """Events of 100 kB are sent whole and in order, in frames of bounded size."""
     for number in range(6):
         runtime.record_event(an_event(number, result="x" * 100_000))
     until(lambda: len(peer.events()) == 6)
@@ -205,13 +205,13 @@ def test_large_events(runtime, peer, until):
     )
 
 
-def test_a_small_frame_limit_is_obeyed(install, peer, until):
-    """An event over the brain's own frame limit is cut and marked, instead of closing session after session."""
+def test_event_over_frame_limit_is_truncated(install, peer, until):
+    """An event over the brain's frame limit is truncated, and ends no session."""
     peer.max_frame = 20_000
     runtime = install()
     runtime.record_event(an_event(1, result="x" * 100_000))
     runtime.record_event(an_event(2))
-    until(lambda: settled(runtime) and runtime.stats()["acked"] == 2)
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 2)
     first, second = peer.events()
     assert "bytes cut" in first["data"]["result"]
     assert second["data"]["number"] == 2
@@ -220,8 +220,8 @@ def test_a_small_frame_limit_is_obeyed(install, peer, until):
 @pytest.mark.parametrize(
     "code", [1000, 1001, 1009, 1011, 1012, 4002, 4003, 4400, 4401, 4403, 4408, 4426, 4427, 4429]
 )
-def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
-    """Whatever code ends the session is told apart, and the next one gets the events with the same id and time."""
+def test_agent_reconnects_after_each_close_code(install, peer, until, caplog, code):
+    """After any close code the next session sends the events with the same id and timestamp."""
     peer.acks = "none"
     runtime = install()
     event = an_event(7)
@@ -229,7 +229,7 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
     until(lambda: len(peer.events()) == 1)
     peer.acks = "all"
     peer.last.close(code, "as scripted")
-    until(lambda: settled(runtime) and runtime.stats()["acked"] == 1)
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 1)
     assert {(sent["id"], sent["occurred_at"]) for sent in peer.events()} == {
         (str(event.id), event.occurred_at.isoformat())
     }
@@ -243,8 +243,8 @@ def test_comes_back_after_each_close_code(install, peer, until, caplog, code):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("code", [1011, 4400, 4403])
-def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code):
-    """An event that ends every session it is sent in is found, dropped, counted and named; all others arrive."""
+def test_poison_event_is_dropped(install, peer, until, caplog, code):
+    """An event that ends every session is dropped, counted and logged; all others arrive."""
     events = [an_event(number) for number in range(600)]
     bad, heard = str(events[77].id), peer.heard
 
@@ -261,7 +261,7 @@ def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code)
     until(lambda: peer.last)
     for event in events:
         runtime.record_event(event)
-    until(lambda: settled(runtime) and runtime.stats()["acked"] == 599)
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 599)
     assert runtime.stats()["lost"] == {"poison": 1}
     assert {event["data"]["number"] for event in peer.events()} == set(range(600))
     assert len(peer.sessions) <= 8
@@ -272,8 +272,8 @@ def test_a_poisoned_event_costs_itself_alone(install, peer, until, caplog, code)
     assert runtime.stats()["restarts"] == {}
 
 
-def test_a_displaced_process_goes_on_under_another_worker_id(install, peer, until):
-    """Who is told that another process took its place does not take it back: the next hello has a worker id of its own."""
+def test_replaced_session_changes_worker_id(install, peer, until):
+    """After its session was replaced, an agent says hello with another worker id."""
     install()
     first = until(lambda: peer.last)
     first.close(4002)
@@ -285,15 +285,15 @@ def test_a_displaced_process_goes_on_under_another_worker_id(install, peer, unti
     assert third.hello.payload.worker_id == new
 
 
-def test_comes_back_after_a_reset(runtime, peer, until):
-    """A line that breaks without a word is replaced."""
+def test_agent_reconnects_after_reset(runtime, peer, until):
+    """A connection that is reset is replaced."""
     first = peer.last
     first.drop()
     until(lambda: peer.last and peer.last is not first)
 
 
-def test_comes_back_after_a_half_open_line(install, peer, until, monkeypatch):
-    """A peer that neither reads nor answers any more is pinged, given up and replaced."""
+def test_agent_replaces_half_open_connection(install, peer, until, monkeypatch):
+    """A peer that neither reads nor answers is pinged, and its connection is replaced."""
     monkeypatch.setattr(websocket, "PING_AFTER", 0.2)
     monkeypatch.setattr(websocket, "DEAD_AFTER", 0.6)
     install()
@@ -302,8 +302,8 @@ def test_comes_back_after_a_half_open_line(install, peer, until, monkeypatch):
     until(lambda: peer.last and peer.last is not first)
 
 
-def test_an_idle_line_is_kept(install, peer, until, monkeypatch):
-    """A quiet peer that answers pings keeps its session."""
+def test_idle_connection_is_kept(install, peer, until, monkeypatch):
+    """A silent peer that answers pings keeps its session."""
     monkeypatch.setattr(websocket, "PING_AFTER", 0.1)
     monkeypatch.setattr(websocket, "DEAD_AFTER", 5.0)
     install()
@@ -311,15 +311,15 @@ def test_an_idle_line_is_kept(install, peer, until, monkeypatch):
     assert len(peer.sessions) == 1
 
 
-def test_answers_pings(runtime, peer, until):
-    """The brain's pings are answered, or it would drop the line after a minute."""
+def test_agent_answers_pings(runtime, peer, until):
+    """The brain's pings are answered, because it drops the connection after a minute otherwise."""
     peer.last.send(b"are you there", PING)
     until(lambda: peer.last.pongs)
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 502, 503])
-def test_refused_upgrades_are_retried(install, peer, until, status):
-    """An HTTP refusal of any kind is an error to come back from, and tells the operator what it was."""
+def test_refused_upgrade_is_retried(install, peer, until, status):
+    """Any HTTP refusal is retried, and the error names its status."""
     peer.refuse = (status, {"Location": peer.url.replace("http", "ws")})
     runtime = install(transport="ws")
     until(lambda: len(peer.sessions) >= 2)
@@ -331,7 +331,7 @@ def test_refused_upgrades_are_retried(install, peer, until, status):
 
 
 def test_redirects_are_not_followed(install, peer, backend, until):
-    """The token goes to the configured brain and nowhere else, whatever that one answers."""
+    """The token is sent to the configured brain only, whatever that answers."""
     elsewhere = Peer(backend)
     try:
         peer.refuse = (302, {"Location": elsewhere.url.replace("http", "ws") + "/ws/agent"})
@@ -343,7 +343,7 @@ def test_redirects_are_not_followed(install, peer, backend, until):
 
 
 def test_retry_after_is_honoured(install, peer, until, monkeypatch):
-    """A refusal that says how long to wait is not asked again before that."""
+    """No attempt is made before the time that ``Retry-After`` asks for."""
     monkeypatch.setitem(
         backoff.BACKOFF_POLICIES, "incompatible", backoff.BackoffPolicy(120, 3600)
     )  # the bound on what a server may wish
@@ -356,8 +356,8 @@ def test_retry_after_is_honoured(install, peer, until, monkeypatch):
         until(lambda: len(peer.sessions) > first, seconds=0.5)
 
 
-def test_the_host_s_first_task_is_heard(install, engine, backend):
-    """``start()`` returns with an adapter connected that takes its time, and without one that hangs."""
+def test_start_waits_briefly_for_adapters(install, engine, backend):
+    """``start()`` waits for an adapter that connects slowly, but not for one that hangs."""
     connected = []
 
     def connect_signals():
@@ -370,8 +370,8 @@ def test_the_host_s_first_task_is_heard(install, engine, backend):
     assert (connected, engine.release.is_set()) == ([1], False)
 
 
-def test_starts_without_a_brain(install, backend, until, engine):
-    """start() returns at once with nobody listening, events wait, and the brain gets them when it comes up."""
+def test_start_without_brain(install, backend, until, engine):
+    """``start()`` returns at once without a brain, and events are stored."""
     early = Peer(backend)
     early.stop()
     runtime = install(brain_url=early.url)
@@ -407,8 +407,8 @@ def test_starts_without_a_brain(install, backend, until, engine):
         "silence",
     ],
 )
-def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting):
-    """Whatever the brain says instead of hello_ack, the agent comes back and no loop dies."""
+def test_bad_hello_ack_is_survived(install, peer, until, monkeypatch, greeting):
+    """Whatever the brain sends instead of ``hello_ack``, the agent reconnects and no loop dies."""
     monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.5)
     peer.greet = greeting
     runtime = install()
@@ -418,8 +418,8 @@ def test_a_bad_greeting_is_survived(install, peer, until, monkeypatch, greeting)
     assert runtime.stats()["restarts"] == {}
 
 
-def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
-    """Ack first, then a result, both under the command's id and with the delivery token; a redelivery gets both again."""
+def test_command_runs_once(runtime, peer, engine, until):
+    """Ack and result carry the command's id and token; a redelivery gets both again."""
     session, token = peer.last, str(uuid4())
     identity = session.command("retry_task", {"task_id": "t-9"}, token=token)
     result = until(lambda: session.of("command_result"))[0]
@@ -444,8 +444,8 @@ def test_a_command_runs_once_and_is_answered_once(runtime, peer, engine, until):
     assert engine.calls == ["t-9"]
 
 
-def test_a_receipt_follows_a_result(runtime, peer, until):
-    """A result has no ack of its own, so an empty batch follows it; with that one's ack the result leaves the buffer."""
+def test_empty_batch_follows_result(runtime, peer, until):
+    """A result has no ack, so an empty batch follows; its ack deletes the result."""
     session = peer.last
     session.command("retry_task", {"task_id": "t-1"})
     until(lambda: session.of("command_result"))
@@ -455,19 +455,19 @@ def test_a_receipt_follows_a_result(runtime, peer, until):
     until(lambda: runtime.buffer_size() == 0 and runtime.stats()["stored"] == 0)
 
 
-def test_commands_do_not_spoil_the_books(runtime, peer, until):
-    """Results are no events: produced equals acknowledged + buffered + lost with commands in between."""
+def test_results_are_not_counted_as_events(runtime, peer, until):
+    """Produced equals acknowledged + buffered + lost although results are sent in between."""
     for number in range(5):
         peer.last.command("retry_task", {"task_id": f"t-{number}"})
     for number in range(20):
         runtime.record_event(an_event(number))
     until(lambda: len(peer.frames("command_result")) == 5 and len(peer.events()) == 20)
-    until(lambda: settled(runtime))
+    until(lambda: is_settled(runtime))
     assert runtime.stats()["acked"] == 20
 
 
-def test_a_result_outlives_its_session(runtime, peer, engine, until):
-    """A result that is ready only after the line broke is delivered in the next session."""
+def test_result_is_sent_in_next_session(runtime, peer, engine, until):
+    """A result that is ready after the connection was lost is sent in the next session."""
     identity = peer.last.command("cancel_task", {"task_id": "t-1"})
     until(lambda: engine.calls)
     first = peer.last
@@ -481,8 +481,8 @@ def test_a_result_outlives_its_session(runtime, peer, engine, until):
     assert first.of("command_result") == []
 
 
-def test_a_hanging_command_holds_nothing_up(install, peer, engine, until):
-    """While one command hangs, heartbeats go on, events are acknowledged and other commands are answered."""
+def test_hung_command_blocks_nothing(install, peer, engine, until):
+    """While a command hangs, heartbeats, acks and other commands go on."""
     peer.heartbeat = 1
     runtime = install()
     until(lambda: peer.last)
@@ -497,8 +497,8 @@ def test_a_hanging_command_holds_nothing_up(install, peer, engine, until):
     until(lambda: len(peer.frames("command_result")) == 2)
 
 
-def test_fifty_commands_and_one_hangs(install, peer, engine, until):
-    """Of fifty commands at once one hangs: all are acknowledged, the others answered, and beats and acks go on."""
+def test_hung_command_does_not_block_others(install, peer, engine, until):
+    """Of fifty commands one hangs: all are acknowledged, and the others get their results."""
     peer.heartbeat = 1
     runtime = install()
     until(lambda: peer.last)
@@ -515,8 +515,8 @@ def test_fifty_commands_and_one_hangs(install, peer, engine, until):
     assert peer.mishaps == []
 
 
-def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
-    """A command that is still running at its deadline is answered as indeterminate, never executed again."""
+def test_overrunning_command_is_indeterminate(runtime, peer, engine, until):
+    """A command still running at its deadline gets an indeterminate result and is not run again."""
     peer.last.command("cancel_task", {"task_id": "slow"}, timeout=3)
     result = until(lambda: peer.frames("command_result"))[0].payload
     assert (result.status, result.result) == (
@@ -536,8 +536,8 @@ def test_a_command_that_overruns_is_answered(runtime, peer, engine, until):
         ("retry_task", {"task_id": "x", "engine": "rq"}, "no engine 'rq'"),
     ],
 )
-def test_failures_are_answers(runtime, peer, until, action, parameters, said):
-    """A command that cannot be carried out gets a failed result that says why."""
+def test_failed_command_gets_result(runtime, peer, until, action, parameters, said):
+    """A command that cannot be run gets a failed result with the reason."""
     peer.last.command(action, parameters)
     payload = until(lambda: peer.frames("command_result"))[0].payload
     assert payload.status == "failed"
@@ -622,8 +622,8 @@ def half_a_frame(session):
         "masked",
     ],
 )
-def test_attacks_execute_nothing(runtime, peer, engine, until, attack):
-    """Nothing unsigned, altered or malformed runs a command or kills a loop; the agent ends that session and comes back."""
+def test_attack_runs_nothing(runtime, peer, engine, until, attack):
+    """Unsigned, altered and malformed messages run no command; the agent starts a new session."""
     first = peer.last
     attack(first)
     first_gone = until(lambda: peer.last and peer.last is not first)
@@ -634,8 +634,8 @@ def test_attacks_execute_nothing(runtime, peer, engine, until, attack):
     assert runtime.stats()["restarts"] == {}
 
 
-def test_a_replayed_command_does_not_run_twice(runtime, peer, engine, until):
-    """A recorded frame sent once more ends the session and runs nothing, in the same session and in the next."""
+def test_replayed_command_runs_once(runtime, peer, engine, until):
+    """A recorded frame that is sent again ends this session or the next, and runs nothing."""
     first = peer.last
     recorded = first.signed(a_command())
     first.send(recorded)
@@ -648,8 +648,8 @@ def test_a_replayed_command_does_not_run_twice(runtime, peer, engine, until):
     assert engine.calls == ["forged"]
 
 
-def test_unknown_frames_are_ignored(runtime, peer, until):
-    """A frame type that is not for agents, well signed, changes nothing; a complaint that is not fatal neither."""
+def test_unknown_frame_is_ignored(runtime, peer, until):
+    """A signed frame of another type, or an error that is not fatal, changes nothing."""
     first = peer.last
     first.error("something", fatal=False)
     first.command("retry_task", {"task_id": "t-1"})
@@ -657,8 +657,8 @@ def test_unknown_frames_are_ignored(runtime, peer, until):
     assert peer.last is first
 
 
-def test_a_fatal_error_frame_ends_the_session(runtime, peer, until):
-    """A fatal complaint ends the session; the agent comes back and says what it was told."""
+def test_fatal_error_frame_ends_session(runtime, peer, until):
+    """After a fatal error frame the agent starts a new session."""
     first = peer.last
     peer.refuse = (503, {})
     first.error("bad_frame", fatal=True)
@@ -669,7 +669,7 @@ def test_a_fatal_error_frame_ends_the_session(runtime, peer, until):
 
 @pytest.mark.parametrize("stalled", [False, True], ids=["reads", "reads-nothing"])
 def test_stop_is_bounded(install, peer, until, stalled):
-    """stop() returns within its budget with a peer that neither acknowledges nor closes, and leaves nothing running."""
+    """``stop()`` keeps its timeout with a peer that neither acknowledges nor closes."""
     peer.acks = "none"
     runtime = install()
     until(lambda: peer.last)
@@ -686,8 +686,8 @@ def test_stop_is_bounded(install, peer, until, stalled):
     assert runtime.stats() == {"state": "stopped"}
 
 
-def test_stop_delivers_first(runtime, peer, until):
-    """What was recorded just before stop() is delivered, acknowledged, and the brain gets a close frame."""
+def test_stop_delivers_last_events(runtime, peer, until):
+    """Events recorded just before ``stop()`` are acknowledged, and the brain gets a close frame."""
     session = peer.last
     for number in range(400):
         runtime.record_event(an_event(number))
@@ -697,8 +697,8 @@ def test_stop_delivers_first(runtime, peer, until):
     assert session.goodbye == 1000
 
 
-def test_stop_while_nobody_listens(install, backend, until):
-    """stop() does not wait for a brain that is not there."""
+def test_stop_without_brain(install, backend, until):
+    """``stop()`` does not wait for a brain that is not there."""
     gone = Peer(backend)
     gone.stop()
     runtime = install(brain_url=gone.url)
@@ -709,8 +709,8 @@ def test_stop_while_nobody_listens(install, backend, until):
     assert time.monotonic() - began < HANG
 
 
-def test_starts_again_after_stop(runtime, peer, until):
-    """A stopped runtime can be started again, and what it had not delivered is not lost by that."""
+def test_runtime_restarts_after_stop(runtime, peer, until):
+    """A stopped runtime can be started again and delivers what was left."""
     runtime.stop()
     runtime.start()
     until(lambda: len(peer.live) == 1 and runtime.supervisor_state()["session_id"] == peer.last.id)
@@ -718,8 +718,8 @@ def test_starts_again_after_stop(runtime, peer, until):
     until(lambda: [event["data"]["number"] for event in peer.events()] == [5])
 
 
-def test_a_session_loop_that_dies(install, peer, until, monkeypatch, caplog):
-    """A bug in a session's loop is counted and logged, ends that session, and the next one waits its turn and works."""
+def test_dead_session_loop_ends_session(install, peer, until, monkeypatch, caplog):
+    """A bug in a session loop is counted and logged; the next session follows after a back-off."""
     real, died = send.Sender.run, []
 
     def run(sender, connection):
@@ -736,8 +736,8 @@ def test_a_session_loop_that_dies(install, peer, until, monkeypatch, caplog):
     assert "loop z4j-send died of ValueError; next attempt" in caplog.text
 
 
-def test_request_reconnect(runtime, peer, until):
-    """request_reconnect() ends the session and makes a new one at once, and cuts a back-off short."""
+def test_request_reconnect_replaces_session(runtime, peer, until):
+    """``request_reconnect()`` ends the session and starts a new one at once."""
     first = peer.last
     runtime.request_reconnect()
     until(lambda: peer.last and peer.last is not first)
@@ -745,8 +745,8 @@ def test_request_reconnect(runtime, peer, until):
     assert len(peer.live) == 1
 
 
-def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
-    """During a back-off of an hour, request_reconnect() brings the next attempt now."""
+def test_request_reconnect_ends_backoff(install, peer, until, monkeypatch):
+    """During a back-off of an hour ``request_reconnect()`` connects at once."""
     monkeypatch.setitem(backoff.BACKOFF_POLICIES, "connection", backoff.BackoffPolicy(3600, 3600))
     peer.refuse = (503, {})
     runtime = install()
@@ -756,8 +756,8 @@ def test_request_reconnect_cuts_the_wait(install, peer, until, monkeypatch):
     until(lambda: peer.last)
 
 
-def test_rotated_files_are_read_again(install, peer, until, tmp_path):
-    """Token and key files are read at every connect: a rotation needs no restart."""
+def test_rotated_credentials_are_read_at_connect(install, peer, until, tmp_path):
+    """Token and key files are read at each connect: a rotation needs no restart."""
     token, key = tmp_path / "token", tmp_path / "key"
     token.write_text("old token\n")
     key.write_text("c" * 43 + "\n")
@@ -774,8 +774,8 @@ def test_rotated_files_are_read_again(install, peer, until, tmp_path):
     ] == []
 
 
-def test_a_lost_token_file_is_survived(install, peer, until, tmp_path):
-    """A token file that vanishes is an error that names it; the agent goes on when it is back."""
+def test_missing_token_file_is_reported(install, peer, until, tmp_path):
+    """A missing token file is named in the error, and the agent connects when it is back."""
     token = tmp_path / "token"
     token.write_text(TOKEN)
     runtime = install(token=None, token_file=token)
@@ -788,8 +788,8 @@ def test_a_lost_token_file_is_survived(install, peer, until, tmp_path):
     assert runtime.stats()["restarts"] == {}
 
 
-def test_no_secret_reaches_the_log(install, peer, until, caplog):
-    """At DEBUG, through refusals, closes and a stop, neither token nor key is logged in any spelling."""
+def test_secrets_are_not_logged(install, peer, until, caplog):
+    """Neither token nor key is logged at DEBUG, through refusals, closes and a stop."""
     caplog.set_level(logging.DEBUG)
     peer.refuse = (401, {})
     runtime = install()
@@ -807,8 +807,8 @@ def test_no_secret_reaches_the_log(install, peer, until, caplog):
         assert secret not in repr(vars(runtime))
 
 
-def in_child(work, seconds=40.0):
-    """Fork, run ``work()`` in the child and return what it printed, as parsed JSON; the child never returns here."""
+def start_child(work, seconds=40.0):
+    """Fork and run ``work()`` in the child, which prints its value as JSON; return pid and pipe."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -823,8 +823,8 @@ def in_child(work, seconds=40.0):
     return pid, read
 
 
-def reap(pid, read, until):
-    """Wait for the child cooperatively; return what it said."""
+def wait_for_child(pid, read, until):
+    """Wait for the child cooperatively; return its value."""
     status = []
 
     def ended():
@@ -842,11 +842,11 @@ def reap(pid, read, until):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
-def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
-    """A forked child, even one that goes on running its hub, takes nothing from the session and adds nothing to it."""
+def test_fork_leaves_session_alone(install, peer, until, mode, idle):
+    """A forked child takes nothing from the session and adds nothing, even if it runs its hub."""
     if idle and mode == "eventlet":
         pytest.skip(
-            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
+            "eventlet's hub shares its epoll set with the child: only one of them can run it"
         )
     peer.heartbeat = 1
     runtime = install()
@@ -864,12 +864,12 @@ def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
         runtime.stop()
         return [str(runtime.state), runtime.stats().get("produced", 0)]
 
-    pid, read = in_child(child)
+    pid, read = start_child(child)
     for number in range(50):
         runtime.record_event(an_event(number))
-    assert reap(pid, read, until) == ["stopped", 0]
+    assert wait_for_child(pid, read, until) == ["stopped", 0]
     beats = len(session.of("heartbeat"))
-    until(lambda: settled(runtime) and len(session.of("heartbeat")) >= beats + 1)
+    until(lambda: is_settled(runtime) and len(session.of("heartbeat")) >= beats + 1)
     assert runtime.supervisor_state()["session_id"] == before
     assert len(peer.sessions) == 1
     assert [frame.seq for frame in session.frames] == list(range(1, len(session.frames) + 1))
@@ -880,11 +880,11 @@ def test_a_fork_leaves_the_session_alone(install, peer, until, mode, idle):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_child_can_have_an_agent_of_its_own(runtime, peer, until, mode):
-    """reinit_after_fork() gives the child its own session and buffer, and the parent keeps both of its own."""
+def test_forked_child_can_start_own_agent(runtime, peer, until, mode):
+    """``reinit_after_fork()`` gives the child a session and a buffer of its own."""
     if mode == "eventlet":
         pytest.skip(
-            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
+            "eventlet's hub shares its epoll set with the child: only one of them can run it"
         )
     first = peer.last
 
@@ -900,8 +900,8 @@ def test_a_child_can_have_an_agent_of_its_own(runtime, peer, until, mode):
         runtime.stop()
         return [acked]
 
-    pid, read = in_child(child)
-    assert reap(pid, read, until) == [1]
+    pid, read = start_child(child)
+    assert wait_for_child(pid, read, until) == [1]
     assert [event["data"]["number"] for event in peer.events()] == [42]
     assert peer.last is first
     runtime.record_event(an_event(43))

@@ -1,7 +1,7 @@
-"""No step of ours holds the hub up: 1,000 events a second through the whole agent, while something is wrong or large.
+"""The agent does not block the hub at 1,000 events/s while something fails or is large.
 
-The ``judge`` of ``conftest.py`` fails a test in which a step takes more than 10 ms; in threads, where nobody waits for a step
-of ours, the same tests prove that the agent does its work meanwhile.
+The ``step_limit`` fixture fails a test in which a step takes over 10 ms. In threads mode, where
+a long step blocks nobody, the same tests show that the agent goes on working.
 """
 
 import _socket
@@ -21,7 +21,7 @@ from z4j_core.models import Event, EventKind
 from tests.support import steps
 from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer
-from tests.support.peer import SECRET_TEXT, TOKEN, Peer
+from tests.support.peer import SECRET, SECRET_TEXT, TOKEN, Peer
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.buffer.opener import open_store
 from z4j_bare.buffer.rows import EVENT
@@ -33,30 +33,34 @@ from z4j_bare.wire.canonical import canonical_plain
 
 pytestmark = pytest.mark.thorough
 
-#: Events a second, and the seconds between two lots of them.
+#: Events a second.
 RATE = 1000
+
+#: Seconds between two bursts of them.
 PULSE = 0.01
 
 #: Seconds of load in each test.
 LOAD = 1.5
 
-#: Seconds for which the resolver hangs.
-HANGING = 0.7
+#: Seconds that the resolver hangs.
+HANG_SECONDS = 0.7
 
-#: Rows that wait at start, and how many of them go into the store at a time.
+#: Rows in the store at the start.
 MANY = 100_000
-LOT = 5_000
+
+#: Rows that are stored at a time.
+BATCH = 5_000
 
 
 class RecordingEngine(FakeEngine):
-    """An engine that keeps the options of each submitted task, too."""
+    """An engine that also records the options of each submitted task."""
 
     async def submit_task(self, name, **options):
         return self.respond((name, options))
 
 
 class Load:
-    """The host's tasks: an even stream of events, and a ticker that tells how late the hub was, which is no assertion."""
+    """The host's events, evenly spaced; ``late`` is the hub's largest lag in seconds."""
 
     def __init__(self, backend, runtime):
         self.produced = 0
@@ -80,8 +84,12 @@ class Load:
 
 def an_event(number, note):
     data = {
-        "task_name": "shop.tasks.charge", "queue": "celery", "worker": "celery@w1", "args": [number, "EUR"], "runtime_ms": 12.5,
-        "kwargs": {"order": f"o-{number}", "amount": 12.5, "retry": False, "note": note, "customer": {"id": number, "vip": True}},
+        "task_name": "shop.tasks.charge", "queue": "celery", "worker": "celery@w1",
+        "args": [number, "EUR"], "runtime_ms": 12.5,
+        "kwargs": {
+            "order": f"o-{number}", "amount": 12.5, "retry": False, "note": note,
+            "customer": {"id": number, "vip": True},
+        },
     }  # fmt: skip
     return Event.model_construct(
         id=uuid4(),
@@ -94,8 +102,8 @@ def an_event(number, note):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Attempts at a session follow each other at once, and the store has room for what waits and what comes."""
+def fast_timeouts(monkeypatch):
+    """Reconnect at once, and let the store hold the rows of start and load."""
     monkeypatch.setenv("Z4J_BUFFER_MAX_EVENTS", str(2 * MANY))
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.05, 0.2))
@@ -107,8 +115,8 @@ def engine():
 
 
 @pytest.fixture
-def start(backend, engine, tmp_path, judge):
-    """``start(brain_url)``: a running agent and the load to put on it."""
+def start(backend, engine, tmp_path, step_limit):
+    """``start(brain_url)``: a running agent and its load."""
     made = []
 
     def make(brain_url, **changes):
@@ -126,7 +134,9 @@ def start(backend, engine, tmp_path, judge):
 
     yield make
     for runtime, load in made:
-        longest = judge.longest if judge else runtime.stats().get("longest_step_seconds", 0.0)
+        longest = (
+            step_limit.longest if step_limit else runtime.stats().get("longest_step_seconds", 0.0)
+        )
         print(
             f"longest step {longest * 1000:.1f} ms, hub late by {load.late * 1000:.1f} ms at most"
         )  # pytest -rP
@@ -154,8 +164,8 @@ def delivered(until, peer):
     return wait
 
 
-def test_a_healthy_brain(start, peer, delivered):
-    """The stream alone: recorded, stored, signed, sent and acknowledged."""
+def test_stream_to_healthy_brain(start, peer, delivered):
+    """The load alone: recorded, stored, signed, sent and acknowledged."""
     runtime, load = start(peer.url)
     load.run()
     delivered(runtime, load)
@@ -171,8 +181,8 @@ held.execute("COMMIT")
 """
 
 
-def test_a_locked_database(start, peer, delivered, until):
-    """Another process locks the database for two seconds: the store waits in its native thread, and nothing is lost."""
+def test_locked_database(start, peer, delivered, until):
+    """The store waits in its native thread while another process holds the database for 2 s."""
     runtime, load = start(peer.url)
     load.run(0.5)
     path = until(lambda: runtime._agent.buffer._disk._store).path
@@ -187,7 +197,7 @@ def test_a_locked_database(start, peer, delivered, until):
 
 @pytest.fixture
 def dead_dns(mode, monkeypatch):
-    """Name servers that never answer: the resolver hangs, natively or, under eventlet, on a green socket."""
+    """Name servers that never answer: the resolver hangs, under eventlet on a green socket."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         if mode == "eventlet":
@@ -195,9 +205,9 @@ def dead_dns(mode, monkeypatch):
 
             monkeypatch.setattr(greendns.resolver._resolver, "nameservers", ["127.0.0.1"])
             monkeypatch.setattr(greendns.resolver._resolver, "port", silent.getsockname()[1])
-            monkeypatch.setattr(greendns.resolver._resolver, "lifetime", HANGING)
+            monkeypatch.setattr(greendns.resolver._resolver, "lifetime", HANG_SECONDS)
         else:
-            monkeypatch.setattr(_socket, "getaddrinfo", no_answer)
+            monkeypatch.setattr(_socket, "getaddrinfo", hanging_getaddrinfo)
         yield
 
 
@@ -209,13 +219,13 @@ def unpatched_sleep():
     return get_original("time", "sleep")
 
 
-def no_answer(*_args, **_options):
-    """The C library's resolver in a network without name servers; blocks its native thread."""
-    unpatched_sleep()(HANGING)
+def hanging_getaddrinfo(*_args, **_options):
+    """Hang as the C library's resolver does without name servers, in its native thread."""
+    unpatched_sleep()(HANG_SECONDS)
     raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
 
-def stored(until, runtime, load):
+def wait_until_stored(until, runtime, load):
     """Wait until everything recorded is in the store."""
     until(lambda: runtime.stats()["stored"] >= load.produced)
     assert runtime.stats()["lost"] == {}
@@ -225,17 +235,17 @@ def stored(until, runtime, load):
 @pytest.mark.filterwarnings("ignore:please use dns.resolver:DeprecationWarning")  # eventlet's own
 @pytest.mark.parametrize("transport", ["auto", "longpoll"])
 def test_dead_dns(start, until, monkeypatch, transport):
-    """While the resolver hangs, events go on into the store."""
+    """Events are stored while the resolver hangs."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
     runtime, load = start("https://brain.invalid")
-    load.run(3 * HANGING)
-    stored(until, runtime, load)
+    load.run(3 * HANG_SECONDS)
+    wait_until_stored(until, runtime, load)
     until(lambda: runtime.stats()["last_error"])
 
 
 @pytest.mark.parametrize("transport", ["auto", "longpoll"])
-def test_a_black_hole(start, until, monkeypatch, transport):
-    """A brain that takes the connection and never says a word holds up nobody but the attempt."""
+def test_brain_that_never_answers(start, until, monkeypatch, transport):
+    """A brain that accepts the connection and sends nothing delays only the connection attempt."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
     monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.4)
     monkeypatch.setattr(http, "CONNECT_TIMEOUT", 0.4)
@@ -244,28 +254,28 @@ def test_a_black_hole(start, until, monkeypatch, transport):
     with socket.create_server(("127.0.0.1", 0), backlog=64) as hole:
         runtime, load = start(f"http://127.0.0.1:{hole.getsockname()[1]}")
         load.run()
-        stored(until, runtime, load)
+        wait_until_stored(until, runtime, load)
         assert runtime.stats()["last_error"]
 
 
-class Narrow(websocket.CooperativeSocket):
-    """A line with less room than the frames that may be unacknowledged."""
+class NarrowSocket(websocket.CooperativeSocket):
+    """A socket with a send buffer smaller than the frames in flight."""
 
     def __init__(self, sock, *rest):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         super().__init__(sock, *rest)
 
 
-def test_a_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
-    """A brain that reads no more in mid-session fills the line; the sender waits, is given up, and all arrives later."""
+def test_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
+    """The send of a full connection times out, and the next session delivers everything."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.5)
-    monkeypatch.setattr(websocket, "CooperativeSocket", Narrow)
+    monkeypatch.setattr(websocket, "CooperativeSocket", NarrowSocket)
     peer.door._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     runtime, load = start(peer.url)
     first = until(lambda: peer.last)
     load.run(0.5)
     first.stalled = True
-    load.note = "x" * 8000  # small ones fit into the kernel's buffers all the same
+    load.note = "x" * 8000  # small events would fit into the kernel's buffers
     load.run()
     delivered(runtime, load)
     assert len(peer.sessions) > 1
@@ -284,7 +294,7 @@ def secure(backend, certificate, monkeypatch):
 )  # eventlet's own
 @pytest.mark.parametrize("transport", ["ws", "longpoll"])
 def test_tls(start, backend, secure, until, monkeypatch, transport):
-    """Over TLS, handshake included: certificates are verified and records enciphered within our steps."""
+    """TLS handshake, verification and encryption fit into the step limit."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
     peer = (Peer if transport == "ws" else HttpPeer)(backend, tls=secure)
     try:
@@ -298,7 +308,7 @@ def test_tls(start, backend, secure, until, monkeypatch, transport):
         until(lambda: runtime.stats()["acked"] >= load.produced)
     finally:
         peer.stop()
-        gc.collect()  # eventlet leaves the socket of a handshake that was broken off unclosed
+        gc.collect()  # eventlet does not close the socket of an interrupted handshake
 
 
 BULK = {
@@ -312,34 +322,34 @@ BULK = {
 
 
 @pytest.mark.parametrize("bulk", BULK)
-def test_a_frame_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
-    """A command of 1 MiB is verified, acknowledged and carried out with all its arguments."""
+def test_command_of_one_mebibyte(start, peer, engine, until, delivered, bulk):
+    """A command of 1 MiB is verified, acknowledged and run with all its arguments."""
     runtime, load = start(peer.url)
     session = until(lambda: peer.last)
     load.run(0.5)
-    for _ in range(steps.OFTEN):
+    for _ in range(steps.REPEATS):
         session.command("submit_task", {"name": "shop.import", "args": BULK[bulk]})
     load.run(1.0)
-    until(lambda: len(peer.frames("command_result")) == steps.OFTEN)
+    until(lambda: len(peer.frames("command_result")) == steps.REPEATS)
     assert all(options["args"] == tuple(BULK[bulk]) for _, options in engine.calls)
     delivered(runtime, load)
 
 
-def rows():
-    """``MANY`` events as the store keeps them, in lots."""
-    for first in range(0, MANY, LOT):
+def row_batches():
+    """Yield ``MANY`` events as the store keeps them, in batches."""
+    for first in range(0, MANY, BATCH):
         yield [
             (EVENT, "", canonical_plain({"id": f"e-{number}", "data": {"n": number}}))
-            for number in range(first, first + LOT)
+            for number in range(first, first + BATCH)
         ]
 
 
-def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
-    """With 100,000 rows that wait for the first session, the stream goes on while all are sent."""
+def test_backlog_of_100000_rows(start, peer, until):
+    """The load goes on while 100,000 stored rows are sent in the first session."""
     peer.refuse = (503, {})
     runtime, load = start(peer.url)
-    for lot in rows():
-        runtime._agent.buffer.append(lot)
+    for batch in row_batches():
+        runtime._agent.buffer.append(batch)
     peer.refuse = None
     load.run()
     until(lambda: runtime.stats()["acked"] >= MANY + load.produced, 120)
@@ -347,22 +357,20 @@ def test_a_hundred_thousand_rows_in_the_store(start, peer, until):
 
 
 @pytest.mark.parametrize("transport", ["ws", "longpoll"])
-def test_a_hundred_thousand_rows_of_a_dead_process(
-    start, backend, until, monkeypatch, tmp_path, transport
-):
-    """With 100,000 rows in the file of a dead process, the stream goes on while they are adopted."""
+def test_orphan_of_100000_rows(start, backend, until, monkeypatch, tmp_path, transport):
+    """The load goes on while 100,000 rows of a dead process are adopted."""
     monkeypatch.setenv("Z4J_TRANSPORT", transport)
     peer = (Peer if transport == "ws" else HttpPeer)(backend)
     runtime, load = start(peer.url, autostart=False)
-    deployment = deployment_id(runtime.config, runtime._build().secret())
-    left = open_store(tmp_path / "buffer.sqlite", deployment=deployment)
-    for lot in rows():
-        left.append(lot)
-    left.close()
+    deployment = deployment_id(runtime.config, SECRET)
+    orphan = open_store(tmp_path / "buffer.sqlite", deployment=deployment)
+    for batch in row_batches():
+        orphan.append(batch)
+    orphan.close()
     try:
         runtime.start()
         load.run()
-        until(lambda: runtime.stats()["acked"] > load.produced + 2 * LOT, 60)
+        until(lambda: runtime.stats()["acked"] > load.produced + 2 * BATCH, 60)
         assert runtime.stats()["lost"] == {}
     finally:
         runtime.stop(timeout=3)

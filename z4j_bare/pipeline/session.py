@@ -143,7 +143,7 @@ class Connection:
         return took - self._fastest
 
     def close(self) -> None:
-        """End the session: the receive loop wakes now, the other loops end at their next wake-up."""
+        """End the session: the receive loop wakes now, the others end at their next wake-up."""
         self.closing.set()
         self.wake.set()
         self.transport.abort()

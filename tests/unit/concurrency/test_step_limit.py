@@ -15,14 +15,14 @@ def trial(backend, mode):
         pytest.skip("nobody waits for our steps there")
 
     def run(function, times=1):
-        judge = steps.Judge()
+        checker = steps.StepLimitChecker()
         try:
-            judge.watch(backend)
+            checker.watch(backend)
             for _ in range(times):
                 assert backend.spawn(function, name="z4j-accused").join(20)
         finally:
-            judge.stop()
-        return judge.guilty
+            checker.stop()
+        return checker.violations
 
     return run
 
@@ -61,7 +61,7 @@ def test_computing_is_seen(trial, backend):
 
 def test_computing_a_little_too_long_is_seen_by_repetition(trial, backend):
     """A step of 15 ms may be the machine's fault once; in the same place again and again it is not."""
-    verdicts = trial(lambda: (backend.sleep(0), burn(0.015), backend.sleep(0)), times=steps.OFTEN)
+    verdicts = trial(lambda: (backend.sleep(0), burn(0.015), backend.sleep(0)), times=steps.REPEATS)
     assert verdicts
 
 
@@ -76,8 +76,8 @@ def test_computing_in_a_foreign_call_is_seen(trial, backend):
 
 def test_blocking_is_seen(trial, block):
     """A step that blocks its thread in the kernel is guilty at once when it is long, and by repetition when it is short."""
-    assert trial(lambda: block(steps.SURE + 0.1))
-    assert trial(lambda: block(0.03), times=steps.OFTEN)
+    assert trial(lambda: block(steps.SURE_BLOCKED + 0.1))
+    assert trial(lambda: block(0.03), times=steps.REPEATS)
 
 
 def test_yielding_is_innocent(trial, backend):

@@ -1,4 +1,4 @@
-"""Ring to store: the interval, the threshold, the slice, and the books when something goes wrong."""
+"""Ring to store: interval, threshold, time slices, and the accounting of lost events."""
 
 import json
 import time
@@ -12,13 +12,13 @@ from z4j_bare.pipeline import flush
 
 
 @pytest.fixture(autouse=True)
-def unhurried(monkeypatch):
-    """The slice is in real seconds: here a busy machine must not make virtual time go on in the middle of a batch."""
+def no_time_slices(monkeypatch):
+    """Time slices use real seconds: on a busy machine they would advance virtual time mid-batch."""
     monkeypatch.setattr(slices, "SLICE_SECONDS", 1e9)
 
 
-class Flushing(SessionHarness):
-    """A world with a ring and a running flush loop."""
+class FlushHarness(SessionHarness):
+    """A session harness with a ring and a running flush loop."""
 
     def __init__(self, limit=10_000, most=256, interval=0.2):
         super().__init__()
@@ -49,7 +49,7 @@ class Flushing(SessionHarness):
         ]
 
     def balance(self):
-        """Produced against everything it may have become."""
+        """Return the produced events, and the sum of what became of them."""
         return self.ring.produced, len(
             self.ring
         ) + self.ring.lost + self.counters.unencodable + self.counters.stored
@@ -60,93 +60,93 @@ def encode(captured):
 
 
 @pytest.fixture
-def world():
-    return Flushing()
+def harness():
+    return FlushHarness()
 
 
-def test_flushes_within_the_interval(world):
-    """What was captured is on disk 200 ms later: that is all that a SIGKILL may take."""
-    world.backend.advance(1)
-    world.put(10)
-    world.backend.advance(0.2)
-    assert world.numbers() == list(range(10))
-    assert len(world.woken) == 1, "the sender is told"
+def test_events_are_stored_within_flush_interval(harness):
+    """Events are on disk 200 ms after their capture: SIGKILL loses no more than that."""
+    harness.backend.advance(1)
+    harness.put(10)
+    harness.backend.advance(0.2)
+    assert harness.numbers() == list(range(10))
+    assert len(harness.woken) == 1, "the sender is told"
 
 
-def test_the_figures_follow_a_last_burst(world):
-    """Without a session nobody asks for rows: what was stored right after the last look is counted once all is quiet."""
-    world.backend.advance(1)
-    world.put(1)
-    world.backend.advance(0.3)
-    world.put(10)
-    world.backend.advance(0.3)
-    assert world.buffer.last_stats.rows < 11
-    world.backend.advance(2 * flush.IDLE_WAIT)
-    assert world.buffer.last_stats.rows == 11
+def test_stats_are_refreshed_when_ring_is_idle(harness):
+    """Without a session nobody reads rows, so the stats of a last burst are refreshed when idle."""
+    harness.backend.advance(1)
+    harness.put(1)
+    harness.backend.advance(0.3)
+    harness.put(10)
+    harness.backend.advance(0.3)
+    assert harness.buffer.last_stats.rows < 11
+    harness.backend.advance(2 * flush.IDLE_WAIT)
+    assert harness.buffer.last_stats.rows == 11
 
 
-def test_the_threshold_does_not_wait(world):
-    """A full batch is flushed at once, without waiting for the interval."""
-    world.backend.advance(1)
-    world.put(255)
-    world.backend.advance(0.001)
-    assert world.numbers() == []
-    world.put(1)
-    world.backend.advance(0.001)
-    assert len(world.numbers()) == 256
+def test_full_batch_is_stored_immediately(harness):
+    """A full batch is stored at once, without waiting for the interval."""
+    harness.backend.advance(1)
+    harness.put(255)
+    harness.backend.advance(0.001)
+    assert harness.numbers() == []
+    harness.put(1)
+    harness.backend.advance(0.001)
+    assert len(harness.numbers()) == 256
 
 
-def test_a_few_more_wait_for_company(world):
-    """What a full batch has left over does not go to the store by itself, but with what comes within the interval."""
-    world.backend.advance(1)
-    world.put(260)
-    world.backend.advance(0.001)
-    assert len(world.numbers()) == 256
-    world.put(6)
-    world.backend.advance(0.2)
-    assert world.numbers() == list(range(266))
-    assert len(world.woken) == 2
+def test_remainder_of_full_batch_waits_for_interval(harness):
+    """Events beyond a full batch are stored with those that arrive within the interval."""
+    harness.backend.advance(1)
+    harness.put(260)
+    harness.backend.advance(0.001)
+    assert len(harness.numbers()) == 256
+    harness.put(6)
+    harness.backend.advance(0.2)
+    assert harness.numbers() == list(range(266))
+    assert len(harness.woken) == 2
 
 
-def test_an_idle_loop_sleeps(world):
-    """With nothing captured the loop hardly wakes, and the first event after a long rest is still stored in time."""
-    world.backend.advance(60)
-    assert world.backend.steps.count <= 15
-    world.put(1)
-    world.backend.advance(0.2)
-    assert world.numbers() == [0]
+def test_idle_loop_hardly_wakes(harness):
+    """An idle loop hardly wakes, and stores the first event after a long silence in time."""
+    harness.backend.advance(60)
+    assert harness.backend.steps.count <= 15
+    harness.put(1)
+    harness.backend.advance(0.2)
+    assert harness.numbers() == [0]
 
 
-def test_batches_are_bounded_and_ordered(world):
-    """A burst goes to the store in several transactions of bounded size, in order."""
-    world.put(2000)
-    world.backend.advance(0.3)
-    assert world.numbers() == list(range(2000))
-    assert len(world.woken) == 8
+def test_batches_are_bounded_and_ordered(harness):
+    """A burst goes to the store in order, in several transactions of bounded size."""
+    harness.put(2000)
+    harness.backend.advance(0.3)
+    assert harness.numbers() == list(range(2000))
+    assert len(harness.woken) == 8
 
 
-def test_flush_from_several_tasks_keeps_order(world):
-    """stop() flushes beside the loop: order holds and nothing is stored twice."""
-    world.put(1000)
-    tasks = [world.backend.spawn(world.flusher.flush, name="f") for _ in range(3)]
-    world.backend.advance(1)
+def test_concurrent_flushes_keep_order(harness):
+    """Several flushes at once keep the order and store no event twice."""
+    harness.put(1000)
+    tasks = [harness.backend.spawn(harness.flusher.flush, name="f") for _ in range(3)]
+    harness.backend.advance(1)
     assert not any(task.alive() for task in tasks)
-    assert world.numbers() == list(range(1000))
+    assert harness.numbers() == list(range(1000))
 
 
-def test_an_event_that_cannot_be_encoded_is_counted(world):
-    """One event whose encoding fails costs itself and is counted; the others get through."""
-    world.put(3)
-    world.ring.put((lambda _captured: 1 / 0,))
-    world.put(3)
-    world.backend.advance(1)
-    assert world.numbers() == [0, 1, 2, 3, 4, 5]
-    assert world.counters.unencodable == 1
-    assert world.balance() == (7, 7)
+def test_unencodable_event_is_counted(harness):
+    """An event that cannot be encoded is lost and counted; the others are stored."""
+    harness.put(3)
+    harness.ring.put((lambda _captured: 1 / 0,))
+    harness.put(3)
+    harness.backend.advance(1)
+    assert harness.numbers() == [0, 1, 2, 3, 4, 5]
+    assert harness.counters.unencodable == 1
+    assert harness.balance() == (7, 7)
 
 
-def test_encoding_yields(world, monkeypatch):
-    """Encoding that takes long lets others run in between: it happens on the host's only thread."""
+def test_slow_encoding_yields(harness, monkeypatch):
+    """Slow encoding yields in between, because it runs on the host's only thread."""
     monkeypatch.setattr(slices, "SLICE_SECONDS", 0.002)
     ran = []
 
@@ -157,88 +157,88 @@ def test_encoding_yields(world, monkeypatch):
         return encode(captured)
 
     for number in range(10):
-        world.ring.put((slow, number))
-    world.backend.spawn(
-        lambda: [ran.append(len(world.numbers())) or world.backend.sleep(0) for _ in range(5)],
+        harness.ring.put((slow, number))
+    harness.backend.spawn(
+        lambda: [ran.append(len(harness.numbers())) or harness.backend.sleep(0) for _ in range(5)],
         name="other",
     )
-    world.backend.advance(1)
+    harness.backend.advance(1)
     assert ran[:2] == [0, 0], "it ran while the batch was still being encoded"
-    assert len(world.numbers()) == 10
+    assert len(harness.numbers()) == 10
 
 
-def test_overflow_is_counted():
-    """A ring that overflows loses its oldest and counts them: produced = stored + waiting + lost, at every moment."""
-    world = Flushing(limit=100, most=50)
+def test_ring_overflow_is_counted():
+    """A full ring drops its oldest events; produced = stored + waiting + lost at every moment."""
+    harness = FlushHarness(limit=100, most=50)
     for turn in range(50):
-        world.put(turn * 7 % 180)
-        assert world.balance()[0] == world.balance()[1]
+        harness.put(turn * 7 % 180)
+        assert harness.balance()[0] == harness.balance()[1]
         if turn % 3 == 0:
-            world.backend.advance(0.2)
-            assert world.balance()[0] == world.balance()[1]
-    world.backend.advance(1)
-    assert world.ring.lost > 0
-    assert world.balance() == (world.rows_stored, world.rows_stored)
-    assert world.numbers() == sorted(world.numbers())
-    assert world.numbers()[-1] == world.rows_stored - 1, "the newest survive"
+            harness.backend.advance(0.2)
+            assert harness.balance()[0] == harness.balance()[1]
+    harness.backend.advance(1)
+    assert harness.ring.lost > 0
+    assert harness.balance() == (harness.rows_stored, harness.rows_stored)
+    assert harness.numbers() == sorted(harness.numbers())
+    assert harness.numbers()[-1] == harness.rows_stored - 1, "the newest survive"
 
 
-def test_a_failing_disk_loses_nothing(world):
-    """A disk that fails in the middle costs no event: they go to memory and return to the disk."""
-    world.put(10)
-    world.backend.advance(1)
-    world.disk.full = True
-    world.put(10)
-    world.backend.advance(1)
-    assert world.numbers() == list(range(10, 20))
-    world.disk.full = False
-    world.backend.advance(10)
-    world.put(1)
-    world.backend.advance(1)
-    assert world.buffer.durable
-    assert sorted(world.numbers()) == list(range(21))
-    assert world.balance() == (21, 21)
+def test_failing_disk_loses_no_event(harness):
+    """Events are stored in memory while the disk fails, and return to the disk afterwards."""
+    harness.put(10)
+    harness.backend.advance(1)
+    harness.disk.full = True
+    harness.put(10)
+    harness.backend.advance(1)
+    assert harness.numbers() == list(range(10, 20))
+    harness.disk.full = False
+    harness.backend.advance(10)
+    harness.put(1)
+    harness.backend.advance(1)
+    assert harness.buffer.durable
+    assert sorted(harness.numbers()) == list(range(21))
+    assert harness.balance() == (21, 21)
 
 
-def test_an_unexpected_error_is_counted_not_hidden(world, caplog):
-    """A store that breaks its contract ends the loop loudly; the batch in hand goes back, and is stored after the restart."""
-    world.backend.advance(0.1)
-    append, world.disk.store.append = world.disk.store.append, None
-    world.put(2)
-    world.ring.put((lambda _captured: 1 / 0,))
-    world.put(2)
-    world.backend.advance(1)
+def test_unexpected_error_requeues_batch(harness, caplog):
+    """An unexpected store error ends the loop; its batch is requeued and stored later."""
+    harness.backend.advance(0.1)
+    append, harness.disk.store.append = harness.disk.store.append, None
+    harness.put(2)
+    harness.ring.put((lambda _captured: 1 / 0,))
+    harness.put(2)
+    harness.backend.advance(1)
     assert "z4j-flush" in caplog.text
-    assert world.balance() == (5, 5)
-    world.disk.store.append = append
-    world.put(1)
-    world.flusher.flush()
-    assert world.numbers() == [0, 1, 2, 3, 4]
-    assert world.balance() == (6, 6)
-    assert world.counters.unencodable == 1
+    assert harness.balance() == (5, 5)
+    harness.disk.store.append = append
+    harness.put(1)
+    harness.flusher.flush()
+    assert harness.numbers() == [0, 1, 2, 3, 4]
+    assert harness.balance() == (6, 6)
+    assert harness.counters.unencodable == 1
 
 
-def test_what_finds_no_room_on_its_way_back_is_lost():
-    """A batch that comes back to a full ring gives way, oldest first, and is counted."""
-    world = Flushing(limit=10, most=8)
-    world.put(8)
-    batch = world.ring.take(8)
-    world.put(7)
-    world.ring.requeue(batch)
-    assert (world.ring.produced, len(world.ring), world.ring.lost) == (15, 10, 5)
-    assert [event for _, event in world.ring.take(99)] == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+def test_requeue_into_full_ring_drops_oldest():
+    """A batch requeued into a full ring loses its oldest events, and they are counted."""
+    harness = FlushHarness(limit=10, most=8)
+    harness.put(8)
+    batch = harness.ring.take(8)
+    harness.put(7)
+    harness.ring.requeue(batch)
+    assert (harness.ring.produced, len(harness.ring), harness.ring.lost) == (15, 10, 5)
+    assert [event for _, event in harness.ring.take(99)] == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
-def test_stop_ends_the_loop(world):
-    """The loop ends at its next wake after stopping is set."""
-    world.stop_event.set()
-    world.ring.wake.set()
-    world.backend.advance(1)
-    assert not world.task.alive()
+def test_stop_event_ends_loop(harness):
+    """The loop ends at its next wake-up after ``stop_event`` is set."""
+    harness.stop_event.set()
+    harness.ring.wake.set()
+    harness.backend.advance(1)
+    assert not harness.task.alive()
 
 
-def test_the_ring_keeps_count_between_threads(backend):
-    """Natively threaded producers lose no count: what is in the ring or fell off it adds up."""
+def test_ring_counts_events_of_native_threads(backend):
+    """With producers in native threads, waiting plus lost events equal the produced ones."""
     ring = Ring(1000, 10**9, backend.event())
 
     def produce():
@@ -257,8 +257,8 @@ def test_the_ring_keeps_count_between_threads(backend):
     assert ring.lost == 7001
 
 
-def test_a_flush_that_is_cut_short_encodes_nothing_twice(world):
-    """What a kill leaves of a batch goes back in its order, and what was encoded is not encoded again: a stamp is given once."""
+def test_interrupted_flush_encodes_each_event_once(harness):
+    """A killed flush requeues its batch in order; encoded events are not encoded again."""
     calls = []
 
     class Killed(BaseException):
@@ -270,12 +270,12 @@ def test_a_flush_that_is_cut_short_encodes_nothing_twice(world):
             raise Killed
         return encode(captured)
 
-    world.backend.advance(0.1)
+    harness.backend.advance(0.1)
     for number in range(5):
-        world.ring.put((once, number))
+        harness.ring.put((once, number))
     with pytest.raises(Killed):
-        world.flusher.flush()
-    assert world.balance() == (5, 5)
-    world.flusher.flush()
-    assert world.numbers() == list(range(5))
+        harness.flusher.flush()
+    assert harness.balance() == (5, 5)
+    harness.flusher.flush()
+    assert harness.numbers() == list(range(5))
     assert calls == [0, 1, 2, 2, 3, 4]

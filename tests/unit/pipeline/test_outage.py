@@ -1,4 +1,4 @@
-"""The brain is away for ten minutes of virtual time: the whole agent on the fake backend, with a real store."""
+"""The whole agent, with a real store, during ten minutes of virtual time without a brain."""
 
 import datetime as dt
 import json
@@ -13,7 +13,7 @@ from z4j_core.transport.framing import FrameSigner
 from tests.support.peer import SECRET, SECRET_TEXT
 from tests.support.session import FakeTransport
 from z4j_bare.agent import Agent
-from z4j_bare.concurrency import timeslice as slices
+from z4j_bare.concurrency import timeslice
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import NetworkError
 from z4j_bare.framework import BareFrameworkAdapter
@@ -23,18 +23,18 @@ from z4j_bare.wire.backoff import BACKOFF_POLICIES, JITTER
 pytestmark = pytest.mark.thorough
 
 #: Virtual seconds: when the brain goes and comes back, and between two events.
-GONE, BACK, GAP = 31.0, 631.0, 0.25
+AWAY_AT, BACK_AT, GAP = 31.0, 631.0, 0.25
 
 
-class Brain:
-    """Takes sessions and acknowledges what they send, except while it is away."""
+class FakeBrain:
+    """Accepts sessions and acknowledges their frames, except while it is away."""
 
     def __init__(self, backend):
         self.backend = backend
         self.away = False
         self.attempts = []
         self.sessions = []
-        self.heard = []
+        self.received = []
 
     def transport(self):
         made = FakeTransport(self.backend)
@@ -42,16 +42,16 @@ class Brain:
         if self.away:
             made.hello_answer = NetworkError("connection refused")
         else:
-            self._admit(made, f"session-{len(self.sessions)}")
+            self._accept(made, f"session-{len(self.sessions)}")
         return made
 
-    def go(self):
+    def go_away(self):
         self.away = True
         self.sessions[-1].send_error = NetworkError("reset")
         self.sessions[-1].inbox.append(NetworkError("reset"))
 
     def frames(self, kind):
-        return [(when, frame["payload"]) for when, frame in self.heard if frame["type"] == kind]
+        return [(when, frame["payload"]) for when, frame in self.received if frame["type"] == kind]
 
     def numbers(self):
         return [
@@ -60,7 +60,7 @@ class Brain:
             for event in payload["events"]
         ]
 
-    def _admit(self, transport, session):
+    def _accept(self, transport, session):
         ids = {"agent_id": "agent", "project_id": "project", "session_id": session}
         payload = {
             "protocol_version": "2",
@@ -73,8 +73,8 @@ class Brain:
         ).encode()
         signer = FrameSigner(secret=SECRET, **ids)
 
-        def heard(frame):
-            self.heard.append((self.backend.now(), frame))
+        def received(frame):
+            self.received.append((self.backend.now(), frame))
             if frame["type"] == "event_batch":
                 number = len(frame["payload"]["events"])
                 ack = EventBatchAckPayload(
@@ -84,16 +84,16 @@ class Brain:
                     signer.sign_and_serialize(EventBatchAckFrame(id="a", payload=ack))
                 )
 
-        transport.on_frame = heard
+        transport.on_frame = received
         self.sessions.append(transport)
 
 
-class Outage:
-    """An agent that records an event every ``GAP`` seconds, its brain, and the books at every second."""
+class OutageScenario:
+    """An agent that records an event every ``GAP`` seconds, its brain, and one sample a second."""
 
     def __init__(self, home, **caps):
         self.backend = FakeConcurrency()
-        self.brain = Brain(self.backend)
+        self.brain = FakeBrain(self.backend)
         config = Config(
             brain_url="http://localhost", token="t" * 43, project_id="p", hmac_secret=SECRET_TEXT,
             buffer_path=home / "buffer.sqlite", **caps,
@@ -101,22 +101,22 @@ class Outage:
         self.agent = Agent(config, BareFrameworkAdapter(config), [], [], Settings(), self.backend)
         self.agent.supervisor._make_transport = self.brain.transport
         self.produced = 0
-        self.books = []
+        self.samples = []
         self.agent.start()
         self._producer = self.backend.spawn(self._produce, name="producer")
 
     def _produce(self):
-        while self.backend.now() < BACK + 60:
+        while self.backend.now() < BACK_AT + 60:
             self.agent.record(an_event(self.produced))
             self.produced += 1
             self.backend.sleep(GAP)
 
-    def until(self, when):
-        """Let virtual time pass, and look at the books once a second."""
+    def run_until(self, when):
+        """Advance virtual time, and take a sample of the accounting every second."""
         while self.backend.now() < when:
             self.backend.advance(min(1.0, when - self.backend.now()))
             buffer, stats = self.agent.buffer.stats(), self.agent.status.stats()
-            self.books.append(
+            self.samples.append(
                 (
                     stats["produced"],
                     stats["acked"]
@@ -140,52 +140,54 @@ def an_event(number):
     ids=["uncapped", "rows", "bytes"],
 )
 def outage(request, tmp_path, monkeypatch):
-    """Ten minutes without a brain, and what came before and after."""
+    """An agent that ran before, during and after ten minutes without a brain."""
     monkeypatch.setattr(
-        slices, "SLICE_SECONDS", 1e9
+        timeslice, "SLICE_SECONDS", 1e9
     )  # in real seconds: a busy machine must not change virtual time
-    made = Outage(tmp_path, **request.param)
+    made = OutageScenario(tmp_path, **request.param)
     made.caps = request.param
-    made.until(GONE)
+    made.run_until(AWAY_AT)
     made.in_doubt = (
         len(made.brain.numbers()) - made.agent.status.stats()["acked"]
     )  # the brain has them, but not we its ack
-    made.brain.go()
-    made.until(BACK)
+    made.brain.go_away()
+    made.run_until(BACK_AT)
     made.brain.away = False
-    made.until(BACK + 120)
+    made.run_until(BACK_AT + 120)
     yield made
     made.agent.stop(5.0)
 
 
-def test_ten_minutes_without_a_brain(outage):
-    """Back-off keeps its schedule, heartbeats do not pile up, caps hold, the books balance, and the rest is delivered."""
+def test_agent_survives_ten_minutes_without_brain(outage):
+    """The back-off is kept, caps hold, the accounting balances, and the rest is delivered."""
     brain, caps = outage.brain, outage.caps
-    assert all(produced == accounted for produced, accounted, _ in outage.books)
-    assert outage.books[-1][0] == outage.produced
+    assert all(produced == accounted for produced, accounted, _ in outage.samples)
+    assert outage.samples[-1][0] == outage.produced
     lost = outage.agent.status.stats()["lost"]
     if caps:
         assert set(lost) == {"capacity"}
         assert lost["capacity"] > 0
     else:
         assert lost == {}
-    assert max(buffer.rows for *_, buffer in outage.books) <= caps.get("buffer_max_events", 100_000)
-    assert max(buffer.bytes for *_, buffer in outage.books) <= caps.get("buffer_max_bytes", 2**28)
-    assert outage.books[-1][2].rows == 0
+    assert max(buffer.rows for *_, buffer in outage.samples) <= caps.get(
+        "buffer_max_events", 100_000
+    )
+    assert max(buffer.bytes for *_, buffer in outage.samples) <= caps.get("buffer_max_bytes", 2**28)
+    assert outage.samples[-1][2].rows == 0
 
     schedule = BACKOFF_POLICIES["connection"]
-    tries = [when for when in brain.attempts if when >= GONE]
-    delays = [later - earlier for earlier, later in pairwise([GONE, *tries])]
+    attempts = [when for when in brain.attempts if when >= AWAY_AT]
+    delays = [later - earlier for earlier, later in pairwise([AWAY_AT, *attempts])]
     for turn, delay in enumerate(delays):
         due = min(schedule.maximum, schedule.initial * 2**turn)
         assert due <= delay <= due * (1 + JITTER) + 0.01, f"attempt {turn}"
-    assert BACK <= tries[-1] <= BACK + schedule.maximum * (1 + JITTER)
+    assert BACK_AT <= attempts[-1] <= BACK_AT + schedule.maximum * (1 + JITTER)
     assert len(brain.sessions) == 2
 
-    beats = [when for when, _ in brain.frames("heartbeat")]
-    assert [when for when in beats if GONE < when < tries[-1]] == []
-    assert all(later - earlier >= 9.9 for earlier, later in pairwise(beats))
-    assert min(when for when in beats if when > GONE) - tries[-1] < 1
+    heartbeats = [when for when, _ in brain.frames("heartbeat")]
+    assert [when for when in heartbeats if AWAY_AT < when < attempts[-1]] == []
+    assert all(later - earlier >= 9.9 for earlier, later in pairwise(heartbeats))
+    assert min(when for when in heartbeats if when > AWAY_AT) - attempts[-1] < 1
 
     delivered = list(
         dict.fromkeys(brain.numbers())

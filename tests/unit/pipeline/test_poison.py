@@ -15,27 +15,27 @@ def rows(*attempts, kind=EVENT, payload=b"{}"):
     ]
 
 
-def test_calm_rows_go_as_they_are():
-    """What went down with one session at most is no suspect."""
+def test_clear_rows_are_sent_normally():
+    """A row that was in flight in one failed session is not a suspect."""
     results, events = rows(0, 1, kind=RESULT), rows(1, 0, 1)
     assert next_trial(results, events) == (results, events, [])
 
 
-def test_a_suspect_holds_back_what_is_behind_it():
-    """Only what stands in front of the first suspects is sent with others."""
+def test_suspect_blocks_later_events():
+    """Only events before the first suspect are sent with others."""
     events = rows(0, 1, *[SUSPECT_AFTER] * 16, 0)
     assert next_trial([], events) == ([], events[:2], events[2:4])
 
 
-def test_results_are_tried_one_by_one_and_first():
-    """A suspected result is tried alone, before any event is."""
+def test_suspected_result_is_tried_alone_and_first():
+    """A suspected result is tried alone, before any event."""
     results, events = rows(0, 2, 2, kind=RESULT), rows(2, 2)
     assert next_trial(results, events) == (results[:1], [], results[1:2])
 
 
 @given(st.lists(st.integers(0, 9), max_size=40))
-def test_sets_shrink_until_one_is_alone(attempts):
-    """What is tried is the front of the first set of equal counts: an eighth, one at least, and never more than there is."""
+def test_trial_is_part_of_first_equal_set(attempts):
+    """The trial is an eighth of the first set of equal counts, and at least one row."""
     events = rows(*attempts)
     _, calm, suspects = next_trial([], events)
     assert events[len(calm) :][: len(suspects)] == suspects
@@ -65,8 +65,8 @@ def test_sets_shrink_until_one_is_alone(attempts):
         (b"[" * 100_000, "a row that is not an event, 100000 bytes"),
     ],
 )
-def test_what_the_log_says(payload, said):
-    """A row is named by kind, engine, task and size, whatever it holds, and nothing else of it is said."""
+def test_description_contains_no_event_data(payload, said):
+    """A row is described by kind, engine, task and size only, whatever its payload is."""
     assert describe(rows(0, payload=payload)[0]) == said
     assert (
         describe(rows(0, kind=RESULT, payload=payload)[0])

@@ -1,7 +1,7 @@
-"""The receive path under fire, without a socket and with one: only our own errors come out, and nothing runs.
+"""Fuzz tests of the receive path, without and with a socket: it raises only ``AgentError``.
 
-What the brain did not sign ends the session. What it did sign, but badly, is its own bug: that too must cost no more than
-the session.
+A message without the brain's signature ends the session and runs nothing. A signed message with bad
+content is a bug of the brain, and must not cost more than the session either.
 """
 
 import json
@@ -33,7 +33,7 @@ from z4j_bare.wire.session import Session, parse_hello_ack
 
 BINDING = {"agent_id": "agent", "project_id": "project", "session_id": "session"}
 
-#: JSON may hold what UTF-8 cannot: halves of surrogate pairs.
+#: JSON may contain lone surrogates, which UTF-8 cannot.
 TEXT = st.text(st.characters(codec=None), max_size=12)
 SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT
 JSON = st.recursive(
@@ -72,13 +72,13 @@ SLOW = settings(
 )
 
 
-class Reading(SessionHarness):
-    """A session whose reader feeds a real dispatcher; ``died`` holds what came out of the reader."""
+class ReceiveHarness(SessionHarness):
+    """A session whose receive loop feeds a dispatcher; ``errors`` gets what the loop raised."""
 
     def __init__(self):
         super().__init__()
         self.engine = FakeEngineHost(self.backend, "stub")
-        self.died = []
+        self.errors = []
         dispatcher = Dispatcher(
             {"stub": self.engine}, self.buffer, lambda: None, self.backend, self.counters, 4
         )
@@ -89,23 +89,23 @@ class Reading(SessionHarness):
             try:
                 loop.run()
             except Exception as error:
-                self.died.append(error)
+                self.errors.append(error)
 
         self.backend.spawn(run, name="reader")
 
     @property
-    def answers(self):
-        """The keys of all answers that were stored for sending."""
+    def result_keys(self):
+        """The keys of all results stored for sending."""
         return [row.key for row in self.disk.store.drain(0, 10_000, 10**9, (RESULT,))]
 
-    def hear(self, *messages):
-        """Let the messages arrive, and the session come to its end if it must."""
+    def receive(self, *messages):
+        """Let the messages arrive, and the session end if one of them ends it."""
         self.transport.inbox.extend(messages)
         self.backend.advance(5)
 
 
-def a_command(sequence=1):
-    """Return the bytes of a good command, the ``sequence``-th of its session."""
+def make_command(sequence=1):
+    """Return the bytes of a valid command, the ``sequence``-th of its session."""
     signer = FrameSigner(secret=SECRET, **BINDING)
     frame = CommandFrame(
         id="c-1", payload=CommandPayload(action="retry_task", parameters={"task_id": "t"})
@@ -115,10 +115,11 @@ def a_command(sequence=1):
     return signer.sign_and_serialize(frame)
 
 
-def signed(kind, payload, **envelope):
-    """Return a frame of any content under a good signature."""
+def signed_frame(kind, payload, **envelope):
+    """Return a frame with any content and a valid signature."""
     body = {
-        "v": 2, "type": kind, "id": "c-1", "ts": datetime.now(UTC).isoformat(), "nonce": uuid4().hex, "seq": 1, "payload": payload, **envelope,
+        "v": 2, "type": kind, "id": "c-1", "ts": datetime.now(UTC).isoformat(),
+        "nonce": uuid4().hex, "seq": 1, "payload": payload, **envelope,
     }  # fmt: skip
     body = {name: value for name, value in body.items() if value is not MISSING}
     body["hmac"] = sign_envelope(SECRET, {**body, **BINDING})
@@ -127,21 +128,21 @@ def signed(kind, payload, **envelope):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_altered_frames(data):
-    """A signed command with bytes changed, cut out or put in runs nothing and ends as a remote error."""
-    message = a_command()
+def test_altered_command_is_not_run(data):
+    """A signed command with changed bytes is not run and raises a remote error."""
+    message = make_command()
     start = data.draw(st.integers(0, len(message)))
     end = data.draw(st.integers(start, min(len(message), start + 20)))
     altered = message[:start] + data.draw(st.binary(max_size=20)) + message[end:]
-    world = Reading()
-    world.hear(altered)
-    if not same(altered, message):
-        assert world.engine.calls == []
-        assert [isinstance(error, RemoteError) for error in world.died] == [True]
+    harness = ReceiveHarness()
+    harness.receive(altered)
+    if not is_same_json(altered, message):
+        assert harness.engine.calls == []
+        assert [isinstance(error, RemoteError) for error in harness.errors] == [True]
 
 
-def same(altered, message):
-    """Whether only the spelling was changed: the signature is about what JSON means."""
+def is_same_json(altered, message):
+    """Return whether only the notation differs: the signature covers the JSON values."""
     try:
         return json.loads(altered) == json.loads(message)
     except (ValueError, RecursionError):
@@ -156,17 +157,17 @@ def same(altered, message):
         st.sampled_from(["id", "ts", "seq", "nonce", "v", "x"]), JSON | st.just(MISSING), max_size=2
     ),
 )
-def test_nonsense_under_a_good_signature(kind, payload, envelope):
-    """A well-signed frame of any content is taken or ends the session with a remote error; no loop dies of it."""
+def test_signed_nonsense_raises_only_remote_errors(kind, payload, envelope):
+    """A signed frame with any content is accepted, or ends the session with a remote error."""
     try:
-        message = signed(kind, payload, **envelope)
+        message = signed_frame(kind, payload, **envelope)
     except (ValueError, TypeError, RecursionError):  # z4j_core itself has no canonical form for it
         return
-    world = Reading()
-    world.hear(message)
-    assert all(isinstance(error, RemoteError) for error in world.died), world.died
-    if kind != "command" or world.died:
-        assert world.engine.calls == []
+    harness = ReceiveHarness()
+    harness.receive(message)
+    assert all(isinstance(error, RemoteError) for error in harness.errors), harness.errors
+    if kind != "command" or harness.errors:
+        assert harness.engine.calls == []
 
 
 @settings(max_examples=150, deadline=None)
@@ -177,41 +178,41 @@ def test_nonsense_under_a_good_signature(kind, payload, envelope):
     ),
     st.dictionaries(st.sampled_from(["task_id", "name", "engine", "args", "kwargs", "eta"]), JSON),
 )
-def test_commands_of_any_shape_are_answered(payload, parameters):
-    """Whatever a well-signed command holds, the reader lives, and there is at most one answer to it."""
+def test_signed_command_of_any_shape_gets_one_result(payload, parameters):
+    """The receive loop survives any signed command, and stores at most one result for it."""
     payload.setdefault("parameters", parameters)
     try:
-        message = signed("command", payload)
+        message = signed_frame("command", payload)
     except (ValueError, TypeError, RecursionError):
         return
-    world = Reading()
-    world.hear(message)
-    assert all(isinstance(error, RemoteError) for error in world.died), world.died
-    assert len(world.answers) == (0 if world.died else 1)
+    harness = ReceiveHarness()
+    harness.receive(message)
+    assert all(isinstance(error, RemoteError) for error in harness.errors), harness.errors
+    assert len(harness.result_keys) == (0 if harness.errors else 1)
 
 
 @pytest.mark.parametrize("age", [-3600, -61, 61, 3600])
-def test_stale_commands(age):
-    """A command whose time is off by more than the protocol allows is a remote error and runs nothing."""
+def test_stale_command_is_not_run(age):
+    """A command with a timestamp outside the allowed 60 s raises a remote error and is not run."""
     stamp = datetime.fromtimestamp(datetime.now(UTC).timestamp() + age, UTC).isoformat()
-    world = Reading()
-    world.hear(
-        signed("command", {"action": "retry_task", "parameters": {"task_id": "t"}}, ts=stamp)
+    harness = ReceiveHarness()
+    harness.receive(
+        signed_frame("command", {"action": "retry_task", "parameters": {"task_id": "t"}}, ts=stamp)
     )
-    assert [type(error) for error in world.died] == [RemoteProtocolError]
-    assert world.engine.calls == []
+    assert [type(error) for error in harness.errors] == [RemoteProtocolError]
+    assert harness.engine.calls == []
 
 
 @pytest.mark.parametrize(
     "messages", [("first", "first"), ("second", "first")], ids=["twice", "out-of-order"]
 )
-def test_replayed_commands(messages):
-    """A frame that comes again, or behind a later one, ends the session and runs nothing more."""
-    known = {"first": a_command(1), "second": a_command(2)}
-    world = Reading()
-    world.hear(*(known[name] for name in messages))
-    assert [type(error) for error in world.died] == [RemoteProtocolError]
-    assert [method for method, *_ in world.engine.calls] == ["retry_task"]
+def test_replayed_command_ends_session(messages):
+    """A repeated frame, or one out of sequence, ends the session and runs nothing more."""
+    known = {"first": make_command(1), "second": make_command(2)}
+    harness = ReceiveHarness()
+    harness.receive(*(known[name] for name in messages))
+    assert [type(error) for error in harness.errors] == [RemoteProtocolError]
+    assert [method for method, *_ in harness.engine.calls] == ["retry_task"]
 
 
 ACK = {
@@ -231,8 +232,8 @@ ACK = {
         max_size=3,
     )
 )
-def test_odd_welcomes(changes):
-    """A hello_ack with any values is our error, or makes a session that can sign and send."""
+def test_any_hello_ack_is_usable_or_rejected(changes):
+    """A ``hello_ack`` with any values is rejected, or makes a session that can sign and send."""
     message = json.dumps(
         {"v": 2, "type": "hello_ack", "id": "h", "payload": {**ACK, **changes}}
     ).encode()
@@ -247,8 +248,8 @@ def test_odd_welcomes(changes):
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=130))
-def test_close_frames(body):
-    """The body of a close frame, whatever it is, becomes one of our errors."""
+def test_any_close_body_becomes_agent_error(body):
+    """The body of a close frame, whatever it contains, becomes an ``AgentError``."""
     assert isinstance(close_error(body), AgentError)
 
 
@@ -264,14 +265,14 @@ HELLO = frames.hello(
     )
 )
 
-#: WebSocket frames that are wrong in their first two bytes: opcode, reserved bits, mask, length.
+#: WebSocket frames with any first two bytes: opcode, reserved bits, mask, length.
 WEBSOCKET = [
     bytes((first, second)) + b"ab"
     for first in range(0, 256, 3)
     for second in (0, 1, 2, 125, 126, 127, 128, 130, 255)
 ]
 
-#: Whole HTTP answers, and noise in each of their places.
+#: Whole HTTP responses, and noise in place of each of their parts.
 ANSWERS = st.one_of(
     st.binary(max_size=60),
     st.binary(max_size=60).map(lambda noise: b"HTTP/1.1 101 S\r\n" + noise + b"\r\n\r\n"),
@@ -298,25 +299,25 @@ HEADERS = st.dictionaries(
 
 
 @pytest.fixture(scope="module")
-def own_seam():
-    """A backend for all examples: what belongs to one test is no good for hypothesis."""
+def shared_backend():
+    """A backend for all examples: hypothesis does not reset function fixtures between them."""
     made = build(choose("auto", detect()))
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def peer(own_seam):
+def peer(shared_backend):
     """One scripted brain for all examples."""
-    made = Peer(own_seam)
+    made = Peer(shared_backend)
     yield made
     made.stop()
 
 
 @pytest.fixture(scope="module")
-def http_peer(own_seam):
-    """One for long-poll, which is asked without a pause."""
-    made = HttpPeer(own_seam)
+def http_peer(shared_backend):
+    """One scripted long-poll brain for all examples, with no pause between polls."""
+    made = HttpPeer(shared_backend)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("EMPTY_POLL_INTERVAL", "MIN_POLL_INTERVAL", "POLL_GRACE"):
             patch.setattr(longpoll, name, 0.05)
@@ -336,15 +337,15 @@ def polling(peer):
 
 
 def conversation(transport):
-    """Connect, read until one of our errors ends it, and return what came before."""
-    heard = []
+    """Connect and read until an ``AgentError`` ends it; return the messages before."""
+    messages = []
     try:
-        heard.append(transport.connect(HELLO))
-        while len(heard) < 200:
-            heard.append(transport.receive(1.0))
+        messages.append(transport.connect(HELLO))
+        while len(messages) < 200:
+            messages.append(transport.receive(1.0))
         raise AssertionError("the line never ended")
     except AgentError:
-        return heard
+        return messages
     finally:
         transport.close()
 
@@ -353,8 +354,8 @@ def conversation(transport):
 @given(
     st.lists(st.binary(max_size=140), max_size=4) | st.lists(st.sampled_from(WEBSOCKET), max_size=4)
 )
-def test_noise_on_the_line(peer, pieces):
-    """Whatever bytes follow the upgrade, the transport yields bytes or ``None`` and ends with one of our errors."""
+def test_noise_after_upgrade_raises_agent_error(peer, pieces):
+    """After the upgrade any bytes yield messages or ``None``, and then an ``AgentError``."""
 
     def noise(session):
         session.send_raw(b"".join(pieces))
@@ -366,8 +367,8 @@ def test_noise_on_the_line(peer, pieces):
 
 @SLOW
 @given(ANSWERS)
-def test_noise_instead_of_an_answer(peer, answer):
-    """Whatever answers the upgrade or the probe, connecting ends with one of our errors."""
+def test_noise_instead_of_response_raises_agent_error(peer, answer):
+    """Any response to the upgrade or the probe makes the connect raise an ``AgentError``."""
     peer.noise = answer
     try:
         assert conversation(streaming(peer)) == []
@@ -384,24 +385,28 @@ def test_noise_instead_of_an_answer(peer, answer):
     | st.fixed_dictionaries({"frames": JSON | st.lists(TEXT, max_size=3)}).map(json.dumps)
     | st.text(max_size=20),
 )
-def test_odd_answers(http_peer, status, headers, body):
-    """Whatever a probe and a poll are answered, the transport yields bytes or ``None`` and ends with one of our errors."""
+def test_any_http_response_raises_agent_error(http_peer, status, headers, body):
+    """Any response to a probe or a poll yields messages or ``None``, and then an ``AgentError``."""
     answer = status, headers, body.encode()
-    for answers in (
+    for responses in (
         [answer],
         [(200, {"X-Z4J-Agent-Id": "a", "X-Z4J-Project-Id": "p"}, b"{}"), answer],
     ):
-        http_peer.answers["GET"] = [*answers, (401, {}, b"{}")]
+        http_peer.answers["GET"] = [*responses, (401, {}, b"{}")]
         assert all(
             each is None or isinstance(each, bytes) for each in conversation(polling(http_peer))
         )
 
 
-def test_a_good_command_runs():
-    """The fuzz above would be worthless if a good command did not run: it does, once."""
-    world = Reading()
-    world.hear(a_command())
-    assert ([call[0] for call in world.engine.calls], world.died, len(world.answers)) == (
+def test_valid_command_runs_once():
+    """A valid command runs once, which shows that the fuzz tests above test something."""
+    harness = ReceiveHarness()
+    harness.receive(make_command())
+    assert (
+        [call[0] for call in harness.engine.calls],
+        harness.errors,
+        len(harness.result_keys),
+    ) == (
         ["retry_task"],
         [],
         1,

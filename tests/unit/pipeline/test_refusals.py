@@ -1,4 +1,4 @@
-"""Every row of the brain's close-code and HTTP tables, through the whole agent: how it counts, how long it waits, what it says."""
+"""Class, delay and message of every close code and HTTP status, through the whole agent."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ ONCE, WELCOMED = "instead of a welcome", "after the welcome"
 
 @pytest.fixture
 def install():
-    """``install(**options)``: a started agent; stopped at the end."""
+    """``install(**options)``: a started agent, stopped at the end of the test."""
     made = []
 
     def make(**options):
@@ -42,7 +42,7 @@ def install():
 
 @pytest.fixture
 def first_failure(install, until, caplog):
-    """``first_failure(**options)``: start an agent; return class, text and delay of the first session that failed."""
+    """``first_failure(**options)``: class, text and delay of a new agent's first failure."""
     caplog.set_level(logging.INFO, "z4j.runtime.pipeline.session")
 
     def run(**options):
@@ -59,8 +59,8 @@ def first_failure(install, until, caplog):
     return run
 
 
-def check(failure, kind, named, wish=0.0):
-    """Compare a failure with what the table says of it."""
+def check_failure(failure, kind, named, wish=0.0):
+    """Compare a failure with the expected class, text and delay."""
     found, text, delay = failure
     assert found == kind
     assert named in text
@@ -97,8 +97,8 @@ def http_peer(backend):
         (WELCOMED, 1000, "connection", "closed the session"),
     ],
 )
-def test_close_codes(peer, first_failure, when, code, kind, named):
-    """Each close code, before and after the welcome, has its class, its delay and a text that says where to look."""
+def test_close_code_has_class_delay_and_hint(peer, first_failure, when, code, kind, named):
+    """Each close code, before and after ``hello_ack``, has its class, its delay and a hint."""
 
     def greet(session):
         if when == WELCOMED:
@@ -106,12 +106,12 @@ def test_close_codes(peer, first_failure, when, code, kind, named):
         session.close(code)
 
     peer.greet = greet
-    check(first_failure(brain_url=peer.url, transport="ws"), kind, named)
+    check_failure(first_failure(brain_url=peer.url, transport="ws"), kind, named)
 
 
 @pytest.mark.parametrize(("ahead", "way"), [(75, "behind"), (-75, "ahead of")])
-def test_a_clock_that_is_off(peer, first_failure, ahead, way):
-    """A signature refused by a brain whose welcome was stamped 75 s off is the clock's fault, and the text says how far."""
+def test_refused_signature_names_clock_offset(peer, first_failure, ahead, way):
+    """When the brain's clock is 75 s off, a refused signature is explained by that offset."""
 
     def greet(session):
         payload = {
@@ -154,17 +154,22 @@ def test_a_clock_that_is_off(peer, first_failure, ahead, way):
         (503, {"Retry-After": "7"}, "connection", "HTTP 503", 7),
     ],
 )
-def test_refused_upgrades(peer, first_failure, status, headers, kind, named, wish):
-    """Each HTTP answer in place of an upgrade has its class and text, and a Retry-After is kept."""
+def test_refused_upgrade_has_class_and_hint(
+    peer, first_failure, status, headers, kind, named, wish
+):
+    """Each HTTP response to an upgrade has its class and hint, and ``Retry-After`` is obeyed."""
     peer.refuse = (status, headers)
-    check(first_failure(brain_url=peer.url, transport="ws"), kind, named, wish)
+    check_failure(first_failure(brain_url=peer.url, transport="ws"), kind, named, wish)
 
 
 PROBE, UPLOAD, POLL = "probe", "upload", "poll"
 ARCHIVED = (
     b'{"error":"project_inactive","message":"project is archived","request_id":"r","details":{}}'
 )
-DENIED = b'{"error":"ip_denied","message":"source not allowed","request_id":"r","details":{"surface":"agent"}}'
+DENIED = (
+    b'{"error":"ip_denied","message":"source not allowed","request_id":"r",'
+    b'"details":{"surface":"agent"}}'
+)
 INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}'
 
 
@@ -198,8 +203,10 @@ INVALIDATED = b'{"detail":"long-poll session invalidated; reconnect with a fresh
     ],
     ids=["400", "401", "403-archived", "403-address", "409", "422", "429", "502", "503"],
 )
-def test_http_statuses(http_peer, first_failure, where, status, headers, body, kind, named, wish):
-    """Each status of the long-poll routes, wherever it comes, has its class, its delay and the brain's own words."""
+def test_longpoll_status_has_class_delay_and_reason(
+    http_peer, first_failure, where, status, headers, body, kind, named, wish
+):
+    """Each status of each long-poll route has its class, its delay and the brain's reason."""
     answer = http_peer.answer
 
     def scripted(request):
@@ -219,13 +226,16 @@ def test_http_statuses(http_peer, first_failure, where, status, headers, body, k
     ):  # a new nonce, well probed: then it is the signature that was refused
         kind, named = (
             "auth",
-            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature; the clocks differ",
+            (
+                "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): "
+                "the brain rejected a signature; the clocks differ"
+            ),
         )
-    check(first_failure(brain_url=http_peer.url, transport="longpoll"), kind, named, wish)
+    check_failure(first_failure(brain_url=http_peer.url, transport="longpoll"), kind, named, wish)
 
 
-def test_a_body_too_large_ends_no_session(http_peer, install, until):
-    """413 is the one refusal that the session outlives: smaller bodies follow at once."""
+def test_too_large_body_keeps_session(http_peer, install, until):
+    """A 413 does not end the session: smaller bodies follow at once."""
     http_peer.body_limit = 2048
     runtime = install(brain_url=http_peer.url, transport="longpoll")
     until(lambda: http_peer.frames("heartbeat"))

@@ -22,7 +22,6 @@ from z4j_core.transport.framing import FrameSigner
 from tests.support.session import HELLO_ACK, SECRET, FakeTransport, SessionHarness
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import (
-    AgentError,
     AuthenticationRejectedError,
     HostConfigurationError,
     IncompatibleError,
@@ -40,106 +39,89 @@ from z4j_bare.wire.close_codes import error_for_close_code, may_be_poison
 
 
 @pytest.fixture
-def world():
+def harness():
     return SessionHarness()
-
-
-def outcome(backend, run):
-    """Run a loop to its end in a task; return what it raised, in a list that is empty until then."""
-    ended = []
-
-    def work():
-        try:
-            run()
-        except AgentError as error:
-            ended.append(error)
-        else:
-            ended.append(None)
-
-    backend.spawn(work, name="loop")
-    return ended
 
 
 # -- heartbeat
 
 
-def test_beats_at_once_and_then_at_its_interval(world):
-    """The first heartbeat needs no waiting, the others come at the interval, each with a fresh payload."""
+def test_heartbeat_is_sent_at_once_and_then_at_interval(harness):
+    """The first heartbeat is sent at once, the next at the interval, each with a new payload."""
     numbers = iter(range(100))
     loop = HeartbeatLoop(
-        world.connection,
-        world.backend,
-        world.counters,
+        harness.connection,
+        harness.backend,
+        harness.counters,
         lambda: b'{"buffer_size":%d}' % next(numbers),
         interval=10,
     )
-    world.backend.spawn(loop.run, name="beat")
-    world.backend.advance(35)
-    assert [when for when, _ in world.transport.sent] == [0, 10, 20, 30]
-    assert [frame["payload"]["buffer_size"] for frame in world.transport.frames("heartbeat")] == [
+    harness.backend.spawn(loop.run, name="beat")
+    harness.backend.advance(35)
+    assert [when for when, _ in harness.transport.sent] == [0, 10, 20, 30]
+    assert [frame["payload"]["buffer_size"] for frame in harness.transport.frames("heartbeat")] == [
         0,
         1,
         2,
         3,
     ]
-    assert [frame["seq"] for _, frame in world.transport.sent] == [1, 2, 3, 4]
-    assert world.counters.heartbeats == 4
+    assert [frame["seq"] for _, frame in harness.transport.sent] == [1, 2, 3, 4]
+    assert harness.counters.heartbeats == 4
 
 
-def test_a_switched_off_heartbeat_keeps_alive(world):
-    """Switched off, an empty batch every 30 s keeps the brain from closing a silent session (4408 after 90 s)."""
+def test_disabled_heartbeat_sends_keepalives(harness):
+    """An empty batch every 30 s keeps the session, which ends with 4408 after 90 s of silence."""
     loop = HeartbeatLoop(
-        world.connection, world.backend, world.counters, bytes, interval=10, enabled=False
+        harness.connection, harness.backend, harness.counters, bytes, interval=10, enabled=False
     )
-    world.backend.spawn(loop.run, name="beat")
-    world.backend.advance(95)
-    assert [when for when, _ in world.transport.sent] == [
+    harness.backend.spawn(loop.run, name="beat")
+    harness.backend.advance(95)
+    assert [when for when, _ in harness.transport.sent] == [
         heartbeat.KEEPALIVE_INTERVAL * turn for turn in range(4)
     ]
-    assert {frame["type"] for _, frame in world.transport.sent} == {"event_batch"}
-    assert world.counters.heartbeats == 0
+    assert {frame["type"] for _, frame in harness.transport.sent} == {"event_batch"}
+    assert harness.counters.heartbeats == 0
 
 
-def test_the_heartbeat_leaves_with_its_session(world):
-    """It ends at once when the session is shut, and with an error when the line is broken."""
+def test_heartbeat_loop_ends_with_session(harness):
+    """The loop ends at once when the session is closed, and with an error when a send fails."""
     loop = HeartbeatLoop(
-        world.connection, world.backend, world.counters, lambda: b"{}", interval=10
+        harness.connection, harness.backend, harness.counters, lambda: b"{}", interval=10
     )
-    ended = outcome(world.backend, loop.run)
-    world.backend.advance(5)
-    world.connection.close()
-    world.backend.advance(0.001)
+    ended = harness.run_loop(loop.run)
+    harness.backend.advance(5)
+    harness.connection.close()
+    harness.backend.advance(0.001)
     assert ended == [None]
-    world.reconnect()
-    world.transport.send_error = NetworkError("reset")
-    ended = outcome(
-        world.backend,
+    harness.reconnect()
+    harness.transport.send_error = NetworkError("reset")
+    ended = harness.run_loop(
         HeartbeatLoop(
-            world.connection, world.backend, world.counters, lambda: b"{}", interval=10
+            harness.connection, harness.backend, harness.counters, lambda: b"{}", interval=10
         ).run,
     )
-    world.backend.advance(0.001)
+    harness.backend.advance(0.001)
     assert isinstance(ended[0], NetworkError)
 
 
-def test_the_agents_status_follows_a_sessions_first_heartbeat(world):
-    """The report on the agent itself comes right after the first heartbeat and then once a minute."""
+def test_status_follows_first_heartbeat(harness):
+    """An ``agent_status`` follows the first heartbeat, and then one is sent every minute."""
     loop = HeartbeatLoop(
-        world.connection,
-        world.backend,
-        world.counters,
+        harness.connection,
+        harness.backend,
+        harness.counters,
         lambda: b"{}",
         interval=10,
         status=lambda: b'{"buffer_depth":1}',
     )
-    world.backend.spawn(loop.run, name="beat")
-    world.backend.advance(125)
-    assert [(when, frame["type"]) for when, frame in world.transport.sent][:3] == [
+    harness.backend.spawn(loop.run, name="beat")
+    harness.backend.advance(125)
+    assert [(when, frame["type"]) for when, frame in harness.transport.sent][:3] == [
         (0, "heartbeat"),
         (0, "agent_status"),
         (10, "heartbeat"),
     ]
-    assert [when for when, frame in world.transport.sent if frame["type"] == "agent_status"] == [
+    assert [when for when, frame in harness.transport.sent if frame["type"] == "agent_status"] == [
         0,
         60,
         120,
@@ -149,8 +131,8 @@ def test_the_agents_status_follows_a_sessions_first_heartbeat(world):
 # -- receive
 
 
-class Reading(SessionHarness):
-    """A world with a running reader."""
+class ReceiveHarness(SessionHarness):
+    """A session harness with a running receive loop."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +145,7 @@ class Reading(SessionHarness):
             self.acks.append,
             lambda frame, connection, late: self.commands.append((frame, connection, late)),
         )
-        self.ended = outcome(self.backend, self.loop.run)
+        self.ended = self.run_loop(self.loop.run)
 
     def say(self, frame):
         self.transport.inbox.append(self.signer.sign_and_serialize(frame))
@@ -171,43 +153,43 @@ class Reading(SessionHarness):
 
 
 @pytest.fixture
-def reading():
-    return Reading()
+def receiver():
+    return ReceiveHarness()
 
 
-def test_lateness_is_measured_against_the_fastest():
-    """What a frame took longer than the fastest of its session is lateness, whatever the clocks say; drift is forgiven."""
-    world = SessionHarness(replace(HELLO_ACK, server_time=5_000.0))
-    took = world.connection.relative_delay
-    world.backend.advance(10)
+def test_delay_is_relative_to_fastest_frame():
+    """A delay is relative to the fastest frame, whatever the clocks show; drift is ignored."""
+    harness = SessionHarness(replace(HELLO_ACK, server_time=5_000.0))
+    took = harness.connection.relative_delay
+    harness.backend.advance(10)
     assert took(5_010.0) == 0
     assert took(5_003.0) == pytest.approx(7, abs=0.01)
     assert took(5_012.0) == 0
     assert took(5_010.0) == pytest.approx(2, abs=0.01)
-    world.backend.advance(100_000)
+    harness.backend.advance(100_000)
     assert took(5_010.0 + 100_000 - 5) == 0, "five seconds in a day may be the clocks' own"
-    world.reconnect()
-    assert world.connection.relative_delay(0.0) == 0, (
+    harness.reconnect()
+    assert harness.connection.relative_delay(0.0) == 0, (
         "without the brain's time the first frame counts as in time"
     )
 
 
-def test_routes_frames(reading):
-    """Acks go to the sender, commands to the dispatcher, everything else is ignored."""
-    reading.say(
+def test_frames_are_routed_to_handlers(receiver):
+    """Acks go to the sender, commands to the dispatcher, all other frames are ignored."""
+    receiver.say(
         EventBatchAckFrame(
             id="eba_1",
             payload=EventBatchAckPayload(acked_id="ev_1", received=1, accepted=0, rejected=1),
         )
     )
-    reading.say(CommandFrame(id="c-1", payload=CommandPayload(action="retry_task")))
-    reading.say(HeartbeatFrame(id="hb_1", payload=HeartbeatPayload()))
-    reading.say(ErrorFrame(id="err", payload=ErrorPayload(code="x", message="y", fatal=False)))
-    assert reading.acks == ["ev_1"]
-    ((frame, connection, late),) = reading.commands
-    assert (frame.id, connection) == ("c-1", reading.connection)
+    receiver.say(CommandFrame(id="c-1", payload=CommandPayload(action="retry_task")))
+    receiver.say(HeartbeatFrame(id="hb_1", payload=HeartbeatPayload()))
+    receiver.say(ErrorFrame(id="err", payload=ErrorPayload(code="x", message="y", fatal=False)))
+    assert receiver.acks == ["ev_1"]
+    ((frame, connection, late),) = receiver.commands
+    assert (frame.id, connection) == ("c-1", receiver.connection)
     assert 0 <= late < 60
-    assert reading.ended == []
+    assert receiver.ended == []
 
 
 @pytest.mark.parametrize(
@@ -218,26 +200,26 @@ def test_routes_frames(reading):
         ("anything", RemoteProtocolError),
     ],
 )
-def test_fatal_complaints_end_the_session(reading, code, kind):
-    """A fatal error frame ends the session, as an upgrade to make or as a protocol error."""
-    reading.say(
+def test_fatal_error_frame_ends_session(receiver, code, kind):
+    """A fatal error frame ends the session with an incompatibility or a protocol error."""
+    receiver.say(
         ErrorFrame(id="err", payload=ErrorPayload(code=code, message="because", fatal=True))
     )
-    assert type(reading.ended[0]) is kind
-    assert "because" in str(reading.ended[0])
+    assert type(receiver.ended[0]) is kind
+    assert "because" in str(receiver.ended[0])
 
 
 @pytest.mark.parametrize("fatal", [True, False])
-def test_an_event_that_the_brain_does_not_take_ends_the_session(reading, fatal):
-    """The answer to a batch with a legacy schedule event is a matter of that batch, not of an upgrade in an hour."""
-    reading.say(
+def test_rejected_event_ends_session(receiver, fatal):
+    """The rejection of a legacy schedule event is about one batch, and not about an upgrade."""
+    receiver.say(
         ErrorFrame(
             id="err_ev_1",
             payload=ErrorPayload(code="scheduler_upgrade_required", message="because", fatal=fatal),
         )
     )
-    assert type(reading.ended[0]) is RemoteProtocolError
-    assert may_be_poison(reading.ended[0])
+    assert type(receiver.ended[0]) is RemoteProtocolError
+    assert may_be_poison(receiver.ended[0])
 
 
 @pytest.mark.parametrize(
@@ -250,20 +232,20 @@ def test_an_event_that_the_brain_does_not_take_ends_the_session(reading, fatal):
         b'{"v":2,"type":"command","id":"x","payload":{"action":"retry_task"}}',
     ],
 )
-def test_unsigned_messages_end_the_session(reading, message):
-    """Whatever does not verify reaches nobody and ends the session with a protocol error."""
-    reading.transport.inbox.append(message)
-    reading.backend.advance(0.01)
-    assert isinstance(reading.ended[0], RemoteProtocolError)
-    assert (reading.acks, reading.commands) == ([], [])
+def test_unverified_message_ends_session(receiver, message):
+    """A message that fails verification reaches no handler and ends the session."""
+    receiver.transport.inbox.append(message)
+    receiver.backend.advance(0.01)
+    assert isinstance(receiver.ended[0], RemoteProtocolError)
+    assert (receiver.acks, receiver.commands) == ([], [])
 
 
-def test_the_reader_leaves_when_told(reading):
-    """It ends when the session is shut, and reports a line that broke by itself."""
-    reading.connection.closing.set()
-    reading.backend.advance(2)
-    assert reading.ended == [None]
-    other = Reading()
+def test_receive_loop_ends_with_session(receiver):
+    """The loop ends when the session is closed, and raises when the connection is lost."""
+    receiver.connection.closing.set()
+    receiver.backend.advance(2)
+    assert receiver.ended == [None]
+    other = ReceiveHarness()
     other.transport.inbox.append(NetworkError("reset", code=1006))
     other.backend.advance(0.01)
     assert other.ended[0].code == 1006
@@ -287,17 +269,17 @@ ACK = json.dumps(
 ).encode()
 
 
-class Supervised:
-    """A supervisor whose transports answer what the script says: bytes to welcome with, or an error to raise."""
+class SupervisorHarness:
+    """A supervisor whose transports answer as scripted: a ``hello_ack`` or an error to raise."""
 
-    def __init__(self, script=(), backend=None, serving=None):
+    def __init__(self, script=(), backend=None, serve_session=None):
         self.backend = backend or FakeConcurrency()
         self.counters = Counters()
         self.script = list(script)
         self.attempts = []
         self.transports = []
         self.stop_event = self.backend.event()
-        self.serving = serving
+        self.serve_session = serve_session
 
         def dial():
             transport = FakeTransport(self.backend)
@@ -307,8 +289,8 @@ class Supervised:
             return transport
 
         def serve(connection):
-            if self.serving is not None:
-                self.serving(connection)
+            if self.serve_session is not None:
+                self.serve_session(connection)
             self.backend.wait(connection.closing)
 
         self.supervisor = Supervisor(
@@ -318,8 +300,8 @@ class Supervised:
         self.task = self.backend.spawn(self.supervisor.run, self.stop_event, name="z4j-supervisor")
 
 
-def fail_with(backend, error, seconds):
-    """What serves a session by failing after some seconds."""
+def failing_session(backend, error, seconds):
+    """Return a ``serve`` function that fails after some seconds."""
 
     def serve(connection):
         backend.wait(connection.closing, seconds)
@@ -328,14 +310,14 @@ def fail_with(backend, error, seconds):
     return serve
 
 
-def test_one_session_while_it_lasts():
-    """A session that stands is left alone, and is there to be asked for."""
-    world = Supervised()
-    world.backend.advance(1000)
-    assert world.attempts == [0]
-    assert world.transports[0].hellos == [b"hello"]
-    assert world.supervisor.connection.hello_ack.session_id == "s"
-    assert world.counters.sessions == 1
+def test_lasting_session_is_kept():
+    """A lasting session is kept, and its connection is available."""
+    harness = SupervisorHarness()
+    harness.backend.advance(1000)
+    assert harness.attempts == [0]
+    assert harness.transports[0].hellos == [b"hello"]
+    assert harness.supervisor.connection.hello_ack.session_id == "s"
+    assert harness.counters.sessions == 1
 
 
 @pytest.mark.parametrize(
@@ -348,20 +330,20 @@ def test_one_session_while_it_lasts():
         (HostConfigurationError("a token file that is gone"), [1, 2, 4, 8, 16, 30, 30]),
     ],
 )
-def test_waits_longer_with_each_failure(error, delays):
-    """Every class of failure has its schedule, and every failed transport is closed."""
-    world = Supervised([error] * len(delays))
-    world.backend.advance(sum(delays) + 1)
-    gaps = [later - earlier for earlier, later in pairwise(world.attempts)]
+def test_delay_grows_with_each_failure(error, delays):
+    """Each class of failure has its delays, and every failed transport is closed."""
+    harness = SupervisorHarness([error] * len(delays))
+    harness.backend.advance(sum(delays) + 1)
+    gaps = [later - earlier for earlier, later in pairwise(harness.attempts)]
     assert gaps == pytest.approx(delays)
-    assert all(transport.closed for transport in world.transports[:-1])
-    assert world.supervisor.connection is not None
+    assert all(transport.closed for transport in harness.transports[:-1])
+    assert harness.supervisor.connection is not None
 
 
-def test_another_kind_of_failure_is_warned_of(caplog):
-    """A failure that asks for another cure than the one before it is a warning of its own; more of the same are not."""
+def test_new_failure_class_is_logged_as_warning(caplog):
+    """A failure of another class is a new warning; further failures of a class are not."""
     caplog.set_level(logging.DEBUG, "z4j")
-    Supervised(
+    SupervisorHarness(
         [NetworkError("down")] * 3 + [AuthenticationRejectedError("a bad token")] * 3
     ).backend.advance(200)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -371,14 +353,14 @@ def test_another_kind_of_failure_is_warned_of(caplog):
     ]
 
 
-def test_a_session_that_holds_resets_the_schedule():
-    """After a session of half a minute the next failure waits as briefly as the first."""
-    world = Supervised([NetworkError("x")] * 5 + [ACK] + [NetworkError("x")])
-    world.backend.advance(31 + 31)
-    assert world.counters.last_error == ""
-    world.supervisor.connection.close()
-    world.backend.advance(5)
-    assert world.attempts[-1] - world.attempts[-2] == pytest.approx(1)
+def test_lasting_session_resets_backoff():
+    """After a session of 30 s the next failure has the initial delay."""
+    harness = SupervisorHarness([NetworkError("x")] * 5 + [ACK] + [NetworkError("x")])
+    harness.backend.advance(31 + 31)
+    assert harness.counters.last_error == ""
+    harness.supervisor.connection.close()
+    harness.backend.advance(5)
+    assert harness.attempts[-1] - harness.attempts[-2] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -390,27 +372,27 @@ def test_a_session_that_holds_resets_the_schedule():
     ],
     ids=["1011", "4429", "4403"],
 )
-def test_sessions_that_die_young_come_later_and_later(error, delays):
-    """A welcome alone proves nothing: what ends session after session right behind it waits as a failed connect does."""
-    world = Supervised()
-    world.serving = fail_with(world.backend, error, 0.5)
-    world.backend.advance(sum(delays) + len(delays))
-    gaps = [later - earlier - 0.5 for earlier, later in pairwise(world.attempts)]
+def test_short_sessions_back_off(error, delays):
+    """Sessions that end right after their start are delayed like failed connects."""
+    harness = SupervisorHarness()
+    harness.serve_session = failing_session(harness.backend, error, 0.5)
+    harness.backend.advance(sum(delays) + len(delays))
+    gaps = [later - earlier - 0.5 for earlier, later in pairwise(harness.attempts)]
     assert gaps == pytest.approx(delays)
-    assert world.counters.sessions == len(world.attempts)
+    assert harness.counters.sessions == len(harness.attempts)
 
 
-def test_two_that_replace_each_other_part():
-    """Two processes under one worker id, each thrown out when the other comes, end up minutes apart, not in a fight."""
-    backend, seats = FakeConcurrency(), []
+def test_processes_with_one_worker_id_back_off():
+    """Two processes that replace each other's session end up minutes apart."""
+    backend, connections = FakeConcurrency(), []
 
     def serve(connection):
-        if seats:
-            seats.pop().transport.inbox.append(SessionLimitError("replaced", code=4002))
-        seats.append(connection)
+        if connections:
+            connections.pop().transport.inbox.append(SessionLimitError("replaced", code=4002))
+        connections.append(connection)
         connection.transport.receive(1e9)
 
-    one, two = (Supervised(backend=backend, serving=serve) for _ in range(2))
+    one, two = (SupervisorHarness(backend=backend, serve_session=serve) for _ in range(2))
     backend.advance(6 * 3600)
     for each in (one, two):
         gaps = [later - earlier for earlier, later in pairwise(each.attempts)]
@@ -418,39 +400,39 @@ def test_two_that_replace_each_other_part():
         assert len(each.attempts) < 50
 
 
-def test_a_session_that_never_holds_is_not_a_line_each_time(caplog):
-    """What dies right after each welcome is told of as seldom as a brain that is away."""
+def test_flapping_sessions_are_logged_rarely(caplog):
+    """Sessions that end right after their start are logged as rarely as an unreachable brain."""
     caplog.set_level(logging.INFO)
-    world = Supervised()
-    world.serving = fail_with(world.backend, NetworkError("x", code=1011), 0.5)
-    world.backend.advance(1200)
+    harness = SupervisorHarness()
+    harness.serve_session = failing_session(harness.backend, NetworkError("x", code=1011), 0.5)
+    harness.backend.advance(1200)
     lines = [record for record in caplog.records if record.name == "z4j.runtime.pipeline.session"]
-    assert len(world.attempts) > 40
+    assert len(harness.attempts) > 40
     assert len(lines) < 10
 
 
-def test_the_clock_is_named_when_it_is_off():
-    """A signature refused in a session says by how many seconds this host's clock differs from the brain's."""
+def test_refused_signature_reports_clock_offset():
+    """A refused signature is explained by the clock offset in seconds."""
     stamp = datetime.fromtimestamp(1_700_000_000 + 75, UTC).isoformat()
-    world = Supervised([ACK[:-1] + f', "ts": "{stamp}"}}'.encode()])
-    world.serving = fail_with(world.backend, error_for_close_code(4403), 0.5)
-    world.backend.advance(1)
-    assert "this host's clock is 75 s behind the brain's" in world.counters.last_error
+    harness = SupervisorHarness([ACK[:-1] + f', "ts": "{stamp}"}}'.encode()])
+    harness.serve_session = failing_session(harness.backend, error_for_close_code(4403), 0.5)
+    harness.backend.advance(1)
+    assert "this host's clock is 75 s behind the brain's" in harness.counters.last_error
 
 
-def test_a_bad_welcome_is_a_protocol_error():
-    """A first message that is no hello_ack counts as the brain's fault, one of another protocol as an upgrade to make."""
-    world = Supervised(
+def test_bad_hello_ack_is_protocol_error():
+    """A bad first message is a protocol error; another protocol version asks to upgrade."""
+    harness = SupervisorHarness(
         [b"nonsense", ACK.replace(b'"protocol_version": "2"', b'"protocol_version": "3"')]
     )
-    world.backend.advance(1.5)
-    assert world.supervisor.backoff.streaks == {"connection": 0, "protocol": 2, "auth": 0}
-    assert "upgrade" in world.counters.last_error
+    harness.backend.advance(1.5)
+    assert harness.supervisor.backoff.streaks == {"connection": 0, "protocol": 2, "auth": 0}
+    assert "upgrade" in harness.counters.last_error
 
 
-def test_reconnect_now():
-    """A request to reconnect ends a wait and a session alike, and is used up by one attempt."""
-    world = Supervised(
+def test_reconnect_ends_session_and_wait():
+    """A reconnect request ends a session or a wait, and is used up by one attempt."""
+    harness = SupervisorHarness(
         [
             AuthenticationRejectedError("x"),
             AuthenticationRejectedError("x"),
@@ -459,40 +441,40 @@ def test_reconnect_now():
             AuthenticationRejectedError("x"),
         ]
     )
-    world.backend.advance(5)
-    world.supervisor.reconnect()
-    world.backend.advance(0.001)
-    assert world.attempts == [0, 5]
-    world.backend.advance(30)
-    assert len(world.attempts) == 3
-    world.supervisor.reconnect()
-    world.backend.advance(0.001)
-    assert len(world.attempts) == 4
-    assert world.transports[2].aborted
-    assert world.transports[2].closed
-    world.supervisor.connection.close()
-    world.backend.advance(9.9)
-    assert len(world.attempts) == 5, "the request was used up: the failure after it waits in full"
+    harness.backend.advance(5)
+    harness.supervisor.reconnect()
+    harness.backend.advance(0.001)
+    assert harness.attempts == [0, 5]
+    harness.backend.advance(30)
+    assert len(harness.attempts) == 3
+    harness.supervisor.reconnect()
+    harness.backend.advance(0.001)
+    assert len(harness.attempts) == 4
+    assert harness.transports[2].aborted
+    assert harness.transports[2].closed
+    harness.supervisor.connection.close()
+    harness.backend.advance(9.9)
+    assert len(harness.attempts) == 5, "the request was used up: the failure after it waits in full"
 
 
-def test_stops_wherever_it_is():
-    """Told to end it leaves from a session and from a wait of an hour."""
+def test_stop_ends_session_and_wait():
+    """A stop ends a session, and a wait of an hour."""
     for script in ([], [IncompatibleError("x")]):
-        world = Supervised(script)
-        world.backend.advance(5)
-        world.stop_event.set()
-        world.supervisor.stop()
-        world.backend.advance(0.001)
-        assert not world.task.alive()
-        assert world.transports[-1].closed
-        assert len(world.attempts) == 1
+        harness = SupervisorHarness(script)
+        harness.backend.advance(5)
+        harness.stop_event.set()
+        harness.supervisor.stop()
+        harness.backend.advance(0.001)
+        assert not harness.task.alive()
+        assert harness.transports[-1].closed
+        assert len(harness.attempts) == 1
 
 
-def test_logs_the_first_failure_and_every_tenth(caplog):
-    """An hour without a brain is a handful of lines: the first loud, every tenth quiet, and one when it is back."""
+def test_first_and_every_tenth_failure_are_logged(caplog):
+    """An hour without a brain logs one warning, every tenth failure, and the reconnect."""
     caplog.set_level(logging.INFO)
-    world = Supervised([NetworkError("nobody there")] * 25)
-    world.backend.advance(3600)
+    harness = SupervisorHarness([NetworkError("nobody there")] * 25)
+    harness.backend.advance(3600)
     lines = [
         (record.levelname, record.getMessage())
         for record in caplog.records
@@ -506,8 +488,8 @@ def test_logs_the_first_failure_and_every_tenth(caplog):
 # -- watch
 
 
-def test_a_dead_loop_runs_again(caplog):
-    """A loop that dies is logged, counted and started again, later and later, until it is told to stop."""
+def test_dead_loop_is_restarted_with_backoff(caplog):
+    """A loop that dies is logged, counted and restarted after growing delays, until the stop."""
     backend, counters = FakeConcurrency(), Counters()
     loops, runs = BackgroundLoops(backend, counters), []
 
@@ -526,8 +508,8 @@ def test_a_dead_loop_runs_again(caplog):
     assert not task.alive()
 
 
-def test_a_loop_that_ran_well_for_long_comes_back_soon():
-    """Deaths that lie days apart do not add up to a minute's wait."""
+def test_rare_deaths_do_not_add_up():
+    """A loop that ran for an hour is restarted after the initial delay."""
     backend, counters, runs = FakeConcurrency(), Counters(), []
 
     def run(_stop_event):
@@ -540,8 +522,8 @@ def test_a_loop_that_ran_well_for_long_comes_back_soon():
     assert {round(later - earlier) for earlier, later in pairwise(runs)} == {3601}
 
 
-def test_a_loop_that_returns_because_it_was_told_to_is_not_restarted():
-    """A loop that ends after ``stop_event`` ends for good, uncounted."""
+def test_stopped_loop_is_not_restarted():
+    """A loop that ends after ``stop_event`` is neither restarted nor counted."""
     backend, counters = FakeConcurrency(), Counters()
     loops = BackgroundLoops(backend, counters)
     task = loops.spawn(backend.wait, "z4j-idle")
