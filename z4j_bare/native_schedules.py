@@ -71,8 +71,8 @@ _TABLES = (
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    May be used from any thread and process, because each call opens its own connection. Every
-    method, like the constructor, may raise ``sqlite3.Error`` and ``OSError`` if the disk fails.
+    It may be used from any thread and process, because each call opens its own connection. The
+    constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
 
     :param path: the file; it is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
