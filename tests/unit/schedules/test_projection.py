@@ -80,7 +80,7 @@ def test_snapshot_of_any_schedules_is_accepted(wanted):
     ]
     publish(brain, authority, rows)
     assert len(brain.rows) == len(wanted)
-    assert brain.publish == ["test"]
+    assert brain.published_reasons == ["test"]
 
 
 @settings(max_examples=30)

@@ -37,7 +37,7 @@ from z4j_bare.wire import backoff
 RESET = NetworkError("reset")
 BLOCKED = [NetworkError("HTTP", code=status) for status in (200, 302, 400, 404, 405, 426)]
 BLOCKED += [AuthenticationRejectedError("HTTP", code=status) for status in (401, 403)]
-SPEAKS = [
+NOT_BLOCKED = [
     AuthenticationRejectedError("close", code=4401),
     IncompatibleError("close", code=4426),
     NetworkError("close", code=1012),
@@ -47,11 +47,11 @@ SPEAKS = [
 ]
 
 
-def yes():
+def reachable():
     return True
 
 
-def no():
+def unreachable():
     return False
 
 
@@ -62,9 +62,9 @@ def no():
 def test_http_status_for_upgrade_causes_fallback(error):
     """One status other than 101 selects long-poll, provided the health route answers."""
     policy = FallbackPolicy()
-    assert not policy.on_websocket_failure(error, 0, no)
+    assert not policy.on_websocket_failure(error, 0, unreachable)
     assert policy.next_transport(1) == WS
-    assert policy.on_websocket_failure(error, 1, yes)
+    assert policy.on_websocket_failure(error, 1, reachable)
     assert policy.next_transport(2) == LONGPOLL
 
 
@@ -72,56 +72,56 @@ def test_http_status_for_upgrade_causes_fallback(error):
 def test_repeated_reset_causes_fallback(error):
     """A server error, reset or timeout selects long-poll when it occurs twice in a row."""
     policy = FallbackPolicy()
-    assert not policy.on_websocket_failure(error, 0, yes)
-    assert policy.on_websocket_failure(error, 1, yes)
+    assert not policy.on_websocket_failure(error, 0, reachable)
+    assert policy.on_websocket_failure(error, 1, reachable)
     assert policy.next_transport(2) == LONGPOLL
 
 
-@pytest.mark.parametrize("error", SPEAKS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", NOT_BLOCKED, ids=lambda error: type(error).__name__)
 def test_close_code_keeps_websocket(error):
     """A close code or a configuration error keeps WebSocket and ends a series of resets."""
     policy = FallbackPolicy()
     for now in range(10):
-        assert not policy.on_websocket_failure(RESET, now, yes)
-        assert not policy.on_websocket_failure(error, now, yes)
+        assert not policy.on_websocket_failure(RESET, now, reachable)
+        assert not policy.on_websocket_failure(error, now, reachable)
 
 
 def test_unreachable_brain_keeps_websocket():
     """While the health route fails as well, WebSocket is kept after any number of failures."""
     policy = FallbackPolicy()
-    assert not any(policy.on_websocket_failure(RESET, now, no) for now in range(20))
+    assert not any(policy.on_websocket_failure(RESET, now, unreachable) for now in range(20))
     assert policy.next_transport(20) == WS
 
 
 def test_session_resets_failure_count():
     """Two resets with a session between them do not select long-poll."""
     policy = FallbackPolicy()
-    policy.on_websocket_failure(RESET, 0, yes)
+    policy.on_websocket_failure(RESET, 0, reachable)
     policy.on_connected(WS, 1)
-    assert not policy.on_websocket_failure(RESET, 2, yes)
+    assert not policy.on_websocket_failure(RESET, 2, reachable)
 
 
 def test_websocket_is_retried_at_growing_intervals():
     """WebSocket is tried again after one minute, then two, up to one hour."""
     policy, now, waits = FallbackPolicy(), 0.0, []
-    policy.on_websocket_failure(BLOCKED[0], now, yes)
+    policy.on_websocket_failure(BLOCKED[0], now, reachable)
     for _ in range(9):
         waits.append(policy.next_probe_at - now)
         now = policy.next_probe_at
         assert policy.next_transport(now - 0.1) == LONGPOLL
         assert policy.next_transport(now) == WS
-        assert policy.on_websocket_failure(RESET, now, no)
+        assert policy.on_websocket_failure(RESET, now, unreachable)
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
 
 
 def test_websocket_session_ends_fallback():
     """A session over WebSocket ends the fallback, and a later one starts again at one minute."""
     policy = FallbackPolicy()
-    policy.on_websocket_failure(BLOCKED[0], 0, yes)
+    policy.on_websocket_failure(BLOCKED[0], 0, reachable)
     policy.postpone_probe(60)
     policy.on_connected(WS, 200)
     assert policy.next_transport(201) == WS
-    policy.on_websocket_failure(BLOCKED[0], 10_000, yes)
+    policy.on_websocket_failure(BLOCKED[0], 10_000, reachable)
     assert policy.next_probe_at == 10_000 + PROBE_DELAY_INITIAL
 
 
@@ -129,13 +129,13 @@ def test_brief_websocket_sessions_keep_interval_growing():
     """If WebSocket works only briefly, the intervals continue to grow."""
     policy = FallbackPolicy()
     now = 0.0
-    policy.on_websocket_failure(BLOCKED[0], now, yes)
+    policy.on_websocket_failure(BLOCKED[0], now, reachable)
     for _ in range(12):
         now = policy.next_probe_at
         policy.postpone_probe(now)
         policy.on_connected(WS, now)
         now += 1
-        assert policy.on_websocket_failure(BLOCKED[0], now, yes)
+        assert policy.on_websocket_failure(BLOCKED[0], now, reachable)
     assert policy.next_probe_at - now == PROBE_DELAY_MAX
 
 
@@ -143,10 +143,10 @@ def test_rejected_long_poll_returns_to_websocket():
     """If long-poll is rejected by a proxy or for the token, WebSocket is tried next."""
     for error in (AuthenticationRejectedError("x", code=401), NetworkError("x", code=404)):
         policy = FallbackPolicy()
-        policy.on_websocket_failure(BLOCKED[0], 0, yes)
+        policy.on_websocket_failure(BLOCKED[0], 0, reachable)
         policy.on_longpoll_failure(error)
         assert policy.next_transport(1) == WS
-    policy.on_websocket_failure(BLOCKED[0], 0, yes)
+    policy.on_websocket_failure(BLOCKED[0], 0, reachable)
     policy.on_longpoll_failure(NetworkError("x", code=503))
     policy.on_longpoll_failure(RESET)
     assert policy.next_transport(1) == LONGPOLL
@@ -156,7 +156,7 @@ def test_rejected_long_poll_returns_to_websocket():
     st.lists(
         st.tuples(
             st.sampled_from(["fail", "poll", "hello_ack", "look"]),
-            st.sampled_from([RESET, *BLOCKED, *SPEAKS]),
+            st.sampled_from([RESET, *BLOCKED, *NOT_BLOCKED]),
             st.booleans(),
             st.floats(0, 5000),
         )
@@ -183,7 +183,7 @@ def test_forced_transport_is_never_left(preference):
     """``ws`` and ``longpoll`` are kept, whatever fails."""
     policy = FallbackPolicy(preference)
     for error in (*BLOCKED, RESET):
-        assert not policy.on_websocket_failure(error, 0, yes)
+        assert not policy.on_websocket_failure(error, 0, reachable)
         policy.on_longpoll_failure(error)
         assert policy.next_transport(1e9) == preference
 
@@ -202,7 +202,7 @@ def test_transport_setting_and_keyword(monkeypatch):
 # -- the runtime behind a gate
 
 
-class ForkGuard:
+class ProxyGate:
     """A listener in front of two peers that lets WebSocket through or blocks it in one of the ways of proxies."""
 
     def __init__(self, backend, ws_peer, http_peer):
@@ -231,19 +231,22 @@ class ForkGuard:
                 pass
             else:
                 self._join(
-                    sock, head, "ws" if upgrade else "http", mute=upgrade and self.block == "mute"
+                    sock,
+                    head,
+                    "ws" if upgrade else "http",
+                    silent=upgrade and self.block == "silent",
                 )
         except (GoneError, OSError):
             pass
         finally:
             sock.close()
 
-    def _join(self, sock, head, kind, *, mute):
+    def _join(self, sock, head, kind, *, silent):
         with socket.create_connection(("127.0.0.1", self._ports[kind])) as inner:
             inner.settimeout(0)
             self._door.socks.append(inner)
             inner.send(head)
-            join(self.backend, sock, inner, 1 if mute else None)
+            join(self.backend, sock, inner, 1 if silent else None)
 
 
 def an_event(number):
@@ -259,17 +262,17 @@ def an_event(number):
 
 @pytest.fixture
 def peers(backend):
-    made = Peer(backend), HttpPeer(backend)
-    yield made
-    for peer in made:
+    created = Peer(backend), HttpPeer(backend)
+    yield created
+    for peer in created:
         peer.stop()
 
 
 @pytest.fixture
 def gate(backend, peers):
-    made = ForkGuard(backend, *peers)
-    yield made
-    made.stop()
+    created = ProxyGate(backend, *peers)
+    yield created
+    created.stop()
 
 
 @pytest.fixture
@@ -279,7 +282,7 @@ def install(gate, monkeypatch):
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     monkeypatch.setattr(longpoll, "POLL_WAIT", 1)
-    made = []
+    created = []
 
     def make(**changes):
         options = {
@@ -289,16 +292,16 @@ def install(gate, monkeypatch):
             "project_id": "demo",
             "hmac_secret": SECRET_TEXT,
         }
-        made.append(install_agent(**{**options, **changes}))
-        return made[-1]
+        created.append(install_agent(**{**options, **changes}))
+        return created[-1]
 
     yield make
-    for runtime in made:
+    for runtime in created:
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)
 
 
-@pytest.mark.parametrize("block", ["403", "reset", "mute"])
+@pytest.mark.parametrize("block", ["403", "reset", "silent"])
 def test_agent_falls_back_behind_blocking_proxy(install, gate, peers, until, caplog, block):
     """Behind each kind of proxy the agent connects over long-poll, and log and heartbeat say so."""
     caplog.set_level(logging.INFO, "z4j")

@@ -9,7 +9,7 @@ from z4j_bare.transport.error_text import describe_error
 from z4j_bare.transport.http import Client
 from z4j_bare.transport.websocket import WebSocketTransport, close_error
 
-WRONG = {
+INVALID_PROXIES = {
     "port-no-number": "http://user:hunter2@127.0.0.1:port",
     "port-too-large": "http://user:hunter2@127.0.0.1:99999",
     "no-host": "http://user:hunter2@",
@@ -24,8 +24,8 @@ WRONG = {
 }
 
 
-@pytest.fixture(params=WRONG.values(), ids=WRONG.keys())
-def proxied(request, monkeypatch):
+@pytest.fixture(params=INVALID_PROXIES.values(), ids=INVALID_PROXIES.keys())
+def invalid_proxy(request, monkeypatch):
     """An environment that leads nowhere."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, request.param)
@@ -33,7 +33,7 @@ def proxied(request, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def knock(backend, scheme):
+def connect(backend, scheme):
     """Try to reach a brain by that scheme."""
     if scheme.startswith("http"):
         client = Client(f"{scheme}://192.0.2.1/api/v1", {}, backend)
@@ -50,14 +50,16 @@ def knock(backend, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ws", "wss"])
-def test_invalid_proxy_raises_network_error_without_password(proxied, backend, caplog, scheme):
+def test_invalid_proxy_raises_network_error_without_password(
+    invalid_proxy, backend, caplog, scheme
+):
     """An invalid proxy variable raises ``NetworkError``.
 
     Neither the error nor a log has its password.
     """
     caplog.set_level(logging.DEBUG)
     with pytest.raises(NetworkError) as caught:
-        knock(backend, scheme)
+        connect(backend, scheme)
     assert "hunter" not in str(caught.value)
     assert "hunter" not in caplog.text
 

@@ -59,13 +59,13 @@ def a_hello():
 
 @pytest.fixture
 def peer(backend):
-    made = HttpPeer(backend)
-    yield made
-    made.stop()
-    assert made.mishaps == []
+    created = HttpPeer(backend)
+    yield created
+    created.stop()
+    assert created.mishaps == []
 
 
-class Dial:
+class LongPollSession:
     """A transport, its session, and short ways to use them."""
 
     def __init__(self, peer, backend, limits=None, token=TOKEN, secret=SECRET):
@@ -86,39 +86,39 @@ class Dial:
 
 
 @pytest.fixture
-def dial(peer, backend):
-    made = []
+def make_session(peer, backend):
+    created = []
 
     def make(**how):
-        made.append(Dial(peer, backend, **how))
-        return made[-1]
+        created.append(LongPollSession(peer, backend, **how))
+        return created[-1]
 
     yield make
-    for one in made:
-        one.transport.close()
+    for client in created:
+        client.transport.close()
 
 
 @pytest.fixture
-def live(dial):
-    one = dial()
-    one.connect()
-    return one
+def connected(make_session):
+    client = make_session()
+    client.connect()
+    return client
 
 
 # -- connecting
 
 
 @pytest.mark.parametrize(
-    ("given", "made"),
+    ("given", "created"),
     [
         ("https://brain.example.com", "https://brain.example.com/api/v1"),
         ("https://brain.example.com/z4j/", "https://brain.example.com/z4j/api/v1"),
         ("http://127.0.0.1:7700", "http://127.0.0.1:7700/api/v1"),
     ],
 )
-def test_longpoll_url_keeps_path_prefix(given, made):
+def test_longpoll_url_keeps_path_prefix(given, created):
     """The brain's URL becomes that of its API, including a path prefix."""
-    assert longpoll_url(given, dev_mode=False) == made
+    assert longpoll_url(given, dev_mode=False) == created
 
 
 def test_plain_http_to_other_host_is_rejected():
@@ -128,9 +128,9 @@ def test_plain_http_to_other_host_is_rejected():
     assert longpoll_url("http://brain.example.com", dev_mode=True).startswith("http://")
 
 
-def test_connect_probes_without_claiming_commands(dial, peer):
+def test_connect_probes_without_claiming_commands(make_session, peer):
     """Connect is one request that claims no command. Its response becomes a ``hello_ack``."""
-    hello_ack = dial().connect()
+    hello_ack = make_session().connect()
     (probe,) = peer.requests
     assert (probe.method, probe.path, probe.query) == (
         "GET",
@@ -151,10 +151,10 @@ def test_connect_probes_without_claiming_commands(dial, peer):
     assert abs(hello_ack.server_time - dt.datetime.now(dt.UTC).timestamp()) < 5
 
 
-def test_each_session_has_new_nonce(dial, peer):
+def test_each_session_has_new_nonce(make_session, peer):
     """No two sessions have the same nonce, because ``seq`` restarts in each."""
     for _ in range(3):
-        dial().connect()
+        make_session().connect()
     assert len({request.nonce for request in peer.requests}) == 3
 
 
@@ -174,18 +174,20 @@ def test_each_session_has_new_nonce(dial, peer):
     ],
 )
 @pytest.mark.parametrize("where", ["probe", "upload", "poll"])
-def test_http_status_has_same_meaning_everywhere(dial, peer, status, headers, kind, where):
+def test_http_status_has_same_meaning_everywhere(make_session, peer, status, headers, kind, where):
     """A status has the same class, code, reason and ``Retry-After`` in a probe, upload or poll."""
-    one = dial()
+    client = make_session()
     if where != "probe":
-        one.connect()
-        one.send()
+        client.connect()
+        client.send()
     peer.answers["POST" if where == "upload" else "GET"] = [
         (status, headers, b'{"detail":"as scripted"}')
     ]
-    act = {"probe": one.connect, "upload": one.send, "poll": lambda: one.transport.receive(10.0)}[
-        where
-    ]
+    act = {
+        "probe": client.connect,
+        "upload": client.send,
+        "poll": lambda: client.transport.receive(10.0),
+    }[where]
     with pytest.raises(kind, match="as scripted") as caught:
         act()
     assert type(caught.value) is kind
@@ -196,122 +198,124 @@ def test_http_status_has_same_meaning_everywhere(dial, peer, status, headers, ki
     assert not any(request.path == "/" for request in peer.requests)
 
 
-def test_rejected_token_names_setting(dial):
+def test_rejected_token_names_setting(make_session):
     """A token that the brain rejects names the setting."""
     with pytest.raises(AuthenticationRejectedError, match="Z4J_TOKEN"):
-        dial(token="wrong").connect()
+        make_session(token="wrong").connect()
 
 
 @pytest.mark.parametrize("body", [b"<html>Blocked</html>", b"[]", b"", b"\xff", b"[" * 50_000])
-def test_response_of_proxy_is_protocol_error(dial, peer, body):
+def test_response_of_proxy_is_protocol_error(make_session, peer, body):
     """A proxy's page in place of a response is a protocol error that says so."""
-    one = dial()
+    client = make_session()
     peer.answers["GET"] = [(200, {}, body)]
     with pytest.raises(RemoteProtocolError, match="proxy"):
-        one.connect()
-    two = dial()
-    two.connect()
+        client.connect()
+    second = make_session()
+    second.connect()
     peer.answers["POST"] = [(200, {}, body)]
     with pytest.raises(RemoteProtocolError, match="proxy"):
-        two.send()
+        second.send()
     peer.answers["GET"] = [(200, {}, body)]
     with pytest.raises(RemoteProtocolError, match="proxy"):
-        two.transport.receive(5.0)
+        second.transport.receive(5.0)
 
 
-def test_closed_port_raises_network_error(backend, peer, dial):
+def test_closed_port_raises_network_error(backend, peer, make_session):
     """A closed port raises ``NetworkError``."""
     peer.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
-        dial().connect()
+        make_session().connect()
 
 
 # -- uploads
 
 
-def test_upload_carries_one_signed_frame(live, peer):
+def test_upload_carries_one_signed_frame(connected, peer):
     """One POST carries one signed frame as a string, and its return is the ack."""
-    live.send(b'{"events":[{"n":"caf\xc3\xa9 \\" \\\\"}]}')
+    connected.send(b'{"events":[{"n":"caf\xc3\xa9 \\" \\\\"}]}')
     (request,) = peer.of("POST")
     assert request.headers["content-type"] == "application/json"
-    assert request.nonce == live.session.hello_ack.session_id
+    assert request.nonce == connected.session.hello_ack.session_id
     assert peer.events() == [{"n": 'café " \\'}]
 
 
-def test_concurrent_uploads_keep_signature_order(live, peer, backend):
+def test_concurrent_uploads_keep_signature_order(connected, peer, backend):
     """Concurrent uploads run one at a time, in the order of their signatures."""
     peer.post_seconds = 0.02
-    tasks = [backend.spawn(live.send, name=f"sender-{number}") for number in range(8)]
+    tasks = [backend.spawn(connected.send, name=f"sender-{number}") for number in range(8)]
     assert all(task.join(20) for task in tasks)
     (session,) = peer.sessions.values()
     assert [frame.seq for frame in session.frames] == list(range(1, 9))
 
 
-def test_rejected_frame_raises_with_reason(live, peer):
+def test_rejected_frame_raises_with_reason(connected, peer):
     """A response of 200 that did not accept the frame is an error with the brain's reason."""
     peer.answers["POST"] = [
         (200, {}, b'{"accepted":0,"rejected":1,"errors":["busy"],"error_code":null}')
     ]
     with pytest.raises(NetworkError, match="busy"):
-        live.send()
+        connected.send()
 
 
-def test_upload_without_response_raises(live, peer):
+def test_upload_without_response_raises(connected, peer):
     """A connection that breaks after the request leaves the frame unacknowledged."""
     peer.drop_posts = 1
     with pytest.raises(NetworkError):
-        live.send()
+        connected.send()
 
 
-def test_rejected_first_signature_names_secret_and_clock(dial, peer):
+def test_rejected_first_signature_names_secret_and_clock(make_session, peer):
     """A 409 to the first frame of a nonce is an authentication error with two hints."""
-    one = dial(secret=bytes(32))
-    one.connect()
+    client = make_session(secret=bytes(32))
+    client.connect()
     with pytest.raises(AuthenticationRejectedError, match=r"Z4J_HMAC_SECRET.*clock"):
-        one.send()
+        client.send()
     peer.mishaps.clear()  # the bad signature was on purpose
 
 
-def test_body_limit_is_halved_and_kept_for_next_session(dial, peer):
+def test_body_limit_is_halved_and_kept_for_next_session(make_session, peer):
     """413 halves the limit until a body fits.
 
     The session continues, and the next one keeps the limit.
     """
     peer.body_limit = 8192
-    one = dial()
-    assert one.connect().max_frame_bytes > 100_000
+    client = make_session()
+    assert client.connect().max_frame_bytes > 100_000
     with pytest.raises(FrameTooLargeError) as caught:
-        one.send(event_batch([b'"%s"' % (b"x" * 90_000)]))
+        client.send(event_batch([b'"%s"' % (b"x" * 90_000)]))
     while (limit := caught.value.limit) > 8192:
         with pytest.raises(FrameTooLargeError) as caught:
-            one.send(event_batch([b'"%s"' % (b"x" * (limit - 1000))]))
-    one.send(event_batch([b'{"x":"%s"}' % (b"x" * 7000)]))
-    assert one.limits.body_limit == 8192
+            client.send(event_batch([b'"%s"' % (b"x" * (limit - 1000))]))
+    client.send(event_batch([b'{"x":"%s"}' % (b"x" * 7000)]))
+    assert client.limits.body_limit == 8192
     before = len(peer.requests)
-    two = dial(limits=one.limits)
-    assert 8000 < two.connect().max_frame_bytes < 8192
+    second = make_session(limits=client.limits)
+    assert 8000 < second.connect().max_frame_bytes < 8192
     with pytest.raises(FrameTooLargeError) as caught:
-        two.send(event_batch([b'"%s"' % (b"x" * 8000)]))
+        second.send(event_batch([b'"%s"' % (b"x" * 8000)]))
     assert (caught.value.limit, len(peer.requests)) == (8192, before + 1)
 
 
-def test_body_limit_includes_json_escapes(dial, peer):
+def test_body_limit_includes_json_escapes(make_session, peer):
     """The limit applies to the body with the escapes of its JSON string."""
-    one = dial(limits=LearnedLimits(body_limit=8192))
-    one.connect()
+    client = make_session(limits=LearnedLimits(body_limit=8192))
+    client.connect()
     with pytest.raises(FrameTooLargeError) as caught:
-        one.send(event_batch([b'{"k":"v"}'] * 600))
+        client.send(event_batch([b'{"k":"v"}'] * 600))
     assert caught.value.size > 8192 > len(event_batch([b'{"k":"v"}'] * 600))
     assert peer.of("POST") == []
 
 
-def test_broken_large_upload_halves_unproven_limit(live, peer):
+def test_broken_large_upload_halves_unproven_limit(connected, peer):
     """A connection that breaks during a large upload halves a limit above 8 KiB."""
     peer.drop_posts = 100
     for _ in range(8):
         with pytest.raises(NetworkError):
-            live.send(event_batch([b'"%s"' % (b"x" * min(90_000, live.limits.body_limit - 1000))]))
-    assert live.limits.body_limit == 8192
+            connected.send(
+                event_batch([b'"%s"' % (b"x" * min(90_000, connected.limits.body_limit - 1000))])
+            )
+    assert connected.limits.body_limit == 8192
 
 
 @pytest.mark.parametrize("size", [2, 8192, 8193, BODY_LIMIT_INITIAL])
@@ -335,123 +339,123 @@ def test_token_bucket_limits_rate_after_burst():
 # -- polls
 
 
-def test_receive_returns_polled_commands_in_order(live, peer, until):
+def test_receive_returns_polled_commands_in_order(connected, peer, until):
     """The commands of one poll are returned one by one, in order, and verify under the nonce."""
     ids = [peer.command("retry_task") for _ in range(5)]
     got = []
     while len(got) < 5:
-        message = live.transport.receive(10.0)
+        message = connected.transport.receive(10.0)
         assert message is not None
-        got.append(live.session.verify(message).id)
+        got.append(connected.session.verify(message).id)
     assert got == ids
     polls = [request for request in peer.of("GET") if request.query["max_frames"] != "0"]
     assert polls[0].query == {"wait": "30", "max_frames": "50"}
     assert polls[0].headers["x-z4j-retry-contracts"] == "celery=1,rq=1"
 
 
-def test_receive_timeout_does_not_end_poll(live, peer):
+def test_receive_timeout_does_not_end_poll(connected, peer):
     """A receive times out by its own timeout while the poll continues."""
-    assert live.transport.receive(0.05) is None
-    assert live.transport.receive(0.05) is None
+    assert connected.transport.receive(0.05) is None
+    assert connected.transport.receive(0.05) is None
     assert len([request for request in peer.of("GET") if request.query["max_frames"] != "0"]) <= 1
 
 
-def test_upload_during_poll_succeeds(live, peer, until):
+def test_upload_during_poll_succeeds(connected, peer, until):
     """A frame is uploaded while a poll is waiting."""
-    live.transport.receive(0.01)
+    connected.transport.receive(0.01)
     until(lambda: peer.polling)
-    live.send()
+    connected.send()
     assert peer.polling
 
 
-def test_abort_ends_receive_and_poll(live, peer, backend, until):
+def test_abort_ends_receive_and_poll(connected, peer, backend, until):
     """``abort`` from another task ends a waiting receive at once, and the poll with it."""
     ended = []
 
     def read():
         with pytest.raises(NetworkError):
-            live.transport.receive(30.0)
+            connected.transport.receive(30.0)
         ended.append(backend.now())
 
     task = backend.spawn(read, name="reader")
     until(lambda: peer.polling)
     began = backend.now()
-    live.transport.abort()
-    live.transport.abort()
+    connected.transport.abort()
+    connected.transport.abort()
     assert task.join(10)
     assert ended[0] - began < 5
-    assert live.transport._poller.join(5)
+    assert connected.transport._poller.join(5)
     with pytest.raises(NetworkError):
-        live.send()
+        connected.send()
 
 
-def test_abort_ends_upload(live, peer, backend, until):
+def test_abort_ends_upload(connected, peer, backend, until):
     """``abort`` ends an upload that has no response."""
     peer.post_seconds = 20.0
     failed = []
 
     def write():
         with pytest.raises(NetworkError):
-            live.send()
+            connected.send()
         failed.append(True)
 
     task = backend.spawn(write, name="writer")
     until(lambda: peer.posting)
-    live.transport.abort()
+    connected.transport.abort()
     assert task.join(5)
     assert failed
 
 
-def test_empty_polls_are_limited_to_one_per_second(live, peer, backend, monkeypatch):
+def test_empty_polls_are_limited_to_one_per_second(connected, peer, backend, monkeypatch):
     """Immediate empty responses, as from a cache, are requested once a second at most."""
     peer.answers["GET"] = [(200, {}, b'{"frames":[]}')] * 50
     began = backend.now()
     while backend.now() - began < 1.2:
-        live.transport.receive(0.1)
+        connected.transport.receive(0.1)
     assert len(peer.answers["GET"]) >= 48
 
 
-def test_gateway_timeout_shortens_polls(live, peer):
+def test_gateway_timeout_shortens_polls(connected, peer):
     """After a 504 the next session's polls are shorter."""
     peer.answers["GET"] = [(504, {}, b"")]
     with pytest.raises(NetworkError, match="504"):
-        live.transport.receive(5.0)
-    assert live.limits.wait == 15
+        connected.transport.receive(5.0)
+    assert connected.limits.wait == 15
 
 
-def test_drain_waits_for_poll_and_its_commands(live, peer, backend, until, monkeypatch):
+def test_drain_waits_for_poll_and_its_commands(connected, peer, backend, until, monkeypatch):
     """``drain`` waits for the current poll and its commands, and no other poll follows."""
     got = []
 
     def read():
         try:
             while True:
-                message = live.transport.receive(0.1)
+                message = connected.transport.receive(0.1)
                 if message is not None:
-                    got.append(live.session.verify(message).id)
+                    got.append(connected.session.verify(message).id)
         except NetworkError:
             pass
 
-    live.limits.wait = 5
+    connected.limits.wait = 5
     reader = backend.spawn(read, name="reader")
     until(lambda: peer.polling)
-    drained = backend.spawn(live.transport.drain, name="drain")
+    drained = backend.spawn(connected.transport.drain, name="drain")
     backend.sleep(0.1)
     assert drained.alive()
     identity = peer.command("retry_task")
     assert drained.join(10)
     until(lambda: got == [identity])
     polls = len(peer.of("GET"))
-    live.transport.receive(0.5)
+    connected.transport.receive(0.5)
     assert len(peer.of("GET")) == polls
-    live.transport.abort()
+    connected.transport.abort()
     assert reader.join(5)
 
 
 # -- surroundings
 
 
-def test_proxy_variables_apply_and_netrc_does_not(dial, peer, monkeypatch, tmp_path):
+def test_proxy_variables_apply_and_netrc_does_not(make_session, peer, monkeypatch, tmp_path):
     """A proxy variable and ``NO_PROXY`` apply, and a ``.netrc`` never replaces the token."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login a password b\n")
@@ -462,14 +466,14 @@ def test_proxy_variables_apply_and_netrc_does_not(dial, peer, monkeypatch, tmp_p
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(NetworkError, match="ProxyError"):
-        dial().connect()
+        make_session().connect()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    dial().connect()
+    make_session().connect()
     assert peer.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_session_through_forward_proxy(dial, peer, monkeypatch, backend):
+def test_session_through_forward_proxy(make_session, peer, monkeypatch, backend):
     """Through a forward proxy the request has the full URL, and the session works."""
     monkeypatch.setenv("http_proxy", peer.url)
     monkeypatch.setattr(
@@ -481,114 +485,118 @@ def test_session_through_forward_proxy(dial, peer, monkeypatch, backend):
             b'{"frames":[]}',
         ),
     )
-    one = Dial(peer, backend)
-    one.transport = LongPollTransport(
+    client = LongPollSession(peer, backend)
+    client.transport = LongPollTransport(
         "http://brain.invalid/api/v1", lambda: TOKEN, backend, LearnedLimits()
     )
-    one.connect()
-    one.transport.close()
+    client.connect()
+    client.transport.close()
     assert peer.requests[0].headers["host"] == "brain.invalid"
 
 
 @pytest.fixture
-def secure(backend, server_tls):
-    made = HttpPeer(backend, tls=server_tls)
-    yield made
-    made.stop()
+def tls_peer(backend, server_tls):
+    created = HttpPeer(backend, tls=server_tls)
+    yield created
+    created.stop()
 
 
 @pytest.fixture
-def dial_secure(secure, backend):
-    made = []
+def make_tls_session(tls_peer, backend):
+    created = []
 
     def make(ca):
-        one = Dial(secure, backend)
-        one.transport = LongPollTransport(
-            one.url, lambda: TOKEN, backend, one.limits, tls_context(ca, None, None)
+        client = LongPollSession(tls_peer, backend)
+        client.transport = LongPollTransport(
+            client.url, lambda: TOKEN, backend, client.limits, tls_context(ca, None, None)
         )
-        made.append(one)
-        return one
+        created.append(client)
+        return client
 
     yield make
-    for one in made:
-        one.transport.close()
+    for client in created:
+        client.transport.close()
 
 
-def test_session_over_tls(dial_secure, secure, certificate):
+def test_session_over_tls(make_tls_session, tls_peer, certificate):
     """Over TLS frames of any size are uploaded during a poll, and commands arrive."""
-    one = dial_secure(certificate)
-    one.connect()
-    one.transport.receive(0.01)
+    client = make_tls_session(certificate)
+    client.connect()
+    client.transport.receive(0.01)
     for size in (10, 100_000):
-        one.send(event_batch([b'{"x":"%s"}' % (b"x" * size)]))
-    identity = secure.command("retry_task")
-    assert one.session.verify(one.transport.receive(10.0)).id == identity
-    assert [len(event["x"]) for event in secure.events()] == [10, 100_000]
-    assert secure.mishaps == []
+        client.send(event_batch([b'{"x":"%s"}' % (b"x" * size)]))
+    identity = tls_peer.command("retry_task")
+    assert client.session.verify(client.transport.receive(10.0)).id == identity
+    assert [len(event["x"]) for event in tls_peer.events()] == [10, 100_000]
+    assert tls_peer.mishaps == []
 
 
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_unknown_certificate_is_rejected_before_token(dial_secure, secure, certificate):
+def test_unknown_certificate_is_rejected_before_token(make_tls_session, tls_peer, certificate):
     """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
-        dial_secure(None).connect()
+        make_tls_session(None).connect()
     gc.collect()
-    assert secure.requests == []
+    assert tls_peer.requests == []
 
 
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_requests_adds_no_ca_certificates(dial_secure, secure, certificate, monkeypatch, tmp_path):
+def test_requests_adds_no_ca_certificates(
+    make_tls_session, tls_peer, certificate, monkeypatch, tmp_path
+):
     """Neither the bundle of ``requests`` nor its variables add CA certificates."""
     monkeypatch.setenv("CURL_CA_BUNDLE", str(certificate))
-    one = dial_secure(None)
+    client = make_tls_session(None)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     with pytest.raises(NetworkError):
-        one.connect()
+        client.connect()
     gc.collect()  # eventlet leaves a socket whose handshake failed to the collector
-    one = dial_secure(certificate)
+    client = make_tls_session(certificate)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
-    one.connect()
-    assert len(one.transport._tls.get_ca_certs()) == 1
+    client.connect()
+    assert len(client.transport._tls.get_ca_certs()) == 1
 
 
-def test_tunnel_proxy_never_sees_token(dial_secure, secure, certificate, backend, monkeypatch):
+def test_tunnel_proxy_never_sees_token(
+    make_tls_session, tls_peer, certificate, backend, monkeypatch
+):
     """Over TLS a proxy sees CONNECT and its own credentials, but never the token."""
     tunnel = Tunnel(backend)
     try:
         monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{tunnel.port}")
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        one = dial_secure(certificate)
-        one.connect()
-        one.send()
-        one.transport.close()
+        client = make_tls_session(certificate)
+        client.connect()
+        client.send()
+        client.transport.close()
         assert tunnel.heads
-        assert all(head.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for head in tunnel.heads)
+        assert all(head.startswith(f"CONNECT 127.0.0.1:{tls_peer.port} ") for head in tunnel.heads)
         assert all(
             "Proxy-Authorization: Basic dXNlcjpwYXNz" in head and TOKEN not in head
             for head in tunnel.heads
         )
-        assert secure.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
-        assert len(secure.frames("event_batch")) == 1
+        assert tls_peer.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
+        assert len(tls_peer.frames("event_batch")) == 1
     finally:
         tunnel.stop()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("idle", [0.0, 1.5], ids=["exits-at-once", "runs-its-hub"])
-def test_forked_child_does_not_touch_connections(live, peer, backend, until, mode, idle):
+def test_forked_child_does_not_touch_connections(connected, peer, backend, until, mode, idle):
     """A child neither uses nor breaks its parent's connections, and the session continues."""
     if idle and mode == "eventlet":
         pytest.skip(
             "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
         )
-    live.transport.receive(0.01)
+    connected.transport.receive(0.01)
     until(lambda: peer.polling)
-    live.send()
+    connected.send()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -596,20 +604,20 @@ def test_forked_child_does_not_touch_connections(live, peer, backend, until, mod
             signal.alarm(20)
             time.sleep(idle)
             try:
-                live.send()
+                connected.send()
             except BaseException as error:
                 code = 0 if type(error).__name__ == "ForkedChildError" else 2
-            live.transport.abort()
-            live.transport.close()
+            connected.transport.abort()
+            connected.transport.close()
         finally:
             os._exit(code)
     identity = peer.command("retry_task")
-    message = until(lambda: live.transport.receive(0.1))
-    live.send()
-    assert live.session.verify(message).id == identity
+    message = until(lambda: connected.transport.receive(0.1))
+    connected.send()
+    assert connected.session.verify(message).id == identity
     status = until(lambda: [code for found, code in [os.waitpid(pid, os.WNOHANG)] if found])
     assert status == [0]
-    live.send()
+    connected.send()
     assert [frame.seq for frame in peer.frames("event_batch")] == [1, 2, 3]
 
 
@@ -640,7 +648,7 @@ def install(peer, engine, monkeypatch):
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     peer.body_limit = 8192
-    made = []
+    created = []
 
     def make(**changes):
         options = {
@@ -650,11 +658,11 @@ def install(peer, engine, monkeypatch):
             "project_id": "demo",
             "hmac_secret": SECRET_TEXT,
         }
-        made.append(install_agent(**{**options, "transport": "longpoll", **changes}))
-        return made[-1]
+        created.append(install_agent(**{**options, "transport": "longpoll", **changes}))
+        return created[-1]
 
     yield make
-    for runtime in made:
+    for runtime in created:
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)
 
@@ -730,7 +738,7 @@ def test_large_heartbeat_is_reduced_and_sent(install, peer, until, monkeypatch):
 
 
 def test_commands_of_lost_session_are_executed(install, peer, engine, until):
-    """All commands of a poll run although their session is lost. The results go by the next one."""
+    """All commands of a poll run although their session is lost. The results go by the next client."""
     runtime = install()
     # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
     until(

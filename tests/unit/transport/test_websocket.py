@@ -20,7 +20,7 @@ from z4j_bare.wire.session import parse_hello_ack
 
 
 @pytest.mark.parametrize(
-    ("given", "made"),
+    ("given", "created"),
     [
         ("https://brain.example.com", "wss://brain.example.com/ws/agent"),
         ("https://brain.example.com:8443/z4j/", "wss://brain.example.com:8443/z4j/ws/agent"),
@@ -29,9 +29,9 @@ from z4j_bare.wire.session import parse_hello_ack
         ("http://[::1]:7700", "ws://[::1]:7700/ws/agent"),
     ],
 )
-def test_websocket_url_keeps_path_prefix(given, made):
+def test_websocket_url_keeps_path_prefix(given, created):
     """The brain's URL becomes that of its WebSocket route, including a path prefix."""
-    assert websocket_url(given, dev_mode=False) == made
+    assert websocket_url(given, dev_mode=False) == created
 
 
 @pytest.mark.parametrize(
@@ -99,49 +99,49 @@ def test_binary_frames_have_random_masks():
 
 
 @pytest.fixture
-def ends(backend):
+def socket_pair(backend):
     left, right = socket.socketpair()
     yield CooperativeSocket(left, backend, 0.05, 0.05), right
     left.close()
     right.close()
 
 
-def test_recv_returns_requested_sizes(ends):
+def test_recv_returns_requested_sizes(socket_pair):
     """Bytes are returned in the requested sizes, whatever sizes arrived."""
-    line, other = ends
+    sock, other = socket_pair
     other.sendall(b"abcdef")
-    assert (line.recv(1), line.recv(2), line.recv(10)) == (b"a", b"bc", b"def")
+    assert (sock.recv(1), sock.recv(2), sock.recv(10)) == (b"a", b"bc", b"def")
 
 
-def test_recv_and_send_time_out(ends):
+def test_recv_and_send_time_out(socket_pair):
     """Reads and writes time out after their own timeouts."""
-    line, _other = ends
+    sock, _other = socket_pair
     with pytest.raises(TimeoutError):
-        line.recv(1)
+        sock.recv(1)
     with pytest.raises(TimeoutError):
-        [line.send(b"x" * 65536) for _ in range(1000)]
-    line.settimeout(0.01)
-    line.settimeout(None)
+        [sock.send(b"x" * 65536) for _ in range(1000)]
+    sock.settimeout(0.01)
+    sock.settimeout(None)
     with pytest.raises(TimeoutError):
-        line.recv(1)
+        sock.recv(1)
     with pytest.raises(BlockingIOError):
-        line.try_send(b"x")
-    assert line.gettimeout() == 0
+        sock.try_send(b"x")
+    assert sock.gettimeout() == 0
 
 
-def test_shutdown_wakes_reader(ends, backend, until):
+def test_shutdown_wakes_reader(socket_pair, backend, until):
     """A waiting reader sees the end of the stream after a shutdown by either side."""
-    line, other = ends
-    line.settimeout(20)
+    sock, other = socket_pair
+    sock.settimeout(20)
     got = []
-    task = backend.spawn(lambda: got.append(line.recv(1)), name="reader")
+    task = backend.spawn(lambda: got.append(sock.recv(1)), name="reader")
     backend.sleep(0.02)
-    line.shutdown(socket.SHUT_RDWR)
+    sock.shutdown(socket.SHUT_RDWR)
     assert task.join(10)
     assert got == [b""]
     assert other.recv(1) == b""
-    line.close()
-    assert line.fileno() == -1
+    sock.close()
+    assert sock.fileno() == -1
 
 
 # -- the transport
@@ -161,23 +161,23 @@ def a_hello():
 
 
 @pytest.fixture
-def dial(backend):
-    made = []
+def make_transport(backend):
+    created = []
 
     def make(peer, tls=None):
-        made.append(
+        created.append(
             WebSocketTransport(websocket_url(peer.url, dev_mode=False), lambda: TOKEN, backend, tls)
         )
-        return made[-1]
+        return created[-1]
 
     yield make
-    for transport in made:
+    for transport in created:
         transport.close()
 
 
-def test_session_connects_exchanges_and_closes(peer, dial, until):
+def test_session_connects_exchanges_and_closes(peer, make_transport, until):
     """A session connects, exchanges messages, and can be closed repeatedly."""
-    transport = dial(peer)
+    transport = make_transport(peer)
     assert parse_hello_ack(transport.connect(a_hello())).session_id == peer.sessions[0].id
     assert transport.receive(0.01) is None
     peer.last.send(b"to the agent")
@@ -194,9 +194,9 @@ def test_session_connects_exchanges_and_closes(peer, dial, until):
             use()
 
 
-def test_message_in_single_bytes_is_assembled(peer, dial, backend):
+def test_message_in_single_bytes_is_assembled(peer, make_transport, backend):
     """A message that arrives byte by byte with pauses beyond the read timeout is assembled."""
-    transport = dial(peer)
+    transport = make_transport(peer)
     transport.connect(a_hello())
     session = peer.last
 
@@ -212,9 +212,9 @@ def test_message_in_single_bytes_is_assembled(peer, dial, backend):
     assert got == b"hello"
 
 
-def test_fragmented_message_with_ping_is_assembled(peer, dial, until):
+def test_fragmented_message_with_ping_is_assembled(peer, make_transport, until):
     """A fragmented message with a ping in the middle is one message, and the ping is answered."""
-    transport = dial(peer)
+    transport = make_transport(peer)
     transport.connect(a_hello())
     peer.last.send_raw(b"\x02\x03one" + b"\x89\x01!" + b"\x80\x03two")
     got = [message for message in (transport.receive(0.3) for _ in range(3)) if message is not None]
@@ -222,9 +222,9 @@ def test_fragmented_message_with_ping_is_assembled(peer, dial, until):
     until(lambda: peer.last.pongs == 1)
 
 
-def test_abort_wakes_reader(peer, dial, backend):
+def test_abort_wakes_reader(peer, make_transport, backend):
     """A waiting reader raises an error when another task aborts."""
-    transport = dial(peer)
+    transport = make_transport(peer)
     transport.connect(a_hello())
     got = []
 
@@ -241,18 +241,18 @@ def test_abort_wakes_reader(peer, dial, backend):
     assert len(got) == 1
 
 
-def test_close_code_after_upgrade_is_reported(peer, dial):
+def test_close_code_after_upgrade_is_reported(peer, make_transport):
     """The close code is reported although the brain closes before ``hello`` arrives."""
     peer.token = "another"
     for _ in range(10):
         with pytest.raises(AuthenticationRejectedError) as caught:
-            dial(peer).connect(a_hello())
+            make_transport(peer).connect(a_hello())
         assert caught.value.code == 4401
 
 
-def test_failing_build_keeps_connection_usable(peer, dial, until):
+def test_failing_build_keeps_connection_usable(peer, make_transport, until):
     """A frame that cannot be built is not sent, and the connection stays usable."""
-    transport = dial(peer)
+    transport = make_transport(peer)
     transport.connect(a_hello())
     with pytest.raises(ZeroDivisionError):
         transport.send(lambda: 1 // 0)
@@ -260,39 +260,41 @@ def test_failing_build_keeps_connection_usable(peer, dial, until):
     until(lambda: peer.mishaps)
 
 
-def test_full_socket_raises_after_send_timeout(peer, dial, monkeypatch):
+def test_full_socket_raises_after_send_timeout(peer, make_transport, monkeypatch):
     """A peer that stops reading causes ``NetworkError`` after the send timeout."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.1)
-    transport = dial(peer)
+    transport = make_transport(peer)
     transport.connect(a_hello())
     peer.last.stalled = True
     with pytest.raises(NetworkError, match="while sending"):
         [transport.send(lambda: b"x" * 1_000_000) for _ in range(200)]
 
 
-def test_closed_port_raises_network_error(dial, backend):
+def test_closed_port_raises_network_error(make_transport, backend):
     """A closed port raises ``NetworkError``."""
     gone = Peer(backend)
     gone.stop()
     with pytest.raises(NetworkError, match="cannot reach the brain"):
-        dial(gone).connect(a_hello())
+        make_transport(gone).connect(a_hello())
 
 
 # -- TLS
 
 
 @pytest.fixture
-def secure(backend, server_tls):
-    made = Peer(backend, tls=server_tls)
-    yield made
-    made.stop()
+def tls_peer(backend, server_tls):
+    created = Peer(backend, tls=server_tls)
+    yield created
+    created.stop()
 
 
-def test_tls_session_works_in_both_directions(secure, dial, certificate, backend, until):
+def test_tls_session_works_in_both_directions(
+    tls_peer, make_transport, certificate, backend, until
+):
     """Over TLS both directions work at the same time, and no message is damaged."""
-    transport = dial(secure, tls_context(certificate, None, None))
+    transport = make_transport(tls_peer, tls_context(certificate, None, None))
     transport.connect(a_hello())
-    session = secure.last
+    session = tls_peer.last
     got, number = [], 60
 
     def read():
@@ -314,16 +316,16 @@ def test_tls_session_works_in_both_directions(secure, dial, certificate, backend
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # eventlet's own
-def test_unknown_certificate_is_rejected_before_token(secure, dial):
+def test_unknown_certificate_is_rejected_before_token(tls_peer, make_transport):
     """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
-        dial(secure, tls_context(None, None, None)).connect(a_hello())
-    assert all(session.headers == {} for session in secure.sessions)
+        make_transport(tls_peer, tls_context(None, None, None)).connect(a_hello())
+    assert all(session.headers == {} for session in tls_peer.sessions)
 
 
-def test_abort_wakes_tls_reader(secure, dial, certificate, backend):
+def test_abort_wakes_tls_reader(tls_peer, make_transport, certificate, backend):
     """A waiting TLS reader raises an error when another task aborts."""
-    transport = dial(secure, tls_context(certificate, None, None))
+    transport = make_transport(tls_peer, tls_context(certificate, None, None))
     transport.connect(a_hello())
     got = []
 

@@ -12,7 +12,7 @@ from z4j_bare.errors import (
 from z4j_bare.wire import close_codes
 
 #: Close code, exception, what its text names.
-CLOSES = [
+CLOSE_CODES = [
     (4401, AuthenticationRejectedError, "Z4J_TOKEN"),
     (4003, AuthenticationRejectedError, "revoked"),
     (4403, AuthenticationRejectedError, "Z4J_AGENT_IP_ALLOWLIST"),
@@ -43,28 +43,28 @@ STATUSES = [
 ]
 
 
-@pytest.mark.parametrize(("code", "kind", "named"), CLOSES)
-def test_close_code_maps_to_error_with_hint(code, kind, named):
+@pytest.mark.parametrize(("code", "kind", "hint"), CLOSE_CODES)
+def test_close_code_maps_to_error_with_hint(code, kind, hint):
     """Every documented close code has its exception class and a text that names what to check."""
     error = close_codes.error_for_close_code(code, "because")
     assert type(error) is kind
-    assert named in str(error)
+    assert hint in str(error)
     assert "because" in str(error)
     assert error.code == code
 
 
-@pytest.mark.parametrize(("status", "kind", "named"), STATUSES)
-def test_http_status_maps_to_error_with_hint(status, kind, named):
+@pytest.mark.parametrize(("status", "kind", "hint"), STATUSES)
+def test_http_status_maps_to_error_with_hint(status, kind, hint):
     """HTTP statuses map to the same classes, and ``Retry-After`` is kept."""
     error = close_codes.error_for_http_status(status, "because", retry_after=7.0)
     assert type(error) is kind
-    assert named in str(error)
+    assert hint in str(error)
     assert "because" in str(error)
     assert (error.code, error.retry_after) == (status, 7.0)
 
 
 @pytest.mark.parametrize(
-    ("behind", "said"),
+    ("clock_offset", "expected_text"),
     [
         (75.0, "this host's clock is 75 s behind the brain's"),
         (-3600.4, "this host's clock is 3600 s ahead of the brain's"),
@@ -75,20 +75,23 @@ def test_http_status_maps_to_error_with_hint(status, kind, named):
         (None, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"),
     ],
 )
-def test_rejected_signature_names_clock_or_secret(behind, said):
+def test_rejected_signature_names_clock_or_secret(clock_offset, expected_text):
     """A rejected signature is attributed to the clock only if the clocks differ by enough."""
     for error in (
         close_codes.error_for_close_code(4403),
         AuthenticationRejectedError("the first upload", code=409),
     ):
-        explained = close_codes.explain_signature_error(error, behind)
-        assert said in str(explained)
-        assert (type(explained), explained.code) == (AuthenticationRejectedError, error.code)
+        error_with_cause = close_codes.explain_signature_error(error, clock_offset)
+        assert expected_text in str(error_with_cause)
+        assert (type(error_with_cause), error_with_cause.code) == (
+            AuthenticationRejectedError,
+            error.code,
+        )
     ours = close_codes.explain_signature_error(
-        RemoteProtocolError("the brain's frame failed verification: stale", code=4403), behind
+        RemoteProtocolError("the brain's frame failed verification: stale", code=4403), clock_offset
     )
-    assert ("clock is" in str(ours)) == ("clock is" in said), (
+    assert ("clock is" in str(ours)) == ("clock is" in expected_text), (
         "so with a frame of the brain that we refused"
     )
     revoked = close_codes.error_for_close_code(4003)
-    assert close_codes.explain_signature_error(revoked, behind) is revoked
+    assert close_codes.explain_signature_error(revoked, clock_offset) is revoked

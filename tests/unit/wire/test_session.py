@@ -25,15 +25,15 @@ from z4j_bare.wire import frames, session
 from z4j_bare.wire.canonical import canonical, canonical_plain, to_json_types
 
 SECRET = base64.urlsafe_b64decode("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")
-WELCOME = session.HelloAck(
+HELLO_ACK = session.HelloAck(
     "11111111-1111-4111-8111-111111111111",
     "22222222-2222-4222-8222-222222222222",
     "33333333-3333-4333-8333-333333333333",
 )
 BINDING = {
-    "agent_id": WELCOME.agent_id,
-    "project_id": WELCOME.project_id,
-    "session_id": WELCOME.session_id,
+    "agent_id": HELLO_ACK.agent_id,
+    "project_id": HELLO_ACK.project_id,
+    "session_id": HELLO_ACK.session_id,
 }
 
 anything = st.recursive(
@@ -94,7 +94,7 @@ def test_sign_reproduces_published_vector(monkeypatch):
             ]
         }
     )
-    wire = session.Session(WELCOME, SECRET).sign("event_batch", "b-1", payload, 1767323045.678901)
+    wire = session.Session(HELLO_ACK, SECRET).sign("event_batch", "b-1", payload, 1767323045.678901)
     assert json.loads(wire)["ts"] == "2026-01-02T03:04:05.678901+00:00"
     assert (
         json.loads(wire)["hmac"]
@@ -109,11 +109,11 @@ def test_sign_reproduces_published_vector(monkeypatch):
 )
 def test_core_verifies_any_signed_event_batch(datas, task_id):
     """z4j_core's verifier accepts the frames of any events."""
-    ours, core = session.Session(WELCOME, SECRET), verifier()
+    signer, core = session.Session(HELLO_ACK, SECRET), verifier()
     for data in datas:
         encoded = frames.encode_event(an_event(data, task_id))
         frame = core.parse_and_verify(
-            ours.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time())
+            signer.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time())
         )
         assert frame.payload.events[0]["task_id"] == task_id
 
@@ -123,7 +123,7 @@ def test_core_verifies_any_signed_event_batch(datas, task_id):
 def test_spliced_signature_equals_core_signature(value):
     """The signature equals z4j_core's signature of the parsed frame with the three ids."""
     wire = json.loads(
-        session.Session(WELCOME, SECRET).sign(
+        session.Session(HELLO_ACK, SECRET).sign(
             "heartbeat", 'h"é', canonical({"x": value}), time.time()
         )
     )
@@ -172,11 +172,11 @@ def test_shrink_event_keeps_names_last():
 def test_object_with_failing_str_is_named_by_class():
     """An object whose ``__str__`` raises is replaced by its class name."""
 
-    class Rude:
+    class FailingStr:
         def __str__(self):
             raise ValueError
 
-    assert canonical({"x": Rude()}).startswith(b'{"x":"<tests.unit.wire.test_session')
+    assert canonical({"x": FailingStr()}).startswith(b'{"x":"<tests.unit.wire.test_session')
 
 
 def test_deep_nesting_becomes_marker():
@@ -189,28 +189,30 @@ def test_deep_nesting_becomes_marker():
 
 def test_sequence_counts_from_one():
     """Each session numbers its frames from 1 without a gap."""
-    ours = session.Session(WELCOME, SECRET)
-    numbers = [json.loads(ours.sign("heartbeat", "h", b"{}", time.time()))["seq"] for _ in range(3)]
+    signer = session.Session(HELLO_ACK, SECRET)
+    numbers = [
+        json.loads(signer.sign("heartbeat", "h", b"{}", time.time()))["seq"] for _ in range(3)
+    ]
     assert numbers == [1, 2, 3]
 
 
-def from_brain(**payload):
+def signed_by_brain(**payload):
     frame = EventBatchFrame(id="eba_1", payload=EventBatchPayload(events=[payload]))
     return FrameSigner(secret=SECRET, **BINDING).sign_and_serialize(frame)
 
 
 def test_verify_accepts_frame_once():
     """A frame that z4j_core signed for this session is accepted once and rejected as a replay."""
-    ours, message = session.Session(WELCOME, SECRET), from_brain(x=1)
-    assert ours.verify(message).payload.events == [{"x": 1}]
+    signer, message = session.Session(HELLO_ACK, SECRET), signed_by_brain(x=1)
+    assert signer.verify(message).payload.events == [{"x": 1}]
     with pytest.raises(RemoteProtocolError, match="verification"):
-        ours.verify(message)
+        signer.verify(message)
 
 
-def opened(ours, message):
+def verify_outcome(signer, message):
     """What comes of a message: its payload, or the class of its error."""
     try:
-        return ours.verify(message, lambda: None).payload.model_dump()
+        return signer.verify(message, lambda: None).payload.model_dump()
     except RemoteProtocolError:
         return RemoteProtocolError
 
@@ -231,12 +233,12 @@ def test_incremental_verification_equals_core_verification(parameters, attack):
     message = signer.sign_and_serialize(CommandFrame(id="c-1", payload=payload))
     if attack == "alter":
         message = message.replace(b'"kept":1', b'"kept":2')
-    whole, large = session.Session(WELCOME, SECRET), session.Session(WELCOME, SECRET)
+    whole, large = session.Session(HELLO_ACK, SECRET), session.Session(HELLO_ACK, SECRET)
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(2 if attack == "again" else 1):
-            expected = opened(whole, message)
+            expected = verify_outcome(whole, message)
             patch.setattr(session, "INCREMENTAL_THRESHOLD", 0)
-            assert opened(large, message) == expected
+            assert verify_outcome(large, message) == expected
             patch.undo()
     assert (expected is RemoteProtocolError) == bool(attack)
 
@@ -245,9 +247,9 @@ def test_incremental_verification_equals_core_verification(parameters, attack):
 @given(anything)
 def test_incremental_json_equals_stdlib(value):
     """Incremental parsing and encoding have the same results as the standard library."""
-    text, breaths = canonical(value), []
-    assert incremental.loads_incrementally(text, lambda: breaths.append(1)) == json.loads(text)
-    assert b"".join(incremental.iter_canonical(json.loads(text), lambda: breaths.append(1))) == text
+    text, calls = canonical(value), []
+    assert incremental.loads_incrementally(text, lambda: calls.append(1)) == json.loads(text)
+    assert b"".join(incremental.iter_canonical(json.loads(text), lambda: calls.append(1))) == text
 
 
 def test_iter_canonical_splits_long_strings():
@@ -263,9 +265,9 @@ def test_iter_canonical_splits_long_strings():
 
 def test_verify_rejects_foreign_signature():
     """A frame signed with another key raises ``RemoteProtocolError``."""
-    ours = session.Session(WELCOME, bytes(32))
+    signer = session.Session(HELLO_ACK, bytes(32))
     with pytest.raises(RemoteProtocolError):
-        ours.verify(from_brain(x=1))
+        signer.verify(signed_by_brain(x=1))
 
 
 @settings(max_examples=300, deadline=None)
@@ -288,7 +290,9 @@ def test_verify_raises_only_protocol_error_for_any_bytes(message):
     for large in (session.INCREMENTAL_THRESHOLD, 0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "INCREMENTAL_THRESHOLD", large)
-            assert opened(session.Session(WELCOME, SECRET), message) is RemoteProtocolError
+            assert (
+                verify_outcome(session.Session(HELLO_ACK, SECRET), message) is RemoteProtocolError
+            )
 
 
 @settings(max_examples=200, deadline=None)
@@ -299,7 +303,7 @@ def test_parse_hello_ack_raises_only_protocol_error_for_any_bytes(message):
         session.parse_hello_ack(message)
 
 
-def ack(**payload):
+def hello_ack_message(**payload):
     body = {
         "protocol_version": "2",
         "brain_version": "1.13.0",
@@ -316,7 +320,7 @@ def ack(**payload):
 def test_parse_hello_ack_reads_ids_limits_and_clock():
     """``hello_ack`` has the ids, the heartbeat interval, the frame limit and the clock."""
     hello_ack = session.parse_hello_ack(
-        ack(heartbeat_interval_seconds=7, max_frame_size_bytes=4096)
+        hello_ack_message(heartbeat_interval_seconds=7, max_frame_size_bytes=4096)
     )
     assert (hello_ack.agent_id, hello_ack.project_id, hello_ack.session_id) == ("a", "p", "s")
     assert (hello_ack.heartbeat_seconds, hello_ack.max_frame_bytes, hello_ack.server_time) == (
@@ -329,7 +333,7 @@ def test_parse_hello_ack_reads_ids_limits_and_clock():
 def test_parse_hello_ack_rejects_other_protocol_version():
     """Another protocol version raises ``IncompatibleError``."""
     with pytest.raises(IncompatibleError, match="upgrade"):
-        session.parse_hello_ack(ack(protocol_version="3"))
+        session.parse_hello_ack(hello_ack_message(protocol_version="3"))
 
 
 def test_hello_is_valid_for_core_model():
@@ -392,7 +396,7 @@ def test_heartbeat_is_valid_for_core_model():
         health={"celery.status": "ok"},
     )
     frame = verifier().parse_and_verify(
-        session.Session(WELCOME, SECRET).sign("heartbeat", "hb_1", payload, time.time())
+        session.Session(HELLO_ACK, SECRET).sign("heartbeat", "hb_1", payload, time.time())
     )
     assert frame.payload.telemetry_loss.event_records == 3
     assert frame.payload.buffer_size == 10_000_000
