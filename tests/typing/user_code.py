@@ -1,6 +1,7 @@
-"""What users and adapters write against this package, for type checkers to read: mypy --strict and pyright.
+"""Code of users and adapters for type checkers: ``mypy --strict`` and pyright.
 
-Never run. Each line uses something public with its types told, so that a signature that changes is noticed here.
+It is never run. Each line uses a public name with its types, so that a checker finds a signature
+that has changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from z4j_bare.control import register_shutdown_atexit
 
 
 class ShopEngine:
-    """The least that an engine is."""
+    """The minimal engine adapter."""
 
     name = "shop"
 
@@ -50,37 +51,44 @@ def install() -> AgentRuntime:
 
 
 def use(runtime: AgentRuntime) -> str:
-    """Ask a runtime everything that it answers."""
+    """Use all public methods of a runtime."""
     assert_type(runtime.state, RuntimeState)
     assert_type(runtime.buffer_size(), int)
     runtime.record_event(an_event())
     runtime.request_reconnect()
     runtime.stop(timeout=2.5)
-    return f"{runtime.stats()['acked']} of {runtime.supervisor_state()['session_id']} by {z4j_bare.__version__}"
+    acked, session = runtime.stats()["acked"], runtime.supervisor_state()["session_id"]
+    return f"{acked} of {session} by {z4j_bare.__version__}"
 
 
 def an_event() -> Event:
-    """Make an event of one's own."""
+    """Create an event."""
     return Event(
-        id=uuid4(), project_id=uuid4(), agent_id=uuid4(), engine="shop", task_id="1",
-        kind=EventKind.TASK_SUCCEEDED, occurred_at=datetime.now(UTC), data={"task_name": "shop.pay"},
-    )  # fmt: skip
+        id=uuid4(),
+        project_id=uuid4(),
+        agent_id=uuid4(),
+        engine="shop",
+        task_id="1",
+        kind=EventKind.TASK_SUCCEEDED,
+        occurred_at=datetime.now(UTC),
+        data={"task_name": "shop.pay"},
+    )
 
 
 @safe_boundary
 def on_signal(sender: str, *, count: int = 1) -> int:
-    """Keep what fails here from whoever sends the signal."""
+    """Suppress errors for the sender of the signal."""
     return count + len(sender)
 
 
 def boundary() -> None:
-    """See that a boundary keeps the signature and adds ``None`` to the result."""
+    """Check that a boundary keeps the signature and adds ``None`` to the result."""
     assert_type(on_signal("x", count=2), int | None)
     assert_type(safe_call(len, "x"), int | None)
 
 
 def adapt(config: Config) -> None:
-    """Do what framework adapters do."""
+    """Use the API as a framework adapter does."""
     framework = BareFrameworkAdapter(config)
     framework.on_startup(boundary)
     runtime = AgentRuntime(
@@ -92,6 +100,6 @@ def adapt(config: Config) -> None:
     register_shutdown_atexit(lambda: clear_runtime(expected=runtime))
 
 
-def look(store: BufferStore) -> int:
-    """Use what is exported for tools."""
+def read_stats(store: BufferStore) -> int:
+    """Use the classes that are exported for tools."""
     return store.stats().rows

@@ -1,4 +1,4 @@
-"""Every implementer against its contract in ``interfaces``: names, signatures, attributes."""
+"""``verifyObject`` of every implementation of an interface."""
 
 import pytest
 from zope.interface.verify import verifyObject
@@ -17,50 +17,50 @@ def either(request, backend):
     return backend if request.param == "real" else FakeConcurrency()
 
 
-def test_seams(either):
-    """The backend of every mode, the fake included, keeps IConcurrency."""
+def test_backend_implements_interface(either):
+    """The backend of every mode implements ``IConcurrency``."""
     assert verifyObject(IConcurrency, either)
 
 
-def test_tasks(either):
-    """What spawn returns keeps ITask."""
+def test_task_implements_interface(either):
+    """``spawn`` returns an ``ITask``."""
     task = either.spawn(int, name="t")
     assert verifyObject(ITask, task)
     assert task.join(5)
 
 
-def test_events(either):
-    """What event() returns has all of IEvent; foreign classes cannot declare it, so that is not asked."""
+def test_event_implements_interface(either):
+    """``event`` returns all of ``IEvent``. gevent's class does not declare it."""
     assert verifyObject(IEvent, either.event(), tentative=True)
 
 
-def test_locks(either):
-    """What lock() returns keeps ILock, and can be entered and left."""
+def test_lock_implements_interface(either):
+    """``lock`` returns an ``ILock`` that can be entered and left."""
     lock = either.lock()
     assert verifyObject(ILock, lock)
     with lock:
         pass
 
 
-def test_stores(tmp_path):
-    """The store on disk and the store in memory keep IStore."""
+def test_store_implements_interface(tmp_path):
+    """The store on disk and the store in memory implement ``IStore``."""
     store = BufferStore(tmp_path / "home" / "store.sqlite")
     assert verifyObject(IStore, store)
     store.close()
     assert verifyObject(IStore, MemoryStore())
 
 
-def test_transports(backend):
-    """Every transport keeps ITransport."""
-    routes = TransportFactory(
+def test_transport_implements_interface(backend):
+    """Every transport implements ``ITransport``."""
+    factory = TransportFactory(
         "http://127.0.0.1:1", "auto", str, load_settings(), backend, dev_mode=False
     )
-    for transport in (routes.create(), routes.websocket(), routes.longpoll()):
+    for transport in (factory.create(), factory.websocket(), factory.longpoll()):
         assert verifyObject(ITransport, transport)
 
 
-def test_bridges(backend):
-    """The bridge keeps IBridge."""
+def test_bridge_implements_interface(backend):
+    """The bridge implements ``IBridge``."""
     bridge = Bridge(backend)
     assert verifyObject(IBridge, bridge)
     bridge.stop()

@@ -1,4 +1,4 @@
-"""Importing the package costs nothing and decides nothing: it may happen before the process is patched."""
+"""An import of the package is light and may happen before the process is patched."""
 
 import json
 import subprocess
@@ -23,30 +23,34 @@ FORBIDDEN = (
 
 
 def loaded_by(code):
-    """What ``sys.modules`` holds after ``code`` in a fresh interpreter, beyond what z4j_core's own models load."""
-    full = f"import sys; before = set(sys.modules)\n{code}\nimport json; print(json.dumps(sorted(set(sys.modules) - before)))"
+    """Return the modules that ``code`` loads in a new interpreter."""
+    program = (
+        f"import sys; before = set(sys.modules)\n{code}\n"
+        "import json; print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", full], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     return set(json.loads(done.stdout))
 
 
 @pytest.fixture(autouse=True)
-def once(mode):
+def only_once(mode):
+    """Run these tests in one mode, because their subprocesses are the same in every mode."""
     if mode != "threads":
-        pytest.skip("the same sub-processes whatever mode this one is in")
+        pytest.skip("the subprocesses are the same in every mode")
 
 
-def test_the_import_is_light():
-    """``import z4j_bare`` and naming its public entry points load nothing network-related and no runtime."""
+def test_import_loads_no_network_library():
+    """``import z4j_bare`` and its public entry points load no network library and no runtime."""
     loaded = loaded_by(
         "import z4j_bare; z4j_bare.install_agent, z4j_bare.AgentRuntime, z4j_bare.safe_boundary"
     )
     assert loaded.isdisjoint(FORBIDDEN), loaded.intersection(FORBIDDEN)
 
 
-def test_the_rooms_are_light():
-    """The wire, the loops and the choice of a backend load no library of a runtime either."""
+def test_packages_load_no_runtime_library():
+    """The wire, the pipeline and the choice of a backend load no library of a runtime."""
     packages = (
         "concurrency",
         "wire.session",
@@ -63,8 +67,11 @@ def test_the_rooms_are_light():
     assert loaded.isdisjoint(heavy), loaded.intersection(heavy)
 
 
-def test_an_agent_is_no_larger_than_its_worker_needs():
-    """An agent without a scheduler loads what it needs to be built, and none of what serves commands, schedules, long-poll, developers or a look from outside."""
+def test_agent_loads_only_what_its_worker_needs():
+    """An agent without a scheduler loads no module that only a rarer case needs.
+
+    Such cases are commands, schedules, long-poll, development, and inspection by a command.
+    """
     loaded = loaded_by("import z4j_bare.agent")
     unneeded = (
         "schedules.stream",
@@ -86,8 +93,8 @@ def test_an_agent_is_no_larger_than_its_worker_needs():
     assert loaded.isdisjoint({f"z4j_bare.{each}" for each in unneeded})
 
 
-def test_public_names():
-    """Everything in ``__all__`` exists, the lazy names included, and an unknown one is an AttributeError."""
+def test_public_names_exist():
+    """All names in ``__all__`` exist, the lazy ones too; an unknown one is an AttributeError."""
     import z4j_bare
 
     for name in z4j_bare.__all__:
@@ -97,17 +104,18 @@ def test_public_names():
         _ = z4j_bare.no_such_name
 
 
-def test_patching_after_the_import_still_works():
+def test_patch_after_import_is_detected():
     """A process that imports z4j_bare first and patches afterwards is detected as patched."""
     code = (
         "import z4j_bare\nfrom gevent import monkey; monkey.patch_all()\n"
-        "from z4j_bare.concurrency import choose, detect; assert choose('auto', detect()) == 'gevent'"
+        "from z4j_bare.concurrency import choose, detect\n"
+        "assert choose('auto', detect()) == 'gevent'"
     )
     assert "z4j_bare.concurrency" in loaded_by(code)
 
 
-def test_without_forks_it_says_so():
-    """Where there are no forks, as on Windows, the entry point's import names what is missing and where it works."""
+def test_import_error_names_platform_without_forks():
+    """On a platform without forks the error says that z4j-bare needs a POSIX system."""
     code = (
         "import os, shutil, sys; del os.fork, os.register_at_fork; sys.modules['posix'] = None\n"
         "import z4j_bare\nz4j_bare.install_agent"

@@ -1,4 +1,4 @@
-"""The boundary between the host and us: what it holds back, what it must let through, and what Celery makes of it."""
+"""The boundary that keeps errors of the agent out of the calls of its host."""
 
 import inspect
 import logging
@@ -11,28 +11,29 @@ from z4j_bare.safety import safe_log_extra
 
 
 def fail(error):
+    """Raise ``error``."""
     raise error
 
 
-def test_results_pass():
-    """A call that works returns what it returns."""
+def test_boundary_returns_result():
+    """A call that succeeds returns its result."""
     assert safe_call(divmod, 7, 2) == (3, 1)
     assert safe_boundary(divmod)(7, 2) == (3, 1)
     assert safe_call(dict, a=1) == {"a": 1}
 
 
-def test_errors_stay_here(caplog):
-    """An ordinary exception is logged with its traceback and becomes None."""
-    assert safe_call(fail, ValueError("ours")) is None
-    assert safe_boundary(fail)(KeyError("ours")) is None
+def test_boundary_logs_exception_and_returns_none(caplog):
+    """An ordinary exception is logged with its traceback and becomes ``None``."""
+    assert safe_call(fail, ValueError("agent")) is None
+    assert safe_boundary(fail)(KeyError("agent")) is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
     assert "fail failed with ValueError" in caplog.text
     assert "Traceback" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_what_ends_a_process_passes(kind):
-    """What is meant to end the process or the generator is not an error of ours."""
+def test_exception_that_ends_process_passes(kind):
+    """Exceptions that end the process or a generator are not suppressed."""
     with pytest.raises(kind):
         safe_call(fail, kind())
     with pytest.raises(kind):
@@ -40,7 +41,7 @@ def test_what_ends_a_process_passes(kind):
 
 
 def test_greenlet_exit_passes():
-    """Killing a greenlet inside a handler of ours kills it."""
+    """A greenlet that is killed inside a handler ends."""
     from greenlet import GreenletExit
 
     with pytest.raises(GreenletExit):
@@ -49,8 +50,8 @@ def test_greenlet_exit_passes():
         safe_boundary(fail)(GreenletExit())
 
 
-def test_time_outs_of_the_host_pass(mode):
-    """A user's gevent or eventlet time-out that fires inside a handler of ours reaches the user."""
+def test_timeout_of_user_passes(mode):
+    """A user's gevent or eventlet timeout that expires inside a handler reaches the user."""
     if mode == "eventlet":
         from eventlet import Timeout
     else:
@@ -61,23 +62,23 @@ def test_time_outs_of_the_host_pass(mode):
         safe_boundary(fail)(Timeout())
 
 
-ORDERS = ["billiard.exceptions.SoftTimeLimitExceeded", "huey.exceptions.TaskTimeout"]
-ORDERS += ["rq.exceptions.StopRequested", "rq.timeouts.BaseTimeoutException"]
+CONTROL_FLOW = ["billiard.exceptions.SoftTimeLimitExceeded", "huey.exceptions.TaskTimeout"]
+CONTROL_FLOW += ["rq.exceptions.StopRequested", "rq.timeouts.BaseTimeoutException"]
 
 
-def order_of(host):
-    """The host's own class, or one of its name where the host is not installed."""
-    module, _, name = host.rpartition(".")
+def exception_class(name):
+    """Return the class, or one of the same name if its package is not installed."""
+    module, _, attribute = name.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return getattr(import_module(module), attribute)
     except ModuleNotFoundError:
-        return type(name, (Exception,), {"__module__": module})
+        return type(attribute, (Exception,), {"__module__": module})
 
 
-@pytest.mark.parametrize("host", ORDERS)
-def test_orders_of_the_host_pass(host):
-    """What a queue raises from its signal handlers reaches it, also as a subclass, although it is an Exception."""
-    kind = order_of(host)
+@pytest.mark.parametrize("name", CONTROL_FLOW)
+def test_control_flow_exception_passes(name):
+    """An exception by which a queue interrupts a task reaches the queue, also as a subclass."""
+    kind = exception_class(name)
     derived = type("Derived", (kind,), {})
     for raised in (kind(), derived()):
         with pytest.raises(kind):
@@ -86,62 +87,64 @@ def test_orders_of_the_host_pass(host):
             safe_boundary(fail)(raised)
 
 
-def test_the_wrapper_keeps_its_looks():
-    """A wrapped function keeps its name, its docstring and the original."""
+def test_wrapper_keeps_metadata():
+    """A wrapped function keeps its name, its docstring and the original function."""
 
     def documented():
-        """Say so."""
+        """A docstring."""
 
     wrapped = safe_boundary(documented)
     assert (wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__) == (
         "documented",
-        "Say so.",
+        "A docstring.",
         documented,
     )
 
 
 class Receiver:
+    """Signal handlers, one of which fails."""
+
     def __init__(self):
-        self.got = []
+        self.received = []
 
     @safe_boundary
     def on_task(self, sender=None, **kwargs):
-        self.got.append((sender, kwargs))
+        self.received.append((sender, kwargs))
 
     @safe_boundary
-    def on_trouble(self, **_kwargs):
-        raise ValueError("a bug of ours")
+    def on_error(self, **_kwargs):
+        raise ValueError("a bug of the agent")
 
 
-def test_celery_takes_a_wrapped_method(caplog):
-    """Celery's Signal.connect, which reads code flags, accepts a wrapped method; the task goes on when it fails."""
+def test_celery_signal_accepts_wrapped_method(caplog):
+    """``Signal.connect`` accepts a wrapped method, and the other handlers run when it fails."""
     from celery.utils.dispatch import Signal
 
     assert safe_boundary(fail).__code__.co_flags & inspect.CO_VARKEYWORDS
     signal, receiver = Signal(name="task", providing_args={"task_id"}), Receiver()
     signal.connect(receiver.on_task, weak=False)
-    signal.connect(receiver.on_trouble, weak=False)
+    signal.connect(receiver.on_error, weak=False)
     assert [outcome for _, outcome in signal.send("sender", task_id="t-1")] == [None, None]
-    assert receiver.got[0][0] == "sender"
-    assert receiver.got[0][1]["task_id"] == "t-1"
-    assert "on_trouble failed with ValueError" in caplog.text
+    assert receiver.received[0][0] == "sender"
+    assert receiver.received[0][1]["task_id"] == "t-1"
+    assert "on_error failed with ValueError" in caplog.text
 
 
-def test_broken_logging_is_survived(monkeypatch, capsys):
-    """When logging itself fails, one line without the message, which may hold a secret, goes to stderr."""
+def test_failing_logger_leaves_line_without_message(monkeypatch, capsys):
+    """If logging fails, stderr gets a line without the message, which may hold a secret."""
     monkeypatch.setattr(
         logging.getLogger("z4j.runtime.safety"),
         "error",
         lambda *_args, **_options: fail(OSError("full")),
     )
     assert safe_call(fail, ValueError("a secret")) is None
-    said = capsys.readouterr().err
-    assert "fail failed with ValueError" in said
-    assert "secret" not in said
+    output = capsys.readouterr().err
+    assert "fail failed with ValueError" in output
+    assert "secret" not in output
 
 
-def test_log_extra():
-    """Keys that logging reserves are renamed, so that a user's own cannot break a log call."""
+def test_safe_log_extra_renames_reserved_keys():
+    """Keys that ``logging`` reserves are renamed, so that they cannot break a log call."""
     extra = safe_log_extra({"message": 1, "args": 2, "name": 3, "asctime": 4, "mine": 5})
     assert extra == {
         "user_message": 1,
@@ -153,8 +156,8 @@ def test_log_extra():
     logging.getLogger("z4j.test").warning("x", extra=extra)
 
 
-def test_the_plain_framework():
-    """The adapter for no framework hands its configuration through, knows nobody, and runs hooks in order."""
+def test_bare_framework_runs_hooks_in_order():
+    """The adapter for no framework returns its configuration and runs hooks in order."""
     config, ran = object(), []
     bare = BareFrameworkAdapter(config)
     bare.on_startup(lambda: ran.append("a"))

@@ -174,7 +174,8 @@ config = resolve_agent_config(
         brain_url=peer.url, token=TOKEN, project_id="p", hmac_secret=SECRET_TEXT
     ),
 )
-runtime = AgentRuntime(config=config, framework=BareFrameworkAdapter(config), engines=[FakeEngine()])
+framework = BareFrameworkAdapter(config)
+runtime = AgentRuntime(config=config, framework=framework, engines=[FakeEngine()])
 runtime.start()
 deadline = time.monotonic() + 20
 while not peer.frames("heartbeat") and time.monotonic() < deadline:

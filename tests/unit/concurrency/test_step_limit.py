@@ -1,4 +1,4 @@
-"""The judge of steps itself: it has to see what it is there for, and nothing else."""
+"""The checker of step times: it finds long steps of the agent, and only those."""
 
 import gc
 import time
@@ -9,17 +9,17 @@ from tests.support import steps
 
 
 @pytest.fixture
-def trial(backend, mode):
-    """``trial(function)``: run it as a task of ours; return the verdicts."""
+def check(backend, mode):
+    """``check(function)``: run it as a task of the agent; return the violations."""
     if mode == "threads":
-        pytest.skip("nobody waits for our steps there")
+        pytest.skip("without a hub a step blocks no other task")
 
     def run(function, times=1):
         checker = steps.StepLimitChecker()
         try:
             checker.watch(backend)
             for _ in range(times):
-                assert backend.spawn(function, name="z4j-accused").join(20)
+                assert backend.spawn(function, name="z4j-checked").join(20)
         finally:
             checker.stop()
         return checker.violations
@@ -29,7 +29,7 @@ def trial(backend, mode):
 
 @pytest.fixture
 def block(mode):
-    """``time.sleep`` as the C library has it."""
+    """The unpatched ``time.sleep``."""
     if mode == "gevent":
         from gevent.monkey import get_original
 
@@ -42,54 +42,60 @@ def block(mode):
 
 
 def burn(seconds):
+    """Compute for ``seconds`` of CPU time."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
 
 
-def test_computing_is_seen(trial, backend):
-    """A step that computes for too long is guilty on both clocks, with the task and the place where it ended."""
-    verdicts = trial(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
+def test_checker_finds_long_computation(check, backend):
+    """Both measurements report a long step, with its task and the place of its end."""
+    violations = check(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
     assert [
-        kind for verdict in verdicts for kind in ("two waits", "two switches") if kind in verdict
+        kind
+        for violation in violations
+        for kind in ("two waits", "two switches")
+        if kind in violation
     ] == ["two waits", "two switches"]
     assert all(
-        verdict.startswith("z4j-accused: 3") and "test_step_limit.py" in verdict
-        for verdict in verdicts
+        violation.startswith("z4j-checked: 3") and "test_step_limit.py" in violation
+        for violation in violations
     )
 
 
-def test_computing_a_little_too_long_is_seen_by_repetition(trial, backend):
-    """A step of 15 ms may be the machine's fault once; in the same place again and again it is not."""
-    verdicts = trial(lambda: (backend.sleep(0), burn(0.015), backend.sleep(0)), times=steps.REPEATS)
-    assert verdicts
+def test_checker_finds_repeated_short_computation(check, backend):
+    """A step of 15 ms is only reported when it is repeated in the same place."""
+    violations = check(
+        lambda: (backend.sleep(0), burn(0.015), backend.sleep(0)), times=steps.REPEATS
+    )
+    assert violations
 
 
-def test_computing_in_a_foreign_call_is_seen(trial, backend):
-    """What foreign code computes inside a wait of ours is seen by the clock that follows the switches."""
-    verdicts = trial(
+def test_checker_finds_computation_in_foreign_call(check, backend):
+    """The trace of switches reports foreign code that computes inside a wait of the backend."""
+    violations = check(
         lambda: backend.call_blocking(lambda: (backend.sleep(0), burn(0.03), backend.sleep(0)))
     )
-    assert len(verdicts) == 1
-    assert "two switches" in verdicts[0]
+    assert len(violations) == 1
+    assert "two switches" in violations[0]
 
 
-def test_blocking_is_seen(trial, block):
-    """A step that blocks its thread in the kernel is guilty at once when it is long, and by repetition when it is short."""
-    assert trial(lambda: block(steps.SURE_BLOCKED + 0.1))
-    assert trial(lambda: block(0.03), times=steps.REPEATS)
+def test_checker_finds_blocking_calls(check, block):
+    """A step that blocks its thread is reported at once if it is long, else when repeated."""
+    assert check(lambda: block(steps.SURE_BLOCKED + 0.1))
+    assert check(lambda: block(0.03), times=steps.REPEATS)
 
 
-def test_yielding_is_innocent(trial, backend):
-    """Neither much work in small steps nor long waits are an offence."""
+def test_checker_accepts_short_steps_and_long_waits(check, backend):
+    """Neither many short steps nor long waits are reported."""
     assert (
-        trial(lambda: [(burn(0.002), backend.sleep(0)) for _ in range(50)] and backend.sleep(0.2))
+        check(lambda: [(burn(0.002), backend.sleep(0)) for _ in range(50)] and backend.sleep(0.2))
         == []
     )
 
 
-def test_the_collector_is_an_excuse(trial):
-    """A collection of a large heap in our step is everybody's garbage."""
+def test_checker_ignores_garbage_collection(check):
+    """The collection of a large heap is not charged to the step in which it runs."""
     heap = [[[]] for _ in range(1_000_000)]
-    assert trial(gc.collect) == []
+    assert check(gc.collect) == []
     del heap
