@@ -37,7 +37,7 @@ class CooperativeSocket:
         timeout: float,
         send_timeout: float,
     ) -> None:
-        # Not settimeout(0.0): eventlet's TLS socket takes that for an expired deadline.
+        # Not ``settimeout`` with 0: eventlet's TLS socket treats that as an expired deadline.
         sock.setblocking(False)
         self._sock = sock
         self._backend = backend

@@ -1,4 +1,4 @@
-"""Which transport is used when: the policy without I/O, then the runtime behind a gate that blocks WebSocket."""
+"""The fallback policy without I/O, and the runtime behind a proxy that blocks WebSocket."""
 
 import datetime as dt
 import logging
@@ -155,7 +155,7 @@ def test_rejected_long_poll_returns_to_websocket():
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["fail", "poll", "hello_ack", "look"]),
+            st.sampled_from(["fail", "poll", "hello_ack", "probe_failed"]),
             st.sampled_from([RESET, *BLOCKED, *NOT_BLOCKED]),
             st.booleans(),
             st.floats(0, 5000),
@@ -173,7 +173,7 @@ def test_websocket_is_retried_within_an_hour_after_any_steps(steps):
             policy.on_longpoll_failure(error)
         elif what == "hello_ack":
             policy.on_connected(policy.next_transport(now), now)
-        elif what == "look" and policy.name == LONGPOLL:
+        elif what == "probe_failed" and policy.name == LONGPOLL:
             policy.postpone_probe(now)
         assert policy.name == WS or policy.next_probe_at <= now + PROBE_DELAY_MAX
 
@@ -199,11 +199,11 @@ def test_transport_setting_and_keyword(monkeypatch):
     assert load_settings(transport="ws").transport == "ws"
 
 
-# -- the runtime behind a gate
+# -- the runtime behind a proxy
 
 
 class ProxyGate:
-    """A listener in front of two peers that lets WebSocket through or blocks it in one of the ways of proxies."""
+    """A proxy in front of two peers that forwards WebSocket or blocks it in one of three ways."""
 
     def __init__(self, backend, ws_peer, http_peer):
         self.backend = backend
@@ -225,7 +225,8 @@ class ProxyGate:
             self.upgrades += upgrade
             if upgrade and self.block == "403":
                 sock.send(
-                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\nConnection: close\r\n\r\nBlocked"
+                    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 7\r\n"
+                    b"Connection: close\r\n\r\nBlocked"
                 )
             elif upgrade and self.block == "reset":
                 pass

@@ -1,4 +1,4 @@
-"""A proxy variable that is wrong: an error that says so, and does not say the password."""
+"""Errors with an invalid proxy variable, and without its password."""
 
 import logging
 
@@ -26,7 +26,7 @@ INVALID_PROXIES = {
 
 @pytest.fixture(params=INVALID_PROXIES.values(), ids=INVALID_PROXIES.keys())
 def invalid_proxy(request, monkeypatch):
-    """An environment that leads nowhere."""
+    """An environment with an invalid proxy variable."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, request.param)
     for name in ("no_proxy", "NO_PROXY"):
@@ -34,7 +34,7 @@ def invalid_proxy(request, monkeypatch):
 
 
 def connect(backend, scheme):
-    """Try to reach a brain by that scheme."""
+    """Connect to a brain by this scheme."""
     if scheme.startswith("http"):
         client = Client(f"{scheme}://192.0.2.1/api/v1", {}, backend)
         try:

@@ -1,4 +1,4 @@
-"""Long-poll against a scripted HTTP brain, in the mode of this run: the transport alone, then the whole runtime over it."""
+"""Long-poll against a scripted HTTP brain: the transport alone, then the whole runtime."""
 
 import datetime as dt
 import gc
@@ -66,7 +66,7 @@ def peer(backend):
 
 
 class LongPollSession:
-    """A transport, its session, and short ways to use them."""
+    """A transport and its signing session."""
 
     def __init__(self, peer, backend, limits=None, token=TOKEN, secret=SECRET):
         self.limits = limits or LearnedLimits()
@@ -271,7 +271,7 @@ def test_rejected_first_signature_names_secret_and_clock(make_session, peer):
     client.connect()
     with pytest.raises(AuthenticationRejectedError, match=r"Z4J_HMAC_SECRET.*clock"):
         client.send()
-    peer.mishaps.clear()  # the bad signature was on purpose
+    peer.mishaps.clear()  # the wrong signature was intended
 
 
 def test_body_limit_is_halved_and_kept_for_next_session(make_session, peer):
@@ -452,7 +452,7 @@ def test_drain_waits_for_poll_and_its_commands(connected, peer, backend, until, 
     assert reader.join(5)
 
 
-# -- surroundings
+# -- proxies, TLS and forks
 
 
 def test_proxy_variables_apply_and_netrc_does_not(make_session, peer, monkeypatch, tmp_path):
@@ -533,7 +533,7 @@ def test_session_over_tls(make_tls_session, tls_peer, certificate):
 
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # eventlet's own
+)  # raised by eventlet itself
 def test_unknown_certificate_is_rejected_before_token(make_tls_session, tls_peer, certificate):
     """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):
@@ -544,7 +544,7 @@ def test_unknown_certificate_is_rejected_before_token(make_tls_session, tls_peer
 
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # eventlet's own
+)  # raised by eventlet itself
 def test_requests_adds_no_ca_certificates(
     make_tls_session, tls_peer, certificate, monkeypatch, tmp_path
 ):
@@ -554,7 +554,7 @@ def test_requests_adds_no_ca_certificates(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     with pytest.raises(NetworkError):
         client.connect()
-    gc.collect()  # eventlet leaves a socket whose handshake failed to the collector
+    gc.collect()  # eventlet does not close a socket after a failed handshake
     client = make_tls_session(certificate)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
     client.connect()
@@ -591,9 +591,7 @@ def test_tunnel_proxy_never_sees_token(
 def test_forked_child_does_not_touch_connections(connected, peer, backend, until, mode, idle):
     """A child neither uses nor breaks its parent's connections, and the session continues."""
     if idle and mode == "eventlet":
-        pytest.skip(
-            "eventlet's hub shares its epoll set with the child: running both is beyond any library's reach"
-        )
+        pytest.skip("eventlet's hub shares its epoll set with the child, so both hubs cannot run")
     connected.transport.receive(0.01)
     until(lambda: peer.polling)
     connected.send()
@@ -642,7 +640,7 @@ def engine():
 
 @pytest.fixture
 def install(peer, engine, monkeypatch):
-    """A started agent on forced long-poll, impatient and unpaced."""
+    """Starts agents that use long-poll, with short delays and without a rate limit."""
     for kind in list(backoff.BACKOFF_POLICIES):
         monkeypatch.setitem(backoff.BACKOFF_POLICIES, kind, backoff.BackoffPolicy(0.01, 0.05))
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
@@ -738,9 +736,12 @@ def test_large_heartbeat_is_reduced_and_sent(install, peer, until, monkeypatch):
 
 
 def test_commands_of_lost_session_are_executed(install, peer, engine, until):
-    """All commands of a poll run although their session is lost. The results go by the next client."""
+    """All commands of a poll run although their session is lost.
+
+    The next session sends their results.
+    """
     runtime = install()
-    # Everything that a session begins with has been answered: the next upload is the first acknowledgement.
+    # All uploads at the start of a session have been answered. The next one is a command_ack.
     until(
         lambda: (
             peer.frames("heartbeat")
@@ -825,7 +826,7 @@ def test_poison_upload_is_dropped_and_counted(install, peer, engine, until, capl
     identity = peer.command("retry_task", {"task_id": "t-1"})
     until(
         lambda: engine.calls
-    )  # in the first session: the peer's polls of dead ones would take it along
+    )  # in the first session, because a poll of a lost session would take the command
     for event in events:
         runtime.record_event(event)
     until(lambda: settled(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})

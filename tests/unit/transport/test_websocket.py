@@ -1,4 +1,4 @@
-"""The line and the WebSocket transport: addresses, time-outs, TLS, and a line that breaks in every possible place."""
+"""The cooperative socket and the WebSocket transport: URLs, timeouts, TLS and disconnects."""
 
 import datetime as dt
 import socket
@@ -60,7 +60,7 @@ def test_close_error_reads_code_and_reason():
     assert "\ufffd" in str(close_error(struct.pack("!H", 1011) + b"\xff"))
 
 
-# -- a binary message
+# -- binary frames
 
 SIZES = (
     0,
@@ -95,7 +95,7 @@ def test_binary_frames_have_random_masks():
     assert len({BinaryFrame(b"x" * 8).format() for _ in range(16)}) == 16
 
 
-# -- the line
+# -- the cooperative socket
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_tls_session_works_in_both_directions(
     task = backend.spawn(read, name="reader")
     for turn in range(number):
         session.send(b"%d " % turn * 5000)
-        transport.send(a_hello)  # ignored in mid-session
+        transport.send(a_hello)  # the peer ignores it during a session
     assert task.join(20)
     assert got == [b"%d " % turn * 5000 for turn in range(number)]
     transport.close()
@@ -315,7 +315,7 @@ def test_tls_session_works_in_both_directions(
 
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # eventlet's own
+)  # raised by eventlet itself
 def test_unknown_certificate_is_rejected_before_token(tls_peer, make_transport):
     """An untrusted certificate ends the connection before the token is sent."""
     with pytest.raises(NetworkError, match="certificate verify failed"):

@@ -11,7 +11,7 @@ from z4j_bare.errors import (
 )
 from z4j_bare.wire import close_codes
 
-#: Close code, exception, what its text names.
+#: Close code, exception class, and a part of its text.
 CLOSE_CODES = [
     (4401, AuthenticationRejectedError, "Z4J_TOKEN"),
     (4003, AuthenticationRejectedError, "revoked"),
@@ -70,7 +70,10 @@ def test_http_status_maps_to_error_with_hint(status, kind, hint):
         (-3600.4, "this host's clock is 3600 s ahead of the brain's"),
         (
             49.0,
-            "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature; the clocks differ by only 49 s",
+            (
+                "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature; "
+                "the clocks differ by only 49 s"
+            ),
         ),
         (None, "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"),
     ],
@@ -91,7 +94,7 @@ def test_rejected_signature_names_clock_or_secret(clock_offset, expected_text):
         RemoteProtocolError("the brain's frame failed verification: stale", code=4403), clock_offset
     )
     assert ("clock is" in str(ours)) == ("clock is" in expected_text), (
-        "so with a frame of the brain that we refused"
+        "the same for a frame that the agent rejected"
     )
     revoked = close_codes.error_for_close_code(4003)
     assert close_codes.explain_signature_error(revoked, clock_offset) is revoked

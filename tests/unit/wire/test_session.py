@@ -210,7 +210,7 @@ def test_verify_accepts_frame_once():
 
 
 def verify_outcome(signer, message):
-    """What comes of a message: its payload, or the class of its error."""
+    """Verify a message; return its payload or the class of the error."""
     try:
         return signer.verify(message, lambda: None).payload.model_dump()
     except RemoteProtocolError:

@@ -59,11 +59,11 @@ def test_limit_halves_on_slow_acks_and_grows_on_fast_acks():
     win.available(6)
     assert win.limit == 500
     win.available(7)
-    assert win.limit == 500, "once per 5 s, not once per look"
+    assert win.limit == 500, "halved once per SLOW_ACK, not once per call"
     win.available(12)
     assert win.limit == 250
     win.acked("slow", 13)
-    assert win.limit == 250, "a late ack is no reason to grow"
+    assert win.limit == 250, "a late ack does not raise the limit"
     win.sent("fast", (2,), 1, 14)
     win.acked("fast", 14.2)
     assert win.limit == 500
@@ -83,11 +83,11 @@ def test_frame_size_follows_brain_time_per_frame():
     assert win.frame_events == 250
     win.acked("behind it", 10.5 + 2 * window.TARGET_FRAME_SECONDS)
     assert win.frame_events == 500, (
-        "it took half a second of the brain's time, and waited for the rest"
+        "its own time was 0.5 s; before that it waited for the slow frame"
     )
     win.sent("slow again", (11,), 500, 20)
     win.acked("slow again", 20 + 1.25 * window.TARGET_FRAME_SECONDS)
-    assert win.frame_events == 400, "what takes as long as it should, by what this one took"
+    assert win.frame_events == 400, "the size follows the time of this frame"
     for number in range(10):
         win.sent(f"slow {number}", (number,), 50, 20 + number * 10)
         win.acked(f"slow {number}", 25 + number * 10)
@@ -121,7 +121,7 @@ def test_second_frame_waits_for_ack_or_slow_ack():
     win.sent("b", (2,), 50, 4.0)
     assert win.available(4.0 + window.SLOW_ACK - 0.1) == 0
     win.acked("b", 5.0)
-    assert win.available(5.0 + window.ACK_PAUSE) > 0, "what was left behind keeps nobody waiting"
+    assert win.available(5.0 + window.ACK_PAUSE) > 0, "a skipped frame delays no other"
 
 
 def test_ack_timeout_counts_from_last_ack():
@@ -141,7 +141,7 @@ def test_skipped_frame_takes_no_capacity():
     win.sent("next", (3,), 1, 1)
     assert win.acked("next", 2) == (3,)
     assert (win.available(60), win.limit) == (1000, 1000)
-    assert (win.events, win.frames) == (2, 1), "it is not delivered all the same"
+    assert (win.events, win.frames) == (2, 1), "a skipped frame is still unacknowledged"
     assert win.acked("skipped", 61) == (1, 2)
     assert (win.events, win.frames) == (0, 0)
 
