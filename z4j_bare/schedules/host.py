@@ -23,19 +23,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.host")
 
-#: Seconds within which the adapter must connect its signals.
+#: Timeout in seconds for connecting the adapter's signals.
 CONNECT_TIMEOUT = 30.0
 
-#: Seconds within which the adapter must list its capabilities, for which it may import Django's
-#: models.
+#: Timeout in seconds for listing the adapter's capabilities. It may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
-#: Bytes of a text in a published row. The brain truncates at 8,192 bytes and appends a note. It
-#: would do the same with an already truncated text whose note makes it longer than that.
+#: Bytes of a text in a published row. The brain truncates texts over 8,192 bytes. This limit is
+#: lower, so that a text stays below 8,192 bytes after truncation and its note.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Bytes of a text in a command's result. The result repeats texts of rows, which must not be
-#: truncated again.
+#: Bytes of a text in a command's result. A result repeats texts of rows, which this higher limit
+#: does not truncate again.
 MAX_RESULT_TEXT_BYTES = 8192
 
 

@@ -151,6 +151,8 @@ def scheduler_hosts(
     """Return the hosts of scheduler adapters."""
     if not adapters:
         return []
-    from z4j_bare.schedules.host import SchedulerHost  # most workers have no scheduler
+    from z4j_bare.schedules.host import (
+        SchedulerHost,
+    )  # late, because most processes have no scheduler
 
     return [SchedulerHost(adapter, bridge, config) for adapter in adapters]

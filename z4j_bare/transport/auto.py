@@ -41,10 +41,10 @@ PROBE_DELAY_MAX = 3600.0
 #: another cause.
 FAILURES_BEFORE_FALLBACK = 2
 
-#: Seconds within which the brain's health route must answer.
+#: Timeout of a request to the brain's health route, in seconds.
 HEALTH_TIMEOUT = 5.0
 
-#: Error codes from here on are close codes of WebSocket. Lower ones are HTTP statuses.
+#: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
 _CLOSE_CODES = 1000
 
 
@@ -196,9 +196,8 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        longpoll = self._backend.import_module(
-            "z4j_bare.transport.longpoll"
-        )  # few processes need it
+        # Imported late, because few processes need it.
+        longpoll = self._backend.import_module("z4j_bare.transport.longpoll")
         self._limits = self._limits or longpoll.LearnedLimits()
         transport: LongPollTransport = longpoll.LongPollTransport(
             self._api_url, self._token, self._backend, self._limits, self._tls

@@ -36,25 +36,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.longpoll")
 
-#: Seconds within which the brain must answer the probe.
+#: Timeout of the probe in seconds.
 PROBE_TIMEOUT = 10.0
 
-#: Seconds within which the brain must answer an upload.
+#: Timeout of an upload in seconds.
 POST_TIMEOUT = 15.0
 
-#: Seconds that the brain holds a poll open.
+#: Duration of a poll in seconds: the brain answers earlier if there is a command.
 POLL_WAIT = 30
 
-#: Seconds of the shortest poll, used where a proxy cuts longer ones off.
+#: Minimum duration of a poll in seconds, for networks where a proxy cuts off longer ones.
 MIN_POLL_WAIT = 5
 
-#: Seconds after the end of a poll's wait within which the brain must answer.
+#: Seconds that are added to a poll's duration to get its timeout.
 POLL_GRACE = 10.0
 
 #: Seconds from the start of one poll to the next, at least.
 MIN_POLL_INTERVAL = 0.25
 
-#: The same after a poll without commands, which can come back too early.
+#: Seconds from the start of a poll without commands to the next poll, at least. A cache can answer
+#: such a poll at once.
 EMPTY_POLL_INTERVAL = 1.0
 
 #: Commands in the answer to a poll, at most.

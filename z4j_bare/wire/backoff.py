@@ -15,8 +15,8 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 
-#: Part of a reconnect delay that is added at most at random, so that workers do not reconnect
-#: together.
+#: A reconnect delay is lengthened at random by at most this part of it, so that workers do not
+#: reconnect at the same time.
 JITTER = 0.3
 
 
@@ -47,13 +47,13 @@ class Backoff:
         self._random = random
 
     def next(self) -> float:
-        """Return the delay before the next attempt in seconds, and lengthen the one after it."""
+        """Return the next delay in seconds, and increase the one after it."""
         delay = self.delay
         self.increase()
         return delay * (1 + self._jitter * self._random()) if self._jitter else delay
 
     def increase(self) -> None:
-        """Lengthen the next delay by one step."""
+        """Increase the next delay by one step."""
         self.delay = min(self._maximum, self.delay * self._factor)
 
     def reset(self) -> None:

@@ -30,8 +30,8 @@ _LIMIT_REACHED = (
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
-#: Close codes from here on are the brain's own. Lower ones are WebSocket's, and below 1000 are HTTP
-#: statuses.
+#: The lowest of the brain's own close codes. Lower codes are those of WebSocket, and codes below
+#: 1000 are HTTP statuses.
 APPLICATION_CODES = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
@@ -76,8 +76,8 @@ _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 #: Codes that mean a rejected signature once the session has been accepted.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: Clock difference in seconds from which on it is reported as the cause of a rejected signature.
-#: The brain allows 60.
+#: A larger clock difference, in seconds, is reported as the cause of a rejected signature. The
+#: brain allows 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 

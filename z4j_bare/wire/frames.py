@@ -42,7 +42,7 @@ ERROR_CHARS = 1024
 #: Numbers that the summary of a result keeps, at most.
 MAX_SUMMARY_NUMBERS = 50
 
-#: Characters in the key of such a number, at most.
+#: Characters in the key of a number that a summary keeps, at most.
 MAX_KEY_CHARS = 64
 
 #: Rows and events in a counter of the brain's frame models, at most.

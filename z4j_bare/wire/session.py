@@ -35,8 +35,8 @@ _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 #: characters.
 ENVELOPE_BYTES = 512
 
-#: Bytes of a message from which on it is verified incrementally. Smaller ones take 1 to 3 ms in one
-#: step, and 10 ms in the worst case.
+#: Messages larger than this many bytes are verified incrementally. Smaller ones take 1 to 3 ms in
+#: one step, and 10 ms in the worst case.
 INCREMENTAL_THRESHOLD = 32 * 1024
 
 

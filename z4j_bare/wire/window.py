@@ -18,7 +18,7 @@ from dataclasses import dataclass
 MAX_EVENTS = 1_000
 MIN_EVENTS = 50
 
-#: Age of the oldest unacknowledged frame, in seconds, from which on the limit is halved.
+#: The limit is halved when the oldest unacknowledged frame is older than this many seconds.
 SLOW_ACK = 2.5
 
 #: Seconds within which an ack must arrive for the limit to grow again.
@@ -42,8 +42,7 @@ TARGET_FRAME_SECONDS = 1.5
 #: Seconds without any ack after which all unacknowledged frames are sent again.
 ACK_DEADLINE = 90.0
 
-#: Acks that are remembered because they arrived before ``sent`` was called for their frame, at
-#: most.
+#: Acks that are kept because they arrived before ``sent`` was called for their frame, at most.
 MAX_EARLY_ACKS = 1_024
 
 
