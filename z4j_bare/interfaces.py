@@ -1,10 +1,8 @@
 """Contracts between packages.
 
-The docstrings are the specification; times are in seconds and sizes in bytes.
-
-``tests/unit/test_contracts.py`` runs ``verifyObject`` over every implementation. Payloads are
-canonical JSON in UTF-8. mypy-zope accepts an interface as a type. At run time an object passes
-unchanged, so an annotation costs nothing.
+The docstrings are the specification. Times are in seconds, sizes are in bytes, and payloads are
+canonical JSON in UTF-8. mypy-zope checks interfaces that are used as types, and
+``tests/unit/test_contracts.py`` checks every implementation by ``verifyObject``.
 """
 
 from __future__ import annotations
@@ -40,10 +38,10 @@ class ITask(Interface):
         """Return whether the task has not ended yet."""
 
     def stuck(seconds: float) -> bool:
-        """Return whether the task has not waited for longer than ``seconds``.
+        """Return whether the current step of the task takes longer than ``seconds``.
 
-        Only waits through the backend count. A task that computes is stuck, and so is one in a
-        system call that the backend does not know.
+        Only waits through the backend end a step. So a task is stuck if it computes for too long,
+        or if it waits in a way that the backend does not know.
         """
 
     def join(timeout: float | None = None) -> bool:
@@ -186,9 +184,9 @@ class IStore(Interface):
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction.
 
-        Returns the number of older rows that were evicted to make room.         ``kind`` is
-        ``event``, ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's
-        task id of an event, or empty.
+        Returns the number of older rows that were evicted to make room. ``kind`` is ``event``,
+        ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's task id of
+        an event, or empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
@@ -197,8 +195,8 @@ class IStore(Interface):
     def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
         """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``.
 
-        There are at most ``limit`` rows. Their payloads have at most ``max_bytes`` together. A
-        first row that is larger is returned alone. No row is deleted.
+        Returns at most ``limit`` rows, whose payloads add up to at most ``max_bytes``. If the first
+        row alone is larger, it is returned alone. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
@@ -283,16 +281,15 @@ class ITransport(Interface):
         numbers.
 
         Raises ``NetworkError`` when the connection fails, ``RemoteError`` when the response reports
-        an error, and ``FrameTooLargeError`` when the frame does not fit. After that one the session
-        continues, and the sender has to build a smaller frame.
+        an error, and ``FrameTooLargeError`` when the frame does not fit. In the last case the
+        session continues, and the sender has to build a smaller frame.
         """
 
     def receive(timeout: float) -> bytes | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one.
 
-        Only one task may receive.
-
-        Raises ``NetworkError`` or ``RemoteError`` when the connection is closed.
+        Only one task may receive. Raises ``NetworkError`` or ``RemoteError`` when the connection is
+        closed.
         """
 
     def abort() -> None:
@@ -354,7 +351,7 @@ class ISchedulerHost(Interface):
     )
     redactor: Any = Attribute("Redacts a schedule by the rules that the brain applies.")
     result_redactor: Any = Attribute(
-        "Redacts the result of a command. It leaves alone what ``redactor`` has left."
+        "Redacts the result of a command, and keeps every value that ``redactor`` keeps."
     )
 
     def connect(changed: Callable[[], object]) -> None:

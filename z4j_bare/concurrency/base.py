@@ -248,9 +248,8 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            _step_start.set(
-                None
-            )  # calls of the backend by foreign code inside the wait are no steps
+            # If foreign code inside the wait calls the backend, that is no step.
+            _step_start.set(None)
         try:
             return wait(*args)
         finally:

@@ -161,8 +161,7 @@ class ImportForkGuard:
         module_locks = getattr(_bootstrap, "_module_locks", {})
         try:
             locks = [reference() for reference in tuple(module_locks.values())]
-        except (
-            RuntimeError
-        ):  # the dict has changed during the iteration, so an import has just begun
+        except RuntimeError:
+            # The dict has changed during the iteration, so an import has just begun.
             return True
         return any(lock is not None and lock.owner in self._threads for lock in locks)

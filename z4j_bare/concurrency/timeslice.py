@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 #: Seconds of uninterrupted work on the host's only thread, after which the agent yields.
 SLICE_SECONDS = 0.002
 
-#: Seconds that a yield sleeps under gevent. ``gevent.sleep(0)`` only runs greenlets that are ready,
-#: up to fifty times in a row, before a timer or a socket is served.
+#: Seconds that a yield sleeps under gevent. Up to fifty ``gevent.sleep(0)`` in a row only run ready
+#: greenlets, and serve no timer and no socket.
 YIELD_SECONDS = 1e-5
 
 

@@ -205,7 +205,7 @@ def test_lock_excludes_other_tasks(backend):
 
 
 def test_offload_returns_result_or_error_as_value(backend):
-    """An exception is a value: in a native thread it would be printed or lost."""
+    """An exception is returned as a value, because a native thread would print or lose it."""
     assert backend.offload(divmod, 7, 2) == (True, (3, 1))
     ok, error = backend.offload(divmod, 7, 0)
     assert (ok, type(error)) == (False, ZeroDivisionError)

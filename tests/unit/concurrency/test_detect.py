@@ -34,12 +34,12 @@ def modules(library, *, thread, socket):
     ],
 )
 def test_detect_requires_thread_and_socket_patches(library, thread, socket, outcome):
-    """Both patches make a library, one of them a partial patch, and neither of them none."""
+    """The outcome is the library if it has patched both, else ``partial`` or ``none``."""
     assert detect(modules(library, thread=thread, socket=socket)).outcome == (outcome or library)
 
 
 def test_detect_imports_nothing():
-    """A process that has loaded neither library is not patched, and nothing is imported."""
+    """A process that has loaded neither library is not patched. Detection imports nothing."""
     before = set(sys.modules)
     assert detect({}) == Detection()
     assert detect({"gevent": object(), "eventlet": object()}).outcome == "none"
