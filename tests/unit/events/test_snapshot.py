@@ -31,11 +31,11 @@ def test_snapshot_of_small_value_is_equal(value):
 
 def test_snapshot_is_independent():
     """Changes that the task makes to its arguments afterwards do not reach the event."""
-    given_value = {"items": [1, {"a": "b"}]}
-    taken = snapshot(given_value)
-    given_value["items"][1]["a"] = "changed"
-    given_value["items"].append(2)
-    assert taken == {"items": [1, {"a": "b"}]}
+    arguments = {"items": [1, {"a": "b"}]}
+    copied = snapshot(arguments)
+    arguments["items"][1]["a"] = "changed"
+    arguments["items"].append(2)
+    assert copied == {"items": [1, {"a": "b"}]}
 
 
 class Colour(enum.Enum):
@@ -70,7 +70,7 @@ def test_snapshot_converts_common_types(value, expected):
     assert snapshot([value]) == [expected]
 
 
-class Rude:
+class UncallableObject:
     """An object whose methods all fail the test."""
 
     def _fail(self, *_):
@@ -82,24 +82,24 @@ class Rude:
 
 def test_snapshot_runs_no_host_code():
     """An object is replaced by its class's name without a call of its methods."""
-    assert snapshot([Rude()]) == [f"<{__name__}.Rude>"]
+    assert snapshot([UncallableObject()]) == [f"<{__name__}.UncallableObject>"]
 
 
 def test_snapshot_reads_subclasses_by_their_base():
     """A subclass of dict or list with own methods is copied by the methods of dict and list."""
 
-    class Sly(dict):
+    class DictSubclass(dict):
         def items(self):
             raise AssertionError
 
         def __len__(self):
             raise AssertionError
 
-    class Slow(list):
+    class ListSubclass(list):
         def __iter__(self):
             raise AssertionError
 
-    assert snapshot({"a": Sly(b=1), "c": Slow([2])}) == {"a": {"b": 1}, "c": [2]}
+    assert snapshot({"a": DictSubclass(b=1), "c": ListSubclass([2])}) == {"a": {"b": 1}, "c": [2]}
 
 
 def test_snapshot_names_dataclass():
@@ -122,26 +122,26 @@ def test_snapshot_keeps_margin_of_long_string():
 
 def test_snapshot_counts_characters_of_whole_value():
     """Ten strings of 8 KB share one budget of 16 KiB."""
-    taken = snapshot(["y" * 8192] * 10)
+    copied = snapshot(["y" * 8192] * 10)
     assert (
-        sum(item.limit if isinstance(item, TruncatedStr) else len(item) for item in taken)
+        sum(item.limit if isinstance(item, TruncatedStr) else len(item) for item in copied)
         == MAX_CHARS
     )
 
 
 def test_snapshot_marks_long_list():
     """A list of 100,000 items ends at the node limit and says how many are missing."""
-    taken = snapshot(list(range(100_000)))
-    assert taken[0] == 0
-    assert len(taken) <= MAX_NODES
-    assert taken[-1] == f"[... {100_000 - len(taken) + 1} more cut]"
+    copied = snapshot(list(range(100_000)))
+    assert copied[0] == 0
+    assert len(copied) <= MAX_NODES
+    assert copied[-1] == f"[... {100_000 - len(copied) + 1} more cut]"
 
 
 def test_snapshot_marks_large_dict():
     """A dict of 100,000 entries ends likewise."""
-    taken = snapshot({str(number): number for number in range(100_000)})
-    assert len(taken) <= MAX_NODES
-    assert taken["..."].endswith("more cut]")
+    copied = snapshot({str(number): number for number in range(100_000)})
+    assert len(copied) <= MAX_NODES
+    assert copied["..."].endswith("more cut]")
 
 
 def test_snapshot_ends_at_maximum_depth():
@@ -153,8 +153,8 @@ def test_snapshot_ends_at_maximum_depth():
 
 def test_snapshot_converts_keys_to_text():
     """Keys that are not strings are converted like values, and a huge key is truncated."""
-    taken = snapshot({1: "a", None: "b", Rude(): "c", "k" * 5000: "d"})
-    assert set(taken) == {"1", "None", f"<{__name__}.Rude>", "k" * MARGIN}
+    copied = snapshot({1: "a", None: "b", UncallableObject(): "c", "k" * 5000: "d"})
+    assert set(copied) == {"1", "None", f"<{__name__}.UncallableObject>", "k" * MARGIN}
 
 
 def test_snapshot_cost_is_bounded():

@@ -165,7 +165,7 @@ def harness():
 
 def test_receiver_backs_off_while_broker_is_down(harness, caplog):
     """Each failure is counted, only the first is logged, and the interval grows."""
-    harness.app.error = OSError("redis://:password@host is away")
+    harness.app.error = OSError("redis://:password@host is down")
     with caplog.at_level(logging.INFO, "z4j"):
         harness.backend.advance(120)
     assert harness.receiver.failures == len(harness.app.attempts) <= 15

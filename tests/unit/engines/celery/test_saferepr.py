@@ -33,10 +33,10 @@ values = st.recursive(
     max_leaves=12,
 )
 
-nasty = st.text(st.sampled_from("\\'\",:{}[]()<> ab."), max_size=8)
+punctuation = st.text(st.sampled_from("\\'\",:{}[]()<> ab."), max_size=8)
 neighbours = st.recursive(
-    st.none() | st.integers() | nasty,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(nasty, inner, max_size=3),
+    st.none() | st.integers() | punctuation,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(punctuation, inner, max_size=3),
     max_leaves=8,
 )
 

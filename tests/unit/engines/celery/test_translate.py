@@ -254,7 +254,7 @@ FIELDS = (
     "signum",
     "queue",
 )
-junk = st.recursive(
+arbitrary = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
@@ -267,16 +267,16 @@ junk = st.recursive(
     st.lists(
         st.fixed_dictionaries(
             {
-                "type": st.sampled_from((*KNOWN, "worker-online", "task-rejected")) | junk,
-                "hostname": st.just("w@h") | junk,
+                "type": st.sampled_from((*KNOWN, "worker-online", "task-rejected")) | arbitrary,
+                "hostname": st.just("w@h") | arbitrary,
             },
             optional={
-                **dict.fromkeys(FIELDS, junk),
-                "uuid": st.just("t") | junk,
-                "timestamp": junk,
+                **dict.fromkeys(FIELDS, arbitrary),
+                "uuid": st.just("t") | arbitrary,
+                "timestamp": arbitrary,
             },
         )
-        | junk,
+        | arbitrary,
         max_size=6,
     )
 )

@@ -71,7 +71,7 @@ class RegistryHarness:
         return SimpleNamespace(active_queues=lambda: answers or None)
 
     def route(self, name, *_arguments):
-        if name == "odd":
+        if name == "failing":
             raise KeyError("no route")
         return {"routed": {"queue": "b"}, "elsewhere": {"queue": SimpleNamespace(name="z")}}.get(
             name
@@ -144,9 +144,10 @@ def test_queue_of_uses_only_queue_or_route(harness):
         queue_of("new@h", "routed"),
     ) == ("q", None, None)
     queues = {
-        task: queue_of("more@h", task) for task in ("routed", "plain", "own", "elsewhere", "odd")
+        task: queue_of("more@h", task)
+        for task in ("routed", "plain", "own", "elsewhere", "failing")
     }
-    assert queues == {"routed": "b", "plain": "a", "own": "c", "elsewhere": None, "odd": None}
+    assert queues == {"routed": "b", "plain": "a", "own": "c", "elsewhere": None, "failing": None}
 
 
 def test_silent_worker_expires(harness):
@@ -197,7 +198,7 @@ def test_own_worker_is_enabled_but_not_asked():
 
 def test_registry_continues_after_broker_failure(harness):
     """A failed request does not stop the broadcast, and both are repeated."""
-    harness.error = OSError("broker away")
+    harness.error = OSError("broker is down")
     harness.backend.advance(8)
     assert len(harness.enabled) == 2
     harness.error, harness.queues = None, {"w@h": ["q"]}
