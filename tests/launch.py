@@ -1,6 +1,6 @@
-"""Patch first, then run the whole suite: ``python -m tests.launch threads|gevent|eventlet [pytest arguments]``.
+"""Patch, then run pytest: ``python -m tests.launch threads|gevent|eventlet [pytest arguments]``.
 
-Patching cannot be undone, so each mode has a process of its own.
+Patching cannot be undone, so each mode needs its own process.
 """
 
 import os
@@ -15,7 +15,7 @@ def patch(mode: str) -> None:
         monkey.patch_all()
     elif mode == "eventlet":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own announcement of retirement
+            warnings.simplefilter("ignore")  # its deprecation warning
             import eventlet
         eventlet.monkey_patch()
     elif mode != "threads":

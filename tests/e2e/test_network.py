@@ -8,13 +8,13 @@ from tests.support.e2e_host import start_hosts
 from tests.support.toxics import (
     Bandwidth,
     BlackHole,
+    Fragmentation,
     Garbage,
     HalfOpen,
     Latency,
     Proxy,
     Refused,
     Reset,
-    TimeSlice,
 )
 from z4j_bare.demo.brain import Brain
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 SLOW = {
     "latency": lambda: Latency(seconds=0.15),
     "bandwidth": lambda: Bandwidth(20_000),
-    "slicing": TimeSlice,
+    "slicing": Fragmentation,
 }
 
 #: Problems that end a session.

@@ -1,11 +1,14 @@
-"""Certificates for 127.0.0.1 and ``brain.test`` that are their own authority."""
+"""Self-signed certificates for 127.0.0.1 and ``brain.test``."""
 
 import datetime as dt
 import ipaddress
 
 
 def make(path, days=(-1, 1)):
-    """Write certificate and key to ``path``, good from and to so many days from now; return it."""
+    """Write certificate and key to ``path`` and return it.
+
+    :param days: begin and end of the validity, in days from now.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

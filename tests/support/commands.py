@@ -56,7 +56,9 @@ class CommandHarness(SessionHarness):
             timeout_seconds=timeout,
             delivery_claim_token=token,
         )
-        self.dispatcher.submit(SimpleNamespace(id=identity, payload=payload), self.connection, delay)
+        self.dispatcher.submit(
+            SimpleNamespace(id=identity, payload=payload), self.connection, delay
+        )
 
     def run(self, *args, **options):
         """Submit one command and return the payload of its result, the only one stored."""

@@ -1,6 +1,7 @@
-"""A whole scripted brain behind one address, which speaks WebSocket and HTTP, under TLS if asked for.
+"""A scripted brain that serves WebSocket and HTTP on one address, with or without TLS.
 
-``front.http`` and ``front.ws`` are the two peers; ``front.blocks = 403`` is a proxy that lets no upgrade through.
+``front.http`` and ``front.ws`` are the two peers. ``front.blocks = 403`` answers each upgrade with
+that status, as a proxy that blocks WebSocket does.
 """
 
 from tests.support.http_peer import HttpPeer
@@ -9,7 +10,7 @@ from tests.support.peer import SECRET, TOKEN, Peer
 
 
 class Front:
-    """The door, and the two peers behind it."""
+    """One listener and the two peers behind it."""
 
     def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
         self.backend = backend
@@ -20,9 +21,9 @@ class Front:
         self.url = self.door.url
 
     def stop(self):
-        """Hang up on everybody and stop listening."""
+        """Disconnect all sessions and stop listening."""
         for door in (self.ws.door, self.http.door):
-            door.stopped = True  # so that the three leave at the same time
+            door.stopped = True  # the three listeners then stop in parallel
         for part in (self.door, self.ws, self.http):
             part.stop()
 

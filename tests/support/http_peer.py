@@ -1,12 +1,13 @@
-"""A scripted brain behind plain HTTP: the long-poll routes, the health route, and misbehaviour on request.
+"""A scripted HTTP brain: the long-poll routes, the health route, and misbehaviour on request.
 
-It runs in the process under test, on the same backend, guarded against forks like :mod:`tests.support.peer`; the HTTP is by hand::
+It runs in the process under test, on the same backend, and is guarded against forks as
+:mod:`tests.support.peer` is. The HTTP is written by hand::
 
     peer = HttpPeer(backend)
     peer.body_limit = 8192
-    peer.answers["POST"] = [(503, {"Retry-After": "7"}, b"{}")]     # the next answers to this method, instead of its own
-    peer.sessions["nonce"].frames                                   # what verified, in order
-    peer.command("retry_task", {"task_id": "t-1"})                  # for the next poll
+    peer.answers["POST"] = [(503, {"Retry-After": "7"}, b"{}")]  # the next responses to POST
+    peer.sessions["nonce"].frames                                # the verified frames
+    peer.command("retry_task", {"task_id": "t-1"})               # for the next poll
 """
 
 import json
@@ -25,7 +26,7 @@ from z4j_bare.errors import ForkedChildError
 
 
 class Nonce:
-    """One long-poll session: its verifier, its signer, and the frames that verified."""
+    """One long-poll session: its verifier, its signer, and the verified frames."""
 
     def __init__(self, secret, nonce):
         binding = {"secret": secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": nonce}
@@ -39,7 +40,7 @@ class Nonce:
 
 
 class Request:
-    """What one request was."""
+    """One received request."""
 
     def __init__(self, method, target, headers, body):
         self.method = method
@@ -51,7 +52,7 @@ class Request:
 
 
 class HttpPeer:
-    """The listener and its script. ``mishaps`` holds everything that a correct agent never does."""
+    """The listener and its script. ``mishaps`` holds the errors of the agent."""
 
     def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
         self.backend = backend
@@ -68,14 +69,14 @@ class HttpPeer:
         self.door = Listener(backend, self.serve, name="http-peer", tls=tls)
         self.port, self.url = self.door.port, self.door.url
 
-    # -- what a test reads
+    # -- results and actions for tests
 
     def of(self, method):
-        """The requests of one method, in order of arrival."""
+        """Return the requests with one method, in order."""
         return [request for request in self.requests if request.method == method]
 
     def frames(self, kind):
-        """The frames of one type that verified, over all sessions."""
+        """Return the verified frames of one type, over all sessions."""
         return [
             frame
             for session in self.sessions.values()
@@ -84,21 +85,21 @@ class HttpPeer:
         ]
 
     def events(self):
-        """The events that arrived, replays included."""
+        """Return the received events, repeated ones included."""
         return [event for frame in self.frames("event_batch") for event in frame.payload.events]
 
     @property
     def polling(self):
-        """How many polls hang, over all sessions."""
+        """The number of polls in progress, over all sessions."""
         return sum(session.polling for session in self.sessions.values())
 
     @property
     def posting(self):
-        """How many uploads are being worked on."""
+        """The number of uploads in progress."""
         return sum(session.posting for session in self.sessions.values())
 
     def command(self, action, parameters=None, *, timeout=60, identity=None):
-        """Have a command ready for the next poll; return its id."""
+        """Queue a command for the next poll; return its id."""
         identity = identity or str(uuid4())
         payload = CommandPayload(
             action=action, target={}, parameters=parameters or {}, timeout_seconds=timeout
@@ -107,14 +108,14 @@ class HttpPeer:
         return identity
 
     def stop(self):
-        """Hang up on everybody and stop listening."""
+        """Disconnect and stop listening."""
         self.door.stop()
 
     def hang_up(self):
-        """Break every connection."""
+        """Shut down every connection."""
         self.door.hang_up()
 
-    # -- what it does by itself
+    # -- the peer's own behaviour
 
     def answer(self, request):
         """Return status, headers and body for a request."""
@@ -171,7 +172,7 @@ class HttpPeer:
         )
 
     def _wait(self, seconds, ready=lambda: False):
-        """Let others run, so that two requests at once show, and wait for ``ready()``, the peer's end or ``seconds``."""
+        """Yield once, to expose concurrent requests; then wait for ``ready()`` or the timeout."""
         self.backend.sleep(0)
         until = self.backend.now() + seconds
         while not ready() and self.backend.now() < until and not self.door.stopped:
@@ -212,7 +213,7 @@ class HttpPeer:
         )
 
     def serve(self, sock, ahead=b""):
-        """Converse over a socket, of which some bytes have been read already."""
+        """Serve a connection, of which the bytes ``ahead`` have been read."""
         try:
             sock = self.door.secured(sock)
             self._converse(sock, ahead)
@@ -258,7 +259,7 @@ class HttpPeer:
 
 
 class Tunnel:
-    """A forward proxy that knows nothing but CONNECT. ``heads`` holds the requests."""
+    """A forward proxy for CONNECT only. ``heads`` holds the requests."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -267,7 +268,7 @@ class Tunnel:
         self.port = self.door.port
 
     def stop(self):
-        """Hang up on everybody and stop listening."""
+        """Disconnect and stop listening."""
         self.door.stop()
 
     def _join(self, sock):
@@ -288,14 +289,14 @@ class Tunnel:
 
 
 def join(backend, outer, inner, pieces=None):
-    """Copy both ways until either ends; of what comes from ``inner``, only so many ``pieces`` if that is given."""
+    """Copy in both directions until one ends; read at most ``pieces`` times from ``inner``."""
     back = backend.spawn(_pump, backend, inner, outer, pieces, name="pump")
     _pump(backend, outer, inner)
     back.join(5)
 
 
 def _pump(backend, source, target, pieces=None):
-    """Copy until the end, or ``pieces`` reads; then hang up on both."""
+    """Copy until the end or for ``pieces`` reads; then shut down both sockets."""
     try:
         while pieces is None or pieces > 0:
             push(backend, target, some(backend, source))

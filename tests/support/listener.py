@@ -1,4 +1,4 @@
-"""What every scripted peer stands on: a listener on loopback and patience with sockets, on the backend of the run."""
+"""A loopback listener for scripted peers, and blocking-style socket calls on the backend."""
 
 import os
 import socket
@@ -8,13 +8,13 @@ from functools import partial
 
 
 class GoneError(Exception):
-    """The agent hung up."""
+    """The agent disconnected."""
 
 
 class Listener:
-    """Has ``serve(sock)`` run for each connection, in a task of its own, until it is stopped.
+    """Runs ``serve(sock)`` in a task for each connection until it is stopped.
 
-    :param tls: an ``ssl.SSLContext`` for :meth:`secured`; it also makes the ``url`` an ``https`` one.
+    :param tls: an ``ssl.SSLContext`` for :meth:`secured`; it also makes ``url`` an ``https`` one.
     """
 
     def __init__(self, backend, serve, *, name, tls=None):
@@ -33,38 +33,37 @@ class Listener:
         self.spawn(self._accept)
 
     def spawn(self, function, *args):
-        """Run a task that ``stop`` will wait for."""
+        """Run a task that ``stop`` waits for."""
         self._tasks.append(self.backend.spawn(function, *args, name=self._name))
 
     def secured(self, sock):
-        """Return the socket as it is, or under TLS if that is spoken here."""
+        """Return the socket, wrapped in TLS if the listener has a context."""
         if self._tls is None:
             return sock
         wrapped = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         wrapped.setblocking(False)
         self.socks[self.socks.index(sock)] = wrapped
         try:
-            patiently(self.backend, wrapped, wrapped.do_handshake)
-        except Exception:  # also what comes of a socket that is shut down meanwhile
+            retry_when_ready(self.backend, wrapped, wrapped.do_handshake)
+        except Exception:  # including the errors of a socket that was shut down meanwhile
             wrapped.close()
             raise
         return wrapped
 
     def hang_up(self):
-        """Break every connection."""
+        """Shut down every connection."""
         for sock in self.socks:
             shut(sock)
 
     def stop(self):
-        """Hang up on everybody and stop listening; but not from a forked child, where all of it is the parent's."""
+        """Disconnect and stop listening. Does nothing in a forked child, whose sockets are copies."""
         if os.getpid() != self._pid:
             return
         self.stopped = True
         self.hang_up()
         with suppress(OSError):
-            socket.create_connection(
-                ("127.0.0.1", self.port), 1
-            ).close()  # so that whoever accepts looks at once
+            # Wakes the accept loop, which then sees ``stopped``.
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
         for task in self._tasks:
             task.join(5)
         for sock in (*self.socks, self._listener):
@@ -82,22 +81,22 @@ class Listener:
             self.spawn(self._serve, sock)
 
 
-def patiently(backend, sock, action, *, write=False):
-    """Call ``action`` until the socket, plain or TLS, lets it: a ``write`` waits for room. Every wait guards against forks."""
+def retry_when_ready(backend, sock, action, *, write=False):
+    """Call ``action`` until the socket, plain or TLS, is ready; ``write`` waits to write."""
     while True:
         try:
             return action()
         except BlockingIOError:
-            room = write
+            for_write = write
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            room = isinstance(error, ssl.SSLWantWriteError)
-        wait = backend.wait_writable if room else backend.wait_readable
+            for_write = isinstance(error, ssl.SSLWantWriteError)
+        wait = backend.wait_writable if for_write else backend.wait_readable
         wait(sock, 1.0)
 
 
 def some(backend, sock):
-    """Read what there is, waiting for it. Raises ``GoneError`` at the end."""
-    data = patiently(backend, sock, lambda: sock.recv(65536))
+    """Wait for bytes and return them. Raises ``GoneError`` at the end of the stream."""
+    data = retry_when_ready(backend, sock, lambda: sock.recv(65536))
     if not data:
         raise GoneError
     return data
@@ -106,11 +105,11 @@ def some(backend, sock):
 def push(backend, sock, data):
     """Write all of ``data``."""
     while data:
-        data = data[patiently(backend, sock, partial(sock.send, data), write=True) :]
+        data = data[retry_when_ready(backend, sock, partial(sock.send, data), write=True) :]
 
 
 def shut(sock):
-    """Break a socket."""
+    """Shut down both directions of a socket."""
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -1,13 +1,14 @@
-"""A brain on loopback that does as it is told: it signs and verifies with z4j_core, and misbehaves on request.
+"""A scripted WebSocket brain on loopback, which misbehaves on request.
 
-It runs in the process under test, on the same backend, and guards every read against forks: a copy of it in a forked child
-must not eat bytes that belong to the parent. The WebSocket framing is by hand, so that it can be wrong on purpose::
+It signs and verifies with z4j_core. It runs in the process under test, on the same backend. Every
+read is guarded against forks: its copy in a forked child must not read bytes of the parent. The
+WebSocket framing is written by hand, so that a test can send invalid frames::
 
     peer = Peer(backend)
-    peer.acks = "none"                 # or "all", or seconds by which each ack is late
-    peer.refuse = (503, {})            # HTTP status and headers for the next upgrades; None lets them in
-    peer.noise = b"..."                # what answers the next requests instead, HTTP or not
-    peer.greet = lambda session: ...   # what to do after a hello; default: send the hello_ack
+    peer.acks = "none"                 # or "all", or the delay of each ack in seconds
+    peer.refuse = (503, {})            # HTTP status and headers for the next upgrades, or None
+    peer.noise = b"..."                # bytes to send in place of an HTTP response, or None
+    peer.greet = lambda session: ...   # called after a hello; default: send the hello_ack
     peer.sessions[-1].command("retry_task", {"task_id": "t-1"})
 """
 
@@ -44,7 +45,7 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 class PeerSession:
-    """One connection. ``frames`` holds what verified, in order; ``mishaps`` everything that a correct agent never sends."""
+    """One connection. ``frames`` holds the verified frames, ``mishaps`` errors of the agent."""
 
     def __init__(self, peer, sock, ahead):
         self.peer = peer
@@ -72,10 +73,10 @@ class PeerSession:
         self.verifier = FrameVerifier(**binding)
 
     def of(self, kind):
-        """The frames of one type."""
+        """Return the verified frames of one type."""
         return [frame for frame in self.frames if frame.type == kind]
 
-    # -- what a test may make it do
+    # -- actions for tests
 
     def command(
         self, action, parameters=None, *, target=None, timeout=60, token=None, identity=None
@@ -118,22 +119,22 @@ class PeerSession:
             self._write(BINARY, self.signer.sign_and_serialize(frame))
 
     def send(self, data, opcode=BINARY):
-        """Send any message."""
+        """Send a message, valid or not."""
         with self._order:
             self._write(opcode, data)
 
     def send_raw(self, data):
-        """Send bytes that need not even be WebSocket frames."""
+        """Send bytes that need not be WebSocket frames."""
         with self._order:
             self._push(data)
 
     def close(self, code, reason=""):
-        """Send a close frame and hang up."""
+        """Send a close frame and disconnect."""
         self.send(struct.pack("!H", code) + reason.encode(), CLOSE)
         self.drop()
 
     def drop(self):
-        """Hang up without a word."""
+        """Disconnect without a close frame."""
         shut(self._sock)
 
     def hello_ack(self, **changes):
@@ -155,7 +156,7 @@ class PeerSession:
             ).encode()
         )
 
-    # -- what it does by itself
+    # -- the peer's own behaviour
 
     def run(self):
         try:
@@ -198,7 +199,8 @@ class PeerSession:
             status, headers = self.peer.refuse
             extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
             self._push(
-                f"HTTP/1.1 {status} No\r\n{extra}Content-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                f"HTTP/1.1 {status} No\r\n{extra}Content-Length: 0\r\n"
+                "Connection: close\r\n\r\n".encode()
             )
             return False
         accept = base64.b64encode(
@@ -228,7 +230,7 @@ class PeerSession:
             self.peer.heard(self, frame)
 
     def _message(self):
-        """Return the next data message; answers pings and notes closes."""
+        """Return the next data message; answers pings and records close codes."""
         while True:
             head = self._take(2)
             if not head[1] & 0x80:
@@ -280,7 +282,7 @@ class PeerSession:
 
 
 class Peer:
-    """The listener and its script."""
+    """The listener and its script; see the module."""
 
     def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
         self.backend = backend
@@ -293,38 +295,38 @@ class Peer:
         self.max_frame = 1_048_576
         self.greet = PeerSession.hello_ack
         self.sessions = []
-        self.requests = []  # plain HTTP, which is answered with 404
+        self.requests = []  # plain HTTP requests, answered with 404
         self.door = Listener(backend, self.meet, name="peer", tls=tls)
         self.url = self.door.url
 
     @property
     def live(self):
-        """The sessions that said hello and stand."""
+        """The sessions that have sent a hello and are open."""
         return [
             session for session in self.sessions if session.hello is not None and not session.over
         ]
 
     @property
     def last(self):
-        """The newest session that stands, or ``None``."""
+        """The newest open session, or ``None``."""
         live = self.live
         return live[-1] if live else None
 
     @property
     def mishaps(self):
-        """Everything that went wrong, over all sessions."""
+        """The agent's errors, over all sessions."""
         return [mishap for session in self.sessions for mishap in session.mishaps]
 
     def frames(self, kind):
-        """The frames of one type, over all sessions."""
+        """Return the verified frames of one type, over all sessions."""
         return [frame for session in self.sessions for frame in session.of(kind)]
 
     def events(self):
-        """The events received, over all sessions, in order of arrival; replays included."""
+        """Return the received events of all sessions in order, repeated ones included."""
         return [event for frame in self.frames("event_batch") for event in frame.payload.events]
 
     def heard(self, session, frame):
-        """React to a frame."""
+        """Respond to a frame as ``acks`` says."""
         if frame.type != "event_batch" or self.acks == "none":
             return
         if self.acks == "all":
@@ -333,7 +335,7 @@ class Peer:
             self.door.spawn(self._late, session, frame, self.acks)
 
     def stop(self):
-        """Hang up on everybody and stop listening."""
+        """Disconnect all sessions and stop listening."""
         self.door.stop()
 
     def _late(self, session, frame, seconds):
@@ -344,14 +346,14 @@ class Peer:
             pass
 
     def meet(self, sock, ahead=b""):
-        """Converse over a socket, of which some bytes have been read already."""
+        """Serve a connection, of which the bytes ``ahead`` have been read."""
         session = PeerSession(self, sock, ahead)
         self.sessions.append(session)
         session.run()
 
 
 def settled(runtime, number):
-    """Whether a runtime has heard of just so many events that they arrived, and keeps none."""
+    """Return whether exactly ``number`` events were acknowledged and none is buffered."""
     runtime._agent.buffer.stats()
     stats = runtime.stats()
     return stats["acked"] == number and not stats["buffered"]

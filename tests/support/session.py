@@ -1,4 +1,4 @@
-"""One session in virtual time: the real loops between a store in memory and a recording transport."""
+"""One session in virtual time: real loops between a store in memory and a recording transport."""
 
 import json
 from collections import deque
@@ -166,7 +166,7 @@ class SessionHarness:
         return self.buffer.stats().rows
 
     def run_loop(self, run):
-        """Run a loop in a task; return a list that gets its ``AgentError`` or ``None`` at its end."""
+        """Run a loop in a task; at its end the returned list gets its error or ``None``."""
         ended = []
 
         def work():

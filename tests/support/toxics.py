@@ -1,12 +1,12 @@
-"""A TCP proxy on native threads between an agent and its brain, and what a network may do to what passes through it::
+"""A TCP proxy between agent and brain, on native threads, and the network faults it can inject::
 
     proxy = Proxy(brain.port)
     with proxy.poisoned(Latency(0.2)):
-        ...                             # every line suffers, the new ones too
+        ...                             # every connection is affected, also new ones
     proxy.close()
 
-What is held back is passed on later, as TCP would: only a line that is dead or torn loses bytes. For processes that are
-not patched.
+Delayed bytes are delivered later, as TCP does: only a dead or reset connection loses bytes. For
+processes without patched sockets.
 """
 
 import os
@@ -20,27 +20,27 @@ from contextlib import contextmanager, suppress
 
 CHUNK = 65536
 
-#: Seconds between two looks of a line at whether it has been torn.
-LOOK = 0.02
+#: Seconds between two checks of a connection for a reset.
+POLL_INTERVAL = 0.02
 
 
 class Toxic:
-    """What happens to the lines while it lasts; by itself nothing. ``hits`` counts what it did."""
+    """A fault while it is active; this one does nothing. ``hits`` counts its effects."""
 
     def __init__(self):
         self.hits = 0
 
     def admit(self, line):
-        """Take a line: one that stands when the trouble begins (``line.old``), or one that comes during it."""
+        """Apply to a connection, open since before the fault (``line.old``) or new."""
 
     def carry(self, data, *, down):
-        """Yield what becomes of ``data`` on its way ``down`` to the agent, or up to the brain."""
+        """Yield what is delivered of ``data``, ``down`` to the agent or up to the brain."""
         del down
         yield data
 
 
 class Latency(Toxic):
-    """Everything takes ``seconds`` more."""
+    """Delays all data by ``seconds``."""
 
     def __init__(self, seconds):
         super().__init__()
@@ -54,7 +54,7 @@ class Latency(Toxic):
 
 
 class Bandwidth(Toxic):
-    """No more than ``rate`` bytes a second get through."""
+    """Delivers at most ``rate`` bytes per second."""
 
     def __init__(self, rate):
         super().__init__()
@@ -69,8 +69,8 @@ class Bandwidth(Toxic):
             yield data[start : start + size]
 
 
-class TimeSlice(Toxic):
-    """Everything comes in pieces of a few bytes."""
+class Fragmentation(Toxic):
+    """Delivers data in pieces of a few bytes."""
 
     def carry(self, data, *, down):
         del down
@@ -83,7 +83,7 @@ class TimeSlice(Toxic):
 
 
 class HalfOpen(Toxic):
-    """The lines that stand go dead without a word, for good; new ones are well."""
+    """Open connections silently stop to deliver for good; new ones work."""
 
     def admit(self, line):
         if line.old:
@@ -92,18 +92,18 @@ class HalfOpen(Toxic):
 
 
 class BlackHole(Toxic):
-    """Nothing gets through, in neither direction, on no line; connecting still works."""
+    """Delivers nothing on any connection; connecting works."""
 
     def admit(self, line):
-        line.held = True
+        line.paused = True
         self.hits += 1
 
 
 class Reset(Toxic):
-    """Every line is torn down with RST, and the new ones after their first bytes."""
+    """Resets open connections at once, and new ones after their first bytes."""
 
     def admit(self, line):
-        line.torn = line.old
+        line.reset = line.old
 
     def carry(self, data, *, down):
         del data, down
@@ -113,7 +113,7 @@ class Reset(Toxic):
 
 
 class Garbage(Toxic):
-    """Noise in place of what the brain says (``down``), or of what the agent says."""
+    """Replaces the brain's bytes (``down``) or the agent's by random ones."""
 
     def __init__(self, *, down):
         super().__init__()
@@ -127,22 +127,22 @@ class Garbage(Toxic):
 
 
 class Refused(Toxic):
-    """Nobody listens, and the lines that stood are torn."""
+    """Refuses new connections and resets open ones."""
 
     def admit(self, line):
-        line.torn = True
+        line.reset = True
         self.hits += 1
 
 
-class CooperativeSocket(threading.Thread):
-    """One connection and its other half."""
+class ProxyConnection(threading.Thread):
+    """A connection of the agent and its counterpart to the brain."""
 
     def __init__(self, proxy, sock):
         super().__init__(name="toxic-line", daemon=True)
         self.old = False
-        self.held = False
+        self.paused = False
         self.dead = False
-        self.torn = False
+        self.reset = False
         self._proxy = proxy
         self._agent = sock
         self._brain = None
@@ -155,24 +155,24 @@ class CooperativeSocket(threading.Thread):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._pass()
         except OSError:
-            self._tear()
+            self._reset_on_close()
         finally:
             self._proxy.lines.discard(self)
             for sock in filter(None, (self._agent, self._brain)):
                 sock.close()
 
     def _pass(self):
-        """Carry both directions until either ends, which ends the other, or the line is torn."""
+        """Copy both directions until one ends or the connection is reset."""
         while not self._proxy.closed:
-            if self.torn:
+            if self.reset:
                 raise ConnectionResetError
-            if self.held:
-                time.sleep(LOOK)
+            if self.paused:
+                time.sleep(POLL_INTERVAL)
                 continue
-            for sock in select.select([self._agent, self._brain], [], [], LOOK)[0]:
+            for sock in select.select([self._agent, self._brain], [], [], POLL_INTERVAL)[0]:
                 data = sock.recv(CHUNK)
                 if self.dead:
-                    time.sleep(LOOK)  # whoever has hung up is readable all the time
+                    time.sleep(POLL_INTERVAL)  # a closed socket is always readable
                 elif data:
                     self._carry(data, sock)
                 else:
@@ -182,15 +182,15 @@ class CooperativeSocket(threading.Thread):
         for piece in self._proxy.toxic.carry(data, down=source is self._brain):
             (self._agent if source is self._brain else self._brain).sendall(piece)
 
-    def _tear(self):
-        """Have both ends see RST: the sockets are about to be closed."""
+    def _reset_on_close(self):
+        """Make the following close of both sockets send RST."""
         for sock in filter(None, (self._agent, self._brain)):
             with suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class Proxy:
-    """Listens on ``port``; what it lets through goes to ``target``, a port of 127.0.0.1."""
+    """Listens on ``port`` and forwards to ``target``, a port of 127.0.0.1."""
 
     def __init__(self, target):
         self.target = target
@@ -204,7 +204,7 @@ class Proxy:
 
     @contextmanager
     def poisoned(self, toxic):
-        """Have ``toxic`` rule for a while; what it held back goes on afterwards."""
+        """Activate ``toxic`` for the ``with`` block; delayed data is delivered afterwards."""
         self.toxic = toxic
         for line in list(self.lines):
             line.old = True
@@ -214,30 +214,30 @@ class Proxy:
         finally:
             self.toxic = Toxic()
             for line in list(self.lines):
-                line.held = False
+                line.paused = False
 
     def close(self):
-        """Hang up on everybody and stop listening."""
+        """Disconnect and stop listening."""
         self.closed = True
 
     def _accept(self):
         while not self.closed:
             if isinstance(self.toxic, Refused):
-                self._deaf()
-            elif select.select([self._listener], [], [], LOOK)[0]:
+                self._refuse_connections()
+            elif select.select([self._listener], [], [], POLL_INTERVAL)[0]:
                 sock, _ = self._listener.accept()
-                line = CooperativeSocket(self, sock)
+                line = ProxyConnection(self, sock)
                 self.lines.add(line)
                 self.toxic.admit(line)
                 line.start()
         self._listener.close()
 
-    def _deaf(self):
-        """Refuse connections, but keep the port: anybody's next socket could take it."""
+    def _refuse_connections(self):
+        """Refuse connections, but keep the port bound so that no other socket gets it."""
         self._listener.close()
         with socket.socket() as buffer:
             buffer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             buffer.bind(("127.0.0.1", self.port))
             while isinstance(self.toxic, Refused) and not self.closed:
-                time.sleep(LOOK)
+                time.sleep(POLL_INTERVAL)
         self._listener = socket.create_server(("127.0.0.1", self.port))

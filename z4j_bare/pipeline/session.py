@@ -121,7 +121,8 @@ class Connection:
         """Verify a message and return it as z4j_core's model. Raises ``RemoteProtocolError``."""
         # One read can return fifty commands, and nothing between them waits.
         self._timeslice.checkpoint()
-        return self.session.verify(message, self._timeslice.checkpoint)
+        frame: Frame = self.session.verify(message, self._timeslice.checkpoint)
+        return frame
 
     def on_receive_waited(self) -> None:
         """Start a new time slice: the receive loop has just waited, so other tasks have run."""
