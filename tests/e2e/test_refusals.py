@@ -27,7 +27,8 @@ def assert_warned_once(hosts, setting):
 def warnings(host):
     """Return the reason and the seconds to the next attempt of each rejection in the host's log."""
     return re.findall(
-        r"WARNING z4j\.runtime\.supervisor z4j: no session \(auth\): (.*); next attempt in (\d+) s",
+        r"WARNING z4j\.runtime\.pipeline\.session z4j: "
+        r"no session \(auth\): (.*); next attempt in (\d+) s",
         host.output(),
     )
 
