@@ -56,7 +56,7 @@ class Listener:
             shut(sock)
 
     def stop(self):
-        """Disconnect and stop listening. Does nothing in a forked child, whose sockets are copies."""
+        """Disconnect and stop listening. Does nothing in a forked child, which has copies."""
         if os.getpid() != self._pid:
             return
         self.stopped = True

@@ -23,9 +23,9 @@ STATUS_INTERVAL = 60.0
 class HeartbeatLoop:
     """Sends a heartbeat at once and then every ``interval`` seconds.
 
-    It does not use the store: with a slow disk the agent must not look dead.
+    It does not use the store, so a slow disk does not delay heartbeats.
 
-    :param payload: makes the payload of a heartbeat from figures in memory.
+    :param payload: makes the payload of a heartbeat from numbers in memory.
     :param status: makes the payload of an ``agent_status``, which the brain keeps as history;
         ``None`` sends none.
     """

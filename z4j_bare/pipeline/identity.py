@@ -45,7 +45,7 @@ class AgentIdentity:
         self._worker_suffix = ""
 
     def hello(self) -> bytes:
-        """Return the ``hello`` frame; capabilities are read anew, because they can change."""
+        """Return the ``hello`` frame with the current capabilities."""
         name, pid = self._framework.name, os.getpid()
         started_ms = int(self.started_at.timestamp() * 1000)
         self.current = frames.Identity(

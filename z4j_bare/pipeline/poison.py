@@ -1,9 +1,9 @@
 """Isolation of poison rows: the brain ends every session in which it receives one.
 
-A row that was in flight when the brain ended two sessions over a frame is a suspect. Suspects are
-sent in isolation: nothing else is in flight. After each session they end, a smaller part of them is
-sent, until one row is alone. The count belongs to the row and is stored with it, so the search goes
-on after a restart and in a process that adopts the store.
+A row that was in flight when the brain ended two sessions over a frame is suspected. Suspected rows
+are sent in isolation: nothing else is in flight. After each session they end, a smaller part of
+them is sent, until one row is alone. The count belongs to the row and is stored with it, so the
+search goes on after a restart and in a process that adopts the store.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger("z4j.runtime.pipeline.poison")
 #: suspect.
 SUSPECT_AFTER = 2
 
-#: A set of suspects is split into this many parts: of 500 events 63, then 8, then 1 are tried,
-#: which takes four more sessions. Halving would take ten. A failed session costs seconds; an
+#: A set of suspected rows is split into this many parts: of 500 events 63, then 8, then 1 are
+#: tried, which takes four more sessions. Halving would take ten. A failed session costs seconds; an
 #: accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 
@@ -38,10 +38,10 @@ class PoisonIsolation:
     """The search for poison rows within one session."""
 
     def __init__(self) -> None:
-        #: The suspects that are in flight alone.
+        #: The suspected rows that are in flight alone.
         self.isolated: Sequence[BufferEntry] = ()
-        #: Whether the brain has acknowledged anything in this session. Before that, suspects are
-        #: not sent: the cause that ends every session would be held against them.
+        #: Whether the brain has acknowledged anything in this session. Before that, suspected rows
+        #: are not sent: the cause that ends every session would be held against them.
         self.session_works = False
         #: Rows of the upload in progress, over a transport with synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -59,17 +59,17 @@ class PoisonIsolation:
         """
         if not close_codes.may_be_poison(error) or not in_flight:
             return error
-        suspects = [entry for entry in self.isolated if entry.id in in_flight]
-        if len(in_flight) == len(suspects) == 1:
+        suspected = [entry for entry in self.isolated if entry.id in in_flight]
+        if len(in_flight) == len(suspected) == 1:
             buffer.discard(in_flight, POISON, generation)
             logger.warning(
                 "z4j: dropped a row that the brain cannot accept: %s (%s)",
-                describe(suspects[0]),
+                describe(suspected[0]),
                 error,
             )
         else:
             buffer.mark_suspect(in_flight, generation)
-        if not suspects:
+        if not suspected:
             return error
         return PoisonRowError(str(error), code=getattr(error, "code", None))
 
@@ -77,10 +77,10 @@ class PoisonIsolation:
 def next_trial(
     results: Sequence[BufferEntry], events: Sequence[BufferEntry]
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
-    """Return the results and events before the first suspects, and the suspects to try next.
+    """Return the results and events before the first suspected row, and the rows to try next.
 
-    Suspects with the same count are a set, and an eighth of the first set is next. Rows that have
-    ended one session more stand before the others, and are a smaller set.
+    The next trial is an eighth of the first run of suspected rows with equal counts. A trial takes
+    rows from the front, so the rows of the last failed trial are now a smaller run at the front.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))
@@ -108,8 +108,8 @@ def _is_clear(entry: BufferEntry) -> bool:
     return entry.attempts < SUSPECT_AFTER
 
 
-def _first_part(suspects: Sequence[BufferEntry]) -> list[BufferEntry]:
-    if not suspects:
+def _first_part(suspected: Sequence[BufferEntry]) -> list[BufferEntry]:
+    if not suspected:
         return []
-    same_count = list(takewhile(lambda entry: entry.attempts == suspects[0].attempts, suspects))
+    same_count = list(takewhile(lambda entry: entry.attempts == suspected[0].attempts, suspected))
     return same_count[: -(-len(same_count) // SPLIT_FACTOR)]

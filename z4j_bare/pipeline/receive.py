@@ -60,7 +60,7 @@ class ReceiveLoop:
             self._receive_one(READ_TIMEOUT)
         # Frames that have arrived still count: acks, commands that the brain regards as delivered,
         # and the close code that says why a send failed.
-        while self._receive_one(0.0):
+        while self._receive_one(timeout=0):
             pass
 
     def _receive_one(self, timeout: float) -> bool:

@@ -75,12 +75,12 @@ class Pacing:
         return min(room, FRAME_EVENTS if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
-        """Return whether a limit ended ``events``, so that the store may hold more of them.
+        """Return whether the read of ``events`` stopped at a limit, so the store may hold more.
 
-        When the next row alone takes half a frame this is missed; the next read finds that row.
+        This misses a next row that takes half a frame alone; a later read finds that row.
         """
         if self.synchronous_acks:
-            return bool(events)  # how many of them fit is known after the upload
+            return bool(events)  # how many of them fit is known only after the upload
         return (
             len(events) >= self.max_events(room)
             or sum(len(entry.payload) for entry in events) > self.payload_limit // 2
@@ -105,7 +105,7 @@ class Pacing:
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
-            return pause  # only the pause holds the events back, and it may be over by now
+            return pause  # only the pause delays the events; it may be over by now
         return POLL_IDLE if is_idle else POLL_BUSY
 
 
@@ -200,9 +200,9 @@ class Sender:
     def on_stored(self, events: int) -> None:
         """Note that the flush loop has stored events.
 
-        While a frame is in flight this wakes nobody: the ack of that frame does.
+        This wakes the sender, unless a frame is in flight, whose ack wakes it.
         """
-        # First: an ack that arrives now has to see it.
+        # Set this first, because an ack that arrives now reads it.
         self._pacing.maybe_pending = self._pacing.maybe_pending or events > 0
         if not self._pacing.window.in_flight:
             self.notify()
@@ -310,13 +310,13 @@ class Sender:
         self._isolation.isolated = ()
         pacing.maybe_pending = False  # before the read, which may miss rows stored from now on
         room = self._room()
-        results, events, suspects = next_trial(*self._read(room))
+        results, events, suspected = next_trial(*self._read(room))
         full = pacing.is_full(events, room)  # before sending: a synchronous ack enlarges the limits
         for entry in results:
             self._send_priority(connection, entry)
         self._send_events(connection, events)
-        if suspects:
-            return self._send_isolated(connection, suspects)
+        if suspected:
+            return self._send_isolated(connection, suspected)
         if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # without room no event was read
             pacing.maybe_pending = True
         # One read returns about a frame of a schedule stream, so there may be more of it.
@@ -343,8 +343,8 @@ class Sender:
             return [], []
         return found
 
-    def _send_isolated(self, connection: Connection, suspects: Sequence[BufferEntry]) -> bool:
-        """Send suspects if nothing else is in flight and the session works.
+    def _send_isolated(self, connection: Connection, suspected: Sequence[BufferEntry]) -> bool:
+        """Send suspected rows if nothing else is in flight and the session works.
 
         Returns whether there may be more to send at once.
         """
@@ -354,11 +354,11 @@ class Sender:
         if not self._isolation.session_works:
             self._probe_session(connection)
             return self._pacing.synchronous_acks
-        self._isolation.isolated = suspects
-        if suspects[0].kind in PRIORITY_KINDS:
-            self._send_priority(connection, suspects[0])
-            suspects = ()
-        self._send_events(connection, suspects)
+        self._isolation.isolated = suspected
+        if suspected[0].kind in PRIORITY_KINDS:
+            self._send_priority(connection, suspected[0])
+            suspected = ()
+        self._send_events(connection, suspected)
         return self._pacing.synchronous_acks
 
     def _probe_session(self, connection: Connection) -> None:

@@ -37,18 +37,18 @@ def test_suspected_result_is_tried_alone_and_first():
 def test_trial_is_part_of_first_equal_set(attempts):
     """The trial is an eighth of the first set of equal counts, and at least one row."""
     events = rows(*attempts)
-    _, calm, suspects = next_trial([], events)
-    assert events[len(calm) :][: len(suspects)] == suspects
+    _, calm, suspected = next_trial([], events)
+    assert events[len(calm) :][: len(suspected)] == suspected
     if len(calm) < len(events):
         alike = next(
             (
                 index
                 for index, each in enumerate(events[len(calm) :])
-                if each.attempts != suspects[0].attempts
+                if each.attempts != suspected[0].attempts
             ),
             len(events) - len(calm),
         )
-        assert len(suspects) == -(-alike // SPLIT_FACTOR)
+        assert len(suspected) == -(-alike // SPLIT_FACTOR)
     assert all(each.attempts < SUSPECT_AFTER for each in calm)
 
 

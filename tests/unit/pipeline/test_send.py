@@ -92,7 +92,7 @@ def test_acked_rows_are_deleted_within_four_seconds(harness, acknowledged):
         harness.store(1)
         harness.connection.wake.set()
         harness.backend.advance(SLOW_ACK + 0.1)  # a frame each
-    harness.buffer.stats()  # or a look for the figures' sake would delete them
+    harness.buffer.stats()  # otherwise the next refresh of the stats would delete them
     harness.ack(acknowledged)
     harness.backend.advance(POLL_BUSY + MAX_DEFER_SECONDS)
     assert harness.disk.store.size() == 5 - acknowledged
