@@ -22,9 +22,9 @@ def test_command_is_acknowledged_before_it_runs(harness):
     """The ack goes out first; the result carries id and token, and storing it wakes the sender."""
     harness.host.seconds = 5
     harness.command(token="tok")
-    assert [(frame["id"], frame["payload"]) for frame in harness.transport.frames("command_ack")] == [
-        ("c-1", {"delivery_claim_token": "tok"})
-    ]
+    assert [
+        (frame["id"], frame["payload"]) for frame in harness.transport.frames("command_ack")
+    ] == [("c-1", {"delivery_claim_token": "tok"})]
     assert harness.results == []
     harness.backend.advance(6)
     assert harness.results == [
