@@ -250,7 +250,8 @@ class TransportFactory:
         ):
             if self.probe_websocket():
                 self.policy.next_probe_at = self._backend.now()
-                connection.transport.drain()
+                if isinstance(connection.transport, AutoTransport):
+                    connection.transport.drain()
                 return
             self.policy.postpone_probe(self._backend.now())
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_urlsafe
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from z4j_core.errors import SignatureError, Z4JError
@@ -24,6 +24,9 @@ from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
 from z4j_bare.wire.canonical import canonical_plain, iter_canonical, loads_incrementally
+
+if TYPE_CHECKING:
+    from z4j_core.transport.frames import Frame
 
 #: Matches an id or a type that needs no JSON escapes.
 _NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
@@ -129,7 +132,7 @@ class Session:
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
         return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), envelope, seq, tail)
 
-    def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Any:
+    def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
         """Verify an incoming frame and return z4j_core's model of it.
 
         The fields of frames that the agent processes are validated as well.
@@ -159,7 +162,7 @@ class Session:
                 f"the brain's frame is malformed ({type(error).__name__})"
             ) from None
 
-    def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Any:
+    def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Frame:
         """Verify the signature in pieces, and have z4j_core verify a small copy of the frame.
 
         The copy lacks the payload's objects, which are the large part. It is signed here, so that
@@ -192,7 +195,7 @@ class Session:
         return digest.hexdigest()
 
 
-def _validated(frame: Any) -> Any:
+def _validated(frame: Frame) -> Frame:
     """Validate the fields of a frame that the agent processes.
 
     z4j_core checks only the signature, and a missing field would raise ``AttributeError`` in a
