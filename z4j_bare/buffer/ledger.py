@@ -48,7 +48,8 @@ class Ledger:
 
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert ``key`` as started, with its provisional result, or return the earlier entry."""
-        key = replace_surrogates(key)
+        if not key.isascii():
+            key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
             self._insert(key, STARTED, provisional_result, now)
@@ -56,7 +57,8 @@ class Ledger:
 
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark ``key`` as done with its ``result``; insert a key that the cap has removed."""
-        key = replace_surrogates(key)
+        if not key.isascii():
+            key = replace_surrogates(key)
         earlier = self.find(key)
         if earlier is None:
             self._insert(key, DONE, result, now)

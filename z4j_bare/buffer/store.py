@@ -300,7 +300,8 @@ class BufferStore:
     @storage_call
     def answer(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` as done and append its result as a row, in one transaction."""
-        row = BufferEntry(0, RESULT, replace_surrogates(key), result, now, 0)
+        row_key = key if key.isascii() else replace_surrogates(key)
+        row = BufferEntry(0, RESULT, row_key, result, now, 0)
         self._commit([InsertGroup([row])], lambda: self._ledger.settle(key, result, now))
 
     # -- the file

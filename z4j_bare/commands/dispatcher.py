@@ -144,7 +144,7 @@ class Dispatcher:
         provisional_result = encode_result(
             command,
             CommandOutcome.indeterminate(
-                command, "the agent ended before the command did: outcome unknown"
+                command.action, "the agent ended before the command did: outcome unknown"
             ),
         )
         earlier = self._buffer.claim(command.id, provisional_result)
@@ -157,7 +157,7 @@ class Dispatcher:
             return True
         if earlier is None or (earlier.state != IN_OTHER_PROCESS and not earlier.result):
             error = "delivered before: its result is no longer known"
-            self._store_outcome(command, CommandOutcome.indeterminate(command, error))
+            self._store_outcome(command, CommandOutcome.indeterminate(command.action, error))
         elif earlier.state != IN_OTHER_PROCESS:
             self._buffer.append([(RESULT, command.id, earlier.result)])
             self._on_stored()

@@ -115,10 +115,10 @@ def _failure(command: Command, error: Exception) -> CommandOutcome:
     """Return the outcome of a call that raised ``error``."""
     # Each adapter defines an OffloadTimeoutError of its own, which is not a TimeoutError.
     if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
-        return CommandOutcome.indeterminate(command, "still running: outcome unknown")
+        return CommandOutcome.indeterminate(command.action, "still running: outcome unknown")
     if isinstance(error, AgentError):
         if getattr(error, "indeterminate", False):
-            return CommandOutcome.indeterminate(command, str(error))
+            return CommandOutcome.indeterminate(command.action, str(error))
         return CommandOutcome.failed(str(error))
     if isinstance(error, Z4JError):
         return CommandOutcome.failed(f"{error.code}: {error.message}")
@@ -161,7 +161,7 @@ class IdempotentEffects:
             timeout = max(0.0, command.deadline - self._backend.now())
             if not self._backend.wait(running, timeout):
                 return CommandOutcome.indeterminate(
-                    command, "still running for another command: outcome unknown"
+                    command.action, "still running for another command: outcome unknown"
                 )
         try:
             # No provisional result: it would be sent under this key, which is not a command id.
@@ -186,7 +186,7 @@ def _replayed(payload: bytes, key: str, command: Command) -> CommandOutcome:
     """Return the recorded outcome of an effect, marked as deduplicated."""
     if not payload:
         return CommandOutcome.indeterminate(
-            command, f"started before as {key}, but its result is not known"
+            command.action, f"started before as {key}, but its result is not known"
         )
     body = json.loads(payload)
     outcome = CommandOutcome(body["status"], body["result"], body["error"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.errors import AgentError, FrameTooLargeError, ScheduleStreamError
-from z4j_bare.pipeline.poison import PoisonIsolation, next_trial
+from z4j_bare.pipeline.poison import SUSPECT_AFTER, PoisonIsolation, next_trial
 from z4j_bare.wire.frames import event_batch, frame_id, shrink_event, shrink_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
 from z4j_bare.wire.window import FRAME_EVENTS, Window
@@ -310,7 +310,10 @@ class Sender:
         self._isolation.isolated = ()
         pacing.maybe_pending = False  # before the read, which may miss rows stored from now on
         room = self._room()
-        results, events, suspected = next_trial(*self._read(room))
+        results, events = self._read(room)
+        suspected: Sequence[BufferEntry] = ()
+        if any(entry.attempts >= SUSPECT_AFTER for entry in (*results, *events)):
+            results, events, suspected = next_trial(results, events)
         full = pacing.is_full(events, room)  # before sending: a synchronous ack enlarges the limits
         for entry in results:
             self._send_priority(connection, entry)

@@ -120,9 +120,9 @@ class CommandOutcome:
         return cls("failed", None, error)
 
     @classmethod
-    def indeterminate(cls, command: Command, error: str) -> Self:
+    def indeterminate(cls, action: str, error: str) -> Self:
         """Return the outcome of a command that may or may not have been carried out."""
-        return cls("failed", {"indeterminate": True, "operation": command.action}, error)
+        return cls("failed", {"indeterminate": True, "operation": action}, error)
 
     @classmethod
     def from_adapter(cls, returned: object) -> Self:
