@@ -9,6 +9,7 @@ import pytest
 from redis import Redis, RedisError
 
 from tests.support.e2e_project import E2EProject
+from tests.support.postgres import PostgresServer
 from tests.support.schedule_project import ScheduleProject
 from z4j_bare.demo.brain import Brain, free_port
 from z4j_bare.demo.process import until
@@ -19,6 +20,20 @@ from z4j_bare.demo.worker import Worker
 def brain(tmp_path_factory):
     """A running brain with an administrator's session; each test uses its own projects."""
     with Brain(tmp_path_factory.mktemp("brain")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A private PostgreSQL server."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_brain(postgres, tmp_path_factory):
+    """A running brain on PostgreSQL, as :func:`brain` is one on SQLite."""
+    with postgres.brain(tmp_path_factory.mktemp("brain")) as running:
         yield running
 
 

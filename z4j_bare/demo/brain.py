@@ -1,4 +1,4 @@
-"""The real brain as a subprocess, on SQLite and the loopback interface."""
+"""The real brain as a subprocess, on the loopback interface, with SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 #: Maximum boot time, in seconds.
 _BOOT_TIMEOUT = 60.0
+
+#: Variables with the brain's secrets. It generates those of a database in its own directory; for
+#: any other database they must be set, and be the same from the migration on.
+SECRETS = ("Z4J_SECRET", "Z4J_SESSION_SECRET", "Z4J_AUDIT_CHAIN_SECRET")
 
 #: SQLite's busy timeout in the brain, in seconds. With the driver's default of 5 s the brain
 #: returns status 500 when the disk stalls.
@@ -35,6 +39,23 @@ def brain_command() -> Path | None:
     return script if script.exists() else None
 
 
+def brain_environment(home: Path, database_url: str | None = None) -> dict[str, str]:
+    """Return a clean environment of a brain process.
+
+    :param home: the brain's directory, which contains the database by default.
+    :param database_url: another database, which also needs the variables in :data:`SECRETS`.
+    """
+    own_database = f"sqlite+aiosqlite:///{home.resolve() / 'z4j.db'}?timeout={_DATABASE_TIMEOUT}"
+    return {
+        **clean_environment(),
+        "HOME": str(home),
+        "Z4J_HOME": str(home),
+        "Z4J_DATABASE_URL": database_url or own_database,
+        # In other environments cookies are Secure, and a login over plain HTTP fails.
+        "Z4J_ENVIRONMENT": "dev",
+    }
+
+
 class Brain(BrainApi):
     """A brain process, and a REST session as its administrator.
 
@@ -44,18 +65,26 @@ class Brain(BrainApi):
     :param home: the brain's directory, created with mode 0700.
     :param port: the port, by default an unused one.
     :param environment: additional variables, for example ``Z4J_COMMAND_TIMEOUT_SECONDS``.
+    :param database_url: a database such as ``postgresql+asyncpg://user:password@host/name``, for
+        which ``environment`` sets :data:`SECRETS`; by default a file in ``home``.
     """
 
     email = "admin@example.test"
 
     def __init__(
-        self, home: Path, *, port: int = 0, environment: Mapping[str, str] | None = None
+        self,
+        home: Path,
+        *,
+        port: int = 0,
+        environment: Mapping[str, str] | None = None,
+        database_url: str | None = None,
     ) -> None:
         self.home = home
         self.port = port or free_port()
         self.password = generate_password()
         self.log = home / "brain.log"
         self._extra = dict(environment or {})
+        self._database_url = database_url
         self._service: Service | None = None
         super().__init__(f"http://127.0.0.1:{self.port}")
 
@@ -109,19 +138,14 @@ class Brain(BrainApi):
                 "the brain is not installed in this environment: pip install 'z4j-bare[demo]'"
             )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = self.home.resolve() / "z4j.db"
         environment = {
-            **clean_environment(),
-            "HOME": str(self.home),
-            "Z4J_HOME": str(self.home),
-            "Z4J_DATABASE_URL": f"sqlite+aiosqlite:///{database}?timeout={_DATABASE_TIMEOUT}",
-            # In other environments cookies are Secure, and a login over plain HTTP fails.
-            "Z4J_ENVIRONMENT": "dev",
+            **brain_environment(self.home, self._database_url),
             "Z4J_BOOTSTRAP_ADMIN_EMAIL": self.email,
             "Z4J_BOOTSTRAP_ADMIN_PASSWORD": self.password,
             **self._extra,
         }
         command = [str(script), "serve", "--host", "127.0.0.1", "--port", str(self.port)]
+        command.append("--workers=1")  # several processes would share the sessions of the agents
         return Service("the brain", command, environment=environment, cwd=self.home, log=self.log)
 
     def _require_service(self) -> Service:
