@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare.concurrency import fork
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
@@ -57,12 +57,27 @@ _HANDLERS = {
 }
 
 
-class CeleryCapture:
-    """The signal handlers of a worker whose tasks run in its own process.
+class RecordHeads(Protocol):
+    """What a record begins with, by kind: the methods of :class:`TaskEncoder`, or codes."""
 
-    :param adapter: its redaction and its tasks' ``@z4j_meta`` apply as in its own handlers.
-    :param put: ``Ring.put``.
-    :param hostname: the worker's node name; ``None`` outside a worker.
+    @property
+    def received(self) -> object: ...  # noqa: D102
+    @property
+    def started(self) -> object: ...  # noqa: D102
+    @property
+    def succeeded(self) -> object: ...  # noqa: D102
+    @property
+    def generic(self) -> object: ...  # noqa: D102
+    @property
+    def encode(self) -> object: ...  # noqa: D102
+
+
+class SignalHandlers:
+    """The signal handlers. Each makes a record of what it gets.
+
+    :param put: gets each record.
+    :param heads: the first items of the records.
+    :param worker: the worker's name in the brain; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
     """
@@ -72,32 +87,28 @@ class CeleryCapture:
 
     def __init__(
         self,
-        adapter: CeleryEngineAdapter,
         put: Put,
-        hostname: str | None,
+        heads: RecordHeads,
+        task_types: TaskTypes,
         *,
+        worker: str | None = None,
         args: bool = True,
         result: bool = True,
         clock: Callable[[], float] = time,
     ) -> None:
-        from z4j_celery.meta import get_meta
-
-        self.worker = (
-            None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
-        )
+        self.worker = worker
         self.task_states = TaskStates()
         self._args = args
         self._result = result
         self._clock = clock
-        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), self.worker)
-        self._put = self._wrapped(put, encoder)
+        self._put = put
         # Bound once: a method bound at each event is one more object for the garbage collector.
-        self._received = encoder.received
-        self._started = encoder.started
-        self._succeeded = encoder.succeeded
-        self._generic = encoder.generic
-        self._encode = encoder.encode
-        self._task_types = TaskTypes(get_meta)
+        self._received = heads.received
+        self._started = heads.started
+        self._succeeded = heads.succeeded
+        self._generic = heads.generic
+        self._encode = heads.encode
+        self._task_types = task_types
         self._epoch = fork.epoch()
         self._connected: list[tuple[Signal, Callable[..., None]]] = []
 
@@ -117,10 +128,6 @@ class CeleryCapture:
         while self._connected:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
-
-    def _wrapped(self, put: Put, _encoder: TaskEncoder, /) -> Put:
-        """Return the function that the handlers call with each record."""
-        return put
 
     # The next three run for every task. They have a try of their own instead of safe_boundary,
     # which costs a call.
@@ -282,6 +289,45 @@ class CeleryCapture:
     def _end(self, event: str, task_id: str, task_state: TaskState, own: dict[str, Any]) -> None:
         self._put((self._generic, self._clock(), task_id, task_state, event, own, perf_counter()))
         self.task_states.end(task_id)
+
+
+class CeleryCapture(SignalHandlers):
+    """The signal handlers of a worker whose tasks run in its own process.
+
+    :param adapter: its redaction and its tasks' ``@z4j_meta`` apply as in its own handlers.
+    :param put: ``Ring.put``.
+    :param hostname: the worker's node name; ``None`` outside a worker.
+    :param args: whether to capture arguments.
+    :param result: whether to capture results.
+    """
+
+    def __init__(
+        self,
+        adapter: CeleryEngineAdapter,
+        put: Put,
+        hostname: str | None,
+        *,
+        args: bool = True,
+        result: bool = True,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        from z4j_celery.meta import get_meta
+
+        worker = None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
+        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
+        super().__init__(
+            self._wrapped(put, encoder),
+            encoder,
+            TaskTypes(get_meta),
+            worker=worker,
+            args=args,
+            result=result,
+            clock=clock,
+        )
+
+    def _wrapped(self, put: Put, _encoder: TaskEncoder, /) -> Put:
+        """Return the function that the handlers call with each record."""
+        return put
 
 
 class ParentCapture(CeleryCapture):
