@@ -12,6 +12,7 @@ from z4j_core.models import DeadLetterPage
 from z4j_bare.errors import CommandError
 from z4j_bare.schedules.actions import fire
 from z4j_bare.wire.command import CommandOutcome
+from z4j_bare.wire.fit import original
 
 if TYPE_CHECKING:
     from z4j_bare.engines.host import EngineHost
@@ -47,7 +48,7 @@ class Action:
 def submit_task(command: Command, host: EngineHost, seconds: float) -> object:
     """Enqueue a task by name."""
     args, kwargs = command.arguments("args", "kwargs")
-    name = command.required("name", "task_name")
+    name = _original(command, command.required("name", "task_name"), "task name")
     when = _scheduling_options(command, host)
     return host.invoke(
         "submit_task",
@@ -70,7 +71,7 @@ def retry_task(command: Command, host: EngineHost, seconds: float) -> object:
     if "retry_task" not in host.capabilities():
         return _resubmit(command, host, seconds, args, kwargs)
     _refuse_unsafe(command, host)
-    key, name = NAME_KEYS.get(host.name), command.text("task_name", "name")
+    key, name = NAME_KEYS.get(host.name), _task_name(command)
     if key and name and kwargs is not None:
         kwargs[key] = name
     return host.invoke(
@@ -99,7 +100,7 @@ def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
     maximum = command.positive_int("max", 1000, maximum=MAX_BULK)
     return host.invoke(
         "bulk_retry",
-        dict(selection),
+        _original_ids(command, selection),
         timeout=seconds,
         max=maximum,
         override_args=args,
@@ -109,7 +110,7 @@ def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
 
 def purge_queue(command: Command, host: EngineHost, seconds: float) -> object:
     """Empty a queue. The adapter checks the confirmation token against the queue's depth."""
-    queue = command.required("queue", "id")
+    queue = _original(command, command.required("queue", "id"), "queue name")
     token = command.option("confirm_token", str, "text")
     return host.invoke(
         "purge_queue", queue, timeout=seconds, confirm_token=token, force=command.flag("force")
@@ -121,7 +122,7 @@ def requeue_dead_letter(command: Command, host: EngineHost, seconds: float) -> o
     task_id = _task_id(command, host)
     _refuse_unsafe(command, host)
     args, kwargs = _overrides(command)
-    name = command.text("task_name", "name")
+    name = _task_name(command)
     return host.invoke(
         "requeue_dead_letter",
         task_id,
@@ -180,22 +181,21 @@ def pool_shrink(command: Command, host: EngineHost, seconds: float) -> object:
 
 def add_consumer(command: Command, host: EngineHost, seconds: float) -> object:
     """Make a worker consume from another queue."""
-    return _control(
-        host, "add_consumer", _worker(command), command.required("queue"), seconds=seconds
-    )
+    queue = _original(command, command.required("queue"), "queue name")
+    return _control(host, "add_consumer", _worker(command), queue, seconds=seconds)
 
 
 def cancel_consumer(command: Command, host: EngineHost, seconds: float) -> object:
     """Stop a worker from consuming from a queue."""
-    return _control(
-        host, "cancel_consumer", _worker(command), command.required("queue"), seconds=seconds
-    )
+    queue = _original(command, command.required("queue"), "queue name")
+    return _control(host, "cancel_consumer", _worker(command), queue, seconds=seconds)
 
 
 def rate_limit(command: Command, host: EngineHost, seconds: float) -> object:
     """Limit how often a task may start, on one worker or on all."""
     worker = command.option("worker_name", str, "text") or None
-    task, rate = command.required("task_name", "id"), command.required("rate")
+    task = _original(command, command.required("task_name", "id"), "task name")
+    rate = command.required("rate")
     return _control(host, "rate_limit", task, rate, seconds=seconds, worker_name=worker)
 
 
@@ -239,7 +239,7 @@ def _resubmit(
         raise command.error(
             f"engine {host.name} keeps no arguments: override_args and override_kwargs are required"
         )
-    name = command.required("task_name", "name")
+    name = _original(command, command.required("task_name", "name"), "task name")
     return host.invoke(
         "submit_task",
         name,
@@ -261,9 +261,42 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 
 def _task_id(command: Command, host: EngineHost) -> str:
     """Return the task's id. An id taken from the target is prefixed with the engine's name."""
-    return command.text("task_id") or command.required("task_id", "id").removeprefix(
+    shown = command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"
     )
+    return _original(command, shown, "id")
+
+
+def _original_ids(command: Command, selection: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a bulk action's filter with the original task ids."""
+    result = dict(selection)
+    if isinstance(ids := result.get("task_ids"), list):
+        result["task_ids"] = [_original(command, str(each), "id") for each in ids]
+    if isinstance(priorities := result.get("task_priorities"), dict):
+        result["task_priorities"] = {
+            _original(command, str(each), "id"): priority for each, priority in priorities.items()
+        }
+    return result
+
+
+def _task_name(command: Command) -> str | None:
+    """Return the task's name, or ``None`` if the command has none."""
+    name = command.text("task_name", "name")
+    return None if name is None else _original(command, name, "task name")
+
+
+def _original(command: Command, shown: str, what: str) -> str:
+    """Return the text that the agent has changed to ``shown`` for the brain's database.
+
+    An action on a changed text could succeed and do nothing: Celery revokes an id that no task has.
+    """
+    found = original(shown)
+    if found is None:
+        raise command.error(
+            f"the {what} was changed for the brain's database, and this process does not know the"
+            " original: only the process that reported it does"
+        )
+    return found
 
 
 def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:

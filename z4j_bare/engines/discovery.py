@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from z4j_bare.wire.canonical import canonical
+from z4j_bare.wire.fit import MAX_NAME_CHARS, MAX_TASK_NAME_CHARS, fit_name
 
 if TYPE_CHECKING:
     from z4j_core.models import DiscoveryHints, TaskDefinition
@@ -34,7 +35,10 @@ def discover(
         checkpoint()
         body = definition.model_dump(mode="json")
         body["signature"] = strip_defaults(body.get("signature"))
-        found[str(definition.name)] = canonical(host.redactor.scrub(body))
+        body["name"] = name = fit_name(str(definition.name), MAX_TASK_NAME_CHARS)
+        if isinstance(queue := body.get("queue"), str):
+            body["queue"] = fit_name(queue, MAX_NAME_CHARS)
+        found[name] = canonical(host.redactor.scrub(body))
     return found
 
 

@@ -13,6 +13,7 @@ from uuid import uuid4
 from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.events.redaction import Redactor
+from z4j_bare.wire.fit import has_nul, is_fit, max_id_chars
 from z4j_bare.wire.frames import encode_event, encode_fields
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Encoder:
 
     def __init__(self, engine: str, redactor: Redactor) -> None:
         self._engine = engine
+        self._max_id_chars = max_id_chars(engine)
         self._redactor = redactor
         self._new_id = new_ids()
         self._second = -1
@@ -58,29 +60,36 @@ class Encoder:
     def envelope(self, kind: str, timestamp: float, task_id: str, data: str) -> bytes:
         """Return an event's bytes around ``data``, which must be canonical JSON.
 
-        :raises ValueError: for text with a lone surrogate.
+        :raises ValueError: for text that has to be changed: with a lone surrogate, with NUL, or a
+            task id that is too long.
         """
-        return (
+        text = (
             f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
             f'"occurred_at":"{self._iso(timestamp)}","task_id":{encode_basestring(task_id)}}}'
-        ).encode()
+        )
+        if len(task_id) > self._max_id_chars or ("\\" in text and has_nul(text)):
+            raise ValueError("the event does not fit into the brain's database")
+        return text.encode()
 
     def __call__(self, record: Record) -> bytes:
         """Return the bytes of one event."""
         _, kind, timestamp, task_id, common, own = record
+        data = self._data(common, own)
         try:
-            return self.envelope(kind, timestamp, task_id, encode_text(self._data(common, own)))
-        except ValueError:  # a lone surrogate or a NaN, which encode_fields replaces
-            return encode_fields(
-                {
-                    "data": self._data(common, own),
-                    "engine": self._engine,
-                    "id": self._new_id(),
-                    "kind": kind,
-                    "occurred_at": self._iso(timestamp),
-                    "task_id": task_id,
-                }
-            )
+            if is_fit(data):
+                return self.envelope(kind, timestamp, task_id, encode_text(data))
+        except (TypeError, ValueError):  # text that encode_fields changes, or a NaN
+            pass
+        return encode_fields(
+            {
+                "data": data,
+                "engine": self._engine,
+                "id": self._new_id(),
+                "kind": kind,
+                "occurred_at": self._iso(timestamp),
+                "task_id": task_id,
+            }
+        )
 
     def _data(self, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         data = {**common, **own}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.buffer.errors import DELETED
 from z4j_bare.buffer.rows import CAPACITY, CORRUPTION, EVENT, RESULT
 from z4j_bare.wire import frames
+from z4j_bare.wire.fit import fitted
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
@@ -84,6 +85,7 @@ class AgentMetrics:
         self._health = health
         self._dropped = dropped
         self._restarts = restarts
+        self._fitted_before = fitted.copy()
 
     def lost(self) -> dict[str, int]:
         """Return the number of lost rows and events by reason."""
@@ -169,6 +171,7 @@ class AgentMetrics:
             "heartbeats": counters.heartbeats,
             "commands": counters.commands,
             "recut": counters.recut,
+            "fitted": dict(fitted - self._fitted_before),
             "transport": counters.transport,
             "restarts": dict(counters.restarts),
             "longest_step_seconds": round(steps.longest, 6),

@@ -2,7 +2,8 @@
 
 The brain parses a frame and encodes it again to check the signature. A value whose bytes change on
 the way fails that check (close code 4403) or crashes the brain's parser (1011), and either ends the
-session. Hence every value is converted to plain JSON types before signing.
+session. Hence every value is converted to plain JSON types before signing. A NUL, which the brain's
+database refuses, is replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # the pure Python parser
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
+
+from z4j_bare.wire.fit import has_nul, replace_nul
 
 #: Bits of an integer, at most. ``json`` refuses to parse integers of more than 4,300 digits
 #: (``sys.set_int_max_str_digits``), and no database column or dashboard shows one of this size.
@@ -33,19 +36,38 @@ Scan = Callable[[str, int], tuple[Any, int]]
 
 
 def canonical(value: object) -> bytes:
-    """Return the canonical JSON of any value, sanitised by :func:`to_json_types`."""
-    return _encode(to_json_types(value)).encode()
+    """Return the canonical JSON of any value, sanitised by :func:`to_json_types`, without NUL."""
+    return without_nul(sanitised_text(value)).encode()
 
 
 def canonical_plain(value: object) -> bytes:
     """Return the canonical JSON of a value that consists of JSON types with string keys.
 
-    A lone surrogate or a non-finite float makes the encoder fail, and the value is then sanitised.
+    NUL is replaced. A lone surrogate or a non-finite float makes the encoder fail, and the value is
+    then sanitised.
     """
+    return without_nul(plain_text(value)).encode()
+
+
+def sanitised_text(value: object) -> str:
+    """Return what :func:`canonical` returns, as text and with NUL."""
+    return _encode(to_json_types(value))
+
+
+def plain_text(value: object) -> str:
+    """Return what :func:`canonical_plain` returns, as text and with NUL."""
     try:
-        return _encode(value).encode()
+        text = _encode(value)
+        if not text.isascii():
+            text.encode()
     except ValueError:  # UnicodeEncodeError is a subclass
-        return canonical(value)
+        return sanitised_text(value)
+    return text
+
+
+def without_nul(text: str) -> str:
+    """Return canonical JSON without NUL, and canonical again: its keys may have changed."""
+    return _encode(json.loads(replace_nul(text))) if has_nul(text) else text
 
 
 def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from z4j_core.schedule_external import EXTERNAL_SCHEDULE_RUNTIME_FEATURE
 from z4j_core.version import PROTOCOL_VERSION
 
-from z4j_bare.wire.canonical import canonical, canonical_plain
+from z4j_bare.wire.canonical import canonical, canonical_plain, plain_text, sanitised_text
+from z4j_bare.wire.fit import (
+    MARK,
+    NUL_MARK,
+    fit_fields,
+    fit_name,
+    fitted,
+    has_nul,
+    replace_nul,
+)
 
 if TYPE_CHECKING:
     from z4j_core.models import Event
@@ -29,9 +38,6 @@ MAX_RESULT_BYTES = 256 * 1024
 #: Fields of an event's data, in the order in which they are removed from an event that is too
 #: large. The brain's row stays useful without them.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
-
-#: Characters of an event's names: the width of the brain's columns for queue and worker.
-MAX_NAME_CHARS = 200
 
 #: Characters of a result's error text: the limit of the frame model.
 MAX_ERROR_CHARS = 8192
@@ -119,11 +125,21 @@ def encode_event(event: Event) -> bytes:
 
 
 def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
-    """Return the canonical bytes of an event's fields.
+    """Return the canonical bytes of an event's fields, fit for the brain's database.
 
     ``trusted`` skips the sanitiser: all values are JSON types with string keys.
     """
-    encoded = canonical_plain(fields) if trusted else canonical(fields)
+    encode = plain_text if trusted else sanitised_text
+    fields, changed = fit_fields(fields)
+    text = encode(fields)
+    if has_nul(text):
+        fields = json.loads(replace_nul(text))
+        changed.append(NUL_MARK)
+    if changed:
+        fields["data"] = {**(fields.get("data") or {}), MARK: changed}
+        fitted.update(changed)
+        text = encode(fields)
+    encoded = text.encode()
     return encoded if len(encoded) <= MAX_EVENT_BYTES else shrink_event(fields, MAX_EVENT_BYTES)
 
 
@@ -142,11 +158,14 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
         if len(encoded) <= limit:
             return encoded
     names = {
-        name: data[name][:MAX_NAME_CHARS]
+        name: fit_name(data[name])
         for name in ("task_name", "queue", "worker")
         if isinstance(data.get(name), str)
     }
-    return canonical({**fields, "data": {**names, "cut": f"[... {len(encoded)} bytes cut]"}})
+    mark = {MARK: data[MARK]} if MARK in data else {}
+    return canonical(
+        {**fields, "data": {**names, **mark, "cut": f"[... {len(encoded)} bytes cut]"}}
+    )
 
 
 def event_batch(events: Sequence[bytes]) -> bytes:
@@ -276,7 +295,8 @@ def heartbeat(
             "last_flush_at": flushed,
             "dropped_events": min(dropped_events, MAX_COUNT),
             "telemetry_loss": dict(loss),
-            "adapter_health": {key: str(value) for key, value in health.items()},
+            # The brain parses some of these texts as JSON.
+            "adapter_health": {key: replace_nul(str(value)) for key, value in health.items()},
         }
     )
 

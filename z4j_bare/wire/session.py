@@ -23,7 +23,7 @@ from z4j_core.transport.framing import FrameVerifier
 from z4j_core.version import PROTOCOL_VERSION
 
 from z4j_bare.errors import IncompatibleError, RemoteProtocolError
-from z4j_bare.wire.canonical import canonical_plain, iter_canonical, loads_incrementally
+from z4j_bare.wire.canonical import iter_canonical, loads_incrementally
 
 if TYPE_CHECKING:
     from z4j_core.transport.frames import Frame
@@ -177,7 +177,8 @@ class Session:
         rest = {name: value for name, value in payload.items() if name not in objects}
         small = {**frame, "payload": rest}
         small["hmac"] = self._digest(small, checkpoint)
-        verified = _validated(self._verifier.parse_and_verify(canonical_plain(small)))
+        encoded = b"".join(iter_canonical(small, checkpoint))
+        verified = _validated(self._verifier.parse_and_verify(encoded))
         for name in objects.keys() & type(verified.payload).model_fields.keys():
             setattr(verified.payload, name, objects[name])
         return verified

@@ -9,7 +9,9 @@ from z4j_core.models import CommandResult, DeadLetterPage
 from tests.support.commands import CommandHarness
 from tests.support.engines import FakeEngineHost, success
 from z4j_bare.commands.actions import ENGINE_ACTIONS
+from z4j_bare.wire import fit
 from z4j_bare.wire.command import Command
+from z4j_bare.wire.fit import fit_id, fit_name
 
 #: Each action, its parameters as the brain sends them, and the arguments and keywords of the call.
 CALLS = [
@@ -132,6 +134,59 @@ def test_target_id_loses_engine_prefix(harness):
     """Without a parameter the task's id is the target's id without its engine prefix."""
     harness.run("cancel_task", {}, target={"type": "task", "id": "celery:t-1"})
     assert harness.host.calls[0][1] == ("t-1",)
+
+
+LONG_ID, LONG_QUEUE, LONG_NAME = "i" * 250, "q" * 300, "n" * 600
+
+#: Each action, its parameters with changed texts, and the arguments of the call.
+CHANGED = [
+    ("retry_task", {"task_id": fit_id(LONG_ID, "celery")}, (LONG_ID,)),
+    ("cancel_task", {"task_id": fit_id(LONG_ID, "celery")}, (LONG_ID,)),
+    ("cancel_task", {"task_id": fit_id("a\0b", "celery")}, ("a\0b",)),
+    ("requeue_dead_letter", {"task_id": fit_id(LONG_ID, "celery")}, (LONG_ID,)),
+    ("reconcile_task", {"task_id": fit_id(LONG_ID, "celery")}, (LONG_ID,)),
+    (
+        "bulk_retry",
+        {
+            "filter": {
+                "task_ids": ["t", fit_id(LONG_ID, "celery")],
+                "task_priorities": {fit_id(LONG_ID, "celery"): "high"},
+            }
+        },
+        ({"task_ids": ["t", LONG_ID], "task_priorities": {LONG_ID: "high"}},),
+    ),
+    ("purge_queue", {"queue": fit_name(LONG_QUEUE)}, (LONG_QUEUE,)),
+    ("add_consumer", {"worker_name": "w", "queue": fit_name(LONG_QUEUE)}, ("w", LONG_QUEUE)),
+    ("cancel_consumer", {"worker_name": "w", "queue": fit_name(LONG_QUEUE)}, ("w", LONG_QUEUE)),
+    ("rate_limit", {"task_name": fit_name(LONG_NAME, 500), "rate": "1/s"}, (LONG_NAME, "1/s")),
+    ("submit_task", {"name": fit_name(LONG_NAME, 500)}, (LONG_NAME,)),
+]
+
+
+@pytest.mark.parametrize(("action", "parameters", "args"), CHANGED)
+def test_changed_ids_and_names_reach_adapter_as_originals(
+    harness, monkeypatch, action, parameters, args
+):
+    """A changed id or name that this process knows is the original again in the call."""
+    known = {}
+    monkeypatch.setattr(fit, "_originals", known)
+    for text in (LONG_ID, "a\0b"):
+        fit_id(text, "celery")
+    fit_name(LONG_QUEUE)
+    fit_name(LONG_NAME, 500)
+    result = harness.run(action, {"engine": "celery", **parameters})
+    assert result["status"] == "success", result["error"]
+    assert harness.host.calls[0][:2] == (action, args)
+
+
+@pytest.mark.parametrize(("action", "parameters", "args"), CHANGED)
+def test_unknown_changed_ids_and_names_are_refused(harness, monkeypatch, action, parameters, args):
+    """A changed id or name that this process does not know is refused without a call."""
+    monkeypatch.setattr(fit, "_originals", {})
+    result = harness.run(action, {"engine": "celery", **parameters})
+    assert result["status"] == "failed"
+    assert "does not know the original" in result["error"]
+    assert harness.host.calls == []
 
 
 def test_eta_seconds_counts_from_now(harness):

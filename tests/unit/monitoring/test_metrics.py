@@ -15,7 +15,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.events.ring import Ring
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
 from z4j_bare.monitoring.metrics import AgentMetrics, Counters
-from z4j_bare.wire.frames import Identity
+from z4j_bare.wire.frames import Identity, encode_fields
 
 
 class FakeBuffer:
@@ -141,6 +141,15 @@ def test_heartbeat_reports_buffer_state_and_orphan_rows(harness):
         3,
         1000,
     )
+
+
+def test_stats_count_changed_events_since_start(harness):
+    """``fitted`` counts by part the events that were changed since the agent started."""
+    assert harness.metrics.stats()["fitted"] == {}
+    event = {"id": "i", "kind": "k", "engine": "celery", "occurred_at": "", "data": {"a": "\0"}}
+    for task_id in ("t", "t" * 200):
+        encode_fields({**event, "task_id": task_id})
+    assert harness.metrics.stats()["fitted"] == {"nul": 2, "task_id": 1}
 
 
 def test_agent_status_matches_model_of_brain(harness):

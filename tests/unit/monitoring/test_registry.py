@@ -14,6 +14,7 @@ from z4j_bare.engines.discovery import discover, strip_defaults
 from z4j_bare.engines.host import EngineHost
 from z4j_bare.errors import FrameTooLargeError, NetworkError
 from z4j_bare.monitoring.registry import RegistryLoop
+from z4j_bare.wire.fit import fit_name
 
 
 class RegistryEngine(FakeEngine):
@@ -208,6 +209,26 @@ def test_celery_tasks_are_discovered_in_steps_without_defaults(bridge, backend, 
     (declared,) = (json.loads(body) for body in found.values() if b'"loaded":false' in body)
     assert declared["name"].endswith("declared")
     assert b"s3cret" not in b"".join(found.values())
+
+
+def test_discovery_fits_names_to_brain_database(backend, bridge):
+    """A definition's name has no NUL and at most 500 characters, as in the task's events."""
+    celery = pytest.importorskip("celery")
+    from z4j_celery import CeleryEngineAdapter
+
+    app = celery.Celery("shop", set_as_current=False)
+
+    def run():
+        pass
+
+    for name in ("shop.a\0b", "n" * 600):
+        app.task(name=name, shared=False)(run)
+    host = EngineHost(CeleryEngineAdapter(celery_app=app), bridge, backend, print)
+    found = discover(host, DiscoveryHints(), lambda: None)
+    expected = {"shop.a\ufffdb", fit_name("n" * 600, 500)}
+    assert expected <= set(found)
+    assert {json.loads(found[name])["name"] for name in expected} == expected
+    assert b"\\u0000" not in b"".join(found.values())
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from z4j_bare.errors import IncompatibleError, RemoteProtocolError
 from z4j_bare.wire import canonical as incremental
 from z4j_bare.wire import frames, session
 from z4j_bare.wire.canonical import canonical, canonical_plain, to_json_types
+from z4j_bare.wire.fit import fit_id
 
 SECRET = base64.urlsafe_b64decode("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=")
 HELLO_ACK = session.HelloAck(
@@ -115,7 +116,7 @@ def test_core_verifies_any_signed_event_batch(datas, task_id):
         frame = core.parse_and_verify(
             signer.sign("event_batch", "ev_1", frames.event_batch([encoded]), time.time())
         )
-        assert frame.payload.events[0]["task_id"] == task_id
+        assert frame.payload.events[0]["task_id"] == fit_id(task_id, "celery")
 
 
 @settings(max_examples=200, deadline=None)
@@ -259,7 +260,7 @@ def test_iter_canonical_splits_long_strings():
         "b": ["x" * incremental.CHUNK_CHARS * 2],
     }
     pieces = list(incremental.iter_canonical(value, lambda: None))
-    assert b"".join(pieces) == canonical(value)
+    assert b"".join(pieces).decode() == incremental.sanitised_text(value)
     assert max(map(len, pieces)) < 10 * incremental.CHUNK_CHARS
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from z4j_bare.engines.celery.engine import broker_connection
+from z4j_bare.wire.fit import fit_name
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -60,7 +61,7 @@ class BrokerProbe:
             broker_connected="True",
             broker_error="",
             broker_type=connection.transport.driver_type,
-            queue_depths=json.dumps(depths),
+            queue_depths=json.dumps({fit_name(name): depth for name, depth in depths.items()}),
         )
 
     def close(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from z4j_bare.engines.engine import Engine, HealthProbe
 from z4j_bare.events.redaction import safe_name, value_matcher
+from z4j_bare.wire.fit import MAX_TASK_NAME_CHARS, fit_name
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -74,7 +74,11 @@ class CeleryEngine(Engine):
         """Return controls that report what the worker did; the adapter does not wait for that."""
         from z4j_bare.engines.celery.controls import CeleryControls
 
-        alias = partial(safe_name, matches=value_matcher(self.adapter))
+        matches = value_matcher(self.adapter)
+
+        def alias(name: str) -> str:
+            return fit_name(safe_name(name, matches))
+
         return CeleryControls(self.adapter.celery_app, alias, backend)
 
     def iter_definitions(
@@ -98,7 +102,11 @@ class CeleryEngine(Engine):
         tasks = list(self.adapter.celery_app.tasks.items())
         for first in range(0, len(tasks), TASKS_PER_STEP):
             checkpoint()
-            part = SimpleNamespace(tasks=dict(tasks[first : first + TASKS_PER_STEP]))
+            batch = tasks[first : first + TASKS_PER_STEP]
+            # z4j_core's model refuses longer names.
+            part = SimpleNamespace(
+                tasks={fit_name(name, MAX_TASK_NAME_CHARS): task for name, task in batch}
+            )
             for definition in adapter_discovery.discover_runtime(part):
                 loaded.add(definition.name)
                 yield definition

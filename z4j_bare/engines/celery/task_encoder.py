@@ -14,6 +14,7 @@ from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, Tas
 from z4j_bare.events.encode import Encoder, encode_text
 from z4j_bare.events.redaction import Redactor
 from z4j_bare.events.ring import Captured
+from z4j_bare.wire.fit import SHORT_ID_CHARS, is_fit
 
 #: Maximum number of cached templates, one for each task name and queue.
 MAX_TEMPLATES = 4096
@@ -23,11 +24,14 @@ class _Template:
     """JSON that all events of one task name and queue share.
 
     ``data`` is the complete data of ``task.started``; ``queue`` and ``tail`` are parts of others.
+    Raises ``ValueError`` for a name that has to be cut.
     """
 
     __slots__ = ("data", "queue", "tail")
 
     def __init__(self, fields: dict[str, Any], queue: str | None, worker: str | None) -> None:
+        if not is_fit({**fields, "queue": queue, "worker": worker}):
+            raise ValueError("a name is too long for the brain's database")
         self.data = encode_text({**fields, "worker": worker, "queue": queue})
         self.queue = f'"queue":{encode_text(queue)}'
         self.tail = (
@@ -131,11 +135,15 @@ class TaskEncoder:
                         f'"args":{self._scrubbed(args, "[]")},'
                         f'"kwargs":{self._scrubbed(kwargs, "{}")},'
                     )
+                if (root and len(root) > SHORT_ID_CHARS) or (
+                    parent and len(parent) > SHORT_ID_CHARS
+                ):
+                    raise ValueError("an id is too long for the brain's database")
                 above = f'"parent_task_id":{encode_basestring(parent)},' if parent else ""
                 top = f'"root_task_id":{encode_basestring(root)},' if root else ""
                 data = f"{{{sent}{above}{template.queue},{top}{template.tail}"
                 return self.encode.envelope(RECEIVED, timestamp, task_id, data)
-            except (TypeError, ValueError):  # an id that is not text: Encoder replaces it
+            except (TypeError, ValueError):  # Encoder changes what the brain cannot take
                 pass
         own: dict[str, Any] = {} if args is None else {"args": args, "kwargs": kwargs}
         if parent:

@@ -43,9 +43,11 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 #: accepts events at most 60 s off.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a task name: the width of the brain's columns.
-MAX_ID_CHARS = 200
-MAX_NAME_CHARS = 500
+#: Maximum characters of a task id and of a name that are kept; the encoder shortens them further.
+MAX_ID_CHARS = MAX_NAME_CHARS = 4096
+
+#: Characters of an exception's text in which its class is searched.
+MAX_CLASS_CHARS = 500
 
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
 _FINAL = frozenset({SUCCEEDED, FAILED, REVOKED})
@@ -173,7 +175,7 @@ class Translator:
             task_id, TaskState(self._task_type(_text(event["name"])), None)
         )
         if isinstance(queue, str) and queue:
-            task_state.queue = queue[:MAX_ID_CHARS]
+            task_state.queue = queue[:MAX_NAME_CHARS]
 
     def _received(self, event: CeleryEvent, task_state: TaskState, own: dict[str, Any]) -> None:
         # Only from the first event, because the next run may be received before the retry of the
@@ -199,7 +201,7 @@ class Translator:
 
     def _failed(self, event: CeleryEvent, _task_state: TaskState, own: dict[str, Any]) -> None:
         text = str(event.get("exception") or "")
-        found = _EXCEPTION.match(text[:MAX_NAME_CHARS])
+        found = _EXCEPTION.match(text[:MAX_CLASS_CHARS])
         own["exception"] = found.group(2) if found else "Exception"
         own["exception_message"] = snapshot(text)
         if isinstance(traceback := event.get("traceback"), str):

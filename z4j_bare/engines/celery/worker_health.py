@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.events.redaction import safe_name
+from z4j_bare.wire.fit import fit_name
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -82,7 +83,10 @@ class WorkerDetails:
         """Return the details as JSON by worker name. May raise any exception."""
         if self._clock() - self._read_at >= DETAILS_TTL:
             self._read_at = self._clock()
-            found = {safe_name(name, self._matches): facts for name, facts in self._read().items()}
+            found = {
+                fit_name(safe_name(name, self._matches)): facts
+                for name, facts in self._read().items()
+            }
             self._text = json.dumps(found, default=str)
         return self._text
 

@@ -43,8 +43,8 @@ POLL_INTERVAL = 0.25
 #: Maximum number of workers, and of cached routes.
 MAX_WORKERS = 1000
 
-#: Maximum characters of a worker name: the width of the brain's column.
-MAX_NAME_CHARS = 200
+#: Maximum characters of a worker name; the encoder shortens it further.
+MAX_NAME_CHARS = 4096
 
 
 class Worker:

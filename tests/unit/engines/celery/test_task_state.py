@@ -22,6 +22,7 @@ from z4j_bare.events.encode import Encoder, new_ids
 from z4j_bare.events.presence import Presence
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.wire.canonical import canonical_plain
+from z4j_bare.wire.fit import fit_id
 
 
 def encoder():
@@ -125,7 +126,7 @@ def test_encoder_output_is_canonical(task_id, stamp, kwargs):
         (None, "task.received", stamp, task_id, {"task_name": "a"}, {"kwargs": kwargs})
     )
     assert canonical_plain(json.loads(encoded)) == encoded
-    assert json.loads(encoded)["task_id"] == task_id
+    assert json.loads(encoded)["task_id"] == fit_id(task_id, "celery")
 
 
 def test_encoder_writes_utc_with_microseconds():
@@ -157,7 +158,7 @@ def test_encoder_replaces_unencodable_text():
         )
     )
     assert data["data"]["kwargs"] == {"a": "?", "b": "nan"}
-    assert data["task_id"] == "t?"
+    assert data["task_id"] == "t\ufffd"
 
 
 def data_with(meta, **data):

@@ -1,0 +1,177 @@
+"""Makes ids, names and texts fit for the columns of the brain's database.
+
+PostgreSQL refuses a text with NUL and a text that is longer than its column. The brain drops such
+an event and acknowledges it, so a task would stay ``started`` for ever, or never have a row. Hence
+values are changed before they are stored here, and the event says which (``docs/protocol.md``,
+"Events").
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+#: Replaces NUL and lone surrogates.
+REPLACEMENT = "\ufffd"
+
+#: Width in characters of the brain's columns for a task id, which it also stores behind the
+#: engine's name and a colon as the target of a command.
+ID_COLUMN_CHARS = 200
+
+#: Width in characters of the brain's column for the name of a task.
+MAX_TASK_NAME_CHARS = 500
+
+#: Width in characters of the brain's columns for the names of queues and workers.
+MAX_NAME_CHARS = 200
+
+#: Characters of a task id that fits for every engine, whose names have at most 40.
+SHORT_ID_CHARS = ID_COLUMN_CHARS - 41
+
+#: Originals that are remembered, and the characters of one, at most: together 16 MB.
+MAX_ORIGINALS = 4096
+MAX_ORIGINAL_CHARS = 4096
+
+#: The field of an event's data that lists what has been changed in the event.
+MARK = "fitted"
+
+#: The entry of that list for NUL characters that were replaced in values or keys.
+NUL_MARK = "nul"
+
+#: Fields of an event's data that contain a task id.
+_ID_FIELDS = ("parent_task_id", "root_task_id")
+
+#: Fields of an event's data that contain a name, with the maximum characters.
+_NAME_FIELDS = {
+    "task_name": MAX_TASK_NAME_CHARS,
+    "queue": MAX_NAME_CHARS,
+    "worker": MAX_NAME_CHARS,
+}
+
+#: The number of changed events in this process, by what was changed. Only flush loops write it.
+fitted: Counter[str] = Counter()
+
+#: What this process has changed: the original texts by what the brain has instead. ``None`` for one
+#: that stands for several originals.
+_originals: dict[str, str | None] = {}
+
+_HASH_CHARS = 32
+_is_short_id = re.compile(rf".+~[0-9a-f]{{{_HASH_CHARS}}}", re.DOTALL).fullmatch
+
+#: Matches NUL in JSON. An even number of backslashes before it are characters of their own.
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+
+
+def max_id_chars(engine: str) -> int:
+    """Return the maximum characters of a task id: 193 for Celery."""
+    return ID_COLUMN_CHARS - len(engine) - 1
+
+
+def has_nul(encoded: str) -> bool:
+    """Whether a JSON text contains NUL in a value or a key."""
+    # A search for one character takes 20 ns, and for six characters 170 ns.
+    return "\\" in encoded and "\\u0000" in encoded and _ESCAPED_NUL.search(encoded) is not None
+
+
+def replace_nul(encoded: str) -> str:
+    """Return a JSON text with every NUL replaced. Its keys may then be out of order."""
+    return _ESCAPED_NUL.sub(rf"\1{REPLACEMENT}", encoded) if has_nul(encoded) else encoded
+
+
+def fit_id(task_id: str, engine: str) -> str:
+    """Return a task id without NUL that fits into the brain's columns.
+
+    One that is too long becomes its start, ``~`` and a hash.
+    """
+    limit, valid = max_id_chars(engine), _valid(task_id)
+    if len(valid) > limit:
+        digest = sha256(task_id.encode(errors="surrogatepass")).hexdigest()[:_HASH_CHARS]
+        valid = f"{valid[: limit - _HASH_CHARS - 1]}~{digest}"
+    return _remember(valid, task_id) if valid != task_id else valid
+
+
+def fit_name(name: str, limit: int = MAX_NAME_CHARS) -> str:
+    """Return a name without NUL and of at most ``limit`` characters.
+
+    One that is too long is cut. One of exactly ``limit`` characters is remembered as well, because
+    it looks like a name that was cut.
+    """
+    shown = _valid(name)[:limit]
+    return _remember(shown, name) if shown != name or len(name) == limit else shown
+
+
+def original(shown: str) -> str | None:
+    """Return the id or the name for which the brain has ``shown``.
+
+    ``None`` if ``shown`` is a changed text, and this process does not know the original: another
+    process sent it, this one has forgotten it, or several names have the same start.
+    """
+    if shown in _originals:
+        return _originals[shown]
+    return None if _looks_changed(shown) else shown
+
+
+def is_fit(data: Mapping[str, Any]) -> bool:
+    """Whether the ids and names of an event's data fit, except for NUL.
+
+    ``False`` also for a name that has to be remembered by :func:`fit_name`.
+    """
+    for field in _ID_FIELDS:
+        if (value := data.get(field)) is not None and len(value) > SHORT_ID_CHARS:
+            return False
+    for field, limit in _NAME_FIELDS.items():
+        if (value := data.get(field)) is not None and len(value) >= limit:
+            return False
+    return True
+
+
+def fit_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return an event's fields with fitting ids and names, and the names of the changed ones.
+
+    A NUL in any other value is left to :func:`replace_nul`.
+    """
+    engine, data, changed = str(fields["engine"]), dict(fields.get("data") or {}), []
+    task_id = fields["task_id"]
+    result = {**fields, "data": data}
+    if isinstance(task_id, str) and (fit := fit_id(task_id, engine)) != task_id:
+        result["task_id"] = fit
+        changed.append("task_id")
+    for field in _ID_FIELDS:
+        value = data.get(field)
+        if isinstance(value, str) and (fit := fit_id(value, engine)) != value:
+            data[field] = fit
+            changed.append(field)
+    for field, limit in _NAME_FIELDS.items():
+        value = data.get(field)
+        if isinstance(value, str) and (fit := fit_name(value, limit)) != value:
+            data[field] = fit
+            changed.append(field)
+    return result, changed
+
+
+def _valid(text: str) -> str:
+    """Return ``text`` as plain text without NUL and lone surrogates."""
+    valid = str.__str__(text).replace("\0", REPLACEMENT)
+    try:
+        valid.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", REPLACEMENT, valid)
+    return valid
+
+
+def _remember(shown: str, source: str) -> str:
+    known = _originals.pop(shown, source)  # the newest ones are kept
+    if len(_originals) >= MAX_ORIGINALS:
+        _originals.pop(next(iter(_originals)), None)
+    _originals[shown] = source if known == source and len(source) <= MAX_ORIGINAL_CHARS else None
+    return shown
+
+
+def _looks_changed(text: str) -> bool:
+    return (
+        REPLACEMENT in text
+        or len(text) in (MAX_NAME_CHARS, MAX_TASK_NAME_CHARS)
+        or (len(text) >= SHORT_ID_CHARS and _is_short_id(text) is not None)
+    )
