@@ -103,6 +103,7 @@ class Agent:
             hub_lag=hub_lag,
             started=identity.started_at.timestamp(),
             health=health.latest,
+            channel_lost=self.engines.lost,
             dropped=self.engines.dropped,
             restarts=lambda: self.bridge.restarts + self.engines.failures(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.install")
 
+#: Celery's names of pools that do not fork.
+_OTHER_POOLS = ("gevent", "eventlet", "solo", "threads")
+
+_prepared = False
+
+
+def _prepare_prefork() -> None:
+    """Have a Celery worker make its channel before it forks its first child. Idempotent.
+
+    The children inherit it. An agent that is installed at ``worker_ready`` would be too late.
+    """
+    global _prepared
+    if _prepared or "celery" not in sys.modules:
+        return
+    from celery import signals
+
+    _prepared = True
+    signals.worker_init.connect(_open_channel, weak=False)
+    signals.worker_before_create_process.connect(_open_channel, weak=False)
+
+
+def _open_channel(sender: object = None, **_kwargs: object) -> None:
+    pool = str(getattr(sender, "pool_cls", ""))
+    if "z4j_celery" not in sys.modules or any(name in pool for name in _OTHER_POOLS):
+        return
+    from z4j_bare.engines.celery.prefork import prefork
+
+    safe_call(prefork.open)
+
+
 track_worker_ready()
+_prepare_prefork()
 
 
 def install_agent(
@@ -81,6 +113,7 @@ def install_agent(
     :raises RuntimeError: a path variable that z4j no longer reads is set.
     """
     reject_deprecated_path_env()
+    _prepare_prefork()
     if not engines and not schedulers:
         raise HostConfigurationError(
             "install_agent needs at least one engine or scheduler: pass engines=[...]"

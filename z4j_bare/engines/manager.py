@@ -83,6 +83,10 @@ class EngineManager:
         """Return by engine how many events the adapter or its event stream has lost."""
         return {host.name: host.dropped() + source.dropped() for host, source in self.pairs()}
 
+    def lost(self) -> int:
+        """Return how many events were lost between the processes of this worker."""
+        return sum(source.lost() for source in self.sources)
+
     def failures(self) -> int:
         """Return how often event streams broke."""
         return sum(source.failures() for source in self.sources)

@@ -63,6 +63,10 @@ class EventSource:
         """Return how many events could not be decoded."""
         return 0
 
+    def lost(self) -> int:
+        """Return how many events were lost between the processes of this worker."""
+        return 0
+
     def record(self, event: Event) -> None:
         """Append an event of the adapter's stream to the ring. Does not wait, does not raise."""
         data = event.data

@@ -59,6 +59,7 @@ class AgentMetrics:
 
     :param started: seconds since the epoch at which the agent started.
     :param health: returns the last results of the engines' health checks.
+    :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
     :param restarts: returns the number of restarts in the bridge and the event sources.
     """
@@ -73,6 +74,7 @@ class AgentMetrics:
         hub_lag: HubLagMonitor,
         started: float,
         health: Callable[[], Mapping[str, str]],
+        channel_lost: Callable[[], int],
         dropped: Callable[[], Mapping[str, int]],
         restarts: Callable[[], int],
     ) -> None:
@@ -83,6 +85,7 @@ class AgentMetrics:
         self._hub_lag = hub_lag
         self._runtime_id = f"{os.getpid()}-{int(started * 1000)}"
         self._health = health
+        self._channel_lost = channel_lost
         self._dropped = dropped
         self._restarts = restarts
         self._fitted_before = fitted.copy()
@@ -92,6 +95,7 @@ class AgentMetrics:
         lost = dict(self._buffer.last_stats.lost)
         for reason, number in (
             ("ring", self._ring.lost),
+            ("channel", self._channel_lost()),
             ("unencodable", self._counters.unencodable),
         ):
             if number:
@@ -109,21 +113,18 @@ class AgentMetrics:
         each add up to the number of all losses. The brain validates this payload strictly
         (``docs/protocol.md``, Heartbeats).
         """
-        buffer, ring, unencodable = (
-            self._buffer.last_stats,
-            self._ring.lost,
-            self._counters.unencodable,
-        )
+        buffer, unencodable = self._buffer.last_stats, self._counters.unencodable
+        dropped = self._ring.lost + self._channel_lost()
         reasons, kinds = Counter(buffer.lost), Counter(buffer.lost_kinds)
         evicted = reasons.pop(CAPACITY, 0)
         unreadable = sum(reasons.pop(reason, 0) for reason in _UNREADABLE)
         return {
             "buffer_id": buffer.buffer_id,
             "runtime_id": self._runtime_id,
-            "capacity_evicted_frames": evicted + ring,
+            "capacity_evicted_frames": evicted + dropped,
             "content_rejected_frames": reasons.total() + unencodable,
             "unclassified_frames": unreadable,
-            "event_records": kinds.pop(EVENT, 0) + ring + unencodable,
+            "event_records": kinds.pop(EVENT, 0) + dropped + unencodable,
             "command_results": kinds.pop(RESULT, 0),
             "other_frames": kinds.total(),
             "adapter_events": {
@@ -156,7 +157,7 @@ class AgentMetrics:
         counters, buffer, steps = self._counters, self._buffer.last_stats, self._backend.steps
         return {
             "concurrency": self._backend.name,
-            "produced": self._ring.produced,
+            "produced": self._ring.produced + self._channel_lost(),
             "stored": counters.stored,
             "sent": counters.sent,
             "acked": self._buffer.acked_events,

@@ -13,7 +13,8 @@ from z4j_celery import CeleryEngineAdapter
 from z4j_core.models import Event, EventKind
 
 from tests.support.celery_fakes import memory_app, receive, worker_consumer
-from z4j_bare.engines.celery.source import CelerySource, enable_local_events, only_worker
+from z4j_bare.engines.celery.prefork import prefork
+from z4j_bare.engines.celery.source import CelerySource, only_worker
 from z4j_bare.engines.engine import describe_engine
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.source import EventSource
@@ -53,6 +54,7 @@ def connect(app, backend):
     yield connect
     for source in sources:
         source.disconnect()
+    prefork.close()
 
 
 def loop_names(source):
@@ -71,36 +73,15 @@ def test_source_reads_no_broker_in_single_process_worker(app, connect):
     assert [event["kind"] for event in events()] == ["worker.online", "task.received"]
 
 
-def test_source_reads_own_broker_events_in_prefork_worker(app, connect):
-    """The parent's signals report received tasks, the broker the rest; the worker's task events are
-    enabled.
-    """
+def test_source_reads_no_broker_in_prefork_worker(app, connect):
+    """The parent's signals and the channel carry every event; no event of Celery is enabled."""
     consumer = worker_consumer(Prefork)
     source, events = connect(consumer)
-    assert loop_names(source) == ["z4j-presence-celery", "z4j-celery-events"]
-    assert consumer.event_dispatcher.groups == {"worker", "task"}
+    assert loop_names(source) == ["z4j-presence-celery", "z4j-celery-channel"]
+    assert consumer.event_dispatcher.groups == {"worker"}
     receive(app, "shop.add", "t", [1])
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])
-    on_event = source._receiver._on_event
-    on_event(
-        {
-            "type": "task-received",
-            "hostname": "w@h",
-            "uuid": "t",
-            "name": "shop.add",
-            "args": "(1,)",
-        }
-    )
-    on_event({"type": "task-started", "hostname": "w@other", "uuid": "t"})
-    on_event({"type": "task-started", "hostname": "w@h", "uuid": "t"})
-    recorded = events()
-    assert [event["kind"] for event in recorded] == [
-        "worker.online",
-        "task.received",
-        "task.started",
-    ]
-    assert recorded[1]["data"]["args"] == [1]
-    assert (recorded[2]["data"]["task_name"], recorded[2]["data"]["queue"]) == ("shop.add", "q")
+    assert [event["kind"] for event in events()] == ["worker.online", "task.received"]
 
 
 def test_source_reports_every_worker_outside_workers(connect):
@@ -164,21 +145,6 @@ def test_source_counts_failures_and_dropped_events(connect):
     assert (source.failures(), source.dropped()) == (2, 3)
     in_process, _events = connect(worker_consumer(Solo))
     assert (in_process.failures(), in_process.dropped()) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "consumer", [None, SimpleNamespace(), SimpleNamespace(event_dispatcher=None)]
-)
-def test_enable_local_events_ignores_consumer_without_dispatcher(consumer):
-    """Celery's internals may change; the broadcast of ``enable_events`` remains."""
-    enable_local_events(consumer)
-
-
-def test_enable_local_events_keeps_empty_groups():
-    """A worker with ``-E`` sends all groups, and continues to."""
-    consumer = SimpleNamespace(event_dispatcher=SimpleNamespace(groups=set()))
-    enable_local_events(consumer)
-    assert consumer.event_dispatcher.groups == set()
 
 
 def test_generic_engine_uses_adapter_events(backend):

@@ -37,6 +37,7 @@ class MetricsHarness:
         self.counters = Counters()
         self.buffer = FakeBuffer()
         self.dropped = {}
+        self.channel_lost = 0
         self.metrics = AgentMetrics(
             ring=self.ring,
             counters=self.counters,
@@ -45,6 +46,7 @@ class MetricsHarness:
             hub_lag=HubLagMonitor(self.backend),
             started=self.backend.wall(),
             health=dict,
+            channel_lost=lambda: self.channel_lost,
             dropped=lambda: self.dropped,
             restarts=int,
         )
@@ -72,7 +74,7 @@ def harness():
 
 
 def test_each_loss_is_counted_once_by_reason_and_by_kind(harness):
-    """Losses of store, ring and encoder each go to one counter of reasons and one of kinds."""
+    """Each loss goes to one counter of reasons and to one of kinds."""
     harness.lose(
         ("capacity", "event", 7),
         ("capacity", "result", 2),
@@ -82,14 +84,17 @@ def test_each_loss_is_counted_once_by_reason_and_by_kind(harness):
     )
     harness.overflow(4)
     harness.counters.unencodable = 5
+    harness.channel_lost = 6
+    assert harness.metrics.lost()["channel"] == 6
+    assert harness.metrics.stats()["produced"] == 5 + 6
     loss = TelemetryLossPayload.model_validate(harness.metrics.loss())
     assert loss.buffer_id == "b-1"
     assert (
         loss.capacity_evicted_frames,
         loss.content_rejected_frames,
         loss.unclassified_frames,
-    ) == (12 + 4, 1 + 5, 20)
-    assert (loss.event_records, loss.command_results, loss.other_frames) == (28 + 4 + 5, 2, 3)
+    ) == (12 + 4 + 6, 1 + 5, 20)
+    assert (loss.event_records, loss.command_results, loss.other_frames) == (28 + 4 + 6 + 5, 2, 3)
 
 
 @given(

@@ -1,7 +1,6 @@
 """Receives Celery's own events from the broker, where the signals do not fire.
 
-That is the case in the parent process of a prefork worker, whose children have the signals, and in
-every process outside a worker: the standalone agent, a web process, a script.
+That is the case in every process outside a worker: the standalone agent, a web process, a script.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from z4j_bare.engines.celery.task_state import (
     TaskTypes,
 )
 from z4j_bare.events.redaction import Redactor, safe_name
-from z4j_bare.events.ring import Captured, Put
+from z4j_bare.events.ring import Put
 from z4j_bare.events.snapshot import snapshot
 from z4j_bare.safety import safe_boundary, should_suppress
 
@@ -208,13 +208,7 @@ class SignalHandlers:
     ) -> None:
         task_state = self._task_state(task_id, sender)
         if task_state is not None:
-            own = {
-                "exception": type(exception).__name__,
-                "exception_message": snapshot(_text(exception)),
-            }
-            text = getattr(einfo, "traceback", None)
-            if isinstance(text, str):
-                own["traceback"] = text[:CAPTURED_TRACEBACK_CHARS]
+            own = failure_fields(exception, getattr(einfo, "traceback", None))
             self._end(FAILED, task_id, task_state, own)
 
     @safe_boundary
@@ -316,7 +310,7 @@ class CeleryCapture(SignalHandlers):
         worker = None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
         encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
         super().__init__(
-            self._wrapped(put, encoder),
+            put,
             encoder,
             TaskTypes(get_meta),
             worker=worker,
@@ -324,26 +318,6 @@ class CeleryCapture(SignalHandlers):
             result=result,
             clock=clock,
         )
-
-    def _wrapped(self, put: Put, _encoder: TaskEncoder, /) -> Put:
-        """Return the function that the handlers call with each record."""
-        return put
-
-
-class ParentCapture(CeleryCapture):
-    """The signal handlers of a prefork worker's parent process.
-
-    They capture the arrival of a task with its real arguments, and rejected messages. Everything
-    else comes as events from the broker, which take their timestamps from the same task states.
-    """
-
-    signals = ("task_received", "task_rejected", "task_unknown")
-
-    def _wrapped(self, put: Put, encoder: TaskEncoder, /) -> Put:
-        def put_stamped(record: Captured) -> None:
-            put(encoder.stamped_now(record))
-
-        return put_stamped
 
 
 class EagerCapture(CeleryCapture):
@@ -368,6 +342,17 @@ def runs_in_process(consumer: Consumer | None) -> bool:
     return pool is not None and not any(
         base.__module__ == "celery.concurrency.prefork" for base in type(pool).__mro__
     )
+
+
+def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
+    """Return the fields of a failure: the exception's class and message, and the traceback."""
+    own = {
+        "exception": type(exception).__name__,
+        "exception_message": snapshot(_text(exception)),
+    }
+    if isinstance(traceback, str):
+        own["traceback"] = traceback[:CAPTURED_TRACEBACK_CHARS]
+    return own
 
 
 def _queue(request: object) -> str | None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from z4j_bare.engines.celery.signals import (
-    CeleryCapture,
-    EagerCapture,
-    ParentCapture,
-    runs_in_process,
-)
+from z4j_bare.engines.celery.signals import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.source import EventSource, Loop
 
@@ -20,6 +15,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.celery.event_receiver import EventReceiver
+    from z4j_bare.engines.celery.prefork_parent import PreforkCapture
     from z4j_bare.settings import Settings
 
 
@@ -44,48 +40,52 @@ class CelerySource(EventSource):
         self._worker = getattr(consumer, "hostname", None)
         only = None if self._worker else only_worker()
         self._reported_worker = self._worker or only
+        self._receiver: EventReceiver | None = None
+        self._children: PreforkCapture | None = None
+        self._capture: CeleryCapture | PreforkCapture
         args, result = settings.capture_args, settings.capture_result
-        in_process = self._worker is not None and runs_in_process(consumer)
-        capture_class = (
-            CeleryCapture if in_process else EagerCapture if self._worker is None else ParentCapture
-        )
+        if consumer is not None and not runs_in_process(consumer):
+            # Imported here, because only a prefork worker needs it.
+            from z4j_bare.engines.celery.prefork_parent import PreforkCapture
+
+            self._capture = self._children = PreforkCapture(
+                adapter, ring.put, consumer, backend, args=args, result=result
+            )
+            return
+        capture_class = EagerCapture if self._worker is None else CeleryCapture
         self._capture = capture_class(adapter, ring.put, self._worker, args=args, result=result)
-        self._receiver = None if in_process else self._event_receiver(adapter, only)
+        if self._worker is None:
+            self._receiver = self._event_receiver(adapter, only)
 
     def _event_receiver(self, adapter: CeleryEngineAdapter, only: str | None) -> EventReceiver:
-        # Imported here, because a worker whose tasks run in its own process needs none of them.
+        # Imported here, because no worker needs them.
         from z4j_bare.engines.celery.event_receiver import EventReceiver
         from z4j_bare.engines.celery.translate import Translator
         from z4j_bare.engines.celery.workers import WorkerRegistry
 
         app, settings = adapter.celery_app, self._settings
-        workers = WorkerRegistry(
-            app, self.presence, self._backend, own_hostname=self._worker, only_hostname=only
-        )
-        task_states = self._capture.task_states if self._worker else None
+        workers = WorkerRegistry(app, self.presence, self._backend, only_hostname=only)
         args, result = settings.capture_args, settings.capture_result
-        translate = Translator(
-            adapter, self._ring.put, workers, task_states, args=args, result=result
-        )
+        translate = Translator(adapter, self._ring.put, workers, args=args, result=result)
         return EventReceiver(app, translate, workers.tick, self._backend)
 
     def loops(self) -> list[Loop]:
-        """Return the presence loop, and the receiver of the broker's events if there is one."""
-        receiver = self._receiver
-        return super().loops() + ([(receiver.name, receiver.run)] if receiver else [])
+        """Return the presence loop, and the reader of the children or of the broker's events."""
+        reader = self._receiver or self._children
+        return super().loops() + ([(reader.name, reader.run)] if reader else [])
 
     def connect(self) -> None:
-        """Connect the signal handlers, and enable the task events of this prefork worker."""
+        """Connect the signal handlers."""
         if self._reported_worker is not None:
             self.presence.online(self._reported_worker)
         self._capture.connect()
-        if self._receiver is not None and self._worker is not None:
-            enable_local_events(self._consumer)
 
     def disconnect(self) -> None:
-        """Read the events that the broker still has, then disconnect the signal handlers."""
+        """Read what the children or the broker still have, then disconnect the handlers."""
         if self._receiver is not None:
             self._receiver.finish()
+        if self._children is not None:
+            self._children.finish()
         super().disconnect()
         self._capture.disconnect()
 
@@ -94,8 +94,13 @@ class CelerySource(EventSource):
         return self._receiver.failures if self._receiver else 0
 
     def dropped(self) -> int:
-        """Return how many of the broker's events could not be decoded."""
-        return self._receiver.unreadable if self._receiver else 0
+        """Return how many events of the broker or of the children could not be decoded."""
+        reader = self._receiver or self._children
+        return reader.unreadable if reader else 0
+
+    def lost(self) -> int:
+        """Return how many events did not fit into the channel of a prefork worker."""
+        return self._children.lost() if self._children else 0
 
 
 def only_worker() -> str | None:
@@ -108,13 +113,3 @@ def only_worker() -> str | None:
         for name in ("Z4J_CELERY_LOCAL_HOSTNAME", "CELERY_HOSTNAME")
     )
     return next(filter(None, names), None)
-
-
-def enable_local_events(consumer: Consumer | None) -> None:
-    """Enable task events in this worker's own process, as ``enable_events`` would.
-
-    A broadcast may arrive before the worker listens to its control queue.
-    """
-    groups = getattr(getattr(consumer, "event_dispatcher", None), "groups", None)
-    if groups:  # an empty set already means all groups
-        groups.add("task")

@@ -63,18 +63,6 @@ class TaskEncoder:
         """
         return self._received(record[3].next_timestamp(record[1], RECEIVED), record)
 
-    def stamped_now(self, record: Captured) -> Captured:
-        """Assign the timestamp of a ``received`` record immediately, instead of when encoding.
-
-        Needed where the broker's events advance the same task state. Records of other kinds are
-        returned unchanged.
-        """
-        return (
-            (self._stamped, record[3].next_timestamp(record[1], RECEIVED), record)
-            if record[0] == self.received
-            else record
-        )
-
     def started(self, record: Captured) -> bytes:
         """Encode ``(_, now, task_id, task_state)``."""
         _, now, task_id, task_state = record
@@ -121,9 +109,6 @@ class TaskEncoder:
         _, now, _, task_state, kind, own, ended = record
         timestamp = task_state.next_timestamp(now, kind)
         return self._encode(kind, timestamp, record, self._complete(own, task_state, ended))
-
-    def _stamped(self, record: Captured) -> bytes:
-        return self._received(record[1], record[2])
 
     def _received(self, timestamp: float, record: Captured) -> bytes:
         _, _, task_id, task_state, args, kwargs, parent, root = record

@@ -61,8 +61,6 @@ class Translator:
 
     :param adapter: its redaction and its tasks' ``@z4j_meta`` apply.
     :param put: ``Ring.put``.
-    :param task_states: the states of the signal handlers, in a worker whose handlers report
-        ``task.received``; ``None`` where no handler does.
     :param args: whether to send arguments.
     :param result: whether to send results.
     """
@@ -72,7 +70,6 @@ class Translator:
         adapter: CeleryEngineAdapter,
         put: Put,
         workers: WorkerRegistry,
-        task_states: TaskStates | None = None,
         *,
         args: bool = True,
         result: bool = True,
@@ -90,8 +87,7 @@ class Translator:
         self._is_sensitive_key = redactor.is_sensitive_key
         self._encode = Encoder(adapter.name, redactor)
         self._task_types = TaskTypes(get_meta)
-        self._received_from_signals = task_states is not None
-        self._task_states = TaskStates() if task_states is None else task_states
+        self._task_states = TaskStates()
         self._sent = TaskStates()
         self._handlers: dict[str, tuple[str, _FillFields]] = {
             "task-received": (RECEIVED, self._received),
@@ -132,7 +128,7 @@ class Translator:
         if kind in _FINAL:
             self._task_states.end(task_id)
         task_type = task_state.task_type
-        if not task_type.is_sampled(task_id) or (self._received_from_signals and kind == RECEIVED):
+        if not task_type.is_sampled(task_id):
             return
         own["queue"] = task_state.queue
         if task_type.meta is not None:

@@ -73,8 +73,6 @@ class WorkerRegistry:
     One task reports events to it. It calls the workers in tasks of its own, one at a time, so that
     a broker that does not answer delays neither the events nor the agent's stop.
 
-    :param own_hostname: the worker that this process is. It gets ``enable_events`` but is not asked
-        for its queues, because its signals carry the queue.
     :param only_hostname: the only worker to report; ``None`` for all.
     """
 
@@ -84,19 +82,17 @@ class WorkerRegistry:
         presence: Presence,
         backend: BaseConcurrency,
         *,
-        own_hostname: str | None = None,
         only_hostname: str | None = None,
     ) -> None:
         self._app = app
         self._presence = presence
         self._backend = backend
-        self._asks_queues = own_hostname is None
-        self._only_hostname = own_hostname or only_hostname
+        self._only_hostname = only_hostname
         self._workers: dict[str, Worker] = {}
         self._routes: dict[str, str | None] = {}
         self._calling = False
         self._poll_at = 0.0
-        self._broadcast_at = inf if own_hostname else 0.0
+        self._broadcast_at = 0.0
         self._first_intervals = iter(FIRST_INTERVALS)
 
     def touch(self, hostname: str) -> str | None:
@@ -123,7 +119,7 @@ class WorkerRegistry:
     def offline(self, hostname: str) -> None:
         """Note ``worker-offline``."""
         worker = self._workers.pop(hostname, None)
-        if worker is not None and self._asks_queues:
+        if worker is not None:
             self._presence.remove(worker.label, announce=True)
 
     def queue_of(self, hostname: str, task: str) -> str | None:
@@ -179,8 +175,7 @@ class WorkerRegistry:
             hostnames = [self._only_hostname]
         try:
             # The queues first, so that they are known when the first event arrives.
-            steps = (self._ask_queues, self._enable) if self._asks_queues else (self._enable,)
-            for step in steps:
+            for step in (self._ask_queues, self._enable):
                 self._backend.call_blocking(self._try, step, hostnames)
         finally:
             self._calling = False

@@ -308,18 +308,3 @@ def test_spliced_events_equal_encoded_events(task, call, above, outcome):
 
 def without_id(event):
     return {**json.loads(event), "id": ""}
-
-
-def test_stamped_now_assigns_timestamp_before_encoding():
-    """A record stamped now has a timestamp before those that are assigned until it is encoded."""
-    task_state, task_encoder = (
-        TaskState(TaskType("a", None), "q"),
-        TaskEncoder("celery", Redactor(RedactionEngine()), "w"),
-    )
-    record = task_encoder.stamped_now(
-        (task_encoder.received, 10.0, "t", task_state, None, None, None, None)
-    )
-    assert task_state.next_timestamp(10.5, "task.started") == 10.5
-    assert json.loads(record[0](record))["occurred_at"].endswith("00:00:10.000000+00:00")
-    other = (task_encoder.started, 11.0, "t", task_state)
-    assert task_encoder.stamped_now(other) is other

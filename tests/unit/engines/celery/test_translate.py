@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from z4j_celery.meta import z4j_meta
 from z4j_core.redaction.engine import RedactionEngine
 
-from z4j_bare.engines.celery.task_state import TaskState, TaskStates, TaskTypes
 from z4j_bare.engines.celery.translate import MAX_CLOCK_SKEW, MAX_ID_CHARS, Translator
 
 NOW = 1_700_000_000.25
@@ -52,15 +51,13 @@ TASKS = [
 class TranslatorHarness:
     """A translator, and the events that it produces."""
 
-    def __init__(self, task_states=None, **switches):
+    def __init__(self, **switches):
         self.events = []
         self.workers = FakeRegistry()
         app = SimpleNamespace(tasks={each.name: each for each in TASKS})
         engine = SimpleNamespace(celery_app=app, redaction=RedactionEngine(), name="celery")
         put = lambda record: self.events.append(json.loads(record[0](record)))  # noqa: E731
-        self.translate = Translator(
-            engine, put, self.workers, task_states, clock=lambda: NOW, **switches
-        )
+        self.translate = Translator(engine, put, self.workers, clock=lambda: NOW, **switches)
 
     def send(self, event_type, **fields):
         """Translate an event; return the data of the result, ``None`` if there is none."""
@@ -185,19 +182,6 @@ def test_translator_accepts_late_task_name(harness):
     assert harness.send("task-started")["task_name"] == "<unknown>"
     harness.send("task-received", **received("private"))
     assert harness.send("task-succeeded", result="'it'")["result"] == "[REDACTED]"
-
-
-def test_translator_skips_received_reported_by_signals():
-    """With the signal handlers' states received is not repeated, and the other events have their
-    name and queue.
-    """
-    task_states = TaskStates()
-    task_states.add("t", TaskState(TaskTypes(lambda _task: None).of("plain"), "q"))
-    harness = TranslatorHarness(task_states)
-    assert harness.send("task-received", **received()) is None
-    assert harness.send("task-started") == {"task_name": "plain", "worker": "w@h", "queue": "q"}
-    harness.send("task-succeeded", result="1")
-    assert task_states.get("t") is None
 
 
 @pytest.mark.parametrize(

@@ -183,19 +183,6 @@ def test_only_hostname_limits_registry():
     assert list(harness.presence.workers) == ["w@h"]
 
 
-def test_own_worker_is_enabled_but_not_asked():
-    """A worker sends ``enable_events`` to itself three times within seconds, then never."""
-    harness = RegistryHarness(own_hostname="w@h")
-    harness.queues = {"w@h": ["q"]}
-    harness.registry.touch("w@h")
-    harness.backend.advance(10 * INTERVAL)
-    assert [destination for _, destination in harness.enabled] == [["w@h"]] * 3
-    assert harness.enabled[-1][0] <= 8
-    assert harness.registry.queue_of("w@h", "plain") is None
-    harness.registry.offline("w@h")
-    assert harness.announced == [("worker.online", "w@h")]
-
-
 def test_registry_continues_after_broker_failure(harness):
     """A failed request does not stop the broadcast, and both are repeated."""
     harness.error = OSError("broker is down")

@@ -1,0 +1,144 @@
+"""The children of a prefork worker: they send what their signal handlers capture to the parent.
+
+The channel is made before the first fork, when neither the settings nor the redaction are known.
+So a child sends what its handlers copy, and the parent does the rest, as in the other pools.
+"""
+
+from __future__ import annotations
+
+import marshal
+import pickle
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.concurrency import fork
+from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel
+from z4j_bare.engines.celery.signals import SignalHandlers
+from z4j_bare.engines.celery.task_state import TaskState, TaskTypes
+from z4j_bare.events.ring import Captured, Put
+
+if TYPE_CHECKING:
+    from celery.app.task import Task
+
+#: A child's record on its way: code, time, task id, task name, performance counter at the start,
+#: and the rest of the record.
+Note = tuple[Any, ...]
+
+
+class Codes:
+    """The heads of the records of handlers without an encoder."""
+
+    received = encode = 0
+    started = 1
+    succeeded = 2
+    generic = 3
+
+
+class NoteHandlers(SignalHandlers):
+    """Handlers without task states and without ``@z4j_meta``: the parent's reader has both."""
+
+    def __init__(self, put: Put) -> None:
+        super().__init__(put, Codes, TaskTypes(lambda _task: None))
+
+    def _task_state(self, task_id: str, task: Task) -> TaskState | None:
+        del task_id
+        if fork.epoch() != self._epoch:
+            return None
+        return TaskState(self._task_types.of(task), None)
+
+
+class ChildCapture(NoteHandlers):
+    """The signal handlers of a child."""
+
+    signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(self._send)
+        self._writer = channel.writer()
+        self._counters = channel.counters
+
+    def _task_state(self, task_id: str, task: Task) -> TaskState | None:
+        if self._counters.agent == ABSENT:
+            return None
+        return super()._task_state(task_id, task)
+
+    def _send(self, record: Captured) -> None:
+        code, now, task_id, task_state, *rest = record
+        note = (code, now, task_id, task_state.task_type.name, task_state.started_at, *rest)
+        try:
+            message = encode_note(note)
+        except Exception:
+            self._writer.count_lost()
+            raise
+        self._writer.send(message)
+
+
+def encode_note(note: Note) -> bytes:
+    """Encode a note by ``marshal``, or by ``pickle`` if a text is of a class of its own."""
+    try:
+        return marshal.dumps(note)
+    except ValueError:
+        return pickle.dumps(note, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode_note(message: bytes) -> Note:
+    """Return the note of :func:`encode_note`."""
+    note: Note = pickle.loads(message) if message[:1] == b"\x80" else marshal.loads(message)  # noqa: S301, S302 - from the own children
+    return note
+
+
+class Prefork:
+    """What a prefork worker shares with its children. There is one object in a process.
+
+    :ivar channel: the channel, ``None`` before :meth:`open`.
+    :ivar handlers: the parent's connected handlers, which a child disconnects.
+    :ivar missed: whether the worker was ready before an agent was installed.
+    """
+
+    def __init__(self) -> None:
+        self.channel: Channel | None = None
+        self.handlers: list[SignalHandlers] = []
+        self.missed = False
+        self._child: ChildCapture | None = None
+
+    def open(self) -> Channel:
+        """Return the channel; make it if there is none."""
+        from celery import signals
+
+        if self.channel is None:
+            self.channel = Channel()
+            signals.worker_process_init.connect(self._start_child, weak=False)
+            # Connected last, and so called after the handlers that install an agent.
+            signals.worker_ready.connect(self._decide, weak=False)
+        return self.channel
+
+    def close(self) -> None:
+        """Close the channel, for tests."""
+        from celery import signals
+
+        if self.channel is not None:
+            signals.worker_process_init.disconnect(self._start_child)
+            signals.worker_ready.disconnect(self._decide)
+            self.channel.close()
+            self.channel = None
+
+    def _start_child(self, **_kwargs: object) -> None:
+        """Connect the handlers in a child that has just been forked."""
+        channel = self.channel
+        if channel is None or channel.is_own():  # the solo pool sends the signal, too
+            return
+        for handlers in self.handlers:
+            handlers.disconnect()
+        self.handlers.clear()
+        self._child = ChildCapture(channel)
+        self._child.connect()
+
+    def _decide(self, **_kwargs: object) -> None:
+        """Stop the children if no agent was installed when the worker became ready."""
+        channel = self.channel
+        if channel is not None and channel.is_own() and channel.counters.agent == UNDECIDED:
+            channel.counters.agent = ABSENT
+            self.missed = True
+
+
+#: The object of this process.
+prefork = Prefork()

@@ -1,0 +1,424 @@
+"""The parent of a prefork worker: reads what its children send, and adds what only it knows."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from struct import Struct
+from time import time
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.engines.celery.channel import ABSENT, PRESENT, ChannelWriter
+from z4j_bare.engines.celery.prefork import Codes, Note, NoteHandlers, decode_note, prefork
+from z4j_bare.engines.celery.signals import SignalHandlers, failure_fields
+from z4j_bare.engines.celery.task_encoder import TaskEncoder
+from z4j_bare.engines.celery.task_state import (
+    FAILED,
+    RETRIED,
+    REVOKED,
+    SUCCEEDED,
+    TaskState,
+    TaskTypes,
+)
+from z4j_bare.events.redaction import Redactor, safe_name
+from z4j_bare.events.ring import Captured, Put
+from z4j_bare.events.snapshot import snapshot
+from z4j_bare.interfaces import IEvent
+
+if TYPE_CHECKING:
+    from celery.app.task import Task
+    from celery.worker.consumer import Consumer
+    from z4j_celery import CeleryEngineAdapter
+
+    from z4j_bare.concurrency import BaseConcurrency
+
+logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
+
+#: Seconds in which messages gather before they are read. A wake-up of the parent costs more than
+#: reading ten messages.
+GATHER_SECONDS = 0.1
+
+#: Maximum seconds of one wait for a message, while a child runs a task and otherwise.
+BUSY_WAIT = 1.0
+IDLE_WAIT = 30.0
+
+#: Seconds after the end of a child until its open run is resolved without a signal of Celery. A
+#: pool without an event loop waits 10 s for a result before it reports a lost child.
+VANISHED_DELAY = 2.0
+VANISHED_DELAY_BLOCKING = 13.0
+
+#: Maximum seconds of reading the last messages, when stopping.
+FINISH_TIMEOUT = 2.0
+
+#: Maximum number of remembered tasks whose end the parent reported.
+MAX_PARENT_ENDS = 1000
+
+#: Texts of ends that Celery does not report.
+_VANISHED = "the worker process died while it ran"
+_RETURNED = "the worker process died while it ran; the message returned to its queue"
+
+_MARK = Struct("<Q")
+
+
+class OrderedNotes:
+    """The parent's own notes, which must not overtake those in the channel.
+
+    Each has a mark in the channel. A mark that does not fit costs only the exact order.
+    """
+
+    def __init__(self, writer: ChannelWriter) -> None:
+        self._writer = writer
+        self._notes: deque[tuple[int, Captured]] = deque()
+        self._numbers = count(1)
+
+    def put(self, record: Captured) -> None:
+        """Add a record. Does not wait."""
+        number = next(self._numbers)
+        self._notes.append((number, record))
+        self._writer.mark(_MARK.pack(number))
+
+    def last(self) -> int:
+        """Return the number of the last record, 0 without one."""
+        try:
+            return self._notes[-1][0]
+        except IndexError:
+            return 0
+
+    def take(self, until: int) -> Iterator[Captured]:
+        """Remove and yield the records up to number ``until``."""
+        while self._notes and self._notes[0][0] <= until:
+            yield self._notes.popleft()[1]
+
+
+class ParentArrivals(SignalHandlers):
+    """The parent's handlers of messages that arrive: received, rejected, unknown.
+
+    The first arrival of a task precedes all its other events. A later one is put among those.
+    """
+
+    signals = ("task_received", "task_rejected", "task_unknown")
+
+    def __init__(
+        self,
+        put: Put,
+        later: Put,
+        encoder: TaskEncoder,
+        task_types: TaskTypes,
+        *,
+        worker: str,
+        args: bool,
+    ) -> None:
+        #: Ids of tasks whose last run ended by the parent's report; values are ``None``.
+        self.parent_ends: dict[str, None] = {}
+        super().__init__(self._put_in_order, encoder, task_types, worker=worker, args=args)
+        self.task_types = task_types
+        self._put_first = put
+        self._put_later = later
+
+    def _put_in_order(self, record: Captured) -> None:
+        if record[0] is not self._received:
+            self._put_first(record)
+        elif record[3].last_timestamp:
+            self._put_later(record)
+        else:
+            if self.parent_ends:
+                self.parent_ends.pop(record[2], None)
+            self._put_first(record)
+
+
+class ParentEnds(NoteHandlers):
+    """The parent's handlers of ends that no child can report."""
+
+    signals = ("task_failure", "task_retry", "task_revoked")
+
+
+@dataclass(slots=True)
+class Run:
+    """A task that a child has started and not ended. ``vanished_at`` is 0 while the child lives."""
+
+    pid: int
+    task_state: TaskState
+    vanished_at: float = 0.0
+
+
+class PreforkCapture:
+    """The capture of a prefork worker, in its parent.
+
+    :param put: ``Ring.put``.
+    :param args: whether to report arguments.
+    :param result: whether to report results.
+    """
+
+    name = "z4j-celery-channel"
+
+    def __init__(
+        self,
+        adapter: CeleryEngineAdapter,
+        put: Put,
+        consumer: Consumer,
+        backend: BaseConcurrency,
+        *,
+        args: bool = True,
+        result: bool = True,
+    ) -> None:
+        from z4j_celery.meta import get_meta
+
+        worker = safe_name(consumer.hostname, adapter.redaction.value_matches)
+        self._late = prefork.channel is None or prefork.missed
+        self._channel = prefork.open()
+        self._notes = OrderedNotes(self._channel.writer())
+        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
+        task_types = TaskTypes(get_meta)
+        arrivals = ParentArrivals(
+            put, self._notes.put, encoder, task_types, worker=worker, args=args
+        )
+        self._handlers = (arrivals, ParentEnds(self._notes.put))
+        self._runs = Runs(
+            put, encoder, arrivals, adapter, consumer, backend.call_blocking, result=result
+        )
+        self._backend = backend
+        #: Number of notes that could not be read.
+        self.unreadable = 0
+        self._finished = backend.event()
+        self._finished.set()
+
+    def connect(self) -> None:
+        """Connect the handlers, and have the children send."""
+        if self._late:
+            logger.warning(
+                "z4j: the agent was installed when the prefork worker was already running. What its"
+                " children ran until now is not reported; children that started before z4j_celery"
+                " was imported report nothing. Import it, or install the agent, with the Celery"
+                " application"
+            )
+            self._late = prefork.missed = False
+        self._channel.counters.agent = PRESENT
+        for handlers in self._handlers:
+            handlers.connect()
+        prefork.handlers[:] = self._handlers
+
+    def finish(self) -> None:
+        """Wait until everything sent before ``stop_event`` has been read."""
+        self._backend.wait(self._finished, FINISH_TIMEOUT)
+
+    def disconnect(self) -> None:
+        """Disconnect the handlers. The children send nothing from now on."""
+        self._channel.counters.agent = ABSENT
+        for handlers in self._handlers:
+            handlers.disconnect()
+        prefork.handlers.clear()
+
+    def lost(self) -> int:
+        """Return the number of messages that did not fit into the channel."""
+        return self._channel.lost()
+
+    def run(self, stop_event: IEvent) -> None:
+        """Read until ``stop_event`` is set, then read what was sent before."""
+        self._finished.clear()
+        backend, reader = self._backend, self._channel.reader
+        try:
+            while not stop_event.is_set():
+                timeout = BUSY_WAIT if self._runs.open else IDLE_WAIT
+                if backend.wait_readable(reader, timeout):
+                    backend.wait(stop_event, GATHER_SECONDS)
+                self.drain()
+                for pid in self._runs.check(backend.now()):
+                    reader.forget(pid)
+            self.drain()
+        finally:
+            if not backend.forked():
+                self._finished.set()
+
+    def drain(self) -> None:
+        """Read all that the channel and the parent's notes contain."""
+        until, checkpoint = self._notes.last(), TimeSlice(self._backend).checkpoint
+        own, reader = self._channel.pid, self._channel.reader
+        while True:
+            for pid, message in reader.read():
+                if pid == own:
+                    self._take(_MARK.unpack(message)[0])
+                else:
+                    self._read(pid, message)
+                checkpoint()
+            if reader.empty:
+                break
+        self._take(until)
+
+    def _read(self, pid: int, message: bytes) -> None:
+        try:
+            self._runs.on_note(pid, decode_note(message))
+        except Exception as error:
+            self.unreadable += 1
+            logger.debug("z4j: unreadable note of a child: %s", type(error).__name__)
+
+    def _take(self, until: int) -> None:
+        for record in self._notes.take(until):
+            self._runs.on_own(record)
+
+
+class Runs:
+    """Turns notes into records for the ring, and knows what the children run."""
+
+    def __init__(
+        self,
+        put: Put,
+        encoder: TaskEncoder,
+        arrivals: ParentArrivals,
+        adapter: CeleryEngineAdapter,
+        consumer: Consumer,
+        call_blocking: Callable[..., Any],
+        *,
+        result: bool,
+    ) -> None:
+        #: The open runs by task id.
+        self.open: dict[str, Run] = {}
+        self._put = put
+        self._encoder = encoder
+        self._arrivals = arrivals
+        self._task_states = arrivals.task_states
+        self._app = adapter.celery_app
+        self._pool = consumer.pool
+        self._result = result
+        self._call_blocking = call_blocking
+        self._parent_ends = arrivals.parent_ends
+
+    def on_note(self, pid: int, note: Note) -> None:
+        """Handle a child's note."""
+        code, now, task_id, name, started_at, *rest = note
+        task_state = self._task_state(task_id, name)
+        if task_state is None:
+            return
+        encoder = self._encoder
+        if code == Codes.started:
+            previous = self.open.get(task_id)
+            if previous is not None and previous.pid != pid:
+                self._superseded(task_id, previous, now)
+            task_state.started_at = started_at
+            self.open[task_id] = Run(pid, task_state)
+            self._put((encoder.started, now, task_id, task_state))
+            return
+        self.open.pop(task_id, None)
+        if code == Codes.succeeded:
+            ended, _, result = rest
+            self._task_states.end(task_id)
+            result = result if self._result else None
+            self._put((encoder.succeeded, now, task_id, task_state, ended, self._result, result))
+        else:
+            self._generic(now, task_id, task_state, *rest)
+
+    def on_own(self, record: Captured) -> None:
+        """Handle a record of the parent's own handlers."""
+        if record[0] != Codes.generic:  # received again
+            self._parent_ends.pop(record[2], None)
+            self._put(record)
+            return
+        _, now, task_id, named, kind, own, ended = record
+        known = self._task_states.get(task_id)
+        # Celery sends task_failure twice at a hard time limit. What has ended is not known.
+        if known is None and (kind != REVOKED or task_id in self._parent_ends):
+            return
+        task_state = known or self._task_state(task_id, named.task_type.name)
+        if task_state is None:
+            return
+        self.open.pop(task_id, None)
+        if ended is not None:
+            while len(self._parent_ends) >= MAX_PARENT_ENDS:
+                del self._parent_ends[next(iter(self._parent_ends))]
+            self._parent_ends[task_id] = None
+        self._generic(now, task_id, task_state, kind, own, ended)
+
+    def check(self, now: float) -> list[int]:
+        """Resolve the runs of children that are gone; return the pids of these.
+
+        :param now: the monotonic time.
+        """
+        if not self.open:
+            return []
+        pids = self._pids()
+        if pids is None:
+            return []
+        gone = []
+        for task_id, run in list(self.open.items()):
+            if run.pid in pids:
+                continue
+            if not run.vanished_at:
+                run.vanished_at = now
+            elif now - run.vanished_at > self._vanished_delay():
+                gone.append(run.pid)
+                del self.open[task_id]
+                self._vanished(task_id, run)
+        return gone
+
+    def _task_state(self, task_id: str, name: str) -> TaskState | None:
+        """Return a task's state; ``None`` if the task is not reported or the parent ended it."""
+        task_state = self._task_states.get(task_id)
+        if task_state is not None:
+            return task_state
+        task_type = self._arrivals.task_types.of(self._app.tasks.get(name, name))
+        if task_id in self._parent_ends or not task_type.is_sampled(task_id):
+            return None
+        return self._task_states.add(task_id, TaskState(task_type, None))
+
+    def _generic(
+        self,
+        now: float,
+        task_id: str,
+        task_state: TaskState,
+        kind: str,
+        own: dict[str, object],
+        ended: float | None,
+    ) -> None:
+        if ended is not None or kind == SUCCEEDED:
+            self._task_states.end(task_id)
+        self._put((self._encoder.generic, now, task_id, task_state, kind, own, ended))
+
+    def _superseded(self, task_id: str, run: Run, now: float) -> None:
+        """Report the retry of a run whose child is gone, and whose task has started again."""
+        pids = self._pids()
+        if pids is not None and run.pid not in pids:
+            own = {"reason": _RETURNED, "retry_count": 0}
+            self._generic(now - 0.001, task_id, run.task_state, RETRIED, own, None)
+
+    def _vanished(self, task_id: str, run: Run) -> None:
+        """Report the end of a run whose child is gone, and of which Celery reported nothing."""
+        task = self._app.tasks.get(run.task_state.task_type.name)
+        state, value, traceback = self._stored(task_id, task)
+        own: dict[str, object]
+        if state == "SUCCESS":
+            kind, own = SUCCEEDED, {"result": snapshot(value)} if self._result else {}
+        elif state == "FAILURE":
+            kind, own = FAILED, failure_fields(value, traceback)
+        elif getattr(task, "acks_late", False) and getattr(task, "reject_on_worker_lost", False):
+            kind, own = RETRIED, {"reason": _RETURNED, "retry_count": 0}
+        else:
+            kind = FAILED
+            own = {"exception": "WorkerLostError", "exception_message": _VANISHED}
+        self._generic(time(), task_id, run.task_state, kind, own, None)
+        if kind == FAILED:
+            self._task_states.end(task_id)
+
+    def _stored(self, task_id: str, task: Task | None) -> tuple[str, object, object]:
+        """Return state, result and traceback that the result backend has of a task."""
+        try:
+            if task is None or task.ignore_result or task.backend.as_uri() == "rpc://":
+                return "", None, None
+            meta = self._call_blocking(task.backend.get_task_meta, task_id, cache=False)
+            return str(meta["status"]), meta["result"], meta.get("traceback")
+        except Exception as error:
+            logger.debug("z4j: no result of a task whose child is gone: %s", type(error).__name__)
+            return "", None, None
+
+    def _pids(self) -> set[int] | None:
+        """Return the pids of the pool's children; ``None`` while there is no pool."""
+        try:
+            return {process.pid for process in self._pool._pool._pool}  # noqa: SLF001
+        except (AttributeError, TypeError):
+            return None
+
+    def _vanished_delay(self) -> float:
+        waits = hasattr(self._pool._pool, "_fileno_to_outq")  # noqa: SLF001
+        return VANISHED_DELAY if waits else VANISHED_DELAY_BLOCKING
