@@ -156,6 +156,9 @@ def _request(task: Any, task_id: str, arguments: dict[str, Any]) -> Any:
         parent_id=None,
         root_id=task_id,
         delivery_info=route,
+        request_dict={"retries": 0, "replaced_task_nesting": 0},
+        argsrepr="()",
+        kwargsrepr=repr(arguments),
     )
 
 

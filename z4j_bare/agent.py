@@ -105,6 +105,7 @@ class Agent:
             health=health.latest,
             channel_lost=self.engines.lost,
             dropped=self.engines.dropped,
+            unheard=self.engines.unheard,
             restarts=lambda: self.bridge.restarts + self.engines.failures(),
         )
         self._session = SessionLoops(

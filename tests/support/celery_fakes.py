@@ -29,6 +29,7 @@ def task_request(app, name, task_id="t1", args=(), kwargs=None):
         root_id=task_id,
         delivery_info={"routing_key": "q"},
         retries=0,
+        request_dict={"retries": 0},
     )
 
 

@@ -87,6 +87,10 @@ class EngineManager:
         """Return how many events were lost between the processes of this worker."""
         return sum(source.lost() for source in self.sources)
 
+    def unheard(self) -> int:
+        """Return how many tasks have certainly started without an event of their start."""
+        return sum(source.unheard() for source in self.sources)
+
     def failures(self) -> int:
         """Return how often event streams broke."""
         return sum(source.failures() for source in self.sources)

@@ -67,6 +67,10 @@ class EventSource:
         """Return how many events were lost between the processes of this worker."""
         return 0
 
+    def unheard(self) -> int:
+        """Return how many tasks have certainly started without an event of their start."""
+        return 0
+
     def record(self, event: Event) -> None:
         """Append an event of the adapter's stream to the ring. Does not wait, does not raise."""
         data = event.data

@@ -61,6 +61,7 @@ class AgentMetrics:
     :param health: returns the last results of the engines' health checks.
     :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
+    :param unheard: returns the number of tasks that run without an event of their start.
     :param restarts: returns the number of restarts in the bridge and the event sources.
     """
 
@@ -76,6 +77,7 @@ class AgentMetrics:
         health: Callable[[], Mapping[str, str]],
         channel_lost: Callable[[], int],
         dropped: Callable[[], Mapping[str, int]],
+        unheard: Callable[[], int],
         restarts: Callable[[], int],
     ) -> None:
         self._ring = ring
@@ -87,6 +89,7 @@ class AgentMetrics:
         self._health = health
         self._channel_lost = channel_lost
         self._dropped = dropped
+        self._unheard = unheard
         self._restarts = restarts
         self._fitted_before = fitted.copy()
 
@@ -173,6 +176,7 @@ class AgentMetrics:
             "commands": counters.commands,
             "recut": counters.recut,
             "fitted": dict(fitted - self._fitted_before),
+            "starts_unheard": self._unheard(),
             "transport": counters.transport,
             "restarts": dict(counters.restarts),
             "longest_step_seconds": round(steps.longest, 6),

@@ -67,7 +67,7 @@ def test_source_reads_no_broker_in_single_process_worker(app, connect):
     """
     consumer = worker_consumer(Solo)
     source, events = connect(consumer)
-    assert loop_names(source) == ["z4j-presence-celery"]
+    assert loop_names(source) == ["z4j-presence-celery", "z4j-celery-runs"]
     assert consumer.event_dispatcher.groups == {"worker"}
     receive(app, "shop.add", "t", [1])
     assert [event["kind"] for event in events()] == ["worker.online", "task.received"]
@@ -77,7 +77,7 @@ def test_source_reads_no_broker_in_prefork_worker(app, connect):
     """The parent's signals and the channel carry every event; no event of Celery is enabled."""
     consumer = worker_consumer(Prefork)
     source, events = connect(consumer)
-    assert loop_names(source) == ["z4j-presence-celery", "z4j-celery-channel"]
+    assert loop_names(source) == ["z4j-presence-celery", "z4j-celery-runs", "z4j-celery-channel"]
     assert consumer.event_dispatcher.groups == {"worker"}
     receive(app, "shop.add", "t", [1])
     signals.task_prerun.send(sender=None, task_id="t", task=app.tasks["shop.add"])

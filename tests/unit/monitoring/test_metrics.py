@@ -48,6 +48,7 @@ class MetricsHarness:
             health=dict,
             channel_lost=lambda: self.channel_lost,
             dropped=lambda: self.dropped,
+            unheard=int,
             restarts=int,
         )
 

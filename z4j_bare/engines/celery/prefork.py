@@ -33,6 +33,10 @@ class Codes:
     generic = 3
 
 
+#: The kind of a note that a run is over and its task goes on; no event is recorded.
+REPLACED = ""
+
+
 class NoteHandlers(SignalHandlers):
     """Handlers without task states and without ``@z4j_meta``: the parent's reader has both."""
 
@@ -49,7 +53,13 @@ class NoteHandlers(SignalHandlers):
 class ChildCapture(NoteHandlers):
     """The signal handlers of a child."""
 
-    signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
+    signals = (
+        "task_prerun",
+        "task_postrun",
+        "task_failure",
+        "task_internal_error",
+        "task_retry",
+    )
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(self._send)
@@ -60,6 +70,10 @@ class ChildCapture(NoteHandlers):
         if self._counters.agent == ABSENT:
             return None
         return super()._task_state(task_id, task)
+
+    def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
+        del task
+        self._send((self._generic, self._clock(), task_id, task_state, REPLACED, {}, None))
 
     def _send(self, record: Captured) -> None:
         code, now, task_id, task_state, *rest = record

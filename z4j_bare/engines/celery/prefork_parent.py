@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.engines.celery.channel import ABSENT, PRESENT, ChannelWriter
-from z4j_bare.engines.celery.prefork import Codes, Note, NoteHandlers, decode_note, prefork
-from z4j_bare.engines.celery.signals import SignalHandlers, failure_fields
+from z4j_bare.engines.celery.outcomes import failure_fields
+from z4j_bare.engines.celery.prefork import (
+    REPLACED,
+    Codes,
+    Note,
+    NoteHandlers,
+    decode_note,
+    prefork,
+)
+from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
     FAILED,
@@ -122,7 +130,7 @@ class ParentArrivals(SignalHandlers):
     def _put_in_order(self, record: Captured) -> None:
         if record[0] is not self._received:
             self._put_first(record)
-        elif record[3].last_timestamp:
+        elif record[3].last_timestamp or record[3].attempt is not None:
             self._put_later(record)
         else:
             if self.parent_ends:
@@ -173,7 +181,7 @@ class PreforkCapture:
         self._notes = OrderedNotes(self._channel.writer())
         encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
         task_types = TaskTypes(get_meta)
-        arrivals = ParentArrivals(
+        self.arrivals = arrivals = ParentArrivals(
             put, self._notes.put, encoder, task_types, worker=worker, args=args
         )
         self._handlers = (arrivals, ParentEnds(self._notes.put))
@@ -372,6 +380,9 @@ class Runs:
         own: dict[str, object],
         ended: float | None,
     ) -> None:
+        if kind == REPLACED:
+            task_state.started_at = 0.0
+            return
         if ended is not None or kind == SUCCEEDED:
             self._task_states.end(task_id)
         self._put((self._encoder.generic, now, task_id, task_state, kind, own, ended))

@@ -7,11 +7,27 @@ a loaded worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from sys import exc_info
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare.concurrency import fork
+from z4j_bare.engines.celery.outcomes import (
+    IGNORED,
+    REJECTED_STATE,
+    end_without_signal,
+    failure_fields,
+    is_reject,
+    is_reported,
+    is_retry,
+    mark_reported,
+    result_is_unstored,
+    retry_fields,
+    revoked_fields,
+    text_of,
+)
+from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
     FAILED,
@@ -34,13 +50,13 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
     from z4j_celery import CeleryEngineAdapter
 
-#: Characters of a traceback that are captured; the encoder sends the first 4,096.
-CAPTURED_TRACEBACK_CHARS = 5120
-
 #: Shared by all tasks without arguments: two containers less for the garbage collector to track.
 #: Nothing modifies captured arguments.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
+
+#: States of ``task_postrun`` that end a run without another signal.
+_ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE})
 
 #: Default of the arguments that Celery always sends. A missing one fails in the handler.
 _ABSENT: Any = None
@@ -50,6 +66,7 @@ _HANDLERS = {
     "task_prerun": "_on_prerun",
     "task_postrun": "_on_postrun",
     "task_failure": "_on_failure",
+    "task_internal_error": "_on_internal_error",
     "task_retry": "_on_retry",
     "task_revoked": "_on_revoked",
     "task_rejected": "_on_rejected",
@@ -85,6 +102,9 @@ class SignalHandlers:
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
 
+    #: Whether starts after a return to the queue are withheld; see :class:`RepeatedRuns`.
+    withholds = False
+
     def __init__(
         self,
         put: Put,
@@ -110,6 +130,9 @@ class SignalHandlers:
         self._encode = heads.encode
         self._task_types = task_types
         self._epoch = fork.epoch()
+        self.repeated_runs = RepeatedRuns(
+            self.task_states, put, heads.generic, clock, withholds=self.withholds
+        )
         self._connected: list[tuple[Signal, Callable[..., None]]] = []
 
     def connect(self) -> None:
@@ -135,32 +158,48 @@ class SignalHandlers:
     def _on_received(self, request: Request = _ABSENT, **_kwargs: object) -> None:
         try:
             task_id = request.id
+            if task_id.__class__ is not str:
+                task_id = str(task_id)
             task_type = self._task_types.of(request.task)
             if fork.epoch() != self._epoch or not (
                 task_type.unsampled or task_type.is_sampled(task_id)
             ):
                 return
-            task_state = self.task_states.get(task_id) or self.task_states.add(
-                task_id, TaskState(task_type, _queue(request))
-            )
+            task_state = self.task_states.get(task_id)
+            now = self._clock()
+            if task_state is None:
+                task_state = self.task_states.add(task_id, TaskState(task_type, _queue(request)))
+                message = request.request_dict
+                if message.get("retries") or message.get("replaced_task_nesting"):
+                    task_state.mark_repeated(now)
+            else:
+                task_state = self.repeated_runs.received(
+                    task_id, task_state, task_type, _queue(request), request
+                )
+                if task_state is None:
+                    return
             args = kwargs = None
             if self._args:
                 args = snapshot(request.args) if request.args else _NO_ARGS
                 kwargs = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
             parent, root = request.parent_id, request.root_id
-            self._put(
-                (self._received, self._clock(), task_id, task_state, args, kwargs, parent, root)
-            )
+            self._put((self._received, now, task_id, task_state, args, kwargs, parent, root))
         except Exception as error:
             if not should_suppress(self._on_received, error):
                 raise
 
     def _on_prerun(self, task_id: str = "", task: Task = _ABSENT, **_kwargs: object) -> None:
         try:
+            if task_id.__class__ is not str:
+                task_id = str(task_id)
             task_state = self._task_state(task_id, task)
             if task_state is not None:
-                task_state.started_at = perf_counter()
-                self._put((self._started, self._clock(), task_id, task_state))
+                record = (self._started, self._clock(), task_id, task_state)
+                if task_state.attempt is None:
+                    task_state.started_at = perf_counter()
+                    self._put(record)
+                else:
+                    self.repeated_runs.started(record, task)
         except Exception as error:
             if not should_suppress(self._on_prerun, error):
                 raise
@@ -176,11 +215,20 @@ class SignalHandlers:
         # task_success carries no task id. A failure has a signal of its own. A task that was
         # killed by gevent has no state.
         if state != "SUCCESS":
+            if state in _ENDS_WITHOUT_SIGNAL:
+                self._on_end_without_signal(task_id, task, retval, state)
             return
         try:
+            if exc_info()[1] is not None and result_is_unstored():
+                return
+            if task_id.__class__ is not str:
+                task_id = str(task_id)
             task_state = self._task_state(task_id, task)
             if task_state is not None:
-                self.task_states.pop(task_id, None)
+                if task_state.attempt is None:
+                    self.task_states.pop(task_id, None)
+                else:
+                    task_state = self.repeated_runs.ended(task_id, task_state, task.request)
                 result = snapshot(retval) if self._result else None
                 self._put(
                     (
@@ -198,18 +246,65 @@ class SignalHandlers:
                 raise
 
     @safe_boundary
+    def _on_end_without_signal(
+        self, task_id: object, task: Task, raised: object, state: str | None
+    ) -> None:
+        task_id = str(task_id)
+        task_state = self._task_state(task_id, task)
+        if task_state is None:
+            return
+        end = end_without_signal(state, raised, acks_late=bool(task.acks_late))
+        if end is not None and end[0] == RETRIED:
+            self.repeated_runs.requeued(task_id, task_state, task.request, end[1])
+        elif end is not None:
+            self._end(end[0], task_id, task_state, task.request, end[1])
+        elif state == IGNORED:
+            self._replaced(task_id, task_state, task)
+
+    def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
+        """Note that a run is over, but not its task: another one goes on under its id."""
+        task_state = self.repeated_runs.ended(task_id, task_state, task.request, keep=True)
+        task_state.started_at = 0.0
+
+    @safe_boundary
     def _on_failure(
         self,
         sender: Task = _ABSENT,
-        task_id: str = "",
+        task_id: object = "",
         exception: BaseException | None = None,
         einfo: object = None,
         **_kwargs: object,
     ) -> None:
+        task_id = str(task_id)
+        if is_reject(exception) or is_reported(exception, task_id):
+            return
         task_state = self._task_state(task_id, sender)
         if task_state is not None:
             own = failure_fields(exception, getattr(einfo, "traceback", None))
-            self._end(FAILED, task_id, task_state, own)
+            self._end(FAILED, task_id, task_state, sender.request, own)
+
+    @safe_boundary
+    def _on_internal_error(
+        self,
+        sender: Task = _ABSENT,
+        task_id: object = "",
+        request: Mapping[str, object] | None = None,
+        exception: BaseException | None = None,
+        einfo: object = None,
+        **_kwargs: object,
+    ) -> None:
+        # The result backend failed, or a handler of the task's class did. Where eager tasks
+        # propagate their errors, every error comes here, and Celery continues no retry.
+        task_id = str(task_id)
+        if is_reported(exception, task_id):
+            return
+        mark_reported(exception, task_id)
+        task_state = self._task_state(task_id, sender)
+        if task_state is not None:
+            kind, own = FAILED, failure_fields(exception, getattr(einfo, "traceback", None))
+            if is_retry(exception):
+                kind, own = RETRIED, retry_fields(request, exception)
+            self._end(kind, task_id, task_state, request, own)
 
     @safe_boundary
     def _on_retry(
@@ -219,11 +314,15 @@ class SignalHandlers:
         reason: object = None,
         **_kwargs: object,
     ) -> None:
-        task_state = self._task_state(request.id, sender)
+        task_id = str(request.id)
+        task_state = self._task_state(task_id, sender)
         if task_state is not None:
-            retries = int(getattr(request, "retries", 0) or 0) + 1
-            own = {"reason": snapshot(_text(reason)), "retry_count": retries}
-            self._put((self._generic, self._clock(), request.id, task_state, RETRIED, own, None))
+            now = self._clock()
+            if task_state.attempt is not None:
+                task_state = self.repeated_runs.ended(task_id, task_state, request, keep=True)
+            own = retry_fields(request, reason)
+            self._put((self._generic, now, task_id, task_state, RETRIED, own, None))
+            task_state.started_at = 0.0
 
     @safe_boundary
     def _on_revoked(
@@ -235,11 +334,11 @@ class SignalHandlers:
         expired: object = None,
         **_kwargs: object,
     ) -> None:
-        task_state = self._task_state(request.id, sender)
+        task_id = str(request.id)
+        task_state = self._task_state(task_id, sender)
         if task_state is not None:
-            number = int(signum) if isinstance(signum, int) else None
-            own = {"terminated": bool(terminated), "signum": number, "expired": bool(expired)}
-            self._end(REVOKED, request.id, task_state, own)
+            own = revoked_fields(terminated, signum, expired)
+            self._end(REVOKED, task_id, task_state, request, own)
 
     @safe_boundary
     def _on_rejected(self, message: object = None, exc: object = None, **_kwargs: object) -> None:
@@ -247,7 +346,7 @@ class SignalHandlers:
         self._reject(
             str(headers.get("id") or ""),
             str(headers.get("task") or "unknown"),
-            snapshot(_text(exc)),
+            snapshot(text_of(exc)),
         )
 
     @safe_boundary
@@ -280,9 +379,11 @@ class SignalHandlers:
         queue = _queue(getattr(task, "request", None))
         return self.task_states.add(task_id, TaskState(task_type, queue))
 
-    def _end(self, event: str, task_id: str, task_state: TaskState, own: dict[str, Any]) -> None:
+    def _end(
+        self, event: str, task_id: str, task_state: TaskState, request: object, own: dict[str, Any]
+    ) -> None:
+        task_state = self.repeated_runs.ended(task_id, task_state, request)
         self._put((self._generic, self._clock(), task_id, task_state, event, own, perf_counter()))
-        self.task_states.end(task_id)
 
 
 class CeleryCapture(SignalHandlers):
@@ -294,6 +395,8 @@ class CeleryCapture(SignalHandlers):
     :param args: whether to capture arguments.
     :param result: whether to capture results.
     """
+
+    withholds = True
 
     def __init__(
         self,
@@ -326,11 +429,20 @@ class EagerCapture(CeleryCapture):
     Those are tasks called by ``apply()`` or under ``task_always_eager``.
     """
 
-    signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
+    signals = (
+        "task_prerun",
+        "task_postrun",
+        "task_failure",
+        "task_internal_error",
+        "task_retry",
+    )
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
+        # At task_internal_error the request is no longer current, so a known task is enough.
         eager = getattr(getattr(task, "request", None), "is_eager", False)
-        return super()._task_state(task_id, task) if eager else None
+        if not eager and task_id not in self.task_states:
+            return None
+        return super()._task_state(task_id, task)
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
@@ -344,25 +456,7 @@ def runs_in_process(consumer: Consumer | None) -> bool:
     )
 
 
-def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
-    """Return the fields of a failure: the exception's class and message, and the traceback."""
-    own = {
-        "exception": type(exception).__name__,
-        "exception_message": snapshot(_text(exception)),
-    }
-    if isinstance(traceback, str):
-        own["traceback"] = traceback[:CAPTURED_TRACEBACK_CHARS]
-    return own
-
-
 def _queue(request: object) -> str | None:
     info = getattr(request, "delivery_info", None)
     name = info.get("routing_key") if isinstance(info, dict) else None
     return str(name) if name else None
-
-
-def _text(value: object) -> str:
-    try:
-        return str(value)
-    except Exception:
-        return f"<{type(value).__name__} whose text fails>"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
+from z4j_bare.engines.celery.run_monitor import RunMonitor
 from z4j_bare.engines.celery.signals import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.source import EventSource, Loop
@@ -42,6 +44,7 @@ class CelerySource(EventSource):
         self._reported_worker = self._worker or only
         self._receiver: EventReceiver | None = None
         self._children: PreforkCapture | None = None
+        self._monitor: RunMonitor | None = None
         self._capture: CeleryCapture | PreforkCapture
         args, result = settings.capture_args, settings.capture_result
         if consumer is not None and not runs_in_process(consumer):
@@ -51,11 +54,19 @@ class CelerySource(EventSource):
             self._capture = self._children = PreforkCapture(
                 adapter, ring.put, consumer, backend, args=args, result=result
             )
+            arrivals = self._children.arrivals
+            self._monitor = RunMonitor(
+                arrivals.task_states, arrivals.repeated_runs, in_process=False
+            )
             return
         capture_class = EagerCapture if self._worker is None else CeleryCapture
         self._capture = capture_class(adapter, ring.put, self._worker, args=args, result=result)
         if self._worker is None:
             self._receiver = self._event_receiver(adapter, only)
+        else:
+            self._monitor = RunMonitor(
+                self._capture.task_states, self._capture.repeated_runs, in_process=True
+            )
 
     def _event_receiver(self, adapter: CeleryEngineAdapter, only: str | None) -> EventReceiver:
         # Imported here, because no worker needs them.
@@ -70,9 +81,13 @@ class CelerySource(EventSource):
         return EventReceiver(app, translate, workers.tick, self._backend)
 
     def loops(self) -> list[Loop]:
-        """Return the presence loop, and the reader of the children or of the broker's events."""
-        reader = self._receiver or self._children
-        return super().loops() + ([(reader.name, reader.run)] if reader else [])
+        """Return the loops of presence, of a worker's runs, and of the children or the broker."""
+        loops = super().loops()
+        if (monitor := self._monitor) is not None:
+            loops.append((monitor.name, partial(monitor.run, self._backend)))
+        if (reader := self._receiver or self._children) is not None:
+            loops.append((reader.name, reader.run))
+        return loops
 
     def connect(self) -> None:
         """Connect the signal handlers."""
@@ -88,6 +103,10 @@ class CelerySource(EventSource):
             self._children.finish()
         super().disconnect()
         self._capture.disconnect()
+
+    def unheard(self) -> int:
+        """Return the number of tasks that the pool accepted and whose start was not heard."""
+        return self._monitor.unheard if self._monitor else 0
 
     def failures(self) -> int:
         """Return how often the connection to the broker broke."""

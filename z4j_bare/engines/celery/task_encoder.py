@@ -132,9 +132,9 @@ class TaskEncoder:
                 pass
         own: dict[str, Any] = {} if args is None else {"args": args, "kwargs": kwargs}
         if parent:
-            own["parent_task_id"] = parent
+            own["parent_task_id"] = str(parent)
         if root:
-            own["root_task_id"] = root
+            own["root_task_id"] = str(root)
         return self._encode(RECEIVED, timestamp, record, self._complete(own, task_state, None))
 
     def _scrubbed(self, value: list[Any] | dict[str, Any], empty: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,13 @@ MAX_TASKS = 20_000
 
 #: Maximum seconds by which a timestamp may lead the clock, to separate two events of one kind.
 MAX_TIMESTAMP_LEAD = 5.0
+
+
+#: Minimum seconds between two reports of a task that its runs return to the queue.
+REQUEUE_INTERVAL = 1.0
+
+#: Which of a task's runs: ``retries`` and ``replaced_task_nesting`` of its message.
+RunKey = tuple[int, int]
 
 
 class TaskType:
@@ -61,6 +68,7 @@ class TaskState:
     """State of one task: its type and queue, start time, last timestamp and retries seen here."""
 
     __slots__ = (
+        "attempt",
         "last_timestamp",
         "queue",
         "retries",
@@ -72,11 +80,17 @@ class TaskState:
     def __init__(self, task_type: TaskType, queue: str | None) -> None:
         self.task_type = task_type
         self.queue = queue
-        #: Performance counter at the start, 0 before.
+        #: What separates this run from others of its task; ``None`` for most tasks.
+        self.attempt: Attempt | None = None
+        #: Performance counter at the start of the run that goes on, 0 if there is none.
         self.started_at = 0.0
         #: Seconds since the epoch, 0 before the first event.
         self.last_timestamp = 0.0
         self.retries = self.received = self.started = self.retried = self.rejected = 0
+
+    def mark_repeated(self, now: float) -> None:
+        """Note that an earlier run of the task was received elsewhere, perhaps in this second."""
+        self.received = int(now)
 
     def next_timestamp(self, now: float, event: str = "") -> float:
         """Return the timestamp of an event, never earlier than the previous one of the task.
@@ -87,8 +101,14 @@ class TaskState:
         :param now: the clock, in seconds since the epoch.
         :param event: the kind; empty for one that a task cannot repeat.
         """
-        clock, now = now, max(now, self.last_timestamp)
         slot = _SECONDS.get(event)
+        if self.attempt is not None:
+            if self.attempt.newer is not None:
+                return self._late_timestamp(now, slot)
+            if self.attempt.stamps is not None:
+                self._continue(self.attempt.stamps)
+                self.attempt.stamps = None
+        clock, now = now, max(now, self.last_timestamp)
         if slot is not None:
             second, used = int(now), getattr(self, slot)
             if second <= used < clock + MAX_TIMESTAMP_LEAD - 1:
@@ -97,6 +117,62 @@ class TaskState:
             setattr(self, slot, second)
         self.last_timestamp = now
         return now
+
+    def _continue(self, previous: TaskState) -> None:
+        self.last_timestamp = previous.last_timestamp
+        for slot in _SECONDS.values():
+            setattr(self, slot, getattr(previous, slot))
+
+    def _late_timestamp(self, now: float, slot: str | None) -> float:
+        """Return the timestamp of an event that comes after the next run was received.
+
+        It lies before the events of that run, which it would set back in the brain. So a kind that
+        needs a second of its own gets an earlier one.
+        """
+        newer = list(self.since())
+        received = (each.attempt.received_at for each in newer[1:] if each.attempt is not None)
+        now = min(now, *received) - 1e-6
+        if slot is not None:
+            second = int(now)
+            used = {getattr(each, slot) for each in newer}
+            while second in used:
+                second -= 1
+            now = min(now, second + 0.999999)
+            setattr(self, slot, second)
+        return now
+
+    def since(self) -> Iterator[TaskState]:
+        """Iterate over this state and those of the runs after it."""
+        state: TaskState | None = self
+        while state is not None:
+            yield state
+            state = state.attempt.newer if state.attempt is not None else None
+
+
+class Attempt:
+    """What separates one run of a task from another of the same id.
+
+    A run may be received before the end of the previous one: after ``retry(countdown=0)`` in
+    another thread, or after ``self.replace()``, which changes name and queue.
+    """
+
+    __slots__ = ("key", "newer", "previous", "received_at", "requeued_at", "stamps", "withheld")
+
+    def __init__(self, key: RunKey | None = None, received_at: float = 0.0) -> None:
+        #: ``None`` for the first run that this process knows.
+        self.key = key
+        #: The state whose timestamps come before the first one of this run.
+        self.stamps: TaskState | None = None
+        #: The states of the previous run, until that has ended, and of the next one.
+        self.previous: TaskState | None = None
+        self.newer: TaskState | None = None
+        #: Seconds since the epoch; 0 for the first run.
+        self.received_at = received_at
+        #: When the return to the queue was last reported, in seconds since the epoch; 0 if the run
+        #: was not returned.
+        self.requeued_at = 0.0
+        #: The record of the start after a return to the queue, until it is reported.
+        self.withheld: tuple[Any, ...] | None = None
 
 
 class TaskStates(dict[str, TaskState]):
@@ -109,9 +185,59 @@ class TaskStates(dict[str, TaskState]):
         self[task_id] = task_state
         return task_state
 
-    def end(self, task_id: str) -> TaskState | None:
-        """Remove the state of a task that has ended, and return it."""
-        return self.pop(task_id, None)
+    def end(self, task_id: str, task_state: TaskState | None = None) -> TaskState | None:
+        """Remove the state of a run that has ended, and return it.
+
+        A previous run that has not ended keeps its state.
+
+        :param task_state: one of several states of the task; ``None`` means the last one.
+        """
+        last = self.get(task_id)
+        if task_state is None:
+            task_state = last
+        if last is task_state:
+            attempt = None if last is None else last.attempt
+            if attempt is not None and attempt.previous is not None:
+                self[task_id] = attempt.previous
+            else:
+                self.pop(task_id, None)
+        else:
+            while last is not None and last.attempt is not None:
+                if last.attempt.previous is task_state:
+                    ended = None if task_state is None else task_state.attempt
+                    last.attempt.previous = None if ended is None else ended.previous
+                    break
+                last = last.attempt.previous
+        return task_state
+
+    def supersede(
+        self, task_id: str, task_state: TaskState, new: TaskState, key: RunKey, now: float
+    ) -> TaskState:
+        """Add the state of another run of a known task, and return it."""
+        new.attempt = Attempt(key, now)
+        new.attempt.stamps = task_state
+        if task_state.started_at:
+            if task_state.attempt is None:
+                task_state.attempt = Attempt()
+            task_state.attempt.newer = new
+            if task_state.attempt.previous is not None and task_state.attempt.previous.attempt:
+                task_state.attempt.previous.attempt.previous = None  # three runs at most
+            new.attempt.previous = task_state
+        self[task_id] = new
+        return new
+
+    @staticmethod
+    def of_run(last: TaskState, key: RunKey) -> TaskState:
+        """Return the state of one of a task's runs.
+
+        :param last: the last state of the task.
+        """
+        state = last
+        while state.attempt is not None and state.attempt.previous is not None:
+            if state.attempt.key == key:
+                break
+            state = state.attempt.previous
+        return state
 
 
 class TaskTypes:

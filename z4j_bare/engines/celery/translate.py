@@ -6,10 +6,11 @@ import re
 import time
 from collections.abc import Callable
 from math import isfinite
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.engines.celery.outcomes import CAPTURED_TRACEBACK_CHARS
 from z4j_bare.engines.celery.saferepr import ReprText, bound, parse
-from z4j_bare.engines.celery.signals import CAPTURED_TRACEBACK_CHARS
 from z4j_bare.engines.celery.task_state import (
     FAILED,
     RECEIVED,
@@ -91,7 +92,7 @@ class Translator:
         self._sent = TaskStates()
         self._handlers: dict[str, tuple[str, _FillFields]] = {
             "task-received": (RECEIVED, self._received),
-            "task-started": (STARTED, lambda *_: None),
+            "task-started": (STARTED, self._started),
             "task-succeeded": (SUCCEEDED, self._succeeded),
             "task-failed": (FAILED, self._failed),
             "task-retried": (RETRIED, self._retried),
@@ -187,6 +188,9 @@ class Translator:
         for ours, theirs in (("parent_task_id", "parent_id"), ("root_task_id", "root_id")):
             if isinstance(event.get(theirs), str):
                 own[ours] = event[theirs][:MAX_ID_CHARS]
+
+    def _started(self, _event: CeleryEvent, task_state: TaskState, _own: dict[str, Any]) -> None:
+        task_state.started_at = perf_counter()
 
     def _succeeded(self, event: CeleryEvent, _task_state: TaskState, own: dict[str, Any]) -> None:
         if self._result:

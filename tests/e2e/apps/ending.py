@@ -1,0 +1,74 @@
+"""A Celery application with an agent, whose tasks end in unusual ways."""
+
+import time
+
+from celery.backends.base import DisabledBackend
+from celery.exceptions import Ignore, Reject
+from sample_tasks import HOME, app
+from z4j_celery import CeleryEngineAdapter
+from z4j_celery.meta import z4j_meta
+
+from z4j_bare import install_agent
+
+
+class BrokenBackend(DisabledBackend):
+    """A result backend that is away."""
+
+    def mark_as_done(self, *_args, **_kwargs):
+        raise ConnectionError("the backend is away")
+
+    mark_as_failure = mark_as_done
+
+
+@app.task(name="e2e.ignores")
+def ignores():
+    raise Ignore
+
+
+@app.task(name="e2e.rejects", acks_late=True)
+def rejects():
+    raise Reject("poison", requeue=False)
+
+
+@app.task(name="e2e.requeues", acks_late=True)
+def requeues(mark, seconds):
+    """Return to the queue until ``seconds`` have passed since the first run."""
+    path = HOME / mark
+    if not path.exists():
+        path.touch()
+    if time.time() - path.stat().st_mtime < seconds:
+        time.sleep(0.01)
+        raise Reject("later", requeue=True)
+    return "done"
+
+
+@app.task(name="e2e.unstored", backend=BrokenBackend(app))
+def unstored():
+    return "never stored"
+
+
+@app.task(name="e2e.unstored_failure", backend=BrokenBackend(app))
+def unstored_failure():
+    raise ValueError("never stored")
+
+
+@app.task(name="e2e.replaces", bind=True)
+def replaces(self, queue):
+    raise self.replace(final.si(7).set(queue=queue))
+
+
+@app.task(name="e2e.final")
+@z4j_meta(redact_result=True)
+def final(number):
+    return number
+
+
+@app.task(name="e2e.retries_masked", bind=True, max_retries=3)
+def retries_masked(self, card):
+    """Retry once at once."""
+    if not self.request.retries:
+        raise self.retry(countdown=0, exc=ConnectionError("not yet"))
+    return len(card)
+
+
+runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

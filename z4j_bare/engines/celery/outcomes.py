@@ -1,0 +1,164 @@
+"""What a run came to: event kinds and fields, from the arguments of Celery's signals.
+
+The functions use only the arguments, so they also work in a child of a prefork worker.
+"""
+
+from __future__ import annotations
+
+import sys
+from traceback import format_exception
+from typing import Any
+
+from z4j_bare.engines.celery.task_state import FAILED, RETRIED, REVOKED, RunKey
+from z4j_bare.events.snapshot import snapshot
+
+#: Characters of a traceback that are captured; the encoder sends the first 4,096.
+CAPTURED_TRACEBACK_CHARS = 5120
+
+#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. No other signal
+#: reports these runs in the process that runs them.
+IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
+
+#: The key of a run that is neither a retry nor a replacement.
+FIRST_RUN: RunKey = (0, 0)
+
+#: Attribute of an exception whose failure is reported: the task's id.
+_REPORTED = "_z4j_reported"
+
+#: Exceptions examined behind ``__context__``.
+_MAX_CONTEXT = 20
+
+
+def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
+    """Return the fields of ``task.failed``: the exception's class, message and traceback.
+
+    :param traceback: the text; of an exception without one its own traceback is formatted.
+    """
+    reason = getattr(exception, "reason", None) if is_reject(exception) else exception
+    fields = {"exception": type(exception).__name__, "exception_message": snapshot(text_of(reason))}
+    if not isinstance(traceback, str) and isinstance(exception, BaseException):
+        traceback = "".join(format_exception(exception)) if exception.__traceback__ else None
+    if isinstance(traceback, str):
+        fields["traceback"] = traceback[:CAPTURED_TRACEBACK_CHARS]
+    return fields
+
+
+def retry_fields(request: object, reason: object) -> dict[str, Any]:
+    """Return the fields of ``task.retried`` for a run that called ``Task.retry``."""
+    return {"reason": snapshot(text_of(reason)), "retry_count": run_key(request)[0] + 1}
+
+
+def revoked_fields(terminated: object, signum: object, expired: object) -> dict[str, Any]:
+    """Return the fields of ``task.revoked``."""
+    number = int(signum) if isinstance(signum, int) else None
+    return {"terminated": bool(terminated), "signum": number, "expired": bool(expired)}
+
+
+def end_without_signal(
+    state: str | None, raised: object, *, acks_late: bool
+) -> tuple[str, dict[str, Any]] | None:
+    """Return kind and fields of a run that raised ``Ignore`` or ``Reject``.
+
+    ``None`` if nothing has to be reported: the task was replaced, or ``state`` is another one.
+
+    :param state: the state of ``task_postrun``.
+    :param raised: its ``retval``, which is the exception.
+    :param acks_late: whether the message can still be returned to its queue.
+    """
+    if state == IGNORED and not is_replacement(raised):
+        return REVOKED, {**revoked_fields(False, None, False), "reason": "ignored"}
+    if state == REJECTED_STATE and is_reject(raised):
+        if not (acks_late and getattr(raised, "requeue", False)):
+            return FAILED, failure_fields(raised, None)
+        reason = text_of(getattr(raised, "reason", None))
+        return RETRIED, {"reason": snapshot(f"rejected, and back to its queue: {reason}")}
+    return None
+
+
+def is_reject(error: object) -> bool:
+    """Whether ``error`` is Celery's ``Reject``, whose failure the run's ``task_postrun`` reports.
+
+    Celery 5.7 sends a ``task_failure`` for it, too, and earlier versions send none.
+    """
+    from celery.exceptions import Reject
+
+    return isinstance(error, Reject)
+
+
+def is_retry(error: object) -> bool:
+    """Whether ``error`` is Celery's ``Retry``."""
+    from celery.exceptions import Retry
+
+    return isinstance(error, Retry)
+
+
+def run_key(request: object) -> RunKey:
+    """Return which run of a task this is.
+
+    :param request: Celery's ``Context``, or the request as a dictionary.
+    """
+    if isinstance(request, dict):
+        retries, nesting = request.get("retries"), request.get("replaced_task_nesting")
+    else:
+        retries = getattr(request, "retries", 0)
+        nesting = getattr(request, "replaced_task_nesting", 0)
+    return int(retries or 0), int(nesting or 0)
+
+
+def is_replacement(ignore: object) -> bool:
+    """Whether ``self.replace()`` raised this ``Ignore``: the task goes on under the same id."""
+    from celery.app.task import Task
+
+    step = getattr(ignore, "__traceback__", None)
+    while step is not None:
+        if step.tb_frame.f_code is Task.replace.__code__:
+            return True
+        step = step.tb_next
+    return False
+
+
+def result_is_unstored() -> bool:
+    """Whether the run whose ``task_postrun`` is being sent fails after its body has succeeded.
+
+    The tracer sends the signal with the state ``SUCCESS`` while the error of the result backend
+    passes through it. ``task_internal_error`` follows.
+    """
+    error = sys.exc_info()[1]
+    if not isinstance(error, Exception) or is_reject(error) or error.__traceback__ is None:
+        return False
+    frame = sys._getframe(1)  # noqa: SLF001 - no public equivalent
+    while frame is not None and frame.f_code.co_name != "trace_task":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is error.__traceback__.tb_frame
+
+
+def mark_reported(error: BaseException | None, task_id: str) -> None:
+    """Note at an exception that its failure is reported. See :func:`is_reported`."""
+    try:
+        setattr(error, _REPORTED, task_id)
+    except Exception:
+        pass
+
+
+def is_reported(error: BaseException | None, task_id: str) -> bool:
+    """Whether the failure of this exception, or of one that it was raised for, is reported.
+
+    After ``task_internal_error`` Celery tries to store the failure, and sends ``task_failure`` if
+    that works, else ``task_internal_error`` again. The note is at the exception, so nothing is
+    remembered of a task after its end.
+    """
+    for _ in range(_MAX_CONTEXT):
+        if error is None:
+            break
+        if getattr(error, _REPORTED, None) == task_id:
+            return True
+        error = error.__context__
+    return False
+
+
+def text_of(value: object) -> str:
+    """Return ``str(value)``; a note if that fails."""
+    try:
+        return str(value)
+    except Exception:
+        return f"<{type(value).__name__} whose text fails>"

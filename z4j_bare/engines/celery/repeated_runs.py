@@ -1,0 +1,139 @@
+"""Runs of tasks that this process receives more than once under one id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.engines.celery.outcomes import FIRST_RUN, run_key
+from z4j_bare.engines.celery.task_state import (
+    REQUEUE_INTERVAL,
+    RETRIED,
+    Attempt,
+    TaskState,
+    TaskStates,
+    TaskType,
+)
+from z4j_bare.events.ring import Captured, Put
+
+if TYPE_CHECKING:
+    from celery.app.task import Task
+    from celery.worker.request import Request
+
+
+class RepeatedRuns:
+    """Separates the runs of one task: retries, replacements, and messages that are delivered again.
+
+    :param withholds: whether a start after a return to the queue is withheld. Then
+        :meth:`report_withheld` must be called every few seconds.
+    """
+
+    def __init__(
+        self,
+        task_states: TaskStates,
+        put: Put,
+        generic: object,
+        clock: Callable[[], float],
+        *,
+        withholds: bool,
+    ) -> None:
+        self._task_states = task_states
+        self._put = put
+        self._generic = generic
+        self._clock = clock
+        self._withholds = withholds
+        #: States of the runs whose start is withheld, by task id.
+        self._withheld: dict[str, TaskState] = {}
+
+    def received(
+        self,
+        task_id: str,
+        known: TaskState,
+        task_type: TaskType,
+        queue: str | None,
+        request: Request,
+    ) -> TaskState | None:
+        """Return the state of a run whose task is known; ``None`` if nothing has to be reported.
+
+        :param known: the last state of the task.
+        """
+        if known.task_type is task_type and known.queue == queue:
+            if known.attempt is not None and known.attempt.requeued_at:
+                return None
+            info = request.delivery_info
+            again = isinstance(info, dict) and info.get("redelivered")
+            key = run_key(request.request_dict)
+            if not known.started_at or again or key == FIRST_RUN:
+                return known
+        else:
+            key = run_key(request.request_dict)
+        new = TaskState(task_type, queue)
+        return self._task_states.supersede(task_id, known, new, key, self._clock())
+
+    def started(self, record: Captured, task: Task) -> None:
+        """Report a start.
+
+        After a return to the queue it is withheld until the run ends or a second has passed. A task
+        that always returns would flood the brain.
+
+        :param record: its last item is the last state of the task.
+        """
+        head, now, task_id, last = record
+        task_state = self._task_states.of_run(last, run_key(task.request))
+        task_state.started_at = perf_counter()
+        record = (head, now, task_id, task_state)
+        attempt = task_state.attempt
+        if self._withholds and attempt is not None and attempt.requeued_at:
+            attempt.withheld = record
+            self._withheld[task_id] = task_state
+        else:
+            self._put(record)
+
+    def ended(
+        self, task_id: str, last: TaskState, request: object, *, keep: bool = False
+    ) -> TaskState:
+        """Remove the state of the run that ends, and return it.
+
+        :param last: the last state of the task.
+        :param keep: whether the task goes on, so that the state of its last run has to be kept.
+        """
+        task_state = self._task_states.of_run(last, run_key(request))
+        attempt = task_state.attempt
+        if attempt is not None:
+            self._report_start(task_id, attempt)
+            attempt.requeued_at = 0.0
+        if not keep or (attempt is not None and attempt.newer is not None):
+            self._task_states.end(task_id, task_state)
+        return task_state
+
+    def requeued(self, task_id: str, last: TaskState, request: object, own: dict[str, Any]) -> None:
+        """Report that a run was returned to the queue, at most once a second.
+
+        :param own: the fields of the event.
+        """
+        now = self._clock()
+        task_state = self._task_states.of_run(last, run_key(request))
+        if task_state.attempt is None:
+            task_state.attempt = Attempt()
+        attempt = task_state.attempt
+        attempt.withheld = None
+        self._withheld.pop(task_id, None)
+        task_state.started_at = 0.0
+        if now - attempt.requeued_at >= REQUEUE_INTERVAL:
+            attempt.requeued_at = now
+            self._put((self._generic, now, task_id, task_state, RETRIED, own, None))
+
+    def report_withheld(self) -> None:
+        """Report the starts after a return to the queue that were not followed by another one."""
+        latest = self._clock() - REQUEUE_INTERVAL
+        for task_id, task_state in list(self._withheld.items()):
+            attempt = task_state.attempt
+            if attempt is not None and attempt.withheld and attempt.withheld[1] <= latest:
+                self._report_start(task_id, attempt)
+
+    def _report_start(self, task_id: str, attempt: Attempt) -> None:
+        self._withheld.pop(task_id, None)
+        record, attempt.withheld = attempt.withheld, None
+        if record is not None:
+            self._put(record)
