@@ -13,7 +13,7 @@ from uuid import uuid4
 from z4j_core.redaction.markers import REDACTED
 
 from z4j_bare.events.redaction import Redactor
-from z4j_bare.wire.fit import has_nul, is_fit, max_id_chars
+from z4j_bare.wire.fit import SHORT_ID_CHARS, has_nul, is_fit
 from z4j_bare.wire.frames import encode_event, encode_fields
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ class Encoder:
 
     def __init__(self, engine: str, redactor: Redactor) -> None:
         self._engine = engine
-        self._max_id_chars = max_id_chars(engine)
         self._redactor = redactor
         self._new_id = new_ids()
         self._second = -1
@@ -60,15 +59,15 @@ class Encoder:
     def envelope(self, kind: str, timestamp: float, task_id: str, data: str) -> bytes:
         """Return an event's bytes around ``data``, which must be canonical JSON.
 
-        :raises ValueError: for text that has to be changed: with a lone surrogate, with NUL, or a
-            task id that is too long.
+        :raises ValueError: for text that may have to be changed: with a lone surrogate, with NUL,
+            or a long task id.
         """
         text = (
             f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
             f'"occurred_at":"{self._iso(timestamp)}","task_id":{encode_basestring(task_id)}}}'
         )
-        if len(task_id) > self._max_id_chars or ("\\" in text and has_nul(text)):
-            raise ValueError("the event does not fit into the brain's database")
+        if len(task_id) > SHORT_ID_CHARS or ("\\" in text and has_nul(text)):
+            raise ValueError("the event may not fit into the brain's database")
         return text.encode()
 
     def __call__(self, record: Record) -> bytes:

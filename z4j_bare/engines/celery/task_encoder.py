@@ -120,12 +120,10 @@ class TaskEncoder:
                         f'"args":{self._scrubbed(args, "[]")},'
                         f'"kwargs":{self._scrubbed(kwargs, "{}")},'
                     )
-                if (root and len(root) > SHORT_ID_CHARS) or (
-                    parent and len(parent) > SHORT_ID_CHARS
-                ):
-                    raise ValueError("an id is too long for the brain's database")
                 above = f'"parent_task_id":{encode_basestring(parent)},' if parent else ""
                 top = f'"root_task_id":{encode_basestring(root)},' if root else ""
+                if len(above) + len(top) > SHORT_ID_CHARS:
+                    raise ValueError("an id may be too long for the brain's database")
                 data = f"{{{sent}{above}{template.queue},{top}{template.tail}"
                 return self.encode.envelope(RECEIVED, timestamp, task_id, data)
             except (TypeError, ValueError):  # Encoder changes what the brain cannot take
