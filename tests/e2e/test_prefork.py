@@ -1,0 +1,160 @@
+"""Prefork workers: the runs of all children, and ends that only the parent or nobody reports."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.toxics import Proxy, Refused
+from z4j_bare.demo.process import until
+
+pytestmark = pytest.mark.timeout(120)
+
+#: Options with which a worker has no event dispatcher.
+QUIET = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+
+#: Sends the tasks that are named by its arguments, and writes their ids.
+SEND = """
+import sys
+from prefork_app import app
+for name in sys.argv[1:]:
+    print(app.send_task("e2e." + name, args=[1, 2] if name == "add" else []).id)
+"""
+
+
+@pytest.fixture(scope="module")
+def host(project):
+    """A worker without Celery's own events, whose children come and go."""
+    options = (*QUIET, "--max-tasks-per-child", "3", "--autoscale", "3,1")
+    worker = project.worker("prefork_app", pool="prefork", options=options)
+    project.warm_up()
+    return worker
+
+
+def runs(project, number):
+    """Run ``number`` tasks and return the set of their states in the brain."""
+    sent = [project.send("add", each, 1) for each in range(number)]
+    return {project.row(task_id)["state"] for task_id in sent}
+
+
+def test_worker_without_dispatcher_reports_values(project, host):
+    """Without Celery's events, and for a silenced task, rows are complete; results are values."""
+    task_id, silent = project.send("add", 1, 2), project.send("silent")
+    row = project.row(task_id, "success")
+    assert (row["result"], row["args"]) == ({"sum": 3, "api_key": "[REDACTED]"}, [1, 2])
+    assert project.kinds(task_id) == ["task.received", "task.started", "task.succeeded"]
+    assert project.row(silent, "success")["result"] == "silent"
+    assert runs(project, 12) == {"success"}  # in children of several generations
+
+
+def test_violent_ends_have_class_and_message(project, host):
+    """A hard time limit, a killed child and a rejected message are failures of the right class,
+    each reported once; of what a vanished child had stored or returned, the truth is shown.
+    """
+    names = ("hangs", "killed", "rejects", "killed_once", "stored")
+    ids = {name: project.send(name) for name in names}
+    for name, exception, message in (
+        ("hangs", "TimeLimitExceeded", "1"),
+        ("killed", "WorkerLostError", "SIGKILL"),
+        ("rejects", "Reject", "unwanted"),
+    ):
+        row = project.row(ids[name], "failure")
+        assert row["exception"].startswith(exception), row["exception"]
+        assert message in row["exception"] + str(row["traceback"]), row
+    again = project.row(ids["killed_once"], "success")
+    assert again["result"] == "second run"
+    stored = project.row(ids["stored"], "success")
+    assert stored["result"] == "stored"
+    for name in names[:3]:
+        assert project.kinds(ids[name]).count("task.failed") == 1
+    assert project.kinds(ids["killed_once"]) == [
+        "task.received",
+        "task.received",
+        "task.retried",
+        "task.started",
+        "task.started",
+        "task.succeeded",
+    ]
+
+
+def test_restarted_pool_and_worker_report(project, host):
+    """Children of a restarted pool, and of a worker that SIGHUP started again, are reported."""
+    control = project.producer.control
+    control.broadcast("pool_restart", arguments={"reload": False})
+    assert runs(project, 3) == {"success"}
+    offset = len(host.output())
+    os.kill(host.pid, signal.SIGHUP)
+    until(lambda: "ready." in host.output()[offset:], "the restarted worker", timeout=40)
+    assert runs(project, 3) == {"success"}
+
+
+def test_cold_shutdown_reports_retry(fresh_project):
+    """SIGQUIT reports a running task as retry, as Celery does."""
+    project = fresh_project
+    worker = project.worker("prefork_app", pool="prefork")
+    running = project.send("naps", 60)
+    project.row(running, "started")
+    os.kill(worker.pid, signal.SIGQUIT)
+    until(lambda: not worker.running, "the worker's end", timeout=30)
+    project.row(running, "retry")
+
+
+def test_broker_outage_loses_no_end(brain, redis_url, fresh_project):
+    """Tasks that end while the broker is away are successes when it is back."""
+    project = fresh_project
+    port = int(redis_url.rpartition(":")[2].partition("/")[0])
+    proxy = Proxy(port)
+    try:
+        through = project.redis_url.replace(str(port), str(proxy.port))
+        environment = {"DEMO_BROKER": through, "BACKEND": f"file://{project.home}/results"}
+        (project.home / "results").mkdir(exist_ok=True)
+        project.worker("prefork_app", pool="prefork", environment=environment, options=QUIET)
+        # No more than children: on Redis, what a worker had prefetched comes back after an hour.
+        sent = [project.send("naps", 5) for _ in range(2)]
+        for task_id in sent:
+            project.row(task_id, "started")
+        with proxy.poisoned(Refused()):
+            time.sleep(7)  # The tasks end.
+        sent += [project.send("naps", 0) for _ in range(10)]
+        assert {project.row(task_id)["state"] for task_id in sent} == {"success"}
+    finally:
+        proxy.close()
+
+
+def test_sqlalchemy_broker_without_event_loop(fresh_project):
+    """On a broker without an event loop, and without events, the children are reported."""
+    project = fresh_project
+    database = f"sqla+sqlite:///{project.home}/broker.sqlite"
+    environment = {
+        "DEMO_BROKER": database,
+        "BACKEND": f"db+sqlite:///{project.home}/results.sqlite",
+    }
+    project.worker("prefork_app", pool="prefork", environment=environment)
+    # In a process of its own, because importing SQLAlchemy's transport warns.
+    variables = {**project.environment(agent=False), **environment, "Z4J_DISABLED": "1"}
+    command = [sys.executable, "-c", SEND, "add", "silent", "rejects", "add"]
+    sent = subprocess.run(
+        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    states = [project.row(task_id)["state"] for task_id in sent]
+    assert states == ["success", "success", "failure", "success"]
+
+
+def test_detached_worker_reports(fresh_project):
+    """A worker with ``--detach``, which starts itself again, reports its children."""
+    project = fresh_project
+    worker = project.worker("prefork_app", pool="prefork", name="unused@e2e")
+    worker.stop()
+    pid_file, log = project.home / "detached.pid", project.home / "detached.log"
+    command = [each.replace("unused@e2e", "detached@e2e") for each in worker.command]
+    command += ["--detach", f"--pidfile={pid_file}", f"--logfile={log}"]
+    subprocess.run(command, env=worker.environment, cwd=project.home, check=True, timeout=60)
+    until(pid_file.exists, "the detached worker", timeout=30)
+    try:
+        assert runs(project, 3) == {"success"}
+    finally:
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        until(lambda: not pid_file.exists(), "the detached worker's end", timeout=30)
