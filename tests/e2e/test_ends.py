@@ -51,6 +51,28 @@ def test_uuid_id_succeeds(project):
     assert kinds(project, str(task_id)) == ["received", "started", "succeeded"]
 
 
+def test_masked_arguments_stay_hidden(project):
+    """What ``argsrepr`` and ``kwargsrepr`` hide is neither in the brain nor in the buffer, also
+    after a retry.
+    """
+    task_id = project.producer.send_task(
+        "e2e.retries_masked",
+        args=("4929-1234",),
+        kwargs={"note": "1234 5678"},
+        argsrepr="(<hidden>,)",
+        kwargsrepr=repr({"note": "****"}),
+    ).id
+    row = project.row(task_id, "success")
+    assert (row["args"], row["kwargs"]) == (["<hidden>"], {"note": "****"})
+    assert kinds(project, task_id).count("received") == 2
+    events = str(project.brain.events(project.slug, "celery", task_id))
+    files = b"".join(path.read_bytes() for path in (project.home / "agent").glob("*.sqlite*"))
+    assert files
+    for hidden in ("4929", "5678"):
+        assert hidden not in events
+        assert hidden.encode() not in files
+
+
 def test_unstored_results_are_failures(project):
     """What the result backend cannot store is a failure with the backend's error, once."""
     for task in ("unstored", "unstored_failure"):

@@ -107,6 +107,22 @@ def test_truncated_arguments_are_redacted(project, agent):
     assert "hunter2" not in str(row)
 
 
+def test_masked_arguments_stay_hidden(project, agent):
+    """What ``argsrepr`` and ``kwargsrepr`` hide does not reach the brain."""
+    task_id = project.producer.send_task(
+        "e2e.add",
+        args=(4929, 1234),
+        kwargs={"note": "Alice: flu"},
+        argsrepr="(<hidden>, <hidden>)",
+        kwargsrepr=repr({"note": "****"}),
+    ).id
+    row = project.row(task_id, "success")
+    assert (row["args"], row["kwargs"]) == (["<hidden>", "<hidden>"], {"note": "****"})
+    events = str(project.brain.events(project.slug, "celery", task_id))
+    assert "4929" not in events
+    assert "Alice" not in events
+
+
 def test_task_annotations_apply(project, agent):
     """``@z4j_meta`` keeps, redacts and skips values as it does inside a worker."""
     skipped = [project.send("skipped"), project.send("unsampled")]

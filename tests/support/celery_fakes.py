@@ -30,6 +30,8 @@ def task_request(app, name, task_id="t1", args=(), kwargs=None):
         delivery_info={"routing_key": "q"},
         retries=0,
         request_dict={"retries": 0},
+        argsrepr=repr(tuple(args)),
+        kwargsrepr=repr(kwargs or {}),
     )
 
 

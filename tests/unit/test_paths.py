@@ -135,6 +135,7 @@ def test_event_passes_documented_modules(trace, install, peer, until, monkeypatc
         parent_id="parent-to-trace",
         root_id=None,
         delivery_info={"routing_key": "q"},
+        request_dict={},
     )
     signals.task_received.send(sender=None, request=request)
     batch = until(

@@ -64,6 +64,27 @@ class TruncatedStr(str):
         return truncated
 
 
+class TypedStr(str):
+    """The text of a value of a well-known type. ``described`` is its ``repr``."""
+
+    __slots__ = ("described",)
+
+    described: str
+
+    @classmethod
+    def of(cls, value: object) -> TypedStr:
+        """Return the text of ``value``."""
+        text = cls(value)
+        text.described = repr(value)
+        return text
+
+
+class OpaqueStr(str):
+    """A text that stands for a value and shows nothing of it but its class or its size."""
+
+    __slots__ = ()
+
+
 def snapshot(value: Any) -> Any:
     """Return a bounded copy of ``value``; a string over the limit is a :class:`TruncatedStr`."""
     kind = type(value)
@@ -94,14 +115,14 @@ class _Copier:
         if issubclass(kind, int):
             number = int.__int__(value)
             bits = number.bit_length()
-            return number if bits <= MAX_INT_BITS else f"<int of {bits} bits>"
+            return number if bits <= MAX_INT_BITS else OpaqueStr(f"<int of {bits} bits>")
         if issubclass(kind, float):
             return float.__float__(value)
         if issubclass(kind, _CONTAINERS):
             return self.container(value, kind, depth - 1)
         if kind in _AS_TEXT:
-            return self.text(str(value))
-        return f"<{kind.__module__}.{kind.__qualname__}>"
+            return self.typed_text(value)
+        return OpaqueStr(f"<{kind.__module__}.{kind.__qualname__}>")
 
     def text(self, value: str) -> str:
         length = str.__len__(value)
@@ -111,28 +132,36 @@ class _Copier:
             return TruncatedStr.of(value, remaining)
         return value if type(value) is str else str.__str__(value)
 
+    def typed_text(self, value: object) -> str:
+        text = TypedStr.of(value)
+        remaining = max(0, self.chars)
+        self.chars -= len(text)
+        return TruncatedStr.of(text, remaining) if len(text) > remaining else text
+
     def container(self, value: Any, kind: type, depth: int) -> Any:
         if depth <= 0:
-            return f"<{kind.__name__} nested too deep>"
+            return OpaqueStr(f"<{kind.__name__} nested too deep>")
         base = next(base for base in _CONTAINERS if issubclass(kind, base))
         return self.mapping(value, depth) if base is dict else self.sequence(value, base, depth)
 
     def mapping(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        for key, item in islice(dict.items(value), max(0, self.nodes)):
+        length = dict.__len__(value)
+        # Taken at once: another thread may change the dictionary while its values are copied.
+        for key, item in list(islice(dict.items(value), max(0, self.nodes))):
             if self.nodes <= 0:
                 break
             result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = self.copy(
                 item, depth
             )
-        missing = dict.__len__(value) - len(result)
+        missing = length - len(result)
         if missing > 0:
             result["..."] = f"[... {missing} more cut]"
         return result
 
     def sequence(self, value: Any, base: Any, depth: int) -> list[Any]:
         items: list[Any] = []
-        for item in islice(base.__iter__(value), max(0, self.nodes)):
+        for item in list(islice(base.__iter__(value), max(0, self.nodes))):
             if self.nodes <= 0:
                 break
             items.append(self.copy(item, depth))

@@ -64,11 +64,11 @@ def final(number):
 
 
 @app.task(name="e2e.retries_masked", bind=True, max_retries=3)
-def retries_masked(self, card):
+def retries_masked(self, card, note):
     """Retry once at once."""
     if not self.request.retries:
         raise self.retry(countdown=0, exc=ConnectionError("not yet"))
-    return len(card)
+    return len(card) + len(note)
 
 
 runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

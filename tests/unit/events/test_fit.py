@@ -70,9 +70,9 @@ def by_task_encoder(facts, meta=None):
     args = [facts.value]
     return [
         encoder.received(
-            (None, 5.0, facts.id, state, args, facts.kwargs, facts.parent, facts.root)
+            (None, 5.0, facts.id, state, args, facts.kwargs, facts.parent, facts.root, None)
         ),
-        encoder.received((None, 5.0, facts.id, state, None, None, None, facts.root)),
+        encoder.received((None, 5.0, facts.id, state, None, None, None, facts.root, None)),
         encoder.started((None, 6.0, facts.id, state)),
         encoder.succeeded((None, 7.0, facts.id, state, 1.5, True, facts.kwargs)),
         encoder.generic((None, 8.0, facts.id, state, "task.failed", own, 1.5)),
@@ -153,6 +153,9 @@ def by_signals(facts):
             root_id=facts.root,
             delivery_info={"routing_key": facts.queue},
             retries=0,
+            request_dict={},
+            argsrepr=None,
+            kwargsrepr=None,
         )
         capture._on_received(request=request)
         capture._on_prerun(task_id=facts.id, task=task)

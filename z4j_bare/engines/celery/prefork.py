@@ -54,6 +54,7 @@ class ChildCapture(NoteHandlers):
     """The signal handlers of a child."""
 
     signals = (
+        "before_task_publish",
         "task_prerun",
         "task_postrun",
         "task_failure",

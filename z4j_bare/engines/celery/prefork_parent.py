@@ -22,6 +22,7 @@ from z4j_bare.engines.celery.prefork import (
     decode_note,
     prefork,
 )
+from z4j_bare.engines.celery.queue_names import QueueNames
 from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
@@ -119,10 +120,18 @@ class ParentArrivals(SignalHandlers):
         *,
         worker: str,
         args: bool,
+        queue_of: Callable[[object], str | None],
     ) -> None:
         #: Ids of tasks whose last run ended by the parent's report; values are ``None``.
         self.parent_ends: dict[str, None] = {}
-        super().__init__(self._put_in_order, encoder, task_types, worker=worker, args=args)
+        super().__init__(
+            self._put_in_order,
+            encoder,
+            task_types,
+            worker=worker,
+            args=args,
+            queue_of=queue_of,
+        )
         self.task_types = task_types
         self._put_first = put
         self._put_later = later
@@ -182,7 +191,13 @@ class PreforkCapture:
         encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
         task_types = TaskTypes(get_meta)
         self.arrivals = arrivals = ParentArrivals(
-            put, self._notes.put, encoder, task_types, worker=worker, args=args
+            put,
+            self._notes.put,
+            encoder,
+            task_types,
+            worker=worker,
+            args=args,
+            queue_of=QueueNames(consumer).of,
         )
         self._handlers = (arrivals, ParentEnds(self._notes.put))
         self._runs = Runs(

@@ -13,6 +13,7 @@ from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare.concurrency import fork
+from z4j_bare.engines.celery.masks import carry_over
 from z4j_bare.engines.celery.outcomes import (
     IGNORED,
     REJECTED_STATE,
@@ -27,6 +28,7 @@ from z4j_bare.engines.celery.outcomes import (
     revoked_fields,
     text_of,
 )
+from z4j_bare.engines.celery.queue_names import QueueNames, routing_key
 from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import (
@@ -62,6 +64,7 @@ _ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE})
 _ABSENT: Any = None
 
 _HANDLERS = {
+    "before_task_publish": "_on_publish",
     "task_received": "_on_received",
     "task_prerun": "_on_prerun",
     "task_postrun": "_on_postrun",
@@ -97,6 +100,7 @@ class SignalHandlers:
     :param worker: the worker's name in the brain; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
+    :param queue_of: returns the queue of a request's ``delivery_info``.
     """
 
     #: The signals to connect.
@@ -115,12 +119,14 @@ class SignalHandlers:
         args: bool = True,
         result: bool = True,
         clock: Callable[[], float] = time,
+        queue_of: Callable[[object], str | None] = routing_key,
     ) -> None:
         self.worker = worker
         self.task_states = TaskStates()
         self._args = args
         self._result = result
         self._clock = clock
+        self._queue_of = queue_of
         self._put = put
         # Bound once: a method bound at each event is one more object for the garbage collector.
         self._received = heads.received
@@ -168,22 +174,27 @@ class SignalHandlers:
             task_state = self.task_states.get(task_id)
             now = self._clock()
             if task_state is None:
-                task_state = self.task_states.add(task_id, TaskState(task_type, _queue(request)))
+                task_state = self.task_states.add(
+                    task_id, TaskState(task_type, self._queue_of(request.delivery_info))
+                )
                 message = request.request_dict
                 if message.get("retries") or message.get("replaced_task_nesting"):
                     task_state.mark_repeated(now)
             else:
                 task_state = self.repeated_runs.received(
-                    task_id, task_state, task_type, _queue(request), request
+                    task_id, task_state, task_type, self._queue_of(request.delivery_info), request
                 )
                 if task_state is None:
                     return
-            args = kwargs = None
+            args = kwargs = texts = None
             if self._args:
-                args = snapshot(request.args) if request.args else _NO_ARGS
-                kwargs = snapshot(request.kwargs) if request.kwargs else _NO_KWARGS
+                args, kwargs = request.args, request.kwargs
+                if args or kwargs:
+                    texts = request.argsrepr, request.kwargsrepr
+                args = snapshot(args) if args else _NO_ARGS
+                kwargs = snapshot(kwargs) if kwargs else _NO_KWARGS
             parent, root = request.parent_id, request.root_id
-            self._put((self._received, now, task_id, task_state, args, kwargs, parent, root))
+            self._put((self._received, now, task_id, task_state, args, kwargs, parent, root, texts))
         except Exception as error:
             if not should_suppress(self._on_received, error):
                 raise
@@ -341,6 +352,13 @@ class SignalHandlers:
             self._end(REVOKED, task_id, task_state, request, own)
 
     @safe_boundary
+    def _on_publish(
+        self, headers: dict[str, Any] | None = None, body: object = None, **_kwargs: object
+    ) -> None:
+        if headers:
+            carry_over(headers, body)
+
+    @safe_boundary
     def _on_rejected(self, message: object = None, exc: object = None, **_kwargs: object) -> None:
         headers = getattr(message, "headers", None) or {}
         self._reject(
@@ -376,7 +394,7 @@ class SignalHandlers:
         task_type = self._task_types.of(task)
         if not task_type.is_sampled(task_id):
             return None
-        queue = _queue(getattr(task, "request", None))
+        queue = self._queue_of(task.request.delivery_info)
         return self.task_states.add(task_id, TaskState(task_type, queue))
 
     def _end(
@@ -394,6 +412,7 @@ class CeleryCapture(SignalHandlers):
     :param hostname: the worker's node name; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
+    :param consumer: the worker's Consumer, which knows the queues.
     """
 
     withholds = True
@@ -407,6 +426,7 @@ class CeleryCapture(SignalHandlers):
         args: bool = True,
         result: bool = True,
         clock: Callable[[], float] = time,
+        consumer: Consumer | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -420,6 +440,7 @@ class CeleryCapture(SignalHandlers):
             args=args,
             result=result,
             clock=clock,
+            queue_of=routing_key if consumer is None else QueueNames(consumer).of,
         )
 
 
@@ -454,9 +475,3 @@ def runs_in_process(consumer: Consumer | None) -> bool:
     return pool is not None and not any(
         base.__module__ == "celery.concurrency.prefork" for base in type(pool).__mro__
     )
-
-
-def _queue(request: object) -> str | None:
-    info = getattr(request, "delivery_info", None)
-    name = info.get("routing_key") if isinstance(info, dict) else None
-    return str(name) if name else None

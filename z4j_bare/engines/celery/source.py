@@ -60,7 +60,9 @@ class CelerySource(EventSource):
             )
             return
         capture_class = EagerCapture if self._worker is None else CeleryCapture
-        self._capture = capture_class(adapter, ring.put, self._worker, args=args, result=result)
+        self._capture = capture_class(
+            adapter, ring.put, self._worker, args=args, result=result, consumer=consumer
+        )
         if self._worker is None:
             self._receiver = self._event_receiver(adapter, only)
         else:

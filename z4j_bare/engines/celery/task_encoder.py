@@ -10,6 +10,7 @@ from __future__ import annotations
 from json.encoder import encode_basestring
 from typing import Any
 
+from z4j_bare.engines.celery.masks import shown_args, shown_kwargs
 from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, TaskState
 from z4j_bare.events.encode import Encoder, encode_text
 from z4j_bare.events.redaction import Redactor
@@ -53,11 +54,12 @@ class TaskEncoder:
     def __init__(self, engine: str, redactor: Redactor, worker: str | None) -> None:
         self.encode = Encoder(engine, redactor)
         self._scrub = redactor.scrub
+        self._is_sensitive_key = redactor.is_sensitive_key
         self._worker = worker
         self._templates: dict[tuple[str, str | None], _Template] = {}
 
     def received(self, record: Captured) -> bytes:
-        """Encode ``(_, now, task_id, task_state, args, kwargs, parent_id, root_id)``.
+        """Encode ``(_, now, task_id, task_state, args, kwargs, parent_id, root_id, texts)``.
 
         ``args`` and ``kwargs`` are ``None`` if arguments are not captured.
         """
@@ -111,7 +113,10 @@ class TaskEncoder:
         return self._encode(kind, timestamp, record, self._complete(own, task_state, ended))
 
     def _received(self, timestamp: float, record: Captured) -> bytes:
-        _, _, task_id, task_state, args, kwargs, parent, root = record
+        _, _, task_id, task_state, args, kwargs, parent, root, texts = record
+        if texts is not None:
+            args = shown_args(args, texts[0], self._is_sensitive_key)
+            kwargs = shown_kwargs(kwargs, texts[1], self._is_sensitive_key)
         if task_state.task_type.meta is None:
             try:
                 template, sent = self._template(task_state), ""

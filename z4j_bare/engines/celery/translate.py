@@ -6,8 +6,8 @@ import re
 import time
 from collections.abc import Callable
 from math import isfinite
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from z4j_bare.engines.celery.outcomes import CAPTURED_TRACEBACK_CHARS
 from z4j_bare.engines.celery.saferepr import ReprText, bound, parse
@@ -19,6 +19,7 @@ from z4j_bare.engines.celery.task_state import (
     REVOKED,
     STARTED,
     SUCCEEDED,
+    Attempt,
     TaskState,
     TaskStates,
     TaskType,
@@ -92,7 +93,7 @@ class Translator:
         self._sent = TaskStates()
         self._handlers: dict[str, tuple[str, _FillFields]] = {
             "task-received": (RECEIVED, self._received),
-            "task-started": (STARTED, self._started),
+            "task-started": (STARTED, lambda *_: None),
             "task-succeeded": (SUCCEEDED, self._succeeded),
             "task-failed": (FAILED, self._failed),
             "task-retried": (RETRIED, self._retried),
@@ -124,7 +125,7 @@ class Translator:
         self, kind: str, fill: _FillFields, event: CeleryEvent, own: dict[str, Any]
     ) -> None:
         task_id = _task_id(event)
-        task_state = self._task_state(task_id, event)
+        task_state = self._task_state(task_id, event, kind)
         fill(event, task_state, own)
         if kind in _FINAL:
             self._task_states.end(task_id)
@@ -150,14 +151,21 @@ class Translator:
             own["kwargs"] = {"...": own["kwargs"]}
         return self._encode(record)
 
-    def _task_state(self, task_id: str, event: CeleryEvent) -> TaskState:
-        task_state = self._task_states.get(task_id)
+    def _task_state(self, task_id: str, event: CeleryEvent, kind: str) -> TaskState:
+        task_state, name = self._task_states.get(task_id), event.get("name")
         if task_state is None:
             task_state = self._sent.end(task_id) or TaskState(UNKNOWN, None)
             self._task_states.add(task_id, task_state)
-        name = event.get("name")
-        if task_state.task_type is UNKNOWN and isinstance(name, str) and name:
+        if not isinstance(name, str) or not name:
+            return task_state
+        if task_state.task_type is UNKNOWN:
             task_state.task_type = self._task_type(name)
+        elif kind == RECEIVED and (task_type := self._task_type(name)) is not task_state.task_type:
+            # Another task replaces this one under its id.
+            new = self._sent.end(task_id) or TaskState(task_type, None)
+            new.attempt = Attempt()
+            new.attempt.stamps = task_state
+            task_state = self._task_states[task_id] = new
         return task_state
 
     def _task_type(self, name: str) -> TaskType:
@@ -168,9 +176,10 @@ class Translator:
     def _on_sent(self, event: CeleryEvent) -> None:
         """Store the queue. Only producers report it, and only with ``task_send_sent_event``."""
         task_id, queue = _task_id(event), event.get("queue")
-        task_state = self._task_states.get(task_id) or self._sent.add(
-            task_id, TaskState(self._task_type(_text(event["name"])), None)
-        )
+        task_type = self._task_type(_text(event["name"]))
+        task_state = self._task_states.get(task_id)
+        if task_state is None or task_state.task_type not in {task_type, UNKNOWN}:
+            task_state = self._sent.add(task_id, TaskState(task_type, None))
         if isinstance(queue, str) and queue:
             task_state.queue = queue[:MAX_NAME_CHARS]
 
@@ -186,11 +195,8 @@ class Translator:
             own["args"] = bound(event.get("args") or "()")
             own["kwargs"] = bound(event.get("kwargs") or "{}")
         for ours, theirs in (("parent_task_id", "parent_id"), ("root_task_id", "root_id")):
-            if isinstance(event.get(theirs), str):
-                own[ours] = event[theirs][:MAX_ID_CHARS]
-
-    def _started(self, _event: CeleryEvent, task_state: TaskState, _own: dict[str, Any]) -> None:
-        task_state.started_at = perf_counter()
+            if isinstance(above := event.get(theirs), str | UUID):
+                own[ours] = str(above)[:MAX_ID_CHARS]
 
     def _succeeded(self, event: CeleryEvent, _task_state: TaskState, own: dict[str, Any]) -> None:
         if self._result:
@@ -234,7 +240,8 @@ class Translator:
 
 
 def _task_id(event: CeleryEvent) -> str:
-    task_id = _text(event["uuid"])
+    task_id = event["uuid"]
+    task_id = _text(str(task_id) if isinstance(task_id, UUID | int) else task_id)
     if len(task_id) > MAX_ID_CHARS:
         raise ValueError(f"task id longer than {MAX_ID_CHARS} characters")
     return task_id

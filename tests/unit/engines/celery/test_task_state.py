@@ -295,7 +295,7 @@ def test_spliced_events_equal_encoded_events(task, call, above, outcome):
     )
     args, kwargs = call or (None, None)
     encoded = [
-        task_encoder.received((None, 5.0, "t", task_state, args, kwargs, *above)),
+        task_encoder.received((None, 5.0, "t", task_state, args, kwargs, *above, None)),
         task_encoder.started((None, 5.1, "t", task_state)),
         task_encoder.succeeded((None, 5.2, "t", task_state, 1.5, *outcome[:2])),
     ]

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -175,6 +176,30 @@ def test_translator_takes_queue_from_task_sent(harness):
     harness.send("task-sent", uuid="late", name="plain", queue="late")
     data = harness.send("task-succeeded", uuid="late")
     assert data["queue"] == "late"
+
+
+def test_translator_accepts_uuid_ids(harness):
+    """Ids that are ``uuid.UUID`` objects are reported as text."""
+    task_id = UUID(int=7)
+    data = harness.send("task-received", **received(uuid=task_id, root_id=task_id))
+    assert data["root_task_id"] == str(task_id)
+    harness.send("task-succeeded", uuid=task_id, result="1", runtime=0.1)
+    assert {event["task_id"] for event in harness.events} == {str(task_id)}
+
+
+def test_translator_gives_replacement_its_own_name_and_queue(harness):
+    """A task that replaces another one has its own name, queue, annotations and seconds."""
+    harness.send("task-received", **received())
+    harness.send("task-started")
+    harness.send("task-sent", name="private", queue="second")
+    assert harness.send("task-received", **received("private"))["task_name"] == "private"
+    harness.send("task-started")
+    data = harness.send("task-succeeded", result="1", runtime=0.1)
+    assert (data["task_name"], data["queue"]) == ("private", "second")
+    assert data["result"] == "[REDACTED]"
+    assert harness.events[1]["data"]["queue"] == "queue of w@h, plain"
+    seconds = [(event["kind"], event["occurred_at"][:19]) for event in harness.events]
+    assert len(set(seconds)) == len(seconds)
 
 
 def test_translator_accepts_late_task_name(harness):
