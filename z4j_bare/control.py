@@ -289,7 +289,7 @@ def _pidfiles(adapter_id: str) -> list[Path]:
 
 def _is_free(path: Path) -> bool:
     """Return whether no live process occupies this pid file."""
-    return not _is_alive(_read_pid(path))
+    return not is_alive(_read_pid(path))
 
 
 def _read_pid(path: Path) -> int:
@@ -300,7 +300,8 @@ def _read_pid(path: Path) -> int:
         return 0
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Return whether a process with this pid exists."""
     if pid <= 0:
         return False
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,21 @@ def _prepare_prefork() -> None:
     _prepared = True
     signals.worker_init.connect(_open_channel, weak=False)
     signals.worker_before_create_process.connect(_open_channel, weak=False)
+    directory = os.environ.get("_Z4J_CELERY_CHANNEL", "")
+    if directory.endswith(f"-{os.getppid()}"):  # a child of a worker whose start method is spawn
+        from z4j_bare.engines.celery.prefork import prefork
+
+        safe_call(prefork.attach, directory)
 
 
 def _open_channel(sender: object = None, **_kwargs: object) -> None:
     pool = str(getattr(sender, "pool_cls", ""))
+    spawn = getattr(sender, "pool_start_method", "fork") == "spawn"
     if "z4j_celery" not in sys.modules or any(name in pool for name in _OTHER_POOLS):
         return
     from z4j_bare.engines.celery.prefork import prefork
 
-    safe_call(prefork.open)
+    safe_call(prefork.open, spawn=spawn)
 
 
 track_worker_ready()

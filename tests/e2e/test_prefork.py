@@ -143,6 +143,19 @@ def test_sqlalchemy_broker_without_event_loop(fresh_project):
     assert states == ["success", "success", "failure", "success"]
 
 
+def test_spawned_children_are_reported(fresh_project):
+    """Children that are started instead of forked reach the agent through a named pipe."""
+    project = fresh_project
+    worker = project.worker(
+        "prefork_app", pool="prefork", environment={"START_METHOD": "spawn"}, options=QUIET
+    )
+    assert runs(project, 4) == {"success"}
+    pipes = list((project.home / "agent").glob("channel-*/pipe"))
+    assert [path.stat().st_mode & 0o777 for path in pipes] == [0o600]
+    worker.stop()
+    assert not list((project.home / "agent").glob("channel-*"))
+
+
 def test_detached_worker_reports(fresh_project):
     """A worker with ``--detach``, which starts itself again, reports its children."""
     project = fresh_project

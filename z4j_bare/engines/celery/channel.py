@@ -9,13 +9,18 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import shutil
 from contextlib import suppress
 
 # gevent and eventlet patch the functions of ``os``.
 from posix import close, read, write
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency import fork
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: Size of the pipe in bytes. It holds 1,024 messages of 1 KB: one second of a fast worker.
 PIPE_BYTES = 1024 * 1024
@@ -40,6 +45,9 @@ _HEADER = Struct("<HIIHH")
 _DATA_BYTES = CHUNK_BYTES - _HEADER.size
 _MAX_PARTS = 0xFFFF
 
+#: Files of a channel with names.
+_PIPE, _COUNTERS = "pipe", "counters"
+
 #: States of the agent, as the children see them. The children send as long as it is not ABSENT.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
@@ -61,8 +69,11 @@ class SharedCounters:
     Each child has a counter of its own, because counting in shared memory is not atomic.
     """
 
-    def __init__(self) -> None:
-        self._numbers = memoryview(mmap.mmap(-1, 4 * (LOSS_SLOTS + 1))).cast("I")
+    #: Size in bytes.
+    SIZE = 4 * (LOSS_SLOTS + 1)
+
+    def __init__(self, descriptor: int = -1) -> None:
+        self._numbers = memoryview(mmap.mmap(descriptor, self.SIZE)).cast("I")
 
     @property
     def agent(self) -> int:
@@ -206,11 +217,19 @@ class ChannelReader:
 
 
 class Channel:
-    """A pipe and its counters, made by the parent before it forks its children."""
+    """A pipe and its counters, made by the parent before it starts its children.
 
-    def __init__(self) -> None:
-        self.counters = SharedCounters()
-        read_end, self._write_end = os.pipe()
+    :param directory: a new private directory for a named pipe and a file, for children that inherit
+        nothing; ``None`` for forked children.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
+        if directory is None:
+            self.counters = SharedCounters()
+            read_end, self._write_end = os.pipe()
+        else:
+            read_end, self._write_end, self.counters = _make_named(directory)
         for descriptor in (read_end, self._write_end):
             os.set_blocking(descriptor, False)
         #: Size of the pipe in bytes.
@@ -240,10 +259,50 @@ class Channel:
         for descriptor in (self.reader.fileno(), self._write_end):
             if descriptor >= 0:
                 close(descriptor)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the directory, if this process made it."""
+        if self._directory is not None and self.is_own():
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def lost(self) -> int:
         """Return the number of messages that did not arrive."""
         return self.counters.lost() + self.reader.lost
+
+
+class NamedChannel:
+    """A child's view of a channel with names. The child was not forked, and inherits nothing.
+
+    :raises OSError: the directory is gone, or nobody reads.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._write_end = os.open(directory / _PIPE, os.O_WRONLY | os.O_NONBLOCK)
+        self.counters = _open_counters(directory)
+
+    def writer(self) -> ChannelWriter:
+        """Return this process's end. Few processes share a slot, and rarely count at once."""
+        return ChannelWriter(self._write_end, self.counters, 1 + os.getpid() % (LOSS_SLOTS - 1))
+
+
+def _make_named(directory: Path) -> tuple[int, int, SharedCounters]:
+    directory.mkdir(mode=0o700)
+    os.mkfifo(directory / _PIPE, 0o600)
+    descriptor = os.open(directory / _COUNTERS, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    os.ftruncate(descriptor, SharedCounters.SIZE)
+    close(descriptor)
+    read_end = os.open(directory / _PIPE, os.O_RDONLY | os.O_NONBLOCK)
+    write_end = os.open(directory / _PIPE, os.O_WRONLY | os.O_NONBLOCK)
+    return read_end, write_end, _open_counters(directory)
+
+
+def _open_counters(directory: Path) -> SharedCounters:
+    descriptor = os.open(directory / _COUNTERS, os.O_RDWR)
+    try:
+        return SharedCounters(descriptor)
+    finally:
+        close(descriptor)
 
 
 def _enlarge(descriptor: int) -> int:

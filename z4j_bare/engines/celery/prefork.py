@@ -6,18 +6,33 @@ So a child sends what its handlers copy, and the parent does the rest, as in the
 
 from __future__ import annotations
 
+import atexit
+import logging
 import marshal
+import os
 import pickle
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from z4j_core.paths import ensure_z4j_home
+
 from z4j_bare.concurrency import fork
-from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel
+from z4j_bare.control import is_alive
+from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel, NamedChannel
 from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_state import TaskState, TaskTypes
 from z4j_bare.events.ring import Captured, Put
 
 if TYPE_CHECKING:
     from celery.app.task import Task
+
+logger = logging.getLogger("z4j.runtime.engines.celery.prefork")
+
+#: The environment variable that names the channel's directory to children that are not forked.
+CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
+
+_PREFIX = "channel-"
 
 #: A child's record on its way: code, time, task id, task name, performance counter at the start,
 #: and the rest of the record.
@@ -62,7 +77,7 @@ class ChildCapture(NoteHandlers):
         "task_retry",
     )
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel | NamedChannel) -> None:
         super().__init__(self._send)
         self._writer = channel.writer()
         self._counters = channel.counters
@@ -115,16 +130,48 @@ class Prefork:
         self.missed = False
         self._child: ChildCapture | None = None
 
-    def open(self) -> Channel:
-        """Return the channel; make it if there is none."""
+    def open(self, *, spawn: bool = False) -> Channel:
+        """Return the channel; make it if there is none.
+
+        :param spawn: whether the children are started instead of forked.
+        """
         from celery import signals
 
         if self.channel is None:
-            self.channel = Channel()
+            self.channel = self._named() if spawn else Channel()
             signals.worker_process_init.connect(self._start_child, weak=False)
             # Connected last, and so called after the handlers that install an agent.
             signals.worker_ready.connect(self._decide, weak=False)
         return self.channel
+
+    def attach(self, directory: str) -> None:
+        """Have a child that was not forked send to the channel of its parent."""
+        from celery import signals
+
+        def start_child(**_kwargs: object) -> None:
+            try:
+                self._child = ChildCapture(NamedChannel(Path(directory)))
+            except OSError as error:
+                logger.warning(
+                    "z4j: this child cannot reach the agent in its parent (%s); its runs are not"
+                    " reported",
+                    error.strerror,
+                )
+                return
+            self._child.connect()
+
+        signals.worker_process_init.connect(start_child, weak=False)
+
+    def _named(self) -> Channel:
+        home = ensure_z4j_home()
+        for left in home.glob(f"{_PREFIX}*"):
+            if not is_alive(int(left.name.removeprefix(_PREFIX))):
+                shutil.rmtree(left, ignore_errors=True)
+        directory = home / f"{_PREFIX}{os.getpid()}"
+        channel = Channel(directory)
+        os.environ[CHANNEL_VARIABLE] = str(directory)
+        atexit.register(channel.remove)
+        return channel
 
     def close(self) -> None:
         """Close the channel, for tests."""
@@ -135,6 +182,7 @@ class Prefork:
             signals.worker_ready.disconnect(self._decide)
             self.channel.close()
             self.channel = None
+            os.environ.pop(CHANNEL_VARIABLE, None)
 
     def _start_child(self, **_kwargs: object) -> None:
         """Connect the handlers in a child that has just been forked."""

@@ -4,6 +4,8 @@ import fcntl
 import os
 import posix
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -173,6 +175,34 @@ def test_killed_writers_leave_only_whole_messages(channel):
         for message in received:
             assert message == message[:8] * (len(message) // 8)
     assert channel.reader._partial == {}
+
+
+def test_named_channel_serves_processes_that_inherit_nothing(tmp_path):
+    """A process that was not forked sends, counts and sees the agent's state by the names alone."""
+    directory = tmp_path / "channel-1"
+    channel = Channel(directory)
+    assert [path.stat().st_mode & 0o777 for path in (directory, *directory.iterdir())] == [
+        0o700,
+        0o600,
+        0o600,
+    ]
+    channel.counters.agent = PRESENT
+    program = (
+        "import sys, pathlib\n"
+        "from z4j_bare.engines.celery.channel import NamedChannel\n"
+        "channel = NamedChannel(pathlib.Path(sys.argv[1]))\n"
+        "assert channel.counters.agent == 1\n"
+        "writer = channel.writer()\n"
+        "writer.send(b'x' * 10_000)\n"
+        "while writer.send(b'y' * 4000): pass\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(directory)], check=True, timeout=60)
+    assert channel.lost() == 1
+    assert read_all(channel)[0][1] == b"x" * 10_000
+    channel.close()
+    assert not directory.exists()
+    with pytest.raises(FileNotFoundError):
+        module.NamedChannel(directory)
 
 
 def test_foreign_bytes_are_counted(channel):

@@ -15,7 +15,7 @@ from tests.support.celery_fakes import memory_app, receive, task_request, trace,
 from tests.support.processes import in_child
 from z4j_bare.engines.celery import prefork_parent
 from z4j_bare.engines.celery.channel import ABSENT, PRESENT, UNDECIDED
-from z4j_bare.engines.celery.prefork import prefork
+from z4j_bare.engines.celery.prefork import CHANNEL_VARIABLE, prefork
 from z4j_bare.engines.celery.prefork_parent import MAX_PARENT_ENDS, PreforkCapture
 from z4j_bare.engines.engine import describe_engine
 from z4j_bare.events.ring import Ring
@@ -454,6 +454,20 @@ def test_reader_loop_reads_and_finishes(app, parent, backend):
     here.capture.finish()
     assert task.join(5)
     assert [event["task_id"] for event in here.events()] == ["a", "a", "b", "b"]
+
+
+def test_spawning_worker_names_its_channel(monkeypatch, tmp_path):
+    """A worker that spawns makes a channel with names, and removes those of dead workers."""
+    monkeypatch.setenv("Z4J_HOME", str(tmp_path))
+    dead = tmp_path / "channel-999999999"
+    (dead / "pipe").mkdir(parents=True)
+    prefork.open(spawn=True)
+    directory = tmp_path / f"channel-{os.getpid()}"
+    assert os.environ[CHANNEL_VARIABLE] == str(directory)
+    assert list(tmp_path.iterdir()) == [directory]
+    prefork.close()
+    assert list(tmp_path.iterdir()) == []
+    assert CHANNEL_VARIABLE not in os.environ
 
 
 def test_solo_pool_does_not_start_child(app):
