@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 from benchmarks.existing import existing_python
 from benchmarks.figures import quantile
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         figures["record_event (existing)"] = record_event(existing_python(), args.calls)
     for name, arguments in ARGUMENTS.items():
         figures |= _capture(name, arguments, args.calls)
+    figures |= _open_runs(args.calls)
     figures |= _store(args.calls)
     figures |= _wire(args.calls)
     rows = [
@@ -144,6 +146,32 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
         yield app.tasks[nap.name], ring
     finally:
         capture.disconnect()
+
+
+def _open_runs(calls: int) -> dict[str, list[float]]:
+    """Measure what keeps the open runs: a run's start, its end, and its share of a flush."""
+    from z4j_bare.buffer.open_runs import OpenRuns
+    from z4j_bare.interfaces import RUN_SUCCEEDED
+
+    progress("open runs")
+    with _captured(1) as (task, ring), tempfile.TemporaryDirectory(prefix="z4j-bench-") as home:
+        Path(home).chmod(0o700)
+        runs = OpenRuns(ring)
+        runs.enable()
+        runs.attach(Path(home) / "z4j-green-bench.sqlite")
+        number = runs.describe("celery", {"task_name": task.name})
+        ids = [str(uuid4()) for _ in range(ROWS)]
+
+        def round_of(round_number: int) -> None:
+            for task_id in ids:
+                slot = runs.start(number, task_id, 1.5, 0)
+                runs.end(slot, RUN_SUCCEEDED, 2.5)
+            ring.produced = round_number
+            runs.stored(round_number, 3.5)
+
+        found = costs_of(round_of, max(20, calls // 25), ROWS)
+        runs.close()
+    return {"open run, start to stored": found}
 
 
 def _request(task: Any, task_id: str, arguments: dict[str, Any]) -> Any:

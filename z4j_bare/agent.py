@@ -11,6 +11,7 @@ from z4j_bare.buffer.adopt_loop import AdoptLoop
 from z4j_bare.buffer.ledger import find_in_other_stores
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
+from z4j_bare.buffer.open_runs import OpenRuns
 from z4j_bare.buffer.opener import StoreOpener
 from z4j_bare.commands import Dispatcher, add_process_restarts
 from z4j_bare.control import RESTART, STATUS
@@ -66,6 +67,8 @@ class Agent:
         )
         secret()  # a bad key must fail here, in the host's call, and not in a loop
         stores = StoreOpener(config, secret)
+        self._runs = ring.runs = OpenRuns(ring, stores.deployment)
+        stores.on_open = self._runs.attach
         self.buffer = buffer = BufferManager(
             stores.open,
             backend,
@@ -134,7 +137,14 @@ class Agent:
         control_server = ControlServer(
             framework.name, {STATUS: self.status.describe, RESTART: self._restart}, backend
         )
-        adopter = AdoptLoop(str(config.buffer_path), stores.claim, buffer, backend, sender.notify)
+        adopter = AdoptLoop(
+            str(config.buffer_path),
+            stores.claim,
+            buffer,
+            backend,
+            sender.notify,
+            stores.claim_runs,
+        )
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)
@@ -176,6 +186,7 @@ class Agent:
         self._loops.join(deadline)
         self.dispatcher.close()
         run_until(deadline, self.buffer.close, backend)
+        self._runs.close()
         self.bridge.stop()
         backend.close()
 

@@ -7,7 +7,7 @@ canonical JSON in UTF-8. mypy-zope checks interfaces that are used as types, and
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, TypeVarTuple
 
 from zope.interface import Attribute, Interface
@@ -255,6 +255,43 @@ class IStore(Interface):
 
     def close() -> None:
         """Close the file, and delete it if it holds nothing worth keeping. Idempotent."""
+
+
+#: What became of a run that :class:`IOpenRuns` keeps. A run of ``RUN_ENDED`` is not reported.
+RUN_ENDED, RUN_OPEN, RUN_SUCCEEDED, RUN_FAILED, RUN_RETRIED, RUN_REVOKED = range(6)
+#: Flag of a run: the broker delivers its message again after the death of the process.
+RUN_REDELIVERED = 1
+
+
+class IOpenRuns(Interface):
+    """Keeps the runs that are open where ``SIGKILL`` does not reach them.
+
+    The next agent reports those that never ended. :meth:`start` and :meth:`end` run in the host's
+    tasks: they do not wait and do not raise.
+    """
+
+    not_kept: int = Attribute("Runs that could not be kept.")
+
+    def enable() -> None:
+        """Prepare to keep runs. Does no I/O."""
+
+    def describe(engine: str, data: Mapping[str, object]) -> int:
+        """Store the fields that the events of some runs share; return the description's number."""
+
+    def start(description: int, task_id: str, at: float, flags: int) -> int:
+        """Keep a run that starts at ``at`` and return its slot, 0 if it cannot be kept.
+
+        ``flags`` is ``RUN_REDELIVERED`` or 0.
+        """
+
+    def end(slot: int, outcome: int, at: float, note: str = "") -> None:
+        """Keep the end of a run until its event, which must be in the ring, is stored.
+
+        ``note`` is the class of a failed run's exception.
+        """
+
+    def stored(number: int, at: float) -> None:
+        """Forget the ends up to event ``number`` of the ring, stored at ``at``."""
 
 
 class ITransport(Interface):

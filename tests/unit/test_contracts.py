@@ -5,8 +5,19 @@ from zope.interface.verify import verifyObject
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
 from z4j_bare.buffer import BufferStore, MemoryStore
+from z4j_bare.buffer.open_runs import OpenRuns
 from z4j_bare.concurrency.fake import FakeConcurrency
-from z4j_bare.interfaces import IBridge, IConcurrency, IEvent, ILock, IStore, ITask, ITransport
+from z4j_bare.events.ring import Ring
+from z4j_bare.interfaces import (
+    IBridge,
+    IConcurrency,
+    IEvent,
+    ILock,
+    IOpenRuns,
+    IStore,
+    ITask,
+    ITransport,
+)
 from z4j_bare.settings import load_settings
 from z4j_bare.transport.auto import TransportFactory
 
@@ -48,6 +59,11 @@ def test_store_implements_interface(tmp_path):
     assert verifyObject(IStore, store)
     store.close()
     assert verifyObject(IStore, MemoryStore())
+
+
+def test_open_runs_implement_interface(backend):
+    """The mapped file of open runs implements ``IOpenRuns``."""
+    assert verifyObject(IOpenRuns, OpenRuns(Ring(1, 1, backend.event())))
 
 
 def test_transport_implements_interface(backend):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.errors import BUSY, CORRUPT, classify
+from z4j_bare.buffer.open_runs import OrphanRuns, orphaned_runs
 from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
 from z4j_bare.errors import LocalStorageError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from z4j_bare.buffer.manager import BufferManager
+    from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.interfaces import IEvent
 
@@ -43,6 +46,7 @@ class AdoptLoop:
 
     :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
     :param stored: called after each step, to notify the sender.
+    :param claim_runs: returns the :class:`OrphanRuns` of a path; runs on the native thread.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class AdoptLoop:
         buffer: BufferManager,
         backend: BaseConcurrency,
         stored: Callable[[], None],
+        claim_runs: Callable[[Path], OrphanRuns] | None = None,
     ) -> None:
         self._buffer_path = buffer_path
         self._claim = claim
         self._buffer = buffer
         self._backend = backend
         self._stored = stored
+        self._claim_runs = claim_runs
         self._skip_until: dict[Path, float] = {}
 
     def run(self, stop_event: IEvent) -> None:
@@ -66,6 +72,8 @@ class AdoptLoop:
             if self._backend.wait(stop_event, delay):
                 return
             self._scan(stop_event)
+            if self._claim_runs is not None and not stop_event.is_set():
+                self._report_runs(self._claim_runs)
 
     def _scan(self, stop_event: IEvent) -> None:
         now = self._backend.now()
@@ -86,6 +94,43 @@ class AdoptLoop:
                 self._adopt(orphan, stop_event)
             else:
                 self._skip(path, orphan)
+
+    def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
+        """Report the runs that were open when their process died.
+
+        Only those of a process whose rows have all been moved: a row that arrives after the report
+        could contradict it.
+        """
+        ok, found = self._backend.offload(orphaned_runs, self._buffer_path)
+        for path in found if ok else ():
+            if path in self._skip_until:
+                continue
+            ok, runs = self._backend.offload(claim, path)
+            if ok:
+                self._report(runs)
+            else:
+                self._skip(path, runs)
+
+    def _report(self, runs: OrphanRuns) -> None:
+        reported = False
+        try:
+            ok, events = self._backend.offload(runs.events)
+            if not ok:
+                raise events
+            reported = not events or self._buffer.run_on_disk(partial(_append, events)) is not None
+            if events and reported:
+                self._stored()
+                logger.info(
+                    "z4j: reported the runs in %s, which were open when their process ended "
+                    "(%d events)",
+                    runs.path.name,
+                    len(events),
+                )
+        except LocalStorageError as error:
+            self._skip(runs.path, error)
+        finally:
+            if not self._backend.forked():
+                self._backend.offload(partial(runs.release, delete=reported))
 
     def _adopt(self, orphan: Orphan, stop_event: IEvent) -> None:
         failures = 0
@@ -144,3 +189,7 @@ class AdoptLoop:
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG
         logger.log(level, "z4j: cannot adopt the buffer %s: %s", path.name, error)
+
+
+def _append(events: list[bytes], store: BufferStore) -> int:
+    return store.append_events(events)

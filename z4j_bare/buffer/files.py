@@ -221,6 +221,11 @@ class OwnerLock:
             del _held[self._name]
             raise
 
+    @property
+    def descriptor(self) -> int:
+        """The open descriptor of the lock file."""
+        return self._descriptor
+
     def release(self, *, delete: bool = False) -> None:
         """Release the store; ``delete`` removes the lock file while it is still locked.
 

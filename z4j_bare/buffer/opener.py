@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, classify
+from z4j_bare.buffer.open_runs import OrphanRuns
 from z4j_bare.buffer.recovery import Orphan
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
@@ -63,29 +64,39 @@ class StoreOpener:
     """
 
     def __init__(self, config: Config, secret: Callable[[], bytes]) -> None:
+        #: Called with the path of each store that was opened.
+        self.on_open: Callable[[Path], None] | None = None
         self._config = config
         self._secret = secret
 
     def open(self) -> BufferStore:
         """Return a new store. Raises ``LocalStorageError``."""
         config = self._config
-        return open_store(
+        store = open_store(
             config.buffer_path,
             max_rows=config.buffer_max_events,
             max_bytes=config.buffer_max_bytes,
-            deployment=self._deployment(),
+            deployment=self.deployment(),
         )
+        if self.on_open is not None:
+            self.on_open(store.path)
+        return store
 
     def claim(self, path: Path) -> Orphan:
         """Return the store of a dead process, locked. Raises ``LocalStorageError``."""
         return Orphan(
             path,
-            self._deployment(),
+            self.deployment(),
             max_rows=self._config.buffer_max_events,
             max_bytes=self._config.buffer_max_bytes,
         )
 
-    def _deployment(self) -> str:
+    def claim_runs(self, path: Path) -> OrphanRuns:
+        """Return the open runs of a dead process, locked. Raises ``LocalStorageError``."""
+        return OrphanRuns(path, self.deployment())
+
+    def deployment(self) -> str:
+        """Return the names of the deployment that the stores belong to."""
         return deployment_id(self._config, self._secret())
 
 

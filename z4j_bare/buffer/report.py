@@ -15,6 +15,7 @@ from z4j_bare.buffer import files, schema
 from z4j_bare.buffer.accounting import sum_losses
 from z4j_bare.buffer.batches import Batches
 from z4j_bare.buffer.files import OwnerLock, is_owned
+from z4j_bare.buffer.open_runs import runs_path
 from z4j_bare.buffer.rows import EVENT, BufferEntry
 from z4j_bare.buffer.schema import read_only, scalar
 from z4j_bare.errors import LocalStorageError
@@ -133,10 +134,10 @@ def rows(path: Path) -> Iterator[BufferEntry]:
 
 
 def delete_store(path: Path) -> None:
-    """Delete the store of a dead process with all rows.
+    """Delete the store of a dead process with all rows and open runs.
 
     Raises ``LocalStorageError`` when its process runs.
     """
     with claim_orphan(path):
-        for file in files.store_files(path):
+        for file in (*files.store_files(path), runs_path(path)):
             files.remove(file)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from z4j_bare.buffer import files, report
 from z4j_bare.buffer.errors import BUSY, classify
+from z4j_bare.buffer.open_runs import orphaned_runs, runs_path
 from z4j_bare.buffer.report import StoreReport
 from z4j_bare.buffer.rows import BufferEntry
 from z4j_bare.cli import configuration
@@ -185,6 +186,8 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
         with output.progress("sent", total) as done:
             for store in orphaned:
                 uploader.send(store.path, done)
+            for path in _orphaned_runs(arguments, orphaned):
+                uploader.send_runs(path)
     except LocalStorageError:
         raise
     except AgentError as error:
@@ -197,9 +200,26 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
         output.mark("SKIP", "store", f"{path.name}: {reason}")
     left = sum(report.read_report(store.path).total for store in orphaned if store.path.exists())
     output.say(f"sent {uploader.sent} of {total} rows, {left} rows are left")
+    if uploader.runs:
+        output.say(f"reported {uploader.runs} runs that were open when their process ended")
     skipped = [{"store": path.name, "why": reason} for path, reason in uploader.skipped]
-    output.answer({"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure})
-    return 1 if left else 0
+    answer = {"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure}
+    if uploader.runs:
+        answer["runs"] = uploader.runs
+    output.answer(answer)
+    return 1 if left or failure else 0
+
+
+def _orphaned_runs(arguments: argparse.Namespace, sent: list[StoreReport]) -> list[Path]:
+    """Return the open runs of stores that are gone or empty, of the selected stores only."""
+    beside = [runs_path(store.path) for store in sent]
+    empty = [
+        path
+        for store, path in zip(sent, beside, strict=True)
+        if path.exists() and store.path.exists() and not report.read_report(store.path).total
+    ]
+    gone = orphaned_runs(configuration.home() / "store")
+    return empty + [path for path in gone if path in beside or not arguments.stores]
 
 
 def _drop(output: Output, arguments: argparse.Namespace) -> int:

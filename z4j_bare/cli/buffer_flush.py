@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.errors import BUSY, classify
+from z4j_bare.buffer.open_runs import OrphanRuns
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 #: Rows read from the store at a time, and events in one frame at most.
 MAX_ROWS = 500
 
+#: Events of open runs in one frame: with 200 bytes of id and 500 of descriptions 100 KiB.
+RUN_EVENTS = 100
+
 #: Payload bytes read from the store at a time.
 MAX_BYTES = 512 * 1024
 
@@ -42,16 +46,17 @@ SendRows = Callable[[Sequence[BufferEntry]], int]
 class OrphanUploader:
     """Sends stores one after the other over one session. Call ``close`` at the end.
 
-    ``sent`` is the number of acknowledged rows. ``skipped`` lists stores with the reason why rows
-    are left in them.
+    ``sent`` is the number of acknowledged rows, ``runs`` that of reported open runs. ``skipped``
+    lists stores with the reason why rows are left in them.
     """
 
     def __init__(self, config: Config, settings: Settings) -> None:
         self.sent = 0
+        self.runs = 0
         self.skipped: list[tuple[Path, str]] = []
-        self._config = config
         self._backend = build(choose(settings.concurrency, detect()))
         self._key = read_key(config, settings)
+        self._deployment = deployment_id(config, self._key)
         self._max_events = MAX_ROWS
         self._transport = TransportFactory(
             str(config.brain_url),
@@ -77,7 +82,7 @@ class OrphanUploader:
 
         :param done: receives the number of rows sent so far, over all stores.
         """
-        deployment = deployment_id(self._config, self._key)
+        deployment = self._deployment
         try:
             store = BufferStore(path, deployment=deployment, create=False)
         except LocalStorageError as error:
@@ -95,6 +100,29 @@ class OrphanUploader:
                 )
         finally:
             store.close()
+
+    def send_runs(self, path: Path) -> None:
+        """Report the runs that were open when their process ended, and delete the file.
+
+        To be called when all rows of that process have been sent. The file of a running process or
+        of another deployment is skipped. Raises ``NetworkError`` or ``RemoteError``.
+        """
+        try:
+            runs = OrphanRuns(path, self._deployment)
+        except LocalStorageError as error:
+            if classify(error) != BUSY:
+                self.skipped.append((path, str(error)))
+            return
+        done = False
+        try:
+            events = runs.events()
+            for first in range(0, len(events), RUN_EVENTS):
+                batch = frames.event_batch(events[first : first + RUN_EVENTS])
+                self._send_frame("event_batch", frames.frame_id("ev"), batch)
+            self.runs += len(runs)
+            done = True
+        finally:
+            runs.release(delete=done)
 
     def _send_kind(
         self, store: BufferStore, kind: str, send: SendRows, done: Callable[[int], None]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from z4j_bare.interfaces import IEvent
+from z4j_bare.interfaces import IEvent, IOpenRuns
 
 #: A captured event: a tuple whose first item is the function that encodes the tuple to bytes. It is
 #: one flat tuple, because the garbage collector tracks each container in the ring, and a full
@@ -30,18 +30,21 @@ class Ring:
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
         self.wake = wake
+        #: Keeps the open runs of the tasks whose events are put here; ``None`` if nothing does.
+        self.runs: IOpenRuns | None = None
+        #: Total number of events appended.
+        self.produced = 0
         self._items: deque[Captured] = deque(maxlen=limit)
         self._threshold = min(threshold, limit)
         # next() on a count is atomic between native threads, so the total needs no lock.
         self._counter = count(1)
         self._armed = False
-        self._produced = 0
         self._taken = 0
 
     def put(self, captured: Captured) -> None:
         """Append an event; drop the oldest one if the ring is full. Takes 0.3 us."""
         self._items.append(captured)
-        self._produced = next(self._counter)
+        self.produced = next(self._counter)
         if self._armed or len(self._items) >= self._threshold:
             self._armed = False
             self.wake.set()
@@ -76,11 +79,11 @@ class Ring:
         return len(self._items)
 
     @property
-    def produced(self) -> int:
-        """Total number of events appended."""
-        return self._produced
+    def position(self) -> int:
+        """Number of the last event that has left the ring, taken or dropped."""
+        return self.produced - len(self._items)
 
     @property
     def lost(self) -> int:
         """Number of events dropped because the ring was full."""
-        return max(0, self._produced - self._taken - len(self._items))
+        return max(0, self.produced - self._taken - len(self._items))

@@ -87,6 +87,7 @@ class FlushLoop:
             if not left:
                 return 0
             taken, encoded = len(left), list[bytes]()
+            position, now = self._ring.position, self._backend.wall()
             left.reverse()
             try:
                 self._encode(left, encoded)
@@ -95,6 +96,8 @@ class FlushLoop:
                 done = [(_encoded_bytes, each) for each in encoded]
                 self._ring.requeue([*done, *reversed(left)])
                 raise
+            if self._ring.runs is not None and self._buffer.durable:
+                self._ring.runs.stored(position, now)
             self._counters.stored += len(encoded)
             self._sender.on_stored(len(encoded))
             return taken

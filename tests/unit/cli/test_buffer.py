@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from z4j_core.transport.frames import CommandResultPayload
@@ -14,6 +15,7 @@ from tests.support.environment import set_connection
 from tests.support.front import Front
 from tests.support.peer import SECRET
 from z4j_bare.buffer.files import lock_path
+from z4j_bare.buffer.open_runs import OpenRuns, runs_path
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.cli import main
@@ -269,3 +271,54 @@ def test_flush_refuses_store_in_use(home, front, capsys):
     deadline = time.monotonic() + 30
     while main(["buffer", "list"]) or "running" in capsys.readouterr().out:
         assert time.monotonic() < deadline
+
+
+def leave_open_runs(store, deployment, number=2):
+    """Leave the open runs of a process that has died, beside a store."""
+    ring = SimpleNamespace(produced=0)
+    runs = OpenRuns(ring, lambda: deployment)
+    runs.enable()
+    described = runs.describe("celery", {"task_name": "shop.pay"})
+    for index in range(number):
+        ring.produced += 1
+        runs.start(described, f"run-{index}", 1_700_000_000.0 + index, 0)
+    runs.attach(store)
+    runs._lock.release()
+    return runs_path(store)
+
+
+def test_flush_reports_open_runs_after_rows(home, front, capsys):
+    """Runs of a store that was sent, and of one that is gone, are reported after the rows."""
+    sent = make_orphan(home, "sent", events=3, deployment=own_deployment())
+    leave_open_runs(sent, own_deployment())
+    leave_open_runs(home / "z4j-green-gone.sqlite", own_deployment(), 120)
+    assert main(["buffer", "flush"]) == 0
+    assert "reported 122 runs" in capsys.readouterr().out
+    kinds = [event.get("kind") for event in front.http.events()]
+    assert kinds[3:] == ["task.started", "task.failed"] * 122
+    assert "task.failed" not in kinds[:3]
+    assert list(home.iterdir()) == []
+
+
+def test_flush_keeps_open_runs_that_brain_does_not_accept(home, front, capsys):
+    """Runs of another deployment, of unsent rows, and of a rejected upload stay in their files."""
+    foreign = leave_open_runs(home / "z4j-green-foreign.sqlite", "another")
+    projections = make_orphan(home, "rows", kind=PROJECTION, deployment=own_deployment())
+    unsent = leave_open_runs(projections, own_deployment())
+    assert main(["buffer", "flush"]) == 1
+    assert "another deployment" in capsys.readouterr().out
+    own = leave_open_runs(home / "z4j-green-own.sqlite", own_deployment())
+    front.http.token = "another"
+    assert main(["buffer", "flush"]) == 1
+    assert foreign.exists()
+    assert unsent.exists()
+    assert own.exists()
+    assert front.http.events() == []
+
+
+def test_drop_deletes_open_runs(home):
+    """The runs of a dropped store are not reported later."""
+    store = make_orphan(home, "dropped")
+    runs = leave_open_runs(store, "d")
+    assert main(["buffer", "drop", "--all", "--yes"]) == 0
+    assert not runs.exists()

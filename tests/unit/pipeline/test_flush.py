@@ -279,3 +279,34 @@ def test_interrupted_flush_encodes_each_event_once(harness):
     harness.flusher.flush()
     assert harness.numbers() == list(range(5))
     assert calls == [0, 1, 2, 2, 3, 4]
+
+
+class RecordedRuns:
+    """Records up to which event the ends are stored."""
+
+    def __init__(self):
+        self.calls = []
+
+    def stored(self, number, at):
+        self.calls.append((number, at))
+
+
+def test_flush_reports_stored_position_to_open_runs(harness):
+    """After a commit the ends of runs up to its last event are stored, at the time of the take."""
+    harness.ring.runs = RecordedRuns()
+    harness.backend.advance(1)
+    harness.put(300)
+    harness.backend.advance(1)
+    assert [number for number, _ in harness.ring.runs.calls] == [256, 300]
+    assert all(at <= harness.backend.wall() for _, at in harness.ring.runs.calls)
+
+
+def test_ends_in_memory_are_not_stored(harness, monkeypatch):
+    """While the disk is failed, the ends of runs stay where a SIGKILL does not reach them."""
+    harness.ring.runs = RecordedRuns()
+    monkeypatch.setattr(type(harness.buffer), "durable", property(lambda _: False))
+    harness.backend.advance(1)
+    harness.put(10)
+    harness.backend.advance(1)
+    assert len(harness.numbers()) == 10
+    assert harness.ring.runs.calls == []

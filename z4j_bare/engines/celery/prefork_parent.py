@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.engines.celery.channel import ABSENT, PRESENT, ChannelWriter
+from z4j_bare.engines.celery.kept_runs import KeptRuns
 from z4j_bare.engines.celery.outcomes import failure_fields
 from z4j_bare.engines.celery.prefork import (
     REPLACED,
@@ -36,7 +37,7 @@ from z4j_bare.engines.celery.task_state import (
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
-from z4j_bare.interfaces import IEvent
+from z4j_bare.interfaces import IEvent, IOpenRuns
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -168,6 +169,7 @@ class PreforkCapture:
     :param put: ``Ring.put``.
     :param args: whether to report arguments.
     :param result: whether to report results.
+    :param runs: ``Ring.runs``; ``None`` keeps no open runs. The children die with the parent.
     """
 
     name = "z4j-celery-channel"
@@ -181,6 +183,7 @@ class PreforkCapture:
         *,
         args: bool = True,
         result: bool = True,
+        runs: IOpenRuns | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -200,6 +203,9 @@ class PreforkCapture:
             queue_of=QueueNames(consumer).of,
         )
         self._handlers = (arrivals, ParentEnds(self._notes.put))
+        if runs is not None:
+            app = adapter.celery_app
+            put = KeptRuns(runs, put, encoder, app, adapter.name, worker).put
         self._runs = Runs(
             put, encoder, arrivals, adapter, consumer, backend.call_blocking, result=result
         )

@@ -13,6 +13,7 @@ from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare.concurrency import fork
+from z4j_bare.engines.celery.kept_runs import KeptRuns
 from z4j_bare.engines.celery.masks import carry_over
 from z4j_bare.engines.celery.outcomes import (
     IGNORED,
@@ -43,6 +44,7 @@ from z4j_bare.engines.celery.task_state import (
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Put
 from z4j_bare.events.snapshot import snapshot
+from z4j_bare.interfaces import RUN_SUCCEEDED
 from z4j_bare.safety import safe_boundary, should_suppress
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
     from celery.worker.request import Request
     from z4j_celery import CeleryEngineAdapter
+
+    from z4j_bare.interfaces import IOpenRuns
 
 #: Shared by all tasks without arguments: two containers less for the garbage collector to track.
 #: Nothing modifies captured arguments.
@@ -101,7 +105,12 @@ class SignalHandlers:
     :param args: whether to capture arguments.
     :param result: whether to capture results.
     :param queue_of: returns the queue of a request's ``delivery_info``.
+    :param kept_runs: keeps the open runs.
     """
+
+    #: The open runs, and what keeps them; ``None`` if nothing does.
+    _runs: IOpenRuns | None = None
+    _kept_runs: KeptRuns | None = None
 
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
@@ -120,6 +129,7 @@ class SignalHandlers:
         result: bool = True,
         clock: Callable[[], float] = time,
         queue_of: Callable[[object], str | None] = routing_key,
+        kept_runs: KeptRuns | None = None,
     ) -> None:
         self.worker = worker
         self.task_states = TaskStates()
@@ -127,7 +137,10 @@ class SignalHandlers:
         self._result = result
         self._clock = clock
         self._queue_of = queue_of
-        self._put = put
+        self._put = self._put_rare = put
+        if kept_runs is not None:
+            self._kept_runs, self._runs = kept_runs, kept_runs.runs
+            self._put_rare = kept_runs.put
         # Bound once: a method bound at each event is one more object for the garbage collector.
         self._received = heads.received
         self._started = heads.started
@@ -137,7 +150,7 @@ class SignalHandlers:
         self._task_types = task_types
         self._epoch = fork.epoch()
         self.repeated_runs = RepeatedRuns(
-            self.task_states, put, heads.generic, clock, withholds=self.withholds
+            self.task_states, self._put_rare, heads.generic, clock, withholds=self.withholds
         )
         self._connected: list[tuple[Signal, Callable[..., None]]] = []
 
@@ -205,10 +218,21 @@ class SignalHandlers:
                 task_id = str(task_id)
             task_state = self._task_state(task_id, task)
             if task_state is not None:
-                record = (self._started, self._clock(), task_id, task_state)
+                now = self._clock()
+                record = (self._started, now, task_id, task_state)
                 if task_state.attempt is None:
                     task_state.started_at = perf_counter()
                     self._put(record)
+                    kept, runs = self._kept_runs, self._runs
+                    if kept is not None and runs is not None:
+                        # KeptRuns.start without its call
+                        if task_state.slot:
+                            kept.end(task_state, "", now)
+                        number = task_state.task_type.descriptions.get(task_state.queue)
+                        if number is None:
+                            number = kept.describe(task_state)
+                        flags = kept.late_flags(task) if task.acks_late else 0
+                        task_state.slot = runs.start(number, task_id, now, flags)
                 else:
                     self.repeated_runs.started(record, task)
         except Exception as error:
@@ -241,10 +265,11 @@ class SignalHandlers:
                 else:
                     task_state = self.repeated_runs.ended(task_id, task_state, task.request)
                 result = snapshot(retval) if self._result else None
+                now = self._clock()
                 self._put(
                     (
                         self._succeeded,
-                        self._clock(),
+                        now,
                         task_id,
                         task_state,
                         perf_counter(),
@@ -252,6 +277,8 @@ class SignalHandlers:
                         result,
                     )
                 )
+                if task_state.slot and self._runs is not None:
+                    self._runs.end(task_state.slot, RUN_SUCCEEDED, now)
         except Exception as error:
             if not should_suppress(self._on_postrun, error):
                 raise
@@ -276,6 +303,8 @@ class SignalHandlers:
         """Note that a run is over, but not its task: another one goes on under its id."""
         task_state = self.repeated_runs.ended(task_id, task_state, task.request, keep=True)
         task_state.started_at = 0.0
+        if self._kept_runs is not None:
+            self._kept_runs.end(task_state, "", self._clock())
 
     @safe_boundary
     def _on_failure(
@@ -332,7 +361,7 @@ class SignalHandlers:
             if task_state.attempt is not None:
                 task_state = self.repeated_runs.ended(task_id, task_state, request, keep=True)
             own = retry_fields(request, reason)
-            self._put((self._generic, now, task_id, task_state, RETRIED, own, None))
+            self._put_rare((self._generic, now, task_id, task_state, RETRIED, own, None))
             task_state.started_at = 0.0
 
     @safe_boundary
@@ -401,7 +430,8 @@ class SignalHandlers:
         self, event: str, task_id: str, task_state: TaskState, request: object, own: dict[str, Any]
     ) -> None:
         task_state = self.repeated_runs.ended(task_id, task_state, request)
-        self._put((self._generic, self._clock(), task_id, task_state, event, own, perf_counter()))
+        record = (self._generic, self._clock(), task_id, task_state, event, own, perf_counter())
+        self._put_rare(record)
 
 
 class CeleryCapture(SignalHandlers):
@@ -413,6 +443,7 @@ class CeleryCapture(SignalHandlers):
     :param args: whether to capture arguments.
     :param result: whether to capture results.
     :param consumer: the worker's Consumer, which knows the queues.
+    :param runs: ``Ring.runs``; ``None`` keeps no open runs.
     """
 
     withholds = True
@@ -427,6 +458,7 @@ class CeleryCapture(SignalHandlers):
         result: bool = True,
         clock: Callable[[], float] = time,
         consumer: Consumer | None = None,
+        runs: IOpenRuns | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -441,6 +473,9 @@ class CeleryCapture(SignalHandlers):
             result=result,
             clock=clock,
             queue_of=routing_key if consumer is None else QueueNames(consumer).of,
+            kept_runs=None
+            if runs is None
+            else KeptRuns(runs, put, encoder, adapter.celery_app, adapter.name, worker),
         )
 
 

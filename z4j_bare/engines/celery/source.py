@@ -52,20 +52,26 @@ class CelerySource(EventSource):
             from z4j_bare.engines.celery.prefork_parent import PreforkCapture
 
             self._capture = self._children = PreforkCapture(
-                adapter, ring.put, consumer, backend, args=args, result=result
+                adapter, ring.put, consumer, backend, args=args, result=result, runs=ring.runs
             )
             arrivals = self._children.arrivals
             self._monitor = RunMonitor(
                 arrivals.task_states, arrivals.repeated_runs, in_process=False
             )
             return
-        capture_class = EagerCapture if self._worker is None else CeleryCapture
-        self._capture = capture_class(
-            adapter, ring.put, self._worker, args=args, result=result, consumer=consumer
-        )
         if self._worker is None:
+            self._capture = EagerCapture(adapter, ring.put, None, args=args, result=result)
             self._receiver = self._event_receiver(adapter, only)
         else:
+            self._capture = CeleryCapture(
+                adapter,
+                ring.put,
+                self._worker,
+                args=args,
+                result=result,
+                consumer=consumer,
+                runs=ring.runs,
+            )
             self._monitor = RunMonitor(
                 self._capture.task_states, self._capture.repeated_runs, in_process=True
             )

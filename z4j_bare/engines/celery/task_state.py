@@ -32,7 +32,7 @@ RunKey = tuple[int, int]
 class TaskType:
     """Properties of all runs of a task: its ``@z4j_meta``, and the event fields derived from it."""
 
-    __slots__ = ("fields", "meta", "name", "rate", "unsampled")
+    __slots__ = ("descriptions", "fields", "meta", "name", "rate", "unsampled")
 
     def __init__(self, name: str, meta: TaskMeta | None) -> None:
         self.name = name
@@ -40,6 +40,8 @@ class TaskType:
         self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
         #: Whether every run is reported.
         self.unsampled = self.rate >= 1.0
+        #: Numbers of the descriptions of open runs, by queue.
+        self.descriptions: dict[str | None, int] = {}
         #: Fields of every event of this type.
         self.fields: dict[str, Any] = {"task_name": name}
         if meta is not None:
@@ -72,6 +74,7 @@ class TaskState:
         "last_timestamp",
         "queue",
         "retries",
+        "slot",
         "started_at",
         "task_type",
         *_SECONDS.values(),
@@ -86,6 +89,8 @@ class TaskState:
         self.started_at = 0.0
         #: Seconds since the epoch, 0 before the first event.
         self.last_timestamp = 0.0
+        #: Slot of the open run, 0 if none is kept.
+        self.slot = 0
         self.retries = self.received = self.started = self.retried = self.rejected = 0
 
     def mark_repeated(self, now: float) -> None:

@@ -1,0 +1,109 @@
+"""A worker is killed while tasks run: what the dashboard shows of them afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from z4j_bare.demo.process import clean_environment, until
+
+POOLS = ("threads", "gevent", "eventlet", "prefork")
+
+#: Seconds after which the parent of a prefork worker knows what its children run.
+CHANNEL_SECONDS = 1.0
+
+#: Seconds after which Redis delivers a message of the dead worker to the next one, at its start.
+VISIBILITY_TIMEOUT = 1
+
+
+def kill(worker):
+    """Kill a worker and return the time."""
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: not worker.running, "the worker's end", timeout=10)
+    return datetime.now(UTC)
+
+
+def start_and_kill(project, pool):
+    """Kill a worker in which an early and a late acknowledged task run, and one that just started.
+
+    Returns the time and the ids of the three, and of a task that has succeeded.
+    """
+    worker = project.worker("killable", pool=pool, name="w1@e2e", concurrency=4)
+    project.warm_up()
+    done = project.send("add", 1, 2)
+    early, late = project.send("holds", "early"), project.send("holds_late", "late")
+    for task_id, state in ((done, "success"), (early, "started"), (late, "started")):
+        project.row(task_id, state)
+    sudden = project.send("holds", "sudden")
+    until((project.home / "sudden.started").exists, "the task's start", timeout=20, interval=0.005)
+    if pool == "prefork":
+        time.sleep(CHANNEL_SECONDS)
+    return kill(worker), early, late, sudden, done
+
+
+def finished_at(row):
+    return datetime.fromisoformat(row["finished_at"]).replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_next_worker_reports_runs_of_killed_worker(pool, fresh_project):
+    """Acknowledged early: failure, also right after the start. Late: retry, then the outcome of the
+    second run. A success stays one.
+    """
+    project = fresh_project
+    killed_at, early, late, sudden, done = start_and_kill(project, pool)
+    (project.home / "late.end").touch()
+    time.sleep(1)  # a report with the time of the next agent would be later than the death
+    timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
+    project.worker("killable", pool=pool, name="w2@e2e", environment=timeout)
+    for task_id in (early, sudden):
+        row = project.row(task_id, "failure")
+        assert (row["name"], row["exception"]) == ("e2e.holds", "WorkerLostError")
+        assert row["worker_name"] == "w1@e2e"
+        assert row["started_at"] <= row["finished_at"]
+        assert finished_at(row) <= killed_at
+    failed = [
+        event["payload"]
+        for event in project.brain.events(project.slug, "celery", early)
+        if event["kind"] == "task.failed"
+    ]
+    assert [each["exception_message"] for each in failed] == [
+        "the worker process died while it ran"
+    ]
+    row = project.row(late, "success")
+    assert (row["result"], row["worker_name"]) == ("late", "w2@e2e")
+    until(lambda: "task.retried" in project.kinds(late), "the report of the first run", timeout=20)
+    time.sleep(0.5)
+    assert project.row(late)["state"] == "success", "the report does not set back the second run"
+    assert project.row(done)["state"] == "success"
+    until(
+        lambda: len(list(project.home.glob("**/*.runs"))) == 1,
+        "the deletion of the dead file",
+        timeout=20,
+    )
+
+
+def test_flush_reports_runs_of_killed_worker(fresh_project):
+    """``z4j-bare buffer flush`` reports them where no worker starts again."""
+    project = fresh_project
+    killed_at, early, late, sudden, done = start_and_kill(project, "gevent")
+    command = [sys.executable, "-m", "z4j_bare", "buffer", "flush", "--json"]
+    environment = {**clean_environment(), **project.agent.env(project.home / "agent")}
+    found = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert (answer["left"], answer["runs"], answer["error"]) == (0, 3, "")
+    for task_id in (early, sudden):
+        row = project.row(task_id, "failure")
+        assert row["exception"] == "WorkerLostError"
+        assert finished_at(row) <= killed_at
+    assert project.row(late, "retry")["name"] == "e2e.holds_late"
+    assert project.row(done)["state"] == "success"
+    assert list(project.home.glob("**/*.runs")) == []

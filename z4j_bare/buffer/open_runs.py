@@ -1,0 +1,422 @@
+"""The runs that are open, in a mapped file that survives ``SIGKILL``, and their reports.
+
+The file lies beside the process's store as ``<store>.runs``. It consists of a header, descriptions
+of what the events of a task share, and one slot for each open run. A slot also keeps the end of a
+run until the events of that end are stored. The file contains task ids, names and queues, but no
+arguments, results or messages.
+
+The owner holds a POSIX record lock on the file until the process ends, so a run that is still open
+after the agent's stop is reported when its process has ended, and not before.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import count
+from operator import length_hint
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+from uuid import UUID, uuid5
+
+from zope.interface import implementer
+
+from z4j_bare.buffer import files
+from z4j_bare.buffer.files import OwnerLock
+from z4j_bare.errors import LocalStorageError
+from z4j_bare.interfaces import (
+    RUN_FAILED,
+    RUN_OPEN,
+    RUN_REDELIVERED,
+    RUN_RETRIED,
+    RUN_REVOKED,
+    RUN_SUCCEEDED,
+    IOpenRuns,
+)
+from z4j_bare.wire.frames import encode_fields
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Follows the name of the store. Agents that do not know these files ignore them.
+SUFFIX = ".runs"
+
+#: Identifies the file and its layout.
+MAGIC = b"z4jruns1"
+#: Magic, number of the last stored event, time of the last flush, length of the deployment's names.
+_HEADER = Struct("<8sQdH")
+_FLUSHED = Struct("<Qd")
+_FLUSHED_OFFSET = 8
+_DEPLOYMENT_OFFSET = 64
+
+#: Maximum number of descriptions.
+DESCRIPTIONS = 512
+#: Bytes of a description, two of them for its length.
+DESCRIPTION_BYTES = 512
+_LENGTH = Struct("<H")
+_DESCRIPTIONS_OFFSET = 4096
+
+#: Maximum number of open runs, and of ended runs that are not stored yet.
+SLOTS = 4096
+#: Start, end, description, length of the id, flags, length of the note, id and note, state.
+_SLOT = Struct("<ddHBBB3x224sQ")
+SLOT_BYTES = _SLOT.size
+#: A slot of a run that starts: without its end and note.
+_START = Struct("<d8xHBB4x224sQ")
+#: Places of the state and of the end in a slot, in words of 8 bytes.
+_STATE_WORD, _END_WORD = 31, 1
+#: Maximum bytes of an id and its note.
+MAX_ID_BYTES = 224
+_ID_OFFSET = 24
+_NOTE_LENGTH_OFFSET = 20
+_SLOTS_OFFSET = _DESCRIPTIONS_OFFSET + DESCRIPTIONS * DESCRIPTION_BYTES
+FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
+
+#: A slot's state is ``RUN_OPEN``, or the outcome of the run plus the number of the event of its
+#: end times ``_STATES``, so that the end of a run is one atomic write.
+_STATES = 8
+
+#: Namespace of the ids of the reports.
+_NAMESPACE = UUID("8a1f2c0e-5f5b-4c0e-9d0a-6b1d0f3a7c21")
+
+DIED = "the worker process died while it ran"
+DELIVERED_AGAIN = f"{DIED}; the broker delivers the task again"
+END_NOT_REPORTED = "the worker process died before it reported this error's message"
+
+
+class _Ring(Protocol):
+    """The part of the ring that is needed here."""
+
+    #: Total number of events appended.
+    produced: int
+
+
+@implementer(IOpenRuns)
+class OpenRuns:
+    """Keeps the open runs of this process.
+
+    :meth:`start` and :meth:`end` run in the host's tasks: they write to mapped memory, take no lock
+    and never raise. Until :meth:`attach` the memory belongs to this process alone.
+
+    :param ring: has the events of the runs.
+    :param deployment: returns the names of the deployment that may report the runs.
+    """
+
+    def __init__(self, ring: _Ring, deployment: Callable[[], str] = str) -> None:
+        #: Runs that could not be kept, because all slots were used or an id was too long.
+        self.not_kept = 0
+        self._ring = ring
+        self._deployment = deployment
+        self._lock: OwnerLock | None = None
+        #: Slots are given as the offset of their first byte; 0 means none.
+        self._unused = iter(range(_SLOTS_OFFSET, FILE_BYTES, SLOT_BYTES))
+        self._free: list[int] = []
+        self._ended: deque[int] = deque()
+        self._described = count()
+        self._write = _START.pack_into
+        self._enabled = False
+        self._map: mmap.mmap
+        self._words: memoryview
+        self._times: memoryview[float]
+
+    def enable(self) -> None:
+        """Make the memory; without this, :meth:`attach` does nothing."""
+        if not self._enabled:
+            self._use(mmap.mmap(-1, FILE_BYTES))
+            self._enabled = True
+
+    # -- in the host's tasks
+
+    def describe(self, engine: str, data: Mapping[str, object]) -> int:
+        """Store what the events of some runs share, and return its number; -1 if it does not fit.
+
+        :param data: the shared fields of the events' data.
+        """
+        text = json.dumps({"engine": engine, "data": data}, ensure_ascii=False).encode(
+            errors="replace"
+        )
+        number = next(self._described)
+        if number >= DESCRIPTIONS or len(text) > DESCRIPTION_BYTES - _LENGTH.size:
+            return -1
+        offset = _DESCRIPTIONS_OFFSET + number * DESCRIPTION_BYTES
+        self._map[offset + _LENGTH.size : offset + _LENGTH.size + len(text)] = text
+        _LENGTH.pack_into(self._map, offset, len(text))
+        return number
+
+    def start(self, description: int, task_id: str, at: float, flags: int) -> int:
+        """Keep a run that starts, and return its slot; 0 if it cannot be kept.
+
+        :param at: seconds since the epoch.
+        :param flags: :data:`RUN_REDELIVERED` or 0.
+        """
+        try:
+            text = task_id.encode()
+            length = len(text)
+            if length <= MAX_ID_BYTES and description >= 0:
+                slot = self._free.pop() if self._free else next(self._unused)
+                self._write(self._map, slot, at, description, length, flags, text, RUN_OPEN)
+                return slot
+        except Exception:
+            pass
+        self.not_kept += 1
+        return 0
+
+    def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:
+        """Keep the end of a run until it is stored.
+
+        Its event must be in the ring.
+
+        :param slot: from :meth:`start`; 0 is ignored.
+        :param outcome: a state of a slot; ``RUN_ENDED`` if the end has no event.
+        :param at: seconds since the epoch.
+        :param note: the class of a failed run's exception.
+        """
+        if slot:
+            place = slot >> 3
+            self._times[place + _END_WORD] = at
+            if note:
+                self._add_note(slot, note)
+            self._words[place + _STATE_WORD] = self._ring.produced * _STATES | outcome
+            self._ended.append(slot)
+
+    def _add_note(self, slot: int, note: str) -> None:
+        start = self._map[slot + 18]
+        text = note.encode(errors="replace")[: MAX_ID_BYTES - start]
+        first = slot + _ID_OFFSET + start
+        self._map[first : first + len(text)] = text
+        self._map[slot + _NOTE_LENGTH_OFFSET] = len(text)
+
+    # -- in the flush loop
+
+    def stored(self, number: int, at: float) -> None:
+        """Free the slots of all ends up to event ``number``, which are stored since ``at``."""
+        if self._enabled:
+            _FLUSHED.pack_into(self._map, _FLUSHED_OFFSET, number, at)
+            # Their states need not change: the reader compares them with ``number``.
+            ended, words, free, limit = self._ended, self._words, self._free, (number + 1) * _STATES
+            while ended:
+                slot = ended[0]
+                if words[(slot >> 3) + _STATE_WORD] >= limit:
+                    return
+                free.append(slot)
+                ended.popleft()
+
+    # -- on the native thread
+
+    def attach(self, store: Path) -> None:
+        """Move the runs to a file beside a store that was just opened.
+
+        If the file cannot be made, the runs stay in memory.
+        """
+        if not self._enabled:
+            return
+        lock = None
+        try:
+            lock = OwnerLock(runs_path(store))
+            # An unallocated page of a full disk would kill the process when it is written.
+            os.posix_fallocate(lock.descriptor, 0, FILE_BYTES)
+            mapped = mmap.mmap(lock.descriptor, FILE_BYTES)
+        except (OSError, LocalStorageError):
+            if lock is not None:
+                lock.release(delete=True)
+            return
+        names = self._deployment().encode()
+        # A slot that is first used meanwhile is copied as well.
+        end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
+        # No other thread runs Python code between the copy and the exchange.
+        self._use(mapped, end)
+        mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
+        number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)
+        _HEADER.pack_into(mapped, 0, MAGIC, number, at, len(names))
+        # A closed descriptor of the file would drop the lock, also one that only mmap has.
+        lock.pinned = mapped
+        previous, self._lock = self._lock, lock
+        if previous is not None:
+            previous.release(delete=True)
+
+    def close(self) -> None:
+        """Delete the file if no run is open and every end is stored.
+
+        Otherwise the file stays, locked until the process ends, and the next agent reports it.
+        """
+        if self._lock is not None and not self._ended and not self._any_open():
+            self._lock.release(delete=True)
+            self._lock = None
+
+    def _any_open(self) -> bool:
+        end = FILE_BYTES - length_hint(self._unused) * SLOT_BYTES
+        places = range((_SLOTS_OFFSET >> 3) + _STATE_WORD, end >> 3, SLOT_BYTES >> 3)
+        return any(self._words[place] == RUN_OPEN for place in places)
+
+    def _use(self, mapped: mmap.mmap, copied: int = 0) -> None:
+        view = memoryview(mapped)
+        words, times = view.cast("Q"), view.cast("d")
+        if copied:
+            mapped[:copied] = self._map[:copied]
+        self._map = mapped
+        self._words = words
+        self._times = times
+
+
+class Run(NamedTuple):
+    """A slot in use. Times are in seconds since the epoch."""
+
+    number: int
+    started: float
+    ended: float
+    description: int
+    redelivered: bool
+    task_id: str
+    note: str
+    outcome: int
+
+
+class OrphanRuns:
+    """The file of open runs of a dead process.
+
+    The constructor claims it. Raises ``LocalStorageError`` when its process runs, and for a file of
+    another deployment.
+    """
+
+    def __init__(self, path: Path, deployment: str) -> None:
+        self.path = path
+        self._lock = OwnerLock(path)
+        try:
+            self._content = os.pread(self._lock.descriptor, FILE_BYTES, 0)
+            valid = len(self._content) == FILE_BYTES and self._content.startswith(MAGIC)
+            if valid and not self._is_of(deployment):
+                raise LocalStorageError(f"the runs in {path} belong to another deployment")
+        except OSError as error:
+            self._lock.release()
+            raise LocalStorageError(f"cannot read {path}: {error.strerror}") from error
+        except LocalStorageError:
+            self._lock.release()
+            raise
+        if not valid:  # its process died while it made the file
+            self._content = b""
+
+    def __len__(self) -> int:
+        return len(self._runs())
+
+    def events(self) -> list[bytes]:
+        """Return the events that report the end of each run.
+
+        They depend on the file alone, so that the brain recognises a second report.
+        """
+        return [event for run in self._runs() for event in self._report(run)]
+
+    def release(self, *, delete: bool) -> None:
+        """Release the file; ``delete`` it when its events are stored."""
+        self._lock.release(delete=delete)
+
+    def _is_of(self, deployment: str) -> bool:
+        _, _, _, length = _HEADER.unpack_from(self._content)
+        names = self._content[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + length].decode()
+        return names == deployment or not set(names.split()).isdisjoint(deployment.split())
+
+    def _runs(self) -> list[Run]:
+        return sorted(_used_slots(self._content), key=lambda run: run.started)
+
+    def _report(self, run: Run) -> Iterator[bytes]:
+        flushed: float = _FLUSHED.unpack_from(self._content, _FLUSHED_OFFSET)[1]
+        try:
+            shared = self._description(run.description)
+        except ValueError:
+            return
+        if run.started >= flushed:  # the event of its start may be lost
+            yield self._event(run, shared, "task.started", run.started, {})
+        if run.outcome == RUN_OPEN:
+            at = max(run.started, flushed)
+            if run.redelivered:
+                yield self._event(run, shared, "task.retried", at, {"reason": DELIVERED_AGAIN})
+            else:
+                own = {"exception": "WorkerLostError", "exception_message": DIED}
+                yield self._event(run, shared, "task.failed", at, own)
+        else:
+            kind, fields = _END[run.outcome]
+            if run.outcome == RUN_FAILED:
+                fields = {"exception": run.note or "Exception", **fields}
+            yield self._event(run, shared, kind, max(run.started, run.ended), fields)
+
+    def _description(self, number: int) -> dict[str, dict[str, object]]:
+        offset = _DESCRIPTIONS_OFFSET + number * DESCRIPTION_BYTES
+        length = _LENGTH.unpack_from(self._content, offset)[0]
+        first = offset + _LENGTH.size
+        found: dict[str, dict[str, object]] = json.loads(self._content[first : first + length])
+        return found
+
+    def _event(
+        self,
+        run: Run,
+        shared: Mapping[str, Mapping[str, object]],
+        kind: str,
+        at: float,
+        own: Mapping[str, object],
+    ) -> bytes:
+        return encode_fields(
+            {
+                "data": {**shared["data"], **own},
+                "engine": shared["engine"],
+                "id": str(uuid5(_NAMESPACE, f"{self.path.name} {run.number} {at} {kind}")),
+                "kind": kind,
+                "occurred_at": datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds"),
+                "task_id": run.task_id,
+            }
+        )
+
+
+#: Kind and fields of the report of an end that was not stored, by outcome.
+_END: dict[int, tuple[str, dict[str, object]]] = {
+    RUN_SUCCEEDED: ("task.succeeded", {}),
+    RUN_FAILED: ("task.failed", {"exception_message": END_NOT_REPORTED}),
+    RUN_RETRIED: ("task.retried", {"reason": END_NOT_REPORTED}),
+    RUN_REVOKED: ("task.revoked", {}),
+}
+
+
+def _used_slots(content: bytes) -> Iterator[Run]:
+    """Yield the runs that are open, and those whose end has an event that is not stored."""
+    if not content:
+        return
+    stored: int = _FLUSHED.unpack_from(content, _FLUSHED_OFFSET)[0]
+    for number, slot in enumerate(_SLOT.iter_unpack(content[_SLOTS_OFFSET:])):
+        started, ended, description, length, flags, note_length, text, state = slot
+        event, outcome = divmod(state, _STATES)
+        if outcome == RUN_OPEN or (outcome in _END and event > stored):
+            yield Run(
+                number,
+                started,
+                ended,
+                description,
+                bool(flags & RUN_REDELIVERED),
+                text[:length].decode(errors="replace"),
+                text[length : length + note_length].decode(errors="replace"),
+                outcome,
+            )
+
+
+def runs_path(store: Path) -> Path:
+    """Return the path of the runs beside a store."""
+    return store.with_name(store.name + SUFFIX)
+
+
+def orphaned_runs(buffer_path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of runs whose store is gone, so that all its rows have moved.
+
+    The lock of a file says whether its owner runs.
+    """
+    found = []
+    for directory in files.candidate_directories(buffer_path):
+        if files.is_private(directory):
+            with suppress(OSError):
+                found += [
+                    path
+                    for path in sorted(directory.glob(f"{files.PREFIX}*{files.SUFFIX}{SUFFIX}"))
+                    if not path.with_name(path.name.removesuffix(SUFFIX)).exists()
+                ]
+    return found
