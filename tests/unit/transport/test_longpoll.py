@@ -813,14 +813,14 @@ def test_poison_upload_is_dropped_and_counted(install, peer, engine, until, capl
     engine.result = {"say": "hemlock"}
     marks = [b"hemlock", str(events[5].id).encode()]
 
-    def picky(request):
+    def reject_marked(request):
         return (
             (status, {}, body)
             if request.method == "POST" and any(mark in request.body for mark in marks)
             else answer(request)
         )
 
-    peer.answer = picky
+    peer.answer = reject_marked
     runtime = install()
     until(lambda: peer.frames("heartbeat") and peer.polling)
     identity = peer.command("retry_task", {"task_id": "t-1"})
