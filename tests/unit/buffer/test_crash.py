@@ -134,7 +134,7 @@ def intact(store):
 
 @pytest.mark.parametrize("trial", range(20))
 def test_committed_rows_survive_sigkill(process, tmp_path, trial):
-    """A process is killed at a random moment: all that it said was committed is there, in order, once."""
+    """After a kill at a random moment, all committed rows are there, in order and once."""
     path = tmp_path / "home" / "store.sqlite"
     # Every other store is small, so that it is often killed within a checkpoint of its log.
     child = process(WRITER, path, 256 * 2**20 if trial % 2 else 8 * 2**20)
@@ -152,8 +152,8 @@ def test_committed_rows_survive_sigkill(process, tmp_path, trial):
 
 
 @pytest.mark.parametrize("trial", range(6))
-def test_counters_survive_sigkill_with_the_rows_they_tell_of(process, tmp_path, trial):
-    """Killed amid evictions, acks and discards, the numbers still add up, and no finished command is forgotten."""
+def test_counters_match_rows_after_sigkill(process, tmp_path, trial):
+    """After a kill during evictions, the counters add up and no finished command is lost."""
     path = tmp_path / "home" / "store.sqlite"
     committed = kill_at(process(WORKER, path), random.Random(trial).randrange(10, 60))
     store = BufferStore(path, create=False)
@@ -204,8 +204,8 @@ def spread(items, number):
     "operation",
     ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "vacuum_step"],
 )
-def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
-    """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""
+def test_call_is_atomic_at_every_statement(server, undisturbed, tmp_path, operation):
+    """Killed before any statement of any call, a store has its state before or after the call."""
     points = [
         (call, statement)
         for call, (name, statements, _, _) in enumerate(undisturbed)
@@ -225,8 +225,8 @@ def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
         store.close()
 
 
-def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_path):
-    """While the owner lives a second opener is refused; after its SIGKILL the store is free at once."""
+def test_lock_ends_with_owner_despite_forked_child(process, tmp_path):
+    """A second opener is refused while the owner runs, and succeeds right after its SIGKILL."""
     path = tmp_path / "home" / "store.sqlite"
     owner = process(FORKER, path)
     child = int(owner.stdout.readline())
@@ -248,14 +248,14 @@ def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_p
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_forked_child_cannot_touch_its_parents_store(process, tmp_path):
-    """Every call in the child is refused, its close and its garbage collection do no harm, the parent goes on."""
+def test_forked_child_cannot_use_parents_store(process, tmp_path):
+    """Every call in the child is refused, its close has no effect, and the parent continues."""
     child = process(CHILD, tmp_path / "home" / "store.sqlite")
     assert child.stdout.readline().decode().strip() == "0 [b'1', b'3'] ('ok',) False"
 
 
-def test_a_refused_opener_takes_nothing_from_the_owner(process, tmp_path):
-    """An attempt from another process, and its closing of the lock file, leave the owner's lock in place."""
+def test_refused_opener_leaves_owners_lock(process, tmp_path):
+    """A refused attempt of another process closes the lock file but leaves the lock in place."""
     path = tmp_path / "home" / "store.sqlite"
     owner = process(FORKER, path)
     child = int(owner.stdout.readline())

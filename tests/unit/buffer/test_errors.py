@@ -113,8 +113,8 @@ def real(home):
 
 
 @pytest.mark.parametrize("limit", [200_000, 1_500_000])
-def test_a_file_at_its_size_limit_keeps_the_newest_and_the_books(tmp_path, limit):
-    """Under RLIMIT_FSIZE the oldest events go or memory takes over; nothing is raised, and every row is accounted for."""
+def test_file_size_limit_evicts_oldest_events(tmp_path, limit):
+    """Under RLIMIT_FSIZE, events are evicted or memory is used; every row is accounted for."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", FULL, str(tmp_path / "home" / "b"), str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -134,8 +134,8 @@ def test_a_file_at_its_size_limit_keeps_the_newest_and_the_books(tmp_path, limit
 
 
 @pytest.mark.parametrize("how", ["cut to a page and a half", "cut to nothing", "overwritten"])
-def test_a_damaged_file_is_replaced_while_in_use(real, how):
-    """Whatever happens to the file under a living store, appends go on, the disk is used, and every row is accounted for."""
+def test_damaged_file_is_replaced_during_use(real, how):
+    """Whatever happens to the file, appends succeed on disk, and every row is accounted for."""
     for _ in range(30):
         real.put(100, size=500)
     path = real.stores[0].path
@@ -160,8 +160,8 @@ def test_a_damaged_file_is_replaced_while_in_use(real, how):
     assert len([name for name in aside if not name.endswith("-wal")]) == len(real.stores) - 1 == 1
 
 
-def test_a_deleted_file_is_noticed_within_a_second(real):
-    """Somebody cleans the directory up: the rows come along to a new file as soon as the figures are looked at."""
+def test_deleted_file_is_replaced_with_next_stats(real):
+    """When the file is deleted, its rows are moved to a new one as soon as the stats are read."""
     real.put(10)
     for found in list(real.home.parent.iterdir()):
         found.unlink()
@@ -174,8 +174,8 @@ def test_a_deleted_file_is_noticed_within_a_second(real):
     assert real.adds_up()
 
 
-def test_a_deleted_directory_is_made_again(real):
-    """Even the whole of Z4J_HOME may go."""
+def test_deleted_directory_is_created_again(real):
+    """The whole directory Z4J_HOME may be deleted."""
     real.put(10)
     for found in list(real.home.parent.iterdir()):
         found.unlink()
@@ -218,8 +218,8 @@ def spoil(home, how):
         ),
     ],
 )
-def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
-    """The store lies in a private temporary directory; one warning says what is wrong and names Z4J_HOME."""
+def test_unusable_directory_is_replaced(home, real, caplog, how):
+    """The store is in a temporary directory, and one warning gives reason and setting."""
     spoil(home, how)
     real.put(3)
     real.put(3)
@@ -233,8 +233,8 @@ def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
-    """A directory in which nothing can be made is passed over."""
+def test_read_only_directory_is_replaced(home, real, monkeypatch, number):
+    """A directory without write access is skipped."""
     really = files.open_file
     home.parent.mkdir(mode=0o700)
 
@@ -249,8 +249,8 @@ def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
-    """Without record locks a dead owner could not be told from a living one: not a place for a store."""
+def test_file_system_without_record_locks_is_skipped(home, monkeypatch, number):
+    """Without record locks, a dead owner could not be told from a running one."""
 
     def refuse(*_args):
         raise OSError(number, os.strerror(number))
@@ -261,8 +261,8 @@ def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
     assert classify(caught.value) == OTHER
 
 
-def test_a_squatted_name_is_not_used(home, tmp_path):
-    """When somebody sits on the name that can be foreseen, one that cannot is used."""
+def test_occupied_directory_name_is_not_used(home, tmp_path):
+    """When another user occupies the predictable name, a random one is used."""
     spoil(home, "writable by others")
     (tmp_path / "tmp" / "z4j-1").symlink_to(tmp_path)
     store = open_store(home)
@@ -271,8 +271,8 @@ def test_a_squatted_name_is_not_used(home, tmp_path):
     store.close()
 
 
-def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
-    """Another directory is no cure for a full disk, and the error is that of the configured one."""
+def test_full_disk_does_not_change_directory(home, monkeypatch):
+    """The error of the configured directory is raised; another directory would not help."""
 
     def refuse(path, **_options):
         raise LocalStorageError("full") from OSError(errno.ENOSPC, "No space left on device")
@@ -282,8 +282,8 @@ def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
         open_store(home)
 
 
-def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
-    """Nothing is raised when no directory will do; the rows live in memory, and the warning names the configured one."""
+def test_memory_is_used_without_usable_directory(home, tmp_path, real, caplog):
+    """No error is raised, rows are in memory, and the warning names the directory."""
     spoil(home, "a file")
     (tmp_path / "tmp").rmdir()
     (tmp_path / "tmp").touch()
@@ -294,8 +294,8 @@ def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
     assert real.adds_up()
 
 
-def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypatch):
-    """TMPDIR is honoured, and the names hold the user's id."""
+def test_candidate_directories_include_temporary_ones(tmp_path, monkeypatch):
+    """TMPDIR is used, and the names contain the user id."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
     found = paths.candidate_directories(tmp_path / "home" / "b.sqlite")
     assert found[:2] == [tmp_path / "home", tmp_path / "t" / f"z4j-{os.geteuid()}"]
@@ -304,8 +304,8 @@ def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypa
 # -- time
 
 
-def test_a_clock_set_back_makes_no_negative_age(home):
-    """A row from the future is new."""
+def test_clock_set_back_gives_no_negative_age(home):
+    """A row with a future timestamp has the age zero."""
     now = [2000.0]
     store = BufferStore(new_store_path(home), clock=lambda: now[0])
     store.append([("event", "", b"1")])

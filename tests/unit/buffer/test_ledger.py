@@ -67,8 +67,8 @@ def owner(home):
 
 
 @pytest.mark.parametrize("words", [(), ("vacuum_step",), ("close",), ("killed",)])
-def test_what_others_know(home, mine, owner, words):
-    """Done is known with its answer, begun is somebody else's, of a living owner, a killed one, and one that closed."""
+def test_lookup_finds_commands_of_other_processes(home, mine, owner, words):
+    """Done entries have a result, started ones are elsewhere, whether the owner runs or not."""
     process = owner(*words)
     if "killed" in words:
         process.send_signal(signal.SIGKILL)
@@ -79,14 +79,14 @@ def test_what_others_know(home, mine, owner, words):
     assert find_in_other_stores(home, mine.path, "new") is None
 
 
-def test_our_own_is_not_asked(home, mine):
-    """What our own store knows is no other process's."""
+def test_lookup_skips_own_store(home, mine):
+    """An entry of this process's own store is not found."""
     mine.claim("mine", 1.0)
     assert find_in_other_stores(home, mine.path, "mine") is None
 
 
-def test_asking_takes_nothing_from_anybody(home, mine, owner):
-    """A store that is asked is still its owner's: the file, its log and its lock are as before, and can be adopted later."""
+def test_lookup_leaves_other_stores_unchanged(home, mine, owner):
+    """The file, its log and its lock stay as they were, and the store can be adopted later."""
     process = owner()
     before = sorted(path.name for path in home.parent.iterdir())
     find_in_other_stores(home, mine.path, "begun")
@@ -100,8 +100,8 @@ def test_asking_takes_nothing_from_anybody(home, mine, owner):
     with_heir.close()
 
 
-def test_files_that_are_no_stores_of_ours(home, mine):
-    """Noise under our name, an empty file, a directory that is gone: then nothing is known, and nothing raises."""
+def test_lookup_ignores_unreadable_files(home, mine):
+    """Random bytes, an empty file and a missing directory have no entries and raise nothing."""
     (home.parent / "z4j-green-1-aaaaaaaa.sqlite").write_bytes(b"noise" * 1000)
     (home.parent / "z4j-green-2-aaaaaaaa.sqlite").touch()
     assert find_in_other_stores(home, mine.path, "c") is None

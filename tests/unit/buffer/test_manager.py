@@ -125,13 +125,13 @@ def world():
 
 
 @pytest.mark.parametrize("cause", sorted(CODES))
-def test_causes_are_told_apart(cause):
-    """The error made here is one that the keeper has a remedy for."""
+def test_error_has_expected_cause(cause):
+    """The errors of this module have the causes that the manager recovers from."""
     assert classify(trouble(cause)) == cause
 
 
-def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
-    """Rows of a moment ago are fetched on the hub; the disk is asked when figures are due, or there is something to delete."""
+def test_cached_rows_need_no_disk_call(world, monkeypatch):
+    """Recent rows are read on the hub; the disk is called for due stats or pending deletes."""
     world.put(3)
     trips, offload = [], world.backend.offload
     monkeypatch.setattr(
@@ -146,8 +146,8 @@ def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
     assert (world.there(), len(trips)) == ([], 2)
 
 
-def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
-    """A look that finds newer rows in memory leaves them for a while, as does one for results only; one that finds nothing, or an append, takes them along."""
+def test_acked_rows_are_deleted_by_next_call(world, monkeypatch):
+    """A read of cached rows or results defers the delete; an append or an empty read does not."""
     world.put(4)
     trips, offload = [], world.backend.offload
     monkeypatch.setattr(
@@ -172,8 +172,8 @@ def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
     assert (world.buffer.acked_events, world.buffer.last_stats.lost) == (5, {})
 
 
-def test_settled_is_who_has_nothing_left_to_do(world):
-    """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
+def test_manager_is_idle_after_vacuum(world):
+    """After a delete, the manager is idle once an empty read has completed the vacuum."""
     world.put(1)
     world.buffer.ack((1,), 1, 0)
     nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
@@ -184,8 +184,8 @@ def test_settled_is_who_has_nothing_left_to_do(world):
     assert world.buffer.is_idle
 
 
-def test_confirmed_rows_are_never_found(world):
-    """A sender that begins anew does not get what the brain has, although it is in memory still."""
+def test_acked_rows_are_not_read_again(world):
+    """A sender that restarts does not get acked rows, although they are still cached."""
     world.put(3)
     world.buffer.ack((1, 2), 2, 0)
     assert world.there() == [2]
@@ -198,8 +198,8 @@ def test_confirmed_rows_are_never_found(world):
         lambda buffer, rows: buffer.append_events([payload for _, _, payload in rows]),
     ],
 )
-def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
-    """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
+def test_full_store_deletes_acked_rows_before_eviction(world, add):
+    """Acked rows are deleted before the caps apply; an eviction would count them as lost."""
     world.buffer._disk._open_store = lambda: MemoryStore(max_rows=10)
     rows = [("event", "", b"%d" % number) for number in range(10)]
     add(world.buffer, rows)
@@ -209,8 +209,8 @@ def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
     assert (stats.rows, stats.confirmed, stats.lost, world.buffer.acked_events) == (10, 7, {}, 7)
 
 
-def test_a_confirmed_row_leaves_once(world):
-    """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
+def test_acked_row_is_counted_once_on_busy_disk(world):
+    """While the disk is busy, the delete is repeated with its call, and each row counts once."""
     world.put(3)
     world.buffer.ack((1, 2), 2, 0)
     world.ail(BUSY, 2)
@@ -219,8 +219,8 @@ def test_a_confirmed_row_leaves_once(world):
     assert world.adds_up()
 
 
-def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
-    """Ids of rows in memory mean other rows on the disk to which the store returns."""
+def test_acks_of_memory_do_not_delete_disk_rows(world):
+    """Ids of rows in memory belong to other rows on the disk."""
     world.put(3)
     world.ail("other")
     world.put(2)
@@ -232,8 +232,8 @@ def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
     assert world.adds_up()
 
 
-def test_closing_deletes_what_the_brain_has(world):
-    """The next process does not send it again."""
+def test_close_deletes_acked_rows(world):
+    """The next process does not send them again."""
     world.put(3)
     deleted = []
     world.stores[0].confirm = lambda ids: deleted.extend(ids)
@@ -245,8 +245,8 @@ def test_closing_deletes_what_the_brain_has(world):
 # -- busy
 
 
-def test_a_busy_disk_is_asked_again(world):
-    """A disk that is locked for a second costs that second, and nothing else."""
+def test_busy_disk_is_retried(world):
+    """A disk that is locked for a second delays the call by that second and has no other effect."""
     world.ail(BUSY, 4)
     world.put(3)
     assert 0 < world.backend.now() < 1.5
@@ -254,8 +254,8 @@ def test_a_busy_disk_is_asked_again(world):
     assert world.there() == [0, 1, 2]
 
 
-def test_patience_with_a_busy_disk_ends(world):
-    """A disk that stays locked is given up after a few seconds, in which others run."""
+def test_busy_disk_times_out(world):
+    """A disk that stays locked is replaced after some seconds, in which other tasks run."""
     ticks = []
     world.backend.spawn(
         lambda: [ticks.append(world.backend.now()) or world.backend.sleep(0.1) for _ in range(20)],
@@ -272,8 +272,8 @@ def test_patience_with_a_busy_disk_ends(world):
 # -- full, corrupt, gone
 
 
-def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
-    """A full disk is relieved once and asked again; what that cost is counted and said once a minute."""
+def test_full_disk_evicts_oldest_events(world, caplog):
+    """Space is freed once and the call repeated; the loss is counted and logged once a minute."""
     world.put(4)
     for _ in range(3):
         world.ail(FULL, 1)
@@ -291,8 +291,8 @@ def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
     ]
 
 
-def test_a_disk_that_stays_full_leaves_memory(world):
-    """When making room did not help, the rows go to memory, and nothing more is evicted for them."""
+def test_disk_that_stays_full_switches_to_memory(world):
+    """When freeing space does not help, rows go to memory, and no more are evicted."""
     world.put(4)
     world.ail(FULL)
     world.put(2)
@@ -302,8 +302,8 @@ def test_a_disk_that_stays_full_leaves_memory(world):
     assert world.buffer.last_stats.rows == 4
 
 
-def test_a_corrupt_file_is_replaced(world, caplog):
-    """The file is set aside, a new one begun, the rows of the old one are counted, and old ids mean nothing any more."""
+def test_corrupt_file_is_quarantined_and_replaced(world, caplog):
+    """The rows of the old file count as lost, and ids of the old generation are ignored."""
     world.put(5)
     generation = world.buffer.generation
     world.ail(CORRUPT, 1)
@@ -321,8 +321,8 @@ def test_a_corrupt_file_is_replaced(world, caplog):
     assert caplog.text.count("is corrupt") == 1
 
 
-def test_losses_are_kept_when_no_new_file_can_be_opened(world):
-    """A corrupt file and then no disk at all: what was lost is still told, from memory and then from the next file."""
+def test_losses_of_corrupt_file_are_reported_from_memory(world):
+    """After a corrupt file and a failed disk, memory and then the next file report the losses."""
     world.put(5)
     opened = world.buffer._disk._open_store
 
@@ -342,8 +342,8 @@ def test_losses_are_kept_when_no_new_file_can_be_opened(world):
     assert world.adds_up()
 
 
-def test_a_deleted_file_is_replaced_with_its_rows(world):
-    """When the file has lost its name, its rows come along to a new one: they would vanish with the process."""
+def test_rows_of_deleted_file_are_copied(world):
+    """The rows of a deleted file would vanish with the process, so a new file gets them."""
     world.put(5)
     world.ail(DELETED, 1)
     world.put(2)
@@ -356,8 +356,8 @@ def test_a_deleted_file_is_replaced_with_its_rows(world):
 # -- memory and back
 
 
-def test_losses_in_memory_reach_the_disk(world):
-    """What overflowed while there was only memory is lost for good, and is still told after the return."""
+def test_losses_in_memory_are_recorded_on_disk(world):
+    """Rows that memory evicted are still reported as lost after the return to the disk."""
     world.buffer._new_memory = lambda: MemoryStore(max_rows=3)
     world.put(2)
     world.ail("other")
@@ -372,8 +372,8 @@ def test_losses_in_memory_reach_the_disk(world):
     assert world.adds_up()
 
 
-def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
-    """Flapping does not fill the log: each sort of warning comes once a minute at most."""
+def test_warnings_of_flapping_disk_are_rate_limited(world, caplog):
+    """Each subject is logged as a warning at most once a minute."""
     for _ in range(4):
         world.ail("other")
         world.put(1)
@@ -390,8 +390,8 @@ def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
     assert world.there() == list(range(8))
 
 
-def test_attempts_to_return_grow_rarer(world):
-    """A dead disk is tried 5 s later, then less and less often, down to every five minutes."""
+def test_disk_retry_backs_off(world):
+    """A failed disk is tried after 5 s, then at growing intervals up to five minutes."""
     world.ail("other")
     world.put(1)
     world.calls = 0
@@ -401,8 +401,8 @@ def test_attempts_to_return_grow_rarer(world):
     assert 6 <= world.calls <= 6 + 2000 / RETRY_MAX + 1
 
 
-def test_closing_saves_what_is_in_memory(world):
-    """At a clean stop the rows in memory get a last chance to reach the disk."""
+def test_close_moves_memory_to_disk(world):
+    """A clean stop tries once more to move rows from memory to the disk."""
     world.put(1)
     world.ail("other")
     world.put(2)
@@ -413,16 +413,16 @@ def test_closing_saves_what_is_in_memory(world):
     assert kept == [3]
 
 
-def test_closing_says_what_it_could_not_save(world, caplog):
-    """With the disk still failing, the log says how many rows went with the process."""
+def test_close_logs_rows_lost_in_memory(world, caplog):
+    """If the disk still fails, the log says how many rows are lost with the process."""
     world.ail("other")
     world.put(2)
     world.buffer.close()
     assert "2 rows were in memory only" in caplog.text
 
 
-def test_a_bug_is_not_taken_for_a_bad_disk(world):
-    """Only a storage error leads to memory; anything else is ours and ends the loop that made it."""
+def test_other_error_is_raised_without_fallback(world):
+    """Only a storage error switches to memory; any other error is a bug and is raised."""
     world.put(1)
     world.stores[0].append = None
     with pytest.raises(TypeError):
@@ -433,8 +433,8 @@ def test_a_bug_is_not_taken_for_a_bad_disk(world):
 # -- tidying
 
 
-def test_an_idle_store_is_tidied_until_nothing_is_left(world):
-    """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
+def test_idle_store_is_vacuumed_until_complete(world):
+    """After deletes, empty reads run a vacuum step every second until the vacuum is complete."""
     world.put(3)
     world.stores[0].untidy = 3
     world.buffer.ack([1, 2, 3], 3, 0)
@@ -446,8 +446,8 @@ def test_an_idle_store_is_tidied_until_nothing_is_left(world):
     assert world.stores[0].done == ["vacuum_step"] * 3
 
 
-def test_tidying_waits_while_there_is_work(world):
-    """A turn that found rows or confirmed some does not tidy."""
+def test_vacuum_waits_while_rows_are_read(world):
+    """A read that finds rows or follows an ack runs no vacuum step."""
     world.put(3)
     for _ in range(5):
         world.backend.advance(1)
@@ -455,8 +455,8 @@ def test_tidying_waits_while_there_is_work(world):
     assert world.stores[0].done == []
 
 
-def test_tidying_that_fails_costs_nothing(world):
-    """An error in housekeeping is no reason to leave the disk."""
+def test_failed_vacuum_has_no_effect(world):
+    """An error in a vacuum step does not switch to memory."""
     world.put(1)
 
     def fail():
@@ -470,8 +470,8 @@ def test_tidying_that_fails_costs_nothing(world):
     assert world.buffer.durable
 
 
-def test_the_notice_is_passed_on_once(world, caplog):
-    """The warning about a store in another directory is logged once, although two stores have it."""
+def test_notice_is_logged_once(world, caplog):
+    """The warning about another directory is logged once, although two stores have it."""
     open_store = world.buffer._disk._open_store
 
     def open_elsewhere():
@@ -488,16 +488,16 @@ def test_the_notice_is_passed_on_once(world, caplog):
     assert caplog.text.count("Z4J_HOME") == 1
 
 
-def test_appends_refresh_the_figures(world):
-    """Without a session nobody asks for rows; the figures are at most a second and an append old all the same."""
+def test_append_refreshes_stats(world):
+    """Without a session, the stats are at most one second and one append old."""
     for _ in range(4):
         world.put(5)
         world.backend.advance(1.1)
     assert world.buffer.last_stats.rows == 15
 
 
-def test_figures_from_before_the_first_look(world):
-    """Without a disk from the start the figures are those of memory."""
+def test_stats_without_disk_are_those_of_memory(world):
+    """If the disk fails from the start, the stats are those of memory."""
 
     def refuse():
         raise trouble("other")

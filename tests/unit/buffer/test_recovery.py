@@ -198,8 +198,8 @@ def killed(process):
 # -- whose
 
 
-def test_a_killed_process_is_inherited(process, home, heir):
-    """Rows, losses and commands of a SIGKILLed owner come over, at once; its file goes; the books balance."""
+def test_store_of_killed_process_is_adopted(process, home, heir):
+    """Rows, losses and commands of a killed owner are moved at once, and its file is deleted."""
     path = killed(process(OWNER, home, 1000, "p"))
     heir.run(1.0)
     assert numbers(heir.rows()) == list(range(37, 1000))
@@ -217,8 +217,8 @@ def test_a_killed_process_is_inherited(process, home, heir):
     assert heir.woken >= 2
 
 
-def test_testaments_are_read(home, heir):
-    """A command that died with its process is answered with its testament, one that was done with its answer."""
+def test_interrupted_commands_send_provisional_results(home, heir):
+    """Interrupted commands send their provisional result, finished ones their result."""
     store = BufferStore(new_store_path(home), deployment="p")
     store.claim("died", 1e12, b"testament")
     store.claim("silent", 1e12)
@@ -236,8 +236,8 @@ def test_testaments_are_read(home, heir):
     assert orphans(home, {heir.store.path}) == []
 
 
-def test_a_forked_child_does_not_keep_its_dead_parent_alive(process, home, heir):
-    """A child that lives on has the parent's descriptors, but not its lock."""
+def test_forked_child_does_not_keep_lock_of_dead_parent(process, home, heir):
+    """A running child has the parent's descriptors, but not its lock."""
     owner = process(OWNER, home, 100, "p", "fork")
     child = int(owner.stdout.readline().split()[0])
     try:
@@ -250,8 +250,8 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(process, home, heir)
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_living_owner_is_left_alone(process, home, heir):
-    """While its owner lives a store is not touched; the owner goes on writing; after its death it is adopted within a minute."""
+def test_store_of_running_owner_is_not_adopted(process, home, heir):
+    """A store is not touched while its owner runs, and is adopted a minute later at most."""
     owner = process(OWNER, home, 100, "p")
     path = Path(owner.stdout.readline().decode().strip())
     before = path.stat().st_ino
@@ -266,8 +266,8 @@ def test_a_living_owner_is_left_alone(process, home, heir):
     assert len(heir.rows()) == 64
 
 
-def test_another_deployments_rows_stay(home, heir):
-    """Another project's rows must not reach our brain: its file stays as it is, and is not opened again for a while."""
+def test_store_of_other_deployment_is_not_adopted(home, heir):
+    """The file of another project stays as it is and is not opened again for a while."""
     path = orphan(home, deployment="another")
     before, claims, claim = path.read_bytes(), [], heir.loop._claim
     heir.loop._claim = lambda found: claims.append(found) or claim(found)
@@ -279,8 +279,8 @@ def test_another_deployments_rows_stay(home, heir):
     assert claims.count(path) == 2
 
 
-def test_stores_of_the_existing_agent_stay(home, heir):
-    """``buffer-*.sqlite`` is not ours: not opened, not locked, not renamed."""
+def test_stores_of_asyncio_agent_are_not_adopted(home, heir):
+    """``buffer-*.sqlite`` files are not opened, locked or renamed."""
     home.parent.mkdir(mode=0o700)
     theirs = home.parent / "buffer-123-0123456789ab.sqlite"
     theirs.write_bytes(b"whatever is in there")
@@ -290,8 +290,8 @@ def test_stores_of_the_existing_agent_stay(home, heir):
 
 
 @pytest.mark.parametrize("how", ["link", "open", "directory", "garbage mark"])
-def test_files_that_are_not_safe_stay(home, heir, how):
-    """A link, a file that others may write, a directory, another program's database: nothing of it is adopted or removed."""
+def test_unsafe_files_are_not_adopted(home, heir, how):
+    """A link, a writable file, a directory and a foreign database are left unchanged."""
     path = orphan(home)
     if how == "link":
         target = home.parent / "elsewhere"
@@ -311,23 +311,23 @@ def test_files_that_are_not_safe_stay(home, heir, how):
     assert os.path.lexists(path)
 
 
-def test_our_own_store_is_no_orphan(home, heir):
-    """A look at the directory does not touch the lock of the store that we own."""
+def test_own_store_is_not_an_orphan(home, heir):
+    """A scan does not touch the lock of this process's own store."""
     heir.buffer.append([("event", "", b"1")])
     heir.run(SCAN_INTERVAL * 2)
     assert numbers(heir.rows()) == [1]
     assert heir.store.path in orphans(home, ())
 
 
-def test_a_directory_that_is_not_private_is_not_searched(home):
-    """Whoever may write the directory could put files there."""
+def test_shared_directory_is_not_scanned(home):
+    """Other users could create files in a directory that they can write."""
     orphan(home)
     home.parent.chmod(0o777)
     assert orphans(home, ()) == []
 
 
-def test_no_directory_is_no_orphan(tmp_path):
-    """Looking makes nothing."""
+def test_missing_directory_has_no_orphans(tmp_path):
+    """A scan creates nothing."""
     assert orphans(tmp_path / "nowhere" / "buffer", ()) == []
     assert not (tmp_path / "nowhere").exists()
 
@@ -335,8 +335,8 @@ def test_no_directory_is_no_orphan(tmp_path):
 # -- how
 
 
-def test_rows_keep_their_age_and_attempts(home, heir):
-    """A row that was on the wire before, or waited for long, does not start over."""
+def test_adopted_rows_keep_age_and_attempts(home, heir):
+    """The age and the attempts of a row do not restart."""
     path = orphan(home, 3, clock=lambda: 1000.0)
     store = BufferStore(path, deployment="p")
     store.increment_attempts([2])
@@ -351,8 +351,8 @@ def test_rows_keep_their_age_and_attempts(home, heir):
     ]
 
 
-def test_several_files_the_oldest_first(home, heir):
-    """All orphans are adopted, the one that has waited longest first."""
+def test_orphans_are_adopted_oldest_first(home, heir):
+    """All orphans are adopted, the least recently modified first."""
     for index in (2, 0, 1):
         path = orphan(home, 5, first=index * 5)
         os.utime(path, (1000 + index, 1000 + index))
@@ -360,8 +360,8 @@ def test_several_files_the_oldest_first(home, heir):
     assert numbers(heir.rows()) == list(range(15))
 
 
-def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
-    """No more than the window and a step is ever between a fresh event and the brain; the rest waits on the disk."""
+def test_large_backlog_is_adopted_as_it_is_acked(home, heir):
+    """At most one window and one step of rows are ahead of a new event."""
     path = orphan(home, 6000)
     heir.run()
     assert TARGET_BACKLOG <= len(heir.rows()) < TARGET_BACKLOG + STEP_ROWS
@@ -381,8 +381,8 @@ def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
     assert not path.exists()
 
 
-def test_a_small_heir_takes_less(home):
-    """The heir's caps are for its own events: adopting fills a quarter of them and a step, and evicts nothing."""
+def test_small_target_store_evicts_nothing(home):
+    """Adoption fills a quarter of the target's caps and one step, and evicts nothing."""
     orphan(home, 3000)
     heir = Heir(home, max_rows=1000)
     heir.run()
@@ -391,8 +391,8 @@ def test_a_small_heir_takes_less(home):
     heir.end()
 
 
-def test_stopping_lets_the_rest_go(home):
-    """A clean stop in the middle leaves the rest to the next heir, who finds every row once."""
+def test_stop_during_adoption_releases_orphan(home):
+    """A clean stop leaves the rest to the next process, which finds each row once."""
     orphan(home, 4000)
     first = Heir(home)
     first.run()
@@ -409,8 +409,8 @@ def test_stopping_lets_the_rest_go(home):
     assert list(home.parent.iterdir()) == []
 
 
-def test_nothing_moves_into_memory(home, heir):
-    """While our own disk fails, rows stay where they are safe."""
+def test_orphans_are_not_adopted_into_memory(home, heir):
+    """While the disk is failed, rows stay in their own file."""
     path = orphan(home, 10)
     open_store, heir.buffer._disk._open_store = heir.buffer._disk._open_store, None
 
@@ -429,8 +429,8 @@ def test_nothing_moves_into_memory(home, heir):
     assert not path.exists()
 
 
-def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
-    """It is renamed, said once, and only the newest such file is kept."""
+def test_corrupt_orphan_is_quarantined(home, heir, caplog):
+    """It is renamed and logged once, and only the newest such file is kept."""
     for index in range(2):
         path = orphan(home, 200, first=index)
         path.write_bytes(b"no database at all" + bytes(9000))
@@ -442,8 +442,8 @@ def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
 
 
-def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
-    """When the heir's own append fails, nothing leaves the orphan, the heir's keeper stays where it was, and it tries later."""
+def test_failing_target_leaves_orphan_unchanged(home, heir):
+    """When the target's append fails, the orphan keeps its rows and is tried again later."""
     path = orphan(home, 10)
     heir.buffer.append([("event", "", b"100")])
     import_rows = heir.store.import_rows
@@ -460,8 +460,8 @@ def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
     assert sorted(numbers(heir.rows())) == [*range(10), 100]
 
 
-def test_a_step_that_failed_is_finished_not_repeated(home, heir):
-    """When the orphan cannot delete what the heir has taken, no row is taken twice once it can."""
+def test_failed_step_moves_no_row_twice(home, heir):
+    """When the orphan cannot delete moved rows, no row is moved again once it can."""
     orphan(home, 700)
     refusals, confirm = [3], BufferStore.confirm
 
@@ -489,8 +489,8 @@ def damage(path, first):
             file.write(os.urandom(4096))
 
 
-def test_rows_that_cannot_be_read_are_counted(home, heir):
-    """A damaged orphan is set aside; its counters, if they can be read, still tell how many rows that costs."""
+def test_rows_of_damaged_orphan_count_as_lost(home, heir):
+    """A damaged orphan is quarantined; its counters, if readable, say how many rows are lost."""
     path = orphan(home, 5000, size=1000)
     damage(path, 0.5)
     heir.run(1)
@@ -498,8 +498,8 @@ def test_rows_that_cannot_be_read_are_counted(home, heir):
     assert not path.exists()
 
 
-def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
-    """What the orphan lost after it was claimed is counted too: every row is with the heir or among the losses."""
+def test_damage_found_during_adoption_is_counted(home, heir, caplog):
+    """Every row of the orphan is in the target or counted as lost."""
     path = orphan(home, 5000, size=1000)
     heir.run(1)
     damage(path, 0.5)
@@ -517,8 +517,8 @@ def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
 # -- several heirs
 
 
-def test_two_heirs_never_share_a_file(process, home):
-    """Two processes look at the same time: every file goes to one of them, and every row arrives once."""
+def test_two_processes_never_adopt_same_file(process, home):
+    """When two processes scan at once, each file goes to one, and each row arrives once."""
     for index in range(12):
         orphan(home, 200, first=index * 200)
     heirs = [process(HEIR, home) for _ in range(2)]
@@ -542,8 +542,8 @@ def test_two_heirs_never_share_a_file(process, home):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("trial", range(6))
-def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
-    """An heir dies at a random step: the next one finds every row, at most one step of them twice."""
+def test_kill_during_adoption_loses_no_row(process, home, trial):
+    """After a kill at a random step, the next process finds every row, at most one step twice."""
     orphan(home, 1500)
     first = process(HEIR, home)
     assert first.stdout.readline() == b"ready\n"
@@ -565,8 +565,8 @@ def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
     assert list(home.parent.iterdir()) == []
 
 
-def test_the_loop_runs_in_this_mode(home, backend, until):
-    """The same off the hub of this mode: an orphan's rows are in our store, and the loop ends when told to."""
+def test_adopt_loop_runs_in_this_mode(home, backend, until):
+    """With this mode's backend, an orphan is adopted, and the loop ends with its event."""
     orphan(home, 700)
     buffer = BufferManager(lambda: BufferStore(new_store_path(home), deployment="p"), backend)
     stop_event = backend.event()
