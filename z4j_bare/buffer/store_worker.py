@@ -135,7 +135,7 @@ class StoreWorker:
     def quarantine(self) -> Losses:
         """Rename the file of a corrupt store; return its losses, all remaining rows included.
 
-        Some rows may be intact, but they cannot be told from the others.
+        Some rows may be intact, but which ones is unknown.
         """
         store, self._store = self._store, None
         if store is None:

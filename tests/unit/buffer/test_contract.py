@@ -1,4 +1,4 @@
-"""What both stores promise, on disk and in memory."""
+"""The contract of both stores, on disk and in memory."""
 
 import ast
 from pathlib import Path
@@ -29,8 +29,8 @@ def clock():
 
 
 @pytest.fixture(params=["disk", "memory"])
-def make(request, tmp_path, clock):
-    """Makes a store of this kind with the caps a test wants."""
+def make_store(request, tmp_path, clock):
+    """``make_store(**caps)`` returns a store on disk or in memory."""
     stores = []
 
     def build(**caps):
@@ -47,23 +47,23 @@ def make(request, tmp_path, clock):
 
 
 @pytest.fixture
-def store(make):
-    return make()
+def store(make_store):
+    return make_store()
 
 
 def events(*payloads, kind=EVENT):
     return [(kind, f"task-{payload.decode(errors='replace')[:8]}", payload) for payload in payloads]
 
 
-def everything(store):
+def all_rows(store):
     return store.drain(0, 1_000_000, 1 << 40, ALL)
 
 
 def payloads(store):
-    return [entry.payload for entry in everything(store)]
+    return [entry.payload for entry in all_rows(store)]
 
 
-def balanced(store):
+def is_balanced(store):
     stats = store.stats()
     return stats.produced == stats.confirmed + stats.rows + sum(stats.lost.values()) and (
         sum(stats.lost.values()) == sum(stats.lost_kinds.values())
@@ -86,7 +86,7 @@ def test_drained_rows_equal_appended_rows(store, clock):
         )
         == 0
     )
-    entries = everything(store)
+    entries = all_rows(store)
     assert [(entry.kind, entry.key, entry.payload) for entry in entries] == [
         (EVENT, "t1", b"\x00\xff"),
         (RESULT, "frame-1", b"{}"),
@@ -94,7 +94,7 @@ def test_drained_rows_equal_appended_rows(store, clock):
     ]
     assert [entry.id for entry in entries] == sorted({entry.id for entry in entries})
     assert {(entry.created_at, entry.attempts) for entry in entries} == {(clock.now, 0)}
-    assert everything(store) == entries
+    assert all_rows(store) == entries
     assert (store.size(), store.byte_size()) == (3, 4)
 
 
@@ -102,7 +102,7 @@ def test_entry_is_immutable(store):
     """A drained entry is an immutable value, safe to share between greenlets."""
     store.append(events(b"a"))
     with pytest.raises(AttributeError):
-        everything(store)[0].payload = b"b"
+        all_rows(store)[0].payload = b"b"
 
 
 def test_empty_call_changes_nothing(store):
@@ -117,13 +117,13 @@ def test_append_with_unknown_kind_is_rejected(store):
     with pytest.raises(LocalStorageError, match="unknown kind"):
         store.append([*events(b"a"), ("gossip", "", b"b")])
     assert store.size() == 0
-    assert balanced(store)
+    assert is_balanced(store)
 
 
 def test_lone_surrogate_in_key_is_replaced(store):
     """An invalid task id gets a replacement character, and the other rows are stored as well."""
     store.append([(EVENT, "fine", b"a"), (EVENT, "bad-\ud800", b"b"), (EVENT, "naïve", b"c")])
-    assert [entry.key for entry in everything(store)] == ["fine", "bad-?", "naïve"]
+    assert [entry.key for entry in all_rows(store)] == ["fine", "bad-?", "naïve"]
     assert store.claim("\ud800", 1.0) is None
     store.settle("\ud800", b"r", 2.0)
     assert store.claim("\ud800", 3.0).result == b"r"
@@ -132,7 +132,7 @@ def test_lone_surrogate_in_key_is_replaced(store):
 def test_drain_respects_cursor_and_limit(store):
     """``after`` is exclusive, ``limit`` counts rows, and a limit below one yields none."""
     store.append(events(*(b"%d" % n for n in range(10))))
-    ids = [entry.id for entry in everything(store)]
+    ids = [entry.id for entry in all_rows(store)]
     assert [entry.payload for entry in store.drain(ids[3], 3, 1000, ALL)] == [b"4", b"5", b"6"]
     assert store.drain(ids[-1], 5, 1000, ALL) == []
     assert store.drain(0, 0, 1000, ALL) == store.drain(0, -1, 1000, ALL) == []
@@ -159,58 +159,58 @@ def test_drain_respects_kinds(store, kinds):
 def test_confirm_deletes_only_given_rows(store):
     """Ids may be unordered, repeated or already deleted; all other rows stay."""
     store.append(events(*(b"%d" % n for n in range(10))))
-    ids = [entry.id for entry in everything(store)]
+    ids = [entry.id for entry in all_rows(store)]
     assert store.confirm([ids[7], ids[2], ids[3], ids[2], 999_999]) == 3
     assert payloads(store) == [b"0", b"1", b"4", b"5", b"6", b"8", b"9"]
     assert store.confirm([ids[2]]) == 0
     assert (store.stats().confirmed, store.stats().lost) == (3, {})
-    assert balanced(store)
+    assert is_balanced(store)
 
 
 def test_discard_counts_losses_by_reason_and_kind(store):
     """Each discarded row is counted under its reason and its kind."""
     store.append([(EVENT, "", b"a"), (RESULT, "", b"b"), (EVENT, "", b"c")])
-    ids = [entry.id for entry in everything(store)]
+    ids = [entry.id for entry in all_rows(store)]
     assert store.discard(ids[:2], "rejected") == 2
     assert store.discard([*ids[:2], ids[2]], "") == 1
     assert store.stats().lost == {"rejected": 2, "": 1}
     assert store.stats().lost_kinds == {EVENT: 2, RESULT: 1}
-    assert balanced(store)
+    assert is_balanced(store)
 
 
 def test_ids_are_never_reused(store):
     """An id is never assigned twice, so that a late ack cannot delete a newer row."""
     store.append(events(b"a"))
-    first = everything(store)[0].id
+    first = all_rows(store)[0].id
     store.confirm([first])
     store.append(events(b"b"))
-    assert everything(store)[0].id > first
+    assert all_rows(store)[0].id > first
 
 
 def test_attempts_are_counted_per_row(store):
     """Rows of failed sessions have a count, and rows that were never sent have none."""
     store.append(events(b"a", b"b", b"c"))
-    ids = [entry.id for entry in everything(store)]
+    ids = [entry.id for entry in all_rows(store)]
     store.increment_attempts(ids[:1])
     store.increment_attempts([ids[0], ids[2]])
-    assert [entry.attempts for entry in everything(store)] == [2, 0, 1]
+    assert [entry.attempts for entry in all_rows(store)] == [2, 0, 1]
 
 
-def test_row_cap_evicts_oldest_rows(make):
+def test_row_cap_evicts_oldest_rows(make_store):
     """The newest rows stay, and the loss is returned and counted."""
-    store = make(max_rows=3)
+    store = make_store(max_rows=3)
     assert store.append(events(b"a", b"b")) == 0
     assert store.append(events(b"c", b"d", b"e")) == 2
     assert payloads(store) == [b"c", b"d", b"e"]
     assert store.append(events(*(b"%d" % n for n in range(10)))) == 10
     assert payloads(store) == [b"7", b"8", b"9"]
     assert store.stats().lost == {"capacity": 12}
-    assert balanced(store)
+    assert is_balanced(store)
 
 
-def test_eviction_order_is_events_results_projections(make):
+def test_eviction_order_is_events_results_projections(make_store):
     """The eviction order applies whatever the age of the rows."""
-    store = make(max_rows=4)
+    store = make_store(max_rows=4)
     store.append(
         [(PROJECTION, "", b"p"), (RESULT, "", b"r1"), (EVENT, "", b"e1"), (EVENT, "", b"e2")]
     )
@@ -221,24 +221,24 @@ def test_eviction_order_is_events_results_projections(make):
     assert store.append([(EVENT, "", b"e3")]) == 1
     assert payloads(store) == [b"p", b"r2", b"r3", b"q"]
     assert store.stats().lost_kinds == {EVENT: 3, RESULT: 1}
-    assert balanced(store)
+    assert is_balanced(store)
 
 
-def test_size_never_exceeds_byte_cap(make):
+def test_size_never_exceeds_byte_cap(make_store):
     """The size of the store with log and index never exceeds the cap, and the newest rows stay."""
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     for number in range(60):
         store.append([(EVENT, "t", b"%06d" % (number * 20 + n) + bytes(5000)) for n in range(20)])
         assert store.stats().bytes <= MIB
-        assert balanced(store)
+        assert is_balanced(store)
     kept = [int(payload[:6]) for payload in payloads(store)]
     assert kept == list(range(1200 - len(kept), 1200))
     assert len(kept) * 5000 > MIB // 2
 
 
-def test_repeated_attempts_stay_within_byte_cap(make):
+def test_repeated_attempts_stay_within_byte_cap(make_store):
     """Counting attempts of a large row in a nearly full store needs no more space than the cap."""
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     store.append([(EVENT, "t", bytes(size)) for size in (250_000, 250_000, 250_000, 100_000)])
     for _ in range(12):
         store.increment_attempts([1])
@@ -246,24 +246,24 @@ def test_repeated_attempts_stay_within_byte_cap(make):
     assert [entry.attempts for entry in store.drain(0, 1, MIB, (EVENT,))] == [12]
 
 
-def test_byte_cap_evicts_few_small_rows(make):
+def test_byte_cap_evicts_few_small_rows(make_store):
     """A small excess does not evict thousands of rows with empty payloads."""
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     for _ in range(40):
         store.append([(EVENT, "k" * 30, b"")] * 1000)
     assert store.size() > 2000
     assert 0 < max(store.append([(EVENT, "k" * 30, b"")] * 10) for _ in range(300)) < 300
-    assert balanced(store)
+    assert is_balanced(store)
 
 
-def test_oversized_row_is_lost_alone(make):
+def test_oversized_row_is_lost_alone(make_store):
     """An oversized payload is counted as lost at once and evicts no other row."""
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     store.append(events(b"a"))
     assert store.append([(RESULT, "", bytes(2 * MIB)), (EVENT, "", b"b")]) == 1
     assert payloads(store) == [b"a", b"b"]
     assert store.stats().lost_kinds == {RESULT: 1}
-    assert balanced(store)
+    assert is_balanced(store)
 
 
 def test_stats_have_age_of_oldest_row(store, clock):
@@ -292,10 +292,10 @@ def test_command_is_claimed_once(store):
 
 def test_answer_appends_row_and_settles_command(store):
     """A command has its provisional result until its answer settles it and appends the result."""
-    assert store.claim("c1", 10.0, b"testament") is None
+    assert store.claim("c1", 10.0, b"provisional") is None
     assert (store.claim("c1", 11.0).state, store.claim("c1", 11.0).result) == (
         "started",
-        b"testament",
+        b"provisional",
     )
     store.answer("c1", b"answer", 12.0)
     store.answer("unclaimed", b"other", 13.0)
@@ -328,11 +328,11 @@ def test_ledger_keeps_newest_commands(store, monkeypatch):
     ]
 
 
-def test_removed_commands_free_their_bytes(make, monkeypatch):
+def test_removed_commands_free_their_bytes(make_store, monkeypatch):
     """The bytes of removed commands are free again, so the newest results stay."""
     for room in ("ledger", "memory"):
         monkeypatch.setattr(f"z4j_bare.buffer.{room}.LEDGER_CAP", 3)
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     for number in range(30):
         store.claim(f"c{number}", float(number))
         store.settle(f"c{number}", bytes(10_000), float(number))
@@ -342,9 +342,9 @@ def test_removed_commands_free_their_bytes(make, monkeypatch):
     ] * 3
 
 
-def test_oldest_results_are_dropped_but_commands_stay(make):
+def test_oldest_results_are_dropped_but_commands_stay(make_store):
     """Above the byte cap, the oldest result is dropped, but its command stays in the ledger."""
-    store = make(max_bytes=MIB)
+    store = make_store(max_bytes=MIB)
     for number in range(10):
         store.claim(f"c{number}", float(number))
         store.settle(f"c{number}", bytes(10_000), float(number))
@@ -407,7 +407,7 @@ def test_native_modules_import_nothing_that_is_patched():
     """No module of the native side imports logging, threading, queue, asyncio or socket."""
     folder = Path(z4j_bare.buffer.__file__).parent
     for module in folder.glob("*.py"):
-        if module.name in {"manager.py", "adopt_loop.py"}:  # the hub's side of the offload
+        if module.name in {"manager.py", "adopt_loop.py"}:  # these run on the hub
             continue
         for node in ast.walk(ast.parse(module.read_text())):
             names = (

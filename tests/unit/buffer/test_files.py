@@ -1,4 +1,4 @@
-"""The file of a store: who may see it, what happens when it is locked, corrupt, foreign, full or somebody else's."""
+"""The file of a store: access, ownership, errors, deletion, migration and batches."""
 
 import fcntl
 import os
@@ -50,7 +50,7 @@ def row(payload=b"a", kind=EVENT):
     return [(kind, "t", payload)]
 
 
-# -- where
+# -- directories
 
 
 def test_store_path_uses_only_directory_of_setting(tmp_path):
@@ -185,7 +185,7 @@ def test_open_without_create_needs_existing_file(path):
     assert names(path) == []
 
 
-# -- whose
+# -- ownership
 
 
 def test_second_opener_in_process_is_refused(path, opened):
@@ -311,12 +311,12 @@ def test_pragmas_are_set(path, opened):
     }
 
 
-# -- trouble
+# -- errors
 
 
 @pytest.fixture
-def intruder(path):
-    """A second connection to the file, as a backup tool would have."""
+def other_connection(path):
+    """A second connection to the file, like that of a backup tool."""
     connections = []
 
     def build():
@@ -328,11 +328,11 @@ def intruder(path):
         connection.close()
 
 
-def test_locked_file_fails_fast(path, opened, intruder):
+def test_locked_file_fails_fast(path, opened, other_connection):
     """With ``busy_timeout=0``, writing calls fail as busy, count nothing and later succeed."""
     store = opened(path)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
     for call in (
@@ -353,11 +353,11 @@ def test_locked_file_fails_fast(path, opened, intruder):
     assert [entry.payload for entry in store.drain(0, 10, 1000, (EVENT,))] == [b"a", b"b"]
 
 
-def test_vacuum_of_locked_file_is_incomplete(path, opened, intruder):
+def test_vacuum_of_locked_file_is_incomplete(path, opened, other_connection):
     """A reader makes ``vacuum_step`` report remaining work instead of an error."""
     store = opened(path)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN")
     other.execute("SELECT * FROM entries").fetchall()
     store.append(row())
@@ -366,11 +366,11 @@ def test_vacuum_of_locked_file_is_incomplete(path, opened, intruder):
     assert store.vacuum_step() is True
 
 
-def test_reader_cannot_grow_log_past_cap(path, opened, intruder):
+def test_reader_cannot_grow_log_past_cap(path, opened, other_connection):
     """While another process reads the log, ``append`` raises above the cap, and later succeeds."""
     store = opened(path, max_bytes=1024 * 1024)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN")
     other.execute("SELECT * FROM entries").fetchall()
 
@@ -410,9 +410,9 @@ def test_open_reduces_size_to_byte_cap(path, opened):
         content = path.with_name(path.name + suffix).read_bytes()
         image.with_name(image.name + suffix).write_bytes(content)
     image.chmod(0o600)
-    heir = opened(image, max_bytes=cap)
-    assert heir.size() == 100
-    assert heir.stats().bytes <= cap
+    target = opened(image, max_bytes=cap)
+    assert target.size() == 100
+    assert target.stats().bytes <= cap
 
 
 def test_full_disk_rolls_back_append(path, opened):
@@ -488,7 +488,7 @@ def test_unknown_errors_are_classified_as_other():
         assert classify(error) == OTHER
 
 
-# -- the end
+# -- close
 
 
 def test_close_deletes_empty_store(path, opened):
@@ -569,7 +569,7 @@ def test_results_are_found_by_partial_index(path, opened):
         assert "TEMP B-TREE" not in str(plan)
 
 
-# -- events that came together
+# -- batches
 
 
 def batches(store):
@@ -631,7 +631,7 @@ def test_rolled_back_ack_restores_batches(path, opened, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         store.confirm(range(1, 5))
     monkeypatch.undo()
-    assert store.read_cached(0, 10, 1 << 20, (EVENT,)) is None, "that takes a look at the file"
+    assert store.read_cached(0, 10, 1 << 20, (EVENT,)) is None, "this needs the file"
     assert len(store.drain(0, 100, 1 << 20, (EVENT,))) == store.size() == 10
     assert store.confirm(range(1, 5)) == 4
     assert (store.size(), store.byte_size()) == (6, 6)

@@ -1,4 +1,4 @@
-"""Asking other processes' stores about a command: the living and the dead, without becoming their owner."""
+"""The lookup of a command in other processes' stores, running or dead."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ OWNER = """
 import sys
 from z4j_bare.buffer import BufferStore, new_store_path
 store = BufferStore(new_store_path(sys.argv[1]))
-store.claim("begun", 1.0, b"testament")
+store.claim("begun", 1.0, b"provisional")
 store.answer("done", b"answer", 2.0)
 if "tidy" in sys.argv:
     store.tidy()
@@ -30,7 +30,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The configured path; no store of this machine's own reaches a test."""
+    """The configured path; no other store of this machine is found."""
     monkeypatch.setattr(
         "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
     )
@@ -46,7 +46,7 @@ def mine(home):
 
 @pytest.fixture
 def owner(home):
-    """``owner(*words)``: another process with a store there; it lives until the test's end."""
+    """``owner(*words)`` starts another process with a store; it runs until the end of the test."""
     started = []
 
     def start(*words):
@@ -95,9 +95,9 @@ def test_lookup_leaves_other_stores_unchanged(home, mine, owner):
     process.wait()
     find_in_other_stores(home, mine.path, "begun")
     (path,) = (path for path in home.parent.glob("*.sqlite") if path != mine.path)
-    with_heir = BufferStore(path, create=False)
-    assert with_heir.claim("begun", 9.0).result == b"testament"
-    with_heir.close()
+    adopter = BufferStore(path, create=False)
+    assert adopter.claim("begun", 9.0).result == b"provisional"
+    adopter.close()
 
 
 def test_lookup_ignores_unreadable_files(home, mine):
