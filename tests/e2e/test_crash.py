@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.crash_harness import POINTS, CrashHarness, verify, key, plan
+from tests.support.crash_harness import POINTS, CrashHarness, key, plan, verify
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.buffer.report import read_report
 from z4j_bare.concurrency.threads import ThreadsConcurrency

@@ -41,7 +41,7 @@ def calls(store):
         yield "delete", lambda: store.confirm([entry.id for entry in sent[-20:-6]])
         yield "discard", lambda: store.discard([entry.id for entry in sent[-6:-4]], "rejected")
         yield (
-            "increment attempts",
+            "increment_attempts",
             lambda: store.increment_attempts([entry.id for entry in sent[-4:-2]]),
         )
         yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"provisional")

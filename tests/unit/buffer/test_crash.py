@@ -41,7 +41,7 @@ for batch in range(200):
     store.discard(ids[12:15], "rejected")
     store.claim(f"c{batch}", 1.0)
     store.settle(f"c{batch}", b"%d" % batch, 1.0)
-    store.tidy()
+    store.vacuum_step()
     print(batch, flush=True)
 sys.stdin.read()
 """
@@ -66,7 +66,7 @@ def refused(call):
     try:
         call()
     except LocalStorageError as error:
-        return "forked this one" in str(error) or "the one that forked it" in str(error)
+        return "this forked process" in str(error) or "in its parent at the fork" in str(error)
 
 path = sys.argv[1]
 store = BufferStore(path)

@@ -18,8 +18,8 @@ from z4j_bare.buffer import BufferStore, new_store_path
 store = BufferStore(new_store_path(sys.argv[1]))
 store.claim("begun", 1.0, b"provisional")
 store.answer("done", b"answer", 2.0)
-if "tidy" in sys.argv:
-    store.tidy()
+if "vacuum" in sys.argv:
+    store.vacuum_step()
 if "close" in sys.argv:
     store.append([("event", "", b"keeps the file")])
     store.close()
