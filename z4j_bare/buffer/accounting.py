@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a row that was never inserted as produced and lost."""
+        """Count a rejected row as produced and lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 

@@ -6,8 +6,8 @@ user who can write to the directory could replace a file.
 The owner of a store holds a POSIX record lock on ``<store>.lock``. A child that outlives its parent
 inherits an ``flock``, so that a dead owner's store would stay locked (measured); a record lock
 belongs to one process. It has two traps. Closing any descriptor of the file drops the lock, so no
-other code may open the lock file. A record lock never excludes its own process, so a table of this
-process does that.
+other code may open the lock file. A process does not block on its own record locks, so a table of
+the locks that this process holds excludes a second owner.
 """
 
 from __future__ import annotations

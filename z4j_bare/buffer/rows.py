@@ -1,4 +1,4 @@
-"""The values that go into a store and come out of it."""
+"""Data types of the buffer: rows, stats and ledger entries."""
 
 from __future__ import annotations
 
