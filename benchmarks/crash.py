@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import outage
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from tests.support.crash_harness import CrashHarness, Death, Verdict, plan, verify
+from tests.support.crash_harness import CrashHarness, Delivery, Kill, plan, verify
 from z4j_bare.demo.process import HarnessError
 
 MODES = ("threads", "gevent", "eventlet")
@@ -92,15 +92,15 @@ class Block:
 
     mode: str
     number: int
-    deaths: list[Death] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def faults(self) -> int:
         """The number of missing or duplicated events and of damaged files."""
-        return sum(len(verdict.faults) for verdict in self.verdicts) + sum(
-            len(death.corrupt) for death in self.deaths
+        return sum(len(delivery.faults) for delivery in self.deliveries) + sum(
+            len(kill.corrupt) for kill in self.kills
         )
 
     def run(self, peers: Peers, trials: int, args: argparse.Namespace) -> None:
@@ -111,11 +111,11 @@ class Block:
         began = time.monotonic()
         with CrashHarness(self.mode, agent, home) as harness:
             for trial in plan(trials, args.events, seed=1000 * args.seed + self.number):
-                self.deaths.append(harness.kill(trial))
+                self.kills.append(harness.kill(trial))
             harness.upload_rest(_UPLOAD_TIMEOUT)
         self.seconds = time.monotonic() - began
         rows = {row["task_id"]: row for row in peers.brain.tasks(agent.project)}
-        self.verdicts = [verify(peers.brain, agent.project, death, rows) for death in self.deaths]
+        self.deliveries = [verify(peers.brain, agent.project, kill, rows) for kill in self.kills]
 
 
 def _blocks(trials: int, size: int, modes: list[str]) -> Iterator[tuple[str, int]]:
@@ -128,7 +128,7 @@ def _blocks(trials: int, size: int, modes: list[str]) -> Iterator[tuple[str, int
 
 
 def _publish(args: argparse.Namespace, before: dict[str, Any], blocks: list[Block]) -> None:
-    done = [block for block in blocks if block.verdicts]
+    done = [block for block in blocks if block.deliveries]
     if not done:
         return
     print(
@@ -141,9 +141,7 @@ def _publish(args: argparse.Namespace, before: dict[str, Any], blocks: list[Bloc
         )
     )
     kills = Counter(
-        death.trial.point if death.reached else "elsewhere"
-        for block in done
-        for death in block.deaths
+        kill.trial.point if kill.reached else "elsewhere" for block in done for kill in block.kills
     )
     print("killed at: " + ", ".join(f"{point} {number}" for point, number in sorted(kills.items())))
     content = {
@@ -161,17 +159,17 @@ def _titles(blocks: list[Block]) -> list[str]:
 
 
 def _line(mode: str, blocks: list[Block]) -> tuple[object, ...]:
-    deaths = [death for block in blocks for death in block.deaths]
-    verdicts = [verdict for block in blocks for verdict in block.verdicts]
+    kills = [kill for block in blocks for kill in block.kills]
+    deliveries = [delivery for block in blocks for delivery in block.deliveries]
     return (
         mode,
-        len(deaths),
-        sum(death.reached for death in deaths),
-        sum(death.trial.events for death in deaths),
-        sum(death.committed for death in deaths),
-        sum(verdict.received for verdict in verdicts),
-        sum(len(verdict.missing) + len(verdict.unexpected) for verdict in verdicts),
-        sum(len(verdict.duplicated) for verdict in verdicts),
-        sum(len(verdict.reordered) for verdict in verdicts),
-        sum(len(death.corrupt) for death in deaths),
+        len(kills),
+        sum(kill.reached for kill in kills),
+        sum(kill.trial.events for kill in kills),
+        sum(kill.committed for kill in kills),
+        sum(delivery.received for delivery in deliveries),
+        sum(len(delivery.missing) + len(delivery.unexpected) for delivery in deliveries),
+        sum(len(delivery.duplicated) for delivery in deliveries),
+        sum(len(delivery.reordered) for delivery in deliveries),
+        sum(len(kill.corrupt) for kill in kills),
     )

@@ -1,4 +1,4 @@
-"""Agent processes that are killed at a chosen point, and the check of what the brain received."""
+"""Kills agent processes at chosen points, and verifies which events the brain received."""
 
 import itertools
 import json
@@ -32,7 +32,8 @@ TASK_FIELDS = (
     "updated_at",
 )
 
-#: Points of a kill, and the SQL statements of the call there (0: none). A few too many do no harm.
+#: Points of a kill, and the number of SQL statements in the call there (0: the call has none). A
+#: number that is too large does no harm: the process is then killed after the call.
 POINTS = {"append": 6, "send": 0, "sent": 0, "ack": 0, "delete": 5, "adopt": 12}
 
 #: Events per commit. A run has several commits and several frames.
@@ -46,10 +47,11 @@ SCRIPT = Path(__file__).parents[1] / "e2e" / "apps" / "victim.py"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: record ``events``, stop before ``statement`` of the ``nth`` call at ``point``.
+    """One run of a process: it records ``events`` and stops before a statement at ``point``.
 
-    ``statement`` 0 is before the call. A process that does not reach its point within ``timeout``
-    seconds is killed where it is. Without a point, it runs until all rows are sent.
+    It stops before the SQL statement with the number ``statement`` in the ``nth`` call at
+    ``point``; 0 means before the call. A process that does not reach its point is killed after
+    ``timeout`` seconds. Without a point it runs until all rows are sent.
     """
 
     name: str
@@ -65,8 +67,8 @@ class Trial:
 
 
 @dataclass
-class Death:
-    """The end of a trial: whether ``point`` was reached, and the events committed by then."""
+class Kill:
+    """A killed trial: whether its point was reached, and how many events were committed."""
 
     trial: Trial
     reached: bool
@@ -75,16 +77,15 @@ class Death:
 
 
 @dataclass
-class Verdict:
-    """The events of one trial in the brain: the number received, and all faults."""
+class Delivery:
+    """The events of one trial in the brain: the number of received events, and all faults."""
 
     received: int
     missing: list
     unexpected: list
     duplicated: list
-    #: Tasks with an event that arrived after a later one. This is not a fault of the agent: an
-    #: event that the brain's database refuses ("database is locked") is not acknowledged and sent
-    #: again.
+    #: Tasks with an event that arrived after a later event. This is not a fault of the agent. An
+    #: event that the brain's database rejects ("database is locked") gets no ack and is sent again.
     reordered: list
 
     @property
@@ -93,7 +94,7 @@ class Verdict:
 
 
 def plan(number, events, seed=0):
-    """Return trials for all points in turn, with random calls and statements."""
+    """Return ``number`` trials: each point in turn, with a random call and statement."""
     rng = random.Random(seed)
     trials = []
     for index, point in zip(range(number), itertools.cycle(POINTS)):
@@ -106,7 +107,7 @@ def plan(number, events, seed=0):
 
 
 class CrashHarness:
-    """Runs processes of one agent in one home, each of which adopts the rows of the last.
+    """Runs processes of one agent in one home. Each process adopts the rows of the previous one.
 
     :param mode: ``threads``, ``gevent`` or ``eventlet``.
     :param agent: ``Credentials``.
@@ -142,7 +143,7 @@ class CrashHarness:
             stream.close()
 
     def kill(self, trial):
-        """Run a process up to its point and kill it there; return its :class:`Death`."""
+        """Run a process up to its point and kill it there; return its :class:`Kill`."""
         reply = self._run(trial)
         os.kill(reply["pid"], signal.SIGKILL)
         self._read_reply()
@@ -150,10 +151,13 @@ class CrashHarness:
         last = max(
             (number for number in range(trial.events) if key(trial, number) in left), default=-1
         )
-        return Death(trial, reply["point"] == trial.point, max(reply["stored"], last + 1), corrupt)
+        return Kill(trial, reply["point"] == trial.point, max(reply["stored"], last + 1), corrupt)
 
     def upload_rest(self, timeout=90.0):
-        """Have a last process send all rows; ``HarnessError`` after ``timeout`` seconds."""
+        """Run a last process until all rows are sent.
+
+        Raises ``HarnessError`` if rows are left after ``timeout`` seconds.
+        """
         self._run(Trial("last", timeout=timeout))
         self._read_reply()
         left, _ = read_leftovers(self.home)
@@ -177,7 +181,7 @@ def key(trial, number):
 
 
 def read_leftovers(home):
-    """Return ``(task id, kind)`` of all rows left, and the names of corrupt files."""
+    """Return ``(task id, kind)`` of all buffered events, and the names of corrupt files."""
     keys, corrupt = set(), []
     for path in home.glob("**/z4j-green-*.sqlite"):
         # The files are copied, because opening them would truncate the log.
@@ -189,17 +193,17 @@ def read_leftovers(home):
             with closing(sqlite3.connect(Path(folder) / "copy")) as connection:
                 if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     corrupt.append(path.name)
-                elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (
-                    0,
-                ):  # killed during the creation
+                    continue
+                tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                if tables != (0,):  # a process killed while it creates the file leaves no table
                     events = (json.loads(row.payload) for row in rows(Path(folder) / "copy"))
                     keys.update((event["task_id"], event["kind"]) for event in events)
     return keys, corrupt
 
 
-def verify(brain, project, death, rows):
-    """Return the :class:`Verdict` of one death; ``rows`` are the project's tasks by id."""
-    trial, received, duplicated, reordered = death.trial, [], [], []
+def verify(brain, project, kill, rows):
+    """Return the :class:`Delivery` of a killed trial; ``rows`` are the project's tasks by id."""
+    trial, received, duplicated, reordered = kill.trial, [], [], []
     for task in range(-(-trial.events // len(KINDS))):
         row = rows.get(trial.task(task))
         kinds = (
@@ -211,15 +215,14 @@ def verify(brain, project, death, rows):
         received += [task * len(KINDS) + step for step, kind in enumerate(KINDS) if kind in kinds]
         if row and not _in_order(row, kinds, task):
             reordered.append((trial.task(task), kinds, {name: row[name] for name in TASK_FIELDS}))
-    missing = [key(trial, number) for number in range(death.committed) if number not in received]
-    unexpected = [
-        key(trial, number) for number in received if number >= len(received)
-    ]  # an earlier one is missing
-    return Verdict(len(received), missing, unexpected, duplicated, reordered)
+    missing = [key(trial, number) for number in range(kill.committed) if number not in received]
+    # An event beyond the number of received events means that an earlier event is missing.
+    unexpected = [key(trial, number) for number in received if number >= len(received)]
+    return Delivery(len(received), missing, unexpected, duplicated, reordered)
 
 
 def _in_order(row, kinds, task):
-    """Whether a row has the values of all its events; late events leave none."""
+    """Whether a row has the values of all its events. An event that arrives late sets no value."""
     received, started, succeeded = (kind in kinds for kind in KINDS)
     shows = bool(row["received_at"]) == received and bool(row["started_at"]) == started
     return (

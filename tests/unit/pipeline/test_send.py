@@ -540,7 +540,7 @@ def test_poison_event_is_dropped(harness, caplog):
     while brain.run_session():
         assert len(brain.session_errors) < 20
     assert sorted(set(brain.arrived)) == [number for number in range(900) if number != 400]
-    kinds = [type(death) for death in brain.session_errors]
+    kinds = [type(error) for error in brain.session_errors]
     assert kinds[:2] == [NetworkError] * 2
     assert set(kinds[2:]) == {PoisonRowError}
     assert len(kinds) <= 6
