@@ -184,9 +184,9 @@ class IStore(Interface):
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction.
 
-        Returns the number of older rows that were evicted to make room. ``kind`` is ``event``,
-        ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's task id of
-        an event, or empty.
+        Returns the number of older rows that the caps evicted. ``kind`` is ``event``, ``result`` or
+        ``projection``. ``key`` is the frame id of a result, the engine's task id of an event, or
+        empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
@@ -250,7 +250,7 @@ class IStore(Interface):
     def settle(key: str, result: bytes, now: float) -> None:
         """Record command ``key`` as done, with the result payload for a repeated delivery."""
 
-    def answer(key: str, result: bytes, now: float) -> None:
+    def settle_and_queue(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""
 
     def close() -> None:

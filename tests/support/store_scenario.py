@@ -46,7 +46,7 @@ def calls(store):
         )
         yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"provisional")
         yield "settle", lambda cycle=cycle: store.settle(f"c{cycle}", b"%d" % cycle, 1.0)
-        yield "answer", lambda cycle=cycle: store.answer(f"a{cycle}", b"%d" % cycle, 1.0)
+        yield "answer", lambda cycle=cycle: store.settle_and_queue(f"a{cycle}", b"%d" % cycle, 1.0)
         yield "vacuum_step", lambda: store.vacuum_step()
 
 

@@ -2,12 +2,6 @@
 
 Task arguments pass through these files. The directory has mode 0700 and the files 0600, because a
 user who can write to the directory could replace a file.
-
-The owner of a store holds a POSIX record lock on ``<store>.lock``. A child that outlives its parent
-inherits an ``flock``, so that a dead owner's store would stay locked (measured); a record lock
-belongs to one process. It has two traps. Closing any descriptor of the file drops the lock, so no
-other code may open the lock file. A process does not block on its own record locks, so a table of
-the locks that this process holds excludes a second owner.
 """
 
 from __future__ import annotations
@@ -30,9 +24,9 @@ CORRUPT_MARK = ".corrupt-"
 _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-#: Lock files of this process, and those that its parents held when it was forked. The latter are
-#: never released: SQLite inherited its own table of open files and would assume locks that this
-#: process does not hold.
+#: Locks that this process holds, and those that its parents held when it was forked, by the path of
+#: the lock file. The latter are never released: SQLite has inherited its table of open files, and
+#: would assume locks that this process does not hold.
 _held: dict[str, object] = {}
 
 
@@ -75,7 +69,7 @@ def _create_directory(directory: Path) -> None:
     _create_directory(directory.parent)
     try:
         directory.mkdir(mode=0o700)
-    except FileExistsError:  # another worker was faster
+    except FileExistsError:  # another process has created it
         pass
 
 
@@ -200,9 +194,15 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 class OwnerLock:
-    """Ownership of one store.
+    """Ownership of one store: a POSIX record lock on ``<store>.lock``.
 
-    The constructor takes it without waiting, or raises ``LocalStorageError``.
+    The constructor takes the lock without waiting, or raises ``LocalStorageError``.
+
+    An ``flock`` is not used: a child that outlives its parent inherits it, so a dead owner's store
+    would stay locked (measured). A record lock belongs to one process, but has two limitations.
+    Closing any descriptor of the file drops the lock, so no other code may open the lock file. A
+    process is not blocked by its own record locks, so ``_held`` excludes a second owner in this
+    process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -239,7 +239,8 @@ class OwnerLock:
 def is_owned(path: Path) -> bool:
     """Whether a running process, possibly this one, holds the lock ``path``.
 
-    Takes the lock for a moment to find out. Raises ``LocalStorageError`` when it cannot be opened.
+    Tries to take the lock and releases it at once. Raises ``LocalStorageError`` when the lock file
+    cannot be opened.
     """
     if os.path.realpath(path) in _held:  # closing a descriptor of the file would drop the lock
         return True

@@ -129,8 +129,8 @@ def find_in_other_stores(
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
     The brain may deliver a command to any session of an agent. An entry that is not done gets the
-    state ``elsewhere``: its process sends the result, or the process that adopts its store. Runs on
-    the native thread and never raises.
+    state ``elsewhere``, because its process or the one that adopts its store sends the result. Runs
+    on the native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """

@@ -8,7 +8,7 @@ import uuid
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
 from z4j_bare.buffer.rows import CORRUPTION, EVENT, KINDS
 from z4j_bare.errors import LocalStorageError
 
@@ -114,10 +114,12 @@ def select_rows(kinds: Iterable[str]) -> str:
 
 def select_oldest(kind: str) -> str:
     """Return a query for id and payload length of the oldest rows; parameter: ``limit``."""
-    index, also = ("", "") if kind == EVENT else ("INDEXED BY entries_kept", "AND kind <> 'event' ")
+    index = condition = ""
+    if kind != EVENT:
+        index, condition = "INDEXED BY entries_kept", "AND kind <> 'event' "
     return (
         f"SELECT id, length(payload) FROM entries {index} "  # noqa: S608
-        f"WHERE kind = '{kind}' {also}ORDER BY id LIMIT ?"
+        f"WHERE kind = '{kind}' {condition}ORDER BY id LIMIT ?"
     )
 
 
@@ -155,8 +157,7 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block is part of the outer transaction.
 
-    The transaction is IMMEDIATE. One that starts with a read and is then refused the write lock
-    could not wait for it.
+    The transaction is IMMEDIATE: one that starts with a read cannot wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -249,7 +250,7 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
     A file that was closed properly has no log, and none is created.
     """
-    mode = "mode=ro" if paths.store_files(path)[2].exists() else "immutable=1"
+    mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     with closing(
         sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
     ) as connection:

@@ -1,6 +1,6 @@
 """The native side of the buffer: opens the store on disk and runs operations on it.
 
-The module is pure: no logging, no patched lock, errors returned as values.
+The module neither logs nor takes a patched lock. It returns errors as values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RowQuery = tuple[int, int, Sequence[str]]
 #: Returns the ledger entry of a command in other processes' stores: ``(path of this store, key)``.
 LedgerLookup = Callable[[Path, str], LedgerEntry | None]
 
-#: Rows copied from one store to another in one transaction.
+#: Maximum number of rows copied from one store to another in one transaction.
 COPY_ROWS = 500
 #: Maximum payload bytes copied in one transaction.
 COPY_BYTES = 4 * 1024 * 1024
@@ -129,7 +129,7 @@ class StoreWorker:
         return None if self._store is None else self._store.cached_stats()
 
     def free_space(self) -> int:
-        """Evict the oldest events of a store on a full disk; return the number of those."""
+        """Evict the oldest events of a store on a full disk; return their number."""
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:
@@ -241,7 +241,7 @@ def vacuum_step(store: Store) -> bool:
 def copy_rows(target: Store, source: Store) -> int:
     """Move everything from one store to another; return the number of rows.
 
-    An error on the way leaves some rows in both stores at worst.
+    After an error, some rows may be in both stores.
     """
     state, copied = source.export_state(), 0
     while rows := source.drain(0, COPY_ROWS, COPY_BYTES, (EVENT, RESULT, PROJECTION)):

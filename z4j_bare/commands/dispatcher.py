@@ -173,7 +173,7 @@ class Dispatcher:
             return
         redactor = None if host is None else host.redactor
         payload = encode_result(command, outcome, redactor, self._backend.offload)
-        self._buffer.answer(command.id, payload)
+        self._buffer.settle_and_queue(command.id, payload)
         self._on_stored()
         if outcome.after_stored is not None:
             self._backend.spawn(outcome.after_stored, name="z4j-process-restart")

@@ -68,7 +68,7 @@ class PoisonIsolation:
                 error,
             )
         else:
-            buffer.mark_suspect(in_flight, generation)
+            buffer.increment_attempts(in_flight, generation)
         if not suspected:
             return error
         return PoisonRowError(str(error), code=getattr(error, "code", None))

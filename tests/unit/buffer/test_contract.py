@@ -297,8 +297,8 @@ def test_answer_appends_row_and_settles_command(store):
         "started",
         b"provisional",
     )
-    store.answer("c1", b"answer", 12.0)
-    store.answer("unclaimed", b"other", 13.0)
+    store.settle_and_queue("c1", b"answer", 12.0)
+    store.settle_and_queue("unclaimed", b"other", 13.0)
     assert [(entry.key, entry.payload) for entry in store.drain(0, 9, 99, ("result",))] == [
         ("c1", b"answer"),
         ("unclaimed", b"other"),
@@ -316,8 +316,8 @@ def test_settle_inserts_unclaimed_command(store):
 def test_ledger_keeps_newest_commands(store, monkeypatch):
     """Above its cap, the ledger removes the oldest commands."""
     assert LEDGER_CAP == 10_000
-    for room in ("ledger", "memory"):
-        monkeypatch.setattr(f"z4j_bare.buffer.{room}.LEDGER_CAP", 3)
+    for module in ("ledger", "memory"):
+        monkeypatch.setattr(f"z4j_bare.buffer.{module}.LEDGER_CAP", 3)
     for number in range(5):
         assert store.claim(f"c{number}", float(number)) is None
     assert [store.claim(f"c{number}", 9.0) is None for number in (4, 3, 2, 0)] == [
@@ -330,8 +330,8 @@ def test_ledger_keeps_newest_commands(store, monkeypatch):
 
 def test_removed_commands_free_their_bytes(make_store, monkeypatch):
     """The bytes of removed commands are free again, so the newest results stay."""
-    for room in ("ledger", "memory"):
-        monkeypatch.setattr(f"z4j_bare.buffer.{room}.LEDGER_CAP", 3)
+    for module in ("ledger", "memory"):
+        monkeypatch.setattr(f"z4j_bare.buffer.{module}.LEDGER_CAP", 3)
     store = make_store(max_bytes=MIB)
     for number in range(30):
         store.claim(f"c{number}", float(number))
@@ -375,7 +375,7 @@ def test_closed_store_raises(store):
         store.stats,
         lambda: store.claim("c", 1.0),
         lambda: store.settle("c", b"", 1.0),
-        lambda: store.answer("c", b"", 1.0),
+        lambda: store.settle_and_queue("c", b"", 1.0),
         store.vacuum_step,
     ):
         with pytest.raises(LocalStorageError, match="closed"):

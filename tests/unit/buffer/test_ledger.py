@@ -17,7 +17,7 @@ import sys
 from z4j_bare.buffer import BufferStore, new_store_path
 store = BufferStore(new_store_path(sys.argv[1]))
 store.claim("begun", 1.0, b"provisional")
-store.answer("done", b"answer", 2.0)
+store.settle_and_queue("done", b"answer", 2.0)
 if "vacuum" in sys.argv:
     store.vacuum_step()
 if "close" in sys.argv:

@@ -83,12 +83,12 @@ class StoreMachine(RuleBasedStateMachine):
         kinds=KINDS,
     )
     def drain(self, after, limit, max_bytes, kinds):
-        expected, room = [], max_bytes
+        expected, remaining = [], max_bytes
         for row in self.rows:
             if row[0] <= after or row[1] not in kinds:
                 continue
-            room -= len(row[2])
-            if len(expected) == limit or (room < 0 and expected):
+            remaining -= len(row[2])
+            if len(expected) == limit or (remaining < 0 and expected):
                 break
             expected.append(row)
         read_cached = self.store.read_cached(after, limit, max_bytes, kinds)

@@ -222,7 +222,7 @@ def test_interrupted_commands_send_provisional_results(home, adopter):
     store = BufferStore(new_store_path(home), deployment="p")
     store.claim("died", 1e12, b"provisional")
     store.claim("silent", 1e12)
-    store.answer("done", b"answer", 1e12)
+    store.settle_and_queue("done", b"answer", 1e12)
     store._connection.close()
     store._lock.release()
     adopter.run(1.0)

@@ -32,7 +32,7 @@ class FakeBuffer:
     def discard(self, ids, reason, generation):
         self.calls.append(("discard", list(ids), reason, generation))
 
-    def mark_suspect(self, ids, generation):
+    def increment_attempts(self, ids, generation):
         self.calls.append(("suspect", list(ids), generation))
 
 
