@@ -234,7 +234,7 @@ class BrainProbe:
                 )
         except AgentError as error:
             code = getattr(error, "code", None)
-            if isinstance(code, int) and code >= close_codes.APPLICATION_CODES:
+            if isinstance(code, int) and code >= close_codes.MIN_APPLICATION_CODE:
                 return code, str(error)
             if isinstance(error, NetworkError):
                 raise

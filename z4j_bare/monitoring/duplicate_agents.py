@@ -1,4 +1,4 @@
-"""Detection of two agents that report the same worker, such as a standalone agent beside it."""
+"""Detection of two agents that report the same worker, such as its own and a standalone agent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Asks the other agents of this ``Z4J_HOME`` for their workers, and warns of shared ones.
+    """Requests the workers of the other agents in this ``Z4J_HOME``, and warns of duplicates.
 
     :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
         by engine.

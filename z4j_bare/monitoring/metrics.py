@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
-#: Reasons of losses whose rows could not be read any more.
+#: Reasons of losses whose rows could no longer be read.
 _UNREADABLE = (CORRUPTION, DELETED)
 
 #: Limits of the brain for ``adapter_events``; it closes the session when one is exceeded.

@@ -32,7 +32,7 @@ _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rej
 
 #: The lowest of the brain's own close codes. Lower codes are those of WebSocket, and codes below
 #: 1000 are HTTP statuses.
-APPLICATION_CODES = 4000
+MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
 SESSION_REPLACED = 4002

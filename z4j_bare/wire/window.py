@@ -29,11 +29,11 @@ FAST_ACK = 1.0
 ACK_PAUSE = 0.1
 
 #: Events in the first frame of a session, which is small so that its ack arrives soon.
-FRAME_FIRST = 50
+FRAME_EVENTS_INITIAL = 50
 
 #: Events in one frame, at most. A brain on SQLite ingests 163 events/s in frames of 50, and 200 in
 #: frames of 500.
-FRAME_EVENTS = 500
+FRAME_EVENTS_MAX = 500
 
 #: Seconds that the brain should need for one frame. Longer transactions delay operators. Shorter
 #: frames cost more: 1 to 2 ms of the worker's CPU per frame and ack, and one ACK_PAUSE.
@@ -68,7 +68,7 @@ class Window:
     def __init__(self, limit: int = MAX_EVENTS) -> None:
         self.limit = limit
         #: Events that the next frame may carry.
-        self.frame_events = FRAME_FIRST
+        self.frame_events = FRAME_EVENTS_INITIAL
         self._max_limit = limit
         self._in_flight: OrderedDict[str, InFlight] = OrderedDict()
         self._skipped: dict[str, InFlight] = {}
@@ -190,12 +190,12 @@ class Window:
         """
         if seconds <= TARGET_FRAME_SECONDS and 2 * events < self.frame_events:
             return
-        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS
+        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS_MAX
         fitting = int(events * TARGET_FRAME_SECONDS / max(seconds, shortest, 1e-9))
         self.frame_events = max(
-            FRAME_FIRST,
+            FRAME_EVENTS_INITIAL,
             self.frame_events // 2,
-            min(FRAME_EVENTS, self.frame_events * 2, fitting),
+            min(FRAME_EVENTS_MAX, self.frame_events * 2, fitting),
         )
 
     def _adapt(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""The event source of Celery: signals, and the broker's events where signals do not fire."""
+"""The event source of Celery: signals, and events from the broker where signals do not fire."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CelerySource(EventSource):
         self._receiver = None if in_process else self._event_receiver(adapter, only)
 
     def _event_receiver(self, adapter: CeleryEngineAdapter, only: str | None) -> EventReceiver:
-        # Imported here, because a worker whose tasks run in its own process needs none of them.
+        # Imported here, because a worker whose tasks run in its own process does not need them.
         from z4j_bare.engines.celery.event_receiver import EventReceiver
         from z4j_bare.engines.celery.translate import Translator
         from z4j_bare.engines.celery.workers import WorkerRegistry
@@ -90,7 +90,7 @@ class CelerySource(EventSource):
         self._capture.disconnect()
 
     def failures(self) -> int:
-        """Return how often the connection to the broker broke."""
+        """Return how often the connection to the broker failed."""
         return self._receiver.failures if self._receiver else 0
 
     def dropped(self) -> int:
@@ -101,7 +101,7 @@ class CelerySource(EventSource):
 def only_worker() -> str | None:
     """Return the only worker that a process outside a worker reports; ``None`` means all.
 
-    It is named by the variables that the adapter reads.
+    The adapter reads the same environment variables.
     """
     names = (
         os.environ.get(name, "").strip()

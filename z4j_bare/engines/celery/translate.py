@@ -1,4 +1,4 @@
-"""Translates Celery's own events, as the broker delivers them, to the events of the brain."""
+"""Translates Celery's events from the broker to the events of the brain."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ CeleryEvent = dict[str, Any]
 #: Adds an event's own fields to the last argument.
 _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 
-#: Maximum seconds between a worker's clock and this one; beyond, this clock is used. The brain
-#: accepts events at most 60 s off.
+#: Maximum difference in seconds between a worker's clock and this host's clock. If it is larger,
+#: this host's clock is used. The brain accepts events that are at most 60 s off.
 MAX_CLOCK_SKEW = 60.0
 
 #: Maximum characters of a task id and of a task name: the width of the brain's columns.
@@ -176,8 +176,8 @@ class Translator:
             task_state.queue = queue[:MAX_ID_CHARS]
 
     def _received(self, event: CeleryEvent, task_state: TaskState, own: dict[str, Any]) -> None:
-        # Only from the first event, because the next run may be received before the retry of the
-        # previous one is reported.
+        # Only from the first event of a task, because the next run may be received before the retry
+        # of the previous run is reported.
         if not task_state.last_timestamp and isinstance(retries := event.get("retries"), int):
             task_state.retries = retries
         if task_state.queue is None:
@@ -186,9 +186,9 @@ class Translator:
         if self._args:
             own["args"] = bound(event.get("args") or "()")
             own["kwargs"] = bound(event.get("kwargs") or "{}")
-        for ours, theirs in (("parent_task_id", "parent_id"), ("root_task_id", "root_id")):
-            if isinstance(event.get(theirs), str):
-                own[ours] = event[theirs][:MAX_ID_CHARS]
+        for field, celery_field in (("parent_task_id", "parent_id"), ("root_task_id", "root_id")):
+            if isinstance(event.get(celery_field), str):
+                own[field] = event[celery_field][:MAX_ID_CHARS]
 
     def _succeeded(self, event: CeleryEvent, _task_state: TaskState, own: dict[str, Any]) -> None:
         if self._result:
@@ -220,7 +220,7 @@ class Translator:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _timestamp(self, event: CeleryEvent) -> float:
-        """Return the worker's timestamp, so that all agents reading the event use the same one."""
+        """Return the worker's timestamp, so that all agents that read the event use the same."""
         timestamp, now = event.get("timestamp"), self._clock()
         if (
             isinstance(timestamp, int | float)
