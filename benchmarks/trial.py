@@ -134,7 +134,7 @@ class BenchWorker:
                 self._warm_up()
                 self._opened = self.meter.read()
                 # Each worker has a thread that polls its rows.
-                with closing(self._peers.brain.sibling()) as self._brain:
+                with closing(self._peers.brain.clone()) as self._brain:
                     yield
                 worker.stop()
             self.trial.hub_lags = self._hub_lags()

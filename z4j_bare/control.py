@@ -109,10 +109,8 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     sockets.
     """
     if os.name != "posix":
-        return (
-            2,
-            "cannot control agents: this platform has no Unix sockets; restart the worker process",
-        )
+        message = "this platform has no Unix sockets to reach an agent: restart the worker process"
+        return 2, message
     clients = [each for each in list_clients(_safe_name(adapter_id)) if not _remove_if_stale(each)]
     answers = [_query(client, RESTART) for client in clients]
     _remove_stale_pidfiles(adapter_id)

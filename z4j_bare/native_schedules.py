@@ -1,9 +1,4 @@
-"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq).
-
-Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an operator
-makes in the dashboard are stored in that file and are merged into the schedules of the code each
-time the scheduler reads them. The file format is that of z4j 1.13.
-"""
+"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq)."""
 
 from __future__ import annotations
 
@@ -71,8 +66,12 @@ _TABLES = (
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    It may be used from any thread and process, because each call opens its own connection. The
-    constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
+    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an
+    operator makes in the dashboard are stored in that file, and are merged into the schedules of
+    the code each time the scheduler reads them. The file format is that of z4j 1.13.
+
+    The object may be used from any thread and process, because each call opens its own connection.
+    The constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
 
     :param path: the file; it is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
@@ -128,17 +127,12 @@ class NativeScheduleControl:
             connection.execute("BEGIN IMMEDIATE")
             _claim(connection, owner)
             current = {_key(each): each for each in _effective(baseline, _changes(connection))}
-            before = (
-                None
-                if schedule_id is None
-                else _require_unchanged(current, schedule_id, expected, owner)
-            )
-            after = (
-                None
-                if operation == "delete"
-                else _changed(before, definition, owner=owner, engine=engine)
-            )
-            if after is not None:
+            before: Schedule | None = None
+            after: Schedule | None = None
+            if schedule_id is not None:
+                before = _require_unchanged(current, schedule_id, expected, owner)
+            if operation != "delete":
+                after = _changed(before, definition, owner=owner, engine=engine)
                 _reject_duplicate_name(after, current.values())
                 validate(after)
             _write(connection, schedule_id or _key(after), after)
@@ -218,9 +212,9 @@ def _read(body: bytes) -> Schedule | None:
 
 
 def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) -> None:
-    body = (
-        b"null" if schedule is None else canonical_external_json(schedule.model_dump(mode="json"))
-    )
+    body = b"null"
+    if schedule is not None:
+        body = canonical_external_json(schedule.model_dump(mode="json"))
     if len(body) > MAX_RECORD_BYTES:
         raise ValueError(
             f"the schedule takes {len(body)} bytes, over the limit of {MAX_RECORD_BYTES}"

@@ -1,9 +1,4 @@
-"""Detects whether this process is restarted when it exits, which a restart command requires.
-
-Environment variables alone prove nothing: a terminal of a desktop session has ``INVOCATION_ID``,
-and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Each sign must therefore agree with
-the pid, the parent or the cgroup of this process.
-"""
+"""Detects whether this process is restarted when it exits, which a restart command requires."""
 
 from __future__ import annotations
 
@@ -71,6 +66,10 @@ def detect_orchestrator(
     ``Z4J_ORCHESTRATED`` decides if it is set, else the file ``/etc/z4j-orchestrated`` if it exists.
     Otherwise these count: a container whose first process this is, systemd or supervisord as the
     direct parent, and a parent that restarts its workers.
+
+    Other environment variables alone prove nothing: a terminal of a desktop session has
+    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Therefore each
+    of them must agree with the pid, the parent or the cgroup of this process.
 
     :param pid: the process to examine, the current one by default.
     :param env: the environment, ``os.environ`` by default.

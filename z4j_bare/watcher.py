@@ -1,8 +1,4 @@
-"""Reports changes of ``tasks.py`` files, for development while a worker runs.
-
-The files are polled twice a second, under gevent and eventlet on a native worker thread. watchdog
-is not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
-"""
+"""Reports changes of ``tasks.py`` files, for development while a worker runs."""
 
 from __future__ import annotations
 
@@ -36,6 +32,9 @@ Snapshot = Mapping[str, tuple[int, int]]
 
 class TasksFileWatcher:
     """Watches the files with the given names below ``app_paths``.
+
+    The files are polled twice a second, under gevent and eventlet on a native thread. watchdog is
+    not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
 
     :param app_paths: directories that are scanned recursively.
     :param on_change: called with the path of each changed, created or removed file, in the

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from z4j_bare.asyncio_bridge.pump import Pump
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Workers for calls that need no loop, by default as many as commands run at a time. They are
-#: separate from the loop's own workers, so that eight hung executor calls do not block these.
+#: Number of workers for calls that need no loop: the default number of commands that run at a time.
+#: The loop has workers of its own, so that its hung executor calls do not block these calls.
 CALL_WORKERS = 8
 #: Longest timeout of a call, in seconds.
 MAX_CALL_TIMEOUT = 3600.0
@@ -33,7 +33,7 @@ STOP_TIMEOUT = 1.0
 
 @implementer(IBridge)
 class Bridge:
-    """Calls an adapter's functions, of whatever kind, from greenlets and threads.
+    """Calls an adapter's functions, synchronous or not, from greenlets and threads.
 
     Synchronous functions and coroutines without an ``await`` run on persistent workers, where no
     loop is visible. Everything that awaits becomes a task of the :class:`HubLoop`, which is built
@@ -66,7 +66,7 @@ class Bridge:
         return self._workers.busy + (self._loop.busy_workers if self._loop else 0)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call ``function(*args, **kwargs)``, of whatever kind, and return its result.
+        """Call ``function(*args, **kwargs)``, await the result if needed, and return it.
 
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
         ``AgentError`` after :meth:`stop`, and whatever the function raises. On timeout a coroutine
@@ -193,7 +193,7 @@ class LoopCall:
             self._task.cancel()
 
     def _close(self) -> None:
-        """Close a coroutine that never began, which would warn; no effect on one that ended."""
+        """Close the coroutine: one that never began would cause a warning when it is collected."""
         if inspect.iscoroutine(self._awaitable):
             self._awaitable.close()
 

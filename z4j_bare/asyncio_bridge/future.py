@@ -51,7 +51,7 @@ class CallFuture:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error``, or an ``AgentError`` caused by it where ``error`` would end a loop.
+    """Return ``error``, or an ``AgentError`` with that cause if ``error`` would end a loop.
 
     ``SystemExit`` raised in an eager task would end ``run_forever``. A greenlet's ``Timeout`` or
     ``GreenletExit`` would end the calling loop. asyncio futures refuse ``StopIteration``.

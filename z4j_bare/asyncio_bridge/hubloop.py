@@ -1,4 +1,4 @@
-"""A real asyncio loop in one greenlet (or thread) that is never visible to the host."""
+"""A real asyncio loop in one greenlet or thread that is never visible to the host."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class StepScopedSelector(selectors.BaseSelector):
         return waiting
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for I/O between two steps; ``ForkedChildError`` on waking in a forked child."""
+        """Wait for I/O between two steps. Raises ``ForkedChildError`` in a forked child."""
         self._waiting = True
         if self._called:
             timeout = 0
@@ -138,35 +138,35 @@ class StepScopedSelector(selectors.BaseSelector):
     def register(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Delegate."""
+        """Call the backend's selector."""
         return self._inner.register(fileobj, events, data)
 
     def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Delegate."""
+        """Call the backend's selector."""
         return self._inner.unregister(fileobj)
 
     def modify(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Delegate."""
+        """Call the backend's selector."""
         return self._inner.modify(fileobj, events, data)
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        """Delegate."""
+        """Call the backend's selector."""
         return self._inner.get_map()
 
     def close(self) -> None:
-        """Delegate."""
+        """Call the backend's selector."""
         self._inner.close()
 
 
 class HubLoop(asyncio.SelectorEventLoop):
-    """The event loop of the adapters: ``start()``, use, ``shutdown()``.
+    """The event loop of the adapters. Call ``start()`` before its use and ``shutdown()`` after it.
 
     It differs from the standard loop where a host would notice. It is its thread's running loop
     only during a step. It ignores the executor given to ``run_in_executor`` and uses workers of the
     backend. ``call_soon_threadsafe`` never raises. It is never set as the current event loop. A
-    forked copy leaves without touching a file descriptor that it shares with the parent.
+    forked copy ends without touching a file descriptor that it shares with the parent.
     """
 
     #: Loops in use. The reference keeps garbage collection in a forked child from closing file

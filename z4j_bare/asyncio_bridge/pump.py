@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
-#: Seconds of items between two yields. A full queue never suspends its reader, and 10,000 items
-#: take 30 ms.
+#: Seconds after which a pump yields while items are available. A reader of a full queue is never
+#: suspended, and 10,000 items take 30 ms.
 YIELD_INTERVAL = 0.001
 #: Seconds before the first restart; doubled at each failure.
 BACKOFF_INITIAL = 1.0
 #: Maximum of that delay in seconds.
 BACKOFF_MAX = 30.0
-#: Seconds of work after which the delays start again at ``BACKOFF_INITIAL``.
+#: Seconds without a failure after which the delay starts again at ``BACKOFF_INITIAL``.
 BACKOFF_RESET = 60.0
 #: Seconds that :meth:`Pump.stop` gives to items already queued.
 DRAIN_TIMEOUT = 1.0
@@ -74,7 +74,9 @@ class Pump:
             self._ended.wait(2 * DRAIN_TIMEOUT, self._name)
         except TimeoutError:
             logger.warning(
-                "z4j: %s did not stop within %g s; abandoned", self._name, 2 * DRAIN_TIMEOUT
+                "z4j: %s did not stop within %g s and is abandoned; its queued items may be lost",
+                self._name,
+                2 * DRAIN_TIMEOUT,
             )
 
     async def _run(self) -> None:

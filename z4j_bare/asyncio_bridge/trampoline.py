@@ -68,7 +68,7 @@ def send(started: CoroutineType[Any, Any, Any]) -> Any:
 
 @coroutine
 def _continue(started: CoroutineType[Any, Any, Any], pending: object) -> Generator[Any, Any, Any]:
-    """Yield ``pending``, which ``started`` yielded already, then pass everything through."""
+    """Yield ``pending``, which ``started`` has yielded already, then delegate to ``started``."""
     while True:
         try:
             resume = partial(started.send, (yield pending))

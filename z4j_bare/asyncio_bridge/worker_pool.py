@@ -1,8 +1,4 @@
-"""Persistent workers on the backend that run the adapters' blocking calls.
-
-They are persistent because Celery keeps one result backend per thread or greenlet. A new greenlet
-per call opens a new Redis connection each time: 0.3 s at 50 ms per reply.
-"""
+"""Persistent workers on the backend that run the adapters' blocking calls."""
 
 from __future__ import annotations
 
@@ -45,6 +41,9 @@ class Job:
 
 class WorkerPool:
     """At most ``limit`` workers; a hung call blocks only its own worker.
+
+    The workers are persistent because Celery keeps one result backend per thread or greenlet. A new
+    greenlet for each call would open a new Redis connection each time: 0.3 s at 50 ms per reply.
 
     The worker that became idle last runs the next job, so that few connections are opened. Below
     the limit one idle worker is kept in reserve. A worker spawns it, never a submitter: a submitter
@@ -119,7 +118,7 @@ class WorkerPool:
             self.size += 1
         try:
             self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
-        except RuntimeError:  # no thread can be started; the existing workers go on
+        except RuntimeError:  # no thread can be started; the existing workers continue
             self.size -= 1
 
     def _work(self) -> None:

@@ -1,7 +1,4 @@
-"""Construction of engine and scheduler adapters by name.
-
-An adapter's package is imported only when the operator selects it, so no adapter is a dependency.
-"""
+"""Construction of engine and scheduler adapters by name."""
 
 from __future__ import annotations
 
@@ -25,6 +22,8 @@ logger = logging.getLogger("z4j.runtime.cli.adapters")
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """How to construct one kind of adapter.
+
+    Its package is imported only when the operator selects it, so no adapter is a dependency.
 
     :param package: distribution to install; the import package has the same name with underscores.
     :param attribute: class name in that package.

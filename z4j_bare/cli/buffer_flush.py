@@ -1,8 +1,4 @@
-"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes.
-
-No ``hello`` is sent: it would overwrite the engines that the brain has recorded for the agent and
-claim the agent's pending commands. A row is deleted when the brain has acknowledged it.
-"""
+"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes."""
 
 from __future__ import annotations
 
@@ -41,6 +37,9 @@ SendRows = Callable[[Sequence[BufferEntry]], int]
 
 class OrphanUploader:
     """Sends stores one after the other over one session. Call ``close`` at the end.
+
+    No ``hello`` is sent: it would overwrite the engines that the brain has recorded for the agent
+    and claim the agent's pending commands. A row is deleted when the brain has acknowledged it.
 
     ``sent`` is the number of acknowledged rows. ``skipped`` lists stores with the reason why rows
     are left in them.

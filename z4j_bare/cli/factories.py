@@ -16,7 +16,8 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine's command line. The other commands need an agent, which an engine is not.
+#: Commands of an engine's command line. The other commands need an agent, which an
+#: engine adapter does not have.
 _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",

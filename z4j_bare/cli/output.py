@@ -1,8 +1,4 @@
-"""Output of the commands: text for people, one JSON object for programs.
-
-``rich`` draws colours, tables and progress bars when it is installed and the output is a terminal.
-Output to a pipe or a file is plain text.
-"""
+"""Output of the commands: text for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -28,6 +24,9 @@ VERDICTS = {
 
 class Output:
     """Writes the results of a command.
+
+    ``rich`` draws colours, tables and progress bars when it is installed and the output is a
+    terminal. Output to a pipe or a file is plain text.
 
     :param machine: write nothing but the JSON object of :meth:`answer`.
     :param stream: default: stdout.

@@ -138,7 +138,7 @@ def with_rates(
 
 
 def filter_description(arguments: argparse.Namespace) -> str:
-    """Return the selection as it follows the word "agent"; empty when all are selected."""
+    """Return the selection as text to append to "agent"; empty when all are selected."""
     adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
 

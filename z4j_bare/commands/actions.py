@@ -269,7 +269,7 @@ def _task_id(command: Command, host: EngineHost) -> str:
 def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
     args, kwargs = command.arguments("override_args", "override_kwargs")
     if (args is None) != (kwargs is None):
-        raise command.error("override_args and override_kwargs come together or not at all")
+        raise command.error("override_args and override_kwargs must be given together")
     return args, kwargs
 
 

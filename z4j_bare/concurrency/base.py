@@ -1,7 +1,4 @@
-"""What all backends share: fork checks, step times and tasks.
-
-A backend adds the primitives of its runtime.
-"""
+"""The common part of the backends: fork checks, step times and tasks."""
 
 from __future__ import annotations
 
@@ -248,7 +245,7 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            # If foreign code inside the wait calls the backend, that is no step.
+            # A wait through the backend by foreign code inside this wait ends no step.
             _step_start.set(None)
         try:
             return wait(*args)

@@ -1,7 +1,4 @@
-"""The backend for processes that eventlet has patched.
-
-eventlet is deprecated by its authors, so this stays small.
-"""
+"""The backend for processes that eventlet has patched. eventlet is deprecated by its authors."""
 
 from __future__ import annotations
 
@@ -29,10 +26,10 @@ _thread = patcher.original("_thread")
 _native_ident = _thread.get_ident
 _store_guard = ForkGuard(_thread.allocate_lock)
 
-#: Seconds after which a waiter checks its flag without a wake-up. The check only heals one race: a
-#: flag that another native thread sets while the hub sorts its timers. Otherwise the waiter sees
-#: such a flag when the hub wakes next, at least once a second while an agent runs. Each check costs
-#: an idle worker 0.2 ms, and an agent has ten waiters.
+#: Seconds after which a waiter checks its flag without a wake-up. The check is needed for one race:
+#: another native thread sets the flag while the hub sorts its timers. In all other cases the waiter
+#: sees such a flag at the hub's next wake-up, which comes at least once a second while an agent
+#: runs. Each check costs an idle worker 0.2 ms, and an agent has ten waiters.
 RECHECK_INTERVAL = 60.0
 
 #: Maximum seconds of one wait for a socket in a process that has forked. The child shares the hub's
@@ -40,7 +37,8 @@ RECHECK_INTERVAL = 60.0
 #: has to register it again.
 MAX_IO_WAIT = 1.0
 
-#: The same in a process that has not forked yet, but may fork during the wait.
+#: Maximum seconds of one wait for a socket in a process that has not forked yet. It may fork during
+#: the wait.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
@@ -56,8 +54,8 @@ class Event:
         self._waiters = 0
         self._semaphore = Semaphore(0)
         self._thread = _native_ident()
-        # Set by the first wait, because a hub that exists before a daemon forks does not survive
-        # that.
+        # Set by the first wait: a hub that was created before a daemon forks cannot be used after
+        # the fork.
         self._hub: Any = None
 
     def set(self) -> None:
@@ -101,8 +99,8 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` has twenty threads and gives each job to the one that was idle for longest.
-    Its caches are cold, and SQLite allocates memory for each of the threads.
+    ``eventlet.tpool`` is not used. It has twenty threads and gives each job to the one that was
+    idle for longest, whose caches are cold. SQLite allocates memory for each of these threads.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,4 @@
-"""A backend with virtual time for the tests of this package and of its users.
-
-Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time. No
-hub is used, so it works with every monkey patch::
-
-    backend = FakeConcurrency()
-    backend.spawn(my_loop, name="loop")
-    backend.advance(600)          # runs ten virtual minutes in milliseconds
-"""
+"""A backend with virtual time for the tests of this package and of its users."""
 
 from __future__ import annotations
 
@@ -73,7 +65,14 @@ class FakeLock:
 class FakeConcurrency(BaseConcurrency):
     """A deterministic backend in one thread.
 
-    Its wall clock starts at ``start`` seconds since the epoch.
+    Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time.
+    No hub is used, so the backend works with every monkey patch::
+
+        backend = FakeConcurrency()
+        backend.spawn(my_loop, name="loop")
+        backend.advance(600)  # runs ten virtual minutes in milliseconds
+
+    :param start: the first time of the wall clock, in seconds since the epoch.
     """
 
     name = "fake"
@@ -138,12 +137,11 @@ class FakeConcurrency(BaseConcurrency):
     def _next(self, deadline: float) -> greenlet | None:
         """Remove and return a ready task, else the one whose timeout is next; advance the clock."""
         ready = [entry for entry in self._parked if entry[3]()]
-        entry = (
-            min(ready, key=lambda item: item[1])
-            if ready
-            else (self._parked[0] if self._parked else None)
-        )
-        if entry is None or (not ready and entry[0] > deadline):
+        if ready:
+            entry = min(ready, key=lambda item: item[1])
+        elif self._parked and self._parked[0][0] <= deadline:
+            entry = self._parked[0]
+        else:
             return None
         self._parked.remove(entry)
         heapq.heapify(self._parked)

@@ -138,7 +138,7 @@ class ImportForkGuard:
 
     def __init__(self) -> None:
         self._threads: set[int] = set()
-        self._never = threading.Event()
+        self._never_set = threading.Event()
         os.register_at_fork(before=self._wait, after_in_child=self._threads.clear)
 
     def run(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
@@ -153,11 +153,11 @@ class ImportForkGuard:
     def _wait(self) -> None:
         deadline = time.monotonic() + IMPORT_TIMEOUT
         while self._importing() and time.monotonic() < deadline:
-            self._never.wait(IMPORT_POLL_INTERVAL)
+            self._never_set.wait(IMPORT_POLL_INTERVAL)
 
     def _importing(self) -> bool:
         """Return whether a registered thread owns the lock of a module that is being imported."""
-        # importlib's weak references to the locks of modules that are being imported
+        # Weak references to the locks of modules that are being imported.
         module_locks = getattr(_bootstrap, "_module_locks", {})
         try:
             locks = [reference() for reference in tuple(module_locks.values())]

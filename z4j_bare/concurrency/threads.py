@@ -32,7 +32,7 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def __init__(self) -> None:
         super().__init__()
-        self._never = threading.Event()
+        self._never_set = threading.Event()
         self._offload_lock = threading.Lock()
 
     def event(self) -> IEvent:
@@ -55,7 +55,7 @@ class ThreadsConcurrency(BaseConcurrency):
     def _sleep(self, seconds: float) -> None:
         # Not time.sleep: if only sockets are patched, the patched sleep would create a hub in this
         # thread.
-        self._never.wait(seconds)
+        self._never_set.wait(seconds)
 
     def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
         with self._offload_lock:

@@ -180,7 +180,9 @@ def probe_tls(
         cause, fix = _certificate_problem(target, error)
         return failed("tls", cause, fix, verify_message=error.verify_message, **address)
     except ssl.SSLError as error:
-        cause = f"no TLS with {target.host}:{target.port} ({describe_error(error)})"
+        cause = (
+            f"the TLS handshake with {target.host}:{target.port} failed ({describe_error(error)})"
+        )
         fix = (
             "check scheme and port in Z4J_BRAIN_URL: "
             "does the port speak plain http, or require a client certificate?"
@@ -243,7 +245,7 @@ def _certificate_problem(target: Target, error: ssl.SSLCertVerificationError) ->
         )
     if code in _UNKNOWN_AUTHORITY:
         cause = f"{certificate} was issued by an unknown authority ({error.verify_message})"
-        fix = "set Z4J_CA_BUNDLE to a PEM file with the certificate of the (private?) authority"
+        fix = "set Z4J_CA_BUNDLE to a PEM file with the certificate of that authority"
         return cause, fix
     if code in _WRONG_NAME:
         return (

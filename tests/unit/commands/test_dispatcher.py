@@ -350,11 +350,11 @@ def test_failing_redaction_sends_status_only(harness):
     body = harness.run()
     assert (body["status"], body["error"]) == (
         "failed",
-        "retry_task failed, and the reason is not to be encoded (ZeroDivisionError)",
+        "retry_task failed, and the error text is not encodable (ZeroDivisionError)",
     )
     assert body["result"] == {
         "shortened": True,
-        "why": "the result is not to be encoded (ZeroDivisionError)",
+        "why": "the result is not encodable (ZeroDivisionError)",
     }
 
 
