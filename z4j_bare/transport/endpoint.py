@@ -53,7 +53,7 @@ def tls_context(
     One context serves all connections and is made at start, because loading the CA certificates
     takes 20 ms of CPU. Without ``ca_bundle`` (``Z4J_CA_BUNDLE``) they come from
     ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order. Raises
-    ``HostConfigurationError`` with the name of a file that cannot be used.
+    ``HostConfigurationError`` that names a file which cannot be used.
     """
     import ssl
 

@@ -1,8 +1,8 @@
 """Canonical JSON: a sanitiser, an encoder, and incremental versions for large messages.
 
-The brain parses a frame and encodes it again to check the signature. A value whose bytes change on
-the way fails that check (close code 4403) or crashes the brain's parser (1011), and either ends the
-session. Hence every value is converted to plain JSON types before signing.
+The brain parses a frame and encodes it again to check the signature. A value whose bytes change in
+this round trip fails the check (close code 4403) or crashes the brain's parser (1011). Both end the
+session. Therefore every value is converted to plain JSON types before signing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # 
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
 
-#: Bits of an integer, at most. ``json`` refuses to parse integers of more than 4,300 digits
-#: (``sys.set_int_max_str_digits``), and no database column or dashboard shows one of this size.
+#: Maximum bits of an integer. ``json`` refuses to parse integers of more than 4,300 digits
+#: (``sys.set_int_max_str_digits``), and no database column or dashboard shows a larger one.
 MAX_INT_BITS = 1024
 
-#: Nesting levels of a value. The brain redacts everything below level 64, and an event's envelope
-#: takes four.
+#: Maximum nesting levels of a value. The brain redacts everything below level 64, and an event's
+#: envelope takes four levels.
 MAX_DEPTH = 60
 
 #: Characters of encoded JSON in one piece of ``iter_canonical``.
@@ -55,15 +55,12 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, int):
-        number = int(value)
-        return (
-            number
-            if number.bit_length() <= MAX_INT_BITS
-            else f"<int of {number.bit_length()} bits>"
-        )
+        integer = int(value)
+        bits = integer.bit_length()
+        return integer if bits <= MAX_INT_BITS else f"<int of {bits} bits>"
     if isinstance(value, float):
-        number_ = float(value)
-        return number_ if math.isfinite(number_) else str(number_)
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
     if depth <= 0:
         return "<nested too deep>"
     if isinstance(value, Mapping):
@@ -78,8 +75,8 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
 def loads_incrementally(message: bytes, checkpoint: Callable[[], object]) -> Any:
     """Parse as ``json.loads`` does, and call ``checkpoint`` before every value.
 
-    For messages whose parsing in one step would block a hub: 1 MiB takes 15 to 150 ms in C. The
-    pure Python parser needs ten times the CPU. Raises ``ValueError`` or ``RecursionError``.
+    For messages that would block a hub if they were parsed in one step: 1 MiB takes 15 to 150 ms in
+    C. The pure Python parser needs ten times the CPU. Raises ``ValueError`` or ``RecursionError``.
     """
 
     def yielding(scan: Scan) -> Scan:
@@ -113,8 +110,8 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    # The keys 1 and "1" would both be sent. The brain's parser keeps only one, and the signature
-    # fails.
+    # ``json`` would write the keys 1 and "1" as the same key. The brain's parser keeps only one of
+    # them, and the signature fails.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))
