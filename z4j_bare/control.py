@@ -84,12 +84,12 @@ def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
 
     :param adapter_id: only sockets of this framework adapter; default: all.
     """
-    found = []
+    clients = []
     for path in _runtime_dir().glob("agent-*.sock"):
         match = _SOCKET_NAME.fullmatch(path.name)
         if match and adapter_id in (None, match["adapter"]):
-            found.append(ControlClient(match["adapter"], int(match["pid"]), path))
-    return sorted(found, key=lambda client: (client.adapter, client.pid, client.path.name))
+            clients.append(ControlClient(match["adapter"], int(match["pid"]), path))
+    return sorted(clients, key=lambda client: (client.adapter, client.pid, client.path.name))
 
 
 def status() -> list[dict[str, Any]]:

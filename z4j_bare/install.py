@@ -153,10 +153,10 @@ def _one_line(error: ConfigError) -> str:
     return f"{_variable(name)} {rest}" if name in Config.model_fields else str(error)
 
 
-def _describe_problem(found: Mapping[str, Any]) -> str:
-    name = str(next(iter(found["loc"]), ""))
-    value = "" if name in ("", "token", "hmac_secret") else f"={found['input']!r:.100}"
-    return f"{_variable(name) or 'settings'}{value}: {found['msg']}"
+def _describe_problem(problem: Mapping[str, Any]) -> str:
+    name = str(next(iter(problem["loc"]), ""))
+    value = "" if name in ("", "token", "hmac_secret") else f"={problem['input']!r:.100}"
+    return f"{_variable(name) or 'settings'}{value}: {problem['msg']}"
 
 
 def _variable(name: str) -> str:

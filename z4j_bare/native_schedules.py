@@ -144,10 +144,10 @@ class NativeScheduleControl:
         try:
             os.close(open_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
-            found = self.path.lstat()
-            if not stat.S_ISREG(found.st_mode):
+            status = self.path.lstat()
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{self.path} is not a regular file") from None
-            if os.name == "posix" and found.st_mode & _GROUP_AND_OTHERS:
+            if os.name == "posix" and status.st_mode & _GROUP_AND_OTHERS:
                 raise ValueError(
                     f"{self.path} can be read or written by others: run chmod 600 {self.path}"
                 ) from None
@@ -238,9 +238,9 @@ def _key(schedule: Schedule | None) -> str:
 
 
 def _effective(baseline: list[Schedule], changes: dict[str, Schedule | None]) -> list[Schedule]:
-    found: dict[str, Schedule | None] = {_key(each): each for each in baseline}
-    found.update(changes)
-    return [each for each in found.values() if each is not None]
+    schedules: dict[str, Schedule | None] = {_key(each): each for each in baseline}
+    schedules.update(changes)
+    return [each for each in schedules.values() if each is not None]
 
 
 def _check(
@@ -264,15 +264,15 @@ def _check(
 def _require_unchanged(
     current: dict[str, Schedule], schedule_id: str, expected: dict[str, Any] | None, owner: str
 ) -> Schedule:
-    found = current.get(schedule_id)
-    if found is None:
+    schedule = current.get(schedule_id)
+    if schedule is None:
         raise NotFoundError(f"schedule {schedule_id!r} does not exist")
-    present = normalize_external_schedule(found.model_dump(mode="json"), owner=owner)
+    present = normalize_external_schedule(schedule.model_dump(mode="json"), owner=owner)
     if external_schedule_configuration(present) != external_schedule_configuration(expected or {}):
         raise ConflictError(
             f"schedule {schedule_id!r} was changed in the meantime; reload it and try again"
         )
-    return found
+    return schedule
 
 
 def _changed(

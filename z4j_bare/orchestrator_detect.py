@@ -84,10 +84,10 @@ def detect_orchestrator(
     if override in _YES:
         return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={override}")
     context = _ProcessContext(os.getpid() if pid is None else pid, env, root)
-    found = context.orchestrator(fs_marker_override) if probe_filesystem else None
-    if found is None and context.pid == 1:
-        found = "pid 1"
-    return OrchestratorDetection(found is not None, found)
+    evidence = context.orchestrator(fs_marker_override) if probe_filesystem else None
+    if evidence is None and context.pid == 1:
+        evidence = "pid 1"
+    return OrchestratorDetection(evidence is not None, evidence)
 
 
 class _ProcessContext:
@@ -147,8 +147,8 @@ class _ProcessContext:
         """Return a label if the parent restarts this process, or exits with it and is restarted."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
-        if found := sorted(names & _RESTARTING_PARENTS):
-            return f"{found[0]}, pid {parent}"
+        if programs := sorted(names & _RESTARTING_PARENTS):
+            return f"{programs[0]}, pid {parent}"
         if names & _EXITING_PARENTS:
             return _ProcessContext(parent, self._env, self._root).orchestrator(container)
         return None

@@ -82,32 +82,32 @@ class TasksFileWatcher:
     def _run(self, roots: list[str]) -> None:
         known = self._scan(roots, {})
         while not self._backend.wait(self._stop_event, POLL_INTERVAL):
-            found = self._scan(roots, known)
-            if found != known:
-                found = self._debounced(roots, found)
-                for path in sorted(known.keys() | found.keys()):
-                    if known.get(path) != found.get(path):
+            current = self._scan(roots, known)
+            if current != known:
+                current = self._debounced(roots, current)
+                for path in sorted(known.keys() | current.keys()):
+                    if known.get(path) != current.get(path):
                         safe_call(self._on_change, Path(path))
-                known = found
+                known = current
 
-    def _debounced(self, roots: list[str], found: Snapshot) -> Snapshot:
+    def _debounced(self, roots: list[str], current: Snapshot) -> Snapshot:
         """Scan until two consecutive scans have the same result, and return it."""
         while not self._backend.wait(self._stop_event, self._debounce):
-            previous, found = found, self._scan(roots, found)
-            if found == previous:
+            previous, current = current, self._scan(roots, current)
+            if current == previous:
                 break
-        return found
+        return current
 
     def _scan(self, roots: list[str], fallback: Snapshot) -> Snapshot:
-        ok, found = self._backend.offload(_scan, roots, self._names)
+        ok, snapshot = self._backend.offload(_scan, roots, self._names)
         if ok:
-            return dict(found)
-        logger.debug("z4j: could not scan the task files: %s", found)
+            return dict(snapshot)
+        logger.debug("z4j: could not scan the task files: %s", snapshot)
         return fallback
 
 
 def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
-    found = {}
+    snapshot = {}
     for root in roots:
         for directory, subdirectories, files in os.walk(root):
             subdirectories[:] = [
@@ -118,5 +118,5 @@ def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]
             for path in (Path(directory) / name for name in names.intersection(files)):
                 with suppress(OSError):  # The file was removed during the scan.
                     status = path.stat()
-                    found[str(path)] = (status.st_size, status.st_mtime_ns)
-    return found
+                    snapshot[str(path)] = (status.st_size, status.st_mtime_ns)
+    return snapshot

@@ -62,7 +62,7 @@ class StepScopedSelector(selectors.BaseSelector):
         """Return whether the caller is a step of the loop.
 
         Compares greenlets, not running loops: when an adapter's step switches, other greenlets see
-        its running loop. A thread without greenlets has one, too.
+        its running loop. ``getcurrent`` also works in a thread that uses no greenlets.
         """
         return self._greenlet is getcurrent()
 
@@ -93,8 +93,9 @@ class StepScopedSelector(selectors.BaseSelector):
         """Record a call from outside the loop; return whether it must write to the self-pipe.
 
         Only the first call after the loop began to wait must write: each write costs a system call,
-        and events come by the thousand. A caller appends to the loop's queue first, and ``select``
-        sets ``_waiting`` before it checks for calls, so that one of the two sees the other.
+        and there may be thousands of events. A caller appends to the loop's queue first, and
+        ``select`` sets ``_waiting`` before it checks for calls. So either the caller sees
+        ``_waiting``, or ``select`` sees the call.
         """
         self._called = True
         waiting, self._waiting = self._waiting, False

@@ -1,7 +1,7 @@
 """Runs coroutines without an ``await`` to their end with one ``send`` and no event loop.
 
-Most adapter methods are such coroutines; huey's adapter has no others. Some of them block, and on a
-loop they would stall it while it is visible to the host as the running loop.
+Most adapter methods are such coroutines; huey's adapter has no others. Some of them block. On a
+loop they would stall it while the host sees it as the running loop.
 """
 
 from __future__ import annotations

@@ -70,11 +70,11 @@ class AdoptLoop:
     def _scan(self, stop_event: IEvent) -> None:
         now = self._backend.now()
         self._skip_until = {path: end for path, end in self._skip_until.items() if end > now}
-        ok, found = self._backend.offload(orphans, self._buffer_path, self._skip_until)
+        ok, result = self._backend.offload(orphans, self._buffer_path, self._skip_until)
         if not ok:
-            logger.debug("z4j: cannot scan for buffers of dead processes: %s", found)
+            logger.debug("z4j: cannot scan for buffers of dead processes: %s", result)
             return
-        for path in found:
+        for path in result:
             if stop_event.is_set():
                 return
             ok, orphan = self._backend.offload(self._claim, path)

@@ -79,8 +79,8 @@ class Batches:
     def oldest(self) -> tuple[int, int, float] | None:
         """Return the last id, the first id and ``created_at`` of the oldest batch."""
         if len(self._cache) < self._count:
-            found: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
-            return found
+            row: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
+            return row
         if not self._cache:
             return None
         batch = self._cache[0]
@@ -151,19 +151,19 @@ class Batches:
             len(cache) < self._count and (not cache or after + 1 < cache[0].first)
         ):
             return None
-        found: list[BufferEntry] = []
+        taken: list[BufferEntry] = []
         for batch in cache:
             if batch.last <= after:
                 continue
             entries = batch.entries(after)
             payload_bytes = sum(map(len, map(PAYLOAD, entries)))
-            if len(found) + len(entries) > limit or payload_bytes > max_bytes:
-                return found + take_fitting(
-                    entries, limit - len(found), max_bytes, allow_oversized=not found
+            if len(taken) + len(entries) > limit or payload_bytes > max_bytes:
+                return taken + take_fitting(
+                    entries, limit - len(taken), max_bytes, allow_oversized=not taken
                 )
-            found += entries
+            taken += entries
             max_bytes -= payload_bytes
-        return found
+        return taken
 
     def read(self, after: int) -> Generator[BufferEntry, None, None]:
         """Yield the events with ``id > after`` from the file, oldest first."""

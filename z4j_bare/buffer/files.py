@@ -44,13 +44,13 @@ def private_directory(directory: Path) -> Path:
     """Return ``directory``, created if missing; raise ``LocalStorageError`` unless private."""
     try:
         _create_directory(directory)
-        found = directory.lstat()
+        status = directory.lstat()
     except OSError as error:
         raise LocalStorageError(
             f"cannot create the buffer directory {directory} as uid {os.geteuid()}: "
             f"{error.strerror}; {_HINT}"
         ) from error
-    problem = _problem(found)
+    problem = _problem(status)
     if problem:
         raise LocalStorageError(
             f"the buffer directory {directory} {problem}; "
@@ -73,15 +73,15 @@ def _create_directory(directory: Path) -> None:
         pass
 
 
-def _problem(found: os.stat_result) -> str:
-    if stat.S_ISLNK(found.st_mode):
+def _problem(status: os.stat_result) -> str:
+    if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return "is not a directory"
-    if found.st_uid != os.geteuid():
-        return f"belongs to uid {found.st_uid}"
-    if found.st_mode & _FOREIGN_WRITE:
-        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    if status.st_uid != os.geteuid():
+        return f"belongs to uid {status.st_uid}"
+    if status.st_mode & _FOREIGN_WRITE:
+        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
     return ""
 
 
@@ -105,8 +105,8 @@ def list_stores(directory: Path) -> list[Path]:
     if not is_private(directory):
         return []
     with os.scandir(directory) as entries:
-        found = [(_modified_at(entry), entry.name) for entry in entries if _is_store(entry.name)]
-    return [directory / name for _, name in sorted(found)]
+        by_age = [(_modified_at(entry), entry.name) for entry in entries if _is_store(entry.name)]
+    return [directory / name for _, name in sorted(by_age)]
 
 
 def _is_store(name: str) -> bool:
@@ -145,18 +145,18 @@ def create_file(path: Path) -> None:
 def check_file(path: Path) -> None:
     """Raise ``LocalStorageError`` unless ``path`` is a regular file of mode 0600 of this user."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError as error:
         raise LocalStorageError(f"cannot open the store {path}: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise LocalStorageError(f"the store {path} is not a regular file")
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise LocalStorageError(
-            f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}"
+            f"the store {path} belongs to uid {status.st_uid}, this process is uid {os.geteuid()}"
         )
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(status.st_mode) & 0o077:
         raise LocalStorageError(
-            f"the store {path} is accessible to others (mode {stat.S_IMODE(found.st_mode):04o})"
+            f"the store {path} is accessible to others (mode {stat.S_IMODE(status.st_mode):04o})"
         )
 
 

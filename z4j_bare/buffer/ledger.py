@@ -134,17 +134,17 @@ def find_in_other_stores(
 
     :param own: path of this process's store, which is skipped.
     """
-    found = None
+    unfinished = None
     try:
         for directory in files.candidate_directories(buffer_path):
             for path in files.list_stores(directory):
                 entry = _find_in_file(path, key) if path != own else None
                 if entry is not None and entry.state == DONE:
                     return entry
-                found = found or entry
+                unfinished = unfinished or entry
     except (OSError, LocalStorageError):  # the entries found so far are the answer
         pass
-    return found and LedgerEntry(key, IN_OTHER_PROCESS, b"", found.at)
+    return unfinished and LedgerEntry(key, IN_OTHER_PROCESS, b"", unfinished.at)
 
 
 def _find_in_file(path: Path, key: str) -> LedgerEntry | None:

@@ -148,14 +148,14 @@ class BufferManager:
             if cached is not None and (can_wait or any(cached)):
                 return cached
         with self._lock:
-            found = self._run(
+            read = self._run(
                 store_worker.read_next, results, events, max_bytes, self._stats_due(), vacuum
             )
-            if found.stats is not None:
-                self._update_stats(found.stats)
-            if found.vacuumed is not None:
-                self._vacuum.on_step(self._backend.now(), complete=found.vacuumed)
-        return found.results, found.events
+            if read.stats is not None:
+                self._update_stats(read.stats)
+            if read.vacuumed is not None:
+                self._vacuum.on_step(self._backend.now(), complete=read.vacuumed)
+        return read.results, read.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
         """Delete undeliverable rows and count them as lost; ``generation`` as in :meth:`ack`."""
@@ -255,8 +255,8 @@ class BufferManager:
         with self._lock:  # no other call runs meanwhile
             if self._memory is not None:
                 return None
-            found = self._disk.read_cached(results, events, max_bytes)
-        return None if found is None else (found.results, found.events)
+            cached = self._disk.read_cached(results, events, max_bytes)
+        return None if cached is None else (cached.results, cached.events)
 
     def _run(self, operation: Callable[[Store, *Ts], T], *args: *Ts) -> T:
         """Run an operation on the disk, or in memory while that replaces the disk."""
@@ -334,8 +334,8 @@ class BufferManager:
         ok, value = self._backend.offload(function, *args)
         if not ok:
             raise value
-        found: T = value
-        return found
+        result: T = value
+        return result
 
     def _account(self, result: CallResult[T]) -> None:
         if result.progress >= Progress.LOSSES_RECORDED:

@@ -147,13 +147,13 @@ def take_fitting(
 
     With ``allow_oversized``, a first entry larger than ``max_bytes`` is returned alone.
     """
-    found: list[BufferEntry] = []
+    taken: list[BufferEntry] = []
     for entry in entries:
         max_bytes -= len(entry.payload)
-        if len(found) >= limit or (max_bytes < 0 and (found or not allow_oversized)):
+        if len(taken) >= limit or (max_bytes < 0 and (taken or not allow_oversized)):
             break
-        found.append(entry)
-    return found
+        taken.append(entry)
+    return taken
 
 
 def batch_timestamp(entry: BufferEntry) -> float | None:

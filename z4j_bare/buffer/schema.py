@@ -198,9 +198,9 @@ def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 
 def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
     """Whether the store has one of the deployment's names, or both have none."""
-    found = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
-    return found is not None and (
-        found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split())
+    row = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
+    return row is not None and (
+        row[0] == deployment or not set(row[0].split()).isdisjoint(deployment.split())
     )
 
 

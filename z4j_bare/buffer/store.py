@@ -145,8 +145,8 @@ class BufferStore:
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store with new ids and the same age and attempts."""
         groups = []
-        for at, found in groupby(rows, batch_timestamp):
-            entries = list(found)
+        for at, group in groupby(rows, batch_timestamp):
+            entries = list(group)
             if at is None:
                 groups.append(InsertGroup(entries))
             else:
@@ -187,8 +187,8 @@ class BufferStore:
         At most ``limit`` rows with at most ``max_bytes`` of payloads. A first row larger than that
         comes alone.
         """
-        found = self.read_cached(after, limit, max_bytes, kinds)
-        return self._read(after, limit, max_bytes, kinds) if found is None else found
+        cached = self.read_cached(after, limit, max_bytes, kinds)
+        return self._read(after, limit, max_bytes, kinds) if cached is None else cached
 
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]

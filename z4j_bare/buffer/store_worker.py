@@ -119,10 +119,10 @@ class StoreWorker:
         """Return what :func:`read_next` does, or ``None`` if that needs the file."""
         if self._store is None:
             return None
-        found = run_queries(self._store.read_cached, (results, events), max_bytes)
-        if found[0] is None or found[1] is None:
+        rows_by_query = run_queries(self._store.read_cached, (results, events), max_bytes)
+        if rows_by_query[0] is None or rows_by_query[1] is None:
             return None
-        return ReadResult(found[0], found[1])
+        return ReadResult(rows_by_query[0], rows_by_query[1])
 
     def cached_stats(self) -> BufferStats | None:
         """Return the stats of a failed store; ``None`` when it could not be opened."""
@@ -194,9 +194,7 @@ def append_events(store: Store, payloads: Sequence[bytes], want_stats: bool) -> 
 
 
 def run_queries(
-    read: Callable[[int, int, int, Sequence[str]], T],
-    queries: Sequence[RowQuery],
-    max_bytes: int,
+    read: Callable[[int, int, int, Sequence[str]], T], queries: Sequence[RowQuery], max_bytes: int
 ) -> list[T | list[BufferEntry]]:
     """Return the rows for each query; a query without a limit returns none."""
     return [
@@ -213,10 +211,10 @@ def read_next(
     vacuum: bool,
 ) -> ReadResult:
     """Read the next rows; with ``vacuum``, run a vacuum step if there are none."""
-    found = run_queries(store.drain, (results, events), max_bytes)
+    rows_by_query = run_queries(store.drain, (results, events), max_bytes)
     stats = store.stats() if want_stats else None
-    vacuumed = vacuum_step(store) if vacuum and not any(found) else None
-    return ReadResult(found[0], found[1], stats, vacuumed)
+    vacuumed = vacuum_step(store) if vacuum and not any(rows_by_query) else None
+    return ReadResult(rows_by_query[0], rows_by_query[1], stats, vacuumed)
 
 
 def claim(

@@ -94,16 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the selected stores. Raises ``HostConfigurationError`` for an unknown name."""
-    found = report.stores(configuration.home() / "store")
+    paths = report.stores(configuration.home() / "store")
     selected = []
     for name in arguments.stores:
-        path = next((path for path in found if _is_named(path, name)), None)
+        path = next((path for path in paths if _is_named(path, name)), None)
         if path is None:
             raise HostConfigurationError(
                 f"there is no store {name!r}: `z4j-bare buffer list` shows all stores"
             )
         selected.append(path)
-    return [report.read_report(path) for path in selected or found]
+    return [report.read_report(path) for path in selected or paths]
 
 
 def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
@@ -111,14 +111,14 @@ def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
 
     Raises ``LocalStorageError`` if a store that was selected by name belongs to a running process.
     """
-    found = selected_stores(arguments)
+    stores = selected_stores(arguments)
     if arguments.stores:
-        for store in found:
+        for store in stores:
             if store.owner_alive:
                 # This raises, unless the process has ended since the report was made.
                 with report.claim_orphan(store.path):
                     pass
-    return [store for store in found if not store.owner_alive]
+    return [store for store in stores if not store.owner_alive]
 
 
 def _is_named(path: Path, name: str) -> bool:
@@ -126,29 +126,29 @@ def _is_named(path: Path, name: str) -> bool:
 
 
 def _list(output: Output, arguments: argparse.Namespace) -> int:
-    found = selected_stores(arguments)
-    if not found:
+    stores = selected_stores(arguments)
+    if not stores:
         output.say(f"there is no store in {configuration.home()}")
     else:
-        output.table(COLUMNS, [_row(store) for store in found])
-    output.answer({"stores": [_as_dict(store) for store in found]})
-    return 1 if any(store.error for store in found) else 0
+        output.table(COLUMNS, [_row(store) for store in stores])
+    output.answer({"stores": [_as_dict(store) for store in stores]})
+    return 1 if any(store.error for store in stores) else 0
 
 
 def _stats(output: Output, arguments: argparse.Namespace) -> int:
-    found = selected_stores(arguments)
-    orphaned = [store for store in found if not store.owner_alive]
-    ages = [store.oldest_age for store in found if store.oldest_age is not None]
+    stores = selected_stores(arguments)
+    orphaned = [store for store in stores if not store.owner_alive]
+    ages = [store.oldest_age for store in stores if store.oldest_age is not None]
     totals: dict[str, Any] = {
-        "stores": len(found),
+        "stores": len(stores),
         "left_behind": len(orphaned),
-        "rows": sum(store.total for store in found),
+        "rows": sum(store.total for store in stores),
         "rows_left_behind": sum(store.total for store in orphaned),
-        "payload_bytes": sum(store.payload_bytes for store in found),
-        "disk_bytes": sum(store.disk_bytes for store in found),
+        "payload_bytes": sum(store.payload_bytes for store in stores),
+        "disk_bytes": sum(store.disk_bytes for store in stores),
         "oldest_age_seconds": round(max(ages), 1) if ages else None,
-        "lost": _losses(found),
-        "unreadable": sum(bool(store.error) for store in found),
+        "lost": _losses(stores),
+        "unreadable": sum(bool(store.error) for store in stores),
     }
     for name, value in totals.items():
         output.say(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
@@ -243,9 +243,9 @@ def _row(store: StoreReport) -> list[str]:
     ]
 
 
-def _losses(found: list[StoreReport]) -> dict[str, int]:
+def _losses(stores: list[StoreReport]) -> dict[str, int]:
     lost: dict[str, int] = {}
-    for store in found:
+    for store in stores:
         for reason, number in store.lost.items():
             lost[reason] = lost.get(reason, 0) + number
     return lost

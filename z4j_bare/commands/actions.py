@@ -24,8 +24,8 @@ MAX_PAGE = 200
 #: Maximum number of slots by which one command resizes a pool; the brain's limit.
 MAX_DELTA = 100
 
-#: The keyword argument in which these engines' adapters expect the task's name. Their messages do
-#: not contain it.
+#: The keyword argument in which these engines' adapters expect the task's name, because their
+#: messages do not contain it.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
 #: Engines whose adapters accept the brain's priorities. The brain sends one with every task; the

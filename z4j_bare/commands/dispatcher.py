@@ -133,7 +133,7 @@ class Dispatcher:
                 self._store_outcome(command, *self._run(command))
         except Exception:
             logger.exception(
-                "z4j: could not store the result of command %s; please report this",
+                "z4j: could not store the result of command %s; please report this bug of z4j-bare",
                 command.action,
             )
         finally:

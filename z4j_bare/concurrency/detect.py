@@ -59,21 +59,21 @@ def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     return Detection()
 
 
-def choose(setting: str, found: Detection) -> str:
+def choose(setting: str, detection: Detection) -> str:
     """Return the name of the backend for a ``Z4J_CONCURRENCY`` setting.
 
-    :param found: what is patched in this process.
+    :param detection: what is patched in this process.
 
     Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches.
     """
     _check_known(setting)
     if setting != "auto":
         name = setting
-    elif found.outcome == "partial":
+    elif detection.outcome == "partial":
         name = "threads"
     else:
-        name = found.library or "threads"
-    _check_fits(name, setting, found)
+        name = detection.library or "threads"
+    _check_fits(name, setting, detection)
     return name
 
 
@@ -84,15 +84,15 @@ def _check_known(setting: str) -> None:
         )
 
 
-def _check_fits(name: str, setting: str, found: Detection) -> None:
-    if name == "threads" and found.thread:
-        only = "" if found.socket else " but not sockets"
+def _check_fits(name: str, setting: str, detection: Detection) -> None:
+    if name == "threads" and detection.thread:
+        only = "" if detection.socket else " but not sockets"
         raise HostConfigurationError(
-            f"{found.library} has patched threads{only}, so Z4J_CONCURRENCY={setting} cannot work:"
-            f" run the full monkey patch of {found.library} before any other import, and set"
-            " Z4J_CONCURRENCY=auto"
+            f"{detection.library} has patched threads{only}, so Z4J_CONCURRENCY={setting} cannot"
+            f" work: run the full monkey patch of {detection.library} before any other import, and"
+            " set Z4J_CONCURRENCY=auto"
         )
-    if name != "threads" and not (found.library == name and found.socket):
+    if name != "threads" and not (detection.library == name and detection.socket):
         raise HostConfigurationError(
             f"Z4J_CONCURRENCY={setting}, but {name} has not patched the sockets of this process, so"
             f" the agent would block it: run the monkey patch of {name} before any other import, or"

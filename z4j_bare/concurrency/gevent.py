@@ -136,7 +136,7 @@ class _YieldingFinder:
 def import_cooperatively(module: str, sleep: Callable[[float], None]) -> ModuleType:
     """Import and return ``module``, yielding before each file.
 
-    Without yields ``requests`` takes 100 to 200 ms.
+    Without yields the import of ``requests`` would block the hub for 100 to 200 ms.
 
     Another greenlet that imports one of these modules meanwhile waits for its import lock. This is
     only safe under gevent, whose locks and thread idents importlib uses. Under eventlet importlib

@@ -214,9 +214,9 @@ class BrainApi:
         return self._call("POST", path, json=body)
 
     def _call(self, method: str, path: str, **request: Any) -> Any:
-        headers = (
-            {"X-CSRF-Token": self._session.cookies.get("z4j_csrf", "")} if method != "GET" else {}
-        )
+        headers = {}
+        if method != "GET":
+            headers["X-CSRF-Token"] = self._session.cookies.get("z4j_csrf", "")
         url = f"{self.url}/api/v1{path}"
         response = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **request)
         if not response.ok:

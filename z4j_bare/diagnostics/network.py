@@ -123,8 +123,8 @@ def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
 
 def _resolve(host: str, answers: list[list[str] | Exception]) -> None:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        answers.append(sorted({str(each[4][0]) for each in found}))
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        answers.append(sorted({str(each[4][0]) for each in infos}))
     except Exception as error:  # eventlet's resolver raises exceptions of its own
         answers.append(error)
 
