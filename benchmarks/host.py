@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.existing import existing_python
-from benchmarks.figures import VARIANTS, paired_cpu_ratio, quantile, summary
+from benchmarks.figures import VARIANTS, batch_cpu_ratio, quantile, summary
 from benchmarks.peers import ARGUMENTS, Peers, progress
 from benchmarks.report import circumstances, picture, save, table
 from benchmarks.trial import BenchWorker, Plan, Trial, run_in_step
@@ -182,7 +182,7 @@ def _publish(
     compared = {
         pool: ratio
         for pool, done in rounds.items()
-        if (ratio := paired_cpu_ratio(done, "ours", "baseline"))
+        if (ratio := batch_cpu_ratio(done, "ours", "baseline"))
     }
     if not (pools or compared):
         return
@@ -192,7 +192,7 @@ def _publish(
     if lines:
         print(table(_HEADER, lines))
     for pool, ratio in compared.items():
-        print(f"{pool}: CPU of ours / baseline {ratio}")
+        print(f"{pool}: CPU of ours / baseline {ratio}, {ratio.rounds} batches")
     for failure in failures:
         print(f"failed: {failure}")
     content = {
