@@ -1,9 +1,9 @@
-"""A fixed sequence of calls on a store, which can be stopped before any SQL statement of any call.
+"""A fixed sequence of calls on a store that can be stopped before any SQL statement.
 
 ``python -m tests.support.store_scenario`` loads the package once and forks a process for each run,
-because the start of an interpreter costs more than the run. A request is a line ``path call
-statement``. The process that stops there writes ``pid transactions`` and waits for a kill. Then the
-server writes its exit code.
+because the start of an interpreter takes longer than the run. A request is a line ``path call
+statement``. The process stops before that statement of that call, writes ``pid transactions``, and
+waits until it is killed. Then the server writes its exit code.
 """
 
 import os
@@ -51,7 +51,7 @@ def calls(store):
 
 
 def state(store):
-    """Return everything that a store keeps: rows, counters, commands."""
+    """Return the contents of a store: rows, counters and commands."""
     stats = store.stats()
     rows = [
         (row.id, row.kind, row.payload, row.attempts)
@@ -70,7 +70,7 @@ def state(store):
 
 
 class StatementCounter:
-    """Counts statements and commits; calls ``reached`` before statement ``stop`` (from 1)."""
+    """Counts statements and commits; calls ``reached`` before statement number ``stop``."""
 
     def __init__(self, store, stop=0, reached=None):
         self.statements = self.commits = 0
@@ -86,7 +86,10 @@ class StatementCounter:
 
 
 def run_until(path, stop_call, stop_statement):
-    """Run up to a statement of a call (0: before the call), report it and wait for a kill."""
+    """Run up to a statement of a call, write ``pid transactions`` and wait until killed.
+
+    :param stop_statement: the number of the statement; 0 means before the call.
+    """
 
     def stop(watch):
         os.write(1, b"%d %d\n" % (os.getpid(), watch.commits if watch else 0))
@@ -100,7 +103,7 @@ def run_until(path, stop_call, stop_statement):
         watch = StatementCounter(store, stop_statement, stop) if number == stop_call else None
         call()
         if watch:
-            stop(watch)  # the call had fewer statements than usual
+            stop(watch)  # the call had fewer statements than ``stop_statement``
 
 
 def serve():

@@ -1,4 +1,4 @@
-"""The brain's end of schedule streams, a stub scheduler, and a harness in virtual time."""
+"""The brain's side of schedule streams, a stub scheduler, and a harness in virtual time."""
 
 import json
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def schedule(name="hourly", **fields):
 
 
 class StubScheduler:
-    """A scheduler adapter over a dictionary, with coroutines as in the real ones."""
+    """A scheduler adapter whose schedules are in a dictionary. ``calls`` records the changes."""
 
     name = "beat"
 
@@ -125,7 +125,7 @@ class StubScheduler:
 
 
 class StreamBrain:
-    """The brain's end of the streams of one owner.
+    """The brain's side of one owner's stream.
 
     ``rows`` has the accepted schedules by key, and ``ignored`` counts events of other epochs.
     ``receive_event`` raises ``AssertionError`` for an event that the brain would reject.
@@ -300,7 +300,7 @@ class VirtualBridge:
 
 
 class ScheduleFixture:
-    """Adds a manager with one scheduler and the brain's end of its stream to a harness."""
+    """Adds to a harness a manager with one scheduler, and the brain's side of its stream."""
 
     def set_up_schedules(self, *schedules, interval=900):
         self.scheduler = StubScheduler(
@@ -344,7 +344,7 @@ class ScheduleFixture:
 
 
 class ScheduleHarness(SessionHarness, ScheduleFixture):
-    """A harness with only that manager."""
+    """A session harness with a schedule manager."""
 
     def __init__(self, *schedules, interval=900):
         super().__init__()

@@ -20,7 +20,7 @@ MAX_CHARS = 16 * 1024
 #: Maximum number of values in one event, containers included.
 MAX_NODES = 500
 
-#: Characters kept beyond the limit until redaction, so that it also sees a secret at the limit.
+#: Characters kept beyond the limit until redaction, so that a secret at the limit is redacted too.
 MARGIN = 1024
 
 #: Maximum nesting depth. Containers below it are replaced by their type. The brain redacts

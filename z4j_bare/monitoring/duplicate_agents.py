@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before each check. A worker knows its name by the first one, and a standalone agent has
-#: found the workers by the second.
+#: Seconds before each check. At the first check a worker has its name. At the second check a
+#: standalone agent has found the workers.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent. The wait occupies the store's native thread.

@@ -2,7 +2,7 @@
 
 A timer of the hub measures how late it is called. When it is overdue by a second, a native thread
 samples the stack of the hub's thread, to find the code that does not yield. The thread wakes every
-other second and only reads: it neither logs nor takes locks. Tasks and switches cost nothing more.
+other second and only reads: it neither logs nor takes locks. Tasks and switches get no overhead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ring to store: encode the captured events and commit them, one transaction a wake-up."""
+"""Encodes the events in the ring and commits them to the store, one transaction per wake-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brain to agent: verify every frame and route it to its handler."""
+"""Receives frames from the brain, verifies them, and passes each one to its handler."""
 
 from __future__ import annotations
 

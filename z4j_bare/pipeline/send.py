@@ -1,4 +1,4 @@
-"""Store to brain: results and schedule frames first, then as many events as the window allows."""
+"""Sends rows from the store to the brain: results and schedule frames first, then events."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ PRIORITY_KINDS = (PROJECTION, RESULT)
 
 
 class Pacing:
-    """How many events the next frame may carry, and when the sender runs again. One per session.
+    """The number of events in the next frame, and the time of the next run. One per session.
 
-    In threads mode an ack can arrive while the sender runs: callers hold the sender's window lock.
+    In threads mode an ack can arrive while the sender runs. Callers hold the sender's window lock.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Pacing:
     ) -> None:
         self.synchronous_acks = synchronous_acks
         self.window = Window()
-        #: Bytes of events that the next frame may carry.
+        #: Maximum bytes of the events in the next frame.
         self.payload_limit = max_payload
         #: Whether the store may hold rows that the sender has not read yet.
         self.maybe_pending = False
@@ -71,7 +71,7 @@ class Pacing:
         return self.window.available(self._backend.now())
 
     def max_events(self, room: int) -> int:
-        """Return how many events the next frame may carry, at most ``room``."""
+        """Return the maximum number of events in the next frame, at most ``room``."""
         return min(room, FRAME_EVENTS_MAX if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
@@ -145,11 +145,11 @@ class Sender:
 
     A row without an ack is sent again in the next session, with the same id and timestamp.
 
-    A result has no ack of its own. The brain works through a connection in order, so the ack of the
-    next ``event_batch`` proves that the result has arrived; if there are no events, an empty batch
-    is sent.
+    A result has no ack of its own. The brain processes the frames of a connection in order, so the
+    ack of the next ``event_batch`` proves that the result has arrived. If there are no events, an
+    empty batch is sent.
 
-    A frame of a schedule stream carries one row. See :class:`ProjectionResend`.
+    A frame of a schedule stream contains one row. See :class:`ProjectionResend`.
 
     Rows that ended two sessions are sent in isolation: nothing else is in flight, and the brain has
     acknowledged a frame in this session. See :mod:`z4j_bare.pipeline.poison`.

@@ -253,7 +253,7 @@ class SessionLoops:
     def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
         """Return the error that names the cause.
 
-        The sender only sees that the connection is lost; the receiver reads its close code.
+        The sender's error only means that the connection is lost. The receiver's has a close code.
         """
         coded = [error for error in errors if getattr(error, "code", None) is not None]
         error = next(

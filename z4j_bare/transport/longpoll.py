@@ -260,7 +260,7 @@ class LongPollTransport:
     def connect(self, hello: bytes) -> bytes:
         """Probe the routes with a new nonce; return a ``hello_ack`` made from the response headers.
 
-        Long-poll has no ``hello`` of its own. The headers carry a part of it.
+        Long-poll has no ``hello`` frame. Request headers contain a part of it.
         """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)

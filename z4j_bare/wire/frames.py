@@ -62,7 +62,7 @@ _DETAILS_SUFFIX = ".worker_details"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The facts about this process that ``hello`` carries (``docs/protocol.md``, "Hello")."""
+    """The facts about this process in ``hello`` (``docs/protocol.md``, "Hello")."""
 
     framework: str
     agent_version: str

@@ -115,7 +115,7 @@ class Session:
         """Return the wire bytes of a frame.
 
         :param kind: the frame type, such as ``event_batch``.
-        :param identity: the frame id. A ``command_ack`` or ``command_result`` carries that of the
+        :param identity: the frame id. A ``command_ack`` or ``command_result`` has the id of its
             command.
         :param payload: canonical JSON.
         :param wall: the current time in seconds since the epoch. The brain allows a skew of 60 s,

@@ -67,7 +67,7 @@ class Window:
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
         self.limit = limit
-        #: Events that the next frame may carry.
+        #: Maximum number of events in the next frame.
         self.frame_events = FRAME_EVENTS_INITIAL
         self._max_limit = limit
         self._in_flight: OrderedDict[str, InFlight] = OrderedDict()

@@ -166,7 +166,7 @@ class CeleryCapture:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # task_success carries no task id. A failure has a signal of its own. A task that was
+        # Not by task_success, which has no task id. A failure has its own signal. A task that was
         # killed by gevent has no state.
         if state != "SUCCESS":
             return
