@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Perform the action and return an exit code of :data:`EXAMPLES`."""
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     actions = {"list": _list, "stats": _stats, "export": _export, "flush": _flush, "drop": _drop}
     try:
         if arguments.action != "flush":
@@ -128,10 +128,10 @@ def _is_named(path: Path, name: str) -> bool:
 def _list(output: Output, arguments: argparse.Namespace) -> int:
     stores = selected_stores(arguments)
     if not stores:
-        output.say(f"there is no store in {configuration.home()}")
+        output.print_line(f"there is no store in {configuration.home()}")
     else:
-        output.table(COLUMNS, [_row(store) for store in stores])
-    output.answer({"stores": [_as_dict(store) for store in stores]})
+        output.print_table(COLUMNS, [_row(store) for store in stores])
+    output.print_json({"stores": [_as_dict(store) for store in stores]})
     return 1 if any(store.error for store in stores) else 0
 
 
@@ -151,8 +151,8 @@ def _stats(output: Output, arguments: argparse.Namespace) -> int:
         "unreadable": sum(bool(store.error) for store in stores),
     }
     for name, value in totals.items():
-        output.say(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
-    output.answer(totals)
+        output.print_line(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
+    output.print_json(totals)
     return 1 if totals["unreadable"] else 0
 
 
@@ -169,8 +169,8 @@ def _export(output: Output, arguments: argparse.Namespace) -> int:
                 stream.write(json.dumps(_exported(store.path, row), ensure_ascii=False) + "\n")
                 written += 1
     if arguments.output is not None:
-        output.say(f"wrote {written} rows to {arguments.output}")
-        output.answer({"rows": written, "file": str(arguments.output)})
+        output.print_line(f"wrote {written} rows to {arguments.output}")
+        output.print_json({"rows": written, "file": str(arguments.output)})
     return 0
 
 
@@ -190,15 +190,17 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     except AgentError as error:
         failure = str(error)
         fix = "run z4j-bare doctor; rows that the brain has not acknowledged are still in the store"
-        output.mark("FAIL", "flush", failure, fix)
+        output.print_verdict("FAIL", "flush", failure, fix)
     finally:
         uploader.close()
     for path, reason in uploader.skipped:
-        output.mark("SKIP", "store", f"{path.name}: {reason}")
+        output.print_verdict("SKIP", "store", f"{path.name}: {reason}")
     left = sum(report.read_report(store.path).total for store in orphaned if store.path.exists())
-    output.say(f"sent {uploader.sent} of {total} rows, {left} rows are left")
+    output.print_line(f"sent {uploader.sent} of {total} rows, {left} rows are left")
     skipped = [{"store": path.name, "why": reason} for path, reason in uploader.skipped]
-    output.answer({"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure})
+    output.print_json(
+        {"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure}
+    )
     return 1 if left else 0
 
 
@@ -211,12 +213,12 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
     rows = sum(store.total for store in orphaned)
     question = f"Delete {len(orphaned)} stores with {rows} rows permanently? [y/N] "
     if orphaned and not arguments.yes and not _confirmed(question):
-        output.say("no store was deleted")
+        output.print_line("no store was deleted")
         return 1
     for store in orphaned:
         report.delete_store(store.path)
-    output.say(f"deleted {len(orphaned)} stores with {rows} rows")
-    output.answer({"dropped": [str(store.path) for store in orphaned], "rows": rows})
+    output.print_line(f"deleted {len(orphaned)} stores with {rows} rows")
+    output.print_json({"dropped": [str(store.path) for store in orphaned], "rows": rows})
     return 0
 
 

@@ -245,7 +245,7 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            # A wait through the backend by foreign code inside this wait ends no step.
+            # Foreign code inside the wait may call the backend; that must not end a step.
             _step_start.set(None)
         try:
             return wait(*args)

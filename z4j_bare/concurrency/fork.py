@@ -52,8 +52,8 @@ def has_forked() -> bool:
     return _forked
 
 
-# The hooks only assign: a hook that yields would run the parent's greenlets inside fork() (gevent
-# #2204).
+# The hooks only assign. A hook that yields would run the parent's greenlets inside fork()
+# (gevent #2204).
 
 
 def _after_in_child() -> None:

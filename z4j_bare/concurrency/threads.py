@@ -63,8 +63,8 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):
-            # eventlet removes poll() where it patches sockets. Its select() has no limit of 1024
-            # descriptors.
+            # eventlet removes poll() where it patches sockets. The select() of eventlet is not
+            # limited to descriptors below 1024.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # the native select() is limited to descriptors below 1024
         poller.register(sock, select.POLLOUT if write else select.POLLIN)
