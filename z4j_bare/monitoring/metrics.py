@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 #: Reasons of losses whose rows could no longer be read.
 _UNREADABLE = (CORRUPTION, DELETED)
 
-#: Limits of the brain for ``adapter_events``; it closes the session when one is exceeded.
+# The brain's limits for ``adapter_events``. It closes the session when one is exceeded.
+
+#: Maximum number of adapters.
 _MAX_ADAPTERS = 32
+
+#: Maximum characters of an adapter's name.
 _MAX_ADAPTER_NAME = 64
+
+#: Maximum number of events that an adapter has lost.
 _MAX_ADAPTER_EVENTS = 2**53 - 1
 
 #: Maximum characters of the blocking code in a heartbeat.

@@ -19,6 +19,7 @@ from z4j_bare.wire.canonical import canonical_plain
 if TYPE_CHECKING:
     from z4j_bare.schedules.stream import Remaining, Stream
 
+#: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
 #: Fields that the scheduler updates at each run. In a confirmation the brain expects the values

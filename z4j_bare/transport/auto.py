@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.auto")
 
+#: The values of ``Z4J_TRANSPORT``; the last two are also the names of the transports.
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
 #: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles the

@@ -12,6 +12,7 @@ from z4j_bare.errors import HostConfigurationError
 if TYPE_CHECKING:
     import ssl
 
+#: Hosts to which plain HTTP is allowed.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 

@@ -43,10 +43,15 @@ NORMAL_CLOSURE = 1000
 #: Bytes of an outgoing message that are masked in one step.
 MASK_CHUNK = 4096
 
-# The header of a frame (RFC 6455, 5.2): the first byte of a complete binary message; in the second
-# byte the mask bit, and the values that announce a length field of 16 or of 64 bits.
+# The header of a frame (RFC 6455, 5.2).
+
+#: The first byte of a complete binary message.
 _BINARY = 0x82
+
+#: The mask bit of the second byte.
 _MASKED = 0x80
+
+#: The values of the second byte that announce a length field of 16 or of 64 bits.
 _LENGTH_16, _LENGTH_64 = 126, 127
 
 #: The close code at the start of a close frame's body.

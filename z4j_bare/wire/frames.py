@@ -55,6 +55,7 @@ MAX_AGE = 315_360_000.0
 #: large. The brain keeps the previous value of a missing key.
 DROPPABLE_WORKER_KEYS = ("active", "registered", "conf")
 
+#: The features of the agent that ``hello`` announces.
 RUNTIME_FEATURES = ("retry_by_reference", EXTERNAL_SCHEDULE_RUNTIME_FEATURE)
 
 _DETAILS_SUFFIX = ".worker_details"

@@ -6,7 +6,7 @@ delays all later frames: a command's result waited 33 s behind 4,000 unacknowled
 On SQLite a transaction also blocks all other writers. They retry every 100 ms. After 5 s an
 operator's request fails (500). With frames of 1 s and three frames in flight, five of six writers
 waited, for 1.3 to 5.0 s. With frames of 1.5 s, one frame in flight and a pause after each ack, 9 of
-29 writers waited, for 0.9 to 3.8 s, and the brain ingested as many events.
+29 writers waited, for 0.9 to 3.8 s. The brain ingested as many events.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Maximum number of unacknowledged events. Slow acks reduce the limit, at most to MIN_EVENTS.
+#: Initial and maximum limit of unacknowledged events.
 MAX_EVENTS = 1_000
+
+#: Minimum of that limit, which slow acks reduce.
 MIN_EVENTS = 50
 
 #: The limit is halved when the oldest unacknowledged frame is older than this many seconds.

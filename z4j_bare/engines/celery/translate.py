@@ -43,8 +43,10 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 #: this host's clock is used. The brain accepts events that are at most 60 s off.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a task name: the width of the brain's columns.
+#: Maximum characters of a task id: the width of the brain's column.
 MAX_ID_CHARS = 200
+
+#: Maximum characters of a task name: the width of the brain's column.
 MAX_NAME_CHARS = 500
 
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
