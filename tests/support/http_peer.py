@@ -24,6 +24,13 @@ from tests.support.listener import GoneError, Listener, recv_some, send_all, shu
 from tests.support.peer import AGENT, PROJECT, SECRET, TOKEN
 from z4j_bare.errors import ForkedChildError
 
+#: The response to a request of an invalidated session.
+_INVALIDATED = (
+    409,
+    {},
+    b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
+)
+
 
 class LongPollSession:
     """One long-poll session, identified by its nonce: signer, verifier, and verified frames.
@@ -149,11 +156,7 @@ class HttpPeer:
             return 200, ids, b'{"frames":[]}'
         session = self.sessions.get(request.nonce)
         if session is None or session.invalidated:
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+            return _INVALIDATED
         session.polling += 1
         if session.polling > 1:
             self.errors.append("two polls at once")
@@ -163,17 +166,8 @@ class HttpPeer:
             session.polling -= 1
         ready, self.commands = self.commands[:max_frames], self.commands[max_frames:]
         frames = [session.signer.sign_and_serialize(frame) for frame in ready]
-        return (
-            200,
-            ids,
-            json.dumps(
-                {
-                    "frames": [
-                        frame.decode() if isinstance(frame, bytes) else frame for frame in frames
-                    ]
-                }
-            ).encode(),
-        )
+        texts = [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]
+        return 200, ids, json.dumps({"frames": texts}).encode()
 
     def _wait(self, seconds, ready=lambda: False):
         """Wait for ``ready()`` or the timeout. Yields at least once, to expose concurrency."""
@@ -185,11 +179,7 @@ class HttpPeer:
     def _events(self, request):
         session = self.sessions.get(request.nonce)
         if session is None or session.invalidated or session.reject_posts:
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+            return _INVALIDATED
         session.posting += 1
         if session.posting > 1:
             self.errors.append("two uploads at once")
@@ -201,20 +191,11 @@ class HttpPeer:
         except SignatureError as error:
             session.invalidated = True
             self.errors.append(error)
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+            return _INVALIDATED
         finally:
             session.posting -= 1
-        return (
-            200,
-            {},
-            json.dumps(
-                {"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}
-            ).encode(),
-        )
+        outcome = {"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}
+        return 200, {}, json.dumps(outcome).encode()
 
     def serve(self, sock, received=b""):
         """Serve a connection from which the bytes ``received`` have already been read."""

@@ -189,20 +189,8 @@ class StreamBrain:
         if body["frame_kind"] == "rows":
             return
         frames, self.frames = self.frames, []
-        assert (
-            len(
-                {
-                    (
-                        frame["snapshot_id"],
-                        frame["snapshot_digest"],
-                        frame["row_count"],
-                        frame["frame_count"],
-                    )
-                    for frame in frames
-                }
-            )
-            == 1
-        )
+        common = ("snapshot_id", "snapshot_digest", "row_count", "frame_count")
+        assert len({tuple(frame[name] for name in common) for frame in frames}) == 1
         rows = [row for frame in frames for row in frame["schedules"]]
         assert (len(rows), len(frames) - 1) == (body["row_count"], body["frame_count"])
         snapshot = external_projection_body(
