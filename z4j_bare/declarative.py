@@ -186,7 +186,7 @@ def _z4j_native_schedules_to_specs(schedules: Mapping[str, Any]) -> list[Schedul
         try:
             specs.append(_spec(name, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("z4j: skipping the invalid schedule %r: %s", name, error)
+            logger.warning("z4j: schedule %r is invalid and is not sent: %s", name, error)
     return specs
 
 

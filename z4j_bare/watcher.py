@@ -99,10 +99,10 @@ class TasksFileWatcher:
         return current
 
     def _scan(self, roots: list[str], fallback: Snapshot) -> Snapshot:
-        ok, snapshot = self._backend.offload(_scan, roots, self._names)
+        ok, result = self._backend.offload(_scan, roots, self._names)
         if ok:
-            return dict(snapshot)
-        logger.debug("z4j: could not scan the task files: %s", snapshot)
+            return dict(result)
+        logger.debug("z4j: could not scan the task files: %s", result)
         return fallback
 
 

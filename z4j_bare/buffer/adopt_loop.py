@@ -82,7 +82,7 @@ class AdoptLoop:
                 if orphan.quarantine_reason:
                     reason = orphan.quarantine_reason
                     logger.warning(
-                        "z4j: quarantined the unreadable buffer %s: %s", path.name, reason
+                        "z4j: the buffer %s is unreadable and was renamed: %s", path.name, reason
                     )
                 self._adopt(orphan, stop_event)
             else:
@@ -144,4 +144,10 @@ class AdoptLoop:
             return
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG
-        logger.log(level, "z4j: cannot adopt the buffer %s: %s", path.name, error)
+        logger.log(
+            level,
+            "z4j: cannot adopt the buffer %s: %s; trying again in %.0f min",
+            path.name,
+            error,
+            SKIP_SECONDS / 60,
+        )

@@ -35,12 +35,8 @@ class Output:
     def __init__(self, *, json_only: bool = False, stream: TextIO | None = None) -> None:
         self.json_only = json_only
         self._stream = stream or sys.stdout
+        #: The console of ``rich``; ``None`` without a terminal or without ``rich``.
         self._console = None if json_only else _console(self._stream)
-
-    @property
-    def console(self) -> Console | None:
-        """The console of ``rich``, or ``None`` without a terminal or without ``rich``."""
-        return self._console
 
     def print_line(self, text: str = "", style: str = "") -> None:
         """Write a line of text."""
@@ -71,7 +67,7 @@ class Output:
             self.print_line("  ".join(cells).rstrip())
 
     def print_json(self, value: object) -> None:
-        """Write a JSON object, if the output is for a program."""
+        """Write a JSON object if the command was called with ``--json``, else nothing."""
         if self.json_only:
             print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
 
@@ -79,8 +75,8 @@ class Output:
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
         """Yield a function that redraws the screen.
 
-        Its argument is a function that writes the whole screen. Without a terminal the new text is
-        appended.
+        Its argument is a function that writes the whole screen. Without a terminal the text is
+        appended to the earlier output.
         """
         if self._console is None:
             yield lambda draw: draw()

@@ -268,7 +268,7 @@ def _single_instance(*, enforce: bool) -> Iterator[None]:
         if classify(error) == BUSY:
             raise AlreadyRunningError(_already_running(project)) from None
         logger.warning(
-            "z4j: cannot check whether another standalone agent runs with Z4J_HOME: %s; starting",
+            "z4j: cannot check for another standalone agent: %s; this agent starts nevertheless",
             error,
         )
     try:
