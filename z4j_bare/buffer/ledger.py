@@ -134,6 +134,8 @@ def find_in_other_stores(
 
     :param own: path of this process's store, which is skipped.
     """
+    if not key.isascii():
+        key = replace_surrogates(key)
     unfinished = None
     try:
         for directory in files.candidate_directories(buffer_path):

@@ -11,6 +11,7 @@ import pytest
 import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer.ledger import find_in_other_stores
+from z4j_bare.buffer.rows import IN_OTHER_PROCESS
 
 OWNER = """
 import sys
@@ -106,3 +107,12 @@ def test_lookup_ignores_unreadable_files(home, mine):
     (home.parent / "z4j-green-2-aaaaaaaa.sqlite").touch()
     assert find_in_other_stores(home, mine.path, "c") is None
     assert find_in_other_stores(home.parent / "none" / "b.sqlite", mine.path, "c") is None
+
+
+def test_lookup_finds_key_with_lone_surrogate(home, mine):
+    """A key that SQLite cannot encode is looked up in the form in which the ledger stores it."""
+    other = BufferStore(new_store_path(home))
+    other.claim("fire-\ud800", 1.0, b"")
+    found = find_in_other_stores(home, mine.path, "fire-\ud800")
+    other.close()
+    assert found.state == IN_OTHER_PROCESS
