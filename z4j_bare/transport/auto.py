@@ -175,7 +175,8 @@ class TransportFactory:
         if self._ws_url.startswith("wss:"):
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
         if preference == LONGPOLL:
-            pass
+            import z4j_bare.transport.http
+            import z4j_bare.transport.longpoll  # noqa: F401
         else:
             preload_websocket()
 

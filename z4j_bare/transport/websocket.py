@@ -274,6 +274,7 @@ def close_error(data: bytes) -> AgentError:
 
 def preload() -> None:
     """Import ``websocket-client`` at start: the import takes 0.2 s and would block a hub later."""
+    import websocket  # noqa: F401
 
 
 def _frame_header(size: int) -> bytes:

@@ -145,11 +145,11 @@ class WorkerRegistry:
         if now < self._poll_at or self._requesting:
             return
         self._poll_at = now + POLL_INTERVAL
-        due = [hostname for hostname, worker in list(self._workers.items()) if worker.due <= now]
         to_all = self._broadcast_at <= now
         if to_all:
             self._broadcast_at = now + next(self._first_intervals, INTERVAL)
             self._expire(now)
+        due = [hostname for hostname, worker in list(self._workers.items()) if worker.due <= now]
         if due or to_all:
             for hostname in due:
                 self._workers[hostname].count_enabled(now)
