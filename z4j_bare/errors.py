@@ -74,7 +74,10 @@ class SessionLimitError(NetworkError):
 
 
 class PoisonRowError(NetworkError):
-    """The session ended while suspected poison rows were in flight; fewer are sent next."""
+    """The session ended while suspected poison rows were in flight.
+
+    The next session sends fewer of them.
+    """
 
 
 class ScheduleStreamError(NetworkError):

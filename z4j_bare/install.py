@@ -134,7 +134,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # For long-poll z4j_core requires an agent id, but the brain sends the id at connect.
+        # z4j_core's Config rejects "longpoll" without an agent id, which is unknown before the
+        # brain sends it at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)

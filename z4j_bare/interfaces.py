@@ -35,7 +35,7 @@ class ITask(Interface):
     name: str = Attribute("The name that was given to ``spawn``.")
 
     def alive() -> bool:
-        """Return whether the task has not ended yet."""
+        """Return whether the task is still running."""
 
     def stuck(seconds: float) -> bool:
         """Return whether the current step of the task takes longer than ``seconds``.
@@ -235,7 +235,7 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        Its losses count as produced and lost here.
+        The losses of the other store count as produced and lost in this one.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:

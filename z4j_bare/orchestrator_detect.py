@@ -13,10 +13,10 @@ _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no"
 #: A file that declares every process of this host as orchestrated, relative to the root.
 MARKER = "etc/z4j-orchestrated"
 
-#: Files that container engines create, and the names of the engines.
+#: Maps a file that a container engine creates to the engine's name.
 _FILES = {".dockerenv": "docker", "run/.containerenv": "podman"}
 
-#: Substrings of a cgroup v1 path, and the names of the container engines.
+#: Maps a substring of a cgroup v1 path to the name of the container engine.
 _CGROUPS = {
     "kubepods": "kubernetes",
     "libpod": "podman",
@@ -63,9 +63,9 @@ def detect_orchestrator(
 ) -> OrchestratorDetection:
     """Detect what restarts this process when it exits. Reads a few small files and never raises.
 
-    ``Z4J_ORCHESTRATED`` decides if it is set, else the file ``/etc/z4j-orchestrated`` if it exists.
-    Otherwise these count: a container whose first process this is, systemd or supervisord as the
-    direct parent, and a parent that restarts its workers.
+    The variable ``Z4J_ORCHESTRATED`` is used first, then the file ``/etc/z4j-orchestrated``. If
+    neither exists, these count: a container whose first process this is, systemd or supervisord as
+    the direct parent, and a parent that restarts its workers.
 
     Other environment variables alone prove nothing: a terminal of a desktop session has
     ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Therefore each

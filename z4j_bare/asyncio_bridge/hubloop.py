@@ -139,25 +139,25 @@ class StepScopedSelector(selectors.BaseSelector):
     def register(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Call the backend's selector."""
+        """Register a file object with the backend's selector."""
         return self._inner.register(fileobj, events, data)
 
     def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Call the backend's selector."""
+        """Remove a file object from the backend's selector."""
         return self._inner.unregister(fileobj)
 
     def modify(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Call the backend's selector."""
+        """Change the events of a file object in the backend's selector."""
         return self._inner.modify(fileobj, events, data)
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        """Call the backend's selector."""
+        """Return the registrations of the backend's selector."""
         return self._inner.get_map()
 
     def close(self) -> None:
-        """Call the backend's selector."""
+        """Close the backend's selector."""
         self._inner.close()
 
 

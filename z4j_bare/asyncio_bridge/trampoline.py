@@ -1,7 +1,7 @@
 """Runs coroutines without an ``await`` to their end with one ``send`` and no event loop.
 
-Most adapter methods are such coroutines; huey's adapter has no others. Some of them block. On a
-loop they would stall it while the host sees it as the running loop.
+Most adapter methods are such coroutines, in huey's adapter all of them. Some methods block. On an
+event loop such a method would stall the loop, and the host would see that loop as the running one.
 """
 
 from __future__ import annotations

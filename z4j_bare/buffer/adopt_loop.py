@@ -26,7 +26,7 @@ FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
 #: Seconds between scans after those.
 SCAN_INTERVAL = 60.0
 
-#: Seconds between steps while the target store has enough rows.
+#: Seconds before the next step after one that moved nothing, because the target has enough rows.
 BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that cannot be adopted is skipped.

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of one store.
+    """Stores the events of one store in batches: the events of one append are one row.
 
     A row for each event would take three times the CPU, most of it in SQLite: a batch of 256 events
     takes one insertion and one deletion. Acks arrive in order, so one number is enough to record

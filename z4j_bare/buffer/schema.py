@@ -54,7 +54,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (
         # Events of one append with the ids ``last - count + 1`` to ``last``. A newline separates
-        # the payloads. Events up to ``done`` in ``meta`` are deleted.
+        # the payloads. Events with ids up to ``done`` in ``meta`` have been deleted.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,

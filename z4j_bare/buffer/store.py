@@ -372,8 +372,8 @@ class BufferStore:
         )
         self.buffer_id = self._accounting.buffer_id
         self._space = DiskUsage(self._connection, self.path, self._max_bytes)
-        # Opening the store of a dead owner has copied its log into the file. Until the log is
-        # truncated, these rows take twice their space.
+        # If the owner died, opening the store has copied the rows of its log into the file. Until
+        # the log is truncated, these rows take twice their space.
         self._space.shrink_if_over_cap()
         self._ledger = Ledger(self._connection, self._budget // 16)
 

@@ -223,7 +223,7 @@ def claim(
     """Insert a command as started, or return its entry in this or another process's store."""
     elsewhere = None
     if lookup is not None and isinstance(store, BufferStore):
-        # Operations on memory run on the hub, which must not read files.
+        # Skipped for a store in memory: its operations run on the hub, where no file may be read.
         elsewhere = lookup(store.path, key)
     return elsewhere or store.claim(key, now, provisional_result)
 

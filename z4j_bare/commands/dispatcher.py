@@ -140,7 +140,10 @@ class Dispatcher:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether to run this delivery; for a redelivery store the result in the ledger."""
+        """Return whether to run this delivery.
+
+        For a redelivery, the result in the ledger is stored again, to be sent.
+        """
         provisional_result = encode_result(
             command,
             CommandOutcome.indeterminate(

@@ -46,7 +46,7 @@ class Task:
         self._wait = wait
 
     def alive(self) -> bool:
-        """Return whether the task has not ended yet."""
+        """Return whether the task is still running."""
         return not self._ended.is_set()
 
     def stuck(self, seconds: float) -> bool:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 #: Seconds of uninterrupted work on the host's only thread, after which the agent yields.
 SLICE_SECONDS = 0.002
 
-#: Seconds that a yield sleeps under gevent. Up to fifty ``gevent.sleep(0)`` in a row only run ready
-#: greenlets, and serve no timer and no socket.
+#: Seconds that a yield sleeps under gevent. It is not 0, because during up to fifty consecutive
+#: ``gevent.sleep(0)`` gevent may run only ready greenlets and no timers and sockets.
 YIELD_SECONDS = 1e-5
 
 

@@ -45,7 +45,7 @@ class Target:
 
     @property
     def first_hop(self) -> tuple[str, int]:
-        """Host and port that this host connects to: those of the proxy, or of the brain."""
+        """Host and port of the TCP connection: those of the proxy, or of the brain without one."""
         if self.proxy is None:
             return self.host, self.port
         return self.proxy.hostname or "", self.proxy.port or _PORTS.get(self.proxy.scheme, 80)

@@ -222,7 +222,8 @@ class EngineHost:
 def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that ``method`` accepts; all of them when its signature is unknown.
 
-    Calling without them after a ``TypeError`` is not an option: it could run an action twice.
+    The method is not called first with all keywords and then, after a ``TypeError``, with fewer,
+    because the first call may have run the action before it failed.
     """
     try:
         parameters = inspect.signature(method).parameters

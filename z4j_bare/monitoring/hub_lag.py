@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 
-#: Sampling interval in seconds on a hub: 10 samples per heartbeat, each for 0.2 ms of CPU.
+#: Sampling interval on a hub, in seconds: 10 samples per heartbeat, each for 0.2 ms of CPU.
 TICK = 1.0
 
-#: Sampling interval in seconds without a hub. A sample wakes a thread, which costs 0.1 ms. It only
+#: Sampling interval without a hub, in seconds. A sample wakes a thread, which costs 0.1 ms. It only
 #: measures how long that thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 

@@ -107,11 +107,12 @@ class AgentMetrics:
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
-        """Return ``telemetry_loss``: all losses since the creation of the buffer and of this agent.
+        """Return ``telemetry_loss``: the cumulative losses.
 
-        What the protocol calls a frame is a row here. The counts by reason and the counts by kind
-        each add up to the number of all losses. The brain validates this payload strictly
-        (``docs/protocol.md``, Heartbeats).
+        The losses of the buffer are counted since the buffer was created, all others since this
+        agent was created. What the protocol calls a frame is a row here. The counts by reason and
+        the counts by kind each add up to the number of all losses. The brain validates this payload
+        strictly (``docs/protocol.md``, Heartbeats).
         """
         buffer, ring, unencodable = (
             self._buffer.last_stats,

@@ -77,7 +77,8 @@ class Pacing:
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Return whether the read of ``events`` stopped at a limit, so the store may hold more.
 
-        This misses a next row that takes half a frame alone; a later read finds that row.
+        Returns ``False`` also when the read stopped before a row of more than half a frame; a later
+        read returns that row.
         """
         if self.synchronous_acks:
             return bool(events)  # how many of them fit is known only after the upload
@@ -471,7 +472,10 @@ def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
 
 
 def _count_fitting(payloads: Sequence[bytes], limit: int) -> int:
-    """Return how many of the first payloads fit: at least one, and never all of them."""
+    """Return how many payloads from the first on fit into ``limit`` bytes.
+
+    The result is at least one and never all of them.
+    """
     count = 0
     for payload in payloads[:-1]:
         limit -= len(payload) + 1

@@ -41,8 +41,8 @@ CLOCK_DRIFT = 1e-4
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
 
-#: Consecutive failures between two log lines at INFO. The first failure, and one of another class,
-#: is a warning.
+#: Consecutive failures between two log lines at INFO. The first failure is logged as a warning, and
+#: so is every failure whose class differs from that of the failure before.
 LOG_EVERY = 10
 
 #: Seconds before a loop that died is started again; doubled at each death.

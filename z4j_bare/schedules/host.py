@@ -45,7 +45,8 @@ class SchedulerHost:
     def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Redacts rows by the brain's rules. If the brain has to redact a row, its digest is wrong.
+        #: Redacts rows by the brain's rules. The brain redacts them again. If that changes a row,
+        #: the row no longer matches its digest.
         self.redactor = Redactor(
             _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
         )

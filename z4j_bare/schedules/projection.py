@@ -104,7 +104,7 @@ class Authority:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule: the adapter's fields, the redacted fields, and those as canonical bytes."""
+    """One schedule: the adapter's fields, and the redacted ones as a dict and as canonical bytes."""
 
     source: dict[str, Any]
     fields: dict[str, Any]
@@ -243,7 +243,8 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _splice_rows(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
     """Yield the canonical bytes of a body with its rows, in pieces."""
-    # The marker is unique: in a string its quotes would be escaped, and no other key ends with it.
+    # The marker occurs once: in a string its quotes would be escaped, and no other key of the body
+    # is ``schedules``.
     head, marker, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
     yield head + marker
     for number, row in enumerate(rows):

@@ -35,8 +35,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts at WebSocket.
 PROBE_DELAY_MAX = 3600.0
 
-#: Consecutive failures after which WebSocket counts as blocked, for failures that can have another
-#: cause.
+#: After this many consecutive failures WebSocket counts as blocked, even if each of them can have
+#: another cause.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -117,7 +117,7 @@ class FallbackPolicy:
     def on_longpoll_failure(self, error: AgentError) -> None:
         """Process a failed long-poll connect.
 
-        Return to WebSocket if long-poll itself was rejected.
+        Return to WebSocket if the brain answered and rejected the request for long-poll.
         """
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):

@@ -103,7 +103,7 @@ class HttpSocket:
             pass  # already disconnected
 
     def close(self) -> None:
-        """Release the file descriptor, now or with the last reader."""
+        """Release the file descriptor as soon as all readers are closed."""
         self._closed = True
         self._release()
 
@@ -182,7 +182,8 @@ class Client:
     ) -> Response:
         """Send a request and return the response, whatever its status. Redirects are not followed.
 
-        ``timeout`` is in seconds without a byte. Raises ``NetworkError``.
+        ``timeout`` is the number of seconds without a byte from the brain after which the request
+        fails. Raises ``NetworkError``.
         """
         if self._backend.forked():
             raise ForkedChildError

@@ -56,7 +56,7 @@ class BrokerProbe:
             self.close()
             if reused:  # the broker may have been restarted since the channel was opened
                 return self()
-            # Only the class, because the text may contain the broker's address with its password.
+            # Reports only the class, because the text may contain the broker's password.
             return self._entries(broker_connected="False", broker_error=type(error).__name__)
         return self._entries(
             broker_connected="True",

@@ -140,7 +140,7 @@ class EventReceiver:
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        # Only the class, because the text may contain the broker's address with its password.
+        # Logs only the class, because the text may contain the broker's password.
         logger.log(
             logging.WARNING if self._delays.delay == BACKOFF_INITIAL else logging.DEBUG,
             "z4j: cannot read Celery's events from the broker (%s); retrying until it works",

@@ -105,7 +105,7 @@ class RemoteControl:
                 self._broadcast, command, arguments, to, max(0.1, timeout)
             )
         except Exception as error:
-            # Only the class, because the text may contain the broker's address with its password.
+            # Reports only the class, because the text may contain the broker's password.
             raise CommandError(
                 f"the broker failed: {type(error).__name__}", indeterminate=True
             ) from error

@@ -166,8 +166,8 @@ class CeleryCapture:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # Not by task_success, which has no task id. A failure has its own signal. A task that was
-        # killed by gevent has no state.
+        # Success is captured here, because task_success has no task id. A failure has its own
+        # signal. A task that was killed by gevent has no state.
         if state != "SUCCESS":
             return
         try:
@@ -316,7 +316,7 @@ class EagerCapture(CeleryCapture):
 def runs_in_process(consumer: Consumer | None) -> bool:
     """Whether a worker's tasks, and so their signals, run in the worker's own process.
 
-    The running pool decides. ``conf.worker_pool`` does not know the ``-P`` option.
+    This depends on the running pool: ``conf.worker_pool`` does not reflect the ``-P`` option.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(
