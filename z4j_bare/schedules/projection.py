@@ -104,7 +104,7 @@ class Authority:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule: the adapter's fields, and the redacted ones as a dict and as canonical bytes."""
+    """One schedule: the adapter's fields, and the redacted ones as dict and as canonical bytes."""
 
     source: dict[str, Any]
     fields: dict[str, Any]
