@@ -15,8 +15,8 @@ from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent, ILock
 
 __all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]
 
-#: Maximum virtual seconds of a wait without a timeout outside a task, where it would otherwise
-#: never end.
+#: Maximum virtual seconds of a wait that has no timeout and is not made by a task. Without this
+#: limit such a wait could last for ever.
 MAX_MAIN_WAIT = 3600.0
 
 
@@ -122,7 +122,7 @@ class FakeConcurrency(BaseConcurrency):
     def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Suspend the current task until ``condition()`` is true; return whether it is.
 
-        Outside a task this runs the tasks meanwhile.
+        If the caller is not a task, this method runs the tasks until the condition is true.
 
         :param timeout: maximum virtual seconds.
         """
@@ -135,7 +135,11 @@ class FakeConcurrency(BaseConcurrency):
         return condition()
 
     def _next(self, deadline: float) -> greenlet | None:
-        """Remove and return a ready task, else the one whose timeout is next; advance the clock."""
+        """Remove and return the next task to run, or ``None`` if there is none before ``deadline``.
+
+        A task whose condition is true is ready and runs first. If no task is ready, the result is
+        the task with the earliest timeout, and the clock advances to that timeout.
+        """
         ready = [entry for entry in self._parked if entry[3]()]
         if ready:
             entry = min(ready, key=lambda item: item[1])

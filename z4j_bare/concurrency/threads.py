@@ -21,7 +21,7 @@ _import_guard = ImportForkGuard()
 
 @implementer(IEvent)
 class ThreadEvent(threading.Event):
-    """A ``threading.Event`` with the declaration that it implements ``IEvent``."""
+    """A ``threading.Event`` that is declared to implement ``IEvent``."""
 
 
 @implementer(IConcurrency)
@@ -40,7 +40,7 @@ class ThreadsConcurrency(BaseConcurrency):
         return ThreadEvent()
 
     def selector(self) -> selectors.BaseSelector:
-        """Return the best selector of this platform."""
+        """Return a new selector of the most efficient kind that this platform has."""
         return selectors.DefaultSelector()
 
     def _lock(self) -> RuntimeLock:
@@ -53,8 +53,8 @@ class ThreadsConcurrency(BaseConcurrency):
             raise InterpreterShutdownError(f"task {name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
-        # Not time.sleep: if only sockets are patched, the patched sleep would create a hub in this
-        # thread.
+        # ``time.sleep`` is not used: it may be patched although threads are not. A patched
+        # ``sleep`` would create a hub in this thread.
         self._never_set.wait(seconds)
 
     def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
