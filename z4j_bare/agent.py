@@ -87,14 +87,9 @@ class Agent:
         self.schedules = ScheduleManager(
             schedule_hosts, buffer, backend, sender.notify, settings.schedule_resync
         )
+        schedules, workers = self.schedules, settings.command_workers
         self.dispatcher = Dispatcher(
-            hosts,
-            buffer,
-            sender.notify,
-            backend,
-            counters,
-            settings.command_workers,
-            self.schedules,
+            hosts, buffer, sender.notify, backend, counters, workers, schedules
         )
         hub_lag = HubLagMonitor(backend)
         health = HealthLoop(hosts, self.bridge, backend, ready_worker())
