@@ -1,10 +1,7 @@
-"""Hosts killed while they store, send, hear of acks, delete and adopt.
+"""Kills agent processes at all stages of an event, and checks what the brain has in the end.
 
-What of their events the real brain has in the end.
-
-Blocks of one mode each: every host inherits what the one before it left, the last one sends the
-rest, and then the brain is asked for every event. With ``--compare``: how long an ended Celery
-worker's backlog takes, beside the existing agent.
+Each process of a block adopts the rows of the one before, and the last one sends the rest. With
+``--compare``: the time to send the backlog of an ended Celery worker, beside the asyncio agent.
 """
 
 from __future__ import annotations
@@ -19,21 +16,22 @@ from typing import Any
 from benchmarks import outage
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
-from tests.support.crash_harness import Death, Verdict, Victims, judge, plan
+from tests.support.crash_harness import CrashHarness, Delivery, Kill, plan, verify
 from z4j_bare.demo.process import HarnessError
 
 MODES = ("threads", "gevent", "eventlet")
-_PATIENCE = 600.0  # seconds for the last host to send the rest
+#: Seconds for the last process to send all rows.
+_UPLOAD_TIMEOUT = 600.0
 _HEADER = (
     "mode",
     "killed",
     "at the point",
     "recorded",
     "committed",
-    "told",
+    "received",
     "missing",
-    "doubled",
-    "overtaken",
+    "duplicated",
+    "reordered",
     "damaged",
 )
 
@@ -44,17 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trials",
         type=int,
         default=1000,
-        help="hosts killed, over all modes (default: %(default)s)",
+        help="processes to kill, over all modes (default: %(default)s)",
     )
     parser.add_argument(
-        "--events", type=int, default=102, help="each records (default: %(default)s)"
+        "--events", type=int, default=102, help="events per process (default: %(default)s)"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
-        "--block", type=int, default=50, help="hosts of one mode in turn (default: %(default)s)"
+        "--block",
+        type=int,
+        default=50,
+        help="processes of one mode in a row (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="another one dies elsewhere (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the random kill points (default: %(default)s)"
     )
     outage.add_arguments(parser)
 
@@ -76,51 +77,49 @@ def run(args: argparse.Namespace) -> None:
                 blocks.append(block)
                 block.run(peers, trials, args)
                 progress(
-                    f"block {number + 1}: {trials} {mode} killed in {block.seconds:.0f} s, faults: {block.faults}"
+                    f"block {number + 1}: {trials} {mode} killed in {block.seconds:.0f} s, "
+                    f"faults: {block.faults}"
                 )
     finally:
         _publish(args, before, blocks)
     if faults := sum(block.faults for block in blocks):
-        raise HarnessError(f"{faults} events or files are not as promised; the JSON names them")
+        raise HarnessError(f"{faults} events or files have faults; see the saved JSON")
 
 
 @dataclass
 class Block:
-    """Some hosts of one mode, each the heir of the one before it.
-
-    ``seconds`` are for the killing, without the asking.
-    """
+    """Processes of one mode. ``seconds`` is the duration of the kills without the check."""
 
     mode: str
     number: int
-    deaths: list[Death] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def faults(self) -> int:
-        """How many events are missing or doubled, and how many files were damaged."""
-        return sum(len(verdict.faults) for verdict in self.verdicts) + sum(
-            len(death.corrupt) for death in self.deaths
+        """The number of missing or duplicated events and of damaged files."""
+        return sum(len(delivery.faults) for delivery in self.deliveries) + sum(
+            len(kill.corrupt) for kill in self.kills
         )
 
     def run(self, peers: Peers, trials: int, args: argparse.Namespace) -> None:
-        """Kill them one after the other, let a last one send the rest, and judge each."""
+        """Kill the processes in turn, send the remaining rows, and verify each."""
         agent = peers.new_agent(f"crash-{self.mode}")
         home = peers.home / f"crash-{self.number}"
         home.mkdir()
         began = time.monotonic()
-        with Victims(self.mode, agent, home) as victims:
+        with CrashHarness(self.mode, agent, home) as harness:
             for trial in plan(trials, args.events, seed=1000 * args.seed + self.number):
-                self.deaths.append(victims.kill(trial))
-            victims.bury(_PATIENCE)
+                self.kills.append(harness.kill(trial))
+            harness.upload_rest(_UPLOAD_TIMEOUT)
         self.seconds = time.monotonic() - began
         rows = {row["task_id"]: row for row in peers.brain.tasks(agent.project)}
-        self.verdicts = [judge(peers.brain, agent.project, death, rows) for death in self.deaths]
+        self.deliveries = [verify(peers.brain, agent.project, kill, rows) for kill in self.kills]
 
 
 def _blocks(trials: int, size: int, modes: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield ``(mode, trials)``; the modes take turns."""
+    """Yield ``(mode, trials)`` with the modes in turn."""
     turn = 0
     while trials > 0:
         yield modes[turn % len(modes)], min(size, trials)
@@ -129,7 +128,7 @@ def _blocks(trials: int, size: int, modes: list[str]) -> Iterator[tuple[str, int
 
 
 def _publish(args: argparse.Namespace, before: dict[str, Any], blocks: list[Block]) -> None:
-    done = [block for block in blocks if block.verdicts]
+    done = [block for block in blocks if block.deliveries]
     if not done:
         return
     print(
@@ -142,9 +141,7 @@ def _publish(args: argparse.Namespace, before: dict[str, Any], blocks: list[Bloc
         )
     )
     kills = Counter(
-        death.trial.point if death.reached else "elsewhere"
-        for block in done
-        for death in block.deaths
+        kill.trial.point if kill.reached else "elsewhere" for block in done for kill in block.kills
     )
     print("killed at: " + ", ".join(f"{point} {number}" for point, number in sorted(kills.items())))
     content = {
@@ -162,17 +159,17 @@ def _titles(blocks: list[Block]) -> list[str]:
 
 
 def _line(mode: str, blocks: list[Block]) -> tuple[object, ...]:
-    deaths = [death for block in blocks for death in block.deaths]
-    verdicts = [verdict for block in blocks for verdict in block.verdicts]
+    kills = [kill for block in blocks for kill in block.kills]
+    deliveries = [delivery for block in blocks for delivery in block.deliveries]
     return (
         mode,
-        len(deaths),
-        sum(death.reached for death in deaths),
-        sum(death.trial.events for death in deaths),
-        sum(death.committed for death in deaths),
-        sum(verdict.told for verdict in verdicts),
-        sum(len(verdict.missing) + len(verdict.stray) for verdict in verdicts),
-        sum(len(verdict.doubled) for verdict in verdicts),
-        sum(len(verdict.overtaken) for verdict in verdicts),
-        sum(len(death.corrupt) for death in deaths),
+        len(kills),
+        sum(kill.reached for kill in kills),
+        sum(kill.trial.events for kill in kills),
+        sum(kill.committed for kill in kills),
+        sum(delivery.received for delivery in deliveries),
+        sum(len(delivery.missing) + len(delivery.unexpected) for delivery in deliveries),
+        sum(len(delivery.duplicated) for delivery in deliveries),
+        sum(len(delivery.reordered) for delivery in deliveries),
+        sum(len(kill.corrupt) for kill in kills),
     )

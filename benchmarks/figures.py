@@ -103,14 +103,18 @@ def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def paired_cpu_ratio(rounds: Sequence[dict[str, Trial]], name: str, base: str) -> Ratio | None:
-    """Return the CPU ratio of two variants, paired by round; ``None`` if they share no round."""
-    both = [each for each in rounds if name in each and base in each]
-    if not both:
-        return None
-    return paired_ratio(
-        [cpu_per_task(each[name]) for each in both], [cpu_per_task(each[base]) for each in both]
-    )
+def batch_cpu_ratio(rounds: Sequence[dict[str, Trial]], name: str, base: str) -> Ratio | None:
+    """Return the CPU ratio of two agents, paired by batch; ``None`` if they share no round.
+
+    Both are charged for the host's idle CPU, which is the same for both.
+    """
+    pairs = [
+        pair
+        for each in rounds
+        if name in each and base in each
+        for pair in zip(each[name].batch_cpu, each[base].batch_cpu, strict=True)
+    ]
+    return paired_ratio(*zip(*pairs, strict=True)) if pairs else None
 
 
 def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.existing import existing_python
-from benchmarks.figures import VARIANTS, paired_cpu_ratio, quantile, summary
+from benchmarks.figures import VARIANTS, batch_cpu_ratio, quantile, summary
 from benchmarks.peers import ARGUMENTS, Peers, progress
 from benchmarks.report import circumstances, picture, save, table
 from benchmarks.trial import BenchWorker, Plan, Trial, run_in_step
@@ -179,25 +179,20 @@ def _publish(
     failures: list[str],
 ) -> None:
     pools = {pool: found for pool, done in rounds.items() if (found := summary(done))}
-    if not pools:
-        return
-    print(
-        table(
-            _HEADER,
-            [
-                _line(pool, name, each)
-                for pool, found in pools.items()
-                for name, each in found.items()
-            ],
-        )
-    )
     compared = {
         pool: ratio
         for pool, done in rounds.items()
-        if (ratio := paired_cpu_ratio(done, "ours", "baseline"))
+        if (ratio := batch_cpu_ratio(done, "ours", "baseline"))
     }
+    if not (pools or compared):
+        return
+    lines = [
+        _line(pool, name, each) for pool, found in pools.items() for name, each in found.items()
+    ]
+    if lines:
+        print(table(_HEADER, lines))
     for pool, ratio in compared.items():
-        print(f"{pool}: CPU of ours / baseline {ratio}")
+        print(f"{pool}: CPU of ours / baseline {ratio}, {ratio.rounds} batches")
     for failure in failures:
         print(f"failed: {failure}")
     content = {
@@ -211,9 +206,9 @@ def _publish(
     path = save(f"host-{args.arguments}", content)
     tasks = f"{args.rounds} rounds of {args.batches} x {args.tasks} tasks of 10 ms"
     title = f"{tasks}, arguments: {args.arguments}"
-    for suffix in (".png", ".svg"):
+    for suffix in (".png", ".svg") if pools else ():
         picture(path.with_suffix(suffix), title, pools)
-    print(f"saved {path}, and pictures of that name")
+    print(f"saved {path}")
 
 
 def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:

@@ -30,6 +30,12 @@ _PACKAGES = (
     "websocket-client",
 )
 _COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "baseline": "#f9ab00", "existing": "#d93025"}
+_LABELS = {
+    "off": "no agent",
+    "ours": "this agent",
+    "baseline": "other checkout",
+    "existing": "existing agent",
+}
 _CPU_BARS = ("cpu_ms", "worker CPU per task (ms)")
 _LAG_BARS = ("lag_p99_ms", "hub lag p99 (ms)")
 _RSS_BARS = ("rss_mb", "RSS (MB)")
@@ -86,9 +92,10 @@ def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str
     figure, panels = plt.subplots(1, 3, figsize=(13, 4))
     for panel, (key, label) in zip(panels, (_CPU_BARS, _LAG_BARS, _RSS_BARS), strict=True):
         _bars(panel, key, label, pools)
-    panels[0].legend(frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="lower center", ncols=len(labels))
     figure.suptitle(title)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -101,7 +108,9 @@ def _bars(
     for offset, variant in enumerate(drawn):
         heights = [figures.get(variant, {}).get(key, 0.0) for figures in pools.values()]
         places = [place + (offset - (len(drawn) - 1) / 2) * width for place in range(len(pools))]
-        bars = panel.bar(places, heights, width * 0.93, color=_COLORS[variant], label=variant)
+        bars = panel.bar(
+            places, heights, width * 0.93, color=_COLORS[variant], label=_LABELS[variant]
+        )
         panel.bar_label(bars, fmt="%.3g", fontsize=7)
     panel.set_xticks(range(len(pools)), list(pools))
     panel.set_title(label)

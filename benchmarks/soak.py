@@ -163,9 +163,9 @@ class Host:
 class AcknowledgingPeer(Peer):  # type: ignore[misc]
     """Acknowledges at once and keeps no frames."""
 
-    def heard(self, session: Any, frame: Any) -> None:
+    def on_frame(self, session: Any, frame: Any) -> None:
         """React to the frame and drop it."""
-        super().heard(session, frame)
+        super().on_frame(session, frame)
         session.frames.clear()
 
 

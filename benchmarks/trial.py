@@ -73,6 +73,7 @@ class Trial:
     tasks_seconds: float = 0.0
     end_seconds: float = 0.0
     cpu: float = 0.0
+    batch_cpu: list[float] = field(default_factory=list)
     idle_host_cpu: float = 0.0
     idle: float = 0.0
     rows: int | None = None
@@ -134,7 +135,7 @@ class BenchWorker:
                 self._warm_up()
                 self._opened = self.meter.read()
                 # Each worker has a thread that polls its rows.
-                with closing(self._peers.brain.sibling()) as self._brain:
+                with closing(self._peers.brain.clone()) as self._brain:
                     yield
                 worker.stop()
             self.trial.hub_lags = self._hub_lags()
@@ -158,6 +159,7 @@ class BenchWorker:
         trial.tasks_seconds += last - began.at
         trial.end_seconds += ended.at - began.at
         trial.cpu += ended.cpu - began.cpu
+        trial.batch_cpu.append(ended.cpu - began.cpu)
 
     def compare_with(self, agentless: BenchWorker | None) -> None:
         """Also read the CPU clock of the worker without an agent at the end of each batch."""

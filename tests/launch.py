@@ -1,6 +1,7 @@
-"""Patch, then run pytest: ``python -m tests.launch threads|gevent|eventlet [pytest arguments]``.
+"""Runs pytest in a patched process: ``python -m tests.launch MODE [pytest arguments]``.
 
-Patching cannot be undone, so each mode needs its own process.
+MODE is ``threads``, ``gevent`` or ``eventlet``. Patching cannot be undone, so each mode needs its
+own process.
 """
 
 import os
@@ -19,7 +20,7 @@ def patch(mode: str) -> None:
             import eventlet
         eventlet.monkey_patch()
     elif mode != "threads":
-        sys.exit(f"unknown mode {mode!r}: threads, gevent or eventlet")
+        sys.exit(f"unknown mode {mode!r}: use threads, gevent or eventlet")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def post_fork() -> Any:
             runtime.reinit_after_fork()
         except Exception:
             logger.warning(
-                "z4j: could not restart the agent after fork; this process reports nothing",
+                "z4j: could not restart the agent after a fork; this process reports nothing until "
+                "it is restarted",
                 exc_info=True,
             )
     return runtime

@@ -1,4 +1,4 @@
-"""Builds the agent from its parts. Each start of the runtime builds a new one."""
+"""The agent: its parts and how they are connected. Each start of the runtime builds a new one."""
 
 from __future__ import annotations
 
@@ -40,12 +40,16 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds that :meth:`Agent.start` waits at most for adapters to connect, which takes milliseconds.
+#: Maximum seconds that :meth:`Agent.start` waits for adapters to connect, usually milliseconds.
 CONNECT_GRACE = 1.0
 
 
 class Agent:
-    """Everything that runs. Built on the host's thread without I/O; its loops do the rest."""
+    """The loops of a running agent and the objects that they share.
+
+    The constructor runs on the host's thread. Its only I/O is reading the file with the HMAC key,
+    if one is set.
+    """
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class Agent:
         settings: Settings,
         backend: BaseConcurrency,
     ) -> None:
-        secret = partial(read_key, config, settings)
+        key = partial(read_key, config, settings)
         counters = Counters()
         preference = settings.transport if settings.transport != "auto" else config.transport
         token = partial(read_token, config, settings)
@@ -65,12 +69,12 @@ class Agent:
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        secret()  # a bad key must fail here, in the host's call, and not in a loop
-        stores = StoreOpener(config, secret)
-        self._runs = ring.runs = OpenRuns(ring, stores.deployment)
-        stores.on_open = self._runs.attach
+        key()  # raises here, in the host's call, if the key is wrong; a loop could only log it
+        opener = StoreOpener(config, key)
+        self._runs = ring.runs = OpenRuns(ring, opener.deployment)
+        opener.on_open = self._runs.attach
         self.buffer = buffer = BufferManager(
-            stores.open,
+            opener.open,
             backend,
             lambda: MemoryStore(max_rows=config.buffer_max_events),
             partial(find_in_other_stores, config.buffer_path),
@@ -86,14 +90,9 @@ class Agent:
         self.schedules = ScheduleManager(
             schedule_hosts, buffer, backend, sender.notify, settings.schedule_resync
         )
+        schedules, workers = self.schedules, settings.command_workers
         self.dispatcher = Dispatcher(
-            hosts,
-            buffer,
-            sender.notify,
-            backend,
-            counters,
-            settings.command_workers,
-            self.schedules,
+            hosts, buffer, sender.notify, backend, counters, workers, schedules
         )
         hub_lag = HubLagMonitor(backend)
         health = HealthLoop(hosts, self.bridge, backend, ready_worker())
@@ -111,7 +110,7 @@ class Agent:
             unheard=self.engines.unheard,
             restarts=lambda: self.bridge.restarts + self.engines.failures(),
         )
-        self._session = SessionLoops(
+        self._session_loops = SessionLoops(
             sender,
             self.dispatcher.submit,
             metrics,
@@ -124,42 +123,40 @@ class Agent:
             status_enabled=not settings.status_disabled,
         )
         self.supervisor = Supervisor(
-            self.transports.create, identity.hello, secret, self._session.run, backend, counters
+            self.transports.create, identity.hello, key, self._session_loops.run, backend, counters
         )
         self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, buffer)
-        hints, dev = (
-            getattr(framework, "discovery_hints", None),
-            config.dev_mode or settings.dev_mode,
-        )
+        hints = getattr(framework, "discovery_hints", None)
+        dev = config.dev_mode or settings.dev_mode
         registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
-        self._session.on_start += [self.engines.announce_workers, registry.wake]
-        self._session.on_end.append(self.schedules.revoke)
+        self._session_loops.on_start += [self.engines.announce_workers, registry.wake]
+        self._session_loops.on_end.append(self.schedules.revoke)
         control_server = ControlServer(
-            framework.name, {STATUS: self.status.describe, RESTART: self._restart}, backend
+            framework.name, {STATUS: self.status.describe, RESTART: self._reconnect}, backend
         )
         adopter = AdoptLoop(
             str(config.buffer_path),
-            stores.claim,
+            opener.claim,
             buffer,
             backend,
             sender.notify,
-            stores.claim_runs,
+            opener.claim_runs,
         )
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)
         loops.add(self.supervisor.run, "z4j-supervisor")
         loops.add(health.run, "z4j-health")
-        loops.add(hub_lag.run, "z4j-lateness", wake=hub_lag.wake)
+        loops.add(hub_lag.run, "z4j-hub-lag", wake=hub_lag.wake)
         loops.add(adopter.run, "z4j-adopt")
-        loops.add(control_server.run, "z4j-desk", wake=control_server.wake)
-        loops.add(DuplicateAgentCheck(self.status.describe, backend).run, "z4j-rivals")
+        loops.add(control_server.run, "z4j-control", wake=control_server.wake)
+        loops.add(DuplicateAgentCheck(self.status.describe, backend).run, "z4j-duplicates")
         loops.add(registry.run, "z4j-registry", wake=registry.wake)
         if self.schedules.streams:
             loops.add(self.schedules.run, "z4j-schedules", wake=self.schedules.wake)
 
     def start(self) -> None:
-        """Start the loops; waits at most ``CONNECT_GRACE`` for adapters to connect."""
+        """Start the loops; wait at most ``CONNECT_GRACE`` seconds for adapters to connect."""
         self.engines.start_capture()
         self._loops.start()
         for name, run in self.engines.loops():
@@ -173,7 +170,10 @@ class Agent:
         self.ring.put((encode_model, event))
 
     def stop(self, seconds: float) -> None:
-        """Flush, wait for acks within the flush budget, close the session; within ``seconds``."""
+        """Stop within ``seconds``: flush, wait for acks, close the session and the store.
+
+        ``Z4J_FLUSH_SECONDS`` limits the wait for acks.
+        """
         backend = self.backend
         deadline = backend.now() + seconds
         self._loops.signal_stop()
@@ -181,7 +181,7 @@ class Agent:
         run_until(deadline, self._disconnect_adapters, backend)
         run_until(deadline, self._flusher.flush, backend)
         acks_deadline = min(deadline, backend.now() + self._flush_seconds)
-        self._session.sender.drain(acks_deadline, lambda: self.supervisor.is_active)
+        self._session_loops.sender.drain(acks_deadline, lambda: self.supervisor.is_active)
         self.supervisor.stop()
         self._loops.join(deadline)
         self.dispatcher.close()
@@ -191,10 +191,10 @@ class Agent:
         backend.close()
 
     def stuck(self, seconds: float) -> list[str]:
-        """Return the names of the loops that have ended or computed for longer than ``seconds``."""
-        return sorted(self._loops.stuck(seconds) | self._session.stuck(seconds))
+        """Return the loops that have ended, or whose current step takes longer than ``seconds``."""
+        return sorted(self._loops.stuck(seconds) | self._session_loops.stuck(seconds))
 
-    def _restart(self) -> dict[str, object]:
+    def _reconnect(self) -> dict[str, object]:
         self.supervisor.reconnect()
         return {}
 

@@ -84,12 +84,12 @@ def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
 
     :param adapter_id: only sockets of this framework adapter; default: all.
     """
-    found = []
+    clients = []
     for path in _runtime_dir().glob("agent-*.sock"):
         match = _SOCKET_NAME.fullmatch(path.name)
         if match and adapter_id in (None, match["adapter"]):
-            found.append(ControlClient(match["adapter"], int(match["pid"]), path))
-    return sorted(found, key=lambda client: (client.adapter, client.pid, client.path.name))
+            clients.append(ControlClient(match["adapter"], int(match["pid"]), path))
+    return sorted(clients, key=lambda client: (client.adapter, client.pid, client.path.name))
 
 
 def status() -> list[dict[str, Any]]:
@@ -109,10 +109,8 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     sockets.
     """
     if os.name != "posix":
-        return (
-            2,
-            "cannot control agents: this platform has no Unix sockets; restart the worker process",
-        )
+        message = "this platform has no Unix sockets to reach an agent: restart the worker process"
+        return 2, message
     clients = [each for each in list_clients(_safe_name(adapter_id)) if not _remove_if_stale(each)]
     answers = [_query(client, RESTART) for client in clients]
     _remove_stale_pidfiles(adapter_id)

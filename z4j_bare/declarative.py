@@ -32,10 +32,10 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{1,48}[a-z0-9]").fullmatch
 #: Maximum number of characters of the brain's error response that are logged.
 _MAX_LOGGED_CHARS = 200
 
-#: Fields of the brain's ``import`` response, and the fields of ``ReconcileResult``.
+#: Fields of ``ReconcileResult`` by the fields of the brain's ``import`` response.
 _IMPORT_FIELDS = {name: name for name in ("inserted", "updated", "unchanged", "failed", "deleted")}
 
-#: Fields of the brain's ``diff`` response, and the fields of ``ReconcileResult``.
+#: Fields of ``ReconcileResult`` by the fields of the brain's ``diff`` response.
 _DIFF_FIELDS = {
     "insert": "inserted",
     "update": "updated",
@@ -92,7 +92,8 @@ class ScheduleReconciler:
         beat = {spec.name: spec for spec in parse_celery_beat_entries(celery_beat_schedules or {})}
         for name in native.keys() & beat.keys():
             logger.warning(
-                "z4j: schedule %r is declared twice: using the z4j entry, not the celery-beat one",
+                "z4j: schedule %r is declared twice, and the z4j entry is used; "
+                "remove the celery-beat entry",
                 name,
             )
         return list({**beat, **native}.values())
@@ -185,7 +186,7 @@ def _z4j_native_schedules_to_specs(schedules: Mapping[str, Any]) -> list[Schedul
         try:
             specs.append(_spec(name, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("z4j: skipping the invalid schedule %r: %s", name, error)
+            logger.warning("z4j: schedule %r is invalid and is not sent: %s", name, error)
     return specs
 
 

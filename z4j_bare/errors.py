@@ -1,4 +1,4 @@
-"""The errors of this package, in one tree.
+"""The exceptions of this package.
 
 Only :class:`HostConfigurationError` reaches the host, from ``install_agent`` or ``start()``. The
 session handles remote and network errors, and the buffer handles storage errors.
@@ -67,18 +67,21 @@ class NetworkError(AgentError, ConnectionError):
 
 
 class SessionLimitError(NetworkError):
-    """The brain limits sessions, or another process has taken over this one.
+    """A limit of the brain was reached, or another process with this worker id has connected.
 
     Close codes 4002 and 4429; HTTP status 429.
     """
 
 
 class PoisonRowError(NetworkError):
-    """The session ended on a suspected poison row; the bisection has narrowed."""
+    """The session ended while suspected poison rows were in flight.
+
+    The next session sends fewer of them.
+    """
 
 
 class ScheduleStreamError(NetworkError):
-    """The brain stopped acknowledging a schedule stream, because a bad disk lost a row of it."""
+    """The brain stopped acknowledging a schedule stream, because a failed disk lost a row of it."""
 
 
 class FrameTooLargeError(AgentError):
@@ -116,6 +119,7 @@ class InterpreterShutdownError(AgentError, RuntimeError):
 class ForkedChildError(BaseException):
     """Raised in an agent loop that was copied into a forked child.
 
-    Greenlets survive ``os.fork`` (gevent #316, not to be changed). The task ends without a message.
-    This is not an ``Exception``, so that no handler takes it for a failure and continues the loop.
+    Greenlets survive ``os.fork`` (gevent #316, which will not be changed). The task ends without a
+    log line. This is not an ``Exception``, so that no handler takes it for a failure and continues
+    the loop.
     """

@@ -1,4 +1,4 @@
-"""The framework adapter of a process without a framework."""
+"""The framework adapter of a process that uses no web framework."""
 
 from __future__ import annotations
 

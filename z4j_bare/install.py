@@ -174,7 +174,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # For long-poll z4j_core requires an agent id, but the brain sends the id at connect.
+        # z4j_core's Config rejects "longpoll" without an agent id, which is unknown before the
+        # brain sends it at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -193,10 +194,10 @@ def _one_line(error: ConfigError) -> str:
     return f"{_variable(name)} {rest}" if name in Config.model_fields else str(error)
 
 
-def _describe_problem(found: Mapping[str, Any]) -> str:
-    name = str(next(iter(found["loc"]), ""))
-    value = "" if name in ("", "token", "hmac_secret") else f"={found['input']!r:.100}"
-    return f"{_variable(name) or 'settings'}{value}: {found['msg']}"
+def _describe_problem(problem: Mapping[str, Any]) -> str:
+    name = str(next(iter(problem["loc"]), ""))
+    value = "" if name in ("", "token", "hmac_secret") else f"={problem['input']!r:.100}"
+    return f"{_variable(name) or 'settings'}{value}: {problem['msg']}"
 
 
 def _variable(name: str) -> str:

@@ -35,7 +35,7 @@ class ITask(Interface):
     name: str = Attribute("The name that was given to ``spawn``.")
 
     def alive() -> bool:
-        """Return whether the task has not ended yet."""
+        """Return whether the task is still running."""
 
     def stuck(seconds: float) -> bool:
         """Return whether the current step of the task takes longer than ``seconds``.
@@ -184,9 +184,9 @@ class IStore(Interface):
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction.
 
-        Returns the number of older rows that were evicted to make room. ``kind`` is ``event``,
-        ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's task id of
-        an event, or empty.
+        Returns the number of older rows that the caps evicted. ``kind`` is ``event``, ``result`` or
+        ``projection``. ``key`` is the frame id of a result, the engine's task id of an event, or
+        empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
@@ -235,7 +235,7 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        Its losses count as produced and lost here.
+        The losses of the other store count as produced and lost in this one.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
@@ -250,7 +250,7 @@ class IStore(Interface):
     def settle(key: str, result: bytes, now: float) -> None:
         """Record command ``key`` as done, with the result payload for a repeated delivery."""
 
-    def answer(key: str, result: bytes, now: float) -> None:
+    def settle_and_queue(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""
 
     def close() -> None:

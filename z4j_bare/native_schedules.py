@@ -1,9 +1,4 @@
-"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq).
-
-Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an operator
-makes in the dashboard are stored in that file and are merged into the schedules of the code each
-time the scheduler reads them. The file format is that of z4j 1.13.
-"""
+"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq)."""
 
 from __future__ import annotations
 
@@ -71,8 +66,12 @@ _TABLES = (
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    It may be used from any thread and process, because each call opens its own connection. The
-    constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
+    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an
+    operator makes in the dashboard are stored in that file, and are merged into the schedules of
+    the code each time the scheduler reads them. The file format is that of z4j 1.13.
+
+    The object may be used from any thread and process, because each call opens its own connection.
+    The constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
 
     :param path: the file; it is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
@@ -128,17 +127,12 @@ class NativeScheduleControl:
             connection.execute("BEGIN IMMEDIATE")
             _claim(connection, owner)
             current = {_key(each): each for each in _effective(baseline, _changes(connection))}
-            before = (
-                None
-                if schedule_id is None
-                else _require_unchanged(current, schedule_id, expected, owner)
-            )
-            after = (
-                None
-                if operation == "delete"
-                else _changed(before, definition, owner=owner, engine=engine)
-            )
-            if after is not None:
+            before: Schedule | None = None
+            after: Schedule | None = None
+            if schedule_id is not None:
+                before = _require_unchanged(current, schedule_id, expected, owner)
+            if operation != "delete":
+                after = _changed(before, definition, owner=owner, engine=engine)
                 _reject_duplicate_name(after, current.values())
                 validate(after)
             _write(connection, schedule_id or _key(after), after)
@@ -150,10 +144,10 @@ class NativeScheduleControl:
         try:
             os.close(open_file(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
-            found = self.path.lstat()
-            if not stat.S_ISREG(found.st_mode):
+            status = self.path.lstat()
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{self.path} is not a regular file") from None
-            if os.name == "posix" and found.st_mode & _GROUP_AND_OTHERS:
+            if os.name == "posix" and status.st_mode & _GROUP_AND_OTHERS:
                 raise ValueError(
                     f"{self.path} can be read or written by others: run chmod 600 {self.path}"
                 ) from None
@@ -218,9 +212,9 @@ def _read(body: bytes) -> Schedule | None:
 
 
 def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) -> None:
-    body = (
-        b"null" if schedule is None else canonical_external_json(schedule.model_dump(mode="json"))
-    )
+    body = b"null"
+    if schedule is not None:
+        body = canonical_external_json(schedule.model_dump(mode="json"))
     if len(body) > MAX_RECORD_BYTES:
         raise ValueError(
             f"the schedule takes {len(body)} bytes, over the limit of {MAX_RECORD_BYTES}"
@@ -244,9 +238,9 @@ def _key(schedule: Schedule | None) -> str:
 
 
 def _effective(baseline: list[Schedule], changes: dict[str, Schedule | None]) -> list[Schedule]:
-    found: dict[str, Schedule | None] = {_key(each): each for each in baseline}
-    found.update(changes)
-    return [each for each in found.values() if each is not None]
+    schedules: dict[str, Schedule | None] = {_key(each): each for each in baseline}
+    schedules.update(changes)
+    return [each for each in schedules.values() if each is not None]
 
 
 def _check(
@@ -270,15 +264,15 @@ def _check(
 def _require_unchanged(
     current: dict[str, Schedule], schedule_id: str, expected: dict[str, Any] | None, owner: str
 ) -> Schedule:
-    found = current.get(schedule_id)
-    if found is None:
+    schedule = current.get(schedule_id)
+    if schedule is None:
         raise NotFoundError(f"schedule {schedule_id!r} does not exist")
-    present = normalize_external_schedule(found.model_dump(mode="json"), owner=owner)
+    present = normalize_external_schedule(schedule.model_dump(mode="json"), owner=owner)
     if external_schedule_configuration(present) != external_schedule_configuration(expected or {}):
         raise ConflictError(
             f"schedule {schedule_id!r} was changed in the meantime; reload it and try again"
         )
-    return found
+    return schedule
 
 
 def _changed(

@@ -1,9 +1,4 @@
-"""Detects whether this process is restarted when it exits, which a restart command requires.
-
-Environment variables alone prove nothing: a terminal of a desktop session has ``INVOCATION_ID``,
-and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Each sign must therefore agree with
-the pid, the parent or the cgroup of this process.
-"""
+"""Detects whether this process is restarted when it exits, which a restart command requires."""
 
 from __future__ import annotations
 
@@ -18,10 +13,10 @@ _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no"
 #: A file that declares every process of this host as orchestrated, relative to the root.
 MARKER = "etc/z4j-orchestrated"
 
-#: Files that container engines create, and the names of the engines.
+#: Maps a file that a container engine creates to the engine's name.
 _FILES = {".dockerenv": "docker", "run/.containerenv": "podman"}
 
-#: Substrings of a cgroup v1 path, and the names of the container engines.
+#: Maps a substring of a cgroup v1 path to the name of the container engine.
 _CGROUPS = {
     "kubepods": "kubernetes",
     "libpod": "podman",
@@ -68,9 +63,13 @@ def detect_orchestrator(
 ) -> OrchestratorDetection:
     """Detect what restarts this process when it exits. Reads a few small files and never raises.
 
-    ``Z4J_ORCHESTRATED`` decides if it is set, else the file ``/etc/z4j-orchestrated`` if it exists.
-    Otherwise these count: a container whose first process this is, systemd or supervisord as the
-    direct parent, and a parent that restarts its workers.
+    The variable ``Z4J_ORCHESTRATED`` is used first, then the file ``/etc/z4j-orchestrated``. If
+    neither exists, these count: a container whose first process this is, systemd or supervisord as
+    the direct parent, and a parent that restarts its workers.
+
+    Other environment variables alone prove nothing: a terminal of a desktop session has
+    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Therefore each
+    of them must agree with the pid, the parent or the cgroup of this process.
 
     :param pid: the process to examine, the current one by default.
     :param env: the environment, ``os.environ`` by default.
@@ -85,10 +84,10 @@ def detect_orchestrator(
     if override in _YES:
         return OrchestratorDetection(True, f"Z4J_ORCHESTRATED={override}")
     context = _ProcessContext(os.getpid() if pid is None else pid, env, root)
-    found = context.orchestrator(fs_marker_override) if probe_filesystem else None
-    if found is None and context.pid == 1:
-        found = "pid 1"
-    return OrchestratorDetection(found is not None, found)
+    evidence = context.orchestrator(fs_marker_override) if probe_filesystem else None
+    if evidence is None and context.pid == 1:
+        evidence = "pid 1"
+    return OrchestratorDetection(evidence is not None, evidence)
 
 
 class _ProcessContext:
@@ -148,8 +147,8 @@ class _ProcessContext:
         """Return a label if the parent restarts this process, or exits with it and is restarted."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
-        if found := sorted(names & _RESTARTING_PARENTS):
-            return f"{found[0]}, pid {parent}"
+        if programs := sorted(names & _RESTARTING_PARENTS):
+            return f"{programs[0]}, pid {parent}"
         if names & _EXITING_PARENTS:
             return _ProcessContext(parent, self._env, self._root).orchestrator(container)
         return None

@@ -44,9 +44,10 @@ def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | No
 
 
 def should_suppress(func: Callable[..., object], error: Exception) -> bool:
-    """Log the ``error`` of ``func`` and return ``True``; return ``False`` if it must be raised on.
+    """Log the ``error`` of ``func`` and return ``True``; return ``False`` if it must be re-raised.
 
-    For handlers on the hot path: their own ``try`` costs nothing, :func:`safe_boundary` one call.
+    Handlers on the hot path call it in a ``try`` statement of their own, which takes no time.
+    :func:`safe_boundary` costs one more function call.
     """
     if _is_control_flow(error):
         return False
@@ -55,7 +56,7 @@ def should_suppress(func: Callable[..., object], error: Exception) -> bool:
 
 
 def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
-    """Decorate ``func`` so that it behaves as in :func:`safe_call`.
+    """Decorate ``func`` so that it handles exceptions as :func:`safe_call` does.
 
     The wrapper has a ``**kwargs`` of its own, because Celery's ``Signal.connect`` reads the flags
     of the code object and not the signature.

@@ -76,7 +76,7 @@ def _text(_name: str, text: str) -> str:
 def setting(
     variable: str, parse: Callable[[str, str], T], default: T, minimum: float | None = None
 ) -> T:
-    """Declare a field by its variable, the parser of the variable's text, default and minimum."""
+    """Declare a field: its variable, the parser of the variable's text, its default and minimum."""
     metadata = {"variable": variable, "parse": parse, "minimum": minimum}
     declared: T = field(default=default, metadata=metadata)
     return declared

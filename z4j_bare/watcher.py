@@ -1,8 +1,4 @@
-"""Reports changes of ``tasks.py`` files, for development while a worker runs.
-
-The files are polled twice a second, under gevent and eventlet on a native worker thread. watchdog
-is not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
-"""
+"""Reports changes of ``tasks.py`` files, for development while a worker runs."""
 
 from __future__ import annotations
 
@@ -36,6 +32,9 @@ Snapshot = Mapping[str, tuple[int, int]]
 
 class TasksFileWatcher:
     """Watches the files with the given names below ``app_paths``.
+
+    The files are polled twice a second, under gevent and eventlet on a native thread. watchdog is
+    not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
 
     :param app_paths: directories that are scanned recursively.
     :param on_change: called with the path of each changed, created or removed file, in the
@@ -83,32 +82,32 @@ class TasksFileWatcher:
     def _run(self, roots: list[str]) -> None:
         known = self._scan(roots, {})
         while not self._backend.wait(self._stop_event, POLL_INTERVAL):
-            found = self._scan(roots, known)
-            if found != known:
-                found = self._debounced(roots, found)
-                for path in sorted(known.keys() | found.keys()):
-                    if known.get(path) != found.get(path):
+            current = self._scan(roots, known)
+            if current != known:
+                current = self._debounced(roots, current)
+                for path in sorted(known.keys() | current.keys()):
+                    if known.get(path) != current.get(path):
                         safe_call(self._on_change, Path(path))
-                known = found
+                known = current
 
-    def _debounced(self, roots: list[str], found: Snapshot) -> Snapshot:
+    def _debounced(self, roots: list[str], current: Snapshot) -> Snapshot:
         """Scan until two consecutive scans have the same result, and return it."""
         while not self._backend.wait(self._stop_event, self._debounce):
-            previous, found = found, self._scan(roots, found)
-            if found == previous:
+            previous, current = current, self._scan(roots, current)
+            if current == previous:
                 break
-        return found
+        return current
 
     def _scan(self, roots: list[str], fallback: Snapshot) -> Snapshot:
-        ok, found = self._backend.offload(_scan, roots, self._names)
+        ok, result = self._backend.offload(_scan, roots, self._names)
         if ok:
-            return dict(found)
-        logger.debug("z4j: could not scan the task files: %s", found)
+            return dict(result)
+        logger.debug("z4j: could not scan the task files: %s", result)
         return fallback
 
 
 def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]:
-    found = {}
+    snapshot = {}
     for root in roots:
         for directory, subdirectories, files in os.walk(root):
             subdirectories[:] = [
@@ -119,5 +118,5 @@ def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]
             for path in (Path(directory) / name for name in names.intersection(files)):
                 with suppress(OSError):  # The file was removed during the scan.
                     status = path.stat()
-                    found[str(path)] = (status.st_size, status.st_mtime_ns)
-    return found
+                    snapshot[str(path)] = (status.st_size, status.st_mtime_ns)
+    return snapshot

@@ -240,7 +240,9 @@ def test_pool_resize_changes_one_worker(project, workers, pool):
     assert project.size() == 5
     assert project.run_command("pool-resize", worker_name=ALIAS, delta=-2)["size"] == 3
     assert project.size() == 3
-    assert "one has to be left" in project.failed_error("pool-resize", worker_name=ALIAS, delta=-3)
+    assert "at least one must remain" in project.failed_error(
+        "pool-resize", worker_name=ALIAS, delta=-3
+    )
     assert project.run("add", 1, 2) == ("SUCCESS", 3)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.crash_harness import POINTS, Victims, judge, key, plan
+from tests.support.crash_harness import POINTS, CrashHarness, key, plan, verify
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.buffer.report import read_report
 from z4j_bare.concurrency.threads import ThreadsConcurrency
@@ -105,22 +105,22 @@ def test_committed_events_of_killed_hosts_arrive_once(
 ):
     """Hosts are killed in each phase; the next host sends each committed event exactly once."""
     agent = agent_credentials()
-    with Victims(mode, agent, tmp_path) as victims:
-        deaths = [victims.kill(trial) for trial in plan(TRIALS, EVENTS)]
-        victims.bury()
+    with CrashHarness(mode, agent, tmp_path) as harness:
+        kills = [harness.kill(trial) for trial in plan(TRIALS, EVENTS)]
+        harness.upload_rest()
     rows = {row["task_id"]: row for row in brain.tasks(agent.project)}
-    verdicts = [judge(brain, agent.project, death, rows) for death in deaths]
-    assert [death for death in deaths if death.corrupt] == []
-    assert [verdict.faults for verdict in verdicts] == [[]] * TRIALS
-    reached = {death.trial.point for death in deaths if death.reached}
+    deliveries = [verify(brain, agent.project, kill, rows) for kill in kills]
+    assert [kill for kill in kills if kill.corrupt] == []
+    assert [delivery.faults for delivery in deliveries] == [[]] * TRIALS
+    reached = {kill.trial.point for kill in kills if kill.reached}
     assert reached == set(POINTS), "the phases in which hosts were killed"
-    assert sum(death.reached for death in deaths) >= TRIALS * 3 // 4
+    assert sum(kill.reached for kill in kills) >= TRIALS * 3 // 4
     with capsys.disabled():
-        committed = sum(death.committed for death in deaths)
-        arrived = sum(verdict.told for verdict in verdicts)
+        committed = sum(kill.committed for kill in kills)
+        arrived = sum(delivery.received for delivery in deliveries)
         print(
             f"\n{mode}: {committed} events known to be committed, {arrived} arrived, "
-            f"{sum(death.reached for death in deaths)} hosts killed at their point"
+            f"{sum(kill.reached for kill in kills)} hosts killed at their point"
         )
 
 
@@ -129,12 +129,12 @@ def test_events_of_killed_hosts_arrive_in_order(mode, tmp_path):
     """A peer receives the committed events of each killed host in the order of their recording."""
     with stopped_after(Peer(ThreadsConcurrency())) as peer:
         agent = Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT)
-        with Victims(mode, agent, tmp_path) as victims:
-            deaths = [victims.kill(trial) for trial in plan(len(POINTS), EVENTS, seed=1)]
-            victims.bury()
+        with CrashHarness(mode, agent, tmp_path) as harness:
+            kills = [harness.kill(trial) for trial in plan(len(POINTS), EVENTS, seed=1)]
+            harness.upload_rest()
         arrived = list(dict.fromkeys((event["task_id"], event["kind"]) for event in peer.events()))
-        assert peer.mishaps == []
-    for death in deaths:
-        own = [each for each in arrived if each[0].startswith(death.trial.name)]
-        assert own == [key(death.trial, number) for number in range(len(own))]
-        assert len(own) >= death.committed
+        assert peer.errors == []
+    for kill in kills:
+        own = [each for each in arrived if each[0].startswith(kill.trial.name)]
+        assert own == [key(kill.trial, number) for number in range(len(own))]
+        assert len(own) >= kill.committed

@@ -64,7 +64,7 @@ def toxic_on_all(hosts, toxic):
     """Activate a toxic in the proxies of all hosts."""
     with ExitStack() as stack:
         for host in hosts:
-            host.toxic = stack.enter_context(host.proxy.poisoned(toxic()))
+            host.toxic = stack.enter_context(host.proxy.inject(toxic()))
         yield
 
 
@@ -146,7 +146,7 @@ def test_worker_on_broken_network_reports_every_task(brain, fresh_project, pool)
     project.warm_up()
     sent = []
     for toxic in (Reset, BlackHole, Refused):
-        with proxy.poisoned(toxic()):
+        with proxy.inject(toxic()):
             sent += [project.send("add", number, 1) for number in range(40)]
             assert [project.outcome(task_id)[0] for task_id in sent] == ["SUCCESS"] * len(sent)
     assert {project.row(task_id, "success")["result"] for task_id in sent} == set(range(1, 41))

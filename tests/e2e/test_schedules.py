@@ -148,7 +148,7 @@ def test_repeated_old_schedule_actions_run_once(backend, until, monkeypatch):
         assert scheduler.get_job("hourly") is None
         assert ran == [1]
         assert peer.events() == [], "no epoch, no schedules"
-        assert peer.mishaps == []
+        assert peer.errors == []
     finally:
         runtime.stop(timeout=3)
         _process_singleton.clear_runtime(expected=runtime)

@@ -14,12 +14,12 @@ from z4j_bare.events.redaction import safe_name
 
 
 def memory_app(name="shop"):
-    """A Celery application on kombu's memory transport."""
+    """Return a Celery application on kombu's memory transport."""
     return celery.Celery(name, broker="memory://", backend="cache+memory://", set_as_current=False)
 
 
 def task_request(app, name, task_id="t1", args=(), kwargs=None):
-    """The Request of a received task, as far as the handlers read it."""
+    """Return a Request of a received task, with the attributes that the handlers read."""
     return SimpleNamespace(
         id=task_id,
         task=app.tasks[name],
@@ -43,7 +43,7 @@ def receive(app, name, task_id="t1", args=(), kwargs=None):
 
 
 def trace(app, name, task_id="t1", args=(), kwargs=None):
-    """Run a task by Celery's own tracer, as every pool does."""
+    """Run a task with Celery's tracer, as every pool does."""
     request = {
         "id": task_id,
         "delivery_info": {"routing_key": "q"},
@@ -54,7 +54,7 @@ def trace(app, name, task_id="t1", args=(), kwargs=None):
 
 
 def worker_consumer(pool_class):
-    """The Consumer of a worker with this pool, as far as the event source reads it."""
+    """Return a Consumer with this pool and the attributes that the event source reads."""
     return SimpleNamespace(
         hostname="w@h",
         pool=object.__new__(pool_class),
@@ -63,7 +63,10 @@ def worker_consumer(pool_class):
 
 
 class FakeWorker:
-    """Replies to remote control. ``lazy`` accepts and does nothing, ``silent`` does not reply."""
+    """A worker that replies to remote control.
+
+    With ``lazy`` it accepts commands without an effect. With ``silent`` it does not reply.
+    """
 
     def __init__(self, pool="gevent", size=4):
         self.pool, self.size = pool, size
@@ -151,7 +154,7 @@ class FakeWorker:
 
 
 class ClusterConnection:
-    """A connection for one command. The cluster counts those that are not closed."""
+    """A broker connection for one command. The cluster counts the open ones."""
 
     def __init__(self, cluster):
         self.cluster = cluster
@@ -171,7 +174,7 @@ class ClusterConnection:
 
 
 class Mailbox:
-    """kombu's mailbox. With a pool it would publish on a connection that a forked child closes."""
+    """A fake of kombu's mailbox. It rejects a producer pool, which is not safe in a fork."""
 
     producer_pool = "the app's"
 
@@ -215,16 +218,17 @@ class FakeCluster:
         return replies or None
 
     def error_of(self, action, *args, **kwargs):
-        """The error with which a control fails."""
+        """Call a control and return the error that it raises."""
         with pytest.raises(CommandError) as caught:
             getattr(self.controls, action)(*args, seconds=58, **kwargs)
         return caught.value
 
 
 class FakeBroker:
-    """An application that is also its only connection. ``error`` and ``drain`` set what it does.
+    """A Celery application that is also its only connection to the broker.
 
-    ``attempts`` has the time of each connection attempt.
+    ``connect`` raises ``error``, and ``drain_events`` calls ``drain``. ``attempts`` has the time of
+    each connection attempt.
     """
 
     def __init__(self, backend):
@@ -259,4 +263,4 @@ class FakeBroker:
 
     def release(self):
         self.released += 1
-        raise OSError("gone already")
+        raise OSError("already disconnected")

@@ -7,7 +7,7 @@ import ipaddress
 def make(path, days=(-1, 1)):
     """Write certificate and key to ``path`` and return it.
 
-    :param days: begin and end of the validity, in days from now.
+    :param days: start and end of the validity, in days from now.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

@@ -1,4 +1,4 @@
-"""A dispatcher in virtual time: commands go in, the stored results come out."""
+"""A harness for the dispatcher in virtual time: it submits commands and reads stored results."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Hosts of the agent that are killed at a chosen point, and what the brain has to know of them afterwards."""
+"""Kills agent processes at chosen points, and verifies which events the brain received."""
 
 import itertools
 import json
@@ -21,16 +21,25 @@ from z4j_bare.demo.worker import worker_environment
 
 KINDS = ("task.received", "task.started", "task.succeeded")
 
-#: What a row shows of a task's events, if each came before the next.
-SHOWN = ("state", "args", "received_at", "started_at", "finished_at", "created_at", "updated_at")
+#: Fields of a task that its events set when they arrive in order.
+TASK_FIELDS = (
+    "state",
+    "args",
+    "received_at",
+    "started_at",
+    "finished_at",
+    "created_at",
+    "updated_at",
+)
 
-#: Where a host can be killed, and how many SQL statements a call has there (0: none; a few more do no harm).
+#: Points of a kill, and the number of SQL statements in the call there (0: the call has none). A
+#: number that is too large does no harm: the process is then killed after the call.
 POINTS = {"append": 6, "send": 0, "sent": 0, "ack": 0, "delete": 5, "adopt": 12}
 
-#: Events of one commit: a life has several, and several frames.
+#: Events per commit. A run has several commits and several frames.
 GROUP = 12
 
-#: Points that a host without a session never comes to.
+#: Points that are only reached in a session.
 ONLINE = frozenset(("send", "sent", "ack", "delete"))
 
 SCRIPT = Path(__file__).parents[1] / "e2e" / "apps" / "victim.py"
@@ -38,10 +47,11 @@ SCRIPT = Path(__file__).parents[1] / "e2e" / "apps" / "victim.py"
 
 @dataclass(frozen=True)
 class Trial:
-    """One life: record ``events``, die before SQL statement ``statement`` of the ``nth`` call at ``point``.
+    """One run of a process: it records ``events`` and stops before a statement at ``point``.
 
-    ``statement`` 0 is before the call. After ``patience`` seconds without coming to its point it is killed where it is; without
-    a point it lives until all is sent.
+    It stops before the SQL statement with the number ``statement`` in the ``nth`` call at
+    ``point``; 0 means before the call. A process that does not reach its point is killed after
+    ``timeout`` seconds. Without a point it runs until all rows are sent.
     """
 
     name: str
@@ -49,7 +59,7 @@ class Trial:
     point: str = ""
     nth: int = 1
     statement: int = 0
-    patience: float = 20.0
+    timeout: float = 20.0
 
     def task(self, number):
         """Return a task's id."""
@@ -57,8 +67,8 @@ class Trial:
 
 
 @dataclass
-class Death:
-    """How a trial ended: whether it came to its ``point``, and how many of its first events had been committed by then."""
+class Kill:
+    """A killed trial: whether its point was reached, and how many events were committed."""
 
     trial: Trial
     reached: bool
@@ -67,38 +77,37 @@ class Death:
 
 
 @dataclass
-class Verdict:
-    """What the brain has of one trial's events: how many of the first ones, and everything that should not be."""
+class Delivery:
+    """The events of one trial in the brain: the number of received events, and all faults."""
 
-    told: int
+    received: int
     missing: list
-    stray: list
-    doubled: list
-    #: Tasks of which it took an event after a later one. No fault of the agent's: what the brain's database refuses for a
-    #: moment ("database is locked") is not acknowledged and comes again, behind what it did take.
-    overtaken: list
+    unexpected: list
+    duplicated: list
+    #: Tasks with an event that arrived after a later event. This is not a fault of the agent. An
+    #: event that the brain's database rejects ("database is locked") gets no ack and is sent again.
+    reordered: list
 
     @property
     def faults(self):
-        return self.missing + self.stray + self.doubled
+        return self.missing + self.unexpected + self.duplicated
 
 
 def plan(number, events, seed=0):
-    """Return trials that take turns at the points; call and statement vary."""
-    chance = random.Random(seed)
+    """Return ``number`` trials: each point in turn, with a random call and statement."""
+    rng = random.Random(seed)
     trials = []
     for index, point in zip(range(number), itertools.cycle(POINTS)):
-        nth = (
-            1 if point == "adopt" else chance.randint(1, 3)
-        )  # one step takes all that one victim leaves
+        # One adoption step moves all rows of one trial.
+        nth = 1 if point == "adopt" else rng.randint(1, 3)
         trials.append(
-            Trial(f"v{seed}-{index:04d}", events, point, nth, chance.randint(0, POINTS[point]))
+            Trial(f"v{seed}-{index:04d}", events, point, nth, rng.randint(0, POINTS[point]))
         )
     return trials
 
 
-class Victims:
-    """Lives in one home under one agent, one after the other, so that each finds what the one before it left.
+class CrashHarness:
+    """Runs processes of one agent in one home. Each process adopts the rows of the previous one.
 
     :param mode: ``threads``, ``gevent`` or ``eventlet``.
     :param agent: ``Credentials``.
@@ -134,31 +143,34 @@ class Victims:
             stream.close()
 
     def kill(self, trial):
-        """Let a host live up to its point and kill it there; return its :class:`Death`."""
-        said = self._live(trial)
-        os.kill(said["pid"], signal.SIGKILL)
-        self._answer()
-        left, corrupt = examine(self.home)
+        """Run a process up to its point and kill it there; return its :class:`Kill`."""
+        reply = self._run(trial)
+        os.kill(reply["pid"], signal.SIGKILL)
+        self._read_reply()
+        left, corrupt = read_leftovers(self.home)
         last = max(
             (number for number in range(trial.events) if key(trial, number) in left), default=-1
         )
-        return Death(trial, said["point"] == trial.point, max(said["stored"], last + 1), corrupt)
+        return Kill(trial, reply["point"] == trial.point, max(reply["stored"], last + 1), corrupt)
 
-    def bury(self, patience=90.0):
-        """Let a last host send everything that is left; ``HarnessError`` when ``patience`` seconds are not enough for it."""
-        self._live(Trial("heir", patience=patience))
-        self._answer()
-        left, _ = examine(self.home)
+    def upload_rest(self, timeout=90.0):
+        """Run a last process until all rows are sent.
+
+        Raises ``HarnessError`` if rows are left after ``timeout`` seconds.
+        """
+        self._run(Trial("last", timeout=timeout))
+        self._read_reply()
+        left, _ = read_leftovers(self.home)
         if left:
             raise HarnessError(
-                f"{len(left)} rows are still buffered after {patience:g} s: the brain is too slow"
+                f"{len(left)} rows are still buffered after {timeout:g} s: the brain is too slow"
             )
 
-    def _live(self, trial):
+    def _run(self, trial):
         self._server.stdin.write(json.dumps(asdict(trial)).encode() + b"\n")
-        return self._answer()
+        return self._read_reply()
 
-    def _answer(self):
+    def _read_reply(self):
         return json.loads(self._server.stdout.readline())
 
 
@@ -168,13 +180,12 @@ def key(trial, number):
     return trial.task(task), KINDS[step]
 
 
-def examine(home):
-    """Return what dead processes left there: ``(task id, kind)`` of all rows, and the names of files that are not whole."""
+def read_leftovers(home):
+    """Return ``(task id, kind)`` of all buffered events, and the names of corrupt files."""
     keys, corrupt = set(), []
     for path in home.glob("**/z4j-green-*.sqlite"):
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # opening the file itself would shorten its log
+        # The files are copied, because opening them would truncate the log.
+        with tempfile.TemporaryDirectory() as folder:
             for suffix in ("", "-wal"):
                 source = path.with_name(path.name + suffix)
                 if source.exists():
@@ -182,17 +193,17 @@ def examine(home):
             with closing(sqlite3.connect(Path(folder) / "copy")) as connection:
                 if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     corrupt.append(path.name)
-                elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (
-                    0,
-                ):  # killed while making it
+                    continue
+                tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                if tables != (0,):  # a process killed while it creates the file leaves no table
                     events = (json.loads(row.payload) for row in rows(Path(folder) / "copy"))
                     keys.update((event["task_id"], event["kind"]) for event in events)
     return keys, corrupt
 
 
-def judge(brain, project, death, rows):
-    """Return the :class:`Verdict` on one death; ``rows`` are the project's tasks by id."""
-    trial, told, doubled, overtaken = death.trial, [], [], []
+def verify(brain, project, kill, rows):
+    """Return the :class:`Delivery` of a killed trial; ``rows`` are the project's tasks by id."""
+    trial, received, duplicated, reordered = kill.trial, [], [], []
     for task in range(-(-trial.events // len(KINDS))):
         row = rows.get(trial.task(task))
         kinds = (
@@ -200,19 +211,18 @@ def judge(brain, project, death, rows):
             if row
             else []
         )
-        doubled += [(trial.task(task), kind) for kind in set(kinds) if kinds.count(kind) > 1]
-        told += [task * len(KINDS) + step for step, kind in enumerate(KINDS) if kind in kinds]
+        duplicated += [(trial.task(task), kind) for kind in set(kinds) if kinds.count(kind) > 1]
+        received += [task * len(KINDS) + step for step, kind in enumerate(KINDS) if kind in kinds]
         if row and not _in_order(row, kinds, task):
-            overtaken.append((trial.task(task), kinds, {name: row[name] for name in SHOWN}))
-    missing = [key(trial, number) for number in range(death.committed) if number not in told]
-    stray = [
-        key(trial, number) for number in told if number >= len(told)
-    ]  # with one before it missing
-    return Verdict(len(told), missing, stray, doubled, overtaken)
+            reordered.append((trial.task(task), kinds, {name: row[name] for name in TASK_FIELDS}))
+    missing = [key(trial, number) for number in range(kill.committed) if number not in received]
+    # An event beyond the number of received events means that an earlier event is missing.
+    unexpected = [key(trial, number) for number in received if number >= len(received)]
+    return Delivery(len(received), missing, unexpected, duplicated, reordered)
 
 
 def _in_order(row, kinds, task):
-    """Whether a row shows all that its events say: one that comes after a later one leaves no trace in it."""
+    """Whether a row has the values of all its events. An event that arrives late sets no value."""
     received, started, succeeded = (kind in kinds for kind in KINDS)
     shows = bool(row["received_at"]) == received and bool(row["started_at"]) == started
     return (

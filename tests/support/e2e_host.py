@@ -1,4 +1,4 @@
-"""Processes that run only the agent, by ``apps/embedded.py``, in each mode."""
+"""Processes that run ``apps/embedded.py``, which contains only an agent, in each mode."""
 
 import json
 import socket
@@ -23,7 +23,8 @@ TIMEOUT = 90.0
 class Host(Service):
     """A process with the agent, as a context manager.
 
-    ``wait_installed`` waits for its start, so that several hosts can start concurrently.
+    Entering does not wait for the agent, so that several hosts can start concurrently;
+    ``wait_installed`` does.
 
     :param mode: ``threads``, ``gevent`` or ``eventlet``.
     :param credentials: the agent's credentials.

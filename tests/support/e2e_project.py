@@ -1,4 +1,4 @@
-"""A project in the brain with Celery workers on Redis, as the end-to-end tests share it."""
+"""A project in the brain with Celery workers on Redis, for the end-to-end tests."""
 
 import os
 import sys
@@ -50,7 +50,7 @@ class E2EProject:
             self.brain.archive_project(self.slug)
 
     def environment(self, *, agent=True, **extra):
-        """Return the variables of the apps, with those of the agent unless ``agent`` is false."""
+        """Return the environment of the apps; it includes the agent's unless ``agent`` is false."""
         path = os.pathsep.join((str(APPS), str(Path(z4j_bare.__file__).parents[1])))
         variables = {**broker.environment(self.home, self.redis_url), "PYTHONPATH": path}
         if agent:

@@ -1,4 +1,4 @@
-"""The fake engine adapter of the unit tests, and the fake host of one."""
+"""A fake engine adapter and a fake engine host for the unit tests."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def success(**result):
 
 
 class FakeEngineHost:
-    """An engine host whose calls take ``seconds`` and return what ``act`` returns.
+    """An engine host whose calls take ``seconds`` and return the result of ``act``.
 
     ``calls`` holds the method, arguments and keywords of each call.
     """

@@ -1,4 +1,4 @@
-"""Settings that a test puts into the environment."""
+"""Sets an agent's settings in the environment of a test."""
 
 from tests.support.peer import SECRET_TEXT, TOKEN
 
@@ -6,7 +6,7 @@ from tests.support.peer import SECRET_TEXT, TOKEN
 def set_connection(monkeypatch, url, **settings):
     """Set the variables of an agent that connects to the brain at ``url``.
 
-    ``settings`` are further variables, or other values, by their name without ``Z4J_``.
+    :param settings: additional or changed variables, by their names without ``Z4J_``.
     """
     values = {
         "brain_url": url,

@@ -1,7 +1,7 @@
-"""A scripted HTTP brain: the long-poll routes, the health route, and misbehaviour on request.
+"""A scripted HTTP brain: the long-poll routes, the health route, and invalid responses on request.
 
-It runs in the process under test, on the same backend, and is guarded against forks as
-:mod:`tests.support.peer` is. The HTTP is written by hand::
+It runs in the process under test, on the same backend. Like :mod:`tests.support.peer` it reads
+nothing in a forked child. HTTP is implemented here, so that a test can send any response::
 
     peer = HttpPeer(backend)
     peer.body_limit = 8192
@@ -20,21 +20,32 @@ from z4j_core.errors import SignatureError
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 
-from tests.support.listener import GoneError, Listener, push, shut, some
+from tests.support.listener import GoneError, Listener, recv_some, send_all, shut_down
 from tests.support.peer import AGENT, PROJECT, SECRET, TOKEN
 from z4j_bare.errors import ForkedChildError
 
+#: The response to a request of an invalidated session.
+_INVALIDATED = (
+    409,
+    {},
+    b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
+)
 
-class Nonce:
-    """One long-poll session: its verifier, its signer, and the verified frames."""
+
+class LongPollSession:
+    """One long-poll session, identified by its nonce: signer, verifier, and verified frames.
+
+    ``invalidated`` makes the peer reject its requests, ``reject_posts`` only its uploads.
+    ``polling`` and ``posting`` count the requests in progress.
+    """
 
     def __init__(self, secret, nonce):
         binding = {"secret": secret, "agent_id": AGENT, "project_id": PROJECT, "session_id": nonce}
         self.signer = FrameSigner(**binding)
         self.verifier = FrameVerifier(**binding)
         self.frames = []
-        self.dead = False
-        self.posts_die = False
+        self.invalidated = False
+        self.reject_posts = False
         self.polling = 0
         self.posting = 0
 
@@ -52,7 +63,11 @@ class Request:
 
 
 class HttpPeer:
-    """The listener and its script. ``mishaps`` holds the errors of the agent."""
+    """The listener, and the attributes that a test sets.
+
+    ``errors`` holds the agent's violations of the protocol. ``post_delay`` is the duration of an
+    upload in seconds. The next ``drop_posts`` uploads get no response.
+    """
 
     def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
         self.backend = backend
@@ -63,11 +78,11 @@ class HttpPeer:
         self.requests = []
         self.sessions = {}
         self.commands = []
-        self.mishaps = []
-        self.post_seconds = 0.0
+        self.errors = []
+        self.post_delay = 0.0
         self.drop_posts = 0
-        self.door = Listener(backend, self.serve, name="http-peer", tls=tls)
-        self.port, self.url = self.door.port, self.door.url
+        self.listener = Listener(backend, self.serve, name="http-peer", tls=tls)
+        self.port, self.url = self.listener.port, self.listener.url
 
     # -- results and actions for tests
 
@@ -109,11 +124,7 @@ class HttpPeer:
 
     def stop(self):
         """Disconnect and stop listening."""
-        self.door.stop()
-
-    def hang_up(self):
-        """Shut down every connection."""
-        self.door.hang_up()
+        self.listener.stop()
 
     # -- the peer's own behaviour
 
@@ -134,104 +145,78 @@ class HttpPeer:
             return self._commands(request)
         if request.path == "/api/v1/agent/events" and request.method == "POST":
             return self._events(request)
-        self.mishaps.append(f"{request.method} {request.path}")
+        self.errors.append(f"{request.method} {request.path}")
         return 404, {}, b"{}"
 
     def _commands(self, request):
-        wait, most = float(request.query["wait"]), int(request.query["max_frames"])
+        wait, max_frames = float(request.query["wait"]), int(request.query["max_frames"])
         ids = {"X-Z4J-Agent-Id": AGENT, "X-Z4J-Project-Id": PROJECT}
-        if most == 0:
-            self.sessions[request.nonce] = Nonce(self.secret, request.nonce)
+        if max_frames == 0:
+            self.sessions[request.nonce] = LongPollSession(self.secret, request.nonce)
             return 200, ids, b'{"frames":[]}'
         session = self.sessions.get(request.nonce)
-        if session is None or session.dead:
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+        if session is None or session.invalidated:
+            return _INVALIDATED
         session.polling += 1
         if session.polling > 1:
-            self.mishaps.append("two polls at once")
+            self.errors.append("two polls at once")
         try:
             self._wait(wait, lambda: self.commands)
         finally:
             session.polling -= 1
-        ready, self.commands = self.commands[:most], self.commands[most:]
+        ready, self.commands = self.commands[:max_frames], self.commands[max_frames:]
         frames = [session.signer.sign_and_serialize(frame) for frame in ready]
-        return (
-            200,
-            ids,
-            json.dumps(
-                {
-                    "frames": [
-                        frame.decode() if isinstance(frame, bytes) else frame for frame in frames
-                    ]
-                }
-            ).encode(),
-        )
+        texts = [frame.decode() if isinstance(frame, bytes) else frame for frame in frames]
+        return 200, ids, json.dumps({"frames": texts}).encode()
 
     def _wait(self, seconds, ready=lambda: False):
-        """Yield once, to expose concurrent requests; then wait for ``ready()`` or the timeout."""
+        """Wait for ``ready()`` or the timeout. Yields at least once, to expose concurrency."""
         self.backend.sleep(0)
         until = self.backend.now() + seconds
-        while not ready() and self.backend.now() < until and not self.door.stopped:
+        while not ready() and self.backend.now() < until and not self.listener.stopped:
             self.backend.sleep(0.02)
 
     def _events(self, request):
         session = self.sessions.get(request.nonce)
-        if session is None or session.dead or session.posts_die:
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+        if session is None or session.invalidated or session.reject_posts:
+            return _INVALIDATED
         session.posting += 1
         if session.posting > 1:
-            self.mishaps.append("two uploads at once")
+            self.errors.append("two uploads at once")
         try:
-            self._wait(self.post_seconds)
+            self._wait(self.post_delay)
             frames = json.loads(request.body)["frames"]
             for text in frames:
                 session.frames.append(session.verifier.parse_and_verify(text.encode()))
         except SignatureError as error:
-            session.dead = True
-            self.mishaps.append(error)
-            return (
-                409,
-                {},
-                b'{"detail":"long-poll session invalidated; reconnect with a fresh session nonce"}',
-            )
+            session.invalidated = True
+            self.errors.append(error)
+            return _INVALIDATED
         finally:
             session.posting -= 1
-        return (
-            200,
-            {},
-            json.dumps(
-                {"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}
-            ).encode(),
-        )
+        outcome = {"accepted": len(frames), "rejected": 0, "errors": [], "error_code": None}
+        return 200, {}, json.dumps(outcome).encode()
 
-    def serve(self, sock, ahead=b""):
-        """Serve a connection, of which the bytes ``ahead`` have been read."""
+    def serve(self, sock, received=b""):
+        """Serve a connection from which the bytes ``received`` have already been read."""
         try:
-            sock = self.door.secured(sock)
-            self._converse(sock, ahead)
+            sock = self.listener.wrap_tls(sock)
+            self._serve_requests(sock, received)
         except ForkedChildError:
             raise
         except (GoneError, OSError):
             pass
         except Exception as error:
-            self.mishaps.append(error)
+            self.errors.append(error)
         finally:
             if not self.backend.forked():
                 sock.close()
 
-    def _converse(self, sock, ahead):
-        while not self.door.stopped:
-            while b"\r\n\r\n" not in ahead:
-                ahead += some(self.backend, sock)
-            head, ahead = ahead.split(b"\r\n\r\n", 1)
+    def _serve_requests(self, sock, received):
+        while not self.listener.stopped:
+            while b"\r\n\r\n" not in received:
+                received += recv_some(self.backend, sock)
+            head, received = received.split(b"\r\n\r\n", 1)
             line, *lines = head.decode("latin-1").split("\r\n")
             method, target, _ = line.split()
             headers = {
@@ -239,9 +224,9 @@ class HttpPeer:
                 for name, _, value in (each.partition(":") for each in lines)
             }
             size = int(headers.get("content-length", 0))
-            while len(ahead) < size:
-                ahead += some(self.backend, sock)
-            body, ahead = ahead[:size], ahead[size:]
+            while len(received) < size:
+                received += recv_some(self.backend, sock)
+            body, received = received[:size], received[size:]
             request = Request(method, target, headers, body)
             self.requests.append(request)
             if method == "POST" and self.drop_posts:
@@ -255,53 +240,55 @@ class HttpPeer:
                 **extra,
             }
             text = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
-            push(self.backend, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content)
+            send_all(
+                self.backend, sock, f"HTTP/1.1 {status} Scripted\r\n{text}\r\n".encode() + content
+            )
 
 
 class Tunnel:
-    """A forward proxy for CONNECT only. ``heads`` holds the requests."""
+    """A forward proxy for CONNECT only. ``heads`` holds the heads of the requests."""
 
     def __init__(self, backend):
         self.backend = backend
         self.heads = []
-        self.door = Listener(backend, self._join, name="tunnel")
-        self.port = self.door.port
+        self.listener = Listener(backend, self._serve, name="tunnel")
+        self.port = self.listener.port
 
     def stop(self):
         """Disconnect and stop listening."""
-        self.door.stop()
+        self.listener.stop()
 
-    def _join(self, sock):
+    def _serve(self, sock):
         head = b""
         try:
             with sock:
                 while b"\r\n\r\n" not in head:
-                    head += some(self.backend, sock)
+                    head += recv_some(self.backend, sock)
                 self.heads.append(head.decode())
                 host, port = head.split()[1].decode().split(":")
                 with socket.create_connection((host, int(port))) as inner:
                     inner.settimeout(0)
-                    self.door.socks.append(inner)
+                    self.listener.socks.append(inner)
                     sock.send(b"HTTP/1.1 200 Established\r\n\r\n")
-                    join(self.backend, sock, inner)
+                    relay(self.backend, sock, inner)
         except (GoneError, OSError):
             pass
 
 
-def join(backend, outer, inner, pieces=None):
+def relay(backend, outer, inner, pieces=None):
     """Copy in both directions until one ends; read at most ``pieces`` times from ``inner``."""
-    back = backend.spawn(_pump, backend, inner, outer, pieces, name="pump")
-    _pump(backend, outer, inner)
+    back = backend.spawn(_copy, backend, inner, outer, pieces, name="relay")
+    _copy(backend, outer, inner)
     back.join(5)
 
 
-def _pump(backend, source, target, pieces=None):
+def _copy(backend, source, target, pieces=None):
     """Copy until the end or for ``pieces`` reads; then shut down both sockets."""
     try:
         while pieces is None or pieces > 0:
-            push(backend, target, some(backend, source))
+            send_all(backend, target, recv_some(backend, source))
             pieces = None if pieces is None else pieces - 1
     except (GoneError, OSError):
         pass
-    shut(source)
-    shut(target)
+    shut_down(source)
+    shut_down(target)

@@ -1,4 +1,4 @@
-"""A loopback listener for scripted peers, and blocking-style socket calls on the backend."""
+"""A loopback listener for scripted peers, and socket calls that wait through the backend."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ class GoneError(Exception):
 class Listener:
     """Runs ``serve(sock)`` in a task for each connection until it is stopped.
 
-    :param tls: an ``ssl.SSLContext`` for :meth:`secured`; it also makes ``url`` an ``https`` one.
+    :param tls: an ``ssl.SSLContext`` for :meth:`wrap_tls`; it also makes ``url`` an ``https`` one.
     """
 
     def __init__(self, backend, serve, *, name, tls=None):
@@ -36,7 +36,7 @@ class Listener:
         """Run a task that ``stop`` waits for."""
         self._tasks.append(self.backend.spawn(function, *args, name=self._name))
 
-    def secured(self, sock):
+    def wrap_tls(self, sock):
         """Return the socket, wrapped in TLS if the listener has a context."""
         if self._tls is None:
             return sock
@@ -50,17 +50,17 @@ class Listener:
             raise
         return wrapped
 
-    def hang_up(self):
+    def disconnect_all(self):
         """Shut down every connection."""
         for sock in self.socks:
-            shut(sock)
+            shut_down(sock)
 
     def stop(self):
-        """Disconnect and stop listening. Does nothing in a forked child, which has copies."""
+        """Disconnect all clients and stop listening. Does nothing in a forked child."""
         if os.getpid() != self._pid:
             return
         self.stopped = True
-        self.hang_up()
+        self.disconnect_all()
         with suppress(OSError):
             # Wakes the accept loop, which then sees ``stopped``.
             socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -82,7 +82,11 @@ class Listener:
 
 
 def retry_when_ready(backend, sock, action, *, write=False):
-    """Call ``action`` until the socket, plain or TLS, is ready; ``write`` waits to write."""
+    """Call ``action`` until it does not block, and return its result.
+
+    :param sock: a plain or TLS socket.
+    :param write: whether to wait until the socket is writable; otherwise until it is readable.
+    """
     while True:
         try:
             return action()
@@ -94,21 +98,21 @@ def retry_when_ready(backend, sock, action, *, write=False):
         wait(sock, 1.0)
 
 
-def some(backend, sock):
-    """Wait for bytes and return them. Raises ``GoneError`` at the end of the stream."""
+def recv_some(backend, sock):
+    """Wait for data and return it. Raises ``GoneError`` at the end of the stream."""
     data = retry_when_ready(backend, sock, lambda: sock.recv(65536))
     if not data:
         raise GoneError
     return data
 
 
-def push(backend, sock, data):
+def send_all(backend, sock, data):
     """Write all of ``data``."""
     while data:
         data = data[retry_when_ready(backend, sock, partial(sock.send, data), write=True) :]
 
 
-def shut(sock):
+def shut_down(sock):
     """Shut down both directions of a socket."""
     try:
         sock.shutdown(socket.SHUT_RDWR)

@@ -1,14 +1,14 @@
-"""A scripted WebSocket brain on loopback, which misbehaves on request.
+"""A scripted WebSocket brain on loopback. A test can make it violate the protocol.
 
-It signs and verifies with z4j_core. It runs in the process under test, on the same backend. Every
-read is guarded against forks: its copy in a forked child must not read bytes of the parent. The
-WebSocket framing is written by hand, so that a test can send invalid frames::
+It signs and verifies with z4j_core. It runs in the process under test, on the same backend. Reads
+go through the backend, because the copy of a task in a forked child must not read bytes that belong
+to the parent. The WebSocket framing is implemented here, so that a test can send invalid frames::
 
     peer = Peer(backend)
-    peer.acks = "none"                 # or "all", or the delay of each ack in seconds
-    peer.refuse = (503, {})            # HTTP status and headers for the next upgrades, or None
-    peer.noise = b"..."                # bytes to send in place of an HTTP response, or None
-    peer.greet = lambda session: ...   # called after a hello; default: send the hello_ack
+    peer.acks = "none"                    # or "all", or the delay of each ack in seconds
+    peer.upgrade_rejection = (503, {})    # status and headers of the response to upgrades, or None
+    peer.raw_response = b"..."            # bytes to send in place of an HTTP response, or None
+    peer.on_hello = lambda session: ...   # called after a hello; default: send the hello_ack
     peer.sessions[-1].command("retry_task", {"task_id": "t-1"})
 """
 
@@ -31,7 +31,7 @@ from z4j_core.transport.frames import (
 )
 from z4j_core.transport.framing import FrameSigner, FrameVerifier
 
-from tests.support.listener import GoneError, Listener, push, shut, some
+from tests.support.listener import GoneError, Listener, recv_some, send_all, shut_down
 from z4j_bare.errors import ForkedChildError
 
 SECRET_TEXT = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
@@ -45,24 +45,29 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 class PeerSession:
-    """One connection. ``frames`` holds the verified frames, ``mishaps`` errors of the agent."""
+    """One connection of an agent.
 
-    def __init__(self, peer, sock, ahead):
+    ``frames`` holds the verified frames, and ``errors`` the agent's violations of the protocol.
+    ``close_code`` is the code of the agent's close frame, or the text of a socket error. ``ended``
+    is set when the connection has ended. While ``stalled`` is set, the peer reads nothing.
+    """
+
+    def __init__(self, peer, sock, received):
         self.peer = peer
         self.id = str(uuid4())
         self.path = ""
         self.headers = {}
         self.hello = None
         self.frames = []
-        self.mishaps = []
+        self.errors = []
         self.pings = 0
         self.pongs = 0
-        self.goodbye = None
-        self.over = False
+        self.close_code = None
+        self.ended = False
         self.stalled = False
         self._sock = sock
-        self._ahead = ahead
-        self._order = peer.backend.lock()
+        self._unread = received
+        self._send_lock = peer.backend.lock()
         binding = {
             "secret": peer.secret,
             "agent_id": AGENT,
@@ -110,23 +115,23 @@ class PeerSession:
         self.send_signed(EventBatchAckFrame(id=f"eba_{frame.id}"[:64], payload=payload))
 
     def signed(self, frame, signer=None):
-        """Return the frame's wire bytes without sending them."""
-        with self._order:
+        """Return the wire bytes of a frame, by default signed for this session; do not send."""
+        with self._send_lock:
             return (signer or self.signer).sign_and_serialize(frame)
 
     def send_signed(self, frame):
-        with self._order:
+        with self._send_lock:
             self._write(BINARY, self.signer.sign_and_serialize(frame))
 
     def send(self, data, opcode=BINARY):
         """Send a message, valid or not."""
-        with self._order:
+        with self._send_lock:
             self._write(opcode, data)
 
     def send_raw(self, data):
         """Send bytes that need not be WebSocket frames."""
-        with self._order:
-            self._push(data)
+        with self._send_lock:
+            self._send_bytes(data)
 
     def close(self, code, reason=""):
         """Send a close frame and disconnect."""
@@ -135,7 +140,7 @@ class PeerSession:
 
     def drop(self):
         """Disconnect without a close frame."""
-        shut(self._sock)
+        shut_down(self._sock)
 
     def hello_ack(self, **changes):
         """Send the hello_ack."""
@@ -160,45 +165,45 @@ class PeerSession:
 
     def run(self):
         try:
-            self._sock = self.peer.door.secured(self._sock)
+            self._sock = self.peer.listener.wrap_tls(self._sock)
             if self._upgrade():
-                self._converse()
+                self._receive_frames()
         except ForkedChildError:
             raise
         except GoneError:
             pass
         except OSError as error:
-            self.goodbye = self.goodbye or repr(error)
+            self.close_code = self.close_code or repr(error)
         except Exception as error:
-            self.mishaps.append(error)
+            self.errors.append(error)
         finally:
             if not self.peer.backend.forked():
-                self.over = True
+                self.ended = True
                 self._sock.close()
 
     def _upgrade(self):
-        head = self._ahead
+        head = self._unread
         while b"\r\n\r\n" not in head:
-            head += self._take_some()
-        head, self._ahead = head.split(b"\r\n\r\n", 1)
+            head += self._read_some()
+        head, self._unread = head.split(b"\r\n\r\n", 1)
         request, *lines = head.decode("latin-1").split("\r\n")
         self.path = request.split()[1]
         self.headers = {
             name.lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)
         }
-        if self.peer.noise is not None:
-            self._push(self.peer.noise)
+        if self.peer.raw_response is not None:
+            self._send_bytes(self.peer.raw_response)
             return False
         if "sec-websocket-key" not in self.headers:
             self.peer.sessions.remove(self)
             self.peer.requests.append(self)
-            self._push(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self._send_bytes(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             return False
-        if self.peer.refuse is not None:
-            status, headers = self.peer.refuse
+        if self.peer.upgrade_rejection is not None:
+            status, headers = self.peer.upgrade_rejection
             extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            self._push(
+            self._send_bytes(
                 f"HTTP/1.1 {status} No\r\n{extra}Content-Length: 0\r\n"
                 "Connection: close\r\n\r\n".encode()
             )
@@ -206,41 +211,41 @@ class PeerSession:
         accept = base64.b64encode(
             hashlib.sha1(self.headers["sec-websocket-key"].encode() + GUID).digest()
         )
-        self._push(
+        self._send_bytes(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         )
-        self._push(b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
+        self._send_bytes(b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
         return True
 
-    def _converse(self):
+    def _receive_frames(self):
         if self.headers.get("authorization") != f"Bearer {self.peer.token}":
             self.close(4401)
             return
         try:
-            self.hello = parse_frame(self._message())
+            self.hello = parse_frame(self._read_message())
             assert self.hello.type == "hello"
         except (Z4JError, ValueError, AssertionError):
             self.close(4400)
             raise
-        self.peer.greet(self)
+        self.peer.on_hello(self)
         while True:
-            message = self._message()
+            message = self._read_message()
             frame = self.verifier.parse_and_verify(message)
             self.frames.append(frame)
-            self.peer.heard(self, frame)
+            self.peer.on_frame(self, frame)
 
-    def _message(self):
-        """Return the next data message; answers pings and records close codes."""
+    def _read_message(self):
+        """Return the next data message. Answers pings; raises ``GoneError`` for a close frame."""
         while True:
-            head = self._take(2)
+            head = self._read_exactly(2)
             if not head[1] & 0x80:
                 raise AssertionError(f"a client's frames are masked; stray bytes {head!r}")
             if head[0] & 0x70:
                 raise AssertionError(f"reserved bits set; stray bytes {head!r}")
             size = head[1] & 0x7F
             if size >= 126:
-                size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
-            mask, data = self._take(4), self._take(size)
+                size = int.from_bytes(self._read_exactly(2 if size == 126 else 8), "big")
+            mask, data = self._read_exactly(4), self._read_exactly(size)
             data = _unmask(data, mask)
             opcode = head[0] & 0x0F
             if opcode in (TEXT, BINARY):
@@ -251,21 +256,21 @@ class PeerSession:
             elif opcode == PONG:
                 self.pongs += 1
             elif opcode == CLOSE:
-                self.goodbye = struct.unpack("!H", data[:2])[0] if data else 1005
+                self.close_code = struct.unpack("!H", data[:2])[0] if data else 1005
                 raise GoneError
             else:
                 raise AssertionError(f"opcode {opcode}")
 
-    def _take(self, size):
-        while len(self._ahead) < size:
-            self._ahead += self._take_some()
-        data, self._ahead = self._ahead[:size], self._ahead[size:]
+    def _read_exactly(self, size):
+        while len(self._unread) < size:
+            self._unread += self._read_some()
+        data, self._unread = self._unread[:size], self._unread[size:]
         return data
 
-    def _take_some(self):
-        while self.stalled and not self.peer.door.stopped:
+    def _read_some(self):
+        while self.stalled and not self.peer.listener.stopped:
             self.peer.backend.sleep(0.02)
-        return some(self.peer.backend, self._sock)
+        return recv_some(self.peer.backend, self._sock)
 
     def _write(self, opcode, data):
         size = len(data)
@@ -275,35 +280,35 @@ class PeerSession:
             head = bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big")
         else:
             head = bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
-        self._push(head + data)
+        self._send_bytes(head + data)
 
-    def _push(self, data):
-        push(self.peer.backend, self._sock, data)
+    def _send_bytes(self, data):
+        send_all(self.peer.backend, self._sock, data)
 
 
 class Peer:
-    """The listener and its script; see the module."""
+    """The listener, and the attributes that a test sets; see the module's docstring."""
 
     def __init__(self, backend, *, secret=SECRET, token=TOKEN, tls=None):
         self.backend = backend
         self.secret = secret
         self.token = token
         self.acks = "all"
-        self.refuse = None
-        self.noise = None
+        self.upgrade_rejection = None
+        self.raw_response = None
         self.heartbeat = 10
         self.max_frame = 1_048_576
-        self.greet = PeerSession.hello_ack
+        self.on_hello = PeerSession.hello_ack
         self.sessions = []
         self.requests = []  # plain HTTP requests, answered with 404
-        self.door = Listener(backend, self.meet, name="peer", tls=tls)
-        self.url = self.door.url
+        self.listener = Listener(backend, self.serve, name="peer", tls=tls)
+        self.url = self.listener.url
 
     @property
     def live(self):
         """The sessions that have sent a hello and are open."""
         return [
-            session for session in self.sessions if session.hello is not None and not session.over
+            session for session in self.sessions if session.hello is not None and not session.ended
         ]
 
     @property
@@ -313,9 +318,9 @@ class Peer:
         return live[-1] if live else None
 
     @property
-    def mishaps(self):
-        """The agent's errors, over all sessions."""
-        return [mishap for session in self.sessions for mishap in session.mishaps]
+    def errors(self):
+        """The agent's violations of the protocol, in all sessions."""
+        return [error for session in self.sessions for error in session.errors]
 
     def frames(self, kind):
         """Return the verified frames of one type, over all sessions."""
@@ -325,34 +330,34 @@ class Peer:
         """Return the received events of all sessions in order, repeated ones included."""
         return [event for frame in self.frames("event_batch") for event in frame.payload.events]
 
-    def heard(self, session, frame):
-        """Respond to a frame as ``acks`` says."""
+    def on_frame(self, session, frame):
+        """Acknowledge an ``event_batch`` as configured by ``acks``."""
         if frame.type != "event_batch" or self.acks == "none":
             return
         if self.acks == "all":
             session.ack(frame)
         else:
-            self.door.spawn(self._late, session, frame, self.acks)
+            self.listener.spawn(self._ack_later, session, frame, self.acks)
 
     def stop(self):
         """Disconnect all sessions and stop listening."""
-        self.door.stop()
+        self.listener.stop()
 
-    def _late(self, session, frame, seconds):
+    def _ack_later(self, session, frame, seconds):
         self.backend.sleep(seconds)
         try:
             session.ack(frame)
         except OSError:
             pass
 
-    def meet(self, sock, ahead=b""):
-        """Serve a connection, of which the bytes ``ahead`` have been read."""
-        session = PeerSession(self, sock, ahead)
+    def serve(self, sock, received=b""):
+        """Serve a connection from which the bytes ``received`` have already been read."""
+        session = PeerSession(self, sock, received)
         self.sessions.append(session)
         session.run()
 
 
-def settled(runtime, number):
+def all_acked(runtime, number):
     """Return whether exactly ``number`` events were acknowledged and none is buffered."""
     runtime._agent.buffer.stats()
     stats = runtime.stats()

@@ -119,7 +119,7 @@ class ScheduleOperator:
         return row["result"]
 
     def resync(self):
-        """Request all schedules; on SQLite the brain returns 500 although it asks the agent."""
+        """Request a resync. On SQLite the brain returns 500, although it sends the command."""
         self.post("/schedules:resync", tolerated=(500,))
 
 
@@ -133,9 +133,9 @@ class ScheduleProject(ScheduleOperator, E2EProject):
 
 
 class SchedulerHost(Service):
-    """A process with only a scheduler, by ``apps/scheduler_host.py``, as a context manager.
+    """A process that runs ``apps/scheduler_host.py``: an agent with only a scheduler.
 
-    It has a session when the block starts.
+    As a context manager it waits until the agent has a session.
     """
 
     def __init__(self, project, mode, kind):

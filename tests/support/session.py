@@ -1,4 +1,4 @@
-"""One session in virtual time: real loops between a store in memory and a recording transport."""
+"""A session in virtual time: the agent's loops, a store in memory, and a recording transport."""
 
 import json
 from collections import deque
@@ -79,7 +79,7 @@ class FakeTransport:
 
 
 class FailingDisk:
-    """A store that survives ``close`` and can be made to fail."""
+    """A store that keeps its rows after ``close``, and fails while ``full`` is set."""
 
     durable = True
 
@@ -166,7 +166,7 @@ class SessionHarness:
         return self.buffer.stats().rows
 
     def run_loop(self, run):
-        """Run a loop in a task; at its end the returned list gets its error or ``None``."""
+        """Run a loop in a task; return a list to which its error, or ``None``, is appended."""
         ended = []
 
         def work():

@@ -1,14 +1,16 @@
-"""Measures the steps of the agent's tasks and reports those that hold the hub for too long.
+"""Measures the steps of the agent's tasks and reports steps that block the hub for too long.
 
-The CPU time of a step is its thread's CPU time, without the garbage collector's (it runs in
-whichever task allocates last) and without greenlet's cleanup (it runs in whichever greenlet follows
-the end of a native thread). The blocked time of a step is the rest of its wall time, without the
-time in which threads of this process were ready to run and another process had the processor.
+The CPU time of a step is the CPU time of its thread, minus two parts that can fall into any step.
+The garbage collector runs in the task that allocates when a collection is due. greenlet's cleanup
+runs in the greenlet that runs first after the end of a native thread.
 
-Neither is exact on a busy machine. A virtual processor may stand still, or share its core, while
-CPU time passes. A native thread may lose the processor while it holds the interpreter's lock, and
-end before its waiting time is read. A step that is only a little too long is therefore reported
-when it occurs repeatedly in the same place.
+The blocked time of a step is the rest of its wall time, minus the time in which threads of this
+process were ready to run but waited for a processor.
+
+Neither time is exact on a busy machine. A virtual processor may be paused, or share its core, while
+CPU time is counted. A native thread may lose the processor while it holds the interpreter's lock,
+and end before its waiting time is read. Therefore a step that is only slightly too long is reported
+only if it occurs repeatedly in the same place.
 """
 
 import ctypes
@@ -26,16 +28,16 @@ from greenlet import _greenlet
 
 from z4j_bare.concurrency.base import StepTimer
 
-#: Seconds that a step may take. The design aims at 0.002.
+#: Maximum seconds of a step. The design target is 0.002.
 LIMIT = 0.010
 
-#: Seconds of CPU time that are reported at the first occurrence.
-SURE_CPU = 0.025
+#: Seconds of CPU time from which a step is reported at its first occurrence.
+IMMEDIATE_CPU = 0.025
 
-#: Seconds of blocked time that are reported at the first occurrence.
-SURE_BLOCKED = 0.500
+#: Seconds of blocked time from which a step is reported at its first occurrence.
+IMMEDIATE_BLOCKED = 0.500
 
-#: Occurrences in one place after which a shorter step is reported.
+#: Number of occurrences in one place from which a shorter step is reported.
 REPEATS = 3
 
 #: Seconds between two scans for new threads.
@@ -52,7 +54,10 @@ _pread = ctypes.PyDLL(None).pread
 
 
 class Mark(NamedTuple):
-    """Seconds of the wall clock, of this thread's CPU, and of threads waiting for a processor."""
+    """A point in time, in seconds: wall time, CPU time of this thread, and queued time.
+
+    The queued time is the sum of the times in which threads waited for a processor.
+    """
 
     wall: float
     cpu: float
@@ -60,7 +65,7 @@ class Mark(NamedTuple):
 
 
 class StepClock:
-    """Measures CPU time and blocked time, without the time of the collectors."""
+    """Measures CPU time and blocked time, without garbage collection and greenlet's cleanup."""
 
     def __init__(self):
         self._collected = 0.0
@@ -82,7 +87,7 @@ class StepClock:
         now = self._mark()
         wall, cpu = now.wall - mark.wall, now.cpu - mark.cpu
         if wall > LIMIT:
-            self._scan()  # a thread that started meanwhile has waited within this time only
+            self._scan()  # includes threads that started since; all their waiting is in this time
             now = self._mark()
         return cpu, max(0.0, wall - cpu - (now.queued - mark.queued))
 
@@ -153,7 +158,7 @@ class StepLimitChecker:
         self._clock.close()
 
     def on_step_start(self):
-        """A task of the agent continues in the current greenlet; return the mark of its step."""
+        """Start a step, because a task of the agent runs in this greenlet; return its mark."""
         now = self._clock.now()
         current = greenlet.getcurrent()
         if current not in self._tasks:
@@ -162,7 +167,7 @@ class StepLimitChecker:
         return now
 
     def on_step_end(self, began, task):
-        """The task waits or has ended."""
+        """End a step, because the task waits or has ended."""
         self._tasks[greenlet.getcurrent()] = task
         self._check(began, task, "between two waits", sys._getframe(2))
 
@@ -184,7 +189,7 @@ class StepLimitChecker:
         place = (task, *stack)
         self._occurrences[place] += 1
         repeated = self._occurrences[place] >= REPEATS
-        if cpu > SURE_CPU or blocked > SURE_BLOCKED or repeated:
+        if cpu > IMMEDIATE_CPU or blocked > IMMEDIATE_BLOCKED or repeated:
             times = f"{cpu * 1000:.1f} ms of CPU and {blocked * 1000:.1f} ms blocked"
             self.violations.append(f"{task}: {times} {kind}, up to\n{''.join(stack)}")
 

@@ -1,8 +1,9 @@
-"""A store's day, call by call, that can be stopped for good before any SQL statement of any call.
+"""A fixed sequence of calls on a store that can be stopped before any SQL statement.
 
-``python -m tests.support.store_scenario`` is a server of such days: it loads the package once and forks a process for each, because an
-interpreter's start costs more than the day. A request is a line ``path call statement``; the process that stops there says
-``pid transactions``, waits to be killed, and then the server says how it ended.
+``python -m tests.support.store_scenario`` loads the package once and forks a process for each run,
+because the start of an interpreter takes longer than the run. A request is a line ``path call
+statement``. The process stops before that statement of that call, writes ``pid transactions``, and
+waits until it is killed. Then the server writes its exit code.
 """
 
 import os
@@ -17,12 +18,12 @@ MAX_ROWS = 40
 
 
 def open_store(path, **options):
-    """Return a store so small that it evicts, and checkpoints its log at nearly every commit."""
+    """Return a small store that evicts and checkpoints its log at nearly every commit."""
     return BufferStore(path, max_rows=MAX_ROWS, max_bytes=1 << 20, clock=lambda: 2.0, **options)
 
 
 def calls(store):
-    """Yield ``(name, call)`` in the order of a day: stored, sent, acknowledged, deleted, and what else happens."""
+    """Yield ``(name, call)``: append, send, ack, delete and the other calls, in several cycles."""
     sent = []
     for cycle in range(CYCLES):
         kinds = ("event", "event", "result")
@@ -39,15 +40,18 @@ def calls(store):
         yield "ack", lambda: None
         yield "delete", lambda: store.confirm([entry.id for entry in sent[-20:-6]])
         yield "discard", lambda: store.discard([entry.id for entry in sent[-6:-4]], "rejected")
-        yield "doubt", lambda: store.increment_attempts([entry.id for entry in sent[-4:-2]])
-        yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"testament")
+        yield (
+            "increment_attempts",
+            lambda: store.increment_attempts([entry.id for entry in sent[-4:-2]]),
+        )
+        yield "claim", lambda cycle=cycle: store.claim(f"c{cycle}", 1.0, b"provisional")
         yield "settle", lambda cycle=cycle: store.settle(f"c{cycle}", b"%d" % cycle, 1.0)
-        yield "answer", lambda cycle=cycle: store.answer(f"a{cycle}", b"%d" % cycle, 1.0)
+        yield "answer", lambda cycle=cycle: store.settle_and_queue(f"a{cycle}", b"%d" % cycle, 1.0)
         yield "vacuum_step", lambda: store.vacuum_step()
 
 
 def state(store):
-    """Return all that a store promises to keep: rows, counters, commands."""
+    """Return the contents of a store: rows, counters and commands."""
     stats = store.stats()
     rows = [
         (row.id, row.kind, row.payload, row.attempts)
@@ -65,8 +69,8 @@ def state(store):
     }
 
 
-class Watch:
-    """Counts the statements and commits of a store; calls ``reached`` before statement number ``stop``, from 1 on."""
+class StatementCounter:
+    """Counts statements and commits; calls ``reached`` before statement number ``stop``."""
 
     def __init__(self, store, stop=0, reached=None):
         self.statements = self.commits = 0
@@ -81,8 +85,11 @@ class Watch:
         self.commits += statement == "COMMIT"
 
 
-def live(path, stop_call, stop_statement):
-    """Run the day as far as that statement of that call (0: before the call), say so, and wait for the end."""
+def run_until(path, stop_call, stop_statement):
+    """Run up to a statement of a call, write ``pid transactions`` and wait until killed.
+
+    :param stop_statement: the number of the statement; 0 means before the call.
+    """
 
     def stop(watch):
         os.write(1, b"%d %d\n" % (os.getpid(), watch.commits if watch else 0))
@@ -93,10 +100,10 @@ def live(path, stop_call, stop_statement):
     for number, (_name, call) in enumerate(calls(store)):
         if number == stop_call and not stop_statement:
             stop(None)
-        watch = Watch(store, stop_statement, stop) if number == stop_call else None
+        watch = StatementCounter(store, stop_statement, stop) if number == stop_call else None
         call()
         if watch:
-            stop(watch)  # it had fewer statements than usual
+            stop(watch)  # the call had fewer statements than ``stop_statement``
 
 
 def serve():
@@ -106,7 +113,7 @@ def serve():
         child = os.fork()
         if not child:
             try:
-                live(path, int(call), int(statement))
+                run_until(path, int(call), int(statement))
             finally:
                 os._exit(1)
         os.write(1, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -1,4 +1,4 @@
-"""The brain's end of schedule streams, a stub scheduler, and a harness in virtual time."""
+"""The brain's side of schedule streams, a stub scheduler, and a harness in virtual time."""
 
 import json
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def schedule(name="hourly", **fields):
 
 
 class StubScheduler:
-    """A scheduler adapter over a dictionary, with coroutines as in the real ones."""
+    """A scheduler adapter whose schedules are in a dictionary. ``calls`` records the changes."""
 
     name = "beat"
 
@@ -125,7 +125,7 @@ class StubScheduler:
 
 
 class StreamBrain:
-    """The brain's end of the streams of one owner.
+    """The brain's side of one owner's stream.
 
     ``rows`` has the accepted schedules by key, and ``ignored`` counts events of other epochs.
     ``receive_event`` raises ``AssertionError`` for an event that the brain would reject.
@@ -189,20 +189,8 @@ class StreamBrain:
         if body["frame_kind"] == "rows":
             return
         frames, self.frames = self.frames, []
-        assert (
-            len(
-                {
-                    (
-                        frame["snapshot_id"],
-                        frame["snapshot_digest"],
-                        frame["row_count"],
-                        frame["frame_count"],
-                    )
-                    for frame in frames
-                }
-            )
-            == 1
-        )
+        common = ("snapshot_id", "snapshot_digest", "row_count", "frame_count")
+        assert len({tuple(frame[name] for name in common) for frame in frames}) == 1
         rows = [row for frame in frames for row in frame["schedules"]]
         assert (len(rows), len(frames) - 1) == (body["row_count"], body["frame_count"])
         snapshot = external_projection_body(
@@ -300,7 +288,7 @@ class VirtualBridge:
 
 
 class ScheduleFixture:
-    """Adds a manager with one scheduler and the brain's end of its stream to a harness."""
+    """Adds to a harness a manager with one scheduler, and the brain's side of its stream."""
 
     def set_up_schedules(self, *schedules, interval=900):
         self.scheduler = StubScheduler(
@@ -344,7 +332,7 @@ class ScheduleFixture:
 
 
 class ScheduleHarness(SessionHarness, ScheduleFixture):
-    """A harness with only that manager."""
+    """A session harness with a schedule manager."""
 
     def __init__(self, *schedules, interval=900):
         super().__init__()

@@ -1,12 +1,12 @@
-"""A TCP proxy between agent and brain, on native threads, and the network faults it can inject::
+"""A TCP proxy between agent and brain, on native threads, and faults ("toxics") for it to inject::
 
     proxy = Proxy(brain.port)
-    with proxy.poisoned(Latency(0.2)):
-        ...                             # every connection is affected, also new ones
+    with proxy.inject(Latency(0.2)):
+        ...                             # affects open and new connections
     proxy.close()
 
-Delayed bytes are delivered later, as TCP does: only a dead or reset connection loses bytes. For
-processes without patched sockets.
+Delayed bytes are delivered later, as in TCP. Only a dead or reset connection loses bytes. The
+proxy must run in a process without patched sockets.
 """
 
 import os
@@ -25,16 +25,19 @@ POLL_INTERVAL = 0.02
 
 
 class Toxic:
-    """A fault while it is active; this one does nothing. ``hits`` counts its effects."""
+    """Base class of the faults; has no effect itself. ``hits`` counts the effects of a fault."""
 
     def __init__(self):
         self.hits = 0
 
-    def admit(self, line):
-        """Apply to a connection, open since before the fault (``line.old``) or new."""
+    def on_connection(self, connection):
+        """Apply the fault to an open connection (``connection.open_before``) or to a new one."""
 
-    def carry(self, data, *, down):
-        """Yield what is delivered of ``data``, ``down`` to the agent or up to the brain."""
+    def transform(self, data, *, down):
+        """Yield the bytes to deliver in place of ``data``.
+
+        :param down: whether ``data`` goes to the agent; otherwise it goes to the brain.
+        """
         del down
         yield data
 
@@ -46,7 +49,7 @@ class Latency(Toxic):
         super().__init__()
         self._seconds = seconds
 
-    def carry(self, data, *, down):
+    def transform(self, data, *, down):
         del down
         time.sleep(self._seconds)
         self.hits += 1
@@ -60,7 +63,7 @@ class Bandwidth(Toxic):
         super().__init__()
         self._rate = rate
 
-    def carry(self, data, *, down):
+    def transform(self, data, *, down):
         del down
         size = max(1, self._rate // 20)
         for start in range(0, len(data), size):
@@ -72,7 +75,7 @@ class Bandwidth(Toxic):
 class Fragmentation(Toxic):
     """Delivers data in pieces of a few bytes."""
 
-    def carry(self, data, *, down):
+    def transform(self, data, *, down):
         del down
         while data:
             size = random.randint(1, 200)
@@ -83,29 +86,29 @@ class Fragmentation(Toxic):
 
 
 class HalfOpen(Toxic):
-    """Open connections silently stop to deliver for good; new ones work."""
+    """Open connections deliver nothing any more, without a reset; new connections work."""
 
-    def admit(self, line):
-        if line.old:
-            line.dead = True
+    def on_connection(self, connection):
+        if connection.open_before:
+            connection.dead = True
             self.hits += 1
 
 
 class BlackHole(Toxic):
-    """Delivers nothing on any connection; connecting works."""
+    """All connections deliver nothing while the fault is active; connecting works."""
 
-    def admit(self, line):
-        line.paused = True
+    def on_connection(self, connection):
+        connection.paused = True
         self.hits += 1
 
 
 class Reset(Toxic):
     """Resets open connections at once, and new ones after their first bytes."""
 
-    def admit(self, line):
-        line.reset = line.old
+    def on_connection(self, connection):
+        connection.reset = connection.open_before
 
-    def carry(self, data, *, down):
+    def transform(self, data, *, down):
         del data, down
         self.hits += 1
         raise ConnectionResetError
@@ -113,13 +116,13 @@ class Reset(Toxic):
 
 
 class Garbage(Toxic):
-    """Replaces the brain's bytes (``down``) or the agent's by random ones."""
+    """Replaces the bytes to the agent (``down``) or those to the brain by random bytes."""
 
     def __init__(self, *, down):
         super().__init__()
         self._down = down
 
-    def carry(self, data, *, down):
+    def transform(self, data, *, down):
         if down is self._down:
             self.hits += 1
             data = os.urandom(len(data))
@@ -129,17 +132,17 @@ class Garbage(Toxic):
 class Refused(Toxic):
     """Refuses new connections and resets open ones."""
 
-    def admit(self, line):
-        line.reset = True
+    def on_connection(self, connection):
+        connection.reset = True
         self.hits += 1
 
 
 class ProxyConnection(threading.Thread):
-    """A connection of the agent and its counterpart to the brain."""
+    """The proxy's two sockets for one connection: to the agent and to the brain."""
 
     def __init__(self, proxy, sock):
-        super().__init__(name="toxic-line", daemon=True)
-        self.old = False
+        super().__init__(name="toxic-connection", daemon=True)
+        self.open_before = False
         self.paused = False
         self.dead = False
         self.reset = False
@@ -153,15 +156,15 @@ class ProxyConnection(threading.Thread):
             for sock in (self._agent, self._brain):
                 sock.settimeout(10)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._pass()
+            self._relay()
         except OSError:
             self._reset_on_close()
         finally:
-            self._proxy.lines.discard(self)
+            self._proxy.connections.discard(self)
             for sock in filter(None, (self._agent, self._brain)):
                 sock.close()
 
-    def _pass(self):
+    def _relay(self):
         """Copy both directions until one ends or the connection is reset."""
         while not self._proxy.closed:
             if self.reset:
@@ -174,28 +177,28 @@ class ProxyConnection(threading.Thread):
                 if self.dead:
                     time.sleep(POLL_INTERVAL)  # a closed socket is always readable
                 elif data:
-                    self._carry(data, sock)
+                    self._forward(data, sock)
                 else:
                     return
 
-    def _carry(self, data, source):
-        for piece in self._proxy.toxic.carry(data, down=source is self._brain):
+    def _forward(self, data, source):
+        for piece in self._proxy.toxic.transform(data, down=source is self._brain):
             (self._agent if source is self._brain else self._brain).sendall(piece)
 
     def _reset_on_close(self):
-        """Make the following close of both sockets send RST."""
+        """Make ``close`` send a RST on both sockets."""
         for sock in filter(None, (self._agent, self._brain)):
             with suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class Proxy:
-    """Listens on ``port`` and forwards to ``target``, a port of 127.0.0.1."""
+    """Listens on ``port`` of 127.0.0.1 and forwards to its port ``target``."""
 
     def __init__(self, target):
         self.target = target
         self.toxic = Toxic()
-        self.lines = set()
+        self.connections = set()
         self.closed = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -203,18 +206,18 @@ class Proxy:
         threading.Thread(target=self._accept, name="toxic-accept", daemon=True).start()
 
     @contextmanager
-    def poisoned(self, toxic):
-        """Activate ``toxic`` for the ``with`` block; delayed data is delivered afterwards."""
+    def inject(self, toxic):
+        """Activate ``toxic`` for the ``with`` block; data that it holds back is sent afterwards."""
         self.toxic = toxic
-        for line in list(self.lines):
-            line.old = True
-            toxic.admit(line)
+        for connection in list(self.connections):
+            connection.open_before = True
+            toxic.on_connection(connection)
         try:
             yield toxic
         finally:
             self.toxic = Toxic()
-            for line in list(self.lines):
-                line.paused = False
+            for connection in list(self.connections):
+                connection.paused = False
 
     def close(self):
         """Disconnect and stop listening."""
@@ -226,10 +229,10 @@ class Proxy:
                 self._refuse_connections()
             elif select.select([self._listener], [], [], POLL_INTERVAL)[0]:
                 sock, _ = self._listener.accept()
-                line = ProxyConnection(self, sock)
-                self.lines.add(line)
-                self.toxic.admit(line)
-                line.start()
+                connection = ProxyConnection(self, sock)
+                self.connections.add(connection)
+                self.toxic.on_connection(connection)
+                connection.start()
         self._listener.close()
 
     def _refuse_connections(self):

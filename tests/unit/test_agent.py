@@ -142,7 +142,7 @@ def test_heartbeat_interval_comes_from_hello_ack(install, peer, until):
     assert [frame.seq for frame in peer.sessions[0].frames] == list(
         range(1, len(peer.sessions[0].frames) + 1)
     )
-    assert peer.mishaps == []
+    assert peer.errors == []
 
 
 def test_status_follows_first_heartbeat(install, peer, until):
@@ -234,7 +234,7 @@ def test_agent_reconnects_after_each_close_code(install, peer, until, caplog, co
         (str(event.id), event.occurred_at.isoformat())
     }
     assert runtime.stats()["restarts"] == {}
-    assert peer.mishaps == []
+    assert peer.errors == []
     assert (
         f"no session ({backoff.failure_class(close_codes.error_for_close_code(code))})"
         in caplog.text
@@ -246,7 +246,7 @@ def test_agent_reconnects_after_each_close_code(install, peer, until, caplog, co
 def test_poison_event_is_dropped(install, peer, until, caplog, code):
     """An event that ends every session is dropped, counted and logged; all others arrive."""
     events = [an_event(number) for number in range(600)]
-    bad, heard = str(events[77].id), peer.heard
+    bad, on_frame = str(events[77].id), peer.on_frame
 
     def picky(session, frame):
         if frame.type == "event_batch" and any(
@@ -254,9 +254,9 @@ def test_poison_event_is_dropped(install, peer, until, caplog, code):
         ):
             session.close(code)
         else:
-            heard(session, frame)
+            on_frame(session, frame)
 
-    peer.heard = picky
+    peer.on_frame = picky
     runtime = install()
     until(lambda: peer.last)
     for event in events:
@@ -320,13 +320,13 @@ def test_agent_answers_pings(runtime, peer, until):
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 429, 500, 502, 503])
 def test_refused_upgrade_is_retried(install, peer, until, status):
     """Any HTTP refusal is retried, and the error names its status."""
-    peer.refuse = (status, {"Location": peer.url.replace("http", "ws")})
+    peer.upgrade_rejection = (status, {"Location": peer.url.replace("http", "ws")})
     runtime = install(transport="ws")
     until(lambda: len(peer.sessions) >= 2)
     assert runtime.state is RuntimeState.RUNNING
     named = {401: "Z4J_TOKEN", 403: "archived"}.get(status, f"HTTP {status}")
     until(lambda: named in runtime.stats()["last_error"])
-    peer.refuse = None
+    peer.upgrade_rejection = None
     until(lambda: peer.last)
 
 
@@ -334,7 +334,10 @@ def test_redirects_are_not_followed(install, peer, backend, until):
     """The token is sent to the configured brain only, whatever that answers."""
     elsewhere = Peer(backend)
     try:
-        peer.refuse = (302, {"Location": elsewhere.url.replace("http", "ws") + "/ws/agent"})
+        peer.upgrade_rejection = (
+            302,
+            {"Location": elsewhere.url.replace("http", "ws") + "/ws/agent"},
+        )
         install()
         until(lambda: len(peer.sessions) >= 3)
         assert elsewhere.sessions == []
@@ -347,11 +350,11 @@ def test_retry_after_is_honoured(install, peer, until, monkeypatch):
     monkeypatch.setitem(
         backoff.BACKOFF_POLICIES, "incompatible", backoff.BackoffPolicy(120, 3600)
     )  # the bound on what a server may wish
-    peer.refuse = (429, {"Retry-After": "3000"})
+    peer.upgrade_rejection = (429, {"Retry-After": "3000"})
     runtime = install()
     until(lambda: runtime.stats()["last_error"])
     first = len(peer.sessions)
-    peer.refuse = None
+    peer.upgrade_rejection = None
     with pytest.raises(AssertionError):
         until(lambda: len(peer.sessions) > first, seconds=0.5)
 
@@ -410,10 +413,10 @@ def test_start_without_brain(install, backend, until, engine):
 def test_bad_hello_ack_is_survived(install, peer, until, monkeypatch, greeting):
     """Whatever the brain sends instead of ``hello_ack``, the agent reconnects and no loop dies."""
     monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.5)
-    peer.greet = greeting
+    peer.on_hello = greeting
     runtime = install()
     until(lambda: len(peer.sessions) >= 2)
-    peer.greet = type(peer.sessions[0]).hello_ack
+    peer.on_hello = type(peer.sessions[0]).hello_ack
     until(lambda: peer.last and peer.last.frames)
     assert runtime.stats()["restarts"] == {}
 
@@ -471,11 +474,11 @@ def test_result_is_sent_in_next_session(runtime, peer, engine, until):
     identity = peer.last.command("cancel_task", {"task_id": "t-1"})
     until(lambda: engine.calls)
     first = peer.last
-    peer.refuse = (503, {})
+    peer.upgrade_rejection = (503, {})
     first.drop()
     until(lambda: len(peer.sessions) >= 2)
     engine.release.set()
-    peer.refuse = None
+    peer.upgrade_rejection = None
     until(lambda: peer.last and peer.last.of("command_result"))
     assert peer.frames("command_result")[0].id == identity
     assert first.of("command_result") == []
@@ -512,7 +515,7 @@ def test_hung_command_does_not_block_others(install, peer, engine, until):
     engine.release.set()
     until(lambda: stuck in {frame.id for frame in peer.frames("command_result")})
     assert len(engine.calls) == 50
-    assert peer.mishaps == []
+    assert peer.errors == []
 
 
 def test_overrunning_command_is_indeterminate(runtime, peer, engine, until):
@@ -660,10 +663,10 @@ def test_unknown_frame_is_ignored(runtime, peer, until):
 def test_fatal_error_frame_ends_session(runtime, peer, until):
     """After a fatal error frame the agent starts a new session."""
     first = peer.last
-    peer.refuse = (503, {})
+    peer.upgrade_rejection = (503, {})
     first.error("bad_frame", fatal=True)
     until(lambda: len(peer.sessions) >= 2)
-    peer.refuse = None
+    peer.upgrade_rejection = None
     until(lambda: peer.last)
 
 
@@ -692,9 +695,9 @@ def test_stop_delivers_last_events(runtime, peer, until):
     for number in range(400):
         runtime.record_event(an_event(number))
     runtime.stop()
-    until(lambda: session.over)
+    until(lambda: session.ended)
     assert [event["data"]["number"] for event in peer.events()] == list(range(400))
-    assert session.goodbye == 1000
+    assert session.close_code == 1000
 
 
 def test_stop_without_brain(install, backend, until):
@@ -741,17 +744,17 @@ def test_request_reconnect_replaces_session(runtime, peer, until):
     first = peer.last
     runtime.request_reconnect()
     until(lambda: peer.last and peer.last is not first)
-    until(lambda: first.over)
+    until(lambda: first.ended)
     assert len(peer.live) == 1
 
 
 def test_request_reconnect_ends_backoff(install, peer, until, monkeypatch):
     """During a back-off of an hour ``request_reconnect()`` connects at once."""
     monkeypatch.setitem(backoff.BACKOFF_POLICIES, "connection", backoff.BackoffPolicy(3600, 3600))
-    peer.refuse = (503, {})
+    peer.upgrade_rejection = (503, {})
     runtime = install()
     until(lambda: runtime.stats()["last_error"])
-    peer.refuse = None
+    peer.upgrade_rejection = None
     runtime.request_reconnect()
     until(lambda: peer.last)
 
@@ -768,9 +771,7 @@ def test_rotated_credentials_are_read_at_connect(install, peer, until, tmp_path)
     key.write_text(f"{SECRET_TEXT}\n")
     until(lambda: peer.last and peer.last.frames)
     assert [
-        type(mishap).__name__
-        for mishap in peer.mishaps
-        if type(mishap).__name__ != "SignatureError"
+        type(error).__name__ for error in peer.errors if type(error).__name__ != "SignatureError"
     ] == []
 
 
@@ -791,10 +792,10 @@ def test_missing_token_file_is_reported(install, peer, until, tmp_path):
 def test_secrets_are_not_logged(install, peer, until, caplog):
     """Neither token nor key is logged at DEBUG, through refusals, closes and a stop."""
     caplog.set_level(logging.DEBUG)
-    peer.refuse = (401, {})
+    peer.upgrade_rejection = (401, {})
     runtime = install()
     until(lambda: len(peer.sessions) >= 2)
-    peer.refuse = None
+    peer.upgrade_rejection = None
     first = until(lambda: peer.last)
     wrongly_signed(first)
     until(lambda: peer.last and peer.last is not first and peer.last.frames)
@@ -874,7 +875,7 @@ def test_fork_leaves_session_alone(install, peer, until, mode, idle):
     assert len(peer.sessions) == 1
     assert [frame.seq for frame in session.frames] == list(range(1, len(session.frames) + 1))
     assert [event["data"]["number"] for event in peer.events()] == list(range(50))
-    assert peer.mishaps == []
+    assert peer.errors == []
     session.command("retry_task", {"task_id": "after"})
     until(lambda: session.of("command_result"))
 

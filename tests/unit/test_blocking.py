@@ -149,7 +149,7 @@ def peer(backend):
     made = Peer(backend)
     yield made
     made.stop()
-    assert made.mishaps == []
+    assert made.errors == []
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_brain_that_stops_reading(start, peer, until, delivered, monkeypatch):
     """The send of a full connection times out, and the next session delivers everything."""
     monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.5)
     monkeypatch.setattr(websocket, "CooperativeSocket", NarrowSocket)
-    peer.door._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.listener._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     runtime, load = start(peer.url)
     first = until(lambda: peer.last)
     load.run(0.5)
@@ -346,11 +346,11 @@ def row_batches():
 
 def test_backlog_of_100000_rows(start, peer, until):
     """The load goes on while 100,000 stored rows are sent in the first session."""
-    peer.refuse = (503, {})
+    peer.upgrade_rejection = (503, {})
     runtime, load = start(peer.url)
     for batch in row_batches():
         runtime._agent.buffer.append(batch)
-    peer.refuse = None
+    peer.upgrade_rejection = None
     load.run()
     until(lambda: runtime.stats()["acked"] >= MANY + load.produced, 120)
     assert runtime.stats()["lost"] == {}

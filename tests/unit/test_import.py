@@ -125,3 +125,18 @@ def test_import_error_names_platform_without_forks():
     )
     assert done.returncode != 0
     assert "ImportError: z4j-bare needs a POSIX system" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preference", "module"),
+    [("auto", "websocket"), ("ws", "websocket"), ("longpoll", "z4j_bare.transport.longpoll")],
+)
+def test_transport_library_is_imported_when_the_agent_is_built(preference, module):
+    """The import of the transport's library takes 0.2 s, so it belongs to the start of the host."""
+    code = (
+        "from z4j_bare.settings import Settings\n"
+        "from z4j_bare.transport.auto import TransportFactory\n"
+        "url = 'http://127.0.0.1:1'\n"
+        f"TransportFactory(url, {preference!r}, str, Settings(), None, dev_mode=True)"
+    )
+    assert module in loaded_by(code)

@@ -71,4 +71,4 @@ def test_post_fork_restarts_registered_runtime(caplog):
     assert calls == [1]
     runtime.reinit_after_fork = lambda: 1 / 0
     assert post_fork() is runtime
-    assert "could not restart the agent after fork" in caplog.text
+    assert "could not restart the agent after a fork" in caplog.text

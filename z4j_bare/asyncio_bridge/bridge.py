@@ -1,4 +1,4 @@
-"""Synchronous calls of asyncio-based adapters, with deadlines, and pumps of their streams."""
+"""Calls functions of asyncio-based adapters within a deadline, and reads their event streams."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from z4j_bare.asyncio_bridge.pump import Pump
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Workers for calls that need no loop, by default as many as commands run at a time. They are
-#: separate from the loop's own workers, so that eight hung executor calls do not block these.
+#: Maximum number of workers that run calls without an event loop. It equals the default of
+#: ``Z4J_COMMAND_WORKERS``, the number of commands that run at the same time. The executor calls of
+#: the loop have separate workers, so that a hung executor call occupies no worker of this pool.
 CALL_WORKERS = 8
-#: Longest timeout of a call, in seconds.
+#: Maximum timeout of one call, in seconds. :meth:`Bridge.call` reduces a longer timeout to it.
 MAX_CALL_TIMEOUT = 3600.0
 #: Seconds that :meth:`Bridge.stop` waits for the loop to end.
 STOP_TIMEOUT = 1.0
@@ -33,12 +34,12 @@ STOP_TIMEOUT = 1.0
 
 @implementer(IBridge)
 class Bridge:
-    """Calls an adapter's functions, of whatever kind, from greenlets and threads.
+    """Calls an adapter's synchronous and asynchronous functions from greenlets and threads.
 
-    Synchronous functions and coroutines without an ``await`` run on persistent workers, where no
-    loop is visible. Everything that awaits becomes a task of the :class:`HubLoop`, which is built
-    when first needed. No method may be called from a step of that loop, which would wait for
-    itself.
+    Synchronous functions and coroutines without an ``await`` run on persistent workers, and see no
+    running event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`. The loop is
+    created when it is first needed. A step of the loop must not call a method of this class,
+    because the step would wait for its own loop.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -51,27 +52,27 @@ class Bridge:
 
     @property
     def restarts(self) -> int:
-        """How often a pump or the loop was restarted."""
+        """The number of restarts of the loop and of all pumps."""
         restarts = sum(pump.restarts for pump in self._pumps)
         return restarts + (self._loop.restarts if self._loop else 0)
 
     @property
     def dropped(self) -> int:
-        """How many ``call_soon_threadsafe`` calls came after the loop had stopped."""
+        """The number of ``call_soon_threadsafe`` calls that came after the loop had stopped."""
         return self._loop.dropped if self._loop else 0
 
     @property
     def busy(self) -> int:
-        """The number of workers that run a call now; a worker that stays busy is hung."""
+        """The number of workers that run a call now. A worker whose call hangs stays busy."""
         return self._workers.busy + (self._loop.busy_workers if self._loop else 0)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call ``function(*args, **kwargs)``, of whatever kind, and return its result.
+        """Call ``function(*args, **kwargs)``, await the result if it is awaitable, and return it.
 
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
-        ``AgentError`` after :meth:`stop`, and whatever the function raises. On timeout a coroutine
-        on the loop is cancelled, a blocking function keeps its worker until it returns, and a
-        function that had not begun never runs.
+        ``AgentError`` after :meth:`stop`, and every exception of the function. After a timeout, a
+        coroutine on the loop is cancelled. A blocking function occupies its worker until it
+        returns. A function that has not begun is never called.
         """
         self._check_usable()
         description = _name(function)
@@ -88,12 +89,13 @@ class Bridge:
     def pump(
         self, iterate: Callable[[], Any], sink: Callable[[Any], object], name: str
     ) -> Callable[[], None]:
-        """Pass every item of ``iterate()`` to ``sink``; return a function that drains and stops.
+        """Pass every item of ``iterate()`` to ``sink``; return :meth:`Pump.stop`.
 
         See :class:`~z4j_bare.asyncio_bridge.pump.Pump`.
         """
         loop = self.loop()
-        from z4j_bare.asyncio_bridge.pump import Pump  # after the loop, which imports asyncio
+        # This module imports asyncio. ``loop`` has already imported asyncio without blocking a hub.
+        from z4j_bare.asyncio_bridge.pump import Pump
 
         pump = Pump(self._backend, loop, iterate, sink, name)
         self._pumps.append(pump)
@@ -101,9 +103,10 @@ class Bridge:
         return pump.stop
 
     def loop(self) -> HubLoop:
-        """Return the loop, always the same object: arq's and taskiq's adapters compare identities.
+        """Return the loop; every call returns the same object.
 
-        Raises ``AgentError`` when none was built before :meth:`stop`.
+        The adapters of arq and taskiq compare loops by identity. Raises ``AgentError`` if
+        :meth:`stop` was called before the loop was created.
         """
         if self._loop is None:
             self._check_usable()
@@ -112,7 +115,7 @@ class Bridge:
         return self._loop
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Cancel what runs and end the loop within ``timeout`` seconds.
+        """Fail queued calls, cancel the loop's tasks and end the loop within ``timeout`` seconds.
 
         Idempotent. Does nothing in a forked child.
         """
@@ -132,7 +135,7 @@ class Bridge:
             raise AgentError("the agent is stopping")
         if self._loop is not None and self._loop.in_step():
             raise AgentError(
-                "called from a step of the adapters' loop, which would wait for itself"
+                "called from a step of the adapters' loop; the step would wait for its own loop"
             )
 
     def _build(self) -> None:
@@ -193,7 +196,7 @@ class LoopCall:
             self._task.cancel()
 
     def _close(self) -> None:
-        """Close a coroutine that never began, which would warn; no effect on one that ended."""
+        """Close the coroutine. Python warns when it collects a coroutine that has never begun."""
         if inspect.iscoroutine(self._awaitable):
             self._awaitable.close()
 
@@ -208,7 +211,10 @@ class LoopCall:
 
 
 def _name(function: Callable[..., object]) -> str:
-    """Return the function's name. Its ``repr`` would contain a command's arguments."""
+    """Return the function's name.
+
+    The ``repr`` of a ``partial`` is not used, because it would show a command's arguments.
+    """
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)

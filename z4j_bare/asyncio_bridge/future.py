@@ -1,4 +1,7 @@
-"""A result handed from a worker or an event loop to a waiting task. Imports no asyncio."""
+"""Passes a result from a worker or an event loop to the task that waits for it.
+
+This module does not import asyncio.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CallFuture:
-    """The result of one call, set by a worker or a loop step, awaited by a greenlet or thread."""
+    """The result of one call. A worker or a loop step sets it; a greenlet or thread awaits it."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
@@ -26,9 +29,9 @@ class CallFuture:
         return not self.abandoned
 
     def set_result(self, ok: bool, value: object) -> None:
-        """Set the value, or the exception when not ``ok``.
+        """Set the result: ``value`` is the returned value if ``ok``, else the exception.
 
-        Never switches greenlets, so that loop steps may call it.
+        This never switches greenlets, so a loop step may call it.
         """
         self._ok, self._value = ok, value
         self._done.set()
@@ -36,8 +39,8 @@ class CallFuture:
     def wait(self, timeout: float, description: str) -> Any:
         """Return the value or raise the exception.
 
-        Raises ``TimeoutError`` with ``description`` after ``timeout`` seconds. When the wait ends
-        early (timeout, killed greenlet, fork), the future counts as abandoned.
+        Raises ``TimeoutError`` after ``timeout`` seconds; its text contains ``description``. If the
+        wait ends without a result (timeout, killed greenlet, fork), ``abandoned`` becomes true.
         """
         try:
             done = self._backend.wait(self._done, timeout)
@@ -51,10 +54,11 @@ class CallFuture:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error``, or an ``AgentError`` caused by it where ``error`` would end a loop.
+    """Return ``error``, or an ``AgentError`` caused by it if a loop must not raise ``error``.
 
-    ``SystemExit`` raised in an eager task would end ``run_forever``. A greenlet's ``Timeout`` or
-    ``GreenletExit`` would end the calling loop. asyncio futures refuse ``StopIteration``.
+    A ``SystemExit`` that is raised in an eager task would end ``run_forever``. The ``Timeout`` or
+    ``GreenletExit`` of a greenlet library would end the loop that made the call. An asyncio future
+    does not accept ``StopIteration``.
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error

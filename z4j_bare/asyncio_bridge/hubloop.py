@@ -1,4 +1,4 @@
-"""A real asyncio loop in one greenlet (or thread) that is never visible to the host."""
+"""An asyncio event loop that runs in one greenlet or thread. The host's code never sees it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.hubloop")
 
-#: Workers behind ``run_in_executor``; the adapters' own thread pools have as many.
+#: Maximum number of workers that run the calls of ``run_in_executor``. The thread pools that the
+#: adapters create have the same size.
 EXECUTOR_WORKERS = 8
 #: Seconds before the loop continues after an exception escaped from a step.
 RESTART_PAUSE = 0.1
-#: Longest wait in ``select``, in seconds. It limits the delay in two cases: a ``put_nowait`` from
-#: another thread does not wake the loop, and under eventlet a forked child edits the epoll set that
-#: it shares with the parent.
+#: Maximum seconds of one wait in ``select``. It limits the delay in two cases in which the loop is
+#: not woken. A ``put_nowait`` to an asyncio queue from another thread does not wake the loop. Under
+#: eventlet a forked child can remove sockets from the epoll set that it shares with its parent.
 MAX_WAIT = 1.0
 
 
@@ -44,8 +45,8 @@ class StepScopedSelector(selectors.BaseSelector):
     asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. If
     a loop stayed recorded while it waits, every ``asyncio.run()`` of the host would fail, and every
     Django ORM call would raise ``SynchronousOnlyOperation``. A loop waits only in ``select``.
-    Therefore ``select`` removes the running loop and the async-generator hooks from the thread. It
-    restores what it found when the step began, which may belong to a user's loop.
+    Therefore ``select`` restores the running loop and the async-generator hooks that the thread had
+    before the step. They may belong to a user's loop.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -61,8 +62,9 @@ class StepScopedSelector(selectors.BaseSelector):
     def in_step(self) -> bool:
         """Return whether the caller is a step of the loop.
 
-        Compares greenlets, not running loops: when an adapter's step switches, other greenlets see
-        its running loop. A thread without greenlets has one, too.
+        The method compares greenlets and not running loops. If an adapter switches greenlets within
+        a step, the other greenlets see the running loop of that step. ``getcurrent`` also works in
+        a thread that uses no greenlets.
         """
         return self._greenlet is getcurrent()
 
@@ -73,7 +75,7 @@ class StepScopedSelector(selectors.BaseSelector):
         _set_running_loop(None)
 
     def leave(self) -> None:
-        """Restore what the last step found on the thread."""
+        """Restore the running loop and the hooks that the thread had before the last step."""
         _set_running_loop(self._outer_loop)
         sys.set_asyncgen_hooks(*self._outer_hooks)
 
@@ -92,16 +94,16 @@ class StepScopedSelector(selectors.BaseSelector):
     def should_wake(self) -> bool:
         """Record a call from outside the loop; return whether it must write to the self-pipe.
 
-        Only the first call after the loop began to wait must write: each write costs a system call,
-        and events come by the thousand. A caller appends to the loop's queue first, and ``select``
-        sets ``_waiting`` before it checks for calls, so that one of the two sees the other.
+        Only the first call after the loop began to wait must write. Each write costs a system call,
+        and there may be thousands of calls. No call is missed: this method sets ``_called`` before
+        it reads ``_waiting``, and ``select`` sets ``_waiting`` before it reads ``_called``.
         """
         self._called = True
         waiting, self._waiting = self._waiting, False
         return waiting
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for I/O between two steps; ``ForkedChildError`` on waking in a forked child."""
+        """Wait for I/O between two steps. Raises ``ForkedChildError`` in a forked child."""
         self._waiting = True
         if self._called:
             timeout = 0
@@ -138,39 +140,39 @@ class StepScopedSelector(selectors.BaseSelector):
     def register(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Delegate."""
+        """Register a file object with the backend's selector."""
         return self._inner.register(fileobj, events, data)
 
     def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Delegate."""
+        """Remove a file object from the backend's selector."""
         return self._inner.unregister(fileobj)
 
     def modify(
         self, fileobj: FileDescriptorLike, events: int, data: object = None
     ) -> selectors.SelectorKey:
-        """Delegate."""
+        """Change the events of a file object in the backend's selector."""
         return self._inner.modify(fileobj, events, data)
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        """Delegate."""
+        """Return the registrations of the backend's selector."""
         return self._inner.get_map()
 
     def close(self) -> None:
-        """Delegate."""
+        """Close the backend's selector."""
         self._inner.close()
 
 
 class HubLoop(asyncio.SelectorEventLoop):
-    """The event loop of the adapters: ``start()``, use, ``shutdown()``.
+    """The event loop of the adapters. Call ``start()`` before its use and ``shutdown()`` after it.
 
-    It differs from the standard loop where a host would notice. It is its thread's running loop
-    only during a step. It ignores the executor given to ``run_in_executor`` and uses workers of the
-    backend. ``call_soon_threadsafe`` never raises. It is never set as the current event loop. A
-    forked copy leaves without touching a file descriptor that it shares with the parent.
+    The loop differs from the standard loop in five points. It is its thread's running loop only
+    during a step. It is never set as the current event loop. ``run_in_executor`` ignores the
+    executor and uses workers of the backend. ``call_soon_threadsafe`` never raises. In a forked
+    child the copy of the loop ends and uses no file descriptor that it shares with the parent.
     """
 
-    #: Loops in use. The reference keeps garbage collection in a forked child from closing file
-    #: descriptors that the parent polls.
+    #: Loops that were started and not yet closed. In a forked child the reference prevents the
+    #: garbage collection of a loop, which would close file descriptors that the parent polls.
     _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -183,8 +185,8 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.dropped = 0
         self.restarts = 0
         super().__init__(self._scope)
-        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking, which is per OS thread and
-        # would affect the host's greenlets.
+        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking. That is a property of the OS
+        # thread, so it would also affect the host's greenlets.
         self.set_debug(False)
 
     @property
@@ -193,7 +195,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         return self._workers.busy
 
     def start(self) -> None:
-        """Spawn the loop and its first worker without waiting. Works inside a running user loop."""
+        """Start the loop and its first worker without waiting. A user's loop may be running."""
         self._in_use.add(self)
         self._workers.start()
         self._task = self._backend.spawn(self._main, name="z4j-hubloop")
@@ -201,7 +203,8 @@ class HubLoop(asyncio.SelectorEventLoop):
     def shutdown(self, timeout: float) -> bool:
         """Cancel every task and end the loop within ``timeout`` seconds. Idempotent.
 
-        Returns whether the loop has ended; from a step of the loop always ``True``.
+        Returns whether the loop has ended. A call from a step of the loop does not wait, and
+        returns ``True``.
         """
         if not self._shutting_down:
             self.call_soon_threadsafe(self._begin_shutdown, timeout)
@@ -219,10 +222,10 @@ class HubLoop(asyncio.SelectorEventLoop):
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule ``callback``; never switches greenlets, never raises.
+        """Schedule ``callback``. This never switches greenlets and never raises.
 
-        After :meth:`shutdown`, and in a forked child, the call is counted in ``dropped`` and the
-        returned handle is cancelled.
+        After :meth:`shutdown` and in a forked child, ``callback`` is not scheduled: the call is
+        counted in ``dropped``, and a cancelled handle is returned.
         """
         if not self._shutting_down and not self._backend.forked():
             try:
@@ -242,8 +245,8 @@ class HubLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Future[Any]:
         """Run ``func`` on the backend's workers, whatever ``executor`` is.
 
-        An executor would start threads inside a step. Under gevent and eventlet those are greenlets
-        of a hub that may never run.
+        An executor would start a thread within a step. Under gevent and eventlet such a thread is a
+        greenlet, and its hub may never run.
         """
         future = self.create_future()
         self._workers.submit(
@@ -277,7 +280,7 @@ class HubLoop(asyncio.SelectorEventLoop):
                 self._release()
 
     def _run_steps(self) -> bool:
-        """Run until :meth:`stop` and return ``True``; ``False`` when an exception left a step."""
+        """Run steps until :meth:`stop`; return ``False`` if an exception ended the run instead."""
         self._scope.enter(self)
         try:
             self.run_forever()
@@ -319,7 +322,8 @@ class HubLoop(asyncio.SelectorEventLoop):
             timeout = max(0.0, deadline - self.time())
             await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for task in running:
-            # asyncio has no public way to keep an abandoned task from logging when it is collected.
+            # Otherwise asyncio logs an error when it destroys the abandoned task. No public method
+            # prevents that.
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
 
 

@@ -1,4 +1,4 @@
-"""Feeds the items of an adapter's async generator to a synchronous function."""
+"""Passes the items of an adapter's async generator to a synchronous function."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
-#: Seconds of items between two yields. A full queue never suspends its reader, and 10,000 items
-#: take 30 ms.
+#: Maximum seconds in which a pump delivers items before it yields to the loop. ``await`` does not
+#: suspend the reader of a queue that has items, so 10,000 items would block the loop for 30 ms.
 YIELD_INTERVAL = 0.001
-#: Seconds before the first restart; doubled at each failure.
+#: Seconds before the first restart of a failed generator. Each further failure doubles the delay.
 BACKOFF_INITIAL = 1.0
-#: Maximum of that delay in seconds.
+#: Maximum seconds before a restart.
 BACKOFF_MAX = 30.0
-#: Seconds of work after which the delays start again at ``BACKOFF_INITIAL``.
+#: Seconds after which a generator counts as stable. Its next failure resets the delay to
+#: ``BACKOFF_INITIAL``.
 BACKOFF_RESET = 60.0
-#: Seconds that :meth:`Pump.stop` gives to items already queued.
+#: Maximum seconds in which :meth:`Pump.stop` delivers the queued items.
 DRAIN_TIMEOUT = 1.0
 
 
@@ -36,7 +37,7 @@ class Pump:
 
     ``sink`` may only append: it must not wait, log or switch greenlets. A generator that ends is
     not restarted, because rq's, dramatiq's and huey's adapters end their registry stream at once.
-    One that raises is logged and restarted.
+    If a generator raises, the error is logged and ``iterate()`` is called again.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Pump:
             self._ended.wait(2 * DRAIN_TIMEOUT, self._name)
         except TimeoutError:
             logger.warning(
-                "z4j: %s did not stop within %g s; abandoned", self._name, 2 * DRAIN_TIMEOUT
+                "z4j: %s did not stop within %g s and is abandoned; its queued items may be lost",
+                self._name,
+                2 * DRAIN_TIMEOUT,
             )
 
     async def _run(self) -> None:

@@ -1,7 +1,8 @@
-"""Runs coroutines without an ``await`` to their end with one ``send`` and no event loop.
+"""Runs a coroutine that contains no ``await`` with one ``send`` and without an event loop.
 
-Most adapter methods are such coroutines; huey's adapter has no others. Some of them block, and on a
-loop they would stall it while it is visible to the host as the running loop.
+Most coroutine functions of the adapters contain no ``await``; in huey's adapter none does. Some of
+them block. On an event loop they would block that loop, and the host's code would see it as the
+running loop.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
-#: Every suspension of a coroutine (await, async for, async with) compiles to one of these.
+#: Opcodes that suspend a coroutine: ``await``, ``async for`` and ``async with`` compile to them.
 _SUSPENDING = frozenset(opmap[name] for name in ("GET_AWAITABLE", "SEND"))
 
 
 def is_await_free(function: Callable[..., object]) -> bool:
     """Return whether ``function`` is a coroutine function without an ``await``.
 
-    Finds it behind ``functools.partial``, bound methods, callable objects and synchronous
-    ``functools.wraps`` wrappers. Compiled coroutine functions and asynchronous generators are not
-    recognised.
+    ``functools.partial`` objects, bound methods, callable objects and synchronous
+    ``functools.wraps`` wrappers are unwrapped first. The result is ``False`` for compiled coroutine
+    functions and for asynchronous generators.
     """
     code = _code(function)
     return code is not None and _has_no_suspension(code)
 
 
 def needs_loop(function: Callable[..., object]) -> bool:
-    """Return whether ``function`` is a coroutine function that awaits; calling it runs nothing."""
+    """Return whether ``function`` is a coroutine function that awaits.
+
+    A call of such a function creates a coroutine and runs none of its code.
+    """
     return inspect.iscoroutinefunction(function) and not is_await_free(function)
 
 
@@ -45,9 +49,9 @@ class Unfinished:
 def step(function: Callable[..., object]) -> Any:
     """Call ``function()`` without an event loop and return its result.
 
-    Returns :class:`Unfinished` for a coroutine that awaits and for other awaitables. A coroutine
-    that suspends unexpectedly is handed over in its present state, not restarted, because its side
-    effects must not happen twice.
+    Returns :class:`Unfinished` if ``function()`` returns a coroutine that awaits or another
+    awaitable. If a coroutine suspends unexpectedly, the :class:`Unfinished` continues it where it
+    was suspended: a restart would repeat its side effects.
     """
     value = function()
     if not inspect.isawaitable(value):
@@ -68,7 +72,7 @@ def send(started: CoroutineType[Any, Any, Any]) -> Any:
 
 @coroutine
 def _continue(started: CoroutineType[Any, Any, Any], pending: object) -> Generator[Any, Any, Any]:
-    """Yield ``pending``, which ``started`` yielded already, then pass everything through."""
+    """Yield ``pending``, which ``started`` has yielded already, then delegate to ``started``."""
     while True:
         try:
             resume = partial(started.send, (yield pending))
@@ -85,7 +89,7 @@ def _has_no_suspension(code: CodeType) -> bool:
 
 
 def _code(function: Callable[..., object]) -> CodeType | None:
-    """Return the code that runs when the coroutine of ``function`` is stepped."""
+    """Return the code object of the function that ``function`` wraps, or ``None``."""
     target: Any = function
     while True:
         if isinstance(target, partial):

@@ -1,8 +1,4 @@
-"""Persistent workers on the backend that run the adapters' blocking calls.
-
-They are persistent because Celery keeps one result backend per thread or greenlet. A new greenlet
-per call opens a new Redis connection each time: 0.3 s at 50 ms per reply.
-"""
+"""Persistent workers that run the adapters' blocking calls in tasks of the backend."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A blocking call with the callback for its result."""
+    """A blocking call, the callback for its result, and a check whether its caller still waits."""
 
     function: Callable[..., object]
     args: tuple[object, ...]
@@ -31,7 +27,7 @@ class Job:
     is_awaited: Callable[[], bool]
 
     def run(self, call: Callable[..., object]) -> None:
-        """Run the function with ``call``, unless the caller gave up before it began."""
+        """Run ``call(function, *args)`` and set the result, if the caller still waits."""
         if not self.is_awaited():
             return
         try:
@@ -44,11 +40,16 @@ class Job:
 
 
 class WorkerPool:
-    """At most ``limit`` workers; a hung call blocks only its own worker.
+    """A pool of at most ``limit`` workers. A hung call blocks only its own worker.
 
-    The worker that became idle last runs the next job, so that few connections are opened. Below
-    the limit one idle worker is kept in reserve. A worker spawns it, never a submitter: a submitter
-    may be a loop step, and starting a thread there switches greenlets.
+    The workers are persistent because Celery keeps one result backend per thread or greenlet. A new
+    greenlet for each call would open a Redis connection for each call. That takes 0.3 s if each
+    reply takes 50 ms.
+
+    The worker that became idle last runs the next job, so that few connections are opened. While
+    there are fewer than ``limit`` workers, one idle worker is kept in reserve. Only :meth:`start`
+    and the workers start a worker. :meth:`submit` starts none, because a loop step may call it, and
+    starting a thread switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -68,13 +69,16 @@ class WorkerPool:
         return max(0, self.size - len(self._idle))
 
     def start(self) -> bool:
-        """Start the first worker; return whether there is one. Idempotent. Not for loop steps."""
+        """Start the first worker, if there is none, and return whether there is one.
+
+        A loop step must not call this method.
+        """
         if not self.size:
             self._spawn()
         return self.size > 0
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Never switches greenlets; after :meth:`stop` the job fails at once."""
+        """Queue a job. This never switches greenlets. After :meth:`stop` the job fails at once."""
         self._jobs.append(job)
         if self._stopped:
             self._fail_queued()
@@ -88,10 +92,11 @@ class WorkerPool:
     def call(
         self, function: Callable[..., object], *args: object, timeout: float, description: str
     ) -> Any:
-        """Run ``function(*args)`` on a worker and return its result. Not for loop steps.
+        """Run ``function(*args)`` on a worker and return its result.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds. Runs inline when no worker can be
-        started: CPython 3.12 starts no thread once the interpreter shuts down.
+        A loop step must not call this method. Raises ``TimeoutError`` after ``timeout`` seconds. If
+        no worker can be started, the function runs in the calling task: CPython 3.12 starts no
+        thread while the interpreter shuts down.
         """
         future = CallFuture(self._backend)
         job = Job(function, args, future.set_result, future.is_awaited)
@@ -102,7 +107,10 @@ class WorkerPool:
         return future.wait(timeout, description)
 
     def stop(self) -> None:
-        """Fail queued jobs; each worker ends after its current job. Idempotent, never waits."""
+        """Fail the queued jobs, and let each worker end after its current job.
+
+        Idempotent. Never waits.
+        """
         self._stopped = True
         self._fail_queued()
         while self._idle:
@@ -119,7 +127,7 @@ class WorkerPool:
             self.size += 1
         try:
             self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
-        except RuntimeError:  # no thread can be started; the existing workers go on
+        except RuntimeError:  # no thread can be started; the existing workers continue
             self.size -= 1
 
     def _work(self) -> None:
@@ -128,12 +136,12 @@ class WorkerPool:
             while not self._stopped:
                 self._run_one(wakeup)
         finally:
-            if not self._backend.forked():  # a child's copy of the lock may never be released
+            if not self._backend.forked():  # in a forked child the lock may never be released
                 with self._lock:
                     self.size -= 1
 
     def _run_one(self, wakeup: IEvent) -> None:
-        if self._backend.forked():  # in a child, the copy must not run the parent's job
+        if self._backend.forked():  # the worker's copy in a child must not run the parent's jobs
             raise ForkedChildError
         try:
             job = self._jobs.popleft()
@@ -146,7 +154,7 @@ class WorkerPool:
     def _wait_for_job(self, wakeup: IEvent) -> None:
         wakeup.clear()
         self._idle.append(wakeup)
-        # Check again after registering as idle: a job queued just before saw no idle worker.
+        # Check again: a job that was submitted before this worker counted as idle did not wake it.
         if not self._jobs and not self._stopped:
             self._backend.wait(wakeup)
         try:

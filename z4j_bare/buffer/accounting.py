@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a row that was never inserted as produced and lost."""
+        """Count a rejected row as produced and lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
@@ -204,7 +204,7 @@ class Accounting:
 
 
 class ProcessAccounting:
-    """The counters of this process over all its stores; lives on the hub.
+    """The counters of this process over all its stores; used on the hub.
 
     While memory replaces a failed disk, the rows on that disk are still buffered. ``latest`` then
     contains both.
@@ -227,7 +227,7 @@ class ProcessAccounting:
         return now - self._read_at > interval
 
     def expire(self) -> None:
-        """Have the stats read at the next opportunity."""
+        """Make the stats count as too old, so that the next call reads them."""
         self._read_at = float("-inf")
 
     def update(self, stats: BufferStats, now: float) -> None:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.buffer.adopt_loop")
 
-#: Seconds before each of the first scans. A worker often restarts while its predecessor still
-#: exits.
+#: Seconds before each of the first scans. A worker often starts while its predecessor is still
+#: exiting.
 FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
 #: Seconds between scans after those.
 SCAN_INTERVAL = 60.0
 
-#: Seconds between steps while the target store has enough rows.
+#: Seconds before the next step after one that moved nothing, because the target has enough rows.
 BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that cannot be adopted is skipped.
@@ -45,7 +45,7 @@ class AdoptLoop:
     """Moves the rows of dead processes into this process's store, one file at a time.
 
     :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
-    :param stored: called after each step, to notify the sender.
+    :param on_stored: called after each step, to notify the sender.
     :param claim_runs: returns the :class:`OrphanRuns` of a path; runs on the native thread.
     """
 
@@ -55,14 +55,14 @@ class AdoptLoop:
         claim: Callable[[Path], Orphan],
         buffer: BufferManager,
         backend: BaseConcurrency,
-        stored: Callable[[], None],
+        on_stored: Callable[[], None],
         claim_runs: Callable[[Path], OrphanRuns] | None = None,
     ) -> None:
         self._buffer_path = buffer_path
         self._claim = claim
         self._buffer = buffer
         self._backend = backend
-        self._stored = stored
+        self._on_stored = on_stored
         self._claim_runs = claim_runs
         self._skip_until: dict[Path, float] = {}
 
@@ -78,18 +78,19 @@ class AdoptLoop:
     def _scan(self, stop_event: IEvent) -> None:
         now = self._backend.now()
         self._skip_until = {path: end for path, end in self._skip_until.items() if end > now}
-        ok, found = self._backend.offload(orphans, self._buffer_path, self._skip_until)
+        ok, result = self._backend.offload(orphans, self._buffer_path, self._skip_until)
         if not ok:
-            logger.debug("z4j: cannot scan for buffers of dead processes: %s", found)
+            logger.debug("z4j: cannot scan for buffers of dead processes: %s", result)
             return
-        for path in found:
+        for path in result:
             if stop_event.is_set():
                 return
             ok, orphan = self._backend.offload(self._claim, path)
             if ok:
-                if orphan.corrupt:
+                if orphan.quarantine_reason:
+                    reason = orphan.quarantine_reason
                     logger.warning(
-                        "z4j: quarantined the unreadable buffer %s: %s", path.name, orphan.corrupt
+                        "z4j: the buffer %s is unreadable and was renamed: %s", path.name, reason
                     )
                 self._adopt(orphan, stop_event)
             else:
@@ -119,7 +120,7 @@ class AdoptLoop:
                 raise events
             reported = not events or self._buffer.run_on_disk(partial(_append, events)) is not None
             if events and reported:
-                self._stored()
+                self._on_stored()
                 logger.info(
                     "z4j: reported the runs in %s, which were open when their process ended "
                     "(%d events)",
@@ -136,14 +137,14 @@ class AdoptLoop:
         failures = 0
         try:
             while not stop_event.is_set():
-                self._buffer.orphan_rows = orphan.left()
+                self._buffer.orphan_rows = orphan.rows_left()
                 try:
                     ended = self._step(orphan, stop_event)
                 except LocalStorageError as error:
                     # The orphan stays claimed: another process would move the rows of the failed
                     # step a second time.
                     failures += 1
-                    ended = failures > MAX_RETRIES or self._quarantined(orphan, error)
+                    ended = failures > MAX_RETRIES or self._quarantine(orphan, error)
                     if ended:
                         self._skip(orphan.path, error)
                     else:
@@ -159,7 +160,7 @@ class AdoptLoop:
         """Run one step and wait as long as its outcome requires; return whether it was the last."""
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
-            self._stored()
+            self._on_stored()
             if orphan.moved:
                 logger.info(
                     "z4j: adopted %d rows from %s, the buffer of a dead process",
@@ -168,13 +169,13 @@ class AdoptLoop:
                 )
             return True
         if outcome == MOVED:
-            self._stored()
+            self._on_stored()
             self._backend.sleep(0)
         else:
             self._backend.wait(stop_event, BACKPRESSURE_DELAY)
         return False
 
-    def _quarantined(self, orphan: Orphan, error: LocalStorageError) -> bool:
+    def _quarantine(self, orphan: Orphan, error: LocalStorageError) -> bool:
         try:
             return classify(error) == CORRUPT and bool(
                 self._buffer.run_on_disk(orphan.quarantine_if_corrupt)

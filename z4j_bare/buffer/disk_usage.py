@@ -42,8 +42,8 @@ class DiskUsage:
     def check_capacity(self) -> None:
         """Raise ``LocalStorageError`` if the files are over their cap and cannot be reduced.
 
-        Rows have a smaller cap of their own and are not the reason. The reason is a log that
-        another process reads.
+        The rows cannot be the reason, because their own cap is smaller. The reason is a log that
+        cannot be truncated while another process reads it.
         """
         if self.shrink_if_over_cap() > self._max_bytes:
             raise LocalStorageError(
@@ -86,8 +86,7 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # The pragma frees one page per step and yields no row: ``execute`` would stop after one
-        # page.
+        # The pragma frees one page per step and returns no row: ``execute`` would free one page.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:

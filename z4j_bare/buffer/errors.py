@@ -22,8 +22,8 @@ READ_ONLY = "read-only"
 DELETED = "gone"
 OTHER = "other"
 
-#: Causes by the primary result code.
-_BY_SQLITE = {
+#: Causes by SQLite's primary result code.
+_BY_PRIMARY_CODE = {
     sqlite3.SQLITE_BUSY: BUSY,
     sqlite3.SQLITE_LOCKED: BUSY,
     sqlite3.SQLITE_FULL: FULL,
@@ -31,13 +31,14 @@ _BY_SQLITE = {
     sqlite3.SQLITE_NOTADB: CORRUPT,
     sqlite3.SQLITE_READONLY: READ_ONLY,
 }
-#: Causes by the extended result code; the primary code is only "I/O error".
-_BY_DETAIL = {
+#: Causes by SQLite's extended result code, where the primary code is only "I/O error".
+_BY_EXTENDED_CODE = {
     # A write failed with EFBIG (size limit) or EDQUOT (quota); ENOSPC has a code of its own.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
     # The file ends before its last page.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
 }
+#: Causes by the error number of an ``OSError``.
 _BY_ERRNO = {
     errno.EAGAIN: BUSY,
     errno.ENOSPC: FULL,
@@ -66,19 +67,21 @@ def classify(error: LocalStorageError) -> str:
     if isinstance(cause, sqlite3.Error):
         # Errors of the sqlite3 module itself have no code.
         code = getattr(cause, "sqlite_errorcode", None)
-        return OTHER if code is None else _BY_DETAIL.get(code) or _BY_SQLITE.get(code & 0xFF, OTHER)
+        if code is None:
+            return OTHER
+        return _BY_EXTENDED_CODE.get(code) or _BY_PRIMARY_CODE.get(code & 0xFF, OTHER)
     if isinstance(cause, OSError):
         return _BY_ERRNO.get(cause.errno or 0, OTHER)
     return OTHER
 
 
 @contextmanager
-def translate_errors(path: Path, doing: str) -> Iterator[None]:
+def translate_errors(path: Path, operation: str) -> Iterator[None]:
     """Raise SQLite and file system errors of the block as ``LocalStorageError`` with the path."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise LocalStorageError(f"cannot {doing} the store {path}: {error}") from error
+        raise LocalStorageError(f"cannot {operation} the store {path}: {error}") from error
 
 
 def storage_call(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:

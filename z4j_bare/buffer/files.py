@@ -2,12 +2,6 @@
 
 Task arguments pass through these files. The directory has mode 0700 and the files 0600, because a
 user who can write to the directory could replace a file.
-
-The owner of a store holds a POSIX record lock on ``<store>.lock``. A child that outlives its parent
-inherits an ``flock``, so that a dead owner's store would stay locked (measured); a record lock
-belongs to one process. It has two traps. Closing any descriptor of the file drops the lock, so no
-other code may open the lock file. A record lock never excludes its own process, so a table of this
-process does that.
 """
 
 from __future__ import annotations
@@ -30,9 +24,9 @@ CORRUPT_MARK = ".corrupt-"
 _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-#: Lock files of this process, and those that its parents held when it was forked. The latter are
-#: never released: SQLite inherited its own table of open files and would assume locks that this
-#: process does not hold.
+#: Locks that this process holds, and those that its parents held when it was forked, by the path of
+#: the lock file. The latter are never released: SQLite has inherited its table of open files, and
+#: would assume locks that this process does not hold.
 _held: dict[str, object] = {}
 
 
@@ -50,13 +44,13 @@ def private_directory(directory: Path) -> Path:
     """Return ``directory``, created if missing; raise ``LocalStorageError`` unless private."""
     try:
         _create_directory(directory)
-        found = directory.lstat()
+        status = directory.lstat()
     except OSError as error:
         raise LocalStorageError(
             f"cannot create the buffer directory {directory} as uid {os.geteuid()}: "
             f"{error.strerror}; {_HINT}"
         ) from error
-    problem = _problem(found)
+    problem = _problem(status)
     if problem:
         raise LocalStorageError(
             f"the buffer directory {directory} {problem}; "
@@ -75,19 +69,19 @@ def _create_directory(directory: Path) -> None:
     _create_directory(directory.parent)
     try:
         directory.mkdir(mode=0o700)
-    except FileExistsError:  # another worker was faster
+    except FileExistsError:  # another process has created it
         pass
 
 
-def _problem(found: os.stat_result) -> str:
-    if stat.S_ISLNK(found.st_mode):
+def _problem(status: os.stat_result) -> str:
+    if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return "is not a directory"
-    if found.st_uid != os.geteuid():
-        return f"belongs to uid {found.st_uid}"
-    if found.st_mode & _FOREIGN_WRITE:
-        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    if status.st_uid != os.geteuid():
+        return f"belongs to uid {status.st_uid}"
+    if status.st_mode & _FOREIGN_WRITE:
+        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
     return ""
 
 
@@ -111,8 +105,8 @@ def list_stores(directory: Path) -> list[Path]:
     if not is_private(directory):
         return []
     with os.scandir(directory) as entries:
-        found = [(_modified_at(entry), entry.name) for entry in entries if _is_store(entry.name)]
-    return [directory / name for _, name in sorted(found)]
+        by_age = [(_modified_at(entry), entry.name) for entry in entries if _is_store(entry.name)]
+    return [directory / name for _, name in sorted(by_age)]
 
 
 def _is_store(name: str) -> bool:
@@ -151,18 +145,18 @@ def create_file(path: Path) -> None:
 def check_file(path: Path) -> None:
     """Raise ``LocalStorageError`` unless ``path`` is a regular file of mode 0600 of this user."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError as error:
         raise LocalStorageError(f"cannot open the store {path}: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise LocalStorageError(f"the store {path} is not a regular file")
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise LocalStorageError(
-            f"the store {path} belongs to uid {found.st_uid}, this process is uid {os.geteuid()}"
+            f"the store {path} belongs to uid {status.st_uid}, this process is uid {os.geteuid()}"
         )
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(status.st_mode) & 0o077:
         raise LocalStorageError(
-            f"the store {path} is accessible to others (mode {stat.S_IMODE(found.st_mode):04o})"
+            f"the store {path} is accessible to others (mode {stat.S_IMODE(status.st_mode):04o})"
         )
 
 
@@ -200,9 +194,15 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 class OwnerLock:
-    """Ownership of one store.
+    """Ownership of one store: a POSIX record lock on ``<store>.lock``.
 
-    The constructor takes it without waiting, or raises ``LocalStorageError``.
+    The constructor takes the lock without waiting, or raises ``LocalStorageError``.
+
+    An ``flock`` is not used: a child that outlives its parent inherits it, so a dead owner's store
+    would stay locked (measured). A record lock belongs to one process, but has two limitations.
+    Closing any descriptor of the file drops the lock, so no other code may open the lock file. A
+    process is not blocked by its own record locks, so ``_held`` excludes a second owner in this
+    process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -244,7 +244,8 @@ class OwnerLock:
 def is_owned(path: Path) -> bool:
     """Whether a running process, possibly this one, holds the lock ``path``.
 
-    Takes the lock for a moment to find out. Raises ``LocalStorageError`` when it cannot be opened.
+    Tries to take the lock and releases it at once. Raises ``LocalStorageError`` when the lock file
+    cannot be opened.
     """
     if os.path.realpath(path) in _held:  # closing a descriptor of the file would drop the lock
         return True

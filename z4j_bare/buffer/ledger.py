@@ -129,22 +129,24 @@ def find_in_other_stores(
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
     The brain may deliver a command to any session of an agent. An entry that is not done gets the
-    state ``elsewhere``: its process sends the result, or the process that adopts its store. Runs on
-    the native thread and never raises.
+    state ``elsewhere``, because its process or the one that adopts its store sends the result. Runs
+    on the native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """
-    found = None
+    if not key.isascii():
+        key = replace_surrogates(key)
+    unfinished = None
     try:
         for directory in files.candidate_directories(buffer_path):
             for path in files.list_stores(directory):
                 entry = _find_in_file(path, key) if path != own else None
                 if entry is not None and entry.state == DONE:
                     return entry
-                found = found or entry
+                unfinished = unfinished or entry
     except (OSError, LocalStorageError):  # the entries found so far are the answer
         pass
-    return found and LedgerEntry(key, IN_OTHER_PROCESS, b"", found.at)
+    return unfinished and LedgerEntry(key, IN_OTHER_PROCESS, b"", unfinished.at)
 
 
 def _find_in_file(path: Path, key: str) -> LedgerEntry | None:

@@ -1,4 +1,4 @@
-"""Policies of the manager: when to delete acked rows, to vacuum, and to retry a failed disk."""
+"""When the manager deletes acked rows, vacuums, and retries a failed disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RETRY_INITIAL = 5.0
 RETRY_MAX = 300.0
 
 #: Maximum seconds between an ack and the deletion of its rows. A call on the native thread costs a
-#: worker 1 ms, so the next call for another reason deletes them as well.
+#: worker 1 ms, so the rows wait for the next call that is needed for another reason.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.
@@ -22,7 +22,7 @@ VACUUM_INTERVAL = 1.0
 
 
 class AckedRows(NamedTuple):
-    """The rows of one ack: the generation of their ids, how many are events, monotonic time."""
+    """The rows of one ack. ``events`` is their number of events, ``at`` the monotonic time."""
 
     generation: int
     ids: Sequence[int]
@@ -30,10 +30,14 @@ class AckedRows(NamedTuple):
     at: float
 
 
-class Snapshot(NamedTuple):
-    """Acks at one moment: their number, and the ids and events of the current generation."""
+class PendingSnapshot(NamedTuple):
+    """The pending acks at one moment.
 
-    entries: int = 0
+    ``acks`` is their number. ``ids`` are their rows in the current generation, and ``events`` is
+    the number of events among these.
+    """
+
+    acks: int = 0
     ids: Sequence[int] = ()
     events: int = 0
 
@@ -52,26 +56,27 @@ class PendingDeletes:
         self._acks.append(rows)
 
     def can_defer(self, after: int, now: float) -> bool:
-        """Whether none of these rows is overdue or would be found by a read of ``id > after``."""
+        """Whether no row is overdue, and a read of ``id > after`` returns none of the rows."""
         return all(
             now - ack.at < MAX_DEFER_SECONDS and max(ack.ids) <= after for ack in tuple(self._acks)
         )
 
-    def snapshot(self, generation: int | None) -> Snapshot:
+    def snapshot(self, generation: int | None) -> PendingSnapshot:
         """Return the acks so far with the ids of ``generation``.
 
-        ``None`` returns an empty snapshot. The current store has no rows of other generations.
+        The snapshot is empty for ``None``. Ids of other generations are left out, because their
+        rows are not in the current store.
         """
         if generation is None or not self._acks:
-            return Snapshot()
+            return PendingSnapshot()
         acks = tuple(self._acks)
         valid = [ack for ack in acks if ack.generation == generation]
         ids = [identity for ack in valid for identity in ack.ids]
-        return Snapshot(len(acks), ids, sum(ack.events for ack in valid))
+        return PendingSnapshot(len(acks), ids, sum(ack.events for ack in valid))
 
-    def remove(self, snapshot: Snapshot) -> None:
+    def remove(self, snapshot: PendingSnapshot) -> None:
         """Remove the acks of a snapshot."""
-        for _ in range(snapshot.entries):
+        for _ in range(snapshot.acks):
             self._acks.popleft()
 
 

@@ -1,4 +1,4 @@
-"""The buffer on the hub: runs operations on the native thread, or in memory if the disk fails."""
+"""The hub's side of the buffer: operations run on the native thread, or in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from z4j_bare.buffer.maintenance import (
     AckedRows,
     DiskRetry,
     PendingDeletes,
-    Snapshot,
+    PendingSnapshot,
     VacuumSchedule,
 )
 from z4j_bare.buffer.memory import MemoryStore
@@ -49,11 +49,11 @@ WARNING_INTERVAL = 60.0
 
 
 class BufferManager:
-    """The buffer as the agent's loops see it. It lives on the hub.
+    """The interface of the agent's loops to the buffer. It is used on the hub.
 
-    Every operation is one call on the native thread and one transaction. No method but
-    :meth:`run_on_disk` raises an error of the disk. A call on a busy disk is repeated. A full disk
-    loses its oldest events, a corrupt file is quarantined and a deleted file is replaced, each once
+    Every operation is one call on the native thread and one transaction. Only :meth:`run_on_disk`
+    raises an error of the disk. A call on a busy disk is repeated. On a full disk the oldest events
+    are evicted, a corrupt file is quarantined, and a deleted file is replaced, each at most once
     per call. After any other error, rows go to memory until the disk works again.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
@@ -69,11 +69,11 @@ class BufferManager:
         memory: Callable[[], MemoryStore] = MemoryStore,
         lookup: LedgerLookup | None = None,
     ) -> None:
-        #: Changes whenever row ids restart because another store is in use.
+        #: Incremented when another store replaces the current one, because its ids start again.
         self.generation = 0
         #: How often the disk has failed.
         self.failures = 0
-        #: Rows in the store of a dead process that are being adopted; set by the adopt loop.
+        #: Rows that the adopt loop has not moved yet from the store of a dead process.
         self.orphan_rows = 0
         self._backend = backend
         self._new_memory = memory
@@ -89,7 +89,7 @@ class BufferManager:
 
     @property
     def durable(self) -> bool:
-        """Whether rows survive the process at the moment."""
+        """Whether rows currently survive the end of the process."""
         return self._memory is None
 
     @property
@@ -112,12 +112,12 @@ class BufferManager:
     def append(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
         """Commit ``(kind, key, payload)`` rows; see ``IStore.append``."""
         with self._lock:
-            self._appended(self._run(store_worker.append, rows, self._stats_due()))
+            self._on_appended(self._run(store_worker.append, rows, self._stats_due()))
 
     def append_events(self, payloads: Sequence[bytes]) -> None:
         """Commit events; see ``IStore.append_events``."""
         with self._lock:
-            self._appended(self._run(store_worker.append_events, payloads, self._stats_due()))
+            self._on_appended(self._run(store_worker.append_events, payloads, self._stats_due()))
 
     def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
         """Have rows deleted that the brain acknowledged; the next operation deletes them.
@@ -134,8 +134,9 @@ class BufferManager:
         """Read the next rows, results and events; none is deleted.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread if stats, deletes and vacuum can be deferred. They can also be deferred when no
-        events are requested. A call that finds no rows runs a vacuum step.
+        thread, unless the stats or a delete are overdue. An empty result is returned without a call
+        only if no events are requested, or if nothing is to be deleted and no vacuum is due. A call
+        that finds no rows runs a vacuum step.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)
@@ -147,22 +148,22 @@ class BufferManager:
             if cached is not None and (can_wait or any(cached)):
                 return cached
         with self._lock:
-            found = self._run(
+            read = self._run(
                 store_worker.read_next, results, events, max_bytes, self._stats_due(), vacuum
             )
-            if found.stats is not None:
-                self._update_stats(found.stats)
-            if found.vacuumed is not None:
-                self._vacuum.on_step(self._backend.now(), complete=found.vacuumed)
-        return found.results, found.events
+            if read.stats is not None:
+                self._update_stats(read.stats)
+            if read.vacuumed is not None:
+                self._vacuum.on_step(self._backend.now(), complete=read.vacuumed)
+        return read.results, read.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
         """Delete undeliverable rows and count them as lost; ``generation`` as in :meth:`ack`."""
         with self._lock:
             self._run_in_generation(generation, _discard, ids, reason)
 
-    def mark_suspect(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Count an ended session with these rows in flight; ``generation`` as in :meth:`ack`."""
+    def increment_attempts(self, ids: Sequence[int], generation: int | None = None) -> None:
+        """Count one more attempt for each of these rows; ``generation`` as in :meth:`ack`."""
         with self._lock:
             self._run_in_generation(generation, _increment_attempts, ids)
 
@@ -180,11 +181,11 @@ class BufferManager:
         with self._lock:
             self._run(_settle, key, result, now)
 
-    def answer(self, key: str, result: bytes) -> None:
-        """Mark a command as done and append its result as a row; see ``IStore.answer``."""
+    def settle_and_queue(self, key: str, result: bytes) -> None:
+        """Mark a command as done and append its result; see ``IStore.settle_and_queue``."""
         now = self._backend.wall()
         with self._lock:
-            self._run(_answer, key, result, now)
+            self._run(_settle_and_queue, key, result, now)
 
     # -- stats and the store
 
@@ -200,9 +201,10 @@ class BufferManager:
             self.stats()
 
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
-        """Run ``operation(store)`` on the native thread; return ``None`` while the disk is failed.
+        """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError`` without recovery: adopted rows are safe in their own file.
+        Raises ``LocalStorageError`` without recovery, because adopted rows are safe in their own
+        file.
         """
         with self._lock:
             if self._memory is not None:
@@ -231,7 +233,7 @@ class BufferManager:
                 in_memory = store_worker.delete_and_close
                 ok, deleted = self._backend.offload(in_memory, self._memory, pending.ids)
             if ok and deleted:
-                self._deleted(pending)
+                self._on_deleted(pending)
             self._memory = None
 
     # -- internals; the caller holds the lock
@@ -239,7 +241,7 @@ class BufferManager:
     def _stats_due(self) -> bool:
         return self._accounting.is_due(self._backend.now(), STATS_INTERVAL)
 
-    def _appended(self, stats: BufferStats | None) -> None:
+    def _on_appended(self, stats: BufferStats | None) -> None:
         if stats is not None:
             self._update_stats(stats)
         self._accounting.outdated = True
@@ -253,11 +255,11 @@ class BufferManager:
         with self._lock:  # no other call runs meanwhile
             if self._memory is not None:
                 return None
-            found = self._disk.read_cached(results, events, max_bytes)
-        return None if found is None else (found.results, found.events)
+            cached = self._disk.read_cached(results, events, max_bytes)
+        return None if cached is None else (cached.results, cached.events)
 
     def _run(self, operation: Callable[[Store, *Ts], T], *args: *Ts) -> T:
-        """Run an operation on the disk, or on memory while the disk is failed."""
+        """Run an operation on the disk, or in memory while that replaces the disk."""
         memory = self._memory_in_use()
         if memory is None:
             result = self._try_disk(None, operation, *args)
@@ -267,12 +269,9 @@ class BufferManager:
         return self._run_in_memory(memory, operation, *args)
 
     def _run_in_generation(
-        self,
-        generation: int | None,
-        operation: Callable[[Store, *Ts], object],
-        *args: *Ts,
+        self, generation: int | None, operation: Callable[[Store, *Ts], object], *args: *Ts
     ) -> None:
-        """Run an operation on rows of ``generation``; the ids are wrong in another generation."""
+        """Run an operation on rows of ``generation``, unless another store has replaced theirs."""
         memory = self._memory_in_use()
         if memory is None:
             result = self._try_disk(generation, operation, *args)
@@ -294,14 +293,11 @@ class BufferManager:
         pending = self._pending.snapshot(self.generation)
         if pending.ids:
             memory.confirm(pending.ids)
-        self._deleted(pending)
+        self._on_deleted(pending)
         return operation(memory, *args)
 
     def _try_disk(
-        self,
-        generation: int | None,
-        operation: Callable[[BufferStore, *Ts], T],
-        *args: *Ts,
+        self, generation: int | None, operation: Callable[[BufferStore, *Ts], T], *args: *Ts
     ) -> CallResult[T]:
         """Call the disk: repeat while it is busy, and recover once from another error."""
         deadline = self._backend.now() + BUSY_TIMEOUT
@@ -322,12 +318,8 @@ class BufferManager:
                 return result
             recovered = True
 
-    def _call_disk(
-        self,
-        operation: Callable[[BufferStore, *Ts], T],
-        *args: *Ts,
-    ) -> CallResult[T]:
-        """Make one call on the native thread and account for its parts that were completed."""
+    def _call_disk(self, operation: Callable[[BufferStore, *Ts], T], *args: *Ts) -> CallResult[T]:
+        """Make one call on the native thread and record which of its parts were completed."""
         # Pending ids belong to memory while it is in use.
         pending = self._pending.snapshot(self.generation if self._memory is None else None)
         result: CallResult[T] = self._offload(
@@ -335,15 +327,15 @@ class BufferManager:
         )
         self._account(result)
         if result.progress >= Progress.ACKED_ROWS_DELETED and self._memory is None:
-            self._deleted(pending)
+            self._on_deleted(pending)
         return result
 
     def _offload(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         ok, value = self._backend.offload(function, *args)
         if not ok:
             raise value
-        found: T = value
-        return found
+        result: T = value
+        return result
 
     def _account(self, result: CallResult[T]) -> None:
         if result.progress >= Progress.LOSSES_RECORDED:
@@ -351,13 +343,13 @@ class BufferManager:
         if result.notice:
             self._warnings.warn_once("z4j: %s", result.notice)
 
-    def _deleted(self, pending: Snapshot) -> None:
-        if pending.entries:
+    def _on_deleted(self, pending: PendingSnapshot) -> None:
+        if pending.acks:
             self._vacuum.needed = True  # first: the buffer must not appear idle in between
             self._pending.remove(pending)
             self._accounting.acked_events += pending.events
 
-    # -- recovery: returns whether the call is worth another attempt
+    # -- recovery: each method returns whether the call is to be repeated
 
     def _recover(self, cause: str, error: LocalStorageError) -> bool:
         if cause == FULL:
@@ -416,7 +408,10 @@ class BufferManager:
         self._accounting.disk_failed(stats if ok else None)
         self._retry.on_failure(self._backend.now())
         self._warnings.warn(
-            "memory", "z4j: the buffer is in memory only, because the disk failed: %s", error
+            "memory",
+            "z4j: the buffer is in memory only, because the disk failed: %s; its rows are lost if "
+            "this process ends before the disk of Z4J_HOME works again",
+            error,
         )
         return memory
 
@@ -449,8 +444,8 @@ def _settle(store: Store, key: str, result: bytes, now: float) -> None:
     store.settle(key, result, now)
 
 
-def _answer(store: Store, key: str, result: bytes, now: float) -> None:
-    store.answer(key, result, now)
+def _settle_and_queue(store: Store, key: str, result: bytes, now: float) -> None:
+    store.settle_and_queue(key, result, now)
 
 
 def _stats(store: Store) -> BufferStats:

@@ -96,11 +96,11 @@ class MemoryStore:
         self._check()
         return self._append(rows)
 
-    def import_state(self, export_state: StoreState) -> None:
+    def import_state(self, state: StoreState) -> None:
         """Count another store's losses as produced and lost here, and import its ledger entries."""
         self._check()
-        self._counts.import_losses(export_state.losses)
-        for entry in export_state.ledger:
+        self._counts.import_losses(state.losses)
+        for entry in state.ledger:
             earlier = self._ledger.get(entry.key)
             if earlier is None or (earlier.state == STARTED and entry.state == DONE):
                 self._insert(entry)
@@ -197,7 +197,7 @@ class MemoryStore:
         self._check()
         self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
 
-    def answer(self, key: str, result: bytes, now: float) -> None:
+    def settle_and_queue(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` as done and append its result as a row."""
         self.settle(key, result, now)
         self.append([(RESULT, key, result)])

@@ -38,9 +38,9 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
 
     A directory is unusable when it cannot be created or written, belongs to another user, is
     writable by others or is a symbolic link. It is also unusable on a network file system without
-    record locks or WAL, because a dead owner could not be told from a running one. ``notice`` of
-    the store then gives the reason. Raises ``LocalStorageError`` with the error of the configured
-    directory when no directory is usable.
+    record locks or WAL, because a dead owner could not be distinguished from a running one.
+    ``notice`` of the store then gives the reason. Raises ``LocalStorageError`` with the error of
+    the configured directory when no directory is usable.
     """
     first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):

@@ -52,7 +52,7 @@ class Orphan:
 
     The constructor claims it. It raises ``LocalStorageError`` when the owner runs (``busy``), and
     for a store of another deployment or an unsafe file. An unreadable store is quarantined, and
-    ``corrupt`` gives the reason.
+    ``quarantine_reason`` says why.
 
     Rows are appended to the target before they are deleted here. A process that dies in between
     leaves them in both stores, and the brain recognises a repeated event by its id and time.
@@ -62,8 +62,8 @@ class Orphan:
         self.path = path
         #: Rows moved so far.
         self.moved = 0
-        #: Reason why the store was quarantined.
-        self.corrupt = ""
+        #: Why the store was quarantined; empty if it was not.
+        self.quarantine_reason = ""
         self._target_rows = min(TARGET_BACKLOG, max_rows // 4)
         self._target_bytes = max_bytes // 4
         #: Ids of rows that are in the target already.
@@ -82,9 +82,9 @@ class Orphan:
         except LocalStorageError as error:
             if classify(error) != CORRUPT:
                 raise
-            self.corrupt, self._state = str(error), _quarantine(path)
+            self.quarantine_reason, self._state = str(error), _quarantine(path)
 
-    def left(self) -> int:
+    def rows_left(self) -> int:
         """Return the number of rows that are still here."""
         return 0 if self._store is None else self._store.size()
 
@@ -131,7 +131,7 @@ class Orphan:
         for entry in state.ledger:
             known = target.claim(entry.key, entry.at)
             if known is not None and known.state == STARTED and entry.result:
-                target.answer(entry.key, entry.result, entry.at)
+                target.settle_and_queue(entry.key, entry.result, entry.at)
 
     def quarantine_if_corrupt(self, target: BufferStore) -> bool:
         """Quarantine the file and count its rows as lost if it is corrupt; return whether it is."""

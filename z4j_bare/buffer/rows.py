@@ -1,4 +1,4 @@
-"""The values that go into a store and come out of it."""
+"""Data types of the buffer: rows, stats and ledger entries."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ EVENT = "event"
 RESULT = "result"
 PROJECTION = "projection"
 
-#: Kinds in the order of eviction when a cap is reached. A lost event is one missing line of
-#: history, and a lost result one command that appears to have timed out. A gap in the numbered
-#: frames of a schedule projection invalidates the whole projection.
+#: Kinds in the order of eviction when a cap is reached. The loss of an event removes one entry of a
+#: task's history. The loss of a result makes one command appear to have timed out. The loss of one
+#: of the numbered frames of a schedule projection invalidates the whole projection.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
 
@@ -31,7 +31,8 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: Another process started the command. It sends the result, or the process that adopts its store.
+#: Another process started the command. That process or the one that adopts its store sends the
+#: result.
 IN_OTHER_PROCESS = "elsewhere"
 
 #: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so this
@@ -48,7 +49,7 @@ Losses = dict[tuple[str, str], int]
 class BufferEntry(NamedTuple):
     """One buffered row.
 
-    ``id`` grows strictly. ``created_at`` is in seconds since the epoch. ``attempts`` counts the
+    ``id`` strictly increases. ``created_at`` is in seconds since the epoch. ``attempts`` counts the
     sessions that the brain ended because of a frame while this row was in flight. The fields match
     the table's columns, so that SQLite reads and writes entries without conversion.
     """
@@ -146,13 +147,13 @@ def take_fitting(
 
     With ``allow_oversized``, a first entry larger than ``max_bytes`` is returned alone.
     """
-    found: list[BufferEntry] = []
+    taken: list[BufferEntry] = []
     for entry in entries:
         max_bytes -= len(entry.payload)
-        if len(found) >= limit or (max_bytes < 0 and (found or not allow_oversized)):
+        if len(taken) >= limit or (max_bytes < 0 and (taken or not allow_oversized)):
             break
-        found.append(entry)
-    return found
+        taken.append(entry)
+    return taken
 
 
 def batch_timestamp(entry: BufferEntry) -> float | None:

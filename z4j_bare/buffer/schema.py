@@ -8,7 +8,7 @@ import uuid
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from z4j_bare.buffer import files as paths
+from z4j_bare.buffer import files
 from z4j_bare.buffer.rows import CORRUPTION, EVENT, KINDS
 from z4j_bare.errors import LocalStorageError
 
@@ -54,7 +54,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (
         # Events of one append with the ids ``last - count + 1`` to ``last``. A newline separates
-        # the payloads. Events up to ``done`` in ``meta`` are deleted.
+        # the payloads. Events with ids up to ``done`` in ``meta`` have been deleted.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,
@@ -114,10 +114,12 @@ def select_rows(kinds: Iterable[str]) -> str:
 
 def select_oldest(kind: str) -> str:
     """Return a query for id and payload length of the oldest rows; parameter: ``limit``."""
-    index, also = ("", "") if kind == EVENT else ("INDEXED BY entries_kept", "AND kind <> 'event' ")
+    index = condition = ""
+    if kind != EVENT:
+        index, condition = "INDEXED BY entries_kept", "AND kind <> 'event' "
     return (
         f"SELECT id, length(payload) FROM entries {index} "  # noqa: S608
-        f"WHERE kind = '{kind}' {also}ORDER BY id LIMIT ?"
+        f"WHERE kind = '{kind}' {condition}ORDER BY id LIMIT ?"
     )
 
 
@@ -155,8 +157,7 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block is part of the outer transaction.
 
-    The transaction is IMMEDIATE. One that starts with a read and is then refused the write lock
-    could not wait for it.
+    The transaction is IMMEDIATE: one that starts with a read cannot wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -197,9 +198,9 @@ def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 
 def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
     """Whether the store has one of the deployment's names, or both have none."""
-    found = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
-    return found is not None and (
-        found[0] == deployment or not set(found[0].split()).isdisjoint(deployment.split())
+    row = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
+    return row is not None and (
+        row[0] == deployment or not set(row[0].split()).isdisjoint(deployment.split())
     )
 
 
@@ -249,7 +250,7 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
     A file that was closed properly has no log, and none is created.
     """
-    mode = "mode=ro" if paths.store_files(path)[2].exists() else "immutable=1"
+    mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     with closing(
         sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
     ) as connection:

@@ -48,7 +48,7 @@ MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
 #: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
-#: Events evicted at a time on a full disk, or a tenth of all rows if that is more.
+#: Minimum number of events evicted at a time on a full disk; a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
 
 
@@ -122,8 +122,8 @@ class BufferStore:
     def append(self, rows: Sequence[Row]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
-        The caps evict events first, the oldest before the others. A row larger than the whole
-        budget, and an event when only rows of higher priority could be evicted, is counted as lost.
+        The caps evict events first, the oldest before the others. A row that is larger than the
+        whole budget counts as lost. So does a new event when rows of other kinds fill the store.
         """
         reject_unknown_kinds(rows)
         if all(kind == EVENT and not key for kind, key, _ in rows):
@@ -145,8 +145,8 @@ class BufferStore:
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
         """Commit rows of another store with new ids and the same age and attempts."""
         groups = []
-        for at, found in groupby(rows, batch_timestamp):
-            entries = list(found)
+        for at, group in groupby(rows, batch_timestamp):
+            entries = list(group)
             if at is None:
                 groups.append(InsertGroup(entries))
             else:
@@ -154,11 +154,11 @@ class BufferStore:
         return self._commit(groups)
 
     @storage_call
-    def import_state(self, export_state: StoreState) -> None:
+    def import_state(self, state: StoreState) -> None:
         """Count another store's losses as produced and lost here, and import its ledger entries."""
         with self._accounting.transaction() as rows:
-            rows.change.import_losses(export_state.losses)
-        for entry in export_state.ledger:
+            rows.change.import_losses(state.losses)
+        for entry in state.ledger:
             self._ledger.import_entry(entry)
 
     @storage_call
@@ -187,8 +187,8 @@ class BufferStore:
         At most ``limit`` rows with at most ``max_bytes`` of payloads. A first row larger than that
         comes alone.
         """
-        found = self.read_cached(after, limit, max_bytes, kinds)
-        return self._read(after, limit, max_bytes, kinds) if found is None else found
+        cached = self.read_cached(after, limit, max_bytes, kinds)
+        return self._read(after, limit, max_bytes, kinds) if cached is None else cached
 
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
@@ -298,7 +298,7 @@ class BufferStore:
         self._ledger.settle(key, result, now)
 
     @storage_call
-    def answer(self, key: str, result: bytes, now: float) -> None:
+    def settle_and_queue(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` as done and append its result as a row, in one transaction."""
         row_key = key if key.isascii() else replace_surrogates(key)
         row = BufferEntry(0, RESULT, row_key, result, now, 0)
@@ -372,7 +372,8 @@ class BufferStore:
         )
         self.buffer_id = self._accounting.buffer_id
         self._space = DiskUsage(self._connection, self.path, self._max_bytes)
-        # The log of a dead owner was just copied into the file and takes its space twice.
+        # If the owner died, opening the store has copied the rows of its log into the file. Until
+        # the log is truncated, these rows take twice their space.
         self._space.shrink_if_over_cap()
         self._ledger = Ledger(self._connection, self._budget // 16)
 
@@ -388,9 +389,9 @@ class BufferStore:
                 self._lock.release(delete=not os.path.lexists(self.path))
 
     def _commit(
-        self, groups: Sequence[InsertGroup], also: Callable[[], None] = lambda: None
+        self, groups: Sequence[InsertGroup], extra: Callable[[], None] = lambda: None
     ) -> int:
-        """Commit rows and the statements of ``also`` in one transaction; return the lost rows."""
+        """Commit rows and the statements of ``extra`` in one transaction; return the lost rows."""
         if not any(group.entries or group.payloads for group in groups):
             return 0
         self._space.check_capacity()
@@ -398,7 +399,7 @@ class BufferStore:
             for group in groups:
                 self._insert(group, rows)
             self._evict(rows)
-            also()
+            extra()
         self._shrink_files()
         return sum(rows.change.lost.values())
 

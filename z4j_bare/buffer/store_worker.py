@@ -1,6 +1,6 @@
 """The native side of the buffer: opens the store on disk and runs operations on it.
 
-The module is pure: no logging, no patched lock, errors returned as values.
+The module neither logs nor takes a patched lock. It returns errors as values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RowQuery = tuple[int, int, Sequence[str]]
 #: Returns the ledger entry of a command in other processes' stores: ``(path of this store, key)``.
 LedgerLookup = Callable[[Path, str], LedgerEntry | None]
 
-#: Rows copied from one store to another in one transaction.
+#: Maximum number of rows copied from one store to another in one transaction.
 COPY_ROWS = 500
 #: Maximum payload bytes copied in one transaction.
 COPY_BYTES = 4 * 1024 * 1024
@@ -119,23 +119,23 @@ class StoreWorker:
         """Return what :func:`read_next` does, or ``None`` if that needs the file."""
         if self._store is None:
             return None
-        found = run_queries(self._store.read_cached, (results, events), max_bytes)
-        if found[0] is None or found[1] is None:
+        rows_by_query = run_queries(self._store.read_cached, (results, events), max_bytes)
+        if rows_by_query[0] is None or rows_by_query[1] is None:
             return None
-        return ReadResult(found[0], found[1])
+        return ReadResult(rows_by_query[0], rows_by_query[1])
 
     def cached_stats(self) -> BufferStats | None:
         """Return the stats of a failed store; ``None`` when it could not be opened."""
         return None if self._store is None else self._store.cached_stats()
 
     def free_space(self) -> int:
-        """Evict the oldest events of a store on a full disk; return the number of those."""
+        """Evict the oldest events of a store on a full disk; return their number."""
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:
         """Rename the file of a corrupt store; return its losses, all remaining rows included.
 
-        Some rows may be intact, but they cannot be told from the others.
+        Some rows may be intact, but which ones is unknown.
         """
         store, self._store = self._store, None
         if store is None:
@@ -194,9 +194,7 @@ def append_events(store: Store, payloads: Sequence[bytes], want_stats: bool) -> 
 
 
 def run_queries(
-    read: Callable[[int, int, int, Sequence[str]], T],
-    queries: Sequence[RowQuery],
-    max_bytes: int,
+    read: Callable[[int, int, int, Sequence[str]], T], queries: Sequence[RowQuery], max_bytes: int
 ) -> list[T | list[BufferEntry]]:
     """Return the rows for each query; a query without a limit returns none."""
     return [
@@ -213,10 +211,10 @@ def read_next(
     vacuum: bool,
 ) -> ReadResult:
     """Read the next rows; with ``vacuum``, run a vacuum step if there are none."""
-    found = run_queries(store.drain, (results, events), max_bytes)
+    rows_by_query = run_queries(store.drain, (results, events), max_bytes)
     stats = store.stats() if want_stats else None
-    vacuumed = vacuum_step(store) if vacuum and not any(found) else None
-    return ReadResult(found[0], found[1], stats, vacuumed)
+    vacuumed = vacuum_step(store) if vacuum and not any(rows_by_query) else None
+    return ReadResult(rows_by_query[0], rows_by_query[1], stats, vacuumed)
 
 
 def claim(
@@ -225,7 +223,7 @@ def claim(
     """Insert a command as started, or return its entry in this or another process's store."""
     elsewhere = None
     if lookup is not None and isinstance(store, BufferStore):
-        # Operations on memory run on the hub, which must not read files.
+        # Skipped for a store in memory: its operations run on the hub, where no file may be read.
         elsewhere = lookup(store.path, key)
     return elsewhere or store.claim(key, now, provisional_result)
 
@@ -241,7 +239,7 @@ def vacuum_step(store: Store) -> bool:
 def copy_rows(target: Store, source: Store) -> int:
     """Move everything from one store to another; return the number of rows.
 
-    An error on the way leaves some rows in both stores at worst.
+    After an error, some rows may be in both stores.
     """
     state, copied = source.export_state(), 0
     while rows := source.drain(0, COPY_ROWS, COPY_BYTES, (EVENT, RESULT, PROJECTION)):

@@ -1,4 +1,4 @@
-"""The command line: a command is a module, or a few functions of one, that ``main.py`` lists."""
+"""The command line. ``main.py`` lists the commands and the modules that implement them."""
 
 from __future__ import annotations
 

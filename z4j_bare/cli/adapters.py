@@ -1,7 +1,4 @@
-"""Construction of engine and scheduler adapters by name.
-
-An adapter's package is imported only when the operator selects it, so no adapter is a dependency.
-"""
+"""Construction of engine and scheduler adapters by name."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ logger = logging.getLogger("z4j.runtime.cli.adapters")
 class AdapterSpec:
     """How to construct one kind of adapter.
 
+    Its package is imported only when the operator selects it, so no adapter is a dependency.
+
     :param package: distribution to install; the import package has the same name with underscores.
     :param attribute: class name in that package.
     :param parameter: constructor parameter that takes the application object.
@@ -47,14 +46,14 @@ class AdapterSpec:
         :param options: further constructor arguments.
         :param setting: name of the setting that contains ``app``, for error messages.
         """
-        found = load_app(app, setting)
+        application = load_app(app, setting)
         try:
             adapter = getattr(import_module(self.package.replace("-", "_")), self.attribute)
         except ImportError as error:
             raise HostConfigurationError(
                 f"the adapter is not installed: pip install {self.package} ({error})"
             ) from error
-        arguments = self.read(found) if self.read else {self.parameter: found}
+        arguments = self.read(application) if self.read else {self.parameter: application}
         try:
             return adapter(**arguments, **options)
         except (TypeError, ValueError, AttributeError) as error:
@@ -117,10 +116,10 @@ def canonical_name(name: str) -> str:
 
 def require_known(name: str, specs: Mapping[str, AdapterSpec]) -> str:
     """Return the canonical name. Raises ``HostConfigurationError`` that lists the valid names."""
-    found = canonical_name(name)
-    if found not in specs:
+    canonical = canonical_name(name)
+    if canonical not in specs:
         raise HostConfigurationError(f"unknown adapter {name!r}: choose from {', '.join(specs)}")
-    return found
+    return canonical
 
 
 def build(
@@ -157,12 +156,12 @@ def load_app(path: object, setting: str = "--app") -> object:
     module, separator, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not separator:
         raise HostConfigurationError(f"{setting} {path!r} is not of the form module:attr")
-    found = _import_attribute(path, module, attribute, setting)
-    if isinstance(found, ModuleType):
+    application = _import_attribute(path, module, attribute, setting)
+    if isinstance(application, ModuleType):
         raise HostConfigurationError(
             f"{setting} {path!r} is a module: add the name of the object in it, such as {path}:app"
         )
-    return found
+    return application
 
 
 def _import_attribute(path: str, module: str, attribute: str, setting: str) -> object:

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Perform the action and return an exit code of :data:`EXAMPLES`."""
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     actions = {"list": _list, "stats": _stats, "export": _export, "flush": _flush, "drop": _drop}
     try:
         if arguments.action != "flush":
@@ -95,16 +95,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the selected stores. Raises ``HostConfigurationError`` for an unknown name."""
-    found = report.stores(configuration.home() / "store")
+    paths = report.stores(configuration.home() / "store")
     selected = []
     for name in arguments.stores:
-        path = next((path for path in found if _is_named(path, name)), None)
+        path = next((path for path in paths if _is_named(path, name)), None)
         if path is None:
             raise HostConfigurationError(
                 f"there is no store {name!r}: `z4j-bare buffer list` shows all stores"
             )
         selected.append(path)
-    return [report.read_report(path) for path in selected or found]
+    return [report.read_report(path) for path in selected or paths]
 
 
 def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
@@ -112,14 +112,14 @@ def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
 
     Raises ``LocalStorageError`` if a store that was selected by name belongs to a running process.
     """
-    found = selected_stores(arguments)
+    stores = selected_stores(arguments)
     if arguments.stores:
-        for store in found:
+        for store in stores:
             if store.owner_alive:
                 # This raises, unless the process has ended since the report was made.
                 with report.claim_orphan(store.path):
                     pass
-    return [store for store in found if not store.owner_alive]
+    return [store for store in stores if not store.owner_alive]
 
 
 def _is_named(path: Path, name: str) -> bool:
@@ -127,33 +127,33 @@ def _is_named(path: Path, name: str) -> bool:
 
 
 def _list(output: Output, arguments: argparse.Namespace) -> int:
-    found = selected_stores(arguments)
-    if not found:
-        output.say(f"there is no store in {configuration.home()}")
+    stores = selected_stores(arguments)
+    if not stores:
+        output.print_line(f"there is no store in {configuration.home()}")
     else:
-        output.table(COLUMNS, [_row(store) for store in found])
-    output.answer({"stores": [_as_dict(store) for store in found]})
-    return 1 if any(store.error for store in found) else 0
+        output.print_table(COLUMNS, [_row(store) for store in stores])
+    output.print_json({"stores": [_as_dict(store) for store in stores]})
+    return 1 if any(store.error for store in stores) else 0
 
 
 def _stats(output: Output, arguments: argparse.Namespace) -> int:
-    found = selected_stores(arguments)
-    orphaned = [store for store in found if not store.owner_alive]
-    ages = [store.oldest_age for store in found if store.oldest_age is not None]
+    stores = selected_stores(arguments)
+    orphaned = [store for store in stores if not store.owner_alive]
+    ages = [store.oldest_age for store in stores if store.oldest_age is not None]
     totals: dict[str, Any] = {
-        "stores": len(found),
+        "stores": len(stores),
         "left_behind": len(orphaned),
-        "rows": sum(store.total for store in found),
+        "rows": sum(store.total for store in stores),
         "rows_left_behind": sum(store.total for store in orphaned),
-        "payload_bytes": sum(store.payload_bytes for store in found),
-        "disk_bytes": sum(store.disk_bytes for store in found),
+        "payload_bytes": sum(store.payload_bytes for store in stores),
+        "disk_bytes": sum(store.disk_bytes for store in stores),
         "oldest_age_seconds": round(max(ages), 1) if ages else None,
-        "lost": _losses(found),
-        "unreadable": sum(bool(store.error) for store in found),
+        "lost": _losses(stores),
+        "unreadable": sum(bool(store.error) for store in stores),
     }
     for name, value in totals.items():
-        output.say(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
-    output.answer(totals)
+        output.print_line(f"{name.replace('_', ' '):<20} {json.dumps(value)}")
+    output.print_json(totals)
     return 1 if totals["unreadable"] else 0
 
 
@@ -170,8 +170,8 @@ def _export(output: Output, arguments: argparse.Namespace) -> int:
                 stream.write(json.dumps(_exported(store.path, row), ensure_ascii=False) + "\n")
                 written += 1
     if arguments.output is not None:
-        output.say(f"wrote {written} rows to {arguments.output}")
-        output.answer({"rows": written, "file": str(arguments.output)})
+        output.print_line(f"wrote {written} rows to {arguments.output}")
+        output.print_json({"rows": written, "file": str(arguments.output)})
     return 0
 
 
@@ -193,20 +193,20 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     except AgentError as error:
         failure = str(error)
         fix = "run z4j-bare doctor; rows that the brain has not acknowledged are still in the store"
-        output.mark("FAIL", "flush", failure, fix)
+        output.print_verdict("FAIL", "flush", failure, fix)
     finally:
         uploader.close()
     for path, reason in uploader.skipped:
-        output.mark("SKIP", "store", f"{path.name}: {reason}")
+        output.print_verdict("SKIP", "store", f"{path.name}: {reason}")
     left = sum(report.read_report(store.path).total for store in orphaned if store.path.exists())
-    output.say(f"sent {uploader.sent} of {total} rows, {left} rows are left")
+    output.print_line(f"sent {uploader.sent} of {total} rows, {left} rows are left")
     if uploader.runs:
-        output.say(f"reported {uploader.runs} runs that were open when their process ended")
+        output.print_line(f"reported {uploader.runs} runs that were open when their process ended")
     skipped = [{"store": path.name, "why": reason} for path, reason in uploader.skipped]
     answer = {"sent": uploader.sent, "left": left, "passed_over": skipped, "error": failure}
     if uploader.runs:
         answer["runs"] = uploader.runs
-    output.answer(answer)
+    output.print_json(answer)
     return 1 if left or failure else 0
 
 
@@ -231,12 +231,12 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
     rows = sum(store.total for store in orphaned)
     question = f"Delete {len(orphaned)} stores with {rows} rows permanently? [y/N] "
     if orphaned and not arguments.yes and not _confirmed(question):
-        output.say("no store was deleted")
+        output.print_line("no store was deleted")
         return 1
     for store in orphaned:
         report.delete_store(store.path)
-    output.say(f"deleted {len(orphaned)} stores with {rows} rows")
-    output.answer({"dropped": [str(store.path) for store in orphaned], "rows": rows})
+    output.print_line(f"deleted {len(orphaned)} stores with {rows} rows")
+    output.print_json({"dropped": [str(store.path) for store in orphaned], "rows": rows})
     return 0
 
 
@@ -263,9 +263,9 @@ def _row(store: StoreReport) -> list[str]:
     ]
 
 
-def _losses(found: list[StoreReport]) -> dict[str, int]:
+def _losses(stores: list[StoreReport]) -> dict[str, int]:
     lost: dict[str, int] = {}
-    for store in found:
+    for store in stores:
         for reason, number in store.lost.items():
             lost[reason] = lost.get(reason, 0) + number
     return lost

@@ -1,8 +1,4 @@
-"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes.
-
-No ``hello`` is sent: it would overwrite the engines that the brain has recorded for the agent and
-claim the agent's pending commands. A row is deleted when the brain has acknowledged it.
-"""
+"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes."""
 
 from __future__ import annotations
 

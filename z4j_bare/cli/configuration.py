@@ -119,16 +119,16 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
     Returns the file's other settings. Raises ``HostConfigurationError`` that names the file or the
     variable, and the fix.
     """
-    found = FileSettings()
+    file = FileSettings()
     path = getattr(arguments, "config", None) or os.environ.get("Z4J_CONFIG")
     if path:
-        found = _read(Path(path))
+        file = _read(Path(path))
     for name in _FLAGS:
         value = getattr(arguments, name, None)
         if value is not None:
             os.environ[f"Z4J_{name.upper()}"] = str(value)
     reject_removed_variables()
-    return found
+    return file
 
 
 def home() -> Path:
@@ -189,14 +189,14 @@ def _read(path: Path) -> FileSettings:
             f"--config {path} contains a secret and other users can read it: "
             "chmod 600 it, or use token_file and hmac_secret_file"
         )
-    found = FileSettings(
+    file = FileSettings(
         dev_mode=_dev_mode(path, table.pop("dev_mode", None)),
         engines=_tables(path, "engines", table.pop("engines", {})),
         schedulers=_tables(path, "schedulers", table.pop("schedulers", {})),
     )
     for name, value in table.items():
         _set(path, name, value)
-    return found
+    return file
 
 
 def _set(path: Path, name: str, value: object) -> None:

@@ -56,7 +56,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run every probe; return 0, or 1 if one failed or a setting is wrong."""
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     try:
         if arguments.app:
             configuration.apply(arguments)  # an agent that the application installs reads them
@@ -64,14 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
         return report_configuration_error(output, error)
-    output.say(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
+    output.print_line(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
     results = all_checks(config, settings, websocket=not arguments.no_websocket)
     return report(output, config, results)
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Run the probes that need no token; return 0, or 1 if one failed or a setting is wrong."""
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     try:
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
@@ -81,8 +81,8 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def report_configuration_error(output: Output, error: ConfigError) -> int:
     """Print that a setting is wrong; return 1."""
-    output.mark("FAIL", "settings", str(error))
-    output.answer({"ok": False, "stage": "config", "error": str(error)})
+    output.print_verdict("FAIL", "settings", str(error))
+    output.print_json({"ok": False, "stage": "config", "error": str(error)})
     return 1
 
 
@@ -91,14 +91,16 @@ def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> in
     seen = []
     for result in results:
         seen.append(result)
-        output.mark(result.verdict, result.name, result.text, result.fix)
+        output.print_verdict(result.verdict, result.name, result.text, result.fix)
     failed = [result.name for result in seen if not result.ok]
     if failed:
-        output.say(f"{len(failed)} of {len(seen)} probes failed: {', '.join(failed)}", "bold red")
+        output.print_line(
+            f"{len(failed)} of {len(seen)} probes failed: {', '.join(failed)}", "bold red"
+        )
     else:
-        output.say("no probe failed", "bold green")
+        output.print_line("no probe failed", "bold green")
     probes = [_as_dict(result) for result in seen]
-    output.answer({"ok": not failed, "config": _public_fields(config), "probes": probes})
+    output.print_json({"ok": not failed, "config": _public_fields(config), "probes": probes})
     return 1 if failed else 0
 
 

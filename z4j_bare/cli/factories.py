@@ -16,7 +16,8 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine's command line. The other commands need an agent, which an engine is not.
+#: Commands of an engine's command line. The other commands need an agent, which an
+#: engine adapter does not have.
 _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",
@@ -70,7 +71,7 @@ def make_engine_main(
         if arguments.command is None:
             parser.print_help()
             return USAGE_ERROR
-        output = Output(machine=arguments.json)
+        output = Output(json_only=arguments.json)
         packages = (upstream_package, f"z4j-{engine_id}")
         if arguments.command == "version":
             return _print_versions(output, packages)
@@ -108,21 +109,21 @@ def _probe_broker(variable: str | None) -> Iterator[ProbeResult]:
 
 def _report(output: Output, results: Sequence[ProbeResult]) -> int:
     for result in results:
-        output.mark(result.verdict, result.name, result.text, result.fix)
+        output.print_verdict(result.verdict, result.name, result.text, result.fix)
     ok = all(result.ok for result in results)
     probes = [
         {"name": each.name, "ok": each.ok, "message": each.message, "details": each.details}
         for each in results
     ]
-    output.answer({"ok": ok, "probes": probes})
+    output.print_json({"ok": ok, "probes": probes})
     return 0 if ok else 1
 
 
 def _print_versions(output: Output, packages: Sequence[str]) -> int:
     versions = {package: _version(package) for package in (*packages, "z4j-bare")}
     for name, number in versions.items():
-        output.say(f"{name} {number or 'not installed'}")
-    output.answer(versions)
+        output.print_line(f"{name} {number or 'not installed'}")
+    output.print_json(versions)
     return 0 if all(versions.values()) else 1
 
 

@@ -38,25 +38,27 @@ class _CommandLineHandler(logging.StreamHandler[TextIO]):
     """Marker type: :func:`configure` replaces its own handler and leaves others installed."""
 
 
-def configure(level: str, form: str = "text") -> None:
+def configure(level: str, log_format: str = "text") -> None:
     """Log to stderr, unless the root logger already has a handler.
 
     Raises ``HostConfigurationError`` for an unknown level or format.
 
     :param level: one of :data:`LEVELS`, in any case.
-    :param form: one of :data:`FORMATS`.
+    :param log_format: one of :data:`FORMATS`.
     """
     if level.upper() not in LEVELS:
         raise HostConfigurationError(
             f"Z4J_LOG_LEVEL={level!r} is not a log level: choose from {', '.join(LEVELS)}"
         )
-    if form not in FORMATS:
+    if log_format not in FORMATS:
         raise HostConfigurationError(
-            f"Z4J_LOG_FORMAT={form!r} is not a log format: choose from {', '.join(FORMATS)}"
+            f"Z4J_LOG_FORMAT={log_format!r} is not a log format: choose from {', '.join(FORMATS)}"
         )
     root = logging.getLogger()
     for handler in [each for each in root.handlers if isinstance(each, _CommandLineHandler)]:
         root.removeHandler(handler)
     handler = _CommandLineHandler()
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT_FORMAT))
+    handler.setFormatter(
+        JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT_FORMAT)
+    )
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -1,8 +1,4 @@
-"""Output of the commands: text for people, one JSON object for programs.
-
-``rich`` draws colours, tables and progress bars when it is installed and the output is a terminal.
-Output to a pipe or a file is plain text.
-"""
+"""Output of the commands: text for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -29,23 +25,22 @@ VERDICTS = {
 class Output:
     """Writes the results of a command.
 
-    :param machine: write nothing but the JSON object of :meth:`answer`.
+    ``rich`` draws colours, tables and progress bars when it is installed and the output is a
+    terminal. Output to a pipe or a file is plain text.
+
+    :param json_only: write nothing but the JSON object of :meth:`print_json`.
     :param stream: default: stdout.
     """
 
-    def __init__(self, *, machine: bool = False, stream: TextIO | None = None) -> None:
-        self.machine = machine
+    def __init__(self, *, json_only: bool = False, stream: TextIO | None = None) -> None:
+        self.json_only = json_only
         self._stream = stream or sys.stdout
-        self._console = None if machine else _console(self._stream)
+        #: The console of ``rich``; ``None`` without a terminal or without ``rich``.
+        self._console = None if json_only else _console(self._stream)
 
-    @property
-    def console(self) -> Console | None:
-        """The console of ``rich``, or ``None`` without a terminal or without ``rich``."""
-        return self._console
-
-    def say(self, text: str = "", style: str = "") -> None:
+    def print_line(self, text: str = "", style: str = "") -> None:
         """Write a line of text."""
-        if self.machine:
+        if self.json_only:
             return
         if self._console is None:
             print(text, file=self._stream, flush=True)
@@ -54,14 +49,14 @@ class Output:
                 text, style=style or None, markup=False, highlight=False, soft_wrap=True
             )
 
-    def mark(self, verdict: str, name: str, text: str, fix: str = "") -> None:
+    def print_verdict(self, verdict: str, name: str, text: str, fix: str = "") -> None:
         """Write a line with a verdict, a key of :data:`VERDICTS`, and the fix on a second line."""
         word, style = VERDICTS[verdict]
-        self.say(f"{word:>4}  {name:<12} {text}", style)
+        self.print_line(f"{word:>4}  {name:<12} {text}", style)
         if fix:
-            self.say(f"      {'':<12} -> {fix}")
+            self.print_line(f"      {'':<12} -> {fix}")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def print_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Write a table."""
         if self._console is not None:
             self._console.print(_rich_table(columns, rows))
@@ -69,19 +64,19 @@ class Output:
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            self.say("  ".join(cells).rstrip())
+            self.print_line("  ".join(cells).rstrip())
 
-    def answer(self, value: object) -> None:
-        """Write a JSON object, if the output is for a program."""
-        if self.machine:
+    def print_json(self, value: object) -> None:
+        """Write a JSON object if the command was called with ``--json``, else nothing."""
+        if self.json_only:
             print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
         """Yield a function that redraws the screen.
 
-        Its argument is a function that writes the whole screen. Without a terminal the new text is
-        appended.
+        Its argument is a function that writes the whole screen. Without a terminal the text is
+        appended to the earlier output.
         """
         if self._console is None:
             yield lambda draw: draw()
@@ -121,7 +116,7 @@ class _TextProgress:
         tenth = done * 10 // self._total
         if tenth > self._last_tenth:
             self._last_tenth = tenth
-            self._output.say(f"{self._title}: {done} of {self._total}")
+            self._output.print_line(f"{self._title}: {done} of {self._total}")
 
 
 def _console(stream: TextIO) -> Console | None:

@@ -57,17 +57,17 @@ ALREADY_RUNNING = 3
 #: Seconds between checks whether a signal has arrived.
 POLL_INTERVAL = 0.5
 
-#: Seconds that a step of the agent's loops may take before the systemd watchdog is no longer reset.
-#: A step takes milliseconds; one that imports a module from a slow disk takes some seconds.
+#: Seconds of one step of the agent's loops after which the systemd watchdog is no longer reset. A
+#: step takes milliseconds; one that imports a module from a slow disk takes some seconds.
 STUCK_SECONDS = 60.0
 
-#: Seconds that the shutdown may take, unless --drain or Z4J_DRAIN_SECONDS is set.
+#: Default time limit of the shutdown, in seconds.
 DRAIN_SECONDS = 10.0
 
-#: Seconds of the drain that are kept for what follows the last ack, such as closing the store.
+#: Seconds of that time reserved for the work after the last ack, such as closing the store.
 POST_DRAIN = 1.0
 
-#: Seconds that --drain may be set to.
+#: Maximum value of --drain, in seconds.
 MAX_DRAIN_SECONDS = 3600.0
 
 
@@ -229,8 +229,9 @@ def _adapter_choice(
 def _drain_seconds(flag: float | None) -> float:
     """Return the time limit of the shutdown, in seconds.
 
-    This also sets ``Z4J_FLUSH_SECONDS`` to nearly this time, unless the variable is set. A worker's
-    exit must not wait so long for acks, but this process has nothing else to do.
+    This also sets ``Z4J_FLUSH_SECONDS`` to that time less :data:`POST_DRAIN`, unless the variable
+    is set. Its default is short, because a worker's exit must not wait long for acks. This process
+    has nothing else to do.
     """
     text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:
@@ -252,7 +253,7 @@ def _single_instance(*, enforce: bool) -> Iterator[None]:
     """Hold the lock of the only standalone agent of this project, ``Z4J_HOME`` and host.
 
     A second one would report every worker twice. If the lock file cannot be created, the agent
-    starts all the same: a second agent could not create its buffer there either.
+    starts nevertheless: a second agent could not create its buffer there either.
 
     Raises ``AlreadyRunningError`` when another process holds the lock and ``enforce`` is true.
     """
@@ -266,7 +267,10 @@ def _single_instance(*, enforce: bool) -> Iterator[None]:
     except LocalStorageError as error:
         if classify(error) == BUSY:
             raise AlreadyRunningError(_already_running(project)) from None
-        logger.warning("z4j: cannot check whether another standalone agent runs here: %s", error)
+        logger.warning(
+            "z4j: cannot check for another standalone agent: %s; this agent starts nevertheless",
+            error,
+        )
     try:
         yield
     finally:

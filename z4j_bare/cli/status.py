@@ -83,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     configuration.open_home(arguments)
     if arguments.quiet:
         return exit_code(query_agents(arguments))
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     if arguments.watch:
         return StatusMonitor(output, arguments).run()
     first = query_agents(arguments)
     time.sleep(SAMPLE_INTERVAL if first else 0)
     agents = with_rates(first, query_agents(arguments), SAMPLE_INTERVAL)
-    output.answer(
+    output.print_json(
         {"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents}
     )
     print_agents(output, agents, filter_description(arguments))
@@ -99,14 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
 def run_restart(arguments: argparse.Namespace) -> int:
     """Make the selected agents reconnect; return the highest exit code of all adapters."""
     configuration.open_home(arguments)
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     adapters = [arguments.adapter] if arguments.adapter else _running_adapters() or ["bare"]
     results = {adapter: control.send_restart(adapter) for adapter in adapters}
     for code, text in results.values():
-        output.say(text, "bold red" if code else "")
+        output.print_line(text, "bold red" if code else "")
     highest = max(code for code, _ in results.values())
     texts = {adapter: text for adapter, (_, text) in results.items()}
-    output.answer({"ok": highest == 0, "adapters": texts})
+    output.print_json({"ok": highest == 0, "adapters": texts})
     return highest
 
 
@@ -138,7 +138,7 @@ def with_rates(
 
 
 def filter_description(arguments: argparse.Namespace) -> str:
-    """Return the selection as it follows the word "agent"; empty when all are selected."""
+    """Return the selection as text to append to "agent"; empty when all are selected."""
     adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
 
@@ -146,12 +146,12 @@ def filter_description(arguments: argparse.Namespace) -> str:
 def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
     """Write the table. If there is no agent, write the usual reason instead."""
     if not agents:
-        output.say(
+        output.print_line(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "
             "use the Z4J_HOME and the user of the workers"
         )
         return
-    output.table(COLUMNS, [row(agent) for agent in agents])
+    output.print_table(COLUMNS, [row(agent) for agent in agents])
 
 
 def row(agent: AgentStatus) -> list[str]:
@@ -209,7 +209,7 @@ class StatusMonitor:
                     self._poll()
                     redraw(self._draw)
                     ok = exit_code(self._agents) == 0
-                    self._output.answer({"ok": ok, "agents": self._agents})
+                    self._output.print_json({"ok": ok, "agents": self._agents})
                     time.sleep(self._arguments.watch)
         except KeyboardInterrupt:
             return exit_code(self._agents)
@@ -227,9 +227,9 @@ class StatusMonitor:
         print_agents(self._output, self._agents, filter_description(self._arguments))
         for agent in self._agents:
             rates, depths = self._rates[_key(agent)], self._depths[_key(agent)]
-            self._output.say(f"{_title(agent)} [{agent['pid']}]")
-            self._output.say(f"  events/s  {sparkline(rates)}  max {max(rates):g}")
-            self._output.say(f"  buffered  {sparkline(depths)}  max {max(depths):g}")
+            self._output.print_line(f"{_title(agent)} [{agent['pid']}]")
+            self._output.print_line(f"  events/s  {sparkline(rates)}  max {max(rates):g}")
+            self._output.print_line(f"  buffered  {sparkline(depths)}  max {max(depths):g}")
 
 
 def _running_adapters() -> list[str]:

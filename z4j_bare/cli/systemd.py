@@ -30,7 +30,7 @@ class Notifier:
             self._send(f"STATUS={text}")
 
     def alive(self) -> None:
-        """Reset the watchdog's timer; sends three times per watchdog interval however often called.
+        """Reset the watchdog's timer, at most three times per watchdog interval.
 
         systemd restarts the service when no reset arrives within the interval.
         """

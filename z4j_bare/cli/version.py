@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the versions of the installed packages, of the protocol and of Python; return 0."""
-    output = Output(machine=arguments.json)
+    output = Output(json_only=arguments.json)
     versions = {
         **dict(installed_versions()),
         "protocol": PROTOCOL_VERSION,
         "python": platform.python_version(),
     }
     for name, number in versions.items():
-        output.say(f"{name} {number}")
-    output.answer(versions)
+        output.print_line(f"{name} {number}")
+    output.print_json(versions)
     return 0

@@ -25,8 +25,8 @@ MAX_PAGE = 200
 #: Maximum number of slots by which one command resizes a pool; the brain's limit.
 MAX_DELTA = 100
 
-#: The keyword argument in which these engines' adapters expect the task's name. Their messages do
-#: not contain it.
+#: The keyword argument in which these engines' adapters expect the task's name, because their
+#: messages do not contain it.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
 #: Engines whose adapters accept the brain's priorities. The brain sends one with every task; the
@@ -302,7 +302,7 @@ def _original(command: Command, shown: str, what: str) -> str:
 def _overrides(command: Command) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
     args, kwargs = command.arguments("override_args", "override_kwargs")
     if (args is None) != (kwargs is None):
-        raise command.error("override_args and override_kwargs come together or not at all")
+        raise command.error("override_args and override_kwargs must be given together")
     return args, kwargs
 
 

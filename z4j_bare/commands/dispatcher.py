@@ -1,4 +1,4 @@
-"""Acknowledges each command frame, runs the command once beside the receiver, stores its result."""
+"""Acknowledges each command frame, runs the command once in another task, stores its result."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.dispatcher")
 
-#: Command ids kept in memory, because a failed disk may have taken the ledger with it.
+#: Maximum number of command ids kept in memory, because the ledger may be lost with a failed disk.
 MAX_STARTED_IDS = 10_000
 
-#: Seconds reserved from a command's timeout for sending its result.
+#: Maximum seconds of a command's timeout that are reserved for sending its result.
 MARGIN = 2.0
 #: Largest fraction of the timeout that is reserved.
 MARGIN_FRACTION = 0.25
@@ -41,7 +41,7 @@ POLL_INTERVAL = 1.0
 
 @dataclass(slots=True)
 class DispatchState:
-    """How far the dispatcher has shut down; shared with the executor."""
+    """The progress of the dispatcher's shutdown; shared with the executor."""
 
     #: No command begins any more.
     stopping: bool = False
@@ -85,7 +85,7 @@ class Dispatcher:
     def submit(self, frame: CommandFrame, connection: Connection, delay: float = 0.0) -> None:
         """Acknowledge a command frame and queue the command. Never waits for the command.
 
-        :param delay: seconds for which the frame lay unread.
+        :param delay: seconds between the arrival of the frame and this call.
         """
         command = self._read(frame, delay)
         try:
@@ -133,14 +133,17 @@ class Dispatcher:
                 self._store_outcome(command, *self._run(command))
         except Exception:
             logger.exception(
-                "z4j: could not store the result of command %s; please report this",
+                "z4j: could not store the result of command %s; please report this bug of z4j-bare",
                 command.action,
             )
         finally:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether to run this delivery; for a redelivery store the result in the ledger."""
+        """Return whether to run this delivery.
+
+        For a redelivery, the result in the ledger is stored again, to be sent.
+        """
         provisional_result = encode_result(
             command,
             CommandOutcome.indeterminate(
@@ -173,7 +176,7 @@ class Dispatcher:
             return
         redactor = None if host is None else host.redactor
         payload = encode_result(command, outcome, redactor, self._backend.offload)
-        self._buffer.answer(command.id, payload)
+        self._buffer.settle_and_queue(command.id, payload)
         self._on_stored()
         if outcome.after_stored is not None:
             self._backend.spawn(outcome.after_stored, name="z4j-process-restart")
@@ -205,7 +208,7 @@ class Dispatcher:
 class CommandPool:
     """Calls ``run(command)`` in at most ``workers`` tasks.
 
-    A command that waited beyond its deadline is passed to ``run`` at once, which refuses it.
+    A command that is still waiting at its deadline is passed to ``run``, which refuses it.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""Carries out one command: finds its action, checks it, calls it, and returns its outcome.
-
-This module and its imports are loaded with the first command; most workers never receive one.
-"""
+"""Executes one command: finds its action, checks it, calls it, and returns its outcome."""
 
 from __future__ import annotations
 
@@ -42,11 +39,11 @@ IDEMPOTENCY_KEYS = {
 
 
 class Executor:
-    """Carries out commands.
+    """Executes commands. Loaded with the first command: most workers never receive one.
 
     :param buffer: its ledger records effects that must happen once, however many commands request
         them.
-    :param state: the dispatcher's; nothing begins after ``stopping``.
+    :param state: the dispatcher's state. No call begins once ``stopping`` is set.
     """
 
     def __init__(
@@ -153,8 +150,8 @@ class IdempotentEffects:
     def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
         """Return the outcome of ``call()``, or that of an earlier command with the same effect.
 
-        While another command carries the effect out in this process, wait for it. An effect that a
-        crash interrupted, or that another process carries out, is indeterminate.
+        If another command in this process is producing the effect, wait for it. The outcome is
+        indeterminate if a crash interrupted the effect, or if another process is producing it.
         """
         done = self._backend.event()
         while (running := self._register(key, done)) is not done:
@@ -177,7 +174,7 @@ class IdempotentEffects:
             done.set()
 
     def _register(self, key: str, done: IEvent) -> IEvent:
-        """Return the event of the command that carries out ``key``; ``done`` if none does."""
+        """Return the event of the command that runs for ``key``; register ``done`` if none does."""
         with self._lock:
             return self._running.setdefault(key, done)
 

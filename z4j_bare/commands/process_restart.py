@@ -25,10 +25,10 @@ logger = logging.getLogger("z4j.runtime.commands.process_restart")
 
 #: The exit code, ``EX_TEMPFAIL``. Not 0, because supervisord's ``autorestart=unexpected`` (its
 #: default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a process
-#: that ended successfully; for systemd an end by SIGTERM is one.
+#: that ended successfully. systemd counts an end by SIGTERM as successful.
 EXIT_CODE = 75
 
-#: Seconds a process must have run, so that repeated commands do not become a crash loop.
+#: Minimum age of a process in seconds, so that repeated commands do not become a crash loop.
 MIN_UPTIME = 60.0
 
 #: Seconds for stopping the agent when the worker does not stop it itself.
@@ -116,8 +116,8 @@ class ProcessRestart:
     def _shutdown(self) -> None:
         """Send the worker its shutdown signal; end the process after ``grace`` seconds.
 
-        The worker's own shutdown stops the agent as well. Without a handler for the signal end the
-        process at once.
+        The worker's own shutdown stops the agent as well. If no handler for the signal is
+        installed, the process ends at once.
         """
         set_exit_code(self._finish)
         number = _GRACEFUL_SIGNAL.get(self._engine, signal.SIGTERM)
@@ -137,8 +137,10 @@ class ProcessRestart:
 class _ExitCodeFinalizer:
     """Sets the exit code when the interpreter clears ``sys``, the last module but one."""
 
-    def __del__(self, leave: Callable[[int], object] = os._exit, code: int = EXIT_CODE) -> None:
-        leave(code)
+    def __del__(
+        self, exit_process: Callable[[int], object] = os._exit, code: int = EXIT_CODE
+    ) -> None:
+        exit_process(code)
 
 
 def set_exit_code(finish: Callable[[], object]) -> None:

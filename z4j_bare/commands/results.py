@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Offload = Callable[..., tuple[bool, Any]]
 
-#: Maximum number of values in a result. To convert more of them would block the hub.
+#: Maximum number of values in a result. Converting more would block the hub.
 MAX_NODES = 50_000
 
 
@@ -40,10 +40,10 @@ def encode_result(
             return bytes(payload)
         raise payload
     except Exception as error:
-        why = f"not to be encoded ({type(error).__name__})"
+        why = f"not encodable ({type(error).__name__})"
         text = None
         if outcome.error is not None:
-            text = f"{command.action} failed, and the reason is {why}"
+            text = f"{command.action} failed, and the error text is {why}"
         return command_result(outcome.status, summarise_result(None, why), text, command.token)
 
 

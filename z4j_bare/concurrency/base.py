@@ -1,7 +1,4 @@
-"""What all backends share: fork checks, step times and tasks.
-
-A backend adds the primitives of its runtime.
-"""
+"""The base class of the backends: it checks for forks, measures steps and runs tasks."""
 
 from __future__ import annotations
 
@@ -29,14 +26,14 @@ Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger("z4j.runtime.concurrency.base")
 
-#: The start of the current step as ``StepTimer.begin`` returned it; ``None`` in tasks that are not
-#: the agent's.
+#: The start of the current step as ``StepTimer.begin`` returned it. It is ``None`` during a wait,
+#: and in tasks that are not the agent's.
 _step_start: ContextVar[float | None] = ContextVar("z4j_step_start", default=None)
 
 
 @implementer(ITask)
 class Task:
-    """A spawned task of any backend."""
+    """A task that :meth:`BaseConcurrency.spawn` has started."""
 
     def __init__(
         self, name: str, ended: IEvent, wait: Callable[[IEvent, float | None], bool]
@@ -49,7 +46,7 @@ class Task:
         self._wait = wait
 
     def alive(self) -> bool:
-        """Return whether the task has not ended yet."""
+        """Return whether the task is still running."""
         return not self._ended.is_set()
 
     def stuck(self, seconds: float) -> bool:
@@ -62,7 +59,7 @@ class Task:
         return self._wait(self._ended, timeout)
 
     def mark_ended(self) -> None:
-        """Wake the tasks that have joined this one."""
+        """Mark the task as ended, and wake the tasks that wait in :meth:`join`."""
         self._ended.set()
 
 
@@ -80,7 +77,7 @@ class RuntimeLock(Protocol):
 
 @implementer(ILock)
 class CooperativeLock:
-    """Wraps a lock of the runtime, so that waiting for it ends the step and checks for forks."""
+    """Wraps a lock of the runtime. A wait for the lock ends the step and checks for forks."""
 
     def __init__(self, inner: RuntimeLock, call_blocking: Callable[..., object]) -> None:
         self._inner = inner
@@ -95,10 +92,10 @@ class CooperativeLock:
 
 
 class StepTimer:
-    """Measures the steps of the agent's tasks: the number of steps, and the longest one in seconds.
+    """Counts the steps of the agent's tasks, and records the longest step in seconds.
 
-    It measures wall time, so on a busy machine a step includes the time in which other processes
-    had the processor. The test suite replaces it by a stricter clock.
+    The timer measures wall time. On a busy machine a step includes the time in which other
+    processes used the processor. The test suite replaces this class by a stricter timer.
     """
 
     def __init__(self) -> None:
@@ -107,7 +104,7 @@ class StepTimer:
         self.count = 0
 
     def begin(self) -> float:
-        """Return the start of a step, for :meth:`end`."""
+        """Return the current time, which :meth:`end` takes as the start of the step."""
         return time.perf_counter()
 
     def end(self, start: float, task: str) -> None:
@@ -125,10 +122,10 @@ class StepTimer:
 
 
 class BaseConcurrency:
-    """The common part of ``IConcurrency``, which specifies the methods.
+    """Implements the common part of ``IConcurrency``. That interface specifies the methods.
 
-    A backend implements ``event`` and the methods with an underscore. Every wait passes through
-    :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch.
+    A subclass implements the methods that raise ``NotImplementedError`` here. Every wait passes
+    through :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch.
     """
 
     name = ""
@@ -161,7 +158,10 @@ class BaseConcurrency:
         self._yielding(self._sleep, seconds)
 
     def offload(self, function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
-        """Run ``function(*args)`` off the hub, as ``(True, result)`` or ``(False, exception)``."""
+        """Run ``function(*args)`` off the hub.
+
+        Returns ``(True, result)`` or ``(False, exception)``.
+        """
         return self._yielding(self._offload, partial(capture_outcome, function, args))
 
     def wait_readable(self, sock: HasFileno, timeout: float) -> bool:
@@ -200,25 +200,25 @@ class BaseConcurrency:
         raise NotImplementedError
 
     def native_ident(self) -> int:
-        """Return the current OS thread's key in ``sys._current_frames``; 0 without a hub."""
+        """Return the current OS thread's key in ``sys._current_frames``, or 0 without a hub."""
         return 0
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
-        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread."""
+        """If there is a hub, run ``function(sleep, *args)`` in an unpatched daemon thread."""
         del function, args
         return False
 
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """Have the hub, if there is one, call ``function()`` every ``seconds``."""
+        """If there is a hub, make it call ``function()`` every ``seconds`` seconds."""
         del seconds, function, once
         return None
 
     def _tick(self, function: Callable[[], object]) -> bool:
-        """Call ``function`` for a timer.
+        """Call ``function`` for a timer and return ``True``.
 
-        In a forked child, which has copies of the timers, return ``False`` without a call.
+        A forked child has copies of the timers. There, return ``False`` and call nothing.
         """
         if self.forked():
             return False
@@ -248,7 +248,7 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            # If foreign code inside the wait calls the backend, that is no step.
+            # The wait may run foreign code that calls the backend. Its calls must not end a step.
             _step_start.set(None)
         try:
             return wait(*args)
@@ -266,7 +266,7 @@ class BaseConcurrency:
         try:
             function(*args)
         except (ForkedChildError, InterpreterShutdownError):
-            return  # a copy of the task in a child, or the end of the process
+            return  # this is a task's copy in a forked child, or the interpreter is shutting down
         except Exception:
             logger.exception("z4j: task %s failed; please report this bug of z4j-bare", task.name)
         finally:

@@ -15,7 +15,8 @@ from z4j_bare.errors import HostConfigurationError
 #: Values of ``Z4J_CONCURRENCY``.
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
-#: Module and class of each backend. They are imported by name, because two need their library.
+#: Module and class of each backend. A module is imported when its backend is built, because the
+#: modules of gevent and eventlet need the library.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),
@@ -25,7 +26,7 @@ _BACKENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """Which modules a library has patched. ``library`` is ``gevent``, ``eventlet`` or empty."""
+    """Which modules are patched. ``library`` is ``gevent``, ``eventlet``, or empty for no patch."""
 
     library: str = ""
     thread: bool = False
@@ -33,7 +34,7 @@ class Detection:
 
     @property
     def outcome(self) -> str:
-        """``none``, ``gevent``, ``eventlet`` or ``partial``: only one of threads and sockets."""
+        """``none``, ``gevent``, ``eventlet``, or ``partial`` if only one of the two is patched."""
         if self.thread and self.socket:
             return self.library
         return "partial" if self.thread or self.socket else "none"
@@ -42,7 +43,7 @@ class Detection:
 def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
 
-    Threads *and* sockets have to be patched. kombu checks the socket class alone and takes a
+    Threads and sockets are checked separately. kombu checks only the socket class, so it takes a
     partial patch for a full one.
     """
     modules = sys.modules if modules is None else modules
@@ -59,21 +60,21 @@ def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     return Detection()
 
 
-def choose(setting: str, found: Detection) -> str:
+def choose(setting: str, detection: Detection) -> str:
     """Return the name of the backend for a ``Z4J_CONCURRENCY`` setting.
 
-    :param found: what is patched in this process.
+    :param detection: what is patched in this process.
 
     Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches.
     """
     _check_known(setting)
     if setting != "auto":
         name = setting
-    elif found.outcome == "partial":
+    elif detection.outcome == "partial":
         name = "threads"
     else:
-        name = found.library or "threads"
-    _check_fits(name, setting, found)
+        name = detection.library or "threads"
+    _check_fits(name, setting, detection)
     return name
 
 
@@ -84,15 +85,15 @@ def _check_known(setting: str) -> None:
         )
 
 
-def _check_fits(name: str, setting: str, found: Detection) -> None:
-    if name == "threads" and found.thread:
-        only = "" if found.socket else " but not sockets"
+def _check_fits(name: str, setting: str, detection: Detection) -> None:
+    if name == "threads" and detection.thread:
+        only = "" if detection.socket else " but not sockets"
         raise HostConfigurationError(
-            f"{found.library} has patched threads{only}, so Z4J_CONCURRENCY={setting} cannot work:"
-            f" run the full monkey patch of {found.library} before any other import, and set"
-            " Z4J_CONCURRENCY=auto"
+            f"{detection.library} has patched threads{only}, so Z4J_CONCURRENCY={setting} cannot"
+            f" work: run the full monkey patch of {detection.library} before any other import, and"
+            " set Z4J_CONCURRENCY=auto"
         )
-    if name != "threads" and not (found.library == name and found.socket):
+    if name != "threads" and not (detection.library == name and detection.socket):
         raise HostConfigurationError(
             f"Z4J_CONCURRENCY={setting}, but {name} has not patched the sockets of this process, so"
             f" the agent would block it: run the monkey patch of {name} before any other import, or"
@@ -110,9 +111,9 @@ def build(name: str) -> BaseConcurrency:
 def patch(name: str) -> None:
     """Patch this process for ``gevent`` or ``eventlet``; other backends need no patch.
 
-    This has to happen before the process imports any module that waits. It is only for processes
-    of the agent's own: a host patches itself. Raises ``HostConfigurationError`` if the name is
-    unknown or the library is not installed.
+    Call this before the process imports a module that waits. Call it only in the agent's own
+    processes: a host patches itself. Raises ``HostConfigurationError`` if the name is unknown or
+    the library is not installed.
     """
     _check_known(name)
     if name in ("auto", "threads") or detect().outcome == name:

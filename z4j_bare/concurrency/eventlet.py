@@ -1,7 +1,4 @@
-"""The backend for processes that eventlet has patched.
-
-eventlet is deprecated by its authors, so this stays small.
-"""
+"""The backend for processes that eventlet has patched. eventlet is deprecated by its authors."""
 
 from __future__ import annotations
 
@@ -29,18 +26,19 @@ _thread = patcher.original("_thread")
 _native_ident = _thread.get_ident
 _store_guard = ForkGuard(_thread.allocate_lock)
 
-#: Seconds after which a waiter checks its flag without a wake-up. The check only heals one race: a
-#: flag that another native thread sets while the hub sorts its timers. Otherwise the waiter sees
-#: such a flag when the hub wakes next, at least once a second while an agent runs. Each check costs
-#: an idle worker 0.2 ms, and an agent has ten waiters.
+#: Seconds after which a waiter checks its flag without a wake-up. The check is needed for one race:
+#: another native thread sets the flag while the hub sorts its timers. In all other cases the hub
+#: wakes the waiter when it next wakes up, at least once a second while an agent runs. The interval
+#: is long because each check costs an idle worker 0.2 ms, and an agent has ten waiters.
 RECHECK_INTERVAL = 60.0
 
-#: Maximum seconds of one wait for a socket in a process that has forked. The child shares the hub's
-#: epoll set: a socket that the child closes is removed from the set of the parent too, so the wait
-#: has to register it again.
+#: Maximum seconds of one wait for a socket in a process that has forked. Parent and child share the
+#: hub's epoll set. When the child closes a socket, the set no longer reports it to the parent. The
+#: parent's next wait registers the socket again.
 MAX_IO_WAIT = 1.0
 
-#: The same in a process that has not forked yet, but may fork during the wait.
+#: Maximum seconds of one wait for a socket in a process that has not forked yet. The wait is
+#: limited because the process may fork during it.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
@@ -48,7 +46,8 @@ MAX_IO_WAIT_UNFORKED = 10.0
 class Event:
     """A flag on a semaphore.
 
-    eventlet's own event fires once, and a patched ``threading.Event`` switches in ``set``.
+    eventlet's own event can be set only once, and a patched ``threading.Event`` switches greenlets
+    in ``set``.
     """
 
     def __init__(self) -> None:
@@ -56,17 +55,17 @@ class Event:
         self._waiters = 0
         self._semaphore = Semaphore(0)
         self._thread = _native_ident()
-        # Set by the first wait, because a hub that exists before a daemon forks does not survive
-        # that.
+        # The first wait sets the hub. The constructor must not create a hub, because a hub that was
+        # created before a daemon forks cannot be used after the fork.
         self._hub: Any = None
 
     def set(self) -> None:
-        """Set the flag and have the hub wake all waiters; the semaphore does not switch here."""
+        """Set the flag and make the hub wake all waiters. This does not switch greenlets."""
         self._flag = True
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # Only appends to a list: another native thread cannot wake a hub of eventlet.
+            # This only appends to a list of the hub. It does not wake a hub of another thread.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:
@@ -91,8 +90,8 @@ class Event:
             if remaining <= 0:
                 return False
             self._waiters += 1
-            # A waiter that times out just before its release leaves a permit: the next waiter loops
-            # once more.
+            # If a waiter times out just before it is released, a permit remains in the semaphore.
+            # The next waiter takes the permit, finds the flag unset, and waits again.
             if not self._semaphore.acquire(timeout=min(remaining, RECHECK_INTERVAL)):
                 self._waiters = max(0, self._waiters - 1)
         return True
@@ -101,12 +100,13 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` has twenty threads and gives each job to the one that was idle for longest.
-    Its caches are cold, and SQLite allocates memory for each of the threads.
+    ``eventlet.tpool`` is not used. It has twenty threads and gives each job to the thread that was
+    idle for longest. The caches of that thread are cold, and SQLite allocates memory for each
+    thread.
     """
 
     def __init__(self) -> None:
-        # Implemented in C, so it is never patched.
+        # ``SimpleQueue`` is implemented in C, so it is never patched.
         self._jobs: SimpleQueue[tuple[list[Any], Callable[[], object]] | None] = SimpleQueue()
         self._wakeup_r, self._wakeup_w = _socket.socketpair()
         self._wakeup_r.setblocking(False)
@@ -134,7 +134,7 @@ class NativeWorker:
                 result.append(job())
                 with suppress(OSError):  # the caller was killed, and the other end is closed
                     self._wakeup_w.send(b"!")
-                del item, result, job  # otherwise they live until the next job
+                del item, result, job  # otherwise these objects live until the next job
 
 
 @implementer(IConcurrency)
@@ -169,7 +169,7 @@ class EventletConcurrency(BaseConcurrency):
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object]:
-        """Start a timer of the hub."""
+        """Make the hub call ``function()`` every ``seconds`` seconds."""
         hub = hubs.get_hub()
         timers: list[Any] = []
 
@@ -181,7 +181,7 @@ class EventletConcurrency(BaseConcurrency):
         return lambda: [timer.cancel() for timer in timers]
 
     def close(self) -> None:
-        """Stop the native thread, unless it is stuck in the disk."""
+        """Stop the native thread, unless it still runs a job."""
         if not self.forked() and not self._offload_lock.locked():
             worker, self._worker = self._worker, None
             if worker is not None:

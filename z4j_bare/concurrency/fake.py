@@ -1,12 +1,4 @@
-"""A backend with virtual time for the tests of this package and of its users.
-
-Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time. No
-hub is used, so it works with every monkey patch::
-
-    backend = FakeConcurrency()
-    backend.spawn(my_loop, name="loop")
-    backend.advance(600)          # runs ten virtual minutes in milliseconds
-"""
+"""A backend with virtual time for the tests of this package and of its users."""
 
 from __future__ import annotations
 
@@ -23,8 +15,8 @@ from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent, ILock
 
 __all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]
 
-#: Maximum virtual seconds of a wait without a timeout outside a task, where it would otherwise
-#: never end.
+#: Maximum virtual seconds of a wait that has no timeout and is not made by a task. Without this
+#: limit such a wait could last for ever.
 MAX_MAIN_WAIT = 3600.0
 
 
@@ -73,7 +65,14 @@ class FakeLock:
 class FakeConcurrency(BaseConcurrency):
     """A deterministic backend in one thread.
 
-    Its wall clock starts at ``start`` seconds since the epoch.
+    Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time.
+    No hub is used, so the backend works with every monkey patch::
+
+        backend = FakeConcurrency()
+        backend.spawn(my_loop, name="loop")
+        backend.advance(600)  # runs ten virtual minutes in milliseconds
+
+    :param start: the first time of the wall clock, in seconds since the epoch.
     """
 
     name = "fake"
@@ -123,7 +122,7 @@ class FakeConcurrency(BaseConcurrency):
     def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Suspend the current task until ``condition()`` is true; return whether it is.
 
-        Outside a task this runs the tasks meanwhile.
+        If the caller is not a task, this method runs the tasks until the condition is true.
 
         :param timeout: maximum virtual seconds.
         """
@@ -136,14 +135,17 @@ class FakeConcurrency(BaseConcurrency):
         return condition()
 
     def _next(self, deadline: float) -> greenlet | None:
-        """Remove and return a ready task, else the one whose timeout is next; advance the clock."""
+        """Remove and return the next task to run, or ``None`` if there is none before ``deadline``.
+
+        A task whose condition is true is ready and runs first. If no task is ready, the result is
+        the task with the earliest timeout, and the clock advances to that timeout.
+        """
         ready = [entry for entry in self._parked if entry[3]()]
-        entry = (
-            min(ready, key=lambda item: item[1])
-            if ready
-            else (self._parked[0] if self._parked else None)
-        )
-        if entry is None or (not ready and entry[0] > deadline):
+        if ready:
+            entry = min(ready, key=lambda item: item[1])
+        elif self._parked and self._parked[0][0] <= deadline:
+            entry = self._parked[0]
+        else:
             return None
         self._parked.remove(entry)
         heapq.heapify(self._parked)

@@ -11,9 +11,9 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # ``os.open`` for code on native threads. The patched ``os.open`` of eventlet creates a hub in
-    # the calling thread; when such a thread ends, greenlet searches the whole heap for the hub's
-    # remains, in the main thread: 20 to 70 ms.
+    # ``open_file`` replaces ``os.open`` in code that runs on native threads. The patched
+    # ``os.open`` of eventlet creates a hub in the calling thread. When such a thread ends, greenlet
+    # searches the whole heap for the hub's remains. This blocks the main thread for 20 to 70 ms.
     from posix import open as open_file
 else:
     raise ImportError(
@@ -28,10 +28,10 @@ Ts = TypeVarTuple("Ts")
 #: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite, so that a hung disk
 #: cannot block the host.
 STORE_TIMEOUT = 0.25
-#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit resolves a
-#: deadlock: that import may itself be waiting for an import lock of the forking thread.
+#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit ends a
+#: deadlock: the import may be waiting for an import lock that the forking thread holds.
 IMPORT_TIMEOUT = 2.0
-#: Seconds between two checks for such an import.
+#: Seconds between two checks whether a native thread still imports a module.
 IMPORT_POLL_INTERVAL = 0.001
 
 _epoch = 0
@@ -39,21 +39,21 @@ _forked = False
 
 
 def epoch() -> int:
-    """Return the fork epoch, a number that is different in every forked child.
+    """Return the fork epoch. The epoch of a forked child is its parent's epoch plus one.
 
     Greenlets survive ``os.fork`` in the child, so the agent's loops compare the epoch at every
-    wake-up. That costs 30 ns; ``os.getpid`` costs five times as much.
+    wake-up. A comparison takes 30 ns; ``os.getpid`` takes five times as long.
     """
     return _epoch
 
 
 def has_forked() -> bool:
-    """Return whether this process has forked a child that runs Python (``subprocess`` does not)."""
+    """Return whether this process has called ``os.fork``, which ``subprocess`` does not use."""
     return _forked
 
 
-# The hooks only assign: a hook that yields would run the parent's greenlets inside fork() (gevent
-# #2204).
+# The hooks only assign. A hook that yields would run the parent's greenlets inside fork()
+# (gevent #2204).
 
 
 def _after_in_child() -> None:
@@ -82,7 +82,7 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 
 
 class ForkGuard:
-    """Makes ``os.fork`` wait for a short section of code, which must not fork.
+    """Makes ``os.fork`` wait until a short section of code has ended. That code must not fork.
 
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
     thread opened and closed databases, 33 deadlocked at their first use of SQLite, whether by the
@@ -131,18 +131,18 @@ class ForkGuard:
 class ImportForkGuard:
     """Makes ``os.fork`` wait for imports on the agent's native threads.
 
-    A fork during an import leaves the child with a half-initialised module and an import lock that
-    nobody will release: importing the module there deadlocks. At startup kombu's transport and
-    redis alone take 0.1 s to import.
+    After a fork during an import, the child has a half-initialised module and an import lock that
+    no thread will release. An import of that module in the child deadlocks. At startup the imports
+    of kombu's transport and of redis alone take 0.1 s.
     """
 
     def __init__(self) -> None:
         self._threads: set[int] = set()
-        self._never = threading.Event()
+        self._never_set = threading.Event()
         os.register_at_fork(before=self._wait, after_in_child=self._threads.clear)
 
     def run(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Call ``function`` on this native thread, whose imports delay forks until it returns."""
+        """Call ``function``. Until it returns, forks wait for each import of this native thread."""
         ident = threading.get_ident()
         self._threads.add(ident)
         try:
@@ -153,11 +153,11 @@ class ImportForkGuard:
     def _wait(self) -> None:
         deadline = time.monotonic() + IMPORT_TIMEOUT
         while self._importing() and time.monotonic() < deadline:
-            self._never.wait(IMPORT_POLL_INTERVAL)
+            self._never_set.wait(IMPORT_POLL_INTERVAL)
 
     def _importing(self) -> bool:
         """Return whether a registered thread owns the lock of a module that is being imported."""
-        # importlib's weak references to the locks of modules that are being imported
+        # Weak references to the locks of modules that are being imported.
         module_locks = getattr(_bootstrap, "_module_locks", {})
         try:
             locks = [reference() for reference in tuple(module_locks.values())]

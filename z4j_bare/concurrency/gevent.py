@@ -32,9 +32,9 @@ _store_guard = ForkGuard(_original("_thread", "allocate_lock"))
 class GeventConcurrency(BaseConcurrency):
     """Runs each task in a greenlet on the hub, and offloaded functions in one native thread.
 
-    The hub is that of the thread that starts the agent. The native thread is in a pool of the
-    agent's own. The hub's pool of ten threads also resolves host names, and a hung disk must not
-    occupy one of them.
+    The hub is that of the thread that starts the agent. The native thread belongs to a separate
+    pool of the agent. The hub's own pool of ten threads is not used for the agent's functions: it
+    also resolves host names, and a hung disk must not occupy one of its threads.
     """
 
     name = "gevent"
@@ -66,12 +66,15 @@ class GeventConcurrency(BaseConcurrency):
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object]:
-        """Start a timer of the hub that does not keep the hub alive."""
+        """Make the hub call ``function()`` every ``seconds`` seconds.
+
+        The timer does not keep the hub alive.
+        """
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
         def tick() -> None:
             if self._tick(function) and not once:
-                timer.again(tick)  # the interval starts now, not when this tick was due
+                timer.again(tick)  # the next interval starts now, even if this tick was late
             else:
                 timer.close()
 
@@ -84,7 +87,7 @@ class GeventConcurrency(BaseConcurrency):
         return import_cooperatively(module, self.sleep)
 
     def close(self) -> None:
-        """Stop the native thread, unless it is stuck in the disk: ``kill`` would wait for it."""
+        """Stop the native thread, unless it still runs a job: ``kill`` would wait for that job."""
         pool, self._pool = self._pool, None
         if pool is not None and not self.forked() and not self._offload_lock.locked():
             pool.kill()
@@ -117,7 +120,7 @@ class GeventConcurrency(BaseConcurrency):
 
 
 class _YieldingFinder:
-    """A meta-path finder that yields before each import of its own greenlet, and finds nothing."""
+    """A meta-path finder that finds no module, and yields before each import of its greenlet."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._greenlet = getcurrent()
@@ -126,7 +129,7 @@ class _YieldingFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Yield; return ``None``, so that the next finder is asked."""
+        """Yield, and return ``None``, so that Python asks the next finder."""
         del name, path, target
         if getcurrent() is self._greenlet:
             self._sleep(0)
@@ -136,12 +139,13 @@ class _YieldingFinder:
 def import_cooperatively(module: str, sleep: Callable[[float], None]) -> ModuleType:
     """Import and return ``module``, yielding before each file.
 
-    Without yields ``requests`` takes 100 to 200 ms.
+    Without yields the import of ``requests`` would block the hub for 100 to 200 ms.
 
-    Another greenlet that imports one of these modules meanwhile waits for its import lock. This is
-    only safe under gevent, whose locks and thread idents importlib uses. Under eventlet importlib
-    keeps the native ones, so all greenlets count as one owner of a module's lock: a second greenlet
-    would import the module again or get it half initialised.
+    If another greenlet imports one of these modules meanwhile, it waits for the module's import
+    lock. This is safe only under gevent, because importlib uses gevent's locks and thread idents.
+    Under eventlet importlib uses the native locks and idents, so all greenlets count as the same
+    owner of a module's lock. A second greenlet would import the module again, or get a
+    half-initialised module.
     """
     finder = _YieldingFinder(sleep)
     sys.meta_path.insert(0, finder)

@@ -21,7 +21,7 @@ _import_guard = ImportForkGuard()
 
 @implementer(IEvent)
 class ThreadEvent(threading.Event):
-    """A ``threading.Event`` with the declaration that it implements ``IEvent``."""
+    """A ``threading.Event`` that is declared to implement ``IEvent``."""
 
 
 @implementer(IConcurrency)
@@ -32,7 +32,7 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def __init__(self) -> None:
         super().__init__()
-        self._never = threading.Event()
+        self._never_set = threading.Event()
         self._offload_lock = threading.Lock()
 
     def event(self) -> IEvent:
@@ -40,7 +40,7 @@ class ThreadsConcurrency(BaseConcurrency):
         return ThreadEvent()
 
     def selector(self) -> selectors.BaseSelector:
-        """Return the best selector of this platform."""
+        """Return a new selector of the most efficient kind that this platform has."""
         return selectors.DefaultSelector()
 
     def _lock(self) -> RuntimeLock:
@@ -53,9 +53,9 @@ class ThreadsConcurrency(BaseConcurrency):
             raise InterpreterShutdownError(f"task {name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
-        # Not time.sleep: if only sockets are patched, the patched sleep would create a hub in this
-        # thread.
-        self._never.wait(seconds)
+        # ``time.sleep`` is not used: it may be patched although threads are not. A patched
+        # ``sleep`` would create a hub in this thread.
+        self._never_set.wait(seconds)
 
     def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
         with self._offload_lock:
@@ -63,8 +63,8 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):
-            # eventlet removes poll() where it patches sockets. Its select() has no limit of 1024
-            # descriptors.
+            # eventlet removes poll() where it patches sockets. The select() of eventlet is not
+            # limited to descriptors below 1024.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # the native select() is limited to descriptors below 1024
         poller.register(sock, select.POLLOUT if write else select.POLLIN)

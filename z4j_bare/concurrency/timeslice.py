@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from z4j_bare.concurrency.base import BaseConcurrency
 
-#: Seconds of uninterrupted work on the host's only thread, after which the agent yields.
+#: Maximum seconds that the agent works on a hub before it yields. The host's tasks run in the same
+#: thread as the hub.
 SLICE_SECONDS = 0.002
 
-#: Seconds that a yield sleeps under gevent. Up to fifty ``gevent.sleep(0)`` in a row only run ready
-#: greenlets, and serve no timer and no socket.
+#: Seconds that a yield sleeps under gevent. The value is not 0, because gevent may process neither
+#: timers nor sockets during up to fifty consecutive calls of ``gevent.sleep(0)``.
 YIELD_SECONDS = 1e-5
 
 

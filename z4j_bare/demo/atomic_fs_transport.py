@@ -1,10 +1,4 @@
-"""kombu's filesystem transport with atomic writes.
-
-kombu's own transport creates a message file under its final name before it writes the content, and
-its reader takes no lock. A reader that scans in between gets an empty file, loses the message and
-fails with ``JSONDecodeError``. Measured with kombu 5.7.0 and a scan every 0.1 ms: 1,136 of 8,000
-messages were lost. This transport renames the file after it was written.
-"""
+"""kombu's filesystem transport with atomic writes."""
 
 from __future__ import annotations
 
@@ -18,7 +12,13 @@ from kombu.utils.json import dumps
 
 
 class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu has no types
-    """A channel that writes a message under a temporary name and renames it."""
+    """A channel that writes a message under a temporary name and then renames the file.
+
+    kombu's own channel creates a message file under its final name before it writes the content,
+    and its reader takes no lock. A reader that scans in between gets an empty file, loses the
+    message and fails with ``JSONDecodeError``. Measured with kombu 5.7.0 and a scan every 0.1 ms:
+    1,136 of 8,000 messages were lost.
+    """
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:
         # The reader sorts by name and expects "<name without a dot>.<queue>.msg".

@@ -116,7 +116,7 @@ def _run_scenario(
         Worker(
             _APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER
         ) as worker,
-        BrainPoller(brain.sibling(), _PROJECT) as poller,
+        BrainPoller(brain.clone(), _PROJECT) as poller,
     ):
         progress.stage(f"starting the {args.pool} worker")
         worker.start()

@@ -127,7 +127,8 @@ class Service:
         if self._process is None:
             return 0
         if self.running:
-            # Only to the leader: a SIGTERM terminates Celery's prefork children immediately.
+            # The signal goes only to the leader, because a SIGTERM would terminate Celery's prefork
+            # children immediately.
             self._process.terminate()
             try:
                 self._process.wait(timeout)

@@ -69,7 +69,7 @@ class Credentials:
 
 
 class BrainApi:
-    """A REST session for one thread; :meth:`sibling` returns one for another thread.
+    """A REST session for one thread; :meth:`clone` returns one for another thread.
 
     Methods raise ``BrainRefusedError`` for a status of 400 or more, and
     ``requests.RequestException`` if there is no response. ``project`` is always the project's slug.
@@ -92,11 +92,11 @@ class BrainApi:
         """Close the connections; the next call opens new ones with the same login."""
         self._session.close()
 
-    def sibling(self) -> BrainApi:
+    def clone(self) -> BrainApi:
         """Return another session with the same login, for another thread."""
-        twin = BrainApi(self.url)
-        twin._session.cookies.update(self._session.cookies)
-        return twin
+        other = BrainApi(self.url)
+        other._session.cookies.update(self._session.cookies)
+        return other
 
     def healthy(self) -> bool:
         """Whether the brain's health check succeeds."""
@@ -214,9 +214,9 @@ class BrainApi:
         return self._call("POST", path, json=body)
 
     def _call(self, method: str, path: str, **request: Any) -> Any:
-        headers = (
-            {"X-CSRF-Token": self._session.cookies.get("z4j_csrf", "")} if method != "GET" else {}
-        )
+        headers = {}
+        if method != "GET":
+            headers["X-CSRF-Token"] = self._session.cookies.get("z4j_csrf", "")
         url = f"{self.url}/api/v1{path}"
         response = self._session.request(method, url, headers=headers, timeout=_TIMEOUT, **request)
         if not response.ok:

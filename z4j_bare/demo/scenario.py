@@ -44,7 +44,8 @@ _WARM_UP_TIMEOUT = 30.0
 #: Maximum time of any other step, in seconds; a step with many tasks gets more.
 _TIMEOUT = 30.0
 
-#: Minimum throughput of any pool, in plain tasks per second; solo on files is the slowest.
+#: Minimum throughput of any pool, in plain tasks per second. The slowest is the pool ``solo`` with
+#: the broker that keeps its messages in files.
 _MIN_PLAIN_PER_SECOND = 20.0
 
 

@@ -41,13 +41,13 @@ def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResul
 
     :param installed: the distributions to search; default: those on ``sys.path``.
     """
-    found = [
+    releases = [
         each
         for each in (distributions() if installed is None else installed)
         if _name(each) == "z4j-bare"
     ]
-    versions = sorted({each.version for each in found})
-    if not found:
+    versions = sorted({each.version for each in releases})
+    if not releases:
         problem = "z4j-bare is not installed: its files are on the path, but not its metadata"
     elif len(versions) > 1:
         problem = f"several releases are installed side by side ({', '.join(versions)})"
@@ -90,26 +90,24 @@ def probe_concurrency(setting: str = "auto") -> ProbeResult:
 
     :param setting: value of ``Z4J_CONCURRENCY``.
     """
-    found = detect()
+    detection = detect()
     details: dict[str, Any] = {
-        "library": found.library,
-        "thread": found.thread,
-        "socket": found.socket,
+        "library": detection.library,
+        "thread": detection.thread,
+        "socket": detection.socket,
     }
-    if found.outcome == "partial":
-        patched, missing = ("threads", "sockets") if found.thread else ("sockets", "threads")
-        cause = f"{found.library} has patched {patched} but not {missing}"
-        fix = f"call {found.library}'s full monkey patch before any other import"
+    if detection.outcome == "partial":
+        patched, missing = ("threads", "sockets") if detection.thread else ("sockets", "threads")
+        cause = f"{detection.library} has patched {patched} but not {missing}"
+        fix = f"call {detection.library}'s full monkey patch before any other import"
         return failed("concurrency", cause, fix, **details)
     try:
-        name = choose(setting, found)
+        name = choose(setting, detection)
     except HostConfigurationError as error:
         return failed("concurrency", str(error), "set Z4J_CONCURRENCY to auto", **details)
-    reason = (
-        "nothing is patched"
-        if found.outcome == "none"
-        else f"{found.library} has patched threads and sockets"
-    )
+    reason = "nothing is patched"
+    if detection.outcome != "none":
+        reason = f"{detection.library} has patched threads and sockets"
     return passed("concurrency", f"{name}: {reason}", chosen=name, **details)
 
 
@@ -165,10 +163,10 @@ def probe_agents(project: str) -> ProbeResult:
     :param project: agents of other projects are ignored.
     """
     try:
-        found = control.status()
+        statuses = control.status()
     except OSError as error:
         return skipped("agents", f"cannot read Z4J_HOME ({error.strerror})")
-    agents = [agent for agent in found if "error" in agent or agent.get("project") == project]
+    agents = [agent for agent in statuses if "error" in agent or agent.get("project") == project]
     if not agents:
         return passed("agents", "no agent is running")
     pids: dict[str, Any] = {"pids": [agent["pid"] for agent in agents]}

@@ -45,7 +45,7 @@ class Target:
 
     @property
     def first_hop(self) -> tuple[str, int]:
-        """Host and port that this host connects to: those of the proxy, or of the brain."""
+        """Host and port of the TCP connection: those of the proxy, or of the brain without one."""
         if self.proxy is None:
             return self.host, self.port
         return self.proxy.hostname or "", self.proxy.port or _PORTS.get(self.proxy.scheme, 80)
@@ -123,8 +123,8 @@ def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
 
 def _resolve(host: str, answers: list[list[str] | Exception]) -> None:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        answers.append(sorted({str(each[4][0]) for each in found}))
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        answers.append(sorted({str(each[4][0]) for each in infos}))
     except Exception as error:  # eventlet's resolver raises exceptions of its own
         answers.append(error)
 
@@ -180,7 +180,9 @@ def probe_tls(
         cause, fix = _certificate_problem(target, error)
         return failed("tls", cause, fix, verify_message=error.verify_message, **address)
     except ssl.SSLError as error:
-        cause = f"no TLS with {target.host}:{target.port} ({describe_error(error)})"
+        cause = (
+            f"the TLS handshake with {target.host}:{target.port} failed ({describe_error(error)})"
+        )
         fix = (
             "check scheme and port in Z4J_BRAIN_URL: "
             "does the port speak plain http, or require a client certificate?"
@@ -243,7 +245,7 @@ def _certificate_problem(target: Target, error: ssl.SSLCertVerificationError) ->
         )
     if code in _UNKNOWN_AUTHORITY:
         cause = f"{certificate} was issued by an unknown authority ({error.verify_message})"
-        fix = "set Z4J_CA_BUNDLE to a PEM file with the certificate of the (private?) authority"
+        fix = "set Z4J_CA_BUNDLE to a PEM file with the certificate of that authority"
         return cause, fix
     if code in _WRONG_NAME:
         return (

@@ -1,10 +1,4 @@
-"""Probes of the brain: its health, its clock, the agent's token, WebSocket, a signed frame.
-
-No probe sends a ``hello``: it would overwrite the engines that the brain has recorded for the agent
-and claim the agent's pending commands. The token is checked on the long-poll routes, with a request
-that claims no command. The message sent over WebSocket is invalid, so the brain rejects it after it
-has checked the token and before it stores anything (``docs/protocol.md``, Hello and Long-poll).
-"""
+"""Probes of the brain: its health, its clock, the agent's token, WebSocket, a signed frame."""
 
 from __future__ import annotations
 
@@ -63,6 +57,12 @@ class ProbeStep(NamedTuple):
 class BrainProbe:
     """Probes one brain. Call the methods in the order of :func:`brain_steps`, ``close`` at the end.
 
+    No probe sends a ``hello``: it would overwrite the engines that the brain has recorded for the
+    agent and claim the agent's pending commands. The token is checked on the long-poll routes, with
+    a request that claims no command. The message sent over WebSocket is invalid, so the brain
+    rejects it after it has checked the token and before it stores anything (``docs/protocol.md``,
+    Hello and Long-poll).
+
     Raises ``HostConfigurationError`` for invalid settings.
 
     :param timeout: seconds for each answer of the brain.
@@ -112,7 +112,10 @@ class BrainProbe:
             return failed("http", cause, fix, status=answer.status)
         if not _is_brain(answer.body):
             cause = "the health route is not answered by a brain"
-            fix = "set Z4J_BRAIN_URL to the brain's address (is it a captive portal's?)"
+            fix = (
+                "set Z4J_BRAIN_URL to the brain's address; "
+                "if a captive portal answers, log in to that network"
+            )
             return failed("http", cause, fix, status=answer.status)
         return passed("http", "the brain is healthy", status=answer.status)
 
@@ -234,7 +237,7 @@ class BrainProbe:
                 )
         except AgentError as error:
             code = getattr(error, "code", None)
-            if isinstance(code, int) and code >= close_codes.APPLICATION_CODES:
+            if isinstance(code, int) and code >= close_codes.MIN_APPLICATION_CODE:
                 return code, str(error)
             if isinstance(error, NetworkError):
                 raise

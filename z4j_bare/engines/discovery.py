@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.engines.host import EngineHost
 
-#: Seconds until an adapter's ``discover_tasks`` is abandoned; RQ's reads every queue in Redis.
+#: Timeout of an adapter's ``discover_tasks`` in seconds. That of RQ reads every queue in Redis.
 DISCOVERY_TIMEOUT = 60.0
 
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")

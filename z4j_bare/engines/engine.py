@@ -1,4 +1,4 @@
-"""What the agent has to know of an engine beyond the methods of its adapter."""
+"""Descriptions of engines: what the agent needs in addition to the methods of an adapter."""
 
 # ruff: noqa: ARG002 - the base class ignores arguments that subclasses need
 
@@ -64,15 +64,18 @@ class Engine:
         return None
 
     def restarts_by_exit(self) -> bool:
-        """Whether a worker can only be restarted by ending its process.
+        """Whether the only way to restart a worker is to end its process.
 
-        That is so if the adapter does not offer ``restart_worker``.
+        This is the case if the adapter does not offer ``restart_worker``.
         """
         return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
 
 
 def describe_engine(adapter: QueueEngineAdapter) -> Engine:
-    """Return the description of the adapter's engine, recognised by the application it holds."""
+    """Return the description of an adapter's engine.
+
+    The engine is recognised by the attribute in which the adapter has its application.
+    """
     if hasattr(adapter, "celery_app"):
         from z4j_bare.engines.celery.engine import CeleryEngine
 

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.host")
 
-#: Seconds for ``connect_signals``, which may publish to a broker and start a thread.
+#: Timeout of ``connect_signals`` in seconds. It may publish to a broker and start a thread.
 CONNECT_TIMEOUT = 30.0
-#: Adapters' attributes with an ``asyncio.Queue``. An adapter keeps it for life, but the queue binds
-#: to the first loop that waits in it.
+
+#: Attributes of adapters with an ``asyncio.Queue``. An adapter creates its queues once, but a queue
+#: binds to the first loop that waits for an item.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
@@ -95,7 +96,10 @@ class EngineHost:
             stop_pump()
 
     def capabilities(self) -> list[str]:
-        """Return the adapter's present capabilities; those of celery-beat change while it runs."""
+        """Return the adapter's current capabilities.
+
+        They can change while the process runs; those of celery-beat do.
+        """
         names = {str(name) for name in self.adapter.capabilities()}
         if self.retries_by_reference:
             names.add(RETRY_BY_REFERENCE_CAPABILITY)
@@ -105,9 +109,9 @@ class EngineHost:
 
     @property
     def controls(self) -> CeleryControls | None:
-        """The agent's own worker controls, for an adapter that does not wait for workers' replies.
+        """The agent's worker controls, if the engine has any; created at the first command.
 
-        They are loaded at the first command.
+        They replace those of an adapter that does not wait for the workers' replies.
         """
         if self._controls is None:
             self._controls = self.description.make_controls(self._backend)
@@ -115,7 +119,7 @@ class EngineHost:
 
     @property
     def retries_by_reference(self) -> bool:
-        """Whether the adapter promises never to retry with the brain's redacted arguments."""
+        """Whether the adapter guarantees that a retry never uses the brain's redacted arguments."""
         return getattr(self.adapter, "safe_retry_by_reference", None) is True
 
     def has_method(self, name: str) -> bool:
@@ -125,9 +129,9 @@ class EngineHost:
     def health(self, timeout: float = 5.0) -> dict[str, str]:
         """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
-        A failed check gives ``<engine>.error``. Celery's check takes 10 s when its worker does not
-        reply. A second check is not started meanwhile, and a late reply is kept for the next
-        heartbeat.
+        A failed check gives ``<engine>.error``. A check may exceed the timeout: that of Celery's
+        adapter takes 10 s when its worker does not reply. Until it ends, no other check is started.
+        Its result is returned by the next call.
         """
         if not hasattr(self.adapter, "get_health"):
             return {}
@@ -158,8 +162,8 @@ class EngineHost:
     ) -> Any:
         """Call a method of the adapter once and return its result.
 
-        Keywords that the method does not accept are omitted if they are ``None`` or ``hints``.
-        Raises ``CommandError`` for any other such keyword and for a missing method,
+        A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``;
+        otherwise it raises ``CommandError``. Also raises ``CommandError`` for a missing method,
         ``TimeoutError`` after ``timeout`` seconds, and whatever the adapter raises.
         """
         method = getattr(self.adapter, method_name, None)
@@ -197,8 +201,8 @@ class EngineHost:
     def _unbind_queues(self) -> None:
         """Unbind the adapter's queues from the loop of an earlier agent or of the parent process.
 
-        The queues' getters are removed as well: the first item would wake one of them, not the new
-        loop.
+        The queues' getters are removed too. Otherwise the first item would wake a getter of the old
+        loop instead of the new one.
         """
         for name in _QUEUES:
             queue = getattr(self.adapter, name, None)
@@ -218,7 +222,8 @@ class EngineHost:
 def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that ``method`` accepts; all of them when its signature is unknown.
 
-    The signature decides. To catch ``TypeError`` and call again could run an action twice.
+    The method is not called first with all keywords and then, after a ``TypeError``, with fewer,
+    because the first call may have run the action before it failed.
     """
     try:
         parameters = inspect.signature(method).parameters

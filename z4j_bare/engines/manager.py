@@ -36,7 +36,7 @@ class EngineManager:
         self.hosts: dict[str, EngineHost] = {}
         self.sources: list[EventSource] = []
         for adapter in adapters:
-            # First: the source uses the merged patterns, and a bad pattern raises.
+            # Before the source is made, which uses the merged patterns. Raises for an invalid one.
             merge_redaction(adapter, config)
             description = describe_engine(adapter)
             source = description.make_source(ring, settings, backend, ready_worker())
@@ -71,7 +71,7 @@ class EngineManager:
             host.disconnect()
 
     def announce_workers(self) -> None:
-        """Record a ``worker.online`` of each worker: a session has started."""
+        """Record a ``worker.online`` event for each worker, because a session has started."""
         for source in self.sources:
             source.presence.announce("worker.online")
 
@@ -80,7 +80,7 @@ class EngineManager:
         return {source.engine: sorted(source.presence.workers) for source in self.sources}
 
     def dropped(self) -> dict[str, int]:
-        """Return by engine how many events the adapter or its event stream has lost."""
+        """Return the number of events that the adapter or the event source has lost, by engine."""
         return {host.name: host.dropped() + source.dropped() for host, source in self.pairs()}
 
     def lost(self) -> int:
@@ -92,7 +92,7 @@ class EngineManager:
         return sum(source.unheard() for source in self.sources)
 
     def failures(self) -> int:
-        """Return how often event streams broke."""
+        """Return how often the connections of event sources failed."""
         return sum(source.failures() for source in self.sources)
 
     def pairs(self) -> Iterator[tuple[EngineHost, EventSource]]:

@@ -1,11 +1,15 @@
-"""RQ's events, reported while its worker is busy.
+"""The event source of RQ, with hooks in the methods that run while the worker is busy.
 
-While an RQ worker works, its handler of SIGTERM and SIGINT sets a flag; at any other moment it
-raises ``StopRequested``, an ordinary exception. z4j_rq wraps ``execute_job``, at whose end the
-worker is idle again. Raised there, ``StopRequested`` is caught as a hook error: the stop is lost
-and a successful job is reported as failed. ``SimpleWorker`` overrides ``execute_job``, so that the
-wrapper does not run there at all. Hence the hooks of this module are further inside, and the
-adapter's own hook is not installed.
+A busy RQ worker handles SIGTERM and SIGINT by setting a flag. An idle one raises ``StopRequested``,
+an ordinary exception.
+
+The hook of z4j_rq wraps ``execute_job``. When that method returns, the worker is idle again. A
+``StopRequested`` that is raised at that moment is caught as an error of the hook: the worker does
+not stop, and a successful job is reported as failed. ``SimpleWorker`` overrides ``execute_job``, so
+the hook never runs there.
+
+Therefore the hooks of this module wrap the methods that ``execute_job`` calls, and the hook of
+z4j_rq is not installed.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ class RqEngine(Engine):
 
 
 class RqSource(EventSource):
-    """RQ's events, made by the adapter's callbacks, which users may also attach to a job."""
+    """RQ's events. The adapter's callbacks create them; users may also attach these to a job."""
 
     uses_adapter_events = False
 
@@ -75,7 +79,7 @@ class RqSource(EventSource):
             setattr(owner, name, hook)
 
     def disconnect(self) -> None:
-        """Remove the hooks. A hook that other code has wrapped stays, but reports nothing."""
+        """Remove the hooks. A hook that other code has wrapped remains, but records nothing."""
         from z4j_rq.events import callbacks
 
         while self._hooks:
@@ -124,12 +128,12 @@ def report_job(method: Method, outcome: Callable[[Job], str]) -> Method:
 
 
 def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
-    """Yield the method in which each worker class runs one job, and how to read its outcome."""
+    """Yield, for each worker class, the method that runs one job and a function for its status."""
     try:
         from rq.worker import SimpleWorker, Worker
     except ImportError:  # a process without workers may use the engine without rq
         return
-    # The parent's part; the job itself runs in a child process.
+    # This method runs in the parent, while the job runs in a child process.
     yield Worker, "monitor_work_horse", _status_in_redis
     yield SimpleWorker, "perform_job", _status_in_memory
 

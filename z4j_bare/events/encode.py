@@ -35,9 +35,9 @@ _encoder = json.JSONEncoder(
 def new_ids() -> Callable[[], str]:
     """Return a function that returns a new UUID of version 4 at each call.
 
-    The first ten bytes are random, the last twelve digits are a counter. A ``uuid4`` per event
-    costs more than the rest of the event's envelope. The counter starts with all its digits, so it
-    needs no padding, and lasts 28,000 years at 1,000 events a second.
+    The first ten bytes are random, and the last twelve digits are a counter. A ``uuid4`` per event
+    would cost more than the rest of the event's envelope. The counter starts at a number of twelve
+    digits, so it needs no padding. It lasts 28,000 years at 1,000 events a second.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
@@ -117,7 +117,7 @@ _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reas
 
 
 def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
-    """Return ``encoder.encode`` without the set-up at each call, which is half of its time."""
+    """Return a function like ``encoder.encode`` without its set-up, half of the time of a call."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # an interpreter without the C module
         return encoder.encode

@@ -1,4 +1,4 @@
-"""Redaction of captured values by z4j_core's rules, with cached answers."""
+"""Redaction of captured values by z4j_core's rules, with cached results."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from z4j_bare.events.snapshot import TruncatedStr
 if TYPE_CHECKING:
     from z4j_core.models import Config
 
-#: Answers cached for keys, and as many for values. Keys and short values repeat from task to task.
+#: Maximum number of cached results, separately for keys and for values. Keys and short values
+#: repeat from task to task.
 CACHE_SIZE = 4096
 
-#: Characters of the longest string whose answer is cached.
+#: Maximum characters of a string whose result is cached.
 MAX_CACHED_CHARS = 64
 
-#: The start of each built-in pattern, and a literal (in lower case) that every match contains. A
-#: pattern that is not listed, from a later z4j_core or from the operator, is tried on every text.
+#: By the start of each built-in pattern: a literal, in lower case, that every match contains. A
+#: pattern that is not listed (from a later z4j_core or from the operator) is tried on every text.
 _REQUIRED_LITERALS = {
     "eyJ": "eyj",
     "Bearer": "bearer",
@@ -52,7 +53,8 @@ _REQUIRED_LITERALS = {
 class Redactor:
     """Returns what ``RedactionEngine.scrub`` returns for plain JSON values, but much faster.
 
-    A property test compares the two. A :class:`TruncatedStr` is matched with its margin, then cut.
+    A property test compares the two. A :class:`TruncatedStr` is matched with its margin. Then the
+    margin is cut off.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -78,7 +80,7 @@ class Redactor:
         return value
 
     def _redact_all(self, value: object) -> Any:
-        """Return ``value`` with every scalar replaced: it stands under a sensitive key."""
+        """Return ``value`` with every scalar replaced, because its key is sensitive."""
         if isinstance(value, dict):
             return {self._text(key): self._redact_all(item) for key, item in value.items()}
         return [self._redact_all(item) for item in value] if isinstance(value, list) else REDACTED
@@ -120,7 +122,7 @@ class Redactor:
 
 
 class ValueMatcher:
-    """Gives the answers of ``RedactionEngine.value_matches``, much faster for ASCII text.
+    """Returns what ``RedactionEngine.value_matches`` returns, but much faster for ASCII text.
 
     The engine searches one alternation of all patterns: 510 us for 1 KB of text, 3,640 us for
     8 KB. This class searches for each pattern's required literal first: 13 us and 99 us. A

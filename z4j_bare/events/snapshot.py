@@ -17,16 +17,18 @@ from typing import Any
 #: Maximum characters of one event. Redacting ten values of 8 KB each would take 36 ms.
 MAX_CHARS = 16 * 1024
 
-#: Maximum values of one event, containers included.
+#: Maximum number of values in one event, containers included.
 MAX_NODES = 500
 
-#: Characters kept beyond the limit until redaction, so that it also sees a secret at the limit.
+#: Characters kept beyond the limit until redaction, so that a secret at the limit is redacted too.
 MARGIN = 1024
 
-#: Nesting depth below which a container is replaced by its name. The brain redacts below 64.
+#: Maximum nesting depth. Containers below it are replaced by their type. The brain redacts
+#: everything below depth 64.
 MAX_DEPTH = 32
 
-#: Bits of an integer above which only its size is kept. Python refuses to parse 4,300 digits.
+#: Maximum bits of an integer. Of a larger one only the size is kept, because Python refuses to
+#: parse more than 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
@@ -94,7 +96,7 @@ def snapshot(value: Any) -> Any:
 
 
 class _Copier:
-    """One copy of one value, with the characters and nodes that it may still take."""
+    """Copies one value. ``chars`` and ``nodes`` are the characters and values still allowed."""
 
     __slots__ = ("chars", "nodes")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
 
-#: A background loop: its name, and a function that runs until the event it gets is set.
+#: A background loop: its name, and a function that runs until its argument is set.
 Loop = tuple[str, Callable[[IEvent], None]]
 
 

@@ -29,7 +29,7 @@ MAX_REQUEST_BYTES = 64
 
 
 class ControlServer:
-    """Serves one client at a time; costs nothing while there is none.
+    """Serves one client at a time. Without a client it uses no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
     :param handlers: a function for each verb, which returns the response.
@@ -120,7 +120,7 @@ class ControlServer:
             remaining = remaining[client.send(remaining) :]
 
     def _read_verb(self, client: _socket.socket) -> str:
-        """Return the first line of the request, or an empty string if it does not come in time."""
+        """Return the first line of the request, or an empty string after ``CLIENT_TIMEOUT``."""
         data, deadline = b"", self._backend.now() + CLIENT_TIMEOUT
         while b"\n" not in data and len(data) < MAX_REQUEST_BYTES:
             if not self._backend.wait_readable(client, max(0.0, deadline - self._backend.now())):

@@ -1,4 +1,4 @@
-"""Detection of two agents that report the same worker, such as a standalone agent beside it."""
+"""Detection of two agents that report the same worker, such as its own and a standalone agent."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before each check. A worker knows its name by the first one, and a standalone agent has
-#: found the workers by the second.
+#: Seconds before each check. At the first check a worker has its name. At the second check a
+#: standalone agent has found the workers.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent. The wait occupies the store's native thread.
@@ -24,7 +24,7 @@ REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Asks the other agents of this ``Z4J_HOME`` for their workers, and warns of shared ones.
+    """Requests the workers of the other agents in this ``Z4J_HOME``, and warns of duplicates.
 
     :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
         by engine.

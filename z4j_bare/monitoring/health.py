@@ -25,7 +25,7 @@ CHECK_TIMEOUT = 5.0
 
 
 class HealthLoop:
-    """Checks every engine in turn and keeps the last results.
+    """Runs the health checks of all engines in turn and keeps the last results.
 
     :param consumer: the Celery consumer if this process is a Celery worker.
     """

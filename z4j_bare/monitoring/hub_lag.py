@@ -2,7 +2,7 @@
 
 A timer of the hub measures how late it is called. When it is overdue by a second, a native thread
 samples the stack of the hub's thread, to find the code that does not yield. The thread wakes every
-other second and only reads: it neither logs nor takes locks. Tasks and switches cost nothing more.
+other second and only reads: it neither logs nor takes locks. Tasks and switches get no overhead.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 
-#: Sampling interval in seconds on a hub: 10 samples per heartbeat, each for 0.2 ms of CPU.
+#: Sampling interval on a hub, in seconds: 10 samples per heartbeat, each for 0.2 ms of CPU.
 TICK = 1.0
 
-#: Sampling interval in seconds without a hub. A sample wakes a thread, which costs 0.1 ms, and only
+#: Sampling interval without a hub, in seconds. A sample wakes a thread, which costs 0.1 ms. It only
 #: measures how long that thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 
@@ -35,7 +35,7 @@ STACK_SAMPLE_INTERVAL = 0.25
 #: Minimum seconds between two warnings.
 WARN_INTERVAL = 60.0
 
-#: Maximum number of samples between two reports, in case that no heartbeat collects them.
+#: Maximum number of stored samples. Without a session no heartbeat removes them.
 MAX_SAMPLES = 10_000
 
 
@@ -110,7 +110,7 @@ class HubLagMonitor:
             )
 
     def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
-        """Sample the stack of a blocked hub, in a native thread: only reads and assigns."""
+        """Sample the stack of a blocked hub. Runs in a native thread; only reads and assigns."""
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
-#: Reasons of losses whose rows could not be read any more.
+#: Reasons of losses whose rows could no longer be read.
 _UNREADABLE = (CORRUPTION, DELETED)
 
-#: Limits of the brain for ``adapter_events``; it closes the session when one is exceeded.
+# The brain's limits for ``adapter_events``. It closes the session when one is exceeded.
+
+#: Maximum number of adapters.
 _MAX_ADAPTERS = 32
+
+#: Maximum characters of an adapter's name.
 _MAX_ADAPTER_NAME = 64
+
+#: Maximum number of events that an adapter has lost.
 _MAX_ADAPTER_EVENTS = 2**53 - 1
 
 #: Maximum characters of the blocking code in a heartbeat.
@@ -110,11 +116,12 @@ class AgentMetrics:
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
-        """Return ``telemetry_loss``: all losses since the creation of the buffer and of this agent.
+        """Return ``telemetry_loss``: the cumulative losses.
 
-        What the protocol calls a frame is a row here. The counts by reason and the counts by kind
-        each add up to the number of all losses. The brain validates this payload strictly
-        (``docs/protocol.md``, Heartbeats).
+        The losses of the buffer are counted since the buffer was created, all others since this
+        agent was created. What the protocol calls a frame is a row here. The counts by reason and
+        the counts by kind each add up to the number of all losses. The brain validates this payload
+        strictly (``docs/protocol.md``, Heartbeats).
         """
         buffer, unencodable = self._buffer.last_stats, self._counters.unencodable
         dropped = self._ring.lost + self._channel_lost()

@@ -1,4 +1,4 @@
-"""Reports the engines' tasks to the brain: all of them once, then the changes."""
+"""Reports the engines' tasks to the brain: first all tasks, later only changes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ logger = logging.getLogger("z4j.runtime.monitoring.registry")
 #: Seconds between two discoveries.
 INTERVAL = 300.0
 
-#: Target size of a frame in bytes of task definitions; other frames wait while it is written.
+#: Target size of a frame in bytes of task definitions. Other frames wait while a frame is written.
 MAX_DELTA_BYTES = 16 * 1024
 
 
 class RegistryLoop:
-    """Discovers tasks while connected, and sends the differences to the last report.
+    """Discovers tasks while connected, and sends the changes since the last report.
 
-    The protocol does not acknowledge these frames: a difference counts as reported when the
-    transport has accepted it.
+    The protocol has no acks for these frames. A change counts as reported when the transport has
+    accepted the frame.
 
     :param hints: the framework adapter's ``discovery_hints``.
     :param connection: returns the connection, or ``None`` while there is none.
@@ -64,7 +64,7 @@ class RegistryLoop:
         self._sent: dict[str, dict[str, bytes]] = {}
 
     def wake(self) -> None:
-        """Wake the loop, because a session has begun or the agent stops. Never waits."""
+        """Wake the loop, because a session has started or the agent stops. Never waits."""
         self._wakeup.set()
 
     def run(self, stop_event: IEvent) -> None:
@@ -145,7 +145,7 @@ class RegistryLoop:
                 del sent[name]
 
     def _discovery_hints(self) -> DiscoveryHints:
-        """Return the framework's hints, in development with the directories of loaded ``tasks``."""
+        """Return the framework's hints; in dev mode also the directories of loaded ``tasks``."""
         try:
             hints = self._hints() if self._hints else DiscoveryHints()
         except Exception:

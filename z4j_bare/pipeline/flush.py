@@ -1,4 +1,4 @@
-"""Ring to store: encode the captured events and commit them, one transaction a wake-up."""
+"""Encodes the events in the ring and commits them to the store, one transaction per wake-up."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.flush")
 
-#: Seconds without an event before the buffer's stats are refreshed. The ring wakes the loop at an
-#: event.
+#: Seconds without an event before the buffer's stats are refreshed. An event wakes the loop.
 IDLE_WAIT = 5.0
 
-#: Seconds between wake-ups after that.
+#: Seconds between two refreshes after the first one, until an event arrives.
 IDLE_WAIT_MAX = 60.0
 
 #: Returns the bytes of a record that has been encoded before.
@@ -30,7 +29,7 @@ _encoded_bytes = itemgetter(1)
 
 
 class FlushLoop:
-    """Runs ``interval`` seconds after the first event, or when the ring has reached its threshold.
+    """Flushes ``interval`` seconds after the first event, or at the ring's threshold.
 
     :param max_events: events in one transaction.
     :param sender: informed after each commit.
@@ -70,8 +69,8 @@ class FlushLoop:
                 self._backend.wait(self._ring.wake, self._interval)  # let more events arrive
             self._ring.wake.clear()
             # Events that arrive during a commit wait for the next wake-up, unless they fill a
-            # batch. Successive commits of a dozen events cost the worker 0.2 ms a task; a batch of
-            # 256 costs hardly more than a batch of 12.
+            # batch. A commit of 256 events costs hardly more than one of 12. Repeated commits of a
+            # dozen events would cost the worker 0.2 ms a task.
             while self._commit() == self._max_events <= len(self._ring):
                 pass
 
@@ -83,18 +82,18 @@ class FlushLoop:
     def _commit(self) -> int:
         """Store the oldest events, at most one transaction of them; return how many were taken."""
         with self._commit_lock:
-            left = self._ring.take(self._max_events)
-            if not left:
+            remaining = self._ring.take(self._max_events)
+            if not remaining:
                 return 0
-            taken, encoded = len(left), list[bytes]()
+            taken, encoded = len(remaining), list[bytes]()
             position, now = self._ring.position, self._backend.wall()
-            left.reverse()
+            remaining.reverse()
             try:
-                self._encode(left, encoded)
+                self._encode(remaining, encoded)
                 self._buffer.append_events(encoded)
             except BaseException:
-                done = [(_encoded_bytes, each) for each in encoded]
-                self._ring.requeue([*done, *reversed(left)])
+                done = [(_encoded_bytes, event) for event in encoded]
+                self._ring.requeue([*done, *reversed(remaining)])
                 raise
             if self._ring.runs is not None and self._buffer.durable:
                 self._ring.runs.stored(position, now)
@@ -102,18 +101,18 @@ class FlushLoop:
             self._sender.on_stored(len(encoded))
             return taken
 
-    def _encode(self, left: list[Captured], encoded: list[bytes]) -> None:
-        """Move events from the end of ``left`` to ``encoded``.
+    def _encode(self, remaining: list[Captured], encoded: list[bytes]) -> None:
+        """Move events from the end of ``remaining`` to ``encoded``.
 
         Each event is encoded once, because encoding advances its task's timestamps.
         """
         checkpoint = TimeSlice(self._backend).checkpoint
-        while left:
-            captured = left[-1]
+        while remaining:
+            captured = remaining[-1]
             try:
                 encoded.append(captured[0](captured))
             except Exception:
                 self._counters.unencodable += 1
                 logger.debug("z4j: an event could not be encoded", exc_info=True)
-            left.pop()
+            remaining.pop()
             checkpoint()

@@ -1,4 +1,4 @@
-"""Heartbeats every 10 s, with the figures that an operator asks for first, and status reports."""
+"""Heartbeats every 10 s with the agent's health, and status reports every 60 s."""
 
 from __future__ import annotations
 

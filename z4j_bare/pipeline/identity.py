@@ -35,7 +35,7 @@ class AgentIdentity:
         schedulers: Sequence[ISchedulerHost],
     ) -> None:
         self.started_at = datetime.now(UTC)
-        #: What the last ``hello`` said; set by :meth:`hello`.
+        #: The identity in the last ``hello``; set by :meth:`hello`.
         self.current: frames.Identity
         self._config = config
         self._framework = framework
@@ -67,7 +67,7 @@ class AgentIdentity:
         self._worker_suffix = f"-{token_hex(3)}"
 
     def describe(self) -> dict[str, object]:
-        """Return the part of the status document that stays the same, as plain JSON types."""
+        """Return the part of the status document that does not change, as plain JSON types."""
         return {
             "project": self._config.project_id,
             "brain_url": str(self._config.brain_url),
@@ -93,7 +93,7 @@ class AgentIdentity:
 
 
 class AgentStatus:
-    """What ``runtime.stats()`` and ``z4j-bare status`` show."""
+    """The contents of ``runtime.stats()`` and of ``z4j-bare status``."""
 
     def __init__(
         self,

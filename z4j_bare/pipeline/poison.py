@@ -1,9 +1,9 @@
 """Isolation of poison rows: the brain ends every session in which it receives one.
 
-A row that was in flight when the brain ended two sessions over a frame is suspected. Suspected rows
-are sent in isolation: nothing else is in flight. After each session they end, a smaller part of
-them is sent, until one row is alone. The count belongs to the row and is stored with it, so the
-search goes on after a restart and in a process that adopts the store.
+A row becomes a suspect when it was in flight in two sessions that the brain ended because of a
+frame. Suspected rows are sent in isolation: nothing else is in flight. If they end the session, a
+smaller part of them is sent in the next one, until one row is left. The count is stored with the
+row, so the search continues after a restart, and in a process that adopts the store.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: Sessions that a row must have been in flight in, when the brain ended them over a frame, to be a
-#: suspect.
+#: A row becomes a suspect when the brain has ended this many sessions because of a frame while the
+#: row was in flight.
 SUSPECT_AFTER = 2
 
-#: A set of suspected rows is split into this many parts: of 500 events 63, then 8, then 1 are
-#: tried, which takes four more sessions. Halving would take ten. A failed session costs seconds; an
+#: A set of suspected rows is split into this many parts. Of 500 events, 63 are tried, then 8, then
+#: 1, which takes four more sessions. Halving would take ten. A failed session costs seconds; an
 #: accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 
@@ -41,7 +41,7 @@ class PoisonIsolation:
         #: The suspected rows that are in flight alone.
         self.isolated: Sequence[BufferEntry] = ()
         #: Whether the brain has acknowledged anything in this session. Before that, suspected rows
-        #: are not sent: the cause that ends every session would be held against them.
+        #: are not sent, because a cause that ends every session would be attributed to them.
         self.session_works = False
         #: Rows of the upload in progress, over a transport with synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -68,7 +68,7 @@ class PoisonIsolation:
                 error,
             )
         else:
-            buffer.mark_suspect(in_flight, generation)
+            buffer.increment_attempts(in_flight, generation)
         if not suspected:
             return error
         return PoisonRowError(str(error), code=getattr(error, "code", None))

@@ -1,4 +1,4 @@
-"""Brain to agent: verify every frame and route it to its handler."""
+"""Receives frames from the brain, verifies them, and passes each one to its handler."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Seconds of one read. ``abort`` wakes it at once. Otherwise the loop wakes only to detect a silent
-#: connection (the transport pings after 30 s), and each wake-up of an idle worker costs 0.25 ms.
+#: Timeout of one read in seconds. ``abort`` wakes the reader at once. The timeout only serves to
+#: detect a silent connection (the transport pings after 30 s). It is long, because each wake-up of
+#: an idle worker costs 0.25 ms.
 READ_TIMEOUT = 10.0
 
-#: Codes of fatal ``error`` frames that go away only with an upgrade.
+#: Codes of fatal ``error`` frames that only an upgrade resolves.
 _UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
-#: Code of an ``error`` frame that one event causes, and causes again in every batch that carries
-#: it. It is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
+#: Code of an ``error`` frame that is caused by one event, in every batch that contains the event.
+#: It is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
 _REJECTED_EVENT = "scheduler_upgrade_required"
 
 
@@ -37,8 +38,8 @@ class ReceiveLoop:
     """Reads until the session ends.
 
     :param on_ack: called with the id of an acknowledged frame.
-    :param on_command: called with a command frame, the connection, and by how many seconds the
-        frame was read late; must not wait.
+    :param on_command: called with a command frame, the connection, and the frame's delay in
+        seconds; must not wait.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class ReceiveLoop:
         """
         while not self._connection.closing.is_set():
             self._receive_one(READ_TIMEOUT)
-        # Frames that have arrived still count: acks, commands that the brain regards as delivered,
-        # and the close code that says why a send failed.
+        # Process the frames that have arrived: acks, commands that the brain regards as delivered,
+        # and the close code with the reason of a failed send.
         while self._receive_one(timeout=0):
             pass
 

@@ -1,4 +1,4 @@
-"""Store to brain: results and schedule frames first, then as many events as the window allows."""
+"""Sends rows from the store to the brain: results and schedule frames first, then events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from z4j_bare.errors import AgentError, FrameTooLargeError, ScheduleStreamError
 from z4j_bare.pipeline.poison import SUSPECT_AFTER, PoisonIsolation, next_trial
 from z4j_bare.wire.frames import event_batch, frame_id, shrink_event, shrink_result
 from z4j_bare.wire.session import ENVELOPE_BYTES
-from z4j_bare.wire.window import FRAME_EVENTS, Window
+from z4j_bare.wire.window import ACK_DEADLINE, FRAME_EVENTS_MAX, Window
 
 if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.send")
 
-#: Largest frame in bytes. Signing and masking a larger one would hold the hub for too long.
+#: Maximum bytes of a frame. Signing and masking a larger one would block the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Smallest limit for the events of one frame, in bytes, however much their JSON grows in the
-#: envelope.
+#: Lower bound of the limit for the events of one frame, in bytes. It holds even if their JSON grows
+#: much in the envelope.
 MIN_PAYLOAD_BYTES = 512
 
 #: Seconds between two reads of the store without a wake-up, while a frame is in flight, rows are in
@@ -49,9 +49,9 @@ PRIORITY_KINDS = (PROJECTION, RESULT)
 
 
 class Pacing:
-    """How many events the next frame may carry, and when the sender runs again. One per session.
+    """The number of events in the next frame, and the time of the next run. One per session.
 
-    In threads mode an ack can arrive while the sender runs: callers hold the sender's window lock.
+    In threads mode an ack can arrive while the sender runs. Callers hold the sender's window lock.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Pacing:
     ) -> None:
         self.synchronous_acks = synchronous_acks
         self.window = Window()
-        #: Bytes of events that the next frame may carry.
+        #: Maximum bytes of the events in the next frame.
         self.payload_limit = max_payload
         #: Whether the store may hold rows that the sender has not read yet.
         self.maybe_pending = False
@@ -71,13 +71,14 @@ class Pacing:
         return self.window.available(self._backend.now())
 
     def max_events(self, room: int) -> int:
-        """Return how many events the next frame may carry, at most ``room``."""
-        return min(room, FRAME_EVENTS if self.synchronous_acks else self.window.frame_events)
+        """Return the maximum number of events in the next frame, at most ``room``."""
+        return min(room, FRAME_EVENTS_MAX if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
         """Return whether the read of ``events`` stopped at a limit, so the store may hold more.
 
-        This misses a next row that takes half a frame alone; a later read finds that row.
+        Returns ``False`` also when the read stopped before a row of more than half a frame; a later
+        read returns that row.
         """
         if self.synchronous_acks:
             return bool(events)  # how many of them fit is known only after the upload
@@ -112,8 +113,8 @@ class Pacing:
 class ProjectionResend:
     """The schedule rows in flight, and which of them were sent a second time.
 
-    The brain acknowledges no schedule frame that is out of sequence. When a row gets no ack twice,
-    a row before it was lost, and only a new session with a new epoch can continue the stream.
+    The brain does not acknowledge a schedule frame that is out of sequence. If a row gets no ack
+    twice, an earlier row was lost, and only a new session with a new epoch can continue the stream.
     """
 
     def __init__(self) -> None:
@@ -145,23 +146,23 @@ class Sender:
 
     A row without an ack is sent again in the next session, with the same id and timestamp.
 
-    A result has no ack of its own. The brain works through a connection in order, so the ack of the
-    next ``event_batch`` proves that the result has arrived; if there are no events, an empty batch
-    is sent.
+    A result has no ack of its own. The brain processes the frames of a connection in order, so the
+    ack of the next ``event_batch`` proves that the result has arrived. If there are no events, an
+    empty batch is sent.
 
-    A frame of a schedule stream carries one row. See :class:`ProjectionResend`.
+    A frame of a schedule stream contains one row. See :class:`ProjectionResend`.
 
     Rows that ended two sessions are sent in isolation: nothing else is in flight, and the brain has
-    acknowledged an empty batch in this session. See ``poison``.
+    acknowledged a frame in this session. See :mod:`z4j_bare.pipeline.poison`.
     """
 
     def __init__(self, buffer: BufferManager, backend: BaseConcurrency, counters: Counters) -> None:
         self._buffer = buffer
         self._backend = backend
         self._counters = counters
-        # Held by a session's run: the last session's run may still be in a call of a slow disk.
+        # Held by ``run``: the run of the last session may still wait for a slow disk.
         self._run_lock = backend.lock()
-        # In threads mode an ack may arrive between two steps of a change to the window.
+        # In threads mode an ack may arrive while another thread changes the window.
         self._window_lock = backend.lock()
         self._connection: Connection | None = None
         self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
@@ -219,8 +220,8 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Schedule one wake-up for the end of the pause; without a hub wake now and wait for the
-        # rest.
+        # Schedule one wake-up for the end of the pause. Without a hub there is no timer: wake the
+        # sender now, and it waits for the end of the pause.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 
@@ -254,7 +255,7 @@ class Sender:
         Called after the session's loops have ended.
         """
         if connection is not self._connection:
-            return error  # the run of an earlier session still holds the sender
+            return error  # the sender still runs for an earlier session
         if not self._pacing.synchronous_acks:
             with self._window_lock:
                 ids = [*self._unconfirmed_results, *self._pacing.window.ids]
@@ -330,7 +331,8 @@ class Sender:
     def _on_ack_timeout(self) -> None:
         self._projections.on_ack_timeout()
         logger.warning(
-            "z4j: the brain has acknowledged nothing for a long time: sending %d events again",
+            "z4j: frames got no ack from the brain within %.0f s: sending their %d events again",
+            ACK_DEADLINE,
             self._pacing.window.events,
         )
         self._reset_cursors()
@@ -339,7 +341,7 @@ class Sender:
         priority = (self._after_priority, MAX_PRIORITY_ROWS, PRIORITY_KINDS)
         events = (self._after_event, self._pacing.max_events(room), (EVENT,))
         found = self._buffer.read_next(priority, events, self._pacing.payload_limit)
-        if self._buffer.generation != self._generation:  # the store was replaced: row ids restarted
+        if self._buffer.generation != self._generation:  # the store was replaced: new row ids
             self._reset_cursors()
             self._priority_in_flight.clear()
             self._projections = ProjectionResend()
@@ -351,7 +353,7 @@ class Sender:
 
         Returns whether there may be more to send at once.
         """
-        self._pacing.maybe_pending = True  # first: the ack that this waits for wakes us
+        self._pacing.maybe_pending = True  # set first, so that an ack wakes the sender
         if self._pacing.window.frames:
             return False
         if not self._isolation.session_works:
@@ -374,7 +376,8 @@ class Sender:
             self._send_batch(connection, ())
 
     def _send_priority(self, connection: Connection, entry: BufferEntry) -> None:
-        self._priority_in_flight.add(entry.id)  # first: the ack may arrive before the send returns
+        # Added first, because the ack may arrive before the send returns.
+        self._priority_in_flight.add(entry.id)
         if entry.kind == PROJECTION:
             self._projections.on_sent(entry.id)
             self._send_events(connection, (entry,))
@@ -437,7 +440,7 @@ class Sender:
         self._count_sent(events)
 
     def _on_delivered(self, ids: Sequence[int]) -> None:
-        """Have the buffer delete rows that the brain has."""
+        """Delete rows that the brain has received from the buffer."""
         priority = self._priority_in_flight.intersection(ids)
         self._priority_in_flight.difference_update(priority)
         self._projections.on_acked(priority)
@@ -454,7 +457,7 @@ class Sender:
 def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
     """Return the bytes that a payload may have if it grows in the envelope as this one did.
 
-    JSON inside JSON takes a backslash for each quote.
+    It grows because JSON in a JSON string needs a backslash before each quote.
     """
     growth = max(1.0, (error.size - ENVELOPE_BYTES) / len(payload))
     return max(1, int((error.limit - ENVELOPE_BYTES) / growth) - len(event_batch([])))
@@ -469,7 +472,10 @@ def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
 
 
 def _count_fitting(payloads: Sequence[bytes], limit: int) -> int:
-    """Return how many of the first payloads fit: at least one, and never all of them."""
+    """Return how many payloads from the first on fit into ``limit`` bytes.
+
+    The result is at least one and never all of them.
+    """
     count = 0
     for payload in payloads[:-1]:
         limit -= len(payload) + 1

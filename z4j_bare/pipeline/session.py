@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.session")
 
-#: Largest difference in rate between two synchronised clocks, in seconds per second.
+#: Maximum difference in rate between two synchronised clocks, in seconds per second.
 CLOCK_DRIFT = 1e-4
 
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
 
-#: Consecutive failures between two log lines at INFO. The first failure, and one of another class,
-#: is a warning.
+#: Consecutive failures between two log lines at INFO. The first failure is logged as a warning, and
+#: so is every failure whose class differs from that of the failure before.
 LOG_EVERY = 10
 
 #: Seconds before a loop that died is started again; doubled at each death.
 RESTART_DELAY = 1.0
 
-#: Maximum of that delay in seconds. A loop that ran for longer than this starts over at
-#: ``RESTART_DELAY``.
+#: Maximum of that delay in seconds. If a loop ran for longer than this, the next delay is
+#: ``RESTART_DELAY`` again.
 RESTART_DELAY_MAX = 60.0
 
 
@@ -125,14 +125,14 @@ class Connection:
         return frame
 
     def on_receive_waited(self) -> None:
-        """Start a new time slice: the receive loop has just waited, so other tasks have run."""
+        """Start a new time slice, because other tasks have run while the receive loop waited."""
         self._timeslice.restart()
 
     def relative_delay(self, sent_at: float) -> float:
         """Return by how many seconds a frame was slower than the fastest frame of this session.
 
         The two clocks may differ, so a delay is only known relative to other frames. A frame is
-        late when the worker was stopped or the hub was blocked. The fastest time grows by
+        read late if the worker was stopped or the hub was blocked. The reference time grows by
         ``CLOCK_DRIFT``.
 
         :param sent_at: the brain's timestamp of the frame, in seconds since the epoch.
@@ -144,7 +144,7 @@ class Connection:
         return took - self._fastest
 
     def close(self) -> None:
-        """End the session: the receive loop wakes now, the others end at their next wake-up."""
+        """End the session. The receive loop wakes at once; the others end at their next wake-up."""
         self.closing.set()
         self.wake.set()
         self.transport.abort()
@@ -197,7 +197,10 @@ class SessionLoops:
         self._status_enabled = status_enabled
 
     def run(self, connection: Connection) -> None:
-        """Run the loops until the session ends. Raises an ``AgentError`` unless we ended it."""
+        """Run the loops until the session ends.
+
+        Raises an ``AgentError`` unless the agent ended the session.
+        """
         for start in self.on_start:
             start()
         errors: list[AgentError] = []
@@ -214,7 +217,9 @@ class SessionLoops:
         try:
             ReceiveLoop(connection, self.sender.on_ack, self._submit).run()
         except AgentError as error:
-            if errors or not connection.closing.is_set():  # otherwise we closed the transport
+            if (
+                errors or not connection.closing.is_set()
+            ):  # otherwise the agent closed the transport
                 errors.append(error)
         finally:
             connection.close()
@@ -248,14 +253,14 @@ class SessionLoops:
     def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
         """Return the error that names the cause.
 
-        The sender only sees that the connection is lost; the receiver reads its close code.
+        The sender's error only means that the connection is lost. The receiver's has a close code.
         """
         coded = [error for error in errors if getattr(error, "code", None) is not None]
         error = next(
             (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
         )
         if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
-            # Two processes with one worker id would replace each other's session for ever.
+            # With the same worker id the two processes would replace each other's session for ever.
             self._identity.change_worker_id()
         return error
 
@@ -274,9 +279,9 @@ class SessionLoops:
         except Exception as error:
             self._counters.restarts[name] += 1
             logger.exception(
-                "z4j: loop %s died; its session ends and a new one begins. Please report it", name
+                "z4j: loop %s died; its session ends and a new one starts; please report it", name
             )
-            # As an error of the session it makes the next connect back off.
+            # This error of the session delays the next connect.
             errors.append(AgentError(f"loop {name} died of {type(error).__name__}"))
         finally:
             if not self._backend.forked():
@@ -284,7 +289,7 @@ class SessionLoops:
 
 
 class Supervisor:
-    """Runs one session after another until it is stopped. Only it decides when to connect.
+    """Runs one session after another until it is stopped, and decides when to connect.
 
     :param transport: makes the transport of one session.
     :param hello: makes the ``hello`` frame; called at each connect, because capabilities can
@@ -389,7 +394,7 @@ class Supervisor:
                 connection.hello_ack.session_id,
             )
         else:
-            # Where every session fails right after it started, a line for each would flood the log.
+            # If every session fails right after its start, one line per session floods the log.
             flapping = sum(failures.values()) <= 1 and self._failures != 1
             level = logging.DEBUG if flapping else logging.INFO
             logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
@@ -412,7 +417,7 @@ class Supervisor:
 class BackgroundLoops:
     """The loops that run as long as the agent. A loop that dies is logged, counted and restarted.
 
-    A dead loop that nobody restarts loses data for days without a sign (posthog-python #865).
+    Without a restart, a dead loop can lose data for days unnoticed (posthog-python #865).
     """
 
     def __init__(self, backend: BaseConcurrency, counters: Counters) -> None:

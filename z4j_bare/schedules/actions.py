@@ -1,4 +1,4 @@
-"""Handlers of the commands about schedules."""
+"""Handlers of the schedule commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ScheduleAction = Callable[[Command, "ScheduleManager", float], CommandOutcome]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Enqueue the task of a schedule that z4j's own scheduler found due."""
+    """Enqueue the task of a schedule that is due in z4j's own scheduler."""
     args, kwargs = command.arguments("args", "kwargs")
     queue = command.option("queue", str, "text") or None
     name = command.required("task_name")
@@ -54,14 +54,15 @@ def delete(command: Command, schedules: ScheduleManager, seconds: float) -> Comm
 
 
 def activate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Start to publish a scheduler's schedules in a stream."""
+    """Start the stream that publishes a scheduler's schedules."""
     result = _stream(command, schedules).activate(command.parameters, seconds)
     return CommandOutcome.success(result)
 
 
 def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
     """Enable or disable a schedule of a stream."""
-    from z4j_bare.schedules import operations  # late, because most processes have no scheduler
+    # Imported here, because most processes have no scheduler.
+    from z4j_bare.schedules import operations
 
     stream = _stream(command, schedules)
     return CommandOutcome.success(operations.control(stream, command.parameters, seconds))

@@ -29,12 +29,12 @@ CONNECT_TIMEOUT = 30.0
 #: Timeout in seconds for listing the adapter's capabilities. It may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
-#: Bytes of a text in a published row. The brain truncates texts over 8,192 bytes. This limit is
-#: lower, so that a text stays below 8,192 bytes after truncation and its note.
+#: Maximum bytes of a text in a published row, before the note that marks a truncated text. With the
+#: note the text stays below 8,192 bytes, above which the brain truncates it.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Bytes of a text in a command's result. A result repeats texts of rows, which this higher limit
-#: does not truncate again.
+#: Maximum bytes of a text in a command's result. It is higher, because a result repeats texts of
+#: rows, which must not be truncated again.
 MAX_RESULT_TEXT_BYTES = 8192
 
 
@@ -45,7 +45,8 @@ class SchedulerHost:
     def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Redacts rows by the brain's rules. A row that the brain has to redact fails its digest.
+        #: Redacts rows by the brain's rules. The brain redacts them again. If that changes a row,
+        #: the row no longer matches its digest.
         self.redactor = Redactor(
             _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
         )
@@ -63,7 +64,7 @@ class SchedulerHost:
             self._bridge.call(partial(connect, lambda *_: changed()), timeout=CONNECT_TIMEOUT)
         except Exception:
             logger.warning(
-                "z4j: could not connect the signals of %s: its changes are published later",
+                "z4j: could not connect the signals of %s: changes are published only periodically",
                 self.name,
                 exc_info=True,
             )
@@ -89,7 +90,8 @@ class SchedulerHost:
     def schedules(self, timeout: float) -> list[Schedule]:
         """Return all schedules.
 
-        Raises what the adapter raises, because a missing schedule counts as deleted.
+        Raises any exception of the adapter: in an incomplete list a missing schedule would count as
+        deleted.
         """
         return list(self.invoke("list_schedules", timeout=timeout))
 
@@ -101,8 +103,8 @@ class SchedulerHost:
     def invoke(self, method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
         """Call a method of the adapter.
 
-        Raises ``CommandError`` if the adapter lacks it, ``TimeoutError``, and what the adapter
-        raises.
+        Raises ``CommandError`` if the adapter lacks it, ``TimeoutError``, and any exception of the
+        adapter.
         """
         method = getattr(self.scheduler, method_name, None)
         if not callable(method):

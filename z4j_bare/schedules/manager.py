@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.manager")
 
-#: Seconds from a signal to the snapshot. A deployment that saves a hundred schedules causes one
-#: snapshot.
+#: Seconds from a signal to the snapshot, so that a deployment that saves a hundred schedules causes
+#: one snapshot.
 DEBOUNCE = 0.5
 
-#: Seconds between two checks of an idle loop. A signal from a thread of the host may not have woken
-#: it.
+#: Seconds between two checks of an idle loop. A signal from a thread of the host may fail to wake
+#: the loop.
 IDLE_INTERVAL = 30.0
 
 
@@ -126,9 +126,12 @@ class ScheduleManager:
         for stream in streams:
             try:
                 stream.snapshot(reason)
-            except AgentError as error:  # for example when the session has just ended
+            except AgentError as error:  # for example because the session has just ended
                 logger.debug(
-                    "z4j: schedules of %s not published (%s): %s", stream.name, reason, error
+                    "z4j: could not publish the schedules of %s (%s): %s",
+                    stream.name,
+                    reason,
+                    error,
                 )
             except Exception as error:
                 logger.warning("z4j: could not read the schedules of %s: %s", stream.name, error)
@@ -140,7 +143,8 @@ def _stream(
     backend: BaseConcurrency,
     on_stored: Callable[[], None],
 ) -> Stream:
-    from z4j_bare.schedules.stream import Stream  # late, because most processes have no scheduler
+    # Imported here, because most processes have no scheduler.
+    from z4j_bare.schedules.stream import Stream
 
     return Stream(host, buffer, backend, on_stored)
 
@@ -151,8 +155,7 @@ def scheduler_hosts(
     """Return the hosts of scheduler adapters."""
     if not adapters:
         return []
-    from z4j_bare.schedules.host import (
-        SchedulerHost,
-    )  # late, because most processes have no scheduler
+    # Imported here, because most processes have no scheduler.
+    from z4j_bare.schedules.host import SchedulerHost
 
     return [SchedulerHost(adapter, bridge, config) for adapter in adapters]

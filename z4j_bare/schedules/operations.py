@@ -1,4 +1,4 @@
-"""Operators' changes to the schedules of a scheduler, and the projections that confirm them."""
+"""Operators' changes to a scheduler's schedules, and the projections that confirm them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from z4j_bare.wire.canonical import canonical_plain
 if TYPE_CHECKING:
     from z4j_bare.schedules.stream import Remaining, Stream
 
+#: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: Fields that the scheduler updates at each run. In a confirmation the brain expects its own values
-#: of them.
+#: Fields that the scheduler updates at each run. In a confirmation the brain expects the values
+#: that it sent.
 _RUN_FIELDS = ("last_run_at", "total_runs")
 
 
 def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Enable or disable one schedule and confirm it; return the command's result.
 
-    Raises ``CommandError`` for another stream, for a schedule that has changed, and when the
-    scheduler refuses.
+    Raises ``CommandError`` for another stream, for a schedule that has changed, and if the
+    scheduler rejects the change.
     """
     operation, key = _text(parameters, "operation_id"), _text(parameters, "source_key")
     desired = _desired(parameters)
@@ -64,7 +65,7 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
 def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Create, change, delete or trigger a schedule, and publish; return the command's result.
 
-    Raises ``CommandError`` and what the adapter raises. An error after the scheduler made the
+    Raises ``CommandError`` and any exception of the adapter. An error after the scheduler made the
     change is indeterminate.
     """
     operation, identity = _text(parameters, "operation"), _text(parameters, "operation_id")
@@ -77,7 +78,8 @@ def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dic
             published = stream.publish(f"native-mutation:{identity}", remaining)
         except Exception as error:
             raise CommandError(
-                f"done, but the schedules could not be published: {error}", indeterminate=True
+                f"{operation} is done, but the schedules could not be published: {error}",
+                indeterminate=True,
             ) from error
     row = published.rows.get(key)
     observed = None if row is None else external_schedule_configuration(row.fields)
@@ -111,7 +113,7 @@ def _change(
         raise CommandError("definition must be an object")
     if REDACTED.encode() in canonical_plain(definition):
         raise CommandError(
-            f"{REDACTED} in the definition would replace a value that the brain does not have"
+            f"the definition contains {REDACTED}, which would replace a value unknown to the brain"
         )
     key = None if operation == "create" else _text(parameters, "schedule_id")
     expected = (
@@ -138,7 +140,7 @@ def _require_unchanged(
 ) -> dict[str, Any]:
     """Return the adapter's unredacted schedule.
 
-    Raises ``CommandError`` if it is not what the brain expects.
+    Raises ``CommandError`` if its configuration is not ``expected``.
     """
     row = _require_row(stream, key, remaining)
     current = external_schedule_configuration(row.fields)

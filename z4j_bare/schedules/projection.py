@@ -1,9 +1,8 @@
-"""Projections of schedules (``docs/protocol.md``, "Schedules"): rows, snapshots in frames, digests.
+"""Projections of schedules: rows, snapshots and digests (``docs/protocol.md``, "Schedules").
 
-No I/O.
-
-A row is encoded once; bodies, digests and events are assembled around its bytes. ``z4j_core``
-defines the same bodies as dictionaries, and a property test compares the two.
+A row is encoded once. Bodies, digests and events are assembled around its bytes. ``z4j_core``
+defines the same bodies as dictionaries, and a property test compares the two. The module does no
+I/O.
 """
 
 from __future__ import annotations
@@ -30,19 +29,18 @@ if TYPE_CHECKING:
 
     from z4j_bare.events.redaction import Redactor
 
-#: Bytes of rows in one frame. With everything around them it stays below the sender's limit of 128
-#: KiB.
-FRAME_BYTES = 96 * 1024
+#: Maximum bytes of rows in one frame. The complete frame stays below the sender's limit of 128 KiB.
+MAX_CHUNK_BYTES = 96 * 1024
 
-#: Bytes of one row, at most: half the brain's frame of 1 MiB.
-ROW_BYTES = 512 * 1024
+#: Maximum bytes of one row: half the brain's frame of 1 MiB.
+MAX_ROW_BYTES = 512 * 1024
 
-#: Nesting levels of arguments. The brain redacts everything below level 64, its own envelope
-#: included.
+#: Maximum nesting levels of arguments. The brain redacts everything below level 64, and counts its
+#: envelope too.
 MAX_DEPTH = 50
 
-#: Fields that identify a row. A digest replaces one that redaction would change, because it must
-#: stay unique.
+#: Fields that identify a row and must stay unique. If redaction would change one, a digest replaces
+#: it.
 _IDENTIFIERS = ("source_key", "external_id", "name")
 
 Checkpoint = Callable[[], None]
@@ -106,7 +104,7 @@ class Authority:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule: the adapter's fields, the redacted fields, and those as canonical bytes."""
+    """One schedule: the adapter's fields, and the redacted ones as dict and as canonical bytes."""
 
     source: dict[str, Any]
     fields: dict[str, Any]
@@ -136,9 +134,9 @@ def make_row(schedule: Schedule, owner: str, redactor: Redactor) -> Row:
         if fields[name] != source[name]:
             fields[name] = public_key(source[name], redactor)
     encoded = canonical_plain(fields)
-    if len(encoded) > ROW_BYTES:
+    if len(encoded) > MAX_ROW_BYTES:
         raise ValueError(
-            f"schedule {fields['name']} takes {len(encoded)} bytes, over the limit of {ROW_BYTES}"
+            f"schedule {fields['name']} has {len(encoded)} bytes, over the limit of {MAX_ROW_BYTES}"
         )
     return Row(source, fields, encoded)
 
@@ -219,7 +217,7 @@ def digest(fields: Mapping[str, Any]) -> str:
 def _fields_of(schedule: Schedule) -> Mapping[str, Any]:
     """Return the fields of an adapter's model.
 
-    Arguments that are not JSON are converted to text later.
+    Values that are not JSON are converted to text by the caller.
     """
     try:
         fields: Mapping[str, Any] = schedule.model_dump(mode="json")
@@ -234,7 +232,7 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
     chunk: list[Row] = []
     size = 0
     for row in rows:
-        if chunk and size + len(row.encoded) > FRAME_BYTES:
+        if chunk and size + len(row.encoded) > MAX_CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
         chunk.append(row)
@@ -245,8 +243,8 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _splice_rows(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
     """Yield the canonical bytes of a body with its rows, in pieces."""
-    # The marker is unique: inside a string its quotes would be escaped, and no other key ends with
-    # it.
+    # The marker occurs once: in a string its quotes would be escaped, and no other key of the body
+    # is ``schedules``.
     head, marker, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
     yield head + marker
     for number, row in enumerate(rows):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.stream")
 
-#: Seconds for one listing. The adapters themselves time out after 10 or 15 s.
+#: Timeout of one listing in seconds. The adapters' own timeouts are 10 or 15 s.
 LIST_TIMEOUT = 20.0
 
 #: Returns the seconds that remain; raises ``CommandError`` when none do.
@@ -32,9 +32,10 @@ Remaining = Callable[[], float]
 class Stream:
     """Stores all projections of one scheduler, one at a time.
 
-    In each epoch the brain expects sequence numbers without a gap, from 1 on, and a complete
-    snapshot first. It grants a new epoch in every session, so no number has to be stored. The brain
-    acknowledges and ignores projections of an older epoch (``docs/protocol.md``, "Schedules").
+    In each epoch the brain expects consecutive sequence numbers from 1, and a complete snapshot as
+    the first projection. It grants a new epoch in every session, so no sequence number has to be
+    stored. Projections of an older epoch are acknowledged and ignored (``docs/protocol.md``,
+    "Schedules").
 
     :param on_stored: called after rows were stored, to wake the sender.
     """
@@ -48,7 +49,7 @@ class Stream:
     ) -> None:
         self.host = host
         self.name = host.name
-        #: Whether the scheduler has signalled a change since the last snapshot began.
+        #: Whether the scheduler has signalled a change since the start of the last snapshot.
         self.changed = False
         #: The current authority; ``None`` while the stream is inactive.
         self.authority: Authority | None = None
@@ -59,7 +60,7 @@ class Stream:
         self._on_stored = on_stored
         self._lock = backend.lock()
         self._latest: Authority | None = None
-        #: The adapter's keys of schedules whose public key differs because of redaction.
+        #: By the brain's key: the adapter's key, for schedules whose key is redacted.
         self._adapter_keys: dict[str, str] = {}
 
     def revoke(self) -> None:
@@ -69,8 +70,8 @@ class Stream:
     def activate(self, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Activate the stream and publish; return the result of ``schedule.external.activate``.
 
-        Raises ``CommandError`` for an authority older than the current one, and what the adapter
-        raises.
+        Raises ``CommandError`` for an authority older than the latest one, and any exception of the
+        adapter.
         """
         authority = Authority.from_parameters(parameters, self.name)
         if (
@@ -89,7 +90,7 @@ class Stream:
     def snapshot(self, reason: str, seconds: float = LIST_TIMEOUT) -> bool:
         """Publish if the stream is active; return whether it was.
 
-        Raises what the adapter raises.
+        Raises any exception of the adapter.
         """
         if self.authority is None:
             return False
@@ -99,9 +100,9 @@ class Stream:
 
     @contextmanager
     def operation(self, parameters: Mapping[str, Any], seconds: float) -> Iterator[Remaining]:
-        """Hold the stream during an operator's command.
+        """Lock the stream for an operator's command.
 
-        Raises ``CommandError`` for another authority.
+        Raises ``CommandError`` if the command is not for the current authority.
         """
         wanted = Authority.from_parameters(
             {"source_scope": external_schedule_source_scope(self.name), **parameters}, self.name
@@ -113,7 +114,7 @@ class Stream:
                 )
             yield remaining
 
-    # -- methods for a task that holds the stream
+    # -- methods for a task that has locked the stream
 
     def row(self, key: str, remaining: Remaining) -> Row | None:
         """Return the current row of a schedule, or ``None`` if there is none with this key."""
@@ -167,7 +168,7 @@ class Stream:
 
     def _accept(self, authority: Authority) -> None:
         latest = self._latest
-        if authority == latest:  # the same activation, delivered again
+        if authority == latest:  # the same activation was delivered again
             self.authority = authority
             return
         if (

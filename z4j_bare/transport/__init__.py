@@ -1,1 +1,1 @@
-"""Bytes to the brain and back, one module per transport."""
+"""The transports: WebSocket and long-poll."""

@@ -1,7 +1,4 @@
-"""The choice of a session's transport.
-
-WebSocket where it works, long-poll behind proxies that block it.
-"""
+"""The choice of a session's transport: WebSocket, or long-poll behind proxies that block it."""
 
 from __future__ import annotations
 
@@ -28,16 +25,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.auto")
 
+#: The values of ``Z4J_TRANSPORT``; the last two are also the names of the transports.
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles
-#: them.
+#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles the
+#: delay.
 PROBE_DELAY_INITIAL = 60.0
 
-#: Seconds between two attempts at WebSocket, at most.
+#: Maximum seconds between two attempts at WebSocket.
 PROBE_DELAY_MAX = 3600.0
 
-#: Consecutive failures after which WebSocket counts as blocked, if each of them alone can have
+#: After this many consecutive failures WebSocket counts as blocked, even if each of them can have
 #: another cause.
 FAILURES_BEFORE_FALLBACK = 2
 
@@ -45,13 +43,13 @@ FAILURES_BEFORE_FALLBACK = 2
 HEALTH_TIMEOUT = 5.0
 
 #: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
-_CLOSE_CODES = 1000
+_MIN_CLOSE_CODE = 1000
 
 
 class FallbackPolicy:
     """Decides between WebSocket and long-poll.
 
-    It does no I/O: ``now`` is monotonic time in seconds.
+    It does no I/O and has no clock: ``now`` is monotonic time in seconds.
 
     :param preference: ``auto``, ``ws`` or ``longpoll``. Only ``auto`` ever changes the transport.
     """
@@ -80,10 +78,10 @@ class FallbackPolicy:
     ) -> bool:
         """Process a failed WebSocket connect; return whether to try long-poll at once.
 
-        An HTTP status in place of 101 is proof of a blocked WebSocket. Server errors, resets and
-        timeouts have to occur twice. All of them count only if ``is_reachable``, which requests the
-        brain's health route. Statuses 401 and 403 are proof as well: the brain rejects tokens after
-        the upgrade, so these come from a proxy. If they do come from the brain, the probe of
+        An HTTP status other than 101 proves that WebSocket is blocked. Server errors, resets and
+        timeouts have to occur twice. All failures count only if ``is_reachable()``, which requests
+        the brain's health route. Statuses 401 and 403 are proof as well: the brain rejects tokens
+        after the upgrade, so these come from a proxy. If they do come from the brain, the probe of
         long-poll is rejected too.
         """
         if self.preference != AUTO:
@@ -97,7 +95,7 @@ class FallbackPolicy:
             return False
         self.name = LONGPOLL
         self._failures = 0
-        # If WebSocket worked only briefly, the delays continue to grow.
+        # If WebSocket worked only briefly, the delay is not reset and continues to grow.
         if now - self._recovered_at > self.probe_interval:
             self._probe_delay.reset()
         self.next_probe_at = now + self.probe_interval
@@ -119,7 +117,7 @@ class FallbackPolicy:
     def on_longpoll_failure(self, error: AgentError) -> None:
         """Process a failed long-poll connect.
 
-        Return to WebSocket if long-poll itself was rejected.
+        Return to WebSocket if the brain answered and rejected the request for long-poll.
         """
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
@@ -134,11 +132,10 @@ def _blocking_evidence(error: AgentError) -> int:
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
-    if code >= _CLOSE_CODES or code == HTTPStatus.TOO_MANY_REQUESTS:
-        # A close code arrives over a working WebSocket. After 429 a fallback would only add
-        # requests.
+    if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
+        # A close code proves that WebSocket works. After 429 a fallback would only add requests.
         return 0
-    # A brain behind a proxy also causes 502 while it starts.
+    # A proxy also returns 502 while the brain starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
 
 
@@ -178,7 +175,8 @@ class TransportFactory:
         if self._ws_url.startswith("wss:"):
             self._tls = tls_context(settings.ca_bundle, settings.client_cert, settings.client_key)
         if preference == LONGPOLL:
-            pass
+            import z4j_bare.transport.http
+            import z4j_bare.transport.longpoll  # noqa: F401
         else:
             preload_websocket()
 
@@ -196,7 +194,7 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        # Imported late, because few processes need it.
+        # Imported here, because few processes need it.
         longpoll = self._backend.import_module("z4j_bare.transport.longpoll")
         self._limits = self._limits or longpoll.LearnedLimits()
         transport: LongPollTransport = longpoll.LongPollTransport(
@@ -313,7 +311,7 @@ class AutoTransport:
             self._transport.drain()
 
     def abort(self) -> None:
-        """Break the session, also during ``connect``."""
+        """Abort the session, also during ``connect``."""
         self._aborted = True
         if self._transport is not None:
             self._transport.abort()

@@ -1,8 +1,8 @@
 """A non-blocking socket that waits through the concurrency backend.
 
-This has three effects. A copy of a loop in a forked child ends before it touches the parent's
-socket. Two threads never use a TLS object at the same time. Timeouts work the same in every
-runtime.
+This has three effects. The copy of a loop in a forked child ends before it uses the parent's
+socket. Two threads never use a TLS object at the same time. Timeouts are the same in every
+concurrency mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from z4j_bare.concurrency import BaseConcurrency
 from z4j_bare.errors import ForkedChildError
 
-#: Bytes that one read takes from the socket, at most.
+#: Maximum bytes of one read from the socket.
 READ_SIZE = 64 * 1024
 
 _Result = TypeVar("_Result")
@@ -44,7 +44,7 @@ class CooperativeSocket:
         self._timeout = timeout
         self.send_timeout = send_timeout
         self._read_buffer = b""
-        # Only real threads contend for it, each for the time of one non-blocking call.
+        # Only native threads compete for it, and hold it for one non-blocking call.
         self._lock = threading.Lock()
 
     def recv(self, size: int) -> bytes:
@@ -103,8 +103,7 @@ class CooperativeSocket:
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # The name says what TLS waits for. Comparing classes would import ssl for plain
-                # connections.
+                # The class is compared by name, because plain connections must not import ssl.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise

@@ -12,6 +12,7 @@ from z4j_bare.errors import HostConfigurationError
 if TYPE_CHECKING:
     import ssl
 
+#: Hosts to which plain HTTP is allowed.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -53,7 +54,7 @@ def tls_context(
     One context serves all connections and is made at start, because loading the CA certificates
     takes 20 ms of CPU. Without ``ca_bundle`` (``Z4J_CA_BUNDLE``) they come from
     ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order. Raises
-    ``HostConfigurationError`` with the name of a file that cannot be used.
+    ``HostConfigurationError`` that names a file which cannot be used.
     """
     import ssl
 

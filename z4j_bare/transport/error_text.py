@@ -1,4 +1,4 @@
-"""Texts of errors and of peers, made safe for logs: no secrets, no control characters."""
+"""Error texts for logs, without secrets and control characters."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that delimit the parts of a URL. A password that contains them unescaped is split
-#: there.
+#: Characters that delimit the parts of a URL. A password that contains them unescaped is split at
+#: them.
 _SEPARATORS = re.compile(r"[:/?#@]")
 
-#: Characters of a password's part, at least. A shorter part reveals little and occurs in any text
-#: by chance.
+#: Minimum characters of a part of a password that is replaced. A shorter part reveals little, and
+#: occurs in other text by chance.
 _MIN_SECRET_CHARS = 3
 
 
 def describe_error(error: BaseException) -> str:
     """Return the error's type and the first line of its text.
 
-    Libraries quote a URL that they cannot parse, such as that of a proxy with its password.
-    Passwords of the proxy variables are replaced by ``***``.
+    Libraries quote a URL that they cannot parse, for example a proxy's URL with a password. The
+    passwords in the proxy variables are replaced by ``***``.
     """
     text = printable(str(error).split("\n", 1)[0])
     for secret in sorted(_proxy_secrets(), key=len, reverse=True):

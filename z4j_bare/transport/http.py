@@ -1,8 +1,6 @@
-"""HTTP for the brain's long-poll routes.
+"""An HTTP client for the long-poll routes: ``requests`` on sockets that wait through the backend.
 
-``requests`` on sockets that wait through the concurrency backend.
-
-This module imports ``requests``. Import it late where long-poll may never be needed.
+This module imports ``requests``. Import it only when long-poll is needed.
 """
 
 from __future__ import annotations
@@ -32,14 +30,14 @@ if TYPE_CHECKING:
 #: Seconds for DNS, TCP and TLS together, per address.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds after which an idle connection is not used again. The brain closes one after 5 s, and a
-#: request sent at that moment would fail like a broken connection.
+#: Seconds after which an idle connection is not used again. The brain closes an idle connection
+#: after 5 s. A request that is sent at that moment would fail as if the network were down.
 KEEPALIVE_SECONDS = 4.0
 
-#: Bytes of a response, at most. A response with 50 commands is far smaller.
+#: Maximum bytes of a response. A response with 50 commands is far smaller.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 
-#: Bytes that are read from a response in one step.
+#: Bytes of a response that are read in one step.
 _READ_SIZE = 64 * 1024
 
 #: Errors of the libraries for malformed URLs and responses. A proxy URL without a host raises
@@ -57,7 +55,7 @@ class Response:
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds of ``Retry-After``. The form with a date is rare and counts as absent."""
+        """The seconds of ``Retry-After``. A date, which is rare, counts as absent."""
         text = self.headers.get("Retry-After", "")
         return float(text) if text.isdecimal() else None
 
@@ -82,7 +80,7 @@ class HttpSocket:
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
         """Return a reader.
 
-        As with a real socket, ``close`` takes effect when all readers are closed.
+        As in a real socket, ``close`` takes effect when all readers are closed.
         """
         self._readers += 1
         return io.BufferedReader(_Reader(self._socket, self._reader_closed))
@@ -105,7 +103,7 @@ class HttpSocket:
             pass  # already disconnected
 
     def close(self) -> None:
-        """Release the file descriptor, now or with the last reader."""
+        """Release the file descriptor as soon as all readers are closed."""
         self._closed = True
         self._release()
 
@@ -139,7 +137,7 @@ class _Reader(io.RawIOBase):
 
 
 class Client:
-    """An HTTP client with one connection at a time, which is kept alive while it is used.
+    """An HTTP client with one connection at a time, which is kept alive between requests.
 
     :param base: the URL that paths are appended to.
     :param headers: sent with each request.
@@ -164,8 +162,8 @@ class Client:
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
-        # All requests must reach the same brain process, so the cookies of a load balancer are
-        # kept.
+        # The session keeps the cookies of a load balancer, because all requests must reach the same
+        # brain process.
         self._session.headers.update(
             {"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers}
         )
@@ -184,7 +182,8 @@ class Client:
     ) -> Response:
         """Send a request and return the response, whatever its status. Redirects are not followed.
 
-        ``timeout`` is in seconds without a byte. Raises ``NetworkError``.
+        ``timeout`` is the number of seconds without a byte from the brain after which the request
+        fails. Raises ``NetworkError``.
         """
         if self._backend.forked():
             raise ForkedChildError
@@ -208,9 +207,9 @@ class Client:
         return Response(response.status_code, response.headers, content)
 
     def abort(self) -> None:
-        """Break the connection from any task and prevent new ones.
+        """Abort the connection and prevent new ones. Callable from any task. Idempotent.
 
-        Idempotent; does nothing in a forked child.
+        In a forked child the connection is not touched.
         """
         self._aborted = True
         if self._socket is not None and not self._backend.forked():
@@ -262,7 +261,8 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
-        del url, verify, cert  # requests would add its own CA certificates to the context
+        # The base class would add the CA certificates of requests to the context.
+        del url, verify, cert
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"
 
@@ -279,7 +279,7 @@ def _pools(
             self.sock = wrap_socket(self.sock)
 
         @property
-        def is_connected(self) -> bool:  # calls a patched select, which would run the whole hub
+        def is_connected(self) -> bool:  # calls a patched select, which would run the hub
             connection: Any = super()
             return bool(backend.call_blocking(lambda: connection.is_connected))
 
@@ -303,7 +303,7 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         size += len(chunk)
         if size > MAX_RESPONSE_BYTES:
-            raise ValueError(f"a response of more than {MAX_RESPONSE_BYTES} bytes")
+            raise ValueError(f"the response has more than {MAX_RESPONSE_BYTES} bytes")
         yield chunk
 
 

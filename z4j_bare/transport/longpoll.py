@@ -42,56 +42,56 @@ PROBE_TIMEOUT = 10.0
 #: Timeout of an upload in seconds.
 POST_TIMEOUT = 15.0
 
-#: Duration of a poll in seconds: the brain answers earlier if there is a command.
+#: Duration of a poll in seconds. The brain responds earlier if there is a command.
 POLL_WAIT = 30
 
-#: Minimum duration of a poll in seconds, for networks where a proxy cuts off longer ones.
+#: Minimum duration of a poll in seconds, for networks in which a proxy ends longer polls early.
 MIN_POLL_WAIT = 5
 
-#: Seconds that are added to a poll's duration to get its timeout.
+#: Seconds by which the timeout of a poll exceeds its duration.
 POLL_GRACE = 10.0
 
-#: Seconds from the start of one poll to the next, at least.
+#: Minimum seconds from the start of one poll to the next.
 MIN_POLL_INTERVAL = 0.25
 
-#: Seconds from the start of a poll without commands to the next poll, at least. A cache can answer
-#: such a poll at once.
+#: Minimum seconds from the start of a poll without commands to the next poll. A cache may respond
+#: to such a poll at once.
 EMPTY_POLL_INTERVAL = 1.0
 
-#: Commands in the answer to a poll, at most.
+#: Maximum commands in the response to a poll.
 MAX_COMMANDS = 50
 
-#: Uploads in a burst, at most.
+#: Maximum uploads in a burst.
 UPLOAD_BURST = 30
 
 #: Uploads per second after a burst. The brain allows 600 requests a minute from one address, which
 #: includes polls and all other workers of that address.
 UPLOAD_RATE = 5.0
 
-#: Bytes of a request body: the first limit, which is halved after each rejection.
+#: Initial limit of a request body in bytes. It is halved after each rejection.
 BODY_LIMIT_INITIAL = 128 * 1024
 
-#: Bytes of a request body: the brain's default limit.
+#: The brain's default limit of a request body in bytes.
 BODY_LIMIT_DEFAULT = 8 * 1024
 
-#: Bytes of a request body: the lowest limit.
+#: Lowest limit of a request body in bytes.
 BODY_LIMIT_MIN = 1024
 
-#: Bytes around a frame in a request body.
+#: Bytes that a request body adds to a frame.
 WRAPPER_BYTES = len(b'{"frames":[""]}')
 
-#: Seconds between two checks whether a draining session's commands have been received.
+#: Seconds between two checks, while draining, whether all commands have been received.
 DRAIN_POLL_INTERVAL = 0.05
 
-#: The capability that lets an engine receive retry commands, and that a request header announces.
+#: The capability of an engine that can receive retry commands. A request header announces it.
 RETRY_CONTRACT = "retry_by_reference_v1"
 
-_NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy answer in its place?"
+_NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy respond instead?"
 
 
 @dataclass(slots=True)
 class LearnedLimits:
-    """Limits of the brain and the network, learned by one session for all later ones."""
+    """Limits of the brain and the network, learned in one session and used in later sessions."""
 
     body_limit: int = BODY_LIMIT_INITIAL
     #: Bytes of the largest request body that was accepted.
@@ -107,9 +107,9 @@ class LearnedLimits:
             self.body_limit //= 2
 
     def shorten_polls(self) -> None:
-        """Halve the duration of a poll, because a proxy cut one off."""
+        """Halve the duration of a poll, because a proxy has ended a poll early."""
         self.wait = max(MIN_POLL_WAIT, self.wait // 2)
-        logger.debug("z4j: long polls are cut off on the way; new duration: %d s", self.wait)
+        logger.debug("z4j: a proxy ends long polls early; new duration: %d s", self.wait)
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class TokenBucket:
 
 
 class _Poller:
-    """Polls for commands in its own task, and hands their frames out in order."""
+    """Polls for commands in its own task, and returns their frames in order."""
 
     def __init__(self, client: Client, backend: BaseConcurrency, limits: LearnedLimits) -> None:
         self.aborted = False
@@ -170,12 +170,12 @@ class _Poller:
             self._backend.sleep(DRAIN_POLL_INTERVAL)
 
     def abort(self) -> None:
-        """Break the poll and wake the reader."""
+        """Abort the current poll and wake the reader."""
         self._client.abort()
         self._ready.set()
 
     def close(self) -> None:
-        """Release the connection. A polling task that was started does this at its end."""
+        """Release the connection. If the polling task was started, it does this at its end."""
         if self._task is None:
             self._client.close()
 
@@ -220,7 +220,7 @@ class _Poller:
             raise _error_for(response)
         frames = _json_object(response.body).get("frames")
         if not isinstance(frames, list) or not all(isinstance(frame, str) for frame in frames):
-            raise RemoteProtocolError("the answer to a poll contains no list of frames")
+            raise RemoteProtocolError("the response to a poll contains no list of frames")
         return [frame.encode(errors="replace") for frame in frames]
 
 
@@ -260,7 +260,7 @@ class LongPollTransport:
     def connect(self, hello: bytes) -> bytes:
         """Probe the routes with a new nonce; return a ``hello_ack`` made from the response headers.
 
-        Long-poll has no ``hello`` of its own. The headers carry a part of it.
+        Long-poll has no ``hello`` frame. Request headers contain a part of it.
         """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
@@ -313,13 +313,13 @@ class LongPollTransport:
     def drain(self) -> None:
         """Stop polling; wait until the current poll's commands have been received.
 
-        A poll that is cut off can take a command with it, which then never runs.
+        A command in the response to an aborted poll would be lost and never run.
         """
         if self._poller is not None:
             self._poller.drain()
 
     def abort(self) -> None:
-        """Break both connections from any task and wake the reader. Idempotent."""
+        """Abort both connections and wake the reader. Callable from any task. Idempotent."""
         self._aborted = True
         if self._poller is not None:
             self._poller.aborted = True
@@ -343,7 +343,7 @@ class LongPollTransport:
         limits.agent_id = response.headers.get("X-Z4J-Agent-Id", limits.agent_id)
         limits.project_id = response.headers.get("X-Z4J-Project-Id", limits.project_id)
         if not limits.agent_id or not limits.project_id:
-            raise RemoteProtocolError(f"the answer lacks X-Z4J-Agent-Id: {_NOT_A_BRAIN_HINT}")
+            raise RemoteProtocolError(f"the response lacks X-Z4J-Agent-Id: {_NOT_A_BRAIN_HINT}")
         payload = {
             "protocol_version": PROTOCOL_VERSION,
             "brain_version": "",
@@ -371,8 +371,8 @@ class LongPollTransport:
                 "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
             )
         except NetworkError:
-            # A proxy that rejects a large body may close the connection before its answer can be
-            # read.
+            # A proxy that rejects a large body may close the connection before its response can
+            # be read.
             if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
                 limits.reject_body(len(body))
             raise
@@ -428,7 +428,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise RemoteProtocolError(f"the answer is not a JSON object: {_NOT_A_BRAIN_HINT}")
+        raise RemoteProtocolError(f"the response is not a JSON object: {_NOT_A_BRAIN_HINT}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The WebSocket transport, on the low-level class of ``websocket-client``."""
+"""The WebSocket transport, based on the ``WebSocket`` class of ``websocket-client``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds for DNS, TCP, TLS and the upgrade together, per address. ``hello_ack`` gets the same time
-#: again.
+#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, per address. It is also the timeout
+#: of ``hello_ack``.
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds that a frame may wait for space in the socket before the connection counts as lost.
@@ -34,7 +34,7 @@ PING_AFTER = 30.0
 #: Seconds without a byte from the brain after which the connection counts as lost.
 DEAD_AFTER = 75.0
 
-#: Bytes of an incoming frame, at most. The brain's frames are far below 1 MiB.
+#: Maximum bytes of an incoming frame. The brain's frames are far below 1 MiB.
 MAX_FRAME_BYTES = 2 * 1024 * 1024
 
 #: The close code for a normal end.
@@ -43,10 +43,15 @@ NORMAL_CLOSURE = 1000
 #: Bytes of an outgoing message that are masked in one step.
 MASK_CHUNK = 4096
 
-# The header of a frame (RFC 6455, 5.2): the first byte of a complete binary message, the mask bit
-# of the second byte, and the two values of it that announce a length of 2 or of 8 bytes.
+# The header of a frame (RFC 6455, 5.2).
+
+#: The first byte of a complete binary message.
 _BINARY = 0x82
+
+#: The mask bit of the second byte.
 _MASKED = 0x80
+
+#: The values of the second byte that announce a length field of 16 or of 64 bits.
 _LENGTH_16, _LENGTH_64 = 126, 127
 
 #: The close code at the start of a close frame's body.
@@ -88,8 +93,8 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            # The brain closes the connection at once when it rejects the token. The close code is
-            # still readable.
+            # If the brain rejects the token, it closes the connection at once. The close code can
+            # still be read.
             self.receive(CONNECT_TIMEOUT)
             raise
         answer = self.receive(CONNECT_TIMEOUT)
@@ -103,8 +108,8 @@ class WebSocketTransport:
 
         # ``WebSocket.connect`` accepts TLS options as well, but ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        # The library checks UTF-8 in a Python loop, at 0.3 s per MiB. The JSON parser checks it as
-        # well.
+        # The library would check UTF-8 in a Python loop, which takes 0.3 s per MiB. The JSON parser
+        # checks it as well.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -128,8 +133,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # The library answers a close frame. If the socket is gone, the error would hide the close
-        # code, so ``abort`` sends the answer instead.
+        # The library answers a close frame. If that fails, the error hides the close code.
+        # Therefore ``abort`` sends the answer instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -151,7 +156,7 @@ class WebSocketTransport:
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
-        """Return the next data message. Answers pings, and pings a brain that has been silent."""
+        """Return the next data message. Answers pings, and sends a ping after a long silence."""
         import websocket
 
         try:
@@ -173,7 +178,9 @@ class WebSocketTransport:
         )
 
     def abort(self) -> None:
-        """Break the connection from any task. ``WebSocket.close`` hangs while a reader waits.
+        """Abort the connection. Callable from any task.
+
+        ``WebSocket.close`` is not used, because it hangs while a reader waits.
 
         A close frame is sent if the socket accepts it at once and no other frame is being written.
         In a forked child this does nothing, because the connection belongs to the parent.
@@ -190,7 +197,7 @@ class WebSocketTransport:
             pass  # already disconnected
 
     def close(self) -> None:
-        """Break the connection as ``abort`` does, and release it."""
+        """Abort the connection and release it."""
         self.abort()
         ws, self._ws = self._ws, None
         sock = getattr(ws, "sock", None)
@@ -251,8 +258,7 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
     width = min(MASK_CHUNK, 4 * (len(data) // 4 + 1))
     mask = int.from_bytes(key * (width // 4), "little")
     chunks = (data[start : start + width] for start in range(0, len(data), width))
-    # A last chunk that is shorter than the mask is followed by bytes of the mask, which are cut
-    # off.
+    # If the last chunk is shorter than the mask, the rest of the mask is cut off.
     return [
         (int.from_bytes(chunk, "little") ^ mask).to_bytes(width, "little")[: len(chunk)]
         for chunk in chunks
@@ -268,6 +274,7 @@ def close_error(data: bytes) -> AgentError:
 
 def preload() -> None:
     """Import ``websocket-client`` at start: the import takes 0.2 s and would block a hub later."""
+    import websocket  # noqa: F401
 
 
 def _frame_header(size: int) -> bytes:
@@ -285,23 +292,20 @@ def _close_frame() -> bytes:
 
 
 def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """Reject frames over ``MAX_FRAME_BYTES``.
+    """Return ``read`` with a check that rejects frames over ``MAX_FRAME_BYTES``.
 
     The library would wait for the whole frame and process nothing else.
     """
 
     def bounded(size: int) -> bytes:
         if size > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {size} bytes")
+            raise ValueError(f"the frame has {size} bytes")
         return read(size)
 
     return bounded
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """Return the seconds of a ``Retry-After``.
-
-    The form with a date is rare and counts as absent.
-    """
+    """Return the seconds of a ``Retry-After``. A date, which is rare, counts as absent."""
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None

@@ -1,1 +1,1 @@
-"""The protocol without I/O: bytes and ``now`` go in, bytes and decisions come out."""
+"""The protocol without I/O and without a clock: the caller passes received bytes and the time."""

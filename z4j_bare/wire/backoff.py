@@ -1,4 +1,4 @@
-"""Exponential delays between attempts, and those of the reconnect loop by failure class."""
+"""Exponential back-off, and the delays of the reconnect loop by failure class."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 
-#: A reconnect delay is lengthened at random by at most this part of it, so that workers do not
-#: reconnect at the same time.
+#: Maximum random part that is added to a reconnect delay, relative to the delay. Without it workers
+#: would reconnect at the same time.
 JITTER = 0.3
 
 
@@ -79,14 +79,14 @@ BACKOFF_POLICIES = {
     "protocol": BackoffPolicy(1, 60),
     "auth": BackoffPolicy(10, 600),
     "incompatible": BackoffPolicy(120, 3600),
-    # Two processes with one worker id replace each other in turn, and each session lasts as long as
-    # the other process waits. Hence ``reset_after`` is longer than the longest delay.
+    # Two processes with the same worker id replace each other's session in turn. Each session lasts
+    # as long as the other process waits, so ``reset_after`` is longer than the longest delay.
     "limited": BackoffPolicy(10, 600, reset_after=1800),
     # Short, because the search for a poison row has few steps and blocks all other rows.
     "poison": BackoffPolicy(1, 4),
 }
 
-#: Failure class by exception type; the first match counts, and anything else is "connection".
+#: Failure class by exception type. The first match counts; any other exception is "connection".
 _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (AuthenticationRejectedError, "auth"),
     (IncompatibleError, "incompatible"),
@@ -95,8 +95,8 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (PoisonRowError, "poison"),
 )
 
-#: The ``agent_status`` frame has three streaks; these failure classes count in the streak of
-#: another one.
+#: The ``agent_status`` frame has only three streaks. These failure classes count in the streak of
+#: another class.
 _STREAKS = {"incompatible": "protocol", "limited": "connection", "poison": "connection"}
 
 
@@ -122,8 +122,7 @@ class ReconnectBackoff:
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``.
 
-        The delay is never shorter than the server's ``Retry-After``, of which at most an hour
-        counts.
+        The delay is at least the server's ``Retry-After``, which is limited to an hour.
         """
         kind = failure_class(error)
         self.streaks[_STREAKS.get(kind, kind)] += 1

@@ -21,8 +21,8 @@ from z4j_bare.wire.fit import has_nul, replace_nul
 #: (``sys.set_int_max_str_digits``), and no database column or dashboard shows one of this size.
 MAX_INT_BITS = 1024
 
-#: Nesting levels of a value. The brain redacts everything below level 64, and an event's envelope
-#: takes four.
+#: Maximum nesting levels of a value. The brain redacts everything below level 64, and an event's
+#: envelope takes four levels.
 MAX_DEPTH = 60
 
 #: Characters of encoded JSON in one piece of ``iter_canonical``.
@@ -77,15 +77,12 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, int):
-        number = int(value)
-        return (
-            number
-            if number.bit_length() <= MAX_INT_BITS
-            else f"<int of {number.bit_length()} bits>"
-        )
+        integer = int(value)
+        bits = integer.bit_length()
+        return integer if bits <= MAX_INT_BITS else f"<int of {bits} bits>"
     if isinstance(value, float):
-        number_ = float(value)
-        return number_ if math.isfinite(number_) else str(number_)
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
     if depth <= 0:
         return "<nested too deep>"
     if isinstance(value, Mapping):
@@ -100,8 +97,8 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
 def loads_incrementally(message: bytes, checkpoint: Callable[[], object]) -> Any:
     """Parse as ``json.loads`` does, and call ``checkpoint`` before every value.
 
-    For messages whose parsing in one step would block a hub: 1 MiB takes 15 to 150 ms in C. The
-    pure Python parser needs ten times the CPU. Raises ``ValueError`` or ``RecursionError``.
+    For messages that would block a hub if they were parsed in one step: 1 MiB takes 15 to 150 ms in
+    C. The pure Python parser needs ten times the CPU. Raises ``ValueError`` or ``RecursionError``.
     """
 
     def yielding(scan: Scan) -> Scan:
@@ -135,8 +132,8 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    # The keys 1 and "1" would both be sent. The brain's parser keeps only one, and the signature
-    # fails.
+    # ``json`` would write the keys 1 and "1" as the same key. The brain's parser keeps only one of
+    # them, and the signature fails.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

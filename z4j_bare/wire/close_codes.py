@@ -30,9 +30,9 @@ _LIMIT_REACHED = (
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
-#: The lowest of the brain's own close codes. Lower codes are those of WebSocket, and codes below
-#: 1000 are HTTP statuses.
-APPLICATION_CODES = 4000
+#: The lowest close code that the brain defines itself. Lower codes are defined by WebSocket, and
+#: codes below 1000 are HTTP statuses.
+MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
 SESSION_REPLACED = 4002
@@ -76,7 +76,7 @@ _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 #: Codes that mean a rejected signature once the session has been accepted.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: A larger clock difference, in seconds, is reported as the cause of a rejected signature. The
+#: Clock difference in seconds from which it is reported as the cause of a rejected signature. The
 #: brain allows 60 s.
 MAX_CLOCK_SKEW = 50.0
 
@@ -84,7 +84,7 @@ MAX_CLOCK_SKEW = 50.0
 def error_for_close_code(code: int | None, reason: str = "") -> AgentError:
     """Return the error for a WebSocket close.
 
-    ``None`` for a connection that ended without a code.
+    :param code: ``None`` for a connection that ended without a close code.
     """
     kind, text = _CLOSE_CODES.get(code or 0, (NetworkError, "the connection was lost"))
     return kind(_with_reason(text, reason), code=code)
@@ -95,16 +95,16 @@ def error_for_http_status(
 ) -> AgentError:
     """Return the error for an HTTP response with an unexpected status.
 
-    ``retry_after`` in seconds.
+    :param retry_after: the seconds of ``Retry-After``, if the response has it.
     """
     kind, text = _HTTP_STATUSES.get(status, (NetworkError, f"HTTP {status}"))
     return kind(_with_reason(text, reason), code=status, retry_after=retry_after)
 
 
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
-    """Return the error of an established session with the cause of a rejected signature.
+    """Return the error for a rejected signature in an established session, with its cause.
 
-    The cause is the clock or the key. Any other error is returned unchanged.
+    The cause is the clock or the key. An error of another kind is returned unchanged.
 
     :param clock_offset: seconds by which the brain's clock was ahead of this host's at
         ``hello_ack``, if known.
@@ -128,7 +128,7 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 
 
 def may_be_poison(error: AgentError) -> bool:
-    """Whether a frame may have caused ``error``, which then recurs whenever it is sent."""
+    """Whether a frame may have caused ``error``, and would cause it whenever it is sent."""
     return getattr(error, "code", None) in _MAY_BE_POISON
 
 

@@ -14,11 +14,11 @@ RESERVED_PREFIX = "__z4j_"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command whose signature was verified; its parameters were not.
+    """A command with a verified signature. Its parameters have not been verified.
 
-    ``deadline`` is in monotonic seconds. The result must be stored by then, because the brain
-    ignores results that arrive soon after it. Every method raises ``CommandError`` for a parameter
-    of the wrong type or value.
+    ``deadline`` is in monotonic seconds. The result must be stored by then, because soon afterwards
+    the brain ignores it. Every method raises ``CommandError`` for a parameter of the wrong type or
+    value.
     """
 
     id: str
@@ -104,7 +104,7 @@ class CommandOutcome:
     status: str
     result: dict[str, Any] | None = None
     error: str | None = None
-    #: Called once the result is stored; a restart of the process must not begin earlier.
+    #: Called after the result has been stored; a restart of the process must not begin earlier.
     after_stored: Callable[[], object] | None = None
 
     @classmethod

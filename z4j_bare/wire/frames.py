@@ -1,4 +1,4 @@
-"""The payloads of outgoing frames as canonical bytes, and smaller versions of large ones."""
+"""The payloads of outgoing frames as canonical bytes, and smaller versions of large payloads."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from z4j_bare.wire.fit import (
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
-#: Bytes of one event, at most: half the brain's frame of 1 MiB. A frame of several events has at
+#: Maximum bytes of one event: half the brain's frame of 1 MiB. A frame of several events has at
 #: most 128 KiB.
 MAX_EVENT_BYTES = 512 * 1024
 
-#: Bytes of a result, at most: a quarter of the brain's frame of 1 MiB. A summary replaces a larger
-#: one.
+#: Maximum bytes of a result: a quarter of the brain's frame of 1 MiB. A summary replaces a larger
+#: result.
 MAX_RESULT_BYTES = 256 * 1024
 
 #: Fields of an event's data, in the order in which they are removed from an event that is too
@@ -43,24 +43,25 @@ TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message"
 MAX_ERROR_CHARS = 8192
 
 #: Characters of a result's error text that the brain's row keeps.
-ERROR_CHARS = 1024
+STORED_ERROR_CHARS = 1024
 
-#: Numbers that the summary of a result keeps, at most.
+#: Maximum number of numbers in the summary of a result.
 MAX_SUMMARY_NUMBERS = 50
 
-#: Characters in the key of a number that a summary keeps, at most.
+#: Maximum characters of a key in the summary of a result.
 MAX_KEY_CHARS = 64
 
-#: Rows and events in a counter of the brain's frame models, at most.
+#: Maximum of the counters of rows and events in the brain's frame models.
 MAX_COUNT = 10_000_000
 
-#: Seconds: ten years, the brain's limit for the age of a row. A wrong clock can produce older rows.
+#: Maximum age of a row in seconds: ten years, the brain's limit. A wrong clock can cause more.
 MAX_AGE = 315_360_000.0
 
-#: Keys of one worker's details, in the order in which they are removed from a heartbeat that is too
-#: large. The brain keeps the previous value of a key that is absent.
+#: Keys of a worker's details, in the order in which they are removed from a heartbeat that is too
+#: large. The brain keeps the previous value of a missing key.
 DROPPABLE_WORKER_KEYS = ("active", "registered", "conf")
 
+#: The features of the agent that ``hello`` announces.
 RUNTIME_FEATURES = ("retry_by_reference", EXTERNAL_SCHEDULE_RUNTIME_FEATURE)
 
 _DETAILS_SUFFIX = ".worker_details"
@@ -68,7 +69,7 @@ _DETAILS_SUFFIX = ".worker_details"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The facts about this process that ``hello`` carries (``docs/protocol.md``, "Hello")."""
+    """The facts about this process in ``hello`` (``docs/protocol.md``, "Hello")."""
 
     framework: str
     agent_version: str
@@ -127,7 +128,7 @@ def encode_event(event: Event) -> bytes:
 def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
     """Return the canonical bytes of an event's fields, fit for the brain's database.
 
-    ``trusted`` skips the sanitiser: all values are JSON types with string keys.
+    :param trusted: all values are JSON types with string keys, so the sanitiser is not needed.
     """
     encode = plain_text if trusted else sanitised_text
     fields, changed = fit_fields(fields)
@@ -171,8 +172,8 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
 def event_batch(events: Sequence[bytes]) -> bytes:
     """Return the payload of an ``event_batch`` with events that are canonical bytes.
 
-    Without events it requests a receipt. The brain handles the frames of a connection in order and
-    acknowledges an empty batch too, so its ack proves that all earlier frames were handled.
+    The brain processes the frames of a connection in order and also acknowledges an empty batch. So
+    the ack of an empty batch proves that all earlier frames were processed.
     """
     return b'{"events":[' + b",".join(events) + b"]}"
 
@@ -213,8 +214,8 @@ def command_result(
 def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
     """Return a summary of a result that cannot be sent: its numbers, and the reason.
 
-    The command's status stays as it is. A command that succeeded and is reported as failed would be
-    repeated, and the brain disables a schedule whose command "failed".
+    The command's status does not change. If a successful command were reported as failed, it would
+    be repeated, and the brain would disable a schedule that issued it.
     """
     items = (
         item
@@ -230,8 +231,8 @@ def shrink_result(payload: bytes) -> Iterator[bytes]:
     """Yield smaller versions of a result: a shorter error, a summary, the status alone."""
     body: dict[str, Any] = json.loads(payload)
     error = body.get("error")
-    if isinstance(error, str) and len(error) > ERROR_CHARS:
-        yield canonical_plain({**body, "error": error[:ERROR_CHARS]})
+    if isinstance(error, str) and len(error) > STORED_ERROR_CHARS:
+        yield canonical_plain({**body, "error": error[:STORED_ERROR_CHARS]})
     why = f"of {len(payload)} bytes, more than this transport takes"
     note = f"{error[:200]} [... cut]" if isinstance(error, str) else None
     for result in (body.get("result"), None):

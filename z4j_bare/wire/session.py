@@ -1,7 +1,7 @@
-"""One signed session: every frame after ``hello_ack``, in both directions, without socket or clock.
+"""Signs and verifies the frames of a session, without a socket or a clock.
 
-Outgoing frames are spliced: the payload's canonical bytes are made once, at capture, and each send
-adds only the envelope around them. A property test compares the result with z4j_core's own signer.
+The payload of an outgoing frame is encoded once. Each send adds only the envelope around its bytes.
+A property test compares the result with z4j_core's own signer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 #: Types of incoming frames that the agent processes. All others are ignored.
 _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 
-#: Bytes of the envelope around a payload, at most: ids, nonce, timestamp, seq and a signature of 64
+#: Maximum bytes of the envelope around a payload: ids, nonce, timestamp, seq and a signature of 64
 #: characters.
 ENVELOPE_BYTES = 512
 
@@ -47,7 +47,7 @@ INCREMENTAL_THRESHOLD = 32 * 1024
 class HelloAck:
     """The content of ``hello_ack``.
 
-    ``server_time`` is the brain's clock in seconds since the epoch, if sent.
+    ``server_time`` is the brain's time in seconds since the epoch, or ``None`` if it was not sent.
     """
 
     agent_id: str
@@ -115,7 +115,7 @@ class Session:
         """Return the wire bytes of a frame.
 
         :param kind: the frame type, such as ``event_batch``.
-        :param identity: the frame id. A ``command_ack`` or ``command_result`` carries that of the
+        :param identity: the frame id. A ``command_ack`` or ``command_result`` has the id of its
             command.
         :param payload: canonical JSON.
         :param wall: the current time in seconds since the epoch. The brain allows a skew of 60 s,
@@ -125,8 +125,8 @@ class Session:
         nonce = token_urlsafe(16).encode()
         envelope = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
         seq = b'"seq":%d,' % self._seq
-        tail = b'"ts":"%b","type":%b,"v":2}' % (_stamp(wall), _quote(kind))
-        # The three ids are only in the signed text, not in the frame. Keys are in code point order.
+        tail = b'"ts":"%b","type":%b,"v":2}' % (_timestamp(wall), _quote(kind))
+        # The three ids are in the signed text, but not in the frame. Keys are in code point order.
         digest = self._key.copy()
         digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, envelope, self._project))
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
@@ -135,11 +135,11 @@ class Session:
     def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
         """Verify an incoming frame and return z4j_core's model of it.
 
-        The fields of frames that the agent processes are validated as well.
+        The fields of frames that the agent processes are validated too. Any invalid message raises
+        ``RemoteProtocolError`` and no other exception.
 
-        ``checkpoint`` is called every few microseconds during the verification of a large message
-        and may yield to other tasks. Raises ``RemoteProtocolError`` and no other exception, for any
-        bytes.
+        :param checkpoint: called every few microseconds during the verification of a large message;
+            may yield to other tasks.
         """
         try:
             if checkpoint is not None and len(message) > INCREMENTAL_THRESHOLD:
@@ -166,11 +166,10 @@ class Session:
         """Verify the signature in pieces, and have z4j_core verify a small copy of the frame.
 
         The copy lacks the payload's objects, which are the large part. It is signed here, so that
-        z4j_core can check everything else about the frame. The objects are added to its model
-        afterwards.
+        z4j_core can check the rest of the frame. The objects are added to the model afterwards.
         """
         frame = loads_incrementally(message, checkpoint)
-        signature, payload = frame["hmac"], frame["payload"]  # a KeyError saves the digest
+        signature, payload = frame["hmac"], frame["payload"]  # checked before the slow digest
         if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")
         objects = {name: value for name, value in payload.items() if isinstance(value, dict)}
@@ -199,7 +198,7 @@ class Session:
 def _validated(frame: Frame) -> Frame:
     """Validate the fields of a frame that the agent processes.
 
-    z4j_core checks only the signature, and a missing field would raise ``AttributeError`` in a
+    z4j_core checks only the signature. Later a missing field would raise ``AttributeError`` in a
     loop.
     """
     if frame.type not in _PROCESSED_TYPES:
@@ -213,5 +212,5 @@ def _quote(text: str) -> bytes:
     return json.dumps(text, ensure_ascii=False).encode()
 
 
-def _stamp(wall: float) -> bytes:
+def _timestamp(wall: float) -> bytes:
     return datetime.fromtimestamp(wall, UTC).isoformat().encode()

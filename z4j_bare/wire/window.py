@@ -1,11 +1,12 @@
-"""The in-flight window: how much may be sent ahead of the brain's acks.
+"""The in-flight window: how many events may be sent before the brain acknowledges them.
 
-The brain ingests the frames of one connection strictly in order, each in one transaction. A long
-window delays everything sent after it: a command's result waited 33 s behind 4,000 unacknowledged
-events. On SQLite a transaction also blocks all other writers. They retry every 100 ms, and after 5
-s an operator's request fails (500). With frames of 1 s, three in flight, five of six writers
-waited, for 1.3 to 5.0 s. With frames of 1.5 s, one in flight and a pause after each ack, 9 of 29
-waited, for 0.9 to 3.8 s, and the brain ingested as many events.
+The brain ingests the frames of one connection in order, each in one transaction. A large window
+delays all later frames: a command's result waited 33 s behind 4,000 unacknowledged events.
+
+On SQLite a transaction also blocks all other writers. They retry every 100 ms. After 5 s an
+operator's request fails (500). With frames of 1 s and three frames in flight, five of six writers
+waited, for 1.3 to 5.0 s. With frames of 1.5 s, one frame in flight and a pause after each ack, 9 of
+29 writers waited, for 0.9 to 3.8 s. The brain ingested as many events.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Unacknowledged events, at most. Slow acks reduce the limit down to MIN_EVENTS.
+#: Initial and maximum limit of unacknowledged events.
 MAX_EVENTS = 1_000
+
+#: Minimum of that limit, which slow acks reduce.
 MIN_EVENTS = 50
 
 #: The limit is halved when the oldest unacknowledged frame is older than this many seconds.
@@ -24,31 +27,30 @@ SLOW_ACK = 2.5
 #: Seconds within which an ack must arrive for the limit to grow again.
 FAST_ACK = 1.0
 
-#: Seconds after an ack in which no events are sent. SQLite's waiting writers retry once in that
-#: time.
+#: Seconds after an ack in which no events are sent, so that SQLite's waiting writers retry once.
 ACK_PAUSE = 0.1
 
-#: Events in the first frame of a session, which is small so that its ack arrives soon.
-FRAME_FIRST = 50
+#: Number of events in the first frame of a session. It is small, so that the ack arrives soon.
+FRAME_EVENTS_INITIAL = 50
 
-#: Events in one frame, at most. A brain on SQLite ingests 163 events/s in frames of 50, and 200 in
-#: frames of 500.
-FRAME_EVENTS = 500
+#: Maximum number of events in one frame. A brain on SQLite ingests 163 events/s in frames of 50,
+#: and 200 in frames of 500.
+FRAME_EVENTS_MAX = 500
 
-#: Seconds that the brain should need for one frame. Longer transactions delay operators. Shorter
-#: frames cost more: 1 to 2 ms of the worker's CPU per frame and ack, and one ACK_PAUSE.
+#: Target of the brain's time for one frame in seconds. Longer transactions delay operators. Shorter
+#: frames cost more: 1 to 2 ms of the worker's CPU for each frame and its ack, and one ACK_PAUSE.
 TARGET_FRAME_SECONDS = 1.5
 
 #: Seconds without any ack after which all unacknowledged frames are sent again.
 ACK_DEADLINE = 90.0
 
-#: Acks that are kept because they arrived before ``sent`` was called for their frame, at most.
+#: Maximum number of early acks, which arrive before ``sent`` is called for their frames.
 MAX_EARLY_ACKS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A frame in flight: its row ids, the number of its events, and its send time and number."""
+    """A frame in flight: its row ids, its number of events, its send time and its number."""
 
     ids: tuple[int, ...]
     events: int
@@ -59,16 +61,16 @@ class InFlight:
 class Window:
     """Admits one frame of events at a time. It has no clock: ``now`` is monotonic time in seconds.
 
-    A frame counts as skipped when a later frame is acknowledged first. The brain works in order,
-    and it does not report a frame that its database rejected temporarily. A skipped frame takes no
-    capacity. Its rows are sent again in the next session, or ``ACK_DEADLINE`` seconds later with
-    everything else that is in flight.
+    A frame counts as skipped when a later frame is acknowledged first. The brain processes frames
+    in order, and does not report a frame that its database rejected temporarily. A skipped frame
+    takes no capacity. Its rows are sent again in the next session, or ``ACK_DEADLINE`` seconds
+    later together with all other frames in flight.
     """
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
         self.limit = limit
-        #: Events that the next frame may carry.
-        self.frame_events = FRAME_FIRST
+        #: Maximum number of events in the next frame.
+        self.frame_events = FRAME_EVENTS_INITIAL
         self._max_limit = limit
         self._in_flight: OrderedDict[str, InFlight] = OrderedDict()
         self._skipped: dict[str, InFlight] = {}
@@ -133,7 +135,7 @@ class Window:
     def acked(self, frame: str, now: float) -> tuple[int, ...]:
         """Remove an acknowledged frame; return its row ids.
 
-        The brain's counts inside an ack are meaningless.
+        The counts in the brain's ack are not used, because they are meaningless.
         """
         previous, self._last_ack, self._paused_until = self._last_ack, now, now + ACK_PAUSE
         if frame in self._skipped:
@@ -164,9 +166,9 @@ class Window:
         self._events = 0
 
     def _is_busy(self, now: float) -> bool:
-        """Whether the brain is working on a frame.
+        """Whether the brain is processing a frame.
 
-        After ``SLOW_ACK`` it may have skipped the frame.
+        After ``SLOW_ACK`` seconds the answer is no, because it may have skipped the frame.
         """
         return (
             bool(self._in_flight)
@@ -185,17 +187,17 @@ class Window:
     def _tune_frame_size(self, events: int, seconds: float) -> None:
         """Adapt the frame size to the brain's time for one frame, by a factor of two at most.
 
-        A small frame that was ingested quickly carries no information about larger ones and is
-        ignored.
+        A small frame that was ingested quickly is ignored, because it shows nothing about larger
+        ones.
         """
         if seconds <= TARGET_FRAME_SECONDS and 2 * events < self.frame_events:
             return
-        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS
+        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS_MAX
         fitting = int(events * TARGET_FRAME_SECONDS / max(seconds, shortest, 1e-9))
         self.frame_events = max(
-            FRAME_FIRST,
+            FRAME_EVENTS_INITIAL,
             self.frame_events // 2,
-            min(FRAME_EVENTS, self.frame_events * 2, fitting),
+            min(FRAME_EVENTS_MAX, self.frame_events * 2, fitting),
         )
 
     def _adapt(self, now: float) -> None:

@@ -1,15 +1,17 @@
-"""Hosts of the agent that are to die: ``python victim.py threads|gevent|eventlet``, with the agent's settings in ``Z4J_*``.
+"""Agent processes to be killed: ``python victim.py MODE`` with the settings in ``Z4J_*``.
 
-It patches and imports once, and forks a host for each request, because a start costs more than such a life. A request is a
-line of JSON, the fields of ``tests.support.crash_harness.Trial``; the host answers with a line of JSON when it has come to the point, and
-waits there for its end. A host without a point stays until it has nothing left to send, and ends by itself.
+The script patches and imports once and forks a process for each request, because a start costs more
+than a run. A request is a line of JSON with the fields of ``tests.support.crash_harness.Trial``. At
+its point, the process answers with a line of JSON and waits for a kill. A process without a point
+runs until all rows are sent.
 """
 
 import os
 import signal
 import sys
 
-# A hub's own would start it, and the children inherit it; and eventlet's write goes on for ever when nobody reads any more.
+# Patched functions would start a hub that the children inherit. Eventlet's write also never ends
+# when the reader is gone.
 fork, waitpid, write = os.fork, os.waitpid, os.write
 
 from tests.launch import patch  # noqa: E402
@@ -27,7 +29,7 @@ from z4j_core.models import Event, EventKind  # noqa: E402
 
 import z4j_bare.agent  # noqa: E402, F401 - before the forks
 from tests.support.crash_harness import GROUP, KINDS, ONLINE, Trial  # noqa: E402
-from tests.support.store_scenario import Watch  # noqa: E402
+from tests.support.store_scenario import StatementCounter  # noqa: E402
 from z4j_bare import install_agent  # noqa: E402
 from z4j_bare.buffer.store import BufferStore  # noqa: E402
 from z4j_bare.pipeline.send import Sender  # noqa: E402
@@ -50,29 +52,29 @@ class Host:
         self.runtime = None
         self.began = datetime.now(UTC)
 
-    def live(self):
-        """Record the events; come to the point, or have nothing left to do."""
-        self.set_trap()
+    def run(self):
+        """Record the events and run up to the point, or until all rows are sent."""
+        self.install_stop()
         self.runtime = install_agent(engines=[Engine()])
-        deadline = time.monotonic() + self.trial.patience
+        deadline = time.monotonic() + self.trial.timeout
         if self.trial.point in ONLINE:
             self.wait(lambda: self.runtime.stats()["sessions"], deadline)
         for number in range(self.trial.events):
             self.runtime.record_event(self.event(number))
             if number % GROUP == GROUP - 1:
                 time.sleep(PAUSE)
-        self.wait(self.quiet, deadline)
+        self.wait(self.is_drained, deadline)
         if self.trial.point:
             self.stop("")
         self.runtime.stop()
-        self.say("")
+        self.report("")
 
     def wait(self, condition, deadline):
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def quiet(self):
-        """Whether everything here and in the files of the dead has been acknowledged and deleted."""
+    def is_drained(self):
+        """Whether all rows, here and in orphaned stores, are acknowledged and deleted."""
         stats = self.runtime.stats()
         if min(stats["stored"], stats["acked"]) < self.trial.events or stats["adopting"]:
             return False
@@ -84,7 +86,7 @@ class Host:
         )
 
     def event(self, number):
-        """Received, started and succeeded of one task after the other, each a millisecond later."""
+        """Return an event: received, started and succeeded of each task, a millisecond apart."""
         task, step = divmod(number, len(KINDS))
         own = ({"args": [task], "kwargs": {}}, {"worker": "w"}, {"result": task})[step]
         return Event.model_construct(
@@ -96,8 +98,8 @@ class Host:
             data={"task_name": "victim", "queue": "q", **own},
         )
 
-    def set_trap(self):
-        """Stop at the ``nth`` call of what the point names: at its ``statement`` if it is the store's, else before or after."""
+    def install_stop(self):
+        """Stop at the ``nth`` call of the point: before a ``statement``, or before or after it."""
         owners = {
             "append": (BufferStore, "append_events"),
             "delete": (BufferStore, "confirm"),
@@ -111,25 +113,27 @@ class Host:
         owner, name = owners[self.trial.point]
         original, calls = getattr(owner, name), itertools.count(1)
 
-        def trapped(this, *args):
+        def stopping_call(this, *args):
             if (owner is Connection and args[0] != "event_batch") or next(calls) != self.trial.nth:
                 return original(this, *args)
             if owner is BufferStore and self.trial.statement:
-                Watch(this, self.trial.statement, lambda _watch: self.stop(self.trial.point))
+                StatementCounter(
+                    this, self.trial.statement, lambda _watch: self.stop(self.trial.point)
+                )
             elif self.trial.point != "sent":
                 self.stop(self.trial.point)
             original(this, *args)
             return self.stop(self.trial.point)
 
-        setattr(owner, name, trapped)
+        setattr(owner, name, stopping_call)
 
     def stop(self, point):
-        """Say where it is, and do nothing more in this native thread; under greenlets that stops the hub or its worker."""
-        self.say(point)
+        """Report the point and block this native thread, which may run the hub."""
+        self.report(point)
         while True:
             signal.pause()
 
-    def say(self, point):
+    def report(self, point):
         stored = self.runtime.stats().get("stored", 0) if self.runtime else 0
         write(
             1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n"
@@ -141,7 +145,7 @@ def serve():
         child = fork()
         if not child:
             try:
-                Host(Trial(**json.loads(line))).live()
+                Host(Trial(**json.loads(line))).run()
             finally:
                 os._exit(0)
         waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""What a store keeps when its process dies: real processes, real SIGKILL."""
+"""The state of a store after its process is killed, with real processes and SIGKILL."""
 
 import os
 import random
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import z4j_bare
-from tests.support import store_scenario as store_day
+from tests.support import store_scenario
 from z4j_bare.buffer import BufferStore
 from z4j_bare.buffer.rows import KINDS
 from z4j_bare.errors import LocalStorageError
@@ -41,7 +41,7 @@ for batch in range(200):
     store.discard(ids[12:15], "rejected")
     store.claim(f"c{batch}", 1.0)
     store.settle(f"c{batch}", b"%d" % batch, 1.0)
-    store.tidy()
+    store.vacuum_step()
     print(batch, flush=True)
 sys.stdin.read()
 """
@@ -66,7 +66,7 @@ def refused(call):
     try:
         call()
     except LocalStorageError as error:
-        return "forked this one" in str(error) or "the one that forked it" in str(error)
+        return "this forked process" in str(error) or "in its parent at the fork" in str(error)
 
 path = sys.argv[1]
 store = BufferStore(path)
@@ -76,7 +76,8 @@ if not child:
     good = refused(lambda: store.append([("event", "", b"2")])) and refused(store.stats)
     good = good and refused(lambda: BufferStore(path, create=False)) and store.closed
     store.close()
-    good = good and store._connection.total_changes > 0  # still open: closing could remove the parent's log
+    # The connection is still open: a close could delete the parent's log.
+    good = good and store._connection.total_changes > 0
     del store
     gc.collect()
     os._exit(0 if good else 1)
@@ -89,13 +90,13 @@ sys.stdin.read()
 """
 
 
-#: Kills per call of the day: 200 in all.
+#: Kills per call of the scenario, 200 in all.
 TRIALS = 25
 
 
 @pytest.fixture
 def process():
-    """Starts a bare Python with one of the scripts above; whatever still runs is killed after the test."""
+    """Starts Python with one of the scripts above; kills it after the test."""
     started = []
 
     def start(script, *args):
@@ -120,7 +121,7 @@ def process():
 
 
 def kill_at(process, handshake):
-    """Kill the process at its n-th handshake; return the number of batches that it said were committed."""
+    """Kill the process at its n-th report; return the number of committed batches."""
     said = [process.stdout.readline() for _ in range(handshake)]
     process.send_signal(signal.SIGKILL)
     rest = process.stdout.read().splitlines(keepends=True)
@@ -134,9 +135,9 @@ def intact(store):
 
 @pytest.mark.parametrize("trial", range(20))
 def test_committed_rows_survive_sigkill(process, tmp_path, trial):
-    """A process is killed at a random moment: all that it said was committed is there, in order, once."""
+    """After a kill at a random moment, all committed rows are there, in order and once."""
     path = tmp_path / "home" / "store.sqlite"
-    # Every other store is small, so that it is often killed within a checkpoint of its log.
+    # Every other store is small, so that many kills hit a checkpoint of its log.
     child = process(WRITER, path, 256 * 2**20 if trial % 2 else 8 * 2**20)
     committed = kill_at(child, random.Random(trial).randrange(1, 100))
     store = BufferStore(path, create=False)
@@ -144,7 +145,7 @@ def test_committed_rows_survive_sigkill(process, tmp_path, trial):
         int(entry.payload.rstrip(b"\0")) for entry in store.drain(0, 10**6, 1 << 40, tuple(KINDS))
     ]
     assert found == list(range(len(found)))
-    assert len(found) % 16 == 0  # a batch is there or not
+    assert len(found) % 16 == 0  # each batch is complete or absent
     assert committed * 16 <= len(found) <= (committed + 1) * 16
     assert store.stats().produced == store.size() == len(found)
     assert intact(store)
@@ -152,8 +153,8 @@ def test_committed_rows_survive_sigkill(process, tmp_path, trial):
 
 
 @pytest.mark.parametrize("trial", range(6))
-def test_counters_survive_sigkill_with_the_rows_they_tell_of(process, tmp_path, trial):
-    """Killed amid evictions, acks and discards, the numbers still add up, and no finished command is forgotten."""
+def test_counters_match_rows_after_sigkill(process, tmp_path, trial):
+    """After a kill during evictions, the counters add up and no finished command is lost."""
     path = tmp_path / "home" / "store.sqlite"
     committed = kill_at(process(WORKER, path), random.Random(trial).randrange(10, 60))
     store = BufferStore(path, create=False)
@@ -169,15 +170,17 @@ def test_counters_survive_sigkill_with_the_rows_they_tell_of(process, tmp_path, 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The day without a death: of each call its name, how many statements it takes, and the state that it leaves."""
-    store = store_day.open_store(tmp_path_factory.mktemp("undisturbed") / "home" / "store.sqlite")
-    found, before = [], store_day.state(store)
-    for name, call in store_day.calls(store):
-        watch = store_day.Watch(store)
+def uninterrupted(tmp_path_factory):
+    """The calls without a kill: name, number of statements and state after each."""
+    store = store_scenario.open_store(
+        tmp_path_factory.mktemp("uninterrupted") / "home" / "store.sqlite"
+    )
+    found, before = [], store_scenario.state(store)
+    for name, call in store_scenario.calls(store):
+        watch = store_scenario.StatementCounter(store)
         call()
         store._connection.set_trace_callback(None)
-        after = store_day.state(store)
+        after = store_scenario.state(store)
         found.append((name, watch.statements, before, after))
         before = after
     store.close()
@@ -202,13 +205,23 @@ def spread(items, number):
 
 @pytest.mark.parametrize(
     "operation",
-    ["append", "send", "ack", "delete", "discard", "doubt", "claim", "settle", "vacuum_step"],
+    [
+        "append",
+        "send",
+        "ack",
+        "delete",
+        "discard",
+        "increment_attempts",
+        "claim",
+        "settle",
+        "vacuum_step",
+    ],
 )
-def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
-    """Killed before any statement of any call, a store is as before the call, or after it once it had committed; never between."""
+def test_call_is_atomic_at_every_statement(server, uninterrupted, tmp_path, operation):
+    """Killed before any statement of any call, a store has its state before or after the call."""
     points = [
         (call, statement)
-        for call, (name, statements, _, _) in enumerate(undisturbed)
+        for call, (name, statements, _, _) in enumerate(uninterrupted)
         for statement in range(statements + 1)
         if name == operation
     ]
@@ -218,15 +231,15 @@ def test_a_call_has_happened_or_not(server, undisturbed, tmp_path, operation):
         pid, commits = map(int, server.stdout.readline().split())
         os.kill(pid, signal.SIGKILL)
         assert int(server.stdout.readline()) == -signal.SIGKILL
-        store = store_day.open_store(path, create=False)
-        _, _, before, after = undisturbed[call]
-        assert store_day.state(store) == (after if commits else before), (call, statement)
+        store = store_scenario.open_store(path, create=False)
+        _, _, before, after = uninterrupted[call]
+        assert store_scenario.state(store) == (after if commits else before), (call, statement)
         assert intact(store)
         store.close()
 
 
-def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_path):
-    """While the owner lives a second opener is refused; after its SIGKILL the store is free at once."""
+def test_lock_ends_with_owner_despite_forked_child(process, tmp_path):
+    """A second opener is refused while the owner runs, and succeeds right after its SIGKILL."""
     path = tmp_path / "home" / "store.sqlite"
     owner = process(FORKER, path)
     child = int(owner.stdout.readline())
@@ -235,12 +248,12 @@ def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_p
             BufferStore(path, create=False)
         owner.kill()
         owner.wait()
-        os.kill(child, 0)  # it lives, with all its inherited descriptors
+        os.kill(child, 0)  # the child runs with all inherited descriptors
         store = BufferStore(path, create=False)
         assert [entry.payload for entry in store.drain(0, 10, 100, ("event",))] == [
             b"of the parent"
         ]
-        assert store.append([("event", "task", b"of the heir")]) == 0
+        assert store.append([("event", "task", b"new owner")]) == 0
         assert intact(store)
         store.close()
         os.kill(child, 0)
@@ -248,14 +261,14 @@ def test_the_lock_dies_with_its_owner_though_a_forked_child_lives(process, tmp_p
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_forked_child_cannot_touch_its_parents_store(process, tmp_path):
-    """Every call in the child is refused, its close and its garbage collection do no harm, the parent goes on."""
+def test_forked_child_cannot_use_parents_store(process, tmp_path):
+    """Every call in the child is refused, its close has no effect, and the parent continues."""
     child = process(CHILD, tmp_path / "home" / "store.sqlite")
     assert child.stdout.readline().decode().strip() == "0 [b'1', b'3'] ('ok',) False"
 
 
-def test_a_refused_opener_takes_nothing_from_the_owner(process, tmp_path):
-    """An attempt from another process, and its closing of the lock file, leave the owner's lock in place."""
+def test_refused_opener_leaves_owners_lock(process, tmp_path):
+    """A refused attempt of another process closes the lock file but leaves the lock in place."""
     path = tmp_path / "home" / "store.sqlite"
     owner = process(FORKER, path)
     child = int(owner.stdout.readline())

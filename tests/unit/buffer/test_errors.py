@@ -1,4 +1,4 @@
-"""Real faults of a real disk: full, cut off, deleted, not ours; the keeper's callers never see an exception."""
+"""The manager with real disk errors: full, truncated, deleted; callers see no exception."""
 
 import errno
 import fcntl
@@ -24,45 +24,57 @@ from z4j_bare.errors import LocalStorageError
 ROOT = Path(z4j_bare.__file__).parent.parent
 ALL = tuple(KINDS)
 
-#: Fills a store under a limit on the size of files; tells what became of the rows, then lifts the limit.
+#: Fills a store under a file size limit, prints the stats, then lifts the limit.
 FULL = """
 import json, logging, resource, sys
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.concurrency.fake import FakeConcurrency
-keep, (_, hard) = FakeConcurrency(), resource.getrlimit(resource.RLIMIT_FSIZE)
+backend, (_, hard) = FakeConcurrency(), resource.getrlimit(resource.RLIMIT_FSIZE)
 stores = []
 def open_store():
     stores.append(BufferStore(new_store_path(sys.argv[1])))
     return stores[-1]
-keeper = BufferManager(open_store, keep)
-keeper.append([("result", "c", b"precious")])
+manager = BufferManager(open_store, backend)
+manager.append([("result", "c", b"precious")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
 produced = 1
 durable = []
 for turn in range(60):
-    keeper.append([("event", "t", bytes(1000)) for _ in range(100)])
+    manager.append([("event", "t", bytes(1000)) for _ in range(100)])
     produced += 100
-    keep.advance(1)
-    durable.append(keeper.durable)
-def books():
-    stats = keeper.stats()
-    return {"produced": produced, "rows": stats.rows, "lost": sum(stats.lost.values()), "results_lost": stats.lost_kinds.get("result", 0)}
-during = books()
+    backend.advance(1)
+    durable.append(manager.durable)
+def totals():
+    stats = manager.stats()
+    return {
+        "produced": produced,
+        "rows": stats.rows,
+        "lost": sum(stats.lost.values()),
+        "results_lost": stats.lost_kinds.get("result", 0),
+    }
+during = totals()
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-keep.advance(400)
-keeper.append([("event", "t", b"after")])
+backend.advance(400)
+manager.append([("event", "t", b"after")])
 produced += 1
-after = books()
+after = totals()
 check = stores[-1]._connection.execute("PRAGMA integrity_check").fetchone()[0]
 newest = [row.payload == b"after" for row in stores[-1].drain(0, 10**6, 1 << 40, ("event",))]
-print(json.dumps({"during": during, "after": after, "durable": durable, "at_the_end": keeper.durable, "check": check, "newest": any(newest)}))
+print(json.dumps({
+    "during": during,
+    "after": after,
+    "durable": durable,
+    "at_the_end": manager.durable,
+    "check": check,
+    "newest": any(newest),
+}))
 """
 
 
-class Real:
-    """A keeper on real stores in virtual time."""
+class RealStoreHarness:
+    """A manager on real stores in virtual time."""
 
     def __init__(self, home, **options):
         self.backend = FakeConcurrency()
@@ -76,24 +88,24 @@ class Real:
         self.stores.append(open_store(self.home, **self.options))
         return self.stores[-1]
 
-    def put(self, number=10, size=0):
+    def append_numbers(self, number=10, size=0):
         self.buffer.append(
             [("event", "t", b"%d" % (self.produced + n) + bytes(size)) for n in range(number)]
         )
         self.produced += number
 
-    def there(self):
+    def read_numbers(self):
         found = self.buffer.read_next((0, 0, ()), (0, 10**6, ALL), 1 << 40)[1]
         return [int(row.payload.rstrip(b"\0")) for row in found]
 
-    def adds_up(self):
+    def is_balanced(self):
         stats = self.buffer.stats()
         return self.produced == stats.rows + sum(stats.lost.values()) + stats.confirmed
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The configured path; what replaces its directory is of this test alone."""
+    """The configured path; the alternative directories belong to this test."""
     spare = tmp_path / "tmp"
     spare.mkdir()
     monkeypatch.setattr(
@@ -103,8 +115,8 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def real(home):
-    one = Real(home)
+def harness(home):
+    one = RealStoreHarness(home)
     yield one
     one.buffer.close()
 
@@ -113,16 +125,16 @@ def real(home):
 
 
 @pytest.mark.parametrize("limit", [200_000, 1_500_000])
-def test_a_file_at_its_size_limit_keeps_the_newest_and_the_books(tmp_path, limit):
-    """Under RLIMIT_FSIZE the oldest events go or memory takes over; nothing is raised, and every row is accounted for."""
+def test_file_size_limit_evicts_oldest_events(tmp_path, limit):
+    """Under RLIMIT_FSIZE, events are evicted or memory is used; every row is accounted for."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", FULL, str(tmp_path / "home" / "b"), str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    for books in (said["during"], said["after"]):
-        assert books["produced"] == books["rows"] + books["lost"]
-        assert books["results_lost"] == 0
+    for totals in (said["during"], said["after"]):
+        assert totals["produced"] == totals["rows"] + totals["lost"]
+        assert totals["results_lost"] == 0
     assert said["check"] == "ok"
     assert said["at_the_end"]
     assert said["newest"]
@@ -130,16 +142,16 @@ def test_a_file_at_its_size_limit_keeps_the_newest_and_the_books(tmp_path, limit
     assert len(done.stderr.splitlines()) <= 6, "the log is not filled"
 
 
-# -- corrupt, cut off, deleted
+# -- corrupt, truncated, deleted
 
 
 @pytest.mark.parametrize("how", ["cut to a page and a half", "cut to nothing", "overwritten"])
-def test_a_damaged_file_is_replaced_while_in_use(real, how):
-    """Whatever happens to the file under a living store, appends go on, the disk is used, and every row is accounted for."""
+def test_damaged_file_is_replaced_during_use(harness, how):
+    """Whatever happens to the file, appends succeed on disk, and every row is accounted for."""
     for _ in range(30):
-        real.put(100, size=500)
-    path = real.stores[0].path
-    real.stores[0]._space._checkpoint()
+        harness.append_numbers(100, size=500)
+    path = harness.stores[0].path
+    harness.stores[0]._space._checkpoint()
     size = path.stat().st_size
     if how == "overwritten":
         with path.open("r+b") as file:
@@ -148,48 +160,50 @@ def test_a_damaged_file_is_replaced_while_in_use(real, how):
                 file.write(os.urandom(3000))
     else:
         os.truncate(path, 6000 if "page" in how else 0)
-    real.stores[0]._connection.execute("PRAGMA shrink_memory")
+    harness.stores[0]._connection.execute("PRAGMA shrink_memory")
     for _ in range(3):
-        real.put(100, size=500)
-        real.there()
-        real.backend.advance(1)
-    assert real.buffer.durable
-    assert real.there()[-1] == real.produced - 1
-    assert real.adds_up()
+        harness.append_numbers(100, size=500)
+        harness.read_numbers()
+        harness.backend.advance(1)
+    assert harness.buffer.durable
+    assert harness.read_numbers()[-1] == harness.produced - 1
+    assert harness.is_balanced()
     aside = [found.name for found in path.parent.iterdir() if ".corrupt-" in found.name]
-    assert len([name for name in aside if not name.endswith("-wal")]) == len(real.stores) - 1 == 1
+    assert (
+        len([name for name in aside if not name.endswith("-wal")]) == len(harness.stores) - 1 == 1
+    )
 
 
-def test_a_deleted_file_is_noticed_within_a_second(real):
-    """Somebody cleans the directory up: the rows come along to a new file as soon as the figures are looked at."""
-    real.put(10)
-    for found in list(real.home.parent.iterdir()):
+def test_deleted_file_is_replaced_with_next_stats(harness):
+    """When the file is deleted, its rows are moved to a new one as soon as the stats are read."""
+    harness.append_numbers(10)
+    for found in list(harness.home.parent.iterdir()):
         found.unlink()
-    real.backend.advance(2)
-    assert real.there() == list(range(10))
-    real.put(5)
-    assert real.stores[-1].path.exists()
-    assert len(real.stores) == 2
-    assert real.there() == list(range(15))
-    assert real.adds_up()
+    harness.backend.advance(2)
+    assert harness.read_numbers() == list(range(10))
+    harness.append_numbers(5)
+    assert harness.stores[-1].path.exists()
+    assert len(harness.stores) == 2
+    assert harness.read_numbers() == list(range(15))
+    assert harness.is_balanced()
 
 
-def test_a_deleted_directory_is_made_again(real):
-    """Even the whole of Z4J_HOME may go."""
-    real.put(10)
-    for found in list(real.home.parent.iterdir()):
+def test_deleted_directory_is_created_again(harness):
+    """The whole directory Z4J_HOME may be deleted."""
+    harness.append_numbers(10)
+    for found in list(harness.home.parent.iterdir()):
         found.unlink()
-    real.home.parent.rmdir()
-    real.backend.advance(2)
-    assert real.there() == list(range(10))
-    assert real.buffer.durable
-    assert real.stores[-1].path.exists()
+    harness.home.parent.rmdir()
+    harness.backend.advance(2)
+    assert harness.read_numbers() == list(range(10))
+    assert harness.buffer.durable
+    assert harness.stores[-1].path.exists()
 
 
-# -- somewhere else
+# -- other directories
 
 
-def spoil(home, how):
+def damage(home, how):
     directory = home.parent
     if how == "a link":
         (directory.parent / "other").mkdir(mode=0o700)
@@ -218,14 +232,14 @@ def spoil(home, how):
         ),
     ],
 )
-def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
-    """The store lies in a private temporary directory; one warning says what is wrong and names Z4J_HOME."""
-    spoil(home, how)
-    real.put(3)
-    real.put(3)
-    assert real.stores[0].path.parent.name == "z4j-1"
-    assert real.buffer.durable
-    assert real.there() == list(range(6))
+def test_unusable_directory_is_replaced(home, harness, caplog, how):
+    """The store is in a temporary directory, and one warning gives reason and setting."""
+    damage(home, how)
+    harness.append_numbers(3)
+    harness.append_numbers(3)
+    assert harness.stores[0].path.parent.name == "z4j-1"
+    assert harness.buffer.durable
+    assert harness.read_numbers() == list(range(6))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "Z4J_HOME" in warnings[0]
@@ -233,8 +247,8 @@ def test_a_directory_that_will_not_do_is_replaced(home, real, caplog, how):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
-    """A directory in which nothing can be made is passed over."""
+def test_read_only_directory_is_replaced(home, harness, monkeypatch, number):
+    """A directory without write access is skipped."""
     really = files.open_file
     home.parent.mkdir(mode=0o700)
 
@@ -244,13 +258,13 @@ def test_a_read_only_directory_is_replaced(home, real, monkeypatch, number):
         return really(path, *args, **kwargs)
 
     monkeypatch.setattr(files, "open_file", refuse)
-    real.put(3)
-    assert real.stores[0].path.parent.name == "z4j-1"
+    harness.append_numbers(3)
+    assert harness.stores[0].path.parent.name == "z4j-1"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
-    """Without record locks a dead owner could not be told from a living one: not a place for a store."""
+def test_file_system_without_record_locks_is_skipped(home, monkeypatch, number):
+    """Without record locks, a dead owner could not be distinguished from a running one."""
 
     def refuse(*_args):
         raise OSError(number, os.strerror(number))
@@ -261,9 +275,9 @@ def test_a_file_system_without_locks_is_passed_over(home, monkeypatch, number):
     assert classify(caught.value) == OTHER
 
 
-def test_a_squatted_name_is_not_used(home, tmp_path):
-    """When somebody sits on the name that can be foreseen, one that cannot is used."""
-    spoil(home, "writable by others")
+def test_occupied_directory_name_is_not_used(home, tmp_path):
+    """When another user occupies the predictable name, a random one is used."""
+    damage(home, "writable by others")
     (tmp_path / "tmp" / "z4j-1").symlink_to(tmp_path)
     store = open_store(home)
     assert store.path.parent.name.startswith("z4j-1-")
@@ -271,8 +285,8 @@ def test_a_squatted_name_is_not_used(home, tmp_path):
     store.close()
 
 
-def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
-    """Another directory is no cure for a full disk, and the error is that of the configured one."""
+def test_full_disk_does_not_change_directory(home, monkeypatch):
+    """The error of the configured directory is raised; another directory would not help."""
 
     def refuse(path, **_options):
         raise LocalStorageError("full") from OSError(errno.ENOSPC, "No space left on device")
@@ -282,20 +296,20 @@ def test_a_full_disk_is_no_reason_to_move(home, monkeypatch):
         open_store(home)
 
 
-def test_without_any_directory_there_is_memory(home, tmp_path, real, caplog):
-    """Nothing is raised when no directory will do; the rows live in memory, and the warning names the configured one."""
-    spoil(home, "a file")
+def test_memory_is_used_without_usable_directory(home, tmp_path, harness, caplog):
+    """No error is raised, rows are in memory, and the warning names the directory."""
+    damage(home, "a file")
     (tmp_path / "tmp").rmdir()
     (tmp_path / "tmp").touch()
-    real.put(3)
-    assert not real.buffer.durable
-    assert real.there() == [0, 1, 2]
+    harness.append_numbers(3)
+    assert not harness.buffer.durable
+    assert harness.read_numbers() == [0, 1, 2]
     assert str(home.parent) in caplog.text
-    assert real.adds_up()
+    assert harness.is_balanced()
 
 
-def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypatch):
-    """TMPDIR is honoured, and the names hold the user's id."""
+def test_candidate_directories_include_temporary_ones(tmp_path, monkeypatch):
+    """TMPDIR is used, and the names contain the user id."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
     found = paths.candidate_directories(tmp_path / "home" / "b.sqlite")
     assert found[:2] == [tmp_path / "home", tmp_path / "t" / f"z4j-{os.geteuid()}"]
@@ -304,8 +318,8 @@ def test_the_places_are_the_configured_one_and_temporary_ones(tmp_path, monkeypa
 # -- time
 
 
-def test_a_clock_set_back_makes_no_negative_age(home):
-    """A row from the future is new."""
+def test_clock_set_back_gives_no_negative_age(home):
+    """A row with a future timestamp has the age zero."""
     now = [2000.0]
     store = BufferStore(new_store_path(home), clock=lambda: now[0])
     store.append([("event", "", b"1")])

@@ -1,4 +1,4 @@
-"""The file of a store: who may see it, what happens when it is locked, corrupt, foreign, full or somebody else's."""
+"""The file of a store: access, ownership, errors, deletion, migration and batches."""
 
 import fcntl
 import os
@@ -50,11 +50,11 @@ def row(payload=b"a", kind=EVENT):
     return [(kind, "t", payload)]
 
 
-# -- where
+# -- directories
 
 
-def test_the_configured_path_gives_the_directory_only(tmp_path):
-    """The name is ours, holds the pid and is new each time, so that stores of the asyncio agent are left alone."""
+def test_store_path_uses_only_directory_of_setting(tmp_path):
+    """The file name has the pid and is new each time, so that the asyncio agent's stores stay."""
     configured = tmp_path / "deep" / "er" / "buffer-123.sqlite"
     first, second = new_store_path(configured), new_store_path(str(configured))
     assert first != second
@@ -65,7 +65,7 @@ def test_the_configured_path_gives_the_directory_only(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_directory_and_files_are_private(tmp_path, opened, umask):
-    """Every directory made is 0700 and every file 0600, log, index and lock included, under any umask."""
+    """Directories have mode 0700 and files 0600, with log, index and lock, under any umask."""
     before = os.umask(umask)
     try:
         store = opened(new_store_path(tmp_path / "a" / "b" / "buffer-1.sqlite"))
@@ -77,14 +77,14 @@ def test_directory_and_files_are_private(tmp_path, opened, umask):
     assert {mode(store.path.parent / name) for name in names(store.path)} == {0o600}
 
 
-def test_a_home_directory_is_understood(monkeypatch, tmp_path):
-    """``~`` means the home of the user."""
+def test_home_directory_is_expanded(monkeypatch, tmp_path):
+    """``~`` is the home directory of the user."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert new_store_path("~/.z4j/buffer-1.sqlite").parent == tmp_path / ".z4j"
 
 
-def test_a_directory_that_others_may_write_is_refused(path):
-    """The message names the directory, its mode, our uid and the setting that helps."""
+def test_directory_writable_by_others_is_refused(path):
+    """The message has the directory, its mode, the uid and the setting to change."""
     path.parent.mkdir()
     for open_to in (0o770, 0o707):
         path.parent.chmod(open_to)
@@ -97,15 +97,15 @@ def test_a_directory_that_others_may_write_is_refused(path):
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_directory_that_others_may_read_is_accepted(path, opened):
-    """Reading names is no danger: the files are 0600."""
+def test_directory_readable_by_others_is_accepted(path, opened):
+    """Other users may see the names, because the files have mode 0600."""
     path.parent.mkdir()
     path.parent.chmod(0o755)
     assert opened(path).append(row()) == 0
 
 
-def test_a_linked_directory_is_refused(tmp_path, path):
-    """A symbolic link may point somewhere else tomorrow."""
+def test_linked_directory_is_refused(tmp_path, path):
+    """The target of a symbolic link may change."""
     real = tmp_path / "real"
     real.mkdir(mode=0o700)
     path.parent.symlink_to(real)
@@ -113,8 +113,8 @@ def test_a_linked_directory_is_refused(tmp_path, path):
         new_store_path(path)
 
 
-def test_a_directory_of_somebody_else_is_refused(path, monkeypatch):
-    """Its owner could replace our file."""
+def test_directory_of_other_user_is_refused(path, monkeypatch):
+    """Its owner could replace the file."""
     path.parent.mkdir(mode=0o700)
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
@@ -124,8 +124,8 @@ def test_a_directory_of_somebody_else_is_refused(path, monkeypatch):
         new_store_path(path)
 
 
-def test_a_file_in_place_of_the_directory_is_refused(path):
-    """A plain file is no directory, and nothing can be made below it."""
+def test_file_instead_of_directory_is_refused(path):
+    """A regular file is not a directory, and nothing can be created below it."""
     path.parent.write_bytes(b"")
     with pytest.raises(LocalStorageError, match="not a directory"):
         new_store_path(path)
@@ -133,8 +133,8 @@ def test_a_file_in_place_of_the_directory_is_refused(path):
         new_store_path(path / "below" / "buffer-1.sqlite")
 
 
-def test_a_read_only_directory_is_reported(path, monkeypatch):
-    """The error of the file system comes with the name of the file and of the setting, and is told from others."""
+def test_read_only_directory_is_reported(path, monkeypatch):
+    """The error contains the name of the file and the setting, and has its own cause."""
     path.parent.mkdir(mode=0o700)
 
     def refuse(*args, **kwargs):
@@ -149,15 +149,15 @@ def test_a_read_only_directory_is_reported(path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_write_permission_is_reported(path):
-    """The real thing, for everybody but root."""
+def test_directory_without_write_permission_is_reported(path):
+    """The same with real permissions, for every user but root."""
     path.parent.mkdir(mode=0o500)
     with pytest.raises(LocalStorageError, match="Z4J_HOME"):
         BufferStore(path)
 
 
-def test_a_file_is_never_created_over_another(path):
-    """Creation follows no link and takes no existing name."""
+def test_create_file_never_replaces(path):
+    """It follows no link and takes no existing name."""
     path.parent.mkdir(mode=0o700)
     path.symlink_to(path.parent / "elsewhere")
     with pytest.raises(FileExistsError):
@@ -168,8 +168,8 @@ def test_a_file_is_never_created_over_another(path):
     assert not (path.parent / "elsewhere").exists()
 
 
-def test_a_file_that_others_may_read_is_not_opened(path, opened):
-    """A store whose mode was widened may have been read or changed; it is refused."""
+def test_file_readable_by_others_is_refused(path, opened):
+    """A store whose mode was widened may have been read or changed."""
     store = opened(path)
     store.append(row())
     store.close()
@@ -178,18 +178,18 @@ def test_a_file_that_others_may_read_is_not_opened(path, opened):
         BufferStore(path)
 
 
-def test_adopting_wants_an_existing_file(path):
-    """``create=False`` makes nothing: no file, no lock file left behind."""
+def test_open_without_create_needs_existing_file(path):
+    """``create=False`` creates neither a file nor a lock file."""
     with pytest.raises(LocalStorageError, match="cannot open the store"):
         BufferStore(path, create=False)
     assert names(path) == []
 
 
-# -- whose
+# -- ownership
 
 
-def test_a_second_opener_in_this_process_is_refused(path, opened):
-    """A record lock does not exclude its own process; our table does, and the first owner loses nothing."""
+def test_second_opener_in_process_is_refused(path, opened):
+    """A record lock does not exclude its own process, but the table of locks does."""
     store = opened(path)
     with pytest.raises(LocalStorageError, match="open in this process"):
         BufferStore(path)
@@ -201,8 +201,8 @@ def test_a_second_opener_in_this_process_is_refused(path, opened):
     assert store.size() == 1
 
 
-def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(path, monkeypatch):
-    """An owner may delete its store between our opening of the lock file and our lock on it."""
+def test_lock_on_deleted_file_is_refused(path, monkeypatch):
+    """An owner may delete its store after another process opened the lock file."""
     take = fcntl.lockf
 
     def delete_first(descriptor, command):
@@ -217,8 +217,8 @@ def test_a_lock_file_that_was_deleted_meanwhile_is_no_lock(path, monkeypatch):
     store.close()
 
 
-def test_a_store_of_another_deployment_is_refused_and_left_alone(path, opened):
-    """Rows of one project never reach another's brain; the message does not spell the deployment."""
+def test_store_of_other_deployment_is_refused(path, opened):
+    """Rows never reach another project's brain, and the message does not contain the deployment."""
     store = opened(path, deployment="project-a")
     store.append(row())
     store.close()
@@ -229,16 +229,16 @@ def test_a_store_of_another_deployment_is_refused_and_left_alone(path, opened):
 
 
 @pytest.mark.parametrize("known_as", ["key-2 place-1", "key-1 place-2"])
-def test_one_name_in_common_makes_one_deployment(path, opened, known_as):
-    """After its key was rotated, or its brain has moved, a project's rows are still its own."""
+def test_one_common_name_makes_same_deployment(path, opened, known_as):
+    """After a key rotation or a move of the brain, a project's rows are still its own."""
     store = opened(path, deployment="key-1 place-1")
     store.append(row())
     store.close()
     assert opened(path, deployment=known_as).size() == 1
 
 
-def test_a_foreign_database_is_refused_and_left_alone(path):
-    """A database that does not bear our mark, such as a store of the asyncio agent, is not touched."""
+def test_foreign_database_is_refused_unchanged(path):
+    """A database without the application id, such as the asyncio agent's, stays as it is."""
     path.parent.mkdir(mode=0o700)
     create_file(path)
     connection = sqlite3.connect(path)
@@ -251,8 +251,8 @@ def test_a_foreign_database_is_refused_and_left_alone(path):
     assert path.read_bytes() == before
 
 
-def test_a_store_of_a_newer_agent_is_refused(path, opened):
-    """After a downgrade the newer file is left for the newer agent."""
+def test_store_of_newer_agent_is_refused(path, opened):
+    """After a downgrade, the newer file is left for the newer agent."""
     store = opened(path)
     store.append(row())
     store._connection.execute(f"PRAGMA user_version={schema.VERSION + 1}")
@@ -261,8 +261,8 @@ def test_a_store_of_a_newer_agent_is_refused(path, opened):
         BufferStore(path)
 
 
-def test_an_older_store_is_brought_forward(path, opened, monkeypatch):
-    """A migration runs once, in order, and the rows come along."""
+def test_older_store_is_migrated(path, opened, monkeypatch):
+    """A migration runs once and in order, and the rows are kept."""
     store = opened(path)
     store.append(row())
     buffer_id = store.buffer_id
@@ -280,15 +280,15 @@ def test_an_older_store_is_brought_forward(path, opened, monkeypatch):
         store.close()
 
 
-def test_a_creation_that_was_killed_can_be_completed(path, opened):
-    """A file without tables is what a process killed during creation leaves."""
+def test_interrupted_creation_is_completed(path, opened):
+    """A process killed during creation leaves a file without tables."""
     path.parent.mkdir(mode=0o700)
     create_file(path)
     assert opened(path, create=False).append(row()) == 0
 
 
-def test_the_file_is_set_up_as_designed(path, opened):
-    """WAL, NORMAL, incremental vacuum, our mark and version, the given busy timeout."""
+def test_pragmas_are_set(path, opened):
+    """WAL, NORMAL, incremental vacuum, application id and version, the given busy timeout."""
     connection = opened(path, busy_timeout=0.25)._connection
     found = {
         name: connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -311,12 +311,12 @@ def test_the_file_is_set_up_as_designed(path, opened):
     }
 
 
-# -- trouble
+# -- errors
 
 
 @pytest.fixture
-def intruder(path):
-    """A second connection to the file, as a backup tool would have."""
+def other_connection(path):
+    """A second connection to the file, like that of a backup tool."""
     connections = []
 
     def build():
@@ -328,11 +328,11 @@ def intruder(path):
         connection.close()
 
 
-def test_a_locked_file_is_reported_at_once(path, opened, intruder):
-    """With ``busy_timeout=0`` every writing call fails fast as busy, counts nothing, and works once the lock is gone."""
+def test_locked_file_fails_fast(path, opened, other_connection):
+    """With ``busy_timeout=0``, writing calls fail as busy, count nothing and later succeed."""
     store = opened(path)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
     for call in (
@@ -353,11 +353,11 @@ def test_a_locked_file_is_reported_at_once(path, opened, intruder):
     assert [entry.payload for entry in store.drain(0, 10, 1000, (EVENT,))] == [b"a", b"b"]
 
 
-def test_tidying_a_locked_file_waits_for_better_times(path, opened, intruder):
-    """A reader in the way makes ``vacuum_step`` report that something is left, not fail."""
+def test_vacuum_of_locked_file_is_incomplete(path, opened, other_connection):
+    """A reader makes ``vacuum_step`` report remaining work instead of an error."""
     store = opened(path)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN")
     other.execute("SELECT * FROM entries").fetchall()
     store.append(row())
@@ -366,11 +366,11 @@ def test_tidying_a_locked_file_waits_for_better_times(path, opened, intruder):
     assert store.vacuum_step() is True
 
 
-def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
-    """While somebody holds the log, ``append`` refuses beyond the cap; afterwards it goes on, and nothing is miscounted."""
+def test_reader_cannot_grow_log_past_cap(path, opened, other_connection):
+    """While another process reads the log, ``append`` raises above the cap, and later succeeds."""
     store = opened(path, max_bytes=1024 * 1024)
     store.append(row())
-    other = intruder()
+    other = other_connection()
     other.execute("BEGIN")
     other.execute("SELECT * FROM entries").fetchall()
 
@@ -388,8 +388,8 @@ def test_a_reader_cannot_make_the_log_grow_past_the_cap(path, opened, intruder):
     assert stats.produced == stats.rows + sum(stats.lost.values())
 
 
-def test_confirming_keeps_the_byte_cap(path, opened):
-    """A full store stays under its cap while it is emptied: the log of a large deletion is moved into the file at once."""
+def test_confirm_stays_within_byte_cap(path, opened):
+    """The log of a large delete is moved into the file at once."""
     cap = 1024 * 1024
     store = opened(path, max_bytes=cap)
     while not store.stats().lost:
@@ -399,8 +399,8 @@ def test_confirming_keeps_the_byte_cap(path, opened):
         assert store.stats().bytes <= cap
 
 
-def test_the_byte_cap_holds_from_the_opening_on(path, opened):
-    """A dead owner's file and log together may take more than the heir allows; the opening ends below the cap."""
+def test_open_reduces_size_to_byte_cap(path, opened):
+    """The file and log of a dead owner may exceed the cap; after the open they do not."""
     cap = 1024 * 1024
     store = opened(path, max_bytes=2 * cap)
     store.append(row(bytes(7000)) * 100)
@@ -410,13 +410,13 @@ def test_the_byte_cap_holds_from_the_opening_on(path, opened):
         content = path.with_name(path.name + suffix).read_bytes()
         image.with_name(image.name + suffix).write_bytes(content)
     image.chmod(0o600)
-    heir = opened(image, max_bytes=cap)
-    assert heir.size() == 100
-    assert heir.stats().bytes <= cap
+    target = opened(image, max_bytes=cap)
+    assert target.size() == 100
+    assert target.stats().bytes <= cap
 
 
-def test_a_full_disk_loses_the_batch_and_nothing_else(path, opened):
-    """A transaction that does not fit is taken back whole, told as full, and the store stays usable."""
+def test_full_disk_rolls_back_append(path, opened):
+    """A transaction that does not fit is rolled back as full, and the store stays usable."""
     store = opened(path)
     store.append(row())
     pages = schema.scalar(store._connection, "PRAGMA page_count")
@@ -430,8 +430,8 @@ def test_a_full_disk_loses_the_batch_and_nothing_else(path, opened):
     assert [entry.id for entry in store.drain(0, 10, 1000, (EVENT,))] == [2]
 
 
-def test_an_exception_in_the_middle_leaves_nothing_half_done(path, opened, monkeypatch):
-    """What a host throws into us (a timeout, a kill) takes the transaction back and passes through unchanged."""
+def test_exception_rolls_back_transaction(path, opened, monkeypatch):
+    """A timeout or kill thrown by the host rolls back the transaction and is raised unchanged."""
     store = opened(path)
     store.append(row())
 
@@ -453,8 +453,8 @@ def test_an_exception_in_the_middle_leaves_nothing_half_done(path, opened, monke
 @pytest.mark.parametrize(
     "garbage", [b"this is not a database at all" * 200, b"SQLite format 3\0" + b"\xff" * 5000]
 )
-def test_a_corrupt_file_is_reported_and_kept(path, garbage):
-    """Garbage is told as corrupt, and stays where it is for whoever moves it aside."""
+def test_corrupt_file_is_reported_and_kept(path, garbage):
+    """Random bytes are reported as corrupt, and the file stays for the quarantine."""
     path.parent.mkdir(mode=0o700)
     create_file(path)
     path.write_bytes(garbage)
@@ -466,8 +466,8 @@ def test_a_corrupt_file_is_reported_and_kept(path, garbage):
         BufferStore(path)
 
 
-def test_corruption_in_the_middle_is_reported(path, opened):
-    """A file damaged behind its header opens, and the call that meets the damage says corrupt."""
+def test_corruption_behind_header_is_reported(path, opened):
+    """The damaged file opens, and the call that reads the damage reports corrupt."""
     store = opened(path)
     store.append([(EVENT, "", bytes(3000)) for _ in range(200)])
     store.close()
@@ -479,8 +479,8 @@ def test_corruption_in_the_middle_is_reported(path, opened):
     assert classify(caught.value) == CORRUPT
 
 
-def test_errors_without_a_known_cause_are_other():
-    """The sorting of errors never fails itself."""
+def test_unknown_errors_are_classified_as_other():
+    """The classification of errors never fails."""
     assert classify(LocalStorageError("closed")) == OTHER
     for cause in (sqlite3.ProgrammingError("closed database"), OSError("odd"), ValueError()):
         error = LocalStorageError("x")
@@ -488,11 +488,11 @@ def test_errors_without_a_known_cause_are_other():
         assert classify(error) == OTHER
 
 
-# -- the end
+# -- close
 
 
-def test_an_empty_store_leaves_no_file(path, opened):
-    """A clean end without rows and without commands deletes everything, the lock file too."""
+def test_close_deletes_empty_store(path, opened):
+    """A clean close without rows and commands deletes all files, including the lock file."""
     store = opened(path)
     store.append(row())
     store.confirm([1])
@@ -500,8 +500,8 @@ def test_an_empty_store_leaves_no_file(path, opened):
     assert names(path) == []
 
 
-def test_rows_survive_a_close(path, opened):
-    """What was not delivered is there for the next process, with its counters; the lock file stays with it."""
+def test_rows_survive_close(path, opened):
+    """Undelivered rows and the counters are there for the next process, and the lock file stays."""
     store = opened(path, max_rows=2)
     store.append([*row(b"a"), *row(b"b"), *row(b"c")])
     store.discard([3], "rejected")
@@ -516,8 +516,8 @@ def test_rows_survive_a_close(path, opened):
 
 
 @pytest.mark.parametrize(("age", "kept"), [(0, True), (299, True), (301, False)])
-def test_young_commands_survive_a_close(path, opened, age, kept):
-    """A command of the last 300 seconds keeps the file, so that a restart does not run it again; an old one does not."""
+def test_recent_commands_survive_close(path, opened, age, kept):
+    """A command of the last 300 s keeps the file, so that it is not run again."""
     store = opened(path)
     store.claim("begun", NOW - age)
     store.settle("ended", b"answer", NOW - age)
@@ -530,8 +530,8 @@ def test_young_commands_survive_a_close(path, opened, age, kept):
         assert again.claim("ended", NOW).result == b"answer"
 
 
-def test_the_leftover_log_of_a_deleted_store_is_not_replayed(path, opened):
-    """A log without its file, left by a deletion that was killed, does not bring old rows into a new store."""
+def test_log_of_deleted_store_is_not_replayed(path, opened):
+    """A log left by an interrupted deletion does not restore old rows in a new store."""
     path.parent.mkdir(mode=0o700)
     store = opened(path)
     store.append(row(b"old"))
@@ -543,8 +543,8 @@ def test_the_leftover_log_of_a_deleted_store_is_not_replayed(path, opened):
     assert opened(path).size() == 0
 
 
-def test_a_large_file_shrinks_when_idle(path, opened):
-    """After an outage has been worked off, a bounded number of bounded steps gives the space back."""
+def test_large_file_shrinks_when_idle(path, opened):
+    """After an outage, a limited number of limited steps returns the space."""
     store = opened(path)
     for _ in range(20):
         store.append(row(bytes(1000)) * 500)
@@ -558,8 +558,8 @@ def test_a_large_file_shrinks_when_idle(path, opened):
     assert store.append(row()) == 0
 
 
-def test_results_are_found_without_walking_the_events(path, opened):
-    """Asking for results uses the partial index: an outage's worth of events must not delay an answer."""
+def test_results_are_found_by_partial_index(path, opened):
+    """A query for results does not scan the events of an outage."""
     store = opened(path)
     for kinds in ((RESULT,), ("projection", RESULT)):
         plan = store._connection.execute(
@@ -569,7 +569,7 @@ def test_results_are_found_without_walking_the_events(path, opened):
         assert "TEMP B-TREE" not in str(plan)
 
 
-# -- events that came together
+# -- batches
 
 
 def batches(store):
@@ -580,8 +580,8 @@ def singles(store):
     return schema.scalar(store._connection, "SELECT count(*) FROM entries")
 
 
-def test_events_that_came_together_are_one_row(path, opened):
-    """An append is one insertion, acks in order loosen nothing, and how far they came is known after a restart."""
+def test_appended_events_are_one_row(path, opened):
+    """An append is one insertion, acks in order split nothing and survive a restart."""
     store = opened(path)
     store.append_events([b"%d" % number for number in range(100)])
     store.append_events([b"%d" % number for number in range(100, 150)])
@@ -599,8 +599,8 @@ def test_events_that_came_together_are_one_row(path, opened):
     assert (batches(store), singles(store), store.size()) == (1, 0, 30)
 
 
-def test_events_that_part_are_rows_of_their_own(path, opened):
-    """What is dropped, doubted or acknowledged out of turn costs its batch no more than its form."""
+def test_batch_is_split_for_single_events(path, opened):
+    """A discard, an attempt or an ack out of order splits the batch and loses no event."""
     store = opened(path)
     store.append_events([b"%d" % number for number in range(10)])
     assert store.confirm([5]) == 1
@@ -613,8 +613,8 @@ def test_events_that_part_are_rows_of_their_own(path, opened):
     assert [entry.id for entry in found if entry.attempts] == [12]
 
 
-def test_a_batch_is_no_larger_than_a_small_store_bears(path, opened):
-    """A batch is evicted as a whole, bytes for bytes; so a small store's are small, and large events stand alone."""
+def test_batches_of_small_store_are_small(path, opened):
+    """A batch is evicted as a whole, so a small store has small batches and single large events."""
     store = opened(path, max_bytes=1024 * 1024)
     store.append_events([b"x" * 10_000] * 12)
     assert batches(store) >= 6
@@ -623,22 +623,22 @@ def test_a_batch_is_no_larger_than_a_small_store_bears(path, opened):
     assert [len(entry.payload) for entry in store.drain(12, 10, 1 << 20, (EVENT,))] == [200_000]
 
 
-def test_what_a_failed_change_did_is_forgotten(path, opened, monkeypatch):
-    """A transaction that is taken back in the middle of an ack leaves batches, figures and cursor as they were."""
+def test_rolled_back_ack_restores_batches(path, opened, monkeypatch):
+    """A rollback during an ack leaves batches, counters and cursor as they were."""
     store = opened(path)
     store.append_events([b"%d" % number for number in range(10)])
     monkeypatch.setattr(type(store._accounting.batches), "_adjust", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.confirm(range(1, 5))
     monkeypatch.undo()
-    assert store.read_cached(0, 10, 1 << 20, (EVENT,)) is None, "that takes a look at the file"
+    assert store.read_cached(0, 10, 1 << 20, (EVENT,)) is None, "this needs the file"
     assert len(store.drain(0, 100, 1 << 20, (EVENT,))) == store.size() == 10
     assert store.confirm(range(1, 5)) == 4
     assert (store.size(), store.byte_size()) == (6, 6)
 
 
-def test_a_store_of_the_first_version_is_brought_forward(path, opened):
-    """Rows of an agent that knew no batches are read, sent and confirmed beside new ones."""
+def test_store_of_schema_1_is_migrated(path, opened):
+    """Rows of schema 1, which has no batches, are read and confirmed beside new ones."""
     path.parent.mkdir(mode=0o700)
     create_file(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:

@@ -1,4 +1,4 @@
-"""Asking other processes' stores about a command: the living and the dead, without becoming their owner."""
+"""The lookup of a command in other processes' stores, running or dead."""
 
 import os
 import signal
@@ -11,15 +11,16 @@ import pytest
 import z4j_bare
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer.ledger import find_in_other_stores
+from z4j_bare.buffer.rows import IN_OTHER_PROCESS
 
 OWNER = """
 import sys
 from z4j_bare.buffer import BufferStore, new_store_path
 store = BufferStore(new_store_path(sys.argv[1]))
-store.claim("begun", 1.0, b"testament")
-store.answer("done", b"answer", 2.0)
-if "tidy" in sys.argv:
-    store.tidy()
+store.claim("begun", 1.0, b"provisional")
+store.settle_and_queue("done", b"answer", 2.0)
+if "vacuum" in sys.argv:
+    store.vacuum_step()
 if "close" in sys.argv:
     store.append([("event", "", b"keeps the file")])
     store.close()
@@ -30,7 +31,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The configured path; no store of this machine's own reaches a test."""
+    """The configured path; no other store of this machine is found."""
     monkeypatch.setattr(
         "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
     )
@@ -46,7 +47,7 @@ def mine(home):
 
 @pytest.fixture
 def owner(home):
-    """``owner(*words)``: another process with a store there; it lives until the test's end."""
+    """``owner(*words)`` starts another process with a store; it runs until the end of the test."""
     started = []
 
     def start(*words):
@@ -67,8 +68,8 @@ def owner(home):
 
 
 @pytest.mark.parametrize("words", [(), ("vacuum_step",), ("close",), ("killed",)])
-def test_what_others_know(home, mine, owner, words):
-    """Done is known with its answer, begun is somebody else's, of a living owner, a killed one, and one that closed."""
+def test_lookup_finds_commands_of_other_processes(home, mine, owner, words):
+    """Done entries have a result, started ones are elsewhere, whether the owner runs or not."""
     process = owner(*words)
     if "killed" in words:
         process.send_signal(signal.SIGKILL)
@@ -79,14 +80,14 @@ def test_what_others_know(home, mine, owner, words):
     assert find_in_other_stores(home, mine.path, "new") is None
 
 
-def test_our_own_is_not_asked(home, mine):
-    """What our own store knows is no other process's."""
+def test_lookup_skips_own_store(home, mine):
+    """An entry of this process's own store is not found."""
     mine.claim("mine", 1.0)
     assert find_in_other_stores(home, mine.path, "mine") is None
 
 
-def test_asking_takes_nothing_from_anybody(home, mine, owner):
-    """A store that is asked is still its owner's: the file, its log and its lock are as before, and can be adopted later."""
+def test_lookup_leaves_other_stores_unchanged(home, mine, owner):
+    """The file, its log and its lock stay as they were, and the store can be adopted later."""
     process = owner()
     before = sorted(path.name for path in home.parent.iterdir())
     find_in_other_stores(home, mine.path, "begun")
@@ -95,14 +96,23 @@ def test_asking_takes_nothing_from_anybody(home, mine, owner):
     process.wait()
     find_in_other_stores(home, mine.path, "begun")
     (path,) = (path for path in home.parent.glob("*.sqlite") if path != mine.path)
-    with_heir = BufferStore(path, create=False)
-    assert with_heir.claim("begun", 9.0).result == b"testament"
-    with_heir.close()
+    adopter = BufferStore(path, create=False)
+    assert adopter.claim("begun", 9.0).result == b"provisional"
+    adopter.close()
 
 
-def test_files_that_are_no_stores_of_ours(home, mine):
-    """Noise under our name, an empty file, a directory that is gone: then nothing is known, and nothing raises."""
+def test_lookup_ignores_unreadable_files(home, mine):
+    """Random bytes, an empty file and a missing directory have no entries and raise nothing."""
     (home.parent / "z4j-green-1-aaaaaaaa.sqlite").write_bytes(b"noise" * 1000)
     (home.parent / "z4j-green-2-aaaaaaaa.sqlite").touch()
     assert find_in_other_stores(home, mine.path, "c") is None
     assert find_in_other_stores(home.parent / "none" / "b.sqlite", mine.path, "c") is None
+
+
+def test_lookup_finds_key_with_lone_surrogate(home, mine):
+    """A key that SQLite cannot encode is looked up in the form in which the ledger stores it."""
+    other = BufferStore(new_store_path(home))
+    other.claim("fire-\ud800", 1.0, b"")
+    found = find_in_other_stores(home, mine.path, "fire-\ud800")
+    other.close()
+    assert found.state == IN_OTHER_PROCESS

@@ -1,4 +1,4 @@
-"""The keeper in virtual time: patience with a busy disk, a remedy for an ill one, and the books while there is none."""
+"""The manager in virtual time: retries, recovery from errors, memory and its accounting."""
 
 import errno
 import logging
@@ -21,11 +21,11 @@ CODES = {
     CORRUPT: sqlite3.SQLITE_CORRUPT,
     DELETED: None,
 }
-NOTHING = ((0, 0, ()), (0, 1, ("event",)), 1)
+NO_ROWS = ((0, 0, ()), (0, 1, ("event",)), 1)
 
 
-def trouble(cause):
-    """A storage error as the store raises it."""
+def storage_error(cause):
+    """Return an error as a store raises it."""
     if cause == DELETED:
         root = OSError(errno.ENOENT, "No such file or directory")
     elif CODES.get(cause):
@@ -38,26 +38,26 @@ def trouble(cause):
     return error
 
 
-class Ill(MemoryStore):
-    """A store that can be made to fail, and remembers what was done to it."""
+class FailingStore(MemoryStore):
+    """A store that fails on demand and records the recovery calls."""
 
-    def __init__(self, world):
+    def __init__(self, harness):
         super().__init__()
-        self.world = world
+        self.harness = harness
         self.done = []
-        self.untidy = 0
+        self.vacuum_steps_left = 0
 
     def append(self, rows):
-        self.world.strike()
+        self.harness.raise_if_failing()
         return super().append(rows)
 
     def import_rows(self, rows):
-        self.world.strike()
+        self.harness.raise_if_failing()
         return super().import_rows(rows)
 
     def free_space(self):
         self.done.append("free_space")
-        self.world.cured += 1
+        self.harness.freed += 1
         ids = [row.id for row in self.drain(0, 2, 1 << 20, ("event",))]
         return self.discard(ids, "capacity")
 
@@ -72,123 +72,129 @@ class Ill(MemoryStore):
 
     def vacuum_step(self):
         self.done.append("vacuum_step")
-        self.untidy = max(0, self.untidy - 1)
-        return not self.untidy
+        self.vacuum_steps_left = max(0, self.vacuum_steps_left - 1)
+        return not self.vacuum_steps_left
 
 
-class World:
-    """A keeper over ill stores: ``cause`` is what ails them, ``strikes`` how many calls it takes."""
+class ManagerHarness:
+    """A manager whose stores fail with ``cause`` for the next ``failures_left`` calls."""
 
     def __init__(self):
         self.backend = FakeConcurrency()
         self.stores = []
-        self.cause, self.strikes, self.cured, self.calls = "", 0, 0, 0
+        self.cause, self.failures_left, self.freed, self.calls = "", 0, 0, 0
         self.buffer = BufferManager(self.open, self.backend)
         self.sent = 0
 
     def open(self):
-        self.stores.append(Ill(self))
+        self.stores.append(FailingStore(self))
         return self.stores[-1]
 
-    def strike(self):
+    def raise_if_failing(self):
         self.calls += 1
-        if self.strikes > 0:
-            self.strikes -= 1
-            raise trouble(self.cause)
+        if self.failures_left > 0:
+            self.failures_left -= 1
+            raise storage_error(self.cause)
 
-    def ail(self, cause, strikes=10**9):
-        self.cause, self.strikes = cause, strikes
+    def fail_with(self, cause, failures_left=10**9):
+        self.cause, self.failures_left = cause, failures_left
 
-    def heal(self):
-        self.strikes = 0
+    def repair(self):
+        self.failures_left = 0
 
-    def put(self, number):
+    def append_numbers(self, number):
         self.buffer.append([("event", "", b"%d" % (self.sent + n)) for n in range(number)])
         self.sent += number
 
-    def there(self):
-        """What a sender would find now."""
+    def read_numbers(self):
+        """Return the events that a sender would read now."""
         return [
             int(row.payload)
             for row in self.buffer.read_next((0, 0, ()), (0, 10**6, ("event",)), 1 << 30)[1]
         ]
 
-    def adds_up(self):
+    def is_balanced(self):
         stats = self.buffer.stats()
         assert sum(stats.lost.values()) == sum(stats.lost_kinds.values())
         return self.sent == stats.rows + sum(stats.lost.values()) + stats.confirmed
 
 
 @pytest.fixture
-def world():
-    return World()
+def harness():
+    return ManagerHarness()
 
 
 @pytest.mark.parametrize("cause", sorted(CODES))
-def test_causes_are_told_apart(cause):
-    """The error made here is one that the keeper has a remedy for."""
-    assert classify(trouble(cause)) == cause
+def test_error_has_expected_cause(cause):
+    """The errors of this module have the causes that the manager recovers from."""
+    assert classify(storage_error(cause)) == cause
 
 
-def test_what_is_at_hand_takes_no_trip(world, monkeypatch):
-    """Rows of a moment ago are fetched on the hub; the disk is asked when figures are due, or there is something to delete."""
-    world.put(3)
-    trips, offload = [], world.backend.offload
+def test_cached_rows_need_no_disk_call(harness, monkeypatch):
+    """Recent rows are read on the hub; the disk is called for due stats or pending deletes."""
+    harness.append_numbers(3)
+    disk_calls, offload = [], harness.backend.offload
     monkeypatch.setattr(
-        world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
+        harness.backend, "offload", lambda *call: disk_calls.append(call) or offload(*call)
     )
-    assert (world.there(), trips) == ([0, 1, 2], [])
-    world.backend.advance(1.5 * module.STATS_INTERVAL)
-    assert (world.there(), len(trips)) == ([0, 1, 2], 0), "not for the figures' sake alone"
-    world.backend.advance(module.STATS_INTERVAL_IDLE)
-    assert (world.there(), len(trips)) == ([0, 1, 2], 1)
-    world.buffer.ack((1, 2, 3), 3, 0)
-    assert (world.there(), len(trips)) == ([], 2)
+    assert (harness.read_numbers(), disk_calls) == ([0, 1, 2], [])
+    harness.backend.advance(1.5 * module.STATS_INTERVAL)
+    assert (harness.read_numbers(), len(disk_calls)) == ([0, 1, 2], 0), (
+        "not for the figures' sake alone"
+    )
+    harness.backend.advance(module.STATS_INTERVAL_IDLE)
+    assert (harness.read_numbers(), len(disk_calls)) == ([0, 1, 2], 1)
+    harness.buffer.ack((1, 2, 3), 3, 0)
+    assert (harness.read_numbers(), len(disk_calls)) == ([], 2)
 
 
-def test_confirmed_rows_wait_for_the_next_trip(world, monkeypatch):
-    """A look that finds newer rows in memory leaves them for a while, as does one for results only; one that finds nothing, or an append, takes them along."""
-    world.put(4)
-    trips, offload = [], world.backend.offload
+def test_acked_rows_are_deleted_by_next_call(harness, monkeypatch):
+    """A read of cached rows or results defers the delete; an append or an empty read does not."""
+    harness.append_numbers(4)
+    disk_calls, offload = [], harness.backend.offload
     monkeypatch.setattr(
-        world.backend, "offload", lambda *call: trips.append(call) or offload(*call)
+        harness.backend, "offload", lambda *call: disk_calls.append(call) or offload(*call)
     )
-    world.buffer.ack((1,), 1, 0)
-    found = world.buffer.read_next((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
-    assert ([row.id for row in found], world.buffer.acked_events, trips) == ([2, 3, 4], 0, [])
-    assert not world.buffer.is_idle
-    world.put(1)
-    assert (world.buffer.acked_events, len(trips)) == (1, 1)
-    world.buffer.ack((2,), 1, 0)
-    assert world.buffer.read_next((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
-    assert (world.buffer.acked_events, len(trips)) == (1, 1), (
+    harness.buffer.ack((1,), 1, 0)
+    found = harness.buffer.read_next((0, 0, ()), (1, 10, ("event",)), 1 << 30)[1]
+    assert ([row.id for row in found], harness.buffer.acked_events, disk_calls) == (
+        [2, 3, 4],
+        0,
+        [],
+    )
+    assert not harness.buffer.is_idle
+    harness.append_numbers(1)
+    assert (harness.buffer.acked_events, len(disk_calls)) == (1, 1)
+    harness.buffer.ack((2,), 1, 0)
+    assert harness.buffer.read_next((0, 10, ("result",)), (2, 0, ("event",)), 1 << 30) == ([], [])
+    assert (harness.buffer.acked_events, len(disk_calls)) == (1, 1), (
         "who may send no events will be back soon"
     )
-    world.backend.advance(MAX_DEFER_SECONDS)
-    assert world.buffer.read_next((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
-    assert (world.buffer.acked_events, len(trips)) == (2, 2)
-    world.buffer.ack((3, 4, 5), 3, 0)
-    assert world.buffer.read_next((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
-    assert (world.buffer.acked_events, world.buffer.last_stats.lost) == (5, {})
+    harness.backend.advance(MAX_DEFER_SECONDS)
+    assert harness.buffer.read_next((0, 0, ()), (2, 10, ("event",)), 1 << 30)[1]
+    assert (harness.buffer.acked_events, len(disk_calls)) == (2, 2)
+    harness.buffer.ack((3, 4, 5), 3, 0)
+    assert harness.buffer.read_next((0, 0, ()), (5, 10, ("event",)), 1 << 30) == ([], [])
+    assert (harness.buffer.acked_events, harness.buffer.last_stats.lost) == (5, {})
 
 
-def test_settled_is_who_has_nothing_left_to_do(world):
-    """A store from which rows were deleted is settled when a look that found nothing has tidied it."""
-    world.put(1)
-    world.buffer.ack((1,), 1, 0)
+def test_manager_is_idle_after_vacuum(harness):
+    """After a delete, the manager is idle once an empty read has completed the vacuum."""
+    harness.append_numbers(1)
+    harness.buffer.ack((1,), 1, 0)
     nothing = ((0, 0, ()), (1, 10, ("event",)), 1 << 30)
-    assert world.buffer.read_next(*nothing) == ([], [])
-    assert (world.buffer.acked_events, world.buffer.is_idle) == (1, False)
-    world.backend.advance(VACUUM_INTERVAL)
-    assert world.buffer.read_next(*nothing) == ([], [])
-    assert world.buffer.is_idle
+    assert harness.buffer.read_next(*nothing) == ([], [])
+    assert (harness.buffer.acked_events, harness.buffer.is_idle) == (1, False)
+    harness.backend.advance(VACUUM_INTERVAL)
+    assert harness.buffer.read_next(*nothing) == ([], [])
+    assert harness.buffer.is_idle
 
 
-def test_confirmed_rows_are_never_found(world):
-    """A sender that begins anew does not get what the brain has, although it is in memory still."""
-    world.put(3)
-    world.buffer.ack((1, 2), 2, 0)
-    assert world.there() == [2]
+def test_acked_rows_are_not_read_again(harness):
+    """A sender that restarts does not get acked rows, although they are still cached."""
+    harness.append_numbers(3)
+    harness.buffer.ack((1, 2), 2, 0)
+    assert harness.read_numbers() == [2]
 
 
 @pytest.mark.parametrize(
@@ -198,312 +204,320 @@ def test_confirmed_rows_are_never_found(world):
         lambda buffer, rows: buffer.append_events([payload for _, _, payload in rows]),
     ],
 )
-def test_a_full_store_loses_nothing_that_the_brain_has(world, add):
-    """What is confirmed makes room before the caps are looked at; evicted, it would count as lost."""
-    world.buffer._disk._open_store = lambda: MemoryStore(max_rows=10)
+def test_full_store_deletes_acked_rows_before_eviction(harness, add):
+    """Acked rows are deleted before the caps apply; an eviction would count them as lost."""
+    harness.buffer._disk._open_store = lambda: MemoryStore(max_rows=10)
     rows = [("event", "", b"%d" % number) for number in range(10)]
-    add(world.buffer, rows)
-    world.buffer.ack(range(1, 8), 7, 0)
-    add(world.buffer, rows[:7])
-    stats = world.buffer.stats()
-    assert (stats.rows, stats.confirmed, stats.lost, world.buffer.acked_events) == (10, 7, {}, 7)
+    add(harness.buffer, rows)
+    harness.buffer.ack(range(1, 8), 7, 0)
+    add(harness.buffer, rows[:7])
+    stats = harness.buffer.stats()
+    assert (stats.rows, stats.confirmed, stats.lost, harness.buffer.acked_events) == (10, 7, {}, 7)
 
 
-def test_a_confirmed_row_leaves_once(world):
-    """While the disk is busy the row waits with the call that would have deleted it, and counts once."""
-    world.put(3)
-    world.buffer.ack((1, 2), 2, 0)
-    world.ail(BUSY, 2)
-    world.put(1)
-    assert (world.buffer.acked_events, world.buffer.stats().confirmed) == (2, 2)
-    assert world.adds_up()
+def test_acked_row_is_counted_once_on_busy_disk(harness):
+    """While the disk is busy, the delete is repeated with its call, and each row counts once."""
+    harness.append_numbers(3)
+    harness.buffer.ack((1, 2), 2, 0)
+    harness.fail_with(BUSY, 2)
+    harness.append_numbers(1)
+    assert (harness.buffer.acked_events, harness.buffer.stats().confirmed) == (2, 2)
+    assert harness.is_balanced()
 
 
-def test_what_memory_had_confirmed_is_not_sought_on_disk(world):
-    """Ids of rows in memory mean other rows on the disk to which the store returns."""
-    world.put(3)
-    world.ail("other")
-    world.put(2)
-    world.heal()
-    world.buffer.ack((1, 2), 2, world.buffer.generation)
-    world.backend.advance(RETRY_INITIAL)
-    assert world.there() == [0, 1, 2, 3, 4]
-    assert world.buffer.durable
-    assert world.adds_up()
+def test_acks_of_memory_do_not_delete_disk_rows(harness):
+    """Ids of rows in memory belong to other rows on the disk."""
+    harness.append_numbers(3)
+    harness.fail_with("other")
+    harness.append_numbers(2)
+    harness.repair()
+    harness.buffer.ack((1, 2), 2, harness.buffer.generation)
+    harness.backend.advance(RETRY_INITIAL)
+    assert harness.read_numbers() == [0, 1, 2, 3, 4]
+    assert harness.buffer.durable
+    assert harness.is_balanced()
 
 
-def test_closing_deletes_what_the_brain_has(world):
-    """The next process does not send it again."""
-    world.put(3)
+def test_close_deletes_acked_rows(harness):
+    """The next process does not send them again."""
+    harness.append_numbers(3)
     deleted = []
-    world.stores[0].confirm = lambda ids: deleted.extend(ids)
-    world.buffer.ack((1, 3), 2, 0)
-    world.buffer.close()
-    assert (deleted, world.buffer.acked_events) == ([1, 3], 2)
+    harness.stores[0].confirm = lambda ids: deleted.extend(ids)
+    harness.buffer.ack((1, 3), 2, 0)
+    harness.buffer.close()
+    assert (deleted, harness.buffer.acked_events) == ([1, 3], 2)
 
 
 # -- busy
 
 
-def test_a_busy_disk_is_asked_again(world):
-    """A disk that is locked for a second costs that second, and nothing else."""
-    world.ail(BUSY, 4)
-    world.put(3)
-    assert 0 < world.backend.now() < 1.5
-    assert (world.buffer.durable, world.buffer.failures, world.buffer.generation) == (True, 0, 0)
-    assert world.there() == [0, 1, 2]
+def test_busy_disk_is_retried(harness):
+    """A disk that is locked for a second delays the call by that second and has no other effect."""
+    harness.fail_with(BUSY, 4)
+    harness.append_numbers(3)
+    assert 0 < harness.backend.now() < 1.5
+    assert (harness.buffer.durable, harness.buffer.failures, harness.buffer.generation) == (
+        True,
+        0,
+        0,
+    )
+    assert harness.read_numbers() == [0, 1, 2]
 
 
-def test_patience_with_a_busy_disk_ends(world):
-    """A disk that stays locked is given up after a few seconds, in which others run."""
+def test_busy_disk_times_out(harness):
+    """A disk that stays locked is replaced after some seconds, in which other tasks run."""
     ticks = []
-    world.backend.spawn(
-        lambda: [ticks.append(world.backend.now()) or world.backend.sleep(0.1) for _ in range(20)],
+    harness.backend.spawn(
+        lambda: [
+            ticks.append(harness.backend.now()) or harness.backend.sleep(0.1) for _ in range(20)
+        ],
         name="host",
     )
-    world.ail(BUSY)
-    world.put(1)
-    assert BUSY_TIMEOUT <= world.backend.now() <= BUSY_TIMEOUT + 1
+    harness.fail_with(BUSY)
+    harness.append_numbers(1)
+    assert BUSY_TIMEOUT <= harness.backend.now() <= BUSY_TIMEOUT + 1
     assert len(ticks) == 20
-    assert not world.buffer.durable
-    assert world.adds_up()
+    assert not harness.buffer.durable
+    assert harness.is_balanced()
 
 
-# -- full, corrupt, gone
+# -- full, corrupt, deleted
 
 
-def test_a_full_disk_gives_up_its_oldest_events(world, caplog):
-    """A full disk is relieved once and asked again; what that cost is counted and said once a minute."""
-    world.put(4)
+def test_full_disk_evicts_oldest_events(harness, caplog):
+    """Space is freed once and the call repeated; the loss is counted and logged once a minute."""
+    harness.append_numbers(4)
     for _ in range(3):
-        world.ail(FULL, 1)
-        world.put(2)
-    assert world.buffer.durable
-    assert world.stores[0].done.count("free_space") == 3
-    assert world.there() == [6, 7, 8, 9]
-    assert world.buffer.stats().lost == {"capacity": 6}
-    assert world.adds_up()
+        harness.fail_with(FULL, 1)
+        harness.append_numbers(2)
+    assert harness.buffer.durable
+    assert harness.stores[0].done.count("free_space") == 3
+    assert harness.read_numbers() == [6, 7, 8, 9]
+    assert harness.buffer.stats().lost == {"capacity": 6}
+    assert harness.is_balanced()
     assert [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ] == [
-        "z4j: the disk is full: the 2 oldest events were dropped "
-        "(cannot append to the store: full); free some space"
+        (
+            "z4j: the disk is full: the 2 oldest events were dropped "
+            "(cannot append to the store: full); free some space"
+        )
     ]
 
 
-def test_a_disk_that_stays_full_leaves_memory(world):
-    """When making room did not help, the rows go to memory, and nothing more is evicted for them."""
-    world.put(4)
-    world.ail(FULL)
-    world.put(2)
-    assert world.stores[0].done == ["free_space"]
-    assert not world.buffer.durable
-    assert world.adds_up()
-    assert world.buffer.last_stats.rows == 4
+def test_disk_that_stays_full_switches_to_memory(harness):
+    """When freeing space does not help, rows go to memory, and no more are evicted."""
+    harness.append_numbers(4)
+    harness.fail_with(FULL)
+    harness.append_numbers(2)
+    assert harness.stores[0].done == ["free_space"]
+    assert not harness.buffer.durable
+    assert harness.is_balanced()
+    assert harness.buffer.last_stats.rows == 4
 
 
-def test_a_corrupt_file_is_replaced(world, caplog):
-    """The file is set aside, a new one begun, the rows of the old one are counted, and old ids mean nothing any more."""
-    world.put(5)
-    generation = world.buffer.generation
-    world.ail(CORRUPT, 1)
-    world.put(2)
-    assert world.stores[0].done == ["set aside"]
-    assert len(world.stores) == 2
-    assert world.buffer.durable
-    assert world.buffer.generation == generation + 1
-    world.buffer.ack([1, 2], 2, generation)
-    world.buffer.read_next(*NOTHING)
-    world.buffer.discard([1, 2], "poison", generation)
-    assert world.there() == [5, 6]
-    assert world.buffer.stats().lost == {"corrupt": 5}
-    assert world.adds_up()
+def test_corrupt_file_is_quarantined_and_replaced(harness, caplog):
+    """The rows of the old file count as lost, and ids of the old generation are ignored."""
+    harness.append_numbers(5)
+    generation = harness.buffer.generation
+    harness.fail_with(CORRUPT, 1)
+    harness.append_numbers(2)
+    assert harness.stores[0].done == ["set aside"]
+    assert len(harness.stores) == 2
+    assert harness.buffer.durable
+    assert harness.buffer.generation == generation + 1
+    harness.buffer.ack([1, 2], 2, generation)
+    harness.buffer.read_next(*NO_ROWS)
+    harness.buffer.discard([1, 2], "poison", generation)
+    assert harness.read_numbers() == [5, 6]
+    assert harness.buffer.stats().lost == {"corrupt": 5}
+    assert harness.is_balanced()
     assert caplog.text.count("is corrupt") == 1
 
 
-def test_losses_are_kept_when_no_new_file_can_be_opened(world):
-    """A corrupt file and then no disk at all: what was lost is still told, from memory and then from the next file."""
-    world.put(5)
-    opened = world.buffer._disk._open_store
+def test_losses_of_corrupt_file_are_reported_from_memory(harness):
+    """After a corrupt file and a failed disk, memory and then the next file report the losses."""
+    harness.append_numbers(5)
+    opened = harness.buffer._disk._open_store
 
     def refuse():
-        raise trouble("other")
+        raise storage_error("other")
 
-    world.buffer._disk._open_store = refuse
-    world.ail(CORRUPT, 1)
-    world.put(2)
-    assert not world.buffer.durable
-    assert world.buffer.stats().lost == {"corrupt": 5}
-    assert world.adds_up()
-    world.buffer._disk._open_store = opened
-    world.backend.advance(RETRY_INITIAL)
-    assert world.there() == [5, 6]
-    assert world.buffer.stats().lost == {"corrupt": 5}
-    assert world.adds_up()
-
-
-def test_a_deleted_file_is_replaced_with_its_rows(world):
-    """When the file has lost its name, its rows come along to a new one: they would vanish with the process."""
-    world.put(5)
-    world.ail(DELETED, 1)
-    world.put(2)
-    assert world.stores[0].closed
-    assert world.there() == [0, 1, 2, 3, 4, 5, 6]
-    assert world.buffer.durable
-    assert world.adds_up()
+    harness.buffer._disk._open_store = refuse
+    harness.fail_with(CORRUPT, 1)
+    harness.append_numbers(2)
+    assert not harness.buffer.durable
+    assert harness.buffer.stats().lost == {"corrupt": 5}
+    assert harness.is_balanced()
+    harness.buffer._disk._open_store = opened
+    harness.backend.advance(RETRY_INITIAL)
+    assert harness.read_numbers() == [5, 6]
+    assert harness.buffer.stats().lost == {"corrupt": 5}
+    assert harness.is_balanced()
 
 
-# -- memory and back
+def test_rows_of_deleted_file_are_copied(harness):
+    """The rows of a deleted file would vanish with the process, so a new file gets them."""
+    harness.append_numbers(5)
+    harness.fail_with(DELETED, 1)
+    harness.append_numbers(2)
+    assert harness.stores[0].closed
+    assert harness.read_numbers() == [0, 1, 2, 3, 4, 5, 6]
+    assert harness.buffer.durable
+    assert harness.is_balanced()
 
 
-def test_losses_in_memory_reach_the_disk(world):
-    """What overflowed while there was only memory is lost for good, and is still told after the return."""
-    world.buffer._new_memory = lambda: MemoryStore(max_rows=3)
-    world.put(2)
-    world.ail("other")
-    world.put(10)
-    assert world.buffer.stats().rows == 5
-    assert world.buffer.stats().buffer_id == world.stores[0].buffer_id
-    assert world.adds_up()
-    world.heal()
-    world.backend.advance(RETRY_INITIAL)
-    assert world.there() == [0, 1, 9, 10, 11]
-    assert world.buffer.stats().lost == {"capacity": 7}
-    assert world.adds_up()
+# -- memory
 
 
-def test_one_warning_when_it_begins_and_one_when_it_ends(world, caplog):
-    """Flapping does not fill the log: each sort of warning comes once a minute at most."""
+def test_losses_in_memory_are_recorded_on_disk(harness):
+    """Rows that memory evicted are still reported as lost after the return to the disk."""
+    harness.buffer._new_memory = lambda: MemoryStore(max_rows=3)
+    harness.append_numbers(2)
+    harness.fail_with("other")
+    harness.append_numbers(10)
+    assert harness.buffer.stats().rows == 5
+    assert harness.buffer.stats().buffer_id == harness.stores[0].buffer_id
+    assert harness.is_balanced()
+    harness.repair()
+    harness.backend.advance(RETRY_INITIAL)
+    assert harness.read_numbers() == [0, 1, 9, 10, 11]
+    assert harness.buffer.stats().lost == {"capacity": 7}
+    assert harness.is_balanced()
+
+
+def test_warnings_of_flapping_disk_are_rate_limited(harness, caplog):
+    """Each subject is logged as a warning at most once a minute."""
     for _ in range(4):
-        world.ail("other")
-        world.put(1)
-        world.heal()
-        world.backend.advance(RETRY_INITIAL * 4)
-        world.put(1)
+        harness.fail_with("other")
+        harness.append_numbers(1)
+        harness.repair()
+        harness.backend.advance(RETRY_INITIAL * 4)
+        harness.append_numbers(1)
     warnings = [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ]
     assert sum("in memory only" in text for text in warnings) <= 2
     assert sum("on disk again" in text for text in warnings) <= 2
-    assert world.buffer.failures >= 3
-    world.backend.advance(RETRY_MAX)
-    assert world.there() == list(range(8))
+    assert harness.buffer.failures >= 3
+    harness.backend.advance(RETRY_MAX)
+    assert harness.read_numbers() == list(range(8))
 
 
-def test_attempts_to_return_grow_rarer(world):
-    """A dead disk is tried 5 s later, then less and less often, down to every five minutes."""
-    world.ail("other")
-    world.put(1)
-    world.calls = 0
+def test_disk_retry_backs_off(harness):
+    """A failed disk is tried after 5 s, then at growing intervals up to five minutes."""
+    harness.fail_with("other")
+    harness.append_numbers(1)
+    harness.calls = 0
     for _ in range(2000):
-        world.backend.advance(1)
-        world.there()
-    assert 6 <= world.calls <= 6 + 2000 / RETRY_MAX + 1
+        harness.backend.advance(1)
+        harness.read_numbers()
+    assert 6 <= harness.calls <= 6 + 2000 / RETRY_MAX + 1
 
 
-def test_closing_saves_what_is_in_memory(world):
-    """At a clean stop the rows in memory get a last chance to reach the disk."""
-    world.put(1)
-    world.ail("other")
-    world.put(2)
-    world.heal()
-    disk = world.stores[0]
+def test_close_moves_memory_to_disk(harness):
+    """A clean stop tries once more to move rows from memory to the disk."""
+    harness.append_numbers(1)
+    harness.fail_with("other")
+    harness.append_numbers(2)
+    harness.repair()
+    disk = harness.stores[0]
     kept, disk.close = [], lambda: kept.append(disk.size())
-    world.buffer.close()
+    harness.buffer.close()
     assert kept == [3]
 
 
-def test_closing_says_what_it_could_not_save(world, caplog):
-    """With the disk still failing, the log says how many rows went with the process."""
-    world.ail("other")
-    world.put(2)
-    world.buffer.close()
+def test_close_logs_rows_lost_in_memory(harness, caplog):
+    """If the disk still fails, the log says how many rows are lost with the process."""
+    harness.fail_with("other")
+    harness.append_numbers(2)
+    harness.buffer.close()
     assert "2 rows were in memory only" in caplog.text
 
 
-def test_a_bug_is_not_taken_for_a_bad_disk(world):
-    """Only a storage error leads to memory; anything else is ours and ends the loop that made it."""
-    world.put(1)
-    world.stores[0].append = None
+def test_other_error_is_raised_without_fallback(harness):
+    """Only a storage error switches to memory; any other error is a bug and is raised."""
+    harness.append_numbers(1)
+    harness.stores[0].append = None
     with pytest.raises(TypeError):
-        world.put(1)
-    assert world.buffer.durable
+        harness.append_numbers(1)
+    assert harness.buffer.durable
 
 
-# -- tidying
+# -- vacuum
 
 
-def test_an_idle_store_is_tidied_until_nothing_is_left(world):
-    """Deletions make it untidy; with nothing to do it is tidied once a second until it says that it is done."""
-    world.put(3)
-    world.stores[0].untidy = 3
-    world.buffer.ack([1, 2, 3], 3, 0)
-    world.buffer.read_next(*NOTHING)
-    assert world.stores[0].done == []
+def test_idle_store_is_vacuumed_until_complete(harness):
+    """After deletes, empty reads run a vacuum step every second until the vacuum is complete."""
+    harness.append_numbers(3)
+    harness.stores[0].vacuum_steps_left = 3
+    harness.buffer.ack([1, 2, 3], 3, 0)
+    harness.buffer.read_next(*NO_ROWS)
+    assert harness.stores[0].done == []
     for _ in range(50):
-        world.backend.advance(0.1)
-        world.buffer.read_next(*NOTHING)
-    assert world.stores[0].done == ["vacuum_step"] * 3
+        harness.backend.advance(0.1)
+        harness.buffer.read_next(*NO_ROWS)
+    assert harness.stores[0].done == ["vacuum_step"] * 3
 
 
-def test_tidying_waits_while_there_is_work(world):
-    """A turn that found rows or confirmed some does not tidy."""
-    world.put(3)
+def test_vacuum_waits_while_rows_are_read(harness):
+    """A read that finds rows or follows an ack runs no vacuum step."""
+    harness.append_numbers(3)
     for _ in range(5):
-        world.backend.advance(1)
-        assert len(world.there()) == 3
-    assert world.stores[0].done == []
+        harness.backend.advance(1)
+        assert len(harness.read_numbers()) == 3
+    assert harness.stores[0].done == []
 
 
-def test_tidying_that_fails_costs_nothing(world):
-    """An error in housekeeping is no reason to leave the disk."""
-    world.put(1)
+def test_failed_vacuum_has_no_effect(harness):
+    """An error in a vacuum step does not switch to memory."""
+    harness.append_numbers(1)
 
     def fail():
-        raise trouble(FULL)
+        raise storage_error(FULL)
 
-    world.stores[0].vacuum_step = fail
-    world.buffer.ack([1], 1, 0)
-    world.buffer.read_next(*NOTHING)
-    world.backend.advance(1)
-    world.buffer.read_next(*NOTHING)
-    assert world.buffer.durable
+    harness.stores[0].vacuum_step = fail
+    harness.buffer.ack([1], 1, 0)
+    harness.buffer.read_next(*NO_ROWS)
+    harness.backend.advance(1)
+    harness.buffer.read_next(*NO_ROWS)
+    assert harness.buffer.durable
 
 
-def test_the_notice_is_passed_on_once(world, caplog):
-    """The warning about a store in another directory is logged once, although two stores have it."""
-    open_store = world.buffer._disk._open_store
+def test_notice_is_logged_once(harness, caplog):
+    """The warning about another directory is logged once, although two stores have it."""
+    open_store = harness.buffer._disk._open_store
 
     def open_elsewhere():
         store = open_store()
         store.notice = "point Z4J_HOME somewhere"
         return store
 
-    world.buffer._disk._open_store = open_elsewhere
-    world.put(1)
-    world.ail(CORRUPT, 1)
-    world.put(1)
-    assert len(world.stores) == 2
-    world.put(1)
+    harness.buffer._disk._open_store = open_elsewhere
+    harness.append_numbers(1)
+    harness.fail_with(CORRUPT, 1)
+    harness.append_numbers(1)
+    assert len(harness.stores) == 2
+    harness.append_numbers(1)
     assert caplog.text.count("Z4J_HOME") == 1
 
 
-def test_appends_refresh_the_figures(world):
-    """Without a session nobody asks for rows; the figures are at most a second and an append old all the same."""
+def test_append_refreshes_stats(harness):
+    """Without a session, the stats are at most one second and one append old."""
     for _ in range(4):
-        world.put(5)
-        world.backend.advance(1.1)
-    assert world.buffer.last_stats.rows == 15
+        harness.append_numbers(5)
+        harness.backend.advance(1.1)
+    assert harness.buffer.last_stats.rows == 15
 
 
-def test_figures_from_before_the_first_look(world):
-    """Without a disk from the start the figures are those of memory."""
+def test_stats_without_disk_are_those_of_memory(harness):
+    """If the disk fails from the start, the stats are those of memory."""
 
     def refuse():
-        raise trouble("other")
+        raise storage_error("other")
 
-    world.buffer._disk._open_store = refuse
-    assert world.buffer.last_stats is NO_STATS
-    world.put(2)
-    assert world.buffer.stats().buffer_id != "unopened"
-    assert world.adds_up()
+    harness.buffer._disk._open_store = refuse
+    assert harness.buffer.last_stats is NO_STATS
+    harness.append_numbers(2)
+    assert harness.buffer.stats().buffer_id != "unopened"
+    assert harness.is_balanced()

@@ -1,4 +1,4 @@
-"""Both stores against a list of tuples: whatever is done to them in whatever order, the numbers add up."""
+"""Both stores compared with a model, after random calls in random order."""
 
 import shutil
 import tempfile
@@ -28,7 +28,7 @@ PICK = st.lists(st.integers(0, MAX_ROWS - 1), max_size=6)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """A model is a list of ``(id, kind, payload)``, who was on the wire how often, three counters and a ledger."""
+    """The model: ``(id, kind, payload)`` rows, attempts, three counters and a ledger."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         self.store.close()
 
-    def picked(self, picks):
+    def pick_ids(self, picks):
         return sorted({self.rows[pick][0] for pick in picks if pick < len(self.rows)}, reverse=True)
 
     @rule(rows=ROWS, key=st.sampled_from(["", "key"]), filler=st.sampled_from([b"x", b"\n"]))
@@ -55,22 +55,22 @@ class StoreMachine(RuleBasedStateMachine):
             for n, (kind, size) in enumerate(rows)
         ]
         evicted = self.store.append(batch)
-        self.grown(batch, evicted)
+        self.add_to_model(batch, evicted)
 
     @rule(sizes=st.lists(SIZES, max_size=8))
     def append_events(self, sizes):
         payloads = [b"%08d" % (self.produced + n) + b"x" * size for n, size in enumerate(sizes)]
         evicted = self.store.append_events(payloads)
-        self.grown([(EVENT, "", payload) for payload in payloads], evicted)
+        self.add_to_model([(EVENT, "", payload) for payload in payloads], evicted)
 
-    def grown(self, batch, evicted):
+    def add_to_model(self, batch, evicted):
         first = self.produced
         self.produced += len(batch)
         self.lost += evicted
         new = [(first + n + 1, kind, payload) for n, (kind, _, payload) in enumerate(batch)]
         known = self.rows + new
         assert evicted >= len(known) - MAX_ROWS
-        # Whoever is gone must be the first in the drop order, and no more than were reported.
+        # The evicted rows must be the first in the eviction order, and as many as reported.
         victims = sorted(known, key=lambda row: (EVICTION_ORDER.index(row[1]), row[0]))[:evicted]
         self.rows = [row for row in known if row not in victims]
         if sum(len(row[2]) + 5000 for row in known) < MAX_BYTES * 3 // 4:
@@ -83,12 +83,12 @@ class StoreMachine(RuleBasedStateMachine):
         kinds=KINDS,
     )
     def drain(self, after, limit, max_bytes, kinds):
-        expected, room = [], max_bytes
+        expected, remaining = [], max_bytes
         for row in self.rows:
             if row[0] <= after or row[1] not in kinds:
                 continue
-            room -= len(row[2])
-            if len(expected) == limit or (room < 0 and expected):
+            remaining -= len(row[2])
+            if len(expected) == limit or (remaining < 0 and expected):
                 break
             expected.append(row)
         read_cached = self.store.read_cached(after, limit, max_bytes, kinds)
@@ -98,21 +98,21 @@ class StoreMachine(RuleBasedStateMachine):
         assert [entry.attempts for entry in found] == [self.attempts[row[0]] for row in expected]
 
     @rule(picks=PICK)
-    def suspect(self, picks):
-        ids = self.picked(picks)
+    def increment_attempts(self, picks):
+        ids = self.pick_ids(picks)
         self.store.increment_attempts(ids)
         self.attempts.update(ids)
 
     @rule(picks=PICK, more=st.sampled_from([[], [10**9]]))
     def confirm(self, picks, more):
-        ids = self.picked(picks)
+        ids = self.pick_ids(picks)
         assert self.store.confirm([*ids, *ids[:1], *more]) == len(ids)
         self.confirmed += len(ids)
         self.rows = [row for row in self.rows if row[0] not in ids]
 
     @rule(picks=PICK, reason=st.sampled_from(["rejected", "poison"]))
     def discard(self, picks, reason):
-        ids = self.picked(picks)
+        ids = self.pick_ids(picks)
         assert self.store.discard(ids, reason) == len(ids)
         self.lost += len(ids)
         self.rows = [row for row in self.rows if row[0] not in ids]
@@ -133,7 +133,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.vacuum_step()
 
     @invariant()
-    def numbers_add_up(self):
+    def is_balanced(self):
         stats = self.store.stats()
         assert (stats.produced, stats.confirmed) == (self.produced, self.confirmed)
         assert sum(stats.lost.values()) == sum(stats.lost_kinds.values()) == self.lost
@@ -145,16 +145,16 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats.bytes <= MAX_BYTES
 
     @invariant()
-    def rows_are_the_models(self):
+    def rows_equal_model(self):
         found = self.store.drain(0, 1000, 1 << 40, ALL)
         assert [(entry.id, entry.kind, entry.payload) for entry in found] == self.rows
 
 
 class DiskMachine(StoreMachine):
-    """The same, with a store that can also be closed, reopened and killed."""
+    """The machine for the store on disk, with close, reopen and kill."""
 
     def __init__(self):
-        # Processes die here, not machines: in memory, a busy disk's fsync cannot make this slow.
+        # Only processes die in this test, so files in memory suffice and are faster.
         shared = Path("/dev/shm")
         self.folder = Path(
             tempfile.mkdtemp(prefix="z4j-model-", dir=shared if shared.is_dir() else None)
@@ -166,7 +166,7 @@ class DiskMachine(StoreMachine):
         super().__init__()
 
     def open(self):
-        # Commands at 1.0 are young for this clock, so that the file outlives a close with an empty queue.
+        # For this clock, commands at 1.0 are recent, so that a close keeps the file without rows.
         return BufferStore(
             self.path,
             max_rows=MAX_ROWS,
@@ -190,7 +190,7 @@ class DiskMachine(StoreMachine):
 
     @precondition(lambda self: not self.rows and not self.commands)
     @rule()
-    def leave_nothing(self):
+    def close_without_rows(self):
         self.store.close()
         assert list(self.folder.iterdir()) == []
         self.produced = self.confirmed = self.lost = 0
@@ -199,7 +199,7 @@ class DiskMachine(StoreMachine):
 
     @rule()
     def crash(self):
-        """Go on with what a dead process would leave: file and log as they are at this moment."""
+        """Continue with the files as a dead process would leave them."""
         old, self.copies = self.path, self.copies + 1
         self.path = self.folder / f"store-{self.copies}.sqlite"
         for suffix in ("", "-wal"):
@@ -214,7 +214,7 @@ class DiskMachine(StoreMachine):
 
     @rule()
     def free_space(self):
-        """Make room on a full disk: so few events are all among the oldest."""
+        """Free space on a full disk, which evicts all of these few events."""
         gone = [row for row in self.rows if row[1] == EVENT]
         assert self.store.free_space() == len(gone)
         self.lost += len(gone)
@@ -222,16 +222,16 @@ class DiskMachine(StoreMachine):
 
     @rule(payloads=ORPHANED, lost=st.integers(0, 3), steps=st.integers(0, 4))
     def adopt(self, payloads, lost, steps):
-        """Take a dead process's rows; it may be adopted only in part, and the rest again later."""
+        """Adopt rows of a dead process, all or only some; the rest may follow later."""
         self.leave_orphan(payloads, lost)
-        self.take(steps)
-        self.take()
+        self.step_adoption(steps)
+        self.step_adoption()
         self.commands.setdefault("c", "started")
-        self.resync(produced=len(payloads))
+        self.update_from_target(produced=len(payloads))
 
     @rule(payloads=ORPHANED)
-    def die_adopting(self, payloads):
-        """Die between taking rows over and deleting them there: they may be here twice, but none is missing."""
+    def die_during_adoption(self, payloads):
+        """Die between append and delete: rows may be there twice, but none is missing."""
         self.leave_orphan(payloads, 0)
         orphan = self.claim_orphan()
         with pytest.MonkeyPatch.context() as patch:
@@ -241,9 +241,9 @@ class DiskMachine(StoreMachine):
         twice, lost = orphan.moved, self.lost
         abandon(orphan._store)
         self.crash()
-        self.take()
+        self.step_adoption()
         self.commands.setdefault("c", "started")
-        self.resync(produced=len(payloads) + twice)
+        self.update_from_target(produced=len(payloads) + twice)
         if self.lost == lost:
             assert {row[2] for row in self.rows}.issuperset(payloads)
 
@@ -257,16 +257,16 @@ class DiskMachine(StoreMachine):
     def claim_orphan(self):
         return adopt.Orphan(self.orphan, "p", max_rows=10**6, max_bytes=1 << 28)
 
-    def take(self, steps=99):
-        """Adopt what the orphan holds, as far as that many steps go."""
+    def step_adoption(self, steps=99):
+        """Run some steps of the adoption."""
         if self.orphan.exists():
             orphan = self.claim_orphan()
             while steps and orphan.step(self.store) != adopt.DONE:
                 steps -= 1
             orphan.close()
 
-    def resync(self, produced):
-        """Take over how the heir's caps treated what came, which the rules for ``append`` hold; the sum is what counts here."""
+    def update_from_target(self, produced):
+        """Update the model after evictions by the target; only the sums matter here."""
         assert not self.orphan.exists()
         stats = self.store.stats()
         assert stats.produced == self.produced + produced
@@ -277,13 +277,13 @@ class DiskMachine(StoreMachine):
 
 
 def abandon(store):
-    """Let go of a store as the system does for a dead process."""
+    """Release a store as the system does for a dead process."""
     store._connection.close()
     store._lock.release()
 
 
 class MemoryMachine(StoreMachine):
-    """The same in memory."""
+    """The machine for the store in memory."""
 
     def open(self):
         return MemoryStore(max_rows=MAX_ROWS, max_bytes=MAX_BYTES, clock=lambda: 2.0)
@@ -300,11 +300,11 @@ _settings = settings(
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_steps():
-    """Adoption in steps of two rows, so that it can be left in the middle, and less kept in memory than the store holds."""
+    """Set steps of two rows, so that adoption can stop between steps, and a small cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adopt, "STEP_ROWS", 2)
-        patch.setattr(batches, "ROWS", 7)
-        patch.setattr(batches, "BYTES", 300_000)
+        patch.setattr(batches, "CACHE_ROWS", 7)
+        patch.setattr(batches, "CACHE_BYTES", 300_000)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Dead processes' stores: whose are taken, by whom, how fast, and that no row is lost on the way."""
+"""Adoption of dead processes' stores: which, by which process, how fast, and without losses."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ ROOT = Path(z4j_bare.__file__).parent.parent
 ALL = tuple(KINDS)
 CAPS = {"max_rows": 100_000, "max_bytes": 1 << 28}
 
-#: Appends rows, has 30 evicted and 7 acknowledged, knows two commands; says when; then waits for its end.
+#: Appends rows, of which 30 are evicted and 7 acked, inserts two commands, reports and waits.
 OWNER = """
 import sys
 from z4j_bare.buffer import BufferStore, new_store_path
@@ -49,8 +49,8 @@ for line in sys.stdin:
     print(store.size(), flush=True)
 """
 
-#: Adopts whatever it can get, a few rows a step; says each step; then waits.
-HEIR = """
+#: Adopts all orphans, a few rows per step, reports each step and waits.
+ADOPTER = """
 import sys
 from z4j_bare.buffer import BufferStore, new_store_path
 from z4j_bare.buffer import recovery as adopt
@@ -75,13 +75,13 @@ mine.close()
 
 @pytest.fixture
 def home(tmp_path):
-    """The configured path: its directory is what counts."""
+    """The configured path; only its directory matters."""
     return tmp_path / "home" / "buffer.sqlite"
 
 
 @pytest.fixture(autouse=True)
 def _own_temporary_directory(tmp_path, monkeypatch):
-    """No orphan of this machine's own reaches a test."""
+    """Keep orphans of this machine out of the tests."""
     monkeypatch.setattr(
         "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
     )
@@ -89,7 +89,7 @@ def _own_temporary_directory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def process():
-    """Starts a bare Python with one of the scripts above; whatever still runs is killed after the test."""
+    """Starts Python with one of the scripts above; kills it after the test."""
     started = []
 
     def start(script, *args):
@@ -110,8 +110,8 @@ def process():
         running.stdout.close()
 
 
-class Heir:
-    """A keeper on a real store in virtual time, with the loop that adopts."""
+class Adopter:
+    """A manager on a real store in virtual time, with the adopt loop."""
 
     def __init__(self, home, **options):
         self.backend = FakeConcurrency()
@@ -148,7 +148,7 @@ class Heir:
         )
 
     def acknowledge(self, number):
-        """Be the brain: take the oldest rows off the store."""
+        """Ack the oldest rows as the brain would."""
         ids = [entry.id for entry in self.store.drain(0, number, 1 << 40, ALL)]
         self.buffer.ack(ids, len(ids), self.buffer.generation)
         self.buffer.stats()
@@ -162,14 +162,14 @@ class Heir:
 
 
 @pytest.fixture
-def heir(home):
-    one = Heir(home)
+def adopter(home):
+    one = Adopter(home)
     yield one
     one.end()
 
 
 def orphan(home, rows=10, deployment="p", first=0, clock=None, size=0):
-    """Leave a store as a dead process would; return its path."""
+    """Leave a store like a dead process; return its path."""
     options = {"clock": clock} if clock else {}
     store = BufferStore(new_store_path(home), deployment=deployment, **options)
     for start in range(first, first + rows, 5000):
@@ -195,103 +195,103 @@ def killed(process):
     return Path(path)
 
 
-# -- whose
+# -- which stores
 
 
-def test_a_killed_process_is_inherited(process, home, heir):
-    """Rows, losses and commands of a SIGKILLed owner come over, at once; its file goes; the books balance."""
+def test_store_of_killed_process_is_adopted(process, home, adopter):
+    """Rows, losses and commands of a killed owner are moved at once, and its file is deleted."""
     path = killed(process(OWNER, home, 1000, "p"))
-    heir.run(1.0)
-    assert numbers(heir.rows()) == list(range(37, 1000))
-    stats = heir.buffer.stats()
+    adopter.run(1.0)
+    assert numbers(adopter.rows()) == list(range(37, 1000))
+    stats = adopter.buffer.stats()
     assert stats.lost == {"capacity": 30}
     assert 7 + stats.rows + sum(stats.lost.values()) == 1000, (
         "produced = acknowledged + buffered + lost"
     )
     assert stats.produced == stats.confirmed + stats.rows + sum(stats.lost.values())
-    assert heir.store.claim("done", 1e12).result == b"answer"
-    assert heir.store.claim("begun", 1e12).state == "started"
-    assert heir.store.claim("new", 1e12) is None
+    assert adopter.store.claim("done", 1e12).result == b"answer"
+    assert adopter.store.claim("begun", 1e12).state == "started"
+    assert adopter.store.claim("new", 1e12) is None
     assert not path.exists()
     assert not lock_path(path).exists()
-    assert heir.woken >= 2
+    assert adopter.woken >= 2
 
 
-def test_testaments_are_read(home, heir):
-    """A command that died with its process is answered with its testament, one that was done with its answer."""
+def test_interrupted_commands_send_provisional_results(home, adopter):
+    """Interrupted commands send their provisional result, finished ones their result."""
     store = BufferStore(new_store_path(home), deployment="p")
-    store.claim("died", 1e12, b"testament")
+    store.claim("died", 1e12, b"provisional")
     store.claim("silent", 1e12)
-    store.answer("done", b"answer", 1e12)
+    store.settle_and_queue("done", b"answer", 1e12)
     store._connection.close()
     store._lock.release()
-    heir.run(1.0)
-    results = {entry.key: entry.payload for entry in heir.store.drain(0, 9, 99, ("result",))}
-    assert results == {"died": b"testament", "done": b"answer"}
-    assert [heir.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == [
+    adopter.run(1.0)
+    results = {entry.key: entry.payload for entry in adopter.store.drain(0, 9, 99, ("result",))}
+    assert results == {"died": b"provisional", "done": b"answer"}
+    assert [adopter.store.claim(key, 1e12).state for key in ("died", "silent", "done")] == [
         "done",
         "started",
         "done",
     ]
-    assert orphans(home, {heir.store.path}) == []
+    assert orphans(home, {adopter.store.path}) == []
 
 
-def test_a_forked_child_does_not_keep_its_dead_parent_alive(process, home, heir):
-    """A child that lives on has the parent's descriptors, but not its lock."""
+def test_forked_child_does_not_keep_lock_of_dead_parent(process, home, adopter):
+    """A running child has the parent's descriptors, but not its lock."""
     owner = process(OWNER, home, 100, "p", "fork")
     child = int(owner.stdout.readline().split()[0])
     try:
         owner.kill()
         owner.wait()
-        heir.run(1.0)
-        assert len(heir.rows()) == 63
+        adopter.run(1.0)
+        assert len(adopter.rows()) == 63
         os.kill(child, 0)
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_living_owner_is_left_alone(process, home, heir):
-    """While its owner lives a store is not touched; the owner goes on writing; after its death it is adopted within a minute."""
+def test_store_of_running_owner_is_not_adopted(process, home, adopter):
+    """A store is not touched while its owner runs, and is adopted a minute later at most."""
     owner = process(OWNER, home, 100, "p")
     path = Path(owner.stdout.readline().decode().strip())
     before = path.stat().st_ino
-    heir.run(100.0)
+    adopter.run(100.0)
     owner.stdin.write(b"\n")
     assert int(owner.stdout.readline()) == 64
-    assert heir.rows() == []
+    assert adopter.rows() == []
     assert path.stat().st_ino == before
     owner.kill()
     owner.wait()
-    heir.run(SCAN_INTERVAL)
-    assert len(heir.rows()) == 64
+    adopter.run(SCAN_INTERVAL)
+    assert len(adopter.rows()) == 64
 
 
-def test_another_deployments_rows_stay(home, heir):
-    """Another project's rows must not reach our brain: its file stays as it is, and is not opened again for a while."""
+def test_store_of_other_deployment_is_not_adopted(home, adopter):
+    """The file of another project stays as it is and is not opened again for a while."""
     path = orphan(home, deployment="another")
-    before, claims, claim = path.read_bytes(), [], heir.loop._claim
-    heir.loop._claim = lambda found: claims.append(found) or claim(found)
-    heir.run(SCAN_INTERVAL * 4)
-    assert heir.rows() == []
+    before, claims, claim = path.read_bytes(), [], adopter.loop._claim
+    adopter.loop._claim = lambda found: claims.append(found) or claim(found)
+    adopter.run(SCAN_INTERVAL * 4)
+    assert adopter.rows() == []
     assert path.read_bytes() == before
     assert claims.count(path) == 1
-    heir.run(SKIP_SECONDS)
+    adopter.run(SKIP_SECONDS)
     assert claims.count(path) == 2
 
 
-def test_stores_of_the_existing_agent_stay(home, heir):
-    """``buffer-*.sqlite`` is not ours: not opened, not locked, not renamed."""
+def test_stores_of_asyncio_agent_are_not_adopted(home, adopter):
+    """``buffer-*.sqlite`` files are not opened, locked or renamed."""
     home.parent.mkdir(mode=0o700)
     theirs = home.parent / "buffer-123-0123456789ab.sqlite"
     theirs.write_bytes(b"whatever is in there")
-    heir.run(SCAN_INTERVAL * 2)
+    adopter.run(SCAN_INTERVAL * 2)
     assert theirs.read_bytes() == b"whatever is in there"
     assert not lock_path(theirs).exists()
 
 
 @pytest.mark.parametrize("how", ["link", "open", "directory", "garbage mark"])
-def test_files_that_are_not_safe_stay(home, heir, how):
-    """A link, a file that others may write, a directory, another program's database: nothing of it is adopted or removed."""
+def test_unsafe_files_are_not_adopted(home, adopter, how):
+    """A link, a writable file, a directory and a foreign database are left unchanged."""
     path = orphan(home)
     if how == "link":
         target = home.parent / "elsewhere"
@@ -306,44 +306,44 @@ def test_files_that_are_not_safe_stay(home, heir, how):
         data = bytearray(path.read_bytes())
         data[68:72] = b"none"
         path.write_bytes(data)
-    heir.run(SCAN_INTERVAL)
-    assert heir.rows() == []
+    adopter.run(SCAN_INTERVAL)
+    assert adopter.rows() == []
     assert os.path.lexists(path)
 
 
-def test_our_own_store_is_no_orphan(home, heir):
-    """A look at the directory does not touch the lock of the store that we own."""
-    heir.buffer.append([("event", "", b"1")])
-    heir.run(SCAN_INTERVAL * 2)
-    assert numbers(heir.rows()) == [1]
-    assert heir.store.path in orphans(home, ())
+def test_own_store_is_not_an_orphan(home, adopter):
+    """A scan does not touch the lock of this process's own store."""
+    adopter.buffer.append([("event", "", b"1")])
+    adopter.run(SCAN_INTERVAL * 2)
+    assert numbers(adopter.rows()) == [1]
+    assert adopter.store.path in orphans(home, ())
 
 
-def test_a_directory_that_is_not_private_is_not_searched(home):
-    """Whoever may write the directory could put files there."""
+def test_shared_directory_is_not_scanned(home):
+    """Other users could create files in a directory that they can write."""
     orphan(home)
     home.parent.chmod(0o777)
     assert orphans(home, ()) == []
 
 
-def test_no_directory_is_no_orphan(tmp_path):
-    """Looking makes nothing."""
+def test_missing_directory_has_no_orphans(tmp_path):
+    """A scan creates nothing."""
     assert orphans(tmp_path / "nowhere" / "buffer", ()) == []
     assert not (tmp_path / "nowhere").exists()
 
 
-# -- how
+# -- steps
 
 
-def test_rows_keep_their_age_and_attempts(home, heir):
-    """A row that was on the wire before, or waited for long, does not start over."""
+def test_adopted_rows_keep_age_and_attempts(home, adopter):
+    """The age and the attempts of a row do not restart."""
     path = orphan(home, 3, clock=lambda: 1000.0)
     store = BufferStore(path, deployment="p")
     store.increment_attempts([2])
     store._connection.close()
     store._lock.release()
-    heir.run()
-    found = heir.store.drain(0, 10, 100, ALL)
+    adopter.run()
+    found = adopter.store.drain(0, 10, 100, ALL)
     assert [(entry.created_at, entry.attempts) for entry in found] == [
         (1000.0, 0),
         (1000.0, 1),
@@ -351,53 +351,53 @@ def test_rows_keep_their_age_and_attempts(home, heir):
     ]
 
 
-def test_several_files_the_oldest_first(home, heir):
-    """All orphans are adopted, the one that has waited longest first."""
+def test_orphans_are_adopted_oldest_first(home, adopter):
+    """All orphans are adopted, the least recently modified first."""
     for index in (2, 0, 1):
         path = orphan(home, 5, first=index * 5)
         os.utime(path, (1000 + index, 1000 + index))
-    heir.run()
-    assert numbers(heir.rows()) == list(range(15))
+    adopter.run()
+    assert numbers(adopter.rows()) == list(range(15))
 
 
-def test_a_large_backlog_comes_as_the_brain_takes_it(home, heir):
-    """No more than the window and a step is ever between a fresh event and the brain; the rest waits on the disk."""
+def test_large_backlog_is_adopted_as_it_is_acked(home, adopter):
+    """At most one window and one step of rows are ahead of a new event."""
     path = orphan(home, 6000)
-    heir.run()
-    assert TARGET_BACKLOG <= len(heir.rows()) < TARGET_BACKLOG + STEP_ROWS
-    assert heir.buffer.orphan_rows == 6000 - len(heir.rows())
-    heir.buffer.append([("event", "", b"-1")])
-    assert numbers(heir.rows()).index(-1) < TARGET_BACKLOG + STEP_ROWS
+    adopter.run()
+    assert TARGET_BACKLOG <= len(adopter.rows()) < TARGET_BACKLOG + STEP_ROWS
+    assert adopter.buffer.orphan_rows == 6000 - len(adopter.rows())
+    adopter.buffer.append([("event", "", b"-1")])
+    assert numbers(adopter.rows()).index(-1) < TARGET_BACKLOG + STEP_ROWS
     seen, turns = 0, 0
-    while len(heir.rows()):
-        seen += min(300, len(heir.rows()))
-        heir.acknowledge(300)
-        heir.backend.advance(0.5)
+    while len(adopter.rows()):
+        seen += min(300, len(adopter.rows()))
+        adopter.acknowledge(300)
+        adopter.backend.advance(0.5)
         turns += 1
-        assert len(heir.rows()) < TARGET_BACKLOG + STEP_ROWS
+        assert len(adopter.rows()) < TARGET_BACKLOG + STEP_ROWS
     assert seen == 6001
     assert turns <= 22, "the brain never waited for rows"
-    assert heir.buffer.orphan_rows == 0
+    assert adopter.buffer.orphan_rows == 0
     assert not path.exists()
 
 
-def test_a_small_heir_takes_less(home):
-    """The heir's caps are for its own events: adopting fills a quarter of them and a step, and evicts nothing."""
+def test_small_target_store_evicts_nothing(home):
+    """Adoption fills a quarter of the target's caps and one step, and evicts nothing."""
     orphan(home, 3000)
-    heir = Heir(home, max_rows=1000)
-    heir.run()
-    assert 250 <= len(heir.rows()) < 250 + STEP_ROWS
-    assert heir.buffer.stats().lost == {}
-    heir.end()
+    adopter = Adopter(home, max_rows=1000)
+    adopter.run()
+    assert 250 <= len(adopter.rows()) < 250 + STEP_ROWS
+    assert adopter.buffer.stats().lost == {}
+    adopter.end()
 
 
-def test_stopping_lets_the_rest_go(home):
-    """A clean stop in the middle leaves the rest to the next heir, who finds every row once."""
+def test_stop_during_adoption_releases_orphan(home):
+    """A clean stop leaves the rest to the next process, which finds each row once."""
     orphan(home, 4000)
-    first = Heir(home)
+    first = Adopter(home)
     first.run()
     first.end()
-    second = Heir(home)
+    second = Adopter(home)
     second.run()
     rows = []
     while second.rows():
@@ -409,32 +409,32 @@ def test_stopping_lets_the_rest_go(home):
     assert list(home.parent.iterdir()) == []
 
 
-def test_nothing_moves_into_memory(home, heir):
-    """While our own disk fails, rows stay where they are safe."""
+def test_orphans_are_not_adopted_into_memory(home, adopter):
+    """While the disk is failed, rows stay in their own file."""
     path = orphan(home, 10)
-    open_store, heir.buffer._disk._open_store = heir.buffer._disk._open_store, None
+    open_store, adopter.buffer._disk._open_store = adopter.buffer._disk._open_store, None
 
     def refuse():
         raise LocalStorageError("no disk")
 
-    heir.buffer._disk._open_store = refuse
-    heir.buffer.append([("event", "", b"1")])
-    heir.run(3.0)
+    adopter.buffer._disk._open_store = refuse
+    adopter.buffer.append([("event", "", b"1")])
+    adopter.run(3.0)
     assert path.exists()
-    heir.buffer._disk._open_store = open_store
-    heir.backend.advance(10)
-    heir.buffer.append([("event", "", b"1")])
-    heir.run(SCAN_INTERVAL)
-    assert len(heir.rows()) == 12
+    adopter.buffer._disk._open_store = open_store
+    adopter.backend.advance(10)
+    adopter.buffer.append([("event", "", b"1")])
+    adopter.run(SCAN_INTERVAL)
+    assert len(adopter.rows()) == 12
     assert not path.exists()
 
 
-def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
-    """It is renamed, said once, and only the newest such file is kept."""
+def test_corrupt_orphan_is_quarantined(home, adopter, caplog):
+    """It is renamed and logged once, and only the newest such file is kept."""
     for index in range(2):
         path = orphan(home, 200, first=index)
         path.write_bytes(b"no database at all" + bytes(9000))
-        heir.run(SCAN_INTERVAL)
+        adopter.run(SCAN_INTERVAL)
     aside = [found.name for found in home.parent.iterdir() if ".corrupt-" in found.name]
     assert len(aside) == 1
     assert aside[0].startswith(path.name)
@@ -442,46 +442,46 @@ def test_a_corrupt_orphan_is_set_aside(home, heir, caplog):
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
 
 
-def test_an_heir_that_cannot_write_leaves_the_orphan(home, heir):
-    """When the heir's own append fails, nothing leaves the orphan, the heir's keeper stays where it was, and it tries later."""
+def test_failing_target_leaves_orphan_unchanged(home, adopter):
+    """When the target's append fails, the orphan keeps its rows and is tried again later."""
     path = orphan(home, 10)
-    heir.buffer.append([("event", "", b"100")])
-    import_rows = heir.store.import_rows
+    adopter.buffer.append([("event", "", b"100")])
+    import_rows = adopter.store.import_rows
 
     def refuse(rows):
         raise LocalStorageError("the disk is full")
 
-    heir.store.import_rows = refuse
-    heir.run(3)
-    assert heir.buffer.durable
+    adopter.store.import_rows = refuse
+    adopter.run(3)
+    assert adopter.buffer.durable
     assert path.exists()
-    heir.store.import_rows = import_rows
-    heir.run(SKIP_SECONDS + SCAN_INTERVAL)
-    assert sorted(numbers(heir.rows())) == [*range(10), 100]
+    adopter.store.import_rows = import_rows
+    adopter.run(SKIP_SECONDS + SCAN_INTERVAL)
+    assert sorted(numbers(adopter.rows())) == [*range(10), 100]
 
 
-def test_a_step_that_failed_is_finished_not_repeated(home, heir):
-    """When the orphan cannot delete what the heir has taken, no row is taken twice once it can."""
+def test_failed_step_moves_no_row_twice(home, adopter):
+    """When the orphan cannot delete moved rows, no row is moved again once it can."""
     orphan(home, 700)
     refusals, confirm = [3], BufferStore.confirm
 
     def refuse(store, ids):
-        if store is not heir.store and refusals[0]:
+        if store is not adopter.store and refusals[0]:
             refusals[0] -= 1
             raise LocalStorageError("the disk is full")
         return confirm(store, ids)
 
     BufferStore.confirm = refuse
     try:
-        heir.run(200)
+        adopter.run(200)
     finally:
         BufferStore.confirm = confirm
     assert refusals == [0]
-    assert numbers(heir.rows()) == list(range(700))
+    assert numbers(adopter.rows()) == list(range(700))
 
 
 def damage(path, first):
-    """Overwrite the pages between ``first`` (a fraction of the file) and the last few, which hold the counters."""
+    """Overwrite pages from the fraction ``first`` of the file on, except the last: the counters."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         for page in range(int(size * first) // 4096 * 4096, size - 8 * 4096, 4096):
@@ -489,24 +489,24 @@ def damage(path, first):
             file.write(os.urandom(4096))
 
 
-def test_rows_that_cannot_be_read_are_counted(home, heir):
-    """A damaged orphan is set aside; its counters, if they can be read, still tell how many rows that costs."""
+def test_rows_of_damaged_orphan_count_as_lost(home, adopter):
+    """A damaged orphan is quarantined; its counters, if readable, say how many rows are lost."""
     path = orphan(home, 5000, size=1000)
     damage(path, 0.5)
-    heir.run(1)
-    assert heir.buffer.stats().lost == {"corrupt": 5000}
+    adopter.run(1)
+    assert adopter.buffer.stats().lost == {"corrupt": 5000}
     assert not path.exists()
 
 
-def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
-    """What the orphan lost after it was claimed is counted too: every row is with the heir or among the losses."""
+def test_damage_found_during_adoption_is_counted(home, adopter, caplog):
+    """Every row of the orphan is in the target or counted as lost."""
     path = orphan(home, 5000, size=1000)
-    heir.run(1)
+    adopter.run(1)
     damage(path, 0.5)
     for _ in range(20):
-        heir.acknowledge(5000)
-        heir.backend.advance(1)
-    stats = heir.buffer.stats()
+        adopter.acknowledge(5000)
+        adopter.backend.advance(1)
+    stats = adopter.buffer.stats()
     assert 1000 <= stats.confirmed < 5000
     assert stats.confirmed + stats.lost["corrupt"] == 5000
     assert not path.exists()
@@ -514,14 +514,14 @@ def test_damage_that_shows_on_the_way_is_written_off(home, heir, caplog):
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
 
 
-# -- several heirs
+# -- several processes
 
 
-def test_two_heirs_never_share_a_file(process, home):
-    """Two processes look at the same time: every file goes to one of them, and every row arrives once."""
+def test_two_processes_never_adopt_same_file(process, home):
+    """When two processes scan at once, each file goes to one, and each row arrives once."""
     for index in range(12):
         orphan(home, 200, first=index * 200)
-    heirs = [process(HEIR, home) for _ in range(2)]
+    heirs = [process(ADOPTER, home) for _ in range(2)]
     for each in heirs:
         assert each.stdout.readline() == b"ready\n"
     for each in heirs:
@@ -542,17 +542,17 @@ def test_two_heirs_never_share_a_file(process, home):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("trial", range(6))
-def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
-    """An heir dies at a random step: the next one finds every row, at most one step of them twice."""
+def test_kill_during_adoption_loses_no_row(process, home, trial):
+    """After a kill at a random step, the next process finds every row, at most one step twice."""
     orphan(home, 1500)
-    first = process(HEIR, home)
+    first = process(ADOPTER, home)
     assert first.stdout.readline() == b"ready\n"
     first.stdin.write(b"go\n")
     for _ in range(random.Random(trial).randrange(1, 50)):
         assert first.stdout.readline() == b"step\n"
     first.kill()
     first.wait()
-    second = Heir(home)
+    second = Adopter(home)
     second.run()
     rows = []
     while second.rows():
@@ -565,8 +565,8 @@ def test_an_heir_killed_on_the_way_loses_nothing(process, home, trial):
     assert list(home.parent.iterdir()) == []
 
 
-def test_the_loop_runs_in_this_mode(home, backend, until):
-    """The same off the hub of this mode: an orphan's rows are in our store, and the loop ends when told to."""
+def test_adopt_loop_runs_in_this_mode(home, backend, until):
+    """With this mode's backend, an orphan is adopted, and the loop ends with its event."""
     orphan(home, 700)
     buffer = BufferManager(lambda: BufferStore(new_store_path(home), deployment="p"), backend)
     stop_event = backend.event()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from z4j_core.transport.frames import CommandResultPayload
 
+from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
-from tests.support.front import Front
 from tests.support.peer import SECRET
 from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.open_runs import OpenRuns, runs_path
@@ -202,9 +202,9 @@ def test_drop_requires_selection_and_confirmation(home, capsys, monkeypatch):
 
 
 @pytest.fixture
-def front(backend, monkeypatch):
+def brain(backend, monkeypatch):
     """A scripted brain, and the settings to connect to it."""
-    scripted = Front(backend)
+    scripted = CombinedPeer(backend)
     set_connection(monkeypatch, scripted.url)
     yield scripted
     scripted.stop()
@@ -214,31 +214,31 @@ def own_deployment():
     return deployment_id(resolve_config(load_settings()), SECRET)
 
 
-def test_flush_sends_all_rows(home, front, capsys):
+def test_flush_sends_all_rows(home, brain, capsys):
     """All rows are sent in frames that fit, without hello or poll; the empty files are deleted."""
-    front.http.body_limit = 8192
+    brain.http.body_limit = 8192
     make_orphan(home, "one", events=700, deployment=own_deployment())
     make_orphan(home, "two", events=5, results=2, deployment=own_deployment())
-    front.http.command("retry_task")
+    brain.http.command("retry_task")
     assert main(["buffer", "flush"]) == 0
     text = capsys.readouterr().out
     assert "sent 707 of 707 rows, 0 rows are left" in text
     assert "sent: " in text
-    assert len(front.http.events()) == 705
+    assert len(brain.http.events()) == 705
     assert all(
         isinstance(frame.payload, CommandResultPayload)
-        for frame in front.http.frames("command_result")
+        for frame in brain.http.frames("command_result")
     )
-    assert len(front.http.frames("command_result")) == 2
+    assert len(brain.http.frames("command_result")) == 2
     assert list(home.iterdir()) == []
-    assert len(front.http.commands) == 1
-    assert front.http.mishaps == []
-    assert front.ws.sessions == []
+    assert len(brain.http.commands) == 1
+    assert brain.http.errors == []
+    assert brain.ws.sessions == []
 
 
-def test_flush_keeps_rows_that_brain_does_not_accept(home, front, capsys):
+def test_flush_keeps_rows_that_brain_does_not_accept(home, brain, capsys):
     """Rows are kept that are too large, of another deployment, or rejected with the token."""
-    front.http.body_limit = 8192
+    brain.http.body_limit = 8192
     large = make_orphan(home, "large", events=1, deployment=own_deployment(), text="y" * 9000)
     other = make_orphan(home, "projections", kind=PROJECTION, deployment=own_deployment())
     foreign = make_orphan(home, "foreign", deployment="another")
@@ -249,7 +249,7 @@ def test_flush_keeps_rows_that_brain_does_not_accept(home, front, capsys):
     assert "schedule snapshots" in text
     assert all(path.exists() for path in (large, other, foreign))
     valid = make_orphan(home, "valid", deployment=own_deployment())
-    front.http.token = "another"
+    brain.http.token = "another"
     assert main(["buffer", "flush", valid.name]) == 1
     assert "FAIL" in capsys.readouterr().out
     code, found = run_json(capsys, "flush")
@@ -262,7 +262,7 @@ def test_flush_keeps_rows_that_brain_does_not_accept(home, front, capsys):
     assert run_json(capsys, "stats", valid.name)[1]["rows"] == 3
 
 
-def test_flush_refuses_store_in_use(home, front, capsys):
+def test_flush_refuses_store_in_use(home, brain, capsys):
     """A store whose process is running is not sent, not even when it is named."""
     with store_in_use(home) as path:
         assert main(["buffer", "flush", path.name]) == 3

@@ -8,8 +8,8 @@ import time
 import pytest
 from z4j_core.version import PROTOCOL_VERSION
 
+from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
-from tests.support.front import Front
 from tests.support.peer import SECRET_TEXT, TOKEN
 from z4j_bare.cli import main
 
@@ -74,8 +74,8 @@ def test_module_runs_the_command_line():
 
 def test_doctor_and_check_report_probes(backend, monkeypatch, capsys):
     """Both report every probe as text or JSON, and the exit code says whether one failed."""
-    front = Front(backend)
-    set_connection(monkeypatch, front.url)
+    brain = CombinedPeer(backend)
+    set_connection(monkeypatch, brain.url)
     try:
         assert main(["doctor"]) == 0
         text = capsys.readouterr().out
@@ -90,15 +90,15 @@ def test_doctor_and_check_report_probes(backend, monkeypatch, capsys):
             "tls",
             "http",
         ]
-        assert front.ws.token not in str(answer)
-        front.http.token = "another"
+        assert brain.ws.token not in str(answer)
+        brain.http.token = "another"
         assert main(["doctor"]) == 1
         text = capsys.readouterr().out
         assert "FAIL  token" in text
         assert "-> copy Z4J_TOKEN" in text
         assert "1 of 13 probes failed: token" in text
     finally:
-        front.stop()
+        brain.stop()
 
 
 APPLICATION = """\
@@ -114,12 +114,12 @@ runtime = install_agent(engines=[Engine()])
 
 def test_doctor_imports_app_with_settings_of_file(backend, capsys, monkeypatch, tmp_path):
     """The application that the doctor imports gets the file's settings and starts no agent."""
-    front = Front(backend)
+    brain = CombinedPeer(backend)
     names = ("brain_url", "project_id", "token", "hmac_secret")
     for name in names:
         monkeypatch.setenv(f"Z4J_{name.upper()}", "")  # makes monkeypatch restore it at the end
     file = tmp_path / "agent.toml"
-    values = zip(names, (front.url, "p", TOKEN, SECRET_TEXT), strict=True)
+    values = zip(names, (brain.url, "p", TOKEN, SECRET_TEXT), strict=True)
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in values))
     file.chmod(0o600)
     (tmp_path / "doctored_app.py").write_text("from z4j_bare import install_agent\n" + APPLICATION)
@@ -127,9 +127,9 @@ def test_doctor_imports_app_with_settings_of_file(backend, capsys, monkeypatch, 
     try:
         assert main(["doctor", "--config", str(file), "--app", "doctored_app:runtime"]) == 0
         assert "no probe failed" in capsys.readouterr().out
-        assert [each for each in front.ws.sessions if each.hello] == []
+        assert [each for each in brain.ws.sessions if each.hello] == []
     finally:
-        front.stop()
+        brain.stop()
 
 
 @pytest.mark.parametrize("command", ["doctor", "check"])

@@ -27,14 +27,14 @@ def terminal(monkeypatch):
 
 def write_everything(output):
     """Call every method that writes text."""
-    output.say("[bold]not markup[/bold]")
-    output.mark("FAIL", "tcp", "connection refused", "check the port")
-    output.table(["a", "long"], [["1", "x"], ["22", "[y]"]])
+    output.print_line("[bold]not markup[/bold]")
+    output.print_verdict("FAIL", "tcp", "connection refused", "check the port")
+    output.print_table(["a", "long"], [["1", "x"], ["22", "[y]"]])
     with output.progress("sent", 20) as done:
         for number in range(0, 21, 5):
             done(number)
     with output.live() as redraw:
-        redraw(lambda: output.say("frame"))
+        redraw(lambda: output.print_line("frame"))
 
 
 def test_terminal_with_rich_gets_colours(terminal):
@@ -52,7 +52,7 @@ def test_terminal_with_rich_gets_colours(terminal):
 def test_no_color_disables_colours(terminal, monkeypatch):
     """NO_COLOR is honoured."""
     monkeypatch.setenv("NO_COLOR", "1")
-    Output(stream=terminal).mark("FAIL", "tcp", "connection refused")
+    Output(stream=terminal).print_verdict("FAIL", "tcp", "connection refused")
     assert "\x1b[1;31m" not in terminal.getvalue()
 
 
@@ -78,10 +78,10 @@ def test_plain_text_without_capable_terminal(terminal, monkeypatch, case):
 
 
 def test_machine_output_is_one_json_object(terminal):
-    """With ``machine`` only the JSON object is written, without it only the text."""
-    output = Output(machine=True, stream=terminal)
+    """With ``json_only`` only the JSON object is written, without it only the text."""
+    output = Output(json_only=True, stream=terminal)
     write_everything(output)
-    output.answer({"ok": True, "path": io})
+    output.print_json({"ok": True, "path": io})
     assert json.loads(terminal.getvalue())["ok"] is True
-    Output(stream=terminal).answer({"nothing": "as text"})
+    Output(stream=terminal).print_json({"nothing": "as text"})
     assert "nothing" not in terminal.getvalue()

@@ -470,7 +470,7 @@ def test_standalone_agent_handles_its_signals(mode, until, standalone, systemd):
     until(lambda: process.poll() is not None)
     text = process.stderr.read()
     assert process.returncode == 0, text
-    assert peer.sessions[1].goodbye == 1000
+    assert peer.sessions[1].close_code == 1000
     lines = [json.loads(line) for line in text.splitlines()]
     assert any("connected over ws" in line["message"] for line in lines)
     assert TOKEN not in text

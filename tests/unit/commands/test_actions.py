@@ -318,7 +318,12 @@ def test_own_controls_take_precedence(harness, action):
             "engine is required: this agent has celery, rq",
         ),
         ((), "retry_task", {"task_id": "t"}, "this agent has none"),
-        (("celery",), "retry_task", {"task_id": "t", "override_args": []}, "come together"),
+        (
+            ("celery",),
+            "retry_task",
+            {"task_id": "t", "override_args": []},
+            "must be given together",
+        ),
         (
             ("celery",),
             "retry_task",

@@ -142,7 +142,7 @@ def test_fire_is_not_repeated_after_kill(peer, agent, call_log, until):
         assert found[identity].result == {"indeterminate": True, "operation": "schedule.fire"}
     assert found[other].result == {"task": "t-2"}
     assert call_log.read_text() == "t-1\nt-2\n"
-    assert peer.mishaps == []
+    assert peer.errors == []
 
 
 def test_ledger_survives_clean_stop(peer, agent, call_log, until):

@@ -198,7 +198,7 @@ def test_delayed_frame_has_less_time(harness):
 def test_stop_refuses_new_commands(harness):
     """After stop() no command begins, and a running one may finish until close()."""
     harness.host.seconds = lambda task: {"0": 5, "1": 20}.get(task, 0)
-    harness.disk.store.answer("earlier", b'{"status":"success"}', 0.0)
+    harness.disk.store.settle_and_queue("earlier", b'{"status":"success"}', 0.0)
     for number in range(4):
         harness.command(identity=f"c-{number}", parameters={"task_id": str(number)})
     harness.backend.advance(1)
@@ -350,11 +350,11 @@ def test_failing_redaction_sends_status_only(harness):
     body = harness.run()
     assert (body["status"], body["error"]) == (
         "failed",
-        "retry_task failed, and the reason is not to be encoded (ZeroDivisionError)",
+        "retry_task failed, and the error text is not encodable (ZeroDivisionError)",
     )
     assert body["result"] == {
         "shortened": True,
-        "why": "the result is not to be encoded (ZeroDivisionError)",
+        "why": "the result is not encodable (ZeroDivisionError)",
     }
 
 

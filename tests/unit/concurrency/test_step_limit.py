@@ -82,7 +82,7 @@ def test_checker_finds_computation_in_foreign_call(check, backend):
 
 def test_checker_finds_blocking_calls(check, block):
     """A step that blocks its thread is reported at once if it is long, else when repeated."""
-    assert check(lambda: block(steps.SURE_BLOCKED + 0.1))
+    assert check(lambda: block(steps.IMMEDIATE_BLOCKED + 0.1))
     assert check(lambda: block(0.03), times=steps.REPEATS)
 
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.certificates import make
+from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
-from tests.support.front import Front
 from tests.support.http_peer import Tunnel
-from tests.support.listener import Listener, push
+from tests.support.listener import Listener, send_all
 from z4j_bare import diagnostics
 from z4j_bare.buffer import files
 from z4j_bare.buffer.files import candidate_directories
@@ -31,9 +31,9 @@ OTHER_SECRET = "HxwdHBsaGRgXFhUUExIREA8ODQwLCgkIBwYFBAMCAQA="
 
 
 @pytest.fixture
-def front(backend):
+def brain(backend):
     """A scripted brain that accepts the agent."""
-    scripted = Front(backend)
+    scripted = CombinedPeer(backend)
     yield scripted
     scripted.stop()
 
@@ -64,17 +64,17 @@ def verdicts(results):
     return {name: each.verdict for name, each in results.items()}
 
 
-def test_working_configuration_passes_all_probes(front, run_checks):
+def test_working_configuration_passes_all_probes(brain, run_checks):
     """Every probe passes, no hello is sent and no command is claimed."""
-    front.http.command("retry_task")
-    results = run_checks(front.url)
+    brain.http.command("retry_task")
+    results = run_checks(brain.url)
     assert set(verdicts(results).values()) == {"OK", "SKIP"}
     assert [name for name, each in results.items() if each.verdict == "SKIP"] == ["tls"]
     assert results["websocket"].details["remote_connection_verified"]
-    assert [session.hello for session in front.ws.sessions] == [None]
-    assert len(front.http.commands) == 1
-    assert front.http.mishaps == []
-    assert [frame.payload.events for frame in front.http.frames("event_batch")] == [[]]
+    assert [session.hello for session in brain.ws.sessions] == [None]
+    assert len(brain.http.commands) == 1
+    assert brain.http.errors == []
+    assert [frame.payload.events for frame in brain.http.frames("event_batch")] == [[]]
 
 
 def test_unknown_host_fails_dns(run_checks):
@@ -119,11 +119,11 @@ def test_port_without_answer_fails_tcp(run_checks, monkeypatch):
 def test_invalid_certificate_fails_tls(backend, run_checks, tmp_path, days, known, cause, fix):
     """Expired, not yet valid and of an unknown authority are three causes with different fixes."""
     pem = make(tmp_path / "brain.pem", days)
-    front = Front(backend, tls=server_context(pem))
+    brain = CombinedPeer(backend, tls=server_context(pem))
     try:
-        failure = only_failure(run_checks(front.url, **({"ca_bundle": pem} if known else {})))
+        failure = only_failure(run_checks(brain.url, **({"ca_bundle": pem} if known else {})))
     finally:
-        front.stop()
+        brain.stop()
     assert failure.name == "tls"
     assert cause in failure.text
     assert fix in failure.fix
@@ -133,11 +133,11 @@ def test_invalid_certificate_fails_tls(backend, run_checks, tmp_path, days, know
 def test_certificate_that_expires_soon_is_warning(backend, run_checks, tmp_path, last, verdict):
     """The days until expiry are reported, with a warning below two weeks; TLS probes all pass."""
     pem = make(tmp_path / "brain.pem", (-1, last))
-    front = Front(backend, tls=server_context(pem))
+    brain = CombinedPeer(backend, tls=server_context(pem))
     try:
-        results = run_checks(front.url, ca_bundle=pem)
+        results = run_checks(brain.url, ca_bundle=pem)
     finally:
-        front.stop()
+        brain.stop()
     assert {name: each.text for name, each in results.items() if not each.ok} == {}
     assert (results["tls"].verdict, results["tls"].details["days_left"]) == (verdict, last - 1)
     assert results["signature"].verdict == "OK"
@@ -146,7 +146,9 @@ def test_certificate_that_expires_soon_is_warning(backend, run_checks, tmp_path,
 def test_https_to_plain_http_port_fails_tls(backend, run_checks):
     """If the port of an https address speaks plain http, the fix names the scheme."""
     listener = Listener(
-        backend, lambda sock: push(backend, sock, b"HTTP/1.1 400 Bad Request\r\n\r\n"), name="plain"
+        backend,
+        lambda sock: send_all(backend, sock, b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+        name="plain",
     )
     try:
         failure = only_failure(run_checks(listener.url.replace("http:", "https:")))
@@ -157,11 +159,11 @@ def test_https_to_plain_http_port_fails_tls(backend, run_checks):
 
 
 @pytest.mark.parametrize(("minutes", "direction"), [(5, "behind"), (-5, "ahead of")])
-def test_clock_skew_fails_clock(front, run_checks, backend, minutes, direction):
+def test_clock_skew_fails_clock(brain, run_checks, backend, minutes, direction):
     """A clock that differs by five minutes is reported with direction and size."""
     date = formatdate(backend.wall() + 60 * minutes, usegmt=True)
-    front.http.answers["GET"] = [(200, {"Date": date}, b'{"status":"ok"}')]
-    results = run_checks(front.url)
+    brain.http.answers["GET"] = [(200, {"Date": date}, b'{"status":"ok"}')]
+    results = run_checks(brain.url)
     failure = only_failure(results)
     assert failure.name == "clock"
     assert direction in failure.text
@@ -169,60 +171,60 @@ def test_clock_skew_fails_clock(front, run_checks, backend, minutes, direction):
     assert "NTP" in failure.fix
 
 
-def test_unknown_token_fails_token(front, run_checks):
+def test_unknown_token_fails_token(brain, run_checks):
     """A token that the brain does not know is reported without printing the token."""
-    failure = only_failure(run_checks(front.url, token="swordfish"))
+    failure = only_failure(run_checks(brain.url, token="swordfish"))
     assert failure.name == "token"
     assert "does not know the token" in failure.text
     assert "Z4J_TOKEN" in failure.fix
     assert "swordfish" not in str(failure)
 
 
-def test_wrong_key_fails_signature(front, run_checks):
+def test_wrong_key_fails_signature(brain, run_checks):
     """With equal clocks, a rejected signature means a wrong key."""
-    failure = only_failure(run_checks(front.url, hmac_secret=OTHER_SECRET))
+    failure = only_failure(run_checks(brain.url, hmac_secret=OTHER_SECRET))
     assert failure.name == "signature"
     assert "the key is not this project's" in failure.text
     assert "Z4J_HMAC_SECRET" in failure.fix
 
 
-def test_rejected_signature_with_clock_skew_names_clock(front, run_checks, backend):
+def test_rejected_signature_with_clock_skew_names_clock(brain, run_checks, backend):
     """With different clocks, a rejected signature is attributed to the clock."""
-    front.http.answers["GET"] = [
+    brain.http.answers["GET"] = [
         (200, {"Date": formatdate(backend.wall() + 300, usegmt=True)}, b'{"status":"ok"}')
     ]
-    results = run_checks(front.url, hmac_secret=OTHER_SECRET)
+    results = run_checks(brain.url, hmac_secret=OTHER_SECRET)
     assert "clocks differ" in results["signature"].text
 
 
-def test_archived_project_fails_token(front, run_checks):
+def test_archived_project_fails_token(brain, run_checks):
     """An archived project is reported by its name."""
     error = {"error": "project_inactive", "message": "project is not active"}
     body = json.dumps({**error, "request_id": "r", "details": {}}).encode()
-    front.http.answers["GET"] = [(200, {}, b'{"status":"ok"}'), (403, {}, body)]
-    failure = only_failure(run_checks(front.url))
+    brain.http.answers["GET"] = [(200, {}, b'{"status":"ok"}'), (403, {}, body)]
+    failure = only_failure(run_checks(brain.url))
     assert (failure.name, failure.text) == ("token", "the project p is archived")
 
 
 @pytest.mark.parametrize("status", [400, 403, 426, 502])
-def test_proxy_that_blocks_upgrades_fails_websocket(front, run_checks, status):
+def test_proxy_that_blocks_upgrades_fails_websocket(brain, run_checks, status):
     """A proxy that blocks WebSocket is reported with its status, the headers and the setting."""
-    front.blocks = status
-    failure = only_failure(run_checks(front.url))
+    brain.blocks = status
+    failure = only_failure(run_checks(brain.url))
     assert (failure.name, failure.details["status"]) == ("websocket", status)
     assert f"HTTP {status}" in failure.text or "403" in str(failure.details)
     assert "Upgrade" in failure.fix
     assert "Z4J_TRANSPORT=longpoll" in failure.fix
 
 
-def test_websocket_is_skipped_with_longpoll(front, run_checks):
+def test_websocket_is_skipped_with_longpoll(brain, run_checks):
     """With Z4J_TRANSPORT=longpoll WebSocket is not probed."""
-    front.blocks = 403
-    assert run_checks(front.url, transport="longpoll")["websocket"].verdict == "SKIP"
+    brain.blocks = 403
+    assert run_checks(brain.url, transport="longpoll")["websocket"].verdict == "SKIP"
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_unwritable_home_fails_buffer_path(run_checks, front, tmp_path, monkeypatch, number):
+def test_unwritable_home_fails_buffer_path(run_checks, brain, tmp_path, monkeypatch, number):
     """A home that is not writable is reported with the setting and the fallback directory."""
     open_file, home = files.open_file, tmp_path / "home"
     home.mkdir(mode=0o700)
@@ -234,7 +236,7 @@ def test_unwritable_home_fails_buffer_path(run_checks, front, tmp_path, monkeypa
         return open_file(path, *args, **kwargs)
 
     monkeypatch.setattr(files, "open_file", refuse)
-    failure = only_failure(run_checks(front.url))
+    failure = only_failure(run_checks(brain.url))
     assert failure.name == "buffer_path"
     assert str(home) in failure.text
     assert os.strerror(number) in failure.text
@@ -242,13 +244,13 @@ def test_unwritable_home_fails_buffer_path(run_checks, front, tmp_path, monkeypa
     assert failure.details["fallback"] == str(candidate_directories(home / "x")[1])
 
 
-def test_home_of_another_user_fails_buffer_path(run_checks, front, tmp_path, monkeypatch):
+def test_home_of_another_user_fails_buffer_path(run_checks, brain, tmp_path, monkeypatch):
     """A home of another user is reported with both uids."""
     (tmp_path / "home").mkdir(mode=0o700)
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
-    failure = only_failure(run_checks(front.url))
+    failure = only_failure(run_checks(brain.url))
     assert failure.name == "buffer_path"
     assert f"belongs to uid {me}" in failure.text
     assert f"uid {me + 1}" in failure.fix
@@ -306,18 +308,18 @@ def test_nearly_full_disk_is_warning(tmp_path, monkeypatch):
         ((200, {}, b"[]"), "is not answered by a brain"),
     ],
 )
-def test_answer_of_other_server_fails_http(front, run_checks, answer, cause):
+def test_answer_of_other_server_fails_http(brain, run_checks, answer, cause):
     """A redirect, a login, a proxy's error and another server are different causes."""
-    front.http.answers["GET"] = [answer]
-    failure = only_failure(run_checks(front.url))
+    brain.http.answers["GET"] = [answer]
+    failure = only_failure(run_checks(brain.url))
     assert failure.name == "http"
     assert cause in failure.text
 
 
-def test_proxy_is_probed_instead_of_brain(backend, front, run_checks, monkeypatch, tmp_path):
+def test_proxy_is_probed_instead_of_brain(backend, brain, run_checks, monkeypatch, tmp_path):
     """With a proxy in the environment DNS and TCP probe the proxy, and TLS passes through it."""
     pem = make(tmp_path / "brain.pem", (-1, 90))
-    secure, tunnel = Front(backend, tls=server_context(pem)), Tunnel(backend)
+    secure, tunnel = CombinedPeer(backend, tls=server_context(pem)), Tunnel(backend)
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:hunter2@127.0.0.1:{tunnel.port}")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -340,9 +342,9 @@ def test_invalid_brain_url_is_configuration_error(url):
         network.parse_target(url)
 
 
-def test_functions_that_adapters_call(front, run_checks):
+def test_functions_that_adapters_call(brain, run_checks):
     """``probe_websocket`` has the details that z4j-django reads; ``run_all`` stops at a failure."""
-    run_checks(front.url)
+    run_checks(brain.url)
     config = resolve_config(load_settings())
     assert diagnostics.probe_websocket(config).details == {
         "remote_connection_verified": True,
@@ -360,17 +362,17 @@ def test_functions_that_adapters_call(front, run_checks):
         "websocket",
         "signature",
     ]
-    front.http.stop()
-    front.ws.stop()
+    brain.http.stop()
+    brain.ws.stop()
     assert [each.ok for each in diagnostics.run_all(config)] == [True, True, True, True, False]
     insecure = config.model_copy(update={"brain_url": "http://brain.example"})
     assert "Z4J_BRAIN_URL" in diagnostics.probe_websocket(insecure).message
 
 
-def test_websocket_probe_names_rejected_token(front, run_checks):
+def test_websocket_probe_names_rejected_token(brain, run_checks):
     """The probe of WebSocket alone reports a rejected token."""
-    run_checks(front.url)
-    front.ws.token = "another"
+    run_checks(brain.url)
+    brain.ws.token = "another"
     found = diagnostics.probe_websocket(resolve_config(load_settings()))
     assert (found.ok, found.details["code"], found.details["remote_authentication_verified"]) == (
         False,

@@ -14,7 +14,7 @@ from z4j_bare.pipeline.send import (
     Pacing,
     ProjectionResend,
 )
-from z4j_bare.wire.window import ACK_PAUSE, FRAME_EVENTS, FRAME_FIRST
+from z4j_bare.wire.window import ACK_PAUSE, FRAME_EVENTS_INITIAL, FRAME_EVENTS_MAX
 
 POISON_CLOSE = NetworkError("the brain failed on a frame", code=1011)
 
@@ -32,7 +32,7 @@ class FakeBuffer:
     def discard(self, ids, reason, generation):
         self.calls.append(("discard", list(ids), reason, generation))
 
-    def mark_suspect(self, ids, generation):
+    def increment_attempts(self, ids, generation):
         self.calls.append(("suspect", list(ids), generation))
 
 
@@ -43,15 +43,15 @@ def pacing():
 
 def test_pacing_limits_first_frame(pacing):
     """The first frame is small; a transport with synchronous acks sends the largest one at once."""
-    assert pacing.max_events(pacing.room()) == FRAME_FIRST
+    assert pacing.max_events(pacing.room()) == FRAME_EVENTS_INITIAL
     synchronous = Pacing(10_000, FakeConcurrency(), synchronous_acks=True)
-    assert synchronous.max_events(synchronous.room()) == FRAME_EVENTS
+    assert synchronous.max_events(synchronous.room()) == FRAME_EVENTS_MAX
 
 
 def test_pacing_detects_full_frames(pacing):
     """A frame is full at its number of events or at half of its bytes."""
-    assert not pacing.is_full(entries(FRAME_FIRST - 1), 1000)
-    assert pacing.is_full(entries(FRAME_FIRST), 1000)
+    assert not pacing.is_full(entries(FRAME_EVENTS_INITIAL - 1), 1000)
+    assert pacing.is_full(entries(FRAME_EVENTS_INITIAL), 1000)
     assert pacing.is_full(entries(2, size=3000), 1000)
 
 

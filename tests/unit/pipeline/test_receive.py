@@ -361,7 +361,7 @@ def test_noise_after_upgrade_raises_agent_error(peer, pieces):
         session.send_raw(b"".join(pieces))
         session.drop()
 
-    peer.greet = noise
+    peer.on_hello = noise
     assert all(each is None or isinstance(each, bytes) for each in conversation(streaming(peer)))
 
 
@@ -369,12 +369,12 @@ def test_noise_after_upgrade_raises_agent_error(peer, pieces):
 @given(ANSWERS)
 def test_noise_instead_of_response_raises_agent_error(peer, answer):
     """Any response to the upgrade or the probe makes the connect raise an ``AgentError``."""
-    peer.noise = answer
+    peer.raw_response = answer
     try:
         assert conversation(streaming(peer)) == []
         assert conversation(polling(peer)) == []
     finally:
-        peer.noise = None
+        peer.raw_response = None
 
 
 @SLOW

@@ -100,12 +100,12 @@ def http_peer(backend):
 def test_close_code_has_class_delay_and_hint(peer, first_failure, when, code, kind, named):
     """Each close code, before and after ``hello_ack``, has its class, its delay and a hint."""
 
-    def greet(session):
+    def on_hello(session):
         if when == WELCOMED:
             session.hello_ack()
         session.close(code)
 
-    peer.greet = greet
+    peer.on_hello = on_hello
     check_failure(first_failure(brain_url=peer.url, transport="ws"), kind, named)
 
 
@@ -113,7 +113,7 @@ def test_close_code_has_class_delay_and_hint(peer, first_failure, when, code, ki
 def test_refused_signature_names_clock_offset(peer, first_failure, ahead, way):
     """When the brain's clock is 75 s off, a refused signature is explained by that offset."""
 
-    def greet(session):
+    def on_hello(session):
         payload = {
             "protocol_version": "2",
             "brain_version": "1",
@@ -129,7 +129,7 @@ def test_refused_signature_names_clock_offset(peer, first_failure, ahead, way):
         )
         session.close(4403)
 
-    peer.greet = greet
+    peer.on_hello = on_hello
     kind, text, _ = first_failure(brain_url=peer.url, transport="ws")
     assert kind == "auth"
     assert any(
@@ -158,7 +158,7 @@ def test_refused_upgrade_has_class_and_hint(
     peer, first_failure, status, headers, kind, named, wish
 ):
     """Each HTTP response to an upgrade has its class and hint, and ``Retry-After`` is obeyed."""
-    peer.refuse = (status, headers)
+    peer.upgrade_rejection = (status, headers)
     check_failure(first_failure(brain_url=peer.url, transport="ws"), kind, named, wish)
 
 

@@ -11,7 +11,13 @@ from z4j_bare.buffer.maintenance import MAX_DEFER_SECONDS
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.send import FRAME_BYTES, POLL_BUSY
 from z4j_bare.wire.session import HelloAck
-from z4j_bare.wire.window import ACK_DEADLINE, ACK_PAUSE, FRAME_EVENTS, FRAME_FIRST, SLOW_ACK
+from z4j_bare.wire.window import (
+    ACK_DEADLINE,
+    ACK_PAUSE,
+    FRAME_EVENTS_INITIAL,
+    FRAME_EVENTS_MAX,
+    SLOW_ACK,
+)
 
 
 class SenderHarness(SessionHarness):
@@ -43,7 +49,7 @@ def test_events_are_sent_once_in_order(harness):
     harness.backend.advance(5)
     assert harness.transport.event_numbers() == list(range(2600))
     sizes = [len(frame["payload"]["events"]) for frame in harness.transport.frames("event_batch")]
-    assert (sizes[0], max(sizes)) == (FRAME_FIRST, FRAME_EVENTS)
+    assert (sizes[0], max(sizes)) == (FRAME_EVENTS_INITIAL, FRAME_EVENTS_MAX)
     assert harness.buffered() == 0
     assert (harness.counters.sent, harness.buffer.acked_events) == (2600, 2600)
     assert harness.sender.is_idle()
@@ -53,17 +59,17 @@ def test_sender_holds_events_while_frame_in_flight(harness):
     """A second frame waits for the ack of the first and for the pause behind it."""
     harness.store(2600)
     harness.backend.advance(1.5)
-    assert len(harness.transport.event_numbers()) == FRAME_FIRST
+    assert len(harness.transport.event_numbers()) == FRAME_EVENTS_INITIAL
     harness.ack()
     harness.backend.advance(ACK_PAUSE - 0.01)
-    assert len(harness.transport.event_numbers()) == FRAME_FIRST
+    assert len(harness.transport.event_numbers()) == FRAME_EVENTS_INITIAL
     harness.backend.advance(0.02)
     assert (
         len(harness.transport.event_numbers())
-        == FRAME_FIRST + harness.sender._pacing.window.frame_events
+        == FRAME_EVENTS_INITIAL + harness.sender._pacing.window.frame_events
     )
     harness.backend.advance(MAX_DEFER_SECONDS - 0.1)
-    assert harness.buffered() == 2600 - FRAME_FIRST
+    assert harness.buffered() == 2600 - FRAME_EVENTS_INITIAL
     assert not harness.sender.is_idle()
 
 
@@ -192,11 +198,11 @@ def test_events_during_flight_are_sent_in_one_frame(harness):
         more(5)
     assert harness.transport.event_numbers() == list(range(5))
     assert not harness.sender.is_idle()
-    more(FRAME_FIRST - 30)
+    more(FRAME_EVENTS_INITIAL - 30)
     assert harness.transport.event_numbers() == list(range(5))
     harness.ack()
     harness.backend.advance(ACK_PAUSE + 0.01)
-    assert harness.transport.event_numbers() == list(range(FRAME_FIRST))
+    assert harness.transport.event_numbers() == list(range(FRAME_EVENTS_INITIAL))
     assert len(harness.transport.frames("event_batch")) == 2
     assert not harness.sender.is_idle()
 
@@ -405,7 +411,7 @@ def test_next_session_resends_unacked_events(harness):
     harness.ack_immediately()
     harness.store(1)
     harness.backend.advance(3)
-    assert harness.transport.event_numbers() == list(range(FRAME_FIRST, 701))
+    assert harness.transport.event_numbers() == list(range(FRAME_EVENTS_INITIAL, 701))
 
 
 def test_sender_ends_when_send_fails(harness):
@@ -540,7 +546,7 @@ def test_poison_event_is_dropped(harness, caplog):
     while brain.run_session():
         assert len(brain.session_errors) < 20
     assert sorted(set(brain.arrived)) == [number for number in range(900) if number != 400]
-    kinds = [type(death) for death in brain.session_errors]
+    kinds = [type(error) for error in brain.session_errors]
     assert kinds[:2] == [NetworkError] * 2
     assert set(kinds[2:]) == {PoisonRowError}
     assert len(kinds) <= 6

@@ -282,16 +282,16 @@ def test_stream_commands_store_projection_before_result(harness):
 def test_operation_id_is_executed_once(harness):
     """A mutation that arrives under another command id gets the result of the first one."""
     harness.activate()
-    asked = harness.brain.mutation("trigger", KEY)
+    parameters = harness.brain.mutation("trigger", KEY)
     for identity in ("c-1", "c-2"):
-        harness.command("schedule.external.mutate", asked, identity=identity)
+        harness.command("schedule.external.mutate", parameters, identity=identity)
         harness.backend.advance(1)
     assert harness.scheduler.calls == [("trigger_now", KEY)]
     receipt = harness.results_by_id()["c-1"]["result"]
     assert harness.results_by_id()["c-2"]["result"] == {
         **receipt,
         "deduplicated": True,
-        "dedup_key": f"operation:{asked['operation_id']}",
+        "dedup_key": f"operation:{parameters['operation_id']}",
     }
 
 

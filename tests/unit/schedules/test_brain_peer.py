@@ -43,7 +43,7 @@ def peer(backend, monkeypatch):
     made = Peer(backend)
     made.brain, made.received_events = StreamBrain(), 0
 
-    def greet(session):
+    def on_hello(session):
         session.hello_ack()
         made.brain.activation = session.command(
             "schedule.external.activate",
@@ -51,7 +51,7 @@ def peer(backend, monkeypatch):
             target={"type": "scheduler", "scheduler": "beat"},
         )
 
-    made.greet = greet
+    made.on_hello = on_hello
     yield made
     made.stop()
 
@@ -124,7 +124,7 @@ def test_activation_signal_control_and_mutation_in_order(runtime, peer, schedule
     assert published_reasons(peer)[-1].startswith("native-mutation:")
     assert KEY not in peer.brain.rows
     until(lambda: runtime.buffer_size() == 0)
-    assert peer.mishaps == []
+    assert peer.errors == []
     assert runtime.stats()["acked"] == 0
 
 
@@ -144,7 +144,7 @@ def test_new_session_starts_new_epoch(runtime, peer, scheduler, until):
     assert peer.brain.published_reasons == ["activation", "signal", "activation"]
     until(lambda: runtime.buffer_size() == 0)
     assert peer.brain.ignored >= 1
-    assert peer.mishaps == []
+    assert peer.errors == []
 
 
 def test_session_without_activation_publishes_nothing(runtime, peer, scheduler, until):
@@ -154,7 +154,7 @@ def test_session_without_activation_publishes_nothing(runtime, peer, scheduler, 
             published_reasons(peer) == ["activation"] and runtime._agent.buffer.stats().rows == 0
         )
     )
-    peer.greet = PeerSession.hello_ack
+    peer.on_hello = PeerSession.hello_ack
     peer.last.drop()
     until(lambda: len(peer.sessions) >= 2 and peer.last and peer.last.frames)
     scheduler.sink("updated", None)

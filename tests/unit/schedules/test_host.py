@@ -86,7 +86,7 @@ def test_failing_adapter_is_logged_and_stays_usable(make_host, caplog):
     assert "list" in host.capabilities(), "the previous capabilities"
     assert len(host.schedules(30)) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "z4j: could not connect the signals of beat: its changes are published later",
+        "z4j: could not connect the signals of beat: changes are published only periodically",
         "z4j: could not disconnect the signals of beat",
     ]
 

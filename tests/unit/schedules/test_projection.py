@@ -129,15 +129,15 @@ def test_row_is_redacted_and_keeps_unique_key():
 def test_foreign_objects_in_arguments_become_text():
     """Objects that are not JSON become text and do not spoil the snapshot."""
     brain, authority = activated()
-    odd = schedule("odd").model_copy(
+    foreign = schedule("foreign").model_copy(
         update={
             "args": [object, {1, 2}, float("nan")],
             "last_run_at": datetime(2026, 1, 1, tzinfo=UTC),
         }
     )
-    publish(brain, authority, [row(odd)])
-    assert brain.rows["id:odd"]["args"] == ["<class 'object'>", [1, 2], "nan"]
-    assert brain.rows["id:odd"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
+    publish(brain, authority, [row(foreign)])
+    assert brain.rows["id:foreign"]["args"] == ["<class 'object'>", [1, 2], "nan"]
+    assert brain.rows["id:foreign"]["last_run_at"] == "2026-01-01T00:00:00.000000+00:00"
 
 
 def test_unpublishable_rows_raise_value_error():

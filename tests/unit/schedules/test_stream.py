@@ -416,7 +416,7 @@ def test_failed_listing_after_change_is_indeterminate(harness):
     """A failed listing after a change is indeterminate, because the change was made."""
     harness.activate()
     harness.scheduler.failure = OSError("no database")
-    with pytest.raises(CommandError, match="done, but") as caught:
+    with pytest.raises(CommandError, match="is done, but") as caught:
         operations.mutate(harness.stream, harness.brain.mutation("trigger", KEY), 60)
     assert caught.value.indeterminate
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from z4j_core.models import Event, EventKind
 
 from tests.support.engines import FakeEngine
-from tests.support.http_peer import HttpPeer, join
-from tests.support.listener import GoneError, Listener, some
-from tests.support.peer import SECRET_TEXT, TOKEN, Peer, settled
+from tests.support.http_peer import HttpPeer, relay
+from tests.support.listener import GoneError, Listener, recv_some
+from tests.support.peer import SECRET_TEXT, TOKEN, Peer, all_acked
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import (
     AuthenticationRejectedError,
@@ -209,7 +209,7 @@ class ProxyGate:
         self.backend = backend
         self.block = None
         self.upgrades = 0
-        self._ports = {"ws": ws_peer.door.port, "http": http_peer.port}
+        self._ports = {"ws": ws_peer.listener.port, "http": http_peer.port}
         self._door = Listener(backend, self._pass, name="gate")
         self.url = self._door.url
 
@@ -220,7 +220,7 @@ class ProxyGate:
         head = b""
         try:
             while b"\r\n\r\n" not in head:
-                head += some(self.backend, sock)
+                head += recv_some(self.backend, sock)
             upgrade = b"upgrade: websocket" in head.lower()
             self.upgrades += upgrade
             if upgrade and self.block == "403":
@@ -247,7 +247,7 @@ class ProxyGate:
             inner.settimeout(0)
             self._door.socks.append(inner)
             inner.send(head)
-            join(self.backend, sock, inner, 1 if silent else None)
+            relay(self.backend, sock, inner, 1 if silent else None)
 
 
 def an_event(number):
@@ -312,11 +312,11 @@ def test_agent_falls_back_behind_blocking_proxy(install, gate, peers, until, cap
     runtime.record_event(an_event(1))
     beat = until(lambda: http_peer.frames("heartbeat"))[0]
     assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
-    until(lambda: settled(runtime, 1))
+    until(lambda: all_acked(runtime, 1))
     assert len(http_peer.events()) == 1
     assert caplog.text.count("falling back to long-poll") == 1
     assert "connected over longpoll" in caplog.text or "connected again" in caplog.text
-    assert http_peer.mishaps == []
+    assert http_peer.errors == []
 
 
 @pytest.mark.thorough
@@ -331,7 +331,7 @@ def test_changes_of_transport_lose_no_event(install, gate, peers, until, monkeyp
     numbers = iter(range(10_000))
     for _ in range(100):
         runtime.record_event(an_event(next(numbers)))
-    until(lambda: http_peer.frames("heartbeat") and settled(runtime, 100))
+    until(lambda: http_peer.frames("heartbeat") and all_acked(runtime, 100))
     http_peer.command("retry_task", {"task_id": "t-1"})
     until(lambda: http_peer.frames("command_result"))
     upgrades = gate.upgrades
@@ -343,7 +343,7 @@ def test_changes_of_transport_lose_no_event(install, gate, peers, until, monkeyp
     assert until(lambda: session.of("heartbeat"))[0].payload.adapter_health["z4j.transport"] == "ws"
     for _ in range(100):
         runtime.record_event(an_event(next(numbers)))
-    until(lambda: settled(runtime, 300))
+    until(lambda: all_acked(runtime, 300))
     sent = [event["data"]["number"] for event in [*http_peer.events(), *ws_peer.events()]]
     assert sent == list(range(300))
     assert "WebSocket works again" in caplog.text
@@ -351,7 +351,7 @@ def test_changes_of_transport_lose_no_event(install, gate, peers, until, monkeyp
     session.drop()
     before = len(http_peer.frames("heartbeat"))
     until(lambda: len(http_peer.frames("heartbeat")) > before)
-    assert http_peer.mishaps == []
+    assert http_peer.errors == []
 
 
 def test_rejected_token_keeps_websocket(install, gate, peers, until):

@@ -14,7 +14,7 @@ from z4j_core.models import Event, EventKind
 
 from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer, Tunnel
-from tests.support.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, settled
+from tests.support.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, all_acked
 from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import (
     AuthenticationRejectedError,
@@ -62,7 +62,7 @@ def peer(backend):
     created = HttpPeer(backend)
     yield created
     created.stop()
-    assert created.mishaps == []
+    assert created.errors == []
 
 
 class LongPollSession:
@@ -242,7 +242,7 @@ def test_upload_carries_one_signed_frame(connected, peer):
 
 def test_concurrent_uploads_keep_signature_order(connected, peer, backend):
     """Concurrent uploads run one at a time, in the order of their signatures."""
-    peer.post_seconds = 0.02
+    peer.post_delay = 0.02
     tasks = [backend.spawn(connected.send, name=f"sender-{number}") for number in range(8)]
     assert all(task.join(20) for task in tasks)
     (session,) = peer.sessions.values()
@@ -271,7 +271,7 @@ def test_rejected_first_signature_names_secret_and_clock(make_session, peer):
     client.connect()
     with pytest.raises(AuthenticationRejectedError, match=r"Z4J_HMAC_SECRET.*clock"):
         client.send()
-    peer.mishaps.clear()  # the wrong signature was intended
+    peer.errors.clear()  # the wrong signature was intended
 
 
 def test_body_limit_is_halved_and_kept_for_next_session(make_session, peer):
@@ -391,7 +391,7 @@ def test_abort_ends_receive_and_poll(connected, peer, backend, until):
 
 def test_abort_ends_upload(connected, peer, backend, until):
     """``abort`` ends an upload that has no response."""
-    peer.post_seconds = 20.0
+    peer.post_delay = 20.0
     failed = []
 
     def write():
@@ -528,7 +528,7 @@ def test_session_over_tls(make_tls_session, tls_peer, certificate):
     identity = tls_peer.command("retry_task")
     assert client.session.verify(client.transport.receive(10.0)).id == identity
     assert [len(event["x"]) for event in tls_peer.events()] == [10, 100_000]
-    assert tls_peer.mishaps == []
+    assert tls_peer.errors == []
 
 
 @pytest.mark.filterwarnings(
@@ -672,7 +672,7 @@ def test_agent_works_within_8_kib_bodies(install, peer, engine, until):
     assert beat.payload.adapter_health["z4j.transport"] == "longpoll"
     for number in range(300):
         runtime.record_event(an_event(number, text='say "hi" \\ to é'))
-    until(lambda: settled(runtime, 300), 30)
+    until(lambda: all_acked(runtime, 300), 30)
     assert [event["data"]["number"] for event in peer.events()] == list(range(300))
     assert len(peer.frames("event_batch")) < 30
     identity = peer.command("retry_task", {"task_id": "t-1"})
@@ -692,7 +692,7 @@ def test_large_event_is_truncated_and_counted(install, peer, until):
     runtime.record_event(an_event(1, traceback="t" * 6000, result="r" * 4000, args=[1]))
     runtime.record_event(an_event(2, traceback='"' * 9000, result="r" * 9000, args=["a" * 9000]))
     runtime.record_event(an_event(3))
-    until(lambda: settled(runtime, 3))
+    until(lambda: all_acked(runtime, 3))
     first, second, third = (event["data"] for event in peer.events())
     assert "bytes cut" in first["traceback"]
     assert (first["result"], first["args"]) == ("r" * 4000, [1])
@@ -752,7 +752,7 @@ def test_commands_of_lost_session_are_executed(install, peer, engine, until):
     )
     until(lambda: runtime.stats()["heartbeats"])
     for session in peer.sessions.values():
-        session.posts_die = True
+        session.reject_posts = True
     ids = [peer.command("retry_task", {"task_id": f"t-{number}"}) for number in range(5)]
     until(lambda: len(peer.frames("command_result")) == 5)
     assert sorted(frame.id for frame in peer.frames("command_result")) == sorted(ids)
@@ -787,10 +787,10 @@ def test_lost_session_is_replaced_after_409(install, peer, until):
     runtime = install()
     until(lambda: peer.frames("heartbeat"))
     for session in list(peer.sessions.values()):
-        session.dead = True
+        session.invalidated = True
     event = an_event(1)
     runtime.record_event(event)
-    until(lambda: settled(runtime, 1))
+    until(lambda: all_acked(runtime, 1))
     assert [sent["id"] for sent in peer.events()] == [str(event.id)]
     assert len(peer.sessions) >= 2
     assert "HTTP 409" in runtime.stats()["last_error"] or not runtime.stats()["last_error"]
@@ -813,14 +813,14 @@ def test_poison_upload_is_dropped_and_counted(install, peer, engine, until, capl
     engine.result = {"say": "hemlock"}
     marks = [b"hemlock", str(events[5].id).encode()]
 
-    def picky(request):
+    def reject_marked(request):
         return (
             (status, {}, body)
             if request.method == "POST" and any(mark in request.body for mark in marks)
             else answer(request)
         )
 
-    peer.answer = picky
+    peer.answer = reject_marked
     runtime = install()
     until(lambda: peer.frames("heartbeat") and peer.polling)
     identity = peer.command("retry_task", {"task_id": "t-1"})
@@ -829,7 +829,7 @@ def test_poison_upload_is_dropped_and_counted(install, peer, engine, until, capl
     )  # in the first session, because a poll of a lost session would take the command
     for event in events:
         runtime.record_event(event)
-    until(lambda: settled(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})
+    until(lambda: all_acked(runtime, 11) and runtime.stats()["lost"] == {"poison": 2})
     assert sorted({event["data"]["number"] for event in peer.events()}) == [
         number for number in range(12) if number != 5
     ]
@@ -851,7 +851,7 @@ def test_upload_without_response_is_repeated(install, peer, until):
     event = an_event(1)
     peer.drop_posts = 1
     runtime.record_event(event)
-    until(lambda: settled(runtime, 1))
+    until(lambda: all_acked(runtime, 1))
     assert {sent["id"] for sent in peer.events()} == {str(event.id)}
 
 
@@ -871,7 +871,7 @@ def test_log_contains_no_secret(install, peer, until, caplog):
     caplog.set_level(logging.DEBUG)
     runtime = install()
     runtime.record_event(an_event(1))
-    until(lambda: settled(runtime, 1))
+    until(lambda: all_acked(runtime, 1))
     assert TOKEN not in caplog.text
     assert SECRET_TEXT not in caplog.text
 

@@ -188,7 +188,7 @@ def test_session_connects_exchanges_and_closes(peer, make_transport, until):
     transport.close()
     transport.close()
     transport.abort()
-    until(lambda: session.goodbye == 1000)
+    until(lambda: session.close_code == 1000)
     for use in (lambda: transport.send(bytes), lambda: transport.receive(0.01)):
         with pytest.raises(NetworkError, match="closed"):
             use()
@@ -257,7 +257,7 @@ def test_failing_build_keeps_connection_usable(peer, make_transport, until):
     with pytest.raises(ZeroDivisionError):
         transport.send(lambda: 1 // 0)
     transport.send(lambda: b"this will not verify")
-    until(lambda: peer.mishaps)
+    until(lambda: peer.errors)
 
 
 def test_full_socket_raises_after_send_timeout(peer, make_transport, monkeypatch):
@@ -310,7 +310,7 @@ def test_tls_session_works_in_both_directions(
     assert task.join(20)
     assert got == [b"%d " % turn * 5000 for turn in range(number)]
     transport.close()
-    until(lambda: session.over)
+    until(lambda: session.ended)
 
 
 @pytest.mark.filterwarnings(

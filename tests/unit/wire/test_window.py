@@ -91,7 +91,7 @@ def test_frame_size_follows_brain_time_per_frame():
     for number in range(10):
         win.sent(f"slow {number}", (number,), 50, 20 + number * 10)
         win.acked(f"slow {number}", 25 + number * 10)
-    assert win.frame_events == window.FRAME_FIRST
+    assert win.frame_events == window.FRAME_EVENTS_INITIAL
 
 
 def test_small_frames_do_not_grow_frame_size():
@@ -100,7 +100,7 @@ def test_small_frames_do_not_grow_frame_size():
     for number in range(20):
         win.sent(str(number), (number,), 1, number)
         win.acked(str(number), number + 0.01)
-    assert win.frame_events == window.FRAME_FIRST
+    assert win.frame_events == window.FRAME_EVENTS_INITIAL
 
 
 def test_limit_stays_at_minimum_without_acks():

@@ -1,7 +1,7 @@
-"""Probes Celery's broker: whether it answers, and how deep its queues are.
+"""Probes Celery's broker: whether it is reachable, and the depths of its queues.
 
-The adapter's figures prove neither: its ``broker_connected`` stays true while the broker is down,
-and its ``queue_depths`` are empty on Redis and AMQP alike.
+The adapter's health check cannot be used for this. Its ``broker_connected`` stays true while the
+broker is down, and its ``queue_depths`` are empty on both Redis and AMQP.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from kombu import Connection
     from kombu.transport.virtual import Channel
 
-#: Maximum number of queues measured. The brain reads 1,024 of a heartbeat.
+#: Maximum number of measured queues. The brain reads 1,024 from a heartbeat.
 MAX_QUEUES = 100
 
-#: AMQP's reply code. RabbitMQ sends a number, kombu's virtual transports such as Redis a text.
+#: AMQP's reply code for a missing queue. RabbitMQ sends it as a number, and kombu's virtual
+#: transports (such as Redis) as text.
 NOT_FOUND = "404"
 
 
 class BrokerProbe:
-    """Probes the broker over a connection of its own, which it renews after a failure.
+    """Probes the broker over its own connection, which is renewed after a failure.
 
-    :param queues: returns the queues to measure; called each time, because consumers change.
+    :param queues: returns the queues to measure; called by each probe, because they can change.
     """
 
     def __init__(self, engine: str, app: Celery, queues: Callable[[], Iterable[str]]) -> None:
@@ -42,7 +43,8 @@ class BrokerProbe:
     def __call__(self) -> Mapping[str, str]:
         """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``.
 
-        ``.broker_type`` is kombu's name: ``redis``, ``amqp``, ``sqs``, ``memory``. Does not raise.
+        ``.broker_type`` is kombu's name of the transport: ``redis``, ``amqp``, ``sqs``, ``memory``.
+        Does not raise.
         """
         reused = self._channel is not None
         try:
@@ -55,7 +57,7 @@ class BrokerProbe:
             self.close()
             if reused:  # the broker may have been restarted since the channel was opened
                 return self()
-            # Only the class, because the text may contain the broker's address with its password.
+            # Reports only the class, because the text may contain the broker's password.
             return self._entries(broker_connected="False", broker_error=type(error).__name__)
         return self._entries(
             broker_connected="True",
@@ -87,17 +89,17 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # AMQP closes the channel after an error. Redis does not, and a new channel there costs
-            # six round trips.
+            # AMQP closes the channel after an error. Redis does not, so the channel is kept: a new
+            # one costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
-                return 0  # Redis has no empty lists, so an empty queue does not exist there
+                return 0  # an empty queue does not exist in Redis, which deletes empty lists
             raise
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
-    """Return a function that returns the queues of this worker, or outside one those of the app."""
+    """Return a function that returns this worker's queues, or the app's queues without a worker."""
 
     def names() -> Iterable[str]:
         task_consumer = getattr(consumer, "task_consumer", None)

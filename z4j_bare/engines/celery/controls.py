@@ -1,7 +1,8 @@
 """Worker controls that report what the worker did, not only that a command was sent.
 
-The adapter broadcasts and reports success, even for a worker that does not exist or a pool that
-cannot do it. Here the worker's reply decides, and the effect is verified where it is visible.
+The adapter broadcasts a command and reports success, even if the worker does not exist or its pool
+does not support the command. These controls report the worker's reply, and verify the effect where
+it is visible.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds of a command's time kept in reserve, so that the result is this module's own error and
-#: not the caller's timeout.
+#: Seconds of a command's time that are not used, so that this module reports an error before the
+#: caller's timeout.
 RESERVE = 0.5
 
-#: Maximum seconds to wait until the first process of a restarted pool has been replaced. The
-#: others take as long as their tasks.
+#: Maximum seconds to wait until the first process of a restarted pool has been replaced. Busy
+#: processes are replaced after their tasks.
 RESTART_TIMEOUT = 5.0
 
 _FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"
-_CANNOT_CANCEL = "it cannot end a task that it has begun, or take back one that waits in it"
+_CANNOT_CANCEL = "it cannot end a running task, or remove a task that waits in it"
 _NO_PROCESSES = "it has no processes that could be replaced"
 
 #: Why a pool cannot be resized, cannot end a running task, or cannot be restarted (Celery 5.7).
@@ -61,7 +62,7 @@ class CeleryControls:
         the same parent and do not load new code.
         """
         deadline = self._deadline(seconds)
-        node = self._resolve_able(worker, deadline, _NO_RESTART)
+        node = self._resolve_capable(worker, deadline, _NO_RESTART)
         try:
             answer = self._remote.command(node, "pool_restart", deadline)
         except CommandError as error:
@@ -145,7 +146,7 @@ class CeleryControls:
         ]
         if not_applied:
             raise CommandError(
-                f"not in force on {', '.join(self._aliases(not_applied))}", indeterminate=True
+                f"not applied on {', '.join(self._aliases(not_applied))}", indeterminate=True
             )
         facts = {
             "task_name": task,
@@ -158,7 +159,7 @@ class CeleryControls:
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
-        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task's end
+        if _runs_in_this_solo_worker(task_id):  # the worker reads the command after the task's end
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
         holder, running = self._find_task(task_id, deadline)
         if holder is not None and holder.pool in _NO_TERMINATE:
@@ -184,19 +185,19 @@ class CeleryControls:
     def _deadline(self, seconds: float) -> float:
         return self._remote.now() + max(0.0, seconds - RESERVE)
 
-    def _resolve_able(self, worker: str, deadline: float, reasons: Mapping[str, str]) -> Node:
-        """Return the live worker; raise if ``reasons`` says that its pool cannot do it."""
+    def _resolve_capable(self, worker: str, deadline: float, reasons: Mapping[str, str]) -> Node:
+        """Return the live worker. Raises ``CommandError`` if ``reasons`` contains its pool."""
         node = self._remote.resolve(worker, deadline)
         if node.pool in reasons:
             raise CommandError(_not_supported(node.pool, reasons[node.pool]))
         return node
 
     def _resize(self, command: str, worker: str, change: int, deadline: float) -> CommandOutcome:
-        node = self._resolve_able(worker, deadline, _NO_RESIZE)
+        node = self._resolve_capable(worker, deadline, _NO_RESIZE)
         target = node.size + change
         if target < 1:
             raise CommandError(
-                f"{node.alias} runs {node.size} tasks at a time, and one has to be left"
+                f"{node.alias} runs {node.size} tasks at a time, and at least one must remain"
             )
         answer = self._remote.command(node, command, deadline, n=abs(change))
 
@@ -262,11 +263,9 @@ def _success(node: Node, **facts: object) -> CommandOutcome:
     return CommandOutcome.success({"worker": node.alias, "pool": node.pool, **facts})
 
 
-def _require_effect(effect: object, node: Node, answer: str, otherwise: str) -> None:
+def _require_effect(effect: object, node: Node, answer: str, failure: str) -> None:
     if not effect:
-        raise CommandError(
-            f"{node.alias} says: {answer}; but in the end {otherwise}", indeterminate=True
-        )
+        raise CommandError(f"{node.alias} replied: {answer}; but {failure}", indeterminate=True)
 
 
 def _not_supported(pool: str, why: str) -> str:
@@ -290,7 +289,7 @@ def _is_limited(registered: Iterable[object] | None, task: str, rate: str) -> bo
 def _runs_in_this_solo_worker(task_id: str) -> bool:
     """Whether the task runs in this process, in a solo pool.
 
-    The only thread of a solo pool also reads the control commands.
+    In a solo pool one thread runs the tasks and reads the control commands.
     """
     pool = getattr(ready_worker(), "pool", None)
     state: Any = sys.modules.get("celery.worker.state")

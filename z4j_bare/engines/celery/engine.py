@@ -1,4 +1,4 @@
-"""The description of Celery, and the connections to its broker."""
+"""The description of the Celery engine, and connections to its broker."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CeleryEngine(Engine):
     def make_source(
         self, ring: Ring, settings: Settings, backend: BaseConcurrency, consumer: Consumer | None
     ) -> CelerySource:
-        """Return a source that captures signals, and reads the broker where they do not fire."""
+        """Return a source that captures signals, and reads broker events where none fire."""
         from z4j_bare.engines.celery.source import CelerySource
 
         return CelerySource(self.adapter, ring, settings, backend, consumer)
@@ -71,7 +71,7 @@ class CeleryEngine(Engine):
         ]
 
     def make_controls(self, backend: BaseConcurrency) -> CeleryControls:
-        """Return controls that report what the worker did; the adapter does not wait for that."""
+        """Return controls that wait for the worker's reply, which the adapter does not."""
         from z4j_bare.engines.celery.controls import CeleryControls
 
         matches = value_matcher(self.adapter)
@@ -84,10 +84,10 @@ class CeleryEngine(Engine):
     def iter_definitions(
         self, hints: DiscoveryHints, checkpoint: Callable[[], object]
     ) -> Iterator[TaskDefinition] | None:
-        """Discover tasks as the adapter does, but with pauses.
+        """Discover tasks as the adapter does, but in small steps.
 
-        The adapter's own method takes 6 ms for 300 tasks, and 50 ms for the files of twenty apps.
-        ``None`` if a subclass overrides that method.
+        The adapter's method takes 6 ms for 300 tasks, and 50 ms for the files of twenty apps.
+        Returns ``None`` if a subclass overrides that method.
         """
         method = getattr(type(self.adapter), "discover_tasks", None)
         if not getattr(method, "__module__", "").startswith("z4j_celery."):
@@ -117,17 +117,17 @@ class CeleryEngine(Engine):
                     yield definition
 
     def restarts_by_exit(self) -> bool:
-        """Return ``False``: remote control restarts prefork pools, and others cannot restart."""
+        """Return ``False``: remote control restarts prefork pools. No other pool can restart."""
         return False
 
 
 def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
     """Return a new connection to the broker, not yet open and outside the app's pool.
 
-    A pooled connection is not safe here: kombu closes the pool in a child that is forked meanwhile,
-    and the child then reads the replies from the socket it shares with this process (kombu 5.7,
-    prefork). A caller that must not wait for a broker that is down calls ``connect()``: without it
-    the first use retries until the broker is back.
+    A connection of the pool is not safe: a child that is forked meanwhile closes the pool, and
+    thereby reads the replies from the socket that it shares with this process (kombu 5.7, prefork).
+    A caller that must not wait for a broker that is down has to call ``connect()``. Otherwise the
+    first use of the connection retries until the broker is available.
     """
     connect = app.connection_for_read if reading else app.connection_for_write
     return connect(connect_timeout=CONNECT_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Receives Celery's own events from the broker, where the signals do not fire.
+"""Receives Celery's own events from the broker, in processes in which the signals do not fire.
 
 That is the case in every process outside a worker: the standalone agent, a web process, a script.
 """
@@ -28,31 +28,31 @@ logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 #: Maximum seconds of one wait for events.
 POLL_TIMEOUT = 0.5
 
-#: Seconds before a broken connection is renewed, after the first failure. Events that are sent in
-#: between are lost on Redis.
+#: Seconds before a failed connection is renewed, after the first failure. On Redis the events that
+#: are sent meanwhile are lost.
 BACKOFF_INITIAL = 0.5
 
-#: Maximum seconds before a broken connection is renewed.
+#: Maximum seconds before a failed connection is renewed.
 BACKOFF_MAX = 15.0
 
-#: Seconds after which a connection counts as good, and the back-off starts again.
+#: Seconds after which a connection counts as stable and resets the back-off.
 STABLE_SECONDS = 60.0
 
-#: Seconds of silence after which a connection that delivered events is renewed. Redis does not
-#: report that a peer has vanished, and workers send a heartbeat every 2 s.
+#: Seconds without an event after which a connection that has delivered events is renewed. Redis
+#: does not detect a lost peer. Workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
-#: Seconds without an event after which the last events are considered read, when stopping.
+#: Seconds without an event after which the reading of the last events ends, at the stop.
 DRAIN_IDLE = 0.2
 
-#: Maximum seconds of reading the last events, when stopping.
+#: Maximum seconds of the reading of the last events, at the stop.
 DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Whether kombu was imported before the patching, and so waits in the original ``select``."""
+    """Whether kombu was imported before the patching, so that it uses the original ``select``."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
@@ -90,7 +90,7 @@ class EventReceiver:
         self._finished.set()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read until ``stop_event`` is set, then read what was sent before. Reconnects."""
+        """Read events until ``stop_event`` is set, then those sent before. Reconnects."""
         if self._backend.name in _HUBS and patched_late():
             logger.warning(
                 "z4j: this process imported kombu before it was patched for %s. Waiting for the"
@@ -119,7 +119,7 @@ class EventReceiver:
                 self._finished.set()
 
     def finish(self) -> None:
-        """Wait until everything sent before ``stop_event`` has been read.
+        """Wait until all events sent before ``stop_event`` was set have been read.
 
         Takes at most ``POLL_TIMEOUT + DRAIN_MAX`` seconds.
         """
@@ -139,7 +139,7 @@ class EventReceiver:
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        # Only the class, because the text may contain the broker's address with its password.
+        # Logs only the class, because the text may contain the broker's password.
         logger.log(
             logging.WARNING if self._delays.delay == BACKOFF_INITIAL else logging.DEBUG,
             "z4j: cannot read Celery's events from the broker (%s); retrying until it works",
@@ -147,7 +147,7 @@ class EventReceiver:
         )
 
     def _subscribe(self, connection: Connection) -> None:
-        connection.connect()  # fails at once, where the first use would retry without end
+        connection.connect()  # raises at once, whereas the first use would retry without a limit
         receiver = self._app.events.Receiver(connection)
         consumer = connection.Consumer(
             queues=[receiver.queue],
@@ -177,17 +177,17 @@ class EventReceiver:
             pass
 
     def _drain(self, connection: Connection, timeout: float) -> bool:
-        """Read what has arrived within ``timeout`` seconds; return whether anything had."""
+        """Read what arrives within ``timeout`` seconds; return whether anything arrived."""
         before = self._messages
         try:
             self._backend.call_blocking(connection.drain_events, timeout=timeout)
         except TimeoutError as error:
-            if error.errno is not None:  # the network's own, such as ETIMEDOUT
+            if error.errno is not None:  # an error of the network, such as ETIMEDOUT
                 raise
             return False
         if self._messages == before:
-            # The transport returned without a message. If it keeps doing so, the loop must not
-            # keep the hub busy.
+            # The transport returned without a message. It may do so repeatedly, and the loop must
+            # not block the hub.
             self._backend.sleep(SLICE_SECONDS)
         return True
 
@@ -201,7 +201,7 @@ class EventReceiver:
                 self.unreadable += 1
                 logger.debug("z4j: malformed Celery event: %s", type(error).__name__)
         self._backend.steps.end(step, self.name)
-        if perf_counter() - self._yielded_at > SLICE_SECONDS:  # kombu may deliver a burst at once
+        if perf_counter() - self._yielded_at > SLICE_SECONDS:  # one read may deliver many messages
             self._backend.sleep(0)
             self._yielded_at = perf_counter()
 

@@ -1,4 +1,4 @@
-"""Celery's remote control: broadcasts to the live workers, found by their names in the brain."""
+"""Celery's remote control: commands to live workers, which are addressed by name in the brain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLL_INTERVAL = 0.2
 #: Maximum seconds to wait for a command's effect.
 EFFECT_TIMEOUT = 15.0
 
-#: Maximum number of cached worker names. Names change where hosts come and go.
+#: Maximum number of cached worker names. Names accumulate where hosts are often replaced.
 MAX_CACHED_NAMES = 1000
 
 #: The ``-P`` name of a pool, where it differs from the module name of the pool's class.
@@ -105,7 +105,7 @@ class RemoteControl:
                 self._broadcast, command, arguments, to, max(0.1, timeout)
             )
         except Exception as error:
-            # Only the class, because the text may contain the broker's address with its password.
+            # Reports only the class, because the text may contain the broker's password.
             raise CommandError(
                 f"the broker failed: {type(error).__name__}", indeterminate=True
             ) from error
@@ -194,5 +194,5 @@ def reply_text(worker: str, reply: object) -> str:
     :raises CommandError: with the worker's text, if the reply is an error.
     """
     if isinstance(reply, Mapping) and "error" in reply:
-        raise CommandError(f"{worker} says: {reply['error']}")
+        raise CommandError(f"{worker} replied: {reply['error']}")
     return str(reply.get("ok", reply)) if isinstance(reply, Mapping) else str(reply)

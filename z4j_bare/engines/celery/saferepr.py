@@ -1,8 +1,7 @@
-"""Parses values from the ``saferepr`` text in which a worker's events carry them.
+"""Parses arguments and results from the ``saferepr`` text in a worker's events.
 
-Celery writes arguments and results in Python's notation, limits length and depth, and escapes only
-quotes. Redaction selects by key, so the structure has to be recovered. What cannot be parsed
-remains text.
+Celery writes the values in Python's notation, limits length and depth, and escapes only quotes.
+Redaction selects by key, so the structure has to be recovered. What cannot be parsed remains text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 #: Maximum characters parsed of one text. Celery's default limit is 1,024.
 MAX_TEXT = 8 * 1024
 
-#: Maximum brackets and commas examined in text that cannot be parsed; the rest is one piece.
+#: Maximum number of brackets and commas that are examined in text that cannot be parsed. The text
+#: after them becomes one value.
 MAX_STEPS = 2000
 
 #: Marks what Celery or a limit of this module left out.
@@ -99,8 +99,8 @@ class _Parser:
         start = self.position
         value = self.literal(first, depth) if self.nodes > 0 else _FAILED
         following = self.peek()
-        # Without this check, text with a backslash before its last quote would include the next
-        # key.
+        # Without this check, a string with a backslash before its last quote would include the key
+        # that follows.
         if value is _FAILED or (following and following not in ends):
             return self.opaque(start, ends)
         return value

@@ -247,8 +247,8 @@ class SignalHandlers:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # task_success carries no task id. A failure has a signal of its own. A task that was
-        # killed by gevent has no state.
+        # Success is captured here, because task_success has no task id. A failure has its own
+        # signal. A task that was killed by gevent has no state.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)
@@ -504,7 +504,7 @@ class EagerCapture(CeleryCapture):
 def runs_in_process(consumer: Consumer | None) -> bool:
     """Whether a worker's tasks, and so their signals, run in the worker's own process.
 
-    The running pool decides. ``conf.worker_pool`` does not know the ``-P`` option.
+    This depends on the running pool: ``conf.worker_pool`` does not reflect the ``-P`` option.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(

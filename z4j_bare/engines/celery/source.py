@@ -1,4 +1,4 @@
-"""The event source of Celery: signals, and the broker's events where signals do not fire."""
+"""The event source of Celery: signals, and events from the broker where signals do not fire."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class CelerySource(EventSource):
         return self._monitor.unheard if self._monitor else 0
 
     def failures(self) -> int:
-        """Return how often the connection to the broker broke."""
+        """Return how often the connection to the broker failed."""
         return self._receiver.failures if self._receiver else 0
 
     def dropped(self) -> int:
@@ -133,7 +133,7 @@ class CelerySource(EventSource):
 def only_worker() -> str | None:
     """Return the only worker that a process outside a worker reports; ``None`` means all.
 
-    It is named by the variables that the adapter reads.
+    The adapter reads the same environment variables.
     """
     names = (
         os.environ.get(name, "").strip()

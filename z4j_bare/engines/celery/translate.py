@@ -1,4 +1,4 @@
-"""Translates Celery's own events, as the broker delivers them, to the events of the brain."""
+"""Translates Celery's events from the broker to the events of the brain."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ CeleryEvent = dict[str, Any]
 #: Adds an event's own fields to the last argument.
 _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 
-#: Maximum seconds between a worker's clock and this one; beyond, this clock is used. The brain
-#: accepts events at most 60 s off.
+#: Maximum difference in seconds between a worker's clock and this host's clock. If it is larger,
+#: this host's clock is used. The brain accepts events that are at most 60 s off.
 MAX_CLOCK_SKEW = 60.0
 
 #: Maximum characters of a task id and of a name that are kept; the encoder shortens them further.
@@ -184,8 +184,8 @@ class Translator:
             task_state.queue = queue[:MAX_NAME_CHARS]
 
     def _received(self, event: CeleryEvent, task_state: TaskState, own: dict[str, Any]) -> None:
-        # Only from the first event, because the next run may be received before the retry of the
-        # previous one is reported.
+        # ``retries`` is taken only from the first event of a task, because the next run may be
+        # received before the retry of the previous run is reported.
         if not task_state.last_timestamp and isinstance(retries := event.get("retries"), int):
             task_state.retries = retries
         if task_state.queue is None:
@@ -228,7 +228,7 @@ class Translator:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _timestamp(self, event: CeleryEvent) -> float:
-        """Return the worker's timestamp, so that all agents reading the event use the same one."""
+        """Return the worker's timestamp, so that all agents that read the event use the same."""
         timestamp, now = event.get("timestamp"), self._clock()
         if (
             isinstance(timestamp, int | float)

@@ -1,10 +1,11 @@
 """Details of Celery workers for the heartbeat.
 
-Inside a worker they are read from its objects, elsewhere requested over the broker. A worker that
-forks must not wait for replies of ``control.inspect`` on a connection of the app's pool: a child
-that is forked meanwhile closes the pool (kombu's after-fork hook), and thereby reads the parent's
-reply from the shared socket. If the parent reads first, the child hangs for ever and its tasks
-never run (kombu 5.6, prefork with ``--max-tasks-per-child``).
+In a worker they are read from its objects. Other processes request them over the broker.
+
+A worker that forks must not wait for replies to ``control.inspect`` on a connection of the app's
+pool. A child that is forked meanwhile closes the pool (kombu's after-fork hook), and thereby reads
+the parent's reply from the shared socket. If the parent reads first, the child hangs for ever and
+its tasks never run (kombu 5.6, prefork with ``--max-tasks-per-child``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 #: Seconds for which the details are cached. The dashboard's worker page shows them.
 DETAILS_TTL = 60.0
 
-#: Seconds to wait for the workers' replies. All of it passes every time, because the number of
+#: Seconds to wait for the workers' replies. A request always takes this long, because the number of
 #: workers is unknown.
 REPLY_TIMEOUT = 1.0
 
@@ -58,8 +59,8 @@ _SETTINGS = (
 class WorkerDetails:
     """Returns ``<engine>.worker_details``, cached for a minute.
 
-    :param consumer: the Consumer of this process's worker. ``None`` outside a worker: then all
-        workers are asked.
+    :param consumer: the Consumer of this process's worker. ``None`` outside a worker, where the
+        details of all workers are requested.
     :param matches: the adapter's ``RedactionEngine.value_matches``, for :func:`safe_name`.
     """
 
@@ -94,8 +95,8 @@ class WorkerDetails:
 def local_details(consumer: Consumer) -> dict[str, dict[str, Any]]:
     """Return what this worker would reply to ``inspect``, without remote control.
 
-    Running tasks are listed without arguments, because the brain does not redact this entry. Each
-    task's own row has its arguments, redacted.
+    Running tasks are listed without arguments, because the brain does not redact this entry. The
+    brain's row of a task has the redacted arguments.
     """
     from celery.worker import state
 

@@ -1,6 +1,6 @@
 """The registry of Celery workers whose events are read from the broker.
 
-It asks the workers for their queues, and makes them send task events.
+It requests the workers' queues, and enables their task events.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MAX_NAME_CHARS = 4096
 
 
 class Worker:
-    """A worker's name in the brain, its queues once it has reported them, and its due times."""
+    """A worker: its name in the brain, the queues that it has reported, and its due times."""
 
     __slots__ = ("due", "enabled_count", "label", "last_seen", "queues")
 
@@ -56,8 +56,9 @@ class Worker:
         self.label = label
         self.last_seen = now
         self.queues: tuple[str, ...] = ()
-        #: How often ``enable_events`` was sent, and when it is due next.
+        #: How often ``enable_events`` was sent.
         self.enabled_count = 0
+        #: When it is due next, in the backend's monotonic seconds.
         self.due = now
 
     def count_enabled(self, now: float) -> None:
@@ -70,8 +71,8 @@ class Worker:
 class WorkerRegistry:
     """The workers whose events this process reads.
 
-    One task reports events to it. It calls the workers in tasks of its own, one at a time, so that
-    a broker that does not answer delays neither the events nor the agent's stop.
+    One task calls its methods. It sends requests to the workers in separate tasks, one at a time,
+    so that a broker that does not answer delays neither the events nor the agent's stop.
 
     :param only_hostname: the only worker to report; ``None`` for all.
     """
@@ -90,15 +91,15 @@ class WorkerRegistry:
         self._only_hostname = only_hostname
         self._workers: dict[str, Worker] = {}
         self._routes: dict[str, str | None] = {}
-        self._calling = False
+        self._requesting = False
         self._poll_at = 0.0
         self._broadcast_at = 0.0
         self._first_intervals = iter(FIRST_INTERVALS)
 
     def touch(self, hostname: str) -> str | None:
-        """Note a sign of life and return the worker's name in the brain.
+        """Reset the worker's time of silence; return the worker's name in the brain.
 
-        A new worker is announced. ``None`` means that the worker is not reported.
+        A new worker is announced. Returns ``None`` for a worker that is not reported.
         """
         if self._only_hostname is not None and hostname != self._only_hostname:
             return None
@@ -107,17 +108,17 @@ class WorkerRegistry:
         return worker.label
 
     def online(self, hostname: str) -> None:
-        """Note ``worker-online`` and send ``enable_events`` again.
+        """Process a ``worker-online`` event: ``enable_events`` is sent again.
 
-        A worker sends it when it starts, and also when its events have just been enabled. So its
-        known queues stay valid until it is asked again.
+        A worker sends the event when it starts, and also when its events have just been enabled. So
+        its known queues stay valid until they are requested again.
         """
         if self.touch(hostname) is not None:
             worker = self._workers[hostname]
             worker.enabled_count, worker.due, self._poll_at = 0, self._backend.now(), 0.0
 
     def offline(self, hostname: str) -> None:
-        """Note ``worker-offline``."""
+        """Process a ``worker-offline`` event."""
         worker = self._workers.pop(hostname, None)
         if worker is not None:
             self._presence.remove(worker.label, announce=True)
@@ -125,8 +126,8 @@ class WorkerRegistry:
     def queue_of(self, hostname: str, task: str) -> str | None:
         """Return the queue that a task came from, or ``None`` if it cannot be known.
 
-        A task's events do not carry it. It is the only queue that the worker consumes, or of
-        several the one to which the app routes the task.
+        A task's events do not contain it. If the worker consumes one queue, that is the result. If
+        it consumes several, the result is the one to which the app routes the task.
         """
         worker = self._workers.get(hostname)
         queues = worker.queues if worker is not None else ()
@@ -135,22 +136,22 @@ class WorkerRegistry:
         return route if queues and (route := self._route(task)) in queues else None
 
     def tick(self) -> None:
-        """Start the calls that are due. Does not wait; cheap enough to call at each event."""
+        """Start the requests that are due. Does not wait, and is cheap enough for every event."""
         now = self._backend.now()
-        if now < self._poll_at or self._calling:
+        if now < self._poll_at or self._requesting:
             return
         self._poll_at = now + POLL_INTERVAL
-        due = [hostname for hostname, worker in list(self._workers.items()) if worker.due <= now]
         to_all = self._broadcast_at <= now
         if to_all:
             self._broadcast_at = now + next(self._first_intervals, INTERVAL)
             self._expire(now)
+        due = [hostname for hostname, worker in list(self._workers.items()) if worker.due <= now]
         if due or to_all:
             for hostname in due:
                 self._workers[hostname].count_enabled(now)
-            self._calling = True
+            self._requesting = True
             hostnames = None if to_all else due
-            self._backend.spawn(self._call, hostnames, name="z4j-celery-enable-events")
+            self._backend.spawn(self._send_requests, hostnames, name="z4j-celery-enable-events")
 
     def _add(self, hostname: str) -> Worker:
         if not 0 < len(hostname) <= MAX_NAME_CHARS:
@@ -170,26 +171,30 @@ class WorkerRegistry:
     def _remove(self, hostname: str) -> None:
         self._presence.remove(self._workers.pop(hostname).label, announce=False)
 
-    def _call(self, hostnames: list[str] | None) -> None:
+    def _send_requests(self, hostnames: list[str] | None) -> None:
         if hostnames is None and self._only_hostname is not None:
             hostnames = [self._only_hostname]
         try:
-            # The queues first, so that they are known when the first event arrives.
-            for step in (self._ask_queues, self._enable):
-                self._backend.call_blocking(self._try, step, hostnames)
+            # The queues are requested first, so that they are known when the first event arrives.
+            for step in (self._request_queues, self._enable_events):
+                self._backend.call_blocking(self._send_request, step, hostnames)
         finally:
-            self._calling = False
+            self._requesting = False
 
-    def _try(
+    def _send_request(
         self, step: Callable[[Connection, list[str] | None], None], hostnames: list[str] | None
     ) -> None:
         try:
             with broker_connection(self._app) as connection:
                 step(connection, hostnames)
         except Exception as error:
-            logger.debug("z4j: %s failed with %s", step.__name__, type(error).__name__)
+            logger.debug(
+                "z4j: request to Celery's workers failed (%s): %s",
+                step.__name__.strip("_"),
+                type(error).__name__,
+            )
 
-    def _ask_queues(self, connection: Connection, hostnames: list[str] | None) -> None:
+    def _request_queues(self, connection: Connection, hostnames: list[str] | None) -> None:
         inspect = self._app.control.inspect(
             destination=hostnames, timeout=REPLY_TIMEOUT, connection=connection
         )
@@ -197,9 +202,9 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # it answered, so it also receives the enable_events that follows
+                worker.due = inf  # it replied, so it also receives the enable_events that follows
 
-    def _enable(self, connection: Connection, hostnames: list[str] | None) -> None:
+    def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
 
     def _route(self, task: str) -> str | None:
@@ -214,6 +219,6 @@ def _lookup_route(app: Celery, task: str) -> str | None:
     try:
         own = getattr(app.tasks.get(task), "queue", None)
         queue = own or (app.amqp.router.lookup_route(task, (), {}, {}) or {}).get("queue")
-    except Exception:  # a router of the host may need the real arguments, which are not known here
+    except Exception:  # a custom router may need the task's arguments, which are unknown here
         return None
     return str(getattr(queue, "name", None) or queue or app.conf.task_default_queue)

@@ -59,7 +59,7 @@ def test_pool_resize_fails_for_pool_of_fixed_size(cluster, worker, pool, action)
 
 def test_pool_shrink_keeps_one_task(cluster, worker):
     """A pool is never shrunk to zero."""
-    assert "one has to be left" in str(cluster.error_of("pool_shrink", ALIAS, 4))
+    assert "at least one must remain" in str(cluster.error_of("pool_shrink", ALIAS, 4))
     assert worker.size == 4
 
 
@@ -68,7 +68,7 @@ def test_control_fails_with_worker_error(cluster, worker):
     worker.autoscaled = True
     assert (
         str(cluster.error_of("pool_grow", ALIAS, 1))
-        == f"{ALIAS} says: not supported with autoscale"
+        == f"{ALIAS} replied: not supported with autoscale"
     )
 
 
@@ -217,7 +217,7 @@ def test_rate_limit_reports_workers_without_task(cluster, worker):
     result = cluster.controls.rate_limit("mail.send", "1/s", seconds=58).result
     assert (result["workers"], result["refused"]) == (
         [ALIAS],
-        {"w1@web-1": "w1@web-1 says: unknown task"},
+        {"w1@web-1": "w1@web-1 replied: unknown task"},
     )
 
 
@@ -238,14 +238,14 @@ def test_effect_check_is_repeated_after_failure(cluster, worker):
 
 def test_rate_limit_fails_when_not_applied(cluster, worker):
     """Unknown tasks, invalid rates and limits without effect are failures."""
-    assert f"{ALIAS} says: unknown task" in str(
+    assert f"{ALIAS} replied: unknown task" in str(
         cluster.error_of("rate_limit", "no.such", "1", worker_name=ALIAS)
     )
     assert "unknown task" in str(cluster.error_of("rate_limit", "no.such", "1"))
     for rate in ("fast", "-1", "1/d", "01", ""):
         assert "is not a rate" in str(cluster.error_of("rate_limit", "shop.pay", rate))
     worker.lazy = True
-    assert str(cluster.error_of("rate_limit", "shop.pay", "5")) == f"not in force on {ALIAS}"
+    assert str(cluster.error_of("rate_limit", "shop.pay", "5")) == f"not applied on {ALIAS}"
 
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet", "prefork"])

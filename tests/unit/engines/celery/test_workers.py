@@ -160,6 +160,14 @@ def test_silent_worker_expires(harness):
     assert harness.announced == [("worker.online", "w@h")]
 
 
+def test_worker_that_expires_while_due_gets_no_request(harness):
+    """After a pause of minutes, in which nothing was called, a due worker expires without error."""
+    harness.registry.touch("w@h")
+    harness.backend._clock += EXPIRY + INTERVAL
+    harness.registry.tick()
+    assert list(harness.presence.workers) == []
+
+
 def test_worker_offline_is_announced_once(harness):
     """An offline worker is announced once, and its return is announced again."""
     harness.registry.touch("w@h")
