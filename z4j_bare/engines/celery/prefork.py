@@ -20,8 +20,10 @@ from z4j_core.paths import ensure_z4j_home
 from z4j_bare.concurrency import fork
 from z4j_bare.control import is_alive
 from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel, NamedChannel
+from z4j_bare.engines.celery.outcomes import FIRST_RUN, run_key
+from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.signals import SignalHandlers
-from z4j_bare.engines.celery.task_state import TaskState, TaskTypes
+from z4j_bare.engines.celery.task_state import RunKey, TaskState, TaskTypes
 from z4j_bare.events.ring import Captured, Put
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
 _PREFIX = "channel-"
 
 #: A child's record on its way: code, time, task id, task name, performance counter at the start,
-#: and the rest of the record.
+#: key of the run, and the rest of the record.
 Note = tuple[Any, ...]
 
 
@@ -46,10 +48,25 @@ class Codes:
     started = 1
     succeeded = 2
     generic = 3
+    requeued = 4
 
 
 #: The kind of a note that a run is over and its task goes on; no event is recorded.
 REPLACED = ""
+
+
+class _NotedRuns(RepeatedRuns):
+    """Leaves to the parent's reader what depends on other runs of the task."""
+
+    def ended(
+        self, task_id: str, last: TaskState, request: object, *, keep: bool = False
+    ) -> TaskState:
+        del task_id, request, keep
+        return last
+
+    def requeued(self, task_id: str, last: TaskState, request: object, own: dict[str, Any]) -> None:
+        del request
+        self._put((Codes.requeued, self._clock(), task_id, last, own))
 
 
 class NoteHandlers(SignalHandlers):
@@ -57,6 +74,9 @@ class NoteHandlers(SignalHandlers):
 
     def __init__(self, put: Put) -> None:
         super().__init__(put, Codes, TaskTypes(lambda _task: None))
+        self.repeated_runs = _NotedRuns(
+            self.task_states, put, Codes.generic, self._clock, withholds=False
+        )
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         del task_id
@@ -80,11 +100,15 @@ class ChildCapture(NoteHandlers):
     def __init__(self, channel: Channel | NamedChannel) -> None:
         super().__init__(self._send)
         self._writer = channel.writer()
+        #: The key of the run that is being noted; ``None`` for a task's first run.
+        self._key: RunKey | None = None
         self._counters = channel.counters
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         if self._counters.agent == ABSENT:
             return None
+        key = run_key(task.request)
+        self._key = None if key == FIRST_RUN else key
         return super()._task_state(task_id, task)
 
     def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
@@ -93,7 +117,8 @@ class ChildCapture(NoteHandlers):
 
     def _send(self, record: Captured) -> None:
         code, now, task_id, task_state, *rest = record
-        note = (code, now, task_id, task_state.task_type.name, task_state.started_at, *rest)
+        key = self._key
+        note = (code, now, task_id, task_state.task_type.name, task_state.started_at, key, *rest)
         try:
             message = encode_note(note)
         except Exception:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.engines.celery.channel import ABSENT, PRESENT, ChannelWriter
 from z4j_bare.engines.celery.kept_runs import KeptRuns
-from z4j_bare.engines.celery.outcomes import failure_fields
+from z4j_bare.engines.celery.outcomes import failure_fields, run_key
 from z4j_bare.engines.celery.prefork import (
     REPLACED,
     Codes,
@@ -71,6 +71,12 @@ MAX_PARENT_ENDS = 1000
 _VANISHED = "the worker process died while it ran"
 _RETURNED = "the worker process died while it ran; the message returned to its queue"
 
+#: What :func:`run_key` reads of a request.
+Request = dict[str, int]
+
+#: The request of a task's first run.
+_FIRST: Request = {}
+
 _MARK = Struct("<Q")
 
 
@@ -111,6 +117,7 @@ class ParentArrivals(SignalHandlers):
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")
+    withholds = True
 
     def __init__(
         self,
@@ -309,6 +316,7 @@ class Runs:
         self._encoder = encoder
         self._arrivals = arrivals
         self._task_states = arrivals.task_states
+        self._repeated_runs = arrivals.repeated_runs
         self._app = adapter.celery_app
         self._pool = consumer.pool
         self._result = result
@@ -317,27 +325,46 @@ class Runs:
 
     def on_note(self, pid: int, note: Note) -> None:
         """Handle a child's note."""
-        code, now, task_id, name, started_at, *rest = note
-        task_state = self._task_state(task_id, name)
-        if task_state is None:
+        code, now, task_id, name, started_at, key, *rest = note
+        last = self._task_state(task_id, name)
+        if last is None:
             return
-        encoder = self._encoder
+        request = _FIRST if key is None else {"retries": key[0], "replaced_task_nesting": key[1]}
         if code == Codes.started:
-            previous = self.open.get(task_id)
-            if previous is not None and previous.pid != pid:
-                self._superseded(task_id, previous, now)
-            task_state.started_at = started_at
-            self.open[task_id] = Run(pid, task_state)
-            self._put((encoder.started, now, task_id, task_state))
+            self._started(pid, now, task_id, last, started_at, request)
             return
         self.open.pop(task_id, None)
         if code == Codes.succeeded:
             ended, _, result = rest
-            self._task_states.end(task_id)
+            task_state = self._repeated_runs.ended(task_id, last, request)
             result = result if self._result else None
-            self._put((encoder.succeeded, now, task_id, task_state, ended, self._result, result))
+            head = self._encoder.succeeded
+            self._put((head, now, task_id, task_state, ended, self._result, result))
+        elif code == Codes.requeued:
+            self._repeated_runs.requeued(task_id, last, request, rest[0])
         else:
-            self._generic(now, task_id, task_state, *rest)
+            self._generic(now, task_id, last, request, *rest)
+
+    def _started(
+        self,
+        pid: int,
+        now: float,
+        task_id: str,
+        last: TaskState,
+        started_at: float,
+        request: Request,
+    ) -> None:
+        previous = self.open.get(task_id)
+        if previous is not None and previous.pid != pid:
+            self._superseded(task_id, previous, now)
+        task_state, record = last, (self._encoder.started, now, task_id, last)
+        if last.attempt is None:
+            self._put(record)
+        else:
+            task_state = self._task_states.of_run(last, run_key(request))
+            self._repeated_runs.started(record, request)
+        task_state.started_at = started_at
+        self.open[task_id] = Run(pid, task_state)
 
     def on_own(self, record: Captured) -> None:
         """Handle a record of the parent's own handlers."""
@@ -358,7 +385,7 @@ class Runs:
             while len(self._parent_ends) >= MAX_PARENT_ENDS:
                 del self._parent_ends[next(iter(self._parent_ends))]
             self._parent_ends[task_id] = None
-        self._generic(now, task_id, task_state, kind, own, ended)
+        self._generic(now, task_id, task_state, _FIRST, kind, own, ended)
 
     def check(self, now: float) -> list[int]:
         """Resolve the runs of children that are gone; return the pids of these.
@@ -396,24 +423,28 @@ class Runs:
         self,
         now: float,
         task_id: str,
-        task_state: TaskState,
+        last: TaskState,
+        request: Request,
         kind: str,
         own: dict[str, object],
         ended: float | None,
     ) -> None:
-        if kind == REPLACED:
+        if ended is not None:
+            task_state = self._repeated_runs.ended(task_id, last, request)
+        else:
+            task_state = self._repeated_runs.ended(task_id, last, request, keep=True)
+        if kind != REPLACED:
+            self._put((self._encoder.generic, now, task_id, task_state, kind, own, ended))
+        if ended is None:
             task_state.started_at = 0.0
-            return
-        if ended is not None or kind == SUCCEEDED:
-            self._task_states.end(task_id)
-        self._put((self._encoder.generic, now, task_id, task_state, kind, own, ended))
 
     def _superseded(self, task_id: str, run: Run, now: float) -> None:
         """Report the retry of a run whose child is gone, and whose task has started again."""
         pids = self._pids()
         if pids is not None and run.pid not in pids:
             own = {"reason": _RETURNED, "retry_count": 0}
-            self._generic(now - 0.001, task_id, run.task_state, RETRIED, own, None)
+            head = self._encoder.generic
+            self._put((head, now - 0.001, task_id, run.task_state, RETRIED, own, None))
 
     def _vanished(self, task_id: str, run: Run) -> None:
         """Report the end of a run whose child is gone, and of which Celery reported nothing."""
@@ -429,9 +460,10 @@ class Runs:
         else:
             kind = FAILED
             own = {"exception": "WorkerLostError", "exception_message": _VANISHED}
-        self._generic(time(), task_id, run.task_state, kind, own, None)
-        if kind == FAILED:
-            self._task_states.end(task_id)
+        self._put((self._encoder.generic, time(), task_id, run.task_state, kind, own, None))
+        run.task_state.started_at = 0.0
+        if kind != RETRIED:
+            self._task_states.end(task_id, run.task_state)
 
     def _stored(self, task_id: str, task: Task | None) -> tuple[str, object, object]:
         """Return state, result and traceback that the result backend has of a task."""

@@ -18,7 +18,6 @@ from z4j_bare.engines.celery.task_state import (
 from z4j_bare.events.ring import Captured, Put
 
 if TYPE_CHECKING:
-    from celery.app.task import Task
     from celery.worker.request import Request
 
 
@@ -71,16 +70,17 @@ class RepeatedRuns:
         new = TaskState(task_type, queue)
         return self._task_states.supersede(task_id, known, new, key, self._clock())
 
-    def started(self, record: Captured, task: Task) -> None:
+    def started(self, record: Captured, request: object) -> None:
         """Report a start.
 
         After a return to the queue it is withheld until the run ends or a second has passed. A task
         that always returns would flood the brain.
 
         :param record: its last item is the last state of the task.
+        :param request: Celery's ``Context``, or the request as a dictionary.
         """
         head, now, task_id, last = record
-        task_state = self._task_states.of_run(last, run_key(task.request))
+        task_state = self._task_states.of_run(last, run_key(request))
         task_state.started_at = perf_counter()
         record = (head, now, task_id, task_state)
         attempt = task_state.attempt

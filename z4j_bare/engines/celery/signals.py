@@ -234,7 +234,7 @@ class SignalHandlers:
                         flags = kept.late_flags(task) if task.acks_late else 0
                         task_state.slot = runs.start(number, task_id, now, flags)
                 else:
-                    self.repeated_runs.started(record, task)
+                    self.repeated_runs.started(record, task.request)
         except Exception as error:
             if not should_suppress(self._on_prerun, error):
                 raise

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from celery import signals
 from celery.concurrency.prefork import TaskPool as Prefork
-from celery.exceptions import Ignore, Retry, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError
 from z4j_celery import CeleryEngineAdapter
 from z4j_celery.meta import z4j_meta
 
@@ -254,6 +254,60 @@ def test_second_arrival_follows_first_run(app, parent):
         "task.started",
         "task.succeeded",
     ]
+
+
+def test_next_run_received_before_notes_of_previous_one(app, parent):
+    """A run that is received before its predecessor's end is read shares no state with it, and
+    nothing is remembered of either.
+    """
+    here = parent()
+    receive(app, "shop.add", "t", [1])
+    task = app.tasks["shop.add"]
+    assert here.child(lambda: signals.task_prerun.send(None, task_id="t", task=task)) == 0
+    kinds = here.kinds()
+
+    def retries():
+        request = task_request(app, "shop.add", "t")
+        signals.task_retry.send(task, request=request, reason=Retry("again"))
+
+    assert here.child(retries) == 0
+    request = task_request(app, "shop.add", "t", [1])
+    request.request_dict = {"retries": 1}
+    signals.task_received.send(sender=None, request=request)
+
+    def second():
+        task.push_request(id="t", retries=1)
+        signals.task_prerun.send(None, task_id="t", task=task)
+        signals.task_postrun.send(None, task_id="t", task=task, retval=2, state="SUCCESS")
+
+    assert here.child(second) == 0
+    kinds += here.kinds()
+    assert kinds == [
+        "task.received",
+        "task.started",
+        "task.retried",
+        "task.received",
+        "task.started",
+        "task.succeeded",
+    ]
+    assert here.capture._runs._task_states == here.capture._runs.open == {}
+
+
+def test_requeue_loop_of_children_does_not_flood(app, parent):
+    """A task that children return to the queue again and again is reported once a second."""
+    here = parent()
+
+    @app.task(shared=False, name="shop.rejects", acks_late=True)
+    def rejects():
+        raise Reject("later", requeue=True)
+
+    for _ in range(20):
+        receive(app, "shop.rejects", "t")
+        here.runs(("shop.rejects", "t"))
+        here.capture.drain()
+    kinds = here.kinds()
+    assert kinds.count("task.retried") <= 3
+    assert len(kinds) < 10
 
 
 def test_revoked_task_is_reported_by_parent(app, parent):
