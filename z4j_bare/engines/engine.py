@@ -1,4 +1,4 @@
-"""Descriptions of engines: what the agent needs in addition to the methods of an adapter."""
+"""Describes engines: a description provides what the agent needs beyond the adapter's methods."""
 
 # ruff: noqa: ARG002 - the base class ignores arguments that subclasses need
 
@@ -59,7 +59,7 @@ class Engine:
     ) -> Iterator[TaskDefinition] | None:
         """Discover tasks in small steps, with ``checkpoint`` called between them.
 
-        ``None`` means that the adapter's ``discover_tasks`` has to be called.
+        Returns ``None`` if the caller has to call the adapter's ``discover_tasks`` instead.
         """
         return None
 
