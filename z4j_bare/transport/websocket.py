@@ -281,7 +281,7 @@ def close_error(data: bytes) -> AgentError:
 
 
 def preload() -> None:
-    """Import ``websocket-client`` at start, because the import takes 0.2 s and would block a hub."""
+    """Import ``websocket-client`` at start, because the import blocks a hub for 0.2 s."""
     import websocket  # noqa: F401
 
 
