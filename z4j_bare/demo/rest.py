@@ -29,8 +29,8 @@ _TIMEOUT = 30.0
 #: HTTP status of the brain's answer to a command for an agent without a session.
 _AGENT_OFFLINE = 503
 
-#: A GET that fails without a response is repeated once. The server closes a connection that was idle
-#: for 5 s, possibly while this client sends the next request.
+#: A GET that fails without a response is repeated once. The server closes a connection that was
+#: idle for 5 s, possibly while this client sends the next request.
 _RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
