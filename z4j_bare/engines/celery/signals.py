@@ -1,8 +1,8 @@
-"""Captures task events by the Celery signals that fire in this process.
+"""Captures task events with handlers of the Celery signals that fire in this process.
 
-In gevent, eventlet, threads and solo pools all of them fire here. A handler copies a little,
-appends to the ring and returns. Reading the events from the broker instead takes 30 % of the CPU of
-a loaded worker.
+With the pools gevent, eventlet, threads and solo, all task signals fire in the worker's process. A
+handler copies a few values, appends a record to the ring and returns. Reading the events from the
+broker instead would take 30 % of the CPU time of a loaded worker.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 #: Characters of a traceback that are captured; the encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
 
-#: Shared by all tasks without arguments: two containers less for the garbage collector to track.
-#: Nothing modifies captured arguments.
+#: Arguments of all tasks without arguments. A new list and a new dictionary for each task would be
+#: two more containers for the garbage collector to track. No code modifies captured arguments.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -166,8 +166,8 @@ class CeleryCapture:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # Success is captured here, because task_success has no task id. A failure has its own
-        # signal. A task that was killed by gevent has no state.
+        # This handler captures success, because the signal task_success has no task id. A failure
+        # has its own signal. If gevent killed the task, state is None.
         if state != "SUCCESS":
             return
         try:
@@ -264,7 +264,7 @@ class CeleryCapture:
             self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
-        """Return the state of a task, or ``None`` if it is not reported.
+        """Return the state of a task, or ``None`` if the task is not reported.
 
         A task that was received before the capture started gets its state here.
         """
@@ -303,7 +303,7 @@ class ParentCapture(CeleryCapture):
 class EagerCapture(CeleryCapture):
     """Captures the tasks that a process outside a worker runs itself.
 
-    Those are tasks called by ``apply()`` or under ``task_always_eager``.
+    The process runs a task itself if ``apply()`` or the setting ``task_always_eager`` is used.
     """
 
     signals = ("task_prerun", "task_postrun", "task_failure", "task_retry")
@@ -314,9 +314,10 @@ class EagerCapture(CeleryCapture):
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
-    """Whether a worker's tasks, and so their signals, run in the worker's own process.
+    """Whether a worker runs its tasks in its own process, where the tasks' signals then fire.
 
-    This depends on the running pool: ``conf.worker_pool`` does not reflect the ``-P`` option.
+    The function examines the running pool, because ``conf.worker_pool`` does not reflect the
+    option ``-P``.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(
