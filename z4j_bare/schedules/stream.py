@@ -119,7 +119,7 @@ class Stream:
     # -- methods for a task that has locked the stream
 
     def row(self, key: str, remaining: Remaining) -> Row | None:
-        """Return the current row of the schedule with this key, or ``None`` if it does not exist."""
+        """Return the current row of the schedule with this key, or ``None`` if none exists."""
         schedule = self.host.schedule(self.adapter_key(key), remaining())
         if schedule is None:
             return None
