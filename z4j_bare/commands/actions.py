@@ -261,7 +261,10 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 
 
 def _task_id(command: Command, host: EngineHost) -> str:
-    """Return the task's id, without the engine's name that an id in the target begins with."""
+    """Return the task's id.
+
+    An id in the command's target begins with the engine's name, which is removed.
+    """
     return command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"
     )

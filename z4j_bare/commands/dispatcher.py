@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.dispatcher")
 
-#: Maximum number of ids of started commands that are kept in memory. They serve to detect a
+#: Maximum number of ids of started commands that are kept in memory. The ids serve to detect a
 #: redelivery if the ledger was lost with a failed disk.
 MAX_STARTED_IDS = 10_000
 

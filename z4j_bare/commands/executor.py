@@ -42,7 +42,8 @@ IDEMPOTENCY_KEYS = {
 class Executor:
     """Executes commands.
 
-    The first command imports this module, because most workers never receive a command.
+    This module is imported only when the first command arrives, because most workers never receive
+    a command.
 
     :param buffer: its ledger records effects, so that each happens once even if several commands
         request it.

@@ -138,7 +138,10 @@ class ProcessRestart:
 
 
 class _ExitCodeFinalizer:
-    """Exits with a code when the interpreter clears ``sys``, the last module but one."""
+    """Ends the process with :data:`EXIT_CODE` when the interpreter clears ``sys``.
+
+    The interpreter clears ``sys`` as the last module but one.
+    """
 
     def __del__(
         self, exit_process: Callable[[int], object] = os._exit, code: int = EXIT_CODE

@@ -59,7 +59,8 @@ def _encode(
     if redactor is not None:
         body = redactor.scrub(body)
         if error is not None:
-            # Redact each line separately, so that one address does not hide a whole traceback.
+            # Redact each line separately, so that one email address does not hide a whole
+            # traceback.
             error = "\n".join(redactor.scrub(line) for line in error.split("\n"))
     return command_result(outcome.status, body, error, command.token)
 

@@ -31,7 +31,7 @@ _MAX_ADAPTERS = 32
 #: Maximum characters of an adapter's name.
 _MAX_ADAPTER_NAME = 64
 
-#: Maximum number of events that an adapter has lost.
+#: Maximum value of the number of events that an adapter has lost.
 _MAX_ADAPTER_EVENTS = 2**53 - 1
 
 #: Maximum characters of the blocking code in a heartbeat.
@@ -104,7 +104,7 @@ class AgentMetrics:
         return lost
 
     def depth(self) -> int:
-        """Return the number of unsent rows in this store and in the orphan that it adopts."""
+        """Return the number of unsent rows in this store and in the orphan that is adopted."""
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class HeartbeatLoop:
 
     The loop does not use the store, so a slow disk does not delay heartbeats.
 
-    :param payload: returns the payload of a heartbeat. It reads only numbers in memory.
+    :param payload: returns the payload of a heartbeat. The function reads only numbers in memory.
     :param status: returns the payload of an ``agent_status`` frame, which the brain keeps as
         history. If it is ``None``, the loop sends no ``agent_status``.
     """

@@ -42,8 +42,8 @@ class PoisonIsolation:
         #: The suspected rows in flight. No other row is in flight at the same time.
         self.isolated: Sequence[BufferEntry] = ()
         #: Whether the brain has acknowledged a frame in this session. The sender sends suspected
-        #: rows only afterwards. Earlier, it could not tell a poison row from another cause that
-        #: ends every session.
+        #: rows only after such an ack. Without the ack, it could not distinguish a poison row from
+        #: another cause that ends every session.
         self.session_works = False
         #: Rows of the last upload. Read only if the transport has synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -82,10 +82,9 @@ def next_trial(
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
     """Return the results and the events before the first suspected row, and the rows to try next.
 
-    A suspected result is tried alone. Otherwise, the rows to try are taken from the first
-    consecutive suspected events whose attempts are equal, and are the first eighth of these. A
-    failed trial increments the attempts of its rows, so the next trial takes an eighth of the
-    failed trial.
+    If there is a suspected result, only this result is tried. Otherwise the rows to try are one
+    eighth of the first suspected events with equal attempts. A failed trial increments the attempts
+    of its rows, so the next trial takes an eighth of the failed trial.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

@@ -31,7 +31,7 @@ FRAME_BYTES = 128 * 1024
 MIN_PAYLOAD_BYTES = 512
 
 #: Maximum seconds between two reads of the store while a frame is in flight, rows are in memory
-#: only, or acknowledged rows have to be deleted.
+#: only, or acknowledged rows have to be deleted. A wake-up causes an earlier read.
 POLL_BUSY = 2.0
 
 #: Maximum seconds between two reads of the store in all other cases. A wake-up causes an earlier

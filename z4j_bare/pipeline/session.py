@@ -41,8 +41,8 @@ CLOCK_DRIFT = 1e-4
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
 
-#: Consecutive failures between two log lines at INFO. A failure is logged as a warning if it is the
-#: first, or if its class differs from the class of the previous failure.
+#: Number of consecutive failures from one log line at INFO to the next. A failure is logged as a
+#: warning if it is the first, or if its class differs from the class of the previous failure.
 LOG_EVERY = 10
 
 #: Seconds from the death of a loop to its restart. Each further death doubles the delay.
@@ -237,7 +237,7 @@ class SessionLoops:
             raise self.sender.on_session_error(connection, self._session_error(errors))
 
     def stuck(self, seconds: float) -> set[str]:
-        """Return the names of the session loops that have computed for over ``seconds``."""
+        """Return the names of session loops whose current step takes more than ``seconds``."""
         return {task.name for task in self._tasks if task.stuck(seconds)}
 
     def _heartbeat(self, connection: Connection) -> HeartbeatLoop:
@@ -484,7 +484,7 @@ class BackgroundLoops:
             task.join(max(0.0, deadline - self._backend.now()))
 
     def stuck(self, seconds: float) -> set[str]:
-        """Return the names of the loops that have ended or computed for longer than ``seconds``."""
+        """Return the names of loops that have ended, or whose step takes more than ``seconds``."""
         return {task.name for task in self._tasks if task.stuck(seconds) or not task.alive()}
 
     def _run_with_restarts(self, run: Callable[[IEvent], None], name: str) -> None:

@@ -106,8 +106,8 @@ class SchedulerHost:
     def invoke(self, method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
         """Call a method of the adapter.
 
-        Raises ``CommandError`` if the adapter lacks the method, ``TimeoutError``, and any exception
-        of the adapter.
+        Raises ``CommandError`` if the adapter has no such method, ``TimeoutError`` after
+        ``timeout`` seconds, and any exception that the adapter raises.
         """
         method = getattr(self.scheduler, method_name, None)
         if not callable(method):

@@ -50,7 +50,7 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
             desired
         ):
             raise CommandError(
-                f"schedule {key} is not in the requested state afterwards", indeterminate=True
+                f"schedule {key} is not in the requested state after the change", indeterminate=True
             )
         fields = {**row.fields, **{name: desired[name] for name in _RUN_FIELDS}}
         sequence = stream.confirm(Row(row.source, fields, canonical_plain(fields)), operation)

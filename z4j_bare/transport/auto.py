@@ -35,8 +35,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts at WebSocket while long-poll is in use.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked, although none of these
-#: failures proves it. A timeout is such a failure.
+#: Number of consecutive failures after which WebSocket counts as blocked, for failures that are no
+#: proof alone, such as a timeout.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -99,7 +99,7 @@ class FallbackPolicy:
             return False
         self.name = LONGPOLL
         self._failures = 0
-        # If WebSocket has worked for a shorter time than the delay, the delay is not reset.
+        # The delay is reset only if WebSocket has worked for longer than the delay.
         if now - self._recovered_at > self.probe_interval:
             self._probe_delay.reset()
         self.next_probe_at = now + self.probe_interval

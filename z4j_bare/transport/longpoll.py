@@ -75,7 +75,7 @@ BODY_LIMIT_INITIAL = 128 * 1024
 #: The brain's default limit of a request body in bytes.
 BODY_LIMIT_DEFAULT = 8 * 1024
 
-#: Minimum of the limit of a request body in bytes.
+#: Lowest value, in bytes, of the limit of a request body.
 BODY_LIMIT_MIN = 1024
 
 #: Bytes that a request body adds to a frame.
