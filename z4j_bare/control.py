@@ -316,7 +316,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _safe_name(adapter_id: str) -> str:
-    """Return an adapter's name with every character replaced that a file name may not contain."""
+    """Return an adapter's name for a file name: ``_`` replaces all but letters, digits, ``_-``."""
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 

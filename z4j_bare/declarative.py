@@ -112,7 +112,7 @@ class ScheduleReconciler:
         source: str = "declarative",
         dry_run: bool = False,
     ) -> ReconcileResult:
-        """Replace the brain's schedules of ``source`` by the declared ones.
+        """Replace the brain's schedules of ``source`` by the declared schedules.
 
         If the brain rejects the request, the error is logged and all schedules count as failed.
 

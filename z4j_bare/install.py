@@ -61,8 +61,8 @@ def install_agent(
     """Install the agent in this process and return its runtime.
 
     In a Celery worker the agent starts at ``worker_ready``, when the pool is known and its children
-    exist. In ``celery inspect`` and similar commands it never starts. In any other process it
-    starts immediately. If this process already has a runtime, that runtime is returned.
+    exist. In ``celery inspect`` and similar commands the agent never starts. In any other process
+    the agent starts immediately. If this process already has a runtime, that runtime is returned.
 
     A parameter that is ``None`` takes its value from its ``Z4J_*`` variable. If the variable is not
     set either, the default applies.
@@ -211,8 +211,8 @@ def _start_with_worker(runtime: AgentRuntime) -> None:
 
     def ready(sender: object = None, **_kwargs: object) -> None:
         for engine in runtime.engines.values():
-            # With a node name the adapter's inspect calls return at the first reply; without one
-            # they wait 10 s.
+            # With a node name, the adapter's inspect calls return at the first reply. Without a
+            # node name, they wait 10 s.
             if getattr(engine, "worker_hostname", "") is None:
                 engine.worker_hostname = getattr(sender, "hostname", None)
         safe_call(_start, runtime)

@@ -84,7 +84,7 @@ class IConcurrency(Interface):
     """The backend. It is the only layer that uses the primitives of threads, gevent or eventlet.
 
     A *step* is the work of a task between two waits. The backend measures each step, because a long
-    one blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
+    step blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
     up in a process other than the one that created the backend.
     """
 
@@ -196,7 +196,7 @@ class IStore(Interface):
         """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``.
 
         Returns at most ``limit`` rows, whose payloads add up to at most ``max_bytes``. If the first
-        row alone is larger, it is returned alone. No row is deleted.
+        row alone exceeds ``max_bytes``, only that row is returned. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
@@ -243,8 +243,8 @@ class IStore(Interface):
 
         If the command was recorded before, return its ``LedgerEntry`` and change nothing.
 
-        :param provisional_result: the payload of the result that another process sends if this one
-            dies before the command has finished.
+        :param provisional_result: the payload of the result that another process sends if this
+            process dies before the command has finished.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
@@ -299,7 +299,7 @@ class ITransport(Interface):
         """
 
     def close() -> None:
-        """Close the connection, with a close frame if that needs no waiting.
+        """Close the connection. Send a close frame first, if this is possible without waiting.
 
         Only the owner of the connection may call this. Idempotent.
         """
@@ -324,13 +324,13 @@ class IConnection(Interface):
     ) -> bool:
         """Send ``payload``, or the first smaller version that fits; return whether it was smaller.
 
-        ``shrink(payload)`` yields the versions, each smaller than the one before. Raises
-        ``FrameTooLargeError`` when not even the smallest one fits.
+        ``shrink(payload)`` yields the smaller versions in the order of decreasing size. Raises
+        ``FrameTooLargeError`` if even the smallest version does not fit.
         """
 
 
 class IProcessRestart(Interface):
-    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
+    """Restarts a worker by ending its process. Used for engines that cannot restart a worker."""
 
     is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
 

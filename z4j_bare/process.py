@@ -1,4 +1,4 @@
-"""Determines the role of this process from its command line, before Celery has parsed that."""
+"""Reads the role of this process from its command line, which Celery has not parsed yet."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class AgentRuntime:
             return
         self._agent = None
         self._state = RuntimeState.STOPPED
-        self._lock = threading.Lock()  # The parent may have held it at the fork.
+        self._lock = threading.Lock()  # The parent may have held the old lock at the fork.
         self.config = self.config.model_copy(
             update={"buffer_path": Path(self.config.buffer_path).with_name("fork.sqlite")}
         )

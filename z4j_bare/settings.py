@@ -84,7 +84,7 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of the runtime. Durations are seconds and sizes are bytes."""
+    """Settings of the runtime. Durations are in seconds."""
 
     #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; resolved in ``start()``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
@@ -192,7 +192,7 @@ def read_key(config: Config, settings: Settings) -> bytes:
     :raises HostConfigurationError: the key is missing, malformed or too short; the message names
         the setting.
     """
-    # Imported late: this module is loaded with the package, long before a key is needed.
+    # This import is not at the top, because this module is loaded long before a key is needed.
     from z4j_core.transport.hmac import decode_agent_hmac_secret
 
     path, value = settings.hmac_secret_file, config.hmac_secret

@@ -1,4 +1,4 @@
-"""Task discovery: the definitions of an engine's tasks, as items of a ``registry_delta``."""
+"""Discovers an engine's tasks. Their definitions become items of a ``registry_delta`` frame."""
 
 from __future__ import annotations
 

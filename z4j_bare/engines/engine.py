@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class HealthProbe(NamedTuple):
-    """A health check: ``run`` returns heartbeat entries, ``on_error`` those of a failed check."""
+    """A health check. ``run`` returns heartbeat entries, ``on_error`` the entries for a failure."""
 
     run: Callable[[], Mapping[str, str]]
     on_error: Callable[[Exception], Mapping[str, str]]
@@ -64,9 +64,9 @@ class Engine:
         return None
 
     def restarts_by_exit(self) -> bool:
-        """Whether the only way to restart a worker is to end its process.
+        """Return whether the only way to restart a worker is to end its process.
 
-        This is the case if the adapter does not offer ``restart_worker``.
+        The result is true if ``restart_worker`` is not among the adapter's capabilities.
         """
         return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
 

@@ -224,8 +224,8 @@ class EngineHost:
 def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that ``method`` accepts, or all keywords if its signature is unknown.
 
-    The method is not called first with all keywords and then, after a ``TypeError``, with fewer,
-    because the first call may have run the action before it failed.
+    The signature is inspected, because a trial call with too many keywords is not safe: it may run
+    the action before it raises ``TypeError``.
     """
     try:
         parameters = inspect.signature(method).parameters

@@ -1,4 +1,4 @@
-"""Probes Celery's broker: whether it is reachable, and the depths of its queues.
+"""Checks whether Celery's broker is reachable, and measures the depths of its queues.
 
 The adapter's health check cannot be used for this. Its ``broker_connected`` stays true while the
 broker is down, and its ``queue_depths`` are empty on both Redis and AMQP.

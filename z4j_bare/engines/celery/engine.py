@@ -1,4 +1,4 @@
-"""The description of the Celery engine, and connections to its broker."""
+"""Describes the Celery engine, and creates connections to Celery's broker."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class CeleryEngine(Engine):
 
 
 def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
-    """Return a new connection to the broker, not yet open and outside the app's pool.
+    """Return a new connection to the broker. It is not open, and is not part of the app's pool.
 
     A connection of the pool is not safe: a child that is forked meanwhile closes the pool, and
     thereby reads the replies from the socket that it shares with this process (kombu 5.7, prefork).

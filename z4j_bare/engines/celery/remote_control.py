@@ -74,7 +74,7 @@ class Node:
 
 
 class RemoteControl:
-    """Sends remote control commands to workers. Its methods block; loops must not call them.
+    """Sends remote control commands to workers. The methods block, so no loop may call them.
 
     A deadline is a time on the clock of :meth:`now`.
 
