@@ -1,7 +1,8 @@
-"""z4j agent runtime for task workers: greenlets in gevent and eventlet, threads elsewhere.
+"""The z4j agent runtime for task workers.
 
-Importing this package loads no ssl, asyncio, requests, websocket, gevent or eventlet, so that it is
-safe before a process is monkey-patched.
+The agent runs in greenlets under gevent and eventlet, and in threads elsewhere. Importing this
+package loads no ssl, asyncio, requests, websocket, gevent or eventlet. Therefore the package may be
+imported before a process is monkey-patched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One runtime per process: the first of several installations wins."""
+"""Keeps one runtime per process. If several are installed, the process keeps the first one."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def clear_runtime(expected: object = None) -> bool:
 
 
 def post_fork() -> Any:
-    """Restart the agent in a forked server process and return the runtime; never raises.
+    """Restart the agent in a forked server process and return the runtime. Never raises.
 
-    Call it in gunicorn's ``post_fork`` or uWSGI's ``@postfork`` hook, but not in the children of a
-    Celery prefork worker: their parent reports for them.
+    Call this function in gunicorn's ``post_fork`` or uWSGI's ``@postfork`` hook. Do not call it in
+    a child of a Celery prefork worker, because the parent process reports the child's tasks.
     """
     runtime = _runtime
     if runtime is not None:

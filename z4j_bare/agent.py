@@ -1,4 +1,4 @@
-"""The agent: its parts and how they are connected. Each start of the runtime builds a new one."""
+"""Builds the agent from its parts. Each start of the runtime builds a new agent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Maximum seconds that :meth:`Agent.start` waits for adapters to connect, usually milliseconds.
+#: Maximum seconds that :meth:`Agent.start` waits for adapters to connect. They usually need
+#: milliseconds.
 CONNECT_GRACE = 1.0
 
 
@@ -69,7 +70,7 @@ class Agent:
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        key()  # raises here, in the host's call, if the key is wrong; a loop could only log it
+        key()  # a wrong key raises here, in the host's call; a loop could only log the error
         opener = StoreOpener(config, key)
         self._runs = ring.runs = OpenRuns(ring, opener.deployment)
         opener.on_open = self._runs.attach
@@ -160,10 +161,10 @@ class Agent:
         self.engines.start_capture()
         self._loops.start()
         for name, run in self.engines.loops():
-            self._loops.spawn(run, name, join=False)  # the engines' disconnect waits for them
+            self._loops.spawn(run, name, join=False)  # ``engines.disconnect`` waits for these loops
         connecting = self.backend.spawn(self._connect_adapters, name="z4j-adapters")
         if self.engines.uses_adapter_events:
-            connecting.join(CONNECT_GRACE)  # otherwise the host's first tasks would be missed
+            connecting.join(CONNECT_GRACE)  # otherwise events of the first tasks would be missed
 
     def record(self, event: Event) -> None:
         """Capture one event of the host. Never waits, never raises."""
@@ -203,7 +204,7 @@ class Agent:
             self.engines.connect()
             self.schedules.connect()
         except AgentError:
-            # A process that ends while it starts is not an error.
+            # It is not an error if the agent is stopped while its adapters connect.
             if not self._loops.stop_event.is_set():
                 raise
 

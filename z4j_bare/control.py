@@ -1,4 +1,4 @@
-"""Control of running agents from other processes: pid files, control sockets, SIGHUP, exit hooks.
+"""Controls running agents by pid files, control sockets and SIGHUP, and registers exit hooks.
 
 Each running agent serves a Unix socket beside its pid file in ``Z4J_HOME``
 (``z4j_bare.monitoring.control_server`` is the server side). A socket is used instead of a signal
@@ -35,7 +35,7 @@ STATUS, RESTART = "status", "restart"
 #: Seconds to wait for the answer to a request.
 REQUEST_TIMEOUT = 2.0
 
-#: Bytes of a socket path, including the terminating NUL, that every kernel accepts.
+#: Maximum bytes of a socket path, including the terminating NUL, that every kernel accepts.
 _MAX_PATH_BYTES = 104
 
 _SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock")
@@ -45,7 +45,7 @@ _SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock"
 class ControlClient:
     """Client of one agent's control socket.
 
-    The socket file can outlive its process.
+    The socket file can remain after its process has ended.
 
     :param adapter: framework adapter of the agent, such as ``bare`` or ``django``.
     :param pid: id of the agent's process.
@@ -60,7 +60,8 @@ class ControlClient:
         """Send a request and return the agent's answer.
 
         Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` when the agent is gone,
-        ``TimeoutError`` when it does not answer within ``timeout`` seconds, and other ``OSError``.
+        ``TimeoutError`` when the agent does not answer within ``timeout`` seconds, and another
+        ``OSError`` when the socket fails.
         """
         with _connected(self.path, timeout) as sock:
             sock.sendall(f"{verb}\n".encode())
@@ -133,13 +134,13 @@ def pidfile_path(adapter_id: str) -> Path:
 def write_pidfile(adapter_id: str) -> Path:
     """Write a pid file for this process and return its path.
 
-    The path is :func:`pidfile_path`, or one that contains the pid when another live process
-    occupies that file.
+    The path is that of :func:`pidfile_path`. If another live process occupies that file, the path
+    also contains the pid of this process.
     """
     first = pidfile_path(adapter_id)
     path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
     temporary = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
-    # Mode "x" never follows a symlink: another user may be able to write to this directory.
+    # Mode "x" never follows a symlink. Another user who can write to this directory may create one.
     with open(temporary, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
     temporary.replace(path)
@@ -154,14 +155,15 @@ def remove_pidfile(adapter_id: str) -> None:
 
 
 def install_sighup_handler(runtime: object) -> bool:
-    """Make SIGHUP reconnect every agent of this process; for a process that only runs the agent.
+    """Make SIGHUP reconnect every agent of this process.
 
-    The handler sends ``restart`` to this process's control sockets and then calls the previous
-    handler. It neither waits nor switches greenlets. A second call has no effect.
+    Call this function only in a process that runs nothing but the agent. The handler sends
+    ``restart`` to the control sockets of this process and then calls the previous handler. It
+    neither waits nor switches greenlets. A second call of this function has no effect.
 
     :param runtime: not used.
-    :returns: whether the handler is installed. It is not on a platform without SIGHUP and outside
-        the main thread.
+    :returns: whether the handler is installed. It cannot be installed outside the main thread, or
+        on a platform without SIGHUP.
     """
     del runtime  # the handler finds every agent of this process by its socket
     if not hasattr(signal, "SIGHUP"):
@@ -179,11 +181,13 @@ def install_sighup_handler(runtime: object) -> bool:
 def register_shutdown_atexit(callback: Callable[[], object]) -> str:
     """Run ``callback`` once at interpreter exit.
 
-    Two hooks are registered. ``threading._register_atexit`` runs before ``concurrent.futures``
-    joins its workers. It never runs under eventlet, whose patched ``threading`` has a separate
-    list of callbacks that the interpreter does not read; there ``atexit`` runs the callback.
+    Two hooks are registered. The hook of ``threading._register_atexit`` runs before
+    ``concurrent.futures`` joins its workers. Under eventlet this hook never runs, because the
+    patched ``threading`` has a separate list of callbacks, which the interpreter does not read. In
+    that case the hook of ``atexit`` runs the callback.
 
-    :returns: ``"threading"`` when both hooks are registered, ``"atexit"`` when only that one is.
+    :returns: ``"threading"`` if both hooks are registered, ``"atexit"`` if only the ``atexit`` hook
+        is registered.
     """
     ran = threading.Event()
 
@@ -238,7 +242,8 @@ class _SighupHandler:
 
 @contextmanager
 def _connected(path: Path, timeout: float) -> Iterator[socket]:
-    # gevent and eventlet do not patch the C class: a signal handler must not switch greenlets.
+    # gevent and eventlet do not patch the C class. A patched socket would switch greenlets, which a
+    # signal handler must not do.
     import _socket
 
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -312,7 +317,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _safe_name(adapter_id: str) -> str:
-    """Return an adapter's name with every character replaced that a file name may not contain."""
+    """Return an adapter's name for a file name: ``_`` replaces all but letters, digits, ``_-``."""
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 

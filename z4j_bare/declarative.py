@@ -1,6 +1,7 @@
-"""Reconciles the brain's schedules with those that an application declares in code.
+"""Reconciles the brain's schedules with the schedules that an application declares in code.
 
-Framework adapters call this with their settings and an API key of the project. It needs no agent.
+Framework adapters use this module with their settings and an API key of the project. No agent has
+to run.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{1,48}[a-z0-9]").fullmatch
 #: Maximum number of characters of the brain's error response that are logged.
 _MAX_LOGGED_CHARS = 200
 
-#: Fields of ``ReconcileResult`` by the fields of the brain's ``import`` response.
+#: Maps a field of the brain's ``import`` response to a field of ``ReconcileResult``.
 _IMPORT_FIELDS = {name: name for name in ("inserted", "updated", "unchanged", "failed", "deleted")}
 
-#: Fields of ``ReconcileResult`` by the fields of the brain's ``diff`` response.
+#: Maps a field of the brain's ``diff`` response to a field of ``ReconcileResult``.
 _DIFF_FIELDS = {
     "insert": "inserted",
     "update": "updated",
@@ -46,7 +47,7 @@ _DIFF_FIELDS = {
 
 @dataclass(slots=True)
 class ReconcileResult:
-    """Number of schedules by outcome.
+    """The numbers of schedules that were inserted, updated, left unchanged, deleted, or failed.
 
     ``errors`` maps the index of a schedule in the request to the brain's error text.
     """
@@ -61,7 +62,7 @@ class ReconcileResult:
 
 
 class ScheduleReconciler:
-    """Sends declared schedules to the brain. It blocks, so a web server calls it in a thread.
+    """Sends declared schedules to the brain. Its methods block, so call them in a thread.
 
     :param brain_url: the brain's URL.
     :param api_key: an API key of the project, not the agent's token.
@@ -87,7 +88,10 @@ class ScheduleReconciler:
         z4j_schedules: Mapping[str, Any] | None,
         celery_beat_schedules: Mapping[str, Any] | None,
     ) -> list[ScheduleSpec]:
-        """Return the schedules of both notations; z4j's own wins if both declare the same name."""
+        """Return the schedules of both notations.
+
+        If both declare a schedule of the same name, the entry in z4j's notation is used.
+        """
         native = {spec.name: spec for spec in _z4j_native_schedules_to_specs(z4j_schedules or {})}
         beat = {spec.name: spec for spec in parse_celery_beat_entries(celery_beat_schedules or {})}
         for name in native.keys() & beat.keys():
@@ -108,7 +112,7 @@ class ScheduleReconciler:
         source: str = "declarative",
         dry_run: bool = False,
     ) -> ReconcileResult:
-        """Replace the brain's schedules of ``source`` by the declared ones.
+        """Replace the brain's schedules of ``source`` by the declared schedules.
 
         If the brain rejects the request, the error is logged and all schedules count as failed.
 
@@ -180,7 +184,7 @@ def _number(value: Any) -> int:
 
 
 def _z4j_native_schedules_to_specs(schedules: Mapping[str, Any]) -> list[ScheduleSpec]:
-    """Return z4j's own entries as specs; an invalid entry is skipped with a warning."""
+    """Return the entries in z4j's notation as specs; skip an invalid entry with a warning."""
     specs = []
     for name, entry in schedules.items():
         try:
@@ -216,7 +220,7 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
 def _spec_to_brain_payload(
     spec: ScheduleSpec, *, engine: str, scheduler: str | None = None, source: str = "declarative"
 ) -> dict[str, Any]:
-    """Return a schedule in the brain's format, with a hash of everything that is declared."""
+    """Return a schedule in the brain's format, with a hash of all its declared values."""
     content = {**asdict(spec), "engine": engine, "scheduler": scheduler}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     row = {**asdict(spec), "engine": engine, "is_enabled": True, "source": source}

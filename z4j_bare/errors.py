@@ -16,8 +16,8 @@ class AgentError(Exception):
 class HostConfigurationError(AgentError, ConfigError, RuntimeError):
     """A setting is missing or wrong. The message names the setting and the fix.
 
-    Adapters catch it as a ``ConfigError``. It is also a ``RuntimeError``, because ``start()`` of
-    z4j-bare 1.13 raises that for a wrong secret.
+    Adapters catch this error as a ``ConfigError``. The class is also a ``RuntimeError``, because
+    ``start()`` of z4j-bare 1.13 raises a ``RuntimeError`` for a wrong secret.
     """
 
 
@@ -37,7 +37,7 @@ class RemoteError(AgentError):
 
 
 class RemoteProtocolError(RemoteError):
-    """The brain violated the protocol: invalid JSON or signature, a replay, an unexpected frame."""
+    """The brain sent invalid JSON, a wrong signature, a replayed frame or an unexpected frame."""
 
 
 class AuthenticationRejectedError(RemoteError):
@@ -48,7 +48,10 @@ class AuthenticationRejectedError(RemoteError):
 
 
 class IncompatibleError(RemoteError):
-    """The versions of brain and agent do not match: one has to be upgraded. Codes 4426 and 4427."""
+    """The versions of brain and agent do not match, so one of the two has to be upgraded.
+
+    Close codes 4426 and 4427.
+    """
 
 
 class NetworkError(AgentError, ConnectionError):
@@ -76,12 +79,12 @@ class SessionLimitError(NetworkError):
 class PoisonRowError(NetworkError):
     """The session ended while suspected poison rows were in flight.
 
-    The next session sends fewer of them.
+    The next session sends fewer of these rows.
     """
 
 
 class ScheduleStreamError(NetworkError):
-    """The brain stopped acknowledging a schedule stream, because a failed disk lost a row of it."""
+    """The brain stopped acknowledging a schedule stream, because a failed disk lost a row."""
 
 
 class FrameTooLargeError(AgentError):
@@ -92,7 +95,7 @@ class FrameTooLargeError(AgentError):
     """
 
     def __init__(self, size: int, limit: int) -> None:
-        super().__init__(f"a frame takes {size} bytes of at most {limit}")
+        super().__init__(f"a frame of {size} bytes exceeds the limit of {limit} bytes")
         self.size = size
         self.limit = limit
 
@@ -100,7 +103,7 @@ class FrameTooLargeError(AgentError):
 class CommandError(AgentError):
     """A command failed; the message is the error text of its result.
 
-    :param indeterminate: whether the command may have had its effect all the same.
+    :param indeterminate: whether the command may have taken effect although it failed.
     """
 
     def __init__(self, message: str, *, indeterminate: bool = False) -> None:
@@ -120,6 +123,6 @@ class ForkedChildError(BaseException):
     """Raised in an agent loop that was copied into a forked child.
 
     Greenlets survive ``os.fork`` (gevent #316, which will not be changed). The task ends without a
-    log line. This is not an ``Exception``, so that no handler takes it for a failure and continues
-    the loop.
+    log line. The class is not a subclass of ``Exception``, so that no handler of failures catches
+    the error and continues the loop.
     """

@@ -1,4 +1,4 @@
-"""``install_agent``: resolve the settings and start the agent when this process is ready for it."""
+"""``install_agent`` resolves the settings, and starts the agent when the process is ready."""
 
 from __future__ import annotations
 
@@ -100,10 +100,11 @@ def install_agent(
     """Install the agent in this process and return its runtime.
 
     In a Celery worker the agent starts at ``worker_ready``, when the pool is known and its children
-    exist. In ``celery inspect`` and similar commands it never starts. In any other process it
-    starts immediately. If this process already has a runtime, that runtime is returned.
+    exist. In ``celery inspect`` and similar commands the agent never starts. In any other process
+    the agent starts immediately. If this process already has a runtime, that runtime is returned.
 
-    A parameter that is ``None`` is read from its ``Z4J_*`` variable, else it has its default.
+    A parameter that is ``None`` takes its value from its ``Z4J_*`` variable. If the variable is not
+    set either, the default applies.
 
     :param engines: queue engine adapters.
     :param transport: ``auto``, ``ws`` or ``longpoll``.
@@ -111,12 +112,13 @@ def install_agent(
     :param schedulers: scheduler adapters.
     :param autostart: if false, return the runtime without starting it.
     :param buffer_path: the SQLite file that holds events until the brain acknowledges them.
-    :param max_payload_bytes: maximum size of one captured value; longer values are truncated.
+    :param max_payload_bytes: maximum size of one captured value in bytes; a longer value is
+        truncated.
     :param concurrency: ``auto``, ``threads``, ``gevent`` or ``eventlet``.
     :param token_file: a file that holds ``token``; it is read again at each connect.
     :param hmac_secret_file: a file that holds ``hmac_secret``; it is read again at each connect.
-    :raises ConfigError: a setting is missing or wrong; the message names it. Usually its subclass
-        ``HostConfigurationError``.
+    :raises ConfigError: a setting is missing or wrong; the message names the setting. The exception
+        is usually of the subclass ``HostConfigurationError``.
     :raises RuntimeError: a path variable that z4j no longer reads is set.
     """
     reject_deprecated_path_env()
@@ -174,8 +176,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # z4j_core's Config rejects "longpoll" without an agent id, which is unknown before the
-        # brain sends it at connect.
+        # z4j_core's Config rejects "longpoll" without an agent id. The brain sends the agent id
+        # only at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -207,7 +209,7 @@ def _variable(name: str) -> str:
 def _check_redaction_patterns(config: Config) -> None:
     """Raise ``HostConfigurationError`` for an invalid redaction pattern.
 
-    Without redaction nothing may be captured, so the agent must not start.
+    An agent whose redaction does not work would capture secrets, so it must not start.
     """
     for name in ("extra_key_patterns", "extra_value_patterns"):
         patterns: dict[str, Any] = {name: tuple(getattr(config, f"redaction_{name}"))}
@@ -249,8 +251,8 @@ def _start_with_worker(runtime: AgentRuntime) -> None:
 
     def ready(sender: object = None, **_kwargs: object) -> None:
         for engine in runtime.engines.values():
-            # With a node name the adapter's inspect calls return at the first reply; without one
-            # they wait 10 s.
+            # With a node name, the adapter's inspect calls return at the first reply. Without a
+            # node name, they wait 10 s.
             if getattr(engine, "worker_hostname", "") is None:
                 engine.worker_hostname = getattr(sender, "hostname", None)
         safe_call(_start, runtime)
@@ -271,7 +273,7 @@ def _adapter(framework: object, config: Config) -> object:
 def _inert_runtime(
     settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: object
 ) -> AgentRuntime:
-    """Return a runtime that never starts; its configuration needs no setting."""
+    """Return a runtime that starts no agent. Its configuration is a placeholder."""
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(

@@ -1,4 +1,4 @@
-"""Contracts between packages.
+"""The interfaces between the subpackages of z4j_bare.
 
 The docstrings are the specification. Times are in seconds, sizes are in bytes, and payloads are
 canonical JSON in UTF-8. mypy-zope checks interfaces that are used as types, and
@@ -40,8 +40,8 @@ class ITask(Interface):
     def stuck(seconds: float) -> bool:
         """Return whether the current step of the task takes longer than ``seconds``.
 
-        Only waits through the backend end a step. So a task is stuck if it computes for too long,
-        or if it waits in a way that the backend does not know.
+        A step ends only when the task waits through the backend. So a task is stuck if it computes
+        for too long, or if it waits without the backend.
         """
 
     def join(timeout: float | None = None) -> bool:
@@ -81,10 +81,10 @@ class ILock(Interface):
 
 
 class IConcurrency(Interface):
-    """The backend: the only layer that knows about threads, gevent and eventlet.
+    """The backend. It is the only layer that uses the primitives of threads, gevent or eventlet.
 
     A *step* is the work of a task between two waits. The backend measures each step, because a long
-    one blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
+    step blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
     up in a process other than the one that created the backend.
     """
 
@@ -146,22 +146,22 @@ class IConcurrency(Interface):
         """Import and return a large module. Under gevent the import yields between files."""
 
     def native_ident() -> int:
-        """Return the current OS thread's key in ``sys._current_frames``; 0 without a hub."""
+        """Return the current OS thread's key in ``sys._current_frames``, or 0 without a hub."""
 
     def start_native_thread(function: Callable[..., object], *args: object) -> bool:
-        """On a hub, run ``function(sleep, *args)`` in an unpatched daemon thread.
+        """If there is a hub, run ``function(sleep, *args)`` in an unpatched daemon thread.
 
-        Returns ``False``, without a thread, where there is no hub. ``sleep`` is the unpatched
-        ``time.sleep``. The function must not log, use a lock or touch objects of the hub.
+        Returns whether there is a hub. ``sleep`` is the unpatched ``time.sleep``. The function must
+        not log, use a lock or use objects of the hub.
         """
 
     def timer(
         seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """Have the hub call ``function()`` every ``seconds``.
+        """If there is a hub, make it call ``function()`` every ``seconds`` seconds.
 
-        Returns a function that cancels the timer, or ``None`` where there is no hub. A tick costs a
-        quarter of what waking a task costs, and is not measured as a step. ``function`` must not
+        Returns a function that cancels the timer, or ``None`` if there is no hub. One call costs a
+        quarter of the time of waking a task, and is not measured as a step. ``function`` must not
         wait, log, raise or compute for long.
 
         :param once: call ``function`` a single time.
@@ -174,9 +174,9 @@ class IConcurrency(Interface):
 class IStore(Interface):
     """The durable queue between capture and the connection, and the ledger of commands.
 
-    All methods except ``read_cached`` run inside ``IConcurrency.offload``: they do not log, wait
-    for a task or switch greenlets. Every method raises ``LocalStorageError`` and no other
-    exception. Row ids strictly increase, and rows are read in the order of their ids.
+    All methods except ``read_cached`` run inside ``IConcurrency.offload``. Therefore they do not
+    log, wait for a task or switch greenlets. A method that fails raises ``LocalStorageError`` and
+    no other exception. Row ids strictly increase, and rows are read in the order of their ids.
     """
 
     durable: bool = Attribute("Whether rows survive the end of the process.")
@@ -196,7 +196,7 @@ class IStore(Interface):
         """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``.
 
         Returns at most ``limit`` rows, whose payloads add up to at most ``max_bytes``. If the first
-        row alone is larger, it is returned alone. No row is deleted.
+        row alone exceeds ``max_bytes``, only that row is returned. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
@@ -211,7 +211,7 @@ class IStore(Interface):
     def discard(ids: Sequence[int], reason: str) -> int:
         """Delete undeliverable rows; return how many existed.
 
-        The same transaction counts them as lost under ``reason``.
+        The same transaction counts the rows as lost under ``reason``.
         """
 
     def increment_attempts(ids: Sequence[int]) -> None:
@@ -226,7 +226,7 @@ class IStore(Interface):
     def import_rows(rows: Sequence[Any]) -> int:
         """Commit ``BufferEntry`` rows of another store.
 
-        They get new ids and keep their age and attempts.
+        The rows get new ids and keep their age and attempts.
         """
 
     def export_state() -> Any:
@@ -235,16 +235,16 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        The losses of the other store count as produced and lost in this one.
+        The rows that the other store lost count as produced and as lost in this store.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
-        """Record command ``key`` as started.
+        """Record command ``key`` as started and return ``None``.
 
-        If it was recorded before, return that ``LedgerEntry`` instead.
+        If the command was recorded before, return its ``LedgerEntry`` and change nothing.
 
-        :param provisional_result: the payload of the result that another process sends if this one
-            dies before the command has finished.
+        :param provisional_result: the payload of the result that another process sends if this
+            process dies before the command has finished.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
@@ -254,7 +254,7 @@ class IStore(Interface):
         """Call :meth:`settle` and append the result as a row, in one transaction."""
 
     def close() -> None:
-        """Close the file, and delete it if it holds nothing worth keeping. Idempotent."""
+        """Close the file, and delete it if it has no rows and no recent commands. Idempotent."""
 
 
 #: What became of a run that :class:`IOpenRuns` keeps. A run of ``RUN_ENDED`` is not reported.
@@ -314,12 +314,12 @@ class ITransport(Interface):
     def send(build: Callable[[], bytes]) -> int:
         """Build and write one frame; return its size.
 
-        Both happen under one lock, so that frames are written in the order of their sequence
-        numbers.
+        The same lock is held while the frame is built and written, so that frames are written in
+        the order of their sequence numbers.
 
         Raises ``NetworkError`` when the connection fails, ``RemoteError`` when the response reports
-        an error, and ``FrameTooLargeError`` when the frame does not fit. In the last case the
-        session continues, and the sender has to build a smaller frame.
+        an error, and ``FrameTooLargeError`` when the frame exceeds the size limit. After a
+        ``FrameTooLargeError`` the session continues, and the sender has to build a smaller frame.
         """
 
     def receive(timeout: float) -> bytes | None:
@@ -336,9 +336,9 @@ class ITransport(Interface):
         """
 
     def close() -> None:
-        """Close the connection, with a close frame if that needs no waiting.
+        """Close the connection. Send a close frame first, if this is possible without waiting.
 
-        Only for the owner. Idempotent.
+        Only the owner of the connection may call this. Idempotent.
         """
 
 
@@ -361,13 +361,13 @@ class IConnection(Interface):
     ) -> bool:
         """Send ``payload``, or the first smaller version that fits; return whether it was smaller.
 
-        ``shrink(payload)`` yields the versions, each smaller than the one before. Raises
-        ``FrameTooLargeError`` when not even the smallest one fits.
+        ``shrink(payload)`` yields the smaller versions in the order of decreasing size. Raises
+        ``FrameTooLargeError`` if even the smallest version does not fit.
         """
 
 
 class IProcessRestart(Interface):
-    """Restarts an engine's worker by ending its process, for engines that cannot restart one."""
+    """Restarts a worker by ending its process. Used for engines that cannot restart a worker."""
 
     is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
 
@@ -392,13 +392,13 @@ class ISchedulerHost(Interface):
     )
 
     def connect(changed: Callable[[], object]) -> None:
-        """Have ``changed()`` called, in any task or thread, when a schedule may have changed.
+        """Register ``changed``, which is called when a schedule may have changed. Never raises.
 
-        Never raises.
+        The call may come from any task or thread.
         """
 
     def disconnect(timeout: float = 5.0) -> None:
-        """Remove that registration within ``timeout`` seconds. Never raises."""
+        """Remove the registration of ``changed`` within ``timeout`` seconds. Never raises."""
 
     def capabilities() -> list[str]:
         """Return what the scheduler supports at this moment. Never raises."""
@@ -406,7 +406,8 @@ class ISchedulerHost(Interface):
     def schedules(timeout: float) -> list[Any]:
         """Return all schedules of the scheduler.
 
-        A schedule that is missing counts as deleted, so a failure raises.
+        A schedule that is missing from the list counts as deleted. Therefore this method raises an
+        exception if it cannot return all schedules.
         """
 
     def schedule(identity: str, timeout: float) -> Any:
@@ -456,23 +457,23 @@ class IBridge(Interface):
     ) -> Any:
         """Call an adapter's function, await the result if it is awaitable, and return it.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds, when the coroutine is cancelled, and
-        every exception of the function.
+        After ``timeout`` seconds the coroutine is cancelled, and ``TimeoutError`` is raised. Every
+        exception of the function is also raised.
         """
 
     def pump(
         iterate: Callable[[], AsyncIterator[Any]], sink: Callable[[Any], None], name: str
     ) -> Callable[[], None]:
-        """Pass every item of an async generator to ``sink``; return a function that stops this."""
+        """Pass every item of ``iterate()`` to ``sink``; return a function that stops the task."""
 
     def loop() -> Any:
         """Return the object that adapters get as ``loop=``.
 
-        Its ``call_soon_threadsafe`` never raises and never switches.
+        The object's ``call_soon_threadsafe`` never raises and never switches greenlets.
         """
 
     def stop() -> None:
         """Cancel all calls and stop the loop.
 
-        Idempotent. Later calls are dropped without an error.
+        Idempotent. Later ``call_soon_threadsafe`` calls are dropped without an error.
         """

@@ -1,4 +1,4 @@
-"""Durable operator changes of schedules that are defined in code (huey, arq, taskiq)."""
+"""Stores an operator's changes to schedules that are defined in code (huey, arq, taskiq)."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ MAX_TOTAL_BYTES = 64 * 1024 * 1024
 #: Maximum number of changed schedules.
 MAX_RECORDS = 10_000
 
-#: Seconds to wait for the change of another process.
+#: Maximum seconds to wait while another process changes the file.
 BUSY_TIMEOUT = 5.0
 
-#: Mode bits that allow other users to read the arguments in the file.
+#: Mode bits that allow other users to access the file, which contains arguments of tasks.
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
-#: The lock is a native one that no runtime patches. It is reentrant because ``validate`` may call
-#: ``resolve``.
+#: Guards every access to the file. The guard's lock is a native lock that no runtime patches. The
+#: lock is reentrant because ``validate`` may call ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
 _TABLES = (
@@ -231,7 +231,7 @@ def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) 
 
 
 def _key(schedule: Schedule | None) -> str:
-    """Return the schedule's key, under which the brain also knows it."""
+    """Return the schedule's key. The brain identifies the schedule by the same key."""
     if schedule is None:
         raise ValueError("schedule_id is required")
     return schedule.external_id or schedule.name
@@ -297,6 +297,6 @@ def _changed(
 
 
 def _reject_duplicate_name(schedule: Schedule, others: Iterable[Schedule]) -> None:
-    """Raise ``ConflictError`` if another schedule has the same name, the brain's unique key."""
+    """Raise ``ConflictError`` if another schedule has this name: the brain needs unique names."""
     if any(other.name == schedule.name and _key(other) != _key(schedule) for other in others):
         raise ConflictError(f"a schedule named {schedule.name!r} already exists")

@@ -10,7 +10,8 @@ from pathlib import Path
 #: Values of ``Z4J_ORCHESTRATED`` that override the detection.
 _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
-#: A file that declares every process of this host as orchestrated, relative to the root.
+#: Path of a file that declares every process of this host as orchestrated. The path is relative to
+#: the root directory.
 MARKER = "etc/z4j-orchestrated"
 
 #: Maps a file that a container engine creates to the engine's name.
@@ -25,8 +26,8 @@ _CGROUPS = {
     "containerd": "containerd",
 }
 
-#: Substrings of the mount table. Under cgroup v2 a container sees its own cgroup as ``/``, so that
-#: only its mounts name the engine.
+#: Maps a substring of the mount table to the name of the container engine. Under cgroup v2 a
+#: container sees its own cgroup as ``/``, so only the mounts reveal the engine.
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -47,7 +48,7 @@ _EXITING_PARENTS = frozenset({"dramatiq", "dramatiq-gevent"})
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorDetection:
-    """Whether this process is restarted when it exits, and the evidence for that."""
+    """Whether this process is restarted when it exits; ``signal`` describes the evidence."""
 
     detected: bool
     signal: str | None
@@ -64,16 +65,16 @@ def detect_orchestrator(
     """Detect what restarts this process when it exits. Reads a few small files and never raises.
 
     The variable ``Z4J_ORCHESTRATED`` is used first, then the file ``/etc/z4j-orchestrated``. If
-    neither exists, these count: a container whose first process this is, systemd or supervisord as
-    the direct parent, and a parent that restarts its workers.
+    neither exists, the process counts as restarted in three cases: it is the first process of a
+    container, its direct parent is systemd or supervisord, or its parent restarts its workers.
 
     Other environment variables alone prove nothing: a terminal of a desktop session has
     ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Therefore each
-    of them must agree with the pid, the parent or the cgroup of this process.
+    of these variables must agree with the pid, the parent or the cgroup of this process.
 
     :param pid: the process to examine, the current one by default.
     :param env: the environment, ``os.environ`` by default.
-    :param fs_marker_override: the container engine's name, instead of detecting it.
+    :param fs_marker_override: the name of the container engine; ``None`` detects it.
     :param probe_filesystem: if false, only ``Z4J_ORCHESTRATED`` and pid 1 count.
     :param root: the directory that contains ``proc``, ``etc`` and ``run``.
     """
@@ -117,7 +118,8 @@ class _ProcessContext:
         if "KUBERNETES_SERVICE_HOST" in self._env:
             engine = "kubernetes"
         parent = self._parent()
-        # In a pod with a shared pid namespace a container's first process has an invisible parent.
+        # In a pod with a shared pid namespace, the parent of a container's first process is outside
+        # the namespace, and its pid is shown as 0.
         first = self.pid == 1 or (parent == 0 and engine == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
             return f"{engine}, pid {self.pid}"

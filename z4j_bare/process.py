@@ -1,4 +1,4 @@
-"""The role of this process, read from its command line before Celery has parsed it."""
+"""Reads the role of this process from its command line, which Celery has not parsed yet."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 _consumer: Consumer | None = None
 _importing_application = False
 
-#: Short-lived sub-commands of ``celery``. An agent in one would leave a stale row in the brain.
+#: Short-lived sub-commands of ``celery``. An agent in such a process would leave a stale row in the
+#: brain.
 _INSPECTION_COMMANDS = frozenset({
     "amqp", "call", "control", "events", "graph", "inspect", "list", "logtool",
     "migrate", "multi", "purge", "report", "result", "shell", "status", "upgrade",
 })  # fmt: skip
 
-#: Worker programs, or Django commands, of engines whose adapters name no worker in their events.
+#: Maps an engine whose adapter names no worker in its events to the engine's worker programs and
+#: Django commands.
 _WORKER_PROGRAMS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
 #: Global options of ``celery`` that take their value as a separate word.
@@ -46,12 +48,12 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
 
 
 def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
-    """Whether this process is ``celery inspect`` or a similar command, where no agent starts."""
+    """Return whether this is ``celery inspect`` or a similar command, in which no agent starts."""
     return celery_command(argv) in _INSPECTION_COMMANDS
 
 
 def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
-    """Whether this process was started as a Celery worker."""
+    """Return whether this process was started as a Celery worker."""
     return celery_command(argv) == "worker"
 
 
@@ -60,7 +62,8 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
     Only engines whose adapters name no worker in their events need such a name.
     """
-    # taskiq removes its own name from sys.argv; a multiprocessing child has it only in sys.argv.
+    # Both lists are read: taskiq removes its own name from ``sys.argv``, but a multiprocessing
+    # child has the program's name only in ``sys.argv``.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
@@ -72,7 +75,7 @@ def track_worker_ready() -> None:
 
     Celery does not replay ``worker_ready``. An agent that is installed by a handler of that signal
     (as z4j_celery does) or later must start immediately, so the runtime has to know that the signal
-    was sent. Called when z4j_bare is imported, which happens long before the signal.
+    was sent. This function is called when z4j_bare is imported, long before the signal is sent.
     """
     if "celery" in sys.modules and is_celery_worker():
         from celery import signals
@@ -81,7 +84,7 @@ def track_worker_ready() -> None:
 
 
 def ready_worker() -> Consumer | None:
-    """Return the Consumer of this Celery worker, ``None`` before ``worker_ready``."""
+    """Return the Consumer of this Celery worker, or ``None`` before ``worker_ready`` is sent."""
     return _consumer
 
 
@@ -101,7 +104,7 @@ def importing_application() -> Iterator[None]:
 
 
 def is_importing_application() -> bool:
-    """Whether a z4j-bare command is importing an application."""
+    """Return whether a z4j-bare command is importing an application."""
     return _importing_application
 
 

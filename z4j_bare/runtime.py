@@ -1,4 +1,4 @@
-"""The agent's lifecycle: the object that adapters build, start, query and stop."""
+"""The agent's lifecycle. Adapters build, start, query and stop an ``AgentRuntime``."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class AgentRuntime:
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
     def start(self) -> None:
-        """Start the agent's loops and return; they connect in the background. Idempotent.
+        """Start the agent's loops and return. The loops connect in the background. Idempotent.
 
-        Does nothing while a z4j-bare command imports the application that calls it.
+        Does nothing while a z4j-bare command imports the application that calls this method.
 
         :raises HostConfigurationError: a setting is missing or wrong, or the agent cannot run in
             this process.
@@ -127,10 +127,10 @@ class AgentRuntime:
             self._state = RuntimeState.STOPPED
 
     def record_event(self, event: Event) -> None:
-        """Append one event to the ring; takes microseconds, does no I/O and never raises.
+        """Append one event to the ring. Takes microseconds, does no I/O and never raises.
 
-        Does nothing when the runtime is stopped, except under ``Z4J_TESTING``, and in a forked
-        child.
+        If the runtime is stopped or this is a forked child, the event is ignored. Under
+        ``Z4J_TESTING`` the event is appended to ``recorded`` instead.
         """
         agent = self._agent
         if agent is not None and not agent.backend.forked():
@@ -139,7 +139,7 @@ class AgentRuntime:
             self.recorded.append(event)
 
     def buffer_size(self) -> int:
-        """Return the number of rows in the buffer, at most a few seconds old."""
+        """Return the number of rows in the buffer. The number is at most a few seconds old."""
         agent = self._agent
         return 0 if agent is None else agent.buffer.last_stats.rows
 
@@ -171,7 +171,7 @@ class AgentRuntime:
         return {"state": str(self.state), **(agent.status.stats() if agent else {})}
 
     def stuck(self, seconds: float) -> list[str]:
-        """Return the names of loops that ended, or did not yield for more than ``seconds`` seconds.
+        """Return the names of loops that ended or have not yielded for ``seconds`` seconds.
 
         A loop that waits for the disk or the brain is not stuck: a restarted process would wait
         as well.
@@ -182,13 +182,13 @@ class AgentRuntime:
         return agent.stuck(seconds)
 
     def reinit_after_fork(self) -> None:
-        """Start a new agent with its own buffer in a forked child; does nothing in the parent."""
+        """Start a new agent with its own buffer in a forked child. Does nothing in the parent."""
         agent = self._agent
         if agent is None or not agent.backend.forked():
             return
         self._agent = None
         self._state = RuntimeState.STOPPED
-        self._lock = threading.Lock()  # The parent may have held it at the fork.
+        self._lock = threading.Lock()  # The parent may have held the old lock at the fork.
         self.config = self.config.model_copy(
             update={"buffer_path": Path(self.config.buffer_path).with_name("fork.sqlite")}
         )

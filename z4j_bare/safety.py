@@ -13,8 +13,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger("z4j.runtime.safety")
 
-#: Exceptions by which a host interrupts code. It raises them from a signal handler, so they may
-#: also appear in the agent's code.
+#: Exceptions by which a host interrupts running code. The host raises these exceptions in a signal
+#: handler, so they may also be raised in the agent's code.
 _CONTROL_FLOW_EXCEPTIONS = {
     "billiard.exceptions.SoftTimeLimitExceeded",
     "huey.exceptions.TaskTimeout",
@@ -31,9 +31,10 @@ def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | No
 
     These exceptions are not suppressed, because the host or a user raises them on purpose:
 
-    - ``BaseException`` classes: ``SystemExit``, ``KeyboardInterrupt``, ``GreenletExit``,
-      ``gevent.Timeout`` and ``eventlet.Timeout``. A user's timeout may expire inside the call.
-    - the time limits of Celery, RQ and huey, and RQ's ``StopRequested``.
+    - exceptions that are not an ``Exception``: ``SystemExit``, ``KeyboardInterrupt``,
+      ``GreenletExit``, ``gevent.Timeout`` and ``eventlet.Timeout``. A user's timeout may expire
+      inside the call.
+    - the exceptions of the time limits of Celery, RQ and huey, and RQ's ``StopRequested``.
     """
     try:
         return func(*args, **kwargs)
@@ -46,8 +47,9 @@ def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | No
 def should_suppress(func: Callable[..., object], error: Exception) -> bool:
     """Log the ``error`` of ``func`` and return ``True``; return ``False`` if it must be re-raised.
 
-    Handlers on the hot path call it in a ``try`` statement of their own, which takes no time.
-    :func:`safe_boundary` costs one more function call.
+    Functions on the hot path have a ``try`` statement of their own and call this function in its
+    ``except`` clause. Such a statement takes no time, whereas :func:`safe_boundary` adds a function
+    call.
     """
     if _is_control_flow(error):
         return False

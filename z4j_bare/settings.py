@@ -84,7 +84,7 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of the runtime. Durations are seconds and sizes are bytes."""
+    """Settings of the runtime. Durations are in seconds."""
 
     #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; resolved in ``start()``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
@@ -97,7 +97,7 @@ class Settings:
     testing: bool = setting("Z4J_TESTING", _bool, False)
     #: Repeat task discovery when a ``tasks.py`` changes.
     dev_mode: bool = setting("Z4J_DEV_MODE", _lenient_bool, False)
-    #: Maximum time that a captured event stays in memory. SIGKILL loses the events of this time.
+    #: Maximum time that a captured event stays in memory. SIGKILL loses the events in memory.
     flush_interval: float = setting("Z4J_FLUSH_INTERVAL_SECONDS", _seconds, 0.2, 0.01)
     #: Number of captured events that triggers a flush before ``flush_interval`` ends.
     flush_events: int = setting("Z4J_FLUSH_EVENTS", _count, 256, 1)
@@ -105,7 +105,7 @@ class Settings:
     flush_seconds: float = setting("Z4J_FLUSH_SECONDS", _seconds, 2.0, 0)
     #: Capacity of the ring, in events. A full ring drops its oldest event.
     ring_events: int = setting("Z4J_RING_EVENTS", _count, 10_000, 1)
-    #: Send heartbeats. Without them the brain shows the agent as offline after 30 s.
+    #: Send heartbeats. Without heartbeats the brain shows the agent as offline after 30 s.
     heartbeat: bool = setting("Z4J_HEARTBEAT", _bool, True)
     #: Do not send ``agent_status``, the agent's own health report, whose history the brain keeps.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _bool, False)
@@ -126,7 +126,7 @@ class Settings:
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _bool, True)
     #: Maximum time that a worker gets to finish its running tasks before a restart.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
-    #: Interval at which all schedules are sent again without a change; 0 disables that.
+    #: Interval at which all schedules are sent, even if none has changed; 0 disables this.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
     #: Maximum number of commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
@@ -141,10 +141,12 @@ class Settings:
 
 
 def load_settings(env: Mapping[str, str] | None = None, **keywords: object) -> Settings:
-    """Return the effective settings; a keyword that is ``None`` was not given.
+    """Return the effective settings.
 
     :param env: the environment, ``os.environ`` by default.
-    :raises HostConfigurationError: a variable has a bad value; the message names it and the reason.
+    :param keywords: fields of :class:`Settings`; ``None`` means that a keyword was not given.
+    :raises HostConfigurationError: a variable has a bad value; the message names the variable and
+        the reason.
     """
     env = os.environ if env is None else env
     values: dict[str, Any] = {}
@@ -190,7 +192,7 @@ def read_key(config: Config, settings: Settings) -> bytes:
     :raises HostConfigurationError: the key is missing, malformed or too short; the message names
         the setting.
     """
-    # Imported late: this module is loaded with the package, long before a key is needed.
+    # This import is not at the top, because this module is loaded long before a key is needed.
     from z4j_core.transport.hmac import decode_agent_hmac_secret
 
     path, value = settings.hmac_secret_file, config.hmac_secret
@@ -217,8 +219,8 @@ def read_key(config: Config, settings: Settings) -> bytes:
 def deployment_id(config: Config, key: bytes) -> str:
     """Return the id that a store's rows belong to, so that another project never sends them.
 
-    It has two parts. One is derived from the key and survives a change of the brain's address; the
-    other is derived from the address and survives a change of the key.
+    The id has two parts. The first part is derived from the key, and does not change with the
+    brain's address. The second part is derived from the address, and does not change with the key.
     """
     parts = key, str(config.brain_url).rstrip("/").encode()
     return " ".join(

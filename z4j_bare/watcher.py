@@ -20,10 +20,11 @@ POLL_INTERVAL = 0.5
 #: Seconds that :meth:`TasksFileWatcher.stop` waits for the watcher's task.
 STOP_TIMEOUT = 2.0
 
-#: Minimum debounce time in seconds: editors save a file in several steps.
+#: Minimum debounce time in seconds. A shorter time would report each step in which an editor saves
+#: a file.
 MIN_DEBOUNCE = 0.05
 
-#: Directories that contain no task modules of the application.
+#: Names of directories that are not scanned: they contain no task modules of the application.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 #: Size in bytes and modification time in nanoseconds of each file, by path.
@@ -33,8 +34,9 @@ Snapshot = Mapping[str, tuple[int, int]]
 class TasksFileWatcher:
     """Watches the files with the given names below ``app_paths``.
 
-    The files are polled twice a second, under gevent and eventlet on a native thread. watchdog is
-    not used: in a patched process its observer thread becomes a greenlet that blocks the hub.
+    The files are polled twice a second. Under gevent and eventlet a native thread reads the
+    directories. watchdog is not used: in a patched process its observer thread becomes a greenlet
+    that blocks the hub.
 
     :param app_paths: directories that are scanned recursively.
     :param on_change: called with the path of each changed, created or removed file, in the

@@ -94,7 +94,7 @@ def test_next_process_takes_over_schedules(schedule_project):
     project.control("hourly", "trigger")
     project.wait_mark()
     for worker in (second, third):
-        assert "acknowledges no schedules" not in worker.output()
+        assert "does not acknowledge schedules" not in worker.output()
 
 
 @pytest.mark.long

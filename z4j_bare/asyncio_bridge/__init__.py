@@ -1,1 +1,1 @@
-"""Runs the asyncio-based z4j adapters. asyncio itself is imported when a loop is first needed."""
+"""Runs the asyncio-based z4j adapters. This package imports asyncio when it first needs a loop."""

@@ -1,12 +1,13 @@
-"""The durable queue between capture and the wire: rows, caps, loss counters, command ledger.
+"""The durable queue between event capture and sending, and the ledger of commands.
 
-The manager and the adopt loop run on the hub. All other modules run on the native thread: they
-never log, sleep, switch greenlets or take a lock of ``threading``, and raise only
-``LocalStorageError``. A store takes one call at a time, from any native thread.
+``manager``, ``maintenance``, ``adopt_loop`` and ``memory`` run on the hub. The other modules run on
+the native thread. Code on the native thread never logs, sleeps, switches greenlets or takes a lock
+of ``threading``, and raises only ``LocalStorageError``. Any native thread may call a store, but
+only one call may run at a time.
 
-``produced == confirmed + rows + sum(lost.values())`` holds after every call, and after ``SIGKILL``
-for all committed transactions. After a power failure, WAL with ``synchronous=NORMAL`` guarantees an
-intact file, but the last commits may be missing.
+The equation ``produced == confirmed + rows + sum(lost.values())`` holds after every call. After
+``SIGKILL`` it holds for all committed transactions. After a power failure, the file is intact (WAL
+with ``synchronous=NORMAL``), but the last commits may be missing.
 """
 
 from __future__ import annotations

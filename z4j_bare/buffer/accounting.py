@@ -1,4 +1,4 @@
-"""The counters: rows, bytes, losses and acks of a store, and those of all stores of the process."""
+"""Counters of rows, bytes, losses and acks, for one store and for all stores of the process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Counts:
-    """Row counters: the totals of one store, or the change by one transaction."""
+    """Row counters: either the totals of one store, or the changes made by one transaction."""
 
     rows: int = 0
-    #: Rows that are not events.
+    #: Number of rows that are not events.
     non_events: int = 0
     payload_bytes: int = 0
     produced: int = 0
@@ -38,7 +38,7 @@ class Counts:
         self.payload_bytes += payload_bytes
 
     def remove(self, kind: str, rows: int, payload_bytes: int, reason: str | None = None) -> None:
-        """Count deleted rows of a kind, as losses if there is a ``reason``."""
+        """Subtract deleted rows of one kind. If ``reason`` is given, count these rows as lost."""
         self.rows -= rows
         self.payload_bytes -= payload_bytes
         self.non_events -= 0 if kind == EVENT else rows
@@ -46,22 +46,22 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a rejected row as produced and lost."""
+        """Count one row that was not stored as produced and lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
     def record_loss(self, reason: str, kind: str, rows: int) -> None:
-        """Count lost rows of a kind."""
+        """Count lost rows of one kind."""
         self.lost[reason, kind] = self.lost.get((reason, kind), 0) + rows
 
     def import_losses(self, losses: Losses) -> None:
-        """Count another store's losses as produced and lost here."""
+        """Add another store's losses to the produced rows and to the lost rows."""
         for (reason, kind), rows in losses.items():
             self.produced += rows
             self.record_loss(reason, kind, rows)
 
     def add(self, change: Counts) -> None:
-        """Add the change by a committed transaction."""
+        """Add the changes made by a committed transaction."""
         self.rows += change.rows
         self.non_events += change.non_events
         self.payload_bytes += change.payload_bytes
@@ -73,7 +73,11 @@ class Counts:
     def stats(
         self, buffer_id: str, size: int, oldest_age: float | None, *, durable: bool
     ) -> BufferStats:
-        """Return the counters with the two values that only the store knows."""
+        """Return the counters as ``BufferStats``.
+
+        :param size: size of the store in bytes.
+        :param oldest_age: age of the oldest row in seconds.
+        """
         return BufferStats(
             rows=self.rows,
             bytes=size,
@@ -89,7 +93,7 @@ class Counts:
 
 
 class RowTransaction:
-    """One transaction: its SQL statements, and the change of the counters."""
+    """Executes the SQL statements of one transaction and sums up its changes to the counters."""
 
     def __init__(self, connection: sqlite3.Connection, accounting: Accounting) -> None:
         self.change = Counts()
@@ -97,7 +101,7 @@ class RowTransaction:
         self._accounting = accounting
 
     def insert(self, entries: Sequence[BufferEntry]) -> None:
-        """Insert each entry as a row of its own, with new ids."""
+        """Insert each entry as a single row with a new id."""
         first = self._next_id()
         self._insert_rows(
             [entry._replace(id=identity) for identity, entry in enumerate(entries, first)]
@@ -106,30 +110,36 @@ class RowTransaction:
         self.change.insert(len(entries), non_events, sum(map(len, map(PAYLOAD, entries))))
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
-        """Insert events of the time ``at`` as a batch, with new ids."""
+        """Insert events with ``created_at`` ``at`` and new ids, in batches where possible."""
         if payloads:
             self._insert_rows(self._accounting.batches.insert(self._next_id(), payloads, at))
         self.change.insert(len(payloads), 0, sum(map(len, payloads)))
 
     def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
-        """Delete rows, as losses if there is a ``reason``; return the number of deleted rows."""
+        """Delete rows and return the number of deleted rows.
+
+        If ``reason`` is given, the deleted rows count as lost.
+        """
         spans, before = ranges(ids), self.change.rows
         self.change.remove(EVENT, *self._accounting.batches.remove(spans), reason)
         if self._accounting.counts.rows + self.change.rows > self._accounting.batches.rows:
-            # Some rows are not in batches.
+            # The store also has rows that are not in batches.
             for kind, rows, payload_bytes in self._count_by_kind(spans):
                 self.change.remove(kind, rows, payload_bytes, reason)
             self._connection.executemany(schema.DELETE, spans)
         return before - self.change.rows
 
     def increment_attempts(self, ids: Iterable[int]) -> None:
-        """Count one more attempt for each of these rows."""
+        """Add 1 to ``attempts`` of each of these rows."""
         spans = ranges(ids)
         self._accounting.batches.split(spans)
         self._connection.executemany(schema.INCREMENT_ATTEMPTS, spans)
 
     def write_counters(self) -> None:
-        """Write the cumulative counters in the same transaction as the rows, so that both agree."""
+        """Add the changes to the counters in the file.
+
+        The transaction of the rows contains this write, so counters and rows always agree.
+        """
         for key, more in (("next_id", self.change.produced), ("confirmed", self.change.confirmed)):
             if more:
                 self._connection.execute(schema.ADD_TO_COUNTER, (more, key))
@@ -152,7 +162,10 @@ class RowTransaction:
 
 
 class Accounting:
-    """The counters of one file, read when it is opened and updated by each transaction."""
+    """The counters of one file.
+
+    The constructor reads the counters from the file. Each transaction updates them.
+    """
 
     def __init__(self, connection: sqlite3.Connection, max_batch_bytes: int) -> None:
         self._connection = connection
@@ -174,7 +187,7 @@ class Accounting:
 
     @property
     def unbatched_events(self) -> int:
-        """Events that are not in a batch."""
+        """Number of events that are not in a batch."""
         return self.counts.rows - self.counts.non_events - self.batches.rows
 
     def oldest(self) -> float | None:
@@ -187,7 +200,7 @@ class Accounting:
 
     @contextmanager
     def transaction(self) -> Iterator[RowTransaction]:
-        """Commit the changes of rows and counters by the block, or none of them."""
+        """Commit all changes that the block makes to rows and counters, or none of the changes."""
         rows = RowTransaction(self._connection, self)
         try:
             with transaction(self._connection):
@@ -199,25 +212,25 @@ class Accounting:
         self.counts.add(rows.change)
 
     def stats(self, disk_bytes: int, oldest_age: float | None) -> BufferStats:
-        """Return the counters with the two values that only the disk knows."""
+        """Return the counters as ``BufferStats``; see :meth:`Counts.stats`."""
         return self.counts.stats(self.buffer_id, disk_bytes, oldest_age, durable=True)
 
 
 class ProcessAccounting:
-    """The counters of this process over all its stores; used on the hub.
+    """The counters of this process over all its stores. It is used on the hub.
 
-    While memory replaces a failed disk, the rows on that disk are still buffered. ``latest`` then
-    contains both.
+    While a store in memory replaces a failed disk, the rows on the disk are still buffered. In this
+    case ``latest`` counts the rows on the disk and the rows in memory.
     """
 
     def __init__(self) -> None:
-        #: The most recent stats.
+        #: The stats that were read last.
         self.latest = NO_STATS
-        #: Events that the brain acknowledged and that were deleted here.
+        #: Number of events that were deleted because the brain acknowledged them.
         self.acked_events = 0
-        #: Losses of a replaced file, until another store has recorded them.
+        #: Losses of a replaced file that no other store has recorded yet.
         self.unrecorded_losses: Losses = {}
-        #: Whether rows were appended since the stats were read.
+        #: Whether rows were appended after ``latest`` was read.
         self.outdated = False
         self._failed_disk: BufferStats | None = None
         self._read_at = float("-inf")
@@ -227,25 +240,25 @@ class ProcessAccounting:
         return now - self._read_at > interval
 
     def expire(self) -> None:
-        """Make the stats count as too old, so that the next call reads them."""
+        """Make :meth:`is_due` return ``True``, so that the next call reads the stats."""
         self._read_at = float("-inf")
 
     def update(self, stats: BufferStats, now: float) -> None:
-        """Take new stats of the current store."""
+        """Record the stats of the current store, which were read at ``now``."""
         self.latest = merge_stats(self._failed_disk, stats) if self._failed_disk else stats
         self._read_at, self.outdated = now, False
 
     def record_later(self, losses: Losses) -> None:
-        """Keep losses for the next store that can be opened."""
+        """Add losses to ``unrecorded_losses``, which the next opened store records."""
         pending = Counts(lost=dict(self.unrecorded_losses))
         for (reason, kind), rows in losses.items():
             pending.record_loss(reason, kind, rows)
         self.unrecorded_losses = pending.lost
 
     def disk_failed(self, stats: BufferStats | None) -> None:
-        """Count the rows of the failed disk until it works again.
+        """Include the stats of the failed disk in ``latest`` until the disk works again.
 
-        :param stats: the last known stats of the disk; by default ``latest``.
+        :param stats: the last known stats of the disk; ``None`` stands for ``latest``.
         """
         stats = stats or self.latest
         self._failed_disk = replace(
@@ -255,7 +268,7 @@ class ProcessAccounting:
         )
 
     def disk_returned(self) -> None:
-        """Count the disk's rows by its own stats again."""
+        """Stop adding the failed disk's stats, because the next stats are read from the disk."""
         self._failed_disk = None
         self.expire()
 
@@ -269,12 +282,12 @@ def sum_losses(losses: Losses, field: int) -> dict[str, int]:
 
 
 def merge_counts(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    """Return the sums of two sets of counters."""
+    """Return the sum of two counters for each key."""
     return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
 
 
 def merge_stats(disk: BufferStats, memory: BufferStats) -> BufferStats:
-    """Return the stats of a failed disk together with those of the memory that replaces it."""
+    """Return the combined stats of a failed disk and of the store in memory that replaces it."""
     return replace(
         memory,
         rows=disk.rows + memory.rows,

@@ -23,30 +23,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.buffer.adopt_loop")
 
-#: Seconds before each of the first scans. A worker often starts while its predecessor is still
-#: exiting.
+#: Seconds to wait before each of the first scans. The first intervals are short, because a worker
+#: often starts while its predecessor is still exiting.
 FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
-#: Seconds between scans after those.
+#: Seconds to wait before each later scan.
 SCAN_INTERVAL = 60.0
 
-#: Seconds before the next step after one that moved nothing, because the target has enough rows.
+#: Seconds to wait after a step that moved no rows, because the target has enough rows.
 BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that cannot be adopted is skipped.
 SKIP_SECONDS = 600.0
 
-#: Maximum number of retries of a failed step.
+#: Maximum number of retries after failed steps, for one file.
 MAX_RETRIES = 20
-#: Seconds between retries of a failed step.
+#: Seconds to wait before a failed step is retried.
 RETRY_DELAY = 30.0
 
 
 class AdoptLoop:
     """Moves the rows of dead processes into this process's store, one file at a time.
 
-    :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
-    :param on_stored: called after each step, to notify the sender.
-    :param claim_runs: returns the :class:`OrphanRuns` of a path; runs on the native thread.
+    :param claim: claims the store at a path and returns its :class:`Orphan`. It runs on the native
+        thread.
+    :param on_stored: called after each step that may have moved rows, to notify the sender.
+    :param claim_runs: claims the open runs at a path and returns :class:`OrphanRuns`. It runs on the
+        native thread.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class AdoptLoop:
         self._skip_until: dict[Path, float] = {}
 
     def run(self, stop_event: IEvent) -> None:
-        """Adopt until ``stop_event`` is set."""
+        """Scan for stores of dead processes and adopt them until ``stop_event`` is set."""
         for delay in chain(FIRST_SCAN_DELAYS, repeat(SCAN_INTERVAL)):
             if self._backend.wait(stop_event, delay):
                 return
@@ -141,8 +143,8 @@ class AdoptLoop:
                 try:
                     ended = self._step(orphan, stop_event)
                 except LocalStorageError as error:
-                    # The orphan stays claimed: another process would move the rows of the failed
-                    # step a second time.
+                    # The orphan stays claimed between retries. Otherwise another process could move
+                    # the rows of the failed step a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantine(orphan, error)
                     if ended:
@@ -157,7 +159,10 @@ class AdoptLoop:
                 self._backend.offload(orphan.close)
 
     def _step(self, orphan: Orphan, stop_event: IEvent) -> bool:
-        """Run one step and wait as long as its outcome requires; return whether it was the last."""
+        """Run one step and wait as long as its outcome requires.
+
+        Returns whether it was the last step.
+        """
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
             self._on_stored()
@@ -185,7 +190,7 @@ class AdoptLoop:
 
     def _skip(self, path: Path, error: BaseException) -> None:
         cause = classify(error) if isinstance(error, LocalStorageError) else ""
-        if cause == BUSY:  # its owner runs, or another process adopts it
+        if cause == BUSY:  # the owner runs, or another process adopts the store
             return
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG

@@ -1,4 +1,4 @@
-"""Batches: the events of one append in one table row."""
+"""Stores the events of one append in one table row, a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Maximum size of a batch in bytes, as large as a frame. A reader of a backlog splits whole batches
-#: on the native thread, which holds the interpreter's lock meanwhile.
+#: Maximum size of a batch in bytes. It equals the maximum size of a frame with several events.
+#: A read from the file splits a whole batch into events on the native thread. During the split, the
+#: native thread holds the interpreter's lock (GIL), and the hub waits.
 MAX_BATCH_BYTES = 128 * 1024
 
 #: Maximum number of cached events. The newest batches are cached, so that recent events are sent
-#: without a read from the file. The in-flight window has 1,000 events.
+#: without a read from the file. The maximum is twice the in-flight window of 1,000 events.
 CACHE_ROWS = 2_000
-#: Maximum size of the cached events in bytes.
+#: Maximum total size of the cached events in bytes.
 CACHE_BYTES = 1024 * 1024
 
 _SEPARATOR = b"\n"  # canonical JSON contains no newline
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
         start = max(self.first, after + 1)
         payloads = self.payloads[start - self.first :]
         fields = zip(count(start), repeat(EVENT), repeat(""), payloads, repeat(self.at), repeat(0))
-        # This runs no bytecode for each event and takes 0.1 us for each.
+        # ``map`` runs no Python bytecode per event. It takes 0.1 us per event.
         return list(map(tuple.__new__, repeat(BufferEntry), fields))
 
     def payload_bytes(self, start: int, last: int) -> int:
@@ -49,14 +50,16 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Stores the events of one store in batches: the events of one append are one row.
+    """The batches of one store. A batch contains the events of one append in one table row.
 
-    A row for each event would take three times the CPU, most of it in SQLite: a batch of 256 events
-    takes one insertion and one deletion. Acks arrive in order, so one number is enough to record
-    which events of the oldest batch were deleted. Any other change of an event (another attempt, a
-    discard, an ack out of order) splits its batch into single rows of the ``entries`` table.
+    A row for each event would take three times the CPU time, most of it in SQLite. A batch of 256
+    events takes one insertion and one deletion. Acks arrive in order, so one number is enough to
+    record which events of the oldest batch were deleted. Any other change of an event (another
+    attempt, a discard, an ack out of order) splits the batch of the event into single rows of the
+    ``entries`` table.
 
-    Call the methods that write inside a transaction, and :meth:`invalidate` after a rollback.
+    The caller must open a transaction before it calls a method that writes, and must call
+    :meth:`invalidate` after a rollback.
 
     :param max_bytes: maximum size of one batch in bytes.
     """
@@ -64,20 +67,23 @@ class Batches:
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
         self._connection = connection
         self._max_bytes = max_bytes
-        #: The newest batches, without a gap.
+        #: The newest batches, oldest first. No batch between them is left out.
         self._cache: deque[Batch] = deque()
         self._cached_rows = self._cached_bytes = self._count = 0
-        #: Events in batches, their payload bytes, and the id of the last deleted event.
+        #: Number of events in batches, bytes of their payloads, and id of the last deleted event.
         self.rows = self.payload_bytes = self.acked_through = 0
         self._loaded = False
         self._ensure_loaded()
 
     def invalidate(self) -> None:
-        """Invalidate the cached totals after a rollback; the next change reads them again."""
+        """Mark totals and cache as invalid after a rollback.
+
+        The next change reads the totals from the file and empties the cache.
+        """
         self._loaded = False
 
     def oldest(self) -> tuple[int, int, float] | None:
-        """Return the last id, the first id and ``created_at`` of the oldest batch."""
+        """Return last id, first id and ``created_at`` of the oldest batch; ``None`` without one."""
         if len(self._cache) < self._count:
             row: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
             return row
@@ -89,7 +95,11 @@ class Batches:
     # -- changes
 
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
-        """Insert events with ids from ``first`` on; return entries that cannot be in a batch."""
+        """Insert events as batches. The first event gets the id ``first``.
+
+        If a payload contains a newline, the events cannot be in a batch. They are returned, and the
+        caller must insert them as single rows.
+        """
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)
         if joined.count(_SEPARATOR) >= len(payloads):
@@ -109,11 +119,11 @@ class Batches:
         return []
 
     def remove(self, spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
-        """Delete the events within ``spans``; return their number and their payload bytes.
+        """Delete the events in ``spans``; return the number and payload bytes of deleted events.
 
-        Each span is ``(first, last)``. In two cases a batch is split, and its events are not
-        deleted: the events to delete are not its oldest, or it keeps some events and is not the
-        oldest batch.
+        A span is ``(first id, last id)``. In two cases a batch is split into single rows instead,
+        and the caller must delete these rows: the span does not contain the oldest event of the
+        batch, or the span ends before the last event of a batch that is not the store's oldest.
         """
         self._ensure_loaded()
         rows, payload_bytes, acked_through = self.rows, self.payload_bytes, self.acked_through
@@ -144,7 +154,7 @@ class Batches:
     # -- reading
 
     def read_cached(self, after: int, limit: int, max_bytes: int) -> list[BufferEntry] | None:
-        """Return what ``IStore.drain`` does, or ``None`` when the cache does not contain it."""
+        """Return the events that ``IStore.drain`` returns, or ``None`` if some are not cached."""
         after = max(after, self.acked_through)
         cache = self._cache
         if not self._loaded or (
@@ -210,14 +220,14 @@ class Batches:
         self.payload_bytes += payload_bytes
 
     def _split(self, batch: Batch) -> tuple[int, int]:
-        """Store each event of a batch as a single row; return their number and payload bytes."""
+        """Replace a batch by single rows; return the number of rows and their payload bytes."""
         start = max(batch.first, self.acked_through + 1)
         self._connection.executemany(schema.INSERT, batch.entries(self.acked_through))
         self._drop(batch, start)
         return batch.last + 1 - start, batch.payload_bytes(start, batch.last)
 
     def _drop(self, batch: Batch, start: int) -> None:
-        """Delete a batch; only its events from ``start`` on were not deleted yet."""
+        """Delete a batch. Its events with ids below ``start`` were deleted earlier."""
         self._connection.execute(schema.DELETE_BATCH, (batch.last,))
         self._adjust(-1, start - batch.last - 1, -batch.payload_bytes(start, batch.last))
         if self._cache and batch.last >= self._cache[0].last:

@@ -1,4 +1,4 @@
-"""The disk usage of a store: measuring and reducing it."""
+"""Measures and reduces the disk usage of a store."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from z4j_bare.errors import LocalStorageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Maximum number of pages that one ``vacuum_step`` returns to the file system: 2 MiB.
+#: Maximum number of pages that one ``vacuum_step`` releases to the file system (2 MiB).
 VACUUM_STEP_PAGES = 512
-#: Free pages that stay in the file, because the next burst of events uses them.
+#: Number of free pages that stay in the file, because the next burst of events uses them.
 SPARE_PAGES = 64
 
-#: Bytes of a row besides its payload: key, kind, header, index. Without them, an eviction of small
-#: rows would remove far too many.
+#: Estimated bytes of a row in addition to its payload: key, kind, header and index entry. If an
+#: eviction counted only payloads, it would remove far too many small rows.
 ROW_OVERHEAD = 64
 
 
 class DiskUsage:
-    """The size of one store: main file, write-ahead log and its index."""
+    """The disk usage of one store: main file, write-ahead log (WAL) and index of the WAL."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path, max_bytes: int) -> None:
         self._connection = connection
@@ -32,18 +32,18 @@ class DiskUsage:
         self._max_bytes = max_bytes
 
     def live_bytes(self) -> int:
-        """Return the bytes of the pages in use, including those of the current transaction."""
+        """Return the bytes of all pages in use, including pages of the current transaction."""
         return (scalar(self._connection, "PRAGMA page_count") - self._free_pages()) * PAGE
 
     def disk_bytes(self) -> int:
-        """Return the size of all three files."""
+        """Return the total size of the three files in bytes."""
         return sum(map(files.file_size, self._files))
 
     def check_capacity(self) -> None:
-        """Raise ``LocalStorageError`` if the files are over their cap and cannot be reduced.
+        """Raise ``LocalStorageError`` if the files exceed the cap even after they are reduced.
 
-        The rows cannot be the reason, because their own cap is smaller. The reason is a log that
-        cannot be truncated while another process reads it.
+        The rows alone cannot exceed the cap, because their own cap is smaller. The files exceed it
+        only while another process reads the WAL, because SQLite cannot truncate the WAL then.
         """
         if self.shrink_if_over_cap() > self._max_bytes:
             raise LocalStorageError(
@@ -52,7 +52,7 @@ class DiskUsage:
             )
 
     def shrink_if_over_cap(self) -> int:
-        """Reduce the files if they are over their cap; return their size in bytes."""
+        """Reduce the files if they exceed the cap. Return their size in bytes."""
         if (size := self.disk_bytes()) <= self._max_bytes:
             return size
         self._vacuum_all()
@@ -60,7 +60,7 @@ class DiskUsage:
         return self.disk_bytes()
 
     def reclaim_all(self) -> None:
-        """Reduce the files as far as possible on a full disk, where each step may fail."""
+        """Reduce the files as far as possible. On a full disk, any of the steps may fail."""
         for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
             try:
                 step()
@@ -68,9 +68,9 @@ class DiskUsage:
                 pass
 
     def vacuum_step(self) -> bool:
-        """Return up to ``VACUUM_STEP_PAGES`` pages to the file system.
+        """Release up to ``VACUUM_STEP_PAGES`` free pages to the file system.
 
-        The last step truncates the log. Returns whether the work is complete.
+        The last step truncates the WAL. Returns whether the vacuum is complete.
         """
         excess = self._free_pages() - SPARE_PAGES
         if excess > 0:
@@ -86,9 +86,13 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # The pragma frees one page per step and returns no row: ``execute`` would free one page.
+        # SQLite frees one page per step of this statement. The statement returns no rows, so
+        # ``execute`` would run only one step. ``executescript`` runs all steps.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:
-        """Move the log into the file and truncate it; ``False`` when a reader prevents that."""
+        """Copy the WAL into the main file and truncate the WAL.
+
+        Returns ``False`` if another process reads the WAL, which prevents the truncation.
+        """
         return scalar(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0

@@ -1,4 +1,4 @@
-"""Translation of SQLite and file system errors into ``LocalStorageError``, and their causes."""
+"""Translates SQLite and file system errors to ``LocalStorageError``, and classifies them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-#: Causes of a ``LocalStorageError``, see :func:`classify`.
+#: Causes of a ``LocalStorageError``, which :func:`classify` returns.
 BUSY = "busy"
 FULL = "full"
 CORRUPT = "corrupt"
@@ -31,9 +31,9 @@ _BY_PRIMARY_CODE = {
     sqlite3.SQLITE_NOTADB: CORRUPT,
     sqlite3.SQLITE_READONLY: READ_ONLY,
 }
-#: Causes by SQLite's extended result code, where the primary code is only "I/O error".
+#: Causes by SQLite's extended result code, for errors whose primary code is ``SQLITE_IOERR``.
 _BY_EXTENDED_CODE = {
-    # A write failed with EFBIG (size limit) or EDQUOT (quota); ENOSPC has a code of its own.
+    # A write failed with EFBIG (size limit) or EDQUOT (quota). ENOSPC causes SQLITE_FULL.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
     # The file ends before its last page.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
@@ -65,7 +65,7 @@ def classify(error: LocalStorageError) -> str:
     """Return the cause of an error: ``BUSY``, ``FULL`` or another constant of this module."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
-        # Errors of the sqlite3 module itself have no code.
+        # Errors that Python's sqlite3 module raises itself have no result code of SQLite.
         code = getattr(cause, "sqlite_errorcode", None)
         if code is None:
             return OTHER
@@ -77,7 +77,10 @@ def classify(error: LocalStorageError) -> str:
 
 @contextmanager
 def translate_errors(path: Path, operation: str) -> Iterator[None]:
-    """Raise SQLite and file system errors of the block as ``LocalStorageError`` with the path."""
+    """Translate a SQLite or file system error that the block raises to ``LocalStorageError``.
+
+    The error's text names the ``operation`` and the ``path``.
+    """
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -85,7 +88,7 @@ def translate_errors(path: Path, operation: str) -> Iterator[None]:
 
 
 def storage_call(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
-    """Decorate a public method of a store: check that the store is open, and translate errors."""
+    """Decorate a method of a store: check that the store is open, and translate errors."""
 
     @functools.wraps(method)
     def call(store: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -1,4 +1,4 @@
-"""The command line. ``main.py`` lists the commands and the modules that implement them."""
+"""The command line of z4j. ``main.py`` lists the commands and the modules that implement them."""
 
 from __future__ import annotations
 

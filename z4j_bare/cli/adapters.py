@@ -21,15 +21,16 @@ logger = logging.getLogger("z4j.runtime.cli.adapters")
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """How to construct one kind of adapter.
+    """Describes how one kind of adapter is constructed.
 
-    Its package is imported only when the operator selects it, so no adapter is a dependency.
+    The adapter's package is imported only when an operator selects the adapter. Therefore no
+    adapter package is a dependency.
 
-    :param package: distribution to install; the import package has the same name with underscores.
-    :param attribute: class name in that package.
+    :param package: distribution to install. Its import package has the same name with underscores.
+    :param attribute: name of the adapter's class in the package.
     :param parameter: constructor parameter that takes the application object.
-    :param read: function that derives all constructor arguments from the application object; used
-        instead of ``parameter``.
+    :param read: function that derives all constructor arguments from the application object. If
+        it is set, ``parameter`` is not used.
     """
 
     package: str
@@ -40,7 +41,7 @@ class AdapterSpec:
     def build(self, app: str | None, options: Mapping[str, object], setting: str = "--app") -> Any:
         """Import the application and the adapter's package and return the adapter.
 
-        Raises ``HostConfigurationError`` that names what is missing or invalid.
+        Raises ``HostConfigurationError``, whose message names what is missing or invalid.
 
         :param app: the application as ``module:attr``.
         :param options: further constructor arguments.
@@ -63,7 +64,7 @@ class AdapterSpec:
 
 
 class _ArqSettings(Protocol):
-    """The attributes of an arq ``WorkerSettings`` class that are read here."""
+    """Declares the attributes of an arq ``WorkerSettings`` class that this module reads."""
 
     functions: Sequence[object]
     redis_settings: object
@@ -71,7 +72,7 @@ class _ArqSettings(Protocol):
 
 
 def _read_arq_worker(settings: _ArqSettings) -> dict[str, object]:
-    """Return constructor arguments from ``WorkerSettings``, or from plain redis settings."""
+    """Return constructor arguments for a ``WorkerSettings`` class or a redis settings object."""
     if not hasattr(settings, "functions"):
         return {"redis_settings": settings}
     names = [
@@ -115,7 +116,10 @@ def canonical_name(name: str) -> str:
 
 
 def require_known(name: str, specs: Mapping[str, AdapterSpec]) -> str:
-    """Return the canonical name. Raises ``HostConfigurationError`` that lists the valid names."""
+    """Return the canonical name of an adapter.
+
+    Raises ``HostConfigurationError`` for an unknown adapter; the message lists the valid names.
+    """
     canonical = canonical_name(name)
     if canonical not in specs:
         raise HostConfigurationError(f"unknown adapter {name!r}: choose from {', '.join(specs)}")
@@ -127,11 +131,11 @@ def build(
 ) -> list[Any]:
     """Return the selected adapters.
 
-    Raises ``HostConfigurationError`` for an adapter that cannot be constructed.
+    Raises ``HostConfigurationError`` if an adapter cannot be constructed.
 
     :param selected: constructor options by adapter name. The option ``app`` names the adapter's
         own application.
-    :param app: the application of the adapters that have no ``app`` option.
+    :param app: the application of the adapters without an ``app`` option.
     """
     adapters = []
     for name, options in selected.items():
@@ -144,10 +148,11 @@ def build(
 
 
 def load_app(path: object, setting: str = "--app") -> object:
-    """Import ``module:attr`` or ``module.attr`` without starting an agent that the module installs.
+    """Import and return the application that ``module:attr`` or ``module.attr`` names.
 
-    Raises ``HostConfigurationError`` that names ``setting`` and what is wrong with it, or the
-    ``ConfigError`` of the application's own ``install_agent``.
+    If the module calls ``install_agent``, the call starts no agent. Raises
+    ``HostConfigurationError``, whose message names ``setting`` and the problem. Raises
+    ``ConfigError`` if the module's call of ``install_agent`` raises it.
     """
     if not path:
         raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
@@ -166,16 +171,19 @@ def load_app(path: object, setting: str = "--app") -> object:
 
 def _import_attribute(path: str, module: str, attribute: str, setting: str) -> object:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # like celery -A: the app is usually in the working directory
+        # The app is usually in the working directory. `celery -A` also searches that directory.
+        sys.path.insert(0, "")
     try:
         with importing_application():
             return getattr(import_module(module), attribute)
-    except ConfigError:  # the application's own install_agent: its message names the setting
+    except ConfigError:  # The application's install_agent failed. The message names the setting.
         raise
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: empty module name
+    except (ImportError, AttributeError, ValueError) as error:
+        # import_module raises ValueError if the module name is empty.
         hint = "" if ":" in path else "; is it of the form module:attr?"
         raise HostConfigurationError(f"cannot load {setting} {path!r}: {error}{hint}") from error
-    except Exception as error:  # the application's own, such as a missing environment variable
+    except Exception as error:
+        # The application's code failed, for example because an environment variable is missing.
         logger.debug("z4j: importing %s failed", module, exc_info=True)
         cause = f"{type(error).__name__}: {error}"
         raise HostConfigurationError(

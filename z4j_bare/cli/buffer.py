@@ -35,14 +35,14 @@ exit codes: 0 done, 1 rows are left or a store cannot be read, 2 usage or config
   3 the named store belongs to a running process
 """
 
-#: Exit code when a named store belongs to a running process.
+#: Exit code if the operator names a store that belongs to a running process.
 STORE_IN_USE = 3
 
 ACTIONS = {
     "list": "show one line per store",
     "stats": "show totals of all stores",
     "export": "write the rows of orphaned stores as JSON lines",
-    "flush": "send the rows of orphaned stores and delete what the brain has acknowledged",
+    "flush": "send the rows of orphaned stores and delete the rows that the brain acknowledges",
     "drop": "delete orphaned stores with all their rows",
 }
 
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Perform the action and return an exit code of :data:`EXAMPLES`."""
+    """Perform the action and return its exit code. :data:`EXAMPLES` explains the exit codes."""
     output = Output(json_only=arguments.json)
     actions = {"list": _list, "stats": _stats, "export": _export, "flush": _flush, "drop": _drop}
     try:
@@ -94,7 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
-    """Return the selected stores. Raises ``HostConfigurationError`` for an unknown name."""
+    """Return reports on the stores that the operator named, or on all stores if none was named.
+
+    Raises ``HostConfigurationError`` if no store has one of the names.
+    """
     paths = report.stores(configuration.home() / "store")
     selected = []
     for name in arguments.stores:
@@ -110,13 +113,13 @@ def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
 def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return the selected stores whose process has ended.
 
-    Raises ``LocalStorageError`` if a store that was selected by name belongs to a running process.
+    Raises ``LocalStorageError`` if the operator named a store that belongs to a running process.
     """
     stores = selected_stores(arguments)
     if arguments.stores:
         for store in stores:
             if store.owner_alive:
-                # This raises, unless the process has ended since the report was made.
+                # claim_orphan raises LocalStorageError, unless the process has ended since then.
                 with report.claim_orphan(store.path):
                     pass
     return [store for store in stores if not store.owner_alive]

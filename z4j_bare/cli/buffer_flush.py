@@ -1,4 +1,4 @@
-"""Upload of orphaned stores without starting an agent, over the brain's long-poll routes."""
+"""Uploads the rows of orphaned stores over the brain's long-poll routes, without an agent."""
 
 from __future__ import annotations
 
@@ -26,24 +26,29 @@ if TYPE_CHECKING:
 
     from z4j_bare.settings import Settings
 
-#: Rows read from the store at a time, and events in one frame at most.
+#: Maximum number of rows that one read of a store returns, and of events that one frame contains.
 MAX_ROWS = 500
 
 #: Events of open runs in one frame: with 200 bytes of id and 500 of descriptions 100 KiB.
 RUN_EVENTS = 100
 
-#: Payload bytes read from the store at a time.
+#: Maximum bytes of payloads that one read of a store returns. A larger row is returned alone.
 MAX_BYTES = 512 * 1024
 
-#: Sends rows, all of one kind; returns how many of the first ones the brain has acknowledged.
+#: A function that sends rows of one kind. A result of ``n`` means that the brain has acknowledged
+#: the first ``n`` rows.
 SendRows = Callable[[Sequence[BufferEntry]], int]
 
 
 class OrphanUploader:
-    """Sends stores one after the other over one session. Call ``close`` at the end.
+    """Sends the rows of stores over one session. Call ``close`` after the last store.
 
-    ``sent`` is the number of acknowledged rows, ``runs`` that of reported open runs. ``skipped``
-    lists stores with the reason why rows are left in them.
+    The uploader sends no ``hello``, because a ``hello`` would overwrite the engines that the brain
+    has recorded for the agent and would claim the agent's pending commands. The uploader deletes a
+    row after the brain has acknowledged the row.
+
+    ``sent`` is the number of acknowledged rows, ``runs`` the number of reported open runs.
+    ``skipped`` lists the stores in which rows are left, each with the reason.
     """
 
     def __init__(self, config: Config, settings: Settings) -> None:
@@ -70,13 +75,14 @@ class OrphanUploader:
         self._backend.close()
 
     def send(self, path: Path, done: Callable[[int], None]) -> None:
-        """Send the rows of one store and delete the file when it is empty.
+        """Send the rows of one store and close the store, which deletes the file if it is empty.
 
-        A store of another deployment is skipped. Raises ``LocalStorageError`` when the store
-        belongs to a running process, and ``NetworkError`` or ``RemoteError`` when the brain does
-        not accept the rows.
+        If the store cannot be opened, for example because it belongs to another deployment, the
+        method adds the store to ``skipped``. Raises ``LocalStorageError`` if the store belongs to a
+        running process, and ``NetworkError`` or ``RemoteError`` if the brain does not accept the
+        rows.
 
-        :param done: receives the number of rows sent so far, over all stores.
+        :param done: function that is called with the number of rows sent so far from all stores.
         """
         deployment = self._deployment
         try:
@@ -87,7 +93,7 @@ class OrphanUploader:
             self.skipped.append((path, str(error)))
             return
         try:
-            # Results first: each of them ends a command that the dashboard shows as pending.
+            # Send results first: each result ends a command that the dashboard shows as pending.
             self._send_kind(store, RESULT, self._send_result, done)
             self._send_kind(store, EVENT, self._send_events, done)
             if store.drain(0, 1, MAX_BYTES, (PROJECTION,)):
@@ -126,7 +132,7 @@ class OrphanUploader:
         after = 0
         while rows := store.drain(after, MAX_ROWS, MAX_BYTES, (kind,)):
             sent = send(rows)
-            if not sent:  # the first row alone is too large for a frame
+            if not sent:  # The first row alone is too large for a frame.
                 reason = f"row {rows[0].id} is larger than the brain accepts"
                 self.skipped.append((store.path, reason))
                 after = rows[0].id
@@ -136,9 +142,9 @@ class OrphanUploader:
             done(self.sent)
 
     def _send_events(self, rows: Sequence[BufferEntry]) -> int:
-        """Send as many of the first events as fit into one frame; return how many.
+        """Send as many of the first events as fit into one frame; return the number of events.
 
-        If the brain rejects the frame as too large, half as many events are sent.
+        If the brain rejects the frame as too large, the method sends half as many events.
         """
         number = min(len(rows), self._max_events)
         while number:
@@ -152,7 +158,10 @@ class OrphanUploader:
         return 0
 
     def _send_result(self, rows: Sequence[BufferEntry]) -> int:
-        """Send the first result, shortened if necessary; return 1, or 0 if no version fits."""
+        """Send the first result, shortened if necessary, and return 1.
+
+        Return 0 if even the shortest version is too large for a frame.
+        """
         row = rows[0]
         for payload in (row.payload, *shrink_result(row.payload)):
             try:

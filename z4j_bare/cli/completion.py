@@ -32,17 +32,17 @@ complete -o default -F _z4j_bare {prog}
 
 _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
-#: The names of a command and its subcommands, and the parser of the last one.
+#: The words of a command, such as ``("buffer", "list")``, and the parser of the last word.
 ParserNode = tuple[tuple[str, ...], argparse.ArgumentParser]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the argument."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell to complete for")
+    """Add the argument that names the shell."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell that runs the script")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the script; return 0."""
+    """Print the completion script of the selected shell; return 0."""
     from z4j_bare.cli.main import COMMANDS, build_parser
 
     nodes = list(walk(build_parser("z4j-bare", COMMANDS), ()))

@@ -1,7 +1,8 @@
-"""Settings of a command. Flags override environment variables, and those override the file.
+"""Reads the settings of a command from flags, environment variables and a file.
 
-Settings from the file and the flags are copied into this process's environment, because adapters
-read their settings from there.
+Flags override environment variables, and environment variables override the file. This module
+copies the settings of the file and of the flags into the environment of the process, because
+adapters read their settings from the environment.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from z4j_bare.settings import Settings, load_settings
 #: Settings that only the command line reads.
 CLI_SETTINGS = frozenset({"home", "app", "log_format", "drain_seconds"})
 
-#: Fields of ``Config`` that are not settings of the file: one is derived, the others are tables.
+#: Fields of ``Config`` that are not settings at the top level of a file. ``buffer_path`` is derived
+#: from the state directory, and ``engines`` and ``schedulers`` are tables.
 _NOT_IN_FILE = frozenset({"buffer_path", "engines", "schedulers"})
 
 _SECRETS = frozenset({"token", "hmac_secret"})
 
-#: Flags that set the environment variable of the same name.
+#: Flags whose values are copied into environment variables, such as ``--token`` into ``Z4J_TOKEN``.
 _FLAGS = (
     "brain_url",
     "token",
@@ -47,7 +49,7 @@ ArgumentContainer = argparse._ActionsContainer  # noqa: SLF001
 
 @dataclass(slots=True)
 class FileSettings:
-    """The parts of a file that are not copied into the environment."""
+    """The settings of a file that are not copied into the environment."""
 
     dev_mode: bool | None = None
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,10 +59,10 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the brain's address and the agent's credentials.
 
-    The signing key has no flag of its own, because other users can see a process's arguments.
+    No flag takes the signing key itself, because other users can see a process's arguments.
     """
     group = parser.add_argument_group(
-        "connection", "flags override environment variables, and those override the file"
+        "connection", "flags override environment variables, and the variables override the file"
     )
     add_config(group)
     group.add_argument("--brain-url", metavar="URL", help="address of the brain (Z4J_BRAIN_URL)")
@@ -116,8 +118,8 @@ def add_agents(parser: argparse.ArgumentParser) -> None:
 def apply(arguments: argparse.Namespace) -> FileSettings:
     """Copy the settings of the file and of the flags into the environment.
 
-    Returns the file's other settings. Raises ``HostConfigurationError`` that names the file or the
-    variable, and the fix.
+    Returns the settings of the file that are not copied. Raises ``HostConfigurationError``, whose
+    message names the file or the variable, and the fix.
     """
     file = FileSettings()
     path = getattr(arguments, "config", None) or os.environ.get("Z4J_CONFIG")
@@ -139,7 +141,7 @@ def home() -> Path:
 def open_home(arguments: argparse.Namespace) -> None:
     """Apply the settings and check that the state directory is accessible.
 
-    Raises ``HostConfigurationError``, also for a directory that cannot be used.
+    Raises ``HostConfigurationError`` if a setting is invalid or the directory is inaccessible.
     """
     apply(arguments)
     try:
@@ -153,7 +155,7 @@ def open_home(arguments: argparse.Namespace) -> None:
 
 
 def reject_removed_variables() -> None:
-    """Raise ``HostConfigurationError`` if a path variable is set that z4j no longer reads."""
+    """Raise ``HostConfigurationError`` if a path variable that z4j no longer reads is set."""
     try:
         reject_deprecated_path_env()
     except RuntimeError as error:
@@ -161,7 +163,7 @@ def reject_removed_variables() -> None:
 
 
 def resolved(arguments: argparse.Namespace) -> tuple[Config, Settings]:
-    """Apply the settings and return them parsed. Raises ``ConfigError``."""
+    """Apply and return the settings. Raises ``ConfigError`` if a setting is missing or wrong."""
     from z4j_bare.install import resolve_config
 
     file = apply(arguments)
@@ -170,7 +172,7 @@ def resolved(arguments: argparse.Namespace) -> tuple[Config, Settings]:
 
 
 def known_settings() -> frozenset[str]:
-    """Return the names that a file may use at its top level."""
+    """Return the names of the settings that a file may contain at its top level."""
     own = {each.metadata["variable"].removeprefix("Z4J_").lower() for each in fields(Settings)}
     return frozenset((set(Config.model_fields) - _NOT_IN_FILE) | own | CLI_SETTINGS)
 
@@ -186,8 +188,8 @@ def _read(path: Path) -> FileSettings:
         raise HostConfigurationError(f"--config {path} is not TOML: {error}") from None
     if _SECRETS & table.keys() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise HostConfigurationError(
-            f"--config {path} contains a secret and other users can read it: "
-            "chmod 600 it, or use token_file and hmac_secret_file"
+            f"--config {path} contains a secret, and other users can read the file: "
+            f"run chmod 600 {path}, or use token_file and hmac_secret_file"
         )
     file = FileSettings(
         dev_mode=_dev_mode(path, table.pop("dev_mode", None)),

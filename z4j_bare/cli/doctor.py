@@ -33,7 +33,8 @@ examples:
 
 The command sends no token. Run it before a worker starts.
 `z4j-bare status` reports whether the running agents are connected.
-exit codes: 0 the brain is reachable, 1 it is not or a setting is wrong, 2 usage
+exit codes: 0 the brain is reachable, 1 the brain is unreachable or a setting is wrong,
+  2 usage
 """
 
 
@@ -55,11 +56,12 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run every probe; return 0, or 1 if one failed or a setting is wrong."""
+    """Run every probe. Return 1 if a probe failed or a setting is wrong, else 0."""
     output = Output(json_only=arguments.json)
     try:
         if arguments.app:
-            configuration.apply(arguments)  # an agent that the application installs reads them
+            # An agent that the application installs reads the settings that apply() copies.
+            configuration.apply(arguments)
             load_app(arguments.app)
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Run the probes that need no token; return 0, or 1 if one failed or a setting is wrong."""
+    """Run the probes that send no token. Return 1 if one failed or a setting is wrong, else 0."""
     output = Output(json_only=arguments.json)
     try:
         config, settings = configuration.resolved(arguments)
@@ -80,14 +82,14 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def report_configuration_error(output: Output, error: ConfigError) -> int:
-    """Print that a setting is wrong; return 1."""
+    """Print which setting is missing or wrong; return 1."""
     output.print_verdict("FAIL", "settings", str(error))
     output.print_json({"ok": False, "stage": "config", "error": str(error)})
     return 1
 
 
 def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> int:
-    """Print each result when its probe ends; return 0 if none failed, else 1."""
+    """Print each result when its probe ends; return 0 if no probe failed, else 1."""
     seen = []
     for result in results:
         seen.append(result)

@@ -16,8 +16,8 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine's command line. The other commands need an agent, which an
-#: engine adapter does not have.
+#: Commands of an engine adapter's command line. The other commands of ``z4j-bare`` need an agent,
+#: and an engine adapter has no agent.
 _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",
@@ -29,8 +29,8 @@ _ENGINE_COMMANDS = {
 def make_main_for_adapter(adapter_id: str) -> Main:
     """Return the ``main(argv=None)`` of a framework adapter.
 
-    It is the command line of ``z4j-bare``, except that ``restart`` and ``reload`` select the
-    adapter's own agents by default.
+    This ``main`` has the commands of ``z4j-bare``. Its commands ``restart`` and ``reload`` select
+    only the agents of the adapter, unless ``--adapter`` selects other agents.
 
     :param adapter_id: name of the framework adapter, such as ``django``.
     """
@@ -56,12 +56,14 @@ def make_engine_main(
 ) -> Main:
     """Return the ``main(argv=None)`` of an engine adapter.
 
-    It checks that the adapter and its task queue are installed, and whether a broker is set.
+    This ``main`` checks that the adapter and its task queue are installed, and whether the
+    environment names a broker.
 
     :param engine_id: name of the engine, such as ``celery``.
     :param upstream_package: import name and distribution name of the task queue.
-    :param broker_env: variable with the broker's address; a missing one is a warning.
-    :param upstream_attribute: ignored; adapters may pass it.
+    :param broker_env: environment variable that contains the broker's address. If the variable is
+        not set, the check prints a warning.
+    :param upstream_attribute: ignored. Adapter packages may pass this argument.
     """
     del upstream_attribute
 
@@ -103,7 +105,7 @@ def _probe_broker(variable: str | None) -> Iterator[ProbeResult]:
     if variable and os.environ.get(variable):
         yield passed("broker", f"{variable} is set")
     elif variable:
-        fix = "set it, unless the application configures its broker itself"
+        fix = f"set {variable}, unless the application configures its broker itself"
         yield warned("broker", f"{variable} is not set", fix)
 
 
@@ -128,7 +130,7 @@ def _print_versions(output: Output, packages: Sequence[str]) -> int:
 
 
 def _version(package: str) -> str:
-    """Return an installed distribution's version, or an empty string."""
+    """Return the version of a distribution, or an empty string if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

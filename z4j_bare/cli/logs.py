@@ -1,4 +1,4 @@
-"""Log format of the command line: text lines, or one JSON object a line for log collectors."""
+"""Formats the log of the command line as text, or as a JSON object per line for collectors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object.
 
-    Keys: ``ts`` (UTC), ``level``, ``logger``, ``message``, and ``exception`` if there is one.
+    The object has the keys ``ts`` (time in UTC), ``level``, ``logger`` and ``message``. If the
+    record contains an exception, the object also has the key ``exception``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the JSON object of a record as one line of text."""
         fields = {
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -35,11 +36,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class _CommandLineHandler(logging.StreamHandler[TextIO]):
-    """Marker type: :func:`configure` replaces its own handler and leaves others installed."""
+    """The handler that :func:`configure` installs. A later call replaces only this handler."""
 
 
 def configure(level: str, log_format: str = "text") -> None:
-    """Log to stderr, unless the root logger already has a handler.
+    """Log to stderr, unless the root logger has a handler that another module installed.
 
     Raises ``HostConfigurationError`` for an unknown level or format.
 

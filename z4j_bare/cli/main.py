@@ -16,7 +16,14 @@ from z4j_bare.errors import LocalStorageError
 
 
 class Command(NamedTuple):
-    """A command's module, its help, and the names of its functions and help text in the module."""
+    """A command of the command line.
+
+    :param module: name of the module that implements the command.
+    :param help: one line of help.
+    :param add_arguments: name of the module's function that adds the command's options.
+    :param run: name of the module's function that runs the command.
+    :param examples: name of the module's text that ``--help`` prints after the options.
+    """
 
     module: str
     help: str
@@ -25,7 +32,8 @@ class Command(NamedTuple):
     examples: str = "EXAMPLES"
 
 
-#: Commands by name. Only the selected command's module is imported: demo needs optional packages.
+#: Commands by name. :func:`main` imports only the module of the selected command, because the
+#: module of ``demo`` needs optional packages.
 COMMANDS = {
     "run": Command("z4j_bare.cli.run", "run a standalone agent in its own process"),
     "doctor": Command("z4j_bare.cli.doctor", "find out why an agent does not connect"),
@@ -61,13 +69,13 @@ COMMANDS = {
     "version": Command("z4j_bare.cli.version", "print the versions of z4j and its dependencies"),
 }
 
-#: Exit codes that every command uses.
+#: Exit codes of every command: for a wrong usage or configuration, and after Ctrl-C.
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
 def build_parser(prog: str, selected: Container[str]) -> argparse.ArgumentParser:
-    """Return the parser with all commands, and with the options of the ``selected`` ones."""
+    """Return a parser with all commands and with the options of the ``selected`` commands."""
     parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
     parser.add_argument(
         "--log-level", choices=logs.LEVELS, help="lowest level to log (Z4J_LOG_LEVEL, default INFO)"
@@ -105,8 +113,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of the pipe ended early, as head does
-        # Without this the interpreter's final flush of stdout raises again.
+    except BrokenPipeError:  # The process that reads the pipe has exited, as `head` does.
+        # stdout becomes /dev/null, because the interpreter's final flush would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

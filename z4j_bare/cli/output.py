@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-#: For each verdict of a probe: the word at the start of its line, and the line's style.
+#: Maps each verdict of a probe to the word that starts the printed line, and to the line's style.
 VERDICTS = {
     "OK": ("ok", "green"),
     "WARN": ("warn", "yellow"),
@@ -28,14 +28,14 @@ class Output:
     ``rich`` draws colours, tables and progress bars when it is installed and the output is a
     terminal. Output to a pipe or a file is plain text.
 
-    :param json_only: write nothing but the JSON object of :meth:`print_json`.
-    :param stream: default: stdout.
+    :param json_only: whether to write only JSON objects, with :meth:`print_json`, and no text.
+    :param stream: stream to write to; default: stdout.
     """
 
     def __init__(self, *, json_only: bool = False, stream: TextIO | None = None) -> None:
         self.json_only = json_only
         self._stream = stream or sys.stdout
-        #: The console of ``rich``; ``None`` without a terminal or without ``rich``.
+        #: The console of ``rich``, or ``None`` if the output is plain text or JSON.
         self._console = None if json_only else _console(self._stream)
 
     def print_line(self, text: str = "", style: str = "") -> None:
@@ -50,14 +50,17 @@ class Output:
             )
 
     def print_verdict(self, verdict: str, name: str, text: str, fix: str = "") -> None:
-        """Write a line with a verdict, a key of :data:`VERDICTS`, and the fix on a second line."""
+        """Write verdict, name and text of a result on one line, and the fix on a second line.
+
+        :param verdict: a key of :data:`VERDICTS`.
+        """
         word, style = VERDICTS[verdict]
         self.print_line(f"{word:>4}  {name:<12} {text}", style)
         if fix:
             self.print_line(f"      {'':<12} -> {fix}")
 
     def print_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Write a table."""
+        """Write a table with a header line."""
         if self._console is not None:
             self._console.print(_rich_table(columns, rows))
             return
@@ -67,16 +70,16 @@ class Output:
             self.print_line("  ".join(cells).rstrip())
 
     def print_json(self, value: object) -> None:
-        """Write a JSON object if the command was called with ``--json``, else nothing."""
+        """Write ``value`` as JSON if the command was called with ``--json``."""
         if self.json_only:
             print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
-        """Yield a function that redraws the screen.
+        """Yield a function ``redraw(draw)`` that clears the screen and calls ``draw()``.
 
-        Its argument is a function that writes the whole screen. Without a terminal the text is
-        appended to the earlier output.
+        ``draw`` writes the whole screen. If the output is not a terminal, ``redraw`` does not
+        clear anything, and the new text follows the earlier text.
         """
         if self._console is None:
             yield lambda draw: draw()
@@ -92,7 +95,7 @@ class Output:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show progress; yields a function whose argument is the number of completed items."""
+        """Show progress. Yield a function to call with the number of completed items."""
         if self._console is None:
             yield _TextProgress(self, title, total)
             return
@@ -104,7 +107,7 @@ class Output:
 
 
 class _TextProgress:
-    """Progress without a terminal: a line for each tenth of the total."""
+    """Prints a line after each tenth of the total, for output that is not a terminal."""
 
     def __init__(self, output: Output, title: str, total: int) -> None:
         self._output = output
@@ -126,7 +129,7 @@ def _console(stream: TextIO) -> Console | None:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(file=stream)  # honours NO_COLOR
+    return Console(file=stream)  # rich reads NO_COLOR
 
 
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""``z4j-bare run``: the agent in its own process, beside workers that run no agent."""
+"""``z4j-bare run``: runs the agent in its own process, for workers that run no agent."""
 
 from __future__ import annotations
 
@@ -54,17 +54,19 @@ exit codes: 0 stopped by a signal, 1 could not start, 2 usage or configuration,
 #: Exit code when another standalone agent of the project runs with this Z4J_HOME.
 ALREADY_RUNNING = 3
 
-#: Seconds between checks whether a signal has arrived.
+#: Seconds between two checks for a received signal.
 POLL_INTERVAL = 0.5
 
-#: Seconds of one step of the agent's loops after which the systemd watchdog is no longer reset. A
-#: step takes milliseconds; one that imports a module from a slow disk takes some seconds.
+#: Maximum seconds of one step of the agent's loops. During a longer step the systemd watchdog is
+#: not reset. A step takes milliseconds; a step that imports a module from a slow disk takes some
+#: seconds.
 STUCK_SECONDS = 60.0
 
 #: Default time limit of the shutdown, in seconds.
 DRAIN_SECONDS = 10.0
 
-#: Seconds of that time reserved for the work after the last ack, such as closing the store.
+#: Seconds of the shutdown that are reserved for the work after the last ack, such as closing the
+#: store.
 POST_DRAIN = 1.0
 
 #: Maximum value of --drain, in seconds.
@@ -92,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--celery-app",
         dest="app",
         metavar="MODULE:ATTR",
-        help="application object of every adapter that names none (Z4J_APP)",
+        help="application object of every adapter without its own (Z4J_APP)",
     )
     group = parser.add_argument_group("process")
     group.add_argument(
@@ -119,7 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run until SIGINT or SIGTERM, then drain; return an exit code of :data:`EXAMPLES`."""
+    """Run the agent until SIGINT or SIGTERM, then drain its buffer.
+
+    Returns an exit code. :data:`EXAMPLES` explains the exit codes.
+    """
     file = configuration.apply(arguments)
     level = arguments.log_level or os.environ.get("Z4J_LOG_LEVEL") or "INFO"
     logs.configure(level, arguments.log_format or os.environ.get("Z4J_LOG_FORMAT") or "text")
@@ -149,9 +154,10 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
 
 @contextmanager
 def _termination_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM.
+    """Yield a list. Handlers of SIGINT and SIGTERM append the number of each received signal.
 
-    The handlers are installed before the agent starts, so that no signal ends it without a drain.
+    The caller installs the handlers before it starts the agent. Therefore no such signal ends the
+    agent without a drain.
     """
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -177,7 +183,7 @@ def _serve(runtime: AgentRuntime, caught: list[int], drain: float) -> None:
         notifier.status(f"stuck: {', '.join(stuck)}" if stuck else _summary(runtime.stats()))
         time.sleep(POLL_INTERVAL)
     name = signal.Signals(caught[0]).name
-    logger.info("z4j: received %s: stopping the agent, within %.0f s", name, drain)
+    logger.info("z4j: received %s: the agent stops within %.0f s", name, drain)
     notifier.stopping()
     runtime.stop(timeout=drain)
 
@@ -189,12 +195,13 @@ def select_adapters(
 ) -> dict[str, Mapping[str, Any]]:
     """Return the options of each selected adapter by its name.
 
-    The flags select the adapters; without flags the variable does, and without both the file. The
-    options come from the file in any case, except ``app``: a flag or the variable overrides it.
+    The flags select the adapters. Without flags the variable selects the adapters, and without
+    flags and variable the file selects the adapters. The options always come from the file. Only
+    the option ``app`` can also come from a flag or the variable, which override the file.
 
-    :param flags: adapters with their application, as ``--engine`` or ``--scheduler`` named them.
+    :param flags: name and application of each adapter in ``--engine`` or ``--scheduler``.
     :param variable: ``Z4J_ENGINES`` or ``Z4J_SCHEDULERS``.
-    :param tables: the tables of the file.
+    :param tables: options of each adapter in the file, by adapter name.
     """
     specs = adapters.ENGINES if variable == "Z4J_ENGINES" else adapters.SCHEDULERS
     pairs = flags or [
@@ -209,7 +216,7 @@ def select_adapters(
 
 
 def _parse_adapter(text: str, specs: Mapping[str, adapters.AdapterSpec]) -> tuple[str, str | None]:
-    """Return the name and the application of ``NAME`` or ``NAME=MODULE:ATTR``."""
+    """Parse ``NAME`` or ``NAME=MODULE:ATTR`` into an adapter's name and its application."""
     name, _, app = text.partition("=")
     return adapters.require_known(name, specs), app or None
 
@@ -229,9 +236,9 @@ def _adapter_choice(
 def _drain_seconds(flag: float | None) -> float:
     """Return the time limit of the shutdown, in seconds.
 
-    This also sets ``Z4J_FLUSH_SECONDS`` to that time less :data:`POST_DRAIN`, unless the variable
-    is set. Its default is short, because a worker's exit must not wait long for acks. This process
-    has nothing else to do.
+    The function also sets ``Z4J_FLUSH_SECONDS`` to the time limit minus :data:`POST_DRAIN`, unless
+    the variable is already set. The default of ``Z4J_FLUSH_SECONDS`` is short, because the exit of
+    a worker must not wait long for acks. A standalone agent runs no tasks and can wait longer.
     """
     text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:
@@ -240,7 +247,7 @@ def _drain_seconds(flag: float | None) -> float:
         raise HostConfigurationError(
             f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds"
         ) from None
-    if not 0 <= seconds <= MAX_DRAIN_SECONDS:  # this form also rejects NaN
+    if not 0 <= seconds <= MAX_DRAIN_SECONDS:  # false for NaN
         raise HostConfigurationError(
             f"--drain (Z4J_DRAIN_SECONDS) must be between 0 and 3600 seconds, not {seconds:g}"
         )
@@ -250,12 +257,13 @@ def _drain_seconds(flag: float | None) -> float:
 
 @contextmanager
 def _single_instance(*, enforce: bool) -> Iterator[None]:
-    """Hold the lock of the only standalone agent of this project, ``Z4J_HOME`` and host.
+    """Hold the lock that allows one standalone agent per project, ``Z4J_HOME`` and host.
 
-    A second one would report every worker twice. If the lock file cannot be created, the agent
-    starts nevertheless: a second agent could not create its buffer there either.
+    A second standalone agent would report every worker twice. If the lock file cannot be created,
+    the agent starts without the lock. In that directory a second agent cannot create its buffer
+    either.
 
-    Raises ``AlreadyRunningError`` when another process holds the lock and ``enforce`` is true.
+    Raises ``AlreadyRunningError`` if another process holds the lock and ``enforce`` is true.
     """
     project = os.environ.get("Z4J_PROJECT_ID", "")
     lock = None

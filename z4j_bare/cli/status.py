@@ -21,7 +21,8 @@ examples:
   z4j-bare status --quiet            for health probes: no output, only the exit code
   z4j-bare status --worker celery@web-1 --json
 
-exit codes: 0 every agent is connected, 1 an agent is not connected or none runs, 2 usage
+exit codes: 0 every agent is connected, 1 an agent is not connected or no agent runs,
+  2 usage
 """
 
 RESTART_EXAMPLES = """\
@@ -31,14 +32,14 @@ examples:
 
 The workers keep running. Each agent closes its session, reads the token and key files again and
 reconnects. No event is lost: unacknowledged rows stay in the buffer and are sent again.
-exit codes: 0 every agent accepted the request, 1 none runs or one did not answer,
+exit codes: 0 every agent accepted the request, 1 no agent runs or an agent did not answer,
   2 usage, or the platform has no Unix sockets
 """
 
 #: Seconds between the two samples from which a rate is calculated.
 SAMPLE_INTERVAL = 0.5
 
-#: Number of samples in a sparkline.
+#: Maximum number of samples in a sparkline.
 HISTORY_SIZE = 60
 
 COLUMNS = (
@@ -79,7 +80,7 @@ def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the agents' state; return 0 if every agent is connected, else 1."""
+    """Print the state of the selected agents; return the result of :func:`exit_code`."""
     configuration.open_home(arguments)
     if arguments.quiet:
         return exit_code(query_agents(arguments))
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_restart(arguments: argparse.Namespace) -> int:
-    """Make the selected agents reconnect; return the highest exit code of all adapters."""
+    """Make the selected agents reconnect; return the highest exit code of their adapters."""
     configuration.open_home(arguments)
     output = Output(json_only=arguments.json)
     adapters = [arguments.adapter] if arguments.adapter else _running_adapters() or ["bare"]
@@ -111,7 +112,10 @@ def run_restart(arguments: argparse.Namespace) -> int:
 
 
 def query_agents(arguments: argparse.Namespace) -> list[AgentStatus]:
-    """Return the status of the selected agents; one that does not answer has an ``error``."""
+    """Return the status of the selected agents.
+
+    The status of an agent that does not answer contains ``error``.
+    """
     return [
         agent
         for agent in control.status()
@@ -128,7 +132,12 @@ def exit_code(agents: Sequence[AgentStatus]) -> int:
 def with_rates(
     before: Sequence[AgentStatus], now: Sequence[AgentStatus], seconds: float
 ) -> list[AgentStatus]:
-    """Return the agents of ``now``, with ``events_per_second`` since the sample ``before``."""
+    """Return the agents of ``now`` with ``events_per_second`` added to each agent that answered.
+
+    :param before: the previous sample.
+    :param now: the current sample.
+    :param seconds: time between the two samples.
+    """
     earlier = {_key(agent): agent.get("produced", 0) for agent in before}
     for agent in now:
         if "produced" in agent:
@@ -138,13 +147,13 @@ def with_rates(
 
 
 def filter_description(arguments: argparse.Namespace) -> str:
-    """Return the selection as text to append to "agent"; empty when all are selected."""
+    """Return the selection as text to print after "agent"; empty if all agents are selected."""
     adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
 
 
 def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
-    """Write the table. If there is no agent, write the usual reason instead."""
+    """Write a table of the agents, or the usual reason if there is no agent."""
     if not agents:
         output.print_line(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "
@@ -155,10 +164,10 @@ def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) 
 
 
 def row(agent: AgentStatus) -> list[str]:
-    """Return the cells of one agent."""
+    """Return the table cells of one agent, one for each of :data:`COLUMNS`."""
     name, pid = _title(agent), str(agent["pid"])
     if "error" in agent:
-        hint = "is its process stopped, or its event loop blocked?"
+        hint = "check whether its process is stopped or its event loop blocked"
         return [name, pid, "", "no answer", "", "", "", "", f"{agent['error']}: {hint}"]
     age = agent["oldest_age_seconds"]
     return [
@@ -183,7 +192,7 @@ def format_duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Return the values as bars; the highest bar is the largest value."""
+    """Return a bar for each value. The largest value has the highest bar."""
     top = max(values, default=0)
     if top <= 0:
         return _BARS[0] * len(values)
@@ -191,7 +200,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 class StatusMonitor:
-    """Refreshes the status until interrupted, with a history of each agent."""
+    """Shows the status and the last samples of each agent, and refreshes until Ctrl-C."""
 
     def __init__(self, output: Output, arguments: argparse.Namespace) -> None:
         self._output = output
@@ -202,7 +211,7 @@ class StatusMonitor:
         self._polled_at = time.monotonic()
 
     def run(self) -> int:
-        """Run until interrupted; return the exit code of the last sample."""
+        """Refresh the screen until Ctrl-C; return the exit code of the last sample."""
         try:
             with self._output.live() as redraw:
                 while True:
@@ -244,7 +253,7 @@ def _interval(text: str) -> float:
         seconds = float(text)
     except ValueError:
         raise invalid from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; the form also rejects NaN
+    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; false for NaN
         raise invalid
     return seconds
 

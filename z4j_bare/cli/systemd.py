@@ -1,4 +1,4 @@
-"""The notification protocol of a systemd service with ``Type=notify``."""
+"""Implements the notification protocol of a systemd service with ``Type=notify``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 class Notifier:
     """Sends notifications to ``$NOTIFY_SOCKET``; does nothing without that variable.
 
-    No method raises: the agent must work whatever service manager started it.
+    No method raises an exception, because the agent must work under every service manager.
     """
 
     def __init__(self) -> None:
@@ -20,11 +20,15 @@ class Notifier:
         self._status = ""
 
     def ready(self) -> None:
-        """Report that the agent has started: it captures and buffers even without the brain."""
+        """Report that the agent has started.
+
+        The agent captures and buffers events even if the brain is unreachable. Therefore the report
+        does not depend on a session.
+        """
         self._send("READY=1")
 
     def status(self, text: str) -> None:
-        """Set the status line of ``systemctl status``, if it has changed."""
+        """Set the status line of ``systemctl status``. An unchanged line is not sent again."""
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
@@ -55,7 +59,7 @@ class Notifier:
 
 
 def _watchdog_seconds() -> float:
-    """Return the watchdog interval that systemd set for this process; 0 if it set none."""
+    """Return the watchdog interval that systemd set for this process, or 0."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     try:

@@ -1,4 +1,4 @@
-"""``z4j-bare version``."""
+"""``z4j-bare version``: prints the versions of the packages, the protocol and Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``version``."""
     configuration.add_json(parser)
 
 

@@ -1,4 +1,4 @@
-"""Operators' commands: acknowledged, run once, and answered with a result."""
+"""Acknowledges operators' commands, runs each command once, and sends its result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def add_process_restarts(
     backend: BaseConcurrency,
     grace: float,
 ) -> None:
-    """Let engines that cannot restart a worker end this process instead.
+    """Make ``restart_worker`` end this process, for engines that cannot restart a worker.
 
     :param stop: stops the agent within the given seconds.
     :param grace: seconds that the worker has to finish its running tasks.
     """
     for host, source in engines:
         if host.description.restarts_by_exit():
-            from z4j_bare.commands.process_restart import ProcessRestart  # Celery needs none
+            from z4j_bare.commands.process_restart import ProcessRestart  # unused in Celery
 
             workers = source.presence.workers.keys()
             host.process_restart = ProcessRestart(host.name, workers, stop, backend, grace)

@@ -1,4 +1,4 @@
-"""The actions on engines: each turns a command's parameters into one call of the adapter."""
+"""The actions on engines. Each action turns a command's parameters into one adapter call."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 MAX_BULK = 10_000
 #: Maximum number of dead letters in one page; the same limit as in z4j-bare 1.13.
 MAX_PAGE = 200
-#: Maximum number of slots by which one command resizes a pool; the brain's limit.
+#: Maximum number of slots by which one command resizes a pool. The brain has the same limit.
 MAX_DELTA = 100
 
-#: The keyword argument in which these engines' adapters expect the task's name, because their
-#: messages do not contain it.
+#: By engine: the keyword argument in which the adapter expects the task's name, because the
+#: engine's messages do not contain the name.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
-#: Engines whose adapters accept the brain's priorities. The brain sends one with every task; the
-#: other adapters refuse the keyword.
+#: Engines whose adapters accept the brain's priorities. The brain sends a priority with every task.
+#: The other adapters do not accept a priority.
 PRIORITY_ENGINES = frozenset({"celery", "rq"})
 
 #: An action's handler: ``run(command, host, seconds)``.
@@ -64,7 +64,8 @@ def submit_task(command: Command, host: EngineHost, seconds: float) -> object:
 def retry_task(command: Command, host: EngineHost, seconds: float) -> object:
     """Run a task again.
 
-    Only the operator's overrides are used, because the brain's copy of the arguments is redacted.
+    The task gets new arguments only from the operator's overrides. The brain's copy of the original
+    arguments is not used, because it is redacted.
     """
     task_id = _task_id(command, host)
     args, kwargs = _overrides(command)
@@ -86,7 +87,7 @@ def retry_task(command: Command, host: EngineHost, seconds: float) -> object:
 
 
 def cancel_task(command: Command, host: EngineHost, seconds: float) -> object:
-    """Revoke a task, and terminate it if it runs."""
+    """Revoke a task, and terminate it if it is running."""
     return _control(host, "cancel_task", _task_id(command, host), seconds=seconds)
 
 
@@ -152,9 +153,9 @@ def list_dead_letters(command: Command, host: EngineHost, seconds: float) -> obj
 
 
 def reconcile_task(command: Command, host: EngineHost, seconds: float) -> object:
-    """Return the state that the engine has for a task.
+    """Return the state of a task according to the engine.
 
-    It is ``unknown`` where the adapter cannot query it.
+    The state is ``unknown`` if the adapter cannot query the engine.
     """
     task_id = _task_id(command, host)
     if not host.has_method("reconcile_task"):
@@ -163,7 +164,7 @@ def reconcile_task(command: Command, host: EngineHost, seconds: float) -> object
 
 
 def restart_worker(command: Command, host: EngineHost, seconds: float) -> object:
-    """Replace a worker's pool, or its whole process where the engine cannot do that."""
+    """Replace a worker's pool, or its whole process if the engine cannot replace the pool."""
     if host.process_restart is not None:
         return host.process_restart.request(_worker(command))
     return _control(host, "restart_worker", _worker(command), seconds=seconds)
@@ -192,7 +193,7 @@ def cancel_consumer(command: Command, host: EngineHost, seconds: float) -> objec
 
 
 def rate_limit(command: Command, host: EngineHost, seconds: float) -> object:
-    """Limit how often a task may start, on one worker or on all."""
+    """Limit how often a task may start, on one worker or on all workers."""
     worker = command.option("worker_name", str, "text") or None
     task = _original(command, command.required("task_name", "id"), "task name")
     rate = command.required("rate")
@@ -219,7 +220,7 @@ ENGINE_ACTIONS: Mapping[str, Action] = {
 
 
 def _control(host: EngineHost, action: str, *args: object, seconds: float, **kwargs: Any) -> object:
-    """Call the agent's own worker control where the engine has one, else the adapter's method."""
+    """Call the agent's own worker control, or the adapter if the engine has no such control."""
     call = host.control if host.controls is not None else host.invoke
     return call(action, *args, timeout=seconds, **kwargs)
 
@@ -233,7 +234,7 @@ def _resubmit(
 ) -> object:
     """Retry by submitting a new task, with the arguments that the operator sent.
 
-    An engine without a retry keeps no arguments.
+    An engine without the capability ``retry_task`` keeps no arguments of a task.
     """
     if args is None or kwargs is None:
         raise command.error(
@@ -252,7 +253,7 @@ def _resubmit(
 
 
 def _refuse_unsafe(command: Command, host: EngineHost) -> None:
-    """Refuse an old adapter, which would retry with the brain's redacted copy of the arguments."""
+    """Raise ``CommandError`` for an old adapter, which would retry with redacted arguments."""
     if host.name in NAME_KEYS and not host.retries_by_reference:
         raise command.error(
             f"this version of the {host.name} adapter cannot retry safely: upgrade it"
@@ -260,7 +261,10 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 
 
 def _task_id(command: Command, host: EngineHost) -> str:
-    """Return the task's id. An id taken from the target is prefixed with the engine's name."""
+    """Return the task's id.
+
+    An id in the command's target begins with the engine's name, which is removed.
+    """
     shown = command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"
     )
@@ -331,8 +335,9 @@ def _delta(command: Command) -> int:
 def choose_host(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
     """Return the engine that a command is for.
 
-    It is the engine that the command names, else the only engine, else the only capable one. The
-    brain names no engine for a queue or a rate limit. Raises ``CommandError``.
+    If the command names an engine, return this engine. Otherwise return the only engine, or the
+    only engine that has the required capability. The brain names no engine in commands for a queue
+    or a rate limit. Raises ``CommandError`` if this does not determine one engine.
     """
     name = _engine_name(command)
     if name is not None:
@@ -355,14 +360,15 @@ def require_capability(command: Command, host: EngineHost, action: Action) -> No
 
 def _is_capable(host: EngineHost, action: Action) -> bool:
     if action.run is restart_worker and host.process_restart is not None:
-        return True  # a refusal states its own reason
+        return True  # the restart states the reason if it refuses
     return not action.needs or not set(action.needs).isdisjoint(host.capabilities())
 
 
 def _engine_name(command: Command) -> str | None:
-    """Return the engine that the command names. A bulk action's filter takes precedence.
+    """Return the name of the engine that the command names, or ``None``.
 
-    The brain chooses the agent of a bulk action by its filter.
+    An engine in the filter of a bulk action takes precedence, because the brain chooses the agent
+    by this filter.
     """
     selection = command.parameters.get("filter")
     if isinstance(selection, Mapping):

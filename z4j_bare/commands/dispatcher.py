@@ -1,4 +1,4 @@
-"""Acknowledges each command frame, runs the command once in another task, stores its result."""
+"""Acknowledges each command frame, runs the command once in a task, and stores its result."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.dispatcher")
 
-#: Maximum number of command ids kept in memory, because the ledger may be lost with a failed disk.
+#: Maximum number of ids of started commands that are kept in memory. The ids serve to detect a
+#: redelivery if the ledger was lost with a failed disk.
 MAX_STARTED_IDS = 10_000
 
 #: Maximum seconds of a command's timeout that are reserved for sending its result.
 MARGIN = 2.0
-#: Largest fraction of the timeout that is reserved.
+#: Maximum fraction of the timeout that is reserved for sending the result.
 MARGIN_FRACTION = 0.25
 
-#: Seconds between checks of the waiting commands' deadlines.
+#: Maximum seconds between two checks of the deadlines of waiting commands.
 POLL_INTERVAL = 1.0
 
 
@@ -43,19 +44,19 @@ POLL_INTERVAL = 1.0
 class DispatchState:
     """The progress of the dispatcher's shutdown; shared with the executor."""
 
-    #: No command begins any more.
+    #: Whether the agent is stopping. If so, no further command begins.
     stopping: bool = False
-    #: The store is about to be closed: nothing may be recorded.
+    #: Whether the store is about to be closed. If so, nothing may be recorded.
     closed: bool = False
 
 
 class Dispatcher:
     """Runs each command once, at most ``workers`` at a time, and stores its result by the deadline.
 
-    :param buffer: its ledger records started and finished commands, also those of earlier
+    :param buffer: its ledger records started and finished commands, including commands of earlier
         processes.
     :param on_stored: called after each stored result, to wake the sender.
-    :param schedules: the schedulers, if there are any.
+    :param schedules: the manager of the schedulers; ``None`` if there is no scheduler.
     """
 
     def __init__(
@@ -91,8 +92,8 @@ class Dispatcher:
         try:
             connection.send("command_ack", command.id, command_ack(command.token))
         except AgentError as error:
-            # Run it nevertheless: the brain counts it as dispatched and redelivers few kinds of
-            # commands. The result is sent in the next session.
+            # Run the command nevertheless. The brain counts it as dispatched, and redelivers only
+            # few kinds of commands. The result is sent in the next session.
             logger.debug("z4j: could not acknowledge command %s: %s", command.id, error)
         with self._lock:
             if command.id in self._queued_ids:
@@ -101,7 +102,7 @@ class Dispatcher:
         self._pool.put(command)
 
     def stop(self) -> None:
-        """Report waiting and later commands as not started; running ones may finish."""
+        """Report waiting and later commands as not started; running commands may finish."""
         self._state.stopping = True
         for command in self._pool.clear():
             self._execute(command)
@@ -109,7 +110,7 @@ class Dispatcher:
     def close(self) -> None:
         """Stop recording results, because the store is about to be closed.
 
-        A command still running is reported as "outcome unknown" by its provisional result.
+        The provisional result of a command that is still running reports "outcome unknown".
         """
         self._state.closed = True
 
@@ -140,9 +141,9 @@ class Dispatcher:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether to run this delivery.
+        """Return whether to run the command, because it is delivered for the first time.
 
-        For a redelivery, the result in the ledger is stored again, to be sent.
+        For a redelivery, this queues the result in the ledger, so that the result is sent again.
         """
         provisional_result = encode_result(
             command,
@@ -192,9 +193,9 @@ class Dispatcher:
         return executor.run(command)
 
     def _executor(self) -> Executor:
-        """Return the executor, loaded with the first command.
+        """Return the executor. The first call imports its module.
 
-        It takes 0.2 MB, and most workers never receive a command.
+        The module takes 0.2 MB of memory, and most workers never receive a command.
         """
         with self._load_lock:
             if self._loaded_executor is None:
@@ -265,7 +266,7 @@ class CommandPool:
                 self._run(command)
 
     def _first_deadline(self) -> float | None:
-        """Return the earliest deadline of the waiting commands; ``None`` ends the watch."""
+        """Return the earliest deadline of the waiting commands; ``None`` if no command waits."""
         with self._lock:
             self._watching = bool(self._waiting)
             return min((command.deadline for command in self._waiting), default=None)

@@ -1,4 +1,4 @@
-"""Executes one command: finds its action, checks it, calls it, and returns its outcome."""
+"""Executes one command: finds and checks its action, calls the action, returns the outcome."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.executor")
 
-#: Actions whose effect has an id of its own: the parameter with that id, and its ledger prefix.
+#: Actions whose effect has an id of its own. Each value contains the name of the parameter with
+#: this id, and the prefix of the ledger key.
 IDEMPOTENCY_KEYS = {
     "schedule.fire": ("fire_id", "fire"),
     "schedule.trigger_now": ("fire_id", "fire"),
@@ -39,11 +40,14 @@ IDEMPOTENCY_KEYS = {
 
 
 class Executor:
-    """Executes commands. Loaded with the first command: most workers never receive one.
+    """Executes commands.
 
-    :param buffer: its ledger records effects that must happen once, however many commands request
-        them.
-    :param state: the dispatcher's state. No call begins once ``stopping`` is set.
+    This module is imported only when the first command arrives, because most workers never receive
+    a command.
+
+    :param buffer: its ledger records effects, so that each happens once even if several commands
+        request it.
+    :param state: the dispatcher's state. No call begins after ``stopping`` is set.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Executor:
     def _seconds_left(self, command: Command) -> float:
         """Return the seconds until the deadline.
 
-        Raises ``CommandError`` when the command must not begin any more.
+        Raises ``CommandError`` if the deadline has passed or the agent is stopping.
         """
         seconds = command.deadline - self._backend.now()
         if self._state.stopping:
@@ -110,7 +114,8 @@ class Executor:
 
 def _failure(command: Command, error: Exception) -> CommandOutcome:
     """Return the outcome of a call that raised ``error``."""
-    # Each adapter defines an OffloadTimeoutError of its own, which is not a TimeoutError.
+    # Each adapter defines an OffloadTimeoutError of its own, which is not a subclass of
+    # TimeoutError.
     if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
         return CommandOutcome.indeterminate(command.action, "still running: outcome unknown")
     if isinstance(error, AgentError):
@@ -135,7 +140,8 @@ def idempotency_key(command: Command) -> str | None:
 class IdempotentEffects:
     """Runs each effect once, across restarts and across all processes of the agent.
 
-    The ledger records an effect under its own id, in addition to the command's id.
+    The ledger records an effect under the effect's own id. The dispatcher also records the command
+    under the command's id.
     """
 
     def __init__(
@@ -150,8 +156,9 @@ class IdempotentEffects:
     def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
         """Return the outcome of ``call()``, or that of an earlier command with the same effect.
 
-        If another command in this process is producing the effect, wait for it. The outcome is
-        indeterminate if a crash interrupted the effect, or if another process is producing it.
+        If another command in this process is producing the effect, wait for that command. The
+        outcome is indeterminate if a crash interrupted the effect, or if another process is
+        producing it.
         """
         done = self._backend.event()
         while (running := self._register(key, done)) is not done:
@@ -161,7 +168,8 @@ class IdempotentEffects:
                     command.action, "still running for another command: outcome unknown"
                 )
         try:
-            # No provisional result: it would be sent under this key, which is not a command id.
+            # The provisional result is empty. Otherwise it would be sent under this key, which is
+            # not the id of a command.
             earlier = self._buffer.claim(key, b"")
             if earlier is not None:
                 return _replayed(earlier.result if earlier.state == DONE else b"", key, command)

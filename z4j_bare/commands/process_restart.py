@@ -1,4 +1,4 @@
-"""``restart_worker`` for engines without one: exit, and let a supervisor start a new process."""
+"""Implements ``restart_worker`` by an exit, after which a supervisor starts a new process."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.process_restart")
 
-#: The exit code, ``EX_TEMPFAIL``. Not 0, because supervisord's ``autorestart=unexpected`` (its
-#: default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a process
-#: that ended successfully. systemd counts an end by SIGTERM as successful.
+#: The exit code, ``EX_TEMPFAIL``. It is not 0, because supervisord's ``autorestart=unexpected``
+#: (its default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a
+#: process that ended successfully. systemd also counts a process that SIGTERM ended as successful.
 EXIT_CODE = 75
 
-#: Minimum age of a process in seconds, so that repeated commands do not become a crash loop.
+#: Minimum age in seconds of a process that a command may restart. It prevents repeated commands
+#: from causing a crash loop.
 MIN_UPTIME = 60.0
 
-#: Seconds for stopping the agent when the worker does not stop it itself.
+#: Maximum seconds for stopping the agent, if the worker has not stopped it before.
 STOP_TIMEOUT = 5.0
 
 #: Priority of a multiprocessing finalizer that runs after all others.
 FINALIZER_PRIORITY = -1_000_000
 
-#: The signal for a warm shutdown, where it is not SIGTERM: huey's SIGTERM is a cold shutdown.
+#: By engine: the signal for a warm shutdown, if it is not SIGTERM. On SIGTERM huey makes a cold
+#: shutdown.
 _GRACEFUL_SIGNAL = {"huey": signal.SIGINT}
 
 
@@ -46,8 +48,8 @@ class ProcessRestart:
     """Restarts one engine's worker by ending its process.
 
     :param workers: the names of this process's worker, as the brain stores them.
-    :param stop: stops the agent within the given seconds: everything is sent or stored, and
-        ``worker.offline`` is announced.
+    :param stop: stops the agent within the given seconds. This sends or stores all data, and
+        announces ``worker.offline``.
     :param grace: seconds that the worker has to finish its running tasks.
     """
 
@@ -73,10 +75,11 @@ class ProcessRestart:
         return detect_orchestrator().detected
 
     def request(self, worker: str) -> CommandOutcome:
-        """Return the outcome of ``restart_worker``, whose ``after_stored`` ends the process.
+        """Return the outcome of ``restart_worker``. Its ``after_stored`` ends the process.
 
-        Raises ``CommandError`` for another process's worker, without a supervisor, within
-        :data:`MIN_UPTIME` of the start, and when a restart is already under way.
+        Raises ``CommandError`` if the worker belongs to another process, if no supervisor is
+        detected, if the process is younger than :data:`MIN_UPTIME` seconds, or if a restart has
+        already been requested.
         """
         if worker not in self._workers:
             raise CommandError(f"this command reached pid {os.getpid()}, which is not {worker}")
@@ -116,8 +119,8 @@ class ProcessRestart:
     def _shutdown(self) -> None:
         """Send the worker its shutdown signal; end the process after ``grace`` seconds.
 
-        The worker's own shutdown stops the agent as well. If no handler for the signal is
-        installed, the process ends at once.
+        The worker's own shutdown also stops the agent. If no handler for the signal is installed,
+        this does not send the signal, but stops the agent and ends the process.
         """
         set_exit_code(self._finish)
         number = _GRACEFUL_SIGNAL.get(self._engine, signal.SIGTERM)
@@ -135,7 +138,10 @@ class ProcessRestart:
 
 
 class _ExitCodeFinalizer:
-    """Sets the exit code when the interpreter clears ``sys``, the last module but one."""
+    """Ends the process with :data:`EXIT_CODE` when the interpreter clears ``sys``.
+
+    The interpreter clears ``sys`` as the last module but one.
+    """
 
     def __del__(
         self, exit_process: Callable[[int], object] = os._exit, code: int = EXIT_CODE
@@ -146,11 +152,14 @@ class _ExitCodeFinalizer:
 def set_exit_code(finish: Callable[[], object]) -> None:
     """Make the process exit with :data:`EXIT_CODE` after all of the host's exit hooks.
 
-    An ``atexit`` hook that ended the process would skip the hooks registered before it. A module of
-    the agent may outlive the interpreter because a thread holds it; ``sys`` does not.
+    An ``atexit`` hook that ended the process would skip the hooks that were registered before it.
+    Therefore an object in ``sys`` ends the process when the interpreter clears ``sys``. An object
+    in a module of the agent would not always be cleared, because a thread may still refer to the
+    module.
 
-    A child of multiprocessing, such as a Dramatiq worker, runs multiprocessing's finalizers and
-    never finalizes its interpreter; there ``finish`` becomes the last finalizer.
+    A child process of ``multiprocessing``, such as a Dramatiq worker, runs the finalizers of
+    ``multiprocessing`` and never finalizes its interpreter. In such a process, ``finish`` is
+    registered as the last finalizer.
     """
     processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
     if processes is not None and hooks is not None and processes.parent_process() is not None:
@@ -169,9 +178,9 @@ def exit_now() -> None:
 
 
 def is_caught(number: int, status: Path = Path("/proc/self/status")) -> bool:
-    """Return whether this process handles a signal, gevent's handlers included.
+    """Return whether this process has a handler for a signal, gevent's handlers included.
 
-    gevent installs its handlers in C, where :func:`signal.getsignal` does not see them.
+    gevent installs its handlers in C, and :func:`signal.getsignal` does not report these handlers.
     """
     try:
         fields = dict(

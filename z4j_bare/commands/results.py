@@ -1,4 +1,4 @@
-"""Encodes command results: redacts them, and limits their size so that each can be sent."""
+"""Redacts and encodes command results, and limits their size so that each can be sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Offload = Callable[..., tuple[bool, Any]]
 
-#: Maximum number of values in a result. Converting more would block the hub.
+#: Maximum number of values in a result. The conversion of more values would block the hub.
 MAX_NODES = 50_000
 
 
@@ -27,13 +27,15 @@ def encode_result(
     """Return the payload of a ``command_result`` frame.
 
     :param redactor: applied to result and error, because the brain does not redact results.
-    :param offload: runs the redaction off the hub; a large result takes 0.1 s.
+    :param offload: calls a function outside the hub, because the redaction of a large result takes
+        0.1 s.
     """
     result = outcome.result
     try:
         if _has_more_nodes(result, MAX_NODES):
             result = summarise_result(result, f"of more than {MAX_NODES} values")
-        # Convert foreign objects to text here: their code must not run in the offload thread.
+        # Convert foreign objects to text here, because their code must not run in the offload
+        # thread.
         body = to_json_types(result)
         ok, payload = offload(_encode, command, outcome, body, redactor)
         if ok:
@@ -57,7 +59,8 @@ def _encode(
     if redactor is not None:
         body = redactor.scrub(body)
         if error is not None:
-            # Redact each line separately, so that one address does not hide a whole traceback.
+            # Redact each line separately, so that one email address does not hide a whole
+            # traceback.
             error = "\n".join(redactor.scrub(line) for line in error.split("\n"))
     return command_result(outcome.status, body, error, command.token)
 

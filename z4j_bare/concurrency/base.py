@@ -266,7 +266,7 @@ class BaseConcurrency:
         try:
             function(*args)
         except (ForkedChildError, InterpreterShutdownError):
-            return  # this is a task's copy in a forked child, or the interpreter is shutting down
+            return  # this is a copy of the task in a forked child, or the interpreter is ending
         except Exception:
             logger.exception("z4j: task %s failed; please report this bug of z4j-bare", task.name)
         finally:

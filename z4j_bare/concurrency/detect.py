@@ -1,4 +1,4 @@
-"""Detection of monkey-patching, the choice of a backend, and patching on request."""
+"""Detects monkey-patching, chooses a backend, and patches a process on request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from z4j_bare.errors import HostConfigurationError
 #: Values of ``Z4J_CONCURRENCY``.
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
-#: Module and class of each backend. A module is imported when its backend is built, because the
-#: modules of gevent and eventlet need the library.
+#: Module and class of each backend. :func:`build` imports only the module of the chosen backend,
+#: because two of the modules import gevent or eventlet.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),

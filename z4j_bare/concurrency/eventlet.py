@@ -33,8 +33,8 @@ _store_guard = ForkGuard(_thread.allocate_lock)
 RECHECK_INTERVAL = 60.0
 
 #: Maximum seconds of one wait for a socket in a process that has forked. Parent and child share the
-#: hub's epoll set. When the child closes a socket, the set no longer reports it to the parent. The
-#: parent's next wait registers the socket again.
+#: hub's epoll set. When the child closes a socket, the parent no longer gets the socket's events.
+#: The parent's next wait registers the socket again.
 MAX_IO_WAIT = 1.0
 
 #: Maximum seconds of one wait for a socket in a process that has not forked yet. The wait is
@@ -65,7 +65,8 @@ class Event:
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # This only appends to a list of the hub. It does not wake a hub of another thread.
+            # This only appends to a list of the hub. It does not wake the hub, because no other
+            # native thread can wake a hub of eventlet.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:

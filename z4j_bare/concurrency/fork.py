@@ -1,4 +1,4 @@
-"""Fork safety: the fork epoch, and guards that make ``os.fork`` wait for native threads."""
+"""Provides the fork epoch, and guards that make ``os.fork`` wait for native threads."""
 
 from __future__ import annotations
 

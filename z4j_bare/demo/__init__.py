@@ -1,6 +1,6 @@
 """``z4j-bare demo``: runs a script of tasks on a real worker and a real brain.
 
-The script counts its tasks, and the demo compares these counts with those of the brain.
+The script counts the tasks that it sends, and the demo compares these counts with the brain's.
 
-End-to-end tests and benchmarks start their peers with the ``brain`` and ``worker`` modules.
+End-to-end tests and benchmarks start brains and workers with the modules ``brain`` and ``worker``.
 """

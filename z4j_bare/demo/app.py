@@ -1,6 +1,6 @@
-"""The demo's Celery application; it installs the agent as a user does.
+"""The demo's Celery application, which installs the agent like an application of a user.
 
-Only the worker imports this module. The demo's script sends its tasks by name.
+Only the worker imports this module. The demo's script sends the tasks by name.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -24,7 +24,7 @@ HOME = Path(os.environ[broker.HOME])
 #: Simulated I/O time of a task, in seconds.
 IO_SECONDS = 0.01
 
-#: Time between two checks of a long task's deadline, in seconds.
+#: Pause of ``demo.long`` between two checks of its deadline, in seconds.
 STEP_SECONDS = 0.1
 
 app = Celery("z4j_demo")
@@ -51,7 +51,7 @@ app.Task = LoggedTask
 
 @app.task(name="demo.plain")
 def plain(number: int) -> str:
-    """Sleep for 10 ms like a task that waits for I/O; return whether it sees a running loop."""
+    """Sleep for 10 ms, as if for I/O. Return text that says whether a running loop is visible."""
     time.sleep(IO_SECONDS)
     try:
         asyncio.get_running_loop()
@@ -77,7 +77,7 @@ def retrying(self: Task) -> int:
 
 @app.task(name="demo.fails_once")
 def fails_once(mark: str) -> str:
-    """Create the file ``mark`` and fail; succeed if the file exists, as in an operator's retry."""
+    """Create the file ``mark`` and fail. Succeed if the file exists, as in an operator's retry."""
     try:
         Path(mark).touch(exist_ok=False)
     except FileExistsError:
@@ -98,7 +98,7 @@ def uses_asyncio() -> str:
 
 @app.task(name="demo.long")
 def long(seconds: float) -> str:
-    """Sleep in steps of 0.1 s until an operator cancels the task."""
+    """Sleep for ``seconds`` in steps of 0.1 s, unless an operator cancels the task earlier."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(STEP_SECONDS)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-#: Maximum boot time, in seconds.
+#: Maximum seconds from the start of the brain's process until the brain is healthy.
 _BOOT_TIMEOUT = 60.0
 
 #: Variables with the brain's secrets. It generates those of a database in its own directory; for
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def brain_command() -> Path | None:
-    """Return the brain's console script in this environment, ``None`` if it is not installed."""
+    """Return the path of the brain's console script, ``None`` if the brain is not installed."""
     script = Path(sys.executable).with_name("z4j")
     return script if script.exists() else None
 
@@ -59,8 +59,8 @@ def brain_environment(home: Path, database_url: str | None = None) -> dict[str, 
 class Brain(BrainApi):
     """A brain process, and a REST session as its administrator.
 
-    Use it as a context manager, or call ``start`` and ``stop``. It can be stopped, killed and
-    started again, and it keeps its directory and port.
+    Use the object as a context manager, or call ``start`` and ``stop``. A brain that was stopped or
+    killed can be started again and then has the same directory and port.
 
     :param home: the brain's directory, created with mode 0700.
     :param port: the port, by default an unused one.
@@ -101,23 +101,24 @@ class Brain(BrainApi):
     def start(self, timeout: float = _BOOT_TIMEOUT) -> None:
         """Start the process, wait until it is healthy (3 to 5 s with a new home), and log in.
 
-        :param timeout: maximum boot time, in seconds.
+        :param timeout: maximum seconds until the brain is healthy.
         """
         self._service = self._service or self._build_service()
         self._service.spawn(self.healthy, timeout)
         self.login(self.email, self.password)
 
     def stop(self, timeout: float = 20.0) -> None:
-        """Stop the process with SIGTERM; its agents get close code 1012.
+        """Stop the process with SIGTERM. The brain closes all sessions with code 1012.
 
-        :param timeout: seconds to wait for running long-polls before SIGKILL.
+        :param timeout: maximum seconds until the process exits. The process waits for running
+            long-polls. After the timeout it is killed with SIGKILL.
         """
         self.close()
         if self._service:
             self._service.stop(timeout)
 
     def kill(self) -> None:
-        """Kill the process; its agents get a connection reset."""
+        """Kill the process with SIGKILL. The connections of agents are reset."""
         self.close()
         if self._service:
             self._service.kill()

@@ -1,4 +1,7 @@
-"""The broker between the demo's script and its worker: files in a private directory, or a URL."""
+"""The broker between the demo's script and its worker.
+
+The broker is a server that a URL names, or files in the run's private directory.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-#: Variable with the run's directory.
+#: Environment variable that contains the path of the run's directory.
 HOME = "DEMO_HOME"
 
-#: Variable with the broker's URL; empty for files.
+#: Environment variable that contains the broker's URL, or an empty text for files.
 BROKER = "DEMO_BROKER"
 
 #: Timeout of the first connection to the broker, in seconds.
@@ -35,10 +38,12 @@ def settings_from_environment() -> dict[str, Any]:
 
 
 def settings(home: Path, broker: str | None) -> dict[str, Any]:
-    """Return the Celery settings of a run in ``home``, on ``broker`` or on files in ``home``.
+    """Return the Celery settings of a run in the directory ``home``.
 
-    Queues, exchanges and keys contain the unique name of ``home``, because the broker may be shared
-    with other applications.
+    The names of queues, exchanges and keys contain the unique name of ``home``, because other
+    applications may share the broker.
+
+    :param broker: the broker's URL, or ``None`` for files in ``home``.
     """
     shared = {
         "result_backend": f"file://{_folder(home, 'results')}",
@@ -61,7 +66,7 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
 
 @contextmanager
 def producer(home: Path, broker: str | None) -> Iterator[Celery]:
-    """Yield a Celery application that sends tasks, and clean up the broker afterwards.
+    """Yield a Celery application that sends tasks; then delete the run's data from the broker.
 
     :raises HarnessError: the broker does not answer.
     """
@@ -88,7 +93,10 @@ def address(broker: str | None) -> str:
 
 
 def _clear(app: Celery, home: Path, broker: str) -> None:
-    """Delete the queue, and on Redis also kombu's binding keys, which remain without it."""
+    """Delete the run's queue.
+
+    On Redis, also delete the run's keys, because kombu's binding keys remain after the queue.
+    """
     try:
         with app.connection_for_write() as connection:
             app.amqp.queues[home.name].bind(connection.default_channel).delete()
@@ -99,7 +107,7 @@ def _clear(app: Celery, home: Path, broker: str) -> None:
                 for key in client.scan_iter(f"{home.name}:*"):
                     client.delete(key)
     except Exception:
-        pass  # The broker is unreachable, and the run has already reported that.
+        pass  # If the broker is unreachable, the run has already reported this.
 
 
 def _folders(home: Path) -> dict[str, Any]:

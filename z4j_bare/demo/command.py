@@ -38,7 +38,7 @@ _TASKS = 50
 
 
 class InterruptedBySignal(KeyboardInterrupt):
-    """The demo was interrupted by the signal ``number``."""
+    """The process received the signal ``number``, which ends the demo."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo and return its exit code.
 
-    It is 0 if all figures agree, 1 if they do not or the demo cannot run, and 128 + n after
-    signal n.
+    The exit code is 0 if all figures agree. It is 1 if a figure does not agree or the demo cannot
+    run, and 128 + n after the signal n.
     """
     try:
         _check_extras(args.pool)
@@ -107,7 +107,7 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
 def _run_scenario(
     home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: LineProgress
 ) -> Report:
-    """Start the worker, run the scenario, stop the worker, compare."""
+    """Start the worker, run the scenario, stop the worker, and build the report."""
     began = time.monotonic()
     brain.create_project(_PROJECT)
     agent = brain.mint_agent(_PROJECT, f"demo-{args.pool}")
@@ -147,7 +147,7 @@ def _keep_brain_running(brain: Brain, home: Path) -> None:
 def _private_directory(*, keep: bool) -> Iterator[Path]:
     """Yield a new directory with mode 0700 and delete it afterwards.
 
-    It is kept if ``keep`` is true or an error names a log file in it.
+    The directory is not deleted if ``keep`` is true or a ``HarnessError`` names a log file.
     """
     home = Path(tempfile.mkdtemp(prefix="z4j-demo-"))
     try:
@@ -182,7 +182,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _check_extras(pool: str) -> None:
-    """Raise ``HarnessError`` if a package is missing; the message names what to install."""
+    """Raise ``HarnessError`` if a package is missing. The message names the packages to install."""
     missing = [name for name in ("celery", "z4j_celery") if importlib.util.find_spec(name) is None]
     if brain_command() is None:
         missing.append("z4j (the brain)")

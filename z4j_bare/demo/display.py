@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 _HEADER = ("", "produced", "seen by the brain", "agrees", "")
 
-#: Width of the table in columns, if stdout is not a terminal.
+#: Width of the table in characters, if stdout is not a terminal.
 _WIDTH = 80
 
-#: Maximum number of mismatches that are listed one by one.
+#: Maximum number of mismatches that the report lists one by one.
 _MAX_MISMATCHES = 20
 
 
@@ -28,7 +28,7 @@ class LineProgress:
         print(f"z4j-bare demo: {text}", file=sys.stderr, flush=True)
 
     def finished(self, count: int) -> None:
-        """Show the number of tasks that the brain shows as finished; here it is not printed."""
+        """Ignore the number of finished tasks; :class:`BarProgress` shows the number."""
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +43,7 @@ class LineProgress:
 
 
 class BarProgress(LineProgress):
-    """A progress bar over ``total`` tasks; it requires rich."""
+    """Shows a progress bar over ``total`` tasks. The class requires rich."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -70,7 +70,7 @@ class BarProgress(LineProgress):
         self._progress.update(self._task, description=text)
 
     def finished(self, count: int) -> None:
-        """Advance the bar."""
+        """Advance the bar to ``count`` finished tasks."""
         self._progress.update(self._task, completed=count)
 
     def __enter__(self) -> Self:
@@ -87,14 +87,17 @@ class BarProgress(LineProgress):
 
 
 def make_progress(total: int) -> LineProgress:
-    """Return a progress bar on a terminal with rich, else a line printer."""
+    """Return a progress bar if stderr is a terminal and rich is installed, else a line printer."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich"):
         return BarProgress(total)
     return LineProgress()
 
 
 def render(report: Report) -> str:
-    """Return the report as text without a trailing newline; a rich table if rich is installed."""
+    """Return the report as text without a trailing newline.
+
+    If rich is installed, rich draws the table.
+    """
     table = _rich_table if importlib.util.find_spec("rich") else _plain_table
     return "\n".join([table(report), "", *_details(report), *_problems(report), _result(report)])
 
@@ -120,7 +123,7 @@ def _rich_table(report: Report) -> str:
     table = Table(
         Column(_HEADER[0], no_wrap=True),
         Column(_HEADER[1], justify="right"),
-        # The header is wrapped to two lines, so that the table fits into 80 columns.
+        # This header has two lines, so that the table fits into 80 characters.
         Column(_HEADER[2], justify="right", max_width=len("the brain")),
         Column(_HEADER[3], justify="center"),
         Column(_HEADER[4]),

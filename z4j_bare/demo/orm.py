@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def create_model(home: Path) -> Any:
-    """Configure Django with a new database in ``home`` and return a model whose table exists."""
+    """Configure Django with a new database in ``home``; create and return a model with a table."""
     database = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(home / "orm.sqlite3")}
     settings.configure(DATABASES={"default": database}, USE_TZ=True)
     django.setup()

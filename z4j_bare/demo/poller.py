@@ -1,4 +1,4 @@
-"""Polls the brain's task list to note when each task first appears in a final state."""
+"""Polls the brain's task list and records when each task first appears in a final state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PAUSE_FACTOR = 2
 class BrainPoller:
     """Polls the tasks of a project in a thread between ``__enter__`` and ``__exit__``.
 
-    A failed poll is skipped; the next one shows its changes.
+    The poller ignores a failed poll, because the next poll returns all tasks again.
 
     :param brain: a REST session that no other thread uses.
     """

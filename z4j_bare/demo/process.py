@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class HarnessError(AgentError):
-    """A process of the demo or of a test failed; ``log`` is its log file, if that has the cause."""
+    """A process of the demo or of a test failed.
+
+    ``log`` is the process's log file if the log contains the cause, else ``None``.
+    """
 
     def __init__(self, message: str, *, log: Path | None = None) -> None:
         super().__init__(f"{message} (log: {log})" if log else message)
@@ -50,10 +53,10 @@ def clean_environment() -> dict[str, str]:
 class Service:
     """A subprocess in its own session, so that Ctrl-C in a terminal reaches only its parent.
 
-    As a context manager it is stopped at the end of the block, and killed if the block fails.
+    The end of a ``with`` block stops the process. An exception in the block kills the process.
 
     :param title: the name of the process in error messages.
-    :param log: the file that its output is appended to.
+    :param log: file to which the process appends its output.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class Service:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code: negative for a signal, ``None`` before the start and while running."""
+        """The exit code: negative after a signal, ``None`` before the start and while running."""
         return self._process.poll() if self._process else None
 
     @property
@@ -93,8 +96,8 @@ class Service:
         """Start the process and wait until ``ready()`` is true.
 
         :param timeout: maximum time to wait, in seconds.
-        :raises HarnessError: the process exited or was not ready in time. It is killed, and the
-            error names its log.
+        :raises HarnessError: the process exited or was not ready in time. The method has killed the
+            process, and the error names its log.
         """
         if self.running:
             raise HarnessError(f"{self.title} is already running as process {self.pid}")
@@ -123,12 +126,15 @@ class Service:
             )
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Send SIGTERM, wait ``timeout`` seconds, kill what remains; return the exit code."""
+        """Send SIGTERM, wait for the exit, then kill all remaining children; return the exit code.
+
+        :param timeout: maximum seconds until the process exits. After that the process is killed.
+        """
         if self._process is None:
             return 0
         if self.running:
-            # The signal goes only to the leader, because a SIGTERM would terminate Celery's prefork
-            # children immediately.
+            # Only the session's leader gets SIGTERM, because the signal would terminate Celery's
+            # prefork children immediately.
             self._process.terminate()
             try:
                 self._process.wait(timeout)

@@ -10,13 +10,13 @@ from z4j_bare.demo.scenario import PLAIN, RETRYING, Peers, Record, Sent
 if TYPE_CHECKING:
     from z4j_bare.demo.rest import Row
 
-#: Part of the result of ``demo.plain`` if the task sees no running loop.
+#: The result of ``demo.plain`` contains this text if the task sees no running loop.
 _NO_LOOP = "no running loop"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table: a count by the script, and the same count by the brain's REST API."""
+    """A line of the table: the count by the script and the count by the brain's REST API."""
 
     kind: str
     produced: int
@@ -151,9 +151,10 @@ def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:
 
 
 def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | None]:
-    """Return the longest time from a task's end to its final state in the brain, and its kind.
+    """Return the longest time from a task's end to its final state in the brain.
 
-    The resolution is the poll interval of 0.1 s.
+    The second value is the kind of that task. The resolution of the time is the poll interval of
+    0.1 s.
     """
     delays = [
         (seen - ended, sent.kind)

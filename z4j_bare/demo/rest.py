@@ -20,17 +20,17 @@ Row = dict[str, Any]
 #: Final states of a command.
 FINISHED_COMMAND = frozenset({"completed", "failed", "timeout", "cancelled"})
 
-#: Rows per page: the brain's maximum.
+#: Rows per page of a list. The brain allows at most this number.
 _PAGE_SIZE = 500
 
 #: Timeout of a request, in seconds.
 _TIMEOUT = 30.0
 
-#: HTTP status for a command to an agent without a session.
+#: HTTP status of the brain's answer to a command for an agent without a session.
 _AGENT_OFFLINE = 503
 
-#: Retry a GET once: the server may close a connection that was idle for 5 s while the request is
-#: sent.
+#: A GET that fails without a response is repeated once. The server closes a connection that was
+#: idle for 5 s, possibly while this client sends the next request.
 _RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
@@ -69,11 +69,11 @@ class Credentials:
 
 
 class BrainApi:
-    """A REST session for one thread; :meth:`clone` returns one for another thread.
+    """A REST session for one thread. :meth:`clone` returns a session for another thread.
 
     Methods raise ``BrainRefusedError`` for a status of 400 or more, and
     ``requests.RequestException`` if there is no response. ``project`` is always the project's slug.
-    Times in rows are UTC; on SQLite they have no offset.
+    Timestamps in rows are UTC. If the brain uses SQLite, the timestamps have no UTC offset.
 
     :param url: the brain's URL.
     """
@@ -89,7 +89,7 @@ class BrainApi:
         self.post("/auth/login", email=email, password=password)
 
     def close(self) -> None:
-        """Close the connections; the next call opens new ones with the same login."""
+        """Close the connections. The next call opens a new connection with the same login."""
         self._session.close()
 
     def clone(self) -> BrainApi:
@@ -110,7 +110,7 @@ class BrainApi:
         return self._row(self.post("/projects", slug=project, name=project))
 
     def archive_project(self, project: str) -> None:
-        """Archive a project; the brain closes its agents' sessions with code 4003."""
+        """Archive a project. The brain closes the sessions of its agents with code 4003."""
         self._call("DELETE", f"/projects/{project}")
 
     def mint_agent(self, project: str, name: str) -> Credentials:
@@ -121,7 +121,10 @@ class BrainApi:
         )
 
     def revoke_agent(self, project: str, agent_id: str) -> None:
-        """Revoke an agent's token; open sessions close with 4003, new ones with 4401."""
+        """Revoke an agent's token.
+
+        The brain closes open sessions with code 4003, and new sessions with code 4401.
+        """
         self._call("DELETE", f"/projects/{project}/agents/{agent_id}")
 
     def agents(self, project: str) -> list[Row]:
@@ -136,15 +139,15 @@ class BrainApi:
         raise HarnessError(f"the brain lists no agent {agent_id} in {project}")
 
     def agent_workers(self, project: str) -> list[Row]:
-        """Return the processes that connected, one row per worker id."""
+        """Return one row for each worker id with which a process has connected."""
         return self._rows(self.get(f"/projects/{project}/agent-workers"))
 
     def workers(self, project: str) -> list[Row]:
-        """Return the workers that occurred in events."""
+        """Return the workers that are named in the stored events."""
         return self._rows(self.get(f"/projects/{project}/workers"))
 
     def queues(self, project: str) -> list[Row]:
-        """Return the queues that occurred in events."""
+        """Return the queues that are named in the stored events."""
         return self._rows(self.get(f"/projects/{project}/queues"))
 
     def stats(self, project: str) -> Row:
@@ -152,7 +155,10 @@ class BrainApi:
         return self._row(self.get(f"/projects/{project}/stats"))
 
     def tasks(self, project: str, **filters: Any) -> list[Row]:
-        """Return the tasks that match ``state``, ``name``, ``queue``, ``worker``, ``since`` ..."""
+        """Return the tasks that match the filters.
+
+        Filters are ``state``, ``name``, ``queue``, ``worker``, ``since`` and others.
+        """
         return self._pages(f"/projects/{project}/tasks", **filters)
 
     def task(self, project: str, engine: str, task_id: str) -> Row | None:
@@ -169,7 +175,7 @@ class BrainApi:
         return self._pages(f"/projects/{project}/events", engine=engine, task_id=task_id)
 
     def commands(self, project: str, **filters: Any) -> list[Row]:
-        """Return the commands, newest first."""
+        """Return the commands that match the filters, newest first."""
         return self._pages(f"/projects/{project}/commands", **filters)
 
     def command(self, project: str, command_id: str) -> Row:
@@ -179,8 +185,9 @@ class BrainApi:
     def issue(self, project: str, route: str, *, agent_id: str, **body: Any) -> Row:
         """Issue a command and return its row.
 
-        For an agent without a session the brain returns status 503, but keeps the command for a
-        connect within the next 60 s. In that case the agent's newest command is returned.
+        If the agent has no session, the brain returns status 503 and keeps the command for a
+        session that begins within the next 60 s. The method then returns the agent's newest
+        command.
 
         :param route: the command's route, such as ``cancel-task`` or ``pool-resize``.
         """
@@ -195,7 +202,7 @@ class BrainApi:
     def wait_command(self, project: str, command_id: str, timeout: float = 70.0) -> Row:
         """Wait until a command has finished or failed, and return its row.
 
-        :param timeout: maximum time to wait, in seconds; the brain's own timeout is 60 s.
+        :param timeout: maximum time to wait, in seconds. The brain ends a command after 60 s.
         """
 
         def finished() -> Row | None:

@@ -1,4 +1,4 @@
-"""The scripted scenario: the tasks that are sent and the commands of an operator."""
+"""The scripted scenario: the tasks that the script sends and the commands that it issues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from z4j_bare.demo.task_log import TaskLog
     from z4j_bare.demo.worker import Worker
 
-#: Pools that can terminate a running task; the others only skip a task that has not started.
+#: Pools that can terminate a running task. The other pools can only skip a task before its start.
 TERMINATING_POOLS = frozenset({"gevent", "eventlet", "prefork"})
 
 #: Kinds of tasks that the report refers to.
@@ -32,16 +32,17 @@ RETRYING = "automatic retry"
 #: Number of asyncio tasks, and of ORM tasks, that run one at a time.
 SEQUENTIAL_TASKS = 5
 
-#: Number of other tasks: failing, retried, cancelled, failed, and retried by the operator.
+#: Number of other tasks: a failing, a retried, a cancelled and a failing task, and a task that an
+#: operator's retry creates.
 _OTHER_TASKS = 5
 
-#: Countdown of a task that is cancelled before it starts, in seconds.
+#: Countdown, in seconds, of the task that is cancelled before its start.
 _COUNTDOWN = 6.0
 
-#: Maximum time until the first complete task in the brain, in seconds.
+#: Maximum seconds until the brain shows the first completed task.
 _WARM_UP_TIMEOUT = 30.0
 
-#: Maximum time of any other step, in seconds; a step with many tasks gets more.
+#: Maximum seconds of any other step. Steps that wait for all plain tasks have more time.
 _TIMEOUT = 30.0
 
 #: Minimum throughput of any pool, in plain tasks per second. The slowest is the pool ``solo`` with
@@ -71,7 +72,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Peers:
-    """Everything that runs during the scenario."""
+    """The processes and the clients that the scenario uses."""
 
     brain: BrainApi
     agent: Credentials
@@ -83,7 +84,7 @@ class Peers:
 
 
 def has_django() -> bool:
-    """Whether Django is installed and ORM tasks are sent."""
+    """Whether Django is installed. Without Django the script sends no ORM tasks."""
     return importlib.util.find_spec("django") is not None
 
 
@@ -108,7 +109,7 @@ class Scenario:
     def run(self) -> Record:
         """Run all steps and return the record of sent tasks and issued commands.
 
-        :raises HarnessError: the worker exited, or a step that later ones depend on timed out.
+        :raises HarnessError: the worker exited, or a step on which later steps depend timed out.
         """
         self._warm_up()
         self._send_batch()
@@ -117,7 +118,7 @@ class Scenario:
             self._send_sequentially("Django ORM", "demo.uses_orm")
         else:
             self._record.notes["Django ORM"] = "skipped: Django is not installed"
-        # The operator's commands depend on the tasks that the dashboard shows.
+        # An operator can cancel or retry only tasks that the dashboard shows.
         self._wait_for_brain()
         self._cancel_task()
         self._retry_task()
@@ -125,7 +126,10 @@ class Scenario:
         return self._record
 
     def _warm_up(self) -> None:
-        """Send tasks until the brain shows a complete one, which proves that capture is active."""
+        """Send one task per second until the brain shows a completed task.
+
+        The completed task proves that capture is active.
+        """
         self._progress.stage("warming up")
         began = time.monotonic()
 
@@ -149,7 +153,10 @@ class Scenario:
         self._wait_ended(sent, self._batch_timeout)
 
     def _send_sequentially(self, kind: str, name: str) -> None:
-        """Run tasks one after another: concurrent ones fail under greenlets without any agent."""
+        """Run tasks one after another.
+
+        Under greenlets, concurrent tasks of these kinds fail even without an agent.
+        """
         self._progress.stage(f"running {kind} tasks one at a time")
         for _ in range(SEQUENTIAL_TASKS):
             self._wait_ended([self._send(kind, name, "success")], _TIMEOUT)
@@ -180,7 +187,7 @@ class Scenario:
             self._wait_ended([retried.task_id], _TIMEOUT)
 
     def _wait_for_brain(self) -> None:
-        """Wait for the brain to show all tasks; the report lists those that are missing."""
+        """Wait until the brain shows all tasks as finished. The report lists missing tasks."""
         self._progress.stage("waiting for the brain")
         expected = {sent.task_id for sent in self._record.sent}
         self._try_until(
@@ -215,7 +222,7 @@ class Scenario:
         self._try_until(lambda: self._peers.poller.state(task_id) in states, _TIMEOUT)
 
     def _try_until(self, check: Callable[[], bool], timeout: float) -> None:
-        """Wait for a condition and ignore a timeout, because the report shows the missing task."""
+        """Wait for a condition. A timeout is ignored, because the report shows the missing task."""
         try:
             self._until(check, "", timeout)
         except HarnessError:

@@ -1,4 +1,4 @@
-"""The tasks' own log of their runs: a reference that does not depend on any agent."""
+"""A log of task runs that the tasks write themselves, independently of the agent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(home: Path, task_id: str, outcome: str) -> None:
 
 
 class TaskLog:
-    """Reads the log incrementally."""
+    """Reads the log. Each call reads only the lines that were appended since the previous call."""
 
     def __init__(self, home: Path) -> None:
         self._path = path(home)
@@ -61,7 +61,7 @@ class TaskLog:
         return bool(runs) and runs[-1].outcome != "Retry"
 
     def last_end(self, task_id: str) -> float | None:
-        """Return the end of the task's last run, ``None`` if no run has ended."""
+        """Return the POSIX time at which the last run ended, ``None`` if no run has ended."""
         runs = self.runs(task_id)
         return runs[-1].ended if runs else None
 

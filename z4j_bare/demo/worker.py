@@ -1,4 +1,4 @@
-"""A real Celery worker as a subprocess."""
+"""Runs a real Celery worker as a subprocess."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ POOLS = ("gevent", "eventlet", "threads", "solo", "prefork")
 #: Default number of concurrent tasks of each pool.
 CONCURRENCY = {"gevent": 20, "eventlet": 20, "threads": 8, "solo": 1, "prefork": 2}
 
-#: Maximum start-up time of a worker, in seconds.
+#: Maximum seconds until a started worker consumes messages.
 _READY_TIMEOUT = 60.0
 
 
 def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
     """Return a clean environment with ``extra`` in which ``python`` imports this ``z4j_bare``.
 
-    A different interpreter uses the ``z4j_bare`` of its own environment.
+    An interpreter other than ``sys.executable`` imports the ``z4j_bare`` of its own environment.
     """
     environment = clean_environment()
     search_path = environment.pop("PYTHONPATH", "")
@@ -43,7 +43,7 @@ class Worker(Service):
     :param environment: variables in addition to a clean environment, usually
         ``Credentials.env(...)`` and the variables that the module reads.
     :param broker: the broker's URL, if the module does not set it.
-    :param concurrency: number of concurrent tasks, by default that of :data:`CONCURRENCY`.
+    :param concurrency: number of concurrent tasks, by default the number in :data:`CONCURRENCY`.
     :param name: the worker's name. It must contain no dot, because the brain redacts a name with
         a dot as an e-mail address.
     :param options: additional command-line options.

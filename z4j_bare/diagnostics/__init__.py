@@ -1,7 +1,7 @@
-"""Probes that find out why an agent does not connect: this host, the network, the brain.
+"""Probes of this host, the network and the brain that find out why an agent does not connect.
 
-Each result names the cause and the fix. ``z4j-bare doctor`` runs all probes; adapters import them
-by these names. A probe neither starts an agent nor writes a pid file.
+The result of a failed probe names the cause and the fix. ``z4j-bare doctor`` runs all probes.
+Adapter packages import the names in ``__all__``. A probe starts no agent and writes no pid file.
 """
 
 from __future__ import annotations

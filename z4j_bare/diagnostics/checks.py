@@ -1,4 +1,4 @@
-"""The order of the probes, and which are skipped after another has failed."""
+"""Runs the probes in their order and skips probes that depend on a failed probe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIX_SETTING = "correct this setting"
 def all_checks(
     config: Config, settings: Settings, *, websocket: bool = True
 ) -> Iterator[ProbeResult]:
-    """Yield the result of every probe: of this host, of the network, of the brain.
+    """Yield the results of the probes of this host, then of the network, then of the brain.
 
     :param config: settings shared with z4j's other packages.
     :param settings: the agent's own settings.
@@ -59,7 +59,8 @@ def brain_checks(
         probe = _brain_probe(config, settings)
         steps = brain_steps(probe, websocket=websocket)
     except HostConfigurationError as error:
-        # An invalid setting is reported once, by the first probe that needs it.
+        # If the setting also fails the tls probe, the http probe is skipped. So the error is
+        # reported once.
         steps = [ProbeStep("http", "tls", partial(failed, "http", str(error), _FIX_SETTING))]
     try:
         yield from _run_steps([*_network_steps(config, settings), *steps])
@@ -69,7 +70,7 @@ def brain_checks(
 
 
 def run_all(config: Config) -> list[ProbeResult]:
-    """Return the results of buffer, network and brain up to the first failure.
+    """Probe the buffer, the network and the brain up to the first failure; return the results.
 
     :param config: settings shared with z4j's other packages; the agent's own settings are read
         from the environment.
@@ -87,12 +88,12 @@ def run_all(config: Config) -> list[ProbeResult]:
 def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
     """Upgrade to WebSocket with the agent's token and exchange one message.
 
-    The brain stores nothing and hands out no command. ``details`` has
-    ``remote_connection_verified`` and ``remote_authentication_verified``.
+    In this exchange the brain stores nothing and sends no command. The result's ``details`` contain
+    the booleans ``remote_connection_verified`` and ``remote_authentication_verified``.
 
     :param config: settings shared with z4j's other packages; the agent's own settings are read
         from the environment.
-    :param timeout: seconds for connecting and for the brain's answer.
+    :param timeout: maximum seconds until the brain's answer to the message.
     """
     unverified = {"remote_connection_verified": False, "remote_authentication_verified": False}
     try:

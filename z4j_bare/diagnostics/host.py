@@ -1,4 +1,4 @@
-"""Probes of this host: package, monkey-patching, the buffer's directory, running agents."""
+"""Probes of this host: packages, monkey-patching, the buffer's directory, running agents."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, wa
 from z4j_bare.errors import HostConfigurationError, LocalStorageError
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
-#: Local version label of this package's releases.
+#: Start of the local version label, which every release of this package has in its version.
 VERSION_LABEL = "+green."
 
 #: Task queues that z4j has adapters for.
 ENGINES = ("celery", "rq", "dramatiq", "huey", "arq", "taskiq")
 
-#: Packages whose versions a bug report needs.
+#: Packages whose versions :func:`probe_versions` lists, because a bug report needs the versions.
 PACKAGES = ("z4j-bare", "z4j-core", "gevent", "eventlet", "websocket-client", *ENGINES)
 
-#: Bytes of free disk space below which a buffer of the default size (256 MiB) can fill the disk.
+#: :func:`probe_buffer_path` warns if fewer bytes of disk space are free, because a buffer of the
+#: default maximum size (256 MiB) could then fill the disk.
 MIN_FREE_BYTES = 256 * 1024 * 1024
 
 #: An agent's answer to ``status``, with ``adapter`` and ``pid`` added. An agent that did not answer
@@ -39,7 +40,7 @@ AgentStatus = dict[str, Any]
 def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResult:
     """Check that this package, and no other release of z4j-bare, is installed.
 
-    :param installed: the distributions to search; default: those on ``sys.path``.
+    :param installed: the distributions to search; default: all distributions on ``sys.path``.
     """
     releases = [
         each
@@ -66,7 +67,7 @@ def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResul
 
 
 def probe_versions() -> ProbeResult:
-    """List the installed versions. This probe cannot fail."""
+    """List the versions of Python and of the installed packages. This probe cannot fail."""
     packages = dict(installed_versions())
     python = platform.python_version()
     text = ", ".join(f"{name} {number}" for name, number in packages.items() if name != "z4j-bare")
@@ -74,7 +75,7 @@ def probe_versions() -> ProbeResult:
 
 
 def installed_versions() -> Iterator[tuple[str, str]]:
-    """Yield name and version of each installed package in :data:`PACKAGES` and each adapter."""
+    """Yield name and version of each installed package of :data:`PACKAGES`, then of adapters."""
     adapters = sorted(
         {_name(each) for each in distributions() if _name(each).startswith("z4j-")} - set(PACKAGES)
     )
@@ -86,7 +87,7 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 
 def probe_concurrency(setting: str = "auto") -> ProbeResult:
-    """Check which backend the agent would use here, and whether monkey-patching is complete.
+    """Check whether monkey-patching is complete; name the backend an agent would use here.
 
     :param setting: value of ``Z4J_CONCURRENCY``.
     """
@@ -112,7 +113,7 @@ def probe_concurrency(setting: str = "auto") -> ProbeResult:
 
 
 def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
-    """Create a store in the buffer's directory, remove it, and check the free disk space.
+    """Create and delete a store in the buffer's directory, and check the free disk space.
 
     :param buffer_path: path of the buffer; only its directory is used.
     """
@@ -158,9 +159,9 @@ def _is_usable(directory: Path) -> bool:
 def probe_agents(project: str) -> ProbeResult:
     """Check that every agent of this ``Z4J_HOME`` answers and is connected.
 
-    It also checks that no two agents report the same worker.
+    The probe also checks that no two agents report the same worker.
 
-    :param project: agents of other projects are ignored.
+    :param project: the project whose agents are checked.
     """
     try:
         statuses = control.status()
@@ -200,7 +201,7 @@ def _check_answers(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
 
 
 def _check_duplicates(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
-    """Return cause and fix if several agents report one worker."""
+    """Return cause and fix if several agents report the same worker."""
     duplicates = duplicated_workers(agents)
     if not duplicates:
         return None
@@ -222,7 +223,7 @@ def _check_connections(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
         f"process {agent['pid']} has no session ({agent.get('last_error') or 'connecting'})"
         for agent in unconnected
     )
-    return cause, "it buffers events and retries; the probes below show why it cannot connect"
+    return cause, "the agent buffers events and retries; the next probes show why it cannot connect"
 
 
 def _name(distribution: Distribution) -> str:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _PORTS = {"http": 80, "https": 443}
 
-#: The probe warns if the certificate expires in fewer days than this.
+#: :func:`probe_tls` warns if the certificate is valid for fewer days than this number.
 EXPIRY_WARNING_DAYS = 14
 
 #: The fix for an invalid ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` or ``Z4J_CLIENT_KEY``.
-FIX_PEM_FILE = "set it to a PEM file that exists and contains certificates"
+FIX_PEM_FILE = "set the variable to a PEM file that exists and contains certificates"
 
-#: Verification codes of OpenSSL, grouped by the fix.
+#: OpenSSL's codes of certificate verification errors, grouped by the fix.
 _EXPIRED, _NOT_YET_VALID = 10, 9
 _UNKNOWN_AUTHORITY = frozenset({2, 18, 19, 20, 21, 27})
 _WRONG_NAME = frozenset({62, 64})
@@ -36,7 +36,7 @@ _WRONG_NAME = frozenset({62, 64})
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The brain's address, and the proxy that the environment names for it."""
+    """The brain's address, and the proxy to the brain if the environment names one."""
 
     scheme: str
     host: str
@@ -45,26 +45,29 @@ class Target:
 
     @property
     def first_hop(self) -> tuple[str, int]:
-        """Host and port of the TCP connection: those of the proxy, or of the brain without one."""
+        """Host and port of the proxy, or of the brain if there is no proxy."""
         if self.proxy is None:
             return self.host, self.port
         return self.proxy.hostname or "", self.proxy.port or _PORTS.get(self.proxy.scheme, 80)
 
     @property
     def setting(self) -> str:
-        """Name of the variable that sets the first hop."""
+        """Name of the environment variable that contains the address of the first hop."""
         return "Z4J_BRAIN_URL" if self.proxy is None else f"{self.scheme.upper()}_PROXY"
 
     @property
     def via_proxy(self) -> str:
-        """The proxy as messages name it, without its password; empty without a proxy."""
+        """Text that names the proxy in messages, without the password; empty without a proxy."""
         if self.proxy is None:
             return ""
         return f" through the proxy {self.first_hop[0]}:{self.first_hop[1]}"
 
 
 def parse_target(brain_url: str) -> Target:
-    """Return the target of an address. Raises ``HostConfigurationError`` if it is invalid."""
+    """Parse the brain's address and find the proxy to the brain.
+
+    Raises ``HostConfigurationError`` if the brain's or the proxy's address is invalid.
+    """
     try:
         parts = urlsplit(brain_url)
         port = parts.port or _PORTS.get(parts.scheme, 0)
@@ -91,19 +94,19 @@ def _parse_proxy(proxy: str | None) -> SplitResult | None:
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if not parts.hostname:
         raise ValueError("it contains no host name")
-    _ = parts.port  # raises ValueError if it is not a number
+    _ = parts.port  # raises ValueError if the port is not a number
     return parts
 
 
 def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
     """Resolve the host name of the brain, or of the proxy.
 
-    :param timeout: seconds for the answer.
+    :param timeout: maximum seconds until the answer.
     """
     target = parse_target(brain_url)
     host = target.first_hop[0]
     answers: list[list[str] | Exception] = []
-    # A separate thread, because getaddrinfo has no timeout.
+    # getaddrinfo has no timeout. Therefore a separate thread calls it.
     thread = threading.Thread(target=_resolve, args=(host, answers), name="z4j-dns", daemon=True)
     thread.start()
     thread.join(timeout)
@@ -125,14 +128,14 @@ def _resolve(host: str, answers: list[list[str] | Exception]) -> None:
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         answers.append(sorted({str(each[4][0]) for each in infos}))
-    except Exception as error:  # eventlet's resolver raises exceptions of its own
+    except Exception as error:  # eventlet's resolver raises its own exceptions
         answers.append(error)
 
 
 def probe_tcp(brain_url: str, timeout: float = 5.0) -> ProbeResult:
     """Connect to the port of the brain, or of the proxy.
 
-    :param timeout: seconds for the connection.
+    :param timeout: maximum seconds until the connection is established.
     """
     target = parse_target(brain_url)
     host, port = target.first_hop
@@ -162,9 +165,9 @@ def probe_tls(
 ) -> ProbeResult:
     """Perform the TLS handshake with the agent's settings and check the certificate.
 
-    :param timeout: seconds for the handshake.
-    :param context: default: the context that ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` and
-        ``Z4J_CLIENT_KEY`` define.
+    :param timeout: maximum seconds of each network operation of the handshake.
+    :param context: TLS context of the handshake. The default context is built from
+        ``Z4J_CA_BUNDLE``, ``Z4J_CLIENT_CERT`` and ``Z4J_CLIENT_KEY``.
     """
     target = parse_target(brain_url)
     if target.scheme != "https":

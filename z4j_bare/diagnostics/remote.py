@@ -31,23 +31,24 @@ if TYPE_CHECKING:
     from z4j_bare.transport.http import Response
     from z4j_bare.transport.longpoll import LongPollTransport
 
-#: The probe warns if the clocks differ by more seconds than this. It fails above
-#: ``close_codes.MAX_CLOCK_SKEW``, because the brain then rejects signatures.
+#: The clock probe warns if the clocks of host and brain differ by more than this number of seconds.
+#: The probe fails if they differ by more than ``close_codes.MAX_CLOCK_SKEW``, because the brain
+#: rejects signatures from 60 s.
 SKEW_WARNING = 5.0
 
-#: A message that is not a ``hello``. The brain closes the connection with ``_NOT_A_HELLO`` after it
-#: has accepted the token.
+#: A message that is not a ``hello``. The brain first checks the token, and then answers the message
+#: by closing the connection with the code ``_NOT_A_HELLO``.
 _INVALID_HELLO = b"{}"
 _NOT_A_HELLO = 4400
 
-#: Words in the brain's error message about an archived project.
+#: The brain's error message about an archived project contains one of these words.
 _ARCHIVED = ("archive", "inactive", "not active")
 
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 
 class ProbeStep(NamedTuple):
-    """A probe. It is skipped if the probe that ``requires`` names has failed."""
+    """A probe that is skipped if the probe with the name ``requires`` failed or was skipped."""
 
     name: str
     requires: str
@@ -55,17 +56,17 @@ class ProbeStep(NamedTuple):
 
 
 class BrainProbe:
-    """Probes one brain. Call the methods in the order of :func:`brain_steps`, ``close`` at the end.
+    """Probes one brain. Call the probes in the order of :func:`brain_steps`, then ``close``.
 
-    No probe sends a ``hello``: it would overwrite the engines that the brain has recorded for the
-    agent and claim the agent's pending commands. The token is checked on the long-poll routes, with
-    a request that claims no command. The message sent over WebSocket is invalid, so the brain
-    rejects it after it has checked the token and before it stores anything (``docs/protocol.md``,
-    Hello and Long-poll).
+    No probe sends a ``hello``, because a ``hello`` would overwrite the engines that the brain has
+    recorded for the agent and would claim the agent's pending commands. The token probe sends a
+    long-poll request that claims no command. The WebSocket probe sends an invalid message, which
+    the brain rejects after the check of the token and before it stores anything
+    (``docs/protocol.md``, Hello and Long-poll).
 
-    Raises ``HostConfigurationError`` for invalid settings.
+    Raises ``HostConfigurationError`` if a setting is invalid.
 
-    :param timeout: seconds for each answer of the brain.
+    :param timeout: maximum seconds until each answer of the brain.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class BrainProbe:
         self._backend.close()
 
     def health(self) -> ProbeResult:
-        """Request the brain's health route."""
+        """Request the brain's health route and check that a brain answers."""
         began = self._backend.wall()
         try:
             answer = self._transports.health(self._timeout)
@@ -120,12 +121,12 @@ class BrainProbe:
         return passed("http", "the brain is healthy", status=answer.status)
 
     def clock(self) -> ProbeResult:
-        """Compare this host's clock with the brain's; requires :meth:`health`."""
+        """Compare this host's clock with the brain's clock. Call :meth:`health` before."""
         try:
             brain_time = parsedate_to_datetime(self._brain_date or "").timestamp()
         except (ValueError, TypeError):
             return skipped("clock", "the brain's answer has no Date header")
-        skew = brain_time + 0.5 - self._brain_date_at  # the header has whole seconds
+        skew = brain_time + 0.5 - self._brain_date_at  # the header omits the fraction
         self._skew = skew
         direction = "behind" if skew > 0 else "ahead of"
         details = {"skew_seconds": round(skew, 1)}
@@ -157,7 +158,7 @@ class BrainProbe:
         return passed("token", "the brain accepts the token, and the project is active")
 
     def websocket(self) -> ProbeResult:
-        """Upgrade to WebSocket and exchange one message."""
+        """Upgrade a connection to WebSocket and exchange one message."""
         if self._preference == LONGPOLL:
             return skipped("websocket", "Z4J_TRANSPORT is longpoll")
         try:
@@ -176,7 +177,7 @@ class BrainProbe:
         return failed("websocket", cause, text, code=code, **details)
 
     def signature(self) -> ProbeResult:
-        """Send an empty event batch, signed with the project's key; requires :meth:`token`."""
+        """Send an empty event batch that the project's key signs. Call :meth:`token` before."""
         try:
             key = read_key(self._config, self._settings)
             session = Session(parse_hello_ack(self._hello_ack), key)
@@ -187,7 +188,7 @@ class BrainProbe:
             fix = "check that Z4J_BRAIN_URL is the brain's own address"
             return failed("signature", str(error), fix)
         frame_id, batch = frames.frame_id("ev"), frames.event_batch([])
-        assert self._longpoll is not None  # noqa: S101 - set by token()
+        assert self._longpoll is not None  # noqa: S101 - token() has set it
         try:
             self._longpoll.send(
                 lambda: session.sign("event_batch", frame_id, batch, self._backend.wall())
@@ -208,7 +209,7 @@ class BrainProbe:
         answer = text.partition("(")[2].lower()
         if code == _FORBIDDEN and any(word in answer for word in _ARCHIVED):
             cause = f"the project {self._config.project_id} is archived"
-            fix = "restore it in the brain, or create an agent in another project"
+            fix = "restore the project in the brain, or create an agent in another project"
             return failed("token", cause, fix, status=code)
         if code == _UNAUTHORIZED:
             cause = "the brain does not know the token, or it was revoked"
@@ -218,14 +219,15 @@ class BrainProbe:
             return failed("token", "the brain rejected this agent", text, status=code)
         if self._preference == WS:
             cause = f"the agent's HTTP routes do not answer: {text}"
-            fix = "WebSocket works without them, but long-poll and this probe do not"
+            fix = "WebSocket works without these routes; long-poll and this probe need them"
             return warned("token", cause, fix, status=code)
         return failed("token", "the agent's HTTP routes do not answer", text, status=code)
 
     def _rejection_of_invalid_hello(self) -> tuple[int | None, str]:
-        """Return the brain's close code for a message that is not a ``hello``, and its meaning.
+        """Send a message that is not a ``hello``; return the brain's close code and its meaning.
 
-        Raises ``NetworkError`` when the upgrade or the exchange fails.
+        The code is ``None`` if the brain answers with a message instead of closing the connection.
+        Raises ``NetworkError`` if the upgrade or the exchange fails.
         """
         transport = self._transports.websocket()
         try:
@@ -275,7 +277,7 @@ def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]
 
 
 def unsent_hello() -> bytes:
-    """Return a ``hello`` for the long-poll transport, which reads it but does not send it."""
+    """Return a ``hello`` for the long-poll transport, which sends parts of it as HTTP headers."""
     identity = frames.Identity(
         framework="bare",
         agent_version="",
@@ -287,7 +289,7 @@ def unsent_hello() -> bytes:
 
 
 def _health_problem(answer: Response) -> tuple[str, str]:
-    """Return cause and fix for an answer of the health route that is not 200."""
+    """Return cause and fix for a response of the health route whose status is not 200."""
     status = answer.status
     if 300 <= status < 400:  # noqa: PLR2004 - HTTP
         location = printable(answer.headers.get("Location", "another address"))[:200]

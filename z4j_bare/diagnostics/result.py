@@ -10,12 +10,13 @@ OK, WARN, SKIP, FAIL = "OK", "WARN", "SKIP", "FAIL"
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The result of a probe, one line of the doctor's report.
+    """The result of a probe, which is one line in the report of ``z4j-bare doctor``.
 
     :param name: name of the probe.
-    :param ok: false only if the probe failed; a warning is ``ok``.
+    :param ok: false if the probe failed; true if the probe passed, warned or was skipped.
     :param message: verdict, cause and fix; begins with ``OK:``, ``WARN:``, ``SKIP:`` or ``FAIL:``.
-    :param details: values of JSON types. A warning and a failure have ``cause`` and ``fix``.
+    :param details: further values, of JSON types. The details of a warning or a failure contain
+        ``cause`` and ``fix``.
     """
 
     name: str
@@ -30,7 +31,7 @@ class ProbeResult:
 
     @property
     def text(self) -> str:
-        """The finding, without verdict and fix."""
+        """The message without verdict and fix."""
         return str(self.details.get("cause") or self.message.partition(": ")[2])
 
     @property

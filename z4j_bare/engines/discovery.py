@@ -1,4 +1,4 @@
-"""Task discovery: the definitions of an engine's tasks, as items of a ``registry_delta``."""
+"""Discovers an engine's tasks. Their definitions become items of a ``registry_delta`` frame."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.engines.host import EngineHost
 
-#: Timeout of an adapter's ``discover_tasks`` in seconds. That of RQ reads every queue in Redis.
+#: Timeout of an adapter's ``discover_tasks`` in seconds. RQ's adapter reads every queue in Redis.
 DISCOVERY_TIMEOUT = 60.0
 
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
@@ -26,7 +26,7 @@ def discover(
 ) -> dict[str, bytes]:
     """Return the task definitions as canonical JSON, by task name.
 
-    Raises whatever the adapter raises.
+    Raises every exception of the adapter.
 
     :param checkpoint: called between steps of work, to let other tasks run.
     """
@@ -55,7 +55,7 @@ def task_directories(hints: DiscoveryHints) -> list[Path]:
 def strip_defaults(signature: object) -> str | None:
     """Return a signature such as ``(user, key='s3cret')`` without its defaults.
 
-    A default can be a secret. The result for a value that is not text is ``None``.
+    A default can be a secret. Returns ``None`` if ``signature`` is not text.
     """
     if not isinstance(signature, str):
         return None

@@ -1,4 +1,4 @@
-"""Descriptions of engines: what the agent needs in addition to the methods of an adapter."""
+"""Describes engines: a description provides what the agent needs beyond the adapter's methods."""
 
 # ruff: noqa: ARG002 - the base class ignores arguments that subclasses need
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class HealthProbe(NamedTuple):
-    """A health check: ``run`` returns heartbeat entries, ``on_error`` those of a failed check."""
+    """A health check. ``run`` returns heartbeat entries, ``on_error`` the entries for a failure."""
 
     run: Callable[[], Mapping[str, str]]
     on_error: Callable[[Exception], Mapping[str, str]]
@@ -59,14 +59,14 @@ class Engine:
     ) -> Iterator[TaskDefinition] | None:
         """Discover tasks in small steps, with ``checkpoint`` called between them.
 
-        ``None`` means that the adapter's ``discover_tasks`` has to be called.
+        Returns ``None`` if the caller has to call the adapter's ``discover_tasks`` instead.
         """
         return None
 
     def restarts_by_exit(self) -> bool:
-        """Whether the only way to restart a worker is to end its process.
+        """Return whether the only way to restart a worker is to end its process.
 
-        This is the case if the adapter does not offer ``restart_worker``.
+        The result is true if ``restart_worker`` is not among the adapter's capabilities.
         """
         return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
 

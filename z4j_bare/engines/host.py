@@ -1,4 +1,4 @@
-"""Connects one engine adapter and calls its methods: events, capabilities, health, commands."""
+"""Connects one engine adapter, reads its events and health, and carries out its commands."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.host")
 
-#: Timeout of ``connect_signals`` in seconds. It may publish to a broker and start a thread.
+#: Timeout of ``connect_signals`` in seconds. The method may publish to a broker or start a thread.
 CONNECT_TIMEOUT = 30.0
 
-#: Attributes of adapters with an ``asyncio.Queue``. An adapter creates its queues once, but a queue
-#: binds to the first loop that waits for an item.
+#: Names of the adapters' attributes that hold an ``asyncio.Queue``. An adapter creates its queues
+#: once, and a queue binds to the first loop that waits for an item.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
 class EngineHost:
-    """Runs one engine adapter. Adapters may lack any method but ``capabilities``.
+    """Runs one engine adapter. Every method of an adapter except ``capabilities`` is optional.
 
     :param sink: receives the events of the adapter's stream.
     """
@@ -56,10 +56,10 @@ class EngineHost:
         self._backend = backend
         self._sink = sink
         self._controls: CeleryControls | None = None
-        #: Restarts the worker by ending its process, where the adapter cannot restart it.
+        #: Restarts the worker by ending its process; ``None`` unless this is the only way.
         self.process_restart: IProcessRestart | None = None
         redaction = getattr(adapter, "redaction", None)
-        #: Redacts results like the adapter redacts events.
+        #: Redacts results by the rules by which the adapter redacts events.
         self.redactor = Redactor(
             redaction if isinstance(redaction, RedactionEngine) else RedactionEngine()
         )
@@ -70,7 +70,7 @@ class EngineHost:
     def connect(self, *, events: bool = True) -> None:
         """If ``events``, connect the adapter's signals and pump its events into the sink.
 
-        Never raises. A failure is logged, and the adapter can still carry out commands.
+        Never raises. A failure is logged. After a failure the adapter still carries out commands.
         """
         if not events:
             return
@@ -98,7 +98,7 @@ class EngineHost:
     def capabilities(self) -> list[str]:
         """Return the adapter's current capabilities.
 
-        They can change while the process runs; those of celery-beat do.
+        An adapter's capabilities can change while the process runs, as those of celery-beat do.
         """
         names = {str(name) for name in self.adapter.capabilities()}
         if self.retries_by_reference:
@@ -109,9 +109,10 @@ class EngineHost:
 
     @property
     def controls(self) -> CeleryControls | None:
-        """The agent's worker controls, if the engine has any; created at the first command.
+        """The agent's own worker controls, or ``None`` if the engine has none.
 
-        They replace those of an adapter that does not wait for the workers' replies.
+        The first command creates the controls. They replace the controls of an adapter that does
+        not wait for the workers' replies.
         """
         if self._controls is None:
             self._controls = self.description.make_controls(self._backend)
@@ -129,9 +130,9 @@ class EngineHost:
     def health(self, timeout: float = 5.0) -> dict[str, str]:
         """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
-        A failed check gives ``<engine>.error``. A check may exceed the timeout: that of Celery's
-        adapter takes 10 s when its worker does not reply. Until it ends, no other check is started.
-        Its result is returned by the next call.
+        A failed check returns the entry ``<engine>.error``. A check may take longer than the
+        timeout: the check of Celery's adapter takes 10 s if its worker does not reply. While a
+        check runs, no other check is started, and a call returns the entries of the previous check.
         """
         if not hasattr(self.adapter, "get_health"):
             return {}
@@ -162,9 +163,10 @@ class EngineHost:
     ) -> Any:
         """Call a method of the adapter once and return its result.
 
-        A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``;
-        otherwise it raises ``CommandError``. Also raises ``CommandError`` for a missing method,
-        ``TimeoutError`` after ``timeout`` seconds, and whatever the adapter raises.
+        A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``. Any
+        other keyword that the method does not accept raises ``CommandError``. A missing method also
+        raises ``CommandError``. Raises ``TimeoutError`` after ``timeout`` seconds, and every
+        exception of the adapter.
         """
         method = getattr(self.adapter, method_name, None)
         if not callable(method):
@@ -180,7 +182,7 @@ class EngineHost:
         return self._bridge.call(partial(method, *args, **accepted), timeout=timeout)
 
     def control(self, action: str, *args: object, timeout: float, **kwargs: object) -> Any:
-        """Call a method of :attr:`controls` with ``seconds=timeout``; raises what it raises."""
+        """Call the method ``action`` of :attr:`controls` with ``seconds=timeout``."""
         method = getattr(self.controls, action)
         return self._bridge.call(partial(method, *args, seconds=timeout, **kwargs), timeout=timeout)
 
@@ -201,8 +203,8 @@ class EngineHost:
     def _unbind_queues(self) -> None:
         """Unbind the adapter's queues from the loop of an earlier agent or of the parent process.
 
-        The queues' getters are removed too. Otherwise the first item would wake a getter of the old
-        loop instead of the new one.
+        Each queue's list of waiting getters is also emptied. Otherwise the first item would wake a
+        getter of the old loop and not the getter of the new loop.
         """
         for name in _QUEUES:
             queue = getattr(self.adapter, name, None)
@@ -220,10 +222,10 @@ class EngineHost:
 
 
 def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return the keywords that ``method`` accepts; all of them when its signature is unknown.
+    """Return the keywords that ``method`` accepts, or all keywords if its signature is unknown.
 
-    The method is not called first with all keywords and then, after a ``TypeError``, with fewer,
-    because the first call may have run the action before it failed.
+    The signature is inspected, because a trial call with too many keywords is not safe: it may run
+    the action before it raises ``TypeError``.
     """
     try:
         parameters = inspect.signature(method).parameters

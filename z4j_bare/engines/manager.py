@@ -1,4 +1,4 @@
-"""All engines of the process: the host of each adapter together with its event source."""
+"""Manages all engines of the process: the host and the event source of each adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class EngineManager:
-    """Hosts the engine adapters and captures their events."""
+    """Creates, connects and disconnects the host and the event source of each engine adapter."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class EngineManager:
         self.hosts: dict[str, EngineHost] = {}
         self.sources: list[EventSource] = []
         for adapter in adapters:
-            # Before the source is made, which uses the merged patterns. Raises for an invalid one.
+            # The source uses the merged patterns, so the merge comes first. It raises for an
+            # invalid pattern.
             merge_redaction(adapter, config)
             description = describe_engine(adapter)
             source = description.make_source(ring, settings, backend, ready_worker())
@@ -49,7 +50,7 @@ class EngineManager:
         return any(source.uses_adapter_events for source in self.sources)
 
     def start_capture(self) -> None:
-        """Start the capture of events, without I/O."""
+        """Start to capture events. Does no I/O."""
         for source in self.sources:
             source.connect()
 
@@ -59,7 +60,7 @@ class EngineManager:
             yield from source.loops()
 
     def connect(self) -> None:
-        """Connect the adapters."""
+        """Connect the adapters whose events the sources use."""
         for host, source in self.pairs():
             host.connect(events=source.uses_adapter_events)
 
@@ -71,7 +72,7 @@ class EngineManager:
             host.disconnect()
 
     def announce_workers(self) -> None:
-        """Record a ``worker.online`` event for each worker, because a session has started."""
+        """Record a ``worker.online`` event for each known worker. Called when a session starts."""
         for source in self.sources:
             source.presence.announce("worker.online")
 

@@ -1,12 +1,12 @@
-"""The event source of RQ, with hooks in the methods that run while the worker is busy.
+"""The event source of RQ. Its hooks wrap methods that run while the worker is busy.
 
-A busy RQ worker handles SIGTERM and SIGINT by setting a flag. An idle one raises ``StopRequested``,
-an ordinary exception.
+A busy RQ worker handles SIGTERM and SIGINT by setting a flag. An idle worker raises
+``StopRequested``, which is an ordinary ``Exception``.
 
-The hook of z4j_rq wraps ``execute_job``. When that method returns, the worker is idle again. A
-``StopRequested`` that is raised at that moment is caught as an error of the hook: the worker does
+The hook of z4j_rq wraps ``execute_job``. When ``execute_job`` returns, the worker is idle again. If
+``StopRequested`` is raised at that moment, the hook catches it as an error. Then the worker does
 not stop, and a successful job is reported as failed. ``SimpleWorker`` overrides ``execute_job``, so
-the hook never runs there.
+the hook never runs in a ``SimpleWorker``.
 
 Therefore the hooks of this module wrap the methods that ``execute_job`` calls, and the hook of
 z4j_rq is not installed.
@@ -37,7 +37,7 @@ Method = Callable[..., Any]
 
 
 class RqEngine(Engine):
-    """Describes RQ: events by hooks in its worker classes."""
+    """Describes RQ, whose events come from hooks in its worker classes."""
 
     kind = "rq"
 
@@ -53,7 +53,10 @@ class RqEngine(Engine):
 
 
 class RqSource(EventSource):
-    """RQ's events. The adapter's callbacks create them; users may also attach these to a job."""
+    """Captures RQ's events, which z4j_rq's callbacks create.
+
+    Users may also attach these callbacks to a job.
+    """
 
     uses_adapter_events = False
 
@@ -108,13 +111,13 @@ def report_job(method: Method, outcome: Callable[[Job], str]) -> Method:
 
     @safe_boundary
     def report_end(job: Job) -> None:
-        report = reports.get(outcome(job))  # none for a job that will be retried
+        report = reports.get(outcome(job))  # ``None`` if the job will be retried
         if report is not None:
             report(job)
 
     @wraps(method)
     def perform_and_report(worker: BaseWorker, job: Job, *args: Any, **kwargs: Any) -> Any:
-        job.worker_name = worker.name  # RQ sets it only later
+        job.worker_name = worker.name  # RQ sets this attribute only later
         capture_started(job)
         try:
             returned = method(worker, job, *args, **kwargs)
@@ -128,12 +131,12 @@ def report_job(method: Method, outcome: Callable[[Job], str]) -> Method:
 
 
 def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
-    """Yield, for each worker class, the method that runs one job and a function for its status."""
+    """Yield each worker class, its method that runs a job, and a function for the job's status."""
     try:
         from rq.worker import SimpleWorker, Worker
     except ImportError:  # a process without workers may use the engine without rq
         return
-    # This method runs in the parent, while the job runs in a child process.
+    # ``monitor_work_horse`` runs in the parent process while the job runs in a child process.
     yield Worker, "monitor_work_horse", _status_in_redis
     yield SimpleWorker, "perform_job", _status_in_memory
 
@@ -141,7 +144,8 @@ def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
 def _status_in_redis(job: Job) -> str:
     """Return the status that the work horse wrote to Redis.
 
-    A job that is not in Redis any more has finished: RQ keeps no result of it.
+    A job that is no longer in Redis has finished, because RQ deletes a finished job whose result it
+    does not keep.
     """
     from rq.exceptions import InvalidJobOperation
 

@@ -1,4 +1,4 @@
-"""The server side of ``control.py``: the Unix socket for ``z4j-bare status`` and ``restart``."""
+"""Serves ``z4j-bare status`` and ``restart`` on a Unix socket; ``control.py`` is the client."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.control_server")
 
-#: Seconds for a client to send its request, and for each write of the response.
+#: Maximum seconds that a client takes to send its request. The limit also applies to each write of
+#: the response.
 CLIENT_TIMEOUT = 2.0
 
-#: Seconds between two checks of the stop event. Usually :meth:`ControlServer.wake` is faster.
+#: Maximum seconds between two checks of the stop event. :meth:`ControlServer.wake` causes an
+#: earlier check.
 STOP_POLL_INTERVAL = 60.0
 
 #: Maximum bytes of a request.
@@ -32,7 +34,7 @@ class ControlServer:
     """Serves one client at a time. Without a client it uses no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
-    :param handlers: a function for each verb, which returns the response.
+    :param handlers: by verb, the function that returns the response.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class ControlServer:
                 )
                 self._backend.wait(stop_event)
         finally:
-            # In a forked child this raises before it removes the parent's files.
+            # In a forked child ``offload`` raises, so that the child does not remove the parent's
+            # files.
             self._backend.offload(_unlink, self._files)
 
     def wake(self) -> None:
-        """Make the loop check its stop event, by an empty request. Never waits."""
+        """Send an empty request, so that the loop checks its stop event. Never waits."""
         with suppress(OSError, IndexError):
             control.ControlClient(self._adapter, 0, self._files[-1]).send("")
 
@@ -120,7 +123,7 @@ class ControlServer:
             remaining = remaining[client.send(remaining) :]
 
     def _read_verb(self, client: _socket.socket) -> str:
-        """Return the first line of the request, or an empty string after ``CLIENT_TIMEOUT``."""
+        """Return the first line of the request; empty after ``CLIENT_TIMEOUT`` seconds."""
         data, deadline = b"", self._backend.now() + CLIENT_TIMEOUT
         while b"\n" not in data and len(data) < MAX_REQUEST_BYTES:
             if not self._backend.wait_readable(client, max(0.0, deadline - self._backend.now())):

@@ -1,4 +1,4 @@
-"""Detection of two agents that report the same worker, such as its own and a standalone agent."""
+"""Detects a second agent that reports the same worker, for example a standalone agent."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before each check. At the first check a worker has its name. At the second check a
-#: standalone agent has found the workers.
+#: Seconds before the first check, and between the first check and the second. At the first check
+#: the name of this worker is known. At the second check a standalone agent has found the workers.
 CHECK_DELAYS = (5.0, 55.0)
 
-#: Seconds to wait for the answer of another agent. The wait occupies the store's native thread.
+#: Seconds to wait for the answer of another agent. The timeout is short, because the wait occupies
+#: the store's native thread.
 REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Requests the workers of the other agents in this ``Z4J_HOME``, and warns of duplicates.
+    """Requests the workers of the other agents in this ``Z4J_HOME``; warns of common workers.
 
     :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
         by engine.
@@ -49,8 +50,8 @@ class DuplicateAgentCheck:
         own_workers = workers_of(own)
         for client in clients if ok and own_workers else ():
             other = self._request_status(client)
-            # The start time identifies this agent, because in containers that share a volume every
-            # process has pid 1.
+            # The start time identifies an agent. The pid does not, because in containers that share
+            # a volume every process has pid 1.
             if (
                 other.get("project") == own["project"]
                 and other.get("started_at") != own["started_at"]

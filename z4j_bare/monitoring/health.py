@@ -1,4 +1,4 @@
-"""Health checks of the engines for the heartbeat."""
+"""Runs the health checks of the engines. The heartbeat reports the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.health")
 #: Seconds between the end of one round of checks and the start of the next.
 INTERVAL = 20.0
 
-#: Seconds to wait for one check. A check that takes longer keeps its worker of the bridge.
+#: Seconds to wait for one check. A check that takes longer continues to occupy a worker of the
+#: bridge.
 CHECK_TIMEOUT = 5.0
 
 
@@ -55,12 +56,12 @@ class HealthLoop:
             self._backend.wait(stop_event, INTERVAL)
 
     def latest(self) -> dict[str, str]:
-        """Return the last results."""
+        """Return the last result of each check."""
         return dict(self._results)
 
 
 class CachedProbe:
-    """A blocking health check that never delays the caller for more than :data:`CHECK_TIMEOUT`.
+    """A blocking health check that delays the caller for at most :data:`CHECK_TIMEOUT` seconds.
 
     A check that is still running is not started again. A result that arrives after the timeout is
     returned by the next call.

@@ -1,8 +1,9 @@
 """The lag of the hub, and the code that blocks it.
 
-A timer of the hub measures how late it is called. When it is overdue by a second, a native thread
-samples the stack of the hub's thread, to find the code that does not yield. The thread wakes every
-other second and only reads: it neither logs nor takes locks. Tasks and switches get no overhead.
+A timer of the hub measures how late the hub calls it. When the timer is overdue by a second, a
+native thread samples the stack of the hub's thread, to find the code that does not yield. The
+native thread wakes every other second. It does not log and takes no locks. Tasks and switches
+between tasks do not become slower.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 
-#: Sampling interval on a hub, in seconds: 10 samples per heartbeat, each for 0.2 ms of CPU.
+#: Seconds between two samples of the lag on a hub. There are 10 samples per heartbeat, and each
+#: takes 0.2 ms of CPU.
 TICK = 1.0
 
-#: Sampling interval without a hub, in seconds. A sample wakes a thread, which costs 0.1 ms. It only
-#: measures how long that thread waits for the interpreter.
+#: Seconds between two samples of the lag without a hub. A sample wakes a thread, which takes 0.1 ms
+#: of CPU. The sample only measures how long this thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 
 #: Lag in seconds at which the stack of the hub's thread is sampled.
@@ -35,7 +37,8 @@ STACK_SAMPLE_INTERVAL = 0.25
 #: Minimum seconds between two warnings.
 WARN_INTERVAL = 60.0
 
-#: Maximum number of stored samples. Without a session no heartbeat removes them.
+#: Maximum number of stored samples. A heartbeat removes the samples, but without a session there is
+#: no heartbeat.
 MAX_SAMPLES = 10_000
 
 
@@ -80,7 +83,7 @@ class HubLagMonitor:
     def drain(self) -> tuple[float, float, str]:
         """Return the lag since the last call: p99 and maximum in seconds, and the blocking code.
 
-        The third item is empty if no code was seen.
+        The third item is empty if no stack was sampled.
         """
         samples, self._samples = sorted(self._samples), []
         blocking_code, self._longest = self._longest[1], (0.0, "")
@@ -125,8 +128,9 @@ class HubLagMonitor:
 def next_check(lag: float) -> float:
     """Return the seconds until the native thread checks the hub again.
 
-    The check comes just after the lag of a blocked hub exceeds ``BLOCKED_AFTER``, so the thread
-    wakes after every other tick of a hub that is on time. ``lag`` is negative before a tick is due.
+    The thread checks just after the lag would exceed ``BLOCKED_AFTER`` if the hub were blocked.
+    Therefore the thread wakes only after every other tick while the hub is on time. ``lag`` is
+    negative before a tick is due.
     """
     if lag >= BLOCKED_AFTER:
         return STACK_SAMPLE_INTERVAL
@@ -134,9 +138,9 @@ def next_check(lag: float) -> float:
 
 
 def describe(frame: FrameType | None) -> str:
-    """Return the position of a stack and its Celery task.
+    """Return the innermost position in a stack outside the standard library, and the Celery task.
 
-    For example ``shop.pay[id] at shop/tasks.py:12 in charge``.
+    An example is ``shop.pay[id] at shop/tasks.py:12 in charge``.
     """
     position, task = "", ""
     while frame is not None:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
-#: Reasons of losses whose rows could no longer be read.
+#: Reasons of losses of rows that could no longer be read.
 _UNREADABLE = (CORRUPTION, DELETED)
 
-# The brain's limits for ``adapter_events``. It closes the session when one is exceeded.
+# The next constants are the brain's limits for ``adapter_events``. The brain closes the session if
+# a frame exceeds one of these limits.
 
 #: Maximum number of adapters.
 _MAX_ADAPTERS = 32
@@ -31,7 +32,7 @@ _MAX_ADAPTERS = 32
 #: Maximum characters of an adapter's name.
 _MAX_ADAPTER_NAME = 64
 
-#: Maximum number of events that an adapter has lost.
+#: Maximum value of the number of events that an adapter has lost.
 _MAX_ADAPTER_EVENTS = 2**53 - 1
 
 #: Maximum characters of the blocking code in a heartbeat.
@@ -40,10 +41,10 @@ _MAX_BLOCKING_CODE = 500
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since ``start()``. Each one is written by a single loop.
+    """Totals since ``start()``. Each total is written by a single loop.
 
-    ``unencodable`` counts events that the encoder failed on, and ``recut`` payloads that were
-    truncated to fit into a frame. ``last_flush_at`` is in seconds since the epoch.
+    ``unencodable`` counts events that the encoder failed on, and ``recut`` counts payloads that
+    were truncated to fit into a frame. ``last_flush_at`` is in seconds since the epoch.
     """
 
     stored: int = 0
@@ -112,15 +113,15 @@ class AgentMetrics:
         return lost
 
     def depth(self) -> int:
-        """Return the number of unsent rows, in this store and in an orphan that it adopts."""
+        """Return the number of unsent rows in this store and in the orphan that is adopted."""
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
         """Return ``telemetry_loss``: the cumulative losses.
 
-        The losses of the buffer are counted since the buffer was created, all others since this
-        agent was created. What the protocol calls a frame is a row here. The counts by reason and
-        the counts by kind each add up to the number of all losses. The brain validates this payload
+        The losses of the buffer are counted since the buffer was created, all other losses since
+        this agent was created. The protocol calls a row a frame. The counts by reason and the
+        counts by kind each add up to the number of all losses. The brain validates this payload
         strictly (``docs/protocol.md``, Heartbeats).
         """
         buffer, unencodable = self._buffer.last_stats, self._counters.unencodable
@@ -149,7 +150,7 @@ class AgentMetrics:
     ) -> bytes:
         """Return the payload of an ``agent_status`` frame.
 
-        :param streaks: the number of consecutive failures by kind.
+        :param streaks: the number of consecutive failures by failure class.
         :param connected_at: start of the session in seconds since the epoch.
         """
         return frames.agent_status(

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.registry")
 
-#: Seconds between two discoveries.
+#: Seconds between two discoveries of tasks.
 INTERVAL = 300.0
 
-#: Target size of a frame in bytes of task definitions. Other frames wait while a frame is written.
+#: Bytes of task definitions at which a frame is complete. The frames are small, because other
+#: frames wait while a frame is written.
 MAX_DELTA_BYTES = 16 * 1024
 
 
@@ -36,8 +37,8 @@ class RegistryLoop:
     accepted the frame.
 
     :param hints: the framework adapter's ``discovery_hints``.
-    :param connection: returns the connection, or ``None`` while there is none.
-    :param dev: also discover tasks whenever a ``tasks.py`` changes.
+    :param connection: returns the current connection, or ``None`` without a session.
+    :param dev: whether to discover tasks also when a ``tasks.py`` changes.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class RegistryLoop:
         self._timeslice = TimeSlice(backend)
         self._wakeup = backend.event()
         self._stale = True
-        # By engine: the canonical definition of each task, by its name.
+        # The task definitions that were found, and those that were sent. Both contain canonical
+        # JSON by engine and by the name of the task.
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}
 
@@ -145,7 +147,7 @@ class RegistryLoop:
                 del sent[name]
 
     def _discovery_hints(self) -> DiscoveryHints:
-        """Return the framework's hints; in dev mode also the directories of loaded ``tasks``."""
+        """Return the framework's hints, in dev mode with the directories of loaded ``tasks``."""
         try:
             hints = self._hints() if self._hints else DiscoveryHints()
         except Exception:

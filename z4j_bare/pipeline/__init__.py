@@ -1,1 +1,1 @@
-"""The way of an event from the ring to the brain, and of the brain's frames to their handlers."""
+"""Sends events from the ring to the brain, and passes the brain's frames to their handlers."""

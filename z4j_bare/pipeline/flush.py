@@ -1,4 +1,4 @@
-"""Encodes the events in the ring and commits them to the store, one transaction per wake-up."""
+"""Encodes the events in the ring and commits each batch of events to the store."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.flush")
 
-#: Seconds without an event before the buffer's stats are refreshed. An event wakes the loop.
+#: Seconds without an event after which the loop refreshes the buffer's stats for the first time. An
+#: event wakes the loop earlier.
 IDLE_WAIT = 5.0
 
-#: Seconds between two refreshes after the first one, until an event arrives.
+#: Seconds between the later refreshes, until an event arrives.
 IDLE_WAIT_MAX = 60.0
 
-#: Returns the bytes of a record that has been encoded before.
+#: The encoder of an event that has been encoded before. It returns the second item, the bytes.
 _encoded_bytes = itemgetter(1)
 
 
 class FlushLoop:
-    """Flushes ``interval`` seconds after the first event, or at the ring's threshold.
+    """Flushes the ring ``interval`` seconds after the first event, or at the ring's threshold.
 
-    :param max_events: events in one transaction.
-    :param sender: informed after each commit.
+    :param max_events: maximum number of events in one transaction.
+    :param sender: its ``on_stored`` is called after each commit.
     """
 
     def __init__(
@@ -69,18 +70,18 @@ class FlushLoop:
                 self._backend.wait(self._ring.wake, self._interval)  # let more events arrive
             self._ring.wake.clear()
             # Events that arrive during a commit wait for the next wake-up, unless they fill a
-            # batch. A commit of 256 events costs hardly more than one of 12. Repeated commits of a
-            # dozen events would cost the worker 0.2 ms a task.
+            # batch. A commit of 256 events takes hardly longer than a commit of 12 events. Repeated
+            # commits of 12 events would cost the worker 0.2 ms of CPU per task.
             while self._commit() == self._max_events <= len(self._ring):
                 pass
 
     def flush(self) -> None:
-        """Empty the ring into the store. Several tasks may call this; events keep their order."""
+        """Store all events in the ring. Several tasks may call this; events keep their order."""
         while self._commit():
             pass
 
     def _commit(self) -> int:
-        """Store the oldest events, at most one transaction of them; return how many were taken."""
+        """Store the oldest events in one transaction; return how many left the ring."""
         with self._commit_lock:
             remaining = self._ring.take(self._max_events)
             if not remaining:

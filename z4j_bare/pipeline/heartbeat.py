@@ -1,4 +1,4 @@
-"""Heartbeats every 10 s with the agent's health, and status reports every 60 s."""
+"""Sends heartbeats with the agent's health every 10 s, and status reports every 60 s."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.session import Connection
 
-#: Seconds between keepalive frames where heartbeats are disabled. The brain closes a session that
-#: sends nothing for 90 s.
+#: Seconds between two keepalive frames if heartbeats are disabled. The brain closes a session in
+#: which it receives nothing for 90 s.
 KEEPALIVE_INTERVAL = 30.0
 
 #: Seconds between two ``agent_status`` frames. The first follows the session's first heartbeat.
@@ -23,11 +23,11 @@ STATUS_INTERVAL = 60.0
 class HeartbeatLoop:
     """Sends a heartbeat at once and then every ``interval`` seconds.
 
-    It does not use the store, so a slow disk does not delay heartbeats.
+    The loop does not use the store, so a slow disk does not delay heartbeats.
 
-    :param payload: makes the payload of a heartbeat from numbers in memory.
-    :param status: makes the payload of an ``agent_status``, which the brain keeps as history;
-        ``None`` sends none.
+    :param payload: returns the payload of a heartbeat. The function reads only numbers in memory.
+    :param status: returns the payload of an ``agent_status`` frame, which the brain keeps as
+        history. If it is ``None``, the loop sends no ``agent_status``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How the agent identifies itself to the brain and to ``z4j-bare status``."""
+"""The identity and status that the agent reports to the brain and to ``z4j-bare status``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AgentIdentity:
-    """Project, framework, version, role and worker id of this incarnation of the agent."""
+    """The project, framework, version, role and worker id of this run of the agent."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class AgentIdentity:
         schedulers: Sequence[ISchedulerHost],
     ) -> None:
         self.started_at = datetime.now(UTC)
-        #: The identity in the last ``hello``; set by :meth:`hello`.
+        #: The identity in the last ``hello``. :meth:`hello` sets it.
         self.current: frames.Identity
         self._config = config
         self._framework = framework
@@ -93,7 +93,7 @@ class AgentIdentity:
 
 
 class AgentStatus:
-    """The contents of ``runtime.stats()`` and of ``z4j-bare status``."""
+    """Collects the values that ``runtime.stats()`` and ``z4j-bare status`` report."""
 
     def __init__(
         self,

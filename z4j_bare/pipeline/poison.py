@@ -1,9 +1,10 @@
-"""Isolation of poison rows: the brain ends every session in which it receives one.
+"""Isolates poison rows. The brain ends every session in which it receives a poison row.
 
-A row becomes a suspect when it was in flight in two sessions that the brain ended because of a
-frame. Suspected rows are sent in isolation: nothing else is in flight. If they end the session, a
-smaller part of them is sent in the next one, until one row is left. The count is stored with the
-row, so the search continues after a restart, and in a process that adopts the store.
+A row is suspected after it was in flight in two sessions that the brain ended because of a frame.
+The sender sends suspected rows in isolation, that is, while no other row is in flight. If the brain
+ends this session as well, the next session sends a smaller part of the suspected rows, until one
+row is left. The store keeps the number of such sessions with each row. Therefore the search
+continues after a restart, and in a process that adopts the store.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: A row becomes a suspect when the brain has ended this many sessions because of a frame while the
-#: row was in flight.
+#: Number of sessions after which a row is suspected. In each of these sessions the row was in
+#: flight when the brain ended the session because of a frame.
 SUSPECT_AFTER = 2
 
-#: A set of suspected rows is split into this many parts. Of 500 events, 63 are tried, then 8, then
-#: 1, which takes four more sessions. Halving would take ten. A failed session costs seconds; an
-#: accepted part costs a hundredth of a second.
+#: Number of parts into which a set of suspected rows is split. Of 500 events, the sender tries 63,
+#: then 8, then 1. This takes four more sessions, and halving would take ten. A failed session costs
+#: seconds, and an accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 
 
 class PoisonIsolation:
-    """The search for poison rows within one session."""
+    """The state of the search for poison rows in one session."""
 
     def __init__(self) -> None:
-        #: The suspected rows that are in flight alone.
+        #: The suspected rows in flight. No other row is in flight at the same time.
         self.isolated: Sequence[BufferEntry] = ()
-        #: Whether the brain has acknowledged anything in this session. Before that, suspected rows
-        #: are not sent, because a cause that ends every session would be attributed to them.
+        #: Whether the brain has acknowledged a frame in this session. The sender sends suspected
+        #: rows only after such an ack. Without the ack, it could not distinguish a poison row from
+        #: another cause that ends every session.
         self.session_works = False
-        #: Rows of the upload in progress, over a transport with synchronous acks.
+        #: Rows of the last upload. Read only if the transport has synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
-        #: The error that the last upload failed with.
+        #: The error of the last upload, if it failed.
         self.upload_error: AgentError | None = None
 
     def on_session_error(
@@ -53,7 +55,8 @@ class PoisonIsolation:
     ) -> AgentError:
         """Mark the rows that may have caused the session's end; return the error to report.
 
-        The only suspect, in a session that worked until then, is dropped and counted as lost.
+        If the only row in flight is a suspected row, this drops the row and counts it as lost.
+        Otherwise this increments the attempts of every row in flight.
 
         :param in_flight: ids of the rows that are sent and not acknowledged.
         """
@@ -77,10 +80,11 @@ class PoisonIsolation:
 def next_trial(
     results: Sequence[BufferEntry], events: Sequence[BufferEntry]
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
-    """Return the results and events before the first suspected row, and the rows to try next.
+    """Return the results and the events before the first suspected row, and the rows to try next.
 
-    The next trial is an eighth of the first run of suspected rows with equal counts. A trial takes
-    rows from the front, so the rows of the last failed trial are now a smaller run at the front.
+    If there is a suspected result, only this result is tried. Otherwise the rows to try are one
+    eighth of the first suspected events with equal attempts. A failed trial increments the attempts
+    of its rows, so the next trial takes an eighth of the failed trial.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

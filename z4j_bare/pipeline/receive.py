@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Timeout of one read in seconds. ``abort`` wakes the reader at once. The timeout only serves to
-#: detect a silent connection (the transport pings after 30 s). It is long, because each wake-up of
-#: an idle worker costs 0.25 ms.
+#: Timeout of one read in seconds. ``abort`` ends a read at once. The timeout only serves to detect
+#: a silent connection, over which the transport sends a ping after 30 s. The timeout is long,
+#: because each wake-up of an idle worker costs 0.25 ms of CPU.
 READ_TIMEOUT = 10.0
 
-#: Codes of fatal ``error`` frames that only an upgrade resolves.
+#: Codes of fatal ``error`` frames whose cause only an upgrade removes.
 _UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
-#: Code of an ``error`` frame that is caused by one event, in every batch that contains the event.
-#: It is handled like a close with 4400. See docs/protocol.md, Close codes and errors.
+#: Code of the ``error`` frame that the brain sends for every batch that contains a certain event.
+#: The agent handles this frame like a close with code 4400. See docs/protocol.md, Close codes and
+#: errors.
 _REJECTED_EVENT = "scheduler_upgrade_required"
 
 
 class ReceiveLoop:
-    """Reads until the session ends.
+    """Reads frames until the session ends.
 
     :param on_ack: called with the id of an acknowledged frame.
     :param on_command: called with a command frame, the connection, and the frame's delay in
@@ -53,14 +54,14 @@ class ReceiveLoop:
         self._on_command = on_command
 
     def run(self) -> None:
-        """Read until the agent ends the session.
+        """Read frames until the agent ends the session.
 
         Raises ``NetworkError`` or ``RemoteError`` when the session ends for another reason.
         """
         while not self._connection.closing.is_set():
             self._receive_one(READ_TIMEOUT)
-        # Process the frames that have arrived: acks, commands that the brain regards as delivered,
-        # and the close code with the reason of a failed send.
+        # Process the frames that have arrived already. They can be acks, commands that the brain
+        # regards as delivered, or a close frame that explains why a send failed.
         while self._receive_one(timeout=0):
             pass
 

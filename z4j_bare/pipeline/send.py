@@ -26,32 +26,34 @@ logger = logging.getLogger("z4j.runtime.pipeline.send")
 #: Maximum bytes of a frame. Signing and masking a larger one would block the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Lower bound of the limit for the events of one frame, in bytes. It holds even if their JSON grows
-#: much in the envelope.
+#: Minimum of the limit for the events of one frame, in bytes. The limit stays at this minimum even
+#: if the JSON of the events grows much in the envelope.
 MIN_PAYLOAD_BYTES = 512
 
-#: Seconds between two reads of the store without a wake-up, while a frame is in flight, rows are in
-#: memory only, or acknowledged rows have to be deleted.
+#: Maximum seconds between two reads of the store while a frame is in flight, rows are in memory
+#: only, or acknowledged rows have to be deleted. A wake-up causes an earlier read.
 POLL_BUSY = 2.0
 
-#: Seconds between two reads of the store without a wake-up, otherwise.
+#: Maximum seconds between two reads of the store in all other cases. A wake-up causes an earlier
+#: read.
 POLL_IDLE = 30.0
 
 #: Seconds between two checks for the last acks at shutdown.
 DRAIN_POLL = 0.02
 
-#: Rows of ``PRIORITY_KINDS`` sent before events get their turn.
+#: Maximum number of rows of ``PRIORITY_KINDS`` that are sent before the next events.
 MAX_PRIORITY_ROWS = 50
 
-#: Row kinds sent ahead of events, in insertion order, so that a command's result follows the
-#: schedule frames it reports.
+#: Kinds of rows that are sent before events. Such rows are sent in the order in which they were
+#: stored, so that a command's result follows the schedule frames that the result reports.
 PRIORITY_KINDS = (PROJECTION, RESULT)
 
 
 class Pacing:
-    """The number of events in the next frame, and the time of the next run. One per session.
+    """Decides how many events the next frame contains, and when the sender runs again.
 
-    In threads mode an ack can arrive while the sender runs. Callers hold the sender's window lock.
+    Each session has its own object. In threads mode an ack can arrive while the sender runs, so
+    callers hold the sender's window lock while they use ``window``.
     """
 
     def __init__(
@@ -75,24 +77,24 @@ class Pacing:
         return min(room, FRAME_EVENTS_MAX if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
-        """Return whether the read of ``events`` stopped at a limit, so the store may hold more.
+        """Return whether the read of ``events`` stopped at a limit. The store may then hold more.
 
-        Returns ``False`` also when the read stopped before a row of more than half a frame; a later
-        read returns that row.
+        If the read stopped before a row of more than half a frame, this may return ``False``. A
+        later read returns that row.
         """
         if self.synchronous_acks:
-            return bool(events)  # how many of them fit is known only after the upload
+            return bool(events)  # the number that fits is known only after the upload
         return (
             len(events) >= self.max_events(room)
             or sum(len(entry.payload) for entry in events) > self.payload_limit // 2
         )
 
     def on_frame_too_large(self, fits: int) -> None:
-        """Reduce the limit to the ``fits`` bytes that the brain accepts."""
+        """Reduce the limit of the payload to ``fits`` bytes, which the brain accepts."""
         self.payload_limit = max(MIN_PAYLOAD_BYTES, min(self.payload_limit, fits))
 
     def on_upload(self) -> None:
-        """Raise the limit a little: the batch that reduced it may have been an unusual one."""
+        """Raise the limit by 1/16, because the batch that reduced it may have been unusual."""
         self.payload_limit = min(self._max_payload, self.payload_limit + self.payload_limit // 16)
 
     def pause(self) -> float:
@@ -102,7 +104,7 @@ class Pacing:
     def idle_timeout(self, *, is_idle: bool) -> float:
         """Return the seconds after which the sender runs again without a wake-up.
 
-        :param is_idle: whether neither an ack nor work on the store is due.
+        :param is_idle: whether no ack is expected and the store has no work to do.
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
@@ -111,10 +113,11 @@ class Pacing:
 
 
 class ProjectionResend:
-    """The schedule rows in flight, and which of them were sent a second time.
+    """Tracks the schedule rows in flight, and the schedule rows that were sent twice.
 
-    The brain does not acknowledge a schedule frame that is out of sequence. If a row gets no ack
-    twice, an earlier row was lost, and only a new session with a new epoch can continue the stream.
+    The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent twice
+    without an ack, an earlier row was lost. Then only a new session with a new epoch can continue
+    the stream.
     """
 
     def __init__(self) -> None:
@@ -126,41 +129,45 @@ class ProjectionResend:
         self._in_flight.add(row_id)
 
     def on_acked(self, row_ids: set[int]) -> None:
-        """Remove acknowledged rows."""
+        """Remove acknowledged rows from the rows in flight."""
         self._in_flight.difference_update(row_ids)
 
     def on_ack_timeout(self) -> None:
-        """Record that all rows will be sent again.
+        """Record that all rows in flight will be sent again.
 
-        Raises ``ScheduleStreamError`` if one of them has been sent again before.
+        Raises ``ScheduleStreamError`` if one of these rows has already been sent twice.
         """
         if self._in_flight & self._resent:
             raise ScheduleStreamError(
-                "the brain acknowledges no schedules: a new session sends all of them again"
+                "the brain does not acknowledge schedules: a new session sends all schedules again"
             )
         self._resent, self._in_flight = self._in_flight, set()
 
 
 class Sender:
-    """Sends rows and deletes acknowledged ones. One sender serves all sessions, one after another.
+    """Sends rows to the brain, and deletes acknowledged rows from the store.
 
-    A row without an ack is sent again in the next session, with the same id and timestamp.
+    One sender serves all sessions, one after another.
+
+    A row without an ack is sent again in the next session. The row keeps its id and timestamp.
 
     A result has no ack of its own. The brain processes the frames of a connection in order, so the
-    ack of the next ``event_batch`` proves that the result has arrived. If there are no events, an
-    empty batch is sent.
+    ack of the next ``event_batch`` proves that the result has arrived. If there are no events, the
+    sender sends an empty batch.
 
-    A frame of a schedule stream contains one row. See :class:`ProjectionResend`.
+    Each row of a schedule stream is sent in a frame of its own. See :class:`ProjectionResend`.
 
-    Rows that ended two sessions are sent in isolation: nothing else is in flight, and the brain has
-    acknowledged a frame in this session. See :mod:`z4j_bare.pipeline.poison`.
+    Suspected rows, which may have ended two sessions, are sent in isolation. No other row is then
+    in flight, and the brain has already acknowledged a frame in this session. See
+    :mod:`z4j_bare.pipeline.poison`.
     """
 
     def __init__(self, buffer: BufferManager, backend: BaseConcurrency, counters: Counters) -> None:
         self._buffer = buffer
         self._backend = backend
         self._counters = counters
-        # Held by ``run``: the run of the last session may still wait for a slow disk.
+        # ``run`` holds this lock, because the run of the previous session may still wait for a slow
+        # disk.
         self._run_lock = backend.lock()
         # In threads mode an ack may arrive while another thread changes the window.
         self._window_lock = backend.lock()
@@ -168,9 +175,9 @@ class Sender:
         self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
         self._isolation = PoisonIsolation()
         self._projections = ProjectionResend()
-        # Ids of rows that were sent ahead of events and are not acknowledged.
+        # Ids of rows of ``PRIORITY_KINDS`` that were sent and are not acknowledged yet.
         self._priority_in_flight: set[int] = set()
-        # Ids of results that no ``event_batch`` has followed yet.
+        # Ids of results after which no ``event_batch`` has been sent yet.
         self._unconfirmed_results: list[int] = []
         self._generation = 0
         self._after_event = 0
@@ -179,7 +186,8 @@ class Sender:
     def run(self, connection: Connection) -> None:
         """Send until the session ends.
 
-        Raises ``NetworkError``, or ``RemoteError`` where the brain's answer comes with a send.
+        Raises ``NetworkError`` if the connection fails. Over a transport with synchronous acks,
+        raises ``RemoteError`` if the brain rejects a frame.
         """
         with self._run_lock:
             self._attach(connection)
@@ -193,23 +201,26 @@ class Sender:
                 raise
 
     def notify(self) -> None:
-        """Wake the sender: rows may have been stored. Callable from any task; never waits."""
+        """Wake the sender, because rows may have been stored.
+
+        Any task may call this. Never waits.
+        """
         connection = self._connection
         if connection is not None:
             connection.wake.set()
 
     def on_stored(self, events: int) -> None:
-        """Note that the flush loop has stored events.
+        """Record that the flush loop has stored events.
 
-        This wakes the sender, unless a frame is in flight, whose ack wakes it.
+        If no frame is in flight, this wakes the sender. Otherwise the ack of that frame wakes it.
         """
-        # Set this first, because an ack that arrives now reads it.
+        # Set ``maybe_pending`` first, because an ack that arrives now reads it.
         self._pacing.maybe_pending = self._pacing.maybe_pending or events > 0
         if not self._pacing.window.in_flight:
             self.notify()
 
     def on_ack(self, frame: str) -> None:
-        """Process an ``event_batch_ack`` for the frame of this id; called by the receive loop."""
+        """Process the ack of the frame whose id is ``frame``. The receive loop calls this."""
         connection, pacing = self._connection, self._pacing
         if connection is None:
             return
@@ -220,8 +231,8 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Schedule one wake-up for the end of the pause. Without a hub there is no timer: wake the
-        # sender now, and it waits for the end of the pause.
+        # Schedule one wake-up for the end of the pause. Without a hub there is no timer. In this
+        # case wake the sender now; the sender waits for the end of the pause.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 
@@ -233,7 +244,9 @@ class Sender:
         return self._is_idle()
 
     def drain(self, deadline: float, may_send: Callable[[], bool]) -> None:
-        """Send without pacing until the store is empty, ``deadline``, or ``may_send()`` is false.
+        """Send without pacing until the store is empty.
+
+        Returns earlier at ``deadline``, or when ``may_send()`` is false.
 
         :param deadline: in the backend's monotonic seconds.
         :param may_send: whether there is a session or one may start at once.
@@ -245,7 +258,7 @@ class Sender:
             self._backend.sleep(DRAIN_POLL)
 
     def disable_pacing(self) -> None:
-        """Send whatever the window has room for at once, until the session ends."""
+        """Send events without pauses, up to the window's limit, until the session ends."""
         self._pacing.window.disable_pacing()
         self.notify()
 
@@ -266,7 +279,7 @@ class Sender:
         return self._isolation.on_session_error(error, ids, self._buffer, self._generation)
 
     def _attach(self, connection: Connection) -> None:
-        """Start a session: everything that is not acknowledged will be sent again."""
+        """Start a session, in which all rows that are not acknowledged will be sent again."""
         limit = min(FRAME_BYTES, connection.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
         pacing = Pacing(
             limit, self._backend, synchronous_acks=connection.transport.synchronous_acks
@@ -323,7 +336,7 @@ class Sender:
             return self._send_isolated(connection, suspected)
         if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # without room no event was read
             pacing.maybe_pending = True
-        # One read returns about a frame of a schedule stream, so there may be more of it.
+        # One read returns about one row of a schedule stream, so the store may hold further rows.
         return any(row.kind == PROJECTION for row in results) or (
             pacing.maybe_pending and self._room() > 0
         )
@@ -341,7 +354,7 @@ class Sender:
         priority = (self._after_priority, MAX_PRIORITY_ROWS, PRIORITY_KINDS)
         events = (self._after_event, self._pacing.max_events(room), (EVENT,))
         found = self._buffer.read_next(priority, events, self._pacing.payload_limit)
-        if self._buffer.generation != self._generation:  # the store was replaced: new row ids
+        if self._buffer.generation != self._generation:  # the rows of a new store have new ids
             self._reset_cursors()
             self._priority_in_flight.clear()
             self._projections = ProjectionResend()
@@ -376,7 +389,7 @@ class Sender:
             self._send_batch(connection, ())
 
     def _send_priority(self, connection: Connection, entry: BufferEntry) -> None:
-        # Added first, because the ack may arrive before the send returns.
+        # The id is added first, because the ack may arrive before the send returns.
         self._priority_in_flight.add(entry.id)
         if entry.kind == PROJECTION:
             self._projections.on_sent(entry.id)
@@ -440,7 +453,7 @@ class Sender:
         self._count_sent(events)
 
     def _on_delivered(self, ids: Sequence[int]) -> None:
-        """Delete rows that the brain has received from the buffer."""
+        """Delete from the buffer the rows that the brain has received."""
         priority = self._priority_in_flight.intersection(ids)
         self._priority_in_flight.difference_update(priority)
         self._projections.on_acked(priority)
@@ -455,9 +468,9 @@ class Sender:
 
 
 def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
-    """Return the bytes that a payload may have if it grows in the envelope as this one did.
+    """Return the maximum bytes of a payload that grows in the envelope as much as ``payload``.
 
-    It grows because JSON in a JSON string needs a backslash before each quote.
+    A payload grows because JSON in a JSON string needs a backslash before each quote.
     """
     growth = max(1.0, (error.size - ENVELOPE_BYTES) / len(payload))
     return max(1, int((error.limit - ENVELOPE_BYTES) / growth) - len(event_batch([])))
@@ -472,9 +485,9 @@ def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
 
 
 def _count_fitting(payloads: Sequence[bytes], limit: int) -> int:
-    """Return how many payloads from the first on fit into ``limit`` bytes.
+    """Return how many of the first payloads fit into ``limit`` bytes together.
 
-    The result is at least one and never all of them.
+    The result is at least one. It is smaller than the number of payloads if there are several.
     """
     count = 0
     for payload in payloads[:-1]:

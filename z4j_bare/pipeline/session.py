@@ -1,4 +1,4 @@
-"""Sessions with the brain: connect, run the session's loops, wait, connect again."""
+"""Runs sessions with the brain: connects, runs the session's loops, waits, connects again."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ CLOCK_DRIFT = 1e-4
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
 
-#: Consecutive failures between two log lines at INFO. The first failure is logged as a warning, and
-#: so is every failure whose class differs from that of the failure before.
+#: Number of consecutive failures from one log line at INFO to the next. A failure is logged as a
+#: warning if it is the first, or if its class differs from the class of the previous failure.
 LOG_EVERY = 10
 
-#: Seconds before a loop that died is started again; doubled at each death.
+#: Seconds from the death of a loop to its restart. Each further death doubles the delay.
 RESTART_DELAY = 1.0
 
-#: Maximum of that delay in seconds. If a loop ran for longer than this, the next delay is
+#: Maximum of the restart delay in seconds. If a loop ran for longer than this, the next delay is
 #: ``RESTART_DELAY`` again.
 RESTART_DELAY_MAX = 60.0
 
 
 @implementer(IConnection)
 class Connection:
-    """One connection that the brain has accepted: sends signed frames and verifies received ones.
+    """One accepted connection, which sends signed frames and verifies received frames.
 
-    Any loop may send. The transport's lock keeps the sequence numbers in the order of the bytes.
+    Any loop may send. The transport's lock ensures that frames are written in the order of their
+    sequence numbers.
 
     :param transport: a connected transport.
     """
@@ -68,10 +69,11 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: Consecutive failures before this session by class, until the first ``agent_status``
-        #: reports them.
+        #: By failure class: the number of consecutive failures before this session. Empty after the
+        #: first ``agent_status``, which reports the numbers.
         self.failures_before: dict[str, int] = {}
-        #: Brain's clock minus this host's in seconds; ``None`` when ``hello_ack`` has no time.
+        #: The brain's clock minus this host's clock, in seconds; ``None`` when ``hello_ack`` has no
+        #: time.
         self.clock_offset = (
             None
             if self.hello_ack.server_time is None
@@ -118,8 +120,9 @@ class Connection:
         raise too_large
 
     def open(self, message: bytes) -> Frame:
-        """Verify a message and return it as z4j_core's model. Raises ``RemoteProtocolError``."""
-        # One read can return fifty commands, and nothing between them waits.
+        """Verify a message and return it as a model of z4j_core. Raises ``RemoteProtocolError``."""
+        # One read can return fifty commands, and the receive loop does not wait between two
+        # commands.
         self._timeslice.checkpoint()
         frame: Frame = self.session.verify(message, self._timeslice.checkpoint)
         return frame
@@ -131,9 +134,10 @@ class Connection:
     def relative_delay(self, sent_at: float) -> float:
         """Return by how many seconds a frame was slower than the fastest frame of this session.
 
-        The two clocks may differ, so a delay is only known relative to other frames. A frame is
-        read late if the worker was stopped or the hub was blocked. The reference time grows by
-        ``CLOCK_DRIFT``.
+        The clocks of the brain and of this host may differ, so a delay is only known relative to
+        other frames. A frame is read late if the worker was stopped or the hub was blocked. The
+        time of the fastest frame increases by ``CLOCK_DRIFT``, so that a drift of the clocks does
+        not count as delay.
 
         :param sent_at: the brain's timestamp of the frame, in seconds since the epoch.
         """
@@ -144,7 +148,7 @@ class Connection:
         return took - self._fastest
 
     def close(self) -> None:
-        """End the session. The receive loop wakes at once; the others end at their next wake-up."""
+        """End the session. This wakes the receive loop; other loops end at their next wake-up."""
         self.closing.set()
         self.wake.set()
         self.transport.abort()
@@ -154,17 +158,18 @@ class FallbackMonitor(Protocol):
     """Ends a long-poll session as soon as WebSocket works again."""
 
     def needs_recovery(self, connection: Connection) -> bool:
-        """Return whether this session may end for a better transport."""
+        """Return whether :meth:`monitor_recovery` has to run during this session."""
 
     def monitor_recovery(self, connection: Connection) -> None:
-        """Run until the session has ended or the better transport works."""
+        """Wait until the session has ended or WebSocket works again."""
 
 
 class SessionLoops:
-    """The loops that run while a connection lasts: sender, heartbeat, receiver, fallback monitor.
+    """Runs the loops of a connection: sender, heartbeat, receiver and fallback monitor.
 
     :param submit: accepts a command frame, its connection and its delay in seconds; must not wait.
-    :param heartbeat_seconds: the longest heartbeat interval; the brain may ask for a shorter one.
+    :param heartbeat_seconds: the maximum heartbeat interval; the brain may request a shorter
+        interval.
     """
 
     def __init__(
@@ -181,8 +186,9 @@ class SessionLoops:
         heartbeat_enabled: bool = True,
         status_enabled: bool = True,
     ) -> None:
-        #: Called without arguments at the start of each session, and at its end.
+        #: Functions to call at the start of each session.
         self.on_start: list[Callable[[], object]] = []
+        #: Functions to call at the end of each session.
         self.on_end: list[Callable[[], object]] = []
         self.sender = sender
         self._tasks: list[Task] = []
@@ -231,7 +237,7 @@ class SessionLoops:
             raise self.sender.on_session_error(connection, self._session_error(errors))
 
     def stuck(self, seconds: float) -> set[str]:
-        """Return the names of the session loops that have computed for over ``seconds``."""
+        """Return the names of session loops whose current step takes more than ``seconds``."""
         return {task.name for task in self._tasks if task.stuck(seconds)}
 
     def _heartbeat(self, connection: Connection) -> HeartbeatLoop:
@@ -246,14 +252,18 @@ class SessionLoops:
         )
 
     def _status(self, connection: Connection) -> bytes:
-        """Return an ``agent_status``; a session's first one reports the failures before it."""
+        """Return the payload of an ``agent_status`` frame.
+
+        The first such frame of a session reports the failures before the session.
+        """
         failures, connection.failures_before = connection.failures_before, {}
         return self._metrics.status(failures, connection.connected_at, self._identity.current)
 
     def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
-        """Return the error that names the cause.
+        """Return the error that names the cause of the session's end.
 
-        The sender's error only means that the connection is lost. The receiver's has a close code.
+        The sender's error only states that the connection was lost. The receiver's error contains a
+        close code.
         """
         coded = [error for error in errors if getattr(error, "code", None) is not None]
         error = next(
@@ -281,7 +291,7 @@ class SessionLoops:
             logger.exception(
                 "z4j: loop %s died; its session ends and a new one starts; please report it", name
             )
-            # This error of the session delays the next connect.
+            # The session ends with an error, so that the supervisor delays the next connect.
             errors.append(AgentError(f"loop {name} died of {type(error).__name__}"))
         finally:
             if not self._backend.forked():
@@ -291,10 +301,11 @@ class SessionLoops:
 class Supervisor:
     """Runs one session after another until it is stopped, and decides when to connect.
 
-    :param transport: makes the transport of one session.
-    :param hello: makes the ``hello`` frame; called at each connect, because capabilities can
+    :param transport: returns the transport for one session.
+    :param hello: returns the ``hello`` frame; called at each connect, because capabilities can
         change.
-    :param secret: returns the project's key; called at each connect, because it can be rotated.
+    :param secret: returns the project's key; called at each connect, because the key can be
+        rotated.
     :param serve: runs a session's loops; returns or raises when the session is over.
     """
 
@@ -325,14 +336,14 @@ class Supervisor:
 
     @property
     def is_active(self) -> bool:
-        """Whether there is a session, or one may start without a back-off before it."""
+        """Whether a session or a connect is in progress, or the first connect is still to come."""
         return not self._attempted or self._transport is not None
 
     def run(self, stop_event: IEvent) -> None:
-        """Keep a session until ``stop_event`` is set.
+        """Run one session after another until ``stop_event`` is set.
 
-        The first attempt is made even then, unless ``stop`` was called: a short script may call
-        ``AgentRuntime.stop`` before its loops have run.
+        Unless :meth:`stop` was called, the first connect is attempted even if ``stop_event`` is
+        already set. A short script may call ``AgentRuntime.stop`` before this loop has run.
         """
         while not (stop_event.is_set() and self._attempted) and not self._stopped:
             try:
@@ -343,7 +354,10 @@ class Supervisor:
                 self._on_failure(error, stop_event)
 
     def reconnect(self) -> None:
-        """End the session, if there is one, and connect now. Never waits; callable by any task."""
+        """End the session, if there is one, and connect without a delay.
+
+        Any task may call this. Never waits.
+        """
         self._reconnect_requested.set()
         if self.connection is not None:
             self.connection.close()
@@ -394,7 +408,8 @@ class Supervisor:
                 connection.hello_ack.session_id,
             )
         else:
-            # If every session fails right after its start, one line per session floods the log.
+            # If every session fails right after its start, a line at INFO per session would flood
+            # the log.
             flapping = sum(failures.values()) <= 1 and self._failures != 1
             level = logging.DEBUG if flapping else logging.INFO
             logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
@@ -437,7 +452,7 @@ class BackgroundLoops:
     ) -> None:
         """Add a loop that :meth:`start` spawns.
 
-        :param wake: makes a loop that does not wait for ``stop_event`` check it.
+        :param wake: wakes a loop that does not wait for ``stop_event``, so that the loop checks it.
         """
         self._added.append((run, name))
         if wake is not None:
@@ -449,7 +464,7 @@ class BackgroundLoops:
             self.spawn(run, name)
 
     def spawn(self, run: Callable[[IEvent], None], name: str, *, join: bool = True) -> Task:
-        """Run ``run(stop_event)`` in a task, and again whenever it dies.
+        """Call ``run(stop_event)`` in a task, and call it again whenever it raises an exception.
 
         :param join: whether :meth:`join` waits for the task and :meth:`stuck` reports it.
         """
@@ -459,7 +474,7 @@ class BackgroundLoops:
         return task
 
     def signal_stop(self) -> None:
-        """Set ``stop_event`` and wake the loops; waits for nothing."""
+        """Set ``stop_event`` and wake the loops. Never waits."""
         for wake in self._wakes:
             wake()
 
@@ -469,7 +484,7 @@ class BackgroundLoops:
             task.join(max(0.0, deadline - self._backend.now()))
 
     def stuck(self, seconds: float) -> set[str]:
-        """Return the names of the loops that have ended or computed for longer than ``seconds``."""
+        """Return the names of loops that have ended, or whose step takes more than ``seconds``."""
         return {task.name for task in self._tasks if task.stuck(seconds) or not task.alive()}
 
     def _run_with_restarts(self, run: Callable[[IEvent], None], name: str) -> None:

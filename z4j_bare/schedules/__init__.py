@@ -1,4 +1,4 @@
-"""The streams that publish schedules, and the operators' commands that change them."""
+"""The streams that publish schedules, and the operators' commands that change schedules."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from z4j_bare.schedules import ScheduleManager
     from z4j_bare.schedules.stream import Stream
 
-#: Carries out a command within a number of seconds.
+#: A handler, called as ``handler(command, schedules, seconds)``. It returns within ``seconds``.
 ScheduleAction = Callable[[Command, "ScheduleManager", float], CommandOutcome]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Enqueue the task of a schedule that is due in z4j's own scheduler."""
+    """Enqueue the task of a schedule that z4j's own scheduler has found due."""
     args, kwargs = command.arguments("args", "kwargs")
     queue = command.option("queue", str, "text") or None
     name = command.required("task_name")
@@ -34,22 +34,22 @@ def resync(command: Command, schedules: ScheduleManager, seconds: float) -> Comm
 
 
 def enable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Enable a schedule."""
+    """Enable a schedule through the adapter, and request a snapshot."""
     return _apply(command, schedules, "enable", "enable_schedule", seconds)
 
 
 def disable(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Disable a schedule."""
+    """Disable a schedule through the adapter, and request a snapshot."""
     return _apply(command, schedules, "disable", "disable_schedule", seconds)
 
 
 def trigger_now(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Run a schedule's task now."""
+    """Run a schedule's task now through the adapter, and request a snapshot."""
     return _apply(command, schedules, "trigger_now", "trigger_now", seconds)
 
 
 def delete(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Delete a schedule."""
+    """Delete a schedule through the adapter, and request a snapshot."""
     return _apply(command, schedules, "delete", "delete_schedule", seconds)
 
 
@@ -60,7 +60,7 @@ def activate(command: Command, schedules: ScheduleManager, seconds: float) -> Co
 
 
 def control(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Enable or disable a schedule of a stream."""
+    """Enable or disable a schedule, and store a confirmation in its stream."""
     # Imported here, because most processes have no scheduler.
     from z4j_bare.schedules import operations
 
@@ -69,7 +69,7 @@ def control(command: Command, schedules: ScheduleManager, seconds: float) -> Com
 
 
 def mutate(command: Command, schedules: ScheduleManager, seconds: float) -> CommandOutcome:
-    """Create, change, delete or trigger a schedule of a stream."""
+    """Create, change, delete or trigger a schedule, and publish its stream again."""
     from z4j_bare.schedules import operations
 
     stream = _stream(command, schedules)

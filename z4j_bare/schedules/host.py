@@ -29,12 +29,12 @@ CONNECT_TIMEOUT = 30.0
 #: Timeout in seconds for listing the adapter's capabilities. It may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
-#: Maximum bytes of a text in a published row, before the note that marks a truncated text. With the
-#: note the text stays below 8,192 bytes, above which the brain truncates it.
+#: Maximum bytes of a text in a published row. A longer text is truncated and gets a note. Text and
+#: note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Maximum bytes of a text in a command's result. It is higher, because a result repeats texts of
-#: rows, which must not be truncated again.
+#: Maximum bytes of a text in a command's result. A result repeats texts of rows, which must not be
+#: truncated again. Therefore this limit is higher than the limit for rows.
 MAX_RESULT_TEXT_BYTES = 8192
 
 
@@ -45,8 +45,8 @@ class SchedulerHost:
     def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Redacts rows by the brain's rules. The brain redacts them again. If that changes a row,
-        #: the row no longer matches its digest.
+        #: Redacts rows by the brain's rules. The brain redacts each row again. If its redaction
+        #: changed a row, the row would no longer match its digest.
         self.redactor = Redactor(
             _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
         )
@@ -55,7 +55,7 @@ class SchedulerHost:
         self._capabilities: list[str] = []
 
     def connect(self, changed: Callable[[], object]) -> None:
-        """Call ``changed()`` whenever the adapter signals a change; never raises."""
+        """Make each signal of the adapter call ``changed()``; never raises."""
         connect = getattr(self.scheduler, "connect_signals", None)
         if connect is None:
             return
@@ -79,7 +79,10 @@ class SchedulerHost:
             logger.warning("z4j: could not disconnect the signals of %s", self.name, exc_info=True)
 
     def capabilities(self) -> list[str]:
-        """Return the adapter's capabilities, or the previous ones on failure; never raises."""
+        """Return the adapter's capabilities; never raises.
+
+        If the adapter fails, this returns the capabilities that the adapter reported before.
+        """
         try:
             names = self._bridge.call(self.scheduler.capabilities, timeout=CAPABILITIES_TIMEOUT)
             self._capabilities = sorted(map(str, names))
@@ -90,21 +93,21 @@ class SchedulerHost:
     def schedules(self, timeout: float) -> list[Schedule]:
         """Return all schedules.
 
-        Raises any exception of the adapter: in an incomplete list a missing schedule would count as
-        deleted.
+        Raises any exception of the adapter. An incomplete list is not returned, because a schedule
+        that is missing from the list would count as deleted.
         """
         return list(self.invoke("list_schedules", timeout=timeout))
 
     def schedule(self, identity: str, timeout: float) -> Schedule | None:
-        """Return a schedule by its id, or ``None`` if there is none."""
+        """Return the schedule with this id, or ``None`` if the adapter has no such schedule."""
         found: Schedule | None = self.invoke("get_schedule", identity, timeout=timeout)
         return found
 
     def invoke(self, method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
         """Call a method of the adapter.
 
-        Raises ``CommandError`` if the adapter lacks it, ``TimeoutError``, and any exception of the
-        adapter.
+        Raises ``CommandError`` if the adapter has no such method, ``TimeoutError`` after
+        ``timeout`` seconds, and any exception that the adapter raises.
         """
         method = getattr(self.scheduler, method_name, None)
         if not callable(method):

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.manager")
 
-#: Seconds from a signal to the snapshot, so that a deployment that saves a hundred schedules causes
-#: one snapshot.
+#: Seconds from a signal to the snapshot. Further signals in this time cause no further snapshot,
+#: for example when a deployment saves a hundred schedules.
 DEBOUNCE = 0.5
 
-#: Seconds between two checks of an idle loop. A signal from a thread of the host may fail to wake
-#: the loop.
+#: Maximum seconds between two checks for changes. The loop checks without a wake-up, because a
+#: signal from a thread of the host may fail to wake it.
 IDLE_INTERVAL = 30.0
 
 
@@ -76,7 +76,11 @@ class ScheduleManager:
             stream.revoke()
 
     def stream(self, name: object) -> Stream:
-        """Return the stream of the named scheduler, or of the only one. Raises ``CommandError``."""
+        """Return the stream of the scheduler ``name``.
+
+        Without a name, return the stream of the only scheduler. Raises ``CommandError`` if there is
+        no such stream.
+        """
         if not name and len(self.streams) == 1:
             return next(iter(self.streams.values()))
         if not isinstance(name, str) or name not in self.streams:
@@ -85,7 +89,10 @@ class ScheduleManager:
         return self.streams[name]
 
     def resync(self, seconds: float) -> dict[str, Any]:
-        """Publish all streams within ``seconds``; return how many, and why others were skipped."""
+        """Publish all streams within ``seconds``.
+
+        The result contains the number of published streams, and the reason for each skipped stream.
+        """
         published, skipped = 0, {}
         deadline = self._backend.now() + seconds
         for name, stream in self.streams.items():
@@ -152,7 +159,7 @@ def _stream(
 def scheduler_hosts(
     adapters: Sequence[SchedulerAdapter], bridge: Bridge, config: Config
 ) -> list[SchedulerHost]:
-    """Return the hosts of scheduler adapters."""
+    """Return a ``SchedulerHost`` for each adapter."""
     if not adapters:
         return []
     # Imported here, because most processes have no scheduler.

@@ -1,4 +1,4 @@
-"""Operators' changes to a scheduler's schedules, and the projections that confirm them."""
+"""Operators' changes to a scheduler's schedules, and the projections that confirm the changes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 #: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: Fields that the scheduler updates at each run. In a confirmation the brain expects the values
-#: that it sent.
+#: Fields that the scheduler updates at each run. In a confirmation the brain expects the values of
+#: these fields from its command.
 _RUN_FIELDS = ("last_run_at", "total_runs")
 
 
 def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Enable or disable one schedule and confirm it; return the command's result.
+    """Enable or disable one schedule and confirm the change; return the command's result.
 
-    Raises ``CommandError`` for another stream, for a schedule that has changed, and if the
-    scheduler rejects the change.
+    Raises ``CommandError`` if the command is for another epoch or sequence number of the stream, if
+    the schedule has changed since the command was sent, or if the scheduler rejects the change.
     """
     operation, key = _text(parameters, "operation_id"), _text(parameters, "source_key")
     desired = _desired(parameters)
@@ -50,7 +50,7 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
             desired
         ):
             raise CommandError(
-                f"schedule {key} is not in the requested state afterwards", indeterminate=True
+                f"schedule {key} is not in the requested state after the change", indeterminate=True
             )
         fields = {**row.fields, **{name: desired[name] for name in _RUN_FIELDS}}
         sequence = stream.confirm(Row(row.source, fields, canonical_plain(fields)), operation)
@@ -63,10 +63,12 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
 
 
 def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Create, change, delete or trigger a schedule, and publish; return the command's result.
+    """Create, change, delete or trigger a schedule; return the command's result.
 
-    Raises ``CommandError`` and any exception of the adapter. An error after the scheduler made the
-    change is indeterminate.
+    Afterwards this publishes all schedules of the stream.
+
+    Raises ``CommandError`` and any exception of the adapter. If the scheduler made the change and
+    publishing fails, the ``CommandError`` is marked as indeterminate.
     """
     operation, identity = _text(parameters, "operation"), _text(parameters, "operation_id")
     if operation not in OPERATIONS:
@@ -140,7 +142,7 @@ def _require_unchanged(
 ) -> dict[str, Any]:
     """Return the adapter's unredacted schedule.
 
-    Raises ``CommandError`` if its configuration is not ``expected``.
+    Raises ``CommandError`` if the configuration of the schedule differs from ``expected``.
     """
     row = _require_row(stream, key, remaining)
     current = external_schedule_configuration(row.fields)
@@ -163,7 +165,7 @@ def _desired(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration without ``is_enabled``."""
+    """Return the configuration of a schedule without ``is_enabled``."""
     return {
         name: value
         for name, value in external_schedule_configuration(dict(fields)).items()

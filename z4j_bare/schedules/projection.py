@@ -1,8 +1,8 @@
 """Projections of schedules: rows, snapshots and digests (``docs/protocol.md``, "Schedules").
 
-A row is encoded once. Bodies, digests and events are assembled around its bytes. ``z4j_core``
-defines the same bodies as dictionaries, and a property test compares the two. The module does no
-I/O.
+Each row is encoded once. Bodies, digests and events contain the encoded bytes of the row.
+``z4j_core`` defines the same bodies as dictionaries, and a property test compares both results. The
+module does no I/O.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ if TYPE_CHECKING:
 
     from z4j_bare.events.redaction import Redactor
 
-#: Maximum bytes of rows in one frame. The complete frame stays below the sender's limit of 128 KiB.
+#: Maximum bytes of all rows in one frame. The complete frame stays below the sender's limit of 128
+#: KiB. A larger row is sent in a frame of its own.
 MAX_CHUNK_BYTES = 96 * 1024
 
-#: Maximum bytes of one row: half the brain's frame of 1 MiB.
+#: Maximum bytes of one row. It is half of 1 MiB, the brain's maximum size of a frame.
 MAX_ROW_BYTES = 512 * 1024
 
-#: Maximum nesting levels of arguments. The brain redacts everything below level 64, and counts its
-#: envelope too.
+#: Maximum nesting levels of a schedule. The brain redacts all values below level 64, and also
+#: counts the levels of the envelope.
 MAX_DEPTH = 50
 
-#: Fields that identify a row and must stay unique. If redaction would change one, a digest replaces
-#: it.
+#: Fields that identify a row and must stay unique. If redaction would change such a field, a digest
+#: replaces its value.
 _IDENTIFIERS = ("source_key", "external_id", "name")
 
 Checkpoint = Callable[[], None]
@@ -61,7 +62,7 @@ class Authority:
     def from_parameters(cls, parameters: Mapping[str, Any], owner: str) -> Authority:
         """Parse a command's parameters.
 
-        Raises ``CommandError`` if they grant no authority over ``owner``.
+        Raises ``CommandError`` if the parameters grant no authority over ``owner``.
         """
         texts = [
             parameters.get(name)
@@ -104,7 +105,11 @@ class Authority:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One schedule: the adapter's fields, and the redacted ones as dict and as canonical bytes."""
+    """One schedule.
+
+    ``source`` contains the adapter's fields, and ``fields`` the redacted fields. ``encoded`` is
+    ``fields`` as canonical bytes.
+    """
 
     source: dict[str, Any]
     fields: dict[str, Any]
@@ -112,19 +117,19 @@ class Row:
 
     @property
     def adapter_key(self) -> str:
-        """The adapter's key of the schedule."""
+        """The key by which the adapter identifies the schedule."""
         return str(self.source["source_key"])
 
     @property
     def key(self) -> str:
-        """The brain's key of the schedule."""
+        """The key by which the brain identifies the schedule."""
         return str(self.fields["source_key"])
 
 
 def make_row(schedule: Schedule, owner: str, redactor: Redactor) -> Row:
     """Return an adapter's schedule as a redacted row.
 
-    Raises ``ValueError`` if it cannot be published.
+    Raises ``ValueError`` if the schedule cannot be published.
     """
     source = normalize_external_schedule(
         to_json_types(_fields_of(schedule), MAX_DEPTH), owner=owner
@@ -151,7 +156,7 @@ def public_key(name: str, redactor: Redactor) -> str:
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return rows in the order of a snapshot. Raises ``ValueError`` if two have the same key."""
+    """Return the rows sorted by key. Raises ``ValueError`` if two rows have the same key."""
     ordered = sorted(rows, key=lambda row: row.key)
     for first, second in pairwise(ordered):
         if first.key == second.key:
@@ -164,8 +169,8 @@ def snapshot(
 ) -> list[bytes]:
     """Return the events of a complete snapshot: frames of rows, then the terminal frame.
 
-    ``rows`` come from :func:`sort_rows`. ``checkpoint`` is called after each row and may yield to
-    other tasks.
+    ``rows`` must be a result of :func:`sort_rows`. ``checkpoint`` is called after each row, and may
+    yield to other tasks.
     """
     snapshot_body = authority.body(
         sequence, kind="snapshot", complete=True, operation_id=None, deleted_source_keys=[]
@@ -215,9 +220,9 @@ def digest(fields: Mapping[str, Any]) -> str:
 
 
 def _fields_of(schedule: Schedule) -> Mapping[str, Any]:
-    """Return the fields of an adapter's model.
+    """Return the fields of a schedule, which is a model.
 
-    Values that are not JSON are converted to text by the caller.
+    Some values may not be JSON types. The caller converts these values to text.
     """
     try:
         fields: Mapping[str, Any] = schedule.model_dump(mode="json")
@@ -242,9 +247,9 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _splice_rows(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
-    """Yield the canonical bytes of a body with its rows, in pieces."""
-    # The marker occurs once: in a string its quotes would be escaped, and no other key of the body
-    # is ``schedules``.
+    """Yield the canonical bytes of a body that contains ``rows``, in pieces."""
+    # The marker occurs only once. Inside a string, the quotes of the marker would be escaped. The
+    # body has only one key ``schedules``.
     head, marker, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
     yield head + marker
     for number, row in enumerate(rows):

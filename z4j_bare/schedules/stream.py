@@ -1,4 +1,4 @@
-"""The stream of one scheduler: authority, sequence numbers, and order of projections."""
+"""The stream of one scheduler, with its authority, sequence numbers and order of projections."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.stream")
 
-#: Timeout of one listing in seconds. The adapters' own timeouts are 10 or 15 s.
+#: Timeout in seconds of reading all schedules once. The adapters' own timeouts are 10 or 15 s.
 LIST_TIMEOUT = 20.0
 
-#: Returns the seconds that remain; raises ``CommandError`` when none do.
+#: Returns the seconds until a deadline; raises ``CommandError`` after the deadline.
 Remaining = Callable[[], float]
 
 
@@ -33,9 +33,9 @@ class Stream:
     """Stores all projections of one scheduler, one at a time.
 
     In each epoch the brain expects consecutive sequence numbers from 1, and a complete snapshot as
-    the first projection. It grants a new epoch in every session, so no sequence number has to be
-    stored. Projections of an older epoch are acknowledged and ignored (``docs/protocol.md``,
-    "Schedules").
+    the first projection. The brain grants a new epoch in every session, so the sequence number is
+    kept in memory only. The brain acknowledges projections of an older epoch, and ignores them
+    (``docs/protocol.md``, "Schedules").
 
     :param on_stored: called after rows were stored, to wake the sender.
     """
@@ -60,7 +60,7 @@ class Stream:
         self._on_stored = on_stored
         self._lock = backend.lock()
         self._latest: Authority | None = None
-        #: By the brain's key: the adapter's key, for schedules whose key is redacted.
+        #: Maps the brain's key to the adapter's key, for schedules whose key is redacted.
         self._adapter_keys: dict[str, str] = {}
 
     def revoke(self) -> None:
@@ -78,7 +78,9 @@ class Stream:
             parameters.get("owner", self.name) != self.name
             or parameters.get("stable_source") is not True
         ):
-            raise CommandError(f"only the owner of {self.name} can publish it, as a stable source")
+            raise CommandError(
+                f"the command does not name {self.name} as the owner and as a stable source"
+            )
         with self._exclusive(seconds) as remaining:
             self._accept(authority)
             try:
@@ -88,7 +90,7 @@ class Stream:
                 raise
 
     def snapshot(self, reason: str, seconds: float = LIST_TIMEOUT) -> bool:
-        """Publish if the stream is active; return whether it was.
+        """Publish all schedules if the stream is active; return whether the stream was active.
 
         Raises any exception of the adapter.
         """
@@ -117,7 +119,7 @@ class Stream:
     # -- methods for a task that has locked the stream
 
     def row(self, key: str, remaining: Remaining) -> Row | None:
-        """Return the current row of a schedule, or ``None`` if there is none with this key."""
+        """Return the current row of the schedule with this key, or ``None`` if none exists."""
         schedule = self.host.schedule(self.adapter_key(key), remaining())
         if schedule is None:
             return None
@@ -135,7 +137,7 @@ class Stream:
         return self.sequence
 
     def publish(self, reason: str, remaining: Remaining) -> Published:
-        """Store a complete snapshot."""
+        """Read all schedules, and store and return a complete snapshot."""
         self.changed = False
         rows = self._rows(min(remaining(), LIST_TIMEOUT))
         authority = self._require_authority()
@@ -200,7 +202,10 @@ class Stream:
 
 
 class Published:
-    """A stored snapshot: ``facts`` for the command's result, and the rows by key."""
+    """A stored snapshot.
+
+    ``facts`` are fields of a command's result. ``rows`` contains the rows by key.
+    """
 
     def __init__(self, facts: dict[str, Any], rows: list[Row]) -> None:
         self.facts = facts

@@ -1,4 +1,4 @@
-"""The choice of a session's transport: WebSocket, or long-poll behind proxies that block it."""
+"""Chooses the transport of each session: WebSocket, or long-poll if a proxy blocks WebSocket."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.auto")
 
-#: The values of ``Z4J_TRANSPORT``; the last two are also the names of the transports.
+#: The values of ``Z4J_TRANSPORT``. ``ws`` and ``longpoll`` are also the names of the transports.
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds before the first attempt at WebSocket while long-poll is in use. Each failure doubles the
-#: delay.
+#: Seconds from the fallback to long-poll to the first new attempt at WebSocket. Each failed attempt
+#: doubles the delay.
 PROBE_DELAY_INITIAL = 60.0
 
-#: Maximum seconds between two attempts at WebSocket.
+#: Maximum seconds between two attempts at WebSocket while long-poll is in use.
 PROBE_DELAY_MAX = 3600.0
 
-#: After this many consecutive failures WebSocket counts as blocked, even if each of them can have
-#: another cause.
+#: Number of consecutive failures after which WebSocket counts as blocked, for failures that are no
+#: proof alone, such as a timeout.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
 HEALTH_TIMEOUT = 5.0
 
-#: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
+#: The lowest close code of WebSocket. An error code below it is an HTTP status.
 _MIN_CLOSE_CODE = 1000
 
 
 class FallbackPolicy:
     """Decides between WebSocket and long-poll.
 
-    It does no I/O and has no clock: ``now`` is monotonic time in seconds.
+    The policy does no I/O and reads no clock. Callers pass ``now``, the monotonic time in seconds.
 
-    :param preference: ``auto``, ``ws`` or ``longpoll``. Only ``auto`` ever changes the transport.
+    :param preference: ``auto``, ``ws`` or ``longpoll``. With ``ws`` and ``longpoll`` the transport
+        never changes.
     """
 
     def __init__(self, preference: str = AUTO) -> None:
         self.preference = preference
         #: The transport in use. ``auto`` begins with WebSocket.
         self.name = LONGPOLL if preference == LONGPOLL else WS
-        #: When WebSocket is tried again; infinite while it is in use.
+        #: Monotonic time of the next attempt at WebSocket; infinite if none is planned.
         self.next_probe_at = float("inf")
         self._probe_delay = Backoff(PROBE_DELAY_INITIAL, PROBE_DELAY_MAX)
         self._failures = 0
@@ -66,7 +67,7 @@ class FallbackPolicy:
 
     @property
     def probe_interval(self) -> float:
-        """Seconds between the last decision for long-poll and the next attempt at WebSocket."""
+        """Seconds from the fallback, or from a failed attempt at WebSocket, to the next attempt."""
         return self._probe_delay.delay
 
     def next_transport(self, now: float) -> str:
@@ -76,13 +77,16 @@ class FallbackPolicy:
     def on_websocket_failure(
         self, error: AgentError, now: float, is_reachable: Callable[[], bool]
     ) -> bool:
-        """Process a failed WebSocket connect; return whether to try long-poll at once.
+        """Process a failed connect over WebSocket; return whether to use long-poll at once.
 
-        An HTTP status other than 101 proves that WebSocket is blocked. Server errors, resets and
-        timeouts have to occur twice. All failures count only if ``is_reachable()``, which requests
-        the brain's health route. Statuses 401 and 403 are proof as well: the brain rejects tokens
-        after the upgrade, so these come from a proxy. If they do come from the brain, the probe of
-        long-poll is rejected too.
+        An HTTP status below 500, except 429, proves that WebSocket is blocked. A status of 500 or
+        more, a reset and a timeout count as proof if two such failures follow each other. The
+        policy falls back to long-poll only if ``is_reachable()``, which requests the brain's health
+        route.
+
+        Statuses 401 and 403 are proof as well, because the brain checks the token after the
+        upgrade, so a proxy has sent the status. If the brain has sent it after all, the brain also
+        rejects the connect over long-poll.
         """
         if self.preference != AUTO:
             return False
@@ -95,14 +99,14 @@ class FallbackPolicy:
             return False
         self.name = LONGPOLL
         self._failures = 0
-        # If WebSocket worked only briefly, the delay is not reset and continues to grow.
+        # The delay is reset only if WebSocket has worked for longer than the delay.
         if now - self._recovered_at > self.probe_interval:
             self._probe_delay.reset()
         self.next_probe_at = now + self.probe_interval
         return True
 
     def postpone_probe(self, now: float) -> None:
-        """Schedule the next attempt at WebSocket after one that failed."""
+        """Increase the delay after a failed attempt at WebSocket, and schedule the next attempt."""
         self._probe_delay.increase()
         self.next_probe_at = now + self.probe_interval
 
@@ -115,9 +119,9 @@ class FallbackPolicy:
             self.name, self.next_probe_at = WS, float("inf")
 
     def on_longpoll_failure(self, error: AgentError) -> None:
-        """Process a failed long-poll connect.
+        """Process a failed connect over long-poll.
 
-        Return to WebSocket if the brain answered and rejected the request for long-poll.
+        If the brain answered and rejected the request, the next session uses WebSocket.
         """
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
@@ -127,7 +131,7 @@ class FallbackPolicy:
 def _blocking_evidence(error: AgentError) -> int:
     """Return how strongly ``error`` indicates a blocked WebSocket.
 
-    0 means not at all, and ``FAILURES_BEFORE_FALLBACK`` means proof.
+    0 means no indication, and ``FAILURES_BEFORE_FALLBACK`` means proof.
     """
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
@@ -135,20 +139,20 @@ def _blocking_evidence(error: AgentError) -> int:
     if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
         # A close code proves that WebSocket works. After 429 a fallback would only add requests.
         return 0
-    # A proxy also returns 502 while the brain starts.
+    # A status of 500 or more is no proof, because a proxy also returns 502 while the brain starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
 
 
 class TransportFactory:
     """Creates the transport of each session.
 
-    It loads certificates and the library of the preferred transport in its constructor, because
-    doing so later would block a hub.
+    The constructor loads the certificates and imports the library of the preferred transport.
+    Later, either would block the hub.
 
     :param preference: ``auto``, ``ws`` or ``longpoll``.
-    :param token: called at every connect.
+    :param token: returns the token; called at every connect.
 
-    Raises ``HostConfigurationError``.
+    Raises ``HostConfigurationError`` if a setting is not valid.
     """
 
     def __init__(
@@ -194,7 +198,7 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        # Imported here, because few processes need it.
+        # Imported here, because few processes use long-poll.
         longpoll = self._backend.import_module("z4j_bare.transport.longpoll")
         self._limits = self._limits or longpoll.LearnedLimits()
         transport: LongPollTransport = longpoll.LongPollTransport(
@@ -203,16 +207,17 @@ class TransportFactory:
         return transport
 
     def is_reachable(self) -> bool:
-        """Whether the brain's health route answers with 200."""
+        """Return whether the brain's health route answers with status 200."""
         try:
             return self.health(HEALTH_TIMEOUT).status == HTTPStatus.OK
         except NetworkError:
             return False
 
     def health(self, timeout: float) -> Response:
-        """Request the brain's health route.
+        """Request the brain's health route and return the response.
 
-        Raises ``NetworkError``, also after ``timeout`` seconds without data.
+        Raises ``NetworkError`` if the connection fails, or if no data arrives for ``timeout``
+        seconds.
         """
         http = self._backend.import_module("z4j_bare.transport.http")
         client: Client = http.Client(self._api_url, {}, self._backend, self._tls)
@@ -222,7 +227,7 @@ class TransportFactory:
             client.close()
 
     def probe_websocket(self) -> bool:
-        """Whether a WebSocket upgrade succeeds."""
+        """Return whether a WebSocket upgrade succeeds."""
         transport = self.websocket()
         try:
             transport.upgrade()
@@ -234,14 +239,14 @@ class TransportFactory:
             transport.close()
 
     def needs_recovery(self, connection: Connection) -> bool:
-        """Whether :meth:`monitor_recovery` has to run during this session."""
+        """Return whether :meth:`monitor_recovery` has to run during this session."""
         return self.policy.preference == AUTO and connection.transport.name == LONGPOLL
 
     def monitor_recovery(self, connection: Connection) -> None:
         """Probe WebSocket at growing intervals during a long-poll session.
 
-        Returns when WebSocket works, after the session has been drained, or when the session has
-        ended.
+        Returns when the session has ended. If a probe succeeds, this method drains the session and
+        returns. The end of this loop ends the session, and the next session uses WebSocket.
         """
         while not self._backend.wait(
             connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())
@@ -268,7 +273,7 @@ class AutoTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Connect over WebSocket or long-poll, or over both in turn; see ``ITransport``."""
+        """Connect over WebSocket, over long-poll, or over both in turn; see ``ITransport``."""
         policy, previous = self._policy, self._policy.name
         if policy.next_transport(self._backend.now()) == WS:
             websocket = self._factory.websocket()

@@ -1,8 +1,8 @@
 """A non-blocking socket that waits through the concurrency backend.
 
-This has three effects. The copy of a loop in a forked child ends before it uses the parent's
-socket. Two threads never use a TLS object at the same time. Timeouts are the same in every
-concurrency mode.
+The class has three purposes. In a forked child, ``recv`` and ``send`` raise ``ForkedChildError``
+before they use the parent's socket. Two threads never use a TLS object at the same time. Timeouts
+work in the same way in every concurrency mode.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ class CooperativeSocket:
         timeout: float,
         send_timeout: float,
     ) -> None:
-        # Not ``settimeout`` with 0: eventlet's TLS socket treats that as an expired deadline.
+        # ``settimeout(0)`` cannot be used, because eventlet's TLS socket treats 0 as an expired
+        # deadline.
         sock.setblocking(False)
         self._sock = sock
         self._backend = backend
         self._timeout = timeout
         self.send_timeout = send_timeout
         self._read_buffer = b""
-        # Only native threads compete for it, and hold it for one non-blocking call.
+        # A thread holds this lock only during one non-blocking call. Greenlets never wait for the
+        # lock.
         self._lock = threading.Lock()
 
     def recv(self, size: int) -> bytes:
@@ -57,23 +59,23 @@ class CooperativeSocket:
         return data
 
     def send(self, data: bytes) -> int:
-        """Write a part of ``data`` and return its length."""
+        """Write ``data`` or its first bytes; return the number of bytes written."""
         return self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True)
 
     def try_send(self, data: bytes) -> None:
         """Write ``data`` without waiting.
 
-        Raises ``OSError`` when the socket has no space for it.
+        Raises ``OSError`` if the socket's buffer has no space.
         """
         with self._lock:
             self._sock.send(data)
 
     def gettimeout(self) -> float:
-        """Return 0, so that ``websocket-client`` uses no selector around ``recv`` and ``send``."""
+        """Return 0, so that ``websocket-client`` does not wait with a selector of its own."""
         return 0.0
 
     def settimeout(self, timeout: float | None) -> None:
-        """Set the read timeout in seconds; ``None`` keeps the current one."""
+        """Set the read timeout in seconds; ``None`` keeps the current timeout."""
         self._timeout = self._timeout if timeout is None else timeout
 
     def fileno(self) -> int:
@@ -87,7 +89,8 @@ class CooperativeSocket:
     def close(self) -> None:
         """Release the file descriptor.
 
-        Only the owner may call this, after all readers and writers have left.
+        Only the owner may call this, and only after all calls of ``recv`` and ``send`` have
+        returned.
         """
         self._sock.close()
 
@@ -96,14 +99,15 @@ class CooperativeSocket:
     ) -> _Result:
         while True:
             if self._backend.forked():
-                raise ForkedChildError  # a copy of a loop; the socket belongs to the parent
+                raise ForkedChildError  # the socket belongs to the parent process
             try:
                 with self._lock:
                     return action()
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # The class is compared by name, because plain connections must not import ssl.
+                # The error's class is compared by name, because a plain connection must not import
+                # ssl.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise

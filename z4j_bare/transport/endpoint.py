@@ -19,8 +19,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
     """Return the parts of the brain's URL, including a path prefix.
 
-    Raises ``HostConfigurationError`` for a URL that is not HTTP, and for plain HTTP to another host
-    unless ``dev_mode`` is set.
+    Raises ``HostConfigurationError`` if the scheme is neither ``http`` nor ``https``. Plain HTTP to
+    a host outside :data:`LOOPBACK` raises it as well, unless ``dev_mode`` is set.
     """
     parts = urlsplit(brain_url.rstrip("/"))
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -51,10 +51,11 @@ def tls_context(
 ) -> ssl.SSLContext:
     """Return a TLS context that verifies the certificate and the host name.
 
-    One context serves all connections and is made at start, because loading the CA certificates
-    takes 20 ms of CPU. Without ``ca_bundle`` (``Z4J_CA_BUNDLE``) they come from
-    ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order. Raises
-    ``HostConfigurationError`` that names a file which cannot be used.
+    Loading the CA certificates takes 20 ms of CPU, so the agent creates one context at start and
+    uses it for all connections. If ``ca_bundle`` (``Z4J_CA_BUNDLE``) is not set, the CA
+    certificates come from ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order.
+
+    Raises ``HostConfigurationError`` if a file cannot be used. The error text names the file.
     """
     import ssl
 

@@ -6,20 +6,20 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that delimit the parts of a URL. A password that contains them unescaped is split at
-#: them.
+#: Characters that delimit the parts of a URL. If a password contains such a character unescaped, an
+#: error text may quote only a part of the password.
 _SEPARATORS = re.compile(r"[:/?#@]")
 
-#: Minimum characters of a part of a password that is replaced. A shorter part reveals little, and
-#: occurs in other text by chance.
+#: Minimum number of characters of a password, or of a part of it, for which it is replaced. A
+#: shorter part reveals little, and occurs in other text by chance.
 _MIN_SECRET_CHARS = 3
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the error's type and the first line of its text.
+    """Return the error's type and at most 200 characters of the first line of its text.
 
-    Libraries quote a URL that they cannot parse, for example a proxy's URL with a password. The
-    passwords in the proxy variables are replaced by ``***``.
+    A library's error text can quote a URL, for example a proxy's URL with its password. Therefore
+    this function replaces the passwords from the proxy environment variables by ``***``.
     """
     text = printable(str(error).split("\n", 1)[0])
     for secret in sorted(_proxy_secrets(), key=len, reverse=True):

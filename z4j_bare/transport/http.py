@@ -1,6 +1,6 @@
 """An HTTP client for the long-poll routes: ``requests`` on sockets that wait through the backend.
 
-This module imports ``requests``. Import it only when long-poll is needed.
+This module imports ``requests``. The agent imports it only when long-poll is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds for DNS, TCP and TLS together, per address.
+#: Timeout in seconds of DNS, TCP and TLS together, for each address of the host.
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds after which an idle connection is not used again. The brain closes an idle connection
@@ -37,17 +37,17 @@ KEEPALIVE_SECONDS = 4.0
 #: Maximum bytes of a response. A response with 50 commands is far smaller.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 
-#: Bytes of a response that are read in one step.
+#: Maximum bytes of a response that are read in one step.
 _READ_SIZE = 64 * 1024
 
-#: Errors of the libraries for malformed URLs and responses. A proxy URL without a host raises
-#: ``TypeError``.
+#: Exceptions that the libraries raise for malformed URLs and responses. A proxy URL without a host
+#: raises ``TypeError``.
 _MALFORMED = (ValueError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response of any status. The names in ``headers`` are case-insensitive."""
+    """An HTTP response with any status. The names in ``headers`` are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -55,7 +55,7 @@ class Response:
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds of ``Retry-After``. A date, which is rare, counts as absent."""
+        """The seconds in ``Retry-After``; ``None`` if it is absent or a date, which is rare."""
         text = self.headers.get("Retry-After", "")
         return float(text) if text.isdecimal() else None
 
@@ -63,7 +63,7 @@ class Response:
 class HttpSocket:
     """A connected socket for ``http.client`` on top of a :class:`CooperativeSocket`.
 
-    Any task can shut it down, and a forked child cannot use it.
+    Any task may call ``shutdown``. In a forked child, reads and writes raise ``ForkedChildError``.
     """
 
     def __init__(self, sock: socket.socket, backend: BaseConcurrency) -> None:
@@ -78,15 +78,16 @@ class HttpSocket:
             rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # accepts any buffer
 
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
-        """Return a reader.
+        """Return a buffered reader.
 
-        As in a real socket, ``close`` takes effect when all readers are closed.
+        As with ``socket.socket``, ``close`` releases the file descriptor only after all readers
+        have been closed.
         """
         self._readers += 1
         return io.BufferedReader(_Reader(self._socket, self._reader_closed))
 
     def settimeout(self, timeout: float | None) -> None:
-        """Set the timeout of reads and writes: seconds without progress."""
+        """Set the seconds that one read or write may wait; ``None`` keeps the current timeouts."""
         if timeout is not None:
             self._socket.settimeout(timeout)
             self._socket.send_timeout = timeout
@@ -103,7 +104,7 @@ class HttpSocket:
             pass  # already disconnected
 
     def close(self) -> None:
-        """Release the file descriptor as soon as all readers are closed."""
+        """Release the file descriptor as soon as all readers have been closed."""
         self._closed = True
         self._release()
 
@@ -141,10 +142,11 @@ class Client:
 
     :param base: the URL that paths are appended to.
     :param headers: sent with each request.
-    :param tls: the TLS context for an ``https`` URL. No other setting affects certificates.
+    :param tls: the TLS context for an ``https`` URL. No other setting affects the check of
+        certificates.
 
-    Proxies come from the environment, including ``NO_PROXY``. Nothing else does, because a
-    ``.netrc`` would replace the token.
+    The client reads the proxy variables, including ``NO_PROXY``, from the environment. It does not
+    read a ``.netrc`` file, which would replace the token.
     """
 
     def __init__(
@@ -159,11 +161,11 @@ class Client:
         self._last_used_at = 0.0
         self._aborted = False
         self._socket: HttpSocket | None = None
+        # The session keeps the cookies of a load balancer, because all requests must reach the same
+        # brain process.
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
-        # The session keeps the cookies of a load balancer, because all requests must reach the same
-        # brain process.
         self._session.headers.update(
             {"User-Agent": "z4j-bare", "Accept-Encoding": "identity", **headers}
         )
@@ -180,10 +182,10 @@ class Client:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """Send a request and return the response, whatever its status. Redirects are not followed.
+        """Send a request and return the response, also one with an error status or a redirect.
 
-        ``timeout`` is the number of seconds without a byte from the brain after which the request
-        fails. Raises ``NetworkError``.
+        Raises ``NetworkError`` if the connection fails, or if no byte arrives from the brain for
+        ``timeout`` seconds.
         """
         if self._backend.forked():
             raise ForkedChildError
@@ -207,9 +209,10 @@ class Client:
         return Response(response.status_code, response.headers, content)
 
     def abort(self) -> None:
-        """Abort the connection and prevent new ones. Callable from any task. Idempotent.
+        """Shut down the connection and refuse new connections.
 
-        In a forked child the connection is not touched.
+        Any task may call this, also repeatedly. In a forked child this does not change the
+        connection, because the connection belongs to the parent process.
         """
         self._aborted = True
         if self._socket is not None and not self._backend.forked():
@@ -261,7 +264,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
-        # The base class would add the CA certificates of requests to the context.
+        # The base class would add the CA certificates of ``requests`` to the agent's TLS context.
         del url, verify, cert
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"
@@ -279,7 +282,7 @@ def _pools(
             self.sock = wrap_socket(self.sock)
 
         @property
-        def is_connected(self) -> bool:  # calls a patched select, which would run the hub
+        def is_connected(self) -> bool:  # urllib3 calls select; patched, it would run the hub
             connection: Any = super()
             return bool(backend.call_blocking(lambda: connection.is_connected))
 
@@ -308,7 +311,10 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the cause inside the errors of ``requests`` and ``urllib3``, or a ``ProxyError``."""
+    """Return the innermost cause of an error of ``requests`` or ``urllib3``.
+
+    The search ends at a ``ProxyError``, because the text of its cause does not mention the proxy.
+    """
     while not isinstance(error, ProxyError):
         inner = getattr(error, "reason", None)
         if not isinstance(inner, BaseException):

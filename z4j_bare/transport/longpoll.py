@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.longpoll")
 
-#: Timeout of the probe in seconds.
+#: Timeout in seconds of the first request of a session.
 PROBE_TIMEOUT = 10.0
 
 #: Timeout of an upload in seconds.
 POST_TIMEOUT = 15.0
 
-#: Duration of a poll in seconds. The brain responds earlier if there is a command.
+#: Duration of a poll in seconds. The brain responds earlier if it has a command.
 POLL_WAIT = 30
 
-#: Minimum duration of a poll in seconds, for networks in which a proxy ends longer polls early.
+#: Minimum duration of a poll in seconds. The duration is reduced down to this value if a proxy ends
+#: longer polls early.
 MIN_POLL_WAIT = 5
 
 #: Seconds by which the timeout of a poll exceeds its duration.
@@ -54,36 +55,38 @@ POLL_GRACE = 10.0
 #: Minimum seconds from the start of one poll to the next.
 MIN_POLL_INTERVAL = 0.25
 
-#: Minimum seconds from the start of a poll without commands to the next poll. A cache may respond
-#: to such a poll at once.
+#: Minimum seconds from the start of a poll that returned no command to the next poll. It limits the
+#: rate of polls to which a cache responds at once.
 EMPTY_POLL_INTERVAL = 1.0
 
 #: Maximum commands in the response to a poll.
 MAX_COMMANDS = 50
 
-#: Maximum uploads in a burst.
+#: Number of uploads that may follow each other without a delay.
 UPLOAD_BURST = 30
 
-#: Uploads per second after a burst. The brain allows 600 requests a minute from one address, which
-#: includes polls and all other workers of that address.
+#: Maximum uploads per second after a burst. The brain allows 600 requests a minute from one IP
+#: address. This number includes polls and the requests of all other workers at that address.
 UPLOAD_RATE = 5.0
 
-#: Initial limit of a request body in bytes. It is halved after each rejection.
+#: Initial limit of a request body in bytes. The agent halves the limit after each rejection.
 BODY_LIMIT_INITIAL = 128 * 1024
 
 #: The brain's default limit of a request body in bytes.
 BODY_LIMIT_DEFAULT = 8 * 1024
 
-#: Lowest limit of a request body in bytes.
+#: Lowest value, in bytes, of the limit of a request body.
 BODY_LIMIT_MIN = 1024
 
 #: Bytes that a request body adds to a frame.
 WRAPPER_BYTES = len(b'{"frames":[""]}')
 
-#: Seconds between two checks, while draining, whether all commands have been received.
+#: Seconds between two checks whether all polled commands have been received, while a session is
+#: drained.
 DRAIN_POLL_INTERVAL = 0.05
 
-#: The capability of an engine that can receive retry commands. A request header announces it.
+#: The capability of an engine to which the brain may send retry commands. A request header names
+#: the engines with this capability.
 RETRY_CONTRACT = "retry_by_reference_v1"
 
 _NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy respond instead?"
@@ -102,7 +105,7 @@ class LearnedLimits:
     project_id: str = ""
 
     def reject_body(self, size: int) -> None:
-        """Halve the limit until a body of ``size`` bytes exceeds it."""
+        """Halve the limit until it is less than ``size`` bytes or reaches ``BODY_LIMIT_MIN``."""
         while self.body_limit >= size and self.body_limit > BODY_LIMIT_MIN:
             self.body_limit //= 2
 
@@ -114,13 +117,16 @@ class LearnedLimits:
 
 @dataclass(slots=True)
 class TokenBucket:
-    """A token bucket for uploads. It has no clock."""
+    """A token bucket that limits the rate of uploads. It reads no clock."""
 
     tokens: float = UPLOAD_BURST
     updated_at: float = 0.0
 
     def take(self, now: float) -> float:
-        """Take one token and return the seconds to wait before its use."""
+        """Take one token; return the seconds to wait before the upload.
+
+        :param now: monotonic time in seconds.
+        """
         refilled = self.tokens + (now - self.updated_at) * UPLOAD_RATE
         self.tokens = min(float(UPLOAD_BURST), refilled) - 1
         self.updated_at = now
@@ -146,7 +152,7 @@ class _Poller:
     def receive(self, timeout: float) -> bytes | None:
         """Return the next frame, or ``None`` after ``timeout`` seconds.
 
-        The first call starts the task.
+        The first call starts the polling task.
         """
         if self._task is None and not self.aborted:
             self._task = self._backend.spawn(self._run, name="z4j-poll")
@@ -162,7 +168,7 @@ class _Poller:
         return None
 
     def drain(self) -> None:
-        """Stop polling; wait until the current poll's frames have been received."""
+        """Stop polling, and wait until the frames of the current poll have been received."""
         self._draining = True
         if self._task is not None:
             self._backend.wait(self._stopped, POLL_WAIT + POLL_GRACE)
@@ -175,7 +181,10 @@ class _Poller:
         self._ready.set()
 
     def close(self) -> None:
-        """Release the connection. If the polling task was started, it does this at its end."""
+        """Release the connection, unless the polling task has started.
+
+        The polling task releases the connection when the task ends.
+        """
         if self._task is None:
             self._client.close()
 
@@ -226,10 +235,10 @@ class _Poller:
 
 @implementer(ITransport)
 class LongPollTransport:
-    """One long-poll session: one upload at a time, and one poll at the same time in its own task.
+    """One long-poll session, which uploads one frame at a time and polls in a separate task.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
-    :param token: called at every connect, because a token file can be rotated.
+    :param token: returns the token; called at every connect, because a token file can be rotated.
     :param limits: shared by all sessions of the process.
     :param tls: the TLS context for an ``https`` URL.
     """
@@ -258,9 +267,9 @@ class LongPollTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Probe the routes with a new nonce; return a ``hello_ack`` made from the response headers.
+        """Send a first request with a new nonce; make a ``hello_ack`` from the response headers.
 
-        Long-poll has no ``hello`` frame. Request headers contain a part of it.
+        Long-poll has no ``hello`` frame. Request headers contain a part of the fields of ``hello``.
         """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
@@ -290,7 +299,7 @@ class LongPollTransport:
     def send(self, build: Callable[[], bytes]) -> int:
         """Sign and upload one frame.
 
-        When this returns, the brain has stored it; see ``ITransport``.
+        When this returns, the brain has stored the frame; see ``ITransport``.
         """
         with self._send_lock:
             if self._uploads is None or self._aborted:
@@ -311,7 +320,7 @@ class LongPollTransport:
         return self._poller.receive(timeout)
 
     def drain(self) -> None:
-        """Stop polling; wait until the current poll's commands have been received.
+        """Stop polling, and wait until the commands of the current poll have been received.
 
         A command in the response to an aborted poll would be lost and never run.
         """
@@ -319,7 +328,10 @@ class LongPollTransport:
             self._poller.drain()
 
     def abort(self) -> None:
-        """Abort both connections and wake the reader. Callable from any task. Idempotent."""
+        """Abort both connections and wake the receiving task.
+
+        Any task may call this, also repeatedly.
+        """
         self._aborted = True
         if self._poller is not None:
             self._poller.aborted = True
@@ -371,8 +383,8 @@ class LongPollTransport:
                 "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
             )
         except NetworkError:
-            # A proxy that rejects a large body may close the connection before its response can
-            # be read.
+            # A proxy that rejects a large body may close the connection before its response can be
+            # read. Therefore a lost connection counts as a rejection of a large body.
             if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
                 limits.reject_body(len(body))
             raise
@@ -399,8 +411,8 @@ class LongPollTransport:
 def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
     reason = _reason(response)
     if response.status == HTTPStatus.CONFLICT and first_upload:
-        # The nonce is new and the probe succeeded, so the brain can only have rejected the
-        # signature.
+        # Status 409 means that the brain rejected either the nonce or the signature. The nonce is
+        # new and the first request succeeded, so the brain rejected the signature.
         text = (
             "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
             f"the brain rejected a signature ({reason})"

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, per address. It is also the timeout
-#: of ``hello_ack``.
+#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, for each address of the host. The
+#: wait for ``hello_ack`` has the same timeout.
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds that a frame may wait for space in the socket before the connection counts as lost.
 SEND_TIMEOUT = 20.0
 
-#: Seconds without a byte from the brain after which the agent pings. The brain pings every 60 s.
+#: Seconds without a byte from the brain after which the agent sends a ping. The brain sends a ping
+#: every 60 s.
 PING_AFTER = 30.0
 
 #: Seconds without a byte from the brain after which the connection counts as lost.
@@ -37,18 +38,18 @@ DEAD_AFTER = 75.0
 #: Maximum bytes of an incoming frame. The brain's frames are far below 1 MiB.
 MAX_FRAME_BYTES = 2 * 1024 * 1024
 
-#: The close code for a normal end.
+#: The close code that reports a normal end of the session.
 NORMAL_CLOSURE = 1000
 
-#: Bytes of an outgoing message that are masked in one step.
+#: Maximum bytes of an outgoing message that are masked in one step.
 MASK_CHUNK = 4096
 
-# The header of a frame (RFC 6455, 5.2).
+# The next constants describe the header of a frame (RFC 6455, 5.2).
 
 #: The first byte of a complete binary message.
 _BINARY = 0x82
 
-#: The mask bit of the second byte.
+#: The bit of the second byte that marks a masked message.
 _MASKED = 0x80
 
 #: The values of the second byte that announce a length field of 16 or of 64 bits.
@@ -63,7 +64,7 @@ class WebSocketTransport:
     """One WebSocket session.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.websocket_url`.
-    :param token: called at every connect, because a token file can be rotated.
+    :param token: returns the token; called at every connect, because a token file can be rotated.
     :param tls: the TLS context for a ``wss`` URL.
     """
 
@@ -103,13 +104,16 @@ class WebSocketTransport:
         return answer
 
     def upgrade(self) -> None:
-        """Connect up to HTTP 101. This alone also tests whether WebSocket works at all."""
+        """Open the connection and complete the WebSocket upgrade (HTTP 101).
+
+        ``TransportFactory.probe_websocket`` calls only this method.
+        """
         import websocket
 
         # ``WebSocket.connect`` accepts TLS options as well, but ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        # The library would check UTF-8 in a Python loop, which takes 0.3 s per MiB. The JSON parser
-        # checks it as well.
+        # The library would check UTF-8 in a Python loop, which takes 0.3 s per MiB. The check is
+        # disabled, because the JSON parser checks UTF-8 as well.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -123,7 +127,7 @@ class WebSocketTransport:
             ) from None
         except (websocket.WebSocketException, OSError, ValueError) as error:
             status = self._ws.getstatus()
-            if status is not None:  # only for a redirect, which the library treats as success
+            if status is not None:  # set only for a redirect, which the library accepts
                 raise close_codes.error_for_http_status(
                     status, "a redirect: set Z4J_BRAIN_URL to its target"
                 ) from None
@@ -133,8 +137,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # The library answers a close frame. If that fails, the error hides the close code.
-        # Therefore ``abort`` sends the answer instead.
+        # The library would answer a close frame. If the answer could not be sent, the error would
+        # hide the close code. Therefore ``abort`` sends the answer instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -156,7 +160,10 @@ class WebSocketTransport:
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
-        """Return the next data message. Answers pings, and sends a ping after a long silence."""
+        """Return the next data message; see ``ITransport``.
+
+        This also answers pings, and sends a ping after ``PING_AFTER`` seconds without data.
+        """
         import websocket
 
         try:
@@ -178,18 +185,18 @@ class WebSocketTransport:
         )
 
     def abort(self) -> None:
-        """Abort the connection. Callable from any task.
+        """Abort the connection. Any task may call this.
 
-        ``WebSocket.close`` is not used, because it hangs while a reader waits.
+        ``WebSocket.close`` is not used, because it hangs while another task waits for data.
 
-        A close frame is sent if the socket accepts it at once and no other frame is being written.
-        In a forked child this does nothing, because the connection belongs to the parent.
+        This sends a close frame if no other frame is being written and the socket has space for it.
+        In a forked child this does nothing, because the connection belongs to the parent process.
         """
         sock = getattr(self._ws, "sock", None)
         if sock is None or self._backend.forked():
             return
         try:
-            # Until the upgrade is complete the socket is a plain one.
+            # Before the upgrade is complete, the socket is not yet a ``CooperativeSocket``.
             if isinstance(sock, CooperativeSocket) and not self._sending:
                 sock.try_send(_close_frame())
             sock.shutdown(socket.SHUT_RDWR)
@@ -236,8 +243,9 @@ class WebSocketTransport:
 class BinaryFrame:
     """A complete binary message, for ``WebSocket.send_frame`` in place of the library's ``ABNF``.
 
-    ``websocket-client`` masks a message as one large integer, with eight copies of it: 115 to 260
-    us for 60 KB and 420 us for 126 KB. In chunks it takes 85 and 170 us.
+    ``websocket-client`` masks a message as one large integer and copies the integer eight times.
+    This takes 115 to 260 us for 60 KB, and 420 us for 126 KB. Masking in chunks takes 85 us for 60
+    KB, and 170 us for 126 KB.
     """
 
     __slots__ = ("_data", "get_mask_key")
@@ -258,7 +266,7 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
     width = min(MASK_CHUNK, 4 * (len(data) // 4 + 1))
     mask = int.from_bytes(key * (width // 4), "little")
     chunks = (data[start : start + width] for start in range(0, len(data), width))
-    # If the last chunk is shorter than the mask, the rest of the mask is cut off.
+    # The last chunk may be shorter than the mask. Its result is cut to the length of the chunk.
     return [
         (int.from_bytes(chunk, "little") ^ mask).to_bytes(width, "little")[: len(chunk)]
         for chunk in chunks
@@ -273,7 +281,7 @@ def close_error(data: bytes) -> AgentError:
 
 
 def preload() -> None:
-    """Import ``websocket-client`` at start: the import takes 0.2 s and would block a hub later."""
+    """Import ``websocket-client`` at start, because the import blocks a hub for 0.2 s."""
     import websocket  # noqa: F401
 
 
@@ -294,7 +302,7 @@ def _close_frame() -> bytes:
 def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
     """Return ``read`` with a check that rejects frames over ``MAX_FRAME_BYTES``.
 
-    The library would wait for the whole frame and process nothing else.
+    Without this check, the library would wait for the whole frame and process no other frame.
     """
 
     def bounded(size: int) -> bytes:
@@ -306,6 +314,6 @@ def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """Return the seconds of a ``Retry-After``. A date, which is rare, counts as absent."""
+    """Return the seconds in ``Retry-After``; ``None`` if it contains a date, which is rare."""
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None

@@ -353,7 +353,7 @@ def test_call_from_loop_step_is_refused(bridge):
 
     async def call_again():
         await asyncio.sleep(0)
-        with pytest.raises(AgentError, match="wait for itself"):
+        with pytest.raises(AgentError, match="wait for its own loop"):
             bridge.call(int, timeout=5)
         return 1
 

@@ -1,4 +1,4 @@
-"""Probes Celery's broker: whether it is reachable, and the depths of its queues.
+"""Checks whether Celery's broker is reachable, and measures the depths of its queues.
 
 The adapter's health check cannot be used for this. Its ``broker_connected`` stays true while the
 broker is down, and its ``queue_depths`` are empty on both Redis and AMQP.
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from kombu import Connection
     from kombu.transport.virtual import Channel
 
-#: Maximum number of measured queues. The brain reads 1,024 from a heartbeat.
+#: Maximum number of queues whose depth a probe measures. The brain reads at most 1,024 queues from
+#: a heartbeat.
 MAX_QUEUES = 100
 
 #: AMQP's reply code for a missing queue. RabbitMQ sends it as a number, and kombu's virtual
@@ -30,7 +31,8 @@ NOT_FOUND = "404"
 class BrokerProbe:
     """Probes the broker over its own connection, which is renewed after a failure.
 
-    :param queues: returns the queues to measure; called by each probe, because they can change.
+    :param queues: returns the names of the queues to measure. Each probe calls this function,
+        because the queues can change.
     """
 
     def __init__(self, engine: str, app: Celery, queues: Callable[[], Iterable[str]]) -> None:
@@ -41,10 +43,11 @@ class BrokerProbe:
         self._channel: Channel | None = None
 
     def __call__(self) -> Mapping[str, str]:
-        """Return ``<engine>.broker_connected`` and ``.queue_depths`` or ``.broker_error``.
+        """Return ``<engine>.broker_connected`` and other entries for the heartbeat.
 
-        ``.broker_type`` is kombu's name of the transport: ``redis``, ``amqp``, ``sqs``, ``memory``.
-        Does not raise.
+        ``.broker_error`` is the class of the error, empty without an error. If the broker is
+        reachable, there are also ``.queue_depths`` and ``.broker_type``, which is kombu's name of
+        the transport: ``redis``, ``amqp``, ``sqs`` or ``memory``. Does not raise.
         """
         reused = self._channel is not None
         try:
@@ -57,7 +60,7 @@ class BrokerProbe:
             self.close()
             if reused:  # the broker may have been restarted since the channel was opened
                 return self()
-            # Reports only the class, because the text may contain the broker's password.
+            # Only the class is reported, because the text may contain the broker's password.
             return self._entries(broker_connected="False", broker_error=type(error).__name__)
         return self._entries(
             broker_connected="True",
@@ -90,16 +93,16 @@ class BrokerProbe:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
             # AMQP closes the channel after an error. Redis does not, so the channel is kept: a new
-            # one costs six round trips.
+            # channel costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
-                return 0  # an empty queue does not exist in Redis, which deletes empty lists
+                return 0  # Redis deletes an empty list, so an empty queue does not exist
             raise
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
-    """Return a function that returns this worker's queues, or the app's queues without a worker."""
+    """Return a function that returns the queue names of this worker, or of the app without one."""
 
     def names() -> Iterable[str]:
         task_consumer = getattr(consumer, "task_consumer", None)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds of a command's time that are not used, so that this module reports an error before the
-#: caller's timeout.
+#: Seconds before the caller's timeout at which a command ends, so that this module can report an
+#: error before the caller gives up.
 RESERVE = 0.5
 
 #: Maximum seconds to wait until the first process of a restarted pool has been replaced. Busy
@@ -34,7 +34,7 @@ _FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"
 _CANNOT_CANCEL = "it cannot end a running task, or remove a task that waits in it"
 _NO_PROCESSES = "it has no processes that could be replaced"
 
-#: Why a pool cannot be resized, cannot end a running task, or cannot be restarted (Celery 5.7).
+#: The reasons, by pool, why a pool cannot be resized, end a task or be restarted (Celery 5.7).
 _NO_RESIZE = {"threads": _FIXED_SIZE, "solo": "it runs one task at a time"}
 _NO_TERMINATE = {"threads": _CANNOT_CANCEL, "solo": _CANNOT_CANCEL}
 _NO_RESTART = dict.fromkeys(("gevent", "eventlet", "threads", "solo"), _NO_PROCESSES)
@@ -57,9 +57,10 @@ class CeleryControls:
     def restart_worker(self, worker: str, *, seconds: float) -> CommandOutcome:
         """Replace every process of a prefork pool after its current task, or after its next one.
 
-        billiard checks for a restart before each task, and an idle process already waits for one.
-        So the result says how many processes are still pending. The new processes are forked from
-        the same parent and do not load new code.
+        billiard checks for a restart before it waits for a task. An idle process already waits, so
+        it restarts after its next task. The result contains the number of processes that have not
+        been replaced yet. The new processes are forked from the same parent and do not load new
+        code.
         """
         deadline = self._deadline(seconds)
         node = self._resolve_capable(worker, deadline, _NO_RESTART)
@@ -119,7 +120,8 @@ class CeleryControls:
     ) -> CommandOutcome:
         """Limit how often each worker, or only the named one, may start a task.
 
-        :param rate: ``10/m``, ``5`` (a second), or ``0`` for no limit.
+        :param rate: a number of tasks per second (``5`` or ``5/s``), minute (``10/m``) or hour
+            (``10/h``), or ``0`` for no limit.
         """
         deadline = self._deadline(seconds)
         if not _is_rate(rate):
@@ -159,7 +161,7 @@ class CeleryControls:
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
-        if _runs_in_this_solo_worker(task_id):  # the worker reads the command after the task's end
+        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task's end
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
         holder, running = self._find_task(task_id, deadline)
         if holder is not None and holder.pool in _NO_TERMINATE:
@@ -279,7 +281,7 @@ def _task_state(reply: object, task_id: str) -> str | None:
 
 
 def _is_limited(registered: Iterable[object] | None, task: str, rate: str) -> bool:
-    """Whether a worker lists the task with the rate, as in ``shop.pay [rate_limit=10/m]``."""
+    """Return whether ``registered`` lists the task and rate: ``shop.pay [rate_limit=10/m]``."""
     return any(
         str(entry).split(" ", 1)[0] == task and f"rate_limit={rate}]" in str(entry)
         for entry in registered or ()
@@ -287,9 +289,9 @@ def _is_limited(registered: Iterable[object] | None, task: str, rate: str) -> bo
 
 
 def _runs_in_this_solo_worker(task_id: str) -> bool:
-    """Whether the task runs in this process, in a solo pool.
+    """Return whether the task runs in this process, in a solo pool.
 
-    In a solo pool one thread runs the tasks and reads the control commands.
+    In a solo pool the same thread runs the tasks and reads the control commands.
     """
     pool = getattr(ready_worker(), "pool", None)
     state: Any = sys.modules.get("celery.worker.state")

@@ -28,11 +28,11 @@ logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 #: Maximum seconds of one wait for events.
 POLL_TIMEOUT = 0.5
 
-#: Seconds before a failed connection is renewed, after the first failure. On Redis the events that
-#: are sent meanwhile are lost.
+#: Seconds before a connection is renewed after its first failure. On Redis the events that are sent
+#: meanwhile are lost.
 BACKOFF_INITIAL = 0.5
 
-#: Maximum seconds before a failed connection is renewed.
+#: Maximum seconds before a connection is renewed after repeated failures.
 BACKOFF_MAX = 15.0
 
 #: Seconds after which a connection counts as stable and resets the back-off.
@@ -42,17 +42,17 @@ STABLE_SECONDS = 60.0
 #: does not detect a lost peer. Workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
-#: Seconds without an event after which the reading of the last events ends, at the stop.
+#: When the receiver stops, it reads until no event has arrived for this many seconds.
 DRAIN_IDLE = 0.2
 
-#: Maximum seconds of the reading of the last events, at the stop.
+#: Maximum seconds that the receiver reads the last events when it stops.
 DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Whether kombu was imported before the patching, so that it uses the original ``select``."""
+    """Return whether kombu uses the original ``select``, as it was imported before the patching."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
@@ -61,9 +61,8 @@ def patched_late() -> bool:
 class EventReceiver:
     """Reads the event exchange of a Celery app.
 
-    :param on_event: called with each decoded event. It may raise for a malformed one, which is
-        counted.
-    :param on_tick: called after each wait for events; must neither wait nor raise.
+    :param on_event: called with each decoded event. If it raises, the event counts as unreadable.
+    :param on_tick: called after each wait for events. It must neither wait nor raise.
     """
 
     name = "z4j-celery-events"
@@ -90,7 +89,10 @@ class EventReceiver:
         self._finished.set()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read events until ``stop_event`` is set, then those sent before. Reconnects."""
+        """Read events until ``stop_event`` is set, then the events that were sent before.
+
+        A failed connection is renewed.
+        """
         if self._backend.name in _HUBS and patched_late():
             logger.warning(
                 "z4j: this process imported kombu before it was patched for %s. Waiting for the"
@@ -132,14 +134,14 @@ class EventReceiver:
             self._listen(connection, stop_event)
             self._drain_last(connection)
         finally:
-            # In a forked child the socket is the parent's, and releasing it would cancel the
-            # parent's subscription.
+            # A forked child shares the socket with its parent. If the child released the
+            # connection, it would cancel the parent's subscription.
             if not self._backend.forked():
                 self._backend.call_blocking(_release, connection)
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        # Logs only the class, because the text may contain the broker's password.
+        # Only the class is logged, because the error's text may contain the broker's password.
         logger.log(
             logging.WARNING if self._delays.delay == BACKOFF_INITIAL else logging.DEBUG,
             "z4j: cannot read Celery's events from the broker (%s); retrying until it works",
@@ -147,7 +149,7 @@ class EventReceiver:
         )
 
     def _subscribe(self, connection: Connection) -> None:
-        connection.connect()  # raises at once, whereas the first use would retry without a limit
+        connection.connect()  # without this call the first use would retry without a limit
         receiver = self._app.events.Receiver(connection)
         consumer = connection.Consumer(
             queues=[receiver.queue],
@@ -186,8 +188,8 @@ class EventReceiver:
                 raise
             return False
         if self._messages == before:
-            # The transport returned without a message. It may do so repeatedly, and the loop must
-            # not block the hub.
+            # The transport may return without a message many times in a row. The loop must not
+            # block the hub meanwhile.
             self._backend.sleep(SLICE_SECONDS)
         return True
 

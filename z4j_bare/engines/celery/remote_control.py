@@ -1,4 +1,4 @@
-"""Celery's remote control: commands to live workers, which are addressed by name in the brain."""
+"""Sends remote control commands to live Celery workers. Callers use the brain's worker names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ T = TypeVar("T")
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
-#: Seconds without a reply after which a broadcast ends; the number of workers is unknown.
+#: Seconds without a reply after which a broadcast to all workers ends. The number of replies to
+#: expect is unknown.
 GATHER_TIMEOUT = 1.5
 
 #: Seconds between two checks of a command's effect.
@@ -31,7 +32,7 @@ EFFECT_TIMEOUT = 15.0
 #: Maximum number of cached worker names. Names accumulate where hosts are often replaced.
 MAX_CACHED_NAMES = 1000
 
-#: The ``-P`` name of a pool, where it differs from the module name of the pool's class.
+#: Maps the module name of a pool's class to the pool's ``-P`` name, if the two names differ.
 _POOL_NAMES = {"thread": "threads"}
 
 
@@ -54,7 +55,8 @@ class Node:
     def size(self) -> int:
         """How many tasks the worker runs at a time.
 
-        For prefork that is the number of processes: its ``max-concurrency`` is the initial value.
+        For a prefork pool this is the current number of processes, because ``max-concurrency``
+        remains the initial number.
         """
         processes = self._pool_stats().get("processes")
         if self.pool == "prefork" and processes:
@@ -72,9 +74,9 @@ class Node:
 
 
 class RemoteControl:
-    """Sends remote control commands to workers. Its methods block; loops must not call them.
+    """Sends remote control commands to workers. The methods block, so no loop may call them.
 
-    Deadlines are values of :meth:`now`.
+    A deadline is a time on the clock of :meth:`now`.
 
     :param alias: returns a worker's name in the brain.
     """
@@ -87,7 +89,7 @@ class RemoteControl:
         self._node_names: dict[str, str] = {}
 
     def now(self) -> float:
-        """Return monotonic seconds."""
+        """Return the monotonic time in seconds."""
         return self._backend.now()
 
     def broadcast(
@@ -105,7 +107,7 @@ class RemoteControl:
                 self._broadcast, command, arguments, to, max(0.1, timeout)
             )
         except Exception as error:
-            # Reports only the class, because the text may contain the broker's password.
+            # Only the class is reported, because the text may contain the broker's password.
             raise CommandError(
                 f"the broker failed: {type(error).__name__}", indeterminate=True
             ) from error
@@ -122,7 +124,7 @@ class RemoteControl:
         with broker_connection(self._app) as connection:
             connection.connect()
             mailbox = self._app.control.mailbox(connection)
-            mailbox.producer_pool = None  # else the command is published on the app's pool
+            mailbox.producer_pool = None  # otherwise kombu publishes on a connection of the pool
             if to is None:
                 return mailbox.multi_call(command, arguments, timeout=timeout)
             return mailbox.call([to], command, arguments, timeout=timeout)
@@ -156,7 +158,7 @@ class RemoteControl:
     def refresh(self, node: Node, deadline: float) -> Node:
         """Return the worker with current statistics.
 
-        :raises CommandError: if it does not reply.
+        :raises CommandError: if the worker does not reply.
         """
         answers = self.broadcast("stats", self._reply_time(deadline), to=node.name)
         if node.name not in answers:

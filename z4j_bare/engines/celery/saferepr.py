@@ -1,7 +1,8 @@
 """Parses arguments and results from the ``saferepr`` text in a worker's events.
 
-Celery writes the values in Python's notation, limits length and depth, and escapes only quotes.
-Redaction selects by key, so the structure has to be recovered. What cannot be parsed remains text.
+Celery writes the values in Python's notation, limits their length and depth, and escapes only
+quotes. Redaction selects values by their keys, so this module recovers the structure. Text that
+cannot be parsed remains text.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 #: Maximum characters parsed of one text. Celery's default limit is 1,024.
 MAX_TEXT = 8 * 1024
 
-#: Maximum number of brackets and commas that are examined in text that cannot be parsed. The text
-#: after them becomes one value.
+#: Maximum number of brackets, commas and colons that are examined in text that cannot be parsed.
+#: When the limit is reached, the rest of the text becomes part of the same value.
 MAX_STEPS = 2000
 
-#: Marks what Celery or a limit of this module left out.
+#: The text that stands for values that Celery or a limit of this module left out.
 CUT = "[... cut]"
 
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
@@ -49,11 +50,12 @@ def bound(value: object) -> Any:
 def parse(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
     """Return the value that ``text`` describes, in JSON types.
 
-    Does not raise. Takes 0.3 ms for 1,000 characters of short pairs. Tuples and sets become lists,
-    bytes the name of their class, and other objects stay text.
+    Does not raise. Takes 0.3 ms for 1,000 characters of short pairs. Tuples and sets become lists.
+    Bytes become the text ``<builtins.bytes>``. Other objects remain text, called opaque text here.
 
-    :param is_sensitive_key: whether the value of a key must be redacted. If opaque text contains
-        such a word, all opaque text is redacted, because the end of the value is unknown.
+    :param is_sensitive_key: returns whether the value of a key must be redacted. If opaque text
+        contains such a key, all opaque text is redacted, because the end of the key's value is
+        unknown.
     """
     try:
         return _Parser(text, is_sensitive_key).document()
@@ -66,7 +68,7 @@ class _SensitiveError(Exception):
 
 
 class _Parser:
-    """One pass over a text. Every method leaves ``position`` after what it has read."""
+    """Parses one text. Every method moves ``position`` behind the characters that it has read."""
 
     def __init__(
         self, text: str, is_sensitive_key: Callable[[str], bool], *, redact_opaque: bool = False
@@ -128,7 +130,7 @@ class _Parser:
         return found.group(1).replace("\\'", "'")
 
     def container(self, opening: str, depth: int) -> Any:
-        """Read up to the closing bracket. If it is missing, the container was cut."""
+        """Read a container. If its closing bracket is missing, ``CUT`` marks the missing items."""
         closing = _CLOSE[_OPEN.index(opening)]
         self.position += 1
         items: list[Any] = []
@@ -157,7 +159,7 @@ class _Parser:
         return pairs if pairs or (opening == "{" and not items) else items
 
     def opaque(self, start: int, ends: str) -> str:
-        """Return everything up to one of ``ends`` outside of brackets and quotes, as text."""
+        """Return as text everything up to one of the characters ``ends`` outside brackets."""
         self.position, depth = start, 0
         while self.position < len(self.text):
             unstructured = _UNSTRUCTURED.match(self.text, self.position)
@@ -173,7 +175,10 @@ class _Parser:
         return self.check_opaque(self.text[start : self.position].strip())
 
     def check_opaque(self, text: str) -> str:
-        """Return ``text``, or the redaction marker; raise if it contains a sensitive key."""
+        """Return ``text``, or the redaction marker if ``redact_opaque`` is set.
+
+        Raises ``_SensitiveError`` if ``text`` contains a sensitive key.
+        """
         if self.redact_opaque:
             return REDACTED
         if self.sensitive_words is None:

@@ -1,8 +1,8 @@
-"""Captures task events by the Celery signals that fire in this process.
+"""Captures task events with handlers of the Celery signals that fire in this process.
 
-In gevent, eventlet, threads and solo pools all of them fire here. A handler copies a little,
-appends to the ring and returns. Reading the events from the broker instead takes 30 % of the CPU of
-a loaded worker.
+With the pools gevent, eventlet, threads and solo, all task signals fire in the worker's process. A
+handler copies a few values, appends a record to the ring and returns. Reading the events from the
+broker instead would take 30 % of the CPU time of a loaded worker.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.interfaces import IOpenRuns
 
-#: Shared by all tasks without arguments: two containers less for the garbage collector to track.
-#: Nothing modifies captured arguments.
+#: Arguments of all tasks without arguments. A new list and a new dictionary for each task would be
+#: two more containers for the garbage collector to track. No code modifies captured arguments.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -247,8 +247,8 @@ class SignalHandlers:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # Success is captured here, because task_success has no task id. A failure has its own
-        # signal. A task that was killed by gevent has no state.
+        # This handler captures success, because the signal task_success has no task id. A failure
+        # has its own signal. If gevent killed the task, state is None.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)
@@ -411,7 +411,7 @@ class SignalHandlers:
             self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
-        """Return the state of a task, or ``None`` if it is not reported.
+        """Return the state of a task, or ``None`` if the task is not reported.
 
         A task that was received before the capture started gets its state here.
         """
@@ -482,7 +482,7 @@ class CeleryCapture(SignalHandlers):
 class EagerCapture(CeleryCapture):
     """Captures the tasks that a process outside a worker runs itself.
 
-    Those are tasks called by ``apply()`` or under ``task_always_eager``.
+    The process runs a task itself if ``apply()`` or the setting ``task_always_eager`` is used.
     """
 
     signals = (
@@ -502,9 +502,10 @@ class EagerCapture(CeleryCapture):
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
-    """Whether a worker's tasks, and so their signals, run in the worker's own process.
+    """Whether a worker runs its tasks in its own process, where the tasks' signals then fire.
 
-    This depends on the running pool: ``conf.worker_pool`` does not reflect the ``-P`` option.
+    The function examines the running pool, because ``conf.worker_pool`` does not reflect the
+    option ``-P``.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(

@@ -1,4 +1,4 @@
-"""The event source of Celery: signals, and events from the broker where signals do not fire."""
+"""The event source of Celery: signals, and the broker's events for tasks without signals here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CelerySource(EventSource):
-    """Celery's events. The adapter's own signal handlers and event monitor are not used.
+    """Captures Celery's events without the adapter's own signal handlers and event monitor.
 
     :param consumer: the Consumer of this process's Celery worker; ``None`` outside a worker.
     """
@@ -131,9 +131,9 @@ class CelerySource(EventSource):
 
 
 def only_worker() -> str | None:
-    """Return the only worker that a process outside a worker reports; ``None`` means all.
+    """Return the name of the only worker whose events a process outside a worker reports.
 
-    The adapter reads the same environment variables.
+    ``None`` means all workers. The adapter reads the same environment variables.
     """
     names = (
         os.environ.get(name, "").strip()

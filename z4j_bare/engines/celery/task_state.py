@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
 
-#: Maximum number of task states. A task that returns to the broker and is then run by another
-#: worker never ends here, so its state stays until it is evicted.
+#: Maximum number of task states. If a task returns to the broker and another worker runs it, this
+#: process sees no end of the task, and the task's state stays until it is evicted.
 MAX_TASKS = 20_000
 
-#: Maximum seconds by which a timestamp may lead the clock, to separate two events of one kind.
+#: Maximum seconds by which a timestamp may be ahead of the clock. A timestamp is moved ahead to
+#: give two events of one kind different seconds.
 MAX_TIMESTAMP_LEAD = 5.0
 
 
@@ -54,15 +55,17 @@ class TaskType:
     def is_sampled(self, task_id: str) -> bool:
         """Whether this run is reported.
 
-        The decision is a hash of the task id, so all events of a run are reported or none.
+        The decision depends on a hash of the task id. Therefore all events of a run are reported,
+        or no event of the run is reported.
         """
         return (
             self.unsampled or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
         )
 
 
-#: The attribute of :class:`TaskState` that holds the last second used by each kind that a task may
-#: repeat. A dictionary in every waiting task would be one more container for the garbage collector.
+#: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`. The
+#: attribute contains the last second that an event of the kind used. A dictionary in every waiting
+#: task would be one more container for the garbage collector.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
@@ -87,7 +90,7 @@ class TaskState:
         self.attempt: Attempt | None = None
         #: Performance counter at the start of the run that goes on, 0 if there is none.
         self.started_at = 0.0
-        #: Seconds since the epoch, 0 before the first event.
+        #: Timestamp of the last event, in seconds since the epoch; 0 before the first event.
         self.last_timestamp = 0.0
         #: Slot of the open run, 0 if none is kept.
         self.slot = 0
@@ -98,13 +101,13 @@ class TaskState:
         self.received = int(now)
 
     def next_timestamp(self, now: float, event: str = "") -> float:
-        """Return the timestamp of an event, never earlier than the previous one of the task.
+        """Return the timestamp of an event, never earlier than the task's previous timestamp.
 
-        The brain drops the second event of one kind of a task within the same whole second. So a
-        kind that a task may repeat gets a second of its own.
+        If a task has two events of one kind within the same whole second, the brain drops the
+        second event. Therefore each event of a kind that a task may repeat gets its own second.
 
-        :param now: the clock, in seconds since the epoch.
-        :param event: the kind; empty for one that a task cannot repeat.
+        :param now: the current time, in seconds since the epoch.
+        :param event: the kind of the event; empty if a task cannot repeat the kind.
         """
         slot = _SECONDS.get(event)
         if self.attempt is not None:
@@ -181,7 +184,7 @@ class Attempt:
 
 
 class TaskStates(dict[str, TaskState]):
-    """Task states by task id; the oldest is evicted above :data:`MAX_TASKS`."""
+    """Task states by task id. With :data:`MAX_TASKS` states, ``add`` evicts the oldest state."""
 
     def add(self, task_id: str, task_state: TaskState) -> TaskState:
         """Add a state and return it."""
@@ -256,7 +259,7 @@ class TaskTypes:
         self.known: dict[str, TaskType] = {}
 
     def of(self, task: Task | str) -> TaskType:
-        """Return the type of a Celery task, or of a name without a task in this app."""
+        """Return the type of a Celery task, or of a task name that this app does not know."""
         name = getattr(task, "name", None) or (
             task if isinstance(task, str) else type(task).__name__
         )

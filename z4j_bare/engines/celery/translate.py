@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 #: A decoded event of Celery.
 CeleryEvent = dict[str, Any]
 
-#: Adds an event's own fields to the last argument.
+#: A function that adds the fields of an event to the dictionary in its last argument.
 _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 
-#: Maximum difference in seconds between a worker's clock and this host's clock. If it is larger,
-#: this host's clock is used. The brain accepts events that are at most 60 s off.
+#: Maximum difference in seconds between an event's timestamp and this host's clock. If the
+#: difference is larger, the event gets the time of this host's clock. The brain accepts a
+#: difference of 60 s.
 MAX_CLOCK_SKEW = 60.0
 
 #: Maximum characters of a task id and of a name that are kept; the encoder shortens them further.
@@ -54,14 +55,15 @@ MAX_CLASS_CHARS = 500
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
 _FINAL = frozenset({SUCCEEDED, FAILED, REVOKED})
 
-#: The type of a task that was received before the agent started: its other events have no name.
+#: The type of a task that was received before the agent started. The task's later events do not
+#: contain its name.
 UNKNOWN = TaskType("<unknown>", None)
 
 
 class Translator:
     """Translates Celery events to records for the ring. Not safe for concurrent calls.
 
-    :param adapter: its redaction and its tasks' ``@z4j_meta`` apply.
+    :param adapter: Celery adapter. Its redaction and the ``@z4j_meta`` of its tasks apply.
     :param put: ``Ring.put``.
     :param args: whether to send arguments.
     :param result: whether to send results.
@@ -140,7 +142,7 @@ class Translator:
         self._put(record)
 
     def _finish(self, record: Record) -> bytes:
-        """Parse the fields that are still text, and encode the record. Runs in the flush loop."""
+        """Parse the fields that are still text, and encode the record; called by the flush loop."""
         own = record[-1]
         for name, value in own.items():
             if isinstance(value, ReprText):
@@ -169,12 +171,12 @@ class Translator:
         return task_state
 
     def _task_type(self, name: str) -> TaskType:
-        # A task that this app does not know has no @z4j_meta here.
+        # The type of a task that this app does not know has no @z4j_meta.
         name = name[:MAX_NAME_CHARS]
         return self._task_types.of(self._app.tasks.get(name, name))
 
     def _on_sent(self, event: CeleryEvent) -> None:
-        """Store the queue. Only producers report it, and only with ``task_send_sent_event``."""
+        """Store the queue, which only producers with ``task_send_sent_event`` report."""
         task_id, queue = _task_id(event), event.get("queue")
         task_type = self._task_type(_text(event["name"]))
         task_state = self._task_states.get(task_id)
@@ -228,7 +230,7 @@ class Translator:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _timestamp(self, event: CeleryEvent) -> float:
-        """Return the worker's timestamp, so that all agents that read the event use the same."""
+        """Return the event's timestamp, so that all agents that read the event use it."""
         timestamp, now = event.get("timestamp"), self._clock()
         if (
             isinstance(timestamp, int | float)

@@ -1,6 +1,7 @@
-"""Details of Celery workers for the heartbeat.
+"""Collects details of Celery workers for the heartbeat.
 
-In a worker they are read from its objects. Other processes request them over the broker.
+A worker process reads the details from the worker's objects. Other processes request them over the
+broker.
 
 A worker that forks must not wait for replies to ``control.inspect`` on a connection of the app's
 pool. A child that is forked meanwhile closes the pool (kombu's after-fork hook), and thereby reads
@@ -32,10 +33,11 @@ DETAILS_TTL = 60.0
 #: workers is unknown.
 REPLY_TIMEOUT = 1.0
 
-#: Attempts to copy a set that the worker's own thread changes.
+#: Maximum number of attempts to copy the set of running tasks, which the worker's thread changes.
 _COPY_ATTEMPTS = 3
 
-#: The settings that the brain stores. Others may contain credentials.
+#: Names of the settings that the heartbeat contains, because the brain stores them. Other settings
+#: may contain credentials.
 _SETTINGS = (
     "task_serializer",
     "result_serializer",
@@ -57,7 +59,7 @@ _SETTINGS = (
 
 
 class WorkerDetails:
-    """Returns ``<engine>.worker_details``, cached for a minute.
+    """Returns the value of ``<engine>.worker_details``, cached for :data:`DETAILS_TTL` seconds.
 
     :param consumer: the Consumer of this process's worker. ``None`` outside a worker, where the
         details of all workers are requested.

@@ -21,26 +21,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.workers")
 
-#: Seconds before each ``enable_events`` to a new worker: at once, then 1 s and 4 s later. On Redis
-#: a starting worker listens only after the handlers of ``worker_ready`` have returned.
+#: Seconds before each of the three ``enable_events`` to a new worker. The first is sent at once,
+#: the second 1 s after the first, and the third 4 s after the second. One is not enough, because on
+#: Redis a starting worker listens only after the handlers of ``worker_ready`` have returned.
 ENABLE_DELAYS = (0.0, 1.0, 4.0)
 
 #: Seconds between the first two ``enable_events`` broadcasts to all workers.
 FIRST_INTERVALS = (4.0,)
 
-#: Seconds between all later broadcasts, for workers that send no heartbeats.
+#: Seconds between all later broadcasts, which reach workers that send no heartbeats.
 INTERVAL = 60.0
 
 #: Seconds to wait for the workers' replies.
 REPLY_TIMEOUT = 1.0
 
-#: Seconds of silence after which a worker is removed.
+#: Seconds without an event or a reply of a worker after which the worker is removed.
 EXPIRY = 150.0
 
-#: Minimum seconds between two checks of what is due.
+#: Minimum seconds between two checks for due requests.
 POLL_INTERVAL = 0.25
 
-#: Maximum number of workers, and of cached routes.
+#: Maximum number of workers in the registry, and of tasks whose route is cached.
 MAX_WORKERS = 1000
 
 #: Maximum characters of a worker name; the encoder shortens it further.
@@ -48,7 +49,7 @@ MAX_NAME_CHARS = 4096
 
 
 class Worker:
-    """A worker: its name in the brain, the queues that it has reported, and its due times."""
+    """A worker. ``label`` is its name in the brain, and ``queues`` are the queues it reported."""
 
     __slots__ = ("due", "enabled_count", "label", "last_seen", "queues")
 
@@ -56,9 +57,9 @@ class Worker:
         self.label = label
         self.last_seen = now
         self.queues: tuple[str, ...] = ()
-        #: How often ``enable_events`` was sent.
+        #: Number of ``enable_events`` that were sent to the worker since it came online.
         self.enabled_count = 0
-        #: When it is due next, in the backend's monotonic seconds.
+        #: When the next ``enable_events`` is due, in the backend's monotonic seconds.
         self.due = now
 
     def count_enabled(self, now: float) -> None:
@@ -71,8 +72,8 @@ class Worker:
 class WorkerRegistry:
     """The workers whose events this process reads.
 
-    One task calls its methods. It sends requests to the workers in separate tasks, one at a time,
-    so that a broker that does not answer delays neither the events nor the agent's stop.
+    Only one task calls the methods. The registry sends its requests in another task, one request at
+    a time. So a broker that does not answer delays neither the events nor the agent's stop.
 
     :param only_hostname: the only worker to report; ``None`` for all.
     """
@@ -97,9 +98,9 @@ class WorkerRegistry:
         self._first_intervals = iter(FIRST_INTERVALS)
 
     def touch(self, hostname: str) -> str | None:
-        """Reset the worker's time of silence; return the worker's name in the brain.
+        """Record that the worker is alive now; return the worker's name in the brain.
 
-        A new worker is announced. Returns ``None`` for a worker that is not reported.
+        A new worker is announced. Returns ``None`` if this registry does not report the worker.
         """
         if self._only_hostname is not None and hostname != self._only_hostname:
             return None
@@ -108,10 +109,10 @@ class WorkerRegistry:
         return worker.label
 
     def online(self, hostname: str) -> None:
-        """Process a ``worker-online`` event: ``enable_events`` is sent again.
+        """Process a ``worker-online`` event, and make ``enable_events`` due again.
 
-        A worker sends the event when it starts, and also when its events have just been enabled. So
-        its known queues stay valid until they are requested again.
+        A worker sends the event when it starts, and also when its events have just been enabled.
+        Therefore the queues that the worker reported are kept until it reports them again.
         """
         if self.touch(hostname) is not None:
             worker = self._workers[hostname]
@@ -126,8 +127,9 @@ class WorkerRegistry:
     def queue_of(self, hostname: str, task: str) -> str | None:
         """Return the queue that a task came from, or ``None`` if it cannot be known.
 
-        A task's events do not contain it. If the worker consumes one queue, that is the result. If
-        it consumes several, the result is the one to which the app routes the task.
+        A task's events do not contain its queue. If the worker consumes only one queue, the result
+        is that queue. If the worker consumes several queues, the result is the queue to which the
+        app routes the task, provided that the worker consumes it.
         """
         worker = self._workers.get(hostname)
         queues = worker.queues if worker is not None else ()
@@ -136,7 +138,7 @@ class WorkerRegistry:
         return route if queues and (route := self._route(task)) in queues else None
 
     def tick(self) -> None:
-        """Start the requests that are due. Does not wait, and is cheap enough for every event."""
+        """Start the requests that are due. Does not wait; fast enough to be called per event."""
         now = self._backend.now()
         if now < self._poll_at or self._requesting:
             return
@@ -202,7 +204,7 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # it replied, so it also receives the enable_events that follows
+                worker.due = inf  # a worker that replied also receives the next enable_events
 
     def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
