@@ -47,8 +47,8 @@ class AdoptLoop:
     :param claim: claims the store at a path and returns its :class:`Orphan`. It runs on the native
         thread.
     :param on_stored: called after each step that may have moved rows, to notify the sender.
-    :param claim_runs: claims the open runs at a path and returns :class:`OrphanRuns`. It runs on the
-        native thread.
+    :param claim_runs: claims the open runs at a path and returns :class:`OrphanRuns`. It runs on
+        the native thread.
     """
 
     def __init__(
