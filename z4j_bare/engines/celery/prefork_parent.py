@@ -129,30 +129,38 @@ class ParentArrivals(SignalHandlers):
         worker: str,
         args: bool,
         queue_of: Callable[[object], str | None],
+        kept_runs: KeptRuns | None,
     ) -> None:
         #: Ids of tasks whose last run ended by the parent's report; values are ``None``.
         self.parent_ends: dict[str, None] = {}
         super().__init__(
-            self._put_in_order,
+            _put_in_order(put, later, encoder.received, self.parent_ends),
             encoder,
             task_types,
             worker=worker,
             args=args,
             queue_of=queue_of,
+            kept_runs=kept_runs,
         )
-        self.task_types = task_types
-        self._put_first = put
-        self._put_later = later
 
-    def _put_in_order(self, record: Captured) -> None:
-        if record[0] is not self._received:
-            self._put_first(record)
+
+def _put_in_order(
+    put: Put,
+    later: Put,
+    received: Callable[[Captured], bytes],
+    parent_ends: dict[str, None],
+) -> Put:
+    def put_in_order(record: Captured) -> None:
+        if record[0] != received:
+            put(record)
         elif record[3].last_timestamp or record[3].attempt is not None:
-            self._put_later(record)
+            later(record)
         else:
-            if self.parent_ends:
-                self.parent_ends.pop(record[2], None)
-            self._put_first(record)
+            if parent_ends:
+                parent_ends.pop(record[2], None)
+            put(record)
+
+    return put_in_order
 
 
 class ParentEnds(NoteHandlers):
@@ -200,6 +208,11 @@ class PreforkCapture:
         self._notes = OrderedNotes(self._channel.writer())
         encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
         task_types = TaskTypes(get_meta)
+        kept = (
+            None
+            if runs is None
+            else KeptRuns(runs, put, encoder, adapter.celery_app, adapter.name, worker)
+        )
         self.arrivals = arrivals = ParentArrivals(
             put,
             self._notes.put,
@@ -208,13 +221,18 @@ class PreforkCapture:
             worker=worker,
             args=args,
             queue_of=QueueNames(consumer).of,
+            kept_runs=kept,
         )
         self._handlers = (arrivals, ParentEnds(self._notes.put))
-        if runs is not None:
-            app = adapter.celery_app
-            put = KeptRuns(runs, put, encoder, app, adapter.name, worker).put
         self._runs = Runs(
-            put, encoder, arrivals, adapter, consumer, backend.call_blocking, result=result
+            put if kept is None else kept.put,
+            encoder,
+            task_types,
+            arrivals,
+            adapter,
+            consumer,
+            backend.call_blocking,
+            result=result,
         )
         self._backend = backend
         #: Number of notes that could not be read.
@@ -303,6 +321,7 @@ class Runs:
         self,
         put: Put,
         encoder: TaskEncoder,
+        task_types: TaskTypes,
         arrivals: ParentArrivals,
         adapter: CeleryEngineAdapter,
         consumer: Consumer,
@@ -314,7 +333,7 @@ class Runs:
         self.open: dict[str, Run] = {}
         self._put = put
         self._encoder = encoder
-        self._arrivals = arrivals
+        self._task_types = task_types
         self._task_states = arrivals.task_states
         self._repeated_runs = arrivals.repeated_runs
         self._app = adapter.celery_app
@@ -414,7 +433,7 @@ class Runs:
         task_state = self._task_states.get(task_id)
         if task_state is not None:
             return task_state
-        task_type = self._arrivals.task_types.of(self._app.tasks.get(name, name))
+        task_type = self._task_types.of(self._app.tasks.get(name, name))
         if task_id in self._parent_ends or not task_type.is_sampled(task_id):
             return None
         return self._task_states.add(task_id, TaskState(task_type, None))
