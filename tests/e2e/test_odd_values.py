@@ -1,5 +1,7 @@
 """A brain on PostgreSQL has the true state of every task, whatever its values, ids and names."""
 
+import uuid
+
 import pytest
 
 from tests.support.e2e_project import FINISHED, E2EProject
@@ -145,6 +147,21 @@ def test_task_with_changed_id_can_be_cancelled(project, rows, task_id):
     project.row(fit_id(task_id, "celery"), "received")
     assert command(project, "cancel-task", task_id)["status"] == "completed"
     project.row(fit_id(task_id, "celery"), "revoked")
+
+
+def test_task_with_uuid_as_id_can_be_cancelled_and_retried(project, rows):
+    """The commands find a task whose id is a ``uuid.UUID`` by the id's text."""
+    cancelled, again = uuid.uuid4(), uuid.uuid4()
+    project.producer.send_task(TAKES, task_id=cancelled, countdown=8)
+    project.producer.send_task(TAKES, task_id=again)
+    project.row(str(cancelled), "received")
+    done = command(project, "cancel-task", str(cancelled))
+    assert done["status"] == "completed", done
+    project.row(str(cancelled), "revoked")
+    project.row(str(again), "success")
+    done = command(project, "retry-task", str(again))
+    assert done["status"] == "completed", done
+    assert project.row(done["result"]["new_task_id"], "success")["name"] == TAKES
 
 
 def test_task_with_changed_id_can_be_retried(project, rows):

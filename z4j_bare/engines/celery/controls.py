@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from z4j_bare.engines.celery.remote_control import GATHER_TIMEOUT, Node, RemoteControl, reply_text
 from z4j_bare.errors import CommandError
@@ -169,6 +170,8 @@ class CeleryControls:
         accepted, refused = self._broadcast(
             "revoke", deadline, task_id=task_id, terminate=True, signal="SIGTERM"
         )
+        if holder is None:
+            running = self._revoke_uuid(_as_uuid(task_id), deadline)
         if holder is not None and running:
             effect = self._remote.wait_for(
                 lambda: self._has_ended(task_id, holder, deadline), deadline
@@ -248,6 +251,19 @@ class CeleryControls:
                 return self._remote.refresh(node, deadline), state == "active"
         return None, False
 
+    def _revoke_uuid(self, task_id: UUID | None, deadline: float) -> bool:
+        """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
+
+        kombu keeps the type of an id in a message, and a worker does not find such a task by the
+        text. A worker that terminates it fails to reply: it joins the ids as text (Celery 5.7).
+        """
+        if task_id is None:
+            return False
+        answers = self._remote.broadcast(
+            "revoke", self._gather_time(deadline), task_id=task_id, terminate=True, signal="SIGTERM"
+        )
+        return any("UUID found" in str(answer) for answer in answers.values())
+
     def _has_ended(self, task_id: str, node: Node, deadline: float) -> bool:
         answers = self._remote.broadcast(
             "query_task", self._gather_time(deadline), to=node.name, ids=[task_id]
@@ -274,6 +290,15 @@ def _not_supported(pool: str, why: str) -> str:
     return f"not supported by the {pool} pool: {why}"
 
 
+def _as_uuid(task_id: str) -> UUID | None:
+    """Return the UUID that has the same text as a task id."""
+    try:
+        typed = UUID(task_id)
+    except ValueError:
+        return None
+    return typed if str(typed) == task_id else None
+
+
 def _task_state(reply: object, task_id: str) -> str | None:
     """Return the state of a task from a worker's reply, ``{task_id: [state, info]}``."""
     found = reply.get(task_id) if isinstance(reply, Mapping) else None
@@ -297,4 +322,4 @@ def _runs_in_this_solo_worker(task_id: str) -> bool:
     state: Any = sys.modules.get("celery.worker.state")
     if state is None or not type(pool).__module__.endswith(".solo"):
         return False
-    return any(request.id == task_id for request in list(state.active_requests))
+    return any(str(request.id) == task_id for request in list(state.active_requests))

@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -285,6 +286,19 @@ def test_cancel_task_revokes_waiting_task(cluster, worker, state, pool):
     worker.states.update({"t": state} if state else {})
     result = cluster.controls.cancel_task("t", seconds=58).result
     assert (result["terminated"], result["workers"]) == (False, ["w1@web-1", ALIAS])
+
+
+def test_cancel_task_revokes_uuid_too(cluster, worker):
+    """An id that no worker has as text is revoked as a UUID as well; any other one only as text."""
+    task_id = uuid4()
+    assert cluster.controls.cancel_task(str(task_id), seconds=58).result["terminated"] is False
+    assert worker.revoked == [str(task_id), task_id]
+    worker.on_revoke = lambda task_id, **_: {
+        "error": "TypeError('sequence item 0: expected str instance, UUID found')"
+        if isinstance(task_id, UUID)
+        else "none"
+    }
+    assert cluster.controls.cancel_task(str(task_id), seconds=58).result["terminated"] is True
 
 
 def test_cancel_task_fails_when_task_continues(cluster, worker):
