@@ -8,7 +8,7 @@ from tests.support.e2e_project import E2EProject
 
 pytestmark = pytest.mark.timeout(120)
 
-POOLS = ("gevent", "eventlet", "threads", "solo")
+POOLS = ("gevent", "eventlet", "threads", "solo", "prefork")
 
 
 @pytest.fixture(scope="module", params=POOLS)

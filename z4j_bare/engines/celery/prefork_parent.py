@@ -153,9 +153,10 @@ def _put_in_order(
     def put_in_order(record: Captured) -> None:
         if record[0] != received:
             put(record)
-        elif record[3].last_timestamp or record[3].attempt is not None:
+        elif record[3].arrived or record[3].attempt is not None:
             later(record)
         else:
+            record[3].arrived = True
             if parent_ends:
                 parent_ends.pop(record[2], None)
             put(record)
@@ -389,7 +390,9 @@ class Runs:
         """Handle a record of the parent's own handlers."""
         if record[0] != Codes.generic:  # received again
             self._parent_ends.pop(record[2], None)
-            self._put(record)
+            attempt = record[3].attempt
+            if attempt is None or not attempt.requeued_at:  # otherwise the return was reported
+                self._put(record)
             return
         _, now, task_id, named, kind, own, ended = record
         known = self._task_states.get(task_id)

@@ -73,6 +73,7 @@ class TaskState:
     """State of one task: its type and queue, start time, last timestamp and retries seen here."""
 
     __slots__ = (
+        "arrived",
         "attempt",
         "last_timestamp",
         "queue",
@@ -88,6 +89,8 @@ class TaskState:
         self.queue = queue
         #: What separates this run from others of its task; ``None`` for most tasks.
         self.attempt: Attempt | None = None
+        #: Whether the parent of a prefork worker has reported that the task was received.
+        self.arrived = False
         #: Performance counter at the start of the run that goes on, 0 if there is none.
         self.started_at = 0.0
         #: Timestamp of the last event, in seconds since the epoch; 0 before the first event.
