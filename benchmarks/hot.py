@@ -175,6 +175,8 @@ def _open_runs(calls: int) -> dict[str, list[float]]:
 
 
 def _request(task: Any, task_id: str, arguments: dict[str, Any]) -> Any:
+    from celery.utils.saferepr import saferepr
+
     route = {"routing_key": "bench"}
     return SimpleNamespace(
         id=task_id,
@@ -186,7 +188,7 @@ def _request(task: Any, task_id: str, arguments: dict[str, Any]) -> Any:
         delivery_info=route,
         request_dict={"retries": 0, "replaced_task_nesting": 0},
         argsrepr="()",
-        kwargsrepr=repr(arguments),
+        kwargsrepr=saferepr(arguments, 1024),
     )
 
 

@@ -51,7 +51,7 @@ def should_suppress(func: Callable[..., object], error: Exception) -> bool:
     ``except`` clause. Such a statement takes no time, whereas :func:`safe_boundary` adds a function
     call.
     """
-    if _is_control_flow(error):
+    if is_control_flow(error):
         return False
     _report(func, error)
     return True
@@ -81,7 +81,8 @@ def safe_log_extra(extra: Mapping[str, object]) -> dict[str, object]:
     return {f"user_{key}" if key in _RESERVED else key: value for key, value in extra.items()}
 
 
-def _is_control_flow(error: Exception) -> bool:
+def is_control_flow(error: Exception) -> bool:
+    """Whether a host or a user raised ``error`` on purpose; see :func:`safe_call`."""
     # The classes are compared by name, because this module imports no host library.
     return not _CONTROL_FLOW_EXCEPTIONS.isdisjoint(
         f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__

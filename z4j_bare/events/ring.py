@@ -38,8 +38,10 @@ class Ring:
         self._threshold = min(threshold, limit)
         # next() on a count is atomic between native threads, so the total needs no lock.
         self._counter = count(1)
+        self._uncaptured_counter = count(1)
         self._armed = False
         self._taken = 0
+        self._uncaptured = 0
 
     def put(self, captured: Captured) -> None:
         """Append an event; drop the oldest one if the ring is full. Takes 0.3 us."""
@@ -48,6 +50,10 @@ class Ring:
         if self._armed or len(self._items) >= self._threshold:
             self._armed = False
             self.wake.set()
+
+    def count_uncaptured(self) -> None:
+        """Count an event that could not be captured."""
+        self._uncaptured = next(self._uncaptured_counter)
 
     def arm_wakeup(self) -> bool:
         """Let the next event set ``wake``. Return ``False`` if there are events already.
@@ -87,3 +93,8 @@ class Ring:
     def lost(self) -> int:
         """Number of events dropped because the ring was full."""
         return max(0, self.produced - self._taken - len(self._items))
+
+    @property
+    def uncaptured(self) -> int:
+        """Number of events that could not be captured."""
+        return self._uncaptured

@@ -149,13 +149,15 @@ class _Copier:
     def mapping(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         length = dict.__len__(value)
-        # Taken at once: another thread may change the dictionary while its values are copied.
-        for key, item in list(islice(dict.items(value), max(0, self.nodes))):
-            if self.nodes <= 0:
-                break
-            result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = self.copy(
-                item, depth
-            )
+        try:
+            for key, item in islice(dict.items(value), max(0, self.nodes)):
+                if self.nodes <= 0:
+                    break
+                result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = (
+                    self.copy(item, depth)
+                )
+        except RuntimeError:  # another thread has changed it; list() takes all at once
+            return self.mapping(dict(list(islice(dict.items(value), MAX_NODES + 1))), depth)
         missing = length - len(result)
         if missing > 0:
             result["..."] = f"[... {missing} more cut]"
@@ -163,10 +165,13 @@ class _Copier:
 
     def sequence(self, value: Any, base: Any, depth: int) -> list[Any]:
         items: list[Any] = []
-        for item in list(islice(base.__iter__(value), max(0, self.nodes))):
-            if self.nodes <= 0:
-                break
-            items.append(self.copy(item, depth))
+        try:
+            for item in islice(base.__iter__(value), max(0, self.nodes)):
+                if self.nodes <= 0:
+                    break
+                items.append(self.copy(item, depth))
+        except RuntimeError:  # a set that another thread has changed
+            return self.sequence(list(islice(base.__iter__(value), MAX_NODES + 1)), list, depth)
         missing = base.__len__(value) - len(items)
         return [*items, f"[... {missing} more cut]"] if missing > 0 else items
 

@@ -107,6 +107,7 @@ class AgentMetrics:
             ("ring", self._ring.lost),
             ("channel", self._channel_lost()),
             ("unencodable", self._counters.unencodable),
+            ("uncaptured", self._ring.uncaptured),
         ):
             if number:
                 lost[reason] = lost.get(reason, 0) + number
@@ -124,7 +125,8 @@ class AgentMetrics:
         counts by kind each add up to the number of all losses. The brain validates this payload
         strictly (``docs/protocol.md``, Heartbeats).
         """
-        buffer, unencodable = self._buffer.last_stats, self._counters.unencodable
+        buffer = self._buffer.last_stats
+        unencodable = self._counters.unencodable + self._ring.uncaptured
         dropped = self._ring.lost + self._channel_lost()
         reasons, kinds = Counter(buffer.lost), Counter(buffer.lost_kinds)
         evicted = reasons.pop(CAPACITY, 0)
@@ -168,7 +170,7 @@ class AgentMetrics:
         counters, buffer, steps = self._counters, self._buffer.last_stats, self._backend.steps
         return {
             "concurrency": self._backend.name,
-            "produced": self._ring.produced + self._channel_lost(),
+            "produced": self._ring.produced + self._ring.uncaptured + self._channel_lost(),
             "stored": counters.stored,
             "sent": counters.sent,
             "acked": self._buffer.acked_events,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.events.losses import LossLog
 from z4j_bare.interfaces import IEvent
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Captured, Ring
     from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.send import Sender
-
-logger = logging.getLogger("z4j.runtime.pipeline.flush")
 
 #: Seconds without an event after which the loop refreshes the buffer's stats for the first time. An
 #: event wakes the loop earlier.
@@ -54,6 +52,7 @@ class FlushLoop:
         self._interval = interval
         self._max_events = max_events
         self._commit_lock = backend.lock()
+        self._loss_log = LossLog()
 
     def run(self, stop_event: IEvent) -> None:
         """Flush until ``stop_event`` is set."""
@@ -112,8 +111,21 @@ class FlushLoop:
             captured = remaining[-1]
             try:
                 encoded.append(captured[0](captured))
-            except Exception:
+            except Exception as error:
                 self._counters.unencodable += 1
-                logger.debug("z4j: an event could not be encoded", exc_info=True)
+                self._loss_log.report("encoding an event", _task_name(captured), error)
             remaining.pop()
             checkpoint()
+
+
+def _task_name(captured: Captured) -> str:
+    """Return the name of the task in a record of any engine; ``unknown`` if it has none."""
+    for item in captured[1:]:
+        task_type = getattr(item, "task_type", None)
+        fields = getattr(item, "data", item)
+        name = getattr(task_type, "name", None) or (
+            fields.get("task_name") if isinstance(fields, dict) else None
+        )
+        if name:
+            return str(name)
+    return "unknown"

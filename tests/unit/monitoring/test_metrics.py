@@ -88,14 +88,21 @@ def test_each_loss_is_counted_once_by_reason_and_by_kind(harness):
     harness.channel_lost = 6
     assert harness.metrics.lost()["channel"] == 6
     assert harness.metrics.stats()["produced"] == 5 + 6
+    harness.ring.count_uncaptured()
+    assert harness.metrics.lost()["uncaptured"] == 1
+    assert harness.metrics.stats()["produced"] == 5 + 6 + 1
     loss = TelemetryLossPayload.model_validate(harness.metrics.loss())
     assert loss.buffer_id == "b-1"
     assert (
         loss.capacity_evicted_frames,
         loss.content_rejected_frames,
         loss.unclassified_frames,
-    ) == (12 + 4 + 6, 1 + 5, 20)
-    assert (loss.event_records, loss.command_results, loss.other_frames) == (28 + 4 + 6 + 5, 2, 3)
+    ) == (12 + 4 + 6, 1 + 5 + 1, 20)
+    assert (loss.event_records, loss.command_results, loss.other_frames) == (
+        28 + 4 + 6 + 5 + 1,
+        2,
+        3,
+    )
 
 
 @given(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 1024
 MAX_LEVELS = 3
 
-#: Characters of a text from which Celery may have cut it, so that ``repr`` cannot be equal.
-_MAY_BE_CUT = 1000
+#: Lengths of texts that Celery may have cut, so that ``repr`` is not worth its time.
+_MAY_BE_CUT = range(1000, 1200)
 
 
 def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], bool]) -> list[Any]:
@@ -84,7 +84,7 @@ def carry_over(headers: dict[str, Any], body: object) -> None:
 
 def _says_same(value: object, text: str) -> bool:
     # repr takes a tenth of the time of saferepr, and is equal for most arguments.
-    if len(text) < _MAY_BE_CUT and _inside(repr(value)) == _inside(text):
+    if len(text) not in _MAY_BE_CUT and _inside(repr(value)) == _inside(text):
         return True
     from celery.utils.saferepr import saferepr
 

@@ -12,6 +12,7 @@ import marshal
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ class _NotedRuns(RepeatedRuns):
 class NoteHandlers(SignalHandlers):
     """Handlers without task states and without ``@z4j_meta``: the parent's reader has both."""
 
-    def __init__(self, put: Put) -> None:
-        super().__init__(put, Codes, TaskTypes(lambda _task: None))
+    def __init__(self, put: Put, on_loss: Callable[[], object] = int) -> None:
+        super().__init__(put, Codes, TaskTypes(lambda _task: None), on_loss=on_loss)
         self.repeated_runs = _NotedRuns(
             self.task_states, put, Codes.generic, self._clock, withholds=False
         )
@@ -98,8 +99,8 @@ class ChildCapture(NoteHandlers):
     )
 
     def __init__(self, channel: Channel | NamedChannel) -> None:
-        super().__init__(self._send)
         self._writer = channel.writer()
+        super().__init__(self._send, self._writer.count_lost)
         #: The key of the run that is being noted; ``None`` for a task's first run.
         self._key: RunKey | None = None
         self._counters = channel.counters
@@ -119,12 +120,7 @@ class ChildCapture(NoteHandlers):
         code, now, task_id, task_state, *rest = record
         key = self._key
         note = (code, now, task_id, task_state.task_type.name, task_state.started_at, key, *rest)
-        try:
-            message = encode_note(note)
-        except Exception:
-            self._writer.count_lost()
-            raise
-        self._writer.send(message)
+        self._writer.send(encode_note(note))
 
 
 def encode_note(note: Note) -> bytes:

@@ -130,6 +130,7 @@ class ParentArrivals(SignalHandlers):
         args: bool,
         queue_of: Callable[[object], str | None],
         kept_runs: KeptRuns | None,
+        on_loss: Callable[[], object],
     ) -> None:
         #: Ids of tasks whose last run ended by the parent's report; values are ``None``.
         self.parent_ends: dict[str, None] = {}
@@ -141,6 +142,7 @@ class ParentArrivals(SignalHandlers):
             args=args,
             queue_of=queue_of,
             kept_runs=kept_runs,
+            on_loss=on_loss,
         )
 
 
@@ -186,6 +188,7 @@ class PreforkCapture:
     :param args: whether to report arguments.
     :param result: whether to report results.
     :param runs: ``Ring.runs``; ``None`` keeps no open runs. The children die with the parent.
+    :param on_loss: counts an event that could not be captured.
     """
 
     name = "z4j-celery-channel"
@@ -200,6 +203,7 @@ class PreforkCapture:
         args: bool = True,
         result: bool = True,
         runs: IOpenRuns | None = None,
+        on_loss: Callable[[], object] = int,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -223,8 +227,9 @@ class PreforkCapture:
             args=args,
             queue_of=QueueNames(consumer).of,
             kept_runs=kept,
+            on_loss=on_loss,
         )
-        self._handlers = (arrivals, ParentEnds(self._notes.put))
+        self._handlers = (arrivals, ParentEnds(self._notes.put, on_loss))
         self._runs = Runs(
             put if kept is None else kept.put,
             encoder,

@@ -8,6 +8,7 @@ broker instead would take 30 % of the CPU time of a loaded worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from sys import exc_info
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,11 +42,12 @@ from z4j_bare.engines.celery.task_state import (
     TaskStates,
     TaskTypes,
 )
+from z4j_bare.events.losses import LossLog
 from z4j_bare.events.redaction import Redactor, safe_name
 from z4j_bare.events.ring import Put
 from z4j_bare.events.snapshot import snapshot
 from z4j_bare.interfaces import RUN_SUCCEEDED
-from z4j_bare.safety import safe_boundary, should_suppress
+from z4j_bare.safety import is_control_flow
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -81,6 +83,25 @@ _HANDLERS = {
 }
 
 
+def _counted(handler: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a handler so that it does not raise into Celery, and its losses are counted.
+
+    The wrapper has a ``**kwargs`` of its own, because Celery's ``Signal.connect`` reads the flags
+    of the code object and not the signature.
+    """
+
+    @wraps(handler)
+    def counted(self: SignalHandlers, *args: object, **kwargs: object) -> None:
+        try:
+            handler(self, *args, **kwargs)
+        except Exception as error:
+            task = kwargs.get("name") or getattr(kwargs.get("sender"), "name", None)
+            if not self._suppresses(handler.__name__.removeprefix("_on_"), task, error):
+                raise
+
+    return counted
+
+
 class RecordHeads(Protocol):
     """What a record begins with, by kind: the methods of :class:`TaskEncoder`, or codes."""
 
@@ -106,6 +127,7 @@ class SignalHandlers:
     :param result: whether to capture results.
     :param queue_of: returns the queue of a request's ``delivery_info``.
     :param kept_runs: keeps the open runs.
+    :param on_loss: counts an event that could not be captured.
     """
 
     #: The open runs, and what keeps them; ``None`` if nothing does.
@@ -130,7 +152,10 @@ class SignalHandlers:
         clock: Callable[[], float] = time,
         queue_of: Callable[[object], str | None] = routing_key,
         kept_runs: KeptRuns | None = None,
+        on_loss: Callable[[], object] = int,
     ) -> None:
+        self._on_loss = on_loss
+        self._loss_log = LossLog()
         self.worker = worker
         self.task_states = TaskStates()
         self._args = args
@@ -209,7 +234,7 @@ class SignalHandlers:
             parent, root = request.parent_id, request.root_id
             self._put((self._received, now, task_id, task_state, args, kwargs, parent, root, texts))
         except Exception as error:
-            if not should_suppress(self._on_received, error):
+            if not self._suppresses("task_received", getattr(request, "name", None), error):
                 raise
 
     def _on_prerun(self, task_id: str = "", task: Task = _ABSENT, **_kwargs: object) -> None:
@@ -236,7 +261,7 @@ class SignalHandlers:
                 else:
                     self.repeated_runs.started(record, task.request)
         except Exception as error:
-            if not should_suppress(self._on_prerun, error):
+            if not self._suppresses("task_prerun", getattr(task, "name", None), error):
                 raise
 
     def _on_postrun(
@@ -280,10 +305,10 @@ class SignalHandlers:
                 if task_state.slot and self._runs is not None:
                     self._runs.end(task_state.slot, RUN_SUCCEEDED, now)
         except Exception as error:
-            if not should_suppress(self._on_postrun, error):
+            if not self._suppresses("task_postrun", getattr(task, "name", None), error):
                 raise
 
-    @safe_boundary
+    @_counted
     def _on_end_without_signal(
         self, task_id: object, task: Task, raised: object, state: str | None
     ) -> None:
@@ -306,7 +331,7 @@ class SignalHandlers:
         if self._kept_runs is not None:
             self._kept_runs.end(task_state, "", self._clock())
 
-    @safe_boundary
+    @_counted
     def _on_failure(
         self,
         sender: Task = _ABSENT,
@@ -323,7 +348,7 @@ class SignalHandlers:
             own = failure_fields(exception, getattr(einfo, "traceback", None))
             self._end(FAILED, task_id, task_state, sender.request, own)
 
-    @safe_boundary
+    @_counted
     def _on_internal_error(
         self,
         sender: Task = _ABSENT,
@@ -346,7 +371,7 @@ class SignalHandlers:
                 kind, own = RETRIED, retry_fields(request, exception)
             self._end(kind, task_id, task_state, request, own)
 
-    @safe_boundary
+    @_counted
     def _on_retry(
         self,
         sender: Task = _ABSENT,
@@ -364,7 +389,7 @@ class SignalHandlers:
             self._put_rare((self._generic, now, task_id, task_state, RETRIED, own, None))
             task_state.started_at = 0.0
 
-    @safe_boundary
+    @_counted
     def _on_revoked(
         self,
         sender: Task = _ABSENT,
@@ -380,14 +405,14 @@ class SignalHandlers:
             own = revoked_fields(terminated, signum, expired)
             self._end(REVOKED, task_id, task_state, request, own)
 
-    @safe_boundary
+    @_counted
     def _on_publish(
         self, headers: dict[str, Any] | None = None, body: object = None, **_kwargs: object
     ) -> None:
         if headers:
             carry_over(headers, body)
 
-    @safe_boundary
+    @_counted
     def _on_rejected(self, message: object = None, exc: object = None, **_kwargs: object) -> None:
         headers = getattr(message, "headers", None) or {}
         self._reject(
@@ -396,7 +421,7 @@ class SignalHandlers:
             snapshot(text_of(exc)),
         )
 
-    @safe_boundary
+    @_counted
     def _on_unknown(
         self,
         name: object = None,
@@ -404,6 +429,14 @@ class SignalHandlers:
         **_kwargs: object,
     ) -> None:
         self._reject(str(id or ""), str(name or "unknown"), "not registered with this worker")
+
+    def _suppresses(self, signal: str, task: object, error: Exception) -> bool:
+        """Count and log an event that is lost; return ``False`` if ``error`` must be raised on."""
+        if is_control_flow(error):
+            return False
+        self._on_loss()
+        self._loss_log.report(f"capturing {signal}", task or "unknown", error)
+        return True
 
     def _reject(self, task_id: str, name: str, reason: str) -> None:
         if fork.epoch() == self._epoch:
@@ -444,6 +477,7 @@ class CeleryCapture(SignalHandlers):
     :param result: whether to capture results.
     :param consumer: the worker's Consumer, which knows the queues.
     :param runs: ``Ring.runs``; ``None`` keeps no open runs.
+    :param on_loss: counts an event that could not be captured.
     """
 
     withholds = True
@@ -459,6 +493,7 @@ class CeleryCapture(SignalHandlers):
         clock: Callable[[], float] = time,
         consumer: Consumer | None = None,
         runs: IOpenRuns | None = None,
+        on_loss: Callable[[], object] = int,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -476,6 +511,7 @@ class CeleryCapture(SignalHandlers):
             kept_runs=None
             if runs is None
             else KeptRuns(runs, put, encoder, adapter.celery_app, adapter.name, worker),
+            on_loss=on_loss,
         )
 
 

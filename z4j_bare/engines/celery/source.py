@@ -52,7 +52,14 @@ class CelerySource(EventSource):
             from z4j_bare.engines.celery.prefork_parent import PreforkCapture
 
             self._capture = self._children = PreforkCapture(
-                adapter, ring.put, consumer, backend, args=args, result=result, runs=ring.runs
+                adapter,
+                ring.put,
+                consumer,
+                backend,
+                args=args,
+                result=result,
+                runs=ring.runs,
+                on_loss=ring.count_uncaptured,
             )
             arrivals = self._children.arrivals
             self._monitor = RunMonitor(
@@ -60,7 +67,14 @@ class CelerySource(EventSource):
             )
             return
         if self._worker is None:
-            self._capture = EagerCapture(adapter, ring.put, None, args=args, result=result)
+            self._capture = EagerCapture(
+                adapter,
+                ring.put,
+                None,
+                args=args,
+                result=result,
+                on_loss=ring.count_uncaptured,
+            )
             self._receiver = self._event_receiver(adapter, only)
         else:
             self._capture = CeleryCapture(
@@ -71,6 +85,7 @@ class CelerySource(EventSource):
                 result=result,
                 consumer=consumer,
                 runs=ring.runs,
+                on_loss=ring.count_uncaptured,
             )
             self._monitor = RunMonitor(
                 self._capture.task_states, self._capture.repeated_runs, in_process=True

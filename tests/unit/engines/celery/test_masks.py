@@ -85,10 +85,10 @@ def test_celerys_own_text_masks_nothing(args, kwargs):
     """Arguments with the text that Celery makes of them are shown as they are."""
     received_args, received_kwargs = snapshot(after_json(args)), snapshot(after_json(kwargs))
     for text in (saferepr(tuple(args)), saferepr(args), repr(tuple(args))):
-        if len(text) < 900 and "..." not in text and "\\" not in text:
+        if len(text) < 900 and "..." not in text and not {"\\", '"'} & set(text):
             assert shown_args(received_args, text, is_sensitive) is received_args
     text = saferepr(kwargs)
-    if len(text) < 900 and "..." not in text and "\\" not in text:
+    if len(text) < 900 and "..." not in text and not {"\\", '"'} & set(text):
         assert shown_kwargs(received_kwargs, text, is_sensitive) is received_kwargs
 
 

@@ -1,0 +1,48 @@
+"""Logs events that could not be captured or encoded: one warning of each kind."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("z4j.runtime.events.losses")
+
+#: Maximum number of kinds that are logged.
+MAX_KINDS = 100
+
+#: Maximum characters of a task's name in the log.
+MAX_NAME_CHARS = 200
+
+
+class LossLog:
+    """Logs the first loss of each kind; a kind is a step and the class of the error."""
+
+    def __init__(self) -> None:
+        self._logged: set[tuple[str, str]] = set()
+
+    def report(self, step: str, task: object, error: Exception) -> None:
+        """Log a loss. Does not raise.
+
+        The message names the task and not its arguments, which the error's text may contain.
+
+        :param step: what failed.
+        :param task: the task's name.
+        """
+        kind = (step, type(error).__name__)
+        try:
+            if kind not in self._logged and len(self._logged) < MAX_KINDS:
+                self._logged.add(kind)
+                logger.warning(
+                    "z4j: %s of task %s failed with %s; the host is not affected. The event counts"
+                    " as lost; further ones of this kind are only counted",
+                    step,
+                    str(task)[:MAX_NAME_CHARS],
+                    kind[1],
+                )
+            frame = error.__traceback__
+            while frame is not None and frame.tb_next is not None:
+                frame = frame.tb_next
+            where = "?" if frame is None else f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}"
+            logger.debug("z4j: %s failed with %s in %s", step, kind[1], where)
+        except Exception:
+            # Logging itself failed, in a handler of the host's signal.
+            return
