@@ -130,9 +130,9 @@ class SignalHandlers:
     :param on_loss: counts an event that could not be captured.
     """
 
-    #: The open runs, and what keeps them; ``None`` if nothing does.
+    #: Keeps the open runs; ``None`` if nothing does, and then ``_kept_runs`` is not set.
     _runs: IOpenRuns | None = None
-    _kept_runs: KeptRuns | None = None
+    _kept_runs: KeptRuns
 
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
@@ -248,15 +248,15 @@ class SignalHandlers:
                 if task_state.attempt is None:
                     task_state.started_at = perf_counter()
                     self._put(record)
-                    kept, runs = self._kept_runs, self._runs
-                    if kept is not None and runs is not None:
+                    runs = self._runs
+                    if runs is not None:
                         # KeptRuns.start without its call
                         if task_state.slot:
-                            kept.end(task_state, "", now)
+                            self._kept_runs.end(task_state, "", now)
                         number = task_state.task_type.descriptions.get(task_state.queue)
                         if number is None:
-                            number = kept.describe(task_state)
-                        flags = kept.late_flags(task) if task.acks_late else 0
+                            number = self._kept_runs.describe(task_state)
+                        flags = self._kept_runs.late_flags(task) if task.acks_late else 0
                         task_state.slot = runs.start(number, task_id, now, flags)
                 else:
                     self.repeated_runs.started(record, task.request)
@@ -328,7 +328,7 @@ class SignalHandlers:
         """Note that a run is over, but not its task: another one goes on under its id."""
         task_state = self.repeated_runs.ended(task_id, task_state, task.request, keep=True)
         task_state.started_at = 0.0
-        if self._kept_runs is not None:
+        if self._runs is not None:
             self._kept_runs.end(task_state, "", self._clock())
 
     @_counted
