@@ -36,7 +36,9 @@ class Unreadable:
 
 
 def test_uncaptured_events_are_counted_and_named(backend, caplog):
-    """Each event that a handler cannot capture is counted; the first of a kind is logged, with the task's name and without its arguments."""
+    """Events that a handler cannot capture are counted; the first of a kind is logged, with the
+    task's name and without its arguments.
+    """
     ring = Ring(10, 10, backend.event())
     with memory_app() as app:
         task = app.task(lambda_free_add, shared=False, name="shop.add")
