@@ -48,8 +48,7 @@ CONNECT_GRACE = 1.0
 class Agent:
     """The loops of a running agent and the objects that they share.
 
-    The constructor runs on the host's thread. Its only I/O is reading the file with the HMAC key,
-    if one is set.
+    The constructor runs on the host's thread. Its only I/O is reading the file of the HMAC key.
     """
 
     def __init__(
@@ -72,8 +71,8 @@ class Agent:
         )
         key()  # a wrong key raises here, in the host's call; a loop could only log the error
         opener = StoreOpener(config, key)
-        self._runs = ring.runs = OpenRuns(ring, opener.deployment)
-        opener.on_open = self._runs.attach
+        ring.runs = runs = OpenRuns(ring, opener.deployment)
+        opener.on_open = runs.attach
         self.buffer = buffer = BufferManager(
             opener.open,
             backend,
@@ -111,17 +110,9 @@ class Agent:
             unheard=self.engines.unheard,
             restarts=lambda: self.bridge.restarts + self.engines.failures(),
         )
+        submit, transports = self.dispatcher.submit, self.transports
         self._session_loops = SessionLoops(
-            sender,
-            self.dispatcher.submit,
-            metrics,
-            identity,
-            self.transports,
-            backend,
-            counters,
-            heartbeat_seconds=float(config.heartbeat_seconds),
-            heartbeat_enabled=settings.heartbeat,
-            status_enabled=not settings.status_disabled,
+            sender, submit, metrics, identity, transports, config, settings, backend, counters
         )
         self.supervisor = Supervisor(
             self.transports.create, identity.hello, key, self._session_loops.run, backend, counters
@@ -136,12 +127,7 @@ class Agent:
             framework.name, {STATUS: self.status.describe, RESTART: self._reconnect}, backend
         )
         adopter = AdoptLoop(
-            str(config.buffer_path),
-            opener.claim,
-            buffer,
-            backend,
-            sender.notify,
-            opener.claim_runs,
+            str(config.buffer_path), opener.claim, buffer, backend, sender.notify, opener.claim_runs
         )
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
@@ -187,7 +173,7 @@ class Agent:
         self._loops.join(deadline)
         self.dispatcher.close()
         run_until(deadline, self.buffer.close, backend)
-        self._runs.close()
+        self.ring.close()
         self.bridge.stop()
         backend.close()
 

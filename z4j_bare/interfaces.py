@@ -293,6 +293,9 @@ class IOpenRuns(Interface):
     def stored(number: int, at: float) -> None:
         """Forget the ends up to event ``number`` of the ring, stored at ``at``."""
 
+    def close() -> None:
+        """Delete what is kept if no run is open and every end is stored."""
+
 
 class ITransport(Interface):
     """Carries messages to the brain and back. An object serves one session."""

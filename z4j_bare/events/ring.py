@@ -81,6 +81,11 @@ class Ring:
         self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))
         self._taken -= len(batch)
 
+    def close(self) -> None:
+        """Close what keeps the open runs, after the store was closed."""
+        if self.runs is not None:
+            self.runs.close()
+
     def __len__(self) -> int:
         return len(self._items)
 

@@ -25,6 +25,7 @@ from z4j_bare.wire.close_codes import explain_signature_error
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
+    from z4j_core.models import Config
     from z4j_core.transport.frames import CommandFrame, Frame
 
     from z4j_bare.concurrency import BaseConcurrency
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import AgentMetrics, Counters
     from z4j_bare.pipeline.identity import AgentIdentity
     from z4j_bare.pipeline.send import Sender
+    from z4j_bare.settings import Settings
 
 logger = logging.getLogger("z4j.runtime.pipeline.session")
 
@@ -167,9 +169,9 @@ class FallbackMonitor(Protocol):
 class SessionLoops:
     """Runs the loops of a connection: sender, heartbeat, receiver and fallback monitor.
 
+    The heartbeat interval is ``Z4J_HEARTBEAT_SECONDS`` unless the brain requests a shorter one.
+
     :param submit: accepts a command frame, its connection and its delay in seconds; must not wait.
-    :param heartbeat_seconds: the maximum heartbeat interval; the brain may request a shorter
-        interval.
     """
 
     def __init__(
@@ -179,12 +181,10 @@ class SessionLoops:
         metrics: AgentMetrics,
         identity: AgentIdentity,
         fallback: FallbackMonitor,
+        config: Config,
+        settings: Settings,
         backend: BaseConcurrency,
         counters: Counters,
-        *,
-        heartbeat_seconds: float,
-        heartbeat_enabled: bool = True,
-        status_enabled: bool = True,
     ) -> None:
         #: Functions to call at the start of each session.
         self.on_start: list[Callable[[], object]] = []
@@ -198,9 +198,8 @@ class SessionLoops:
         self._fallback = fallback
         self._backend = backend
         self._counters = counters
-        self._heartbeat_seconds = heartbeat_seconds
-        self._heartbeat_enabled = heartbeat_enabled
-        self._status_enabled = status_enabled
+        self._heartbeat_seconds = float(config.heartbeat_seconds)
+        self._settings = settings
 
     def run(self, connection: Connection) -> None:
         """Run the loops until the session ends.
@@ -247,8 +246,8 @@ class SessionLoops:
             self._counters,
             self._metrics.heartbeat,
             interval=min(self._heartbeat_seconds, connection.hello_ack.heartbeat_seconds),
-            enabled=self._heartbeat_enabled,
-            status=partial(self._status, connection) if self._status_enabled else None,
+            enabled=self._settings.heartbeat,
+            status=None if self._settings.status_disabled else partial(self._status, connection),
         )
 
     def _status(self, connection: Connection) -> bytes:
