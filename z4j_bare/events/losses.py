@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 logger = logging.getLogger("z4j.runtime.events.losses")
 
@@ -14,9 +15,13 @@ MAX_NAME_CHARS = 200
 
 
 class LossLog:
-    """Logs the first loss of each kind; a kind is a step and the class of the error."""
+    """Logs the first loss of each kind; a kind is a step and the class of the error.
 
-    def __init__(self) -> None:
+    :param on_loss: called for each loss.
+    """
+
+    def __init__(self, on_loss: Callable[[], object] = int) -> None:
+        self._on_loss = on_loss
         self._logged: set[tuple[str, str]] = set()
 
     def report(self, step: str, task: object, error: Exception) -> None:
@@ -29,6 +34,7 @@ class LossLog:
         """
         kind = (step, type(error).__name__)
         try:
+            self._on_loss()
             if kind not in self._logged and len(self._logged) < MAX_KINDS:
                 self._logged.add(kind)
                 logger.warning(

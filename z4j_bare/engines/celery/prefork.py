@@ -114,7 +114,7 @@ class ChildCapture(NoteHandlers):
 
     def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
         del task
-        self._send((self._generic, self._clock(), task_id, task_state, REPLACED, {}, None))
+        self._send((self._heads.generic, self._clock(), task_id, task_state, REPLACED, {}, None))
 
     def _send(self, record: Captured) -> None:
         code, now, task_id, task_state, *rest = record

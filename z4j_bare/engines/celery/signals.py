@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from sys import exc_info
 from time import perf_counter, time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from z4j_bare.concurrency import fork
 from z4j_bare.engines.celery.kept_runs import KeptRuns
@@ -44,7 +44,7 @@ from z4j_bare.engines.celery.task_state import (
 )
 from z4j_bare.events.losses import LossLog
 from z4j_bare.events.redaction import Redactor, safe_name
-from z4j_bare.events.ring import Put
+from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
 from z4j_bare.interfaces import RUN_SUCCEEDED
 from z4j_bare.safety import is_control_flow
@@ -117,6 +117,16 @@ class RecordHeads(Protocol):
     def encode(self) -> object: ...  # noqa: D102
 
 
+class BoundHeads(NamedTuple):
+    """The :class:`RecordHeads`, each taken once from its object."""
+
+    received: object
+    started: object
+    succeeded: object
+    generic: object
+    encode: object
+
+
 class SignalHandlers:
     """The signal handlers. Each makes a record of what it gets.
 
@@ -129,10 +139,6 @@ class SignalHandlers:
     :param kept_runs: keeps the open runs.
     :param on_loss: counts an event that could not be captured.
     """
-
-    #: Keeps the open runs; ``None`` if nothing does, and then ``_kept_runs`` is not set.
-    _runs: IOpenRuns | None = None
-    _kept_runs: KeptRuns
 
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
@@ -154,24 +160,19 @@ class SignalHandlers:
         kept_runs: KeptRuns | None = None,
         on_loss: Callable[[], object] = int,
     ) -> None:
-        self._on_loss = on_loss
-        self._loss_log = LossLog()
+        self._losses = LossLog(on_loss)
         self.worker = worker
         self.task_states = TaskStates()
         self._args = args
         self._result = result
         self._clock = clock
         self._queue_of = queue_of
-        self._put = self._put_rare = put
-        if kept_runs is not None:
-            self._kept_runs, self._runs = kept_runs, kept_runs.runs
-            self._put_rare = kept_runs.put
+        self._put = put
+        self._kept_runs = kept_runs
         # Bound once: a method bound at each event is one more object for the garbage collector.
-        self._received = heads.received
-        self._started = heads.started
-        self._succeeded = heads.succeeded
-        self._generic = heads.generic
-        self._encode = heads.encode
+        self._heads = BoundHeads(
+            heads.received, heads.started, heads.succeeded, heads.generic, heads.encode
+        )
         self._task_types = task_types
         self._epoch = fork.epoch()
         self.repeated_runs = RepeatedRuns(
@@ -195,6 +196,10 @@ class SignalHandlers:
         while self._connected:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
+
+    def _put_rare(self, record: Captured) -> None:
+        """Put a record of a kind for which no handler keeps the run itself."""
+        (self._put if self._kept_runs is None else self._kept_runs.put)(record)
 
     # The next three run for every task. They have a try of their own instead of safe_boundary,
     # which costs a call.
@@ -232,7 +237,9 @@ class SignalHandlers:
                 args = snapshot(args) if args else _NO_ARGS
                 kwargs = snapshot(kwargs) if kwargs else _NO_KWARGS
             parent, root = request.parent_id, request.root_id
-            self._put((self._received, now, task_id, task_state, args, kwargs, parent, root, texts))
+            self._put(
+                (self._heads.received, now, task_id, task_state, args, kwargs, parent, root, texts)
+            )
         except Exception as error:
             if not self._suppresses("task_received", getattr(request, "name", None), error):
                 raise
@@ -244,20 +251,20 @@ class SignalHandlers:
             task_state = self._task_state(task_id, task)
             if task_state is not None:
                 now = self._clock()
-                record = (self._started, now, task_id, task_state)
+                record = (self._heads.started, now, task_id, task_state)
                 if task_state.attempt is None:
                     task_state.started_at = perf_counter()
                     self._put(record)
-                    runs = self._runs
-                    if runs is not None:
+                    kept = self._kept_runs
+                    if kept is not None:
                         # KeptRuns.start without its call
                         if task_state.slot:
-                            self._kept_runs.end(task_state, "", now)
+                            kept.end(task_state, "", now)
                         number = task_state.task_type.descriptions.get(task_state.queue)
                         if number is None:
-                            number = self._kept_runs.describe(task_state)
-                        flags = self._kept_runs.late_flags(task) if task.acks_late else 0
-                        task_state.slot = runs.start(number, task_id, now, flags)
+                            number = kept.describe(task_state)
+                        flags = kept.late_flags(task) if task.acks_late else 0
+                        task_state.slot = kept.runs.start(number, task_id, now, flags)
                 else:
                     self.repeated_runs.started(record, task.request)
         except Exception as error:
@@ -293,7 +300,7 @@ class SignalHandlers:
                 now = self._clock()
                 self._put(
                     (
-                        self._succeeded,
+                        self._heads.succeeded,
                         now,
                         task_id,
                         task_state,
@@ -302,8 +309,8 @@ class SignalHandlers:
                         result,
                     )
                 )
-                if task_state.slot and self._runs is not None:
-                    self._runs.end(task_state.slot, RUN_SUCCEEDED, now)
+                if task_state.slot and self._kept_runs is not None:
+                    self._kept_runs.runs.end(task_state.slot, RUN_SUCCEEDED, now)
         except Exception as error:
             if not self._suppresses("task_postrun", getattr(task, "name", None), error):
                 raise
@@ -328,7 +335,7 @@ class SignalHandlers:
         """Note that a run is over, but not its task: another one goes on under its id."""
         task_state = self.repeated_runs.ended(task_id, task_state, task.request, keep=True)
         task_state.started_at = 0.0
-        if self._runs is not None:
+        if self._kept_runs is not None:
             self._kept_runs.end(task_state, "", self._clock())
 
     @_counted
@@ -386,7 +393,7 @@ class SignalHandlers:
             if task_state.attempt is not None:
                 task_state = self.repeated_runs.ended(task_id, task_state, request, keep=True)
             own = retry_fields(request, reason)
-            self._put_rare((self._generic, now, task_id, task_state, RETRIED, own, None))
+            self._put_rare((self._heads.generic, now, task_id, task_state, RETRIED, own, None))
             task_state.started_at = 0.0
 
     @_counted
@@ -434,14 +441,13 @@ class SignalHandlers:
         """Count and log an event that is lost; return ``False`` if ``error`` must be raised on."""
         if is_control_flow(error):
             return False
-        self._on_loss()
-        self._loss_log.report(f"capturing {signal}", task or "unknown", error)
+        self._losses.report(f"capturing {signal}", task or "unknown", error)
         return True
 
     def _reject(self, task_id: str, name: str, reason: str) -> None:
         if fork.epoch() == self._epoch:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
-            self._put((self._encode, REJECTED, self._clock(), task_id, {}, own))
+            self._put((self._heads.encode, REJECTED, self._clock(), task_id, {}, own))
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         """Return the state of a task, or ``None`` if the task is not reported.
@@ -463,7 +469,15 @@ class SignalHandlers:
         self, event: str, task_id: str, task_state: TaskState, request: object, own: dict[str, Any]
     ) -> None:
         task_state = self.repeated_runs.ended(task_id, task_state, request)
-        record = (self._generic, self._clock(), task_id, task_state, event, own, perf_counter())
+        record = (
+            self._heads.generic,
+            self._clock(),
+            task_id,
+            task_state,
+            event,
+            own,
+            perf_counter(),
+        )
         self._put_rare(record)
 
 
