@@ -253,7 +253,7 @@ def _interval(text: str) -> float:
         seconds = float(text)
     except ValueError:
         raise invalid from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; false for NaN
+    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; also true for NaN
         raise invalid
     return seconds
 

@@ -214,7 +214,7 @@ def _default_context() -> ssl.SSLContext:
 def _handshake(
     target: Target, context: ssl.SSLContext, timeout: float
 ) -> tuple[dict[str, Any], str]:
-    """Return the certificate's fields and the TLS version."""
+    """Perform the handshake; return the fields of the certificate and the TLS version."""
     host, port = target.first_hop
     connection: HTTPConnection = HTTPSConnection(host, port, timeout=timeout, context=context)
     if target.proxy is not None:
