@@ -172,7 +172,7 @@ def exit_now() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # absent, broken or closed
+        except (AttributeError, OSError, ValueError):  # the stream is absent, broken or closed
             continue
     os._exit(EXIT_CODE)
 

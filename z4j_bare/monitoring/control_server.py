@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _socket  # the C class, which is never patched: all waits go through the backend
+import _socket  # the C class is never patched; every wait uses the backend
 import json
 import logging
 from collections.abc import Callable, Mapping

@@ -108,7 +108,7 @@ class Pacing:
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
-            return pause  # only the pause delays the events; it may be over by now
+            return pause  # only the pause delays the events; the pause may be over
         return POLL_IDLE if is_idle else POLL_BUSY
 
 
@@ -322,19 +322,21 @@ class Sender:
         if self._isolation.isolated and pacing.window.frames:
             return False
         self._isolation.isolated = ()
-        pacing.maybe_pending = False  # before the read, which may miss rows stored from now on
+        # Reset before the read, because the read may miss rows that are stored from now on.
+        pacing.maybe_pending = False
         room = self._room()
         results, events = self._read(room)
         suspected: Sequence[BufferEntry] = ()
         if any(entry.attempts >= SUSPECT_AFTER for entry in (*results, *events)):
             results, events, suspected = next_trial(results, events)
-        full = pacing.is_full(events, room)  # before sending: a synchronous ack enlarges the limits
+        # Computed before the rows are sent, because a synchronous ack raises the limits.
+        full = pacing.is_full(events, room)
         for entry in results:
             self._send_priority(connection, entry)
         self._send_events(connection, events)
         if suspected:
             return self._send_isolated(connection, suspected)
-        if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # without room no event was read
+        if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # room 0: no event was read
             pacing.maybe_pending = True
         # One read returns about one row of a schedule stream, so the store may hold further rows.
         return any(row.kind == PROJECTION for row in results) or (
@@ -366,7 +368,7 @@ class Sender:
 
         Returns whether there may be more to send at once.
         """
-        self._pacing.maybe_pending = True  # set first, so that an ack wakes the sender
+        self._pacing.maybe_pending = True  # set before the send, so that an ack wakes the sender
         if self._pacing.window.frames:
             return False
         if not self._isolation.session_works:

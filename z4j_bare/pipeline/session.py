@@ -223,9 +223,8 @@ class SessionLoops:
         try:
             ReceiveLoop(connection, self.sender.on_ack, self._submit).run()
         except AgentError as error:
-            if (
-                errors or not connection.closing.is_set()
-            ):  # otherwise the agent closed the transport
+            # If ``closing`` is set and no loop has failed, the agent itself ended the session.
+            if errors or not connection.closing.is_set():
                 errors.append(error)
         finally:
             connection.close()

@@ -133,7 +133,7 @@ class ScheduleManager:
         for stream in streams:
             try:
                 stream.snapshot(reason)
-            except AgentError as error:  # for example because the session has just ended
+            except AgentError as error:  # for example, the session has just ended
                 logger.debug(
                     "z4j: could not publish the schedules of %s (%s): %s",
                     stream.name,

@@ -75,7 +75,7 @@ class HttpSocket:
         """Write all of ``data``."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # accepts any buffer
+            rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # send accepts any buffer
 
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
         """Return a buffered reader.
@@ -101,7 +101,7 @@ class HttpSocket:
         try:
             self._socket.shutdown(how)
         except OSError:
-            pass  # already disconnected
+            pass  # the connection is already closed
 
     def close(self) -> None:
         """Release the file descriptor as soon as all readers have been closed."""
@@ -282,7 +282,7 @@ def _pools(
             self.sock = wrap_socket(self.sock)
 
         @property
-        def is_connected(self) -> bool:  # urllib3 calls select; patched, it would run the hub
+        def is_connected(self) -> bool:  # urllib3 calls select; a patched select runs the hub
             connection: Any = super()
             return bool(backend.call_blocking(lambda: connection.is_connected))
 

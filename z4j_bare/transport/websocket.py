@@ -201,7 +201,7 @@ class WebSocketTransport:
                 sock.try_send(_close_frame())
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # already disconnected
+            pass  # the connection is already closed
 
     def close(self) -> None:
         """Abort the connection and release it."""
