@@ -31,7 +31,7 @@ MAX_REQUEST_BYTES = 64
 
 
 class ControlServer:
-    """Serves one client at a time. Without a client it uses no CPU.
+    """Serves one client at a time. Without a client the server uses almost no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
     :param handlers: by verb, the function that returns the response.

@@ -1,4 +1,4 @@
-"""The lag of the hub, and the code that blocks it.
+"""Measures the lag of the hub, and finds the code that blocks the hub.
 
 A timer of the hub measures how late the hub calls it. When the timer is overdue by a second, a
 native thread samples the stack of the hub's thread, to find the code that does not yield. The
@@ -34,7 +34,7 @@ BLOCKED_AFTER = 1.0
 #: Seconds between two samples of the stack while the hub stays blocked.
 STACK_SAMPLE_INTERVAL = 0.25
 
-#: Minimum seconds between two warnings.
+#: Minimum seconds between two warnings about a blocked hub.
 WARN_INTERVAL = 60.0
 
 #: Maximum number of stored samples. A heartbeat removes the samples, but without a session there is
@@ -113,7 +113,7 @@ class HubLagMonitor:
             )
 
     def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
-        """Sample the stack of a blocked hub. Runs in a native thread; only reads and assigns."""
+        """Sample the stack of a blocked hub. Runs in a native thread."""
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)

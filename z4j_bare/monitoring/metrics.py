@@ -25,7 +25,7 @@ _UNREADABLE = (CORRUPTION, DELETED)
 # The next constants are the brain's limits for ``adapter_events``. The brain closes the session if
 # a frame exceeds one of these limits.
 
-#: Maximum number of adapters.
+#: Maximum number of adapters in ``adapter_events``.
 _MAX_ADAPTERS = 32
 
 #: Maximum characters of an adapter's name.
@@ -66,7 +66,7 @@ class AgentMetrics:
     :param started: seconds since the epoch at which the agent started.
     :param health: returns the last results of the engines' health checks.
     :param dropped: returns the number of events that adapters have lost, by engine.
-    :param restarts: returns the number of restarts in the bridge and the event sources.
+    :param restarts: returns the number of restarts of the bridge and of the event sources.
     """
 
     def __init__(

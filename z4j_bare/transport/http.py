@@ -93,11 +93,11 @@ class HttpSocket:
             self._socket.send_timeout = timeout
 
     def fileno(self) -> int:
-        """Return the file descriptor, -1 after ``close``."""
+        """Return the file descriptor, or -1 after ``close``."""
         return self._socket.fileno()
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Shut the connection down, which wakes all waiting readers and writers."""
+        """Shut the connection down. This wakes all waiting reads and writes."""
         try:
             self._socket.shutdown(how)
         except OSError:
@@ -225,7 +225,7 @@ class Client:
             self._session.close()
 
     def share_cookies(self, other: Client) -> None:
-        """Use the cookie jar of ``other``."""
+        """Use the cookie jar of ``other``, so that both clients reach the same brain process."""
         self._session.cookies = other._session.cookies
 
     def _wrap_socket(self, sock: socket.socket) -> HttpSocket:
