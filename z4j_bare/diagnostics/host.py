@@ -53,7 +53,7 @@ def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResul
     elif len(versions) > 1:
         problem = f"several releases are installed side by side ({', '.join(versions)})"
     elif VERSION_LABEL not in versions[0]:
-        problem = f"z4j-bare {versions[0]} is the asyncio agent, not this one"
+        problem = f"z4j-bare {versions[0]} is the asyncio agent, not this package"
     else:
         problem = ""
     details = {"versions": versions, "path": str(Path(z4j_bare.__file__).parent)}

@@ -278,6 +278,6 @@ def _check_expiry(
         "days_left": days,
     }
     if days is not None and days < EXPIRY_WARNING_DAYS:
-        cause = f"{version}, but the certificate expires in {days} days"
+        cause = f"the certificate expires in {days} days ({version})"
         return warned("tls", cause, "renew the brain's certificate", **details)
     return passed("tls", f"{version}, the certificate is valid for {days} more days", **details)

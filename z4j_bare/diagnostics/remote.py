@@ -151,7 +151,7 @@ class BrainProbe:
         try:
             self._hello_ack = self._longpoll.connect(unsent_hello())
         except HostConfigurationError as error:
-            fix = "store the agent's token in that file, readable by this user"
+            fix = "store the agent's token in the file, and make the file readable for this user"
             return failed("token", str(error), fix)
         except AgentError as error:
             return self._token_problem(error)
@@ -246,7 +246,7 @@ class BrainProbe:
             raise NetworkError(str(error), code=code) from None
         finally:
             transport.close()
-        return None, "it answered an invalid message: check that Z4J_BRAIN_URL is the brain's"
+        return None, "the server answered an invalid message: check that Z4J_BRAIN_URL is the brain's"
 
     def _signature_problem(self, error: RemoteError) -> ProbeResult:
         if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:
