@@ -25,7 +25,7 @@ logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 TICK = 1.0
 
 #: Seconds between two samples of the lag without a hub. A sample wakes a thread, which takes 0.1 ms
-#: of CPU. The sample only measures how long this thread waits for the interpreter.
+#: of CPU. The lag is then only the time that this thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 
 #: Lag in seconds at which the stack of the hub's thread is sampled.
@@ -128,9 +128,9 @@ class HubLagMonitor:
 def next_check(lag: float) -> float:
     """Return the seconds until the native thread checks the hub again.
 
-    The thread checks just after the lag would exceed ``BLOCKED_AFTER`` if the hub were blocked.
-    Therefore the thread wakes only after every other tick while the hub is on time. ``lag`` is
-    negative before a tick is due.
+    The delay ends just after the lag would exceed ``BLOCKED_AFTER`` if no further tick came. While
+    the hub is on time, the thread therefore wakes only after every other tick. ``lag`` is negative
+    before a tick is due.
     """
     if lag >= BLOCKED_AFTER:
         return STACK_SAMPLE_INTERVAL

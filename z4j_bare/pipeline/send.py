@@ -480,7 +480,10 @@ def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
 
 
 def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
-    """Return the event truncated to about ``limit`` bytes; raise ``error`` if it stays larger."""
+    """Return the event, truncated to about ``limit`` bytes.
+
+    Raises ``error`` if the event cannot be made smaller.
+    """
     truncated = shrink_event(json.loads(payload), limit)
     if len(truncated) >= len(payload):
         raise error
