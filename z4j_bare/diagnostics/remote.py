@@ -246,7 +246,7 @@ class BrainProbe:
             raise NetworkError(str(error), code=code) from None
         finally:
             transport.close()
-        return None, "the server answered an invalid message: check that Z4J_BRAIN_URL is the brain's"
+        return None, "a server answered, but not a brain: check Z4J_BRAIN_URL"
 
     def _signature_problem(self, error: RemoteError) -> ProbeResult:
         if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:
