@@ -232,7 +232,7 @@ class OwnerLock:
     def release(self, *, delete: bool = False) -> None:
         """Release the lock. With ``delete``, delete the lock file before the release.
 
-        Does nothing when called again or in a forked child.
+        Does nothing when called again. A forked child must not call this method.
         """
         if _held.get(self._name) is not self:
             return
@@ -286,7 +286,7 @@ def _lock(path: Path) -> int:
         if error.errno not in {errno.EAGAIN, errno.EACCES}:
             # Some network file systems raise ENOLCK or EOPNOTSUPP.
             raise LocalStorageError(
-                f"no record locks for {path}: {error.strerror}; "
+                f"cannot lock {path}, the file system has no record locks ({error.strerror}): "
                 "move Z4J_HOME to a local file system"
             ) from error
         raise LocalStorageError(

@@ -13,8 +13,8 @@ from z4j_bare.errors import (
 )
 
 _CREDENTIALS_REJECTED = (
-    "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it, or it was revoked, "
-    "or its project is archived"
+    "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know this token, or the token was "
+    "revoked, or its project is archived"
 )
 _AGENT_INACTIVE = (
     "this agent was revoked or its project was archived in the brain: create a new Z4J_TOKEN"
