@@ -113,7 +113,10 @@ class HubLagMonitor:
             )
 
     def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
-        """Sample the stack of a blocked hub. Runs in a native thread."""
+        """Sample the stack of a blocked hub.
+
+        This runs in a native thread, so it must not log or take a lock.
+        """
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)
