@@ -32,8 +32,7 @@ class Command(NamedTuple):
     examples: str = "EXAMPLES"
 
 
-#: Commands by name. :func:`main` imports only the module of the selected command, because the
-#: module of ``demo`` needs optional packages.
+#: Commands by name. :func:`main` imports only the module of the selected command.
 COMMANDS = {
     "run": Command("z4j_bare.cli.run", "run a standalone agent in its own process"),
     "doctor": Command("z4j_bare.cli.doctor", "find out why an agent does not connect"),
