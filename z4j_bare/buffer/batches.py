@@ -83,7 +83,7 @@ class Batches:
         self._loaded = False
 
     def oldest(self) -> tuple[int, int, float] | None:
-        """Return last id, first id and ``created_at`` of the oldest batch; ``None`` without one."""
+        """Return last id, first id and ``created_at`` of the oldest batch, if there is a batch."""
         if len(self._cache) < self._count:
             row: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
             return row

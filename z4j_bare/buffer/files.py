@@ -91,7 +91,7 @@ def _problem(status: os.stat_result) -> str:
 
 
 def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the directories of this user's stores: the configured one, then the alternatives."""
+    """Return the directories of this user's stores: the configured directory first."""
     name = f"z4j-{os.geteuid()}"
     temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
@@ -245,7 +245,7 @@ class OwnerLock:
 
 
 def is_owned(path: Path) -> bool:
-    """Whether a running process, possibly this one, holds the lock ``path``.
+    """Whether a running process, possibly this process, holds the lock on the file ``path``.
 
     Tries to take the lock and releases it at once. Raises ``LocalStorageError`` when the lock file
     cannot be opened.

@@ -14,7 +14,7 @@ RETRY_INITIAL = 5.0
 RETRY_MAX = 300.0
 
 #: Maximum seconds between an ack and the deletion of its rows. A call on the native thread takes a
-#: worker 1 ms. So the next call that has another purpose deletes the rows as well.
+#: worker 1 ms. So the rows are deleted by the next call that is made for another reason.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.

@@ -75,7 +75,8 @@ class BufferManager:
         memory: Callable[[], MemoryStore] = MemoryStore,
         lookup: LedgerLookup | None = None,
     ) -> None:
-        #: Incremented when another store replaces the current one, which may assign the same ids.
+        #: Incremented when another store replaces the current store. Ids are unique only within one
+        #: generation.
         self.generation = 0
         #: Number of times that a store in memory replaced the failed disk.
         self.failures = 0
@@ -164,12 +165,12 @@ class BufferManager:
         return read.results, read.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows and count them as lost; ``generation`` as in :meth:`ack`."""
+        """Delete undeliverable rows, count these rows as lost; see :meth:`ack` for ``generation``."""
         with self._lock:
             self._run_in_generation(generation, _discard, ids, reason)
 
     def increment_attempts(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Add 1 to ``attempts`` of each of these rows; ``generation`` as in :meth:`ack`."""
+        """Add 1 to ``attempts`` of each of these rows; see :meth:`ack` for ``generation``."""
         with self._lock:
             self._run_in_generation(generation, _increment_attempts, ids)
 
@@ -361,7 +362,7 @@ class BufferManager:
 
     def _on_deleted(self, pending: PendingSnapshot) -> None:
         if pending.acks:
-            self._vacuum.needed = True  # set first, so that ``is_idle`` stays false in between
+            self._vacuum.needed = True  # set first, so that ``is_idle`` stays false
             self._pending.remove(pending)
             self._accounting.acked_events += pending.events
 

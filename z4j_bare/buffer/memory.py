@@ -151,7 +151,7 @@ class MemoryStore:
         return removed
 
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them as lost for ``reason``."""
+        """Delete undeliverable rows and count these rows as lost for ``reason``."""
         self._check()
         return len(self._remove(ids, reason))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-#: Causes for which no other directory is tried: they are temporary or would occur there as well.
+#: Causes for which no other directory is tried: they are temporary or occur in every directory.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
@@ -37,7 +37,7 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
 
     A directory is unusable if it cannot be created or written, belongs to another user, is writable
     by others or is a symbolic link. A directory on a network file system without record locks or
-    WAL is also unusable, because a dead owner could not be distinguished from a running one. If the
+    WAL is also unusable, because a dead owner could not be told apart from a running owner. If the
     configured directory is unusable, ``notice`` of the returned store gives the reason. If no
     directory is usable, ``LocalStorageError`` is raised with the error of the configured directory.
     """

@@ -26,7 +26,7 @@ APPLICATION_ID = 0x7A346762
 #: Version 0 is an empty file. Never change an item; append new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # The store assigns the ids and keeps the next one in ``meta``. AUTOINCREMENT would write
+        # The store assigns the ids and keeps the next id in ``meta``. AUTOINCREMENT would write
         # its own counter for each row, which takes a fifth of the time of an append.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
