@@ -165,7 +165,10 @@ class BufferManager:
         return read.results, read.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows, count these rows as lost; see :meth:`ack` for ``generation``."""
+        """Delete undeliverable rows and count these rows as lost.
+
+        :param generation: the generation of the ids; see :meth:`ack`. ``None`` means any.
+        """
         with self._lock:
             self._run_in_generation(generation, _discard, ids, reason)
 
