@@ -50,7 +50,7 @@ def test_revoked_agent_keeps_events_and_retries_rarely(brain, tmp_path_factory, 
             host.produce(end, 30, 0.2)
             host.wait_produced()
         for host in hosts:
-            host.until(lambda stats: "does not know it" in stats["last_error"], "a refusal")
+            host.until(lambda stats: "does not know this token" in stats["last_error"], "a refusal")
             host.until(lambda stats: stats["buffered"] == 30, "the buffer")
         assert_warned_once(hosts, "TOKEN")
         for host, before in zip(hosts, sessions, strict=True):

@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count one row that was not stored as produced and lost."""
+        """Add 1 to the produced rows and to the lost rows, for a row that cannot be stored."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 

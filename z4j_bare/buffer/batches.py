@@ -45,7 +45,7 @@ class Batch(NamedTuple):
         return list(map(tuple.__new__, repeat(BufferEntry), fields))
 
     def payload_bytes(self, start: int, last: int) -> int:
-        """Return the payload bytes of the events from ``start`` to ``last``."""
+        """Return the total payload bytes of the events with ids from ``start`` to ``last``."""
         return sum(map(len, self.payloads[start - self.first : last + 1 - self.first]))
 
 
@@ -70,7 +70,7 @@ class Batches:
         #: The newest batches, oldest first. No batch between them is left out.
         self._cache: deque[Batch] = deque()
         self._cached_rows = self._cached_bytes = self._count = 0
-        #: Number of events in batches, bytes of their payloads, and id of the last deleted event.
+        #: Number of events in batches, total bytes of their payloads, id of the last deleted event.
         self.rows = self.payload_bytes = self.acked_through = 0
         self._loaded = False
         self._ensure_loaded()
@@ -83,7 +83,7 @@ class Batches:
         self._loaded = False
 
     def oldest(self) -> tuple[int, int, float] | None:
-        """Return last id, first id and ``created_at`` of the oldest batch; ``None`` without one."""
+        """Return last id, first id and ``created_at`` of the oldest batch, if there is a batch."""
         if len(self._cache) < self._count:
             row: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
             return row

@@ -1,4 +1,4 @@
-"""Translates SQLite and file system errors to ``LocalStorageError``, and classifies them."""
+"""Translates SQLite and file system errors to ``LocalStorageError`` and finds their causes."""
 
 from __future__ import annotations
 

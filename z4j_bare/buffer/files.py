@@ -1,6 +1,6 @@
-"""Where stores are, who may access them, and which process owns them.
+"""Paths, permissions and owner locks of stores.
 
-Task arguments pass through these files. The directory has mode 0700 and the files 0600, because a
+The files contain task arguments, so they have mode 0600. The directory has mode 0700, because a
 user who can write to the directory could replace a file.
 """
 
@@ -15,33 +15,38 @@ from pathlib import Path
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
-#: Differs from ``buffer-*.sqlite``, the files of the asyncio agent, which have another schema.
+#: Start of a store's file name. The asyncio agent uses ``buffer-*.sqlite`` files of another schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
-#: Follows the name of an unreadable file.
+#: Separates the original name of a renamed, unreadable file from the time of the renaming.
 CORRUPT_MARK = ".corrupt-"
 
 _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-#: Locks that this process holds, and those that its parents held when it was forked, by the path of
-#: the lock file. The latter are never released: SQLite has inherited its table of open files, and
-#: would assume locks that this process does not hold.
+#: Owner locks by the real path of the lock file: locks that this process holds, and locks that its
+#: parent held at the fork. A parent's locks are never removed, so that this process cannot open the
+#: parent's store. SQLite inherits its table of open files at the fork, and would assume that this
+#: process holds the record locks of its parent.
 _held: dict[str, object] = {}
 
 
 def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
     """Return an unused path for this process's store, in the directory of ``buffer_path``.
 
-    Creates the directory with mode 0700 if it is missing. Raises ``LocalStorageError`` when it is
-    not private.
+    Creates the directory with mode 0700 if it is missing. Raises ``LocalStorageError`` if the
+    directory is not private.
     """
     directory = private_directory(absolute(buffer_path).parent)
     return directory / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
 
 
 def private_directory(directory: Path) -> Path:
-    """Return ``directory``, created if missing; raise ``LocalStorageError`` unless private."""
+    """Create ``directory`` if it is missing, and return it.
+
+    Raises ``LocalStorageError`` if it cannot be created, is not a directory, is a symbolic link,
+    belongs to another user or is writable by others.
+    """
     try:
         _create_directory(directory)
         status = directory.lstat()
@@ -62,7 +67,7 @@ def private_directory(directory: Path) -> Path:
 def _create_directory(directory: Path) -> None:
     """Create ``directory`` and its missing parents with mode 0700.
 
-    ``mkdir(parents=True)`` would create the parents with the mode of the umask.
+    ``mkdir(parents=True)`` is not used, because it ignores ``mode`` for the parents.
     """
     if os.path.lexists(directory):
         return
@@ -86,7 +91,7 @@ def _problem(status: os.stat_result) -> str:
 
 
 def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the directories of this user's stores: the configured one, then the alternatives."""
+    """Return the directories of this user's stores: the configured directory first."""
     name = f"z4j-{os.geteuid()}"
     temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
@@ -134,9 +139,9 @@ def quarantine(path: Path, now: float) -> None:
 
 def create_file(path: Path) -> None:
     """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
-    # SQLite gives its log and index the mode of this file. Closing any descriptor of a file drops
-    # this process's record locks on it, including those of SQLite. So this happens only before
-    # SQLite opens the file.
+    # SQLite creates its log and index with the mode of this file. Closing any descriptor of a file
+    # drops all record locks of this process on the file, including SQLite's locks. So this function
+    # must run before SQLite opens the file.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )
@@ -166,7 +171,7 @@ def store_files(path: Path) -> tuple[Path, Path, Path]:
 
 
 def lock_path(path: Path) -> Path:
-    """Return the path of the lock file that a running owner has locked."""
+    """Return the path of a store's lock file, on which the running owner holds a record lock."""
     return path.with_name(path.name + ".lock")
 
 
@@ -184,7 +189,10 @@ def remove(path: Path) -> None:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Resolve ``~`` and the working directory, but not links. Raises ``LocalStorageError``."""
+    """Return ``path`` as an absolute path with ``~`` expanded and symbolic links unresolved.
+
+    Raises ``LocalStorageError`` if there is no home or working directory.
+    """
     try:
         return Path(path).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no home directory, no working directory
@@ -198,16 +206,16 @@ class OwnerLock:
 
     The constructor takes the lock without waiting, or raises ``LocalStorageError``.
 
-    An ``flock`` is not used: a child that outlives its parent inherits it, so a dead owner's store
-    would stay locked (measured). A record lock belongs to one process, but has two limitations.
-    Closing any descriptor of the file drops the lock, so no other code may open the lock file. A
-    process is not blocked by its own record locks, so ``_held`` excludes a second owner in this
-    process.
+    ``flock`` is not used, because forked children inherit the lock. While such a child outlived a
+    dead owner, the owner's store would stay locked (measured). A record lock belongs to one process
+    and has two limitations. Closing any descriptor of the file drops the lock, so no other code may
+    open the lock file. A process is not blocked by its own record locks, so ``_held`` prevents a
+    second owner in the same process.
     """
 
     def __init__(self, path: Path) -> None:
-        #: A reference to the store's connection, so that a forked child that drops the store does
-        #: not close it.
+        #: The store's connection to SQLite. The reference keeps the connection alive in a forked
+        #: child that deletes its store object, so that the child does not close the connection.
         self.pinned: object = None
         self._path = path
         self._name = os.path.realpath(path)
@@ -227,9 +235,9 @@ class OwnerLock:
         return self._descriptor
 
     def release(self, *, delete: bool = False) -> None:
-        """Release the store; ``delete`` removes the lock file while it is still locked.
+        """Release the lock. With ``delete``, delete the lock file before the release.
 
-        Does nothing when called again or in a forked child.
+        Does nothing when called again. A forked child must not call this method.
         """
         if _held.get(self._name) is not self:
             return
@@ -242,12 +250,12 @@ class OwnerLock:
 
 
 def is_owned(path: Path) -> bool:
-    """Whether a running process, possibly this one, holds the lock ``path``.
+    """Whether a running process, possibly this process, holds the lock on the file ``path``.
 
     Tries to take the lock and releases it at once. Raises ``LocalStorageError`` when the lock file
     cannot be opened.
     """
-    if os.path.realpath(path) in _held:  # closing a descriptor of the file would drop the lock
+    if os.path.realpath(path) in _held:  # opening and closing the file would drop the lock
         return True
     try:
         descriptor = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -281,9 +289,9 @@ def _lock(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if error.errno not in {errno.EAGAIN, errno.EACCES}:
-            # ENOLCK and EOPNOTSUPP: some network file systems.
+            # Some network file systems raise ENOLCK or EOPNOTSUPP.
             raise LocalStorageError(
-                f"no record locks for {path}: {error.strerror}; "
+                f"cannot lock {path}, the file system has no record locks ({error.strerror}): "
                 "move Z4J_HOME to a local file system"
             ) from error
         raise LocalStorageError(
@@ -296,7 +304,11 @@ def _lock(path: Path) -> int:
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` is still this file: its owner may have deleted it between open and lock."""
+    """Whether ``path`` still names the open file.
+
+    The previous owner may have deleted the file after this process opened it and before this
+    process locked it.
+    """
     try:
         return os.fstat(descriptor).st_ino == path.lstat().st_ino
     except FileNotFoundError:

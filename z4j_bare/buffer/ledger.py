@@ -1,4 +1,4 @@
-"""The ledger of commands: which were started and finished, so that none is executed twice."""
+"""The ledger: a record of started and finished commands, so that no command runs twice."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-#: Age in seconds up to which an entry keeps an otherwise empty file. It equals the time for which
-#: the asyncio agent remembers command ids, five times the brain's timeout of a command.
+#: Seconds for which an entry counts as recent. A store without rows is kept when it is closed if it
+#: has a recent entry. The value equals five times the brain's timeout of a command. The asyncio
+#: agent remembers command ids for the same time.
 RETENTION = 300.0
 
 _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
@@ -33,8 +34,9 @@ _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
 class Ledger:
     """The ledger table of one store.
 
-    It contains the newest 10,000 commands and at most ``max_bytes`` of results. An entry stays when
-    its result is dropped: a command must not run again because its result was too large to keep.
+    The table contains the newest 10,000 commands and at most ``max_bytes`` of results. If the
+    results exceed ``max_bytes``, the oldest results are dropped, but their entries stay. Otherwise
+    a command could run again because its result was dropped.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
@@ -43,11 +45,14 @@ class Ledger:
         self._bytes = scalar(connection, "SELECT coalesce(sum(length(result)), 0) FROM ledger")
 
     def find(self, key: str) -> LedgerEntry | None:
-        """Return the entry of command ``key``."""
+        """Return the entry of command ``key``, or ``None``."""
         return _find(self._connection, key)
 
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
-        """Insert ``key`` as started, with its provisional result, or return the earlier entry."""
+        """Insert command ``key`` as started, with its provisional result, and return ``None``.
+
+        If the command has an entry already, change nothing and return this entry.
+        """
         if not key.isascii():
             key = replace_surrogates(key)
         earlier = self.find(key)
@@ -56,7 +61,10 @@ class Ledger:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark ``key`` as done with its ``result``; insert a key that the cap has removed."""
+        """Mark command ``key`` as done and store its ``result``.
+
+        If the cap has removed the entry, a new entry is inserted.
+        """
         if not key.isascii():
             key = replace_surrogates(key)
         earlier = self.find(key)
@@ -85,7 +93,7 @@ class Ledger:
         )
 
     def import_entry(self, entry: LedgerEntry) -> None:
-        """Insert another store's entry, unless the entry here has the same or a later state."""
+        """Insert another store's entry. An earlier entry changes only from started to done."""
         earlier = self.find(entry.key)
         if earlier is None:
             self._insert(*astuple(entry))
@@ -107,7 +115,7 @@ class Ledger:
         self._bytes = size
 
     def _trim_results(self, size: int) -> int:
-        """Drop the oldest results until the rest fits; return the remaining bytes."""
+        """Drop the oldest results until the others fit; return the total bytes of the others."""
         if size <= self._max_bytes:
             return size
         last = 0
@@ -128,9 +136,9 @@ def find_in_other_stores(
 ) -> LedgerEntry | None:
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
-    The brain may deliver a command to any session of an agent. An entry that is not done gets the
-    state ``elsewhere``, because its process or the one that adopts its store sends the result. Runs
-    on the native thread and never raises.
+    The brain may deliver a command to any session of an agent. An unfinished command is returned
+    with the state ``elsewhere``: the process that started it, or the process that adopts its store,
+    sends the result. The function runs on the native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """
@@ -144,7 +152,7 @@ def find_in_other_stores(
                 if entry is not None and entry.state == DONE:
                     return entry
                 unfinished = unfinished or entry
-    except (OSError, LocalStorageError):  # the entries found so far are the answer
+    except (OSError, LocalStorageError):  # use the entries that were read before the error
         pass
     return unfinished and LedgerEntry(key, IN_OTHER_PROCESS, b"", unfinished.at)
 

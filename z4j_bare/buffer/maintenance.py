@@ -1,4 +1,4 @@
-"""When the manager deletes acked rows, vacuums, and retries a failed disk."""
+"""Schedules of the buffer manager: deletion of acked rows, vacuum, retries of a failed disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RETRY_INITIAL = 5.0
 #: Maximum seconds between attempts to return to the disk.
 RETRY_MAX = 300.0
 
-#: Maximum seconds between an ack and the deletion of its rows. A call on the native thread costs a
-#: worker 1 ms, so the rows wait for the next call that is needed for another reason.
+#: Maximum seconds between an ack and the deletion of its rows. A call on the native thread takes a
+#: worker 1 ms. So the rows are deleted by the next call that is made for another reason.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.
@@ -22,7 +22,11 @@ VACUUM_INTERVAL = 1.0
 
 
 class AckedRows(NamedTuple):
-    """The rows of one ack. ``events`` is their number of events, ``at`` the monotonic time."""
+    """The rows of one ack.
+
+    ``events`` is the number of events among the rows. ``at`` is the time of the ack in monotonic
+    seconds.
+    """
 
     generation: int
     ids: Sequence[int]
@@ -33,8 +37,8 @@ class AckedRows(NamedTuple):
 class PendingSnapshot(NamedTuple):
     """The pending acks at one moment.
 
-    ``acks`` is their number. ``ids`` are their rows in the current generation, and ``events`` is
-    the number of events among these.
+    ``acks`` is the number of pending acks. ``ids`` are the ids of their rows in the current store,
+    and ``events`` is the number of events among these rows.
     """
 
     acks: int = 0
@@ -43,7 +47,10 @@ class PendingSnapshot(NamedTuple):
 
 
 class PendingDeletes:
-    """Acknowledged rows that were not deleted yet. In threads mode, several threads add rows."""
+    """Acknowledged rows that are still in the store.
+
+    In threads mode, several threads may call :meth:`add`.
+    """
 
     def __init__(self) -> None:
         self._acks: deque[AckedRows] = deque()
@@ -56,16 +63,20 @@ class PendingDeletes:
         self._acks.append(rows)
 
     def can_defer(self, after: int, now: float) -> bool:
-        """Whether no row is overdue, and a read of ``id > after`` returns none of the rows."""
+        """Whether the deletion can wait.
+
+        It can wait if no ack is older than ``MAX_DEFER_SECONDS``, and if a read of rows with
+        ``id > after`` returns no acknowledged row.
+        """
         return all(
             now - ack.at < MAX_DEFER_SECONDS and max(ack.ids) <= after for ack in tuple(self._acks)
         )
 
     def snapshot(self, generation: int | None) -> PendingSnapshot:
-        """Return the acks so far with the ids of ``generation``.
+        """Return the number of pending acks, and the ids of their rows in ``generation``.
 
-        The snapshot is empty for ``None``. Ids of other generations are left out, because their
-        rows are not in the current store.
+        Rows of other generations are not in the current store, so their ids are left out. If
+        ``generation`` is ``None``, the snapshot is empty.
         """
         if generation is None or not self._acks:
             return PendingSnapshot()
@@ -75,30 +86,30 @@ class PendingDeletes:
         return PendingSnapshot(len(acks), ids, sum(ack.events for ack in valid))
 
     def remove(self, snapshot: PendingSnapshot) -> None:
-        """Remove the acks of a snapshot."""
+        """Remove the acks that ``snapshot`` contains."""
         for _ in range(snapshot.acks):
             self._acks.popleft()
 
 
 class VacuumSchedule:
-    """When to run the next vacuum step."""
+    """Decides when the next vacuum step runs."""
 
     def __init__(self) -> None:
-        #: Whether rows were deleted since the last complete vacuum.
+        #: Whether rows may have been deleted after the last complete vacuum.
         self.needed = True
         self._stepped_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
-        """Whether a step is needed, and the last one was long enough ago."""
+        """Whether a step is needed and the last step is ``VACUUM_INTERVAL`` seconds ago."""
         return self.needed and now - self._stepped_at >= VACUUM_INTERVAL
 
     def on_step(self, now: float, *, complete: bool) -> None:
-        """Record a step."""
+        """Record a vacuum step; ``complete`` says whether the vacuum is complete."""
         self.needed, self._stepped_at = not complete, now
 
 
 class DiskRetry:
-    """When to try to return to a failed disk, with exponential backoff."""
+    """Decides when to try to return to a failed disk, with exponential backoff."""
 
     def __init__(self) -> None:
         self._due_at = 0.0
@@ -106,11 +117,14 @@ class DiskRetry:
         self._returned_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time for an attempt."""
+        """Whether an attempt to return to the disk is due."""
         return now >= self._due_at
 
     def on_failure(self, now: float) -> None:
-        """Record that the disk failed; the backoff restarts if it had worked for ``RETRY_MAX``."""
+        """Record that the disk failed.
+
+        The backoff is reset if the disk had worked for more than ``RETRY_MAX`` seconds.
+        """
         if now - self._returned_at > RETRY_MAX:
             self._backoff.reset()
         self._due_at = now + self._backoff.delay
@@ -120,6 +134,6 @@ class DiskRetry:
         self._returned_at = now
 
     def schedule_next(self, now: float) -> None:
-        """Double the delay after an attempt."""
+        """Double the delay after an attempt, and schedule the next attempt."""
         self._backoff.increase()
         self._due_at = now + self._backoff.delay

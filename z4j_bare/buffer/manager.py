@@ -1,4 +1,8 @@
-"""The hub's side of the buffer: operations run on the native thread, or in memory."""
+"""The part of the buffer that runs on the hub.
+
+It calls the store on disk on the native thread. While the disk does not work, it uses a store in
+memory instead.
+"""
 
 from __future__ import annotations
 
@@ -32,34 +36,36 @@ T = TypeVar("T")
 
 logger = logging.getLogger("z4j.runtime.buffer.manager")
 
-#: Seconds for which a call on a busy disk is repeated.
+#: Seconds for which a call is repeated while the disk is busy.
 BUSY_TIMEOUT = 3.0
-#: Seconds before the first repetition.
+#: Seconds before the first repetition of such a call.
 BUSY_BACKOFF_INITIAL = 0.05
-#: Maximum seconds between repetitions.
+#: Maximum seconds between two repetitions.
 BUSY_BACKOFF_MAX = 0.5
 
-#: Age of the stats in seconds above which a call that needs the disk anyway reads them.
+#: If the stats are older than this many seconds, the next call to the store also reads the stats.
 STATS_INTERVAL = 1.0
-#: Age of the stats in seconds above which a read goes to the disk only for them.
+#: If the stats are older than this many seconds, a read calls the store even if the cache contains
+#: the requested rows.
 STATS_INTERVAL_IDLE = 5.0
 
-#: Seconds between warnings with the same subject.
+#: Minimum seconds between two warnings with the same subject.
 WARNING_INTERVAL = 60.0
 
 
 class BufferManager:
-    """The interface of the agent's loops to the buffer. It is used on the hub.
+    """The agent's loops access the buffer through this class, on the hub.
 
-    Every operation is one call on the native thread and one transaction. Only :meth:`run_on_disk`
-    raises an error of the disk. A call on a busy disk is repeated. On a full disk the oldest events
-    are evicted, a corrupt file is quarantined, and a deleted file is replaced, each at most once
-    per call. After any other error, rows go to memory until the disk works again.
+    An operation makes one call on the native thread and commits one transaction. Only
+    :meth:`run_on_disk` raises errors of the disk. While the disk is busy, the call is repeated. If
+    the disk is full, the oldest events are evicted. A corrupt file is quarantined, and a deleted
+    file is replaced. A call recovers at most once. After any other error, rows are stored in memory
+    until the disk works again.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
     :param backend: the concurrency backend.
-    :param memory: returns the store that replaces a failed disk.
-    :param lookup: finds a command in other processes' stores; runs on the native thread.
+    :param memory: returns a new store in memory, which replaces a failed disk.
+    :param lookup: finds a command in stores of other processes; runs on the native thread.
     """
 
     def __init__(
@@ -69,11 +75,12 @@ class BufferManager:
         memory: Callable[[], MemoryStore] = MemoryStore,
         lookup: LedgerLookup | None = None,
     ) -> None:
-        #: Incremented when another store replaces the current one, because its ids start again.
+        #: Incremented when another store replaces the current store. Ids are unique only within one
+        #: generation.
         self.generation = 0
-        #: How often the disk has failed.
+        #: Number of times that a store in memory replaced the failed disk.
         self.failures = 0
-        #: Rows that the adopt loop has not moved yet from the store of a dead process.
+        #: Number of rows that the adopt loop still has to move from the store of a dead process.
         self.orphan_rows = 0
         self._backend = backend
         self._new_memory = memory
@@ -89,17 +96,17 @@ class BufferManager:
 
     @property
     def durable(self) -> bool:
-        """Whether rows currently survive the end of the process."""
+        """Whether new rows are stored on disk and survive the end of the process."""
         return self._memory is None
 
     @property
     def last_stats(self) -> BufferStats:
-        """The most recent stats."""
+        """The stats that were read last."""
         return self._accounting.latest
 
     @property
     def acked_events(self) -> int:
-        """Events that the brain acknowledged and that were deleted."""
+        """Number of events that were deleted because the brain acknowledged them."""
         return self._accounting.acked_events
 
     @property
@@ -120,7 +127,7 @@ class BufferManager:
             self._on_appended(self._run(store_worker.append_events, payloads, self._stats_due()))
 
     def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
-        """Have rows deleted that the brain acknowledged; the next operation deletes them.
+        """Record rows that the brain acknowledged; the next call to the store deletes the rows.
 
         :param events: how many of the rows are events.
         :param generation: the generation of the ids. Ids of an earlier generation are ignored.
@@ -131,12 +138,12 @@ class BufferManager:
     def read_next(
         self, results: RowQuery, events: RowQuery, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]]:
-        """Read the next rows, results and events; none is deleted.
+        """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats or a delete are overdue. An empty result is returned without a call
-        only if no events are requested, or if nothing is to be deleted and no vacuum is due. A call
-        that finds no rows runs a vacuum step.
+        thread, unless the stats or a deletion are overdue. If the cache shows that there are no
+        rows, the call is omitted only if no events are requested, or if no acknowledged rows wait
+        for their deletion and no vacuum is due. A call that finds no rows runs a due vacuum step.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)
@@ -158,19 +165,26 @@ class BufferManager:
         return read.results, read.events
 
     def discard(self, ids: Sequence[int], reason: str, generation: int | None = None) -> None:
-        """Delete undeliverable rows and count them as lost; ``generation`` as in :meth:`ack`."""
+        """Delete undeliverable rows and count these rows as lost.
+
+        :param generation: the generation of the ids; see :meth:`ack`. ``None`` means any.
+        """
         with self._lock:
             self._run_in_generation(generation, _discard, ids, reason)
 
     def increment_attempts(self, ids: Sequence[int], generation: int | None = None) -> None:
-        """Count one more attempt for each of these rows; ``generation`` as in :meth:`ack`."""
+        """Add 1 to ``attempts`` of each of these rows; see :meth:`ack` for ``generation``."""
         with self._lock:
             self._run_in_generation(generation, _increment_attempts, ids)
 
     # -- the ledger of commands
 
     def claim(self, key: str, provisional_result: bytes) -> LedgerEntry | None:
-        """Insert a command as started, or return its entry here or in another process's store."""
+        """Insert a command as started, and return ``None``.
+
+        If this store or the store of another process contains the command, return its entry
+        instead.
+        """
         now = self._backend.wall()
         with self._lock:
             return self._run(store_worker.claim, key, now, provisional_result, self._lookup)
@@ -196,15 +210,15 @@ class BufferManager:
             return self.last_stats
 
     def refresh_stats(self) -> None:
-        """Read the stats if rows were appended since the last time."""
+        """Read the stats if rows were appended after the last read of the stats."""
         if self._accounting.outdated:
             self.stats()
 
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
         """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError`` without recovery, because adopted rows are safe in their own
-        file.
+        Raises ``LocalStorageError`` and does not recover from it. No row is lost: the operation
+        adopts rows, and rows that are not adopted yet stay in the file of the dead process.
         """
         with self._lock:
             if self._memory is not None:
@@ -215,7 +229,7 @@ class BufferManager:
         return result.value
 
     def close(self) -> None:
-        """Close the store; rows in memory are moved to the disk if it works."""
+        """Close the store. If the disk works, first move the rows in memory to the disk."""
         with self._lock:
             memory = self._memory
             if memory is not None and (memory.size() or memory.export_state().ledger):
@@ -236,7 +250,7 @@ class BufferManager:
                 self._on_deleted(pending)
             self._memory = None
 
-    # -- internals; the caller holds the lock
+    # -- internals: the caller holds the lock, except of ``_read_cached``
 
     def _stats_due(self) -> bool:
         return self._accounting.is_due(self._backend.now(), STATS_INTERVAL)
@@ -252,14 +266,14 @@ class BufferManager:
     def _read_cached(
         self, results: RowQuery, events: RowQuery, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
-        with self._lock:  # no other call runs meanwhile
+        with self._lock:  # the lock excludes other calls
             if self._memory is not None:
                 return None
             cached = self._disk.read_cached(results, events, max_bytes)
         return None if cached is None else (cached.results, cached.events)
 
     def _run(self, operation: Callable[[Store, *Ts], T], *args: *Ts) -> T:
-        """Run an operation on the disk, or in memory while that replaces the disk."""
+        """Run an operation on the store on disk, or in memory while the disk does not work."""
         memory = self._memory_in_use()
         if memory is None:
             result = self._try_disk(None, operation, *args)
@@ -271,7 +285,10 @@ class BufferManager:
     def _run_in_generation(
         self, generation: int | None, operation: Callable[[Store, *Ts], object], *args: *Ts
     ) -> None:
-        """Run an operation on rows of ``generation``, unless another store has replaced theirs."""
+        """Run an operation on rows of ``generation``; ``None`` means the current generation.
+
+        Does nothing if another store has replaced the store of ``generation``.
+        """
         memory = self._memory_in_use()
         if memory is None:
             result = self._try_disk(generation, operation, *args)
@@ -282,7 +299,10 @@ class BufferManager:
             self._run_in_memory(memory, operation, *args)
 
     def _memory_in_use(self) -> MemoryStore | None:
-        """Return the memory that replaces the disk, after an attempt to return if one is due."""
+        """Return the store in memory, or ``None`` while the disk works.
+
+        First makes an attempt to return to the disk, if one is due.
+        """
         if self._memory is not None and self._retry.is_due(self._backend.now()):
             self._return_to_disk(self._memory)
         return self._memory
@@ -299,7 +319,7 @@ class BufferManager:
     def _try_disk(
         self, generation: int | None, operation: Callable[[BufferStore, *Ts], T], *args: *Ts
     ) -> CallResult[T]:
-        """Call the disk: repeat while it is busy, and recover once from another error."""
+        """Call the store on disk; repeat while it is busy, and recover once from another error."""
         deadline = self._backend.now() + BUSY_TIMEOUT
         delays = Backoff(BUSY_BACKOFF_INITIAL, BUSY_BACKOFF_MAX)
         recovered = False
@@ -320,7 +340,7 @@ class BufferManager:
 
     def _call_disk(self, operation: Callable[[BufferStore, *Ts], T], *args: *Ts) -> CallResult[T]:
         """Make one call on the native thread and record which of its parts were completed."""
-        # Pending ids belong to memory while it is in use.
+        # While the store in memory is in use, the pending ids are ids of that store.
         pending = self._pending.snapshot(self.generation if self._memory is None else None)
         result: CallResult[T] = self._offload(
             self._disk.call, self._accounting.unrecorded_losses, pending.ids, operation, *args
@@ -345,11 +365,11 @@ class BufferManager:
 
     def _on_deleted(self, pending: PendingSnapshot) -> None:
         if pending.acks:
-            self._vacuum.needed = True  # first: the buffer must not appear idle in between
+            self._vacuum.needed = True  # set first, so that ``is_idle`` stays false
             self._pending.remove(pending)
             self._accounting.acked_events += pending.events
 
-    # -- recovery: each method returns whether the call is to be repeated
+    # -- recovery: each method returns whether to repeat the call
 
     def _recover(self, cause: str, error: LocalStorageError) -> bool:
         if cause == FULL:
@@ -455,7 +475,7 @@ def _stats(store: Store) -> BufferStats:
 class RateLimitedWarnings:
     """Limits the warnings of each subject to one every ``WARNING_INTERVAL`` seconds.
 
-    The others are logged at debug level.
+    Further warnings within this time are logged at debug level.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -463,7 +483,7 @@ class RateLimitedWarnings:
         self._warned_at: dict[str, float] = {}
 
     def warn(self, subject: str, text: str, *args: object) -> None:
-        """Log a warning."""
+        """Log ``text`` as a warning, or at debug level if ``subject`` was logged recently."""
         now = self._backend.now()
         repeated = now - self._warned_at.get(subject, float("-inf")) < WARNING_INTERVAL
         if not repeated:
@@ -471,7 +491,7 @@ class RateLimitedWarnings:
         logger.log(logging.DEBUG if repeated else logging.WARNING, text, *args)
 
     def warn_once(self, text: str, *args: object) -> None:
-        """Log a warning that is not repeated in this process."""
+        """Log ``text`` as a warning once; ignore later calls with the same ``text``."""
         if text not in self._warned_at:
             self._warned_at[text] = float("inf")
             logger.warning(text, *args)

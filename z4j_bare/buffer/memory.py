@@ -35,12 +35,13 @@ from z4j_bare.interfaces import IStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-#: Default maximum number of rows, far below the cap on disk: this is the worker's memory.
+#: Default maximum number of rows. It is below the cap on disk, because rows take worker memory.
 MAX_ROWS = 10_000
 #: Default maximum size in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 
-#: Bytes of a row besides key and payload: the entry, its id, the headers of its strings (measured).
+#: Bytes of memory that the objects of a row take, without the characters and bytes of key and
+#: payload (measured).
 ROW_OVERHEAD = 204
 
 
@@ -49,7 +50,8 @@ class MemoryStore:
     """A store with one deque per kind of row. The methods behave like those of ``BufferStore``.
 
     :param max_rows: maximum number of rows.
-    :param max_bytes: maximum size in bytes. Results in the ledger may take a sixteenth of it more.
+    :param max_bytes: maximum bytes of memory of all rows. Results in the ledger may take another
+        sixteenth of this number.
     :param clock: returns seconds since the epoch.
     """
 
@@ -74,7 +76,7 @@ class MemoryStore:
         self._ledger_bytes = 0
 
     def append(self, rows: Sequence[Row]) -> int:
-        """Append rows; return the number of evicted rows."""
+        """Append rows; return how many rows were lost."""
         self._check()
         reject_unknown_kinds(rows)
         now = self._clock()
@@ -88,16 +90,19 @@ class MemoryStore:
         )
 
     def append_events(self, payloads: Sequence[bytes]) -> int:
-        """Append events without keys; return the number of evicted rows."""
+        """Append events without keys; return how many rows were lost."""
         return self.append([(EVENT, "", payload) for payload in payloads])
 
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Append rows of another store with new ids, the same age and attempts."""
+        """Append rows of another store; return how many rows were lost.
+
+        The rows get new ids, and keep their age and attempts.
+        """
         self._check()
         return self._append(rows)
 
     def import_state(self, state: StoreState) -> None:
-        """Count another store's losses as produced and lost here, and import its ledger entries."""
+        """Add another store's losses and ledger entries to this store."""
         self._check()
         self._counts.import_losses(state.losses)
         for entry in state.ledger:
@@ -126,7 +131,7 @@ class MemoryStore:
     def drain(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
-        """Return the oldest rows of some kinds with ``id > after``; nothing is deleted."""
+        """Return the oldest rows of ``kinds`` with ``id > after`` without deleting them."""
         self._check()
         queues = [self._queues[kind] for kind in EVICTION_ORDER if kind in kinds]
         rows = heapq.merge(*queues, key=lambda entry: entry.id)
@@ -135,7 +140,7 @@ class MemoryStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what ``drain`` does: nothing here needs I/O."""
+        """Return what :meth:`drain` returns, which needs no I/O."""
         return self.drain(after, limit, max_bytes, kinds)
 
     def confirm(self, ids: Sequence[int]) -> int:
@@ -146,12 +151,12 @@ class MemoryStore:
         return removed
 
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them as lost for ``reason``."""
+        """Delete undeliverable rows and count these rows as lost for ``reason``."""
         self._check()
         return len(self._remove(ids, reason))
 
     def increment_attempts(self, ids: Sequence[int]) -> None:
-        """Count a session that ended while these rows were in flight."""
+        """Add 1 to ``attempts`` of each of these rows."""
         self._check()
         wanted = frozenset(ids)
         for kind, queue in self._queues.items():
@@ -172,7 +177,7 @@ class MemoryStore:
         return self._counts.stats(self.buffer_id, self._bytes, age, durable=False)
 
     def cached_stats(self) -> BufferStats:
-        """Return the stats; memory does not fail."""
+        """Return what :meth:`stats` returns, which needs no I/O."""
         return self.stats()
 
     def size(self) -> int:
@@ -184,7 +189,7 @@ class MemoryStore:
         return self._counts.payload_bytes
 
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Insert command ``key`` as started, or return the earlier entry."""
+        """Insert command ``key`` as started; if it has an entry already, only return the entry."""
         self._check()
         key = replace_surrogates(key)
         earlier = self._ledger.get(key)
@@ -193,7 +198,7 @@ class MemoryStore:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and keep its result for redeliveries."""
+        """Mark command ``key`` as done and store its result, in case it is delivered again."""
         self._check()
         self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
 
@@ -203,7 +208,7 @@ class MemoryStore:
         self.append([(RESULT, key, result)])
 
     def vacuum_step(self) -> bool:
-        """Do nothing: memory needs no vacuum."""
+        """Return ``True``, because memory needs no vacuum."""
         self._check()
         return True
 
@@ -232,7 +237,10 @@ class MemoryStore:
         return evicted
 
     def _remove(self, ids: Iterable[int], reason: str | None = None) -> list[BufferEntry]:
-        """Delete rows. Acks arrive oldest first, so most rows are at the head of their queue."""
+        """Delete rows and return them.
+
+        Acks arrive oldest first, so most of the rows are at the heads of the queues.
+        """
         wanted = set(ids)
         removed: list[BufferEntry] = []
         for queue in self._queues.values():
@@ -265,5 +273,5 @@ class MemoryStore:
 
 
 def _size(entry: BufferEntry) -> int:
-    """Return the memory of a row in bytes."""
+    """Return how many bytes of memory a row takes."""
     return len(entry.payload) + len(entry.key) + ROW_OVERHEAD

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-#: Causes that are temporary or would occur in another directory as well.
+#: Causes for which no other directory is tried: they are temporary or occur in every directory.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
 class StoreOptions(TypedDict, total=False):
-    """Options of :class:`BufferStore`."""
+    """Keyword arguments that :func:`open_store` passes to :class:`BufferStore`."""
 
     max_rows: int
     max_bytes: int
@@ -34,13 +34,13 @@ class StoreOptions(TypedDict, total=False):
 
 
 def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptions]) -> BufferStore:
-    """Return a new store in the directory of ``buffer_path``, or in ``<tmp>/z4j-<uid>``.
+    """Return a new store in the directory of ``buffer_path``, or else in ``<tmp>/z4j-<uid>``.
 
-    A directory is unusable when it cannot be created or written, belongs to another user, is
-    writable by others or is a symbolic link. It is also unusable on a network file system without
-    record locks or WAL, because a dead owner could not be distinguished from a running one.
-    ``notice`` of the store then gives the reason. Raises ``LocalStorageError`` with the error of
-    the configured directory when no directory is usable.
+    A directory is unusable if it cannot be created or written, belongs to another user, is writable
+    by others or is a symbolic link. A directory on a network file system without record locks or
+    WAL is also unusable, because a dead owner could not be told apart from a running owner. If the
+    configured directory is unusable, ``notice`` of the returned store gives the reason. If no
+    directory is usable, ``LocalStorageError`` is raised with the error of the configured directory.
     """
     first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):
@@ -60,7 +60,8 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
 class StoreOpener:
     """Opens and claims stores with the limits and the deployment id of a configuration.
 
-    :param secret: returns the project's key; called for each store, because it can be rotated.
+    :param secret: returns the project's key. It is called for each store, because the key can be
+        rotated.
     """
 
     def __init__(self, config: Config, secret: Callable[[], bytes]) -> None:
@@ -83,7 +84,7 @@ class StoreOpener:
         return store
 
     def claim(self, path: Path) -> Orphan:
-        """Return the store of a dead process, locked. Raises ``LocalStorageError``."""
+        """Claim and return the store of a dead process. Raises ``LocalStorageError``."""
         return Orphan(
             path,
             self.deployment(),
@@ -104,5 +105,6 @@ def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
     configured, *temporary = files.candidate_directories(buffer_path)
     yield configured
     yield from temporary
-    # Another user occupies the predictable names. Orphans under these random names are not adopted.
+    # Random names are tried in case another user occupies the predictable names. Orphans in
+    # directories with random names are not adopted.
     yield from (path.with_name(f"{path.name}-{os.urandom(8).hex()}") for path in temporary)

@@ -1,4 +1,4 @@
-"""Recovery of the rows of dead processes, in steps that are small enough for the native thread."""
+"""Moves the rows of dead processes, in steps that are short enough for the native thread."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-#: Maximum number of rows per step: 500 rows take 10 ms on the native thread and fill one frame.
+#: Maximum number of rows per step. 500 rows take 10 ms on the native thread and fill one frame.
 STEP_ROWS = 500
 #: Maximum payload bytes per step.
 STEP_BYTES = 1024 * 1024
 
-#: Rows in the target store above which no step moves rows. It equals the largest in-flight window,
-#: so that the sender always finds rows, and new events wait behind few adopted ones.
+#: Number of rows in the target store from which on a step moves no rows. It equals the largest
+#: in-flight window. So the sender always finds rows, and new events wait for few adopted events.
 TARGET_BACKLOG = 1_000
 
 #: Outcomes of a step.
@@ -37,7 +37,7 @@ DONE = "done"
 def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[Path]:
     """Return the stores that may belong to dead processes, least recently modified first.
 
-    The lock of a store says whether its owner runs.
+    The function does not check whether the owners run. The constructor of :class:`Orphan` does.
     """
     return [
         path
@@ -50,23 +50,24 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
 class Orphan:
     """The store of a dead process.
 
-    The constructor claims it. It raises ``LocalStorageError`` when the owner runs (``busy``), and
-    for a store of another deployment or an unsafe file. An unreadable store is quarantined, and
-    ``quarantine_reason`` says why.
+    The constructor claims the store. It raises ``LocalStorageError`` if the owner runs (``busy``),
+    if the store belongs to another deployment, and if the file has unsafe permissions. It renames
+    an unreadable store, and ``quarantine_reason`` says why.
 
-    Rows are appended to the target before they are deleted here. A process that dies in between
-    leaves them in both stores, and the brain recognises a repeated event by its id and time.
+    A step appends rows to the target before it deletes the rows from the orphan. If the process
+    dies between the two actions, the rows are in both stores and are sent twice. The brain
+    recognises a repeated event by its id and time.
     """
 
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
         self.path = path
-        #: Rows moved so far.
+        #: Number of rows moved so far.
         self.moved = 0
-        #: Why the store was quarantined; empty if it was not.
+        #: Why the store was quarantined; empty for a readable store.
         self.quarantine_reason = ""
         self._target_rows = min(TARGET_BACKLOG, max_rows // 4)
         self._target_bytes = max_bytes // 4
-        #: Ids of rows that are in the target already.
+        #: Ids of rows that the target contains and that still have to be deleted from the orphan.
         self._pending: list[int] = []
         self._state: StoreState | None = None
         self._store: BufferStore | None = None
@@ -85,15 +86,15 @@ class Orphan:
             self.quarantine_reason, self._state = str(error), _quarantine(path)
 
     def rows_left(self) -> int:
-        """Return the number of rows that are still here."""
+        """Return the number of rows that still have to be moved."""
         return 0 if self._store is None else self._store.size()
 
     def step(self, target: BufferStore) -> str:
         """Move some rows to ``target``.
 
-        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (the file is deleted).
-        Raises ``LocalStorageError`` for either store. It may be called again after an error, and
-        moves no row twice to the same target.
+        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (no rows are left).
+        Raises ``LocalStorageError`` if either store fails. The method may be called again after an
+        error. It does not move a row twice to the same target.
         """
         if self._store is None:
             target.import_state(self._state or StoreState({}))
@@ -102,8 +103,8 @@ class Orphan:
             self._store.confirm(self._pending)
             self._pending = []
         if self._state is None:
-            # The ledger comes first: the brain may redeliver a command of the dead process as soon
-            # as a session is established.
+            # The ledger is imported first, because the brain may redeliver a command of the dead
+            # process as soon as a session begins.
             state = self._store.export_state()
             target.import_state(StoreState({}, state.ledger))
             self._answer_interrupted_commands(target, state)
@@ -124,9 +125,9 @@ class Orphan:
 
     @staticmethod
     def _answer_interrupted_commands(target: BufferStore, state: StoreState) -> None:
-        """Send the provisional results of commands that were running when the process died.
+        """Queue the provisional results of commands that were running when the process died.
 
-        Their outcome is unknown, and none may run again.
+        The outcome of these commands is unknown, and they must not run again.
         """
         for entry in state.ledger:
             known = target.claim(entry.key, entry.at)
@@ -134,23 +135,23 @@ class Orphan:
                 target.settle_and_queue(entry.key, entry.result, entry.at)
 
     def quarantine_if_corrupt(self, target: BufferStore) -> bool:
-        """Quarantine the file and count its rows as lost if it is corrupt; return whether it is."""
+        """If the file is corrupt, quarantine it, count its rows as lost and return ``True``."""
         if self._store is None or self._store.integrity_ok():
             return False
         counts = Counts(lost=self._store.state_if_abandoned().losses)
-        counts.record_loss(CORRUPTION, EVENT, -len(self._pending))  # those are in the target
+        counts.record_loss(CORRUPTION, EVENT, -len(self._pending))  # these rows are in the target
         target.import_state(StoreState(counts.lost))
         self._store.quarantine()
         return True
 
     def close(self) -> None:
-        """Release the store; it becomes an orphan again if it still has rows."""
+        """Release the store. If rows are left, any process can claim the store again."""
         if self._store is not None:
             self._store.close()
 
 
 def _quarantine(path: Path) -> StoreState:
-    """Rename an unreadable file while it is locked; return the losses that its counters give."""
+    """Lock and rename an unreadable file; return the losses according to its counters."""
     lock = OwnerLock(files.lock_path(path))
     try:
         losses = read_losses(path)

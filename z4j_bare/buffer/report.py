@@ -30,8 +30,9 @@ _HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 class StoreReport:
     """One store at one moment.
 
-    ``owner_alive`` says whether its process runs. ``error`` says why the store is unreadable.
-    ``rows`` are counted by kind, ``lost`` by reason. ``oldest_age`` is in seconds.
+    ``owner_alive`` says whether the process that owns the store runs. ``error`` says why the store
+    is unreadable. ``rows`` is the number of rows by kind, and ``lost`` the number of lost rows by
+    reason. ``oldest_age`` is in seconds. ``commands`` is the number of ledger entries.
     """
 
     path: Path
@@ -48,12 +49,15 @@ class StoreReport:
 
     @property
     def total(self) -> int:
-        """The number of all rows."""
+        """Total number of rows of all kinds."""
         return sum(self.rows.values())
 
 
 def stores(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return all stores of this user in all directories; in each, least recently modified first."""
+    """Return the stores of this user in all directories.
+
+    Within a directory, the least recently modified store comes first.
+    """
     return [
         path
         for directory in files.candidate_directories(buffer_path)
@@ -103,15 +107,15 @@ def _read(
 
 
 def _batches(connection: sqlite3.Connection) -> Batches | None:
-    """Return the batches of a store; schema 1 has none."""
+    """Return the batches of a store, ``None`` for a store with schema version 1."""
     return Batches(connection, 0) if scalar(connection, _HAS_BATCHES) else None
 
 
 @contextmanager
 def claim_orphan(path: Path) -> Iterator[OwnerLock]:
-    """Own the store of a dead process during the block.
+    """Hold the owner lock of a dead process's store during the block.
 
-    Raises ``LocalStorageError`` when its process runs.
+    Raises ``LocalStorageError`` if the process runs.
     """
     lock = OwnerLock(files.lock_path(path))
     try:
@@ -134,9 +138,9 @@ def rows(path: Path) -> Iterator[BufferEntry]:
 
 
 def delete_store(path: Path) -> None:
-    """Delete the store of a dead process with all rows and open runs.
+    """Delete the store of a dead process, including its rows and its open runs.
 
-    Raises ``LocalStorageError`` when its process runs.
+    Raises ``LocalStorageError`` if the process runs.
     """
     with claim_orphan(path):
         for file in (*files.store_files(path), runs_path(path)):

@@ -31,27 +31,27 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: Another process started the command. That process or the one that adopts its store sends the
-#: result.
+#: Another process started the command. That process, or the process that adopts its store, sends
+#: the result.
 IN_OTHER_PROCESS = "elsewhere"
 
-#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so this
-#: allows 160 commands a second.
+#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so the
+#: ledger is large enough for 160 commands a second.
 LEDGER_CAP = 10_000
 
-#: ``(kind, key, payload)`` of a row to append.
+#: A row to append: ``(kind, key, payload)``.
 Row = tuple[str, str, bytes]
 
-#: Lost rows by ``(reason, kind)``.
+#: Number of lost rows by ``(reason, kind)``.
 Losses = dict[tuple[str, str], int]
 
 
 class BufferEntry(NamedTuple):
     """One buffered row.
 
-    ``id`` strictly increases. ``created_at`` is in seconds since the epoch. ``attempts`` counts the
-    sessions that the brain ended because of a frame while this row was in flight. The fields match
-    the table's columns, so that SQLite reads and writes entries without conversion.
+    Ids strictly increase within a store. ``created_at`` is in seconds since the epoch. ``attempts``
+    counts the sessions that the brain ended because of a frame while this row was in flight. The
+    fields match the table's columns, so that SQLite reads and writes entries without conversion.
     """
 
     id: int
@@ -72,8 +72,8 @@ class BufferStats:
 
     ``bytes`` is the size of the store: its files with WAL and SHM, or its memory. ``payload_bytes``
     is the size of all payloads. ``oldest_age`` is in seconds, ``None`` for an empty store. ``lost``
-    and ``lost_kinds`` are the same losses by reason and by kind. The counters are cumulative over
-    the life of ``buffer_id``.
+    and ``lost_kinds`` are the same losses by reason and by kind. ``lost``, ``lost_kinds``,
+    ``produced`` and ``confirmed`` count all rows since the creation of the store ``buffer_id``.
     """
 
     rows: int
@@ -88,18 +88,18 @@ class BufferStats:
     durable: bool
 
 
-#: The stats before a store was opened.
+#: The stats before the first store is opened.
 NO_STATS = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What the ledger knows of one command.
+    """The ledger's entry of one command.
 
     ``state`` is ``started``, ``done``, or ``elsewhere`` for a command of another process.
-    ``result`` is the result payload. While the command runs, it is the provisional result, which is
-    sent if this process dies first. ``result`` is empty when an old result was dropped to free
-    space.
+    ``result`` is the payload of the result. While the command runs, ``result`` is the provisional
+    result, which is sent if the process dies before the command ends. ``result`` is empty if it was
+    dropped to free space. ``at`` is the time of the last change in seconds since the epoch.
     """
 
     key: str
@@ -110,7 +110,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """What another store imports besides the rows: the losses and the recent ledger entries."""
+    """The data of a store that another store imports in addition to the rows."""
 
     losses: Losses
     ledger: tuple[LedgerEntry, ...] = ()
@@ -126,7 +126,7 @@ def reject_unknown_kinds(rows: Sequence[Row]) -> None:
 def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
     """Compress ids into inclusive ``(first, last)`` ranges.
 
-    Acked ids are mostly consecutive, and one range takes one SQL statement.
+    Acked ids are mostly consecutive, and one SQL statement handles a whole range.
     """
     ordered = sorted(set(ids))
     if not ordered:
@@ -143,9 +143,9 @@ def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
 def take_fitting(
     entries: Iterable[BufferEntry], limit: int, max_bytes: int, *, allow_oversized: bool = True
 ) -> list[BufferEntry]:
-    """Return the first ``entries``: at most ``limit``, with at most ``max_bytes`` of payloads.
+    """Return the first entries: at most ``limit``, with at most ``max_bytes`` of payloads.
 
-    With ``allow_oversized``, a first entry larger than ``max_bytes`` is returned alone.
+    With ``allow_oversized``, if the first entry is larger than ``max_bytes``, it is returned alone.
     """
     taken: list[BufferEntry] = []
     for entry in entries:
@@ -157,12 +157,12 @@ def take_fitting(
 
 
 def batch_timestamp(entry: BufferEntry) -> float | None:
-    """Return the ``created_at`` that all events of a batch share, ``None`` for a single row."""
+    """Return ``created_at`` of an event that can be in a batch, ``None`` for any other entry."""
     return (
         entry.created_at if entry.kind == EVENT and not entry.key and not entry.attempts else None
     )
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates: a foreign task id may contain some, and SQLite rejects them."""
+    """Replace lone surrogates, which a task id may contain and which SQLite rejects."""
     return text.encode("utf-8", "replace").decode("utf-8")

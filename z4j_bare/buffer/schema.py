@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
     from z4j_bare.buffer.rows import Losses
 
-#: Identifies a store in the file's header ("z4gb"). A file with tables and another id is not
-#: opened.
+#: SQLite's application id in the header of a store ("z4gb" in ASCII). A file that has tables and
+#: another application id is not opened.
 APPLICATION_ID = 0x7A346762
 
-#: ``MIGRATIONS[n]`` migrates version ``n`` to ``n + 1``. Version 0 is an empty file. Append only.
+#: ``MIGRATIONS[n]`` contains the statements that migrate a file from version ``n`` to ``n + 1``.
+#: Version 0 is an empty file. Never change an item; append new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # The store assigns the ids and keeps the next one in ``meta``. AUTOINCREMENT would write
+        # The store assigns the ids and keeps the next id in ``meta``. AUTOINCREMENT would write
         # its own counter for each row, which takes a fifth of the time of an append.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
@@ -35,7 +36,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             attempts INTEGER NOT NULL DEFAULT 0
         )""",
-        # Finds results among 100,000 events. It is partial, so that events need no index entry.
+        # The index finds results among 100,000 events. It is partial, so it contains no events.
         "CREATE INDEX entries_kept ON entries (id, kind) WHERE kind <> 'event'",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
         """CREATE TABLE losses (
@@ -53,8 +54,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
     ),
     (
-        # Events of one append with the ids ``last - count + 1`` to ``last``. A newline separates
-        # the payloads. Events with ids up to ``done`` in ``meta`` have been deleted.
+        # A row contains the events of one append. Their ids are ``last - count + 1`` to ``last``.
+        # A newline separates the payloads. In ``meta``, ``done`` is the id of the last deleted
+        # event: the oldest row may still contain events with ids up to ``done``.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,
@@ -96,11 +98,12 @@ ADD_LOSSES = (
 ADD_TO_COUNTER = "UPDATE meta SET value = value + ? WHERE key = ?"
 
 
-# The queries below contain only constants of this package, so S608 does not apply.
+# The queries below contain only constants of this package, so the linter's warning of SQL injection
+# (S608) does not apply.
 
 
 def select_rows(kinds: Iterable[str]) -> str:
-    """Return a query for the oldest entries of some kinds; parameters: ``after``, ``limit``."""
+    """Return a query for the oldest entries of ``kinds``; parameters: ``after``, ``limit``."""
     wanted = sorted(KINDS.intersection(kinds))
     where = f"kind IN ({', '.join(map(repr, wanted))}) AND " if len(wanted) < len(KINDS) else ""
     index = ""
@@ -113,7 +116,7 @@ def select_rows(kinds: Iterable[str]) -> str:
 
 
 def select_oldest(kind: str) -> str:
-    """Return a query for id and payload length of the oldest rows; parameter: ``limit``."""
+    """Return a query for id and payload length of a kind's oldest rows; parameter: ``limit``."""
     index = condition = ""
     if kind != EVENT:
         index, condition = "INDEXED BY entries_kept", "AND kind <> 'event' "
@@ -124,7 +127,10 @@ def select_oldest(kind: str) -> str:
 
 
 def wal_pages(max_bytes: int) -> int:
-    """Return the checkpoint interval in WAL pages: SQLite's 1000 (4 MiB), fewer in small stores."""
+    """Return the number of WAL pages after which SQLite runs a checkpoint.
+
+    The default of SQLite is 1000 pages (4 MiB). A store of less than 250 MiB gets fewer pages.
+    """
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
 
@@ -133,9 +139,9 @@ def connect(
 ) -> sqlite3.Connection:
     """Open an existing file and set the pragmas; the tables stay unchanged.
 
-    ``busy_timeout`` is in seconds; 0 fails immediately. Raises ``sqlite3.Error``. Raises
-    ``LocalStorageError`` for a file of another program, of another deployment or of a newer agent,
-    and for a file system without WAL.
+    ``busy_timeout`` is the number of seconds to wait for a locked file. Raises ``sqlite3.Error``.
+    Raises ``LocalStorageError`` for a file of another program, of another deployment or of a newer
+    agent, and for a file system without WAL.
     """
     connection = sqlite3.connect(
         path.as_uri() + "?mode=rw",
@@ -157,7 +163,8 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block is part of the outer transaction.
 
-    The transaction is IMMEDIATE: one that starts with a read cannot wait for the write lock later.
+    The transaction takes the write lock at its start (``BEGIN IMMEDIATE``). A transaction that
+    starts with a read cannot wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -169,7 +176,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     except BaseException:  # including an exception thrown into the greenlet or thread by the host
         try:
             connection.execute("ROLLBACK")
-        except sqlite3.Error:  # already rolled back by SQLite (disk full, I/O error)
+        except sqlite3.Error:  # SQLite has rolled back already (disk full, I/O error)
             pass
         raise
 
@@ -197,7 +204,7 @@ def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 
 
 def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
-    """Whether the store has one of the deployment's names, or both have none."""
+    """Whether store and deployment have a name in common, or neither has a name."""
     row = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
     return row is not None and (
         row[0] == deployment or not set(row[0].split()).isdisjoint(deployment.split())
@@ -205,7 +212,8 @@ def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    # auto_vacuum comes before WAL mode, which writes the first page and fixes the setting.
+    # auto_vacuum must be set before WAL mode: the switch to WAL mode writes the first page, and
+    # auto_vacuum cannot be changed afterwards.
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
@@ -248,7 +256,7 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a store without taking ownership.
 
-    A file that was closed properly has no log, and none is created.
+    A store that was closed properly has no WAL. Opening it does not create one.
     """
     mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     with closing(
@@ -259,9 +267,9 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def read_losses(path: Path) -> Losses:
-    """Return the losses of a file with unreadable rows; those rows count as lost.
+    """Return the losses of a file whose rows are unreadable. The rows count as lost.
 
-    Empty when the counters cannot be read either.
+    The result is empty if the counters are unreadable as well.
     """
     try:
         with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:

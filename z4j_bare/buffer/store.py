@@ -48,12 +48,12 @@ MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
 #: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
-#: Minimum number of events evicted at a time on a full disk; a tenth of all rows if that is more.
+#: Events that one eviction on a full disk removes, or a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
 
 
 class InsertGroup(NamedTuple):
-    """Rows to insert: entries whose ids are not assigned yet, or payloads of events of one time."""
+    """Rows to insert: entries without ids, or payloads of events with the same ``created_at``."""
 
     entries: Sequence[BufferEntry] = ()
     payloads: Sequence[bytes] = ()
@@ -63,25 +63,27 @@ class InsertGroup(NamedTuple):
 
 @implementer(IStore)
 class BufferStore:
-    """A file with rows, loss counters and the ledger of commands, bounded in rows and in bytes.
+    """A file with rows, loss counters and the ledger. Caps limit its rows and its bytes.
 
     The constructor takes ownership of ``path`` (see ``files.OwnerLock``) and opens it.
 
     :param path: the file.
     :param max_rows: maximum number of rows.
-    :param max_bytes: maximum size in bytes with WAL and SHM. Rows get seven eighths of it, results
-        in the ledger a sixteenth of that, and the WAL the rest. While another process reads the
-        WAL, it cannot be truncated, and ``append`` raises above the cap.
-    :param deployment: one or more names of the deployment, separated by spaces. A store that shares
-        none of them is refused, because its rows must not reach this brain.
-    :param busy_timeout: seconds to wait for a locked file; 0 fails immediately.
+    :param max_bytes: maximum size in bytes with WAL and SHM. The tables get seven eighths of
+        ``max_bytes``, and a sixteenth of this share is the maximum for results in the ledger. The
+        WAL gets the rest. While another process reads the WAL, SQLite cannot truncate it, and
+        ``append`` raises an error if the files exceed ``max_bytes``.
+    :param deployment: one or more names of the deployment, separated by spaces. A store without any
+        of these names is refused, because its rows must not reach this brain.
+    :param busy_timeout: seconds to wait for a locked file. With 0, a locked file raises an error
+        immediately.
     :param create: whether to create a missing file. Adoption of another process's store sets it to
         false.
     :param clock: returns seconds since the epoch.
     """
 
     durable = True
-    #: A warning about the location of this store; empty in the configured directory.
+    #: A warning about the location of this store; empty if it is in the configured directory.
     notice = ""
 
     def __init__(
@@ -122,8 +124,9 @@ class BufferStore:
     def append(self, rows: Sequence[Row]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
-        The caps evict events first, the oldest before the others. A row that is larger than the
-        whole budget counts as lost. So does a new event when rows of other kinds fill the store.
+        If the store exceeds a cap, the oldest events are evicted, and then the oldest rows of other
+        kinds. A row that is larger than the share of all rows counts as lost. A new event counts as
+        lost if rows of other kinds fill the store.
         """
         reject_unknown_kinds(rows)
         if all(kind == EVENT and not key for kind, key, _ in rows):
@@ -138,12 +141,15 @@ class BufferStore:
 
     @storage_call
     def append_events(self, payloads: Sequence[bytes]) -> int:
-        """Commit events without keys as ``append`` does."""
+        """Commit events without keys; return how many rows were lost."""
         return self._commit([InsertGroup(payloads=payloads, at=self._clock())])
 
     @storage_call
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Commit rows of another store with new ids and the same age and attempts."""
+        """Commit rows of another store; return how many rows were lost.
+
+        The rows get new ids, and keep their age and attempts.
+        """
         groups = []
         for at, group in groupby(rows, batch_timestamp):
             entries = list(group)
@@ -155,7 +161,7 @@ class BufferStore:
 
     @storage_call
     def import_state(self, state: StoreState) -> None:
-        """Count another store's losses as produced and lost here, and import its ledger entries."""
+        """Add another store's losses and ledger entries to this store."""
         with self._accounting.transaction() as rows:
             rows.change.import_losses(state.losses)
         for entry in state.ledger:
@@ -170,7 +176,7 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """Reduce the files on a full disk and evict the oldest events; return their number."""
+        """Reduce the files on a full disk and evict the oldest events; return how many."""
         self._space.reclaim_all()
         number = max(FULL_DISK_EVICTION, self.size() // 10)
         with self._accounting.transaction() as rows:
@@ -182,10 +188,10 @@ class BufferStore:
     def drain(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
-        """Return the oldest rows of some kinds with ``id > after``; nothing is deleted.
+        """Return the oldest rows of ``kinds`` with ``id > after`` without deleting them.
 
-        At most ``limit`` rows with at most ``max_bytes`` of payloads. A first row larger than that
-        comes alone.
+        Returns at most ``limit`` rows with at most ``max_bytes`` of payloads. If the first row is
+        larger than ``max_bytes``, it is returned alone.
         """
         cached = self.read_cached(after, limit, max_bytes, kinds)
         return self._read(after, limit, max_bytes, kinds) if cached is None else cached
@@ -193,9 +199,9 @@ class BufferStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what ``drain`` does, or ``None`` if that needs the file.
+        """Return what :meth:`drain` returns, or ``None`` if this requires reading the file.
 
-        May run on any thread while no other call runs.
+        Any thread may call this method while no other call runs.
         """
         if EVENT not in kinds and not self._accounting.counts.non_events:
             return []
@@ -212,11 +218,11 @@ class BufferStore:
             closing(self._connection.execute(query, (after, max(0, limit)))) as cursor,
             closing(self._batched(after, kinds)) as batched,
         ):
-            # Ids are unique, so merge compares nothing else.
+            # Ids are unique, so ``merge`` never compares other fields.
             return take_fitting(merge(map(BufferEntry._make, cursor), batched), limit, max_bytes)
 
     def _batched(self, after: int, kinds: Sequence[str]) -> Generator[BufferEntry, None, None]:
-        """Return the events in batches, in a generator that can be closed."""
+        """Return a generator of the events in batches, if ``kinds`` contains events."""
         if EVENT in kinds:
             return self._accounting.batches.read(after)
         return empty_iterator()
@@ -226,12 +232,12 @@ class BufferStore:
         """Delete delivered rows; return the number of deleted rows."""
         with self._accounting.transaction() as rows:
             rows.change.confirmed = rows.remove(ids)
-        self._shrink_files()  # the deletion is written to the log first
+        self._shrink_files()  # the deletion has made the WAL larger
         return rows.change.confirmed
 
     @storage_call
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count them as lost in the same transaction."""
+        """Delete undeliverable rows and count the rows as lost, in one transaction."""
         with self._accounting.transaction() as rows:
             removed = rows.remove(ids, reason)
         self._shrink_files()
@@ -239,17 +245,17 @@ class BufferStore:
 
     @storage_call
     def increment_attempts(self, ids: Sequence[int]) -> None:
-        """Count a session that ended while these rows were in flight."""
+        """Add 1 to ``attempts`` of each of these rows."""
         with self._accounting.transaction() as rows:
             rows.increment_attempts(ids)
-        self._shrink_files()  # the log contains the whole updated row
+        self._shrink_files()  # the update has made the WAL larger, by the pages of the rows
 
     @storage_call
     def stats(self) -> BufferStats:
         """Return the counters, the size of the files and the age of the oldest row.
 
-        Raises when the file was deleted: SQLite would continue to write to it, and its rows would
-        vanish with this process.
+        Raises an error if the file was deleted. SQLite would continue to write to the deleted file,
+        and its rows would be lost at the end of this process.
         """
         self.path.lstat()
         oldest = self._accounting.oldest()
@@ -257,21 +263,22 @@ class BufferStore:
         return self._accounting.stats(self._space.disk_bytes(), age)
 
     def cached_stats(self) -> BufferStats:
-        """Return the stats without disk access: neither the size nor the age."""
+        """Return the counters without disk access. The size is 0 and the age is ``None``."""
         return self._accounting.stats(0, None)
 
     @storage_call
     def integrity_ok(self) -> bool:
-        """Return whether the whole file is readable; slow, for files that may be corrupt."""
+        """Return whether the whole file is readable. The check is slow."""
         try:
             return bool(self._connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
         except sqlite3.DatabaseError:
             return False
 
     def state_if_abandoned(self) -> StoreState:
-        """Return the losses if no row can be read any more.
+        """Return the losses, including all rows that the store still contains.
 
-        All rows count as lost events: most of them are, and the kinds of the others are unknown.
+        All these rows count as lost events. Most rows are events, and the kinds of the others are
+        unknown in a corrupt file.
         """
         lost = dict(self._accounting.counts.lost)
         lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self.size()
@@ -289,12 +296,12 @@ class BufferStore:
 
     @storage_call
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Insert command ``key`` as started, or return the earlier entry."""
+        """Insert command ``key`` as started; if it has an entry already, only return the entry."""
         return self._ledger.claim(key, now, provisional_result)
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and keep its result for redeliveries."""
+        """Mark command ``key`` as done and store its result, in case it is delivered again."""
         self._ledger.settle(key, result, now)
 
     @storage_call
@@ -313,7 +320,7 @@ class BufferStore:
 
     @storage_call
     def vacuum_step(self) -> bool:
-        """Return some unused pages to the file system; return whether the work is complete."""
+        """Release some unused pages to the file system; return whether the vacuum is complete."""
         return self._space.vacuum_step()
 
     def close(self, *, ledger_transferred: bool = False) -> None:
@@ -331,7 +338,7 @@ class BufferStore:
                 delete = self.size() == 0 and (
                     ledger_transferred or self._ledger.count_recent(self._clock()) == 0
                 )
-                # The last connection checkpoints and deletes the WAL and the SHM file.
+                # Closing the last connection runs a checkpoint and deletes WAL and SHM.
                 self._connection.close()
         finally:
             self._release(delete=delete)
@@ -391,7 +398,10 @@ class BufferStore:
     def _commit(
         self, groups: Sequence[InsertGroup], extra: Callable[[], None] = lambda: None
     ) -> int:
-        """Commit rows and the statements of ``extra`` in one transaction; return the lost rows."""
+        """Commit rows and the changes of ``extra`` in one transaction.
+
+        Returns how many rows were lost.
+        """
         if not any(group.entries or group.payloads for group in groups):
             return 0
         self._space.check_capacity()
@@ -404,7 +414,7 @@ class BufferStore:
         return sum(rows.change.lost.values())
 
     def _insert(self, group: InsertGroup, rows: RowTransaction) -> None:
-        """Insert a group; a row larger than the budget is counted as lost."""
+        """Insert a group. A row that is larger than the budget counts as lost."""
         entries, payloads = group.entries, group.payloads
         if payloads:
             if max(map(len, payloads)) > self._budget:
@@ -440,7 +450,10 @@ class BufferStore:
                 rows.remove(evicted, CAPACITY)
 
     def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
-        """Return the ids of a kind's oldest rows that make up the excess, or the first 1,000."""
+        """Return the ids of the oldest rows of ``kind`` whose removal ends the excess.
+
+        Returns at most 1,000 ids, or ``excess_rows`` if that is more.
+        """
         ids: list[int] = []
         limit = max(excess_rows, 1000)
         with (
@@ -457,5 +470,5 @@ class BufferStore:
 
 
 def empty_iterator() -> Generator[BufferEntry, None, None]:
-    """Yield nothing; unlike ``iter(())`` it can be closed."""
+    """Yield nothing. Unlike ``iter(())``, the generator has a method ``close``."""
     yield from ()

@@ -1,6 +1,6 @@
-"""The native side of the buffer: opens the store on disk and runs operations on it.
+"""Opens the store on disk and runs operations on it, on the native thread.
 
-The module neither logs nor takes a patched lock. It returns errors as values.
+The module neither logs nor takes a patched lock. ``StoreWorker.call`` returns errors as values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 
-#: ``(after, limit, kinds)`` of rows to read.
+#: A query for rows: ``(after, limit, kinds)``; see ``IStore.drain``.
 RowQuery = tuple[int, int, Sequence[str]]
 
-#: Returns the ledger entry of a command in other processes' stores: ``(path of this store, key)``.
+#: A function that searches other processes' stores for the ledger entry of a command. Its arguments
+#: are the path of this process's store and the key of the command.
 LedgerLookup = Callable[[Path, str], LedgerEntry | None]
 
 #: Maximum number of rows copied from one store to another in one transaction.
@@ -45,7 +46,7 @@ COPY_BYTES = 4 * 1024 * 1024
 
 
 class Progress(IntEnum):
-    """The part of a call that was completed. Each part is committed by itself."""
+    """The last part of a call that was completed. Each part is a separate transaction."""
 
     CLOSED = 0
     OPEN = 1
@@ -74,9 +75,9 @@ class ReadResult(NamedTuple):
 
 
 class StoreWorker:
-    """Owns the store on disk. All methods run on the native thread, one call at a time.
+    """Owns the store on disk. Only one call may run at a time.
 
-    The exception is :meth:`read_cached`, which the hub may call while no other call runs.
+    All methods run on the native thread, except :meth:`read_cached`, which the hub may call.
 
     :param open_store: opens a new store.
     """
@@ -95,7 +96,8 @@ class StoreWorker:
     ) -> CallResult[T]:
         """Open the store if needed, record ``losses``, delete ``acked`` rows, run ``operation``.
 
-        Acked rows are deleted first: a full store would evict them and count them as lost.
+        Acked rows are deleted before the operation. Otherwise a full store could evict these rows
+        and count them as lost.
         """
         notice = ""
         progress = Progress.CLOSED
@@ -116,7 +118,7 @@ class StoreWorker:
         return CallResult(Progress.DONE, value, None, notice)
 
     def read_cached(self, results: RowQuery, events: RowQuery, max_bytes: int) -> ReadResult | None:
-        """Return what :func:`read_next` does, or ``None`` if that needs the file."""
+        """Return what :func:`read_next` returns, or ``None`` if this requires reading the file."""
         if self._store is None:
             return None
         rows_by_query = run_queries(self._store.read_cached, (results, events), max_bytes)
@@ -125,17 +127,17 @@ class StoreWorker:
         return ReadResult(rows_by_query[0], rows_by_query[1])
 
     def cached_stats(self) -> BufferStats | None:
-        """Return the stats of a failed store; ``None`` when it could not be opened."""
+        """Return the counters without disk access; ``None`` if no store is open."""
         return None if self._store is None else self._store.cached_stats()
 
     def free_space(self) -> int:
-        """Evict the oldest events of a store on a full disk; return their number."""
+        """Evict the oldest events of a store on a full disk; return the number of events."""
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:
-        """Rename the file of a corrupt store; return its losses, all remaining rows included.
+        """Rename the file of a corrupt store and return its losses.
 
-        Some rows may be intact, but which ones is unknown.
+        All rows in the file count as lost, because it is unknown which of them are intact.
         """
         store, self._store = self._store, None
         if store is None:
@@ -143,7 +145,7 @@ class StoreWorker:
         losses = store.state_if_abandoned().losses
         try:
             store.quarantine()
-        except LocalStorageError:  # the next file has another name
+        except LocalStorageError:  # the file keeps its name; the next store gets another name
             pass
         return losses
 
@@ -176,10 +178,10 @@ class StoreWorker:
 def append(
     store: Store, rows: Sequence[tuple[str, str, bytes]], want_stats: bool
 ) -> BufferStats | None:
-    """Append rows; return the stats from before if they are wanted.
+    """Append rows; with ``want_stats``, return the stats from before the append.
 
-    The stats are read first: after an error the call is repeated, and rows must not be appended
-    twice.
+    The stats are read first, because a failed call is repeated. If a read after the append failed,
+    the repeated call would append the rows twice.
     """
     stats = store.stats() if want_stats else None
     store.append(rows)
@@ -187,7 +189,7 @@ def append(
 
 
 def append_events(store: Store, payloads: Sequence[bytes], want_stats: bool) -> BufferStats | None:
-    """Append events without keys; return the stats from before if they are wanted."""
+    """Append events without keys; with ``want_stats``, return the stats from before the append."""
     stats = store.stats() if want_stats else None
     store.append_events(payloads)
     return stats
@@ -196,7 +198,7 @@ def append_events(store: Store, payloads: Sequence[bytes], want_stats: bool) -> 
 def run_queries(
     read: Callable[[int, int, int, Sequence[str]], T], queries: Sequence[RowQuery], max_bytes: int
 ) -> list[T | list[BufferEntry]]:
-    """Return the rows for each query; a query without a limit returns none."""
+    """Return the rows for each query. A query with a limit of 0 returns no rows."""
     return [
         read(after, limit, max_bytes, kinds) if limit > 0 else [] for after, limit, kinds in queries
     ]
@@ -210,7 +212,7 @@ def read_next(
     want_stats: bool,
     vacuum: bool,
 ) -> ReadResult:
-    """Read the next rows; with ``vacuum``, run a vacuum step if there are none."""
+    """Read the next rows; with ``vacuum``, run a vacuum step if there are no rows."""
     rows_by_query = run_queries(store.drain, (results, events), max_bytes)
     stats = store.stats() if want_stats else None
     vacuumed = vacuum_step(store) if vacuum and not any(rows_by_query) else None
@@ -220,16 +222,17 @@ def read_next(
 def claim(
     store: Store, key: str, now: float, provisional_result: bytes, lookup: LedgerLookup | None
 ) -> LedgerEntry | None:
-    """Insert a command as started, or return its entry in this or another process's store."""
+    """Insert a command as started, or return its entry in the store of any process."""
     elsewhere = None
     if lookup is not None and isinstance(store, BufferStore):
-        # Skipped for a store in memory: its operations run on the hub, where no file may be read.
+        # The lookup is skipped for a store in memory: operations of this store run on the hub,
+        # where no file may be read.
         elsewhere = lookup(store.path, key)
     return elsewhere or store.claim(key, now, provisional_result)
 
 
 def vacuum_step(store: Store) -> bool:
-    """Run one vacuum step; return whether the work is complete."""
+    """Run one vacuum step; return whether the vacuum is complete."""
     try:
         return store.vacuum_step()
     except LocalStorageError:  # no row is lost; the next append raises if the error persists
@@ -237,7 +240,7 @@ def vacuum_step(store: Store) -> bool:
 
 
 def copy_rows(target: Store, source: Store) -> int:
-    """Move everything from one store to another; return the number of rows.
+    """Move rows, losses and ledger entries to another store; return the number of rows.
 
     After an error, some rows may be in both stores.
     """
@@ -256,7 +259,7 @@ def delete_and_close(store: Store, acked: Sequence[int]) -> bool:
         if acked:
             store.confirm(acked)
         deleted = True
-    except LocalStorageError:  # the next process sends them again
+    except LocalStorageError:  # the process that adopts the file sends these rows again
         deleted = False
     try:
         store.close()

@@ -1,4 +1,4 @@
-"""Construction of engine and scheduler adapters by name."""
+"""Constructs engine and scheduler adapters by name."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     if arguments.stores:
         for store in stores:
             if store.owner_alive:
-                # claim_orphan raises LocalStorageError, unless the process has ended since then.
+                # claim_orphan raises LocalStorageError, unless the process has ended meanwhile.
                 with report.claim_orphan(store.path):
                     pass
     return [store for store in stores if not store.owner_alive]

@@ -43,7 +43,7 @@ _FLAGS = (
     "concurrency",
 )
 
-#: Base class of argparse's parsers and argument groups; it has no public name.
+#: Base class of argparse's parsers and argument groups. The class has no public name.
 ArgumentContainer = argparse._ActionsContainer  # noqa: SLF001
 
 

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Run the probes that send no token. Return 1 if one failed or a setting is wrong, else 0."""
+    """Run the probes that send no token; return an exit code as :func:`run` does."""
     output = Output(json_only=arguments.json)
     try:
         config, settings = configuration.resolved(arguments)

@@ -1,4 +1,4 @@
-"""Command lines of the adapter packages: ``z4j-django``, ``z4j-celery`` and so on."""
+"""Makes the command lines of the adapter packages: ``z4j-django``, ``z4j-celery`` and so on."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from z4j_bare.errors import LocalStorageError
 
 
 class Command(NamedTuple):
-    """A command of the command line.
+    """Describes a command and the module that implements the command.
 
-    :param module: name of the module that implements the command.
+    :param module: name of the module.
     :param help: one line of help.
     :param add_arguments: name of the module's function that adds the command's options.
     :param run: name of the module's function that runs the command.
@@ -32,8 +32,7 @@ class Command(NamedTuple):
     examples: str = "EXAMPLES"
 
 
-#: Commands by name. :func:`main` imports only the module of the selected command, because the
-#: module of ``demo`` needs optional packages.
+#: Commands by name. :func:`main` imports only the module of the selected command.
 COMMANDS = {
     "run": Command("z4j_bare.cli.run", "run a standalone agent in its own process"),
     "doctor": Command("z4j_bare.cli.doctor", "find out why an agent does not connect"),
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # The process that reads the pipe has exited, as `head` does.
-        # stdout becomes /dev/null, because the interpreter's final flush would raise again.
+        # Redirect stdout to /dev/null, because the interpreter's final flush would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

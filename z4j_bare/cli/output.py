@@ -1,4 +1,4 @@
-"""Output of the commands: text for people, one JSON object for programs."""
+"""Writes the output of the commands: text for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ VERDICTS = {
 class Output:
     """Writes the results of a command.
 
-    ``rich`` draws colours, tables and progress bars when it is installed and the output is a
-    terminal. Output to a pipe or a file is plain text.
+    If ``rich`` is installed and the output is a terminal, ``rich`` draws colours, tables and
+    progress bars. Output to a pipe or a file is plain text.
 
     :param json_only: whether to write only JSON objects, with :meth:`print_json`, and no text.
     :param stream: stream to write to; default: stdout.
@@ -78,8 +78,8 @@ class Output:
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
         """Yield a function ``redraw(draw)`` that clears the screen and calls ``draw()``.
 
-        ``draw`` writes the whole screen. If the output is not a terminal, ``redraw`` does not
-        clear anything, and the new text follows the earlier text.
+        ``draw`` writes the whole screen. If the output is not a terminal, ``redraw`` only
+        calls ``draw()``, and the new text follows the earlier text.
         """
         if self._console is None:
             yield lambda draw: draw()

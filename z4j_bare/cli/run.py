@@ -247,7 +247,7 @@ def _drain_seconds(flag: float | None) -> float:
         raise HostConfigurationError(
             f"Z4J_DRAIN_SECONDS={text!r} is not a number of seconds"
         ) from None
-    if not 0 <= seconds <= MAX_DRAIN_SECONDS:  # false for NaN
+    if not 0 <= seconds <= MAX_DRAIN_SECONDS:  # also true for NaN
         raise HostConfigurationError(
             f"--drain (Z4J_DRAIN_SECONDS) must be between 0 and 3600 seconds, not {seconds:g}"
         )

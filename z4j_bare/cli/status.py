@@ -157,7 +157,7 @@ def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) 
     if not agents:
         output.print_line(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "
-            "use the Z4J_HOME and the user of the workers"
+            "run this command with the Z4J_HOME and the user of the workers"
         )
         return
     output.print_table(COLUMNS, [row(agent) for agent in agents])
@@ -253,7 +253,7 @@ def _interval(text: str) -> float:
         seconds = float(text)
     except ValueError:
         raise invalid from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; false for NaN
+    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; also true for NaN
         raise invalid
     return seconds
 

@@ -8,7 +8,7 @@ import time
 
 
 class Notifier:
-    """Sends notifications to ``$NOTIFY_SOCKET``; does nothing without that variable.
+    """Sends notifications to ``$NOTIFY_SOCKET``. If the variable is not set, nothing is sent.
 
     No method raises an exception, because the agent must work under every service manager.
     """
@@ -36,7 +36,7 @@ class Notifier:
     def alive(self) -> None:
         """Reset the watchdog's timer, at most three times per watchdog interval.
 
-        systemd restarts the service when no reset arrives within the interval.
+        systemd restarts the service if no reset arrives within the interval.
         """
         now = time.monotonic()
         if self._watchdog_seconds and now - self._watchdog_sent_at >= self._watchdog_seconds / 3:

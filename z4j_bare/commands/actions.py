@@ -92,7 +92,7 @@ def cancel_task(command: Command, host: EngineHost, seconds: float) -> object:
 
 
 def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
-    """Run again all tasks that match the filter."""
+    """Retry all tasks that match the filter."""
     selection = command.option("filter", dict, "an object")
     if not selection:
         raise command.error("filter is required")
@@ -232,7 +232,7 @@ def _resubmit(
     args: tuple[Any, ...] | None,
     kwargs: dict[str, Any] | None,
 ) -> object:
-    """Retry by submitting a new task, with the arguments that the operator sent.
+    """Enqueue a new task with the arguments that the operator sent, in place of a retry.
 
     An engine without the capability ``retry_task`` keeps no arguments of a task.
     """
@@ -333,7 +333,7 @@ def _delta(command: Command) -> int:
 
 
 def choose_host(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
-    """Return the engine that a command is for.
+    """Return the engine that has to execute a command.
 
     If the command names an engine, return this engine. Otherwise return the only engine, or the
     only engine that has the required capability. The brain names no engine in commands for a queue

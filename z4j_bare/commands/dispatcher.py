@@ -42,7 +42,7 @@ POLL_INTERVAL = 1.0
 
 @dataclass(slots=True)
 class DispatchState:
-    """The progress of the dispatcher's shutdown; shared with the executor."""
+    """The progress of the dispatcher's shutdown. The executor reads the same object."""
 
     #: Whether the agent is stopping. If so, no further command begins.
     stopping: bool = False

@@ -154,7 +154,7 @@ class IdempotentEffects:
         self._lock = backend.lock()
 
     def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
-        """Return the outcome of ``call()``, or that of an earlier command with the same effect.
+        """Return the outcome of ``call()``, or the outcome of an earlier command for the effect.
 
         If another command in this process is producing the effect, wait for that command. The
         outcome is indeterminate if a crash interrupted the effect, or if another process is
@@ -182,7 +182,10 @@ class IdempotentEffects:
             done.set()
 
     def _register(self, key: str, done: IEvent) -> IEvent:
-        """Return the event of the command that runs for ``key``; register ``done`` if none does."""
+        """Return the event of the command that runs for ``key``.
+
+        If no command runs for ``key``, register and return ``done``.
+        """
         with self._lock:
             return self._running.setdefault(key, done)
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("z4j.runtime.commands.process_restart")
 
 #: The exit code, ``EX_TEMPFAIL``. It is not 0, because supervisord's ``autorestart=unexpected``
 #: (its default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a
-#: process that ended successfully. systemd also counts a process that SIGTERM ended as successful.
+#: process that ended successfully. systemd also counts an end by SIGTERM as success.
 EXIT_CODE = 75
 
 #: Minimum age in seconds of a process that a command may restart. It prevents repeated commands
@@ -154,7 +154,7 @@ def set_exit_code(finish: Callable[[], object]) -> None:
 
     An ``atexit`` hook that ended the process would skip the hooks that were registered before it.
     Therefore an object in ``sys`` ends the process when the interpreter clears ``sys``. An object
-    in a module of the agent would not always be cleared, because a thread may still refer to the
+    in a module of the agent could outlive the interpreter, because a thread may still refer to the
     module.
 
     A child process of ``multiprocessing``, such as a Dramatiq worker, runs the finalizers of
@@ -172,7 +172,7 @@ def exit_now() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # absent, broken or closed
+        except (AttributeError, OSError, ValueError):  # the stream is absent, broken or closed
             continue
     os._exit(EXIT_CODE)
 

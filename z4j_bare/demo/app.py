@@ -35,7 +35,7 @@ class LoggedTask(Task):  # type: ignore[misc]  # Celery has no types
     """A task that logs the end and the outcome of each of its runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task."""
+        """Run the task and log its outcome."""
         outcome = task_log.RETURNED
         try:
             return super().__call__(*args, **kwargs)
@@ -77,7 +77,10 @@ def retrying(self: Task) -> int:
 
 @app.task(name="demo.fails_once")
 def fails_once(mark: str) -> str:
-    """Create the file ``mark`` and fail. Succeed if the file exists, as in an operator's retry."""
+    """Succeed if the file ``mark`` exists; otherwise create the file and fail.
+
+    Therefore the first run fails, and an operator's retry succeeds.
+    """
     try:
         Path(mark).touch(exist_ok=False)
     except FileExistsError:
@@ -112,7 +115,7 @@ if importlib.util.find_spec("django"):
 
     @app.task(name="demo.uses_orm")
     def uses_orm() -> int:
-        """Write and read a row with Django's ORM."""
+        """Insert a row and count the rows with Django's ORM."""
         return orm.record_visit(visit_model)
 
 

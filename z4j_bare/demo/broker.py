@@ -1,6 +1,6 @@
 """The broker between the demo's script and its worker.
 
-The broker is a server that a URL names, or files in the run's private directory.
+The broker is either a server with a URL, or message files in the run's private directory.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def producer(home: Path, broker: str | None) -> Iterator[Celery]:
 
 
 def address(broker: str | None) -> str:
-    """Return the broker's URL without its password, or ``files``."""
+    """Return the broker's URL without the password, or ``files`` if the broker has no URL."""
     from kombu.utils.url import sanitize_url
 
     return str(sanitize_url(broker)) if broker else "files"
@@ -95,7 +95,7 @@ def address(broker: str | None) -> str:
 def _clear(app: Celery, home: Path, broker: str) -> None:
     """Delete the run's queue.
 
-    On Redis, also delete the run's keys, because kombu's binding keys remain after the queue.
+    On Redis, also delete the run's keys, because kombu does not delete its binding keys.
     """
     try:
         with app.connection_for_write() as connection:

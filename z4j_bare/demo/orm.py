@@ -1,4 +1,7 @@
-"""A Django model on SQLite without a Django project; imported only if Django is installed."""
+"""A Django model on SQLite without a Django project.
+
+This module is imported only if Django is installed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def create_model(home: Path) -> Any:
-    """Configure Django with a new database in ``home``; create and return a model with a table."""
+    """Configure Django with a new database in ``home``; return a model after creating its table."""
     database = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(home / "orm.sqlite3")}
     settings.configure(DATABASES={"default": database}, USE_TZ=True)
     django.setup()

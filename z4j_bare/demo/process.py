@@ -1,4 +1,4 @@
-"""Subprocesses of the demo, the tests and the benchmarks."""
+"""Runs the subprocesses of the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 

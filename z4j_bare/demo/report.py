@@ -1,4 +1,4 @@
-"""Compares the tasks that the script produced with those that the brain shows."""
+"""Compares the tasks that the script produced with the tasks that the brain shows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A task in an unexpected state; ``seen`` is ``None`` if the brain has no row for it."""
+    """A task in an unexpected state; ``seen`` is ``None`` if the brain does not list it."""
 
     task_id: str
     kind: str
@@ -67,7 +67,7 @@ class Report:
         )
 
     def to_object(self) -> dict[str, Any]:
-        """Return the JSON object of ``--json``."""
+        """Return the JSON object that ``--json`` prints."""
         figures = [{**asdict(figure), "agrees": figure.agrees} for figure in self.figures]
         return {"ok": self.ok, **asdict(self), "figures": figures}
 

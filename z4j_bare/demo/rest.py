@@ -132,7 +132,7 @@ class BrainApi:
         return self._rows(self.get(f"/projects/{project}/agents"))
 
     def agent(self, project: str, agent_id: str) -> Row:
-        """Return one agent; raises ``HarnessError`` if the brain does not list it."""
+        """Return one agent. Raises ``HarnessError`` if the brain does not list the agent."""
         for row in self.agents(project):
             if row["id"] == agent_id:
                 return row

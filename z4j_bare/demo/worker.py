@@ -24,7 +24,7 @@ _READY_TIMEOUT = 60.0
 
 
 def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
-    """Return a clean environment with ``extra`` in which ``python`` imports this ``z4j_bare``.
+    """Return a clean environment plus ``extra``, in which ``python`` imports this ``z4j_bare``.
 
     An interpreter other than ``sys.executable`` imports the ``z4j_bare`` of its own environment.
     """
@@ -47,7 +47,7 @@ class Worker(Service):
     :param name: the worker's name. It must contain no dot, because the brain redacts a name with
         a dot as an e-mail address.
     :param options: additional command-line options.
-    :param python: the interpreter, for example that of another virtual environment.
+    :param python: the interpreter, for example of another virtual environment.
     """
 
     def __init__(

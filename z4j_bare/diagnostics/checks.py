@@ -59,8 +59,8 @@ def brain_checks(
         probe = _brain_probe(config, settings)
         steps = brain_steps(probe, websocket=websocket)
     except HostConfigurationError as error:
-        # If the setting also fails the tls probe, the http probe is skipped. So the error is
-        # reported once.
+        # If the tls probe also fails because of this setting, the http probe is skipped. Therefore
+        # the error is reported once.
         steps = [ProbeStep("http", "tls", partial(failed, "http", str(error), _FIX_SETTING))]
     try:
         yield from _run_steps([*_network_steps(config, settings), *steps])

@@ -22,7 +22,7 @@ from z4j_bare.monitoring.duplicate_agents import workers_of
 #: Start of the local version label, which every release of this package has in its version.
 VERSION_LABEL = "+green."
 
-#: Task queues that z4j has adapters for.
+#: Task queues for which z4j has adapters.
 ENGINES = ("celery", "rq", "dramatiq", "huey", "arq", "taskiq")
 
 #: Packages whose versions :func:`probe_versions` lists, because a bug report needs the versions.
@@ -53,7 +53,7 @@ def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResul
     elif len(versions) > 1:
         problem = f"several releases are installed side by side ({', '.join(versions)})"
     elif VERSION_LABEL not in versions[0]:
-        problem = f"z4j-bare {versions[0]} is the asyncio agent, not this one"
+        problem = f"z4j-bare {versions[0]} is the asyncio agent, not this package"
     else:
         problem = ""
     details = {"versions": versions, "path": str(Path(z4j_bare.__file__).parent)}
@@ -115,7 +115,7 @@ def probe_concurrency(setting: str = "auto") -> ProbeResult:
 def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
     """Create and delete a store in the buffer's directory, and check the free disk space.
 
-    :param buffer_path: path of the buffer; only its directory is used.
+    :param buffer_path: path of the buffer. The probe uses only the directory of the path.
     """
     directory = Path(buffer_path).parent
     try:

@@ -214,7 +214,7 @@ def _default_context() -> ssl.SSLContext:
 def _handshake(
     target: Target, context: ssl.SSLContext, timeout: float
 ) -> tuple[dict[str, Any], str]:
-    """Return the certificate's fields and the TLS version."""
+    """Perform the handshake; return the fields of the certificate and the TLS version."""
     host, port = target.first_hop
     connection: HTTPConnection = HTTPSConnection(host, port, timeout=timeout, context=context)
     if target.proxy is not None:
@@ -278,6 +278,6 @@ def _check_expiry(
         "days_left": days,
     }
     if days is not None and days < EXPIRY_WARNING_DAYS:
-        cause = f"{version}, but the certificate expires in {days} days"
+        cause = f"the certificate expires in {days} days ({version})"
         return warned("tls", cause, "renew the brain's certificate", **details)
     return passed("tls", f"{version}, the certificate is valid for {days} more days", **details)

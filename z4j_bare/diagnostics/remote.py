@@ -121,7 +121,7 @@ class BrainProbe:
         return passed("http", "the brain is healthy", status=answer.status)
 
     def clock(self) -> ProbeResult:
-        """Compare this host's clock with the brain's clock. Call :meth:`health` before."""
+        """Compare this host's clock with the brain's clock. Call :meth:`health` first."""
         try:
             brain_time = parsedate_to_datetime(self._brain_date or "").timestamp()
         except (ValueError, TypeError):
@@ -151,7 +151,7 @@ class BrainProbe:
         try:
             self._hello_ack = self._longpoll.connect(unsent_hello())
         except HostConfigurationError as error:
-            fix = "store the agent's token in that file, readable by this user"
+            fix = "store the agent's token in the file, and make the file readable for this user"
             return failed("token", str(error), fix)
         except AgentError as error:
             return self._token_problem(error)
@@ -177,7 +177,7 @@ class BrainProbe:
         return failed("websocket", cause, text, code=code, **details)
 
     def signature(self) -> ProbeResult:
-        """Send an empty event batch that the project's key signs. Call :meth:`token` before."""
+        """Send an empty event batch that the project's key signs. Call :meth:`token` first."""
         try:
             key = read_key(self._config, self._settings)
             session = Session(parse_hello_ack(self._hello_ack), key)
@@ -246,7 +246,7 @@ class BrainProbe:
             raise NetworkError(str(error), code=code) from None
         finally:
             transport.close()
-        return None, "it answered an invalid message: check that Z4J_BRAIN_URL is the brain's"
+        return None, "a server answered, but not a brain: check Z4J_BRAIN_URL"
 
     def _signature_problem(self, error: RemoteError) -> ProbeResult:
         if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:
@@ -264,7 +264,7 @@ class BrainProbe:
 def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]:
     """Return the probes of the brain in their order.
 
-    :param websocket: whether to include WebSocket.
+    :param websocket: whether to include the WebSocket probe.
     """
     steps = [
         ProbeStep("http", "tls", probe.health),
@@ -277,7 +277,7 @@ def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]
 
 
 def unsent_hello() -> bytes:
-    """Return a ``hello`` for the long-poll transport, which sends parts of it as HTTP headers."""
+    """Return a ``hello`` of which the long-poll transport sends only parts, as HTTP headers."""
     identity = frames.Identity(
         framework="bare",
         agent_version="",

@@ -1,4 +1,4 @@
-"""The result of a probe."""
+"""Defines the result of a probe and its four verdicts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ProbeResult:
 
     @property
     def verdict(self) -> str:
-        """``OK``, ``WARN``, ``SKIP`` or ``FAIL``."""
+        """The start of the message: ``OK``, ``WARN``, ``SKIP`` or ``FAIL``."""
         return self.message.partition(":")[0]
 
     @property

@@ -1,4 +1,4 @@
-"""Encodes captured records to event bytes, in the flush loop: redaction and JSON."""
+"""Redacts captured records and encodes them as JSON. The flush loop calls the encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from z4j_celery.meta import TaskMeta
     from z4j_core.models import Event
 
-#: Maximum characters of a traceback, as in the adapter's own hooks.
+#: Maximum characters of a traceback. The adapter's own hooks have the same limit.
 MAX_TRACEBACK_CHARS = 4096
 
 #: A captured record: its encoder (``None`` if called directly), event kind, timestamp (seconds
@@ -35,9 +35,10 @@ _encoder = json.JSONEncoder(
 def new_ids() -> Callable[[], str]:
     """Return a function that returns a new UUID of version 4 at each call.
 
-    The first ten bytes are random, and the last twelve digits are a counter. A ``uuid4`` per event
-    would cost more than the rest of the event's envelope. The counter starts at a number of twelve
-    digits, so it needs no padding. It lasts 28,000 years at 1,000 events a second.
+    The first ten bytes are random, and the last twelve digits are a counter. A call of ``uuid4``
+    for each event would take more time than the rest of the event's envelope. The counter starts at
+    a number of twelve digits, so it needs no padding. At 1,000 events a second, the twelve digits
+    are enough for 28 years.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
@@ -117,7 +118,10 @@ _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reas
 
 
 def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
-    """Return a function like ``encoder.encode`` without its set-up, half of the time of a call."""
+    """Return a function that does the same as ``encoder.encode`` in half the time.
+
+    ``encode`` creates a C encoder at each call. The returned function always uses the same one.
+    """
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # an interpreter without the C module
         return encoder.encode
@@ -135,15 +139,18 @@ def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
     return lambda data: "".join(run(data, 0))
 
 
-#: Returns canonical JSON of plain values. Raises ``ValueError`` for NaN and infinity.
+#: Returns the canonical JSON of a plain value. Raises ``ValueError`` for NaN and infinity.
 encode_text = _c_encode(_encoder)
 
 
 def apply_task_meta(data: dict[str, Any], meta: TaskMeta) -> None:
-    """Apply a task's ``@z4j_meta``: kept and redacted keyword arguments, a redacted result."""
+    """Apply a task's ``@z4j_meta`` to the data of an event.
+
+    It says which keyword arguments to keep or to redact, and whether to redact the result.
+    """
     if meta.keep_kwargs is not None:
         if data.get("args") is not None:
-            data["args"] = REDACTED  # positional arguments have no names to select by
+            data["args"] = REDACTED  # keep_kwargs cannot select them by name
         if isinstance(data.get("kwargs"), dict):
             data["kwargs"] = {
                 key: item for key, item in data["kwargs"].items() if key in meta.keep_kwargs

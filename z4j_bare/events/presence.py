@@ -1,4 +1,4 @@
-"""Presence of workers: the brain accepts commands only for workers announced by an event."""
+"""Announces workers by events. The brain accepts commands only for announced workers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 INTERVAL = 60.0
 
 #: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the
-#: brain's retention may have deleted the first one.
+#: brain's retention may have deleted the first ``worker.online``.
 ONLINE_EVERY = 5
 
 
 class Presence:
     """Announces the workers of one engine.
 
-    :param put: ``Ring.put``.
-    :param matches: the engine's ``RedactionEngine.value_matches``; see :func:`safe_name`.
+    :param put: appends a record to the ring (``Ring.put``).
+    :param matches: whether a name would be redacted; see :func:`safe_name`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Presence:
         matches: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        #: Names of the announced workers; a dict keeps their order.
+        #: The keys are the names of the announced workers. A dict keeps their order.
         self.workers: dict[str, None] = {}
         self._engine = engine
         self._put = put

@@ -1,4 +1,4 @@
-"""The ring between the host's tasks and the flush loop. The host only appends to it."""
+"""The queue between the host's tasks, which append events, and the flush loop."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Ring:
     :param limit: maximum number of events.
     :param threshold: number of events at which ``wake`` is set, so that the flush loop does not
         wait for its interval.
-    :param wake: also set by the first event after :meth:`arm_wakeup`. Polling five times a second
-        instead costs an idle worker 1 ms of CPU a second.
+    :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets ``wake``,
+        because polling five times a second would cost an idle worker 1 ms of CPU time a second.
     """
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
@@ -56,7 +56,7 @@ class Ring:
         self._uncaptured = next(self._uncaptured_counter)
 
     def arm_wakeup(self) -> bool:
-        """Let the next event set ``wake``. Return ``False`` if there are events already.
+        """Let the next event set ``wake``. If the ring contains events, only return ``False``.
 
         Only the flush loop may call this.
         """
@@ -66,7 +66,10 @@ class Ring:
         return self._armed
 
     def take(self, limit: int) -> list[Captured]:
-        """Remove and return the oldest events, at most ``limit``. For the flush loop only."""
+        """Remove and return the oldest events, at most ``limit``.
+
+        Only the flush loop may call this method.
+        """
         items = self._items
         batch = [items.popleft() for _ in range(min(limit, len(items)))]
         self._taken += len(batch)
@@ -75,7 +78,7 @@ class Ring:
     def requeue(self, batch: list[Captured]) -> None:
         """Put events from :meth:`take` back at the front, because they could not be stored.
 
-        Those that no longer fit are dropped, the oldest first, and count as lost.
+        Events that no longer fit are dropped, the oldest first, and count as lost.
         """
         room = (self._items.maxlen or 0) - len(self._items)
         self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))

@@ -14,21 +14,22 @@ import uuid
 from itertools import islice
 from typing import Any
 
-#: Maximum characters of one event. Redacting ten values of 8 KB each would take 36 ms.
+#: Maximum total characters of one snapshot. Redacting ten strings of 8 KB each would take 36 ms.
 MAX_CHARS = 16 * 1024
 
-#: Maximum number of values in one event, containers included.
+#: Maximum number of values in one snapshot, including containers.
 MAX_NODES = 500
 
-#: Characters kept beyond the limit until redaction, so that a secret at the limit is redacted too.
+#: Number of characters that a truncated string keeps beyond its limit until redaction, so that a
+#: secret at the limit is redacted too.
 MARGIN = 1024
 
-#: Maximum nesting depth. Containers below it are replaced by their type. The brain redacts
+#: Maximum nesting depth. A deeper container is replaced by the name of its type. The brain redacts
 #: everything below depth 64.
 MAX_DEPTH = 32
 
-#: Maximum bits of an integer. Of a larger one only the size is kept, because Python refuses to
-#: parse more than 4,300 digits.
+#: Maximum bits of an integer. A larger integer is replaced by a text with its size, because Python
+#: refuses to parse more than 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
@@ -49,8 +50,8 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 class TruncatedStr(str):
     """The start of a longer string.
 
-    It holds the ``limit`` characters to send and up to ``MARGIN`` more for redaction. ``length`` is
-    the length of the original.
+    It contains the first ``limit`` characters, which are sent, and up to ``MARGIN`` characters more
+    for redaction. ``length`` is the number of characters of the original string.
     """
 
     __slots__ = ("length", "limit")
@@ -60,7 +61,7 @@ class TruncatedStr(str):
 
     @classmethod
     def of(cls, text: str, limit: int) -> TruncatedStr:
-        """Truncate ``text`` to ``limit`` characters."""
+        """Return ``text`` truncated to ``limit`` characters plus the margin."""
         truncated = cls(str.__getitem__(text, slice(0, limit + MARGIN)))
         truncated.limit, truncated.length = limit, str.__len__(text)
         return truncated
@@ -88,7 +89,7 @@ class OpaqueStr(str):
 
 
 def snapshot(value: Any) -> Any:
-    """Return a bounded copy of ``value``; a string over the limit is a :class:`TruncatedStr`."""
+    """Return a bounded copy of ``value``. Strings over the limit become :class:`TruncatedStr`."""
     kind = type(value)
     if value is None or kind is bool or kind is float or (kind is str and len(value) <= MAX_CHARS):
         return value
@@ -96,7 +97,7 @@ def snapshot(value: Any) -> Any:
 
 
 class _Copier:
-    """Copies one value. ``chars`` and ``nodes`` are the characters and values still allowed."""
+    """Copies one value. ``chars`` more characters and ``nodes`` more values are allowed."""
 
     __slots__ = ("chars", "nodes")
 

@@ -25,9 +25,9 @@ Loop = tuple[str, Callable[[IEvent], None]]
 
 
 class EventSource:
-    """Events of one engine, taken from the adapter's own stream."""
+    """Records the events that the adapter of one engine delivers."""
 
-    #: Whether the adapter's signals must be connected to get the events.
+    #: Whether the agent must connect the adapter's signals to receive the events.
     uses_adapter_events = True
 
     def __init__(
@@ -42,21 +42,25 @@ class EventSource:
     def loops(self) -> list[Loop]:
         """Return the background loops to start after :meth:`connect`.
 
-        Only :meth:`disconnect` waits for their end.
+        If the agent must wait for the end of a loop, :meth:`disconnect` waits.
         """
         return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._backend))]
 
     def connect(self) -> None:
-        """Start the capture. Does no I/O, so the caller can wait for it and misses no task."""
+        """Start the capture.
+
+        The method does no I/O, so the caller can wait until the capture has started. Then no task
+        is missed.
+        """
         if name := local_worker_name(self.engine):
             self.presence.online(name)
 
     def disconnect(self) -> None:
-        """Record what has happened so far, announce the workers as offline, stop the capture."""
+        """Announce the workers as offline. Subclasses also stop their capture."""
         self.presence.announce("worker.offline")
 
     def failures(self) -> int:
-        """Return how often the stream of events broke."""
+        """Return how many times the stream of events was interrupted."""
         return 0
 
     def dropped(self) -> int:
@@ -72,7 +76,7 @@ class EventSource:
         return 0
 
     def record(self, event: Event) -> None:
-        """Append an event of the adapter's stream to the ring. Does not wait, does not raise."""
+        """Append an event of the adapter to the ring. The method neither waits nor raises."""
         data = event.data
         if not self._settings.capture_args:
             data.pop("args", None)

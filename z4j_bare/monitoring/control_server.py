@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _socket  # the C class, which is never patched: all waits go through the backend
+import _socket  # the C class is never patched; every wait uses the backend
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ MAX_REQUEST_BYTES = 64
 
 
 class ControlServer:
-    """Serves one client at a time. Without a client it uses no CPU.
+    """Serves one client at a time. Without a client the server uses almost no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
     :param handlers: by verb, the function that returns the response.

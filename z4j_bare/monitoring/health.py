@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.health")
 
-#: Seconds between the end of one round of checks and the start of the next.
+#: Seconds from the end of one round of checks to the start of the next round.
 INTERVAL = 20.0
 
 #: Seconds to wait for one check. A check that takes longer continues to occupy a worker of the

@@ -1,4 +1,4 @@
-"""The lag of the hub, and the code that blocks it.
+"""Measures the lag of the hub, and finds the code that blocks the hub.
 
 A timer of the hub measures how late the hub calls it. When the timer is overdue by a second, a
 native thread samples the stack of the hub's thread, to find the code that does not yield. The
@@ -25,7 +25,7 @@ logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 TICK = 1.0
 
 #: Seconds between two samples of the lag without a hub. A sample wakes a thread, which takes 0.1 ms
-#: of CPU. The sample only measures how long this thread waits for the interpreter.
+#: of CPU. The lag is then only the time that this thread waits for the interpreter.
 TICK_OF_THREADS = 2.0
 
 #: Lag in seconds at which the stack of the hub's thread is sampled.
@@ -34,7 +34,7 @@ BLOCKED_AFTER = 1.0
 #: Seconds between two samples of the stack while the hub stays blocked.
 STACK_SAMPLE_INTERVAL = 0.25
 
-#: Minimum seconds between two warnings.
+#: Minimum seconds between two warnings about a blocked hub.
 WARN_INTERVAL = 60.0
 
 #: Maximum number of stored samples. A heartbeat removes the samples, but without a session there is
@@ -113,7 +113,10 @@ class HubLagMonitor:
             )
 
     def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
-        """Sample the stack of a blocked hub. Runs in a native thread; only reads and assigns."""
+        """Sample the stack of a blocked hub.
+
+        This runs in a native thread, so it must not log or take a lock.
+        """
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)
@@ -128,9 +131,9 @@ class HubLagMonitor:
 def next_check(lag: float) -> float:
     """Return the seconds until the native thread checks the hub again.
 
-    The thread checks just after the lag would exceed ``BLOCKED_AFTER`` if the hub were blocked.
-    Therefore the thread wakes only after every other tick while the hub is on time. ``lag`` is
-    negative before a tick is due.
+    The delay ends just after the lag would exceed ``BLOCKED_AFTER`` if no further tick came. While
+    the hub is on time, the thread therefore wakes only after every other tick. ``lag`` is negative
+    before a tick is due.
     """
     if lag >= BLOCKED_AFTER:
         return STACK_SAMPLE_INTERVAL

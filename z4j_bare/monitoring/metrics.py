@@ -26,7 +26,7 @@ _UNREADABLE = (CORRUPTION, DELETED)
 # The next constants are the brain's limits for ``adapter_events``. The brain closes the session if
 # a frame exceeds one of these limits.
 
-#: Maximum number of adapters.
+#: Maximum number of adapters in ``adapter_events``.
 _MAX_ADAPTERS = 32
 
 #: Maximum characters of an adapter's name.
@@ -69,7 +69,7 @@ class AgentMetrics:
     :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
     :param unheard: returns the number of tasks that run without an event of their start.
-    :param restarts: returns the number of restarts in the bridge and the event sources.
+    :param restarts: returns the number of restarts of the bridge and of the event sources.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Reports the engines' tasks to the brain: first all tasks, later only changes."""
+"""Reports the engines' tasks to the brain.
+
+The first report contains all tasks. Later reports contain only changes.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ MAX_DELTA_BYTES = 16 * 1024
 
 
 class RegistryLoop:
-    """Discovers tasks while connected, and sends the changes since the last report.
+    """Discovers tasks during a session, and sends the changes since the last report.
 
-    The protocol has no acks for these frames. A change counts as reported when the transport has
-    accepted the frame.
+    The protocol has no acks for ``registry_delta`` frames. A change counts as reported when the
+    transport has accepted the frame.
 
     :param hints: the framework adapter's ``discovery_hints``.
     :param connection: returns the current connection, or ``None`` without a session.

@@ -66,7 +66,7 @@ class FlushLoop:
                 continue
             timeout = IDLE_WAIT
             if len(self._ring) < self._max_events:
-                self._backend.wait(self._ring.wake, self._interval)  # let more events arrive
+                self._backend.wait(self._ring.wake, self._interval)  # more events may arrive
             self._ring.wake.clear()
             # Events that arrive during a commit wait for the next wake-up, unless they fill a
             # batch. A commit of 256 events takes hardly longer than a commit of 12 events. Repeated

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 #: which it receives nothing for 90 s.
 KEEPALIVE_INTERVAL = 30.0
 
-#: Seconds between two ``agent_status`` frames. The first follows the session's first heartbeat.
+#: Seconds between two ``agent_status`` frames. The first is sent after the session's first
+#: heartbeat.
 STATUS_INTERVAL = 60.0
 
 

@@ -42,8 +42,8 @@ class PoisonIsolation:
         #: The suspected rows in flight. No other row is in flight at the same time.
         self.isolated: Sequence[BufferEntry] = ()
         #: Whether the brain has acknowledged a frame in this session. The sender sends suspected
-        #: rows only after such an ack. Without the ack, it could not distinguish a poison row from
-        #: another cause that ends every session.
+        #: rows only after such an ack. Without the ack, the agent could not distinguish a poison
+        #: row from another cause that ends every session.
         self.session_works = False
         #: Rows of the last upload. Read only if the transport has synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -58,7 +58,7 @@ class PoisonIsolation:
         If the only row in flight is a suspected row, this drops the row and counts it as lost.
         Otherwise this increments the attempts of every row in flight.
 
-        :param in_flight: ids of the rows that are sent and not acknowledged.
+        :param in_flight: ids of the rows that were sent and are not acknowledged.
         """
         if not close_codes.may_be_poison(error) or not in_flight:
             return error

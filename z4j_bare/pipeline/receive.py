@@ -1,4 +1,4 @@
-"""Receives frames from the brain, verifies them, and passes each one to its handler."""
+"""Receives frames from the brain, verifies each frame, and passes it to a handler."""
 
 from __future__ import annotations
 

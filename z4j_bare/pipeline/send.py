@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.send")
 
-#: Maximum bytes of a frame. Signing and masking a larger one would block the hub for too long.
+#: Maximum bytes of a frame. Signing and masking a larger frame would block the hub for too long.
 FRAME_BYTES = 128 * 1024
 
 #: Minimum of the limit for the events of one frame, in bytes. The limit stays at this minimum even
@@ -38,7 +38,7 @@ POLL_BUSY = 2.0
 #: read.
 POLL_IDLE = 30.0
 
-#: Seconds between two checks for the last acks at shutdown.
+#: Seconds between two checks at shutdown whether the last acks have arrived.
 DRAIN_POLL = 0.02
 
 #: Maximum number of rows of ``PRIORITY_KINDS`` that are sent before the next events.
@@ -98,7 +98,7 @@ class Pacing:
         self.payload_limit = min(self._max_payload, self.payload_limit + self.payload_limit // 16)
 
     def pause(self) -> float:
-        """Return the seconds that are left of the pause after an ack."""
+        """Return the remaining seconds of the pause after an ack."""
         return self.window.pause_remaining(self._backend.now())
 
     def idle_timeout(self, *, is_idle: bool) -> float:
@@ -108,7 +108,7 @@ class Pacing:
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
-            return pause  # only the pause delays the events; it may be over by now
+            return pause  # only the pause delays the events; the pause may be over
         return POLL_IDLE if is_idle else POLL_BUSY
 
 
@@ -169,7 +169,8 @@ class Sender:
         # ``run`` holds this lock, because the run of the previous session may still wait for a slow
         # disk.
         self._run_lock = backend.lock()
-        # In threads mode an ack may arrive while another thread changes the window.
+        # Guards the window, because in threads mode an ack may arrive while another thread changes
+        # it.
         self._window_lock = backend.lock()
         self._connection: Connection | None = None
         self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
@@ -248,8 +249,8 @@ class Sender:
 
         Returns earlier at ``deadline``, or when ``may_send()`` is false.
 
-        :param deadline: in the backend's monotonic seconds.
-        :param may_send: whether there is a session or one may start at once.
+        :param deadline: in seconds of the backend's monotonic clock.
+        :param may_send: returns whether there is a session, or a session may start without a delay.
         """
         while may_send() and self._backend.now() < deadline:
             self.disable_pacing()
@@ -322,19 +323,21 @@ class Sender:
         if self._isolation.isolated and pacing.window.frames:
             return False
         self._isolation.isolated = ()
-        pacing.maybe_pending = False  # before the read, which may miss rows stored from now on
+        # Reset before the read, because the read may miss rows that are stored from now on.
+        pacing.maybe_pending = False
         room = self._room()
         results, events = self._read(room)
         suspected: Sequence[BufferEntry] = ()
         if any(entry.attempts >= SUSPECT_AFTER for entry in (*results, *events)):
             results, events, suspected = next_trial(results, events)
-        full = pacing.is_full(events, room)  # before sending: a synchronous ack enlarges the limits
+        # Computed before the rows are sent, because a synchronous ack raises the limits.
+        full = pacing.is_full(events, room)
         for entry in results:
             self._send_priority(connection, entry)
         self._send_events(connection, events)
         if suspected:
             return self._send_isolated(connection, suspected)
-        if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # without room no event was read
+        if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # room 0: no event was read
             pacing.maybe_pending = True
         # One read returns about one row of a schedule stream, so the store may hold further rows.
         return any(row.kind == PROJECTION for row in results) or (
@@ -362,11 +365,11 @@ class Sender:
         return found
 
     def _send_isolated(self, connection: Connection, suspected: Sequence[BufferEntry]) -> bool:
-        """Send suspected rows if nothing else is in flight and the session works.
+        """Send suspected rows if no other row is in flight and the session works.
 
         Returns whether there may be more to send at once.
         """
-        self._pacing.maybe_pending = True  # set first, so that an ack wakes the sender
+        self._pacing.maybe_pending = True  # set before the send, so that an ack wakes the sender
         if self._pacing.window.frames:
             return False
         if not self._isolation.session_works:
@@ -380,7 +383,7 @@ class Sender:
         return self._pacing.synchronous_acks
 
     def _probe_session(self, connection: Connection) -> None:
-        """Send an empty batch: its ack shows that the session works."""
+        """Send an empty batch, whose ack shows that the session works."""
         if self._pacing.synchronous_acks:
             self._isolation.uploading = ()
             connection.send("event_batch", frame_id("ev"), event_batch(()))
@@ -477,7 +480,10 @@ def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
 
 
 def _truncate(payload: bytes, limit: int, error: FrameTooLargeError) -> bytes:
-    """Return the event in about ``limit`` bytes; raise ``error`` when nothing is left to remove."""
+    """Return the event, truncated to about ``limit`` bytes.
+
+    Raises ``error`` if the event cannot be made smaller.
+    """
     truncated = shrink_event(json.loads(payload), limit)
     if len(truncated) >= len(payload):
         raise error

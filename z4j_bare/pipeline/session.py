@@ -83,7 +83,7 @@ class Connection:
         )
         #: Set when the session ends.
         self.closing = backend.event()
-        #: Set when there may be something to send, and when the session ends.
+        #: Set when the store may contain rows to send, and when the session ends.
         self.wake = backend.event()
         self._backend = backend
         self._timeslice = TimeSlice(backend)
@@ -102,9 +102,9 @@ class Connection:
     def send_shrinking(
         self, kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
     ) -> bool:
-        """Send the payload, or the first smaller version of it that fits.
+        """Send the payload, or the first smaller version of the payload that fits in a frame.
 
-        :param shrink: yields ever smaller versions of a payload.
+        :param shrink: yields versions of a payload in order of decreasing size.
         :return: whether a smaller version was sent.
         :raises FrameTooLargeError: no version fits.
         """
@@ -222,9 +222,8 @@ class SessionLoops:
         try:
             ReceiveLoop(connection, self.sender.on_ack, self._submit).run()
         except AgentError as error:
-            if (
-                errors or not connection.closing.is_set()
-            ):  # otherwise the agent closed the transport
+            # If ``closing`` is set and no loop has failed, the agent itself ended the session.
+            if errors or not connection.closing.is_set():
                 errors.append(error)
         finally:
             connection.close()
@@ -269,7 +268,8 @@ class SessionLoops:
             (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
         )
         if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
-            # With the same worker id the two processes would replace each other's session for ever.
+            # If two processes kept the same worker id, they would replace each other's sessions for
+            # ever.
             self._identity.change_worker_id()
         return error
 
@@ -305,7 +305,7 @@ class Supervisor:
         change.
     :param secret: returns the project's key; called at each connect, because the key can be
         rotated.
-    :param serve: runs a session's loops; returns or raises when the session is over.
+    :param serve: runs a session's loops; returns or raises an error when the session has ended.
     """
 
     def __init__(
@@ -429,7 +429,7 @@ class Supervisor:
 
 
 class BackgroundLoops:
-    """The loops that run as long as the agent. A loop that dies is logged, counted and restarted.
+    """Runs the loops that last as long as the agent; logs, counts and restarts loops that die.
 
     Without a restart, a dead loop can lose data for days unnoticed (posthog-python #865).
     """
@@ -478,7 +478,7 @@ class BackgroundLoops:
             wake()
 
     def join(self, deadline: float) -> None:
-        """Wait for the loops until ``deadline``, in the backend's monotonic seconds."""
+        """Wait for the loops until ``deadline``, in seconds of the backend's monotonic clock."""
         for task in self._tasks:
             task.join(max(0.0, deadline - self._backend.now()))
 
@@ -506,7 +506,11 @@ class BackgroundLoops:
 
 
 def run_until(deadline: float, function: Callable[[], object], backend: BaseConcurrency) -> None:
-    """Run ``function`` in its own task and wait for it until ``deadline``, in monotonic seconds."""
+    """Run ``function`` in its own task, and wait for the task until ``deadline``.
+
+    ``deadline`` is in seconds of the backend's monotonic clock. If no task can be started because
+    the interpreter is shutting down, ``function`` runs in the caller's task.
+    """
     try:
         task = backend.spawn(function, name="z4j-stop")
     except InterpreterShutdownError:

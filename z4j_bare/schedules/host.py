@@ -1,4 +1,4 @@
-"""One scheduler adapter, called through the asyncio bridge."""
+"""The host of a scheduler adapter, which is called through the asyncio bridge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ logger = logging.getLogger("z4j.runtime.schedules.host")
 #: Timeout in seconds for connecting the adapter's signals.
 CONNECT_TIMEOUT = 30.0
 
-#: Timeout in seconds for listing the adapter's capabilities. It may import Django's models.
+#: Timeout in seconds for listing the adapter's capabilities. The adapter may import Django's models
+#: for this.
 CAPABILITIES_TIMEOUT = 5.0
 
 #: Maximum bytes of a text in a published row. A longer text is truncated and gets a note. Text and
@@ -104,7 +105,7 @@ class SchedulerHost:
         return found
 
     def invoke(self, method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
-        """Call a method of the adapter.
+        """Call a method of the adapter and return its result.
 
         Raises ``CommandError`` if the adapter has no such method, ``TimeoutError`` after
         ``timeout`` seconds, and any exception that the adapter raises.

@@ -1,4 +1,4 @@
-"""All schedulers of this process: their streams, and the loop that publishes changes."""
+"""Manages the streams of all schedulers of this process, and publishes changes in a loop."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ IDLE_INTERVAL = 30.0
 class ScheduleManager:
     """Publishes each active stream when its scheduler signals a change, and periodically.
 
-    :param on_stored: called after rows were stored.
-    :param interval: seconds between two periodic snapshots; 0 disables them.
+    :param on_stored: called after rows were stored, to wake the sender.
+    :param interval: seconds between two periodic snapshots; 0 disables periodic snapshots.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ScheduleManager:
             stream.host.disconnect()
 
     def mark_changed(self, stream: Stream) -> None:
-        """Request a snapshot of the stream. Callable from any task or thread; never waits."""
+        """Request a snapshot of the stream. Any task or thread may call this; never waits."""
         stream.changed = True
         self._wakeup.set()
 
@@ -133,7 +133,7 @@ class ScheduleManager:
         for stream in streams:
             try:
                 stream.snapshot(reason)
-            except AgentError as error:  # for example because the session has just ended
+            except AgentError as error:  # for example, the session has just ended
                 logger.debug(
                     "z4j: could not publish the schedules of %s (%s): %s",
                     stream.name,

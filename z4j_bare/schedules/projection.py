@@ -49,7 +49,7 @@ Checkpoint = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """The right to publish a scheduler's schedules. The brain grants it with each activation."""
+    """The right to publish a scheduler's schedules, which the brain grants at each activation."""
 
     owner: str
     source_scope: str
@@ -60,7 +60,7 @@ class Authority:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], owner: str) -> Authority:
-        """Parse a command's parameters.
+        """Return the authority that a command's parameters grant.
 
         Raises ``CommandError`` if the parameters grant no authority over ``owner``.
         """
@@ -147,7 +147,7 @@ def make_row(schedule: Schedule, owner: str, redactor: Redactor) -> Row:
 
 
 def public_key(name: str, redactor: Redactor) -> str:
-    """Return ``name``, or a digest of it if redaction would change it."""
+    """Return ``name``, or a digest of ``name`` if redaction would change it."""
     return (
         name
         if redactor.scrub(name) == name
@@ -167,7 +167,7 @@ def sort_rows(rows: Sequence[Row]) -> list[Row]:
 def snapshot(
     authority: Authority, sequence: int, rows: Sequence[Row], reason: str, checkpoint: Checkpoint
 ) -> list[bytes]:
-    """Return the events of a complete snapshot: frames of rows, then the terminal frame.
+    """Return the events of a complete snapshot: the frames with rows, then the terminal frame.
 
     ``rows`` must be a result of :func:`sort_rows`. ``checkpoint`` is called after each row, and may
     yield to other tasks.

@@ -30,7 +30,7 @@ Remaining = Callable[[], float]
 
 
 class Stream:
-    """Stores all projections of one scheduler, one at a time.
+    """Stores the projections of one scheduler. At any time, only one task changes the stream.
 
     In each epoch the brain expects consecutive sequence numbers from 1, and a complete snapshot as
     the first projection. The brain grants a new epoch in every session, so the sequence number is
@@ -68,7 +68,7 @@ class Stream:
         self.authority = None
 
     def activate(self, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Activate the stream and publish; return the result of ``schedule.external.activate``.
+        """Activate the stream and publish a snapshot; return the command's result.
 
         Raises ``CommandError`` for an authority older than the latest one, and any exception of the
         adapter.

@@ -35,8 +35,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts at WebSocket while long-poll is in use.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked, for failures that are no
-#: proof alone, such as a timeout.
+#: Number of consecutive failures after which WebSocket counts as blocked. It applies to failures
+#: that can have another cause, such as a timeout.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -137,7 +137,8 @@ def _blocking_evidence(error: AgentError) -> int:
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
     if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
-        # A close code proves that WebSocket works. After 429 a fallback would only add requests.
+        # A close code proves that WebSocket works. Status 429 means too many requests, and a
+        # fallback would send further requests.
         return 0
     # A status of 500 or more is no proof, because a proxy also returns 502 while the brain starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
@@ -316,7 +317,7 @@ class AutoTransport:
             self._transport.drain()
 
     def abort(self) -> None:
-        """Abort the session, also during ``connect``."""
+        """Abort the session or the running ``connect``."""
         self._aborted = True
         if self._transport is not None:
             self._transport.abort()

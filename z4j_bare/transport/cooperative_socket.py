@@ -79,11 +79,11 @@ class CooperativeSocket:
         self._timeout = self._timeout if timeout is None else timeout
 
     def fileno(self) -> int:
-        """Return the file descriptor, -1 after ``close``."""
+        """Return the file descriptor, or -1 after ``close``."""
         return self._sock.fileno()
 
     def shutdown(self, how: int) -> None:
-        """Shut the connection down, which wakes all waiting readers and writers."""
+        """Shut the connection down. This wakes all waiting calls of ``recv`` and ``send``."""
         self._sock.shutdown(how)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The brain's URLs and the TLS context, from the settings."""
+"""Makes the brain's URLs and the TLS context from the settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from z4j_bare.errors import HostConfigurationError
 if TYPE_CHECKING:
     import ssl
 
-#: Hosts to which plain HTTP is allowed.
+#: Hosts to which plain HTTP is always allowed.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
-    """Return the parts of the brain's URL, including a path prefix.
+    """Split the brain's URL into its parts. The path can be a prefix of the brain's routes.
 
     Raises ``HostConfigurationError`` if the scheme is neither ``http`` nor ``https``. Plain HTTP to
     a host outside :data:`LOOPBACK` raises it as well, unless ``dev_mode`` is set.

@@ -1,4 +1,4 @@
-"""Error texts for logs, without secrets and control characters."""
+"""Makes error texts for logs, without secrets and control characters."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class HttpSocket:
         """Write all of ``data``."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # accepts any buffer
+            rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # send accepts any buffer
 
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
         """Return a buffered reader.
@@ -93,15 +93,15 @@ class HttpSocket:
             self._socket.send_timeout = timeout
 
     def fileno(self) -> int:
-        """Return the file descriptor, -1 after ``close``."""
+        """Return the file descriptor, or -1 after ``close``."""
         return self._socket.fileno()
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Shut the connection down, which wakes all waiting readers and writers."""
+        """Shut the connection down. This wakes all waiting reads and writes."""
         try:
             self._socket.shutdown(how)
         except OSError:
-            pass  # already disconnected
+            pass  # the connection is already closed
 
     def close(self) -> None:
         """Release the file descriptor as soon as all readers have been closed."""
@@ -225,7 +225,7 @@ class Client:
             self._session.close()
 
     def share_cookies(self, other: Client) -> None:
-        """Use the cookie jar of ``other``."""
+        """Use the cookie jar of ``other``, so that both clients reach the same brain process."""
         self._session.cookies = other._session.cookies
 
     def _wrap_socket(self, sock: socket.socket) -> HttpSocket:
@@ -282,7 +282,7 @@ def _pools(
             self.sock = wrap_socket(self.sock)
 
         @property
-        def is_connected(self) -> bool:  # urllib3 calls select; patched, it would run the hub
+        def is_connected(self) -> bool:  # urllib3 calls select; a patched select runs the hub
             connection: Any = super()
             return bool(backend.call_blocking(lambda: connection.is_connected))
 

@@ -99,7 +99,7 @@ class LearnedLimits:
     body_limit: int = BODY_LIMIT_INITIAL
     #: Bytes of the largest request body that was accepted.
     body_proven: int = 0
-    #: Seconds that a poll may last.
+    #: Duration of a poll in seconds.
     wait: int = POLL_WAIT
     agent_id: str = ""
     project_id: str = ""
@@ -134,7 +134,7 @@ class TokenBucket:
 
 
 class _Poller:
-    """Polls for commands in its own task, and returns their frames in order."""
+    """Polls for command frames in its own task, and returns the frames in the order of arrival."""
 
     def __init__(self, client: Client, backend: BaseConcurrency, limits: LearnedLimits) -> None:
         self.aborted = False
@@ -176,7 +176,7 @@ class _Poller:
             self._backend.sleep(DRAIN_POLL_INTERVAL)
 
     def abort(self) -> None:
-        """Abort the current poll and wake the reader."""
+        """Abort the current poll and wake the task that waits in ``receive``."""
         self._client.abort()
         self._ready.set()
 

@@ -52,7 +52,7 @@ _BINARY = 0x82
 #: The bit of the second byte that marks a masked message.
 _MASKED = 0x80
 
-#: The values of the second byte that announce a length field of 16 or of 64 bits.
+#: The values of the second byte after which a length field of 16 bits or of 64 bits follows.
 _LENGTH_16, _LENGTH_64 = 126, 127
 
 #: The close code at the start of a close frame's body.
@@ -94,8 +94,8 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            # If the brain rejects the token, it closes the connection at once. The close code can
-            # still be read.
+            # If the brain rejects the token, the brain closes the connection at once. This read
+            # raises the error for the close code.
             self.receive(CONNECT_TIMEOUT)
             raise
         answer = self.receive(CONNECT_TIMEOUT)
@@ -201,7 +201,7 @@ class WebSocketTransport:
                 sock.try_send(_close_frame())
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # already disconnected
+            pass  # the connection is already closed
 
     def close(self) -> None:
         """Abort the connection and release it."""
@@ -234,8 +234,8 @@ class WebSocketTransport:
         return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
-            # The library would follow three redirects and send the Authorization header to their
-            # targets.
+            # The library would follow up to three redirects, and send the Authorization header to
+            # the targets of the redirects.
             "redirect_limit": 0,
         }
 

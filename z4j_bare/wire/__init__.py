@@ -1,1 +1,1 @@
-"""The protocol without I/O and without a clock: the caller passes received bytes and the time."""
+"""The brain's protocol without I/O or clock: callers pass the received bytes and the time."""

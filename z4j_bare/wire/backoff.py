@@ -15,13 +15,13 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 
-#: Maximum random part that is added to a reconnect delay, relative to the delay. Without it workers
-#: would reconnect at the same time.
+#: Maximum random part that is added to a reconnect delay, relative to the delay. Without a random
+#: part, all workers would reconnect at the same time.
 JITTER = 0.3
 
 
 class Backoff:
-    """Delays that grow by ``factor`` from ``initial`` to ``maximum`` seconds, until ``reset``.
+    """Delays that grow from ``initial`` to ``maximum`` seconds, by ``factor`` at each step.
 
     :param jitter: upper bound of the random part that ``next`` adds, relative to the delay.
     :param random: returns a float in [0, 1).
@@ -47,17 +47,17 @@ class Backoff:
         self._random = random
 
     def next(self) -> float:
-        """Return the next delay in seconds, and increase the one after it."""
+        """Return the next delay in seconds with jitter, and increase ``delay``."""
         delay = self.delay
         self.increase()
         return delay * (1 + self._jitter * self._random()) if self._jitter else delay
 
     def increase(self) -> None:
-        """Increase the next delay by one step."""
+        """Multiply ``delay`` by ``factor``, up to the maximum."""
         self.delay = min(self._maximum, self.delay * self._factor)
 
     def reset(self) -> None:
-        """Return to the initial delay."""
+        """Set ``delay`` to its initial value."""
         self.delay = self._initial
 
 
@@ -65,8 +65,8 @@ class Backoff:
 class BackoffPolicy:
     """The first and the longest reconnect delay of a failure class, in seconds.
 
-    ``reset_after`` is the length of a session, in seconds, that resets the delay. A shorter one
-    does not, because many sessions end right after ``hello_ack``.
+    A session of at least ``reset_after`` seconds resets the delay. A shorter session does not,
+    because a session that fails often does so right after ``hello_ack``.
     """
 
     initial: float
@@ -82,11 +82,12 @@ BACKOFF_POLICIES = {
     # Two processes with the same worker id replace each other's session in turn. Each session lasts
     # as long as the other process waits, so ``reset_after`` is longer than the longest delay.
     "limited": BackoffPolicy(10, 600, reset_after=1800),
-    # Short, because the search for a poison row has few steps and blocks all other rows.
+    # The delays are short, because the search for a poison row has few steps and blocks all rows.
     "poison": BackoffPolicy(1, 4),
 }
 
-#: Failure class by exception type. The first match counts; any other exception is "connection".
+#: Failure class by exception type. The first match counts. Any other exception is in the class
+#: "connection".
 _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (AuthenticationRejectedError, "auth"),
     (IncompatibleError, "incompatible"),
@@ -95,8 +96,8 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (PoisonRowError, "poison"),
 )
 
-#: The ``agent_status`` frame has only three streaks. These failure classes count in the streak of
-#: another class.
+#: The ``agent_status`` frame reports three streaks: "auth", "protocol" and "connection". Failures
+#: of the other classes count in one of these streaks.
 _STREAKS = {"incompatible": "protocol", "limited": "connection", "poison": "connection"}
 
 
@@ -106,7 +107,7 @@ def failure_class(error: BaseException) -> str:
 
 
 class ReconnectBackoff:
-    """Delays between attempts to get a session, separate for each failure class.
+    """Delays between attempts to start a session. Each failure class has its own delay.
 
     :param random: returns a float in [0, 1).
     """
@@ -122,7 +123,7 @@ class ReconnectBackoff:
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``.
 
-        The delay is at least the server's ``Retry-After``, which is limited to an hour.
+        The delay is at least the server's ``Retry-After``, up to one hour.
         """
         kind = failure_class(error)
         self.streaks[_STREAKS.get(kind, kind)] += 1
@@ -132,12 +133,12 @@ class ReconnectBackoff:
         )
 
     def on_connected(self) -> dict[str, int]:
-        """Reset the streaks when a session begins; return the streaks that it ends."""
+        """Reset the streaks, because a session begins. Return the previous streaks."""
         ended, self.streaks = self.streaks, _no_streaks()
         return ended
 
     def on_session_end(self, seconds: float) -> None:
-        """Reset the delays of the failure classes whose ``reset_after`` has passed."""
+        """Reset each delay whose ``reset_after`` a session of ``seconds`` has reached."""
         for kind, policy in BACKOFF_POLICIES.items():
             if seconds >= policy.reset_after:
                 self._delays[kind].reset()

@@ -1,9 +1,9 @@
-"""Canonical JSON: a sanitiser, an encoder, and incremental versions for large messages.
+"""Canonical JSON: a sanitiser, an encoder, and an incremental parser and encoder.
 
-The brain parses a frame and encodes it again to check the signature. A value whose bytes change on
-the way fails that check (close code 4403) or crashes the brain's parser (1011), and either ends the
-session. Hence every value is converted to plain JSON types before signing. A NUL, which the brain's
-database refuses, is replaced.
+The brain parses a frame and encodes it again to check the signature. A value whose bytes change in
+this round trip fails the check (close code 4403) or crashes the brain's parser (1011). Both end the
+session. Therefore every value is converted to plain JSON types before signing. A NUL character,
+which the brain's database rejects, is replaced.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 
 from z4j_bare.wire.fit import has_nul, replace_nul
 
-#: Bits of an integer, at most. ``json`` refuses to parse integers of more than 4,300 digits
-#: (``sys.set_int_max_str_digits``), and no database column or dashboard shows one of this size.
+#: Maximum bits of an integer. A text replaces a larger integer. ``json`` refuses to parse more than
+#: 4,300 digits (``sys.set_int_max_str_digits``), and no database column stores this many.
 MAX_INT_BITS = 1024
 
 #: Maximum nesting levels of a value. The brain redacts everything below level 64, and an event's
 #: envelope takes four levels.
 MAX_DEPTH = 60
 
-#: Characters of encoded JSON in one piece of ``iter_canonical``.
+#: Number of characters from which on ``iter_canonical`` yields a piece, and maximum length of a
+#: string that it encodes in one step.
 CHUNK_CHARS = 16 * 1024
 
 _encode = json.JSONEncoder(
@@ -97,8 +98,9 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
 def loads_incrementally(message: bytes, checkpoint: Callable[[], object]) -> Any:
     """Parse as ``json.loads`` does, and call ``checkpoint`` before every value.
 
-    For messages that would block a hub if they were parsed in one step: 1 MiB takes 15 to 150 ms in
-    C. The pure Python parser needs ten times the CPU. Raises ``ValueError`` or ``RecursionError``.
+    Large messages would block the hub if they were parsed in one step: the C parser takes 15 to
+    150 ms for 1 MiB. This function uses the pure Python parser, which takes ten times the CPU time.
+    Raises ``ValueError`` or ``RecursionError``.
     """
 
     def yielding(scan: Scan) -> Scan:
@@ -132,8 +134,8 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    # ``json`` would write the keys 1 and "1" as the same key. The brain's parser keeps only one of
-    # them, and the signature fails.
+    # ``json`` would encode the keys 1 and "1" as two equal keys. The brain's parser keeps only one
+    # of two equal keys, so the signature would not match.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

@@ -1,4 +1,4 @@
-"""The errors for close codes and HTTP statuses (``docs/protocol.md``, "Close codes")."""
+"""Maps close codes and HTTP statuses to errors (``docs/protocol.md``, "Close codes")."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from z4j_bare.errors import (
 )
 
 _CREDENTIALS_REJECTED = (
-    "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know it, or it was revoked, "
-    "or its project is archived"
+    "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know this token, or the token was "
+    "revoked, or its project is archived"
 )
 _AGENT_INACTIVE = (
     "this agent was revoked or its project was archived in the brain: create a new Z4J_TOKEN"
@@ -70,14 +70,16 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     503: (NetworkError, "HTTP 503: the brain is starting or has no capacity"),
 }
 
-#: Codes that a single frame can cause: the brain could not process it, or a proxy rejected it.
+#: Close codes and HTTP statuses that a single frame can cause, because the brain cannot process the
+#: frame or a proxy rejects the frame.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
-#: Codes that mean a rejected signature once the session has been accepted.
+#: Codes with which the brain rejects a signature in an established session. Before, they have other
+#: meanings.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: Clock difference in seconds from which it is reported as the cause of a rejected signature. The
-#: brain allows 60 s.
+#: Clock difference in seconds. If a signature is rejected and the difference is larger, the error
+#: gives the clock as the cause. The brain allows 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 
@@ -102,9 +104,10 @@ def error_for_http_status(
 
 
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
-    """Return the error for a rejected signature in an established session, with its cause.
+    """Return an error that names the cause of a rejected signature: the clock or the key.
 
-    The cause is the clock or the key. An error of another kind is returned unchanged.
+    ``error`` must have ended an established session. If it was not caused by a signature, or the
+    cause is unknown, it is returned unchanged.
 
     :param clock_offset: seconds by which the brain's clock was ahead of this host's at
         ``hello_ack``, if known.
@@ -115,7 +118,7 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
         direction = "behind" if clock_offset > 0 else "ahead of"
         text = (
             f"this host's clock is {abs(clock_offset):.0f} s {direction} the brain's, "
-            "which allows 60 s: set it (NTP)"
+            "which allows 60 s: set this host's clock (NTP)"
         )
     elif isinstance(error, AuthenticationRejectedError):
         difference = (
@@ -128,7 +131,10 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 
 
 def may_be_poison(error: AgentError) -> bool:
-    """Whether a frame may have caused ``error``, and would cause it whenever it is sent."""
+    """Whether the content of a frame may have caused ``error``.
+
+    Such a frame causes the error each time it is sent.
+    """
     return getattr(error, "code", None) in _MAY_BE_POISON
 
 

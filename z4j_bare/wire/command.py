@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from z4j_bare.errors import CommandError
 
-#: Prefix of keyword arguments that adapters read as instructions from the agent.
+#: Prefix of keyword arguments that adapters interpret as instructions from the agent.
 RESERVED_PREFIX = "__z4j_"
 
 
@@ -16,9 +16,9 @@ RESERVED_PREFIX = "__z4j_"
 class Command:
     """A command with a verified signature. Its parameters have not been verified.
 
-    ``deadline`` is in monotonic seconds. The result must be stored by then, because soon afterwards
-    the brain ignores it. Every method raises ``CommandError`` for a parameter of the wrong type or
-    value.
+    ``deadline`` is in monotonic seconds. The result must be stored before the deadline, because the
+    brain ignores a result that arrives later. The methods raise ``CommandError`` for a parameter of
+    the wrong type or value.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Command:
     token: str | None = None
 
     def text(self, *names: str) -> str | None:
-        """Return the first non-empty string under these names: parameters first, then target."""
+        """Return the first non-empty string with one of these names, first from the parameters."""
         for source in (self.parameters, self.target):
             for name in names:
                 if isinstance(source.get(name), str) and source[name]:
@@ -37,14 +37,14 @@ class Command:
         return None
 
     def required(self, *names: str) -> str:
-        """Return what :meth:`text` returns; raise ``CommandError`` if there is none."""
+        """Return what :meth:`text` returns, but raise ``CommandError`` instead of ``None``."""
         found = self.text(*names)
         if found is None:
             raise self.error(f"{names[0]} is required")
         return found
 
     def option(self, name: str, kind: type | tuple[type, ...], description: str) -> Any:
-        """Return a parameter of this type, or ``None`` when it is absent.
+        """Return the parameter ``name``, which must be of type ``kind``; ``None`` if absent.
 
         A bool is not accepted as a number.
         """
@@ -56,7 +56,7 @@ class Command:
         return value
 
     def positive_int(self, name: str, default: int, *, maximum: int) -> int:
-        """Return an integer of 1 or more; a larger one than ``maximum`` becomes ``maximum``."""
+        """Return an integer parameter of 1 or more. A larger value than ``maximum`` is reduced."""
         value = self.option(name, int, "a whole number")
         if value is not None and value < 1:
             raise self.error(f"{name} must be 1 or more")
@@ -69,7 +69,10 @@ class Command:
     def arguments(
         self, args: str, kwargs: str
     ) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
-        """Return a task's arguments from these two parameters; ``None`` for one that is absent."""
+        """Return a task's positional and keyword arguments from the parameters with these names.
+
+        The value of an absent parameter is ``None``.
+        """
         positional = self.option(args, list, "a list")
         named = self.option(kwargs, dict, "an object")
         if any(not isinstance(key, str) or key.startswith(RESERVED_PREFIX) for key in named or ()):
@@ -82,7 +85,8 @@ class Command:
     def eta(self, wall: float) -> float | None:
         """Return the time at which a task should run, in seconds since the epoch.
 
-        It is ``eta``, or ``eta_seconds`` after ``wall``, or ``None`` when neither was sent.
+        The time is the parameter ``eta``, or ``wall`` plus the parameter ``eta_seconds``. It is
+        ``None`` if the command has neither.
         """
         eta, delay = (
             self.option(name, (int, float), "a number of seconds")
@@ -104,7 +108,7 @@ class CommandOutcome:
     status: str
     result: dict[str, Any] | None = None
     error: str | None = None
-    #: Called after the result has been stored; a restart of the process must not begin earlier.
+    #: An action to perform after the result has been stored, such as a restart of the process.
     after_stored: Callable[[], object] | None = None
 
     @classmethod
@@ -126,7 +130,7 @@ class CommandOutcome:
 
     @classmethod
     def from_adapter(cls, returned: object) -> Self:
-        """Convert an adapter's ``CommandResult``; anything else is a failure of unknown outcome."""
+        """Convert an adapter's ``CommandResult``. Any other object becomes a failed outcome."""
         if isinstance(returned, cls):
             return returned
         status = getattr(returned, "status", None)

@@ -1,4 +1,4 @@
-"""The payloads of outgoing frames as canonical bytes, and smaller versions of large payloads."""
+"""Encodes the payloads of outgoing frames, and makes smaller versions of large payloads."""
 
 from __future__ import annotations
 
@@ -27,34 +27,35 @@ from z4j_bare.wire.fit import (
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
-#: Maximum bytes of one event: half the brain's frame of 1 MiB. A frame of several events has at
-#: most 128 KiB.
+#: Maximum bytes of one encoded event: half of the brain's maximum frame size of 1 MiB. A frame of
+#: several events has at most 128 KiB.
 MAX_EVENT_BYTES = 512 * 1024
 
-#: Maximum bytes of a result: a quarter of the brain's frame of 1 MiB. A summary replaces a larger
-#: result.
+#: Maximum bytes of an encoded result: a quarter of the brain's maximum frame size of 1 MiB. A
+#: summary replaces a larger result.
 MAX_RESULT_BYTES = 256 * 1024
 
 #: Fields of an event's data, in the order in which they are removed from an event that is too
-#: large. The brain's row stays useful without them.
+#: large. The event is still useful without these fields.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
-#: Characters of a result's error text: the limit of the frame model.
+#: Maximum characters of a result's error text, as in z4j_core's model of the frame.
 MAX_ERROR_CHARS = 8192
 
-#: Characters of a result's error text that the brain's row keeps.
+#: Number of characters of a result's error text that the brain stores.
 STORED_ERROR_CHARS = 1024
 
-#: Maximum number of numbers in the summary of a result.
+#: Maximum number of numeric values in the summary of a result.
 MAX_SUMMARY_NUMBERS = 50
 
 #: Maximum characters of a key in the summary of a result.
 MAX_KEY_CHARS = 64
 
-#: Maximum of the counters of rows and events in the brain's frame models.
+#: Largest value that the brain's frame models allow in counters of rows and events.
 MAX_COUNT = 10_000_000
 
-#: Maximum age of a row in seconds: ten years, the brain's limit. A wrong clock can cause more.
+#: Largest age of a row in seconds that the brain allows: ten years. A wrong clock can cause a
+#: larger age.
 MAX_AGE = 315_360_000.0
 
 #: Keys of a worker's details, in the order in which they are removed from a heartbeat that is too
@@ -128,7 +129,8 @@ def encode_event(event: Event) -> bytes:
 def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
     """Return the canonical bytes of an event's fields, fit for the brain's database.
 
-    :param trusted: all values are JSON types with string keys, so the sanitiser is not needed.
+    :param trusted: whether all values are JSON types with string keys, so that the sanitiser is
+        not needed.
     """
     encode = plain_text if trusted else sanitised_text
     fields, changed = fit_fields(fields)
@@ -145,10 +147,11 @@ def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
 
 
 def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
-    """Return the event in at most ``limit`` bytes.
+    """Return the event, truncated to at most ``limit`` bytes.
 
-    Fields are replaced by a mark in ``TRUNCATION_ORDER``. If that is not enough, only the names
-    remain.
+    Fields of its data are replaced by a note of their size, one after the other in
+    ``TRUNCATION_ORDER``. If the event is still too large, the data keeps only task name, queue and
+    worker.
     """
     data = dict(fields.get("data") or {})
     encoded = b""
@@ -170,7 +173,7 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
 
 
 def event_batch(events: Sequence[bytes]) -> bytes:
-    """Return the payload of an ``event_batch`` with events that are canonical bytes.
+    """Return the payload of an ``event_batch``. Each event is canonical JSON.
 
     The brain processes the frames of a connection in order and also acknowledges an empty batch. So
     the ack of an empty batch proves that all earlier frames were processed.
@@ -181,7 +184,7 @@ def event_batch(events: Sequence[bytes]) -> bytes:
 def registry_delta(
     engine: str, added: Sequence[bytes], removed: Sequence[str], updated: Sequence[bytes]
 ) -> bytes:
-    """Return the payload of a ``registry_delta`` with task definitions that are canonical JSON."""
+    """Return the payload of a ``registry_delta``. Each task definition is canonical JSON."""
     lists = b",".join(added), canonical(engine[:40]), canonical(list(removed)), b",".join(updated)
     return b'{"added":[%b],"engine":%b,"removed":%b,"updated":[%b]}' % lists
 
@@ -189,7 +192,7 @@ def registry_delta(
 def command_ack(token: str | None) -> bytes:
     """Return the payload of a ``command_ack``.
 
-    The brain expects its delivery token back unchanged.
+    ``token`` is the delivery token of the command, which the agent returns unchanged.
     """
     return canonical({"delivery_claim_token": token} if token else {})
 
@@ -212,7 +215,7 @@ def command_result(
 
 
 def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
-    """Return a summary of a result that cannot be sent: its numbers, and the reason.
+    """Return a summary of a result that cannot be sent: its numeric values and the reason.
 
     The command's status does not change. If a successful command were reported as failed, it would
     be repeated, and the brain would disable a schedule that issued it.
@@ -228,7 +231,11 @@ def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, An
 
 
 def shrink_result(payload: bytes) -> Iterator[bytes]:
-    """Yield smaller versions of a result: a shorter error, a summary, the status alone."""
+    """Yield smaller versions of a result, each smaller than the one before.
+
+    The first version has a shorter error text, if the text is long. The second has a summary of the
+    result, and the third has neither values nor a long text.
+    """
     body: dict[str, Any] = json.loads(payload)
     error = body.get("error")
     if isinstance(error, str) and len(error) > STORED_ERROR_CHARS:
@@ -303,7 +310,7 @@ def heartbeat(
 
 
 def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
-    """Yield smaller versions of a heartbeat, with fewer health data each time."""
+    """Yield versions of a heartbeat with fewer and fewer health data."""
     beat: dict[str, Any] = json.loads(payload)
     health: dict[str, Any] = beat.get("adapter_health") or {}
     for dropped in DROPPABLE_WORKER_KEYS:
@@ -318,7 +325,10 @@ def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
 
 
 def _without_key(dropped: str, details: Any) -> Any:
-    """Return the JSON of worker details without one key of each worker, or any other value."""
+    """Remove the key ``dropped`` of each worker from worker details, a text of JSON.
+
+    Any other value is returned unchanged.
+    """
     try:
         workers = json.loads(details)
         reduced = {

@@ -1,7 +1,7 @@
 """Signs and verifies the frames of a session, without a socket or a clock.
 
-The payload of an outgoing frame is encoded once. Each send adds only the envelope around its bytes.
-A property test compares the result with z4j_core's own signer.
+The payload of an outgoing frame is encoded once. Each send only adds an envelope to the encoded
+payload. A property test compares the result with z4j_core's own signer.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 #: Matches an id or a type that needs no JSON escapes.
 _NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 
-#: Types of incoming frames that the agent processes. All others are ignored.
+#: Types of incoming frames that the agent processes. It ignores frames of other types.
 _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 
 #: Maximum bytes of the envelope around a payload: ids, nonce, timestamp, seq and a signature of 64
 #: characters.
 ENVELOPE_BYTES = 512
 
-#: Messages larger than this many bytes are verified incrementally. Smaller ones take 1 to 3 ms in
-#: one step, and 10 ms in the worst case.
+#: Messages larger than this many bytes are verified incrementally. The verification of a smaller
+#: message in one step takes 1 to 3 ms, and 10 ms in the worst case.
 INCREMENTAL_THRESHOLD = 32 * 1024
 
 
@@ -91,7 +91,8 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 class Session:
     """Signs outgoing frames and verifies incoming ones.
 
-    Call ``sign`` under the transport's send lock.
+    The caller of ``sign`` must hold the transport's send lock, so that frames are sent in the order
+    of their sequence numbers.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -126,7 +127,7 @@ class Session:
         envelope = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
         seq = b'"seq":%d,' % self._seq
         tail = b'"ts":"%b","type":%b,"v":2}' % (_timestamp(wall), _quote(kind))
-        # The three ids are in the signed text, but not in the frame. Keys are in code point order.
+        # The signed text contains the three ids, the frame does not. Keys are in code point order.
         digest = self._key.copy()
         digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, envelope, self._project))
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
@@ -135,11 +136,11 @@ class Session:
     def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
         """Verify an incoming frame and return z4j_core's model of it.
 
-        The fields of frames that the agent processes are validated too. Any invalid message raises
-        ``RemoteProtocolError`` and no other exception.
+        If the agent processes frames of this type, the fields are validated as well. The only
+        exception for an invalid message is ``RemoteProtocolError``.
 
-        :param checkpoint: called every few microseconds during the verification of a large message;
-            may yield to other tasks.
+        :param checkpoint: called every few microseconds during the verification of a large message.
+            It may yield to other tasks.
         """
         try:
             if checkpoint is not None and len(message) > INCREMENTAL_THRESHOLD:
@@ -165,11 +166,13 @@ class Session:
     def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Frame:
         """Verify the signature in pieces, and have z4j_core verify a small copy of the frame.
 
-        The copy lacks the payload's objects, which are the large part. It is signed here, so that
-        z4j_core can check the rest of the frame. The objects are added to the model afterwards.
+        The copy does not contain the JSON objects of the payload, which make up most of its size.
+        This method signs the copy, so that z4j_core can check the other fields. Afterwards it adds
+        the objects to the model.
         """
         frame = loads_incrementally(message, checkpoint)
-        signature, payload = frame["hmac"], frame["payload"]  # checked before the slow digest
+        # A missing key raises ``KeyError`` here, before the slow digest.
+        signature, payload = frame["hmac"], frame["payload"]
         if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")
         objects = {name: value for name, value in payload.items() if isinstance(value, dict)}
@@ -198,8 +201,8 @@ class Session:
 def _validated(frame: Frame) -> Frame:
     """Validate the fields of a frame that the agent processes.
 
-    z4j_core checks only the signature. Later a missing field would raise ``AttributeError`` in a
-    loop.
+    z4j_core checks only the signature. Without this validation, a missing field would raise
+    ``AttributeError`` later, in a loop of the agent.
     """
     if frame.type not in _PROCESSED_TYPES:
         return frame

@@ -1,12 +1,13 @@
-"""The in-flight window: how many events may be sent before the brain acknowledges them.
+"""The in-flight window limits the events that are sent and not yet acknowledged.
 
 The brain ingests the frames of one connection in order, each in one transaction. A large window
 delays all later frames: a command's result waited 33 s behind 4,000 unacknowledged events.
 
-On SQLite a transaction also blocks all other writers. They retry every 100 ms. After 5 s an
-operator's request fails (500). With frames of 1 s and three frames in flight, five of six writers
-waited, for 1.3 to 5.0 s. With frames of 1.5 s, one frame in flight and a pause after each ack, 9 of
-29 writers waited, for 0.9 to 3.8 s. The brain ingested as many events.
+If the brain uses SQLite, a transaction blocks all other writers, such as requests of operators. A
+blocked writer retries every 100 ms. After 5 s the request fails with HTTP status 500. In a
+measurement with three frames in flight, which took the brain 1 s each, five of six writers waited,
+for 1.3 to 5.0 s. With one frame in flight, which took 1.5 s, and a pause after each ack, 9 of 29
+writers waited, for 0.9 to 3.8 s. The brain ingested the same number of events in both cases.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Initial and maximum limit of unacknowledged events.
+#: Maximum number of unacknowledged events, and initial value of the limit.
 MAX_EVENTS = 1_000
 
-#: Minimum of that limit, which slow acks reduce.
+#: Smallest limit of unacknowledged events. Slow acks halve the limit until it reaches this value.
 MIN_EVENTS = 50
 
 #: The limit is halved when the oldest unacknowledged frame is older than this many seconds.
@@ -37,20 +38,25 @@ FRAME_EVENTS_INITIAL = 50
 #: and 200 in frames of 500.
 FRAME_EVENTS_MAX = 500
 
-#: Target of the brain's time for one frame in seconds. Longer transactions delay operators. Shorter
-#: frames cost more: 1 to 2 ms of the worker's CPU for each frame and its ack, and one ACK_PAUSE.
+#: Seconds that the brain should take for one frame. Longer transactions delay operators. Shorter
+#: transactions need more frames, and each frame costs 1 to 2 ms of the worker's CPU time and one
+#: ACK_PAUSE.
 TARGET_FRAME_SECONDS = 1.5
 
 #: Seconds without any ack after which all unacknowledged frames are sent again.
 ACK_DEADLINE = 90.0
 
-#: Maximum number of early acks, which arrive before ``sent`` is called for their frames.
+#: Maximum number of stored early acks. An early ack arrives before ``sent`` adds its frame.
 MAX_EARLY_ACKS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A frame in flight: its row ids, its number of events, its send time and its number."""
+    """A frame in flight.
+
+    ``ids`` are its row ids. ``events`` is its number of events. ``sent_at`` is in monotonic
+    seconds. ``number`` is its position in the order of sending.
+    """
 
     ids: tuple[int, ...]
     events: int
@@ -59,12 +65,12 @@ class InFlight:
 
 
 class Window:
-    """Admits one frame of events at a time. It has no clock: ``now`` is monotonic time in seconds.
+    """Admits one frame of events at a time. ``now`` is always the monotonic time in seconds.
 
-    A frame counts as skipped when a later frame is acknowledged first. The brain processes frames
-    in order, and does not report a frame that its database rejected temporarily. A skipped frame
-    takes no capacity. Its rows are sent again in the next session, or ``ACK_DEADLINE`` seconds
-    later together with all other frames in flight.
+    The brain processes frames in order. It sends no answer to a frame that its database rejected
+    temporarily. So a frame counts as skipped when a later frame is acknowledged first. A skipped
+    frame takes no capacity. Its rows are sent again in the next session, or after ``ACK_DEADLINE``
+    seconds together with the rows of all frames in flight.
     """
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
@@ -85,22 +91,22 @@ class Window:
 
     @property
     def events(self) -> int:
-        """Unacknowledged events, skipped ones included."""
+        """Number of unacknowledged events, including the events of skipped frames."""
         return self._events + sum(frame.events for frame in self._skipped.values())
 
     @property
     def frames(self) -> int:
-        """Unacknowledged frames, skipped ones included."""
+        """Number of unacknowledged frames, including skipped frames."""
         return len(self._in_flight) + len(self._skipped)
 
     @property
     def in_flight(self) -> int:
-        """Unacknowledged frames that the brain has not skipped."""
+        """Number of unacknowledged frames without skipped frames."""
         return len(self._in_flight)
 
     @property
     def ids(self) -> list[int]:
-        """Row ids of the frames in flight. Skipped frames are excluded."""
+        """Row ids of the unacknowledged frames without skipped frames."""
         return [identity for frame in self._in_flight.values() for identity in frame.ids]
 
     def available(self, now: float) -> int:
@@ -119,7 +125,7 @@ class Window:
         self._pacing = False
 
     def sent(self, frame: str, ids: Sequence[int], events: int, now: float) -> tuple[int, ...]:
-        """Add a frame that was sent; return its row ids if it is acknowledged already."""
+        """Add a frame that was sent. If its ack has arrived already, return its row ids."""
         self._sent += 1
         if frame in self._early_acks:
             del self._early_acks[frame]
@@ -135,7 +141,7 @@ class Window:
     def acked(self, frame: str, now: float) -> tuple[int, ...]:
         """Remove an acknowledged frame; return its row ids.
 
-        The counts in the brain's ack are not used, because they are meaningless.
+        The counts in the brain's ack have no meaning and are not used.
         """
         previous, self._last_ack, self._paused_until = self._last_ack, now, now + ACK_PAUSE
         if frame in self._skipped:
@@ -168,7 +174,8 @@ class Window:
     def _is_busy(self, now: float) -> bool:
         """Whether the brain is processing a frame.
 
-        After ``SLOW_ACK`` seconds the answer is no, because it may have skipped the frame.
+        After ``SLOW_ACK`` seconds the result is ``False``, because the brain may have skipped the
+        frame.
         """
         return (
             bool(self._in_flight)
@@ -187,8 +194,8 @@ class Window:
     def _tune_frame_size(self, events: int, seconds: float) -> None:
         """Adapt the frame size to the brain's time for one frame, by a factor of two at most.
 
-        A small frame that was ingested quickly is ignored, because it shows nothing about larger
-        ones.
+        A small frame that was ingested quickly is ignored, because its time does not show how long
+        a larger frame takes.
         """
         if seconds <= TARGET_FRAME_SECONDS and 2 * events < self.frame_events:
             return

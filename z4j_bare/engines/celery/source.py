@@ -1,4 +1,4 @@
-"""The event source of Celery: signals, and the broker's events for tasks without signals here."""
+"""The event source of Celery: signals, and the broker's events if signals fire elsewhere."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 
 #: Maximum difference in seconds between an event's timestamp and this host's clock. If the
 #: difference is larger, the event gets the time of this host's clock. The brain accepts a
-#: difference of 60 s.
+#: difference of at most 60 s.
 MAX_CLOCK_SKEW = 60.0
 
 #: Maximum characters of a task id and of a name that are kept; the encoder shortens them further.
@@ -230,7 +230,7 @@ class Translator:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _timestamp(self, event: CeleryEvent) -> float:
-        """Return the event's timestamp, so that all agents that read the event use it."""
+        """Return the event's timestamp, which all agents that read the event then use."""
         timestamp, now = event.get("timestamp"), self._clock()
         if (
             isinstance(timestamp, int | float)
