@@ -130,7 +130,7 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
     from z4j_celery import CeleryEngineAdapter
 
     from z4j_bare.concurrency.threads import ThreadEvent
-    from z4j_bare.engines.celery.signals import CeleryCapture
+    from z4j_bare.engines.celery.capture import CeleryCapture
     from z4j_bare.events.ring import Ring
 
     app = Celery("bench", broker="memory://")

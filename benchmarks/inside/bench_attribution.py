@@ -35,7 +35,7 @@ HANDLERS = ("_on_received", "_on_prerun", "_on_postrun", "_on_failure", "_on_ret
 
 def install_parts():
     """Wrap the agent's handlers, loops and parts; call it before the agent is installed."""
-    from z4j_bare.engines.celery.signals import CeleryCapture
+    from z4j_bare.engines.celery.capture import CeleryCapture
 
     for name in HANDLERS:
         setattr(CeleryCapture, name, _timed(getattr(CeleryCapture, name), f"handler {name[4:]}"))

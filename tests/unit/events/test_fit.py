@@ -15,7 +15,7 @@ from z4j_core.models.event import EventKind
 from z4j_core.redaction.engine import RedactionEngine
 
 from tests.support.celery_fakes import memory_app
-from z4j_bare.engines.celery.signals import CeleryCapture
+from z4j_bare.engines.celery.capture import CeleryCapture
 from z4j_bare.engines.celery.task_encoder import TaskEncoder
 from z4j_bare.engines.celery.task_state import TaskState, TaskType
 from z4j_bare.engines.celery.translate import Translator

@@ -9,7 +9,7 @@ from celery import signals
 from z4j_celery import CeleryEngineAdapter
 
 from tests.support.celery_fakes import memory_app, receive
-from z4j_bare.engines.celery.signals import CeleryCapture
+from z4j_bare.engines.celery.capture import CeleryCapture
 from z4j_bare.events.losses import LossLog
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.snapshot import snapshot

@@ -6,8 +6,8 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from z4j_bare.engines.celery.capture import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.engines.celery.run_monitor import RunMonitor
-from z4j_bare.engines.celery.signals import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.events.ring import Ring
 from z4j_bare.events.source import EventSource, Loop
 

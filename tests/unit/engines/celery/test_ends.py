@@ -12,8 +12,8 @@ from celery.worker import state
 from z4j_celery import CeleryEngineAdapter
 
 from tests.support.celery_fakes import memory_app, task_request
+from z4j_bare.engines.celery.capture import CeleryCapture, EagerCapture
 from z4j_bare.engines.celery.run_monitor import RunMonitor
-from z4j_bare.engines.celery.signals import CeleryCapture, EagerCapture
 
 #: Celery's warning about an error of the result backend.
 OUTSIDE_BODY = pytest.mark.filterwarnings("ignore:Exception raised outside body")

@@ -13,9 +13,9 @@ from z4j_celery import CeleryEngineAdapter
 from tests.support.celery_fakes import memory_app, receive, trace, worker_consumer
 from z4j_bare.buffer.open_runs import OpenRuns, OrphanRuns, runs_path
 from z4j_bare.concurrency.threads import ThreadEvent
+from z4j_bare.engines.celery.capture import CeleryCapture
 from z4j_bare.engines.celery.kept_runs import KeptRuns, redelivers
 from z4j_bare.engines.celery.prefork import prefork
-from z4j_bare.engines.celery.signals import CeleryCapture
 from z4j_bare.engines.celery.source import CelerySource
 from z4j_bare.engines.celery.task_state import TaskState, TaskType
 from z4j_bare.events.ring import Ring

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from z4j_celery import CeleryEngineAdapter
 
 from tests.support.celery_fakes import memory_app, task_request
+from z4j_bare.engines.celery.capture import CeleryCapture
 from z4j_bare.engines.celery.masks import shown_args, shown_kwargs
-from z4j_bare.engines.celery.signals import CeleryCapture
 from z4j_bare.events.snapshot import snapshot
 
 VALUES = st.recursive(

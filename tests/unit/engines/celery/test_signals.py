@@ -9,7 +9,7 @@ from celery import signals
 from z4j_celery import CeleryEngineAdapter, z4j_meta
 
 from tests.support.celery_fakes import memory_app, receive, trace
-from z4j_bare.engines.celery.signals import CeleryCapture, runs_in_process
+from z4j_bare.engines.celery.capture import CeleryCapture, runs_in_process
 
 
 @pytest.fixture
