@@ -143,6 +143,7 @@ def test_event_passes_documented_modules(trace, install, peer, until, monkeypatc
             (f for f in peer.last.of("event_batch") if "parent-to-trace" in str(f.payload)), None
         )
     )
+    until(lambda: runtime.stats()["sent"])  # the sender has entered the frame into the window
     path.markers.add(batch.id)
     peer.last.ack(batch)
     until(lambda: runtime.stats()["acked"])
