@@ -118,7 +118,7 @@ def install_agent(
     :param token_file: a file that holds ``token``; it is read again at each connect.
     :param hmac_secret_file: a file that holds ``hmac_secret``; it is read again at each connect.
     :raises ConfigError: a setting is missing or wrong; the message names the setting. The exception
-        is usually of the subclass ``HostConfigurationError``.
+        is usually a ``HostConfigurationError``, which is a subclass.
     :raises RuntimeError: a path variable that z4j no longer reads is set.
     """
     reject_deprecated_path_env()

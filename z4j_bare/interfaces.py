@@ -200,16 +200,16 @@ class IStore(Interface):
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
-        """Return the result of :meth:`drain` if that needs no I/O, else ``None``.
+        """Return the result of :meth:`drain` if it is known without I/O, else ``None``.
 
         May also be called outside ``offload``, but not during another call.
         """
 
     def confirm(ids: Sequence[int]) -> int:
-        """Delete acknowledged rows; return how many existed."""
+        """Delete acknowledged rows; return the number of rows that existed."""
 
     def discard(ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows; return how many existed.
+        """Delete undeliverable rows; return the number of rows that existed.
 
         The same transaction counts the rows as lost under ``reason``.
         """
@@ -235,7 +235,8 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        The rows that the other store lost count as produced and as lost in this store.
+        Rows that were lost in the other store are added to this store's counts of produced and of
+        lost rows.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
@@ -248,7 +249,7 @@ class IStore(Interface):
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
-        """Record command ``key`` as done, with the result payload for a repeated delivery."""
+        """Record command ``key`` as done, and keep its result for a repeated delivery."""
 
     def settle_and_queue(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""
@@ -257,17 +258,17 @@ class IStore(Interface):
         """Close the file, and delete it if it has no rows and no recent commands. Idempotent."""
 
 
-#: What became of a run that :class:`IOpenRuns` keeps. A run of ``RUN_ENDED`` is not reported.
+#: States of a run that :class:`IOpenRuns` keeps. A run in the state ``RUN_ENDED`` is not reported.
 RUN_ENDED, RUN_OPEN, RUN_SUCCEEDED, RUN_FAILED, RUN_RETRIED, RUN_REVOKED = range(6)
 #: Flag of a run: the broker delivers its message again after the death of the process.
 RUN_REDELIVERED = 1
 
 
 class IOpenRuns(Interface):
-    """Keeps the runs that are open where ``SIGKILL`` does not reach them.
+    """Keeps the open runs in a place that survives the end of the process by ``SIGKILL``.
 
-    The next agent reports those that never ended. :meth:`start` and :meth:`end` run in the host's
-    tasks: they do not wait and do not raise.
+    The next agent reports the runs that never ended. :meth:`start` and :meth:`end` run in the
+    host's tasks, and therefore do not wait and do not raise.
     """
 
     not_kept: int = Attribute("Runs that could not be kept.")
@@ -279,7 +280,7 @@ class IOpenRuns(Interface):
         """Store the fields that the events of some runs share; return the description's number."""
 
     def start(description: int, task_id: str, at: float, flags: int) -> int:
-        """Keep a run that starts at ``at`` and return its slot, 0 if it cannot be kept.
+        """Keep a run that starts at ``at``; return the run's slot, or 0 if it cannot be kept.
 
         ``flags`` is ``RUN_REDELIVERED`` or 0.
         """
@@ -291,14 +292,14 @@ class IOpenRuns(Interface):
         """
 
     def stored(number: int, at: float) -> None:
-        """Forget the ends up to event ``number`` of the ring, stored at ``at``."""
+        """Forget the ends up to event ``number`` of the ring, which were stored at ``at``."""
 
     def close() -> None:
-        """Delete what is kept if no run is open and every end is stored."""
+        """Delete the kept runs if no run is open and every end is stored."""
 
 
 class ITransport(Interface):
-    """Carries messages to the brain and back. An object serves one session."""
+    """Carries messages between agent and brain. Each transport object serves one session."""
 
     name: str = Attribute("'ws' or 'longpoll'.")
 
@@ -397,14 +398,14 @@ class ISchedulerHost(Interface):
     def connect(changed: Callable[[], object]) -> None:
         """Register ``changed``, which is called when a schedule may have changed. Never raises.
 
-        The call may come from any task or thread.
+        Any task or thread may call ``changed``.
         """
 
     def disconnect(timeout: float = 5.0) -> None:
         """Remove the registration of ``changed`` within ``timeout`` seconds. Never raises."""
 
     def capabilities() -> list[str]:
-        """Return what the scheduler supports at this moment. Never raises."""
+        """Return the capabilities that the scheduler has at this moment. Never raises."""
 
     def schedules(timeout: float) -> list[Any]:
         """Return all schedules of the scheduler.
@@ -427,8 +428,8 @@ class ISchedulerHost(Interface):
 class INativeSchedules(Interface):
     """An operator's changes to schedules that are defined in code.
 
-    This is the ``NativeScheduleOverrides`` of ``z4j_core``. Adapters call both methods from worker
-    threads and from the scheduler's own loop.
+    The interface is the same as ``NativeScheduleOverrides`` of ``z4j_core``. Adapters call both
+    methods from worker threads and from the scheduler's own loop.
     """
 
     def resolve(baseline: list[Any], *, owner: str) -> list[Any]:
@@ -458,7 +459,7 @@ class IBridge(Interface):
     def call(
         function: Callable[..., object], *args: object, timeout: float, **kwargs: object
     ) -> Any:
-        """Call an adapter's function, await the result if it is awaitable, and return it.
+        """Call an adapter's function, await the result if it is awaitable, and return the result.
 
         After ``timeout`` seconds the coroutine is cancelled, and ``TimeoutError`` is raised. Every
         exception of the function is also raised.
@@ -467,7 +468,10 @@ class IBridge(Interface):
     def pump(
         iterate: Callable[[], AsyncIterator[Any]], sink: Callable[[Any], None], name: str
     ) -> Callable[[], None]:
-        """Pass every item of ``iterate()`` to ``sink``; return a function that stops the task."""
+        """Start a task that passes every item of ``iterate()`` to ``sink``.
+
+        Returns a function that stops the task.
+        """
 
     def loop() -> Any:
         """Return the object that adapters get as ``loop=``.

@@ -60,7 +60,10 @@ class DiskUsage:
         return self.disk_bytes()
 
     def reclaim_all(self) -> None:
-        """Reduce the files as far as possible. On a full disk, any of the steps may fail."""
+        """Reduce the files as far as possible.
+
+        A step that fails, for example on a full disk, is skipped.
+        """
         for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
             try:
                 step()

@@ -115,7 +115,10 @@ class Ledger:
         self._bytes = size
 
     def _trim_results(self, size: int) -> int:
-        """Drop the oldest results until the others fit; return the total bytes of the others."""
+        """Drop the oldest results until the others fit.
+
+        Returns the total bytes of the remaining results.
+        """
         if size <= self._max_bytes:
             return size
         last = 0

@@ -134,6 +134,6 @@ class DiskRetry:
         self._returned_at = now
 
     def schedule_next(self, now: float) -> None:
-        """Double the delay after an attempt, and schedule the next attempt."""
+        """After an attempt: double the delay and schedule the next one."""
         self._backoff.increase()
         self._due_at = now + self._backoff.delay

@@ -67,7 +67,7 @@ class Orphan:
         self.quarantine_reason = ""
         self._target_rows = min(TARGET_BACKLOG, max_rows // 4)
         self._target_bytes = max_bytes // 4
-        #: Ids of rows that the target contains and that still have to be deleted from the orphan.
+        #: Ids of rows already copied to the target but not yet deleted from the orphan.
         self._pending: list[int] = []
         self._state: StoreState | None = None
         self._store: BufferStore | None = None

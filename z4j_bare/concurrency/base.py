@@ -218,7 +218,8 @@ class BaseConcurrency:
     def _tick(self, function: Callable[[], object]) -> bool:
         """Call ``function`` for a timer and return ``True``.
 
-        A forked child has copies of the timers. There, return ``False`` and call nothing.
+        In a forked child, which has copies of the timers, return ``False`` without calling
+        ``function``.
         """
         if self.forked():
             return False

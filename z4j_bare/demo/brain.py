@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 #: Maximum seconds from the start of the brain's process until the brain is healthy.
 _BOOT_TIMEOUT = 60.0
 
-#: Variables with the brain's secrets. It generates those of a database in its own directory; for
-#: any other database they must be set, and be the same from the migration on.
+#: Environment variables with the brain's secrets. For a database in its own directory, the brain
+#: generates the secrets. For any other database, the variables must be set, and their values must
+#: stay the same from the migration on.
 SECRETS = ("Z4J_SECRET", "Z4J_SESSION_SECRET", "Z4J_AUDIT_CHAIN_SECRET")
 
 #: SQLite's busy timeout in the brain, in seconds. With the driver's default of 5 s the brain
@@ -63,10 +64,10 @@ class Brain(BrainApi):
     killed can be started again and then has the same directory and port.
 
     :param home: the brain's directory, created with mode 0700.
-    :param port: the port, by default an unused one.
+    :param port: the port; by default a port that is unused.
     :param environment: additional variables, for example ``Z4J_COMMAND_TIMEOUT_SECONDS``.
     :param database_url: a database such as ``postgresql+asyncpg://user:password@host/name``, for
-        which ``environment`` sets :data:`SECRETS`; by default a file in ``home``.
+        which ``environment`` must contain :data:`SECRETS`; by default a file in ``home``.
     """
 
     email = "admin@example.test"

@@ -1,4 +1,4 @@
-"""Logs events that could not be captured or encoded: one warning of each kind."""
+"""Logs that events could not be captured or encoded, with one warning for each kind of loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 logger = logging.getLogger("z4j.runtime.events.losses")
 
-#: Maximum number of kinds that are logged.
+#: Maximum number of kinds of loss (step and error class) that are logged. Losses of further kinds
+#: are only counted.
 MAX_KINDS = 100
 
 #: Maximum characters of a task's name in the log.
@@ -15,7 +16,7 @@ MAX_NAME_CHARS = 200
 
 
 class LossLog:
-    """Logs the first loss of each kind; a kind is a step and the class of the error.
+    """Logs the first loss of each kind. A kind is a step and the class of the error.
 
     :param on_loss: called for each loss.
     """
@@ -25,11 +26,12 @@ class LossLog:
         self._logged: set[tuple[str, str]] = set()
 
     def report(self, step: str, task: object, error: Exception) -> None:
-        """Log a loss. Does not raise.
+        """Count a loss, and log it if it is the first of its kind. Does not raise.
 
-        The message names the task and not its arguments, which the error's text may contain.
+        The message names the task but omits the error's text, which may contain the task's
+        arguments.
 
-        :param step: what failed.
+        :param step: the step that failed.
         :param task: the task's name.
         """
         kind = (step, type(error).__name__)
@@ -50,5 +52,5 @@ class LossLog:
             where = "?" if frame is None else f"{frame.tb_frame.f_code.co_name}:{frame.tb_lineno}"
             logger.debug("z4j: %s failed with %s in %s", step, kind[1], where)
         except Exception:
-            # Logging itself failed, in a handler of the host's signal.
+            # Logging itself failed. The exception must not reach the host's code.
             return

@@ -34,8 +34,9 @@ CAPABILITIES_TIMEOUT = 5.0
 #: note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Maximum bytes of a text in a command's result. A result repeats texts of rows, which must not be
-#: truncated again. Therefore this limit is higher than the limit for rows.
+#: Maximum bytes of a text in a command's result. A result repeats texts that were already
+#: truncated for a row (up to 8,000 bytes and a note). They must not be truncated a second time, so
+#: this limit is higher.
 MAX_RESULT_TEXT_BYTES = 8192
 
 

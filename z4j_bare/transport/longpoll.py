@@ -269,7 +269,7 @@ class LongPollTransport:
     def connect(self, hello: bytes) -> bytes:
         """Send a first request with a new nonce; make a ``hello_ack`` from the response headers.
 
-        Long-poll has no ``hello`` frame. Request headers contain a part of the fields of ``hello``.
+        Long-poll has no ``hello`` frame. Some fields of ``hello`` are sent as request headers.
         """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)

@@ -17,8 +17,9 @@ from typing import Any
 
 from z4j_bare.wire.fit import has_nul, replace_nul
 
-#: Maximum bits of an integer. A text replaces a larger integer. ``json`` refuses to parse more than
-#: 4,300 digits (``sys.set_int_max_str_digits``), and no database column stores this many.
+#: Maximum bits of an integer (1,024 bits are 309 digits). A larger integer is replaced by a text,
+#: because ``json`` refuses to parse more than 4,300 digits (``sys.set_int_max_str_digits``) and no
+#: integer column of a database is this large.
 MAX_INT_BITS = 1024
 
 #: Maximum nesting levels of a value. The brain redacts everything below level 64, and an event's

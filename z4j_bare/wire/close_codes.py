@@ -106,8 +106,8 @@ def error_for_http_status(
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
     """Return an error that names the cause of a rejected signature: the clock or the key.
 
-    ``error`` must have ended an established session. If it was not caused by a signature, or the
-    cause is unknown, it is returned unchanged.
+    ``error`` must have ended an established session. If it was not caused by a rejected
+    signature, or the cause is unknown, it is returned unchanged.
 
     :param clock_offset: seconds by which the brain's clock was ahead of this host's at
         ``hello_ack``, if known.

@@ -1,9 +1,9 @@
 """Makes ids, names and texts fit for the columns of the brain's database.
 
-PostgreSQL refuses a text with NUL and a text that is longer than its column. The brain drops such
-an event and acknowledges it, so a task would stay ``started`` for ever, or never have a row. Hence
-values are changed before they are stored here, and the event says which (``docs/protocol.md``,
-"Events").
+PostgreSQL refuses a text with NUL and a text that is longer than its column. The brain drops an
+event with such a text and acknowledges the event, so the task would stay ``started`` for ever, or
+would never have a row. Therefore the agent changes such texts before it stores an event, and the
+event names the changed fields (``docs/protocol.md``, "Events").
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 #: Replaces NUL and lone surrogates.
 REPLACEMENT = "\ufffd"
 
-#: Width in characters of the brain's columns for a task id, which it also stores behind the
-#: engine's name and a colon as the target of a command.
+#: Width in characters of the brain's columns for a task id. One of these columns, the target of a
+#: command, contains the engine's name and a colon before the task id.
 ID_COLUMN_CHARS = 200
 
 #: Width in characters of the brain's column for the name of a task.
@@ -27,17 +27,19 @@ MAX_TASK_NAME_CHARS = 500
 #: Width in characters of the brain's columns for the names of queues and workers.
 MAX_NAME_CHARS = 200
 
-#: Characters of a task id that fits for every engine, whose names have at most 40.
+#: Maximum characters of a task id that fits for every engine. An engine's name has at most 40
+#: characters.
 SHORT_ID_CHARS = ID_COLUMN_CHARS - 41
 
-#: Originals that are remembered, and the characters of one, at most: together 16 MB.
+#: Maximum number of originals that are remembered, and maximum characters of one original. All
+#: originals together take at most 16 MB.
 MAX_ORIGINALS = 4096
 MAX_ORIGINAL_CHARS = 4096
 
 #: The field of an event's data that lists what has been changed in the event.
 MARK = "fitted"
 
-#: The entry of that list for NUL characters that were replaced in values or keys.
+#: The entry of the list ``fitted`` for NUL characters that were replaced in values or keys.
 NUL_MARK = "nul"
 
 #: Fields of an event's data that contain a task id.
@@ -50,40 +52,43 @@ _NAME_FIELDS = {
     "worker": MAX_NAME_CHARS,
 }
 
-#: The number of changed events in this process, by what was changed. Only flush loops write it.
+#: Number of events that this process has changed, by what was changed. Only flush loops write to
+#: this counter.
 fitted: Counter[str] = Counter()
 
-#: What this process has changed: the original texts by what the brain has instead. ``None`` for one
-#: that stands for several originals.
+#: Maps each changed text, which the brain has, to its original text. The value is ``None`` if
+#: several originals became the same text, or if the original is too long to be remembered.
 _originals: dict[str, str | None] = {}
 
 _HASH_CHARS = 32
 _is_short_id = re.compile(rf".+~[0-9a-f]{{{_HASH_CHARS}}}", re.DOTALL).fullmatch
 
-#: Matches NUL in JSON. An even number of backslashes before it are characters of their own.
+#: Matches an escaped NUL in JSON, and the pairs of backslashes before it. A pair is one escaped
+#: backslash and does not belong to the NUL.
 _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 def max_id_chars(engine: str) -> int:
-    """Return the maximum characters of a task id: 193 for Celery."""
+    """Return the maximum characters of a task id for an engine: 193 for Celery."""
     return ID_COLUMN_CHARS - len(engine) - 1
 
 
 def has_nul(encoded: str) -> bool:
     """Whether a JSON text contains NUL in a value or a key."""
-    # A search for one character takes 20 ns, and for six characters 170 ns.
+    # The search for one character comes first, because it takes 20 ns. The search for six
+    # characters takes 170 ns.
     return "\\" in encoded and "\\u0000" in encoded and _ESCAPED_NUL.search(encoded) is not None
 
 
 def replace_nul(encoded: str) -> str:
-    """Return a JSON text with every NUL replaced. Its keys may then be out of order."""
+    """Return a JSON text with every NUL replaced. The keys of the result may be out of order."""
     return _ESCAPED_NUL.sub(rf"\1{REPLACEMENT}", encoded) if has_nul(encoded) else encoded
 
 
 def fit_id(task_id: str, engine: str) -> str:
     """Return a task id without NUL that fits into the brain's columns.
 
-    One that is too long becomes its start, ``~`` and a hash.
+    An id that is too long is cut, and ``~`` and a hash of the whole id are appended.
     """
     limit, valid = max_id_chars(engine), _valid(task_id)
     if len(valid) > limit:
@@ -95,18 +100,19 @@ def fit_id(task_id: str, engine: str) -> str:
 def fit_name(name: str, limit: int = MAX_NAME_CHARS) -> str:
     """Return a name without NUL and of at most ``limit`` characters.
 
-    One that is too long is cut. One of exactly ``limit`` characters is remembered as well, because
-    it looks like a name that was cut.
+    A name that is too long is cut. A name of exactly ``limit`` characters is remembered as well,
+    because it looks like a name that was cut.
     """
     shown = _valid(name)[:limit]
     return _remember(shown, name) if shown != name or len(name) == limit else shown
 
 
 def original(shown: str) -> str | None:
-    """Return the id or the name for which the brain has ``shown``.
+    """Return the original of ``shown``, an id or a name that the brain has.
 
-    ``None`` if ``shown`` is a changed text, and this process does not know the original: another
-    process sent it, this one has forgotten it, or several names have the same start.
+    ``None`` if ``shown`` looks like a changed text and this process does not know the original.
+    Then another process sent the text, this process has forgotten the original, or several
+    originals became the same text.
     """
     if shown in _originals:
         return _originals[shown]
@@ -116,10 +122,10 @@ def original(shown: str) -> str | None:
 def is_fit(data: Mapping[str, Any]) -> bool:
     """Whether the ids and names of an event's data fit, except for NUL.
 
-    ``False`` also for a name that has to be remembered by :func:`fit_name`. Raises ``TypeError``
-    for one that is no text.
+    Also ``False`` for a name that :func:`fit_name` has to remember. Raises ``TypeError`` for an id
+    or a name without a length, such as a number.
     """
-    # Without a loop: this runs for every failed task.
+    # There is no loop, for speed: this function runs for every failed task.
     get = data.get
     return (
         len(get("task_name") or "") < MAX_TASK_NAME_CHARS
@@ -131,9 +137,9 @@ def is_fit(data: Mapping[str, Any]) -> bool:
 
 
 def fit_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return an event's fields with fitting ids and names, and the names of the changed ones.
+    """Return an event's fields with ids and names that fit, and the names of the changed fields.
 
-    A NUL in any other value is left to :func:`replace_nul`.
+    A NUL in any other value is not replaced here. :func:`replace_nul` replaces it.
     """
     engine, data, changed = str(fields["engine"]), dict(fields.get("data") or {}), []
     task_id = fields["task_id"]
@@ -165,7 +171,7 @@ def _valid(text: str) -> str:
 
 
 def _remember(shown: str, source: str) -> str:
-    known = _originals.pop(shown, source)  # the newest ones are kept
+    known = _originals.pop(shown, source)  # added again as the newest
     if len(_originals) >= MAX_ORIGINALS:
         _originals.pop(next(iter(_originals)), None)
     _originals[shown] = source if known == source and len(source) <= MAX_ORIGINAL_CHARS else None

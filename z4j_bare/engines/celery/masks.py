@@ -1,8 +1,8 @@
-"""What a task's author hides from monitors by ``argsrepr`` and ``kwargsrepr`` stays hidden.
+"""Keeps arguments hidden that a task's author hides by ``argsrepr`` and ``kwargsrepr``.
 
-A message carries its arguments and, for logs and monitors, a text of each. Celery makes the texts
-itself unless the author gives others. So a text that says something else than the arguments is
-what may be shown.
+A message carries its arguments and, for logs and monitors, two texts that describe them:
+``argsrepr`` and ``kwargsrepr``. If a text differs from the arguments, the author has replaced it,
+and only the text may be shown.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from z4j_bare.events.snapshot import OpaqueStr, TypedStr, snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Characters and levels of Celery's own texts.
+#: Limits of the texts that Celery makes: maximum characters, and maximum nesting levels.
 MAX_TEXT = 1024
 MAX_LEVELS = 3
 
-#: Lengths of texts that Celery may have cut, so that ``repr`` is not worth its time.
+#: Lengths, in characters, of texts that Celery may have cut. They are not compared with ``repr``,
+#: which cuts nothing and so would hardly ever be equal.
 _MAY_BE_CUT = range(1000, 1200)
 
 
 def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], bool]) -> list[Any]:
-    """Return what may be shown of the positional arguments.
+    """Return ``args``, or the parsed ``text`` if it differs from ``args``.
 
-    :param args: a snapshot of them.
-    :param text: ``argsrepr`` of their message.
+    :param args: a snapshot of the positional arguments.
+    :param text: ``argsrepr`` of the message that carries the arguments.
     """
     if not args or not isinstance(text, str) or not text or _says_same(tuple(args), text):
         return args
@@ -38,7 +39,7 @@ def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], 
 def shown_kwargs(
     kwargs: dict[str, Any], text: object, is_sensitive_key: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """Return what may be shown of the keyword arguments; see :func:`shown_args`."""
+    """Return ``kwargs``, or the parsed ``text`` if it differs; see :func:`shown_args`."""
     if not kwargs or not isinstance(text, str) or not text or _says_same(kwargs, text):
         return kwargs
     parsed = parse(text, is_sensitive_key)
@@ -46,9 +47,9 @@ def shown_kwargs(
 
 
 def hides(value: object, text: object) -> bool:
-    """Whether ``text`` says something else than the arguments ``value``.
+    """Whether ``text`` describes something other than the arguments ``value``.
 
-    :param value: a snapshot.
+    :param value: a snapshot of the arguments.
     """
     if not value or not isinstance(text, str) or not text:
         return False
@@ -56,12 +57,13 @@ def hides(value: object, text: object) -> bool:
 
 
 def carry_over(headers: dict[str, Any], body: object) -> None:
-    """Give a message that a task sends under its own id the texts of the task's own message.
+    """Copy the texts of the current task's message to a message that it sends under its own id.
 
-    ``Task.retry()`` sends the arguments without them. Texts that the task gives stay.
+    ``Task.retry()`` sends the arguments without the author's ``argsrepr`` and ``kwargsrepr``. A
+    text that the task itself gives to the new message is kept.
 
-    :param headers: of the message; changed in place.
-    :param body: ``(args, kwargs, embed)``.
+    :param headers: the headers of the new message; changed in place.
+    :param body: the body of the new message, ``(args, kwargs, embed)``.
     """
     from celery import current_task
 
@@ -83,7 +85,7 @@ def carry_over(headers: dict[str, Any], body: object) -> None:
 
 
 def _says_same(value: object, text: str) -> bool:
-    # repr takes a tenth of the time of saferepr, and is equal for most arguments.
+    # repr takes a tenth of the time of saferepr, and gives the same text for most arguments.
     if len(text) not in _MAY_BE_CUT and _inside(repr(value)) == _inside(text):
         return True
     from celery.utils.saferepr import saferepr
@@ -94,7 +96,7 @@ def _says_same(value: object, text: str) -> bool:
 
 
 def _inside(text: str) -> str:
-    """Return a text without its brackets: arguments may be sent as a list or as a tuple."""
+    """Return ``text`` without its brackets, because arguments are sent as a list or a tuple."""
     return text[1:-1].rstrip(",")
 
 
@@ -103,9 +105,9 @@ def _is_insensitive(_key: str) -> bool:
 
 
 def _is_equal(value: object, parsed: object) -> bool:
-    """Whether a snapshot's value is the one that was parsed from a text.
+    """Whether ``value``, from a snapshot, equals ``parsed``, which was parsed from a text.
 
-    Tuples are lists there, and keys are text, as after JSON.
+    In both values, tuples have become lists and keys have become texts, as in JSON.
     """
     if isinstance(value, dict):
         return (
@@ -121,7 +123,7 @@ def _is_equal(value: object, parsed: object) -> bool:
             and len(value) == len(parsed)
             and all(map(_is_equal, value, parsed))
         )
-    if isinstance(value, OpaqueStr):  # shows only a class
+    if isinstance(value, OpaqueStr):  # shows only the class of a value
         return parsed != CUT
     if isinstance(value, TypedStr):
         return value.described == parsed

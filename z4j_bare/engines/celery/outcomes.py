@@ -1,6 +1,6 @@
-"""What a run came to: event kinds and fields, from the arguments of Celery's signals.
+"""Derives the kind and the fields of a run's last event from the arguments of Celery's signals.
 
-The functions use only the arguments, so they also work in a child of a prefork worker.
+The functions use no object of the agent, so they also work in a child of a prefork worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from z4j_bare.engines.celery.task_state import FAILED, RETRIED, REVOKED, RunKey
 from z4j_bare.events.snapshot import snapshot
 
-#: Characters of a traceback that are captured; the encoder sends the first 4,096.
+#: Maximum characters of a traceback that are captured. The encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
 
 #: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. No other signal
@@ -22,17 +22,18 @@ IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
 #: The key of a run that is neither a retry nor a replacement.
 FIRST_RUN: RunKey = (0, 0)
 
-#: Attribute of an exception whose failure is reported: the task's id.
+#: Name of the attribute that marks an exception as reported. Its value is the task's id.
 _REPORTED = "_z4j_reported"
 
-#: Exceptions examined behind ``__context__``.
+#: Maximum number of exceptions that :func:`is_reported` examines in a chain of ``__context__``.
 _MAX_CONTEXT = 20
 
 
 def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
     """Return the fields of ``task.failed``: the exception's class, message and traceback.
 
-    :param traceback: the text; of an exception without one its own traceback is formatted.
+    :param traceback: the text of the traceback. If this is no text, the traceback of ``exception``
+        is formatted.
     """
     reason = getattr(exception, "reason", None) if is_reject(exception) else exception
     fields = {"exception": type(exception).__name__, "exception_message": snapshot(text_of(reason))}
@@ -57,12 +58,13 @@ def revoked_fields(terminated: object, signum: object, expired: object) -> dict[
 def end_without_signal(
     state: str | None, raised: object, *, acks_late: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return kind and fields of a run that raised ``Ignore`` or ``Reject``.
+    """Return the kind and the fields of the event for a run that raised ``Ignore`` or ``Reject``.
 
-    ``None`` if nothing has to be reported: the task was replaced, or ``state`` is another one.
+    ``None`` if no event has to be reported, because the task was replaced or the run has another
+    state.
 
     :param state: the state of ``task_postrun``.
-    :param raised: its ``retval``, which is the exception.
+    :param raised: the ``retval`` of ``task_postrun``, which is the exception.
     :param acks_late: whether the message can still be returned to its queue.
     """
     if state == IGNORED and not is_replacement(raised):
@@ -76,9 +78,10 @@ def end_without_signal(
 
 
 def is_reject(error: object) -> bool:
-    """Whether ``error`` is Celery's ``Reject``, whose failure the run's ``task_postrun`` reports.
+    """Whether ``error`` is Celery's ``Reject``.
 
-    Celery 5.7 sends a ``task_failure`` for it, too, and earlier versions send none.
+    The handler of ``task_postrun`` reports a run that raised ``Reject``. Celery 5.7 also sends
+    ``task_failure`` for such a run. Earlier versions do not.
     """
     from celery.exceptions import Reject
 
@@ -93,7 +96,7 @@ def is_retry(error: object) -> bool:
 
 
 def run_key(request: object) -> RunKey:
-    """Return which run of a task this is.
+    """Return the key that identifies a run among the runs of its task.
 
     :param request: Celery's ``Context``, or the request as a dictionary.
     """
@@ -106,7 +109,7 @@ def run_key(request: object) -> RunKey:
 
 
 def is_replacement(ignore: object) -> bool:
-    """Whether ``self.replace()`` raised this ``Ignore``: the task goes on under the same id."""
+    """Whether ``self.replace()`` raised ``ignore``, so the task continues under the same id."""
     from celery.app.task import Task
 
     step = getattr(ignore, "__traceback__", None)
@@ -118,10 +121,10 @@ def is_replacement(ignore: object) -> bool:
 
 
 def result_is_unstored() -> bool:
-    """Whether the run whose ``task_postrun`` is being sent fails after its body has succeeded.
+    """Whether the run whose ``task_postrun`` is being sent has a result that was not stored.
 
-    The tracer sends the signal with the state ``SUCCESS`` while the error of the result backend
-    passes through it. ``task_internal_error`` follows.
+    If the result backend raises an error, Celery's tracer still sends ``task_postrun`` with the
+    state ``SUCCESS`` while the error propagates. ``task_internal_error`` follows.
     """
     error = sys.exc_info()[1]
     if not isinstance(error, Exception) or is_reject(error) or error.__traceback__ is None:
@@ -133,7 +136,7 @@ def result_is_unstored() -> bool:
 
 
 def mark_reported(error: BaseException | None, task_id: str) -> None:
-    """Note at an exception that its failure is reported. See :func:`is_reported`."""
+    """Mark ``error`` as reported for task ``task_id``; see :func:`is_reported`."""
     try:
         setattr(error, _REPORTED, task_id)
     except Exception:
@@ -141,11 +144,11 @@ def mark_reported(error: BaseException | None, task_id: str) -> None:
 
 
 def is_reported(error: BaseException | None, task_id: str) -> bool:
-    """Whether the failure of this exception, or of one that it was raised for, is reported.
+    """Whether ``error``, or an exception in its chain of ``__context__``, is marked as reported.
 
-    After ``task_internal_error`` Celery tries to store the failure, and sends ``task_failure`` if
-    that works, else ``task_internal_error`` again. The note is at the exception, so nothing is
-    remembered of a task after its end.
+    After ``task_internal_error`` Celery tries to store the failure. If the failure is stored,
+    Celery sends ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of
+    the exception, so the agent need not remember tasks that have ended.
     """
     for _ in range(_MAX_CONTEXT):
         if error is None:
@@ -157,7 +160,7 @@ def is_reported(error: BaseException | None, task_id: str) -> bool:
 
 
 def text_of(value: object) -> str:
-    """Return ``str(value)``; a note if that fails."""
+    """Return ``str(value)``, or a note if ``str`` raises an exception."""
     try:
         return str(value)
     except Exception:

@@ -1,4 +1,4 @@
-"""The queue that a message came from."""
+"""Finds the name of the queue that a message came from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
     from kombu import Exchange, Queue
 
-#: Maximum number of cached routes.
+#: Maximum number of cached routes. A route is an exchange and a routing key.
 MAX_ROUTES = 4096
 
 
 def routing_key(info: object) -> str | None:
-    """Return the routing key of a message, for a process without a consumer.
+    """Return the routing key of a message.
+
+    A process without a consumer reports the routing key as the queue's name.
 
     :param info: ``Request.delivery_info``.
     """
@@ -25,7 +27,8 @@ def routing_key(info: object) -> str | None:
 class QueueNames:
     """Finds the queue of a message among those that the worker consumes.
 
-    A message carries its exchange and routing key, which is the queue's name only by default.
+    A message carries its exchange and its routing key. The routing key is the queue's name only by
+    default.
     """
 
     def __init__(self, consumer: Consumer) -> None:
@@ -44,7 +47,7 @@ class QueueNames:
 
     def _find(self, route: tuple[object, object]) -> str | None:
         exchange, key = str(route[0] or ""), str(route[1] or "")
-        if not exchange and key:  # the default exchange routes by queue names
+        if not exchange and key:  # the default exchange routes by the queue's name
             return self._add(route, key)
         consumer = getattr(self._consumer, "task_consumer", None)
         queues = list(getattr(consumer, "queues", ()))

@@ -1,4 +1,4 @@
-"""Runs of tasks that this process receives more than once under one id."""
+"""Reports the runs of tasks that this process receives more than once under one id."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class RepeatedRuns:
     """Separates the runs of one task: retries, replacements, and messages that are delivered again.
 
-    :param withholds: whether a start after a return to the queue is withheld. Then
-        :meth:`report_withheld` must be called every few seconds.
+    :param withholds: whether the report of a start is withheld if the task has returned to the
+        queue before. If so, :meth:`report_withheld` must be called every few seconds.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RepeatedRuns:
         queue: str | None,
         request: Request,
     ) -> TaskState | None:
-        """Return the state of a run whose task is known; ``None`` if nothing has to be reported.
+        """Return the state of a received run of a known task; ``None`` if it is not reported.
 
         :param known: the last state of the task.
         """
@@ -71,12 +71,13 @@ class RepeatedRuns:
         return self._task_states.supersede(task_id, known, new, key, self._clock())
 
     def started(self, record: Captured, request: object) -> None:
-        """Report a start.
+        """Report the start of a run.
 
-        After a return to the queue it is withheld until the run ends or a second has passed. A task
-        that always returns would flood the brain.
+        If the task has returned to the queue, the report is withheld until the run ends or a second
+        has passed. Otherwise a task that always returns to the queue would flood the brain.
 
-        :param record: its last item is the last state of the task.
+        :param record: the record of the start. The record's last item is the last state of the
+            task.
         :param request: Celery's ``Context``, or the request as a dictionary.
         """
         head, now, task_id, last = record
@@ -96,7 +97,7 @@ class RepeatedRuns:
         """Remove the state of the run that ends, and return it.
 
         :param last: the last state of the task.
-        :param keep: whether the task goes on, so that the state of its last run has to be kept.
+        :param keep: whether the task continues, so that the state of its last run is kept.
         """
         task_state = self._task_states.of_run(last, run_key(request))
         attempt = task_state.attempt
@@ -125,7 +126,7 @@ class RepeatedRuns:
             self._put((self._generic, now, task_id, task_state, RETRIED, own, None))
 
     def report_withheld(self) -> None:
-        """Report the starts after a return to the queue that were not followed by another one."""
+        """Report withheld starts after which the run has not returned to the queue for a second."""
         latest = self._clock() - REQUEUE_INTERVAL
         for task_id, task_state in list(self._withheld.items()):
             attempt = task_state.attempt

@@ -1,4 +1,4 @@
-"""Checks the runs of a worker now and then: withheld starts, and starts that were not heard."""
+"""Reports withheld starts at intervals, and counts tasks whose start the agent has not seen."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ logger = logging.getLogger("z4j.runtime.engines.celery.run_monitor")
 #: Seconds between two reports of withheld starts.
 INTERVAL = 5.0
 
-#: Every so many reports the accepted tasks are checked.
+#: Number of reports of withheld starts for each check of the accepted tasks.
 CHECK_EVERY = 6
 
-#: Seconds after its acceptance by the pool at which a task without a start is counted.
+#: A task is counted if the agent has not seen its start this many seconds after the pool accepted
+#: the task.
 START_TIMEOUT = 60.0
 
 _CAUSES = {
@@ -32,7 +33,7 @@ _CAUSES = {
 
 
 class RunMonitor:
-    """Reports withheld starts, and counts tasks whose start the agent does not hear.
+    """Reports withheld starts, and counts tasks whose start the agent has not seen.
 
     :param in_process: whether the pool runs tasks in the worker's own process.
     """
@@ -42,7 +43,7 @@ class RunMonitor:
     def __init__(
         self, task_states: TaskStates, repeated_runs: RepeatedRuns, *, in_process: bool
     ) -> None:
-        #: Number of tasks that the pool has accepted and whose start was not heard.
+        #: Number of tasks that the pool has accepted and whose start the agent has not seen.
         self.unheard = 0
         self._task_states = task_states
         self._repeated_runs = repeated_runs
@@ -50,7 +51,7 @@ class RunMonitor:
         self._counted: set[str] = set()
 
     def run(self, backend: BaseConcurrency, stop_event: IEvent) -> None:
-        """Check until ``stop_event`` is set."""
+        """Report withheld starts and check accepted tasks until ``stop_event`` is set."""
         rounds = 0
         while not backend.wait(stop_event, INTERVAL):
             rounds += 1
@@ -59,16 +60,17 @@ class RunMonitor:
                 self.check(time(), backend)
 
     def check(self, now: float, backend: BaseConcurrency) -> None:
-        """Count tasks that were accepted a minute ago and have not started, and log the first.
+        """Count tasks that the pool accepted a minute ago and whose start was not seen.
 
-        Tasks that wait for their time, for a rate limit or for a free place in the pool are not
-        accepted. What has become of the counted tasks is unknown, so no event is recorded.
+        The first of these tasks is logged. A task that waits for its ETA, for a rate limit or for a
+        free place in the pool is not accepted yet. No event is recorded for a counted task, because
+        its state is unknown.
         """
         from celery.worker import state
 
         try:
             active = list(state.active_requests)
-        except RuntimeError:  # another thread has just added one
+        except RuntimeError:  # another thread has just added a request
             return
         checkpoint = TimeSlice(backend).checkpoint
         counted = set()

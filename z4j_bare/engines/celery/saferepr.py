@@ -20,10 +20,11 @@ from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 MAX_TEXT = 8 * 1024
 
 #: Maximum number of brackets, commas and colons that are examined in text that cannot be parsed.
-#: When the limit is reached, the rest of the text becomes part of the same value.
+#: Beyond this limit, parsing stops and the rest of the text is treated as part of the value being
+#: read.
 MAX_STEPS = 2000
 
-#: The text that stands for values that Celery or a limit of this module left out.
+#: Replaces the values that Celery or a limit of this module left out.
 CUT = "[... cut]"
 
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
@@ -50,8 +51,9 @@ def bound(value: object) -> Any:
 def parse(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
     """Return the value that ``text`` describes, in JSON types.
 
-    Does not raise. Takes 0.3 ms for 1,000 characters of short pairs. Tuples and sets become lists.
-    Bytes become the text ``<builtins.bytes>``. Other objects remain text, called opaque text here.
+    Does not raise. Parsing 1,000 characters of short key-value pairs takes 0.3 ms. Tuples and sets
+    become lists. Bytes become the text ``<builtins.bytes>``. The text of any other object is not
+    parsed; it is called opaque text here.
 
     :param is_sensitive_key: returns whether the value of a key must be redacted. If opaque text
         contains such a key, all opaque text is redacted, because the end of the key's value is
@@ -108,7 +110,7 @@ class _Parser:
         return value
 
     def literal(self, first: str, depth: int) -> Any:
-        """Read a container, string, bytes, number or constant; ``_FAILED`` for anything else."""
+        """Read a container, string, bytes, number or constant; else return ``_FAILED``."""
         if first and first in _OPEN:
             return self.container(first, depth - 1) if depth else _FAILED
         if first == "'":
@@ -155,11 +157,11 @@ class _Parser:
     @staticmethod
     def finish_container(opening: str, items: list[Any], pairs: dict[str, Any]) -> Any:
         if pairs and items:
-            pairs["..."] = CUT  # a key without its value, or the three dots of a cut mapping
+            pairs["..."] = CUT  # items: keys without values, or the dots of a cut mapping
         return pairs if pairs or (opening == "{" and not items) else items
 
     def opaque(self, start: int, ends: str) -> str:
-        """Return as text everything up to one of the characters ``ends`` outside brackets."""
+        """Read opaque text up to the first of the characters ``ends`` that is outside brackets."""
         self.position, depth = start, 0
         while self.position < len(self.text):
             unstructured = _UNSTRUCTURED.match(self.text, self.position)

@@ -1,4 +1,4 @@
-"""Encodes the records of the signal handlers to event bytes, in the flush loop.
+"""Encodes the records of the signal handlers as JSON events, in the flush loop.
 
 A handler runs between two parts of the host's code, and its code and data are not in the CPU cache.
 A line of a handler therefore takes three times as long as the same line in this module, which
@@ -25,8 +25,8 @@ MAX_TEMPLATES = 4096
 class _Template:
     """JSON that all events of one task name and queue share.
 
-    ``data`` is the complete data of ``task.started``; ``queue`` and ``tail`` are parts of others.
-    Raises ``ValueError`` for a name that has to be cut.
+    ``data`` is the complete data of ``task.started``. ``queue`` and ``tail`` are parts of the data
+    of other events. Raises ``ValueError`` for a name that has to be cut.
     """
 
     __slots__ = ("data", "queue", "tail")
@@ -44,11 +44,11 @@ class _Template:
 class TaskEncoder:
     """Encodes the records of one worker's tasks, in the order of the ring.
 
-    The encoder also assigns the timestamps, which must not decrease in that order. It joins the
-    events received, started and succeeded from pieces of JSON text, which takes half the time of
-    encoding a dictionary. A test compares the result with the result of :class:`Encoder` for the
-    same fields. ``Encoder`` encodes the events of tasks with ``@z4j_meta`` and events with text
-    that JSON cannot represent.
+    The encoder also assigns the timestamps. The timestamps of a task must not decrease in the order
+    of the ring. The encoder joins the events received, started and succeeded from pieces of JSON
+    text. Joining takes half the time of encoding a dictionary. A test compares the joined text with
+    the result of :class:`Encoder` for the same fields. ``Encoder`` encodes the events of tasks with
+    ``@z4j_meta`` and events with text that JSON cannot represent.
 
     :param worker: the worker's name in the brain; ``None`` outside a worker.
     """
@@ -133,7 +133,7 @@ class TaskEncoder:
                     raise ValueError("an id may be too long for the brain's database")
                 data = f"{{{sent}{above}{template.queue},{top}{template.tail}"
                 return self.encode.envelope(RECEIVED, timestamp, task_id, data)
-            except (TypeError, ValueError):  # Encoder changes what the brain cannot take
+            except (TypeError, ValueError):  # Encoder changes values that the brain cannot store
                 pass
         own: dict[str, Any] = {} if args is None else {"args": args, "kwargs": kwargs}
         if parent:

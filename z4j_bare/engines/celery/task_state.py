@@ -23,10 +23,11 @@ MAX_TASKS = 20_000
 MAX_TIMESTAMP_LEAD = 5.0
 
 
-#: Minimum seconds between two reports of a task that its runs return to the queue.
+#: Minimum seconds between two reports that a task has returned to the queue.
 REQUEUE_INTERVAL = 1.0
 
-#: Which of a task's runs: ``retries`` and ``replaced_task_nesting`` of its message.
+#: Identifies one of the runs of a task: ``retries`` and ``replaced_task_nesting`` of the run's
+#: message.
 RunKey = tuple[int, int]
 
 
@@ -41,7 +42,7 @@ class TaskType:
         self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
         #: Whether every run is reported.
         self.unsampled = self.rate >= 1.0
-        #: Numbers of the descriptions of open runs, by queue.
+        #: Maps a queue to the number of the description that ``IOpenRuns.describe`` has returned.
         self.descriptions: dict[str | None, int] = {}
         #: Fields of every event of this type.
         self.fields: dict[str, Any] = {"task_name": name}
@@ -64,13 +65,13 @@ class TaskType:
 
 
 #: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`. The
-#: attribute contains the last second that an event of the kind used. A dictionary in every waiting
-#: task would be one more container for the garbage collector.
+#: attribute contains the last second that an event of the kind used. A dictionary in the state of
+#: every waiting task would be one more container for the garbage collector to traverse.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
 class TaskState:
-    """State of one task: its type and queue, start time, last timestamp and retries seen here."""
+    """State of one task: its type, queue, start time, last timestamp, and retries seen here."""
 
     __slots__ = (
         "arrived",
@@ -87,20 +88,23 @@ class TaskState:
     def __init__(self, task_type: TaskType, queue: str | None) -> None:
         self.task_type = task_type
         self.queue = queue
-        #: What separates this run from others of its task; ``None`` for most tasks.
+        #: Data that tells this run from other runs of its task; ``None`` for most tasks.
         self.attempt: Attempt | None = None
         #: Whether the parent of a prefork worker has reported that the task was received.
         self.arrived = False
-        #: Performance counter at the start of the run that goes on, 0 if there is none.
+        #: Performance counter at the start of the current run; 0 if no run is in progress.
         self.started_at = 0.0
         #: Timestamp of the last event, in seconds since the epoch; 0 before the first event.
         self.last_timestamp = 0.0
-        #: Slot of the open run, 0 if none is kept.
+        #: Slot of the run in ``IOpenRuns``; 0 if the run is not kept.
         self.slot = 0
         self.retries = self.received = self.started = self.retried = self.rejected = 0
 
     def mark_repeated(self, now: float) -> None:
-        """Note that an earlier run of the task was received elsewhere, perhaps in this second."""
+        """Mark the second ``now`` as used by a ``task.received`` of another process.
+
+        The other process may have received an earlier run of the task in this second.
+        """
         self.received = int(now)
 
     def next_timestamp(self, now: float, event: str = "") -> float:
@@ -137,8 +141,9 @@ class TaskState:
     def _late_timestamp(self, now: float, slot: str | None) -> float:
         """Return the timestamp of an event that comes after the next run was received.
 
-        It lies before the events of that run, which it would set back in the brain. So a kind that
-        needs a second of its own gets an earlier one.
+        The timestamp lies before the events of the next run. A later timestamp would overwrite the
+        state of the next run in the brain. An event of a kind that a task may repeat gets an
+        earlier second, which these runs have not used.
         """
         newer = list(self.since())
         received = (each.attempt.received_at for each in newer[1:] if each.attempt is not None)
@@ -153,7 +158,7 @@ class TaskState:
         return now
 
     def since(self) -> Iterator[TaskState]:
-        """Iterate over this state and those of the runs after it."""
+        """Iterate over this state and the states of the runs after this run."""
         state: TaskState | None = self
         while state is not None:
             yield state
@@ -161,28 +166,30 @@ class TaskState:
 
 
 class Attempt:
-    """What separates one run of a task from another of the same id.
+    """Data that tells one run of a task from another run with the same id.
 
-    A run may be received before the end of the previous one: after ``retry(countdown=0)`` in
-    another thread, or after ``self.replace()``, which changes name and queue.
+    A run may be received before the previous run has ended: after ``retry(countdown=0)`` in another
+    thread, or after ``self.replace()``, which changes the task's name and queue.
     """
 
     __slots__ = ("key", "newer", "previous", "received_at", "requeued_at", "stamps", "withheld")
 
     def __init__(self, key: RunKey | None = None, received_at: float = 0.0) -> None:
-        #: ``None`` for the first run that this process knows.
+        #: Identifies the run; ``None`` for the first run that this process knows.
         self.key = key
-        #: The state whose timestamps come before the first one of this run.
+        #: The state that has the previous timestamps of the task; ``None`` after this run's first
+        #: event.
         self.stamps: TaskState | None = None
-        #: The states of the previous run, until that has ended, and of the next one.
+        #: The state of the previous run until the end of the previous run.
         self.previous: TaskState | None = None
+        #: The state of the next run.
         self.newer: TaskState | None = None
-        #: Seconds since the epoch; 0 for the first run.
+        #: When the run was received, in seconds since the epoch; 0 for the first run.
         self.received_at = received_at
         #: When the return to the queue was last reported, in seconds since the epoch; 0 if the run
         #: was not returned.
         self.requeued_at = 0.0
-        #: The record of the start after a return to the queue, until it is reported.
+        #: The withheld record of a start after a return to the queue; ``None`` after its report.
         self.withheld: tuple[Any, ...] | None = None
 
 
@@ -199,9 +206,9 @@ class TaskStates(dict[str, TaskState]):
     def end(self, task_id: str, task_state: TaskState | None = None) -> TaskState | None:
         """Remove the state of a run that has ended, and return it.
 
-        A previous run that has not ended keeps its state.
+        The state of a previous run that has not ended is kept.
 
-        :param task_state: one of several states of the task; ``None`` means the last one.
+        :param task_state: the state to remove; ``None`` means the last state of the task.
         """
         last = self.get(task_id)
         if task_state is None:
@@ -232,14 +239,14 @@ class TaskStates(dict[str, TaskState]):
                 task_state.attempt = Attempt()
             task_state.attempt.newer = new
             if task_state.attempt.previous is not None and task_state.attempt.previous.attempt:
-                task_state.attempt.previous.attempt.previous = None  # three runs at most
+                task_state.attempt.previous.attempt.previous = None  # keep at most three runs
             new.attempt.previous = task_state
         self[task_id] = new
         return new
 
     @staticmethod
     def of_run(last: TaskState, key: RunKey) -> TaskState:
-        """Return the state of one of a task's runs.
+        """Return the state of the run ``key``, or of the oldest known run if no state has ``key``.
 
         :param last: the last state of the task.
         """
@@ -252,7 +259,7 @@ class TaskStates(dict[str, TaskState]):
 
 
 class TaskTypes:
-    """Task types by task name, created at a task's first event.
+    """Task types by task name. A type is created at the first event of its task.
 
     :param read_meta: returns the ``@z4j_meta`` of a task.
     """

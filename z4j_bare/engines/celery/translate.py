@@ -46,10 +46,11 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 #: difference of at most 60 s.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a name that are kept; the encoder shortens them further.
+#: Maximum characters of a task id and of a name. An event with a longer task id is malformed; a
+#: longer name is cut. The encoder shortens ids and names further.
 MAX_ID_CHARS = MAX_NAME_CHARS = 4096
 
-#: Characters of an exception's text in which its class is searched.
+#: Number of characters at the start of an exception's text in which the class name is searched.
 MAX_CLASS_CHARS = 500
 
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
@@ -61,7 +62,7 @@ UNKNOWN = TaskType("<unknown>", None)
 
 
 class Translator:
-    """Translates Celery events to records for the ring. Not safe for concurrent calls.
+    """Translates Celery events to records for the ring. Must not be called concurrently.
 
     :param adapter: Celery adapter. Its redaction and the ``@z4j_meta`` of its tasks apply.
     :param put: ``Ring.put``.
@@ -163,7 +164,7 @@ class Translator:
         if task_state.task_type is UNKNOWN:
             task_state.task_type = self._task_type(name)
         elif kind == RECEIVED and (task_type := self._task_type(name)) is not task_state.task_type:
-            # Another task replaces this one under its id.
+            # Another task replaces the known task under the same id.
             new = self._sent.end(task_id) or TaskState(task_type, None)
             new.attempt = Attempt()
             new.attempt.stamps = task_state
@@ -176,7 +177,7 @@ class Translator:
         return self._task_types.of(self._app.tasks.get(name, name))
 
     def _on_sent(self, event: CeleryEvent) -> None:
-        """Store the queue, which only producers with ``task_send_sent_event`` report."""
+        """Store the queue of a task. Only a producer with ``task_send_sent_event`` reports it."""
         task_id, queue = _task_id(event), event.get("queue")
         task_type = self._task_type(_text(event["name"]))
         task_state = self._task_states.get(task_id)
@@ -230,7 +231,10 @@ class Translator:
         own["reason"] = "rejected, and back to its queue" if event.get("requeue") else "rejected"
 
     def _timestamp(self, event: CeleryEvent) -> float:
-        """Return the event's timestamp, which all agents that read the event then use."""
+        """Return the event's timestamp, or the current time if the timestamp is unusable.
+
+        All agents that read the event use the same timestamp.
+        """
         timestamp, now = event.get("timestamp"), self._clock()
         if (
             isinstance(timestamp, int | float)

@@ -35,7 +35,7 @@ INTERVAL = 60.0
 #: Seconds to wait for the workers' replies.
 REPLY_TIMEOUT = 1.0
 
-#: Seconds without an event or a reply of a worker after which the worker is removed.
+#: A worker is removed after this many seconds without an event or a reply from it.
 EXPIRY = 150.0
 
 #: Minimum seconds between two checks for due requests.
