@@ -1,12 +1,14 @@
-"""The runs that are open, in a mapped file that survives ``SIGKILL``, and their reports.
+"""Keeps the open runs in a memory-mapped file that survives ``SIGKILL``.
+
+The agent of another process reports the runs whose process died.
 
 The file lies beside the process's store as ``<store>.runs``. It consists of a header, descriptions
-of what the events of a task share, and one slot for each open run. A slot also keeps the end of a
-run until the events of that end are stored. The file contains task ids, names and queues, but no
-arguments, results or messages.
+of the fields that the events of a task share, and one slot for each open run. A slot also keeps the
+end of a run until the event of that end is stored. The file contains task ids, names and queues,
+but no arguments, results or messages.
 
-The owner holds a POSIX record lock on the file until the process ends, so a run that is still open
-after the agent's stop is reported when its process has ended, and not before.
+The owner holds a POSIX record lock on the file until the process ends or deletes the file. So a run
+that is still open after the agent's stop is reported only after its process has ended.
 """
 
 from __future__ import annotations
@@ -43,45 +45,49 @@ from z4j_bare.wire.frames import encode_fields
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Follows the name of the store. Agents that do not know these files ignore them.
+#: Suffix that is appended to the name of the store. Older agents ignore files with this suffix.
 SUFFIX = ".runs"
 
-#: Identifies the file and its layout.
+#: First bytes of the file, which identify its type and its layout.
 MAGIC = b"z4jruns1"
-#: Magic, number of the last stored event, time of the last flush, length of the deployment's names.
+#: Header: magic, number of the last stored event, time of the last flush in seconds since the
+#: epoch, length of the deployment's names in bytes.
 _HEADER = Struct("<8sQdH")
 _FLUSHED = Struct("<Qd")
 _FLUSHED_OFFSET = 8
 _DEPLOYMENT_OFFSET = 64
 
-#: Maximum number of descriptions.
+#: Maximum number of descriptions in the file.
 DESCRIPTIONS = 512
-#: Bytes of a description, two of them for its length.
+#: Bytes that the file reserves for each description. The first two bytes contain the length of the
+#: description's text.
 DESCRIPTION_BYTES = 512
 _LENGTH = Struct("<H")
 _DESCRIPTIONS_OFFSET = 4096
 
-#: Maximum number of open runs, and of ended runs that are not stored yet.
+#: Maximum number of runs in the file: open runs, plus ended runs whose end is not stored yet.
 SLOTS = 4096
-#: Start, end, description, length of the id, flags, length of the note, id and note, state.
+#: A slot: time of the start, time of the end, number of the description, length of the id, flags,
+#: length of the note, id and note, state.
 _SLOT = Struct("<ddHBBB3x224sQ")
 SLOT_BYTES = _SLOT.size
-#: A slot of a run that starts: without its end and note.
+#: The same slot as a starting run fills it: the end and the length of the note are zero bytes.
 _START = Struct("<d8xHBB4x224sQ")
-#: Places of the state and of the end in a slot, in words of 8 bytes.
+#: Offsets of the state and of the time of the end within a slot, in words of 8 bytes.
 _STATE_WORD, _END_WORD = 31, 1
-#: Maximum bytes of an id and its note.
+#: Maximum bytes of a task id and its note together.
 MAX_ID_BYTES = 224
 _ID_OFFSET = 24
 _NOTE_LENGTH_OFFSET = 20
 _SLOTS_OFFSET = _DESCRIPTIONS_OFFSET + DESCRIPTIONS * DESCRIPTION_BYTES
 FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
 
-#: A slot's state is ``RUN_OPEN``, or the outcome of the run plus the number of the event of its
-#: end times ``_STATES``, so that the end of a run is one atomic write.
+#: The state of a slot is ``RUN_OPEN`` while the run is open. Afterwards it is
+#: ``event * _STATES | outcome``, where ``event`` is the number of the event that reports the end.
+#: So one atomic write of 8 bytes ends a run.
 _STATES = 8
 
-#: Namespace of the ids of the reports.
+#: Namespace of the UUIDs that are the ids of the reported events.
 _NAMESPACE = UUID("8a1f2c0e-5f5b-4c0e-9d0a-6b1d0f3a7c21")
 
 DIED = "the worker process died while it ran"
@@ -90,9 +96,9 @@ END_NOT_REPORTED = "the worker process died before it reported this error's mess
 
 
 class _Ring(Protocol):
-    """The part of the ring that is needed here."""
+    """The part of the ring that :class:`OpenRuns` reads."""
 
-    #: Total number of events appended.
+    #: Number of events that have been appended to the ring since it was made.
     produced: int
 
 
@@ -101,19 +107,23 @@ class OpenRuns:
     """Keeps the open runs of this process.
 
     :meth:`start` and :meth:`end` run in the host's tasks: they write to mapped memory, take no lock
-    and never raise. Until :meth:`attach` the memory belongs to this process alone.
+    and never raise. Until :meth:`attach` is called, the memory is not a file, and is lost with the
+    process.
 
-    :param ring: has the events of the runs.
-    :param deployment: returns the names of the deployment that may report the runs.
+    :param ring: the ring to which the runs' events are appended. Only ``produced`` is used: the
+        number of the event that reports the end of a run.
+    :param deployment: returns the names of the deployment whose agents may report the runs.
     """
 
     def __init__(self, ring: _Ring, deployment: Callable[[], str] = str) -> None:
-        #: Runs that could not be kept, because all slots were used or an id was too long.
+        #: Number of runs that could not be kept, because all slots were used, the task id was too
+        #: long, or the description could not be stored.
         self.not_kept = 0
         self._ring = ring
         self._deployment = deployment
         self._lock: OwnerLock | None = None
-        #: Slots are given as the offset of their first byte; 0 means none.
+        #: The slots that were never used. A slot is identified by the offset of its first byte in
+        #: the file; 0 means no slot.
         self._unused = iter(range(_SLOTS_OFFSET, FILE_BYTES, SLOT_BYTES))
         self._free: list[int] = []
         self._ended: deque[int] = deque()
@@ -125,7 +135,7 @@ class OpenRuns:
         self._times: memoryview[float]
 
     def enable(self) -> None:
-        """Make the memory; without this, :meth:`attach` does nothing."""
+        """Make the memory that keeps the runs. Without this call, :meth:`attach` does nothing."""
         if not self._enabled:
             self._use(mmap.mmap(-1, FILE_BYTES))
             self._enabled = True
@@ -133,9 +143,10 @@ class OpenRuns:
     # -- in the host's tasks
 
     def describe(self, engine: str, data: Mapping[str, object]) -> int:
-        """Store what the events of some runs share, and return its number; -1 if it does not fit.
+        """Store a description of some runs. Return its number, or -1 if it does not fit.
 
-        :param data: the shared fields of the events' data.
+        :param engine: the adapter's name.
+        :param data: the fields of ``data`` that all events of these runs share.
         """
         text = json.dumps({"engine": engine, "data": data}, ensure_ascii=False).encode(
             errors="replace"
@@ -149,9 +160,10 @@ class OpenRuns:
         return number
 
     def start(self, description: int, task_id: str, at: float, flags: int) -> int:
-        """Keep a run that starts, and return its slot; 0 if it cannot be kept.
+        """Keep a run that starts. Return its slot, or 0 if the run cannot be kept.
 
-        :param at: seconds since the epoch.
+        :param description: the number that :meth:`describe` returned.
+        :param at: time of the start, in seconds since the epoch.
         :param flags: :data:`RUN_REDELIVERED` or 0.
         """
         try:
@@ -167,14 +179,15 @@ class OpenRuns:
         return 0
 
     def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep the end of a run until it is stored.
+        """Keep the end of a run until the event of that end is stored.
 
-        Its event must be in the ring.
+        The caller must have appended the event to the ring.
 
-        :param slot: from :meth:`start`; 0 is ignored.
-        :param outcome: a state of a slot; ``RUN_ENDED`` if the end has no event.
-        :param at: seconds since the epoch.
-        :param note: the class of a failed run's exception.
+        :param slot: the slot that :meth:`start` returned. For 0, nothing is done.
+        :param outcome: how the run ended, e.g. ``RUN_FAILED``; ``RUN_ENDED`` if the end has no
+            event.
+        :param at: time of the end, in seconds since the epoch.
+        :param note: the name of the class of a failed run's exception.
         """
         if slot:
             place = slot >> 3
@@ -194,10 +207,15 @@ class OpenRuns:
     # -- in the flush loop
 
     def stored(self, number: int, at: float) -> None:
-        """Free the slots of all ends up to event ``number``, which are stored since ``at``."""
+        """Free the slots of the runs whose end is stored.
+
+        :param number: the number of the last stored event.
+        :param at: time of the flush that stored it, in seconds since the epoch.
+        """
         if self._enabled:
             _FLUSHED.pack_into(self._map, _FLUSHED_OFFSET, number, at)
-            # Their states need not change: the reader compares them with ``number``.
+            # The states in freed slots stay as they are. The agent that reads the file compares
+            # the number of the event in each state with ``number``.
             ended, words, free, limit = self._ended, self._words, self._free, (number + 1) * _STATES
             while ended:
                 slot = ended[0]
@@ -209,16 +227,17 @@ class OpenRuns:
     # -- on the native thread
 
     def attach(self, store: Path) -> None:
-        """Move the runs to a file beside a store that was just opened.
+        """Move the runs to a file beside ``store``, which was just opened.
 
-        If the file cannot be made, the runs stay in memory.
+        If the file cannot be made, the runs stay where they are.
         """
         if not self._enabled:
             return
         lock = None
         try:
             lock = OwnerLock(runs_path(store))
-            # An unallocated page of a full disk would kill the process when it is written.
+            # All pages are allocated now. If the disk were full, a later write to an unallocated
+            # page would kill the process.
             os.posix_fallocate(lock.descriptor, 0, FILE_BYTES)
             mapped = mmap.mmap(lock.descriptor, FILE_BYTES)
         except (OSError, LocalStorageError):
@@ -226,14 +245,17 @@ class OpenRuns:
                 lock.release(delete=True)
             return
         names = self._deployment().encode()
-        # A slot that is first used meanwhile is copied as well.
+        # ``end`` is 16,384 bytes (64 slots) after the last used slot, because other threads may
+        # start runs in new slots before ``_use`` copies the memory.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
-        # No other thread runs Python code between the copy and the exchange.
+        # ``_use`` copies the old memory and replaces it by the file. No other thread runs Python
+        # code between these two steps.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)
         _HEADER.pack_into(mapped, 0, MAGIC, number, at, len(names))
-        # A closed descriptor of the file would drop the lock, also one that only mmap has.
+        # POSIX drops the lock when the process closes any descriptor of the file, even the
+        # duplicate that ``mapped`` holds. So the lock keeps a reference to ``mapped``.
         lock.pinned = mapped
         previous, self._lock = self._lock, lock
         if previous is not None:
@@ -242,7 +264,7 @@ class OpenRuns:
     def close(self) -> None:
         """Delete the file if no run is open and every end is stored.
 
-        Otherwise the file stays, locked until the process ends, and the next agent reports it.
+        Otherwise the file stays locked until the process ends. Then another agent reports its runs.
         """
         if self._lock is not None and not self._ended and not self._any_open():
             self._lock.release(delete=True)
@@ -264,7 +286,10 @@ class OpenRuns:
 
 
 class Run(NamedTuple):
-    """A slot in use. Times are in seconds since the epoch."""
+    """The content of a used slot.
+
+    ``number`` is the slot's index. ``started`` and ``ended`` are in seconds since the epoch.
+    """
 
     number: int
     started: float
@@ -279,8 +304,8 @@ class Run(NamedTuple):
 class OrphanRuns:
     """The file of open runs of a dead process.
 
-    The constructor claims it. Raises ``LocalStorageError`` when its process runs, and for a file of
-    another deployment.
+    The constructor locks the file. It raises ``LocalStorageError`` if the file's process still runs
+    or the file belongs to another deployment.
     """
 
     def __init__(self, path: Path, deployment: str) -> None:
@@ -297,21 +322,25 @@ class OrphanRuns:
         except LocalStorageError:
             self._lock.release()
             raise
-        if not valid:  # its process died while it made the file
+        if not valid:  # the process died while it made the file
             self._content = b""
 
     def __len__(self) -> int:
         return len(self._runs())
 
     def events(self) -> list[bytes]:
-        """Return the events that report the end of each run.
+        """Return the encoded events that report the end of each run.
 
-        They depend on the file alone, so that the brain recognises a second report.
+        The events and their ids depend only on the file's name and content. So the brain recognises
+        the events of a second report.
         """
         return [event for run in self._runs() for event in self._report(run)]
 
     def release(self, *, delete: bool) -> None:
-        """Release the file; ``delete`` it when its events are stored."""
+        """Unlock the file.
+
+        :param delete: whether to delete the file. Its events must have been stored before.
+        """
         self._lock.release(delete=delete)
 
     def _is_of(self, deployment: str) -> bool:
@@ -370,7 +399,8 @@ class OrphanRuns:
         )
 
 
-#: Kind and fields of the report of an end that was not stored, by outcome.
+#: Maps each outcome to the kind and the fields of the event that reports an end that was not
+#: stored.
 _END: dict[int, tuple[str, dict[str, object]]] = {
     RUN_SUCCEEDED: ("task.succeeded", {}),
     RUN_FAILED: ("task.failed", {"exception_message": END_NOT_REPORTED}),
@@ -380,7 +410,7 @@ _END: dict[int, tuple[str, dict[str, object]]] = {
 
 
 def _used_slots(content: bytes) -> Iterator[Run]:
-    """Yield the runs that are open, and those whose end has an event that is not stored."""
+    """Yield each open run, and each ended run whose end has an event that is not stored."""
     if not content:
         return
     stored: int = _FLUSHED.unpack_from(content, _FLUSHED_OFFSET)[0]
@@ -401,14 +431,14 @@ def _used_slots(content: bytes) -> Iterator[Run]:
 
 
 def runs_path(store: Path) -> Path:
-    """Return the path of the runs beside a store."""
+    """Return the path of the ``.runs`` file of a store."""
     return store.with_name(store.name + SUFFIX)
 
 
 def orphaned_runs(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the files of runs whose store is gone, so that all its rows have moved.
+    """Return the ``.runs`` files whose store no longer exists, because all its rows have moved.
 
-    The lock of a file says whether its owner runs.
+    The owner of such a file may still run. Only locking the file shows whether it does.
     """
     found = []
     for directory in files.candidate_directories(buffer_path):

@@ -1,4 +1,7 @@
-"""Capture in the process that runs the tasks: gevent, eventlet, threads, solo and eager tasks."""
+"""Captures task events in the process that runs the tasks.
+
+That is a worker with the pool gevent, eventlet, threads or solo, or a process with eager tasks.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
 class CeleryCapture(SignalHandlers):
     """The signal handlers of a worker whose tasks run in its own process.
 
-    :param adapter: its redaction and its tasks' ``@z4j_meta`` apply as in its own handlers.
+    :param adapter: the adapter whose redaction is applied. The ``@z4j_meta`` of its tasks is
+        applied, too, as in the adapter's own handlers.
     :param put: ``Ring.put``.
     :param hostname: the worker's node name; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
-    :param consumer: the worker's Consumer, which knows the queues.
+    :param consumer: the worker's Consumer, which knows the queues. ``None``: the routing key is
+        reported as the queue.
     :param runs: ``Ring.runs``; ``None`` keeps no open runs.
     :param on_loss: counts an event that could not be captured.
     """
@@ -85,7 +90,8 @@ class EagerCapture(CeleryCapture):
     )
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
-        # At task_internal_error the request is no longer current, so a known task is enough.
+        # When task_internal_error is sent, the request and its ``is_eager`` are gone. So a task is
+        # also accepted if an earlier signal recorded its id in ``task_states``.
         eager = getattr(getattr(task, "request", None), "is_eager", False)
         if not eager and task_id not in self.task_states:
             return None
@@ -93,7 +99,7 @@ class EagerCapture(CeleryCapture):
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
-    """Whether a worker runs its tasks in its own process, where the tasks' signals then fire.
+    """Whether a worker runs its tasks in its own process. Then their signals fire there.
 
     The function examines the running pool, because ``conf.worker_pool`` does not reflect the
     option ``-P``.

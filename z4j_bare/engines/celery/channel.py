@@ -1,7 +1,7 @@
-"""The pipe by which the children of a prefork worker send what their signal handlers capture.
+"""The pipe through which the children of a prefork worker send the records of their handlers.
 
-A child never waits for the pipe: a message that does not fit is counted in shared memory. A message
-arrives whole or not at all, also if its writer is killed meanwhile.
+A child never waits for the pipe. If a message does not fit, the child counts the message as lost,
+in shared memory. A message arrives whole or not at all, even if its writer is killed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 from contextlib import suppress
 
-# gevent and eventlet patch the functions of ``os``.
+# The functions come from ``posix``, because gevent and eventlet patch the functions of ``os``.
 from posix import close, read, write
 from struct import Struct
 from typing import TYPE_CHECKING
@@ -22,36 +22,41 @@ from z4j_bare.concurrency import fork
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Size of the pipe in bytes. It holds 1,024 messages of 1 KB: one second of a fast worker.
+#: Size of the pipe in bytes. The pipe holds 1,024 messages of 1 KB, which a fast worker sends in
+#: one second.
 PIPE_BYTES = 1024 * 1024
 
-#: Sizes that are tried instead. Beyond 64 pipes of 1 MiB the kernel refuses a user who is not root.
+#: Sizes of the pipe in bytes that are tried if the kernel refuses :data:`PIPE_BYTES`. By default,
+#: the kernel permits 64 pipes of 1 MiB to each user who is not root.
 _SMALLER_SIZES = (512 * 1024, 256 * 1024, 128 * 1024)
 
-#: Maximum bytes of one write. The kernel divides longer ones (``PIPE_BUF``).
+#: Maximum bytes of one write (``PIPE_BUF``). The kernel may divide a longer write.
 CHUNK_BYTES = 4096
 
-#: Maximum bytes that are taken from the pipe at once.
+#: Maximum bytes of one read from the pipe.
 READ_BYTES = 64 * 1024
 
-#: Number of counters of lost messages. A new child gets the next one; beyond, they are used again.
+#: Number of counters of lost messages. Each new child gets the next counter. After the last
+#: counter, the children's counters are used again from the first.
 LOSS_SLOTS = 4096
 
-#: Maximum number of incomplete messages of one child. Several threads of a child may write.
+#: Maximum number of incomplete messages that are kept for one child. A child can have several,
+#: because several of its threads may write at the same time.
 MAX_PARTIAL = 8
 
-#: A chunk's header: bytes of data, pid, the message's number, the part's number, number of parts.
+#: Header of a chunk: bytes of data, pid, number of the message, number of the part, number of
+#: parts. A chunk is one write: a message, or a part of a message.
 _HEADER = Struct("<HIIHH")
 _DATA_BYTES = CHUNK_BYTES - _HEADER.size
 _MAX_PARTS = 0xFFFF
 
-#: Files of a channel with names.
+#: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
 
-#: States of the agent, as the children see them. The children send as long as it is not ABSENT.
+#: States of the agent in :class:`SharedCounters`. The children send unless the state is ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
-#: Number of forks of this process, which gives each child a number of its own.
+#: Number of forks of this process. It selects the counter of the next child.
 _forks = 0
 
 
@@ -64,12 +69,12 @@ os.register_at_fork(before=_count_fork)
 
 
 class SharedCounters:
-    """Shared memory of a worker and its children: lost messages, and the state of the agent.
+    """Shared memory of a worker and its children: counters of lost messages, and the agent's state.
 
-    Each child has a counter of its own, because counting in shared memory is not atomic.
+    Each child has its own counter, because two processes cannot increment one counter atomically.
     """
 
-    #: Size in bytes.
+    #: Size of the memory in bytes: 4 for each counter, and 4 for the agent's state.
     SIZE = 4 * (LOSS_SLOTS + 1)
 
     def __init__(self, descriptor: int = -1) -> None:
@@ -77,7 +82,7 @@ class SharedCounters:
 
     @property
     def agent(self) -> int:
-        """The state of the agent."""
+        """The state of the agent: ``UNDECIDED``, ``PRESENT`` or ``ABSENT``."""
         return self._numbers[LOSS_SLOTS]
 
     @agent.setter
@@ -85,18 +90,18 @@ class SharedCounters:
         self._numbers[LOSS_SLOTS] = state
 
     def add_lost(self, slot: int) -> None:
-        """Count a lost message."""
+        """Add 1 to the counter ``slot``."""
         self._numbers[slot] = (self._numbers[slot] + 1) & 0xFFFFFFFF
 
     def lost(self) -> int:
-        """Return the number of lost messages of all children."""
+        """Return the sum of all counters."""
         return sum(self._numbers[:LOSS_SLOTS])
 
 
 class ChannelWriter:
-    """The end of one process. Never waits and never raises ``OSError``.
+    """Writes the messages of one process. Never waits and never raises ``OSError``.
 
-    :param slot: the process's counter in ``counters``.
+    :param slot: index of the process's counter in ``counters``.
     """
 
     def __init__(self, descriptor: int, counters: SharedCounters, slot: int) -> None:
@@ -107,7 +112,7 @@ class ChannelWriter:
         self._number = 0
 
     def send(self, message: bytes) -> bool:
-        """Send a message; return ``False`` and count it if it cannot be sent completely."""
+        """Send a message. If only a part or nothing can be sent, count a loss; return ``False``."""
         self._number = number = (self._number + 1) & 0xFFFFFFFF
         size = len(message)
         try:
@@ -121,27 +126,27 @@ class ChannelWriter:
                     header = _HEADER.pack(len(data), self._pid, number, part, parts)
                     write(self._descriptor, header + data)
                 return True
-        except OSError:  # the pipe is full, or the parent is gone
+        except OSError:  # the pipe is full, or the parent has died
             pass
-        except BaseException:  # a time limit of the host, between two parts
+        except BaseException:  # e.g. a time limit of the task that expires between two parts
             self.count_lost()
             raise
         self.count_lost()
         return False
 
     def mark(self, message: bytes) -> None:
-        """Send a short message that need not arrive."""
+        """Send a message of one chunk. If it cannot be sent, it is not counted as lost."""
         self._number = number = (self._number + 1) & 0xFFFFFFFF
         with suppress(OSError):
             write(self._descriptor, _HEADER.pack(len(message), self._pid, number, 0, 1) + message)
 
     def count_lost(self) -> None:
-        """Count a message as lost."""
+        """Add 1 to this process's counter of lost messages."""
         self._counters.add_lost(self._slot)
 
 
 class ChannelReader:
-    """The parent's end."""
+    """Reads the messages in the parent, and joins their parts."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -150,7 +155,8 @@ class ChannelReader:
         self._last_number: dict[int, int] = {}
         #: Whether the last :meth:`read` emptied the pipe.
         self.empty = True
-        #: Number of messages whose writers were killed, or whose chunks were damaged.
+        #: Number of messages whose writer was killed before the last part, plus the number of reads
+        #: that contained an invalid header.
         self.lost = 0
 
     def fileno(self) -> int:
@@ -158,7 +164,7 @@ class ChannelReader:
         return self._descriptor
 
     def read(self) -> list[tuple[int, bytes]]:
-        """Return the next complete messages, each with the writer's pid. Does not wait."""
+        """Return the next complete messages, each with its writer's pid, without waiting."""
         try:
             data = read(self._descriptor, READ_BYTES)
         except BlockingIOError:
@@ -167,9 +173,10 @@ class ChannelReader:
         return self._split(self._buffer + data) if data else []
 
     def forget(self, pid: int) -> None:
-        """Count the message that a process was sending when it was killed.
+        """Drop the incomplete messages of a dead process.
 
-        Incomplete ones before it were counted by their writer.
+        The last message is counted as lost if it is incomplete. The writer has already counted each
+        earlier message that is incomplete.
         """
         last = self._last_number.pop(pid, None)
         self.lost += last in self._partial.pop(pid, ())
@@ -180,8 +187,8 @@ class ChannelReader:
             size, pid, number, part, parts = _HEADER.unpack_from(data, position)
             start = position + _HEADER.size
             if size > _DATA_BYTES or part >= parts:
-                # Another program of the host has written to the descriptor. The rest of what has
-                # been read cannot be divided.
+                # Other code of the host has written to the pipe. The position of the next header
+                # is unknown, so the rest of the data is dropped.
                 self.lost += 1
                 position = end
                 break
@@ -197,10 +204,10 @@ class ChannelReader:
         return messages
 
     def _join(self, pid: int, number: int, part: int, parts: int, data: bytes) -> bytes | None:
-        """Return the message if ``data`` is its last part."""
+        """Keep a part of a message. Return the message if this was its last part."""
         incomplete = self._partial.setdefault(pid, {})
         if part == 0:
-            while len(incomplete) >= MAX_PARTIAL:  # their writer has counted them
+            while len(incomplete) >= MAX_PARTIAL:  # the writer has counted the oldest as lost
                 del incomplete[next(iter(incomplete))]
             incomplete[number] = [data]
             return None
@@ -217,10 +224,10 @@ class ChannelReader:
 
 
 class Channel:
-    """A pipe and its counters, made by the parent before it starts its children.
+    """A pipe and its counters. The parent makes them before it starts its children.
 
-    :param directory: a new private directory for a named pipe and a file, for children that inherit
-        nothing; ``None`` for forked children.
+    :param directory: the directory to make, for a named pipe and the counters' file. Children that
+        are not forked open these by name. ``None``: the children are forked and inherit both.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -244,9 +251,10 @@ class Channel:
         return fork.epoch() == self._epoch
 
     def writer(self) -> ChannelWriter:
-        """Return this process's end. In a child the end for reading is closed.
+        """Return this process's end. A child also closes its copy of the read end.
 
-        So a child that outlives the parent gets an error, instead of filling the pipe.
+        Otherwise the pipe would keep a reader after the parent died, and the child's writes would
+        fill it instead of failing.
         """
         if not self.is_own() and self.reader.fileno() >= 0:
             close(self.reader.fileno())
@@ -255,7 +263,7 @@ class Channel:
         return ChannelWriter(self._write_end, self.counters, slot)
 
     def close(self) -> None:
-        """Close both ends."""
+        """Close both ends of the pipe, and remove the directory if this process made it."""
         for descriptor in (self.reader.fileno(), self._write_end):
             if descriptor >= 0:
                 close(descriptor)
@@ -267,14 +275,14 @@ class Channel:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def lost(self) -> int:
-        """Return the number of messages that did not arrive."""
+        """Return the losses that the writers and the reader have counted."""
         return self.counters.lost() + self.reader.lost
 
 
 class NamedChannel:
-    """A child's view of a channel with names. The child was not forked, and inherits nothing.
+    """The parent's named channel, opened in a child that was not forked and so inherits nothing.
 
-    :raises OSError: the directory is gone, or nobody reads.
+    :raises OSError: the directory does not exist, or no process has the read end open.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -282,7 +290,11 @@ class NamedChannel:
         self.counters = _open_counters(directory)
 
     def writer(self) -> ChannelWriter:
-        """Return this process's end. Few processes share a slot, and rarely count at once."""
+        """Return this process's end.
+
+        The pid selects the counter. Two children may share a counter; a loss is missed only if both
+        count at the same moment.
+        """
         return ChannelWriter(self._write_end, self.counters, 1 + os.getpid() % (LOSS_SLOTS - 1))
 
 
@@ -308,7 +320,7 @@ def _open_counters(directory: Path) -> SharedCounters:
 def _enlarge(descriptor: int) -> int:
     """Enlarge the pipe as far as the kernel permits, and return its size in bytes."""
     set_size = getattr(fcntl, "F_SETPIPE_SZ", None)
-    if set_size is None:  # macOS: 64 KiB, chosen by the kernel
+    if set_size is None:  # on macOS, the kernel chooses the size, up to 64 KiB
         return 64 * 1024
     for size in (PIPE_BYTES, *_SMALLER_SIZES):
         try:

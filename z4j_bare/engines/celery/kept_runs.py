@@ -1,4 +1,4 @@
-"""Keeps the open runs of a worker, from the records of their starts and ends."""
+"""Keeps the starts and ends of a worker's runs where they survive the death of the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Captured, Put
     from z4j_bare.interfaces import IOpenRuns
 
-#: Types of brokers that deliver a message again if the worker dies before it acknowledges it.
+#: Kombu's ``driver_type`` of the brokers that deliver a message again if the worker dies before it
+#: has acknowledged the message.
 REDELIVERING = frozenset({"amqp", "redis", "sqs"})
 
 _OUTCOMES = {
@@ -36,12 +37,12 @@ _OUTCOMES = {
 class KeptRuns:
     """Keeps the open runs of a worker's tasks.
 
-    The handlers that run for every task call ``runs`` themselves; :meth:`put` does it for all
-    other records.
+    The handlers that run for every task put their records and call ``runs`` themselves. All other
+    records pass through :meth:`put`, which calls ``runs``.
 
     :param runs: ``Ring.runs``.
     :param put: ``Ring.put``.
-    :param encoder: its methods are the heads of the records.
+    :param encoder: the object whose methods are the first items of the records.
     :param engine: the adapter's name.
     :param worker: the worker's name in the brain.
     """
@@ -65,7 +66,7 @@ class KeptRuns:
         runs.enable()
 
     def put(self, record: Captured) -> None:
-        """Append a record to the ring, and keep the start or the end of the run in it."""
+        """Append a record to the ring. If it starts or ends a run, keep that start or end."""
         self._put(record)
         head = record[0]
         if head == self._encoder.started:
@@ -78,10 +79,12 @@ class KeptRuns:
             self.end(task_state, kind, now, str(own.get("exception", "")))
 
     def start(self, task_state: TaskState, task_id: str, at: float, task: Task | None) -> None:
-        """Keep a run.
+        """Keep the start of a run.
 
-        :param at: seconds since the epoch.
-        :param task: ``None`` if it is not registered in this process.
+        If the task's previous run is still open, its end is kept first.
+
+        :param at: time of the start, in seconds since the epoch.
+        :param task: the Celery task; ``None`` if it is not registered in this process.
         """
         if task_state.slot:
             self.runs.end(task_state.slot, RUN_ENDED, at)
@@ -92,9 +95,11 @@ class KeptRuns:
         task_state.slot = self.runs.start(number, task_id, at, flags)
 
     def end(self, task_state: TaskState, kind: str, at: float, exception: str = "") -> None:
-        """Keep the end of a run, if one is open.
+        """Keep the end of the task's open run. If no run is open, do nothing.
 
-        :param kind: the kind of the event of its end, which is in the ring; empty without one.
+        :param kind: the kind of the event that reports the end. The event must already be in the
+            ring. Empty if no event reports the end.
+        :param at: time of the end, in seconds since the epoch.
         :param exception: the class of a failed run's exception.
         """
         if task_state.slot:
@@ -102,7 +107,7 @@ class KeptRuns:
             task_state.slot = 0
 
     def describe(self, task_state: TaskState) -> int:
-        """Describe the runs of a task in a queue, and return the description's number."""
+        """Store the fields that the events of a task in a queue share. Return their number."""
         fields = {
             **task_state.task_type.fields,
             "queue": task_state.queue,
@@ -113,15 +118,15 @@ class KeptRuns:
         return number
 
     def late_flags(self, task: Task) -> int:
-        """Return the flags of a run of a task that is acknowledged late."""
-        # An eager run has no message of its own.
+        """Return the flags of a run whose task has ``acks_late``."""
+        # No message of the broker belongs to an eager run, so nothing is delivered again.
         return 0 if task.request.is_eager else self._late_flag
 
 
 def redelivers(app: Celery) -> bool:
-    """Whether the broker delivers a message again that a dead worker had not acknowledged."""
+    """Whether the broker delivers a message again if a worker died before acknowledging it."""
     try:
-        # This does not connect.
+        # The next line does not connect to the broker.
         return app.connection_for_read().get_transport_cls().driver_type in REDELIVERING
     except Exception:
         return False

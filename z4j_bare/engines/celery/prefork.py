@@ -1,7 +1,8 @@
-"""The children of a prefork worker: they send what their signal handlers capture to the parent.
+"""Captures task events in the children of a prefork worker, and sends the records to the parent.
 
 The channel is made before the first fork, when neither the settings nor the redaction are known.
-So a child sends what its handlers copy, and the parent does the rest, as in the other pools.
+So a child sends the values that its handlers copy. The parent samples the tasks, and redacts and
+encodes the values, as a worker with another pool does.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork")
 
-#: The environment variable that names the channel's directory to children that are not forked.
+#: Environment variable with the path of the channel's directory, for children that are not forked.
 CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
 
 _PREFIX = "channel-"
 
-#: A child's record on its way: code, time, task id, task name, performance counter at the start,
-#: key of the run, and the rest of the record.
+#: What a child sends for one record: a number of :class:`Codes`, the time in seconds since the
+#: epoch, the task id, the task name, the performance counter at the start of the run, the key of
+#: the run (``None`` for the first run), and the other items of the record.
 Note = tuple[Any, ...]
 
 
 class Codes:
-    """The heads of the records of handlers without an encoder."""
+    """The numbers with which records begin if the handlers have no encoder.
+
+    Such handlers make no records of the kinds ``received`` and ``encode``.
+    """
 
     received = encode = 0
     started = 1
@@ -52,12 +57,12 @@ class Codes:
     requeued = 4
 
 
-#: The kind of a note that a run is over and its task goes on; no event is recorded.
+#: The kind of a note about a run that ended because its task was replaced. It causes no event.
 REPLACED = ""
 
 
 class _NotedRuns(RepeatedRuns):
-    """Leaves to the parent's reader what depends on other runs of the task."""
+    """Does not separate the runs of a task. The parent's reader separates them."""
 
     def ended(
         self, task_id: str, last: TaskState, request: object, *, keep: bool = False
@@ -71,7 +76,10 @@ class _NotedRuns(RepeatedRuns):
 
 
 class NoteHandlers(SignalHandlers):
-    """Handlers without task states and without ``@z4j_meta``: the parent's reader has both."""
+    """Handlers that keep no task states and ignore ``@z4j_meta``.
+
+    The parent's reader keeps the task states and applies ``@z4j_meta``.
+    """
 
     def __init__(self, put: Put, on_loss: Callable[[], object] = int) -> None:
         super().__init__(put, Codes, TaskTypes(lambda _task: None), on_loss=on_loss)
@@ -101,7 +109,7 @@ class ChildCapture(NoteHandlers):
     def __init__(self, channel: Channel | NamedChannel) -> None:
         self._writer = channel.writer()
         super().__init__(self._send, self._writer.count_lost)
-        #: The key of the run that is being noted; ``None`` for a task's first run.
+        #: The key of the run of the current signal; ``None`` for a task's first run.
         self._key: RunKey | None = None
         self._counters = channel.counters
 
@@ -124,7 +132,7 @@ class ChildCapture(NoteHandlers):
 
 
 def encode_note(note: Note) -> bytes:
-    """Encode a note by ``marshal``, or by ``pickle`` if a text is of a class of its own."""
+    """Encode a note with ``marshal``, or with ``pickle`` if a text is of a subclass of ``str``."""
     try:
         return marshal.dumps(note)
     except ValueError:
@@ -132,13 +140,15 @@ def encode_note(note: Note) -> bytes:
 
 
 def decode_note(message: bytes) -> Note:
-    """Return the note of :func:`encode_note`."""
+    """Decode a message that :func:`encode_note` returned."""
     note: Note = pickle.loads(message) if message[:1] == b"\x80" else marshal.loads(message)  # noqa: S301, S302 - from the own children
     return note
 
 
 class Prefork:
-    """What a prefork worker shares with its children. There is one object in a process.
+    """Holds a prefork worker's channel, and connects the handlers of its children.
+
+    Each process has one object, :data:`prefork`.
 
     :ivar channel: the channel, ``None`` before :meth:`open`.
     :ivar handlers: the parent's connected handlers, which a child disconnects.
@@ -152,21 +162,24 @@ class Prefork:
         self._child: ChildCapture | None = None
 
     def open(self, *, spawn: bool = False) -> Channel:
-        """Return the channel; make it if there is none.
+        """Return the channel, and make it at the first call.
 
-        :param spawn: whether the children are started instead of forked.
+        :param spawn: whether the children are new processes instead of forks.
         """
         from celery import signals
 
         if self.channel is None:
             self.channel = self._named() if spawn else Channel()
             signals.worker_process_init.connect(self._start_child, weak=False)
-            # Connected last, and so called after the handlers that install an agent.
+            # This handler is connected last, so Celery calls it after those that install an agent.
             signals.worker_ready.connect(self._decide, weak=False)
         return self.channel
 
     def attach(self, directory: str) -> None:
-        """Have a child that was not forked send to the channel of its parent."""
+        """Capture in this child, which was not forked, as soon as Celery has initialised it.
+
+        :param directory: path of the directory of the parent's channel.
+        """
         from celery import signals
 
         def start_child(**_kwargs: object) -> None:
@@ -195,7 +208,7 @@ class Prefork:
         return channel
 
     def close(self) -> None:
-        """Close the channel, for tests."""
+        """Close the channel. Only tests call this method."""
         from celery import signals
 
         if self.channel is not None:
@@ -206,9 +219,9 @@ class Prefork:
             os.environ.pop(CHANNEL_VARIABLE, None)
 
     def _start_child(self, **_kwargs: object) -> None:
-        """Connect the handlers in a child that has just been forked."""
+        """Disconnect the parent's handlers and connect the child's, in a child just forked."""
         channel = self.channel
-        if channel is None or channel.is_own():  # the solo pool sends the signal, too
+        if channel is None or channel.is_own():  # the solo pool also sends the signal
             return
         for handlers in self.handlers:
             handlers.disconnect()
@@ -217,12 +230,12 @@ class Prefork:
         self._child.connect()
 
     def _decide(self, **_kwargs: object) -> None:
-        """Stop the children if no agent was installed when the worker became ready."""
+        """Have the children send nothing if no agent is installed when the worker is ready."""
         channel = self.channel
         if channel is not None and channel.is_own() and channel.counters.agent == UNDECIDED:
             channel.counters.agent = ABSENT
             self.missed = True
 
 
-#: The object of this process.
+#: The :class:`Prefork` of this process.
 prefork = Prefork()

@@ -1,4 +1,4 @@
-"""The parent of a prefork worker: reads what its children send, and adds what only it knows."""
+"""Reads the notes of a prefork worker's children, and adds the events that only the parent sees."""
 
 from __future__ import annotations
 
@@ -48,30 +48,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 
-#: Seconds in which messages gather before they are read. A wake-up of the parent costs more than
-#: reading ten messages.
+#: Seconds that the parent waits after a message has arrived, so that it reads several messages at
+#: once. A wake-up of the parent costs more than reading ten messages.
 GATHER_SECONDS = 0.1
 
-#: Maximum seconds of one wait for a message, while a child runs a task and otherwise.
+#: Maximum seconds of one wait for a message: ``BUSY_WAIT`` while a child runs a task, otherwise
+#: ``IDLE_WAIT``.
 BUSY_WAIT = 1.0
 IDLE_WAIT = 30.0
 
-#: Seconds after the end of a child until its open run is resolved without a signal of Celery. A
-#: pool without an event loop waits 10 s for a result before it reports a lost child.
+#: Seconds that the parent waits for Celery's signal after a child has disappeared. Then the parent
+#: itself reports the end of the child's run. The longer delay is for a pool without an event loop,
+#: which waits 10 s for a result before it reports a lost child.
 VANISHED_DELAY = 2.0
 VANISHED_DELAY_BLOCKING = 13.0
 
-#: Maximum seconds of reading the last messages, when stopping.
+#: Maximum seconds that the agent's stop waits until the last messages are read.
 FINISH_TIMEOUT = 2.0
 
 #: Maximum number of remembered tasks whose end the parent reported.
 MAX_PARENT_ENDS = 1000
 
-#: Texts of ends that Celery does not report.
+#: Messages of the events that report a run whose end Celery does not report.
 _VANISHED = "the worker process died while it ran"
 _RETURNED = "the worker process died while it ran; the message returned to its queue"
 
-#: What :func:`run_key` reads of a request.
+#: The fields of a request that :func:`run_key` reads: ``retries`` and ``replaced_task_nesting``.
 Request = dict[str, int]
 
 #: The request of a task's first run.
@@ -81,9 +83,11 @@ _MARK = Struct("<Q")
 
 
 class OrderedNotes:
-    """The parent's own notes, which must not overtake those in the channel.
+    """The records of the parent's own handlers, which must not overtake the children's messages.
 
-    Each has a mark in the channel. A mark that does not fit costs only the exact order.
+    For each record a mark with the record's number is written to the channel. The record is taken
+    when the mark is read. If the mark does not fit into the pipe, the record is taken at the next
+    mark or after the channel has been emptied. So only the exact order is lost.
     """
 
     def __init__(self, writer: ChannelWriter) -> None:
@@ -98,7 +102,7 @@ class OrderedNotes:
         self._writer.mark(_MARK.pack(number))
 
     def last(self) -> int:
-        """Return the number of the last record, 0 without one."""
+        """Return the number of the last record, or 0 if there is no record."""
         try:
             return self._notes[-1][0]
         except IndexError:
@@ -111,9 +115,11 @@ class OrderedNotes:
 
 
 class ParentArrivals(SignalHandlers):
-    """The parent's handlers of messages that arrive: received, rejected, unknown.
+    """The parent's handlers of the signals about arriving messages: received, rejected, unknown.
 
-    The first arrival of a task precedes all its other events. A later one is put among those.
+    The first arrival of a task precedes all its other events, so its record goes directly to the
+    ring. The record of a later arrival goes to :class:`OrderedNotes`, because the children's
+    messages before it have to be handled first.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")
@@ -132,7 +138,8 @@ class ParentArrivals(SignalHandlers):
         kept_runs: KeptRuns | None,
         on_loss: Callable[[], object],
     ) -> None:
-        #: Ids of tasks whose last run ended by the parent's report; values are ``None``.
+        #: Ids of the tasks whose last end a handler of the parent reported. The values are
+        #: ``None``.
         self.parent_ends: dict[str, None] = {}
         super().__init__(
             _put_in_order(put, later, encoder.received, self.parent_ends),
@@ -167,14 +174,18 @@ def _put_in_order(
 
 
 class ParentEnds(NoteHandlers):
-    """The parent's handlers of ends that no child can report."""
+    """The parent's handlers of the ends of runs that no child can report."""
 
     signals = ("task_failure", "task_retry", "task_revoked")
 
 
 @dataclass(slots=True)
 class Run:
-    """A task that a child has started and not ended. ``vanished_at`` is 0 while the child lives."""
+    """A run that a child has started and not ended.
+
+    ``vanished_at`` is the monotonic time at which the parent first missed the child, in seconds; 0
+    while the child lives.
+    """
 
     pid: int
     task_state: TaskState
@@ -182,12 +193,13 @@ class Run:
 
 
 class PreforkCapture:
-    """The capture of a prefork worker, in its parent.
+    """Captures the events of a prefork worker in its parent.
 
     :param put: ``Ring.put``.
     :param args: whether to report arguments.
     :param result: whether to report results.
-    :param runs: ``Ring.runs``; ``None`` keeps no open runs. The children die with the parent.
+    :param runs: ``Ring.runs``, which keeps the open runs of all children: they die with the parent.
+        ``None``: no open runs are kept.
     :param on_loss: counts an event that could not be captured.
     """
 
@@ -241,13 +253,13 @@ class PreforkCapture:
             result=result,
         )
         self._backend = backend
-        #: Number of notes that could not be read.
+        #: Number of the children's notes that could not be decoded or handled.
         self.unreadable = 0
         self._finished = backend.event()
         self._finished.set()
 
     def connect(self) -> None:
-        """Connect the handlers, and have the children send."""
+        """Connect the handlers. The children send from now on."""
         if self._late:
             logger.warning(
                 "z4j: the agent was installed when the prefork worker was already running. What its"
@@ -262,7 +274,7 @@ class PreforkCapture:
         prefork.handlers[:] = self._handlers
 
     def finish(self) -> None:
-        """Wait until everything sent before ``stop_event`` has been read."""
+        """Wait until :meth:`run` has read all messages, at most :data:`FINISH_TIMEOUT` seconds."""
         self._backend.wait(self._finished, FINISH_TIMEOUT)
 
     def disconnect(self) -> None:
@@ -277,7 +289,7 @@ class PreforkCapture:
         return self._channel.lost()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read until ``stop_event`` is set, then read what was sent before."""
+        """Read messages until ``stop_event`` is set. Then read the messages sent before."""
         self._finished.clear()
         backend, reader = self._backend, self._channel.reader
         try:
@@ -294,7 +306,7 @@ class PreforkCapture:
                 self._finished.set()
 
     def drain(self) -> None:
-        """Read all that the channel and the parent's notes contain."""
+        """Handle all messages in the channel and all records of the parent's handlers."""
         until, checkpoint = self._notes.last(), TimeSlice(self._backend).checkpoint
         own, reader = self._channel.pid, self._channel.reader
         while True:
@@ -321,7 +333,7 @@ class PreforkCapture:
 
 
 class Runs:
-    """Turns notes into records for the ring, and knows what the children run."""
+    """Turns notes into records for the ring, and keeps track of the runs in the children."""
 
     def __init__(
         self,
@@ -349,7 +361,7 @@ class Runs:
         self._parent_ends = arrivals.parent_ends
 
     def on_note(self, pid: int, note: Note) -> None:
-        """Handle a child's note."""
+        """Put the record of a child's note, and open or close the run."""
         code, now, task_id, name, started_at, key, *rest = note
         last = self._task_state(task_id, name)
         if last is None:
@@ -392,16 +404,18 @@ class Runs:
         self.open[task_id] = Run(pid, task_state)
 
     def on_own(self, record: Captured) -> None:
-        """Handle a record of the parent's own handlers."""
-        if record[0] != Codes.generic:  # received again
+        """Put a record of the parent's own handlers, and close the run if the record ends it."""
+        if record[0] != Codes.generic:  # the task was received again
             self._parent_ends.pop(record[2], None)
             attempt = record[3].attempt
-            if attempt is None or not attempt.requeued_at:  # otherwise the return was reported
+            # A message that a run returned to its queue arrives again. That is not reported.
+            if attempt is None or not attempt.requeued_at:
                 self._put(record)
             return
         _, now, task_id, named, kind, own, ended = record
         known = self._task_states.get(task_id)
-        # Celery sends task_failure twice at a hard time limit. What has ended is not known.
+        # At a hard time limit Celery sends task_failure twice. The first one removes the state of
+        # the task, so the second one finds no state and is ignored.
         if known is None and (kind != REVOKED or task_id in self._parent_ends):
             return
         task_state = known or self._task_state(task_id, named.task_type.name)
@@ -415,9 +429,9 @@ class Runs:
         self._generic(now, task_id, task_state, _FIRST, kind, own, ended)
 
     def check(self, now: float) -> list[int]:
-        """Resolve the runs of children that are gone; return the pids of these.
+        """Report the ends of the runs whose children are gone; return the pids of these children.
 
-        :param now: the monotonic time.
+        :param now: the monotonic time in seconds.
         """
         if not self.open:
             return []
@@ -437,7 +451,10 @@ class Runs:
         return gone
 
     def _task_state(self, task_id: str, name: str) -> TaskState | None:
-        """Return a task's state; ``None`` if the task is not reported or the parent ended it."""
+        """Return a task's state.
+
+        ``None`` if the task is not sampled, or if a handler of the parent has reported its end.
+        """
         task_state = self._task_states.get(task_id)
         if task_state is not None:
             return task_state
@@ -466,7 +483,7 @@ class Runs:
             task_state.started_at = 0.0
 
     def _superseded(self, task_id: str, run: Run, now: float) -> None:
-        """Report the retry of a run whose child is gone, and whose task has started again."""
+        """Report a retry of a task that another child has started again, if the first is gone."""
         pids = self._pids()
         if pids is not None and run.pid not in pids:
             own = {"reason": _RETURNED, "retry_count": 0}
@@ -474,7 +491,7 @@ class Runs:
             self._put((head, now - 0.001, task_id, run.task_state, RETRIED, own, None))
 
     def _vanished(self, task_id: str, run: Run) -> None:
-        """Report the end of a run whose child is gone, and of which Celery reported nothing."""
+        """Report the end of a run whose child is gone and whose end Celery has not reported."""
         task = self._app.tasks.get(run.task_state.task_type.name)
         state, value, traceback = self._stored(task_id, task)
         own: dict[str, object]
@@ -493,7 +510,10 @@ class Runs:
             self._task_states.end(task_id, run.task_state)
 
     def _stored(self, task_id: str, task: Task | None) -> tuple[str, object, object]:
-        """Return state, result and traceback that the result backend has of a task."""
+        """Return a task's state, result and traceback from the result backend.
+
+        The state is empty if the backend has no result or cannot be asked.
+        """
         try:
             if task is None or task.ignore_result or task.backend.as_uri() == "rpc://":
                 return "", None, None

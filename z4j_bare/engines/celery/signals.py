@@ -53,15 +53,16 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
 
 
-#: Arguments of all tasks without arguments. A new list and a new dictionary for each task would be
-#: two more containers for the garbage collector to track. No code modifies captured arguments.
+#: The captured arguments of every task without arguments. A new list and a new dictionary for each
+#: task would be two more containers for the garbage collector. No code modifies these two objects.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
-#: States of ``task_postrun`` that end a run without another signal.
+#: States of runs whose end only ``task_postrun`` reports.
 _ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE})
 
-#: Default of the arguments that Celery always sends. A missing one fails in the handler.
+#: Default of the parameters for which Celery always passes an argument. If Celery does not, the
+#: handler fails.
 _ABSENT: Any = None
 
 _HANDLERS = {
@@ -79,10 +80,10 @@ _HANDLERS = {
 
 
 def _counted(handler: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a handler so that it does not raise into Celery, and its losses are counted.
+    """Decorate a handler so that its error is counted as a lost event and does not reach Celery.
 
-    The wrapper has a ``**kwargs`` of its own, because Celery's ``Signal.connect`` reads the flags
-    of the code object and not the signature.
+    The wrapper itself has ``**kwargs``, because Celery's ``Signal.connect`` requires it. Celery
+    reads the flags of the wrapper's code object, not the signature that ``wraps`` copies.
     """
 
     @wraps(handler)
@@ -98,7 +99,7 @@ def _counted(handler: Callable[..., None]) -> Callable[..., None]:
 
 
 class RecordHeads(Protocol):
-    """What a record begins with, by kind: the methods of :class:`TaskEncoder`, or codes."""
+    """The first item of a record for each kind: a method of :class:`TaskEncoder`, or a number."""
 
     @property
     def received(self) -> object: ...  # noqa: D102
@@ -113,7 +114,7 @@ class RecordHeads(Protocol):
 
 
 class BoundHeads(NamedTuple):
-    """The :class:`RecordHeads`, each taken once from its object."""
+    """The attributes of a :class:`RecordHeads`, each read once."""
 
     received: object
     started: object
@@ -123,22 +124,24 @@ class BoundHeads(NamedTuple):
 
 
 class SignalHandlers:
-    """The signal handlers. Each makes a record of what it gets.
+    """The handlers of Celery's signals. Each makes a record from the signal's arguments.
 
-    :param put: gets each record.
-    :param heads: the first items of the records.
+    :param put: is called with each record.
+    :param heads: the first item of a record for each kind.
+    :param task_types: the types of the tasks, which decide what is sampled.
     :param worker: the worker's name in the brain; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
-    :param queue_of: returns the queue of a request's ``delivery_info``.
-    :param kept_runs: keeps the open runs.
+    :param queue_of: returns the name of the queue for a request's ``delivery_info``.
+    :param kept_runs: keeps the open runs; ``None`` keeps none.
     :param on_loss: counts an event that could not be captured.
     """
 
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
 
-    #: Whether starts after a return to the queue are withheld; see :class:`RepeatedRuns`.
+    #: Whether a start is withheld if an earlier run returned the task to its queue; see
+    #: :class:`RepeatedRuns`.
     withholds = False
 
     def __init__(
@@ -164,7 +167,8 @@ class SignalHandlers:
         self._queue_of = queue_of
         self._put = put
         self._kept_runs = kept_runs
-        # Bound once: a method bound at each event is one more object for the garbage collector.
+        # Each method is read once. Reading it at each event would make one more object for the
+        # garbage collector.
         self._heads = BoundHeads(
             heads.received, heads.started, heads.succeeded, heads.generic, heads.encode
         )
@@ -176,7 +180,7 @@ class SignalHandlers:
         self._connected: list[tuple[Signal, Callable[..., None]]] = []
 
     def connect(self) -> None:
-        """Connect the handlers. Idempotent."""
+        """Connect the handlers. A second call does nothing."""
         from celery import signals
 
         if self._connected:
@@ -187,17 +191,20 @@ class SignalHandlers:
             self._connected.append((signal, handler))
 
     def disconnect(self) -> None:
-        """Disconnect the handlers. Idempotent."""
+        """Disconnect the handlers. A second call does nothing."""
         while self._connected:
             signal, handler = self._connected.pop()
             signal.disconnect(handler)
 
     def _put_rare(self, record: Captured) -> None:
-        """Put a record of a kind for which no handler keeps the run itself."""
+        """Put a record and keep the start or end of its run, if runs are kept.
+
+        The handlers that run for every task do both without this method.
+        """
         (self._put if self._kept_runs is None else self._kept_runs.put)(record)
 
-    # The next three run for every task. They have a try of their own instead of safe_boundary,
-    # which costs a call.
+    # The next three handlers run for every task. Each contains its own try statement, because the
+    # decorator _counted would cost one more call.
 
     def _on_received(self, request: Request = _ABSENT, **_kwargs: object) -> None:
         try:
@@ -252,7 +259,7 @@ class SignalHandlers:
                     self._put(record)
                     kept = self._kept_runs
                     if kept is not None:
-                        # KeptRuns.start without its call
+                        # These lines do the work of KeptRuns.start without the cost of a call.
                         if task_state.slot:
                             kept.end(task_state, "", now)
                         number = task_state.task_type.descriptions.get(task_state.queue)
@@ -275,7 +282,7 @@ class SignalHandlers:
         **_kwargs: object,
     ) -> None:
         # This handler captures success, because the signal task_success has no task id. A failure
-        # has its own signal. If gevent killed the task, state is None.
+        # has its own signal. The state is None if gevent killed the task.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)
@@ -327,7 +334,7 @@ class SignalHandlers:
             self._replaced(task_id, task_state, task)
 
     def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
-        """Note that a run is over, but not its task: another one goes on under its id."""
+        """End a run whose task was replaced. The replacement has the same task id."""
         task_state = self.repeated_runs.ended(task_id, task_state, task.request, keep=True)
         task_state.started_at = 0.0
         if self._kept_runs is not None:
@@ -360,8 +367,8 @@ class SignalHandlers:
         einfo: object = None,
         **_kwargs: object,
     ) -> None:
-        # The result backend failed, or a handler of the task's class did. Where eager tasks
-        # propagate their errors, every error comes here, and Celery continues no retry.
+        # Celery sends this signal if the result backend or a handler of the task's class failed. If
+        # eager tasks propagate their errors, Celery sends it for every error and runs no retry.
         task_id = str(task_id)
         if is_reported(exception, task_id):
             return
@@ -433,7 +440,10 @@ class SignalHandlers:
         self._reject(str(id or ""), str(name or "unknown"), "not registered with this worker")
 
     def _suppresses(self, signal: str, task: object, error: Exception) -> bool:
-        """Count and log an event that is lost; return ``False`` if ``error`` must be raised on."""
+        """Count and log a lost event.
+
+        For an error of control flow, do nothing and return ``False``: the caller has to raise it.
+        """
         if is_control_flow(error):
             return False
         self._losses.report(f"capturing {signal}", task or "unknown", error)

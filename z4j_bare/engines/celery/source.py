@@ -1,4 +1,8 @@
-"""The event source of Celery: signals, and the broker's events if signals fire elsewhere."""
+"""The event source of Celery.
+
+A worker captures events with signal handlers, and with prefork also reads its children's messages.
+A process outside a worker captures its eager tasks, and reads the workers' events from the broker.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ class CelerySource(EventSource):
         self._capture: CeleryCapture | PreforkCapture
         args, result = settings.capture_args, settings.capture_result
         if consumer is not None and not runs_in_process(consumer):
-            # Imported here, because only a prefork worker needs it.
+            # The module is imported here, because only a prefork worker needs it.
             from z4j_bare.engines.celery.prefork_parent import PreforkCapture
 
             self._capture = self._children = PreforkCapture(
@@ -92,7 +96,7 @@ class CelerySource(EventSource):
             )
 
     def _event_receiver(self, adapter: CeleryEngineAdapter, only: str | None) -> EventReceiver:
-        # Imported here, because no worker needs them.
+        # The modules are imported here, because a worker does not need them.
         from z4j_bare.engines.celery.event_receiver import EventReceiver
         from z4j_bare.engines.celery.translate import Translator
         from z4j_bare.engines.celery.workers import WorkerRegistry
@@ -104,7 +108,10 @@ class CelerySource(EventSource):
         return EventReceiver(app, translate, workers.tick, self._backend)
 
     def loops(self) -> list[Loop]:
-        """Return the loops of presence, of a worker's runs, and of the children or the broker."""
+        """Return the loops that report presence, watch a worker's runs, and read events.
+
+        The last one reads the messages of a prefork worker's children or the broker's events.
+        """
         loops = super().loops()
         if (monitor := self._monitor) is not None:
             loops.append((monitor.name, partial(monitor.run, self._backend)))
@@ -113,13 +120,16 @@ class CelerySource(EventSource):
         return loops
 
     def connect(self) -> None:
-        """Connect the signal handlers."""
+        """Report the worker as online, if its name is known, and connect the signal handlers."""
         if self._reported_worker is not None:
             self.presence.online(self._reported_worker)
         self._capture.connect()
 
     def disconnect(self) -> None:
-        """Read what the children or the broker still have, then disconnect the handlers."""
+        """Wait until the messages of the children or the broker are read; disconnect the handlers.
+
+        The wait is limited.
+        """
         if self._receiver is not None:
             self._receiver.finish()
         if self._children is not None:
@@ -128,7 +138,7 @@ class CelerySource(EventSource):
         self._capture.disconnect()
 
     def unheard(self) -> int:
-        """Return the number of tasks that the pool accepted and whose start was not heard."""
+        """Return the number of tasks that the pool accepted but whose start was not captured."""
         return self._monitor.unheard if self._monitor else 0
 
     def failures(self) -> int:
@@ -148,7 +158,8 @@ class CelerySource(EventSource):
 def only_worker() -> str | None:
     """Return the name of the only worker whose events a process outside a worker reports.
 
-    ``None`` means all workers. The adapter reads the same environment variables.
+    ``None`` means all workers. The name comes from the environment variables that the adapter
+    reads, too.
     """
     names = (
         os.environ.get(name, "").strip()
