@@ -20,7 +20,7 @@ MAX_TEXT = 1024
 MAX_LEVELS = 3
 
 #: Lengths, in characters, of texts that Celery may have cut. They are not compared with ``repr``,
-#: which cuts nothing and so would hardly ever be equal.
+#: which cuts nothing.
 _MAY_BE_CUT = range(1000, 1200)
 
 

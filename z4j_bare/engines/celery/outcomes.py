@@ -121,7 +121,7 @@ def is_replacement(ignore: object) -> bool:
 
 
 def result_is_unstored() -> bool:
-    """Whether the run whose ``task_postrun`` is being sent has a result that was not stored.
+    """Whether the run whose ``task_postrun`` is being sent fails after its body has succeeded.
 
     If the result backend raises an error, Celery's tracer still sends ``task_postrun`` with the
     state ``SUCCESS`` while the error propagates. ``task_internal_error`` follows.

@@ -46,8 +46,8 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 #: difference of at most 60 s.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a name. An event with a longer task id is malformed; a
-#: longer name is cut. The encoder shortens ids and names further.
+#: Maximum characters of a task id and of a name. An event with a longer task id is malformed. A
+#: longer name, parent id or root id is cut. The encoder shortens ids and names further.
 MAX_ID_CHARS = MAX_NAME_CHARS = 4096
 
 #: Number of characters at the start of an exception's text in which the class name is searched.
@@ -233,7 +233,7 @@ class Translator:
     def _timestamp(self, event: CeleryEvent) -> float:
         """Return the event's timestamp, or the current time if the timestamp is unusable.
 
-        All agents that read the event use the same timestamp.
+        If the timestamp is usable, all agents that read the event report the same time.
         """
         timestamp, now = event.get("timestamp"), self._clock()
         if (
