@@ -210,7 +210,7 @@ class OpenRuns:
         """Free the slots of the runs whose end is stored.
 
         :param number: the number of the last stored event.
-        :param at: time of the flush that stored it, in seconds since the epoch.
+        :param at: time at which the flush of that event began, in seconds since the epoch.
         """
         if self._enabled:
             _FLUSHED.pack_into(self._map, _FLUSHED_OFFSET, number, at)
@@ -248,8 +248,8 @@ class OpenRuns:
         # ``end`` is 16,384 bytes (64 slots) after the last used slot, because other threads may
         # start runs in new slots before ``_use`` copies the memory.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
-        # ``_use`` copies the old memory and replaces it by the file. No other thread runs Python
-        # code between these two steps.
+        # ``_use`` copies the old memory to the file and then switches to the file. No other thread
+        # runs Python code between these two steps.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)

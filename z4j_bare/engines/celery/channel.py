@@ -56,7 +56,8 @@ _PIPE, _COUNTERS = "pipe", "counters"
 #: States of the agent in :class:`SharedCounters`. The children send unless the state is ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
-#: Number of forks of this process. It selects the counter of the next child.
+#: Number of forks that this process and its ancestors have made. The number selects the counter of
+#: a new child.
 _forks = 0
 
 
@@ -112,7 +113,10 @@ class ChannelWriter:
         self._number = 0
 
     def send(self, message: bytes) -> bool:
-        """Send a message. If only a part or nothing can be sent, count a loss; return ``False``."""
+        """Send a message and return ``True``.
+
+        If the message cannot be sent completely, count it as lost and return ``False``.
+        """
         self._number = number = (self._number + 1) & 0xFFFFFFFF
         size = len(message)
         try:
@@ -135,7 +139,7 @@ class ChannelWriter:
         return False
 
     def mark(self, message: bytes) -> None:
-        """Send a message of one chunk. If it cannot be sent, it is not counted as lost."""
+        """Send a message of one chunk. Do not count a loss if the message cannot be sent."""
         self._number = number = (self._number + 1) & 0xFFFFFFFF
         with suppress(OSError):
             write(self._descriptor, _HEADER.pack(len(message), self._pid, number, 0, 1) + message)

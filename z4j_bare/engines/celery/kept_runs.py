@@ -107,7 +107,10 @@ class KeptRuns:
             task_state.slot = 0
 
     def describe(self, task_state: TaskState) -> int:
-        """Store the fields that the events of a task in a queue share. Return their number."""
+        """Store a description: the fields that the events of a task in a queue share.
+
+        Return the description's number, or -1 if the description could not be stored.
+        """
         fields = {
             **task_state.task_type.fields,
             "queue": task_state.queue,

@@ -57,7 +57,7 @@ class Codes:
     requeued = 4
 
 
-#: The kind of a note about a run that ended because its task was replaced. It causes no event.
+#: The kind of a note about a run that ended because its task was replaced. No event is recorded.
 REPLACED = ""
 
 

@@ -408,7 +408,7 @@ class Runs:
         if record[0] != Codes.generic:  # the task was received again
             self._parent_ends.pop(record[2], None)
             attempt = record[3].attempt
-            # A message that a run returned to its queue arrives again. That is not reported.
+            # After a run has returned its message to the queue, the arrival is not reported again.
             if attempt is None or not attempt.requeued_at:
                 self._put(record)
             return
