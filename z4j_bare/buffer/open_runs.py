@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -345,7 +346,8 @@ class OrphanRuns:
 
     def _is_of(self, deployment: str) -> bool:
         _, _, _, length = _HEADER.unpack_from(self._content)
-        names = self._content[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + length].decode()
+        stored = self._content[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + length]
+        names = stored.decode(errors="replace")
         return names == deployment or not set(names.split()).isdisjoint(deployment.split())
 
     def _runs(self) -> list[Run]:
@@ -355,7 +357,7 @@ class OrphanRuns:
         flushed: float = _FLUSHED.unpack_from(self._content, _FLUSHED_OFFSET)[1]
         try:
             shared = self._description(run.description)
-        except ValueError:
+        except (ValueError, struct.error):  # a damaged file
             return
         if run.started >= flushed:  # the event of its start may be lost
             yield self._event(run, shared, "task.started", run.started, {})

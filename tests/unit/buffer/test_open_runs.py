@@ -339,6 +339,19 @@ def test_unwritten_file_is_empty(home):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("noise", [b"\xff", b"\x80\x00"])
+def test_file_with_damaged_header_is_refused(own, home, noise):
+    """A file whose deployment is not readable counts as that of another deployment."""
+    own.runs.attach(own.path)
+    content = bytearray(runs_path(own.path).read_bytes())
+    content[len(open_runs.MAGIC) :] = (noise * len(content))[: len(content) - len(open_runs.MAGIC)]
+    damaged = runs_path(home.parent / "z4j-green-damaged.sqlite")
+    damaged.write_bytes(content)
+    damaged.chmod(0o600)
+    with pytest.raises(LocalStorageError, match="deployment"):
+        OrphanRuns(damaged, "p")
+
+
 def test_file_is_private_and_without_holes(own):
     """Other users cannot read it, and a full disk cannot kill the process at a later write."""
     own.runs.attach(own.path)

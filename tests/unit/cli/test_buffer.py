@@ -287,20 +287,20 @@ def leave_open_runs(store, deployment, number=2):
     return runs_path(store)
 
 
-def test_flush_reports_open_runs_after_rows(home, front, capsys):
+def test_flush_reports_open_runs_after_rows(home, brain, capsys):
     """Runs of a store that was sent, and of one that is gone, are reported after the rows."""
     sent = make_orphan(home, "sent", events=3, deployment=own_deployment())
     leave_open_runs(sent, own_deployment())
     leave_open_runs(home / "z4j-green-gone.sqlite", own_deployment(), 120)
     assert main(["buffer", "flush"]) == 0
     assert "reported 122 runs" in capsys.readouterr().out
-    kinds = [event.get("kind") for event in front.http.events()]
+    kinds = [event.get("kind") for event in brain.http.events()]
     assert kinds[3:] == ["task.started", "task.failed"] * 122
     assert "task.failed" not in kinds[:3]
     assert list(home.iterdir()) == []
 
 
-def test_flush_keeps_open_runs_that_brain_does_not_accept(home, front, capsys):
+def test_flush_keeps_open_runs_that_brain_does_not_accept(home, brain, capsys):
     """Runs of another deployment, of unsent rows, and of a rejected upload stay in their files."""
     foreign = leave_open_runs(home / "z4j-green-foreign.sqlite", "another")
     projections = make_orphan(home, "rows", kind=PROJECTION, deployment=own_deployment())
@@ -308,12 +308,12 @@ def test_flush_keeps_open_runs_that_brain_does_not_accept(home, front, capsys):
     assert main(["buffer", "flush"]) == 1
     assert "another deployment" in capsys.readouterr().out
     own = leave_open_runs(home / "z4j-green-own.sqlite", own_deployment())
-    front.http.token = "another"
+    brain.http.token = "another"
     assert main(["buffer", "flush"]) == 1
     assert foreign.exists()
     assert unsent.exists()
     assert own.exists()
-    assert front.http.events() == []
+    assert brain.http.events() == []
 
 
 def test_drop_deletes_open_runs(home):
