@@ -118,7 +118,13 @@ class TaskState:
         """
         slot = _SECONDS.get(event)
         if self.attempt is not None:
+            if slot is None:
+                self.attempt.ended = True
             if self.attempt.newer is not None:
+                *_, last = self.since()
+                if event == RETRIED and last.attempt is not None and not last.attempt.ended:
+                    # The brain counts a retry only if no event of the task is later.
+                    return last.next_timestamp(now, event)
                 return self._late_timestamp(now, slot)
             if self.attempt.stamps is not None:
                 self._continue(self.attempt.stamps)
@@ -172,9 +178,20 @@ class Attempt:
     thread, or after ``self.replace()``, which changes the task's name and queue.
     """
 
-    __slots__ = ("key", "newer", "previous", "received_at", "requeued_at", "stamps", "withheld")
+    __slots__ = (
+        "ended",
+        "key",
+        "newer",
+        "previous",
+        "received_at",
+        "requeued_at",
+        "stamps",
+        "withheld",
+    )
 
     def __init__(self, key: RunKey | None = None, received_at: float = 0.0) -> None:
+        #: Whether the final event of the run has its timestamp.
+        self.ended = False
         #: Identifies the run; ``None`` for the first run that this process knows.
         self.key = key
         #: The state that has the previous timestamps of the task; ``None`` after this run's first

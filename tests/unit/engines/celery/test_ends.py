@@ -305,6 +305,23 @@ def test_late_retry_does_not_set_back_next_run(run):
     assert run.capture.task_states == {}
 
 
+def test_late_retry_is_counted_while_next_run_is_open(run):
+    """A retry that is signalled after the start of the next run is later than that start, because
+    the brain ignores the retry count of an event that is older than the row.
+    """
+
+    def next_run_starts():
+        run.now += 0.01
+        run.receive("shop.again", retries=1)
+        run.now += 0.01
+
+    run.receive("shop.again")
+    run.trace("shop.again", during=next_run_starts)
+    assert run.kinds == ["received", "started", "received", "retried"]
+    stamps = [event["occurred_at"] for event in run.events]
+    assert stamps[-1] >= max(stamps[:-1])
+
+
 @OUTSIDE_BODY
 @pytest.mark.parametrize("task", ["shop.add", "shop.fail", "shop.ignore", "shop.reject"])
 def test_eager_runs_end(app, task):
