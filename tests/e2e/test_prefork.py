@@ -116,7 +116,7 @@ def test_broker_outage_loses_no_end(brain, redis_url, fresh_project):
         sent = [project.send("naps", 5) for _ in range(2)]
         for task_id in sent:
             project.row(task_id, "started")
-        with proxy.poisoned(Refused()):
+        with proxy.inject(Refused()):
             time.sleep(7)  # The tasks end.
         sent += [project.send("naps", 0) for _ in range(10)]
         assert {project.row(task_id)["state"] for task_id in sent} == {"success"}
