@@ -240,7 +240,7 @@ class ProcessAccounting:
         return now - self._read_at > interval
 
     def expire(self) -> None:
-        """Make :meth:`is_due` return ``True``, so that the next call reads the stats."""
+        """Mark the stats as outdated: :meth:`is_due` is ``True`` until the next :meth:`update`."""
         self._read_at = float("-inf")
 
     def update(self, stats: BufferStats, now: float) -> None:

@@ -77,7 +77,10 @@ class RuntimeLock(Protocol):
 
 @implementer(ILock)
 class CooperativeLock:
-    """Wraps a lock of the runtime. A wait for the lock ends the step and checks for forks."""
+    """Wraps a lock of gevent, eventlet or threading.
+
+    A wait for the lock ends the step and checks for forks.
+    """
 
     def __init__(self, inner: RuntimeLock, call_blocking: Callable[..., object]) -> None:
         self._inner = inner

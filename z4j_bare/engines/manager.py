@@ -85,7 +85,7 @@ class EngineManager:
         return {host.name: host.dropped() + source.dropped() for host, source in self.pairs()}
 
     def lost(self) -> int:
-        """Return how many events were lost between the processes of this worker."""
+        """Return how many events were lost on the way from child processes to this process."""
         return sum(source.lost() for source in self.sources)
 
     def unheard(self) -> int:

@@ -68,7 +68,7 @@ class EventSource:
         return 0
 
     def lost(self) -> int:
-        """Return how many events were lost between the processes of this worker."""
+        """Return how many events were lost on the way from child processes to this process."""
         return 0
 
     def unheard(self) -> int:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
 #: Seconds before the first check, and between the first check and the second. At the first check
-#: the name of this worker is known. At the second check a standalone agent has found the workers.
+#: the name of this worker is known. By the second check, a standalone
+#: agent has had time to find the workers.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent. The timeout is short, because the wait occupies

@@ -82,9 +82,10 @@ def next_trial(
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
     """Return the results and the events before the first suspected row, and the rows to try next.
 
-    If there is a suspected result, only this result is tried. Otherwise the rows to try are one
-    eighth of the first suspected events with equal attempts. A failed trial increments the attempts
-    of its rows, so the next trial takes an eighth of the failed trial.
+    If there is a suspected result, only this result is tried. Otherwise the leading suspected
+    events with the same number of attempts are a group, and its first eighth is tried. A failed
+    trial increments the attempts of its rows, so the next trial takes an eighth of the failed
+    trial.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

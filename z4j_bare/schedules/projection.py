@@ -220,7 +220,7 @@ def digest(fields: Mapping[str, Any]) -> str:
 
 
 def _fields_of(schedule: Schedule) -> Mapping[str, Any]:
-    """Return the fields of a schedule, which is a model.
+    """Return the fields of ``schedule``, a Pydantic model.
 
     Some values may not be JSON types. The caller converts these values to text.
     """

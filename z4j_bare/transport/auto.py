@@ -246,8 +246,8 @@ class TransportFactory:
     def monitor_recovery(self, connection: Connection) -> None:
         """Probe WebSocket at growing intervals during a long-poll session.
 
-        Returns when the session has ended. If a probe succeeds, this method drains the session and
-        returns. The end of this loop ends the session, and the next session uses WebSocket.
+        Returns when the session has ended. If a probe succeeds, the method drains the session and
+        returns, which ends the session. The next session then uses WebSocket.
         """
         while not self._backend.wait(
             connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())

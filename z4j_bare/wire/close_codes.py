@@ -133,7 +133,7 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 def may_be_poison(error: AgentError) -> bool:
     """Whether the content of a frame may have caused ``error``.
 
-    Such a frame causes the error each time it is sent.
+    If the content is the cause, sending the frame again causes the same error.
     """
     return getattr(error, "code", None) in _MAY_BE_POISON
 

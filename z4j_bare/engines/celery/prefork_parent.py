@@ -253,7 +253,7 @@ class PreforkCapture:
             result=result,
         )
         self._backend = backend
-        #: Number of the children's notes that could not be decoded or handled.
+        #: Number of messages from the children that could not be decoded or handled.
         self.unreadable = 0
         self._finished = backend.event()
         self._finished.set()

@@ -53,8 +53,9 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
 
 
-#: The captured arguments of every task without arguments. A new list and a new dictionary for each
-#: task would be two more containers for the garbage collector. No code modifies these two objects.
+#: Shared empty containers: the recorded ``args`` and ``kwargs`` of tasks that are called without
+#: arguments. New ones for each task would be two more containers for the garbage collector. No code
+#: modifies these two objects.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -99,7 +100,11 @@ def _counted(handler: Callable[..., None]) -> Callable[..., None]:
 
 
 class RecordHeads(Protocol):
-    """The first item of a record for each kind: a method of :class:`TaskEncoder`, or a number."""
+    """The first item of the records of each kind.
+
+    It is the :class:`TaskEncoder` method that encodes the record, or, in a prefork child, the
+    number of the kind.
+    """
 
     @property
     def received(self) -> object: ...  # noqa: D102
@@ -197,7 +202,7 @@ class SignalHandlers:
             signal.disconnect(handler)
 
     def _put_rare(self, record: Captured) -> None:
-        """Put a record and keep the start or end of its run, if runs are kept.
+        """Put a record into the ring, and record its start or end of a run with the open runs.
 
         The handlers that run for every task do both without this method.
         """

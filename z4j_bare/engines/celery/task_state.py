@@ -286,7 +286,7 @@ class TaskTypes:
         self.known: dict[str, TaskType] = {}
 
     def of(self, task: Task | str) -> TaskType:
-        """Return the type of a Celery task, or of a task name that this app does not know."""
+        """Return the type of ``task``: a Celery task, or its name if the app has no such task."""
         name = getattr(task, "name", None) or (
             task if isinstance(task, str) else type(task).__name__
         )
