@@ -153,6 +153,15 @@ class Adopter:
         self.buffer.ack(ids, len(ids), self.buffer.generation)
         self.buffer.stats()
 
+    def acknowledge_all(self):
+        """Ack all rows, adopted ones too, until none is left; return their numbers in order."""
+        rows = []
+        while self.rows():
+            rows += numbers(self.rows())
+            self.acknowledge(5000)
+            self.backend.advance(1)
+        return rows
+
     def end(self):
         self.stop_event.set()
         self.backend.advance(1)
@@ -399,11 +408,7 @@ def test_stop_during_adoption_releases_orphan(home):
     first.end()
     second = Adopter(home)
     second.run()
-    rows = []
-    while second.rows():
-        rows += numbers(second.rows())
-        second.acknowledge(5000)
-        second.backend.advance(1)
+    rows = second.acknowledge_all()
     assert sorted(rows) == list(range(4000))
     second.end()
     assert list(home.parent.iterdir()) == []
@@ -554,11 +559,7 @@ def test_kill_during_adoption_loses_no_row(process, home, trial):
     first.wait()
     second = Adopter(home)
     second.run()
-    rows = []
-    while second.rows():
-        rows += numbers(second.rows())
-        second.acknowledge(5000)
-        second.backend.advance(1)
+    rows = second.acknowledge_all()
     assert set(rows) == set(range(1500))
     assert len(rows) <= 1525
     second.end()

@@ -222,10 +222,7 @@ def test_fragmented_message_with_ping_is_assembled(peer, make_transport, until):
     until(lambda: peer.last.pongs == 1)
 
 
-def test_abort_wakes_reader(peer, make_transport, backend):
-    """A waiting reader raises an error when another task aborts."""
-    transport = make_transport(peer)
-    transport.connect(a_hello())
+def assert_abort_wakes_reader(transport, backend):
     got = []
 
     def read():
@@ -239,6 +236,13 @@ def test_abort_wakes_reader(peer, make_transport, backend):
     transport.abort()
     assert task.join(10)
     assert len(got) == 1
+
+
+def test_abort_wakes_reader(peer, make_transport, backend):
+    """A waiting reader raises an error when another task aborts."""
+    transport = make_transport(peer)
+    transport.connect(a_hello())
+    assert_abort_wakes_reader(transport, backend)
 
 
 def test_close_code_after_upgrade_is_reported(peer, make_transport):
@@ -327,16 +331,4 @@ def test_abort_wakes_tls_reader(tls_peer, make_transport, certificate, backend):
     """A waiting TLS reader raises an error when another task aborts."""
     transport = make_transport(tls_peer, tls_context(certificate, None, None))
     transport.connect(a_hello())
-    got = []
-
-    def read():
-        try:
-            transport.receive(30)
-        except NetworkError as error:
-            got.append(error)
-
-    task = backend.spawn(read, name="reader")
-    backend.sleep(0.02)
-    transport.abort()
-    assert task.join(10)
-    assert len(got) == 1
+    assert_abort_wakes_reader(transport, backend)
