@@ -262,7 +262,7 @@ class BrainProbe:
 
 
 def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]:
-    """Return the probes of the brain in their order.
+    """Return the probes of the brain in the order in which they run.
 
     :param websocket: whether to include the WebSocket probe.
     """

@@ -252,7 +252,8 @@ class SessionLoops:
     def _status(self, connection: Connection) -> bytes:
         """Return the payload of an ``agent_status`` frame.
 
-        The first such frame of a session reports the failures before the session.
+        The first ``agent_status`` frame of a session also counts the connection failures that
+        occurred before the session was established.
         """
         failures, connection.failures_before = connection.failures_before, {}
         return self._metrics.status(failures, connection.connected_at, self._identity.current)
