@@ -12,7 +12,6 @@ from z4j_bare.demo.rest import BrainApi, generate_password
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
 #: Maximum seconds from the start of the brain's process until the brain is healthy.
 _BOOT_TIMEOUT = 60.0
@@ -159,12 +158,7 @@ class Brain(BrainApi):
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_exc_info: object) -> None:
         if kind is None:
             self.stop()
         else:

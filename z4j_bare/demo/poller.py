@@ -11,8 +11,6 @@ import requests
 from z4j_bare.demo.process import HarnessError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from z4j_bare.demo.rest import BrainApi, Row
 
 #: Final states of a task.
@@ -68,12 +66,7 @@ class BrainPoller:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc_info: object) -> None:
         self._stop_event.set()
         self._thread.join()
         self._brain.close()

@@ -13,7 +13,6 @@ from z4j_bare.errors import AgentError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
 T = TypeVar("T")
 
@@ -163,12 +162,7 @@ class Service:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_exc_info: object) -> None:
         if kind is None:
             self.stop()
         else:
