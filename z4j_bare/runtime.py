@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.process import is_importing_application
+from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -103,9 +104,14 @@ class AgentRuntime:
             self._state = RuntimeState.STOPPED
             return
         self._agent = agent
-        self._ever_ran = True
         self._state = RuntimeState.RUNNING
-        agent.start()
+        try:
+            agent.start()
+        except BaseException:
+            # Some loops may already run. They must end, so that a later start can succeed.
+            safe_call(self.stop)
+            raise
+        self._ever_ran = True
         logger.info(
             "z4j: agent started for project %s on %s", self.config.project_id, agent.backend.name
         )

@@ -17,6 +17,7 @@ from z4j_bare import (
     process,
 )
 from z4j_bare import _process_singleton as singleton
+from z4j_bare.engines.manager import EngineManager
 from z4j_bare.errors import HostConfigurationError
 
 
@@ -321,6 +322,29 @@ def test_start_after_failed_build_succeeds(monkeypatch, tmp_path):
     fresh.start()
     assert fresh.state is RuntimeState.RUNNING
     fresh.stop(timeout=2)
+
+
+def test_start_that_fails_halfway_stops_agent(monkeypatch):
+    """If a loop cannot be started, start() raises, the started loops end, and a later one works."""
+    runtime = install_agent(engines=[FakeEngine("retry_task")], autostart=False, **GIVEN)
+    agents = []
+
+    def fail(manager):
+        agents.append(runtime._agent)
+        raise OSError("no more threads")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineManager, "loops", fail)
+        with pytest.raises(OSError, match="no more threads"):
+            runtime.start()
+    assert runtime.state is RuntimeState.STOPPED
+    assert not runtime.has_stopped
+    assert runtime.stats() == {"state": "stopped"}
+    (agent,) = agents
+    assert len(agent.stuck(60)) > 3, "the loops of the failed start have ended"
+    runtime.start()
+    assert runtime.state is RuntimeState.RUNNING
+    assert runtime.stuck(60) == []
 
 
 def test_last_engine_with_same_name_wins():
