@@ -35,7 +35,7 @@ BACKPRESSURE_DELAY = 0.2
 #: Seconds for which a file that cannot be adopted is skipped.
 SKIP_SECONDS = 600.0
 
-#: Maximum number of retries after failed steps, for one file.
+#: Maximum number of retries after failed steps between which no rows were moved, for one file.
 MAX_RETRIES = 20
 #: Seconds to wait before a failed step is retried.
 RETRY_DELAY = 30.0
@@ -141,7 +141,10 @@ class AdoptLoop:
             while not stop_event.is_set():
                 self._buffer.orphan_rows = orphan.rows_left()
                 try:
-                    ended = self._step(orphan, stop_event)
+                    outcome = self._step(orphan, stop_event)
+                    ended = outcome == DONE
+                    if outcome == MOVED:
+                        failures = 0
                 except LocalStorageError as error:
                     # The orphan stays claimed between retries. Otherwise another process could move
                     # the rows of the failed step a second time.
@@ -158,11 +161,8 @@ class AdoptLoop:
             if not self._backend.forked():
                 self._backend.offload(orphan.close)
 
-    def _step(self, orphan: Orphan, stop_event: IEvent) -> bool:
-        """Run one step and wait as long as its outcome requires.
-
-        Returns whether it was the last step.
-        """
+    def _step(self, orphan: Orphan, stop_event: IEvent) -> str | None:
+        """Run one step, wait as long as its outcome requires, and return the outcome."""
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
             self._on_stored()
@@ -172,13 +172,12 @@ class AdoptLoop:
                     orphan.moved,
                     orphan.path.name,
                 )
-            return True
-        if outcome == MOVED:
+        elif outcome == MOVED:
             self._on_stored()
             self._backend.sleep(0)
         else:
             self._backend.wait(stop_event, BACKPRESSURE_DELAY)
-        return False
+        return outcome
 
     def _quarantine(self, orphan: Orphan, error: LocalStorageError) -> bool:
         try:

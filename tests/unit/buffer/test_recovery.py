@@ -6,13 +6,20 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 import z4j_bare
-from z4j_bare.buffer import BufferStore, new_store_path
-from z4j_bare.buffer.adopt_loop import SCAN_INTERVAL, SKIP_SECONDS, AdoptLoop
+from z4j_bare.buffer import BufferStore, new_store_path, recovery
+from z4j_bare.buffer.adopt_loop import (
+    MAX_RETRIES,
+    RETRY_DELAY,
+    SCAN_INTERVAL,
+    SKIP_SECONDS,
+    AdoptLoop,
+)
 from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.recovery import STEP_ROWS, TARGET_BACKLOG, Orphan, orphans
@@ -483,6 +490,29 @@ def test_failed_step_moves_no_row_twice(home, adopter):
         BufferStore.confirm = confirm
     assert refusals == [0]
     assert numbers(adopter.rows()) == list(range(700))
+
+
+def test_failures_between_moved_rows_do_not_end_adoption(home, adopter, monkeypatch):
+    """Only failures without a moved row between them count, so a slow disk delays the adoption."""
+    monkeypatch.setattr(recovery, "STEP_ROWS", 10)
+    steps = 2 * MAX_RETRIES
+    orphan(home, steps * 10)
+
+    def claim(path):
+        claimed = adopter.claim(path)
+        step, calls = claimed.step, count()
+
+        def fail_every_other_step(target):
+            if next(calls) % 2 == 0:
+                raise LocalStorageError("the disk is slow")
+            return step(target)
+
+        claimed.step = fail_every_other_step
+        return claimed
+
+    adopter.loop._claim = claim
+    adopter.run((steps + 1) * RETRY_DELAY)
+    assert numbers(adopter.rows()) == list(range(steps * 10))
 
 
 def damage(path, first):
