@@ -280,4 +280,5 @@ def _check_expiry(
     if days is not None and days < EXPIRY_WARNING_DAYS:
         cause = f"the certificate expires in {days} days ({version})"
         return warned("tls", cause, "renew the brain's certificate", **details)
-    return passed("tls", f"{version}, the certificate is valid for {days} more days", **details)
+    validity = "names no expiry date" if days is None else f"is valid for {days} more days"
+    return passed("tls", f"{version}, the certificate {validity}", **details)

@@ -173,6 +173,12 @@ class BrainProbe:
         details = {"remote_connection_verified": True}
         if code == _NOT_A_HELLO:
             return passed("websocket", "messages pass in both directions", **details)
+        if code is None:
+            cause = "the server is not a brain: it answered a message that a brain rejects"
+            fix = (
+                "check Z4J_BRAIN_URL, and to which server the proxy forwards WebSocket connections"
+            )
+            return failed("websocket", cause, fix, code=None, **details)
         cause = f"the brain closed the connection with code {code}"
         return failed("websocket", cause, text, code=code, **details)
 
@@ -226,7 +232,7 @@ class BrainProbe:
     def _rejection_of_invalid_hello(self) -> tuple[int | None, str]:
         """Send a message that is not a ``hello``; return the brain's close code and its meaning.
 
-        The code is ``None`` if the brain answers with a message instead of closing the connection.
+        The code is ``None`` if the server answers with a message instead of closing the connection.
         Raises ``NetworkError`` if the upgrade or the exchange fails.
         """
         transport = self._transports.websocket()
@@ -246,7 +252,7 @@ class BrainProbe:
             raise NetworkError(str(error), code=code) from None
         finally:
             transport.close()
-        return None, "a server answered, but not a brain: check Z4J_BRAIN_URL"
+        return None, ""
 
     def _signature_problem(self, error: RemoteError) -> ProbeResult:
         if self._skew is not None and abs(self._skew) > close_codes.MAX_CLOCK_SKEW:

@@ -19,6 +19,7 @@ from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
 from tests.support.http_peer import Tunnel
 from tests.support.listener import Listener, send_all
+from tests.support.peer import PeerSession
 from z4j_bare import diagnostics
 from z4j_bare.buffer import files
 from z4j_bare.buffer.files import candidate_directories
@@ -143,6 +144,21 @@ def test_certificate_that_expires_soon_is_warning(backend, run_checks, tmp_path,
     assert results["signature"].verdict == "OK"
 
 
+def test_certificate_without_expiry_date_passes_tls(backend, tmp_path):
+    """If the certificate names no expiry date, the text says so."""
+    brain = CombinedPeer(backend, tls=server_context(make(tmp_path / "brain.pem", (-1, 90))))
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unverified.check_hostname = False
+    unverified.verify_mode = ssl.CERT_NONE  # then Python returns no field of the certificate
+    try:
+        found = network.probe_tls(brain.url, context=unverified)
+    finally:
+        brain.stop()
+    assert found.verdict == "OK"
+    assert found.text.endswith(", the certificate names no expiry date")
+    assert found.details["days_left"] is None
+
+
 def test_https_to_plain_http_port_fails_tls(backend, run_checks):
     """If the port of an https address speaks plain http, the fix names the scheme."""
     listener = Listener(
@@ -204,6 +220,22 @@ def test_archived_project_fails_token(brain, run_checks):
     brain.http.answers["GET"] = [(200, {}, b'{"status":"ok"}'), (403, {}, body)]
     failure = only_failure(run_checks(brain.url))
     assert (failure.name, failure.text) == ("token", "the project p is archived")
+
+
+def test_server_that_answers_invalid_hello_fails_websocket(brain, run_checks, monkeypatch):
+    """A server that answers a message, instead of closing the connection, is no brain."""
+
+    def answer(session):
+        session._read_message()
+        session.send(b'{"status": "ok"}')
+        session._read_message()
+
+    monkeypatch.setattr(PeerSession, "_receive_frames", answer)
+    failure = only_failure(run_checks(brain.url))
+    assert failure.name == "websocket"
+    assert "is not a brain" in failure.text
+    assert "None" not in failure.message
+    assert "Z4J_BRAIN_URL" in failure.fix
 
 
 @pytest.mark.parametrize("status", [400, 403, 426, 502])
