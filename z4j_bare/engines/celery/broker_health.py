@@ -1,7 +1,7 @@
 """Checks whether Celery's broker is reachable, and measures the depths of its queues.
 
-The adapter's health check cannot be used for this. Its ``broker_connected`` stays true while the
-broker is down, and its ``queue_depths`` are empty on both Redis and AMQP.
+The adapter's ``get_health`` is not used: its ``broker_connected`` stays true while the broker is
+down, and its ``queue_depths`` are empty on both Redis and AMQP.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class BrokerProbe:
     def __call__(self) -> Mapping[str, str]:
         """Return ``<engine>.broker_connected`` and other entries for the heartbeat.
 
-        ``.broker_error`` is the class of the error, empty without an error. If the broker is
-        reachable, there are also ``.queue_depths`` and ``.broker_type``, which is kombu's name of
-        the transport: ``redis``, ``amqp``, ``sqs`` or ``memory``. Does not raise.
+        ``.broker_error`` is the class of the error, or empty. If the broker is reachable, the
+        result also contains ``.queue_depths`` and ``.broker_type``, kombu's name of the transport:
+        ``redis``, ``amqp``, ``sqs`` or ``memory``. Does not raise.
         """
         reused = self._channel is not None
         try:
@@ -92,8 +92,8 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # AMQP closes the channel after an error. Redis does not, so the channel is kept: a new
-            # channel costs six round trips.
+            # AMQP closes the channel after an error. Redis does not close it, and a new channel
+            # costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
@@ -102,7 +102,7 @@ class BrokerProbe:
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
-    """Return a function that returns the queue names of this worker, or of the app without one."""
+    """Return a function that returns the worker's queues, or the app's without a ``consumer``."""
 
     def names() -> Iterable[str]:
         task_consumer = getattr(consumer, "task_consumer", None)

@@ -1,6 +1,6 @@
 """Captures task events in the process that runs the tasks.
 
-That is a worker with the pool gevent, eventlet, threads or solo, or a process with eager tasks.
+Such a process is a worker with the pool gevent, eventlet, threads or solo, or it has eager tasks.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ if TYPE_CHECKING:
 class CeleryCapture(SignalHandlers):
     """The signal handlers of a worker whose tasks run in its own process.
 
-    :param adapter: the adapter whose redaction is applied. The ``@z4j_meta`` of its tasks is
-        applied, too, as in the adapter's own handlers.
+    :param adapter: the adapter. Its redaction and the ``@z4j_meta`` of its tasks are applied.
     :param put: ``Ring.put``.
     :param hostname: the worker's node name; ``None`` outside a worker.
     :param args: whether to capture arguments.
     :param result: whether to capture results.
-    :param consumer: the worker's Consumer, which knows the queues. ``None``: the routing key is
-        reported as the queue.
-    :param runs: ``Ring.runs``; ``None`` keeps no open runs.
+    :param consumer: the worker's Consumer, from which the names of the queues are read. If it is
+        ``None``, the routing key is reported as the queue.
+    :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
     :param on_loss: counts an event that could not be captured.
     """
 
@@ -76,9 +75,9 @@ class CeleryCapture(SignalHandlers):
 
 
 class EagerCapture(CeleryCapture):
-    """Captures the tasks that a process outside a worker runs itself.
+    """Captures the eager tasks of a process outside a worker.
 
-    The process runs a task itself if ``apply()`` or the setting ``task_always_eager`` is used.
+    A task is eager if ``apply()`` or the setting ``task_always_eager`` is used.
     """
 
     signals = (
@@ -90,8 +89,8 @@ class EagerCapture(CeleryCapture):
     )
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
-        # When task_internal_error is sent, the request and its ``is_eager`` are gone. So a task is
-        # also accepted if an earlier signal recorded its id in ``task_states``.
+        # Celery removes the request, and thereby ``is_eager``, before it sends task_internal_error.
+        # So a task that an earlier signal added to ``task_states`` is also accepted.
         eager = getattr(getattr(task, "request", None), "is_eager", False)
         if not eager and task_id not in self.task_states:
             return None
@@ -99,10 +98,9 @@ class EagerCapture(CeleryCapture):
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
-    """Whether a worker runs its tasks in its own process. Then their signals fire there.
+    """Whether the worker's own process runs the tasks, and thereby sends their signals.
 
-    The function examines the running pool, because ``conf.worker_pool`` does not reflect the
-    option ``-P``.
+    The running pool is examined, because ``conf.worker_pool`` does not reflect the option ``-P``.
     """
     pool = getattr(consumer, "pool", None)
     return pool is not None and not any(

@@ -36,8 +36,7 @@ CHUNK_BYTES = 4096
 #: Maximum bytes of one read from the pipe.
 READ_BYTES = 64 * 1024
 
-#: Number of counters of lost messages. Each new child gets the next counter. After the last
-#: counter, the children's counters are used again from the first.
+#: Number of counters of lost messages. New children get these counters in turn.
 LOSS_SLOTS = 4096
 
 #: Maximum number of incomplete messages that are kept for one child. A child can have several,
@@ -53,7 +52,8 @@ _MAX_PARTS = 0xFFFF
 #: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
 
-#: States of the agent in :class:`SharedCounters`. The children send unless the state is ``ABSENT``.
+#: States of the agent in :class:`SharedCounters`. Children send no messages in the state
+#: ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
 #: Number of forks that this process and its ancestors have made. The number selects the counter of
@@ -179,8 +179,7 @@ class ChannelReader:
     def forget(self, pid: int) -> None:
         """Drop the incomplete messages of a dead process.
 
-        The last message is counted as lost if it is incomplete. The writer has already counted each
-        earlier message that is incomplete.
+        Only its last message is counted as lost, because the writer has counted the earlier ones.
         """
         last = self._last_number.pop(pid, None)
         self.lost += last in self._partial.pop(pid, ())
@@ -230,8 +229,8 @@ class ChannelReader:
 class Channel:
     """A pipe and its counters. The parent makes them before it starts its children.
 
-    :param directory: the directory to make, for a named pipe and the counters' file. Children that
-        are not forked open these by name. ``None``: the children are forked and inherit both.
+    :param directory: the directory to make for a named pipe and the counters' file, which children
+        that are not forked open by name; ``None`` if the children are forked and inherit both.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -255,10 +254,9 @@ class Channel:
         return fork.epoch() == self._epoch
 
     def writer(self) -> ChannelWriter:
-        """Return this process's end. A child also closes its copy of the read end.
+        """Return this process's writer. A child also closes its copy of the read end.
 
-        Otherwise the pipe would keep a reader after the parent died, and the child's writes would
-        fill it instead of failing.
+        Otherwise the child's writes would not fail after the parent's death, but fill the pipe.
         """
         if not self.is_own() and self.reader.fileno() >= 0:
             close(self.reader.fileno())
@@ -294,9 +292,9 @@ class NamedChannel:
         self.counters = _open_counters(directory)
 
     def writer(self) -> ChannelWriter:
-        """Return this process's end.
+        """Return this process's writer.
 
-        The pid selects the counter. Two children may share a counter; a loss is missed only if both
+        The pid selects the counter. Two children may share a counter, and lose a count only if both
         count at the same moment.
         """
         return ChannelWriter(self._write_end, self.counters, 1 + os.getpid() % (LOSS_SLOTS - 1))

@@ -162,7 +162,7 @@ class CeleryControls:
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
-        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task's end
+        if _runs_in_this_solo_worker(task_id):  # the worker would read it after the task's end
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
         holder, running = self._find_task(task_id, deadline)
         if holder is not None and holder.pool in _NO_TERMINATE:
@@ -208,8 +208,8 @@ class CeleryControls:
 
         def size_reached() -> int | None:
             size = self._remote.refresh(node, deadline).size
-            # A size beyond the target is a success too: a prefork process that was just being
-            # replaced was not counted before.
+            # A size beyond the target is a success, too: ``node.size`` does not include a prefork
+            # process that was being replaced.
             return size if (size - target) * change >= 0 else None
 
         size = self._remote.wait_for(size_reached, deadline)
@@ -254,8 +254,9 @@ class CeleryControls:
     def _revoke_uuid(self, task_id: UUID | None, deadline: float) -> bool:
         """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
 
-        kombu keeps the type of an id in a message, and a worker does not find such a task by the
-        text. A worker that terminates it fails to reply: it joins the ids as text (Celery 5.7).
+        kombu keeps the type of an id, so a worker does not find such a task by the id's text. A
+        worker that terminates it replies with an error, because it joins the ids as text (Celery
+        5.7).
         """
         if task_id is None:
             return False

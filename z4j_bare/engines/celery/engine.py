@@ -32,7 +32,7 @@ TASKS_PER_STEP = 25
 
 
 class CeleryEngine(Engine):
-    """Describes Celery, whose events, health and controls do not come from the adapter."""
+    """The Celery engine. It does not use the adapter's events, health and controls."""
 
     kind = "celery"
     adapter: CeleryEngineAdapter
@@ -48,9 +48,8 @@ class CeleryEngine(Engine):
     def make_probes(self, consumer: Consumer | None) -> list[HealthProbe]:
         """Return the checks of the broker and of the workers.
 
-        The adapter's ``get_health`` is not used: its ``broker_connected`` stays true while the
-        broker is down, its ``queue_depths`` are empty, and its ``inspect`` can hang a child that
-        is forked meanwhile (see :mod:`z4j_bare.engines.celery.worker_health`).
+        The adapter's ``get_health`` reports wrong values (see :class:`BrokerProbe`), and can hang a
+        child (see :func:`broker_connection`).
         """
         from z4j_bare.engines.celery.broker_health import BrokerProbe, queue_names
         from z4j_bare.engines.celery.worker_health import WorkerDetails
@@ -117,17 +116,19 @@ class CeleryEngine(Engine):
                     yield definition
 
     def restarts_by_exit(self) -> bool:
-        """Return ``False``: remote control restarts prefork pools; no other pool can restart."""
+        """Return ``False``: only prefork pools can restart, and remote control restarts them."""
         return False
 
 
 def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
     """Return a new connection to the broker. It is not open, and is not part of the app's pool.
 
-    A connection of the pool is not safe: a child that is forked meanwhile closes the pool, and
-    thereby reads the replies from the socket that it shares with this process (kombu 5.7, prefork).
-    A caller that must not wait for a broker that is down has to call ``connect()``. Otherwise the
-    first use of the connection retries until the broker is available.
+    A connection of the pool is not safe in a process that forks. A child closes the pool that it
+    inherits, and thereby reads this process's replies from the shared socket. If this process reads
+    them first, the child hangs for ever (kombu 5.6 and 5.7, prefork).
+
+    To fail if the broker is down, call ``connect()``. Otherwise the first use of the connection
+    retries until the broker is available.
     """
     connect = app.connection_for_read if reading else app.connection_for_write
     return connect(connect_timeout=CONNECT_TIMEOUT)

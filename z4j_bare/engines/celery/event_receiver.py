@@ -1,6 +1,6 @@
-"""Receives Celery's own events from the broker, in processes in which the signals do not fire.
+"""Receives Celery's own events from the broker, in a process outside a worker.
 
-That is the case in every process outside a worker: the standalone agent, a web process, a script.
+The signals do not fire in such a process: the standalone agent, a web process or a script.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ STABLE_SECONDS = 60.0
 #: does not detect a lost peer. Workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
-#: When the receiver stops, it reads until no event has arrived for this many seconds.
+#: A receiver that stops reads until no event has arrived for this many seconds.
 DRAIN_IDLE = 0.2
 
-#: Maximum seconds that the receiver reads the last events when it stops.
+#: Maximum seconds for which a receiver that stops reads the last events.
 DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Return whether kombu uses the original ``select``, as it was imported before the patching."""
+    """Return whether kombu was imported before patching, and so uses the original ``select``."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent
@@ -89,10 +89,7 @@ class EventReceiver:
         self._finished.set()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read events until ``stop_event`` is set, then the events that were sent before.
-
-        A failed connection is renewed.
-        """
+        """Read all events sent before ``stop_event`` is set. Renew a failed connection."""
         if self._backend.name in _HUBS and patched_late():
             logger.warning(
                 "z4j: this process imported kombu before it was patched for %s. Waiting for the"
@@ -179,7 +176,7 @@ class EventReceiver:
             pass
 
     def _drain(self, connection: Connection, timeout: float) -> bool:
-        """Read what arrives within ``timeout`` seconds; return whether anything arrived."""
+        """Read messages for at most ``timeout`` seconds; return whether anything arrived."""
         before = self._messages
         try:
             self._backend.call_blocking(connection.drain_events, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Keeps the starts and ends of a worker's runs where they survive the death of the process."""
+"""Stores the starts and ends of a worker's runs in a file that outlives the process."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _OUTCOMES = {
 
 
 class KeptRuns:
-    """Keeps the open runs of a worker's tasks.
+    """Stores the open runs of a worker's tasks.
 
-    The handlers that run for every task put their records and call ``runs`` themselves. All other
-    records pass through :meth:`put`, which calls ``runs``.
+    For speed, the handlers that run for every task call ``runs`` directly. All other records pass
+    through :meth:`put`.
 
     :param runs: ``Ring.runs``.
     :param put: ``Ring.put``.
-    :param encoder: the object whose methods are the first items of the records.
+    :param encoder: encodes the records. Its methods are their first items.
     :param engine: the adapter's name.
     :param worker: the worker's name in the brain.
     """
@@ -66,7 +66,7 @@ class KeptRuns:
         runs.enable()
 
     def put(self, record: Captured) -> None:
-        """Append a record to the ring. If it starts or ends a run, keep that start or end."""
+        """Append a record to the ring, and store the start or end of a run that it reports."""
         self._put(record)
         head = record[0]
         if head == self._encoder.started:
@@ -79,9 +79,7 @@ class KeptRuns:
             self.end(task_state, kind, now, str(own.get("exception", "")))
 
     def start(self, task_state: TaskState, task_id: str, at: float, task: Task | None) -> None:
-        """Keep the start of a run.
-
-        If the task's previous run is still open, its end is kept first.
+        """Store the start of a run. If the task's previous run is open, store its end first.
 
         :param at: time of the start, in seconds since the epoch.
         :param task: the Celery task; ``None`` if it is not registered in this process.
@@ -95,10 +93,10 @@ class KeptRuns:
         task_state.slot = self.runs.start(number, task_id, at, flags)
 
     def end(self, task_state: TaskState, kind: str, at: float, exception: str = "") -> None:
-        """Keep the end of the task's open run. If no run is open, do nothing.
+        """Store the end of the task's open run, if a run is open.
 
-        :param kind: the kind of the event that reports the end. The event must already be in the
-            ring. Empty if no event reports the end.
+        :param kind: the kind of the event that reports the end; empty if no event reports it. The
+            event must already be in the ring.
         :param at: time of the end, in seconds since the epoch.
         :param exception: the class of a failed run's exception.
         """
@@ -109,7 +107,7 @@ class KeptRuns:
     def describe(self, task_state: TaskState) -> int:
         """Store a description: the fields that the events of a task in a queue share.
 
-        Return the description's number, or -1 if the description could not be stored.
+        Return the description's number, or -1 if it could not be stored.
         """
         fields = {
             **task_state.task_type.fields,
@@ -122,7 +120,7 @@ class KeptRuns:
 
     def late_flags(self, task: Task) -> int:
         """Return the flags of a run whose task has ``acks_late``."""
-        # No message of the broker belongs to an eager run, so nothing is delivered again.
+        # An eager run has no message that the broker could deliver again.
         return 0 if task.request.is_eager else self._late_flag
 
 

@@ -1,8 +1,8 @@
-"""Keeps arguments hidden that a task's author hides by ``argsrepr`` and ``kwargsrepr``.
+"""Hides arguments that a task's author hides by ``argsrepr`` and ``kwargsrepr``.
 
-A message carries its arguments and, for logs and monitors, two texts that describe them:
-``argsrepr`` and ``kwargsrepr``. If a text differs from the arguments, the author has replaced it,
-and only the text may be shown.
+A message contains the arguments and, for logs and monitors, their texts ``argsrepr`` and
+``kwargsrepr``. If a text differs from the arguments, the author has replaced it, and only the text
+may be reported.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 1024
 MAX_LEVELS = 3
 
-#: Lengths, in characters, of texts that Celery may have cut. They are not compared with ``repr``,
-#: which cuts nothing.
+#: Lengths, in characters, of texts that Celery may have cut. Such a text is not compared with the
+#: result of ``repr``, which is never cut.
 _MAY_BE_CUT = range(1000, 1200)
 
 
@@ -47,7 +47,7 @@ def shown_kwargs(
 
 
 def hides(value: object, text: object) -> bool:
-    """Whether ``text`` describes something other than the arguments ``value``.
+    """Whether ``text`` differs from the arguments ``value``.
 
     :param value: a snapshot of the arguments.
     """
@@ -57,10 +57,9 @@ def hides(value: object, text: object) -> bool:
 
 
 def carry_over(headers: dict[str, Any], body: object) -> None:
-    """Copy the texts of the current task's message to a message that it sends under its own id.
+    """Copy the author's ``argsrepr`` and ``kwargsrepr`` to the message that retries a task.
 
-    ``Task.retry()`` sends the arguments without the author's ``argsrepr`` and ``kwargsrepr``. A
-    text that the task itself gives to the new message is kept.
+    ``Task.retry()`` omits these texts. A text that the task has set in the new message is kept.
 
     :param headers: the headers of the new message; changed in place.
     :param body: the body of the new message, ``(args, kwargs, embed)``.
@@ -96,7 +95,7 @@ def _says_same(value: object, text: str) -> bool:
 
 
 def _inside(text: str) -> str:
-    """Return ``text`` without its brackets, because arguments are sent as a list or a tuple."""
+    """Return ``text`` without its brackets, which differ between a list and a tuple."""
     return text[1:-1].rstrip(",")
 
 
@@ -107,7 +106,7 @@ def _is_insensitive(_key: str) -> bool:
 def _is_equal(value: object, parsed: object) -> bool:
     """Whether ``value``, from a snapshot, equals ``parsed``, which was parsed from a text.
 
-    In both values, tuples have become lists and keys have become texts, as in JSON.
+    Both values have JSON types: tuples are lists, and keys are texts.
     """
     if isinstance(value, dict):
         return (
@@ -123,7 +122,7 @@ def _is_equal(value: object, parsed: object) -> bool:
             and len(value) == len(parsed)
             and all(map(_is_equal, value, parsed))
         )
-    if isinstance(value, OpaqueStr):  # shows only the class of a value
+    if isinstance(value, OpaqueStr):  # the value is unknown, so any text is accepted
         return parsed != CUT
     if isinstance(value, TypedStr):
         return value.described == parsed

@@ -15,8 +15,8 @@ from z4j_bare.events.snapshot import snapshot
 #: Maximum characters of a traceback that are captured. The encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
 
-#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. No other signal
-#: reports these runs in the process that runs them.
+#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. In the run's
+#: process, no other signal reports its end.
 IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
 
 #: The key of a run that is neither a retry nor a replacement.
@@ -32,7 +32,7 @@ _MAX_CONTEXT = 20
 def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
     """Return the fields of ``task.failed``: the exception's class, message and traceback.
 
-    :param traceback: the text of the traceback. If this is no text, the traceback of ``exception``
+    :param traceback: the text of the traceback. For any other type, the traceback of ``exception``
         is formatted.
     """
     reason = getattr(exception, "reason", None) if is_reject(exception) else exception
@@ -60,12 +60,12 @@ def end_without_signal(
 ) -> tuple[str, dict[str, Any]] | None:
     """Return the kind and the fields of the event for a run that raised ``Ignore`` or ``Reject``.
 
-    ``None`` if no event has to be reported, because the task was replaced or the run has another
-    state.
+    Return ``None`` if the task was replaced, or if the run has another state.
 
     :param state: the state of ``task_postrun``.
     :param raised: the ``retval`` of ``task_postrun``, which is the exception.
-    :param acks_late: whether the message can still be returned to its queue.
+    :param acks_late: whether the task has ``acks_late``. Only then can its message return to the
+        queue.
     """
     if state == IGNORED and not is_replacement(raised):
         return REVOKED, {**revoked_fields(False, None, False), "reason": "ignored"}
@@ -80,8 +80,8 @@ def end_without_signal(
 def is_reject(error: object) -> bool:
     """Whether ``error`` is Celery's ``Reject``.
 
-    The handler of ``task_postrun`` reports a run that raised ``Reject``. Celery 5.7 also sends
-    ``task_failure`` for such a run. Earlier versions do not.
+    Celery 5.7 sends both ``task_failure`` and ``task_postrun`` for a run that raised ``Reject``,
+    earlier versions only ``task_postrun``.
     """
     from celery.exceptions import Reject
 
@@ -121,10 +121,11 @@ def is_replacement(ignore: object) -> bool:
 
 
 def result_is_unstored() -> bool:
-    """Whether the run whose ``task_postrun`` is being sent fails after its body has succeeded.
+    """Whether the result backend failed to store the result of a run that succeeded.
 
-    If the result backend raises an error, Celery's tracer still sends ``task_postrun`` with the
-    state ``SUCCESS`` while the error propagates. ``task_internal_error`` follows.
+    In this case Celery still sends ``task_postrun`` with the state ``SUCCESS`` while the error
+    propagates, and ``task_internal_error`` afterwards. The handler of ``task_postrun`` calls this
+    function.
     """
     error = sys.exc_info()[1]
     if not isinstance(error, Exception) or is_reject(error) or error.__traceback__ is None:
@@ -146,9 +147,9 @@ def mark_reported(error: BaseException | None, task_id: str) -> None:
 def is_reported(error: BaseException | None, task_id: str) -> bool:
     """Whether ``error``, or an exception in its chain of ``__context__``, is marked as reported.
 
-    After ``task_internal_error`` Celery tries to store the failure. If the failure is stored,
-    Celery sends ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of
-    the exception, so the agent need not remember tasks that have ended.
+    After ``task_internal_error``, Celery tries to store the failure. If it succeeds, it sends
+    ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of the exception,
+    so the agent need not store the ids of ended tasks.
     """
     for _ in range(_MAX_CONTEXT):
         if error is None:
@@ -160,7 +161,7 @@ def is_reported(error: BaseException | None, task_id: str) -> bool:
 
 
 def text_of(value: object) -> str:
-    """Return ``str(value)``, or a note if ``str`` raises an exception."""
+    """Return ``str(value)``, or a placeholder if ``str`` raises an exception."""
     try:
         return str(value)
     except Exception:

@@ -1,8 +1,7 @@
 """Captures task events in the children of a prefork worker, and sends the records to the parent.
 
-The channel is made before the first fork, when neither the settings nor the redaction are known.
-So a child sends the values that its handlers copy. The parent samples the tasks, and redacts and
-encodes the values, as a worker with another pool does.
+A child may be forked before the settings and the redaction are known. So it sends the values that
+its handlers copy, and the parent samples the tasks and redacts and encodes the values.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
 
 _PREFIX = "channel-"
 
-#: What a child sends for one record: a number of :class:`Codes`, the time in seconds since the
-#: epoch, the task id, the task name, the performance counter at the start of the run, the key of
-#: the run (``None`` for the first run), and the other items of the record.
+#: A child's message about one record: a number of :class:`Codes`, the time in seconds since the
+#: epoch, the task id, the task name, the performance counter at the start of the run, the run's key
+#: (``None`` for the first run), and the other items of the record.
 Note = tuple[Any, ...]
 
 
 class Codes:
-    """The numbers with which records begin if the handlers have no encoder.
+    """The first items of records that are sent to the parent, which has the encoder.
 
-    Such handlers make no records of the kinds ``received`` and ``encode``.
+    No such record is of the kind ``received`` or ``encode``.
     """
 
     received = encode = 0
@@ -57,12 +56,12 @@ class Codes:
     requeued = 4
 
 
-#: The kind of a note about a run that ended because its task was replaced. No event is recorded.
+#: The kind of a note about a run that ended because its task was replaced. No event reports it.
 REPLACED = ""
 
 
 class _NotedRuns(RepeatedRuns):
-    """Does not separate the runs of a task. The parent's reader separates them."""
+    """Does not separate the runs of a task, because the parent's reader separates them."""
 
     def ended(
         self, task_id: str, last: TaskState, request: object, *, keep: bool = False
@@ -76,10 +75,7 @@ class _NotedRuns(RepeatedRuns):
 
 
 class NoteHandlers(SignalHandlers):
-    """Handlers that keep no task states and ignore ``@z4j_meta``.
-
-    The parent's reader keeps the task states and applies ``@z4j_meta``.
-    """
+    """Handlers without task states and ``@z4j_meta``, which the parent's reader adds."""
 
     def __init__(self, put: Put, on_loss: Callable[[], object] = int) -> None:
         super().__init__(put, Codes, TaskTypes(lambda _task: None), on_loss=on_loss)
@@ -176,7 +172,7 @@ class Prefork:
         return self.channel
 
     def attach(self, directory: str) -> None:
-        """Capture in this child, which was not forked, as soon as Celery has initialised it.
+        """Start the capture in a spawned child when Celery has initialised the child.
 
         :param directory: path of the directory of the parent's channel.
         """
@@ -219,7 +215,7 @@ class Prefork:
             os.environ.pop(CHANNEL_VARIABLE, None)
 
     def _start_child(self, **_kwargs: object) -> None:
-        """Disconnect the parent's handlers and connect the child's, in a child just forked."""
+        """In a new fork, disconnect the parent's handlers and connect the child's."""
         channel = self.channel
         if channel is None or channel.is_own():  # the solo pool also sends the signal
             return
@@ -230,7 +226,7 @@ class Prefork:
         self._child.connect()
 
     def _decide(self, **_kwargs: object) -> None:
-        """Have the children send nothing if no agent is installed when the worker is ready."""
+        """Stop the children's messages if no agent is installed when the worker is ready."""
         channel = self.channel
         if channel is not None and channel.is_own() and channel.counters.agent == UNDECIDED:
             channel.counters.agent = ABSENT

@@ -57,9 +57,9 @@ GATHER_SECONDS = 0.1
 BUSY_WAIT = 1.0
 IDLE_WAIT = 30.0
 
-#: Seconds that the parent waits for Celery's signal after a child has disappeared. Then the parent
-#: itself reports the end of the child's run. The longer delay is for a pool without an event loop,
-#: which waits 10 s for a result before it reports a lost child.
+#: Seconds from a child's disappearance until the parent reports the end of the child's run, if no
+#: signal of Celery has reported it. The longer delay is for a pool without an event loop, which
+#: reports a lost child after 10 s.
 VANISHED_DELAY = 2.0
 VANISHED_DELAY_BLOCKING = 13.0
 
@@ -83,11 +83,11 @@ _MARK = Struct("<Q")
 
 
 class OrderedNotes:
-    """The records of the parent's own handlers, which must not overtake the children's messages.
+    """Keeps the records of the parent's own handlers in order with the children's messages.
 
-    For each record a mark with the record's number is written to the channel. The record is taken
-    when the mark is read. If the mark does not fit into the pipe, the record is taken at the next
-    mark or after the channel has been emptied. So only the exact order is lost.
+    Each record waits in a queue, and a mark with its number is written to the channel. The reader
+    handles the record when it reads the mark. If the pipe is full, no mark is written, and the
+    record is handled at the next mark or when the channel is empty.
     """
 
     def __init__(self, writer: ChannelWriter) -> None:
@@ -138,8 +138,7 @@ class ParentArrivals(SignalHandlers):
         kept_runs: KeptRuns | None,
         on_loss: Callable[[], object],
     ) -> None:
-        #: Ids of the tasks whose last end a handler of the parent reported. The values are
-        #: ``None``.
+        #: Ids of the tasks whose last end a handler of the parent reported, oldest first.
         self.parent_ends: dict[str, None] = {}
         super().__init__(
             _put_in_order(put, later, encoder.received, self.parent_ends),
@@ -198,8 +197,8 @@ class PreforkCapture:
     :param put: ``Ring.put``.
     :param args: whether to report arguments.
     :param result: whether to report results.
-    :param runs: ``Ring.runs``, which keeps the open runs of all children: they die with the parent.
-        ``None``: no open runs are kept.
+    :param runs: ``Ring.runs``, which stores the open runs of all children, because the children die
+        with the parent; if ``None``, open runs are not stored.
     :param on_loss: counts an event that could not be captured.
     """
 
@@ -259,7 +258,7 @@ class PreforkCapture:
         self._finished.set()
 
     def connect(self) -> None:
-        """Connect the handlers. The children send from now on."""
+        """Connect the handlers, and let the children send their records."""
         if self._late:
             logger.warning(
                 "z4j: the agent was installed when the prefork worker was already running. What its"
@@ -278,7 +277,7 @@ class PreforkCapture:
         self._backend.wait(self._finished, FINISH_TIMEOUT)
 
     def disconnect(self) -> None:
-        """Disconnect the handlers. The children send nothing from now on."""
+        """Disconnect the handlers, and let the children send no more records."""
         self._channel.counters.agent = ABSENT
         for handlers in self._handlers:
             handlers.disconnect()
@@ -289,7 +288,7 @@ class PreforkCapture:
         return self._channel.lost()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read messages until ``stop_event`` is set. Then read the messages sent before."""
+        """Read and handle all messages that are sent before ``stop_event`` is set."""
         self._finished.clear()
         backend, reader = self._backend, self._channel.reader
         try:
@@ -483,7 +482,7 @@ class Runs:
             task_state.started_at = 0.0
 
     def _superseded(self, task_id: str, run: Run, now: float) -> None:
-        """Report a retry of a task that another child has started again, if the first is gone."""
+        """Report a retry if the run's child is gone and another child has restarted the task."""
         pids = self._pids()
         if pids is not None and run.pid not in pids:
             own = {"reason": _RETURNED, "retry_count": 0}
@@ -512,7 +511,7 @@ class Runs:
     def _stored(self, task_id: str, task: Task | None) -> tuple[str, object, object]:
         """Return a task's state, result and traceback from the result backend.
 
-        The state is empty if the backend has no result or cannot be asked.
+        The state is empty if the backend has no result or fails.
         """
         try:
             if task is None or task.ignore_result or task.backend.as_uri() == "rpc://":

@@ -14,9 +14,7 @@ MAX_ROUTES = 4096
 
 
 def routing_key(info: object) -> str | None:
-    """Return the routing key of a message.
-
-    A process without a consumer reports the routing key as the queue's name.
+    """Return the routing key of a message. A process without a consumer reports it as the queue.
 
     :param info: ``Request.delivery_info``.
     """
@@ -25,10 +23,10 @@ def routing_key(info: object) -> str | None:
 
 
 class QueueNames:
-    """Finds the queue of a message among those that the worker consumes.
+    """Finds the queue of a message among the worker's queues.
 
-    A message carries its exchange and its routing key. The routing key is the queue's name only by
-    default.
+    A message contains its exchange and its routing key, but not its queue. By default, the routing
+    key is the queue's name.
     """
 
     def __init__(self, consumer: Consumer) -> None:

@@ -19,8 +19,8 @@ T = TypeVar("T")
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
-#: Seconds without a reply after which a broadcast to all workers ends. The number of replies to
-#: expect is unknown.
+#: A broadcast ends after this many seconds without a reply, because the number of workers is
+#: unknown.
 GATHER_TIMEOUT = 1.5
 
 #: Seconds between two checks of a command's effect.
@@ -53,10 +53,10 @@ class Node:
 
     @property
     def size(self) -> int:
-        """How many tasks the worker runs at a time.
+        """Number of tasks that the worker runs at a time.
 
-        For a prefork pool this is the current number of processes, because ``max-concurrency``
-        remains the initial number.
+        The processes of a prefork pool are counted, because its ``max-concurrency`` remains the
+        initial number.
         """
         processes = self._pool_stats().get("processes")
         if self.pool == "prefork" and processes:
@@ -74,9 +74,9 @@ class Node:
 
 
 class RemoteControl:
-    """Sends remote control commands to workers. The methods block, so no loop may call them.
+    """Sends remote control commands to workers.
 
-    A deadline is a time on the clock of :meth:`now`.
+    The methods block, so the agent's loops must not call them. Deadlines are times of :meth:`now`.
 
     :param alias: returns a worker's name in the brain.
     """
@@ -97,8 +97,8 @@ class RemoteControl:
     ) -> dict[str, Any]:
         """Send a control command and return the replies by node name.
 
-        With ``to``, only that worker is asked, and its first reply ends the wait. Otherwise the
-        wait ends when no reply has come for ``timeout`` seconds.
+        With ``to``, the command goes to one worker, and its reply ends the wait. Otherwise the wait
+        ends after ``timeout`` seconds without a reply.
 
         :raises CommandError: if the broker fails.
         """
@@ -174,7 +174,7 @@ class RemoteControl:
         """Call ``check`` until it returns a true value; return its last value.
 
         Waits at most :data:`EFFECT_TIMEOUT` seconds. A ``CommandError`` counts as ``None``, because
-        a worker that is too busy to reply once may reply to the next check.
+        a busy worker may fail to reply in time.
         """
         deadline = min(deadline, self.now() + EFFECT_TIMEOUT)
         while True:

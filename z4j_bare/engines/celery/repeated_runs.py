@@ -1,4 +1,4 @@
-"""Reports the runs of tasks that this process receives more than once under one id."""
+"""Reports the runs of a task that this process receives more than once under one id."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class RepeatedRuns:
     """Separates the runs of one task: retries, replacements, and messages that are delivered again.
 
-    :param withholds: whether the report of a start is withheld if the task has returned to the
-        queue before. If so, :meth:`report_withheld` must be called every few seconds.
+    :param withholds: whether :meth:`started` withholds the start of a task that has returned to the
+        queue. If true, :meth:`report_withheld` must be called every few seconds.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class RepeatedRuns:
         queue: str | None,
         request: Request,
     ) -> TaskState | None:
-        """Return the state of a received run of a known task; ``None`` if it is not reported.
+        """Return the state of a received run of a known task; ``None`` if the run is not reported.
 
-        :param known: the last state of the task.
+        :param known: the state of the task's last run.
         """
         if known.task_type is task_type and known.queue == queue:
             if known.attempt is not None and known.attempt.requeued_at:
@@ -76,8 +76,7 @@ class RepeatedRuns:
         If the task has returned to the queue, the report is withheld until the run ends or a second
         has passed. Otherwise a task that always returns to the queue would flood the brain.
 
-        :param record: the record of the start. The record's last item is the last state of the
-            task.
+        :param record: the record of the start. Its last item is the state of the task's last run.
         :param request: Celery's ``Context``, or the request as a dictionary.
         """
         head, now, task_id, last = record
@@ -96,8 +95,8 @@ class RepeatedRuns:
     ) -> TaskState:
         """Remove the state of the run that ends, and return it.
 
-        :param last: the last state of the task.
-        :param keep: whether the task continues, so that the state of its last run is kept.
+        :param last: the state of the task's last run.
+        :param keep: whether to keep the state of the last run, because the task continues.
         """
         task_state = self._task_states.of_run(last, run_key(request))
         attempt = task_state.attempt
@@ -126,7 +125,7 @@ class RepeatedRuns:
             self._put((self._generic, now, task_id, task_state, RETRIED, own, None))
 
     def report_withheld(self) -> None:
-        """Report withheld starts after which the run has not returned to the queue for a second."""
+        """Report the starts that have been withheld for at least a second."""
         latest = self._clock() - REQUEUE_INTERVAL
         for task_id, task_state in list(self._withheld.items()):
             attempt = task_state.attempt

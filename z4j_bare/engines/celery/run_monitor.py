@@ -1,4 +1,4 @@
-"""Reports withheld starts at intervals, and counts tasks whose start the agent has not seen."""
+"""Monitors the runs of a worker's tasks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger("z4j.runtime.engines.celery.run_monitor")
 #: Seconds between two reports of withheld starts.
 INTERVAL = 5.0
 
-#: Number of reports of withheld starts for each check of the accepted tasks.
+#: Number of intervals between two checks of the accepted tasks.
 CHECK_EVERY = 6
 
-#: A task is counted if the agent has not seen its start this many seconds after the pool accepted
-#: the task.
+#: Seconds from a task's acceptance by the pool. If the agent has not seen its start by this time,
+#: the task is counted.
 START_TIMEOUT = 60.0
 
 _CAUSES = {
@@ -33,7 +33,7 @@ _CAUSES = {
 
 
 class RunMonitor:
-    """Reports withheld starts, and counts tasks whose start the agent has not seen.
+    """Reports withheld starts (see :class:`RepeatedRuns`), and counts tasks without a start.
 
     :param in_process: whether the pool runs tasks in the worker's own process.
     """
@@ -60,10 +60,10 @@ class RunMonitor:
                 self.check(time(), backend)
 
     def check(self, now: float, backend: BaseConcurrency) -> None:
-        """Count tasks that the pool accepted a minute ago and whose start was not seen.
+        """Count tasks whose start was not seen within :data:`START_TIMEOUT` seconds of acceptance.
 
-        The first of these tasks is logged. A task that waits for its ETA, for a rate limit or for a
-        free place in the pool is not accepted yet. No event is recorded for a counted task, because
+        Only the first of these tasks is logged. The pool has not accepted a task that waits for its
+        ETA, for a rate limit or for a free place. No event is recorded for a counted task, because
         its state is unknown.
         """
         from celery.worker import state

@@ -20,8 +20,7 @@ from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 MAX_TEXT = 8 * 1024
 
 #: Maximum number of brackets, commas and colons that are examined in text that cannot be parsed.
-#: Beyond this limit, parsing stops and the rest of the text is treated as part of the value being
-#: read.
+#: Beyond this limit, the rest of the text becomes part of the current value.
 MAX_STEPS = 2000
 
 #: Replaces the values that Celery or a limit of this module left out.
@@ -52,8 +51,8 @@ def parse(text: str, is_sensitive_key: Callable[[str], bool]) -> Any:
     """Return the value that ``text`` describes, in JSON types.
 
     Does not raise. Parsing 1,000 characters of short key-value pairs takes 0.3 ms. Tuples and sets
-    become lists. Bytes become the text ``<builtins.bytes>``. The text of any other object is not
-    parsed; it is called opaque text here.
+    become lists. Bytes become the text ``<builtins.bytes>``. The text of any other object is
+    opaque: it is not parsed.
 
     :param is_sensitive_key: returns whether the value of a key must be redacted. If opaque text
         contains such a key, all opaque text is redacted, because the end of the key's value is
@@ -70,7 +69,7 @@ class _SensitiveError(Exception):
 
 
 class _Parser:
-    """Parses one text. Every method moves ``position`` behind the characters that it has read."""
+    """Parses one text. Every method moves ``position`` past the characters that it has read."""
 
     def __init__(
         self, text: str, is_sensitive_key: Callable[[str], bool], *, redact_opaque: bool = False

@@ -53,9 +53,8 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
 
 
-#: Shared empty containers: the recorded ``args`` and ``kwargs`` of tasks that are called without
-#: arguments. New ones for each task would be two more containers for the garbage collector. No code
-#: modifies these two objects.
+#: The recorded ``args`` and ``kwargs`` of tasks without arguments. They are shared to give the
+#: garbage collector fewer containers, and no code modifies them.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -83,8 +82,8 @@ _HANDLERS = {
 def _counted(handler: Callable[..., None]) -> Callable[..., None]:
     """Decorate a handler so that its error is counted as a lost event and does not reach Celery.
 
-    The wrapper itself has ``**kwargs``, because Celery's ``Signal.connect`` requires it. Celery
-    reads the flags of the wrapper's code object, not the signature that ``wraps`` copies.
+    The wrapper needs ``**kwargs``, because Celery's ``Signal.connect`` reads the flags of the
+    wrapper's code object, not the signature that ``wraps`` copies.
     """
 
     @wraps(handler)
@@ -138,7 +137,7 @@ class SignalHandlers:
     :param args: whether to capture arguments.
     :param result: whether to capture results.
     :param queue_of: returns the name of the queue for a request's ``delivery_info``.
-    :param kept_runs: keeps the open runs; ``None`` keeps none.
+    :param kept_runs: stores the open runs; if ``None``, they are not stored.
     :param on_loss: counts an event that could not be captured.
     """
 
@@ -202,9 +201,9 @@ class SignalHandlers:
             signal.disconnect(handler)
 
     def _put_rare(self, record: Captured) -> None:
-        """Put a record into the ring, and record its start or end of a run with the open runs.
+        """Put a record into the ring, and store the start or end of a run that it reports.
 
-        The handlers that run for every task do both without this method.
+        For speed, the handlers that run for every task do both themselves.
         """
         (self._put if self._kept_runs is None else self._kept_runs.put)(record)
 
@@ -287,7 +286,7 @@ class SignalHandlers:
         **_kwargs: object,
     ) -> None:
         # This handler captures success, because the signal task_success has no task id. A failure
-        # has its own signal. The state is None if gevent killed the task.
+        # has its own signal. ``state`` is ``None`` if gevent killed the task.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)
@@ -447,7 +446,7 @@ class SignalHandlers:
     def _suppresses(self, signal: str, task: object, error: Exception) -> bool:
         """Count and log a lost event.
 
-        For an error of control flow, do nothing and return ``False``: the caller has to raise it.
+        For a control-flow exception, do nothing and return ``False``. The caller has to raise it.
         """
         if is_control_flow(error):
             return False
@@ -462,7 +461,7 @@ class SignalHandlers:
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         """Return the state of a task, or ``None`` if the task is not reported.
 
-        A task that was received before the capture started gets its state here.
+        Create the state of a task that was received before the capture started.
         """
         if fork.epoch() != self._epoch:
             return None

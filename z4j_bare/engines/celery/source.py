@@ -108,10 +108,7 @@ class CelerySource(EventSource):
         return EventReceiver(app, translate, workers.tick, self._backend)
 
     def loops(self) -> list[Loop]:
-        """Return the loops that report presence, watch a worker's runs, and read events.
-
-        The last one reads the messages of a prefork worker's children or the broker's events.
-        """
+        """Return the loops that report presence, monitor a worker's runs, and read events."""
         loops = super().loops()
         if (monitor := self._monitor) is not None:
             loops.append((monitor.name, partial(monitor.run, self._backend)))
@@ -126,10 +123,7 @@ class CelerySource(EventSource):
         self._capture.connect()
 
     def disconnect(self) -> None:
-        """Wait until the messages of the children or the broker are read; disconnect the handlers.
-
-        The wait is limited.
-        """
+        """Wait a limited time for the last messages, then disconnect the signal handlers."""
         if self._receiver is not None:
             self._receiver.finish()
         if self._children is not None:
@@ -156,10 +150,9 @@ class CelerySource(EventSource):
 
 
 def only_worker() -> str | None:
-    """Return the name of the only worker whose events a process outside a worker reports.
+    """Return the only worker that a process outside a worker reports; ``None`` means all workers.
 
-    ``None`` means all workers. The name comes from the environment variables that the adapter
-    reads, too.
+    The name comes from the environment variables that the adapter reads, too.
     """
     names = (
         os.environ.get(name, "").strip()

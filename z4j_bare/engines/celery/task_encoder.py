@@ -1,9 +1,8 @@
 """Encodes the records of the signal handlers as JSON events, in the flush loop.
 
-A handler runs between two parts of the host's code, and its code and data are not in the CPU cache.
-A line of a handler therefore takes three times as long as the same line in this module, which
-encodes up to 256 records in a row. So a handler records only the values that may change before the
-record is encoded.
+A line of a signal handler takes three times as long as the same line in this module, because the
+handler's code and data are not in the CPU cache. So a handler records only values that may change,
+and the flush loop encodes up to 256 records in a row.
 """
 
 from __future__ import annotations
@@ -42,13 +41,12 @@ class _Template:
 
 
 class TaskEncoder:
-    """Encodes the records of one worker's tasks, in the order of the ring.
+    """Encodes the records of one worker's tasks in the order of the ring.
 
-    The encoder also assigns the timestamps. The timestamps of a task must not decrease in the order
-    of the ring. The encoder joins the events received, started and succeeded from pieces of JSON
-    text. Joining takes half the time of encoding a dictionary. A test compares the joined text with
-    the result of :class:`Encoder` for the same fields. ``Encoder`` encodes the events of tasks with
-    ``@z4j_meta`` and events with text that JSON cannot represent.
+    The encoder also assigns the timestamps, because a task's timestamps must not decrease in this
+    order. It joins the events received, started and succeeded from pieces of JSON text, which takes
+    half the time of encoding a dictionary. :class:`Encoder` encodes other events, tasks with
+    ``@z4j_meta``, and values that the brain cannot store.
 
     :param worker: the worker's name in the brain; ``None`` outside a worker.
     """
@@ -82,7 +80,7 @@ class TaskEncoder:
     def succeeded(self, record: Captured) -> bytes:
         """Encode ``(_, now, task_id, task_state, ended, has_result, result)``.
 
-        ``ended`` has the same meaning as in :meth:`generic`.
+        :meth:`generic` describes ``ended``.
         """
         _, now, task_id, task_state, ended, has_result, result = record
         if task_state.task_type.meta is not None:

@@ -42,7 +42,7 @@ class TaskType:
         self.rate = 1.0 if meta is None else (0.0 if meta.skip else meta.sample_rate)
         #: Whether every run is reported.
         self.unsampled = self.rate >= 1.0
-        #: Maps a queue to the number of the description that ``IOpenRuns.describe`` has returned.
+        #: Maps a queue to the number that ``IOpenRuns.describe`` has returned.
         self.descriptions: dict[str | None, int] = {}
         #: Fields of every event of this type.
         self.fields: dict[str, Any] = {"task_name": name}
@@ -56,8 +56,7 @@ class TaskType:
     def is_sampled(self, task_id: str) -> bool:
         """Whether this run is reported.
 
-        The decision depends on a hash of the task id. Therefore all events of a run are reported,
-        or no event of the run is reported.
+        The decision depends on a hash of the task id, so it is the same for all events of a run.
         """
         return (
             self.unsampled or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
@@ -65,13 +64,13 @@ class TaskType:
 
 
 #: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`. The
-#: attribute contains the last second that an event of the kind used. A dictionary in the state of
-#: every waiting task would be one more container for the garbage collector to traverse.
+#: attribute contains the last second that an event of the kind used. Attributes are used, because a
+#: dictionary in each state would slow down the garbage collector.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
 class TaskState:
-    """State of one task: its type, queue, start time, last timestamp, and retries seen here."""
+    """State of one task: its type, queue, start time, last timestamp, and number of retries."""
 
     __slots__ = (
         "arrived",
@@ -147,9 +146,9 @@ class TaskState:
     def _late_timestamp(self, now: float, slot: str | None) -> float:
         """Return the timestamp of an event that comes after the next run was received.
 
-        The timestamp lies before the events of the next run. A later timestamp would overwrite the
-        state of the next run in the brain. An event of a kind that a task may repeat gets an
-        earlier second, which these runs have not used.
+        The timestamp lies before the events of the next run, because a later one would overwrite
+        the next run's state in the brain. An event of a kind that a task may repeat gets a second
+        that none of these runs has used.
         """
         newer = list(self.since())
         received = (each.attempt.received_at for each in newer[1:] if each.attempt is not None)
@@ -190,14 +189,14 @@ class Attempt:
     )
 
     def __init__(self, key: RunKey | None = None, received_at: float = 0.0) -> None:
-        #: Whether the final event of the run has its timestamp.
+        #: Whether the run's final event has been given its timestamp.
         self.ended = False
         #: Identifies the run; ``None`` for the first run that this process knows.
         self.key = key
         #: The state that has the previous timestamps of the task; ``None`` after this run's first
         #: event.
         self.stamps: TaskState | None = None
-        #: The state of the previous run until the end of the previous run.
+        #: The state of the previous run; ``None`` after that run has ended.
         self.previous: TaskState | None = None
         #: The state of the next run.
         self.newer: TaskState | None = None
@@ -225,7 +224,7 @@ class TaskStates(dict[str, TaskState]):
 
         The state of a previous run that has not ended is kept.
 
-        :param task_state: the state to remove; ``None`` means the last state of the task.
+        :param task_state: the state to remove; ``None`` means the state of the task's last run.
         """
         last = self.get(task_id)
         if task_state is None:
@@ -265,7 +264,7 @@ class TaskStates(dict[str, TaskState]):
     def of_run(last: TaskState, key: RunKey) -> TaskState:
         """Return the state of the run ``key``, or of the oldest known run if no state has ``key``.
 
-        :param last: the last state of the task.
+        :param last: the state of the task's last run.
         """
         state = last
         while state.attempt is not None and state.attempt.previous is not None:

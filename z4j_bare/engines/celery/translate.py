@@ -233,7 +233,7 @@ class Translator:
     def _timestamp(self, event: CeleryEvent) -> float:
         """Return the event's timestamp, or the current time if the timestamp is unusable.
 
-        If the timestamp is usable, all agents that read the event report the same time.
+        With the event's timestamp, all agents that read the event report the same time.
         """
         timestamp, now = event.get("timestamp"), self._clock()
         if (

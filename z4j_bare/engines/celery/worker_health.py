@@ -2,11 +2,6 @@
 
 A worker process reads the details from the worker's objects. Other processes request them over the
 broker.
-
-A worker that forks must not wait for replies to ``control.inspect`` on a connection of the app's
-pool. A child that is forked meanwhile closes the pool (kombu's after-fork hook), and thereby reads
-the parent's reply from the shared socket. If the parent reads first, the child hangs for ever and
-its tasks never run (kombu 5.6, prefork with ``--max-tasks-per-child``).
 """
 
 from __future__ import annotations
@@ -26,14 +21,15 @@ if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
     from celery.worker.request import Request
 
-#: Seconds for which the details are cached. The dashboard's worker page shows them.
+#: Seconds for which the details are cached.
 DETAILS_TTL = 60.0
 
 #: Seconds to wait for the workers' replies. A request always takes this long, because the number of
 #: workers is unknown.
 REPLY_TIMEOUT = 1.0
 
-#: Maximum number of attempts to copy the set of running tasks, which the worker's thread changes.
+#: Maximum number of attempts to copy the set of running tasks. A copy fails if the worker's thread
+#: changes the set meanwhile.
 _COPY_ATTEMPTS = 3
 
 #: Names of the settings that the heartbeat contains, because the brain stores them. Other settings
@@ -95,10 +91,9 @@ class WorkerDetails:
 
 
 def local_details(consumer: Consumer) -> dict[str, dict[str, Any]]:
-    """Return what this worker would reply to ``inspect``, without remote control.
+    """Return this worker's details in the form of its replies to ``inspect``.
 
-    Running tasks are listed without arguments, because the brain does not redact this entry. The
-    brain's row of a task has the redacted arguments.
+    Running tasks are listed without arguments, because the brain does not redact this entry.
     """
     from celery.worker import state
 

@@ -1,7 +1,4 @@
-"""The registry of Celery workers whose events are read from the broker.
-
-It requests the workers' queues, and enables their task events.
-"""
+"""The registry of Celery workers whose events are read from the broker."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.workers")
 
-#: Seconds before each of the three ``enable_events`` to a new worker. The first is sent at once,
-#: the second 1 s after the first, and the third 4 s after the second. One is not enough, because on
-#: Redis a starting worker listens only after the handlers of ``worker_ready`` have returned.
+#: Seconds before each of the three ``enable_events`` to a new worker. The first may be lost,
+#: because a starting worker on Redis listens only after the handlers of ``worker_ready`` have
+#: returned.
 ENABLE_DELAYS = (0.0, 1.0, 4.0)
 
 #: Seconds between the first two ``enable_events`` broadcasts to all workers.
 FIRST_INTERVALS = (4.0,)
 
-#: Seconds between all later broadcasts, which reach workers that send no heartbeats.
+#: Seconds between all later broadcasts. Only a broadcast reaches a worker without heartbeats.
 INTERVAL = 60.0
 
 #: Seconds to wait for the workers' replies.
@@ -70,7 +67,7 @@ class Worker:
 
 
 class WorkerRegistry:
-    """The workers whose events this process reads.
+    """The workers whose events this process reads, with their queues.
 
     Only one task calls the methods. The registry sends its requests in another task, one request at
     a time. So a broker that does not answer delays neither the events nor the agent's stop.
@@ -127,9 +124,8 @@ class WorkerRegistry:
     def queue_of(self, hostname: str, task: str) -> str | None:
         """Return the queue that a task came from, or ``None`` if it cannot be known.
 
-        A task's events do not contain its queue. If the worker consumes only one queue, the result
-        is that queue. If the worker consumes several queues, the result is the queue to which the
-        app routes the task, provided that the worker consumes it.
+        A task's events do not contain its queue. The result is the worker's only queue, or the
+        queue to which the app routes the task if the worker consumes that queue.
         """
         worker = self._workers.get(hostname)
         queues = worker.queues if worker is not None else ()
@@ -138,7 +134,7 @@ class WorkerRegistry:
         return route if queues and (route := self._route(task)) in queues else None
 
     def tick(self) -> None:
-        """Start the requests that are due. Does not wait; fast enough to be called per event."""
+        """Start the requests that are due. Does not wait, so it may be called for each event."""
         now = self._backend.now()
         if now < self._poll_at or self._requesting:
             return
@@ -204,7 +200,7 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # a worker that replied also receives the next enable_events
+                worker.due = inf  # it replied, so it also receives the enable_events below
 
     def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
