@@ -1,8 +1,7 @@
-"""Controls running agents by pid files, control sockets and SIGHUP, and registers exit hooks.
+"""Controls running agents: pid files, control sockets, SIGHUP and exit hooks.
 
-Each running agent serves a Unix socket beside its pid file in ``Z4J_HOME``
-(``z4j_bare.monitoring.control_server`` is the server side). A socket is used instead of a signal
-because SIGHUP restarts a Celery worker and stops a gunicorn worker.
+Each running agent serves a Unix socket in ``Z4J_HOME`` (``z4j_bare.monitoring.control_server``). A
+signal would not do: SIGHUP restarts a Celery worker and stops a gunicorn worker.
 """
 
 from __future__ import annotations
@@ -43,13 +42,10 @@ _SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock"
 
 @dataclass(frozen=True, slots=True)
 class ControlClient:
-    """Client of one agent's control socket.
-
-    The socket file can remain after its process has ended.
+    """A client of one agent's control socket. The agent may have ended.
 
     :param adapter: framework adapter of the agent, such as ``bare`` or ``django``.
     :param pid: id of the agent's process.
-    :param path: path of the socket.
     """
 
     adapter: str
@@ -59,9 +55,8 @@ class ControlClient:
     def request(self, verb: str, timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
         """Send a request and return the agent's answer.
 
-        Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` when the agent is gone,
-        ``TimeoutError`` when the agent does not answer within ``timeout`` seconds, and another
-        ``OSError`` when the socket fails.
+        Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` if the agent has ended,
+        ``TimeoutError`` after ``timeout`` seconds, and another ``OSError`` if the socket fails.
         """
         with _connected(self.path, timeout) as sock:
             sock.sendall(f"{verb}\n".encode())
@@ -83,7 +78,7 @@ class ControlClient:
 def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
     """Return a client for each control socket in ``Z4J_HOME``, sorted by adapter and pid.
 
-    :param adapter_id: only sockets of this framework adapter; default: all.
+    :param adapter_id: the framework adapter whose sockets to list; default: all.
     """
     clients = []
     for path in _runtime_dir().glob("agent-*.sock"):
@@ -94,10 +89,9 @@ def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
 
 
 def status() -> list[dict[str, Any]]:
-    """Return the status of every agent of this ``Z4J_HOME``.
+    """Return the status of every agent with this ``Z4J_HOME``; remove stale sockets.
 
-    An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
-    Sockets of ended processes are removed.
+    The status of an agent that does not answer has only ``adapter``, ``pid`` and ``error``.
     """
     return [_query(client) for client in list_clients() if not _remove_if_stale(client)]
 
@@ -105,8 +99,8 @@ def status() -> list[dict[str, Any]]:
 def send_restart(adapter_id: str) -> tuple[int, str]:
     """Make every agent of this adapter close its session and reconnect.
 
-    Returns an exit code and a message for the operator. The code is 0 when every running agent
-    accepted the request, 1 when none runs or one did not answer, and 2 on a platform without Unix
+    Returns an exit code and a message for the operator. The code is 0 if every running agent
+    accepted the request, 1 if no agent runs or one did not answer, and 2 on a platform without Unix
     sockets.
     """
     if os.name != "posix":
@@ -134,13 +128,13 @@ def pidfile_path(adapter_id: str) -> Path:
 def write_pidfile(adapter_id: str) -> Path:
     """Write a pid file for this process and return its path.
 
-    The path is that of :func:`pidfile_path`. If another live process occupies that file, the path
-    also contains the pid of this process.
+    If the file of :func:`pidfile_path` belongs to another live process, the returned path contains
+    the pid of this process.
     """
     first = pidfile_path(adapter_id)
     path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
     temporary = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
-    # Mode "x" never follows a symlink. Another user who can write to this directory may create one.
+    # Mode "x" never follows a symlink, which another user with write access may have created.
     with open(temporary, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
     temporary.replace(path)
@@ -157,13 +151,13 @@ def remove_pidfile(adapter_id: str) -> None:
 def install_sighup_handler(runtime: object) -> bool:
     """Make SIGHUP reconnect every agent of this process.
 
-    Call this function only in a process that runs nothing but the agent. The handler sends
-    ``restart`` to the control sockets of this process and then calls the previous handler. It
-    neither waits nor switches greenlets. A second call of this function has no effect.
+    Only for a process that runs nothing but the agent. The handler sends ``restart`` to the control
+    sockets of this process without waiting, and then calls the previous handler. A second call of
+    this function has no effect.
 
     :param runtime: not used.
-    :returns: whether the handler is installed. It cannot be installed outside the main thread, or
-        on a platform without SIGHUP.
+    :returns: whether the handler is installed; ``False`` outside the main thread, and on a platform
+        without SIGHUP.
     """
     del runtime  # the handler finds every agent of this process by its socket
     if not hasattr(signal, "SIGHUP"):
@@ -181,13 +175,12 @@ def install_sighup_handler(runtime: object) -> bool:
 def register_shutdown_atexit(callback: Callable[[], object]) -> str:
     """Run ``callback`` once at interpreter exit.
 
-    Two hooks are registered. The hook of ``threading._register_atexit`` runs before
-    ``concurrent.futures`` joins its workers. Under eventlet this hook never runs, because the
-    patched ``threading`` has a separate list of callbacks, which the interpreter does not read. In
-    that case the hook of ``atexit`` runs the callback.
+    Two hooks are registered. The hook of ``threading._register_atexit`` runs first, before
+    ``concurrent.futures`` joins its workers. It never runs under eventlet, because the interpreter
+    does not read the callbacks of a patched ``threading``. Then the ``atexit`` hook runs the
+    callback.
 
-    :returns: ``"threading"`` if both hooks are registered, ``"atexit"`` if only the ``atexit`` hook
-        is registered.
+    :returns: ``"threading"`` if both hooks are registered, else ``"atexit"``.
     """
     ran = threading.Event()
 
@@ -208,7 +201,7 @@ def new_socket_path(adapter_id: str) -> Path:
     """Return an unused socket path for this process and remove stale sockets of the adapter."""
     for client in list_clients(_safe_name(adapter_id)):
         _remove_if_stale(client)
-    # The random part is needed because in containers that share a volume every process has pid 1.
+    # The random part is needed for containers that share a volume, because they all use pid 1.
     return _runtime_dir() / f"agent-{_safe_name(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
 
 
@@ -242,8 +235,8 @@ class _SighupHandler:
 
 @contextmanager
 def _connected(path: Path, timeout: float) -> Iterator[socket]:
-    # gevent and eventlet do not patch the C class. A patched socket would switch greenlets, which a
-    # signal handler must not do.
+    # The C class is never patched. A patched socket would switch greenlets, which a signal handler
+    # must not do.
     import _socket
 
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -267,7 +260,7 @@ def _query(client: ControlClient, verb: str = STATUS) -> dict[str, Any]:
 def _remove_if_stale(client: ControlClient) -> bool:
     """Remove a socket that no process serves; return whether it was removed.
 
-    This never waits: it runs on a native thread, and a fork of the host waits for that thread.
+    Must not wait, because it runs on a native thread, and a fork of the host waits for that thread.
     """
     try:
         with _connected(client.path, 0.0):
@@ -317,7 +310,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _safe_name(adapter_id: str) -> str:
-    """Return an adapter's name for a file name: ``_`` replaces all but letters, digits, ``_-``."""
+    """Return an adapter's name for use in a file name: only letters, digits, ``_`` and ``-``."""
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 

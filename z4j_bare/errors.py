@@ -1,7 +1,7 @@
 """The exceptions of this package.
 
-Only :class:`HostConfigurationError` reaches the host, from ``install_agent`` or ``start()``. The
-session handles remote and network errors, and the buffer handles storage errors.
+``install_agent`` and ``start()`` raise only :class:`HostConfigurationError` to the host. The agent
+handles all other errors.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class AuthenticationRejectedError(RemoteError):
 
 
 class IncompatibleError(RemoteError):
-    """The versions of brain and agent do not match, so one of the two has to be upgraded.
+    """The versions of brain and agent do not match. One of the two must be upgraded.
 
     Close codes 4426 and 4427.
     """
 
 
 class NetworkError(AgentError, ConnectionError):
-    """The connection failed: it was refused, reset or closed, or timed out.
+    """The connection was refused, reset or closed, or it timed out.
 
     :param code: the WebSocket close code or the HTTP status, if there was one.
     :param retry_after: seconds after which the brain asks the agent to try again, if it said so.
@@ -79,18 +79,18 @@ class SessionLimitError(NetworkError):
 class PoisonRowError(NetworkError):
     """The session ended while suspected poison rows were in flight.
 
-    The next session sends fewer of these rows.
+    The next session sends fewer of these rows, to find the poison row.
     """
 
 
 class ScheduleStreamError(NetworkError):
-    """The brain stopped acknowledging a schedule stream, because a failed disk lost a row."""
+    """The brain acknowledges no more frames of a schedule stream, because one frame was lost."""
 
 
 class FrameTooLargeError(AgentError):
     """A frame exceeds the size that the brain accepts. The session continues.
 
-    :param size: the bytes that the frame would take on the wire.
+    :param size: the bytes of the signed frame.
     :param limit: the maximum number of bytes.
     """
 
@@ -101,7 +101,7 @@ class FrameTooLargeError(AgentError):
 
 
 class CommandError(AgentError):
-    """A command failed; the message is the error text of its result.
+    """A command failed. The message becomes the error text of the command's result.
 
     :param indeterminate: whether the command may have taken effect although it failed.
     """
@@ -116,13 +116,12 @@ class LocalStorageError(AgentError):
 
 
 class InterpreterShutdownError(AgentError, RuntimeError):
-    """No task can be started: CPython 3.12 and later start no threads during shutdown."""
+    """No task can be started, because CPython 3.12 and later start no threads during shutdown."""
 
 
 class ForkedChildError(BaseException):
-    """Raised in an agent loop that was copied into a forked child.
+    """Raised in a forked child, to end the copy of a task of the agent.
 
-    Greenlets survive ``os.fork`` (gevent #316, which will not be changed). The task ends without a
-    log line. The class is not a subclass of ``Exception``, so that no handler of failures catches
-    the error and continues the loop.
+    ``os.fork`` copies greenlets into the child (gevent #316, which will not be changed). The class
+    is not a subclass of ``Exception``, so that no ``except Exception`` continues a copied loop.
     """

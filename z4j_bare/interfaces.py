@@ -1,8 +1,7 @@
 """The interfaces between the subpackages of z4j_bare.
 
 The docstrings are the specification. Times are in seconds, sizes are in bytes, and payloads are
-canonical JSON in UTF-8. mypy-zope checks interfaces that are used as types, and
-``tests/unit/test_contracts.py`` checks every implementation by ``verifyObject``.
+canonical JSON in UTF-8. mypy-zope and ``tests/unit/test_contracts.py`` check the implementations.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class ITask(Interface):
     def stuck(seconds: float) -> bool:
         """Return whether the current step of the task takes longer than ``seconds``.
 
-        A step ends only when the task waits through the backend. So a task is stuck if it computes
-        for too long, or if it waits without the backend.
+        A step ends when the task waits through the backend. A task is stuck if it computes for too
+        long, or waits in another way.
         """
 
     def join(timeout: float | None = None) -> bool:
@@ -66,12 +65,13 @@ class IEvent(Interface):
     def wait(timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for the flag; return whether it is set.
 
-        Loops call ``IConcurrency.wait`` instead, which checks for forks and ends the step.
+        Tasks of the agent call ``IConcurrency.wait`` instead, which checks for forks and ends the
+        step.
         """
 
 
 class ILock(Interface):
-    """A context manager for mutual exclusion. A task that waits for the lock yields to the hub."""
+    """A lock as a context manager. A task that waits for the lock yields to the hub."""
 
     def __enter__() -> object:
         """Acquire the lock."""
@@ -81,11 +81,11 @@ class ILock(Interface):
 
 
 class IConcurrency(Interface):
-    """The backend. It is the only layer that uses the primitives of threads, gevent or eventlet.
+    """The backend, the only code that uses primitives of threads, gevent or eventlet.
 
     A *step* is the work of a task between two waits. The backend measures each step, because a long
-    step blocks the hub. Every method that waits raises ``ForkedChildError`` when it starts or wakes
-    up in a process other than the one that created the backend.
+    step blocks the hub. In a forked child of the process that created the backend, every method
+    that waits raises ``ForkedChildError`` when it starts or wakes up.
     """
 
     name: str = Attribute("'threads', 'gevent', 'eventlet' or 'fake'.")
@@ -97,14 +97,13 @@ class IConcurrency(Interface):
         """Return the time since the epoch, for timestamps."""
 
     def forked() -> bool:
-        """Return whether this process is a forked child of the one that created the backend."""
+        """Return whether this process was forked from the process that created the backend."""
 
     def spawn(function: Callable[[*Ts], object], *args: *Ts, name: str) -> ITask:
         """Run ``function(*args)`` in a new daemon task.
 
-        The task does not keep the process alive. An exception that escapes from ``function`` is a
-        bug and is logged. Raises ``InterpreterShutdownError`` when the interpreter starts no more
-        threads.
+        The task does not keep the process alive. An exception of ``function`` is logged as a bug.
+        Raises ``InterpreterShutdownError`` during the shutdown of the interpreter.
         """
 
     def sleep(seconds: float) -> None:
@@ -114,7 +113,7 @@ class IConcurrency(Interface):
         """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
 
     def call_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call foreign code that waits by itself, such as a library on patched sockets.
+        """Call foreign code that waits without the backend, such as a library on patched sockets.
 
         The call is not measured as a step.
         """
@@ -126,11 +125,11 @@ class IConcurrency(Interface):
         """Return a new lock of this runtime."""
 
     def offload(function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
-        """Run ``function(*args)`` where it cannot block the hub.
+        """Run ``function(*args)`` on the native thread, where it cannot block the hub.
 
-        Returns ``(True, result)`` or ``(False, exception)``. One call runs at a time. The function
-        must not log, and must not use a patched lock or socket: a patched lock that a native thread
-        holds deadlocks the hub (ddtrace #19538).
+        Returns ``(True, result)`` or ``(False, exception)``. Only one call runs at a time. The
+        function must neither log nor use a patched lock or socket, because a patched lock that a
+        native thread holds deadlocks the hub (ddtrace #19538).
         """
 
     def wait_readable(sock: HasFileno, timeout: float) -> bool:
@@ -152,7 +151,7 @@ class IConcurrency(Interface):
         """If there is a hub, run ``function(sleep, *args)`` in an unpatched daemon thread.
 
         Returns whether there is a hub. ``sleep`` is the unpatched ``time.sleep``. The function must
-        not log, use a lock or use objects of the hub.
+        not log, take a lock or use objects of the hub.
         """
 
     def timer(
@@ -160,9 +159,9 @@ class IConcurrency(Interface):
     ) -> Callable[[], object] | None:
         """If there is a hub, make it call ``function()`` every ``seconds`` seconds.
 
-        Returns a function that cancels the timer, or ``None`` if there is no hub. One call costs a
-        quarter of the time of waking a task, and is not measured as a step. ``function`` must not
-        wait, log, raise or compute for long.
+        Returns a function that cancels the timer, or ``None`` if there is no hub. A call takes a
+        quarter of the time of a task's wake-up, and is not measured as a step. ``function`` must
+        not wait, log, raise or compute for long.
 
         :param once: call ``function`` a single time.
         """
@@ -175,8 +174,8 @@ class IStore(Interface):
     """The durable queue between capture and the connection, and the ledger of commands.
 
     All methods except ``read_cached`` run inside ``IConcurrency.offload``. Therefore they do not
-    log, wait for a task or switch greenlets. A method that fails raises ``LocalStorageError`` and
-    no other exception. Row ids strictly increase, and rows are read in the order of their ids.
+    log, wait for a task or switch greenlets. They raise only ``LocalStorageError``. Row ids
+    strictly increase, and rows are read in the order of their ids.
     """
 
     durable: bool = Attribute("Whether rows survive the end of the process.")
@@ -184,9 +183,9 @@ class IStore(Interface):
     def append(rows: Sequence[tuple[str, str, bytes]]) -> int:
         """Commit ``(kind, key, payload)`` rows in one transaction.
 
-        Returns the number of older rows that the caps evicted. ``kind`` is ``event``, ``result`` or
-        ``projection``. ``key`` is the frame id of a result, the engine's task id of an event, or
-        empty.
+        Returns the number of older rows that were evicted because of the caps. ``kind`` is
+        ``event``, ``result`` or ``projection``. ``key`` is the frame id of a result, the engine's
+        task id of an event, or empty.
         """
 
     def append_events(payloads: Sequence[bytes]) -> int:
@@ -195,14 +194,14 @@ class IStore(Interface):
     def drain(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
         """Return the oldest ``BufferEntry`` rows of these kinds with ``id > after``.
 
-        Returns at most ``limit`` rows, whose payloads add up to at most ``max_bytes``. If the first
-        row alone exceeds ``max_bytes``, only that row is returned. No row is deleted.
+        Returns at most ``limit`` rows with at most ``max_bytes`` of payloads. A first row that is
+        larger than ``max_bytes`` is returned alone. No row is deleted.
         """
 
     def read_cached(after: int, limit: int, max_bytes: int, kinds: Sequence[str]) -> Any:
         """Return the result of :meth:`drain` if it is known without I/O, else ``None``.
 
-        May also be called outside ``offload``, but not during another call.
+        May be called outside ``offload``, but not during a call of another method.
         """
 
     def confirm(ids: Sequence[int]) -> int:
@@ -215,13 +214,13 @@ class IStore(Interface):
         """
 
     def increment_attempts(ids: Sequence[int]) -> None:
-        """Record that these rows were in flight when a frame made the brain close the session."""
+        """Count one more session that the brain ended over a frame with these rows in flight."""
 
     def stats() -> Any:
-        """Return a ``BufferStats``: rows, bytes, age of the oldest row, losses by reason."""
+        """Return the current ``BufferStats``."""
 
     def cached_stats() -> Any:
-        """Return the last known ``BufferStats`` without I/O, for a failed disk. Never raises."""
+        """Return ``BufferStats`` without I/O, for use after a failure of the disk. Never raises."""
 
     def import_rows(rows: Sequence[Any]) -> int:
         """Commit ``BufferEntry`` rows of another store.
@@ -235,8 +234,7 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        Rows that were lost in the other store are added to this store's counts of produced and of
-        lost rows.
+        Rows that the other store lost count in this store as produced and as lost.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
@@ -244,40 +242,40 @@ class IStore(Interface):
 
         If the command was recorded before, return its ``LedgerEntry`` and change nothing.
 
-        :param provisional_result: the payload of the result that another process sends if this
-            process dies before the command has finished.
+        :param provisional_result: the payload of the result to send if this process dies before the
+            command has finished.
         """
 
     def settle(key: str, result: bytes, now: float) -> None:
-        """Record command ``key`` as done, and keep its result for a repeated delivery."""
+        """Record command ``key`` as done, and keep its result for a second delivery."""
 
     def settle_and_queue(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""
 
     def close() -> None:
-        """Close the file, and delete it if it has no rows and no recent commands. Idempotent."""
+        """Close the file; delete it if it has neither rows nor recent commands. Idempotent."""
 
 
-#: States of a run that :class:`IOpenRuns` keeps. A run in the state ``RUN_ENDED`` is not reported.
+#: States of a run in :class:`IOpenRuns`. A run in the state ``RUN_ENDED`` is not reported.
 RUN_ENDED, RUN_OPEN, RUN_SUCCEEDED, RUN_FAILED, RUN_RETRIED, RUN_REVOKED = range(6)
-#: Flag of a run: the broker delivers its message again after the death of the process.
+#: Flag of a run whose message the broker delivers again if the process dies.
 RUN_REDELIVERED = 1
 
 
 class IOpenRuns(Interface):
-    """Keeps the open runs in a place that survives the end of the process by ``SIGKILL``.
+    """Keeps the open runs (executions of tasks) in memory that survives ``SIGKILL``.
 
-    The next agent reports the runs that never ended. :meth:`start` and :meth:`end` run in the
-    host's tasks, and therefore do not wait and do not raise.
+    Another agent reports the runs whose process died. :meth:`start` and :meth:`end` run in the
+    host's tasks, so they neither wait nor raise.
     """
 
     not_kept: int = Attribute("Runs that could not be kept.")
 
     def enable() -> None:
-        """Prepare to keep runs. Does no I/O."""
+        """Prepare to keep runs, without I/O."""
 
     def describe(engine: str, data: Mapping[str, object]) -> int:
-        """Store the fields that the events of some runs share; return the description's number."""
+        """Store fields that the events of several runs share; return the description's number."""
 
     def start(description: int, task_id: str, at: float, flags: int) -> int:
         """Keep a run that starts at ``at``; return the run's slot, or 0 if it cannot be kept.
@@ -286,13 +284,13 @@ class IOpenRuns(Interface):
         """
 
     def end(slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep the end of a run until its event, which must be in the ring, is stored.
+        """Keep the end of a run until the event of the end is stored. The ring must have the event.
 
         ``note`` is the class of a failed run's exception.
         """
 
     def stored(number: int, at: float) -> None:
-        """Forget the ends up to event ``number`` of the ring, which were stored at ``at``."""
+        """Drop the ends up to event ``number`` of the ring, which were stored at ``at``."""
 
     def close() -> None:
         """Delete the kept runs if no run is open and every end is stored."""
@@ -318,12 +316,12 @@ class ITransport(Interface):
     def send(build: Callable[[], bytes]) -> int:
         """Build and write one frame; return its size.
 
-        The same lock is held while the frame is built and written, so that frames are written in
-        the order of their sequence numbers.
+        One lock is held while the frame is built and written, so that frames are written in the
+        order of their sequence numbers.
 
         Raises ``NetworkError`` when the connection fails, ``RemoteError`` when the response reports
-        an error, and ``FrameTooLargeError`` when the frame exceeds the size limit. After a
-        ``FrameTooLargeError`` the session continues, and the sender has to build a smaller frame.
+        an error, and ``FrameTooLargeError`` when the frame exceeds the size limit. The session
+        continues after a ``FrameTooLargeError``.
         """
 
     def receive(timeout: float) -> bytes | None:
@@ -340,7 +338,7 @@ class ITransport(Interface):
         """
 
     def close() -> None:
-        """Close the connection. Send a close frame first, if this is possible without waiting.
+        """Close the connection, after a close frame if it can be sent without waiting.
 
         Only the owner of the connection may call this. Idempotent.
         """
@@ -349,9 +347,7 @@ class ITransport(Interface):
 class IConnection(Interface):
     """A live session with the brain, as the agent's loops use it."""
 
-    closing: IEvent = Attribute(
-        "Set when the session ends: its loops return at their next wake-up."
-    )
+    closing: IEvent = Attribute("Set when the session ends. The loops of the session then return.")
 
     def send(kind: str, identity: str, payload: bytes) -> int:
         """Sign and send one frame of type ``kind`` with the id ``identity``; return its size.
@@ -363,22 +359,22 @@ class IConnection(Interface):
     def send_shrinking(
         kind: str, identity: str, payload: bytes, shrink: Callable[[bytes], Iterator[bytes]]
     ) -> bool:
-        """Send ``payload``, or the first smaller version that fits; return whether it was smaller.
+        """Send ``payload`` or its first smaller version that fits; return whether it was shrunk.
 
-        ``shrink(payload)`` yields the smaller versions in the order of decreasing size. Raises
-        ``FrameTooLargeError`` if even the smallest version does not fit.
+        ``shrink(payload)`` yields smaller and smaller versions. Raises ``FrameTooLargeError`` if
+        even the smallest version does not fit.
         """
 
 
 class IProcessRestart(Interface):
-    """Restarts a worker by ending its process. Used for engines that cannot restart a worker."""
+    """Restarts a worker by ending its process, for engines that cannot restart a worker."""
 
     is_supervised: bool = Attribute("Whether a supervisor would start this process again.")
 
     def request(worker: str) -> Any:
         """Return a ``CommandOutcome`` whose ``after_stored`` ends the process.
 
-        Raises ``CommandError`` when this process is not ``worker``, has no supervisor, or started
+        Raises ``CommandError`` if this process is not ``worker``, has no supervisor, or started
         less than a minute ago.
         """
 
@@ -410,12 +406,12 @@ class ISchedulerHost(Interface):
     def schedules(timeout: float) -> list[Any]:
         """Return all schedules of the scheduler.
 
-        A schedule that is missing from the list counts as deleted. Therefore this method raises an
-        exception if it cannot return all schedules.
+        Raises an exception if it cannot return all schedules, because a missing schedule counts as
+        deleted.
         """
 
     def schedule(identity: str, timeout: float) -> Any:
-        """Return the schedule with the scheduler's own key ``identity``, or ``None``."""
+        """Return the schedule whose key in the scheduler is ``identity``, or ``None``."""
 
     def invoke(method_name: str, *args: object, timeout: float, **kwargs: object) -> Any:
         """Call a method of the adapter once and return its result.
@@ -428,8 +424,8 @@ class ISchedulerHost(Interface):
 class INativeSchedules(Interface):
     """An operator's changes to schedules that are defined in code.
 
-    The interface is the same as ``NativeScheduleOverrides`` of ``z4j_core``. Adapters call both
-    methods from worker threads and from the scheduler's own loop.
+    Equals ``NativeScheduleOverrides`` of ``z4j_core``. Adapters call both methods from worker
+    threads and from the scheduler's loop.
     """
 
     def resolve(baseline: list[Any], *, owner: str) -> list[Any]:
@@ -448,21 +444,21 @@ class INativeSchedules(Interface):
     ) -> Any:
         """Commit one change if the schedule still equals ``expected``.
 
-        Returns the new schedule, or ``None`` if the change deletes it. Raises ``ValueError`` when
-        the change is impossible, and every exception of ``validate``.
+        Returns the new schedule, or ``None`` if the change deletes it. Raises ``ValueError`` if the
+        change is impossible, and every exception of ``validate``.
         """
 
 
 class IBridge(Interface):
-    """Runs the coroutines of adapters without a running event loop that the host could see."""
+    """Runs the coroutines of adapters. The host never sees a running event loop."""
 
     def call(
         function: Callable[..., object], *args: object, timeout: float, **kwargs: object
     ) -> Any:
         """Call an adapter's function, await the result if it is awaitable, and return the result.
 
-        After ``timeout`` seconds the coroutine is cancelled, and ``TimeoutError`` is raised. Every
-        exception of the function is also raised.
+        After ``timeout`` seconds, cancels the coroutine and raises ``TimeoutError``. Raises every
+        exception of the function.
         """
 
     def pump(

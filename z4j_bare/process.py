@@ -1,4 +1,4 @@
-"""Reads the role of this process from its command line, which Celery has not parsed yet."""
+"""Reads the role of this process from its command line, before Celery has parsed it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ if TYPE_CHECKING:
 _consumer: Consumer | None = None
 _importing_application = False
 
-#: Short-lived sub-commands of ``celery``. An agent in such a process would leave a stale row in the
-#: brain.
+#: Short-lived sub-commands of ``celery``. An agent in such a process would leave a stale worker in
+#: the brain.
 _INSPECTION_COMMANDS = frozenset({
     "amqp", "call", "control", "events", "graph", "inspect", "list", "logtool",
     "migrate", "multi", "purge", "report", "result", "shell", "status", "upgrade",
 })  # fmt: skip
 
-#: Maps an engine whose adapter names no worker in its events to the engine's worker programs and
-#: Django commands.
+#: The worker programs and Django commands of the engines whose events name no worker.
 _WORKER_PROGRAMS = {"huey": {"huey_consumer", "run_huey"}, "arq": {"arq"}, "taskiq": {"taskiq"}}
 
-#: Global options of ``celery`` that take their value as a separate word.
+#: Global options of ``celery`` whose value is a separate word.
 _OPTIONS_WITH_VALUE = frozenset(
     {"-A", "--app", "-b", "--broker", "--result-backend", "--loader", "--config", "--workdir"}
 )
@@ -60,10 +59,10 @@ def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
 def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | None:
     """Return a worker name for this process if it is a worker of ``engine``, else ``None``.
 
-    Only engines whose adapters name no worker in their events need such a name.
+    The name is needed only for engines whose events name no worker.
     """
-    # Both lists are read: taskiq removes its own name from ``sys.argv``, but a multiprocessing
-    # child has the program's name only in ``sys.argv``.
+    # Both lists are needed, because taskiq removes its name from ``sys.argv``, and a
+    # multiprocessing child has the program's name only in ``sys.argv``.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
@@ -73,9 +72,9 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 def track_worker_ready() -> None:
     """In a Celery worker, record when ``worker_ready`` is sent.
 
-    Celery does not replay ``worker_ready``. An agent that is installed by a handler of that signal
-    (as z4j_celery does) or later must start immediately, so the runtime has to know that the signal
-    was sent. This function is called when z4j_bare is imported, long before the signal is sent.
+    Celery sends ``worker_ready`` once. An agent that is installed by a handler of that signal (as
+    z4j_celery does) or later must start immediately, and has to know that the signal was sent.
+    Therefore this function runs when z4j_bare is imported.
     """
     if "celery" in sys.modules and is_celery_worker():
         from celery import signals
@@ -92,8 +91,8 @@ def ready_worker() -> Consumer | None:
 def importing_application() -> Iterator[None]:
     """Mark the block in which a z4j-bare command imports an application.
 
-    An agent that the application installs in this block neither starts nor registers itself:
-    ``z4j-bare run`` starts its own agent, and ``doctor`` must not start any.
+    An agent that the application installs in this block does not start: ``z4j-bare run`` starts its
+    own agent, and ``doctor`` must not start an agent.
     """
     global _importing_application
     previous, _importing_application = _importing_application, True

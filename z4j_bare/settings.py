@@ -1,7 +1,7 @@
-"""Settings that z4j_core's ``Config`` has no field for, and the agent's secrets.
+"""Reads the settings that z4j_core's ``Config`` does not have, and the agent's secrets.
 
-Each setting comes from a keyword of ``install_agent``, else from its ``Z4J_*`` variable, else from
-its default. Adapters that build ``AgentRuntime(config=...)`` themselves use the variables.
+A keyword of ``install_agent`` overrides a ``Z4J_*`` variable, which overrides the default. An
+adapter that builds ``AgentRuntime(config=...)`` itself gets the variables.
 """
 
 # ruff: noqa: RUF009 - setting() returns a dataclass field, not a shared mutable default
@@ -40,7 +40,7 @@ def _bool(name: str, text: str) -> bool:
 
 
 def _lenient_bool(_name: str, text: str) -> bool:
-    """Parse a flag as the published adapters do: an unknown word means off."""
+    """Parse a flag like the published adapters do: an unknown word means off."""
     return text.lower() in _TRUE
 
 
@@ -76,7 +76,7 @@ def _text(_name: str, text: str) -> str:
 def setting(
     variable: str, parse: Callable[[str, str], T], default: T, minimum: float | None = None
 ) -> T:
-    """Declare a field: its variable, the parser of the variable's text, its default and minimum."""
+    """Declare a field of ``Settings``: its environment variable, parser, default and minimum."""
     metadata = {"variable": variable, "parse": parse, "minimum": minimum}
     declared: T = field(default=default, metadata=metadata)
     return declared
@@ -86,14 +86,14 @@ def setting(
 class Settings:
     """Settings of the runtime. Durations are in seconds."""
 
-    #: ``auto``, ``threads``, ``gevent`` or ``eventlet``; resolved in ``start()``.
+    #: ``auto``, ``threads``, ``gevent`` or ``eventlet``. ``start()`` resolves ``auto``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
-    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` uses WebSocket, and long-poll where a proxy blocks
+    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` uses long-poll if a proxy blocks WebSocket, else
     #: WebSocket.
     transport: str = setting("Z4J_TRANSPORT", _text, "auto")
     #: Do not start the agent.
     disabled: bool = setting("Z4J_DISABLED", _bool, False)
-    #: Do not start the agent, and keep recorded events in ``runtime.recorded``, for test suites.
+    #: For test suites: do not start the agent, but collect recorded events in ``runtime.recorded``.
     testing: bool = setting("Z4J_TESTING", _bool, False)
     #: Repeat task discovery when a ``tasks.py`` changes.
     dev_mode: bool = setting("Z4J_DEV_MODE", _lenient_bool, False)
@@ -107,16 +107,16 @@ class Settings:
     ring_events: int = setting("Z4J_RING_EVENTS", _count, 10_000, 1)
     #: Send heartbeats. Without heartbeats the brain shows the agent as offline after 30 s.
     heartbeat: bool = setting("Z4J_HEARTBEAT", _bool, True)
-    #: Do not send ``agent_status``, the agent's own health report, whose history the brain keeps.
+    #: Do not send ``agent_status`` frames, the health reports of the agent.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _bool, False)
-    #: File with the agent's token, read again at each connect: a rotated token needs no restart.
+    #: File with the agent's token. It is read at each connect, so a rotated token needs no restart.
     token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
-    #: File with the project's HMAC key, read again at each connect.
+    #: File with the project's HMAC key. It is read at each connect.
     hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
     #: PEM bundle of certificate authorities. Without it ``SSL_CERT_FILE`` and
     #: ``REQUESTS_CA_BUNDLE`` are used.
     ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
-    #: Client certificate (PEM). It includes the key unless ``client_key`` is set.
+    #: Client certificate (PEM). It must include the key if ``client_key`` is not set.
     client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
     #: Private key of the client certificate (PEM).
     client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
@@ -145,8 +145,7 @@ def load_settings(env: Mapping[str, str] | None = None, **keywords: object) -> S
 
     :param env: the environment, ``os.environ`` by default.
     :param keywords: fields of :class:`Settings`; ``None`` means that a keyword was not given.
-    :raises HostConfigurationError: a variable has a bad value; the message names the variable and
-        the reason.
+    :raises HostConfigurationError: a value is bad; the message names the variable and the reason.
     """
     env = os.environ if env is None else env
     values: dict[str, Any] = {}
@@ -163,8 +162,7 @@ def read_secret(path: Path, variable: str) -> str:
     """Return the content of a secret file without surrounding whitespace.
 
     :param variable: the setting that names the file, for error messages.
-    :raises HostConfigurationError: the file is empty or unreadable; the message never quotes the
-        content.
+    :raises HostConfigurationError: the file is empty or unreadable.
     """
     try:
         text = path.read_text(encoding="utf-8").strip()
@@ -189,8 +187,7 @@ def read_token(config: Config, settings: Settings) -> str:
 def read_key(config: Config, settings: Settings) -> bytes:
     """Return the project's HMAC key.
 
-    :raises HostConfigurationError: the key is missing, malformed or too short; the message names
-        the setting.
+    :raises HostConfigurationError: the key is missing, malformed or too short.
     """
     # This import is not at the top, because this module is loaded long before a key is needed.
     from z4j_core.transport.hmac import decode_agent_hmac_secret
@@ -217,10 +214,11 @@ def read_key(config: Config, settings: Settings) -> bytes:
 
 
 def deployment_id(config: Config, key: bytes) -> str:
-    """Return the id that a store's rows belong to, so that another project never sends them.
+    """Return the id of the project and brain to which the rows of a store belong.
 
-    The id has two parts. The first part is derived from the key, and does not change with the
-    brain's address. The second part is derived from the address, and does not change with the key.
+    Only an agent of the same deployment sends the rows. The id has two parts: a hash of project and
+    key, and a hash of project and brain address. One equal part is enough, so that the key or the
+    address can change.
     """
     parts = key, str(config.brain_url).rstrip("/").encode()
     return " ".join(

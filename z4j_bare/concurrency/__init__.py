@@ -1,4 +1,4 @@
-"""The backends for threads, gevent and eventlet. Importing this package loads neither library."""
+"""The backends. Importing this package imports neither gevent nor eventlet."""
 
 from __future__ import annotations
 

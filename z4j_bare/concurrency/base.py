@@ -1,4 +1,4 @@
-"""The base class of the backends: it checks for forks, measures steps and runs tasks."""
+"""The base class of the backends. It runs tasks, measures their steps and detects forks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger("z4j.runtime.concurrency.base")
 
-#: The start of the current step as ``StepTimer.begin`` returned it. It is ``None`` during a wait,
-#: and in tasks that are not the agent's.
+#: Return value of ``StepTimer.begin`` for the current step of this task. ``None`` during a wait,
+#: and in tasks of the host.
 _step_start: ContextVar[float | None] = ContextVar("z4j_step_start", default=None)
 
 
@@ -79,7 +79,7 @@ class RuntimeLock(Protocol):
 class CooperativeLock:
     """Wraps a lock of gevent, eventlet or threading.
 
-    A wait for the lock ends the step and checks for forks.
+    A task that waits for the lock ends its step, and checks for a fork.
     """
 
     def __init__(self, inner: RuntimeLock, call_blocking: Callable[..., object]) -> None:
@@ -97,8 +97,8 @@ class CooperativeLock:
 class StepTimer:
     """Counts the steps of the agent's tasks, and records the longest step in seconds.
 
-    The timer measures wall time. On a busy machine a step includes the time in which other
-    processes used the processor. The test suite replaces this class by a stricter timer.
+    The timer measures wall time, which includes the time of other processes on a busy machine. The
+    test suite uses a stricter timer.
     """
 
     def __init__(self) -> None:
@@ -125,10 +125,10 @@ class StepTimer:
 
 
 class BaseConcurrency:
-    """Implements the common part of ``IConcurrency``. That interface specifies the methods.
+    """Implements the common part of ``IConcurrency``, which specifies the methods.
 
-    A subclass implements the methods that raise ``NotImplementedError`` here. Every wait passes
-    through :meth:`_yielding`, which ends the current step, waits, and checks the fork epoch.
+    A subclass implements the methods that raise ``NotImplementedError``. Every wait goes through
+    :meth:`_yielding`.
     """
 
     name = ""
@@ -147,7 +147,7 @@ class BaseConcurrency:
         return time.time()
 
     def forked(self) -> bool:
-        """Return whether this process is a forked child of the one that created the backend."""
+        """Return whether this process was forked from the process that created the backend."""
         return fork.epoch() != self._epoch
 
     def spawn(self, function: Callable[[*Ts], object], *args: *Ts, name: str) -> Task:
@@ -184,7 +184,7 @@ class BaseConcurrency:
         return self._yielding(partial(function, *args, **kwargs))
 
     def import_module(self, module: str) -> ModuleType:
-        """Import and return a module that is too large for one step of a hub."""
+        """Import and return a module whose import would take too long for one step."""
         return importlib.import_module(module)
 
     def close(self) -> None:
@@ -219,10 +219,9 @@ class BaseConcurrency:
         return None
 
     def _tick(self, function: Callable[[], object]) -> bool:
-        """Call ``function`` for a timer and return ``True``.
+        """Call ``function`` for a timer and return ``True``; in a forked child, return ``False``.
 
-        In a forked child, which has copies of the timers, return ``False`` without calling
-        ``function``.
+        A forked child has copies of the timers, and must not call their functions.
         """
         if self.forked():
             return False
@@ -252,7 +251,8 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            # The wait may run foreign code that calls the backend. Its calls must not end a step.
+            # Foreign code that runs during the wait may call the backend. Its calls must not end a
+            # step.
             _step_start.set(None)
         try:
             return wait(*args)
@@ -270,7 +270,7 @@ class BaseConcurrency:
         try:
             function(*args)
         except (ForkedChildError, InterpreterShutdownError):
-            return  # this is a copy of the task in a forked child, or the interpreter is ending
+            return  # a copy of the task in a forked child, or the interpreter is shutting down
         except Exception:
             logger.exception("z4j: task %s failed; please report this bug of z4j-bare", task.name)
         finally:
@@ -285,8 +285,8 @@ class BaseConcurrency:
 def capture_outcome(function: Callable[[*Ts], object], args: tuple[*Ts]) -> tuple[bool, Any]:
     """Call ``function(*args)``; return ``(True, result)`` or ``(False, exception)``.
 
-    An exception must not leave an offloaded call: gevent would print its traceback and eventlet
-    would raise it in the hub.
+    An exception must not leave an offloaded call, because gevent would print its traceback and
+    eventlet would raise it in the hub.
     """
     try:
         return True, function(*args)

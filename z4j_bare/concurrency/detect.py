@@ -15,8 +15,8 @@ from z4j_bare.errors import HostConfigurationError
 #: Values of ``Z4J_CONCURRENCY``.
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
-#: Module and class of each backend. :func:`build` imports only the module of the chosen backend,
-#: because two of the modules import gevent or eventlet.
+#: Module and class of each backend. :func:`build` imports only the chosen module, because two of
+#: them import gevent or eventlet.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),
@@ -26,7 +26,7 @@ _BACKENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """Which modules are patched. ``library`` is ``gevent``, ``eventlet``, or empty for no patch."""
+    """Which standard modules are patched by ``library`` (``gevent``, ``eventlet`` or empty)."""
 
     library: str = ""
     thread: bool = False
@@ -34,7 +34,7 @@ class Detection:
 
     @property
     def outcome(self) -> str:
-        """``none``, ``gevent``, ``eventlet``, or ``partial`` if only one of the two is patched."""
+        """``none``, ``gevent``, ``eventlet``, or ``partial`` (only threads or only sockets)."""
         if self.thread and self.socket:
             return self.library
         return "partial" if self.thread or self.socket else "none"
@@ -43,8 +43,8 @@ class Detection:
 def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
 
-    Threads and sockets are checked separately. kombu checks only the socket class, so it takes a
-    partial patch for a full one.
+    Threads and sockets are checked separately, to detect a partial patch. kombu checks only
+    sockets.
     """
     modules = sys.modules if modules is None else modules
     gevent = modules.get("gevent.monkey")
@@ -111,9 +111,9 @@ def build(name: str) -> BaseConcurrency:
 def patch(name: str) -> None:
     """Patch this process for ``gevent`` or ``eventlet``; other backends need no patch.
 
-    Call this before the process imports a module that waits. Call it only in the agent's own
-    processes: a host patches itself. Raises ``HostConfigurationError`` if the name is unknown or
-    the library is not installed.
+    Must be called before the process imports a module that uses threads or sockets, and only in
+    processes of z4j-bare commands, because a host patches itself. Raises ``HostConfigurationError``
+    if the name is unknown or the library is not installed.
     """
     _check_known(name)
     if name in ("auto", "threads") or detect().outcome == name:
@@ -134,7 +134,7 @@ def _patch_gevent() -> None:
 
 def _patch_eventlet() -> None:
     with warnings.catch_warnings():
-        # eventlet announces its deprecation on import
+        # eventlet warns of its own deprecation on import
         warnings.simplefilter("ignore", DeprecationWarning)
         import eventlet
 

@@ -26,28 +26,27 @@ _thread = patcher.original("_thread")
 _native_ident = _thread.get_ident
 _store_guard = ForkGuard(_thread.allocate_lock)
 
-#: Seconds after which a waiter checks its flag without a wake-up. The check is needed for one race:
-#: another native thread sets the flag while the hub sorts its timers. In all other cases the hub
-#: wakes the waiter when it next wakes up, at least once a second while an agent runs. The interval
-#: is long because each check costs an idle worker 0.2 ms, and an agent has ten waiters.
+#: Seconds after which a waiter checks its flag without a wake-up. A wake-up is lost if another
+#: native thread sets the flag while the hub sorts its timers. The interval is long because each
+#: check costs an idle worker 0.2 ms, and an agent has ten waiters.
 RECHECK_INTERVAL = 60.0
 
 #: Maximum seconds of one wait for a socket in a process that has forked. Parent and child share the
-#: hub's epoll set. When the child closes a socket, the parent no longer gets the socket's events.
-#: The parent's next wait registers the socket again.
+#: hub's epoll set. When the child closes a socket, the parent gets no more events of that socket
+#: until its next wait registers the socket again.
 MAX_IO_WAIT = 1.0
 
-#: Maximum seconds of one wait for a socket in a process that has not forked yet. The wait is
-#: limited because the process may fork during it.
+#: Maximum seconds of one wait for a socket in a process that has not forked yet, but may fork
+#: during the wait.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
 @implementer(IEvent)
 class Event:
-    """A flag on a semaphore.
+    """An event made of a flag and a semaphore.
 
-    eventlet's own event can be set only once, and a patched ``threading.Event`` switches greenlets
-    in ``set``.
+    eventlet's own event can be set only once. A patched ``threading.Event`` switches greenlets in
+    ``set``.
     """
 
     def __init__(self) -> None:
@@ -55,18 +54,18 @@ class Event:
         self._waiters = 0
         self._semaphore = Semaphore(0)
         self._thread = _native_ident()
-        # The first wait sets the hub. The constructor must not create a hub, because a hub that was
-        # created before a daemon forks cannot be used after the fork.
+        # Set by the first wait. The constructor must not create a hub, because a daemon may fork
+        # later, and a hub cannot be used after a fork.
         self._hub: Any = None
 
     def set(self) -> None:
-        """Set the flag and make the hub wake all waiters. This does not switch greenlets."""
+        """Set the flag and make the hub wake all waiters, without switching greenlets."""
         self._flag = True
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # This only appends to a list of the hub. It does not wake the hub, because no other
-            # native thread can wake a hub of eventlet.
+            # The call only appends to a list of the hub. No other native thread can wake a hub of
+            # eventlet.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:
@@ -101,9 +100,8 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` is not used. It has twenty threads and gives each job to the thread that was
-    idle for longest. The caches of that thread are cold, and SQLite allocates memory for each
-    thread.
+    ``eventlet.tpool`` is not used. It gives each job to the one of twenty threads that was idle for
+    longest. The caches of that thread are cold, and SQLite allocates memory for each thread.
     """
 
     def __init__(self) -> None:
@@ -114,13 +112,13 @@ class NativeWorker:
         _thread.start_new_thread(self._work, ())
 
     def call(self, job: Callable[[], object]) -> Any:
-        """Return the result of ``job()``, which must not raise, log or touch objects of the hub."""
+        """Return the result of ``job()``, which must not raise, log or use objects of the hub."""
         result: list[Any] = []
         self._jobs.put((result, job))
         while not result:
             wait_io(self._wakeup_r, MAX_IO_WAIT, write=False)
             with suppress(BlockingIOError):
-                self._wakeup_r.recv(64)  # also removes the wake-ups of callers that were killed
+                self._wakeup_r.recv(64)  # also reads the wake-ups of killed callers
         return result[0]
 
     def close(self) -> None:
@@ -135,7 +133,7 @@ class NativeWorker:
                 result.append(job())
                 with suppress(OSError):  # the caller was killed, and the other end is closed
                     self._wakeup_w.send(b"!")
-                del item, result, job  # otherwise these objects live until the next job
+                del item, result, job  # release these objects before waiting for the next job
 
 
 @implementer(IConcurrency)

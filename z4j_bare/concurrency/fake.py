@@ -15,14 +15,14 @@ from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent, ILock
 
 __all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]
 
-#: Maximum virtual seconds of a wait that has no timeout and is not made by a task. Without this
-#: limit such a wait could last for ever.
+#: Maximum virtual seconds of a wait of the main greenlet without a timeout. Without a limit, such a
+#: wait could last for ever.
 MAX_MAIN_WAIT = 3600.0
 
 
 @implementer(IEvent)
 class FakeEvent:
-    """An event in virtual time. Its waiters wake at the instant at which it is set."""
+    """An event in virtual time. Its waiters wake without delay when it is set."""
 
     def __init__(self, backend: FakeConcurrency) -> None:
         self._backend = backend
@@ -65,8 +65,8 @@ class FakeLock:
 class FakeConcurrency(BaseConcurrency):
     """A deterministic backend in one thread.
 
-    Tasks are greenlets that run one at a time in a fixed order, and ``sleep`` takes no real time.
-    No hub is used, so the backend works with every monkey patch::
+    Tasks are greenlets that run in a fixed order, and ``sleep`` takes no real time. The backend has
+    no hub, so it works with every monkey patch::
 
         backend = FakeConcurrency()
         backend.spawn(my_loop, name="loop")
@@ -135,10 +135,10 @@ class FakeConcurrency(BaseConcurrency):
         return condition()
 
     def _next(self, deadline: float) -> greenlet | None:
-        """Remove and return the next task to run, or ``None`` if there is none before ``deadline``.
+        """Remove and return the next task to run; ``None`` if no task runs before ``deadline``.
 
-        A task whose condition is true is ready and runs first. If no task is ready, the result is
-        the task with the earliest timeout, and the clock advances to that timeout.
+        Tasks whose condition is true run first. If there are none, the task with the earliest
+        timeout runs, and the clock advances to that timeout.
         """
         ready = [entry for entry in self._parked if entry[3]()]
         if ready:

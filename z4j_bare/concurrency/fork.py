@@ -1,4 +1,4 @@
-"""Provides the fork epoch, and guards that make ``os.fork`` wait for native threads."""
+"""The fork epoch, and guards that make ``os.fork`` wait for native threads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # ``open_file`` replaces ``os.open`` in code that runs on native threads. The patched
-    # ``os.open`` of eventlet creates a hub in the calling thread. When such a thread ends, greenlet
-    # searches the whole heap for the hub's remains. This blocks the main thread for 20 to 70 ms.
+    # Code on native threads uses ``open_file`` instead of ``os.open``, because eventlet's patched
+    # ``os.open`` creates a hub in the calling thread. When this thread ends, greenlet searches the
+    # whole heap for references to the hub, which blocks the main thread for 20 to 70 ms.
     from posix import open as open_file
 else:
     raise ImportError(
@@ -25,13 +25,13 @@ __all__ = ["ForkGuard", "ImportForkGuard", "epoch", "has_forked", "open_file"]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite, so that a hung disk
-#: cannot block the host.
+#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite. Without a limit, a hung
+#: disk would block the host.
 STORE_TIMEOUT = 0.25
-#: Maximum seconds that ``os.fork`` waits for an import on a native thread. The limit ends a
-#: deadlock: the import may be waiting for an import lock that the forking thread holds.
+#: Maximum seconds that ``os.fork`` waits for an import on a native thread. Without a limit, the two
+#: would deadlock if the import waits for an import lock of the forking thread.
 IMPORT_TIMEOUT = 2.0
-#: Seconds between two checks whether a native thread still imports a module.
+#: Seconds between two checks whether the import has ended.
 IMPORT_POLL_INTERVAL = 0.001
 
 _epoch = 0
@@ -41,18 +41,18 @@ _forked = False
 def epoch() -> int:
     """Return the fork epoch. The epoch of a forked child is its parent's epoch plus one.
 
-    Greenlets survive ``os.fork`` in the child, so the agent's loops compare the epoch at every
-    wake-up. A comparison takes 30 ns; ``os.getpid`` takes five times as long.
+    ``os.fork`` copies greenlets into the child, so the agent's loops compare the epoch at every
+    wake-up. This takes 30 ns, a fifth of the time of ``os.getpid``.
     """
     return _epoch
 
 
 def has_forked() -> bool:
-    """Return whether this process has called ``os.fork``, which ``subprocess`` does not use."""
+    """Return whether this process has called ``os.fork``. ``subprocess`` does not call it."""
     return _forked
 
 
-# The hooks only assign. A hook that yields would run the parent's greenlets inside fork()
+# The hooks only assign variables. A hook that yields would run the parent's greenlets inside fork()
 # (gevent #2204).
 
 
@@ -82,14 +82,13 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 
 
 class ForkGuard:
-    """Makes ``os.fork`` wait until a short section of code has ended. That code must not fork.
+    """Makes ``os.fork`` wait until a short section of code has ended, which must not fork.
 
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
-    thread opened and closed databases, 33 deadlocked at their first use of SQLite, whether by the
-    agent or by the host.
+    thread opened and closed databases, 33 deadlocked at their first use of SQLite.
 
-    :param make_lock: returns an unpatched lock, so that no greenlet runs while the fork hook waits
-        for it.
+    :param make_lock: returns an unpatched lock. While the fork hook waits for it, no greenlet may
+        run.
     """
 
     def __init__(self, make_lock: Callable[[], NativeLock]) -> None:
@@ -105,7 +104,7 @@ class ForkGuard:
     def run(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
         """Call ``function`` on this native thread.
 
-        Other guarded calls and forks wait until it returns.
+        Other guarded calls and forks wait for the call.
         """
         with self._lock:
             return function(*args)
@@ -132,8 +131,8 @@ class ImportForkGuard:
     """Makes ``os.fork`` wait for imports on the agent's native threads.
 
     After a fork during an import, the child has a half-initialised module and an import lock that
-    no thread will release. An import of that module in the child deadlocks. At startup the imports
-    of kombu's transport and of redis alone take 0.1 s.
+    no thread releases. An import of that module in the child deadlocks. The window is long: the
+    imports of kombu's transport and of redis take 0.1 s.
     """
 
     def __init__(self) -> None:
@@ -142,7 +141,7 @@ class ImportForkGuard:
         os.register_at_fork(before=self._wait, after_in_child=self._threads.clear)
 
     def run(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Call ``function``. Until it returns, forks wait for each import of this native thread."""
+        """Call ``function``. Forks wait for the imports that it makes on this native thread."""
         ident = threading.get_ident()
         self._threads.add(ident)
         try:
@@ -162,6 +161,6 @@ class ImportForkGuard:
         try:
             locks = [reference() for reference in tuple(module_locks.values())]
         except RuntimeError:
-            # The dict has changed during the iteration, so an import has just begun.
+            # The dict changed during the iteration, because an import began.
             return True
         return any(lock is not None and lock.owner in self._threads for lock in locks)

@@ -32,9 +32,9 @@ _store_guard = ForkGuard(_original("_thread", "allocate_lock"))
 class GeventConcurrency(BaseConcurrency):
     """Runs each task in a greenlet on the hub, and offloaded functions in one native thread.
 
-    The hub is that of the thread that starts the agent. The native thread belongs to a separate
-    pool of the agent. The hub's own pool of ten threads is not used for the agent's functions: it
-    also resolves host names, and a hung disk must not occupy one of its threads.
+    The hub belongs to the thread that starts the agent. The native thread belongs to a pool of the
+    agent. The hub's own pool of ten threads is not used, because it also resolves host names, and a
+    hung disk must not occupy one of its threads.
     """
 
     name = "gevent"
@@ -68,13 +68,13 @@ class GeventConcurrency(BaseConcurrency):
     ) -> Callable[[], object]:
         """Make the hub call ``function()`` every ``seconds`` seconds.
 
-        The timer does not keep the hub alive.
+        The hub can end although the timer is active.
         """
         timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
 
         def tick() -> None:
             if self._tick(function) and not once:
-                timer.again(tick)  # the next interval starts now, even if this tick was late
+                timer.again(tick)  # the interval starts now, also after a late tick
             else:
                 timer.close()
 
@@ -87,7 +87,7 @@ class GeventConcurrency(BaseConcurrency):
         return import_cooperatively(module, self.sleep)
 
     def close(self) -> None:
-        """Stop the native thread, unless it still runs a job: ``kill`` would wait for that job."""
+        """Stop the native thread if it runs no job, because ``kill`` would wait for the job."""
         pool, self._pool = self._pool, None
         if pool is not None and not self.forked() and not self._offload_lock.locked():
             pool.kill()
@@ -120,7 +120,7 @@ class GeventConcurrency(BaseConcurrency):
 
 
 class _YieldingFinder:
-    """A meta-path finder that finds no module, and yields before each import of its greenlet."""
+    """A meta-path finder that yields before each import of its greenlet and finds no module."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._greenlet = getcurrent()
@@ -139,13 +139,12 @@ class _YieldingFinder:
 def import_cooperatively(module: str, sleep: Callable[[float], None]) -> ModuleType:
     """Import and return ``module``, yielding before each file.
 
-    Without yields the import of ``requests`` would block the hub for 100 to 200 ms.
+    An import of ``requests`` without yields would block the hub for 100 to 200 ms.
 
-    If another greenlet imports one of these modules meanwhile, it waits for the module's import
-    lock. This is safe only under gevent, because importlib uses gevent's locks and thread idents.
-    Under eventlet importlib uses the native locks and idents, so all greenlets count as the same
-    owner of a module's lock. A second greenlet would import the module again, or get a
-    half-initialised module.
+    Another greenlet that imports one of these modules during a yield waits for the module's import
+    lock. Only gevent replaces the locks and thread idents of importlib. Under eventlet, all
+    greenlets have the native thread's ident and are one owner of the import lock. Therefore a
+    second greenlet would import the module again, or get a half-initialised module.
     """
     finder = _YieldingFinder(sleep)
     sys.meta_path.insert(0, finder)

@@ -1,4 +1,4 @@
-"""The backend for processes without monkey-patching: threads of the operating system."""
+"""The backend for processes without monkey-patching. Its tasks are operating system threads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ThreadsConcurrency(BaseConcurrency):
             raise InterpreterShutdownError(f"task {name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
-        # ``time.sleep`` is not used: it may be patched although threads are not. A patched
+        # ``time.sleep`` is not used, because it may be patched although threads are not. A patched
         # ``sleep`` would create a hub in this thread.
         self._never_set.wait(seconds)
 
@@ -63,9 +63,9 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):
-            # eventlet removes poll() where it patches sockets. The select() of eventlet is not
-            # limited to descriptors below 1024.
+            # eventlet removes poll() when it patches sockets. eventlet's select() accepts
+            # descriptors above 1023.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
-        poller = select.poll()  # the native select() is limited to descriptors below 1024
+        poller = select.poll()  # the native select() rejects descriptors above 1023
         poller.register(sock, select.POLLOUT if write else select.POLLIN)
         return bool(poller.poll(max(0, int(timeout * 1000))))

@@ -1,4 +1,4 @@
-"""Exponential back-off, and the delays of the reconnect loop by failure class."""
+"""Exponential back-off, and the reconnect delays of each failure class."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 
-#: Maximum random part that is added to a reconnect delay, relative to the delay. Without a random
-#: part, all workers would reconnect at the same time.
+#: Maximum random addition to a reconnect delay, relative to the delay. Without it, all workers
+#: would reconnect at the same time.
 JITTER = 0.3
 
 
 class Backoff:
     """Delays that grow from ``initial`` to ``maximum`` seconds, by ``factor`` at each step.
 
-    :param jitter: upper bound of the random part that ``next`` adds, relative to the delay.
+    :param jitter: maximum random addition of ``next``, relative to the delay.
     :param random: returns a float in [0, 1).
     """
 
@@ -66,7 +66,7 @@ class BackoffPolicy:
     """The first and the longest reconnect delay of a failure class, in seconds.
 
     A session of at least ``reset_after`` seconds resets the delay. A shorter session does not,
-    because a session that fails often does so right after ``hello_ack``.
+    because many failing sessions end right after ``hello_ack``.
     """
 
     initial: float
@@ -80,14 +80,16 @@ BACKOFF_POLICIES = {
     "auth": BackoffPolicy(10, 600),
     "incompatible": BackoffPolicy(120, 3600),
     # Two processes with the same worker id replace each other's session in turn. Each session lasts
-    # as long as the other process waits, so ``reset_after`` is longer than the longest delay.
+    # until the other process reconnects. Therefore ``reset_after`` is longer than the maximum
+    # delay.
     "limited": BackoffPolicy(10, 600, reset_after=1800),
-    # The delays are short, because the search for a poison row has few steps and blocks all rows.
+    # The delays are short, because the search for a poison row takes only a few sessions and delays
+    # all rows.
     "poison": BackoffPolicy(1, 4),
 }
 
-#: Failure class by exception type. The first match counts. Any other exception is in the class
-#: "connection".
+#: Failure class of each exception type. The first match counts. All other exceptions belong to the
+#: class "connection".
 _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (AuthenticationRejectedError, "auth"),
     (IncompatibleError, "incompatible"),
@@ -96,8 +98,8 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (PoisonRowError, "poison"),
 )
 
-#: The ``agent_status`` frame reports three streaks: "auth", "protocol" and "connection". Failures
-#: of the other classes count in one of these streaks.
+#: Maps failure classes for which the ``agent_status`` frame has no streak to the streak in which
+#: their failures are counted.
 _STREAKS = {"incompatible": "protocol", "limited": "connection", "poison": "connection"}
 
 
@@ -123,7 +125,7 @@ class ReconnectBackoff:
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``.
 
-        The delay is at least the server's ``Retry-After``, up to one hour.
+        The delay is at least ``Retry-After`` of the response, of which at most one hour counts.
         """
         kind = failure_class(error)
         self.streaks[_STREAKS.get(kind, kind)] += 1
@@ -133,12 +135,12 @@ class ReconnectBackoff:
         )
 
     def on_connected(self) -> dict[str, int]:
-        """Reset the streaks, because a session begins. Return the previous streaks."""
+        """Reset the streaks at the start of a session; return the previous streaks."""
         ended, self.streaks = self.streaks, _no_streaks()
         return ended
 
     def on_session_end(self, seconds: float) -> None:
-        """Reset each delay whose ``reset_after`` a session of ``seconds`` has reached."""
+        """Reset the delays whose ``reset_after`` is at most ``seconds``, the session's length."""
         for kind, policy in BACKOFF_POLICIES.items():
             if seconds >= policy.reset_after:
                 self._delays[kind].reset()

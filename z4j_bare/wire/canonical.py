@@ -1,9 +1,9 @@
-"""Canonical JSON: a sanitiser, an encoder, and an incremental parser and encoder.
+"""Sanitises and encodes values as canonical JSON; parses and encodes large values in small steps.
 
-The brain parses a frame and encodes it again to check the signature. A value whose bytes change in
-this round trip fails the check (close code 4403) or crashes the brain's parser (1011). Both end the
-session. Therefore every value is converted to plain JSON types before signing. A NUL character,
-which the brain's database rejects, is replaced.
+To check a signature, the brain parses the frame and encodes it again. If this changes a byte, the
+check fails (close code 4403). Other values crash the brain's parser (close code 1011). Therefore
+every value is converted to plain JSON types before signing. NUL is replaced, because the brain's
+database rejects it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 
 from z4j_bare.wire.fit import has_nul, replace_nul
 
-#: Maximum bits of an integer (1,024 bits are 309 digits). A larger integer is replaced by a text,
-#: because ``json`` refuses to parse more than 4,300 digits (``sys.set_int_max_str_digits``) and no
-#: integer column of a database is this large.
+#: Maximum bits of an integer (309 digits). A text replaces a larger integer, because ``json``
+#: refuses to parse more than 4,300 digits (``sys.set_int_max_str_digits``).
 MAX_INT_BITS = 1024
 
-#: Maximum nesting levels of a value. The brain redacts everything below level 64, and an event's
+#: Maximum nesting levels of a value. The brain redacts all values below level 64, and an event's
 #: envelope takes four levels.
 MAX_DEPTH = 60
 
-#: Number of characters from which on ``iter_canonical`` yields a piece, and maximum length of a
-#: string that it encodes in one step.
+#: Minimum number of characters of a piece that ``iter_canonical`` yields, and maximum number of
+#: characters of a string that it encodes in one step.
 CHUNK_CHARS = 16 * 1024
 
 _encode = json.JSONEncoder(
@@ -45,19 +44,18 @@ def canonical(value: object) -> bytes:
 def canonical_plain(value: object) -> bytes:
     """Return the canonical JSON of a value that consists of JSON types with string keys.
 
-    NUL is replaced. A lone surrogate or a non-finite float makes the encoder fail, and the value is
-    then sanitised.
+    NUL is replaced. A value with a lone surrogate or a non-finite float is sanitised.
     """
     return without_nul(plain_text(value)).encode()
 
 
 def sanitised_text(value: object) -> str:
-    """Return what :func:`canonical` returns, as text and with NUL."""
+    """Return the canonical JSON of any value, sanitised, as text and with NUL."""
     return _encode(to_json_types(value))
 
 
 def plain_text(value: object) -> str:
-    """Return what :func:`canonical_plain` returns, as text and with NUL."""
+    """Do the same as :func:`canonical_plain`, but return text and keep NUL."""
     try:
         text = _encode(value)
         if not text.isascii():
@@ -68,12 +66,12 @@ def plain_text(value: object) -> str:
 
 
 def without_nul(text: str) -> str:
-    """Return canonical JSON without NUL, and canonical again: its keys may have changed."""
+    """Replace NUL in canonical JSON, and sort its keys again."""
     return _encode(json.loads(replace_nul(text))) if has_nul(text) else text
 
 
 def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
-    """Return ``value`` as JSON types that encode to the same bytes after a round trip."""
+    """Convert ``value`` to JSON types whose encoding is the same after it was parsed."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -99,9 +97,9 @@ def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
 def loads_incrementally(message: bytes, checkpoint: Callable[[], object]) -> Any:
     """Parse as ``json.loads`` does, and call ``checkpoint`` before every value.
 
-    Large messages would block the hub if they were parsed in one step: the C parser takes 15 to
-    150 ms for 1 MiB. This function uses the pure Python parser, which takes ten times the CPU time.
-    Raises ``ValueError`` or ``RecursionError``.
+    The C parser would block the hub for 15 to 150 ms for a message of 1 MiB. The pure Python parser
+    of this function can yield, but takes ten times the CPU time. Raises ``ValueError`` or
+    ``RecursionError``.
     """
 
     def yielding(scan: Scan) -> Scan:
@@ -135,8 +133,8 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    # ``json`` would encode the keys 1 and "1" as two equal keys. The brain's parser keeps only one
-    # of two equal keys, so the signature would not match.
+    # ``json`` encodes the keys 1 and "1" as two equal keys. The brain's parser keeps only one of
+    # them, so the signature would not match.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

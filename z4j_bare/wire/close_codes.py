@@ -30,8 +30,8 @@ _LIMIT_REACHED = (
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
-#: The lowest close code that the brain defines itself. Lower codes are defined by WebSocket, and
-#: codes below 1000 are HTTP statuses.
+#: The lowest close code that the brain defines. WebSocket defines the codes from 1000, and lower
+#: codes are HTTP statuses.
 MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
@@ -70,23 +70,23 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     503: (NetworkError, "HTTP 503: the brain is starting or has no capacity"),
 }
 
-#: Close codes and HTTP statuses that a single frame can cause, because the brain cannot process the
-#: frame or a proxy rejects the frame.
+#: Close codes and HTTP statuses that the content of a single frame can cause: the brain cannot
+#: process it, or a proxy rejects it.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
-#: Codes with which the brain rejects a signature in an established session. Before, they have other
-#: meanings.
+#: Codes with which the brain rejects a signature in an established session. Before ``hello_ack``
+#: these codes have other meanings.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: Clock difference in seconds. If a signature is rejected and the difference is larger, the error
-#: gives the clock as the cause. The brain allows 60 s.
+#: Maximum clock difference in seconds for which the key is reported as the cause of a rejected
+#: signature. With a larger difference, the clock is reported. The brain allows 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 
 def error_for_close_code(code: int | None, reason: str = "") -> AgentError:
     """Return the error for a WebSocket close.
 
-    :param code: ``None`` for a connection that ended without a close code.
+    :param code: the close code, or ``None`` if there was none.
     """
     kind, text = _CLOSE_CODES.get(code or 0, (NetworkError, "the connection was lost"))
     return kind(_with_reason(text, reason), code=code)
@@ -95,10 +95,7 @@ def error_for_close_code(code: int | None, reason: str = "") -> AgentError:
 def error_for_http_status(
     status: int, reason: str = "", retry_after: float | None = None
 ) -> AgentError:
-    """Return the error for an HTTP response with an unexpected status.
-
-    :param retry_after: the seconds of ``Retry-After``, if the response has it.
-    """
+    """Return the error for an HTTP response with an unexpected status."""
     kind, text = _HTTP_STATUSES.get(status, (NetworkError, f"HTTP {status}"))
     return kind(_with_reason(text, reason), code=status, retry_after=retry_after)
 
@@ -106,10 +103,10 @@ def error_for_http_status(
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
     """Return an error that names the cause of a rejected signature: the clock or the key.
 
-    ``error`` must have ended an established session. If it was not caused by a rejected
-    signature, or the cause is unknown, it is returned unchanged.
+    ``error`` must have ended an established session. If it does not come from a rejected signature,
+    or the cause is unknown, it is returned unchanged.
 
-    :param clock_offset: seconds by which the brain's clock was ahead of this host's at
+    :param clock_offset: seconds by which the brain's clock was ahead of this host's clock at
         ``hello_ack``, if known.
     """
     if error.code not in _SIGNATURE_REJECTED:
@@ -131,10 +128,7 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 
 
 def may_be_poison(error: AgentError) -> bool:
-    """Whether the content of a frame may have caused ``error``.
-
-    If the content is the cause, sending the frame again causes the same error.
-    """
+    """Whether a frame may have caused ``error``, and would cause it again if it were sent again."""
     return getattr(error, "code", None) in _MAY_BE_POISON
 
 

@@ -1,4 +1,4 @@
-"""An operator's command as it was received, and its outcome as it will be sent."""
+"""An operator's command, and its outcome."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ RESERVED_PREFIX = "__z4j_"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command with a verified signature. Its parameters have not been verified.
+    """A command whose signature is verified. The methods check its parameters.
 
-    ``deadline`` is in monotonic seconds. The result must be stored before the deadline, because the
-    brain ignores a result that arrives later. The methods raise ``CommandError`` for a parameter of
-    the wrong type or value.
+    ``deadline`` is in monotonic seconds. The brain ignores a result that arrives after the
+    deadline. The methods raise ``CommandError`` for a parameter of the wrong type or value.
     """
 
     id: str
@@ -29,7 +28,7 @@ class Command:
     token: str | None = None
 
     def text(self, *names: str) -> str | None:
-        """Return the first non-empty string with one of these names, first from the parameters."""
+        """Return the first non-empty string with one of these names in parameters or target."""
         for source in (self.parameters, self.target):
             for name in names:
                 if isinstance(source.get(name), str) and source[name]:
@@ -37,7 +36,7 @@ class Command:
         return None
 
     def required(self, *names: str) -> str:
-        """Return what :meth:`text` returns, but raise ``CommandError`` instead of ``None``."""
+        """Do the same as :meth:`text`, but raise ``CommandError`` instead of returning ``None``."""
         found = self.text(*names)
         if found is None:
             raise self.error(f"{names[0]} is required")
@@ -56,7 +55,7 @@ class Command:
         return value
 
     def positive_int(self, name: str, default: int, *, maximum: int) -> int:
-        """Return an integer parameter of 1 or more. A larger value than ``maximum`` is reduced."""
+        """Return an integer parameter of 1 or more, reduced to at most ``maximum``."""
         value = self.option(name, int, "a whole number")
         if value is not None and value < 1:
             raise self.error(f"{name} must be 1 or more")
@@ -69,9 +68,11 @@ class Command:
     def arguments(
         self, args: str, kwargs: str
     ) -> tuple[tuple[Any, ...] | None, dict[str, Any] | None]:
-        """Return a task's positional and keyword arguments from the parameters with these names.
+        """Return the positional and keyword arguments of a task; ``None`` for absent parameters.
 
-        The value of an absent parameter is ``None``.
+        :param args: name of the parameter with the positional arguments.
+
+        :param kwargs: name of the parameter with the keyword arguments.
         """
         positional = self.option(args, list, "a list")
         named = self.option(kwargs, dict, "an object")
@@ -85,8 +86,8 @@ class Command:
     def eta(self, wall: float) -> float | None:
         """Return the time at which a task should run, in seconds since the epoch.
 
-        The time is the parameter ``eta``, or ``wall`` plus the parameter ``eta_seconds``. It is
-        ``None`` if the command has neither.
+        The time is the parameter ``eta``, or ``wall`` plus the parameter ``eta_seconds``. Without
+        both parameters it is ``None``.
         """
         eta, delay = (
             self.option(name, (int, float), "a number of seconds")
@@ -125,7 +126,7 @@ class CommandOutcome:
 
     @classmethod
     def indeterminate(cls, action: str, error: str) -> Self:
-        """Return the outcome of a command that may or may not have been carried out."""
+        """Return the outcome of a command that was perhaps carried out."""
         return cls("failed", {"indeterminate": True, "operation": action}, error)
 
     @classmethod

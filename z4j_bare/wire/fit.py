@@ -1,9 +1,9 @@
 """Makes ids, names and texts fit for the columns of the brain's database.
 
-PostgreSQL refuses a text with NUL and a text that is longer than its column. The brain drops an
-event with such a text and acknowledges the event, so the task would stay ``started`` for ever, or
-would never have a row. Therefore the agent changes such texts before it stores an event, and the
-event names the changed fields (``docs/protocol.md``, "Events").
+PostgreSQL rejects a text that contains NUL or is longer than its column. The brain drops an event
+with such a text but acknowledges it. The task would stay ``started`` for ever, or would never
+appear. Therefore the agent changes such texts before it stores an event, and lists the changed
+fields in the event (``docs/protocol.md``, "Events").
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 #: Replaces NUL and lone surrogates.
 REPLACEMENT = "\ufffd"
 
-#: Width in characters of the brain's columns for a task id. One of these columns, the target of a
-#: command, contains the engine's name and a colon before the task id.
+#: Width in characters of the brain's columns for a task id. The column for a command's target
+#: contains ``engine:task_id``.
 ID_COLUMN_CHARS = 200
 
 #: Width in characters of the brain's column for the name of a task.
@@ -27,19 +27,20 @@ MAX_TASK_NAME_CHARS = 500
 #: Width in characters of the brain's columns for the names of queues and workers.
 MAX_NAME_CHARS = 200
 
-#: Maximum characters of a task id that fits for every engine. An engine's name has at most 40
-#: characters.
+#: Maximum characters of a task id that fits whatever the engine is, because an engine's name has at
+#: most 40 characters.
 SHORT_ID_CHARS = ID_COLUMN_CHARS - 41
 
-#: Maximum number of originals that are remembered, and maximum characters of one original. All
-#: originals together take at most 16 MB.
+#: Maximum number of changed texts whose originals are remembered, in at most 16 MB.
 MAX_ORIGINALS = 4096
+
+#: Maximum characters of a remembered original.
 MAX_ORIGINAL_CHARS = 4096
 
-#: The field of an event's data that lists what has been changed in the event.
+#: The key of an event's data whose value lists the changed fields of the event.
 MARK = "fitted"
 
-#: The entry of the list ``fitted`` for NUL characters that were replaced in values or keys.
+#: The entry of the list ``fitted`` for replaced NUL characters in any value or key.
 NUL_MARK = "nul"
 
 #: Fields of an event's data that contain a task id.
@@ -52,24 +53,23 @@ _NAME_FIELDS = {
     "worker": MAX_NAME_CHARS,
 }
 
-#: Number of events that this process has changed, by what was changed. Only flush loops write to
-#: this counter.
+#: Number of changed events of this process, by changed field. Only flush loops write to it.
 fitted: Counter[str] = Counter()
 
-#: Maps each changed text, which the brain has, to its original text. The value is ``None`` if
-#: several originals became the same text, or if the original is too long to be remembered.
+#: Maps each changed text to its original text. The value is ``None`` if several originals became
+#: the same text, or if the original is too long to be remembered.
 _originals: dict[str, str | None] = {}
 
 _HASH_CHARS = 32
 _is_short_id = re.compile(rf".+~[0-9a-f]{{{_HASH_CHARS}}}", re.DOTALL).fullmatch
 
-#: Matches an escaped NUL in JSON, and the pairs of backslashes before it. A pair is one escaped
-#: backslash and does not belong to the NUL.
+#: Matches an escaped NUL in JSON and the pairs of backslashes before it. Each pair is an escaped
+#: backslash and stays unchanged.
 _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 def max_id_chars(engine: str) -> int:
-    """Return the maximum characters of a task id for an engine: 193 for Celery."""
+    """Return the maximum number of characters of an engine's task ids: 193 for Celery."""
     return ID_COLUMN_CHARS - len(engine) - 1
 
 
@@ -81,7 +81,7 @@ def has_nul(encoded: str) -> bool:
 
 
 def replace_nul(encoded: str) -> str:
-    """Return a JSON text with every NUL replaced. The keys of the result may be out of order."""
+    """Replace every NUL in a JSON text. Its keys may then no longer be sorted."""
     return _ESCAPED_NUL.sub(rf"\1{REPLACEMENT}", encoded) if has_nul(encoded) else encoded
 
 
@@ -110,9 +110,8 @@ def fit_name(name: str, limit: int = MAX_NAME_CHARS) -> str:
 def original(shown: str) -> str | None:
     """Return the original of ``shown``, an id or a name that the brain has.
 
-    ``None`` if ``shown`` looks like a changed text and this process does not know the original.
-    Then another process sent the text, this process has forgotten the original, or several
-    originals became the same text.
+    Returns ``None`` for a changed text whose original is not known: another process sent it, it was
+    forgotten, or several originals became the same text.
     """
     if shown in _originals:
         return _originals[shown]
@@ -120,12 +119,12 @@ def original(shown: str) -> str | None:
 
 
 def is_fit(data: Mapping[str, Any]) -> bool:
-    """Whether the ids and names of an event's data fit, except for NUL.
+    """Whether the ids and names of an event's data are short enough. NUL is not checked.
 
-    Also ``False`` for a name that :func:`fit_name` has to remember. Raises ``TypeError`` for an id
-    or a name without a length, such as a number.
+    A name of exactly the maximum length is too long, because :func:`fit_name` has to remember it.
+    Raises ``TypeError`` for an id or a name without a length, such as a number.
     """
-    # There is no loop, for speed: this function runs for every failed task.
+    # Written without a loop for speed, because this function runs for every failed task.
     get = data.get
     return (
         len(get("task_name") or "") < MAX_TASK_NAME_CHARS
@@ -139,7 +138,7 @@ def is_fit(data: Mapping[str, Any]) -> bool:
 def fit_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return an event's fields with ids and names that fit, and the names of the changed fields.
 
-    A NUL in any other value is not replaced here. :func:`replace_nul` replaces it.
+    NUL in other values remains: :func:`replace_nul` replaces it.
     """
     engine, data, changed = str(fields["engine"]), dict(fields.get("data") or {}), []
     task_id = fields["task_id"]

@@ -1,4 +1,4 @@
-"""Encodes the payloads of outgoing frames, and makes smaller versions of large payloads."""
+"""Encodes the payloads of outgoing frames. Shrinks payloads that are too large."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from z4j_bare.wire.fit import (
 if TYPE_CHECKING:
     from z4j_core.models import Event
 
-#: Maximum bytes of one encoded event: half of the brain's maximum frame size of 1 MiB. A frame of
-#: several events has at most 128 KiB.
+#: Maximum bytes of one encoded event: half of the brain's maximum frame size of 1 MiB.
 MAX_EVENT_BYTES = 512 * 1024
 
 #: Maximum bytes of an encoded result: a quarter of the brain's maximum frame size of 1 MiB. A
 #: summary replaces a larger result.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Fields of an event's data, in the order in which they are removed from an event that is too
-#: large. The event is still useful without these fields.
+#: Fields of an event's data that are replaced by a note in an event that is too large, in this
+#: order.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
 #: Maximum characters of a result's error text, as in z4j_core's model of the frame.
@@ -54,7 +53,7 @@ MAX_KEY_CHARS = 64
 #: Largest value that the brain's frame models allow in counters of rows and events.
 MAX_COUNT = 10_000_000
 
-#: Largest age of a row in seconds that the brain allows: ten years. A wrong clock can cause a
+#: Largest age of a row that the brain allows, in seconds (ten years). A wrong clock can cause a
 #: larger age.
 MAX_AGE = 315_360_000.0
 
@@ -62,7 +61,7 @@ MAX_AGE = 315_360_000.0
 #: large. The brain keeps the previous value of a missing key.
 DROPPABLE_WORKER_KEYS = ("active", "registered", "conf")
 
-#: The features of the agent that ``hello`` announces.
+#: The runtime features that ``hello`` announces.
 RUNTIME_FEATURES = ("retry_by_reference", EXTERNAL_SCHEDULE_RUNTIME_FEATURE)
 
 _DETAILS_SUFFIX = ".worker_details"
@@ -129,8 +128,7 @@ def encode_event(event: Event) -> bytes:
 def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
     """Return the canonical bytes of an event's fields, fit for the brain's database.
 
-    :param trusted: whether all values are JSON types with string keys, so that the sanitiser is
-        not needed.
+    :param trusted: whether all values are JSON types with string keys. Then they are not sanitised.
     """
     encode = plain_text if trusted else sanitised_text
     fields, changed = fit_fields(fields)
@@ -149,9 +147,8 @@ def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
 def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
     """Return the event, truncated to at most ``limit`` bytes.
 
-    Fields of its data are replaced by a note of their size, one after the other in
-    ``TRUNCATION_ORDER``. If the event is still too large, the data keeps only task name, queue and
-    worker.
+    The fields of ``TRUNCATION_ORDER`` are replaced by a note of their size until the event fits. If
+    it never fits, its data keeps only task name, queue and worker.
     """
     data = dict(fields.get("data") or {})
     encoded = b""
@@ -175,8 +172,8 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
 def event_batch(events: Sequence[bytes]) -> bytes:
     """Return the payload of an ``event_batch``. Each event is canonical JSON.
 
-    The brain processes the frames of a connection in order and also acknowledges an empty batch. So
-    the ack of an empty batch proves that all earlier frames were processed.
+    The brain acknowledges an empty batch as well. The ack shows that all earlier frames of the
+    connection were processed.
     """
     return b'{"events":[' + b",".join(events) + b"]}"
 
@@ -192,7 +189,7 @@ def registry_delta(
 def command_ack(token: str | None) -> bytes:
     """Return the payload of a ``command_ack``.
 
-    ``token`` is the delivery token of the command, which the agent returns unchanged.
+    ``token`` is the delivery token that came with the command.
     """
     return canonical({"delivery_claim_token": token} if token else {})
 
@@ -215,10 +212,10 @@ def command_result(
 
 
 def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
-    """Return a summary of a result that cannot be sent: its numeric values and the reason.
+    """Return a summary of a result that cannot be sent: its numeric values and the reason ``why``.
 
-    The command's status does not change. If a successful command were reported as failed, it would
-    be repeated, and the brain would disable a schedule that issued it.
+    The command's status does not change. A successful command that is reported as failed is
+    repeated, and the brain disables a schedule that issued it.
     """
     items = (
         item
@@ -231,10 +228,10 @@ def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, An
 
 
 def shrink_result(payload: bytes) -> Iterator[bytes]:
-    """Yield smaller versions of a result, each smaller than the one before.
+    """Yield smaller and smaller versions of a result.
 
-    The first version has a shorter error text, if the text is long. The second has a summary of the
-    result, and the third has neither values nor a long text.
+    First the error text is shortened, then a summary replaces the result, then the summary loses
+    its values.
     """
     body: dict[str, Any] = json.loads(payload)
     error = body.get("error")
@@ -258,11 +255,9 @@ def agent_status(
 ) -> bytes:
     """Return the payload of an ``agent_status``.
 
-    :param streaks: consecutive failures before this session, by the names of
-        ``ReconnectBackoff.streaks``.
+    :param streaks: consecutive failures before this session, as in ``ReconnectBackoff.streaks``.
     :param connected_at: start of the session, in seconds since the epoch.
     :param session_age: age of the session in seconds.
-    :param buffer_depth: rows in the buffer.
     :param oldest_age: age of the oldest row in seconds.
     """
     return canonical(
@@ -310,7 +305,7 @@ def heartbeat(
 
 
 def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
-    """Yield versions of a heartbeat with fewer and fewer health data."""
+    """Yield smaller and smaller versions of a heartbeat, with less health data each time."""
     beat: dict[str, Any] = json.loads(payload)
     health: dict[str, Any] = beat.get("adapter_health") or {}
     for dropped in DROPPABLE_WORKER_KEYS:
@@ -325,7 +320,7 @@ def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
 
 
 def _without_key(dropped: str, details: Any) -> Any:
-    """Remove the key ``dropped`` of each worker from worker details, a text of JSON.
+    """Remove the key ``dropped`` of each worker from worker details (a JSON text).
 
     Any other value is returned unchanged.
     """

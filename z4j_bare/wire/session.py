@@ -1,7 +1,7 @@
 """Signs and verifies the frames of a session, without a socket or a clock.
 
-The payload of an outgoing frame is encoded once. Each send only adds an envelope to the encoded
-payload. A property test compares the result with z4j_core's own signer.
+An outgoing payload is encoded once, even if it is sent several times. Signing only adds an envelope
+to the encoded payload. A property test compares the result with z4j_core's own signer.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ _NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 #: Types of incoming frames that the agent processes. It ignores frames of other types.
 _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 
-#: Maximum bytes of the envelope around a payload: ids, nonce, timestamp, seq and a signature of 64
-#: characters.
+#: Maximum bytes of the envelope around a payload: id, type, nonce, timestamp, seq and signature.
 ENVELOPE_BYTES = 512
 
-#: Messages larger than this many bytes are verified incrementally. The verification of a smaller
-#: message in one step takes 1 to 3 ms, and 10 ms in the worst case.
+#: Messages of more bytes are verified in small steps. To verify a smaller message takes 1 to 3 ms,
+#: and 10 ms in the worst case.
 INCREMENTAL_THRESHOLD = 32 * 1024
 
 
@@ -47,7 +46,7 @@ INCREMENTAL_THRESHOLD = 32 * 1024
 class HelloAck:
     """The content of ``hello_ack``.
 
-    ``server_time`` is the brain's time in seconds since the epoch, or ``None`` if it was not sent.
+    ``server_time`` is the brain's time in seconds since the epoch, if it was sent.
     """
 
     agent_id: str
@@ -91,8 +90,8 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 class Session:
     """Signs outgoing frames and verifies incoming ones.
 
-    The caller of ``sign`` must hold the transport's send lock, so that frames are sent in the order
-    of their sequence numbers.
+    The transport's send lock must be held from ``sign`` until the frame is written, because the
+    brain rejects frames that are not in the order of their sequence numbers.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -119,15 +118,16 @@ class Session:
         :param identity: the frame id. A ``command_ack`` or ``command_result`` has the id of its
             command.
         :param payload: canonical JSON.
-        :param wall: the current time in seconds since the epoch. The brain allows a skew of 60 s,
-            so a frame is signed when it is sent.
+        :param wall: the current time in seconds since the epoch. The brain rejects a time that
+            differs from its own by more than 60 s, so a frame is signed right before it is sent.
         """
         self._seq += 1
         nonce = token_urlsafe(16).encode()
         envelope = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
         seq = b'"seq":%d,' % self._seq
         tail = b'"ts":"%b","type":%b,"v":2}' % (_timestamp(wall), _quote(kind))
-        # The signed text contains the three ids, the frame does not. Keys are in code point order.
+        # The signed text also contains the ids of agent, project and session. The keys are sorted
+        # by code points.
         digest = self._key.copy()
         digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, envelope, self._project))
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))
@@ -136,11 +136,11 @@ class Session:
     def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
         """Verify an incoming frame and return z4j_core's model of it.
 
-        If the agent processes frames of this type, the fields are validated as well. The only
-        exception for an invalid message is ``RemoteProtocolError``.
+        The fields of the types that the agent processes are validated as well. Raises only
+        ``RemoteProtocolError``.
 
-        :param checkpoint: called every few microseconds during the verification of a large message.
-            It may yield to other tasks.
+        :param checkpoint: called every few microseconds during the verification of a large message,
+            and may yield.
         """
         try:
             if checkpoint is not None and len(message) > INCREMENTAL_THRESHOLD:
@@ -164,14 +164,14 @@ class Session:
             ) from None
 
     def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Frame:
-        """Verify the signature in pieces, and have z4j_core verify a small copy of the frame.
+        """Verify the signature in small steps, and let z4j_core verify a small copy of the frame.
 
-        The copy does not contain the JSON objects of the payload, which make up most of its size.
-        This method signs the copy, so that z4j_core can check the other fields. Afterwards it adds
-        the objects to the model.
+        The copy lacks the JSON objects of the payload, which are most of its size. The copy is
+        signed again, so that z4j_core can check all other fields. Then the objects are added to
+        z4j_core's model.
         """
         frame = loads_incrementally(message, checkpoint)
-        # A missing key raises ``KeyError`` here, before the slow digest.
+        # Read before the digest is computed, so that a missing key raises ``KeyError`` early.
         signature, payload = frame["hmac"], frame["payload"]
         if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")
@@ -201,8 +201,8 @@ class Session:
 def _validated(frame: Frame) -> Frame:
     """Validate the fields of a frame that the agent processes.
 
-    z4j_core checks only the signature. Without this validation, a missing field would raise
-    ``AttributeError`` later, in a loop of the agent.
+    z4j_core checks only the signature. A missing field would raise ``AttributeError`` later, in a
+    loop of the agent.
     """
     if frame.type not in _PROCESSED_TYPES:
         return frame

@@ -1,13 +1,13 @@
-"""The in-flight window limits the events that are sent and not yet acknowledged.
+"""Limits the number of events that are sent and not yet acknowledged (the in-flight window).
 
 The brain ingests the frames of one connection in order, each in one transaction. A large window
-delays all later frames: a command's result waited 33 s behind 4,000 unacknowledged events.
+delays all later frames: behind 4,000 unacknowledged events, a command's result waited 33 s.
 
-If the brain uses SQLite, a transaction blocks all other writers, such as requests of operators. A
-blocked writer retries every 100 ms. After 5 s the request fails with HTTP status 500. In a
-measurement with three frames in flight, which took the brain 1 s each, five of six writers waited,
-for 1.3 to 5.0 s. With one frame in flight, which took 1.5 s, and a pause after each ack, 9 of 29
-writers waited, for 0.9 to 3.8 s. The brain ingested the same number of events in both cases.
+In a brain on SQLite, a transaction blocks all other writers, such as requests of operators. A
+blocked writer retries every 100 ms and fails with HTTP status 500 after 5 s. With three frames of 1
+s in flight, five of six writers waited, for 1.3 to 5.0 s. With one frame of 1.5 s in flight and a
+pause after each ack, 9 of 29 writers waited, for 0.9 to 3.8 s. The brain ingested the same number
+of events in both measurements.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ FRAME_EVENTS_INITIAL = 50
 #: and 200 in frames of 500.
 FRAME_EVENTS_MAX = 500
 
-#: Seconds that the brain should take for one frame. Longer transactions delay operators. Shorter
-#: transactions need more frames, and each frame costs 1 to 2 ms of the worker's CPU time and one
+#: Seconds that the brain should take for one frame. Larger frames delay the requests of operators.
+#: Smaller frames are more frames, and each frame costs 1 to 2 ms of the worker's CPU time and one
 #: ACK_PAUSE.
 TARGET_FRAME_SECONDS = 1.5
 
 #: Seconds without any ack after which all unacknowledged frames are sent again.
 ACK_DEADLINE = 90.0
 
-#: Maximum number of stored early acks. An early ack arrives before ``sent`` adds its frame.
+#: Maximum number of stored early acks: acks that arrive before ``sent`` adds their frame.
 MAX_EARLY_ACKS = 1_024
 
 
@@ -54,8 +54,7 @@ MAX_EARLY_ACKS = 1_024
 class InFlight:
     """A frame in flight.
 
-    ``ids`` are its row ids. ``events`` is its number of events. ``sent_at`` is in monotonic
-    seconds. ``number`` is its position in the order of sending.
+    ``sent_at`` is in monotonic seconds. ``number`` is the frame's position in the order of sending.
     """
 
     ids: tuple[int, ...]
@@ -67,10 +66,11 @@ class InFlight:
 class Window:
     """Admits one frame of events at a time. ``now`` is always the monotonic time in seconds.
 
-    The brain processes frames in order. It sends no answer to a frame that its database rejected
-    temporarily. So a frame counts as skipped when a later frame is acknowledged first. A skipped
-    frame takes no capacity. Its rows are sent again in the next session, or after ``ACK_DEADLINE``
-    seconds together with the rows of all frames in flight.
+    The brain processes frames in order, and does not acknowledge a frame that its database rejected
+    temporarily. Therefore a frame counts as skipped when a later frame is acknowledged first. A
+    skipped frame takes no capacity. Its rows are sent again in the next session. If the session
+    lasts ``ACK_DEADLINE`` seconds longer, they are sent again with the rows of all frames in
+    flight.
     """
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
@@ -121,7 +121,7 @@ class Window:
         return max(0.0, self._paused_until - now) if self._pacing else 0.0
 
     def disable_pacing(self) -> None:
-        """Admit events regardless of acks and pauses, because the agent is stopping."""
+        """Admit events without waiting for acks or pauses, because the agent is stopping."""
         self._pacing = False
 
     def sent(self, frame: str, ids: Sequence[int], events: int, now: float) -> tuple[int, ...]:
@@ -139,10 +139,7 @@ class Window:
         return ()
 
     def acked(self, frame: str, now: float) -> tuple[int, ...]:
-        """Remove an acknowledged frame; return its row ids.
-
-        The counts in the brain's ack have no meaning and are not used.
-        """
+        """Remove an acknowledged frame; return its row ids."""
         previous, self._last_ack, self._paused_until = self._last_ack, now, now + ACK_PAUSE
         if frame in self._skipped:
             return self._skipped.pop(frame).ids
@@ -174,8 +171,7 @@ class Window:
     def _is_busy(self, now: float) -> bool:
         """Whether the brain is processing a frame.
 
-        After ``SLOW_ACK`` seconds the result is ``False``, because the brain may have skipped the
-        frame.
+        ``False`` after ``SLOW_ACK`` seconds, because the brain may have skipped the frame.
         """
         return (
             bool(self._in_flight)
@@ -194,8 +190,8 @@ class Window:
     def _tune_frame_size(self, events: int, seconds: float) -> None:
         """Adapt the frame size to the brain's time for one frame, by a factor of two at most.
 
-        A small frame that was ingested quickly is ignored, because its time does not show how long
-        a larger frame takes.
+        The time of a small frame does not show how long a larger frame takes. Therefore a small
+        frame that was ingested quickly changes nothing.
         """
         if seconds <= TARGET_FRAME_SECONDS and 2 * events < self.frame_events:
             return
