@@ -1,12 +1,11 @@
 """The durable queue between event capture and sending, and the ledger of commands.
 
-``manager``, ``maintenance``, ``adopt_loop`` and ``memory`` run on the hub. The other modules run on
+``manager``, ``maintenance``, ``adopt_loop`` and ``memory`` run on the hub, and the other modules on
 the native thread. Code on the native thread never logs, sleeps, switches greenlets or takes a lock
-of ``threading``, and raises only ``LocalStorageError``. Any native thread may call a store, but
-only one call may run at a time.
+of ``threading``, and raises only ``LocalStorageError``. Only one call to a store may run at a time.
 
 The equation ``produced == confirmed + rows + sum(lost.values())`` holds after every call. After
-``SIGKILL`` it holds for all committed transactions. After a power failure, the file is intact (WAL
+``SIGKILL`` it holds for the committed transactions. After a power failure the file is intact (WAL
 with ``synchronous=NORMAL``), but the last commits may be missing.
 """
 

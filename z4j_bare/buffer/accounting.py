@@ -1,4 +1,4 @@
-"""Counters of rows, bytes, losses and acks, for one store and for all stores of the process."""
+"""Counts rows, bytes, losses and acks of one store and of all stores of the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Counts:
-    """Row counters: either the totals of one store, or the changes made by one transaction."""
+    """Row counters of one store, or their changes by one transaction."""
 
     rows: int = 0
     #: Number of rows that are not events.
@@ -38,7 +38,7 @@ class Counts:
         self.payload_bytes += payload_bytes
 
     def remove(self, kind: str, rows: int, payload_bytes: int, reason: str | None = None) -> None:
-        """Subtract deleted rows of one kind. If ``reason`` is given, count these rows as lost."""
+        """Subtract deleted rows of one kind; with ``reason``, count them as lost."""
         self.rows -= rows
         self.payload_bytes -= payload_bytes
         self.non_events -= 0 if kind == EVENT else rows
@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Add 1 to the produced rows and to the lost rows, for a row that cannot be stored."""
+        """Count a row that cannot be stored as produced and as lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
@@ -55,7 +55,7 @@ class Counts:
         self.lost[reason, kind] = self.lost.get((reason, kind), 0) + rows
 
     def import_losses(self, losses: Losses) -> None:
-        """Add another store's losses to the produced rows and to the lost rows."""
+        """Count another store's losses as produced and as lost."""
         for (reason, kind), rows in losses.items():
             self.produced += rows
             self.record_loss(reason, kind, rows)
@@ -93,7 +93,7 @@ class Counts:
 
 
 class RowTransaction:
-    """Executes the SQL statements of one transaction and sums up its changes to the counters."""
+    """Changes rows in one transaction, and sums up the changes of the counters."""
 
     def __init__(self, connection: sqlite3.Connection, accounting: Accounting) -> None:
         self.change = Counts()
@@ -118,12 +118,12 @@ class RowTransaction:
     def remove(self, ids: Iterable[int], reason: str | None = None) -> int:
         """Delete rows and return the number of deleted rows.
 
-        If ``reason`` is given, the deleted rows count as lost.
+        With ``reason``, the deleted rows count as lost.
         """
         spans, before = ranges(ids), self.change.rows
         self.change.remove(EVENT, *self._accounting.batches.remove(spans), reason)
         if self._accounting.counts.rows + self.change.rows > self._accounting.batches.rows:
-            # The store also has rows that are not in batches.
+            # The store has rows outside of batches.
             for kind, rows, payload_bytes in self._count_by_kind(spans):
                 self.change.remove(kind, rows, payload_bytes, reason)
             self._connection.executemany(schema.DELETE, spans)
@@ -138,7 +138,7 @@ class RowTransaction:
     def write_counters(self) -> None:
         """Add the changes to the counters in the file.
 
-        The transaction of the rows contains this write, so counters and rows always agree.
+        The transaction of the rows contains this write, so that counters and rows always agree.
         """
         for key, more in (("next_id", self.change.produced), ("confirmed", self.change.confirmed)):
             if more:
@@ -200,7 +200,7 @@ class Accounting:
 
     @contextmanager
     def transaction(self) -> Iterator[RowTransaction]:
-        """Commit all changes that the block makes to rows and counters, or none of the changes."""
+        """Commit all changes of the block to rows and counters, or none."""
         rows = RowTransaction(self._connection, self)
         try:
             with transaction(self._connection):
@@ -217,10 +217,10 @@ class Accounting:
 
 
 class ProcessAccounting:
-    """The counters of this process over all its stores. It is used on the hub.
+    """The counters of this process over all its stores, for use on the hub.
 
-    While a store in memory replaces a failed disk, the rows on the disk are still buffered. In this
-    case ``latest`` counts the rows on the disk and the rows in memory.
+    While a store in memory replaces a failed disk, ``latest`` counts the rows on the disk and in
+    memory.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class ProcessAccounting:
         self.latest = NO_STATS
         #: Number of events that were deleted because the brain acknowledged them.
         self.acked_events = 0
-        #: Losses of a replaced file that no other store has recorded yet.
+        #: Losses of a replaced file that the new file has not recorded yet.
         self.unrecorded_losses: Losses = {}
         #: Whether rows were appended after ``latest`` was read.
         self.outdated = False
@@ -240,7 +240,7 @@ class ProcessAccounting:
         return now - self._read_at > interval
 
     def expire(self) -> None:
-        """Mark the stats as outdated: :meth:`is_due` is ``True`` until the next :meth:`update`."""
+        """Make :meth:`is_due` return ``True`` until the next :meth:`update`."""
         self._read_at = float("-inf")
 
     def update(self, stats: BufferStats, now: float) -> None:
@@ -256,7 +256,7 @@ class ProcessAccounting:
         self.unrecorded_losses = pending.lost
 
     def disk_failed(self, stats: BufferStats | None) -> None:
-        """Include the stats of the failed disk in ``latest`` until the disk works again.
+        """Add the stats of the failed disk to ``latest`` until the disk works again.
 
         :param stats: the last known stats of the disk; ``None`` stands for ``latest``.
         """
@@ -268,7 +268,7 @@ class ProcessAccounting:
         )
 
     def disk_returned(self) -> None:
-        """Stop adding the failed disk's stats, because the next stats are read from the disk."""
+        """Stop adding the stats of the failed disk, because the disk works again."""
         self._failed_disk = None
         self.expire()
 

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.buffer.adopt_loop")
 
-#: Seconds to wait before each of the first scans. The first intervals are short, because a worker
-#: often starts while its predecessor is still exiting.
+#: Seconds to wait before each of the first scans. The intervals are short, because a worker often
+#: starts while its predecessor is exiting.
 FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
 #: Seconds to wait before each later scan.
 SCAN_INTERVAL = 60.0
 
-#: Seconds to wait after a step that moved no rows, because the target has enough rows.
+#: Seconds to wait before the next step if the target store has enough rows.
 BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that cannot be adopted is skipped.
 SKIP_SECONDS = 600.0
 
-#: Maximum number of retries after failed steps between which no rows were moved, for one file.
+#: Maximum number of consecutive retries for one file. A step that moves rows resets the count.
 MAX_RETRIES = 20
 #: Seconds to wait before a failed step is retried.
 RETRY_DELAY = 30.0
@@ -44,11 +44,9 @@ RETRY_DELAY = 30.0
 class AdoptLoop:
     """Moves the rows of dead processes into this process's store, one file at a time.
 
-    :param claim: claims the store at a path and returns its :class:`Orphan`. It runs on the native
-        thread.
-    :param on_stored: called after each step that may have moved rows, to notify the sender.
-    :param claim_runs: claims the open runs at a path and returns :class:`OrphanRuns`. It runs on
-        the native thread.
+    :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
+    :param on_stored: notifies the sender; called after each step that may have moved rows.
+    :param claim_runs: returns the :class:`OrphanRuns` of a path; runs on the native thread.
     """
 
     def __init__(
@@ -101,8 +99,8 @@ class AdoptLoop:
     def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
         """Report the runs that were open when their process died.
 
-        Only those of a process whose rows have all been moved: a row that arrives after the report
-        could contradict it.
+        The rows of such a process must have been adopted before, because a row that is sent after
+        the report could contradict it.
         """
         ok, found = self._backend.offload(orphaned_runs, self._buffer_path)
         for path in found if ok else ():
@@ -146,8 +144,8 @@ class AdoptLoop:
                     if outcome == MOVED:
                         failures = 0
                 except LocalStorageError as error:
-                    # The orphan stays claimed between retries. Otherwise another process could move
-                    # the rows of the failed step a second time.
+                    # The orphan stays claimed between retries, so that no other process moves the
+                    # rows of the failed step a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantine(orphan, error)
                     if ended:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Maximum size of a batch in bytes. It equals the maximum size of a frame with several events.
-#: A read from the file splits a whole batch into events on the native thread. During the split, the
-#: native thread holds the interpreter's lock (GIL), and the hub waits.
+#: Maximum bytes of a batch, as of a frame with several events. The native thread splits a batch
+#: into events when it reads the file. During the split it holds the interpreter's lock (GIL), and
+#: the hub waits.
 MAX_BATCH_BYTES = 128 * 1024
 
-#: Maximum number of cached events. The newest batches are cached, so that recent events are sent
-#: without a read from the file. The maximum is twice the in-flight window of 1,000 events.
+#: Maximum number of cached events: twice the in-flight window. The newest batches are cached, so
+#: that recent events are sent without a read from the file.
 CACHE_ROWS = 2_000
 #: Maximum total size of the cached events in bytes.
 CACHE_BYTES = 1024 * 1024
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         start = max(self.first, after + 1)
         payloads = self.payloads[start - self.first :]
         fields = zip(count(start), repeat(EVENT), repeat(""), payloads, repeat(self.at), repeat(0))
-        # ``map`` runs no Python bytecode per event. It takes 0.1 us per event.
+        # ``map`` takes 0.1 us per event, because it runs no Python bytecode per event.
         return list(map(tuple.__new__, repeat(BufferEntry), fields))
 
     def payload_bytes(self, start: int, last: int) -> int:
@@ -52,14 +52,13 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of one store. A batch contains the events of one append in one table row.
 
-    A row for each event would take three times the CPU time, most of it in SQLite. A batch of 256
-    events takes one insertion and one deletion. Acks arrive in order, so one number is enough to
-    record which events of the oldest batch were deleted. Any other change of an event (another
-    attempt, a discard, an ack out of order) splits the batch of the event into single rows of the
-    ``entries`` table.
+    A row for each event would take three times the CPU time, most of it in SQLite. Acks arrive in
+    order, so one number records which events of the oldest batch were deleted. Any other change of
+    an event (another attempt, a discard, an ack out of order) splits the batch into single rows of
+    the ``entries`` table.
 
-    The caller must open a transaction before it calls a method that writes, and must call
-    :meth:`invalidate` after a rollback.
+    Methods that write must be called in a transaction. After a rollback, :meth:`invalidate` must be
+    called.
 
     :param max_bytes: maximum size of one batch in bytes.
     """
@@ -67,7 +66,7 @@ class Batches:
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
         self._connection = connection
         self._max_bytes = max_bytes
-        #: The newest batches, oldest first. No batch between them is left out.
+        #: The newest batches without gaps, oldest first.
         self._cache: deque[Batch] = deque()
         self._cached_rows = self._cached_bytes = self._count = 0
         #: Number of events in batches, total bytes of their payloads, id of the last deleted event.
@@ -78,12 +77,12 @@ class Batches:
     def invalidate(self) -> None:
         """Mark totals and cache as invalid after a rollback.
 
-        The next change reads the totals from the file and empties the cache.
+        The next change then reads the totals from the file and empties the cache.
         """
         self._loaded = False
 
     def oldest(self) -> tuple[int, int, float] | None:
-        """Return last id, first id and ``created_at`` of the oldest batch, if there is a batch."""
+        """Return last id, first id and ``created_at`` of the oldest batch, or ``None``."""
         if len(self._cache) < self._count:
             row: tuple[int, int, float] = self._connection.execute(schema.OLDEST_BATCH).fetchone()
             return row
@@ -97,8 +96,8 @@ class Batches:
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
         """Insert events as batches. The first event gets the id ``first``.
 
-        If a payload contains a newline, the events cannot be in a batch. They are returned, and the
-        caller must insert them as single rows.
+        If a payload contains a newline, the events cannot be in a batch. They are returned for
+        insertion as single rows.
         """
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)
@@ -121,9 +120,9 @@ class Batches:
     def remove(self, spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
         """Delete the events in ``spans``; return the number and payload bytes of deleted events.
 
-        A span is ``(first id, last id)``. In two cases a batch is split into single rows instead,
-        and the caller must delete these rows: the span does not contain the oldest event of the
-        batch, or the span ends before the last event of a batch that is not the store's oldest.
+        A span is ``(first id, last id)``. A batch that is only partly in a span is split into
+        single rows, which the caller must delete. The oldest batch is not split if the span
+        contains its oldest events.
         """
         self._ensure_loaded()
         rows, payload_bytes, acked_through = self.rows, self.payload_bytes, self.acked_through
@@ -154,7 +153,7 @@ class Batches:
     # -- reading
 
     def read_cached(self, after: int, limit: int, max_bytes: int) -> list[BufferEntry] | None:
-        """Return the events that ``IStore.drain`` returns, or ``None`` if some are not cached."""
+        """Return events as ``IStore.drain`` does, or ``None`` if some of them are not cached."""
         after = max(after, self.acked_through)
         cache = self._cache
         if not self._loaded or (
@@ -227,7 +226,7 @@ class Batches:
         return batch.last + 1 - start, batch.payload_bytes(start, batch.last)
 
     def _drop(self, batch: Batch, start: int) -> None:
-        """Delete a batch. Its events with ids below ``start`` were deleted earlier."""
+        """Delete a batch whose events with ids below ``start`` were deleted earlier."""
         self._connection.execute(schema.DELETE_BATCH, (batch.last,))
         self._adjust(-1, start - batch.last - 1, -batch.payload_bytes(start, batch.last))
         if self._cache and batch.last >= self._cache[0].last:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 #: Maximum number of pages that one ``vacuum_step`` releases to the file system (2 MiB).
 VACUUM_STEP_PAGES = 512
-#: Number of free pages that stay in the file, because the next burst of events uses them.
+#: Number of free pages that stay in the file for the next burst of events.
 SPARE_PAGES = 64
 
-#: Estimated bytes of a row in addition to its payload: key, kind, header and index entry. If an
-#: eviction counted only payloads, it would remove far too many small rows.
+#: Estimated bytes of a row without its payload: key, kind, header and index entry. An eviction that
+#: counted only payloads would remove far too many small rows.
 ROW_OVERHEAD = 64
 
 
@@ -32,7 +32,7 @@ class DiskUsage:
         self._max_bytes = max_bytes
 
     def live_bytes(self) -> int:
-        """Return the bytes of all pages in use, including pages of the current transaction."""
+        """Return the bytes of all used pages, including pages of the current transaction."""
         return (scalar(self._connection, "PRAGMA page_count") - self._free_pages()) * PAGE
 
     def disk_bytes(self) -> int:
@@ -40,10 +40,10 @@ class DiskUsage:
         return sum(map(files.file_size, self._files))
 
     def check_capacity(self) -> None:
-        """Raise ``LocalStorageError`` if the files exceed the cap even after they are reduced.
+        """Reduce the files; raise ``LocalStorageError`` if they still exceed the cap.
 
-        The rows alone cannot exceed the cap, because their own cap is smaller. The files exceed it
-        only while another process reads the WAL, because SQLite cannot truncate the WAL then.
+        The rows alone cannot exceed the cap, because their cap is smaller. The files exceed it only
+        while another process reads the WAL, which prevents its truncation.
         """
         if self.shrink_if_over_cap() > self._max_bytes:
             raise LocalStorageError(
@@ -60,10 +60,7 @@ class DiskUsage:
         return self.disk_bytes()
 
     def reclaim_all(self) -> None:
-        """Reduce the files as far as possible.
-
-        A step that fails, for example on a full disk, is skipped.
-        """
+        """Reduce the files as far as possible. Skip a step that fails, such as on a full disk."""
         for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
             try:
                 step()
@@ -89,13 +86,13 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # SQLite frees one page per step of this statement. The statement returns no rows, so
-        # ``execute`` would run only one step. ``executescript`` runs all steps.
+        # ``execute`` would free only one page, because it runs one step of a statement that returns
+        # no rows. ``executescript`` runs all steps.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:
         """Copy the WAL into the main file and truncate the WAL.
 
-        Returns ``False`` if another process reads the WAL, which prevents the truncation.
+        Returns ``False`` if another process prevents the truncation by reading the WAL.
         """
         return scalar(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0

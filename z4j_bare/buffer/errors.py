@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-#: Causes of a ``LocalStorageError``, which :func:`classify` returns.
+#: Causes of a ``LocalStorageError``, as :func:`classify` returns them.
 BUSY = "busy"
 FULL = "full"
 CORRUPT = "corrupt"
@@ -33,7 +33,7 @@ _BY_PRIMARY_CODE = {
 }
 #: Causes by SQLite's extended result code, for errors whose primary code is ``SQLITE_IOERR``.
 _BY_EXTENDED_CODE = {
-    # A write failed with EFBIG (size limit) or EDQUOT (quota). ENOSPC causes SQLITE_FULL.
+    # The result of EFBIG (size limit) and EDQUOT (quota). The result of ENOSPC is SQLITE_FULL.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
     # The file ends before its last page.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
@@ -65,7 +65,7 @@ def classify(error: LocalStorageError) -> str:
     """Return the cause of an error: ``BUSY``, ``FULL`` or another constant of this module."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
-        # Errors that Python's sqlite3 module raises itself have no result code of SQLite.
+        # Errors of Python's sqlite3 module, and not of SQLite, have no result code.
         code = getattr(cause, "sqlite_errorcode", None)
         if code is None:
             return OTHER
@@ -77,10 +77,7 @@ def classify(error: LocalStorageError) -> str:
 
 @contextmanager
 def translate_errors(path: Path, operation: str) -> Iterator[None]:
-    """Translate a SQLite or file system error that the block raises to ``LocalStorageError``.
-
-    The error's text names the ``operation`` and the ``path``.
-    """
+    """Translate SQLite and file system errors of the block to ``LocalStorageError``."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:

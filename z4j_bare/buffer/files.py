@@ -1,7 +1,7 @@
 """Paths, permissions and owner locks of stores.
 
-The files contain task arguments, so they have mode 0600. The directory has mode 0700, because a
-user who can write to the directory could replace a file.
+Files have mode 0600, because they contain task arguments. The directory has mode 0700, because a
+user with write access to the directory can replace files.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from pathlib import Path
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
-#: Start of a store's file name. The asyncio agent uses ``buffer-*.sqlite`` files of another schema.
+#: Prefix of a store's file name. The asyncio agent has ``buffer-*.sqlite`` files with another
+#: schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
-#: Separates the original name of a renamed, unreadable file from the time of the renaming.
+#: Separates the original name of a renamed corrupt file from the time of the renaming.
 CORRUPT_MARK = ".corrupt-"
 
 _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-#: Owner locks by the real path of the lock file: locks that this process holds, and locks that its
-#: parent held at the fork. A parent's locks are never removed, so that this process cannot open the
-#: parent's store. SQLite inherits its table of open files at the fork, and would assume that this
-#: process holds the record locks of its parent.
+#: Owner locks of this process, and of its parent at the fork, by the real path of the lock file.
+#: The parent's entries stay, so that this process cannot open its store: SQLite's table of open
+#: files is copied at the fork, so SQLite would assume that this process holds the parent's record
+#: locks.
 _held: dict[str, object] = {}
 
 
 def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
-    """Return an unused path for this process's store, in the directory of ``buffer_path``.
+    """Return an unused path for a new store in the directory of ``buffer_path``.
 
-    Creates the directory with mode 0700 if it is missing. Raises ``LocalStorageError`` if the
-    directory is not private.
+    Creates the directory if it is missing. Raises ``LocalStorageError`` if it is not private.
     """
     directory = private_directory(absolute(buffer_path).parent)
     return directory / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
@@ -67,7 +67,7 @@ def private_directory(directory: Path) -> Path:
 def _create_directory(directory: Path) -> None:
     """Create ``directory`` and its missing parents with mode 0700.
 
-    ``mkdir(parents=True)`` is not used, because it ignores ``mode`` for the parents.
+    ``mkdir(parents=True)`` would ignore ``mode`` for the parents.
     """
     if os.path.lexists(directory):
         return
@@ -91,7 +91,7 @@ def _problem(status: os.stat_result) -> str:
 
 
 def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the directories of this user's stores: the configured directory first."""
+    """Return the possible directories of this user's stores, the configured directory first."""
     name = f"z4j-{os.geteuid()}"
     temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
     return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
@@ -138,10 +138,10 @@ def quarantine(path: Path, now: float) -> None:
 
 
 def create_file(path: Path) -> None:
-    """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
-    # SQLite creates its log and index with the mode of this file. Closing any descriptor of a file
-    # drops all record locks of this process on the file, including SQLite's locks. So this function
-    # must run before SQLite opens the file.
+    """Create an empty file with mode 0600; raise ``OSError`` if ``path`` or a link there exists."""
+    # SQLite creates its log and index with the mode of this file. Must run before SQLite opens the
+    # file, because closing any descriptor of a file drops all record locks of this process on it,
+    # including SQLite's locks.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )
@@ -171,7 +171,7 @@ def store_files(path: Path) -> tuple[Path, Path, Path]:
 
 
 def lock_path(path: Path) -> Path:
-    """Return the path of a store's lock file, on which the running owner holds a record lock."""
+    """Return the path of a store's lock file, on which its owner holds a record lock."""
     return path.with_name(path.name + ".lock")
 
 
@@ -189,7 +189,7 @@ def remove(path: Path) -> None:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` as an absolute path with ``~`` expanded and symbolic links unresolved.
+    """Return an absolute path with ``~`` expanded, without resolving symbolic links.
 
     Raises ``LocalStorageError`` if there is no home or working directory.
     """
@@ -206,16 +206,15 @@ class OwnerLock:
 
     The constructor takes the lock without waiting, or raises ``LocalStorageError``.
 
-    ``flock`` is not used, because forked children inherit the lock. While such a child outlived a
-    dead owner, the owner's store would stay locked (measured). A record lock belongs to one process
-    and has two limitations. Closing any descriptor of the file drops the lock, so no other code may
-    open the lock file. A process is not blocked by its own record locks, so ``_held`` prevents a
-    second owner in the same process.
+    ``flock`` is not used, because forked children inherit the lock, and would keep the store of a
+    dead owner locked. A record lock belongs to one process. Closing any descriptor of the file
+    drops it, so no other code may open the lock file. A process does not block itself by a record
+    lock, so ``_held`` prevents a second owner in the same process.
     """
 
     def __init__(self, path: Path) -> None:
-        #: The store's connection to SQLite. The reference keeps the connection alive in a forked
-        #: child that deletes its store object, so that the child does not close the connection.
+        #: An object that must not be closed while the lock exists: SQLite's connection or a mapped
+        #: file. In a forked child, ``_held`` keeps the lock and thus this object alive.
         self.pinned: object = None
         self._path = path
         self._name = os.path.realpath(path)
@@ -235,9 +234,9 @@ class OwnerLock:
         return self._descriptor
 
     def release(self, *, delete: bool = False) -> None:
-        """Release the lock. With ``delete``, delete the lock file before the release.
+        """Release the lock, after deleting the lock file if ``delete`` is true.
 
-        Does nothing when called again. A forked child must not call this method.
+        Idempotent. A forked child must not call this method.
         """
         if _held.get(self._name) is not self:
             return
@@ -250,12 +249,11 @@ class OwnerLock:
 
 
 def is_owned(path: Path) -> bool:
-    """Whether a running process, possibly this process, holds the lock on the file ``path``.
+    """Whether any process, including this process, holds the lock on the file ``path``.
 
-    Tries to take the lock and releases it at once. Raises ``LocalStorageError`` when the lock file
-    cannot be opened.
+    Tries to take the lock. Raises ``LocalStorageError`` if the lock file cannot be opened.
     """
-    if os.path.realpath(path) in _held:  # opening and closing the file would drop the lock
+    if os.path.realpath(path) in _held:  # closing the file would drop the lock
         return True
     try:
         descriptor = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -289,7 +287,7 @@ def _lock(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if error.errno not in {errno.EAGAIN, errno.EACCES}:
-            # Some network file systems raise ENOLCK or EOPNOTSUPP.
+            # ENOLCK or EOPNOTSUPP: some network file systems have no record locks.
             raise LocalStorageError(
                 f"cannot lock {path}, the file system has no record locks ({error.strerror}): "
                 "move Z4J_HOME to a local file system"
@@ -304,11 +302,7 @@ def _lock(path: Path) -> int:
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` still names the open file.
-
-    The previous owner may have deleted the file after this process opened it and before this
-    process locked it.
-    """
+    """Whether ``path`` names the open file, which its previous owner may just have deleted."""
     try:
         return os.fstat(descriptor).st_ino == path.lstat().st_ino
     except FileNotFoundError:

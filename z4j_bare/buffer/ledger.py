@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-#: Seconds for which an entry counts as recent. A store without rows is kept when it is closed if it
-#: has a recent entry. The value equals five times the brain's timeout of a command. The asyncio
-#: agent remembers command ids for the same time.
+#: Seconds for which an entry counts as recent: five times the brain's timeout of a command. A store
+#: without rows is deleted when it is closed, unless it has a recent entry.
 RETENTION = 300.0
 
 _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
@@ -34,9 +33,8 @@ _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
 class Ledger:
     """The ledger table of one store.
 
-    The table contains the newest 10,000 commands and at most ``max_bytes`` of results. If the
-    results exceed ``max_bytes``, the oldest results are dropped, but their entries stay. Otherwise
-    a command could run again because its result was dropped.
+    The table contains the newest 10,000 commands and at most ``max_bytes`` of results. The oldest
+    results above this limit are dropped. Their entries stay, so that the commands do not run again.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
@@ -51,7 +49,7 @@ class Ledger:
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert command ``key`` as started, with its provisional result, and return ``None``.
 
-        If the command has an entry already, change nothing and return this entry.
+        If the command has an entry, change nothing and return the entry.
         """
         if not key.isascii():
             key = replace_surrogates(key)
@@ -63,7 +61,7 @@ class Ledger:
     def settle(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` as done and store its ``result``.
 
-        If the cap has removed the entry, a new entry is inserted.
+        Inserts a new entry if the old entry was removed by the cap.
         """
         if not key.isascii():
             key = replace_surrogates(key)
@@ -93,7 +91,7 @@ class Ledger:
         )
 
     def import_entry(self, entry: LedgerEntry) -> None:
-        """Insert another store's entry. An earlier entry changes only from started to done."""
+        """Insert another store's entry, or change the existing entry from started to done."""
         earlier = self.find(entry.key)
         if earlier is None:
             self._insert(*astuple(entry))
@@ -115,10 +113,7 @@ class Ledger:
         self._bytes = size
 
     def _trim_results(self, size: int) -> int:
-        """Drop the oldest results until the others fit.
-
-        Returns the total bytes of the remaining results.
-        """
+        """Drop the oldest results until the remaining results fit; return their total bytes."""
         if size <= self._max_bytes:
             return size
         last = 0
@@ -139,9 +134,9 @@ def find_in_other_stores(
 ) -> LedgerEntry | None:
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
-    The brain may deliver a command to any session of an agent. An unfinished command is returned
-    with the state ``elsewhere``: the process that started it, or the process that adopts its store,
-    sends the result. The function runs on the native thread and never raises.
+    The brain may deliver a command to any process of an agent. An unfinished command is returned
+    with the state ``elsewhere``, because another process sends its result. The function runs on the
+    native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """

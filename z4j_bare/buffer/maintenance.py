@@ -1,4 +1,4 @@
-"""Schedules of the buffer manager: deletion of acked rows, vacuum, retries of a failed disk."""
+"""Decides when the buffer manager deletes acked rows, runs a vacuum and retries a failed disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RETRY_INITIAL = 5.0
 #: Maximum seconds between attempts to return to the disk.
 RETRY_MAX = 300.0
 
-#: Maximum seconds between an ack and the deletion of its rows. A call on the native thread takes a
-#: worker 1 ms. So the rows are deleted by the next call that is made for another reason.
+#: Maximum seconds between an ack and the deletion of its rows. Within this time the rows are
+#: deleted by a call that is made for another reason, because a call takes 1 ms.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.
@@ -37,8 +37,8 @@ class AckedRows(NamedTuple):
 class PendingSnapshot(NamedTuple):
     """The pending acks at one moment.
 
-    ``acks`` is the number of pending acks. ``ids`` are the ids of their rows in the current store,
-    and ``events`` is the number of events among these rows.
+    ``ids`` are the ids of the acked rows in the current store. ``events`` is the number of events
+    among them.
     """
 
     acks: int = 0
@@ -63,10 +63,10 @@ class PendingDeletes:
         self._acks.append(rows)
 
     def can_defer(self, after: int, now: float) -> bool:
-        """Whether the deletion can wait.
+        """Whether the deletion of the acknowledged rows can wait.
 
-        It can wait if no ack is older than ``MAX_DEFER_SECONDS``, and if a read of rows with
-        ``id > after`` returns no acknowledged row.
+        ``False`` if an ack is older than ``MAX_DEFER_SECONDS``, or if a read of the rows with ``id
+        > after`` would return an acknowledged row.
         """
         return all(
             now - ack.at < MAX_DEFER_SECONDS and max(ack.ids) <= after for ack in tuple(self._acks)
@@ -75,8 +75,7 @@ class PendingDeletes:
     def snapshot(self, generation: int | None) -> PendingSnapshot:
         """Return the number of pending acks, and the ids of their rows in ``generation``.
 
-        Rows of other generations are not in the current store, so their ids are left out. If
-        ``generation`` is ``None``, the snapshot is empty.
+        If ``generation`` is ``None``, the snapshot is empty.
         """
         if generation is None or not self._acks:
             return PendingSnapshot()
@@ -86,7 +85,7 @@ class PendingDeletes:
         return PendingSnapshot(len(acks), ids, sum(ack.events for ack in valid))
 
     def remove(self, snapshot: PendingSnapshot) -> None:
-        """Remove the acks that ``snapshot`` contains."""
+        """Remove the acks of ``snapshot``."""
         for _ in range(snapshot.acks):
             self._acks.popleft()
 
@@ -100,16 +99,16 @@ class VacuumSchedule:
         self._stepped_at = float("-inf")
 
     def is_due(self, now: float) -> bool:
-        """Whether a step is needed and the last step is ``VACUUM_INTERVAL`` seconds ago."""
+        """Whether a step is needed and ``VACUUM_INTERVAL`` has passed since the last step."""
         return self.needed and now - self._stepped_at >= VACUUM_INTERVAL
 
     def on_step(self, now: float, *, complete: bool) -> None:
-        """Record a vacuum step; ``complete`` says whether the vacuum is complete."""
+        """Record a vacuum step, which may have completed the vacuum."""
         self.needed, self._stepped_at = not complete, now
 
 
 class DiskRetry:
-    """Decides when to try to return to a failed disk, with exponential backoff."""
+    """Schedules the attempts to return to a failed disk, with exponential back-off."""
 
     def __init__(self) -> None:
         self._due_at = 0.0
@@ -123,7 +122,7 @@ class DiskRetry:
     def on_failure(self, now: float) -> None:
         """Record that the disk failed.
 
-        The backoff is reset if the disk had worked for more than ``RETRY_MAX`` seconds.
+        The back-off is reset if the disk had worked for more than ``RETRY_MAX`` seconds.
         """
         if now - self._returned_at > RETRY_MAX:
             self._backoff.reset()
@@ -134,6 +133,6 @@ class DiskRetry:
         self._returned_at = now
 
     def schedule_next(self, now: float) -> None:
-        """After an attempt: double the delay and schedule the next one."""
+        """Double the delay after an attempt, and schedule the next attempt."""
         self._backoff.increase()
         self._due_at = now + self._backoff.delay

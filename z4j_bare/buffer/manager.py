@@ -1,7 +1,6 @@
-"""The part of the buffer that runs on the hub.
+"""The part of the buffer that runs on the hub: it calls the store on the native thread.
 
-It calls the store on disk on the native thread. While the disk does not work, it uses a store in
-memory instead.
+While the disk does not work, a store in memory replaces the store on disk.
 """
 
 from __future__ import annotations
@@ -38,32 +37,29 @@ logger = logging.getLogger("z4j.runtime.buffer.manager")
 
 #: Seconds for which a call is repeated while the disk is busy.
 BUSY_TIMEOUT = 3.0
-#: Seconds before the first repetition of such a call.
+#: Seconds before a call to a busy disk is repeated for the first time.
 BUSY_BACKOFF_INITIAL = 0.05
-#: Maximum seconds between two repetitions.
+#: Maximum seconds between two repetitions of a call to a busy disk.
 BUSY_BACKOFF_MAX = 0.5
 
-#: If the stats are older than this many seconds, the next call to the store also reads the stats.
+#: Age of the stats in seconds above which the next call to the store also reads the stats.
 STATS_INTERVAL = 1.0
-#: If the stats are older than this many seconds, a read calls the store even if the cache contains
-#: the requested rows.
+#: Age of the stats in seconds above which a read of cached rows calls the store.
 STATS_INTERVAL_IDLE = 5.0
 
-#: Minimum seconds between two warnings with the same subject.
+#: Minimum seconds between two warnings about the same subject.
 WARNING_INTERVAL = 60.0
 
 
 class BufferManager:
-    """The agent's loops access the buffer through this class, on the hub.
+    """The buffer as the agent's loops use it, on the hub.
 
-    An operation makes one call on the native thread and commits one transaction. Only
-    :meth:`run_on_disk` raises errors of the disk. While the disk is busy, the call is repeated. If
-    the disk is full, the oldest events are evicted. A corrupt file is quarantined, and a deleted
-    file is replaced. A call recovers at most once. After any other error, rows are stored in memory
-    until the disk works again.
+    An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
+    disk. While the disk is busy, the call is repeated. If the disk is full, the oldest events are
+    evicted. A corrupt file is quarantined, and a deleted file is replaced. After any other error,
+    and after a second error of the same call, rows are stored in memory until the disk works again.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
-    :param backend: the concurrency backend.
     :param memory: returns a new store in memory, which replaces a failed disk.
     :param lookup: finds a command in stores of other processes; runs on the native thread.
     """
@@ -75,8 +71,8 @@ class BufferManager:
         memory: Callable[[], MemoryStore] = MemoryStore,
         lookup: LedgerLookup | None = None,
     ) -> None:
-        #: Incremented when another store replaces the current store. Ids are unique only within one
-        #: generation.
+        #: Incremented when a new store replaces the current store. Row ids of different generations
+        #: are not related.
         self.generation = 0
         #: Number of times that a store in memory replaced the failed disk.
         self.failures = 0
@@ -101,7 +97,7 @@ class BufferManager:
 
     @property
     def last_stats(self) -> BufferStats:
-        """The stats that were read last."""
+        """The last stats that were read."""
         return self._accounting.latest
 
     @property
@@ -127,7 +123,7 @@ class BufferManager:
             self._on_appended(self._run(store_worker.append_events, payloads, self._stats_due()))
 
     def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
-        """Record rows that the brain acknowledged; the next call to the store deletes the rows.
+        """Record acknowledged rows, which the next call to the store deletes.
 
         :param events: how many of the rows are events.
         :param generation: the generation of the ids. Ids of an earlier generation are ignored.
@@ -141,9 +137,9 @@ class BufferManager:
         """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats or a deletion are overdue. If the cache shows that there are no
-        rows, the call is omitted only if no events are requested, or if no acknowledged rows wait
-        for their deletion and no vacuum is due. A call that finds no rows runs a due vacuum step.
+        thread, unless the stats or a deletion are overdue. A query for events that finds no cached
+        row makes the call if acknowledged rows have to be deleted or a vacuum step is due. The step
+        runs if there are no rows.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)
@@ -182,15 +178,14 @@ class BufferManager:
     def claim(self, key: str, provisional_result: bytes) -> LedgerEntry | None:
         """Insert a command as started, and return ``None``.
 
-        If this store or the store of another process contains the command, return its entry
-        instead.
+        If the store of this or another process has the command, return its entry instead.
         """
         now = self._backend.wall()
         with self._lock:
             return self._run(store_worker.claim, key, now, provisional_result, self._lookup)
 
     def settle(self, key: str, result: bytes) -> None:
-        """Mark the command claimed as ``key`` as done; see ``IStore.settle``."""
+        """Mark a command as done and store its result; see ``IStore.settle``."""
         now = self._backend.wall()
         with self._lock:
             self._run(_settle, key, result, now)
@@ -210,15 +205,15 @@ class BufferManager:
             return self.last_stats
 
     def refresh_stats(self) -> None:
-        """Read the stats if rows were appended after the last read of the stats."""
+        """Read the stats if rows were appended after the last read."""
         if self._accounting.outdated:
             self.stats()
 
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
         """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError`` and does not recover from it. No row is lost: the operation
-        adopts rows, and rows that are not adopted yet stay in the file of the dead process.
+        Raises ``LocalStorageError``. The operation must lose no row by an error. For example, rows
+        that were not adopted stay in the file of the dead process.
         """
         with self._lock:
             if self._memory is not None:
@@ -250,7 +245,7 @@ class BufferManager:
                 self._on_deleted(pending)
             self._memory = None
 
-    # -- internals: the caller holds the lock, except of ``_read_cached``
+    # -- internals: all callers hold the lock, except the caller of ``_read_cached``
 
     def _stats_due(self) -> bool:
         return self._accounting.is_due(self._backend.now(), STATS_INTERVAL)
@@ -273,7 +268,7 @@ class BufferManager:
         return None if cached is None else (cached.results, cached.events)
 
     def _run(self, operation: Callable[[Store, *Ts], T], *args: *Ts) -> T:
-        """Run an operation on the store on disk, or in memory while the disk does not work."""
+        """Run an operation on the store on disk, or on the store in memory if the disk fails."""
         memory = self._memory_in_use()
         if memory is None:
             result = self._try_disk(None, operation, *args)
@@ -299,10 +294,7 @@ class BufferManager:
             self._run_in_memory(memory, operation, *args)
 
     def _memory_in_use(self) -> MemoryStore | None:
-        """Return the store in memory, or ``None`` while the disk works.
-
-        First makes an attempt to return to the disk, if one is due.
-        """
+        """Return to the disk if an attempt is due; return the store in memory, if it is in use."""
         if self._memory is not None and self._retry.is_due(self._backend.now()):
             self._return_to_disk(self._memory)
         return self._memory
@@ -319,7 +311,7 @@ class BufferManager:
     def _try_disk(
         self, generation: int | None, operation: Callable[[BufferStore, *Ts], T], *args: *Ts
     ) -> CallResult[T]:
-        """Call the store on disk; repeat while it is busy, and recover once from another error."""
+        """Call the store on disk. Repeat while it is busy; recover once from another error."""
         deadline = self._backend.now() + BUSY_TIMEOUT
         delays = Backoff(BUSY_BACKOFF_INITIAL, BUSY_BACKOFF_MAX)
         recovered = False
@@ -339,8 +331,8 @@ class BufferManager:
             recovered = True
 
     def _call_disk(self, operation: Callable[[BufferStore, *Ts], T], *args: *Ts) -> CallResult[T]:
-        """Make one call on the native thread and record which of its parts were completed."""
-        # While the store in memory is in use, the pending ids are ids of that store.
+        """Make one call on the native thread and record its completed parts."""
+        # While the store in memory is in use, the pending ids belong to it and not to the disk.
         pending = self._pending.snapshot(self.generation if self._memory is None else None)
         result: CallResult[T] = self._offload(
             self._disk.call, self._accounting.unrecorded_losses, pending.ids, operation, *args
@@ -365,7 +357,7 @@ class BufferManager:
 
     def _on_deleted(self, pending: PendingSnapshot) -> None:
         if pending.acks:
-            self._vacuum.needed = True  # set first, so that ``is_idle`` stays false
+            self._vacuum.needed = True  # before the removal, so that ``is_idle`` stays false
             self._pending.remove(pending)
             self._accounting.acked_events += pending.events
 
@@ -473,9 +465,9 @@ def _stats(store: Store) -> BufferStats:
 
 
 class RateLimitedWarnings:
-    """Limits the warnings of each subject to one every ``WARNING_INTERVAL`` seconds.
+    """Limits the warnings about each subject to one every ``WARNING_INTERVAL`` seconds.
 
-    Further warnings within this time are logged at debug level.
+    Further warnings are logged at debug level.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:

@@ -1,4 +1,4 @@
-"""The store in memory that replaces a failed disk; its rows are lost with the process."""
+"""The store in memory, which replaces a failed disk. Its rows are lost with the process."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ from z4j_bare.interfaces import IStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-#: Default maximum number of rows. It is below the cap on disk, because rows take worker memory.
+#: Default maximum number of rows. The cap on disk is higher.
 MAX_ROWS = 10_000
 #: Default maximum size in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 
-#: Bytes of memory that the objects of a row take, without the characters and bytes of key and
-#: payload (measured).
+#: Measured bytes of memory of a row's objects, without the content of key and payload.
 ROW_OVERHEAD = 204
 
 
 @implementer(IStore)
 class MemoryStore:
-    """A store with one deque per kind of row. The methods behave like those of ``BufferStore``.
+    """A store with one deque for each kind of row. See ``BufferStore`` for the methods.
 
     :param max_rows: maximum number of rows.
-    :param max_bytes: maximum bytes of memory of all rows. Results in the ledger may take another
-        sixteenth of this number.
+    :param max_bytes: maximum bytes of memory of all rows. The ledger's results may take another
+        sixteenth.
     :param clock: returns seconds since the epoch.
     """
 
@@ -94,10 +93,7 @@ class MemoryStore:
         return self.append([(EVENT, "", payload) for payload in payloads])
 
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Append rows of another store; return how many rows were lost.
-
-        The rows get new ids, and keep their age and attempts.
-        """
+        """Append rows of another store; return how many rows were lost."""
         self._check()
         return self._append(rows)
 
@@ -140,7 +136,7 @@ class MemoryStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what :meth:`drain` returns, which needs no I/O."""
+        """Call :meth:`drain`, which needs no I/O."""
         return self.drain(after, limit, max_bytes, kinds)
 
     def confirm(self, ids: Sequence[int]) -> int:
@@ -151,7 +147,7 @@ class MemoryStore:
         return removed
 
     def discard(self, ids: Sequence[int], reason: str) -> int:
-        """Delete undeliverable rows and count these rows as lost for ``reason``."""
+        """Delete undeliverable rows and count them as lost for ``reason``."""
         self._check()
         return len(self._remove(ids, reason))
 
@@ -177,7 +173,7 @@ class MemoryStore:
         return self._counts.stats(self.buffer_id, self._bytes, age, durable=False)
 
     def cached_stats(self) -> BufferStats:
-        """Return what :meth:`stats` returns, which needs no I/O."""
+        """Call :meth:`stats`, which needs no I/O."""
         return self.stats()
 
     def size(self) -> int:
@@ -189,7 +185,7 @@ class MemoryStore:
         return self._counts.payload_bytes
 
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Insert command ``key`` as started; if it has an entry already, only return the entry."""
+        """Insert command ``key`` as started, or return its existing entry."""
         self._check()
         key = replace_surrogates(key)
         earlier = self._ledger.get(key)
@@ -198,7 +194,7 @@ class MemoryStore:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and store its result, in case it is delivered again."""
+        """Mark command ``key`` as done and store its result for a second delivery."""
         self._check()
         self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
 

@@ -1,14 +1,14 @@
 """Keeps the open runs in a memory-mapped file that survives ``SIGKILL``.
 
-The agent of another process reports the runs whose process died.
+A run is one execution of a task. An agent in another process reports the runs whose process died.
 
-The file lies beside the process's store as ``<store>.runs``. It consists of a header, descriptions
-of the fields that the events of a task share, and one slot for each open run. A slot also keeps the
-end of a run until the event of that end is stored. The file contains task ids, names and queues,
-but no arguments, results or messages.
+The file ``<store>.runs`` beside the process's store consists of a header, descriptions of the
+fields that the events of a task share, and one slot for each open run. A slot also keeps the end of
+a run until the event of the end is stored. The file contains task ids, names and queues, but no
+arguments, results or messages.
 
-The owner holds a POSIX record lock on the file until the process ends or deletes the file. So a run
-that is still open after the agent's stop is reported only after its process has ended.
+The owner holds a POSIX record lock on the file until it ends or deletes the file. Therefore a run
+that is open when the agent stops is reported only after the end of the process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SUFFIX = ".runs"
 #: First bytes of the file, which identify its type and its layout.
 MAGIC = b"z4jruns1"
 #: Header: magic, number of the last stored event, time of the last flush in seconds since the
-#: epoch, length of the deployment's names in bytes.
+#: epoch, length of the deployment id in bytes.
 _HEADER = Struct("<8sQdH")
 _FLUSHED = Struct("<Qd")
 _FLUSHED_OFFSET = 8
@@ -60,21 +60,20 @@ _DEPLOYMENT_OFFSET = 64
 
 #: Maximum number of descriptions in the file.
 DESCRIPTIONS = 512
-#: Bytes that the file reserves for each description. The first two bytes contain the length of the
-#: description's text.
+#: Bytes of each description, with the length of its text in the first two bytes.
 DESCRIPTION_BYTES = 512
 _LENGTH = Struct("<H")
 _DESCRIPTIONS_OFFSET = 4096
 
-#: Maximum number of runs in the file: open runs, plus ended runs whose end is not stored yet.
+#: Maximum number of open runs, plus ended runs whose end is not stored yet.
 SLOTS = 4096
 #: A slot: time of the start, time of the end, number of the description, length of the id, flags,
 #: length of the note, id and note, state.
 _SLOT = Struct("<ddHBBB3x224sQ")
 SLOT_BYTES = _SLOT.size
-#: The same slot as a starting run fills it: the end and the length of the note are zero bytes.
+#: A slot at the start of a run: the time of the end and the length of the note are zero.
 _START = Struct("<d8xHBB4x224sQ")
-#: Offsets of the state and of the time of the end within a slot, in words of 8 bytes.
+#: Offsets within a slot in words of 8 bytes: the state, and the time of the end.
 _STATE_WORD, _END_WORD = 31, 1
 #: Maximum bytes of a task id and its note together.
 MAX_ID_BYTES = 224
@@ -83,12 +82,12 @@ _NOTE_LENGTH_OFFSET = 20
 _SLOTS_OFFSET = _DESCRIPTIONS_OFFSET + DESCRIPTIONS * DESCRIPTION_BYTES
 FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
 
-#: The state of a slot is ``RUN_OPEN`` while the run is open. Afterwards it is
-#: ``event * _STATES | outcome``, where ``event`` is the number of the event that reports the end.
-#: So one atomic write of 8 bytes ends a run.
+#: Factor in the state of an ended run, ``event * _STATES | outcome``, where ``event`` is the number
+#: of the event that reports the end. One atomic write of 8 bytes ends a run. The state of an open
+#: run is ``RUN_OPEN``.
 _STATES = 8
 
-#: Namespace of the UUIDs that are the ids of the reported events.
+#: Namespace of the UUIDs of reported events.
 _NAMESPACE = UUID("8a1f2c0e-5f5b-4c0e-9d0a-6b1d0f3a7c21")
 
 DIED = "the worker process died while it ran"
@@ -99,7 +98,7 @@ END_NOT_REPORTED = "the worker process died before it reported this error's mess
 class _Ring(Protocol):
     """The part of the ring that :class:`OpenRuns` reads."""
 
-    #: Number of events that have been appended to the ring since it was made.
+    #: Number of events that were appended to the ring.
     produced: int
 
 
@@ -108,23 +107,21 @@ class OpenRuns:
     """Keeps the open runs of this process.
 
     :meth:`start` and :meth:`end` run in the host's tasks: they write to mapped memory, take no lock
-    and never raise. Until :meth:`attach` is called, the memory is not a file, and is lost with the
-    process.
+    and never raise. Before :meth:`attach`, the memory is not a file and is lost with the process.
 
-    :param ring: the ring to which the runs' events are appended. Only ``produced`` is used: the
-        number of the event that reports the end of a run.
-    :param deployment: returns the names of the deployment whose agents may report the runs.
+    :param ring: the ring to which the events of the runs are appended.
+    :param deployment: returns the deployment id. Only agents of this deployment report the runs.
     """
 
     def __init__(self, ring: _Ring, deployment: Callable[[], str] = str) -> None:
-        #: Number of runs that could not be kept, because all slots were used, the task id was too
-        #: long, or the description could not be stored.
+        #: Number of runs that were not kept: all slots were used, the task id was too long, or the
+        #: description was not stored.
         self.not_kept = 0
         self._ring = ring
         self._deployment = deployment
         self._lock: OwnerLock | None = None
-        #: The slots that were never used. A slot is identified by the offset of its first byte in
-        #: the file; 0 means no slot.
+        #: The slots that were never used. A slot is identified by its offset in the file; 0 means
+        #: no slot.
         self._unused = iter(range(_SLOTS_OFFSET, FILE_BYTES, SLOT_BYTES))
         self._free: list[int] = []
         self._ended: deque[int] = deque()
@@ -136,7 +133,7 @@ class OpenRuns:
         self._times: memoryview[float]
 
     def enable(self) -> None:
-        """Make the memory that keeps the runs. Without this call, :meth:`attach` does nothing."""
+        """Allocate the memory for the runs."""
         if not self._enabled:
             self._use(mmap.mmap(-1, FILE_BYTES))
             self._enabled = True
@@ -147,7 +144,7 @@ class OpenRuns:
         """Store a description of some runs. Return its number, or -1 if it does not fit.
 
         :param engine: the adapter's name.
-        :param data: the fields of ``data`` that all events of these runs share.
+        :param data: the fields of the events' ``data`` that these runs share.
         """
         text = json.dumps({"engine": engine, "data": data}, ensure_ascii=False).encode(
             errors="replace"
@@ -180,15 +177,15 @@ class OpenRuns:
         return 0
 
     def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep the end of a run until the event of that end is stored.
+        """Keep the end of a run until the event of the end is stored.
 
-        The caller must have appended the event to the ring.
+        The event must have been appended to the ring.
 
-        :param slot: the slot that :meth:`start` returned. For 0, nothing is done.
-        :param outcome: how the run ended, e.g. ``RUN_FAILED``; ``RUN_ENDED`` if the end has no
-            event.
+        :param slot: the slot that :meth:`start` returned. The end of slot 0 is ignored.
+        :param outcome: how the run ended, such as ``RUN_FAILED``; ``RUN_ENDED`` if no event reports
+            the end.
         :param at: time of the end, in seconds since the epoch.
-        :param note: the name of the class of a failed run's exception.
+        :param note: the name of the exception class of a failed run.
         """
         if slot:
             place = slot >> 3
@@ -215,8 +212,8 @@ class OpenRuns:
         """
         if self._enabled:
             _FLUSHED.pack_into(self._map, _FLUSHED_OFFSET, number, at)
-            # The states in freed slots stay as they are. The agent that reads the file compares
-            # the number of the event in each state with ``number``.
+            # Freed slots keep their states. The agent that reads the file ignores states whose
+            # event number is at most ``number``.
             ended, words, free, limit = self._ended, self._words, self._free, (number + 1) * _STATES
             while ended:
                 slot = ended[0]
@@ -228,17 +225,14 @@ class OpenRuns:
     # -- on the native thread
 
     def attach(self, store: Path) -> None:
-        """Move the runs to a file beside ``store``, which was just opened.
-
-        If the file cannot be made, the runs stay where they are.
-        """
+        """Move the runs to a file beside ``store``; after an error, they stay in memory only."""
         if not self._enabled:
             return
         lock = None
         try:
             lock = OwnerLock(runs_path(store))
-            # All pages are allocated now. If the disk were full, a later write to an unallocated
-            # page would kill the process.
+            # Allocates all pages, because a write to an unallocated page kills the process if the
+            # disk is full.
             os.posix_fallocate(lock.descriptor, 0, FILE_BYTES)
             mapped = mmap.mmap(lock.descriptor, FILE_BYTES)
         except (OSError, LocalStorageError):
@@ -246,17 +240,16 @@ class OpenRuns:
                 lock.release(delete=True)
             return
         names = self._deployment().encode()
-        # ``end`` is 16,384 bytes (64 slots) after the last used slot, because other threads may
-        # start runs in new slots before ``_use`` copies the memory.
+        # 16,384 bytes (64 slots) more than the used slots are copied, because other threads may
+        # start runs before ``_use`` copies the memory.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
-        # ``_use`` copies the old memory to the file and then switches to the file. No other thread
-        # runs Python code between these two steps.
+        # No other thread runs Python code between the copy and the switch to the file in ``_use``.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)
         _HEADER.pack_into(mapped, 0, MAGIC, number, at, len(names))
-        # POSIX drops the lock when the process closes any descriptor of the file, even the
-        # duplicate that ``mapped`` holds. So the lock keeps a reference to ``mapped``.
+        # The lock keeps a reference to ``mapped``, whose duplicate of the descriptor must stay
+        # open: POSIX drops a lock when the process closes any descriptor of the file.
         lock.pinned = mapped
         previous, self._lock = self._lock, lock
         if previous is not None:
@@ -265,7 +258,8 @@ class OpenRuns:
     def close(self) -> None:
         """Delete the file if no run is open and every end is stored.
 
-        Otherwise the file stays locked until the process ends. Then another agent reports its runs.
+        Otherwise the file stays locked until the process ends, and then another agent reports its
+        runs.
         """
         if self._lock is not None and not self._ended and not self._any_open():
             self._lock.release(delete=True)
@@ -287,10 +281,7 @@ class OpenRuns:
 
 
 class Run(NamedTuple):
-    """The content of a used slot.
-
-    ``number`` is the slot's index. ``started`` and ``ended`` are in seconds since the epoch.
-    """
+    """The content of a used slot. Times are in seconds since the epoch."""
 
     number: int
     started: float
@@ -305,8 +296,8 @@ class Run(NamedTuple):
 class OrphanRuns:
     """The file of open runs of a dead process.
 
-    The constructor locks the file. It raises ``LocalStorageError`` if the file's process still runs
-    or the file belongs to another deployment.
+    The constructor locks the file. It raises ``LocalStorageError`` if the process runs or the file
+    belongs to another deployment.
     """
 
     def __init__(self, path: Path, deployment: str) -> None:
@@ -332,15 +323,15 @@ class OrphanRuns:
     def events(self) -> list[bytes]:
         """Return the encoded events that report the end of each run.
 
-        The events and their ids depend only on the file's name and content. So the brain recognises
-        the events of a second report.
+        Events and ids depend only on the file's name and content, so that the brain recognises
+        events that are reported twice.
         """
         return [event for run in self._runs() for event in self._report(run)]
 
     def release(self, *, delete: bool) -> None:
         """Unlock the file.
 
-        :param delete: whether to delete the file. Its events must have been stored before.
+        :param delete: whether to delete the file, whose events were stored.
         """
         self._lock.release(delete=delete)
 
@@ -401,8 +392,7 @@ class OrphanRuns:
         )
 
 
-#: Maps each outcome to the kind and the fields of the event that reports an end that was not
-#: stored.
+#: Kind and fields of the event that reports the end of a run, by outcome.
 _END: dict[int, tuple[str, dict[str, object]]] = {
     RUN_SUCCEEDED: ("task.succeeded", {}),
     RUN_FAILED: ("task.failed", {"exception_message": END_NOT_REPORTED}),
@@ -412,7 +402,7 @@ _END: dict[int, tuple[str, dict[str, object]]] = {
 
 
 def _used_slots(content: bytes) -> Iterator[Run]:
-    """Yield each open run, and each ended run whose end has an event that is not stored."""
+    """Yield the open runs, and the ended runs whose last event was not stored."""
     if not content:
         return
     stored: int = _FLUSHED.unpack_from(content, _FLUSHED_OFFSET)[0]
@@ -438,9 +428,9 @@ def runs_path(store: Path) -> Path:
 
 
 def orphaned_runs(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the ``.runs`` files whose store no longer exists, because all its rows have moved.
+    """Return the ``.runs`` files without a store, because the rows of the store were adopted.
 
-    The owner of such a file may still run. Only locking the file shows whether it does.
+    The owner of such a file may still run. :class:`OrphanRuns` checks this.
     """
     found = []
     for directory in files.candidate_directories(buffer_path):

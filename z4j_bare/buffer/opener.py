@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-#: Causes for which no other directory is tried: they are temporary or occur in every directory.
+#: Causes of errors that another directory does not solve.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
@@ -37,10 +37,10 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
     """Return a new store in the directory of ``buffer_path``, or else in ``<tmp>/z4j-<uid>``.
 
     A directory is unusable if it cannot be created or written, belongs to another user, is writable
-    by others or is a symbolic link. A directory on a network file system without record locks or
-    WAL is also unusable, because a dead owner could not be told apart from a running owner. If the
-    configured directory is unusable, ``notice`` of the returned store gives the reason. If no
-    directory is usable, ``LocalStorageError`` is raised with the error of the configured directory.
+    by others or is a symbolic link. It is also unusable on a network file system without WAL or
+    record locks, which show whether the owner of a store runs. ``notice`` of the returned store
+    says why the configured directory is not used. If no directory is usable, raises
+    ``LocalStorageError`` with the error of the configured directory.
     """
     first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):
@@ -60,8 +60,7 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
 class StoreOpener:
     """Opens and claims stores with the limits and the deployment id of a configuration.
 
-    :param secret: returns the project's key. It is called for each store, because the key can be
-        rotated.
+    :param secret: returns the project's key. Called for each store, because the key can be rotated.
     """
 
     def __init__(self, config: Config, secret: Callable[[], bytes]) -> None:
@@ -97,7 +96,7 @@ class StoreOpener:
         return OrphanRuns(path, self.deployment())
 
     def deployment(self) -> str:
-        """Return the names of the deployment that the stores belong to."""
+        """Return the id of the deployment to which the stores belong."""
         return deployment_id(self._config, self._secret())
 
 
@@ -105,6 +104,6 @@ def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
     configured, *temporary = files.candidate_directories(buffer_path)
     yield configured
     yield from temporary
-    # Random names are tried in case another user occupies the predictable names. Orphans in
-    # directories with random names are not adopted.
+    # Random names are tried last, in case another user occupies the predictable names. Stores in
+    # these directories are never adopted.
     yield from (path.with_name(f"{path.name}-{os.urandom(8).hex()}") for path in temporary)

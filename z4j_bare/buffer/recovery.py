@@ -1,4 +1,4 @@
-"""Moves the rows of dead processes, in steps that are short enough for the native thread."""
+"""Moves the rows of dead processes in short steps on the native thread."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-#: Maximum number of rows per step. 500 rows take 10 ms on the native thread and fill one frame.
+#: Maximum number of rows per step: 10 ms on the native thread, and one frame.
 STEP_ROWS = 500
 #: Maximum payload bytes per step.
 STEP_BYTES = 1024 * 1024
 
-#: Number of rows in the target store from which on a step moves no rows. It equals the largest
-#: in-flight window. So the sender always finds rows, and new events wait for few adopted events.
+#: Maximum number of rows in the target store; with more, a step moves no rows. The value equals the
+#: in-flight window, so that the sender always finds rows, but few adopted events are sent before
+#: new events.
 TARGET_BACKLOG = 1_000
 
 #: Outcomes of a step.
@@ -37,7 +38,7 @@ DONE = "done"
 def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[Path]:
     """Return the stores that may belong to dead processes, least recently modified first.
 
-    The function does not check whether the owners run. The constructor of :class:`Orphan` does.
+    The owners may run. The constructor of :class:`Orphan` checks this.
     """
     return [
         path
@@ -50,13 +51,12 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
 class Orphan:
     """The store of a dead process.
 
-    The constructor claims the store. It raises ``LocalStorageError`` if the owner runs (``busy``),
-    if the store belongs to another deployment, and if the file has unsafe permissions. It renames
-    an unreadable store, and ``quarantine_reason`` says why.
+    The constructor claims the store. It raises ``LocalStorageError`` if the owner runs (cause
+    ``busy``), if the store belongs to another deployment, and if the file has unsafe permissions.
+    An unreadable store is renamed.
 
-    A step appends rows to the target before it deletes the rows from the orphan. If the process
-    dies between the two actions, the rows are in both stores and are sent twice. The brain
-    recognises a repeated event by its id and time.
+    A step appends rows to the target before it deletes them from the orphan. If the process dies in
+    between, the rows are sent twice. The brain recognises a repeated event by its id and time.
     """
 
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
@@ -67,7 +67,7 @@ class Orphan:
         self.quarantine_reason = ""
         self._target_rows = min(TARGET_BACKLOG, max_rows // 4)
         self._target_bytes = max_bytes // 4
-        #: Ids of rows already copied to the target but not yet deleted from the orphan.
+        #: Ids of rows that were copied to the target, but not deleted from the orphan.
         self._pending: list[int] = []
         self._state: StoreState | None = None
         self._store: BufferStore | None = None
@@ -86,15 +86,14 @@ class Orphan:
             self.quarantine_reason, self._state = str(error), _quarantine(path)
 
     def rows_left(self) -> int:
-        """Return the number of rows that still have to be moved."""
+        """Return the number of rows that were not moved yet."""
         return 0 if self._store is None else self._store.size()
 
     def step(self, target: BufferStore) -> str:
         """Move some rows to ``target``.
 
         Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (no rows are left).
-        Raises ``LocalStorageError`` if either store fails. The method may be called again after an
-        error. It does not move a row twice to the same target.
+        Raises ``LocalStorageError``. If it is called again after an error, no row is moved twice.
         """
         if self._store is None:
             target.import_state(self._state or StoreState({}))
@@ -103,8 +102,8 @@ class Orphan:
             self._store.confirm(self._pending)
             self._pending = []
         if self._state is None:
-            # The ledger is imported first, because the brain may redeliver a command of the dead
-            # process as soon as a session begins.
+            # The ledger is imported first, because the brain may deliver a command of the dead
+            # process again at any time.
             state = self._store.export_state()
             target.import_state(StoreState({}, state.ledger))
             self._answer_interrupted_commands(target, state)
@@ -125,7 +124,7 @@ class Orphan:
 
     @staticmethod
     def _answer_interrupted_commands(target: BufferStore, state: StoreState) -> None:
-        """Queue the provisional results of commands that were running when the process died.
+        """Queue the provisional results of the commands that ran when the process died.
 
         The outcome of these commands is unknown, and they must not run again.
         """
@@ -135,7 +134,7 @@ class Orphan:
                 target.settle_and_queue(entry.key, entry.result, entry.at)
 
     def quarantine_if_corrupt(self, target: BufferStore) -> bool:
-        """If the file is corrupt, quarantine it, count its rows as lost and return ``True``."""
+        """Quarantine a corrupt file and count its rows as lost; return whether it was corrupt."""
         if self._store is None or self._store.integrity_ok():
             return False
         counts = Counts(lost=self._store.state_if_abandoned().losses)
@@ -145,13 +144,13 @@ class Orphan:
         return True
 
     def close(self) -> None:
-        """Release the store. If rows are left, any process can claim the store again."""
+        """Release the store. Any process can claim it again if rows are left."""
         if self._store is not None:
             self._store.close()
 
 
 def _quarantine(path: Path) -> StoreState:
-    """Lock and rename an unreadable file; return the losses according to its counters."""
+    """Lock and rename an unreadable file; return its losses."""
     lock = OwnerLock(files.lock_path(path))
     try:
         losses = read_losses(path)

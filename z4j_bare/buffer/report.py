@@ -1,4 +1,4 @@
-"""Reports on stores of other processes, and access to stores of dead processes."""
+"""Reads the stores of other processes, and deletes the stores of dead processes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _HAS_BATCHES = "SELECT count(*) FROM sqlite_master WHERE name = 'batches'"
 
 @dataclass(frozen=True, slots=True)
 class StoreReport:
-    """One store at one moment.
+    """The content of one store at one moment.
 
-    ``owner_alive`` says whether the process that owns the store runs. ``error`` says why the store
-    is unreadable. ``rows`` is the number of rows by kind, and ``lost`` the number of lost rows by
-    reason. ``oldest_age`` is in seconds. ``commands`` is the number of ledger entries.
+    ``error`` says why the store is unreadable. ``rows`` is the number of rows by kind, and ``lost``
+    the number of lost rows by reason. ``oldest_age`` is in seconds. ``commands`` is the number of
+    ledger entries.
     """
 
     path: Path
@@ -107,7 +107,7 @@ def _read(
 
 
 def _batches(connection: sqlite3.Connection) -> Batches | None:
-    """Return the batches of a store, ``None`` for a store with schema version 1."""
+    """Return the batches of a store; ``None`` for schema version 1, which has no batches."""
     return Batches(connection, 0) if scalar(connection, _HAS_BATCHES) else None
 
 

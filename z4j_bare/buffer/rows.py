@@ -15,9 +15,9 @@ EVENT = "event"
 RESULT = "result"
 PROJECTION = "projection"
 
-#: Kinds in the order of eviction when a cap is reached. The loss of an event removes one entry of a
-#: task's history. The loss of a result makes one command appear to have timed out. The loss of one
-#: of the numbered frames of a schedule projection invalidates the whole projection.
+#: Kinds in the order of eviction. A lost event is missing from a task's history. A lost result
+#: makes a command time out. A lost frame invalidates a whole schedule projection, because its
+#: frames are numbered.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
 
@@ -31,12 +31,12 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: Another process started the command. That process, or the process that adopts its store, sends
-#: the result.
+#: Another process started the command, and it or the process that adopts its store sends the
+#: result.
 IN_OTHER_PROCESS = "elsewhere"
 
-#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so the
-#: ledger is large enough for 160 commands a second.
+#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so this
+#: is enough for 160 commands a second.
 LEDGER_CAP = 10_000
 
 #: A row to append: ``(kind, key, payload)``.
@@ -50,8 +50,8 @@ class BufferEntry(NamedTuple):
     """One buffered row.
 
     Ids strictly increase within a store. ``created_at`` is in seconds since the epoch. ``attempts``
-    counts the sessions that the brain ended because of a frame while this row was in flight. The
-    fields match the table's columns, so that SQLite reads and writes entries without conversion.
+    counts the sessions that the brain ended over a frame while this row was in flight. The fields
+    match the table's columns, so that entries need no conversion.
     """
 
     id: int
@@ -62,7 +62,7 @@ class BufferEntry(NamedTuple):
     attempts: int
 
 
-#: Getters of an entry's fields. ``map`` with a getter takes a fraction of the time of a loop.
+#: Getters of an entry's fields for ``map``, which takes a fraction of the time of a loop.
 KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 
@@ -70,10 +70,10 @@ KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind"
 class BufferStats:
     """The counters of a store at one moment.
 
-    ``bytes`` is the size of the store: its files with WAL and SHM, or its memory. ``payload_bytes``
-    is the size of all payloads. ``oldest_age`` is in seconds, ``None`` for an empty store. ``lost``
-    and ``lost_kinds`` are the same losses by reason and by kind. ``lost``, ``lost_kinds``,
-    ``produced`` and ``confirmed`` count all rows since the creation of the store ``buffer_id``.
+    ``bytes`` is the size of the store: its files with WAL and SHM, or its memory. ``oldest_age`` is
+    in seconds, ``None`` for an empty store. ``lost`` and ``lost_kinds`` are the same losses by
+    reason and by kind. ``lost``, ``lost_kinds``, ``produced`` and ``confirmed`` count from the
+    creation of the store.
     """
 
     rows: int
@@ -97,9 +97,9 @@ class LedgerEntry:
     """The ledger's entry of one command.
 
     ``state`` is ``started``, ``done``, or ``elsewhere`` for a command of another process.
-    ``result`` is the payload of the result. While the command runs, ``result`` is the provisional
-    result, which is sent if the process dies before the command ends. ``result`` is empty if it was
-    dropped to free space. ``at`` is the time of the last change in seconds since the epoch.
+    ``result`` is the payload of the result, and of the provisional result while the command runs.
+    It is empty if it was dropped to free space. ``at`` is the time of the last change in seconds
+    since the epoch.
     """
 
     key: str
@@ -110,24 +110,21 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The data of a store that another store imports in addition to the rows."""
+    """The data of a store, besides its rows, that another store imports."""
 
     losses: Losses
     ledger: tuple[LedgerEntry, ...] = ()
 
 
 def reject_unknown_kinds(rows: Sequence[Row]) -> None:
-    """Raise ``LocalStorageError`` for a kind that is not in ``EVICTION_ORDER``."""
+    """Raise ``LocalStorageError`` if a row is of an unknown kind."""
     unknown = {row[0] for row in rows} - KINDS
     if unknown:
         raise LocalStorageError(f"unknown kind of row: {', '.join(sorted(map(repr, unknown)))}")
 
 
 def ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
-    """Compress ids into inclusive ``(first, last)`` ranges.
-
-    Acked ids are mostly consecutive, and one SQL statement handles a whole range.
-    """
+    """Compress ids into inclusive ``(first, last)`` ranges, each for one SQL statement."""
     ordered = sorted(set(ids))
     if not ordered:
         return []
@@ -145,7 +142,7 @@ def take_fitting(
 ) -> list[BufferEntry]:
     """Return the first entries: at most ``limit``, with at most ``max_bytes`` of payloads.
 
-    With ``allow_oversized``, if the first entry is larger than ``max_bytes``, it is returned alone.
+    With ``allow_oversized``, a first entry that is larger than ``max_bytes`` is returned alone.
     """
     taken: list[BufferEntry] = []
     for entry in entries:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.buffer.rows import Losses
 
-#: SQLite's application id in the header of a store ("z4gb" in ASCII). A file that has tables and
+#: SQLite's application id in the header of a store ("z4gb" in ASCII). A file with tables and
 #: another application id is not opened.
 APPLICATION_ID = 0x7A346762
 
@@ -26,8 +26,8 @@ APPLICATION_ID = 0x7A346762
 #: Version 0 is an empty file. Never change an item; append new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # The store assigns the ids and keeps the next id in ``meta``. AUTOINCREMENT would write
-        # its own counter for each row, which takes a fifth of the time of an append.
+        # The store assigns the ids and keeps the next id in ``meta``. AUTOINCREMENT would take a
+        # fifth of the time of an append, because it writes its counter for each row.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL,
@@ -36,7 +36,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             attempts INTEGER NOT NULL DEFAULT 0
         )""",
-        # The index finds results among 100,000 events. It is partial, so it contains no events.
+        # A partial index without events, to find a result among 100,000 events.
         "CREATE INDEX entries_kept ON entries (id, kind) WHERE kind <> 'event'",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
         """CREATE TABLE losses (
@@ -54,9 +54,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
     ),
     (
-        # A row contains the events of one append. Their ids are ``last - count + 1`` to ``last``.
-        # A newline separates the payloads. In ``meta``, ``done`` is the id of the last deleted
-        # event: the oldest row may still contain events with ids up to ``done``.
+        # A row contains the events of one append, with the ids ``last - count + 1`` to ``last``. A
+        # newline separates the payloads. In ``meta``, ``done`` is the id of the last deleted event:
+        # events up to this id in the oldest row count as deleted.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,
@@ -98,8 +98,8 @@ ADD_LOSSES = (
 ADD_TO_COUNTER = "UPDATE meta SET value = value + ? WHERE key = ?"
 
 
-# The queries below contain only constants of this package, so the linter's warning of SQL injection
-# (S608) does not apply.
+# S608 (SQL injection) does not apply to the following queries, which contain only constants of this
+# package.
 
 
 def select_rows(kinds: Iterable[str]) -> str:
@@ -129,7 +129,7 @@ def select_oldest(kind: str) -> str:
 def wal_pages(max_bytes: int) -> int:
     """Return the number of WAL pages after which SQLite runs a checkpoint.
 
-    The default of SQLite is 1000 pages (4 MiB). A store of less than 250 MiB gets fewer pages.
+    Fewer than SQLite's default of 1000 pages (4 MiB) if the store is smaller than 250 MiB.
     """
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
@@ -137,7 +137,7 @@ def wal_pages(max_bytes: int) -> int:
 def connect(
     path: Path, *, busy_timeout: float, max_bytes: int, deployment: str
 ) -> sqlite3.Connection:
-    """Open an existing file and set the pragmas; the tables stay unchanged.
+    """Open an existing file and set the pragmas, without changing the tables.
 
     ``busy_timeout`` is the number of seconds to wait for a locked file. Raises ``sqlite3.Error``.
     Raises ``LocalStorageError`` for a file of another program, of another deployment or of a newer
@@ -148,7 +148,7 @@ def connect(
         uri=True,
         timeout=busy_timeout,
         isolation_level=None,
-        check_same_thread=False,  # another native thread may run the next call
+        check_same_thread=False,  # the next call may run on another native thread
     )
     try:
         _reject_foreign(connection, path, deployment)
@@ -161,10 +161,10 @@ def connect(
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit all statements of the block, or none. A nested block is part of the outer transaction.
+    """Commit all statements of the block, or none. A nested block joins the outer transaction.
 
-    The transaction takes the write lock at its start (``BEGIN IMMEDIATE``). A transaction that
-    starts with a read cannot wait for the write lock later.
+    ``BEGIN IMMEDIATE`` takes the write lock at once, because a transaction that starts with a read
+    cannot wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -173,10 +173,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:  # including an exception thrown into the greenlet or thread by the host
+    except BaseException:  # also an exception that the host throws into the greenlet or thread
         try:
             connection.execute("ROLLBACK")
-        except sqlite3.Error:  # SQLite has rolled back already (disk full, I/O error)
+        except sqlite3.Error:  # SQLite has already rolled back (disk full, I/O error)
             pass
         raise
 
@@ -204,7 +204,7 @@ def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 
 
 def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
-    """Whether store and deployment have a name in common, or neither has a name."""
+    """Whether one part of the deployment ids is equal, or both ids are empty."""
     row = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
     return row is not None and (
         row[0] == deployment or not set(row[0].split()).isdisjoint(deployment.split())
@@ -212,8 +212,8 @@ def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    # auto_vacuum must be set before WAL mode: the switch to WAL mode writes the first page, and
-    # auto_vacuum cannot be changed afterwards.
+    # auto_vacuum must be set before WAL mode, because the switch to WAL mode writes the first page,
+    # and auto_vacuum cannot be changed after that.
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
@@ -223,7 +223,7 @@ def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
         )
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Some distributions enable secure_delete at build time, which doubles the writes of a delete.
+    # Some distributions build SQLite with secure_delete, which doubles the writes of a deletion.
     connection.execute("PRAGMA secure_delete=OFF")
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")
@@ -254,22 +254,22 @@ def migrate(connection: sqlite3.Connection, *, deployment: str, now: float) -> N
 
 @contextmanager
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a store without taking ownership.
+    """Open a store for reading, without its owner lock.
 
-    A store that was closed properly has no WAL. Opening it does not create one.
+    A store that was closed properly has no WAL, and this function creates none.
     """
     mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     with closing(
         sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1, isolation_level=None)
     ) as connection:
-        connection.execute("BEGIN")  # a consistent snapshot while the owner writes
+        connection.execute("BEGIN")  # one snapshot for all reads, while the owner writes
         yield connection
 
 
 def read_losses(path: Path) -> Losses:
-    """Return the losses of a file whose rows are unreadable. The rows count as lost.
+    """Return the losses of a file whose rows are unreadable, including these rows.
 
-    The result is empty if the counters are unreadable as well.
+    The result is empty if the counters are unreadable.
     """
     try:
         with closing(sqlite3.connect(path.as_uri() + "?mode=ro", uri=True)) as connection:

@@ -48,7 +48,7 @@ MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
 #: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
-#: Events that one eviction on a full disk removes, or a tenth of all rows if that is more.
+#: Number of events that one eviction on a full disk removes, unless a tenth of all rows is more.
 FULL_DISK_EVICTION = 500
 
 
@@ -63,22 +63,17 @@ class InsertGroup(NamedTuple):
 
 @implementer(IStore)
 class BufferStore:
-    """A file with rows, loss counters and the ledger. Caps limit its rows and its bytes.
+    """A file with rows, loss counters and the ledger, with caps on rows and bytes.
 
-    The constructor takes ownership of ``path`` (see ``files.OwnerLock``) and opens it.
-
-    :param path: the file.
+    The constructor takes the owner lock of ``path`` (``files.OwnerLock``) and opens the file.
     :param max_rows: maximum number of rows.
-    :param max_bytes: maximum size in bytes with WAL and SHM. The tables get seven eighths of
-        ``max_bytes``, and a sixteenth of this share is the maximum for results in the ledger. The
-        WAL gets the rest. While another process reads the WAL, SQLite cannot truncate it, and
-        ``append`` raises an error if the files exceed ``max_bytes``.
-    :param deployment: one or more names of the deployment, separated by spaces. A store without any
-        of these names is refused, because its rows must not reach this brain.
-    :param busy_timeout: seconds to wait for a locked file. With 0, a locked file raises an error
-        immediately.
-    :param create: whether to create a missing file. Adoption of another process's store sets it to
-        false.
+    :param max_bytes: maximum size in bytes with WAL and SHM. Seven eighths are for the tables (of
+        which a sixteenth is for results in the ledger), the rest is for the WAL. If the files
+        exceed ``max_bytes`` because another process reads the WAL, ``append`` raises an error.
+    :param deployment: the deployment id. A store of another deployment is refused, because its rows
+        must not reach this brain.
+    :param busy_timeout: seconds to wait for a locked file.
+    :param create: whether to create a missing file; ``False`` to adopt a store.
     :param clock: returns seconds since the epoch.
     """
 
@@ -125,7 +120,7 @@ class BufferStore:
         """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
         If the store exceeds a cap, the oldest events are evicted, and then the oldest rows of other
-        kinds. A row that is larger than the share of all rows counts as lost. A new event counts as
+        kinds. A row that is larger than the tables may be counts as lost. A new event counts as
         lost if rows of other kinds fill the store.
         """
         reject_unknown_kinds(rows)
@@ -146,10 +141,7 @@ class BufferStore:
 
     @storage_call
     def import_rows(self, rows: Sequence[BufferEntry]) -> int:
-        """Commit rows of another store; return how many rows were lost.
-
-        The rows get new ids, and keep their age and attempts.
-        """
+        """Commit rows of another store; return how many rows were lost."""
         groups = []
         for at, group in groupby(rows, batch_timestamp):
             entries = list(group)
@@ -176,7 +168,7 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """Reduce the files on a full disk and evict the oldest events; return how many."""
+        """Reduce the files on a full disk, evict the oldest events; return the number of events."""
         self._space.reclaim_all()
         number = max(FULL_DISK_EVICTION, self.size() // 10)
         with self._accounting.transaction() as rows:
@@ -190,8 +182,7 @@ class BufferStore:
     ) -> list[BufferEntry]:
         """Return the oldest rows of ``kinds`` with ``id > after`` without deleting them.
 
-        Returns at most ``limit`` rows with at most ``max_bytes`` of payloads. If the first row is
-        larger than ``max_bytes``, it is returned alone.
+        See ``IStore.drain`` for the limits.
         """
         cached = self.read_cached(after, limit, max_bytes, kinds)
         return self._read(after, limit, max_bytes, kinds) if cached is None else cached
@@ -199,10 +190,7 @@ class BufferStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Return what :meth:`drain` returns, or ``None`` if this requires reading the file.
-
-        Any thread may call this method while no other call runs.
-        """
+        """Do the same as :meth:`drain`, but without I/O; return ``None`` if I/O is needed."""
         if EVENT not in kinds and not self._accounting.counts.non_events:
             return []
         if tuple(kinds) != (EVENT,) or self._accounting.unbatched_events:
@@ -213,7 +201,7 @@ class BufferStore:
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
         query = schema.select_rows(kinds)
-        # An open cursor would hold a snapshot and keep the WAL from being truncated.
+        # An open cursor would hold a snapshot, which prevents a truncation of the WAL.
         with (
             closing(self._connection.execute(query, (after, max(0, limit)))) as cursor,
             closing(self._batched(after, kinds)) as batched,
@@ -248,14 +236,14 @@ class BufferStore:
         """Add 1 to ``attempts`` of each of these rows."""
         with self._accounting.transaction() as rows:
             rows.increment_attempts(ids)
-        self._shrink_files()  # the update has made the WAL larger, by the pages of the rows
+        self._shrink_files()  # the update has made the WAL larger
 
     @storage_call
     def stats(self) -> BufferStats:
         """Return the counters, the size of the files and the age of the oldest row.
 
-        Raises an error if the file was deleted. SQLite would continue to write to the deleted file,
-        and its rows would be lost at the end of this process.
+        Raises an error if the file was deleted. SQLite would write to the deleted file without an
+        error, and the rows would be lost with the process.
         """
         self.path.lstat()
         oldest = self._accounting.oldest()
@@ -275,10 +263,9 @@ class BufferStore:
             return False
 
     def state_if_abandoned(self) -> StoreState:
-        """Return the losses, including all rows that the store still contains.
+        """Return the losses, and all rows of the store as lost events.
 
-        All these rows count as lost events. Most rows are events, and the kinds of the others are
-        unknown in a corrupt file.
+        Most rows are events, and a corrupt file may not show the kinds of the other rows.
         """
         lost = dict(self._accounting.counts.lost)
         lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self.size()
@@ -296,12 +283,12 @@ class BufferStore:
 
     @storage_call
     def claim(self, key: str, now: float, provisional_result: bytes = b"") -> LedgerEntry | None:
-        """Insert command ``key`` as started; if it has an entry already, only return the entry."""
+        """Insert command ``key`` as started, or return its existing entry."""
         return self._ledger.claim(key, now, provisional_result)
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and store its result, in case it is delivered again."""
+        """Mark command ``key`` as done and store its result for a second delivery."""
         self._ledger.settle(key, result, now)
 
     @storage_call
@@ -315,7 +302,7 @@ class BufferStore:
 
     @property
     def closed(self) -> bool:
-        """Whether the store is closed or was inherited through a fork."""
+        """Whether the store is closed, or belongs to the parent of this forked process."""
         return self._closed or self._pid != os.getpid()
 
     @storage_call
@@ -324,11 +311,11 @@ class BufferStore:
         return self._space.vacuum_step()
 
     def close(self, *, ledger_transferred: bool = False) -> None:
-        """Release the file; delete it if it has neither rows nor recent ledger entries. Idempotent.
+        """Close the file; delete it if it has neither rows nor recent ledger entries. Idempotent.
 
         :param ledger_transferred: whether another store has imported the ledger entries.
         """
-        # A forked child must not close its parent's connection: that could delete the WAL.
+        # A forked child must not close its parent's connection, because this could delete the WAL.
         if self.closed:
             return
         self._closed = True
@@ -357,7 +344,7 @@ class BufferStore:
                     self._lock.release(delete=not os.path.lexists(self.path))
 
     def check(self) -> None:
-        """Raise ``LocalStorageError`` if the store is closed or was inherited through a fork."""
+        """Raise ``LocalStorageError`` if the store is :attr:`closed`."""
         if self.closed:
             state = "closed" if self._closed else "owned by the parent of this forked process"
             raise LocalStorageError(f"the store {self.path} is {state}")
@@ -379,8 +366,8 @@ class BufferStore:
         )
         self.buffer_id = self._accounting.buffer_id
         self._space = DiskUsage(self._connection, self.path, self._max_bytes)
-        # If the owner died, opening the store has copied the rows of its log into the file. Until
-        # the log is truncated, these rows take twice their space.
+        # After the death of the owner, opening the store copies the rows of the WAL into the file.
+        # The rows take twice their space until the WAL is truncated.
         self._space.shrink_if_over_cap()
         self._ledger = Ledger(self._connection, self._budget // 16)
 
@@ -398,10 +385,7 @@ class BufferStore:
     def _commit(
         self, groups: Sequence[InsertGroup], extra: Callable[[], None] = lambda: None
     ) -> int:
-        """Commit rows and the changes of ``extra`` in one transaction.
-
-        Returns how many rows were lost.
-        """
+        """Commit rows and the changes of ``extra``; return how many rows were lost."""
         if not any(group.entries or group.payloads for group in groups):
             return 0
         self._space.check_capacity()
@@ -450,7 +434,7 @@ class BufferStore:
                 rows.remove(evicted, CAPACITY)
 
     def _oldest(self, kind: str, excess_rows: int, excess_bytes: int) -> list[int]:
-        """Return the ids of the oldest rows of ``kind`` whose removal ends the excess.
+        """Return the ids of the oldest rows of ``kind`` whose deletion ends the excess.
 
         Returns at most 1,000 ids, or ``excess_rows`` if that is more.
         """
@@ -470,5 +454,5 @@ class BufferStore:
 
 
 def empty_iterator() -> Generator[BufferEntry, None, None]:
-    """Yield nothing. Unlike ``iter(())``, the generator has a method ``close``."""
+    """Return an empty iterator that has a method ``close``, unlike ``iter(())``."""
     yield from ()

@@ -1,6 +1,6 @@
 """Opens the store on disk and runs operations on it, on the native thread.
 
-The module neither logs nor takes a patched lock. ``StoreWorker.call`` returns errors as values.
+No function logs or takes a patched lock.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ T = TypeVar("T")
 #: A query for rows: ``(after, limit, kinds)``; see ``IStore.drain``.
 RowQuery = tuple[int, int, Sequence[str]]
 
-#: A function that searches other processes' stores for the ledger entry of a command. Its arguments
-#: are the path of this process's store and the key of the command.
+#: A function that searches the stores of other processes for the ledger entry of a command. Its
+#: arguments are the path of this process's store and the command's key.
 LedgerLookup = Callable[[Path, str], LedgerEntry | None]
 
 #: Maximum number of rows copied from one store to another in one transaction.
@@ -46,7 +46,7 @@ COPY_BYTES = 4 * 1024 * 1024
 
 
 class Progress(IntEnum):
-    """The last part of a call that was completed. Each part is a separate transaction."""
+    """The last completed part of a call. Each part is a separate transaction."""
 
     CLOSED = 0
     OPEN = 1
@@ -56,7 +56,7 @@ class Progress(IntEnum):
 
 
 class CallResult(NamedTuple, Generic[T]):
-    """The result of a call: its ``value`` when ``progress`` is ``DONE``, else its ``error``."""
+    """The result of a call: a ``value`` if ``progress`` is ``DONE``, else an ``error``."""
 
     progress: Progress
     value: T | None = None
@@ -66,7 +66,7 @@ class CallResult(NamedTuple, Generic[T]):
 
 
 class ReadResult(NamedTuple):
-    """Rows of a read, with the stats and the outcome of a vacuum step if these were requested."""
+    """Rows of a read, with the stats and the outcome of a vacuum step if requested."""
 
     results: list[BufferEntry]
     events: list[BufferEntry]
@@ -77,7 +77,7 @@ class ReadResult(NamedTuple):
 class StoreWorker:
     """Owns the store on disk. Only one call may run at a time.
 
-    All methods run on the native thread, except :meth:`read_cached`, which the hub may call.
+    All methods run on the native thread, except :meth:`read_cached`, which may run on the hub.
 
     :param open_store: opens a new store.
     """
@@ -96,8 +96,8 @@ class StoreWorker:
     ) -> CallResult[T]:
         """Open the store if needed, record ``losses``, delete ``acked`` rows, run ``operation``.
 
-        Acked rows are deleted before the operation. Otherwise a full store could evict these rows
-        and count them as lost.
+        Acked rows are deleted before the operation, because a full store would evict them and count
+        them as lost.
         """
         notice = ""
         progress = Progress.CLOSED
@@ -118,7 +118,7 @@ class StoreWorker:
         return CallResult(Progress.DONE, value, None, notice)
 
     def read_cached(self, results: RowQuery, events: RowQuery, max_bytes: int) -> ReadResult | None:
-        """Return what :func:`read_next` returns, or ``None`` if this requires reading the file."""
+        """Do the same as :func:`read_next`, but without I/O; return ``None`` if I/O is needed."""
         if self._store is None:
             return None
         rows_by_query = run_queries(self._store.read_cached, (results, events), max_bytes)
@@ -135,10 +135,7 @@ class StoreWorker:
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:
-        """Rename the file of a corrupt store and return its losses.
-
-        All rows in the file count as lost, because it is unknown which of them are intact.
-        """
+        """Rename the file of a corrupt store; return its losses and its rows as losses."""
         store, self._store = self._store, None
         if store is None:
             return {}
@@ -152,8 +149,8 @@ class StoreWorker:
     def replace_deleted(self, losses: Losses) -> tuple[CallResult[int], int]:
         """Copy the rows of a deleted file to a new one.
 
-        The deleted file is readable as long as it is open. Returns the result with the number of
-        copied rows, and the number of rows that could not be copied.
+        A deleted file stays readable while it is open. Returns the number of copied rows as a
+        ``CallResult``, and the number of lost rows.
         """
         old, self._store = self._store, None
         if old is None:
@@ -180,8 +177,8 @@ def append(
 ) -> BufferStats | None:
     """Append rows; with ``want_stats``, return the stats from before the append.
 
-    The stats are read first, because a failed call is repeated. If a read after the append failed,
-    the repeated call would append the rows twice.
+    The stats are read first. If they were read after the append and the read failed, the repeated
+    call would append the rows twice.
     """
     stats = store.stats() if want_stats else None
     store.append(rows)
@@ -222,11 +219,10 @@ def read_next(
 def claim(
     store: Store, key: str, now: float, provisional_result: bytes, lookup: LedgerLookup | None
 ) -> LedgerEntry | None:
-    """Insert a command as started, or return its entry in the store of any process."""
+    """Insert a command as started, or return its entry if any process's store has one."""
     elsewhere = None
     if lookup is not None and isinstance(store, BufferStore):
-        # The lookup is skipped for a store in memory: operations of this store run on the hub,
-        # where no file may be read.
+        # A call to a store in memory runs on the hub, where no file may be read.
         elsewhere = lookup(store.path, key)
     return elsewhere or store.claim(key, now, provisional_result)
 
@@ -235,7 +231,7 @@ def vacuum_step(store: Store) -> bool:
     """Run one vacuum step; return whether the vacuum is complete."""
     try:
         return store.vacuum_step()
-    except LocalStorageError:  # no row is lost; the next append raises if the error persists
+    except LocalStorageError:  # the next append raises if the error persists
         return False
 
 

@@ -4,8 +4,8 @@ The brain ingests the frames of one connection in order, each in one transaction
 delays all later frames: behind 4,000 unacknowledged events, a command's result waited 33 s.
 
 In a brain on SQLite, a transaction blocks all other writers, such as requests of operators. A
-blocked writer retries every 100 ms and fails with HTTP status 500 after 5 s. With three frames of 1
-s in flight, five of six writers waited, for 1.3 to 5.0 s. With one frame of 1.5 s in flight and a
+blocked writer retries every 100 ms and fails with HTTP status 500 after 5 s. With three frames of
+1 s in flight, five of six writers waited, for 1.3 to 5.0 s. With one frame of 1.5 s in flight and a
 pause after each ack, 9 of 29 writers waited, for 0.9 to 3.8 s. The brain ingested the same number
 of events in both measurements.
 """
