@@ -1,1 +1,1 @@
-"""Runs the asyncio-based z4j adapters. This package imports asyncio when it first needs a loop."""
+"""Runs the asyncio-based adapters. asyncio is imported when a loop is first needed."""

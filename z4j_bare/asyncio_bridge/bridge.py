@@ -1,4 +1,4 @@
-"""Calls functions of asyncio-based adapters within a deadline, and reads their event streams."""
+"""Calls functions of asyncio-based adapters with a timeout, and reads their event streams."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 #: Maximum number of workers that run calls without an event loop. It equals the default of
-#: ``Z4J_COMMAND_WORKERS``, the number of commands that run at the same time. The executor calls of
-#: the loop have separate workers, so that a hung executor call occupies no worker of this pool.
+#: ``Z4J_COMMAND_WORKERS``. The executor calls of the loop have separate workers, so that a hung
+#: executor call does not occupy a worker of this pool.
 CALL_WORKERS = 8
-#: Maximum timeout of one call, in seconds. :meth:`Bridge.call` reduces a longer timeout to it.
+#: Maximum timeout of one call in seconds.
 MAX_CALL_TIMEOUT = 3600.0
 #: Seconds that :meth:`Bridge.stop` waits for the loop to end.
 STOP_TIMEOUT = 1.0
@@ -36,10 +36,10 @@ STOP_TIMEOUT = 1.0
 class Bridge:
     """Calls an adapter's synchronous and asynchronous functions from greenlets and threads.
 
-    Synchronous functions and coroutines without an ``await`` run on persistent workers, and see no
-    running event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`. The loop is
-    created when it is first needed. A step of the loop must not call a method of this class,
-    because the step would wait for its own loop.
+    Synchronous functions and coroutines without an ``await`` run on persistent workers without an
+    event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`, which is created
+    when it is first needed. A step of the loop must not call this class, because it would wait for
+    its own loop.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -58,12 +58,12 @@ class Bridge:
 
     @property
     def dropped(self) -> int:
-        """The number of ``call_soon_threadsafe`` calls that came after the loop had stopped."""
+        """The number of ``call_soon_threadsafe`` calls after the end of the loop."""
         return self._loop.dropped if self._loop else 0
 
     @property
     def busy(self) -> int:
-        """The number of workers that run a call now. A worker whose call hangs stays busy."""
+        """The number of workers that run a call, including hung calls."""
         return self._workers.busy + (self._loop.busy_workers if self._loop else 0)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
@@ -71,8 +71,8 @@ class Bridge:
 
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
         ``AgentError`` after :meth:`stop`, and every exception of the function. After a timeout, a
-        coroutine on the loop is cancelled. A blocking function occupies its worker until it
-        returns. A function that has not begun is never called.
+        coroutine on the loop is cancelled, a blocking function occupies its worker until it
+        returns, and a function that has not begun is never called.
         """
         self._check_usable()
         description = _name(function)
@@ -94,7 +94,8 @@ class Bridge:
         See :class:`~z4j_bare.asyncio_bridge.pump.Pump`.
         """
         loop = self.loop()
-        # This module imports asyncio. ``loop`` has already imported asyncio without blocking a hub.
+        # The import of ``pump`` imports asyncio, which ``loop`` has imported without blocking a
+        # hub.
         from z4j_bare.asyncio_bridge.pump import Pump
 
         pump = Pump(self._backend, loop, iterate, sink, name)
@@ -103,7 +104,7 @@ class Bridge:
         return pump.stop
 
     def loop(self) -> HubLoop:
-        """Return the loop; every call returns the same object.
+        """Return the loop. Every call returns the same object.
 
         The adapters of arq and taskiq compare loops by identity. Raises ``AgentError`` if
         :meth:`stop` was called before the loop was created.
@@ -156,7 +157,7 @@ class Bridge:
 
 
 class LoopCall:
-    """Runs an awaitable as a task of the loop while its caller waits in a greenlet or thread."""
+    """Runs an awaitable as a task of the loop while the caller waits."""
 
     def __init__(self, backend: BaseConcurrency, loop: HubLoop, awaitable: Awaitable[Any]) -> None:
         self._loop = loop
@@ -167,9 +168,8 @@ class LoopCall:
     def run(self, timeout: float, description: str) -> Any:
         """Return the result, or raise what the coroutine raised.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds, and ``AgentError`` when the loop has
-        ended or the task was cancelled. On timeout, and when the waiting greenlet is killed, the
-        task is cancelled.
+        Raises ``TimeoutError`` after ``timeout`` seconds, and ``AgentError`` if the loop has ended
+        or the task was cancelled. The task is cancelled if the wait ends early.
         """
         if self._loop.call_soon_threadsafe(self._start).cancelled():
             self._close()
@@ -196,7 +196,7 @@ class LoopCall:
             self._task.cancel()
 
     def _close(self) -> None:
-        """Close the coroutine. Python warns when it collects a coroutine that has never begun."""
+        """Close the coroutine, because Python warns of coroutines that never began."""
         if inspect.iscoroutine(self._awaitable):
             self._awaitable.close()
 
@@ -211,10 +211,7 @@ class LoopCall:
 
 
 def _name(function: Callable[..., object]) -> str:
-    """Return the function's name.
-
-    The ``repr`` of a ``partial`` is not used, because it would show a command's arguments.
-    """
+    """Return the function's name, without the arguments of a ``partial``."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)

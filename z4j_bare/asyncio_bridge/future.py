@@ -1,7 +1,4 @@
-"""Passes a result from a worker or an event loop to the task that waits for it.
-
-This module does not import asyncio.
-"""
+"""Passes a result from a worker or an event loop to a waiting task, without asyncio."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class CallFuture:
-    """The result of one call. A worker or a loop step sets it; a greenlet or thread awaits it."""
+    """The result of one call. A worker or a loop step sets it, and a task waits for it."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
         self._done = backend.event()
         self._ok = False
         self._value: Any = None
-        #: Whether the caller stopped waiting before there was a result.
+        #: Whether the caller stopped waiting before the result was set.
         self.abandoned = False
 
     def is_awaited(self) -> bool:
@@ -31,7 +28,7 @@ class CallFuture:
     def set_result(self, ok: bool, value: object) -> None:
         """Set the result: ``value`` is the returned value if ``ok``, else the exception.
 
-        This never switches greenlets, so a loop step may call it.
+        Never switches greenlets, so a loop step may call this method.
         """
         self._ok, self._value = ok, value
         self._done.set()
@@ -39,8 +36,8 @@ class CallFuture:
     def wait(self, timeout: float, description: str) -> Any:
         """Return the value or raise the exception.
 
-        Raises ``TimeoutError`` after ``timeout`` seconds; its text contains ``description``. If the
-        wait ends without a result (timeout, killed greenlet, fork), ``abandoned`` becomes true.
+        Raises ``TimeoutError`` after ``timeout`` seconds. If the wait ends without a result
+        (timeout, killed greenlet, fork), ``abandoned`` becomes true.
         """
         try:
             done = self._backend.wait(self._done, timeout)
@@ -54,11 +51,11 @@ class CallFuture:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error``, or an ``AgentError`` caused by it if a loop must not raise ``error``.
+    """Return ``error``, or an ``AgentError`` in place of an error that a loop must not raise.
 
-    A ``SystemExit`` that is raised in an eager task would end ``run_forever``. The ``Timeout`` or
-    ``GreenletExit`` of a greenlet library would end the loop that made the call. An asyncio future
-    does not accept ``StopIteration``.
+    A ``SystemExit`` in an eager task would end ``run_forever``. The ``Timeout`` or ``GreenletExit``
+    of a greenlet library would end the agent's loop that made the call. An asyncio future does not
+    accept ``StopIteration``.
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error

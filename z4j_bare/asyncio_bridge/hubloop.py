@@ -1,4 +1,4 @@
-"""An asyncio event loop that runs in one greenlet or thread. The host's code never sees it."""
+"""An asyncio event loop in one greenlet or thread, which the host's code never sees."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.hubloop")
 
-#: Maximum number of workers that run the calls of ``run_in_executor``. The thread pools that the
-#: adapters create have the same size.
+#: Maximum number of workers for ``run_in_executor``. The adapters' thread pools have the same size.
 EXECUTOR_WORKERS = 8
-#: Seconds before the loop continues after an exception escaped from a step.
+#: Seconds before the loop continues after an exception of a step.
 RESTART_PAUSE = 0.1
-#: Maximum seconds of one wait in ``select``. It limits the delay in two cases in which the loop is
-#: not woken. A ``put_nowait`` to an asyncio queue from another thread does not wake the loop. Under
-#: eventlet a forked child can remove sockets from the epoll set that it shares with its parent.
+#: Maximum seconds of one wait in ``select``, for two cases in which nothing wakes the loop. A
+#: ``put_nowait`` to an asyncio queue from another thread does not wake it. Under eventlet, a forked
+#: child can remove sockets from the epoll set that it shares with its parent.
 MAX_WAIT = 1.0
 
 
@@ -44,9 +43,9 @@ class StepScopedSelector(selectors.BaseSelector):
 
     asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. If
     a loop stayed recorded while it waits, every ``asyncio.run()`` of the host would fail, and every
-    Django ORM call would raise ``SynchronousOnlyOperation``. A loop waits only in ``select``.
-    Therefore ``select`` restores the running loop and the async-generator hooks that the thread had
-    before the step. They may belong to a user's loop.
+    Django ORM call would raise ``SynchronousOnlyOperation``. Therefore ``select``, in which a loop
+    waits, restores the running loop and the async-generator hooks that the thread had before the
+    step.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -62,14 +61,13 @@ class StepScopedSelector(selectors.BaseSelector):
     def in_step(self) -> bool:
         """Return whether the caller is a step of the loop.
 
-        The method compares greenlets and not running loops. If an adapter switches greenlets within
-        a step, the other greenlets see the running loop of that step. ``getcurrent`` also works in
-        a thread that uses no greenlets.
+        Compares greenlets and not running loops: if an adapter switches greenlets within a step,
+        other greenlets see the step's running loop. ``getcurrent`` also works in threads mode.
         """
         return self._greenlet is getcurrent()
 
     def enter(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Unset the thread's running loop: ``loop.run_forever()`` raises while one is set."""
+        """Unset the thread's running loop, with which ``loop.run_forever()`` would raise."""
         self._loop, self._greenlet = loop, getcurrent()
         self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
         _set_running_loop(None)
@@ -81,7 +79,7 @@ class StepScopedSelector(selectors.BaseSelector):
 
     @contextmanager
     def running_loop_unset(self) -> Iterator[None]:
-        """Unset the running loop inside a step, around code that may switch, such as logging."""
+        """Unset the running loop inside a step, around code that may switch greenlets."""
         if not self.in_step():
             yield
             return
@@ -92,11 +90,11 @@ class StepScopedSelector(selectors.BaseSelector):
             self._begin_step()
 
     def should_wake(self) -> bool:
-        """Record a call from outside the loop; return whether it must write to the self-pipe.
+        """Record a call from outside the loop; return whether to write to the self-pipe.
 
-        Only the first call after the loop began to wait must write. Each write costs a system call,
-        and there may be thousands of calls. No call is missed: this method sets ``_called`` before
-        it reads ``_waiting``, and ``select`` sets ``_waiting`` before it reads ``_called``.
+        Only the first call after the loop began to wait writes, because each write is a system
+        call. No call is missed: this method sets ``_called`` before it reads ``_waiting``, and
+        ``select`` sets ``_waiting`` before it reads ``_called``.
         """
         self._called = True
         waiting, self._waiting = self._waiting, False
@@ -118,7 +116,7 @@ class StepScopedSelector(selectors.BaseSelector):
         self._end_step()
         try:
             if timeout <= 0:
-                # gevent's ``select`` with timeout 0 does not run the hub.
+                # With timeout 0, gevent's ``select`` does not run the hub.
                 self._backend.sleep(0)
             ready: list[tuple[selectors.SelectorKey, int]] = self._backend.call_blocking(
                 self._inner.select, timeout
@@ -163,16 +161,16 @@ class StepScopedSelector(selectors.BaseSelector):
 
 
 class HubLoop(asyncio.SelectorEventLoop):
-    """The event loop of the adapters. Call ``start()`` before its use and ``shutdown()`` after it.
+    """The event loop of the adapters, used between ``start()`` and ``shutdown()``.
 
-    The loop differs from the standard loop in five points. It is its thread's running loop only
-    during a step. It is never set as the current event loop. ``run_in_executor`` ignores the
-    executor and uses workers of the backend. ``call_soon_threadsafe`` never raises. In a forked
-    child the copy of the loop ends and uses no file descriptor that it shares with the parent.
+    Differences from the standard loop: it is its thread's running loop only during a step, and is
+    never set as the current event loop. ``run_in_executor`` uses workers of the backend.
+    ``call_soon_threadsafe`` never raises. In a forked child the copy of the loop ends without using
+    the file descriptors of the parent.
     """
 
-    #: Loops that were started and not yet closed. In a forked child the reference prevents the
-    #: garbage collection of a loop, which would close file descriptors that the parent polls.
+    #: Started loops. In a forked child the reference prevents the garbage collection of a loop,
+    #: which would remove descriptors from the epoll set that the parent polls.
     _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -185,17 +183,17 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.dropped = 0
         self.restarts = 0
         super().__init__(self._scope)
-        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking. That is a property of the OS
-        # thread, so it would also affect the host's greenlets.
+        # With PYTHONASYNCIODEBUG, the loop would turn on coroutine origin tracking for its thread,
+        # and thus for the host's greenlets.
         self.set_debug(False)
 
     @property
     def busy_workers(self) -> int:
-        """The number of executor calls that run now, hung ones included."""
+        """The number of executor calls that run, including hung calls."""
         return self._workers.busy
 
     def start(self) -> None:
-        """Start the loop and its first worker without waiting. A user's loop may be running."""
+        """Start the loop and its first worker without waiting."""
         self._in_use.add(self)
         self._workers.start()
         self._task = self._backend.spawn(self._main, name="z4j-hubloop")
@@ -203,8 +201,7 @@ class HubLoop(asyncio.SelectorEventLoop):
     def shutdown(self, timeout: float) -> bool:
         """Cancel every task and end the loop within ``timeout`` seconds. Idempotent.
 
-        Returns whether the loop has ended. A call from a step of the loop does not wait, and
-        returns ``True``.
+        Returns whether the loop has ended. In a step of the loop, returns ``True`` without waiting.
         """
         if not self._shutting_down:
             self.call_soon_threadsafe(self._begin_shutdown, timeout)
@@ -222,10 +219,10 @@ class HubLoop(asyncio.SelectorEventLoop):
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule ``callback``. This never switches greenlets and never raises.
+        """Schedule ``callback``. Never switches greenlets, never raises.
 
-        After :meth:`shutdown` and in a forked child, ``callback`` is not scheduled: the call is
-        counted in ``dropped``, and a cancelled handle is returned.
+        After :meth:`shutdown` and in a forked child, counts the call in ``dropped`` and returns a
+        cancelled handle.
         """
         if not self._shutting_down and not self._backend.forked():
             try:
@@ -243,10 +240,10 @@ class HubLoop(asyncio.SelectorEventLoop):
         func: Callable[..., Any],
         *args: Any,
     ) -> asyncio.Future[Any]:
-        """Run ``func`` on the backend's workers, whatever ``executor`` is.
+        """Run ``func`` on the backend's workers and ignore ``executor``.
 
-        An executor would start a thread within a step. Under gevent and eventlet such a thread is a
-        greenlet, and its hub may never run.
+        An executor would start a thread within a step. Under gevent and eventlet this thread is a
+        greenlet, which may never run.
         """
         future = self.create_future()
         self._workers.submit(
@@ -280,7 +277,7 @@ class HubLoop(asyncio.SelectorEventLoop):
                 self._release()
 
     def _run_steps(self) -> bool:
-        """Run steps until :meth:`stop`; return ``False`` if an exception ended the run instead."""
+        """Run steps until :meth:`stop`; return ``False`` if an exception ended the run."""
         self._scope.enter(self)
         try:
             self.run_forever()
@@ -322,8 +319,7 @@ class HubLoop(asyncio.SelectorEventLoop):
             timeout = max(0.0, deadline - self.time())
             await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for task in running:
-            # Otherwise asyncio logs an error when it destroys the abandoned task. No public method
-            # prevents that.
+            # Otherwise asyncio logs an error when it destroys the task. There is no public method.
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
 
 

@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
-#: Maximum seconds in which a pump delivers items before it yields to the loop. ``await`` does not
-#: suspend the reader of a queue that has items, so 10,000 items would block the loop for 30 ms.
+#: Maximum seconds in which a pump delivers items before it yields to the loop. Reading a queue that
+#: has items does not yield, so 10,000 items would block the loop for 30 ms.
 YIELD_INTERVAL = 0.001
 #: Seconds before the first restart of a failed generator. Each further failure doubles the delay.
 BACKOFF_INITIAL = 1.0
-#: Maximum seconds before a restart.
+#: Maximum seconds before a restart of a failed generator.
 BACKOFF_MAX = 30.0
-#: Seconds after which a generator counts as stable. Its next failure resets the delay to
-#: ``BACKOFF_INITIAL``.
+#: Seconds without a failure after which the next failure has the delay ``BACKOFF_INITIAL``.
 BACKOFF_RESET = 60.0
 #: Maximum seconds in which :meth:`Pump.stop` delivers the queued items.
 DRAIN_TIMEOUT = 1.0
@@ -35,9 +34,9 @@ DRAIN_TIMEOUT = 1.0
 class Pump:
     """Passes every item of ``iterate()`` to ``sink`` in the loop step that produced it.
 
-    ``sink`` may only append: it must not wait, log or switch greenlets. A generator that ends is
-    not restarted, because rq's, dramatiq's and huey's adapters end their registry stream at once.
-    If a generator raises, the error is logged and ``iterate()`` is called again.
+    ``sink`` must not wait, log or switch greenlets. If a generator raises, the error is logged and
+    ``iterate()`` is called again. A generator that ends is not restarted, because the registry
+    streams of rq's, dramatiq's and huey's adapters are empty.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Pump:
                 return
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if self._task is None or self._task.cancelling():
-                    raise  # the pump itself is being cancelled
+                    raise  # the pump is being cancelled
                 if self._loop.time() - started_at > BACKOFF_RESET:
                     delays.reset()
                 delay = delays.next()

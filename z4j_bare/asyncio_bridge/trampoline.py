@@ -1,8 +1,7 @@
-"""Runs a coroutine that contains no ``await`` with one ``send`` and without an event loop.
+"""Runs coroutines that contain no ``await`` without an event loop, by one ``send``.
 
-Most coroutine functions of the adapters contain no ``await``; in huey's adapter none does. Some of
-them block. On an event loop they would block that loop, and the host's code would see it as the
-running loop.
+Most coroutine functions of the adapters contain no ``await``, and some of them block. An event loop
+would be blocked by them, and would be visible to the host as the running loop.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
-#: Opcodes that suspend a coroutine: ``await``, ``async for`` and ``async with`` compile to them.
+#: Opcodes that suspend a coroutine, from ``await``, ``async for`` and ``async with``.
 _SUSPENDING = frozenset(opmap[name] for name in ("GET_AWAITABLE", "SEND"))
 
 
 def is_await_free(function: Callable[..., object]) -> bool:
     """Return whether ``function`` is a coroutine function without an ``await``.
 
-    ``functools.partial`` objects, bound methods, callable objects and synchronous
-    ``functools.wraps`` wrappers are unwrapped first. The result is ``False`` for compiled coroutine
-    functions and for asynchronous generators.
+    Partial objects, bound methods, callable objects and synchronous ``functools.wraps`` wrappers
+    are unwrapped first. Returns ``False`` for compiled coroutine functions and asynchronous
+    generators.
     """
     code = _code(function)
     return code is not None and _has_no_suspension(code)
@@ -34,7 +33,7 @@ def is_await_free(function: Callable[..., object]) -> bool:
 def needs_loop(function: Callable[..., object]) -> bool:
     """Return whether ``function`` is a coroutine function that awaits.
 
-    A call of such a function creates a coroutine and runs none of its code.
+    A call of such a function only creates a coroutine.
     """
     return inspect.iscoroutinefunction(function) and not is_await_free(function)
 
@@ -49,9 +48,9 @@ class Unfinished:
 def step(function: Callable[..., object]) -> Any:
     """Call ``function()`` without an event loop and return its result.
 
-    Returns :class:`Unfinished` if ``function()`` returns a coroutine that awaits or another
-    awaitable. If a coroutine suspends unexpectedly, the :class:`Unfinished` continues it where it
-    was suspended: a restart would repeat its side effects.
+    Returns :class:`Unfinished` if an event loop is needed: ``function()`` returned a coroutine that
+    awaits, or another awaitable. A coroutine that suspends unexpectedly is continued and not
+    restarted, because a restart would repeat its side effects.
     """
     value = function()
     if not inspect.isawaitable(value):
@@ -62,7 +61,7 @@ def step(function: Callable[..., object]) -> Any:
 
 
 def send(started: CoroutineType[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end, or up to its first suspension and return :class:`Unfinished`."""
+    """Run a coroutine to its end, or return :class:`Unfinished` at its first suspension."""
     try:
         pending = started.send(None)
     except StopIteration as end:
@@ -72,7 +71,7 @@ def send(started: CoroutineType[Any, Any, Any]) -> Any:
 
 @coroutine
 def _continue(started: CoroutineType[Any, Any, Any], pending: object) -> Generator[Any, Any, Any]:
-    """Yield ``pending``, which ``started`` has yielded already, then delegate to ``started``."""
+    """Yield ``pending``, which ``started`` has yielded, and then the next items of ``started``."""
     while True:
         try:
             resume = partial(started.send, (yield pending))

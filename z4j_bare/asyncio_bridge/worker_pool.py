@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A blocking call, the callback for its result, and a check whether its caller still waits."""
+    """A blocking call with a callback for its result and a check whether its caller still waits."""
 
     function: Callable[..., object]
     args: tuple[object, ...]
@@ -42,14 +42,13 @@ class Job:
 class WorkerPool:
     """A pool of at most ``limit`` workers. A hung call blocks only its own worker.
 
-    The workers are persistent because Celery keeps one result backend per thread or greenlet. A new
-    greenlet for each call would open a Redis connection for each call. That takes 0.3 s if each
-    reply takes 50 ms.
+    The workers are persistent, because Celery keeps one result backend per thread or greenlet. A
+    new greenlet would open a new Redis connection for each call, which takes 0.3 s with a latency
+    of 50 ms.
 
-    The worker that became idle last runs the next job, so that few connections are opened. While
-    there are fewer than ``limit`` workers, one idle worker is kept in reserve. Only :meth:`start`
-    and the workers start a worker. :meth:`submit` starts none, because a loop step may call it, and
-    starting a thread switches greenlets.
+    The worker that became idle last runs the next job, so that few connections are opened. One idle
+    worker is kept in reserve until there are ``limit`` workers, because :meth:`submit` starts no
+    worker: a loop step may call it, and starting a thread switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -65,11 +64,11 @@ class WorkerPool:
 
     @property
     def busy(self) -> int:
-        """The number of workers that run a job now, hung ones included."""
+        """The number of workers that run a job, including hung jobs."""
         return max(0, self.size - len(self._idle))
 
     def start(self) -> bool:
-        """Start the first worker, if there is none, and return whether there is one.
+        """Start a worker if there is none; return whether there is a worker.
 
         A loop step must not call this method.
         """
@@ -78,7 +77,7 @@ class WorkerPool:
         return self.size > 0
 
     def submit(self, job: Job) -> None:
-        """Queue a job. This never switches greenlets. After :meth:`stop` the job fails at once."""
+        """Queue a job without switching greenlets. After :meth:`stop` the job fails at once."""
         self._jobs.append(job)
         if self._stopped:
             self._fail_queued()
@@ -94,9 +93,9 @@ class WorkerPool:
     ) -> Any:
         """Run ``function(*args)`` on a worker and return its result.
 
-        A loop step must not call this method. Raises ``TimeoutError`` after ``timeout`` seconds. If
-        no worker can be started, the function runs in the calling task: CPython 3.12 starts no
-        thread while the interpreter shuts down.
+        A loop step must not call this method. Raises ``TimeoutError`` after ``timeout`` seconds.
+        During the shutdown of the interpreter no worker can be started, and the function runs in
+        the calling task.
         """
         future = CallFuture(self._backend)
         job = Job(function, args, future.set_result, future.is_awaited)
@@ -107,10 +106,7 @@ class WorkerPool:
         return future.wait(timeout, description)
 
     def stop(self) -> None:
-        """Fail the queued jobs, and let each worker end after its current job.
-
-        Idempotent. Never waits.
-        """
+        """Fail the queued jobs; let each worker end after its current job. Never waits."""
         self._stopped = True
         self._fail_queued()
         while self._idle:
@@ -127,7 +123,7 @@ class WorkerPool:
             self.size += 1
         try:
             self._backend.spawn(self._work, name=f"{self._name}-{next(self._numbers)}")
-        except RuntimeError:  # no thread can be started; the existing workers continue
+        except RuntimeError:  # no thread can be started, but existing workers continue
             self.size -= 1
 
     def _work(self) -> None:
@@ -141,7 +137,7 @@ class WorkerPool:
                     self.size -= 1
 
     def _run_one(self, wakeup: IEvent) -> None:
-        if self._backend.forked():  # the worker's copy in a child must not run the parent's jobs
+        if self._backend.forked():  # a copy of the worker must not run the parent's jobs
             raise ForkedChildError
         try:
             job = self._jobs.popleft()
@@ -154,7 +150,7 @@ class WorkerPool:
     def _wait_for_job(self, wakeup: IEvent) -> None:
         wakeup.clear()
         self._idle.append(wakeup)
-        # Check again: a job that was submitted before this worker counted as idle did not wake it.
+        # Check again, because a job that was submitted before this worker was idle did not wake it.
         if not self._jobs and not self._stopped:
             self._backend.wait(wakeup)
         try:

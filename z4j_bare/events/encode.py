@@ -1,4 +1,4 @@
-"""Redacts captured records and encodes them as JSON. The flush loop calls the encoder."""
+"""Redacts captured records and encodes them as JSON, for the flush loop."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from z4j_celery.meta import TaskMeta
     from z4j_core.models import Event
 
-#: Maximum characters of a traceback. The adapter's own hooks have the same limit.
+#: Maximum characters of a traceback, as in the adapter's hooks.
 MAX_TRACEBACK_CHARS = 4096
 
-#: A captured record: its encoder (``None`` if called directly), event kind, timestamp (seconds
-#: since the epoch), task id, fields that all events of the task type share, and its own fields.
+#: A captured record: its encoder (``None`` if the caller knows the encoder), event kind, timestamp
+#: (seconds since the epoch), task id, fields that all events of the task type share, and the fields
+#: of this event.
 Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], dict[str, Any]]
 
 _encoder = json.JSONEncoder(
@@ -33,12 +34,11 @@ _encoder = json.JSONEncoder(
 
 
 def new_ids() -> Callable[[], str]:
-    """Return a function that returns a new UUID of version 4 at each call.
+    """Return a function that returns a new UUID (version 4) at each call.
 
-    The first ten bytes are random, and the last twelve digits are a counter. A call of ``uuid4``
-    for each event would take more time than the rest of the event's envelope. The counter starts at
-    a number of twelve digits, so it needs no padding. At 1,000 events a second, the twelve digits
-    are enough for 28 years.
+    The first ten bytes are random, and the last twelve digits are a counter: ``uuid4`` would take
+    more time than the rest of an event's envelope. The counter has twelve digits from the start,
+    and needs no padding. At 1,000 events a second it lasts for 28 years.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
@@ -58,10 +58,10 @@ class Encoder:
         self._timestamp_format = ""
 
     def envelope(self, kind: str, timestamp: float, task_id: str, data: str) -> bytes:
-        """Return an event's bytes around ``data``, which must be canonical JSON.
+        """Return the bytes of an event whose ``data`` is canonical JSON.
 
-        :raises ValueError: for text that may have to be changed: with a lone surrogate, with NUL,
-            or a long task id.
+        :raises ValueError: a text may have to be changed: it contains a lone surrogate or NUL, or
+            the task id is long.
         """
         text = (
             f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
@@ -104,13 +104,13 @@ class Encoder:
         return data
 
     def _iso(self, timestamp: float) -> str:
-        # Formatting a datetime takes 1 us. Within one second only the fraction changes.
+        # Formatting a datetime takes 1 us, so all but the fraction is kept for one second.
         second = int(timestamp)
         if second != self._second:
             self._second = second
             start = datetime.fromtimestamp(second, UTC).isoformat()[:19]
             self._timestamp_format = start + ".%06d+00:00"
-        # %d truncates, so adding 0.5 rounds; min() keeps the result below the next second.
+        # %d truncates, so 0.5 is added to round. min() keeps the fraction below one second.
         return self._timestamp_format % min(999_999, (timestamp - second) * 1_000_000 + 0.5)
 
 
@@ -120,7 +120,7 @@ _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reas
 def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
     """Return a function that does the same as ``encoder.encode`` in half the time.
 
-    ``encode`` creates a C encoder at each call. The returned function always uses the same one.
+    ``encode`` creates a C encoder at each call. The returned function uses one C encoder.
     """
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # an interpreter without the C module
@@ -146,11 +146,11 @@ encode_text = _c_encode(_encoder)
 def apply_task_meta(data: dict[str, Any], meta: TaskMeta) -> None:
     """Apply a task's ``@z4j_meta`` to the data of an event.
 
-    It says which keyword arguments to keep or to redact, and whether to redact the result.
+    The meta data name the keyword arguments to keep or to redact, and may redact the result.
     """
     if meta.keep_kwargs is not None:
         if data.get("args") is not None:
-            data["args"] = REDACTED  # keep_kwargs cannot select them by name
+            data["args"] = REDACTED  # keep_kwargs cannot select positional arguments
         if isinstance(data.get("kwargs"), dict):
             data["kwargs"] = {
                 key: item for key, item in data["kwargs"].items() if key in meta.keep_kwargs

@@ -1,4 +1,4 @@
-"""Logs that events could not be captured or encoded, with one warning for each kind of loss."""
+"""Logs failures to capture or encode events, with one warning for each kind of loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 logger = logging.getLogger("z4j.runtime.events.losses")
 
-#: Maximum number of kinds of loss (step and error class) that are logged. Losses of further kinds
-#: are only counted.
+#: Maximum number of kinds of loss that are logged. Losses of further kinds are only counted.
 MAX_KINDS = 100
 
 #: Maximum characters of a task's name in the log.
@@ -16,7 +15,7 @@ MAX_NAME_CHARS = 200
 
 
 class LossLog:
-    """Logs the first loss of each kind. A kind is a step and the class of the error.
+    """Logs the first loss of each kind: a failed step and the class of the error.
 
     :param on_loss: called for each loss.
     """
@@ -28,8 +27,7 @@ class LossLog:
     def report(self, step: str, task: object, error: Exception) -> None:
         """Count a loss, and log it if it is the first of its kind. Does not raise.
 
-        The message names the task but omits the error's text, which may contain the task's
-        arguments.
+        The message omits the error's text, which may contain the task's arguments.
 
         :param step: the step that failed.
         :param task: the task's name.

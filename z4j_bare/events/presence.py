@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: Seconds between announcements.
 INTERVAL = 60.0
 
-#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the
-#: brain's retention may have deleted the first ``worker.online``.
+#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the brain
+#: may have deleted the first ``worker.online`` with other old events.
 ONLINE_EVERY = 5
 
 
@@ -37,7 +37,7 @@ class Presence:
         matches: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        #: The keys are the names of the announced workers. A dict keeps their order.
+        #: The names of the announced workers, as the keys of a dict, which keeps their order.
         self.workers: dict[str, None] = {}
         self._engine = engine
         self._put = put
@@ -46,7 +46,7 @@ class Presence:
         self._new_id = new_ids()
 
     def online(self, worker: str) -> str:
-        """Announce a worker unless it is announced already; return its :func:`safe_name`."""
+        """Announce a new worker; return the worker's :func:`safe_name`."""
         name = safe_name(worker, self._matches)
         if name not in self.workers:
             self.workers[name] = None

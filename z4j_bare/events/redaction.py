@@ -14,16 +14,16 @@ from z4j_bare.events.snapshot import TruncatedStr
 if TYPE_CHECKING:
     from z4j_core.models import Config
 
-#: Maximum number of results in a cache. Keys and values have separate caches. Caching saves time,
-#: because keys and short values are the same in many tasks.
+#: Maximum number of results in the cache for keys and in the cache for values. Many tasks have the
+#: same keys and short values.
 CACHE_SIZE = 4096
 
 #: Maximum characters of a string whose result is cached.
 MAX_CACHED_CHARS = 64
 
-#: A key is the start of a built-in pattern. The value is a literal in lower case that every match
-#: of the pattern contains, so a text without the literal need not be searched for the pattern.
-#: Every text is searched for unlisted patterns (from a later z4j_core or from the operator).
+#: Maps the start of a built-in pattern to a literal in lower case that every match of the pattern
+#: contains. A text without the literal is not searched for the pattern. Every text is searched for
+#: all other patterns (of a later z4j_core or of the operator).
 _REQUIRED_LITERALS = {
     "eyJ": "eyj",
     "Bearer": "bearer",
@@ -52,10 +52,10 @@ _REQUIRED_LITERALS = {
 
 
 class Redactor:
-    """Returns what ``RedactionEngine.scrub`` returns for plain JSON values, but much faster.
+    """Does the same as ``RedactionEngine.scrub`` for plain JSON values, but much faster.
 
-    A property test compares the two. A :class:`TruncatedStr` is searched including its margin, and
-    then the margin is cut off.
+    A property test compares the two. The margin of a :class:`TruncatedStr` is searched and then cut
+    off.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -81,7 +81,7 @@ class Redactor:
         return value
 
     def _redact_all(self, value: object) -> Any:
-        """Return ``value`` with every scalar replaced, because its key is sensitive."""
+        """Replace every scalar in the value of a sensitive key."""
         if isinstance(value, dict):
             return {self._text(key): self._redact_all(item) for key, item in value.items()}
         return [self._redact_all(item) for item in value] if isinstance(value, list) else REDACTED
@@ -123,11 +123,11 @@ class Redactor:
 
 
 class ValueMatcher:
-    """Returns what ``RedactionEngine.value_matches`` returns, but much faster for ASCII text.
+    """Does the same as ``RedactionEngine.value_matches``, but much faster for ASCII text.
 
-    The engine searches for all patterns with one regular expression, which takes 510 us for 1 KB
-    of text and 3,640 us for 8 KB. This class first searches for the literal that a pattern
-    requires, and takes 13 us and 99 us. A property test compares the two.
+    The engine searches for all patterns with one regular expression, which takes 510 us for 1 KB of
+    text and 3,640 us for 8 KB. This class first searches for the literals of the patterns, and
+    takes 13 us for 1 KB and 99 us for 8 KB. A property test compares the two.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -148,8 +148,8 @@ class ValueMatcher:
     def __call__(self, value: str) -> bool:
         """Whether ``value`` must be redacted."""
         if not value.isascii():
-            # The patterns ignore case by Unicode's rules: the long s (U+017F) matches s, but
-            # lower() does not change it.
+            # The patterns ignore case by the rules of Unicode. For example, the long s (U+017F)
+            # matches s, but lower() does not change it.
             return self._engine.value_matches(value)
         lowered = value.lower()
         for literal, search in self._gated:
@@ -164,11 +164,10 @@ def _required_literal(pattern: str) -> str | None:
 
 
 def safe_name(name: str, matches: Callable[[str], bool]) -> str:
-    """Return a worker's name in a form that the brain does not redact.
+    """Change a worker's name that the brain would redact.
 
-    ``celery@web-1.example.com`` matches the pattern of an email address. The brain would store the
-    name ``[REDACTED]`` for all workers with such names. In these names, underscores replace the
-    dots of the host part. A name that matches no pattern is returned unchanged.
+    The brain would redact ``celery@web-1.example.com`` as an email address, and all such workers
+    would have the name ``[REDACTED]``. In these names, underscores replace the dots of the host.
 
     :param matches: whether a value would be redacted, such as ``RedactionEngine.value_matches``.
     """
@@ -189,9 +188,8 @@ def value_matcher(adapter: object) -> Callable[[str], bool]:
 def merge_redaction(adapter: Any, config: Config) -> None:  # sets an attribute of a foreign object
     """Merge the operator's redaction settings into the adapter's.
 
-    It must be called before ``connect_signals``, because adapters copy their attribute
-    ``redaction`` in ``connect_signals``. If the attribute is not a ``RedactionEngine``, it is left
-    unchanged.
+    Must be called before ``connect_signals``, in which adapters copy their attribute ``redaction``.
+    An attribute that is not a ``RedactionEngine`` is not changed.
 
     :raises RedactionConfigError: for an invalid pattern. The caller must then capture no events.
     """

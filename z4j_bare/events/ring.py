@@ -9,8 +9,8 @@ from typing import Any
 
 from z4j_bare.interfaces import IEvent, IOpenRuns
 
-#: A captured event: a tuple whose first item is the function that encodes the tuple to bytes. It is
-#: one flat tuple, because the garbage collector tracks each container in the ring, and a full
+#: A captured event: a tuple whose first item is the function that encodes the tuple to bytes. The
+#: tuple is flat, because the garbage collector visits each container in the ring, and a full
 #: collection stops a large worker for 40 ms.
 Captured = tuple[Any, ...]
 
@@ -19,24 +19,24 @@ Put = Callable[[Captured], None]
 
 
 class Ring:
-    """A bounded queue that drops the oldest event when it is full, and counts the loss.
+    """A bounded queue. A full queue drops its oldest event and counts the loss.
 
     :param limit: maximum number of events.
-    :param threshold: number of events at which ``wake`` is set, so that the flush loop does not
-        wait for its interval.
-    :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets ``wake``,
-        because polling five times a second would cost an idle worker 1 ms of CPU time a second.
+    :param threshold: number of events at which the flush loop is woken before the end of its
+        interval.
+    :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets it, so
+        that an idle flush loop need not poll (1 ms of CPU time a second).
     """
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
         self.wake = wake
-        #: Keeps the open runs of the tasks whose events are put here; ``None`` if nothing does.
+        #: Keeps the open runs of the tasks whose events are appended, if set.
         self.runs: IOpenRuns | None = None
         #: Total number of events appended.
         self.produced = 0
         self._items: deque[Captured] = deque(maxlen=limit)
         self._threshold = min(threshold, limit)
-        # next() on a count is atomic between native threads, so the total needs no lock.
+        # ``next`` on a ``count`` is atomic between native threads and needs no lock.
         self._counter = count(1)
         self._uncaptured_counter = count(1)
         self._armed = False
@@ -44,7 +44,7 @@ class Ring:
         self._uncaptured = 0
 
     def put(self, captured: Captured) -> None:
-        """Append an event; drop the oldest one if the ring is full. Takes 0.3 us."""
+        """Append an event; drop the oldest event if the ring is full. Takes 0.3 us."""
         self._items.append(captured)
         self.produced = next(self._counter)
         if self._armed or len(self._items) >= self._threshold:
@@ -56,7 +56,7 @@ class Ring:
         self._uncaptured = next(self._uncaptured_counter)
 
     def arm_wakeup(self) -> bool:
-        """Let the next event set ``wake``. If the ring contains events, only return ``False``.
+        """If the ring is empty, let the next event set ``wake`` and return ``True``.
 
         Only the flush loop may call this.
         """
@@ -66,7 +66,7 @@ class Ring:
         return self._armed
 
     def take(self, limit: int) -> list[Captured]:
-        """Remove and return the oldest events, at most ``limit``.
+        """Remove and return at most ``limit`` of the oldest events.
 
         Only the flush loop may call this method.
         """
@@ -76,16 +76,16 @@ class Ring:
         return batch
 
     def requeue(self, batch: list[Captured]) -> None:
-        """Put events from :meth:`take` back at the front, because they could not be stored.
+        """Put events of :meth:`take` that could not be stored back at the front.
 
-        Events that no longer fit are dropped, the oldest first, and count as lost.
+        The oldest events that no longer fit are dropped and count as lost.
         """
         room = (self._items.maxlen or 0) - len(self._items)
         self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))
         self._taken -= len(batch)
 
     def close(self) -> None:
-        """Close what keeps the open runs, after the store was closed."""
+        """Close ``runs``, after the store was closed."""
         if self.runs is not None:
             self.runs.close()
 
@@ -94,7 +94,7 @@ class Ring:
 
     @property
     def position(self) -> int:
-        """Number of the last event that has left the ring, taken or dropped."""
+        """Number of the last event that was taken or dropped."""
         return self.produced - len(self._items)
 
     @property

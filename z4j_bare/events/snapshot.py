@@ -1,7 +1,8 @@
-"""Bounded copies of task arguments and results, taken while the host's task waits.
+"""Copies task arguments and results, with limits on size and depth.
 
-A snapshot runs no code of the host. JSON types are copied by the methods of the built-in types, a
-few well-known types become text, and every other object becomes the name of its class.
+A snapshot is taken while the host's task waits, and runs no code of the host. JSON types are copied
+by the methods of the built-in types. A few well-known types become text, and all other objects
+become the name of their class.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ MAX_CHARS = 16 * 1024
 #: Maximum number of values in one snapshot, including containers.
 MAX_NODES = 500
 
-#: Number of characters that a truncated string keeps beyond its limit until redaction, so that a
-#: secret at the limit is redacted too.
+#: Number of characters that a truncated string keeps beyond its limit until it is redacted, so that
+#: a secret across the limit is found.
 MARGIN = 1024
 
-#: Maximum nesting depth. A deeper container is replaced by the name of its type. The brain redacts
-#: everything below depth 64.
+#: Maximum nesting depth. The name of the type replaces a deeper container.
 MAX_DEPTH = 32
 
-#: Maximum bits of an integer. A larger integer is replaced by a text with its size, because Python
+#: Maximum bits of an integer. A text with its size replaces a larger integer, because Python
 #: refuses to parse more than 4,300 digits.
 MAX_INT_BITS = 1024
 
@@ -50,7 +50,7 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 class TruncatedStr(str):
     """The start of a longer string.
 
-    It contains the first ``limit`` characters, which are sent, and up to ``MARGIN`` characters more
+    It contains the first ``limit`` characters, which are sent, and up to ``MARGIN`` more characters
     for redaction. ``length`` is the number of characters of the original string.
     """
 
@@ -83,7 +83,7 @@ class TypedStr(str):
 
 
 class OpaqueStr(str):
-    """A text that stands for a value and shows nothing of it but its class or its size."""
+    """A text that replaces a value and names only its class or its size."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ def snapshot(value: Any) -> Any:
 
 
 class _Copier:
-    """Copies one value. ``chars`` more characters and ``nodes`` more values are allowed."""
+    """Copies one value with at most ``chars`` more characters and ``nodes`` more values."""
 
     __slots__ = ("chars", "nodes")
 
@@ -109,7 +109,7 @@ class _Copier:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        # Not isinstance(): it reads value.__class__, which may run the host's code.
+        # isinstance() is not used, because it reads value.__class__, which may run the host's code.
         kind = type(value)
         if issubclass(kind, enum.Enum):
             return self.text(f"{kind.__name__}.{value._name_}")
@@ -157,7 +157,7 @@ class _Copier:
                 result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = (
                     self.copy(item, depth)
                 )
-        except RuntimeError:  # another thread has changed it; list() takes all at once
+        except RuntimeError:  # another thread changed it; list() copies it in one step
             return self.mapping(dict(list(islice(dict.items(value), MAX_NODES + 1))), depth)
         missing = length - len(result)
         if missing > 0:
@@ -171,7 +171,7 @@ class _Copier:
                 if self.nodes <= 0:
                     break
                 items.append(self.copy(item, depth))
-        except RuntimeError:  # a set that another thread has changed
+        except RuntimeError:  # another thread changed the set
             return self.sequence(list(islice(base.__iter__(value), MAX_NODES + 1)), list, depth)
         missing = base.__len__(value) - len(items)
         return [*items, f"[... {missing} more cut]"] if missing > 0 else items

@@ -42,15 +42,14 @@ class EventSource:
     def loops(self) -> list[Loop]:
         """Return the background loops to start after :meth:`connect`.
 
-        If the agent must wait for the end of a loop, :meth:`disconnect` waits.
+        The agent does not wait for their end. :meth:`disconnect` does if needed.
         """
         return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._backend))]
 
     def connect(self) -> None:
-        """Start the capture.
+        """Start the capture, without I/O.
 
-        The method does no I/O, so the caller can wait until the capture has started. Then no task
-        is missed.
+        The agent waits for this call, so that no task is missed.
         """
         if name := local_worker_name(self.engine):
             self.presence.online(name)
@@ -72,11 +71,11 @@ class EventSource:
         return 0
 
     def unheard(self) -> int:
-        """Return how many tasks have certainly started without an event of their start."""
+        """Return how many tasks certainly started although no event reported their start."""
         return 0
 
     def record(self, event: Event) -> None:
-        """Append an event of the adapter to the ring. The method neither waits nor raises."""
+        """Append an event of the adapter to the ring. Never waits, never raises."""
         data = event.data
         if not self._settings.capture_args:
             data.pop("args", None)

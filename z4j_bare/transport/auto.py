@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.transport.auto")
 
-#: The values of ``Z4J_TRANSPORT``. ``ws`` and ``longpoll`` are also the names of the transports.
+#: The values of ``Z4J_TRANSPORT``, and the names of the transports.
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds from the fallback to long-poll to the first new attempt at WebSocket. Each failed attempt
-#: doubles the delay.
+#: Seconds from the fallback to long-poll to the first attempt to use WebSocket again. Each failed
+#: attempt doubles the delay.
 PROBE_DELAY_INITIAL = 60.0
 
-#: Maximum seconds between two attempts at WebSocket while long-poll is in use.
+#: Maximum seconds between two attempts to use WebSocket again.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked. It applies to failures
-#: that can have another cause, such as a timeout.
+#: Number of consecutive failures after which WebSocket counts as blocked, for failures that can
+#: have another cause, such as a timeout.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
 HEALTH_TIMEOUT = 5.0
 
-#: The lowest close code of WebSocket. An error code below it is an HTTP status.
+#: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
 _MIN_CLOSE_CODE = 1000
 
 
 class FallbackPolicy:
     """Decides between WebSocket and long-poll.
 
-    The policy does no I/O and reads no clock. Callers pass ``now``, the monotonic time in seconds.
+    ``now`` is the monotonic time in seconds.
 
-    :param preference: ``auto``, ``ws`` or ``longpoll``. With ``ws`` and ``longpoll`` the transport
-        never changes.
+    :param preference: ``auto``, ``ws`` or ``longpoll``. Only with ``auto`` the transport can
+        change.
     """
 
     def __init__(self, preference: str = AUTO) -> None:
         self.preference = preference
         #: The transport in use. ``auto`` begins with WebSocket.
         self.name = LONGPOLL if preference == LONGPOLL else WS
-        #: Monotonic time of the next attempt at WebSocket; infinite if none is planned.
+        #: Monotonic time of the next attempt to use WebSocket again; infinite if none is planned.
         self.next_probe_at = float("inf")
         self._probe_delay = Backoff(PROBE_DELAY_INITIAL, PROBE_DELAY_MAX)
         self._failures = 0
@@ -67,7 +67,7 @@ class FallbackPolicy:
 
     @property
     def probe_interval(self) -> float:
-        """Seconds from the fallback, or from a failed attempt at WebSocket, to the next attempt."""
+        """Seconds from the fallback or a failed attempt to the next attempt to use WebSocket."""
         return self._probe_delay.delay
 
     def next_transport(self, now: float) -> str:
@@ -77,16 +77,14 @@ class FallbackPolicy:
     def on_websocket_failure(
         self, error: AgentError, now: float, is_reachable: Callable[[], bool]
     ) -> bool:
-        """Process a failed connect over WebSocket; return whether to use long-poll at once.
+        """Record a failed connect over WebSocket; return whether to use long-poll at once.
 
-        An HTTP status below 500, except 429, proves that WebSocket is blocked. A status of 500 or
-        more, a reset and a timeout count as proof if two such failures follow each other. The
-        policy falls back to long-poll only if ``is_reachable()``, which requests the brain's health
-        route.
+        An HTTP status below 500, except 429, proves that WebSocket is blocked. Two consecutive
+        failures with a status of 500 or more, a reset or a timeout also count as proof. The policy
+        falls back to long-poll only if ``is_reachable()`` finds the brain's health route.
 
-        Statuses 401 and 403 are proof as well, because the brain checks the token after the
-        upgrade, so a proxy has sent the status. If the brain has sent it after all, the brain also
-        rejects the connect over long-poll.
+        Statuses 401 and 403 come from a proxy, because the brain checks the token after the
+        upgrade.
         """
         if self.preference != AUTO:
             return False
@@ -106,12 +104,12 @@ class FallbackPolicy:
         return True
 
     def postpone_probe(self, now: float) -> None:
-        """Increase the delay after a failed attempt at WebSocket, and schedule the next attempt."""
+        """Record a failed attempt to use WebSocket: increase the delay before the next attempt."""
         self._probe_delay.increase()
         self.next_probe_at = now + self.probe_interval
 
     def on_connected(self, name: str, now: float) -> None:
-        """Process the start of a session over the transport ``name``."""
+        """Record the start of a session over the transport ``name``."""
         if name == WS and self.preference == AUTO:
             self._failures = 0
             if self.name == LONGPOLL:
@@ -119,10 +117,7 @@ class FallbackPolicy:
             self.name, self.next_probe_at = WS, float("inf")
 
     def on_longpoll_failure(self, error: AgentError) -> None:
-        """Process a failed connect over long-poll.
-
-        If the brain answered and rejected the request, the next session uses WebSocket.
-        """
+        """Record a failed connect over long-poll. If the brain rejected it, WebSocket is next."""
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
             self.name, self.next_probe_at = WS, float("inf")
@@ -131,27 +126,27 @@ class FallbackPolicy:
 def _blocking_evidence(error: AgentError) -> int:
     """Return how strongly ``error`` indicates a blocked WebSocket.
 
-    0 means no indication, and ``FAILURES_BEFORE_FALLBACK`` means proof.
+    0 is no indication, and ``FAILURES_BEFORE_FALLBACK`` is a proof.
     """
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
     if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
-        # A close code proves that WebSocket works. Status 429 means too many requests, and a
-        # fallback would send further requests.
+        # A close code proves that WebSocket works. After status 429 (too many requests), a fallback
+        # would send more requests.
         return 0
-    # A status of 500 or more is no proof, because a proxy also returns 502 while the brain starts.
+    # A status of 500 or more is no proof, because a proxy returns 502 while the brain starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
 
 
 class TransportFactory:
     """Creates the transport of each session.
 
-    The constructor loads the certificates and imports the library of the preferred transport.
-    Later, either would block the hub.
+    The constructor loads the certificates and imports the library of the preferred transport, which
+    would block the hub later.
 
     :param preference: ``auto``, ``ws`` or ``longpoll``.
-    :param token: returns the token; called at every connect.
+    :param token: returns the token. Called at every connect.
 
     Raises ``HostConfigurationError`` if a setting is not valid.
     """
@@ -199,7 +194,7 @@ class TransportFactory:
 
     def longpoll(self) -> LongPollTransport:
         """Return a new long-poll transport."""
-        # Imported here, because few processes use long-poll.
+        # Imported late, because few processes use long-poll.
         longpoll = self._backend.import_module("z4j_bare.transport.longpoll")
         self._limits = self._limits or longpoll.LearnedLimits()
         transport: LongPollTransport = longpoll.LongPollTransport(
@@ -217,8 +212,7 @@ class TransportFactory:
     def health(self, timeout: float) -> Response:
         """Request the brain's health route and return the response.
 
-        Raises ``NetworkError`` if the connection fails, or if no data arrives for ``timeout``
-        seconds.
+        Raises ``NetworkError`` if the connection fails, or no data arrives for ``timeout`` seconds.
         """
         http = self._backend.import_module("z4j_bare.transport.http")
         client: Client = http.Client(self._api_url, {}, self._backend, self._tls)
@@ -240,14 +234,14 @@ class TransportFactory:
             transport.close()
 
     def needs_recovery(self, connection: Connection) -> bool:
-        """Return whether :meth:`monitor_recovery` has to run during this session."""
+        """Return whether :meth:`monitor_recovery` must run during this session."""
         return self.policy.preference == AUTO and connection.transport.name == LONGPOLL
 
     def monitor_recovery(self, connection: Connection) -> None:
         """Probe WebSocket at growing intervals during a long-poll session.
 
-        Returns when the session has ended. If a probe succeeds, the method drains the session and
-        returns, which ends the session. The next session then uses WebSocket.
+        Returns when the session has ended, or after a successful probe, which drains the session.
+        The return ends the session, and the next session uses WebSocket.
         """
         while not self._backend.wait(
             connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())
@@ -262,7 +256,7 @@ class TransportFactory:
 
 @implementer(ITransport)
 class AutoTransport:
-    """One session over WebSocket or long-poll. ``connect`` chooses the transport."""
+    """One session over WebSocket or long-poll, which ``connect`` chooses."""
 
     def __init__(self, factory: TransportFactory, backend: BaseConcurrency) -> None:
         self.name = factory.policy.name
@@ -274,7 +268,7 @@ class AutoTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Connect over WebSocket, over long-poll, or over both in turn; see ``ITransport``."""
+        """Connect over WebSocket or long-poll, or over long-poll after WebSocket has failed."""
         policy, previous = self._policy, self._policy.name
         if policy.next_transport(self._backend.now()) == WS:
             websocket = self._factory.websocket()
@@ -312,7 +306,7 @@ class AutoTransport:
         return self._connected().receive(timeout)
 
     def drain(self) -> None:
-        """Stop a long-poll session from polling; see ``LongPollTransport.drain``."""
+        """Drain a long-poll session; see ``LongPollTransport.drain``."""
         if self._transport is not None and not isinstance(self._transport, WebSocketTransport):
             self._transport.drain()
 

@@ -1,8 +1,8 @@
 """A non-blocking socket that waits through the concurrency backend.
 
-The class has three purposes. In a forked child, ``recv`` and ``send`` raise ``ForkedChildError``
-before they use the parent's socket. Two threads never use a TLS object at the same time. Timeouts
-work in the same way in every concurrency mode.
+In a forked child, ``recv`` and ``send`` raise ``ForkedChildError`` instead of using the parent's
+socket. Two threads never use a TLS object at the same time. Timeouts work in the same way in every
+concurrency mode.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ class CooperativeSocket:
         timeout: float,
         send_timeout: float,
     ) -> None:
-        # ``settimeout(0)`` cannot be used, because eventlet's TLS socket treats 0 as an expired
-        # deadline.
+        # ``settimeout(0)`` is not used, because eventlet's TLS socket treats 0 as an expired
+        # timeout.
         sock.setblocking(False)
         self._sock = sock
         self._backend = backend
         self._timeout = timeout
         self.send_timeout = send_timeout
         self._read_buffer = b""
-        # A thread holds this lock only during one non-blocking call. Greenlets never wait for the
-        # lock.
+        # Held only during one non-blocking call, so that greenlets never wait for it.
         self._lock = threading.Lock()
 
     def recv(self, size: int) -> bytes:
@@ -63,15 +62,12 @@ class CooperativeSocket:
         return self._retry(lambda: self._sock.send(data), self.send_timeout, wants_write=True)
 
     def try_send(self, data: bytes) -> None:
-        """Write ``data`` without waiting.
-
-        Raises ``OSError`` if the socket's buffer has no space.
-        """
+        """Write ``data`` without waiting; raise ``OSError`` if the socket has no space."""
         with self._lock:
             self._sock.send(data)
 
     def gettimeout(self) -> float:
-        """Return 0, so that ``websocket-client`` does not wait with a selector of its own."""
+        """Return 0, so that ``websocket-client`` does not wait with its own selector."""
         return 0.0
 
     def settimeout(self, timeout: float | None) -> None:
@@ -83,14 +79,13 @@ class CooperativeSocket:
         return self._sock.fileno()
 
     def shutdown(self, how: int) -> None:
-        """Shut the connection down. This wakes all waiting calls of ``recv`` and ``send``."""
+        """Shut the connection down and wake all waiting calls of ``recv`` and ``send``."""
         self._sock.shutdown(how)
 
     def close(self) -> None:
         """Release the file descriptor.
 
-        Only the owner may call this, and only after all calls of ``recv`` and ``send`` have
-        returned.
+        Only the owner may call this method, after all calls of ``recv`` and ``send`` have returned.
         """
         self._sock.close()
 
@@ -106,8 +101,8 @@ class CooperativeSocket:
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # The error's class is compared by name, because a plain connection must not import
-                # ssl.
+                # The class is compared by name, because a plain connection does not need the import
+                # of ssl.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise

@@ -17,10 +17,10 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def base_url(brain_url: str, *, dev_mode: bool) -> SplitResult:
-    """Split the brain's URL into its parts. The path can be a prefix of the brain's routes.
+    """Split the brain's URL, whose path is the prefix of the brain's routes.
 
-    Raises ``HostConfigurationError`` if the scheme is neither ``http`` nor ``https``. Plain HTTP to
-    a host outside :data:`LOOPBACK` raises it as well, unless ``dev_mode`` is set.
+    Raises ``HostConfigurationError`` if the scheme is neither ``http`` nor ``https``, and for
+    ``http`` to a host outside :data:`LOOPBACK` without ``dev_mode``.
     """
     parts = urlsplit(brain_url.rstrip("/"))
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -51,11 +51,11 @@ def tls_context(
 ) -> ssl.SSLContext:
     """Return a TLS context that verifies the certificate and the host name.
 
-    Loading the CA certificates takes 20 ms of CPU, so the agent creates one context at start and
-    uses it for all connections. If ``ca_bundle`` (``Z4J_CA_BUNDLE``) is not set, the CA
-    certificates come from ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the system, in this order.
+    The agent creates one context at start, because loading the CA certificates takes 20 ms of CPU
+    time. Without ``ca_bundle``, they come from ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the
+    system, in this order.
 
-    Raises ``HostConfigurationError`` if a file cannot be used. The error text names the file.
+    Raises ``HostConfigurationError`` if a file cannot be used.
     """
     import ssl
 

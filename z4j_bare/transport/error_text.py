@@ -1,4 +1,4 @@
-"""Makes error texts for logs, without secrets and control characters."""
+"""Makes error texts for logs without secrets and control characters."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that delimit the parts of a URL. If a password contains such a character unescaped, an
-#: error text may quote only a part of the password.
+#: Characters that separate the parts of a URL. An error text may quote only a part of a password
+#: that contains such a character.
 _SEPARATORS = re.compile(r"[:/?#@]")
 
-#: Minimum number of characters of a password, or of a part of it, for which it is replaced. A
-#: shorter part reveals little, and occurs in other text by chance.
+#: Minimum number of characters of a replaced password or part of a password. Shorter parts occur in
+#: other text by chance.
 _MIN_SECRET_CHARS = 3
 
 
 def describe_error(error: BaseException) -> str:
     """Return the error's type and at most 200 characters of the first line of its text.
 
-    A library's error text can quote a URL, for example a proxy's URL with its password. Therefore
-    this function replaces the passwords from the proxy environment variables by ``***``.
+    Passwords of the proxy environment variables are replaced by ``***``, because a library's error
+    text can quote a proxy's URL.
     """
     text = printable(str(error).split("\n", 1)[0])
     for secret in sorted(_proxy_secrets(), key=len, reverse=True):
@@ -28,7 +28,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with a question mark in place of each control character."""
+    """Replace each control character by a question mark."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 

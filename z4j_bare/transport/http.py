@@ -1,6 +1,7 @@
-"""An HTTP client for the long-poll routes: ``requests`` on sockets that wait through the backend.
+"""An HTTP client: ``requests`` on sockets that wait through the concurrency backend.
 
-This module imports ``requests``. The agent imports it only when long-poll is needed.
+The agent imports this module only if it needs long-poll, because the import of ``requests`` is
+slow.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Timeout in seconds of DNS, TCP and TLS together, for each address of the host.
+#: Timeout in seconds of DNS, TCP and TLS together, for each address of the brain's host.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds after which an idle connection is not used again. The brain closes an idle connection
-#: after 5 s. A request that is sent at that moment would fail as if the network were down.
+#: Seconds after which an idle connection is not used again. The brain closes it after 5 s, and a
+#: request at that moment would fail.
 KEEPALIVE_SECONDS = 4.0
 
-#: Maximum bytes of a response. A response with 50 commands is far smaller.
+#: Maximum bytes of a response.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 
 #: Maximum bytes of a response that are read in one step.
 _READ_SIZE = 64 * 1024
 
-#: Exceptions that the libraries raise for malformed URLs and responses. A proxy URL without a host
-#: raises ``TypeError``.
+#: Exceptions of the libraries for malformed URLs and responses. A proxy URL without a host raises
+#: ``TypeError``.
 _MALFORMED = (ValueError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An HTTP response with any status. The names in ``headers`` are case-insensitive."""
+    """An HTTP response. The names in ``headers`` are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -55,15 +56,15 @@ class Response:
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds in ``Retry-After``; ``None`` if it is absent or a date, which is rare."""
+        """The seconds in ``Retry-After``; ``None`` if it is absent or a date."""
         text = self.headers.get("Retry-After", "")
         return float(text) if text.isdecimal() else None
 
 
 class HttpSocket:
-    """A connected socket for ``http.client`` on top of a :class:`CooperativeSocket`.
+    """A connected socket for ``http.client``, based on :class:`CooperativeSocket`.
 
-    Any task may call ``shutdown``. In a forked child, reads and writes raise ``ForkedChildError``.
+    Any task may call ``shutdown``.
     """
 
     def __init__(self, sock: socket.socket, backend: BaseConcurrency) -> None:
@@ -78,11 +79,7 @@ class HttpSocket:
             rest = rest[self._socket.send(rest) :]  # type: ignore[arg-type]  # send accepts any buffer
 
     def makefile(self, *_mode: object, **_options: object) -> io.BufferedReader:
-        """Return a buffered reader.
-
-        As with ``socket.socket``, ``close`` releases the file descriptor only after all readers
-        have been closed.
-        """
+        """Return a buffered reader. The descriptor stays open until all readers are closed."""
         self._readers += 1
         return io.BufferedReader(_Reader(self._socket, self._reader_closed))
 
@@ -97,14 +94,14 @@ class HttpSocket:
         return self._socket.fileno()
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Shut the connection down. This wakes all waiting reads and writes."""
+        """Shut the connection down and wake all waiting reads and writes."""
         try:
             self._socket.shutdown(how)
         except OSError:
             pass  # the connection is already closed
 
     def close(self) -> None:
-        """Release the file descriptor as soon as all readers have been closed."""
+        """Release the file descriptor when all readers are closed."""
         self._closed = True
         self._release()
 
@@ -138,15 +135,15 @@ class _Reader(io.RawIOBase):
 
 
 class Client:
-    """An HTTP client with one connection at a time, which is kept alive between requests.
+    """An HTTP client with one connection, which is kept alive between requests.
 
     :param base: the URL that paths are appended to.
-    :param headers: sent with each request.
-    :param tls: the TLS context for an ``https`` URL. No other setting affects the check of
-        certificates.
+    :param headers: the headers of each request.
+    :param tls: the TLS context for an ``https`` URL, which decides alone whether a certificate is
+        valid.
 
-    The client reads the proxy variables, including ``NO_PROXY``, from the environment. It does not
-    read a ``.netrc`` file, which would replace the token.
+    The client uses the proxy variables of the environment, but no ``.netrc`` file, which would
+    replace the token.
     """
 
     def __init__(
@@ -161,7 +158,7 @@ class Client:
         self._last_used_at = 0.0
         self._aborted = False
         self._socket: HttpSocket | None = None
-        # The session keeps the cookies of a load balancer, because all requests must reach the same
+        # The session keeps the cookies of a load balancer, so that all requests reach the same
         # brain process.
         self._session = requests.Session()
         self._session.trust_env = False
@@ -182,10 +179,10 @@ class Client:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """Send a request and return the response, also one with an error status or a redirect.
+        """Send a request and return the response, whatever its status is.
 
-        Raises ``NetworkError`` if the connection fails, or if no byte arrives from the brain for
-        ``timeout`` seconds.
+        Raises ``NetworkError`` if the connection fails, or if no byte arrives for ``timeout``
+        seconds.
         """
         if self._backend.forked():
             raise ForkedChildError
@@ -211,8 +208,8 @@ class Client:
     def abort(self) -> None:
         """Shut down the connection and refuse new connections.
 
-        Any task may call this, also repeatedly. In a forked child this does not change the
-        connection, because the connection belongs to the parent process.
+        Any task may call this method. Idempotent. A forked child does not touch the connection,
+        which belongs to its parent.
         """
         self._aborted = True
         if self._socket is not None and not self._backend.forked():
@@ -264,7 +261,8 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
-        # The base class would add the CA certificates of ``requests`` to the agent's TLS context.
+        # The method of the base class would add the CA certificates of ``requests`` to the agent's
+        # TLS context.
         del url, verify, cert
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"
@@ -313,7 +311,7 @@ def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _root(error: BaseException) -> BaseException:
     """Return the innermost cause of an error of ``requests`` or ``urllib3``.
 
-    The search ends at a ``ProxyError``, because the text of its cause does not mention the proxy.
+    A ``ProxyError`` is not searched, because its cause does not mention the proxy.
     """
     while not isinstance(error, ProxyError):
         inner = getattr(error, "reason", None)

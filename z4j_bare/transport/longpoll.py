@@ -1,4 +1,4 @@
-"""The long-poll transport: plain HTTP requests for networks that block WebSocket."""
+"""The long-poll transport: HTTP requests for networks that block WebSocket."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ POST_TIMEOUT = 15.0
 #: Duration of a poll in seconds. The brain responds earlier if it has a command.
 POLL_WAIT = 30
 
-#: Minimum duration of a poll in seconds. The duration is reduced down to this value if a proxy ends
-#: longer polls early.
+#: Minimum duration of a poll in seconds, if a proxy ends longer polls early.
 MIN_POLL_WAIT = 5
 
 #: Seconds by which the timeout of a poll exceeds its duration.
@@ -55,38 +54,36 @@ POLL_GRACE = 10.0
 #: Minimum seconds from the start of one poll to the next.
 MIN_POLL_INTERVAL = 0.25
 
-#: Minimum seconds from the start of a poll that returned no command to the next poll. It limits the
-#: rate of polls to which a cache responds at once.
+#: Minimum seconds from the start of a poll that returned no command to the next poll, in case a
+#: cache responds at once.
 EMPTY_POLL_INTERVAL = 1.0
 
-#: Maximum commands in the response to a poll.
+#: Maximum number of commands in the response to a poll.
 MAX_COMMANDS = 50
 
-#: Number of uploads that may follow each other without a delay.
+#: Maximum number of uploads without a delay.
 UPLOAD_BURST = 30
 
 #: Maximum uploads per second after a burst. The brain allows 600 requests a minute from one IP
-#: address. This number includes polls and the requests of all other workers at that address.
+#: address, including polls and the requests of all other workers.
 UPLOAD_RATE = 5.0
 
-#: Initial limit of a request body in bytes. The agent halves the limit after each rejection.
+#: Initial limit of a request body in bytes. Each rejection halves the limit.
 BODY_LIMIT_INITIAL = 128 * 1024
 
 #: The brain's default limit of a request body in bytes.
 BODY_LIMIT_DEFAULT = 8 * 1024
 
-#: Lowest value, in bytes, of the limit of a request body.
+#: Minimum limit of a request body in bytes.
 BODY_LIMIT_MIN = 1024
 
 #: Bytes that a request body adds to a frame.
 WRAPPER_BYTES = len(b'{"frames":[""]}')
 
-#: Seconds between two checks whether all polled commands have been received, while a session is
-#: drained.
+#: Seconds between two checks of a drained session for commands that are not received yet.
 DRAIN_POLL_INTERVAL = 0.05
 
-#: The capability of an engine to which the brain may send retry commands. A request header names
-#: the engines with this capability.
+#: The capability of engines that support retry commands. A request header names these engines.
 RETRY_CONTRACT = "retry_by_reference_v1"
 
 _NOT_A_BRAIN_HINT = "is Z4J_BRAIN_URL the brain's URL, or does a proxy respond instead?"
@@ -105,7 +102,7 @@ class LearnedLimits:
     project_id: str = ""
 
     def reject_body(self, size: int) -> None:
-        """Halve the limit until it is less than ``size`` bytes or reaches ``BODY_LIMIT_MIN``."""
+        """Halve the limit until it is below ``size`` bytes or ``BODY_LIMIT_MIN``."""
         while self.body_limit >= size and self.body_limit > BODY_LIMIT_MIN:
             self.body_limit //= 2
 
@@ -117,7 +114,7 @@ class LearnedLimits:
 
 @dataclass(slots=True)
 class TokenBucket:
-    """A token bucket that limits the rate of uploads. It reads no clock."""
+    """A token bucket without a clock, which limits the rate of uploads."""
 
     tokens: float = UPLOAD_BURST
     updated_at: float = 0.0
@@ -134,7 +131,7 @@ class TokenBucket:
 
 
 class _Poller:
-    """Polls for command frames in its own task, and returns the frames in the order of arrival."""
+    """Polls for command frames in a task, and returns the frames in the order of arrival."""
 
     def __init__(self, client: Client, backend: BaseConcurrency, limits: LearnedLimits) -> None:
         self.aborted = False
@@ -168,7 +165,7 @@ class _Poller:
         return None
 
     def drain(self) -> None:
-        """Stop polling, and wait until the frames of the current poll have been received."""
+        """Stop polling after the current poll; wait until its frames have been received."""
         self._draining = True
         if self._task is not None:
             self._backend.wait(self._stopped, POLL_WAIT + POLL_GRACE)
@@ -181,10 +178,7 @@ class _Poller:
         self._ready.set()
 
     def close(self) -> None:
-        """Release the connection, unless the polling task has started.
-
-        The polling task releases the connection when the task ends.
-        """
+        """Release the connection, unless the polling task runs and will release it."""
         if self._task is None:
             self._client.close()
 
@@ -238,8 +232,8 @@ class LongPollTransport:
     """One long-poll session, which uploads one frame at a time and polls in a separate task.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
-    :param token: returns the token; called at every connect, because a token file can be rotated.
-    :param limits: shared by all sessions of the process.
+    :param token: returns the token. Called at every connect, because a token file can be rotated.
+    :param limits: the limits that the sessions of this process have learned.
     :param tls: the TLS context for an ``https`` URL.
     """
 
@@ -267,9 +261,9 @@ class LongPollTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Send a first request with a new nonce; make a ``hello_ack`` from the response headers.
+        """Send a first request with a new nonce; return a ``hello_ack`` made of its response.
 
-        Long-poll has no ``hello`` frame. Some fields of ``hello`` are sent as request headers.
+        Some fields of ``hello`` are sent as request headers, because long-poll has no ``hello``.
         """
         payload = json.loads(hello)["payload"]
         nonce = token_urlsafe(16)
@@ -297,10 +291,7 @@ class LongPollTransport:
         return self._hello_ack(nonce, response)
 
     def send(self, build: Callable[[], bytes]) -> int:
-        """Sign and upload one frame.
-
-        When this returns, the brain has stored the frame; see ``ITransport``.
-        """
+        """Sign and upload one frame, and wait until the brain has stored it; see ``ITransport``."""
         with self._send_lock:
             if self._uploads is None or self._aborted:
                 raise NetworkError("the connection is closed")
@@ -314,15 +305,15 @@ class LongPollTransport:
         return len(frame)
 
     def receive(self, timeout: float) -> bytes | None:
-        """Return the next polled frame, in the brain's order; see ``ITransport``."""
+        """Return the next frame of the polls; see ``ITransport``."""
         if self._poller is None:
             raise NetworkError("the connection is closed")
         return self._poller.receive(timeout)
 
     def drain(self) -> None:
-        """Stop polling, and wait until the commands of the current poll have been received.
+        """Stop polling after the current poll; wait until its commands have been received.
 
-        A command in the response to an aborted poll would be lost and never run.
+        An abort of the poll would lose a command in its response.
         """
         if self._poller is not None:
             self._poller.drain()
@@ -330,7 +321,7 @@ class LongPollTransport:
     def abort(self) -> None:
         """Abort both connections and wake the receiving task.
 
-        Any task may call this, also repeatedly.
+        Any task may call this method. Idempotent.
         """
         self._aborted = True
         if self._poller is not None:
@@ -384,7 +375,8 @@ class LongPollTransport:
             )
         except NetworkError:
             # A proxy that rejects a large body may close the connection before its response can be
-            # read. Therefore a lost connection counts as a rejection of a large body.
+            # read. Therefore a lost connection counts as a rejection of a body that is larger than
+            # all accepted bodies.
             if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
                 limits.reject_body(len(body))
             raise
@@ -411,8 +403,8 @@ class LongPollTransport:
 def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
     reason = _reason(response)
     if response.status == HTTPStatus.CONFLICT and first_upload:
-        # Status 409 means that the brain rejected either the nonce or the signature. The nonce is
-        # new and the first request succeeded, so the brain rejected the signature.
+        # With status 409 the brain rejects a nonce or a signature. The nonce was accepted by the
+        # first request.
         text = (
             "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
             f"the brain rejected a signature ({reason})"

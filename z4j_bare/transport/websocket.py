@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, for each address of the host. The
-#: wait for ``hello_ack`` has the same timeout.
+#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, for each address of the brain's
+#: host. Also the timeout of the wait for ``hello_ack``.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds that a frame may wait for space in the socket before the connection counts as lost.
+#: Maximum seconds that a frame waits for space in the socket. Then the connection counts as lost.
 SEND_TIMEOUT = 20.0
 
 #: Seconds without a byte from the brain after which the agent sends a ping. The brain sends a ping
@@ -35,7 +35,7 @@ PING_AFTER = 30.0
 #: Seconds without a byte from the brain after which the connection counts as lost.
 DEAD_AFTER = 75.0
 
-#: Maximum bytes of an incoming frame. The brain's frames are far below 1 MiB.
+#: Maximum bytes of an incoming frame. The brain's frames are smaller than 1 MiB.
 MAX_FRAME_BYTES = 2 * 1024 * 1024
 
 #: The close code that reports a normal end of the session.
@@ -44,7 +44,7 @@ NORMAL_CLOSURE = 1000
 #: Maximum bytes of an outgoing message that are masked in one step.
 MASK_CHUNK = 4096
 
-# The next constants describe the header of a frame (RFC 6455, 5.2).
+# The constants ``_BINARY`` to ``_LENGTH_64`` describe the header of a frame (RFC 6455, 5.2).
 
 #: The first byte of a complete binary message.
 _BINARY = 0x82
@@ -52,10 +52,10 @@ _BINARY = 0x82
 #: The bit of the second byte that marks a masked message.
 _MASKED = 0x80
 
-#: The values of the second byte after which a length field of 16 bits or of 64 bits follows.
+#: Values of the second byte that announce a length field of 16 bits and of 64 bits.
 _LENGTH_16, _LENGTH_64 = 126, 127
 
-#: The close code at the start of a close frame's body.
+#: Format of the close code at the start of a close frame's body.
 _CLOSE_CODE = struct.Struct("!H")
 
 
@@ -64,7 +64,7 @@ class WebSocketTransport:
     """One WebSocket session.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.websocket_url`.
-    :param token: returns the token; called at every connect, because a token file can be rotated.
+    :param token: returns the token. Called at every connect, because a token file can be rotated.
     :param tls: the TLS context for a ``wss`` URL.
     """
 
@@ -94,8 +94,8 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            # If the brain rejects the token, the brain closes the connection at once. This read
-            # raises the error for the close code.
+            # A brain that rejects the token closes the connection at once. The read raises the
+            # error for the close code.
             self.receive(CONNECT_TIMEOUT)
             raise
         answer = self.receive(CONNECT_TIMEOUT)
@@ -104,16 +104,13 @@ class WebSocketTransport:
         return answer
 
     def upgrade(self) -> None:
-        """Open the connection and complete the WebSocket upgrade (HTTP 101).
-
-        ``TransportFactory.probe_websocket`` calls only this method.
-        """
+        """Open the connection and complete the WebSocket upgrade (HTTP 101)."""
         import websocket
 
-        # ``WebSocket.connect`` accepts TLS options as well, but ignores them.
+        # TLS options are passed here, because ``WebSocket.connect`` ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        # The library would check UTF-8 in a Python loop, which takes 0.3 s per MiB. The check is
-        # disabled, because the JSON parser checks UTF-8 as well.
+        # The library's check of UTF-8 is disabled. It takes 0.3 s per MiB, and the JSON parser
+        # checks UTF-8.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -137,8 +134,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # The library would answer a close frame. If the answer could not be sent, the error would
-        # hide the close code. Therefore ``abort`` sends the answer instead.
+        # The library must not answer a close frame, because an error while sending the answer would
+        # hide the close code. ``abort`` answers instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -162,7 +159,7 @@ class WebSocketTransport:
     def receive(self, timeout: float) -> bytes | None:
         """Return the next data message; see ``ITransport``.
 
-        This also answers pings, and sends a ping after ``PING_AFTER`` seconds without data.
+        Also answers pings, and sends a ping after ``PING_AFTER`` seconds without data.
         """
         import websocket
 
@@ -187,10 +184,10 @@ class WebSocketTransport:
     def abort(self) -> None:
         """Abort the connection. Any task may call this.
 
-        ``WebSocket.close`` is not used, because it hangs while another task waits for data.
+        ``WebSocket.close`` would hang while another task waits for data.
 
-        This sends a close frame if no other frame is being written and the socket has space for it.
-        In a forked child this does nothing, because the connection belongs to the parent process.
+        Sends a close frame if no frame is being written and the socket has space. A forked child
+        does not touch the connection, which belongs to its parent.
         """
         sock = getattr(self._ws, "sock", None)
         if sock is None or self._backend.forked():
@@ -234,18 +231,18 @@ class WebSocketTransport:
         return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
-            # The library would follow up to three redirects, and send the Authorization header to
-            # the targets of the redirects.
+            # The library would follow redirects, and send the Authorization header to their
+            # targets.
             "redirect_limit": 0,
         }
 
 
 class BinaryFrame:
-    """A complete binary message, for ``WebSocket.send_frame`` in place of the library's ``ABNF``.
+    """A binary message for ``WebSocket.send_frame``, in place of the library's ``ABNF``.
 
-    ``websocket-client`` masks a message as one large integer and copies the integer eight times.
-    This takes 115 to 260 us for 60 KB, and 420 us for 126 KB. Masking in chunks takes 85 us for 60
-    KB, and 170 us for 126 KB.
+    ``websocket-client`` masks a message as one large integer and copies it eight times, which takes
+    115 to 260 us for 60 KB and 420 us for 126 KB. Masking in chunks takes 85 us for 60 KB and
+    170 us for 126 KB.
     """
 
     __slots__ = ("_data", "get_mask_key")
@@ -266,7 +263,7 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
     width = min(MASK_CHUNK, 4 * (len(data) // 4 + 1))
     mask = int.from_bytes(key * (width // 4), "little")
     chunks = (data[start : start + width] for start in range(0, len(data), width))
-    # The last chunk may be shorter than the mask. Its result is cut to the length of the chunk.
+    # The last chunk may be shorter than the mask, so its result is cut to its length.
     return [
         (int.from_bytes(chunk, "little") ^ mask).to_bytes(width, "little")[: len(chunk)]
         for chunk in chunks
@@ -281,7 +278,7 @@ def close_error(data: bytes) -> AgentError:
 
 
 def preload() -> None:
-    """Import ``websocket-client`` at start, because the import blocks a hub for 0.2 s."""
+    """Import ``websocket-client`` at start. A later import would block the hub for 0.2 s."""
     import websocket  # noqa: F401
 
 
@@ -300,9 +297,9 @@ def _close_frame() -> bytes:
 
 
 def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """Return ``read`` with a check that rejects frames over ``MAX_FRAME_BYTES``.
+    """Return ``read`` with a check that rejects frames of more than ``MAX_FRAME_BYTES``.
 
-    Without this check, the library would wait for the whole frame and process no other frame.
+    Without the check, the library would wait for the whole frame.
     """
 
     def bounded(size: int) -> bytes:
@@ -314,6 +311,6 @@ def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """Return the seconds in ``Retry-After``; ``None`` if it contains a date, which is rare."""
+    """Return the seconds in ``Retry-After``; ``None`` if it is absent or a date."""
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None
