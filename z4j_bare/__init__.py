@@ -1,8 +1,8 @@
 """The z4j agent runtime for task workers.
 
-The agent runs in greenlets under gevent and eventlet, and in threads elsewhere. Importing this
-package loads no ssl, asyncio, requests, websocket, gevent or eventlet. Therefore the package may be
-imported before a process is monkey-patched.
+The agent runs in greenlets under gevent and eventlet, and in threads elsewhere. This package may be
+imported before a process is monkey-patched, because it does not import ssl, asyncio, requests,
+websocket, gevent or eventlet.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Most importers need neither SQLite nor the package metadata, and both take time to load.
+    # SQLite and the package metadata take time to load, and few importers need them.
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Keeps one runtime per process. If several are installed, the process keeps the first one."""
+"""Keeps one runtime per process: the first runtime that is installed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _owner: str | None = None
 
 
 def try_register(runtime: R, *, owner: str) -> R:
-    """Register ``runtime`` for this process and return the registered one.
+    """Register ``runtime`` if none is registered; return the registered runtime.
 
-    A runtime that ran and was stopped is replaced: a web server that was shut down may install the
-    agent again. While a z4j-bare command imports an application, nothing is registered and
-    ``runtime`` is returned.
+    A stopped runtime is replaced, because a web server that was shut down may install the agent
+    again. While a z4j-bare command imports an application, ``runtime`` is returned without being
+    registered.
 
     :param runtime: an ``AgentRuntime``.
     :param owner: the name of the installer, such as ``install_agent``, for log lines.
@@ -71,8 +71,8 @@ def clear_runtime(expected: object = None) -> bool:
 def post_fork() -> Any:
     """Restart the agent in a forked server process and return the runtime. Never raises.
 
-    Call this function in gunicorn's ``post_fork`` or uWSGI's ``@postfork`` hook. Do not call it in
-    a child of a Celery prefork worker, because the parent process reports the child's tasks.
+    For gunicorn's ``post_fork`` and uWSGI's ``@postfork`` hooks. Not for children of a Celery
+    prefork worker, because their parent reports their tasks.
     """
     runtime = _runtime
     if runtime is not None:

@@ -40,15 +40,14 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Maximum seconds that :meth:`Agent.start` waits for adapters to connect. They usually need
-#: milliseconds.
+#: Maximum seconds that :meth:`Agent.start` waits for adapters to connect.
 CONNECT_GRACE = 1.0
 
 
 class Agent:
     """The loops of a running agent and the objects that they share.
 
-    The constructor runs on the host's thread. Its only I/O is reading the file of the HMAC key.
+    The constructor runs on the host's thread. Its only I/O is to read the HMAC key's file.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Agent:
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        key()  # a wrong key raises here, in the host's call; a loop could only log the error
+        key()  # raises a wrong key in the host's call; a loop could only log it
         opener = StoreOpener(config, key)
         ring.runs = runs = OpenRuns(ring, opener.deployment)
         opener.on_open = runs.attach
@@ -150,16 +149,16 @@ class Agent:
             self._loops.spawn(run, name, join=False)  # ``engines.disconnect`` waits for these loops
         connecting = self.backend.spawn(self._connect_adapters, name="z4j-adapters")
         if self.engines.uses_adapter_events:
-            connecting.join(CONNECT_GRACE)  # otherwise events of the first tasks would be missed
+            connecting.join(CONNECT_GRACE)  # not to miss events of the first tasks
 
     def record(self, event: Event) -> None:
-        """Capture one event of the host. Never waits, never raises."""
+        """Append one event of the host to the ring. Never waits, never raises."""
         self.ring.put((encode_model, event))
 
     def stop(self, seconds: float) -> None:
         """Stop within ``seconds``: flush, wait for acks, close the session and the store.
 
-        ``Z4J_FLUSH_SECONDS`` limits the wait for acks.
+        The wait for acks ends after ``Z4J_FLUSH_SECONDS``.
         """
         backend = self.backend
         deadline = backend.now() + seconds
@@ -178,7 +177,7 @@ class Agent:
         backend.close()
 
     def stuck(self, seconds: float) -> list[str]:
-        """Return the loops that have ended, or whose current step takes longer than ``seconds``."""
+        """Return the loops that have ended or whose current step takes longer than ``seconds``."""
         return sorted(self._loops.stuck(seconds) | self._session_loops.stuck(seconds))
 
     def _reconnect(self) -> dict[str, object]:
@@ -190,7 +189,7 @@ class Agent:
             self.engines.connect()
             self.schedules.connect()
         except AgentError:
-            # It is not an error if the agent is stopped while its adapters connect.
+            # The error is expected if the agent is stopped while its adapters connect.
             if not self._loops.stop_event.is_set():
                 raise
 

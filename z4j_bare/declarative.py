@@ -1,7 +1,6 @@
-"""Reconciles the brain's schedules with the schedules that an application declares in code.
+"""Sends the schedules that an application declares in code to the brain.
 
-Framework adapters use this module with their settings and an API key of the project. No agent has
-to run.
+Framework adapters use this module with an API key of the project and without an agent.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ logger = logging.getLogger("z4j.runtime.declarative")
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{1,48}[a-z0-9]").fullmatch
 
-#: Maximum number of characters of the brain's error response that are logged.
+#: Maximum number of logged characters of the brain's error response.
 _MAX_LOGGED_CHARS = 200
 
 #: Maps a field of the brain's ``import`` response to a field of ``ReconcileResult``.
@@ -47,7 +46,7 @@ _DIFF_FIELDS = {
 
 @dataclass(slots=True)
 class ReconcileResult:
-    """The numbers of schedules that were inserted, updated, left unchanged, deleted, or failed.
+    """The numbers of schedules by outcome.
 
     ``errors`` maps the index of a schedule in the request to the brain's error text.
     """
@@ -62,12 +61,12 @@ class ReconcileResult:
 
 
 class ScheduleReconciler:
-    """Sends declared schedules to the brain. Its methods block, so call them in a thread.
+    """Sends declared schedules to the brain. Its methods block.
 
     :param brain_url: the brain's URL.
     :param api_key: an API key of the project, not the agent's token.
-    :param project_slug: 3 to 50 characters of ``a-z0-9-``; the first and last are not hyphens.
-    :param timeout_seconds: timeout of the request, in seconds.
+    :param project_slug: 3 to 50 characters of ``a-z0-9-``, without a hyphen at the start or end.
+    :param timeout_seconds: timeout of a request.
     :raises ValueError: the slug is invalid.
     """
 
@@ -90,7 +89,7 @@ class ScheduleReconciler:
     ) -> list[ScheduleSpec]:
         """Return the schedules of both notations.
 
-        If both declare a schedule of the same name, the entry in z4j's notation is used.
+        Of two schedules with the same name, the one in z4j's notation is used.
         """
         native = {spec.name: spec for spec in _z4j_native_schedules_to_specs(z4j_schedules or {})}
         beat = {spec.name: spec for spec in parse_celery_beat_entries(celery_beat_schedules or {})}
@@ -114,14 +113,14 @@ class ScheduleReconciler:
     ) -> ReconcileResult:
         """Replace the brain's schedules of ``source`` by the declared schedules.
 
-        If the brain rejects the request, the error is logged and all schedules count as failed.
+        If the brain rejects the request, logs the error and counts all schedules as failed.
 
         :param z4j_schedules: schedules in z4j's notation, by name.
         :param celery_beat_schedules: schedules in the notation of Celery's ``beat_schedule``.
         :param engine: the engine of the tasks.
         :param scheduler: the scheduler that owns the schedules; ``None`` lets the brain decide.
         :param source: the label of the declared schedules in the brain.
-        :param dry_run: only compare, and change nothing.
+        :param dry_run: compare the schedules without changing them.
         :raises requests.RequestException: the brain cannot be reached.
         """
         specs = self.collect_specs(
@@ -133,7 +132,7 @@ class ScheduleReconciler:
         ]
         body = {"schedules": schedules, "mode": "replace_for_source", "source_filter": source}
         response = self._post("diff" if dry_run else "import", body)
-        # Redirects are not followed, because a redirect would forward the API key.
+        # A redirect is an error, because to follow it would forward the API key.
         if response.status_code != 200:  # noqa: PLR2004
             logger.error(
                 "z4j: the brain rejected the declared schedules with HTTP %d: %s",
@@ -152,7 +151,8 @@ class ScheduleReconciler:
             retry = Retry(total=None, connect=1, read=0, redirect=0, status=0, other=0)
             for scheme in ("https://", "http://"):
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
-            # Pass the header as ``auth``: requests would replace a plain header by a .netrc entry.
+            # The header is set by ``auth``, because requests would replace a plain header by a
+            # .netrc entry.
             return session.post(
                 f"{self._url}:{verb}",
                 json=body,
@@ -184,7 +184,7 @@ def _number(value: Any) -> int:
 
 
 def _z4j_native_schedules_to_specs(schedules: Mapping[str, Any]) -> list[ScheduleSpec]:
-    """Return the entries in z4j's notation as specs; skip an invalid entry with a warning."""
+    """Return the entries in z4j's notation as specs; skip invalid entries with a warning."""
     specs = []
     for name, entry in schedules.items():
         try:
@@ -220,7 +220,7 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
 def _spec_to_brain_payload(
     spec: ScheduleSpec, *, engine: str, scheduler: str | None = None, source: str = "declarative"
 ) -> dict[str, Any]:
-    """Return a schedule in the brain's format, with a hash of all its declared values."""
+    """Return a schedule in the brain's format, with a hash of its declared values."""
     content = {**asdict(spec), "engine": engine, "scheduler": scheduler}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     row = {**asdict(spec), "engine": engine, "is_enabled": True, "source": source}

@@ -1,4 +1,4 @@
-"""The framework adapter of a process that uses no web framework."""
+"""The framework adapter of a process without a web framework."""
 
 from __future__ import annotations
 

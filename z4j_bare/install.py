@@ -1,4 +1,4 @@
-"""``install_agent`` resolves the settings, and starts the agent when the process is ready."""
+"""Installs the agent: resolves the settings, and starts the agent when the process is ready."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.install")
 
-#: Celery's names of pools that do not fork.
+#: Names of Celery's pools that do not fork.
 _OTHER_POOLS = ("gevent", "eventlet", "solo", "threads")
 
 _prepared = False
 
 
 def _prepare_prefork() -> None:
-    """Have a Celery worker make its channel before it forks its first child. Idempotent.
+    """Let a Celery worker open its channel before it forks its first child. Idempotent.
 
-    The children inherit it. An agent that is installed at ``worker_ready`` would be too late.
+    The children inherit the channel. At ``worker_ready``, when the agent may be installed, it would
+    be too late.
     """
     global _prepared
     if _prepared or "celery" not in sys.modules:
@@ -52,7 +53,7 @@ def _prepare_prefork() -> None:
     signals.worker_init.connect(_open_channel, weak=False)
     signals.worker_before_create_process.connect(_open_channel, weak=False)
     directory = os.environ.get("_Z4J_CELERY_CHANNEL", "")
-    if directory.endswith(f"-{os.getppid()}"):  # a child of a worker whose start method is spawn
+    if directory.endswith(f"-{os.getppid()}"):  # a child of a worker with the start method spawn
         from z4j_bare.engines.celery.prefork import prefork
 
         safe_call(prefork.attach, directory)
@@ -99,27 +100,25 @@ def install_agent(
 ) -> AgentRuntime:
     """Install the agent in this process and return its runtime.
 
-    In a Celery worker the agent starts at ``worker_ready``, when the pool is known and its children
-    exist. In ``celery inspect`` and similar commands the agent never starts. In any other process
-    the agent starts immediately. If this process already has a runtime, that runtime is returned.
+    In a Celery worker the agent starts at ``worker_ready``. In ``celery inspect`` and similar
+    commands the agent never starts. In any other process the agent starts immediately. If this
+    process already has a runtime, that runtime is returned.
 
-    A parameter that is ``None`` takes its value from its ``Z4J_*`` variable. If the variable is not
-    set either, the default applies.
+    A parameter that is ``None`` takes its value from its ``Z4J_*`` variable, or its default.
 
     :param engines: queue engine adapters.
     :param transport: ``auto``, ``ws`` or ``longpoll``.
     :param framework: a framework adapter or its class; ``BareFrameworkAdapter`` by default.
     :param schedulers: scheduler adapters.
     :param autostart: if false, return the runtime without starting it.
-    :param buffer_path: the SQLite file that holds events until the brain acknowledges them.
-    :param max_payload_bytes: maximum size of one captured value in bytes; a longer value is
-        truncated.
+    :param buffer_path: a path in the directory of the buffer's files.
+    :param max_payload_bytes: maximum bytes of one captured value. Longer values are truncated.
     :param concurrency: ``auto``, ``threads``, ``gevent`` or ``eventlet``.
-    :param token_file: a file that holds ``token``; it is read again at each connect.
-    :param hmac_secret_file: a file that holds ``hmac_secret``; it is read again at each connect.
-    :raises ConfigError: a setting is missing or wrong; the message names the setting. The exception
-        is usually a ``HostConfigurationError``, which is a subclass.
-    :raises RuntimeError: a path variable that z4j no longer reads is set.
+    :param token_file: a file that contains the token. It is read at each connect.
+    :param hmac_secret_file: a file that contains the HMAC key. It is read at each connect.
+    :raises ConfigError: a setting is missing or wrong; usually the subclass
+        ``HostConfigurationError``.
+    :raises RuntimeError: an environment variable for a path is set that z4j no longer reads.
     """
     reject_deprecated_path_env()
     _prepare_prefork()
@@ -176,8 +175,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # z4j_core's Config rejects "longpoll" without an agent id. The brain sends the agent id
-        # only at connect.
+        # z4j_core's Config rejects "longpoll" without an agent id, which the brain sends only at
+        # connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -209,7 +208,7 @@ def _variable(name: str) -> str:
 def _check_redaction_patterns(config: Config) -> None:
     """Raise ``HostConfigurationError`` for an invalid redaction pattern.
 
-    An agent whose redaction does not work would capture secrets, so it must not start.
+    An agent without its redaction must not start, because it would capture secrets.
     """
     for name in ("extra_key_patterns", "extra_value_patterns"):
         patterns: dict[str, Any] = {name: tuple(getattr(config, f"redaction_{name}"))}
@@ -251,8 +250,8 @@ def _start_with_worker(runtime: AgentRuntime) -> None:
 
     def ready(sender: object = None, **_kwargs: object) -> None:
         for engine in runtime.engines.values():
-            # With a node name, the adapter's inspect calls return at the first reply. Without a
-            # node name, they wait 10 s.
+            # With a node name, the adapter's inspect calls end at the first reply instead of after
+            # 10 s.
             if getattr(engine, "worker_hostname", "") is None:
                 engine.worker_hostname = getattr(sender, "hostname", None)
         safe_call(_start, runtime)
@@ -273,7 +272,7 @@ def _adapter(framework: object, config: Config) -> object:
 def _inert_runtime(
     settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: object
 ) -> AgentRuntime:
-    """Return a runtime that starts no agent. Its configuration is a placeholder."""
+    """Return a runtime with a placeholder configuration, which starts no agent."""
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(

@@ -52,8 +52,8 @@ BUSY_TIMEOUT = 5.0
 #: Mode bits that allow other users to access the file, which contains arguments of tasks.
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
-#: Guards every access to the file. The guard's lock is a native lock that no runtime patches. The
-#: lock is reentrant because ``validate`` may call ``resolve``.
+#: Guards every access to the file by an unpatched lock, which is reentrant because ``validate`` may
+#: call ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
 _TABLES = (
@@ -66,14 +66,14 @@ _TABLES = (
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The changes that an
-    operator makes in the dashboard are stored in that file, and are merged into the schedules of
-    the code each time the scheduler reads them. The file format is that of z4j 1.13.
+    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. An operator's changes in
+    the dashboard are stored in the file, and merged into the schedules of the code each time the
+    scheduler reads them. The file has the format of z4j 1.13.
 
-    The object may be used from any thread and process, because each call opens its own connection.
-    The constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
+    Any thread and process may use the object, because each call opens a connection. The constructor
+    and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
 
-    :param path: the file; it is created with mode 0600.
+    :param path: path of the file, which is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
     """
 
@@ -108,12 +108,12 @@ class NativeScheduleControl:
     ) -> Schedule | None:
         """Commit one change and return the changed schedule, ``None`` after a deletion.
 
-        An error leaves the file unchanged. An exception of ``validate`` propagates.
+        An error leaves the file unchanged. Raises every exception of ``validate``.
 
         :param owner: the scheduler's name.
         :param operation: ``create``, ``update`` or ``delete``.
         :param schedule_id: the schedule to update or delete, ``None`` for ``create``.
-        :param expected: the schedule as the operator saw it, ``None`` for ``create``.
+        :param expected: the schedule that the operator saw, ``None`` for ``create``.
         :param definition: new values of the fields in :data:`EDITABLE`.
         :param baseline: the schedules that are defined in code.
         :param validate: called with the new schedule before it is stored.
@@ -203,7 +203,7 @@ def _claim(connection: sqlite3.Connection, owner: str) -> None:
 
 
 def _changes(connection: sqlite3.Connection) -> dict[str, Schedule | None]:
-    """Return the changed schedules by key; ``None`` marks a deleted one."""
+    """Return the changed schedules by key; ``None`` stands for a deleted schedule."""
     return {key: _read(body) for key, body in connection.execute("SELECT key, body FROM overrides")}
 
 
@@ -231,7 +231,7 @@ def _write(connection: sqlite3.Connection, key: str, schedule: Schedule | None) 
 
 
 def _key(schedule: Schedule | None) -> str:
-    """Return the schedule's key. The brain identifies the schedule by the same key."""
+    """Return the key of a schedule, which the brain uses as well."""
     if schedule is None:
         raise ValueError("schedule_id is required")
     return schedule.external_id or schedule.name
@@ -278,7 +278,7 @@ def _require_unchanged(
 def _changed(
     before: Schedule | None, definition: dict[str, Any], *, owner: str, engine: str
 ) -> Schedule:
-    """Return the changed schedule; raises ``ValueError`` for an invalid definition."""
+    """Return the changed or created schedule. Raises ``ValueError`` for an invalid definition."""
     now = datetime.now(UTC).isoformat()
     if before is not None:
         fields = before.model_dump(mode="json")
@@ -297,6 +297,6 @@ def _changed(
 
 
 def _reject_duplicate_name(schedule: Schedule, others: Iterable[Schedule]) -> None:
-    """Raise ``ConflictError`` if another schedule has this name: the brain needs unique names."""
+    """Raise ``ConflictError`` if another schedule has the same name."""
     if any(other.name == schedule.name and _key(other) != _key(schedule) for other in others):
         raise ConflictError(f"a schedule named {schedule.name!r} already exists")

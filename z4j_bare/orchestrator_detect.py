@@ -1,4 +1,4 @@
-"""Detects whether this process is restarted when it exits, which a restart command requires."""
+"""Detects whether this process is started again when it exits, as a restart command requires."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 #: Values of ``Z4J_ORCHESTRATED`` that override the detection.
 _YES, _NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
-#: Path of a file that declares every process of this host as orchestrated. The path is relative to
-#: the root directory.
+#: Path below ``/`` of a file that declares every process of this host as orchestrated.
 MARKER = "etc/z4j-orchestrated"
 
 #: Maps a file that a container engine creates to the engine's name.
@@ -26,8 +25,8 @@ _CGROUPS = {
     "containerd": "containerd",
 }
 
-#: Maps a substring of the mount table to the name of the container engine. Under cgroup v2 a
-#: container sees its own cgroup as ``/``, so only the mounts reveal the engine.
+#: Maps a substring of the mount table to the name of the container engine, for cgroup v2, under
+#: which a container sees its cgroup as ``/``.
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -36,19 +35,19 @@ _MOUNTS = {
     "/containerd/": "containerd",
 }
 
-#: Init programs that run as pid 1 in a container and exit when their child exits.
+#: Programs that run as pid 1 in a container and exit when their child exits.
 _INITS = frozenset({"tini", "dumb-init", "docker-init", "catatonit", "pause", "s6-svscan"})
 
-#: Parents that start a new worker process when one exits.
+#: Parents that replace a worker process that exits.
 _RESTARTING_PARENTS = frozenset({"taskiq", "gunicorn"})
 
-#: Parents that exit when one of their worker processes exits.
+#: Parents that exit when a worker process exits.
 _EXITING_PARENTS = frozenset({"dramatiq", "dramatiq-gevent"})
 
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorDetection:
-    """Whether this process is restarted when it exits; ``signal`` describes the evidence."""
+    """Whether this process is started again when it exits. ``signal`` is the evidence."""
 
     detected: bool
     signal: str | None
@@ -62,15 +61,15 @@ def detect_orchestrator(
     probe_filesystem: bool = True,
     root: Path = Path("/"),
 ) -> OrchestratorDetection:
-    """Detect what restarts this process when it exits. Reads a few small files and never raises.
+    """Detect what restarts this process when it exits. Reads a few small files. Never raises.
 
-    The variable ``Z4J_ORCHESTRATED`` is used first, then the file ``/etc/z4j-orchestrated``. If
-    neither exists, the process counts as restarted in three cases: it is the first process of a
-    container, its direct parent is systemd or supervisord, or its parent restarts its workers.
+    The variable ``Z4J_ORCHESTRATED`` and then the file ``/etc/z4j-orchestrated`` override the
+    detection. Otherwise a restart is expected for the first process of a container, for a child of
+    systemd or supervisord, and for a child of a parent that restarts its workers.
 
-    Other environment variables alone prove nothing: a terminal of a desktop session has
-    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Therefore each
-    of these variables must agree with the pid, the parent or the cgroup of this process.
+    Other environment variables are not sufficient evidence: a terminal of a desktop session has
+    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. They must agree
+    with the pid, the parent or the cgroup of this process.
 
     :param pid: the process to examine, the current one by default.
     :param env: the environment, ``os.environ`` by default.
@@ -100,7 +99,7 @@ class _ProcessContext:
         self._root = root
 
     def orchestrator(self, container: str | None) -> str | None:
-        """Return a label of what restarts this process, ``None`` if nothing does."""
+        """Return the name of the program that restarts this process, or ``None``."""
         if self._exists(MARKER):
             return f"/{MARKER}"
         return (
@@ -111,22 +110,22 @@ class _ProcessContext:
         )
 
     def container(self, known: str | None) -> str | None:
-        """Return a label if this is the main process of a container."""
+        """Return the container engine and the pid if this is the main process of a container."""
         engine = known or self._container_engine()
         if not engine:
             return None
         if "KUBERNETES_SERVICE_HOST" in self._env:
             engine = "kubernetes"
         parent = self._parent()
-        # In a pod with a shared pid namespace, the parent of a container's first process is outside
-        # the namespace, and its pid is shown as 0.
+        # In a pod with a shared pid namespace, the parent of a container's first process has the
+        # pid 0, because it is outside the namespace.
         first = self.pid == 1 or (parent == 0 and engine == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
             return f"{engine}, pid {self.pid}"
         return None
 
     def systemd(self) -> str | None:
-        """Return a label if systemd started this process as a service."""
+        """Return the unit if systemd started this process as a service."""
         unit = self._read(f"proc/{self.pid}/cgroup").rstrip().rpartition("/")[2]
         if not unit.endswith(".service"):
             return None
@@ -138,7 +137,7 @@ class _ProcessContext:
         return None
 
     def supervisord(self) -> str | None:
-        """Return a label if the parent is supervisord."""
+        """Return the name in supervisord if the parent is supervisord."""
         if not {"SUPERVISOR_ENABLED", "SUPERVISOR_PROCESS_NAME"} & self._env.keys():
             return None
         if "supervisord" not in self._read(f"proc/{self._parent()}/cmdline"):
@@ -146,7 +145,7 @@ class _ProcessContext:
         return f"supervisord, {self._env.get('SUPERVISOR_PROCESS_NAME', 'unnamed')}"
 
     def parent_program(self, container: str | None) -> str | None:
-        """Return a label if the parent restarts this process, or exits with it and is restarted."""
+        """Return the parent if it restarts this process, or exits with it and is restarted."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
         if programs := sorted(names & _RESTARTING_PARENTS):
@@ -179,7 +178,7 @@ class _ProcessContext:
 
     def _parent(self) -> int:
         """Return the parent's pid, or -1 if it is unknown."""
-        # The process name in the second field may contain brackets and spaces.
+        # The second field, the process name, may contain brackets and spaces.
         fields = self._read(f"proc/{self.pid}/stat").rpartition(")")[2].split()
         return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else -1
 

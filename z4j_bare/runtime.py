@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.runtime")
 
-#: Number of the latest events that ``AgentRuntime.recorded`` keeps under ``Z4J_TESTING``.
+#: Maximum number of events in ``AgentRuntime.recorded``. The oldest are dropped.
 MAX_RECORDED_EVENTS = 1_000
 
 
@@ -37,13 +37,10 @@ class RuntimeState(StrEnum):
 class AgentRuntime:
     """The agent of one process. The constructor does no I/O and starts nothing.
 
-    :param config: z4j_core's ``Config``, available as ``config``.
-    :param framework: the framework adapter, available as ``framework``.
-    :param engines: queue engine adapters, available as the dict ``engines``, keyed by their
-        ``name``. The last of several adapters with the same name wins.
-    :param schedulers: scheduler adapters, available as the dict ``schedulers`` in the same way.
-    :param settings: settings that ``Config`` has no field for; ``None`` reads them from ``Z4J_*``
-        when the runtime starts.
+    :param engines: queue engine adapters. The attribute ``engines`` maps their names to them.
+    :param schedulers: scheduler adapters. The attribute ``schedulers`` maps their names to them.
+    :param settings: settings that ``Config`` does not have; by default read from ``Z4J_*`` at
+        start.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class AgentRuntime:
         self.framework: Any = framework
         self.engines = {engine.name: engine for engine in engines}
         self.schedulers = {scheduler.name: scheduler for scheduler in schedulers or []}
-        #: Under ``Z4J_TESTING`` the latest events passed to ``record_event``, otherwise ``None``.
+        #: The latest events of ``record_event`` if ``Z4J_TESTING`` is set, otherwise ``None``.
         self.recorded: deque[Event] | None = None
         self._settings = settings
         self._state = RuntimeState.STOPPED
@@ -75,13 +72,13 @@ class AgentRuntime:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the runtime ran and was stopped, so that the process may install another one."""
+        """Whether the runtime ran and was stopped. Then the process may install another runtime."""
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
     def start(self) -> None:
-        """Start the agent's loops and return. The loops connect in the background. Idempotent.
+        """Start the agent's loops, which connect in the background. Idempotent.
 
-        Does nothing while a z4j-bare command imports the application that calls this method.
+        Does nothing while a z4j-bare command imports the application.
 
         :raises HostConfigurationError: a setting is missing or wrong, or the agent cannot run in
             this process.
@@ -135,8 +132,8 @@ class AgentRuntime:
     def record_event(self, event: Event) -> None:
         """Append one event to the ring. Takes microseconds, does no I/O and never raises.
 
-        If the runtime is stopped or this is a forked child, the event is ignored. Under
-        ``Z4J_TESTING`` the event is appended to ``recorded`` instead.
+        A stopped runtime and a forked child ignore the event. With ``Z4J_TESTING`` the event is
+        appended to ``recorded`` instead.
         """
         agent = self._agent
         if agent is not None and not agent.backend.forked():
@@ -145,7 +142,7 @@ class AgentRuntime:
             self.recorded.append(event)
 
     def buffer_size(self) -> int:
-        """Return the number of rows in the buffer. The number is at most a few seconds old."""
+        """Return the number of rows in the buffer, at most a few seconds old."""
         agent = self._agent
         return 0 if agent is None else agent.buffer.last_stats.rows
 
@@ -156,7 +153,7 @@ class AgentRuntime:
             agent.supervisor.reconnect()
 
     def supervisor_state(self) -> dict[str, Any]:
-        """Return ``state``, the number of consecutive failures by kind, and ``session_id``.
+        """Return the state, the consecutive failures by kind, and the session id.
 
         The keys are those of z4j-bare 1.13.0.
         """
@@ -179,8 +176,7 @@ class AgentRuntime:
     def stuck(self, seconds: float) -> list[str]:
         """Return the names of loops that ended or have not yielded for ``seconds`` seconds.
 
-        A loop that waits for the disk or the brain is not stuck: a restarted process would wait
-        as well.
+        A loop that waits for the disk or the brain is not stuck, because a restart would not help.
         """
         agent = self._agent
         if agent is None or self.state is not RuntimeState.RUNNING:
@@ -194,7 +190,7 @@ class AgentRuntime:
             return
         self._agent = None
         self._state = RuntimeState.STOPPED
-        self._lock = threading.Lock()  # The parent may have held the old lock at the fork.
+        self._lock = threading.Lock()  # the parent may have held the old lock at the fork
         self.config = self.config.model_copy(
             update={"buffer_path": Path(self.config.buffer_path).with_name("fork.sqlite")}
         )

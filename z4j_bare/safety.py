@@ -1,4 +1,4 @@
-"""Keeps errors of the agent out of the calls of its host."""
+"""Prevents errors of the agent from reaching the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger("z4j.runtime.safety")
 
-#: Exceptions by which a host interrupts running code. The host raises these exceptions in a signal
-#: handler, so they may also be raised in the agent's code.
+#: Exceptions by which a host interrupts running code. The host raises them in a signal handler,
+#: which may interrupt the agent's code.
 _CONTROL_FLOW_EXCEPTIONS = {
     "billiard.exceptions.SoftTimeLimitExceeded",
     "huey.exceptions.TaskTimeout",
@@ -22,14 +22,14 @@ _CONTROL_FLOW_EXCEPTIONS = {
     "rq.timeouts.BaseTimeoutException",
 }
 
-#: Attributes of every log record, which ``logging`` refuses in ``extra``.
+#: Names of a log record's attributes, which ``logging`` rejects as keys of ``extra``.
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-    """Call ``func`` and return its result, or ``None`` after logging an exception.
+    """Call ``func`` and return its result; log an exception and return ``None``.
 
-    These exceptions are not suppressed, because the host or a user raises them on purpose:
+    Exceptions that the host or a user raises on purpose are not suppressed:
 
     - exceptions that are not an ``Exception``: ``SystemExit``, ``KeyboardInterrupt``,
       ``GreenletExit``, ``gevent.Timeout`` and ``eventlet.Timeout``. A user's timeout may expire
@@ -47,9 +47,8 @@ def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | No
 def should_suppress(func: Callable[..., object], error: Exception) -> bool:
     """Log the ``error`` of ``func`` and return ``True``; return ``False`` if it must be re-raised.
 
-    Functions on the hot path have a ``try`` statement of their own and call this function in its
-    ``except`` clause. Such a statement takes no time, whereas :func:`safe_boundary` adds a function
-    call.
+    Functions on the hot path call this function in an ``except`` clause, because
+    :func:`safe_boundary` would add a function call.
     """
     if is_control_flow(error):
         return False
@@ -60,8 +59,8 @@ def should_suppress(func: Callable[..., object], error: Exception) -> bool:
 def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
     """Decorate ``func`` so that it handles exceptions as :func:`safe_call` does.
 
-    The wrapper has a ``**kwargs`` of its own, because Celery's ``Signal.connect`` reads the flags
-    of the code object and not the signature.
+    The wrapper declares ``**kwargs``, because Celery's ``Signal.connect`` reads the flags of the
+    code object and not the signature.
     """
 
     @wraps(func)
@@ -83,7 +82,7 @@ def safe_log_extra(extra: Mapping[str, object]) -> dict[str, object]:
 
 def is_control_flow(error: Exception) -> bool:
     """Whether a host or a user raised ``error`` on purpose; see :func:`safe_call`."""
-    # The classes are compared by name, because this module imports no host library.
+    # The classes are compared by name, so that no host library is imported.
     return not _CONTROL_FLOW_EXCEPTIONS.isdisjoint(
         f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__
     )
@@ -99,5 +98,5 @@ def _report(func: Callable[..., object], error: Exception) -> None:
             exc_info=error,
         )
     except Exception:
-        # Logging itself failed. Only the type is written, because the message may hold a secret.
+        # Logging failed. Only the type is written, because the message may contain a secret.
         sys.stderr.write(f"z4j: {name} failed with {type(error).__name__}\n")

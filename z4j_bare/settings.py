@@ -99,7 +99,7 @@ class Settings:
     dev_mode: bool = setting("Z4J_DEV_MODE", _lenient_bool, False)
     #: Maximum time that a captured event stays in memory. SIGKILL loses the events in memory.
     flush_interval: float = setting("Z4J_FLUSH_INTERVAL_SECONDS", _seconds, 0.2, 0.01)
-    #: Number of captured events that triggers a flush before ``flush_interval`` ends.
+    #: Number of captured events that triggers a flush before ``Z4J_FLUSH_INTERVAL_SECONDS`` ends.
     flush_events: int = setting("Z4J_FLUSH_EVENTS", _count, 256, 1)
     #: Maximum time that ``stop()`` waits for the brain's acks.
     flush_seconds: float = setting("Z4J_FLUSH_SECONDS", _seconds, 2.0, 0)
@@ -113,10 +113,10 @@ class Settings:
     token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
     #: File with the project's HMAC key. It is read at each connect.
     hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
-    #: PEM bundle of certificate authorities. Without it ``SSL_CERT_FILE`` and
-    #: ``REQUESTS_CA_BUNDLE`` are used.
+    #: PEM bundle of certificate authorities. By default ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``
+    #: is used.
     ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
-    #: Client certificate (PEM). It must include the key if ``client_key`` is not set.
+    #: Client certificate (PEM). It must include the key if ``Z4J_CLIENT_KEY`` is not set.
     client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
     #: Private key of the client certificate (PEM).
     client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
@@ -126,7 +126,7 @@ class Settings:
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _bool, True)
     #: Maximum time that a worker gets to finish its running tasks before a restart.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
-    #: Interval at which all schedules are sent, even if none has changed; 0 disables this.
+    #: Interval at which all schedules are sent, even if none has changed. 0 disables it.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
     #: Maximum number of commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)

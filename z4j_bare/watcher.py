@@ -1,4 +1,4 @@
-"""Reports changes of ``tasks.py`` files, for development while a worker runs."""
+"""Reports changes of ``tasks.py`` files while a worker runs, for development."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ POLL_INTERVAL = 0.5
 #: Seconds that :meth:`TasksFileWatcher.stop` waits for the watcher's task.
 STOP_TIMEOUT = 2.0
 
-#: Minimum debounce time in seconds. A shorter time would report each step in which an editor saves
+#: Minimum debounce time in seconds. A shorter time would report each write of an editor that saves
 #: a file.
 MIN_DEBOUNCE = 0.05
 
-#: Names of directories that are not scanned: they contain no task modules of the application.
+#: Names of directories that are not scanned, because they contain no task modules of the
+#: application.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 #: Size in bytes and modification time in nanoseconds of each file, by path.
@@ -34,13 +35,12 @@ Snapshot = Mapping[str, tuple[int, int]]
 class TasksFileWatcher:
     """Watches the files with the given names below ``app_paths``.
 
-    The files are polled twice a second. Under gevent and eventlet a native thread reads the
-    directories. watchdog is not used: in a patched process its observer thread becomes a greenlet
-    that blocks the hub.
+    The files are polled twice a second, under gevent and eventlet on a native thread. watchdog is
+    not used, because in a patched process its observer thread is a greenlet that blocks the hub.
 
     :param app_paths: directories that are scanned recursively.
-    :param on_change: called with the path of each changed, created or removed file, in the
-        watcher's own task. Its exceptions are logged.
+    :param on_change: called in the watcher's task with the path of each changed, created or removed
+        file. Its exceptions are logged.
     :param filenames: names of the files to watch.
     :param debounce_ms: milliseconds without a further change after which ``on_change`` is called.
     """
@@ -62,7 +62,7 @@ class TasksFileWatcher:
         self._task: Task | None = None
 
     def start(self) -> bool:
-        """Start watching and return whether any of the directories exists. Idempotent."""
+        """Start watching; return ``False`` if none of the directories exists. Idempotent."""
         if self._task is not None:
             return True
         roots = [str(path) for path in self._paths if path.is_dir()]
@@ -93,7 +93,7 @@ class TasksFileWatcher:
                 known = current
 
     def _debounced(self, roots: list[str], current: Snapshot) -> Snapshot:
-        """Scan until two consecutive scans have the same result, and return it."""
+        """Scan until two consecutive scans have the same result; return the result."""
         while not self._backend.wait(self._stop_event, self._debounce):
             previous, current = current, self._scan(roots, current)
             if current == previous:
@@ -118,7 +118,7 @@ def _scan(roots: list[str], names: frozenset[str]) -> dict[str, tuple[int, int]]
                 if name not in _SKIPPED_DIRECTORIES and not name.startswith(".")
             ]
             for path in (Path(directory) / name for name in names.intersection(files)):
-                with suppress(OSError):  # The file was removed during the scan.
+                with suppress(OSError):  # the file was removed during the scan
                     status = path.stat()
                     snapshot[str(path)] = (status.st_size, status.st_mtime_ns)
     return snapshot

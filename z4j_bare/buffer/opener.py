@@ -52,7 +52,7 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
             first_error = first_error or error
             continue
         if first_error is not None:
-            store.notice = f"{first_error}. Until then the buffer is in {directory}"
+            store.notice = f"{first_error}. Until this is corrected, the buffer is in {directory}"
         return store
     raise first_error or LocalStorageError(f"there is no directory for {buffer_path}")
 

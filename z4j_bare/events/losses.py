@@ -39,7 +39,7 @@ class LossLog:
                 self._logged.add(kind)
                 logger.warning(
                     "z4j: %s of task %s failed with %s; the host is not affected. The event counts"
-                    " as lost; further ones of this kind are only counted",
+                    " as lost. Further losses of this kind are counted, but not logged",
                     step,
                     str(task)[:MAX_NAME_CHARS],
                     kind[1],

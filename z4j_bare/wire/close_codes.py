@@ -39,7 +39,7 @@ SESSION_REPLACED = 4002
 
 _CLOSE_CODES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     1000: (NetworkError, "the brain closed the session"),
-    1001: (NetworkError, "the brain is going away"),
+    1001: (NetworkError, "the brain is shutting down"),
     1009: (NetworkError, "a frame was too large for the brain"),
     1011: (NetworkError, "the brain failed to process a frame, or its keepalive timed out"),
     1012: (NetworkError, "the brain is restarting"),
