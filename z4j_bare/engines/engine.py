@@ -1,4 +1,4 @@
-"""Describes engines: a description provides what the agent needs beyond the adapter's methods."""
+"""Describes the event source, health checks and controls of each engine."""
 
 # ruff: noqa: ARG002 - the base class ignores arguments that subclasses need
 
@@ -29,7 +29,7 @@ class HealthProbe(NamedTuple):
 
 
 class Engine:
-    """Describes an engine whose adapter itself delivers events, health and controls."""
+    """An engine whose adapter provides the events, health checks and controls."""
 
     #: ``celery``, ``rq``, or ``generic`` for every other engine.
     kind = "generic"
@@ -57,16 +57,16 @@ class Engine:
     def iter_definitions(
         self, hints: DiscoveryHints, checkpoint: Callable[[], object]
     ) -> Iterator[TaskDefinition] | None:
-        """Discover tasks in small steps, with ``checkpoint`` called between them.
+        """Discover tasks in small steps, and call ``checkpoint`` between them.
 
         Returns ``None`` if the caller has to call the adapter's ``discover_tasks`` instead.
         """
         return None
 
     def restarts_by_exit(self) -> bool:
-        """Return whether the only way to restart a worker is to end its process.
+        """Return whether a worker is restarted by ending its process.
 
-        The result is true if ``restart_worker`` is not among the adapter's capabilities.
+        The result is true if the adapter has no capability ``restart_worker``.
         """
         return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
 
@@ -74,7 +74,7 @@ class Engine:
 def describe_engine(adapter: QueueEngineAdapter) -> Engine:
     """Return the description of an adapter's engine.
 
-    The engine is recognised by the attribute in which the adapter has its application.
+    The engine is recognised by the attribute that holds the adapter's application.
     """
     if hasattr(adapter, "celery_app"):
         from z4j_bare.engines.celery.engine import CeleryEngine

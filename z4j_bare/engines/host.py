@@ -59,7 +59,7 @@ class EngineHost:
         #: Restarts the worker by ending its process; ``None`` unless this is the only way.
         self.process_restart: IProcessRestart | None = None
         redaction = getattr(adapter, "redaction", None)
-        #: Redacts results by the rules by which the adapter redacts events.
+        #: Redacts results with the adapter's rules.
         self.redactor = Redactor(
             redaction if isinstance(redaction, RedactionEngine) else RedactionEngine()
         )
@@ -70,7 +70,7 @@ class EngineHost:
     def connect(self, *, events: bool = True) -> None:
         """If ``events``, connect the adapter's signals and pump its events into the sink.
 
-        Never raises. A failure is logged. After a failure the adapter still carries out commands.
+        Never raises. A failure is logged, and does not affect the adapter's commands.
         """
         if not events:
             return
@@ -96,10 +96,7 @@ class EngineHost:
             stop_pump()
 
     def capabilities(self) -> list[str]:
-        """Return the adapter's current capabilities.
-
-        An adapter's capabilities can change while the process runs, as those of celery-beat do.
-        """
+        """Return the adapter's current capabilities, which can change while the process runs."""
         names = {str(name) for name in self.adapter.capabilities()}
         if self.retries_by_reference:
             names.add(RETRY_BY_REFERENCE_CAPABILITY)
@@ -130,9 +127,9 @@ class EngineHost:
     def health(self, timeout: float = 5.0) -> dict[str, str]:
         """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
-        A failed check returns the entry ``<engine>.error``. A check may take longer than the
-        timeout: the check of Celery's adapter takes 10 s if its worker does not reply. While a
-        check runs, no other check is started, and a call returns the entries of the previous check.
+        A failed check returns the entry ``<engine>.error``. A check may continue after the timeout:
+        the check of Celery's adapter takes 10 s if its worker does not reply. Until it ends, calls
+        return the entries of the previous check.
         """
         if not hasattr(self.adapter, "get_health"):
             return {}
@@ -164,9 +161,8 @@ class EngineHost:
         """Call a method of the adapter once and return its result.
 
         A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``. Any
-        other keyword that the method does not accept raises ``CommandError``. A missing method also
-        raises ``CommandError``. Raises ``TimeoutError`` after ``timeout`` seconds, and every
-        exception of the adapter.
+        other such keyword raises ``CommandError``, and so does a missing method. Raises
+        ``TimeoutError`` after ``timeout`` seconds, and every exception of the adapter.
         """
         method = getattr(self.adapter, method_name, None)
         if not callable(method):

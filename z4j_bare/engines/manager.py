@@ -36,8 +36,8 @@ class EngineManager:
         self.hosts: dict[str, EngineHost] = {}
         self.sources: list[EventSource] = []
         for adapter in adapters:
-            # The source uses the merged patterns, so the merge comes first. It raises for an
-            # invalid pattern.
+            # Merge first, because the source uses the merged patterns. An invalid pattern raises an
+            # error.
             merge_redaction(adapter, config)
             description = describe_engine(adapter)
             source = description.make_source(ring, settings, backend, ready_worker())
@@ -81,7 +81,7 @@ class EngineManager:
         return {source.engine: sorted(source.presence.workers) for source in self.sources}
 
     def dropped(self) -> dict[str, int]:
-        """Return the number of events that the adapter or the event source has lost, by engine."""
+        """Return the number of events that the adapter or the source has lost, by engine."""
         return {host.name: host.dropped() + source.dropped() for host, source in self.pairs()}
 
     def lost(self) -> int:
@@ -89,7 +89,7 @@ class EngineManager:
         return sum(source.lost() for source in self.sources)
 
     def unheard(self) -> int:
-        """Return how many tasks have certainly started without an event of their start."""
+        """Return how many tasks the pools accepted without an event of their start."""
         return sum(source.unheard() for source in self.sources)
 
     def failures(self) -> int:

@@ -1,15 +1,10 @@
 """The event source of RQ. Its hooks wrap methods that run while the worker is busy.
 
-A busy RQ worker handles SIGTERM and SIGINT by setting a flag. An idle worker raises
-``StopRequested``, which is an ordinary ``Exception``.
-
-The hook of z4j_rq wraps ``execute_job``. When ``execute_job`` returns, the worker is idle again. If
-``StopRequested`` is raised at that moment, the hook catches it as an error. Then the worker does
-not stop, and a successful job is reported as failed. ``SimpleWorker`` overrides ``execute_job``, so
-the hook never runs in a ``SimpleWorker``.
-
-Therefore the hooks of this module wrap the methods that ``execute_job`` calls, and the hook of
-z4j_rq is not installed.
+z4j_rq's own hook, which wraps ``execute_job``, is not installed, because it can prevent a stop. On
+SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``. The worker
+is already idle when ``execute_job`` returns, so the hook can catch this exception. In this case the
+worker does not stop, and a successful job is reported as failed. In a ``SimpleWorker``, which
+overrides ``execute_job``, z4j_rq's hook never runs.
 """
 
 from __future__ import annotations
@@ -55,7 +50,7 @@ class RqEngine(Engine):
 class RqSource(EventSource):
     """Captures RQ's events, which z4j_rq's callbacks create.
 
-    Users may also attach these callbacks to a job.
+    Users may attach these callbacks to a job, too.
     """
 
     uses_adapter_events = False

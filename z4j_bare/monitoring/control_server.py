@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.control_server")
 
-#: Maximum seconds that a client takes to send its request. The limit also applies to each write of
-#: the response.
+#: Maximum seconds to wait for a client's request, and for each write of the response.
 CLIENT_TIMEOUT = 2.0
 
 #: Maximum seconds between two checks of the stop event. :meth:`ControlServer.wake` causes an
@@ -34,7 +33,7 @@ class ControlServer:
     """Serves one client at a time. Without a client the server uses almost no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
-    :param handlers: by verb, the function that returns the response.
+    :param handlers: maps each verb to the function that returns the response.
     """
 
     def __init__(

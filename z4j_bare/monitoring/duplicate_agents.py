@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before the first check, and between the first check and the second. At the first check
-#: the name of this worker is known. By the second check, a standalone
-#: agent has had time to find the workers.
+#: Seconds before the first check, and between the two checks. This worker's name is known at the
+#: first check. A standalone agent has found the workers by the second.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent. The timeout is short, because the wait occupies
@@ -26,7 +25,7 @@ REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Requests the workers of the other agents in this ``Z4J_HOME``; warns of common workers.
+    """Warns of workers that another agent in this ``Z4J_HOME`` reports, too.
 
     :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
         by engine.

@@ -2,8 +2,7 @@
 
 A timer of the hub measures how late the hub calls it. When the timer is overdue by a second, a
 native thread samples the stack of the hub's thread, to find the code that does not yield. The
-native thread wakes every other second. It does not log and takes no locks. Tasks and switches
-between tasks do not become slower.
+native thread wakes every other second, does not log and takes no locks, so tasks are not slower.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
-#: Reasons of losses of rows that could no longer be read.
+#: Loss reasons of unreadable rows.
 _UNREADABLE = (CORRUPTION, DELETED)
 
 # The next constants are the brain's limits for ``adapter_events``. The brain closes the session if
@@ -32,7 +32,7 @@ _MAX_ADAPTERS = 32
 #: Maximum characters of an adapter's name.
 _MAX_ADAPTER_NAME = 64
 
-#: Maximum value of the number of events that an adapter has lost.
+#: Maximum count of the events that an adapter has lost.
 _MAX_ADAPTER_EVENTS = 2**53 - 1
 
 #: Maximum characters of the blocking code in a heartbeat.
@@ -68,7 +68,7 @@ class AgentMetrics:
     :param health: returns the last results of the engines' health checks.
     :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
-    :param unheard: returns the number of tasks that run without an event of their start.
+    :param unheard: returns the number of accepted tasks without an event of their start.
     :param restarts: returns the number of restarts of the bridge and of the event sources.
     """
 

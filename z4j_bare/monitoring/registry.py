@@ -41,7 +41,7 @@ class RegistryLoop:
 
     :param hints: the framework adapter's ``discovery_hints``.
     :param connection: returns the current connection, or ``None`` without a session.
-    :param dev: whether to discover tasks also when a ``tasks.py`` changes.
+    :param dev: whether to discover tasks after a change of a ``tasks.py``, too.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class RegistryLoop:
                 del sent[name]
 
     def _discovery_hints(self) -> DiscoveryHints:
-        """Return the framework's hints, in dev mode with the directories of loaded ``tasks``."""
+        """Return the framework's hints; in dev mode, add the directories of ``tasks`` modules."""
         try:
             hints = self._hints() if self._hints else DiscoveryHints()
         except Exception:

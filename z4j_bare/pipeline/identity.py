@@ -35,7 +35,7 @@ class AgentIdentity:
         schedulers: Sequence[ISchedulerHost],
     ) -> None:
         self.started_at = datetime.now(UTC)
-        #: The identity in the last ``hello``. :meth:`hello` sets it.
+        #: The identity in the last ``hello``, set by :meth:`hello`.
         self.current: frames.Identity
         self._config = config
         self._framework = framework

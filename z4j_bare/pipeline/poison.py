@@ -30,7 +30,7 @@ logger = logging.getLogger("z4j.runtime.pipeline.poison")
 SUSPECT_AFTER = 2
 
 #: Number of parts into which a set of suspected rows is split. Of 500 events, the sender tries 63,
-#: then 8, then 1. This takes four more sessions, and halving would take ten. A failed session costs
+#: then 8, then 1. These are four more sessions; halving would take ten. A failed session costs
 #: seconds, and an accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 

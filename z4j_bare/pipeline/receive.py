@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Timeout of one read in seconds. ``abort`` ends a read at once. The timeout only serves to detect
-#: a silent connection, over which the transport sends a ping after 30 s. The timeout is long,
-#: because each wake-up of an idle worker costs 0.25 ms of CPU.
+#: Timeout of one read in seconds. It is needed only for the transport's ping after 30 s of silence,
+#: because ``abort`` ends a read at once. Each wake-up of an idle worker costs 0.25 ms of CPU.
 READ_TIMEOUT = 10.0
 
 #: Codes of fatal ``error`` frames whose cause only an upgrade removes.

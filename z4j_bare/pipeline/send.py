@@ -26,8 +26,8 @@ logger = logging.getLogger("z4j.runtime.pipeline.send")
 #: Maximum bytes of a frame. Signing and masking a larger frame would block the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Minimum of the limit for the events of one frame, in bytes. The limit stays at this minimum even
-#: if the JSON of the events grows much in the envelope.
+#: Minimum limit for the events of one frame, in bytes, however much their JSON grows in the
+#: envelope.
 MIN_PAYLOAD_BYTES = 512
 
 #: Maximum seconds between two reads of the store while a frame is in flight, rows are in memory
@@ -38,7 +38,7 @@ POLL_BUSY = 2.0
 #: read.
 POLL_IDLE = 30.0
 
-#: Seconds between two checks at shutdown whether the last acks have arrived.
+#: Seconds between two checks for the last acks at shutdown.
 DRAIN_POLL = 0.02
 
 #: Maximum number of rows of ``PRIORITY_KINDS`` that are sent before the next events.
@@ -77,10 +77,10 @@ class Pacing:
         return min(room, FRAME_EVENTS_MAX if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
-        """Return whether the read of ``events`` stopped at a limit. The store may then hold more.
+        """Return whether the read of ``events`` stopped at a limit, so the store may hold more.
 
-        If the read stopped before a row of more than half a frame, this may return ``False``. A
-        later read returns that row.
+        The result may be ``False`` if the next row is larger than half a frame. A later read
+        returns that row.
         """
         if self.synchronous_acks:
             return bool(events)  # the number that fits is known only after the upload
@@ -108,7 +108,7 @@ class Pacing:
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
-            return pause  # only the pause delays the events; the pause may be over
+            return pause  # only the pause delays the events; 0 if the pause is over
         return POLL_IDLE if is_idle else POLL_BUSY
 
 
@@ -116,7 +116,7 @@ class ProjectionResend:
     """Tracks the schedule rows in flight, and the schedule rows that were sent twice.
 
     The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent twice
-    without an ack, an earlier row was lost. Then only a new session with a new epoch can continue
+    without an ack, an earlier row was lost, and only a new session with a new epoch can continue
     the stream.
     """
 
@@ -157,9 +157,8 @@ class Sender:
 
     Each row of a schedule stream is sent in a frame of its own. See :class:`ProjectionResend`.
 
-    Suspected rows, which may have ended two sessions, are sent in isolation. No other row is then
-    in flight, and the brain has already acknowledged a frame in this session. See
-    :mod:`z4j_bare.pipeline.poison`.
+    Suspected rows are sent in isolation, after the brain has acknowledged a frame in this session.
+    See :mod:`z4j_bare.pipeline.poison`.
     """
 
     def __init__(self, buffer: BufferManager, backend: BaseConcurrency, counters: Counters) -> None:
@@ -232,8 +231,8 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Schedule one wake-up for the end of the pause. Without a hub there is no timer. In this
-        # case wake the sender now; the sender waits for the end of the pause.
+        # Schedule one wake-up for the end of the pause. Without a hub there is no timer, so wake
+        # the sender now: it waits for the end of the pause.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 
@@ -323,7 +322,7 @@ class Sender:
         if self._isolation.isolated and pacing.window.frames:
             return False
         self._isolation.isolated = ()
-        # Reset before the read, because the read may miss rows that are stored from now on.
+        # Reset before the read, because the read may miss rows that are stored meanwhile.
         pacing.maybe_pending = False
         room = self._room()
         results, events = self._read(room)

@@ -47,7 +47,7 @@ SESSION_JOIN_TIMEOUT = 5.0
 #: warning if it is the first, or if its class differs from the class of the previous failure.
 LOG_EVERY = 10
 
-#: Seconds from the death of a loop to its restart. Each further death doubles the delay.
+#: Seconds until a failed loop is restarted. Each further failure doubles the delay.
 RESTART_DELAY = 1.0
 
 #: Maximum of the restart delay in seconds. If a loop ran for longer than this, the next delay is
@@ -71,8 +71,8 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: By failure class: the number of consecutive failures before this session. Empty after the
-        #: first ``agent_status``, which reports the numbers.
+        #: Number of consecutive failures before this session, by failure class. The first
+        #: ``agent_status`` reports and clears it.
         self.failures_before: dict[str, int] = {}
         #: The brain's clock minus this host's clock, in seconds; ``None`` when ``hello_ack`` has no
         #: time.
@@ -336,7 +336,7 @@ class Supervisor:
 
     @property
     def is_active(self) -> bool:
-        """Whether a session or a connect is in progress, or the first connect is still to come."""
+        """Whether a session or a connect is in progress, or no connect has been attempted."""
         return not self._attempted or self._transport is not None
 
     def run(self, stop_event: IEvent) -> None:
@@ -430,9 +430,9 @@ class Supervisor:
 
 
 class BackgroundLoops:
-    """Runs the loops that last as long as the agent; logs, counts and restarts loops that die.
+    """Runs the loops that last as long as the agent; logs, counts and restarts loops that fail.
 
-    Without a restart, a dead loop can lose data for days unnoticed (posthog-python #865).
+    Without a restart, a failed loop can lose data for days unnoticed (posthog-python #865).
     """
 
     def __init__(self, backend: BaseConcurrency, counters: Counters) -> None:
@@ -452,7 +452,7 @@ class BackgroundLoops:
     ) -> None:
         """Add a loop that :meth:`start` spawns.
 
-        :param wake: wakes a loop that does not wait for ``stop_event``, so that the loop checks it.
+        :param wake: wakes a loop that waits for something else, so that it checks ``stop_event``.
         """
         self._added.append((run, name))
         if wake is not None:
