@@ -214,7 +214,7 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
 
 
 def _orphaned_runs(arguments: argparse.Namespace, sent: list[StoreReport]) -> list[Path]:
-    """Return the open runs of stores that are gone or empty, of the selected stores only."""
+    """Return the files of open runs whose store is selected, and is gone or empty."""
     beside = [runs_path(store.path) for store in sent]
     empty = [
         path

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 #: Maximum number of rows that one read of a store returns, and of events that one frame contains.
 MAX_ROWS = 500
 
-#: Events of open runs in one frame: with 200 bytes of id and 500 of descriptions 100 KiB.
+#: Maximum number of events of open runs in one frame. With ids of 200 bytes and descriptions of 500
+#: bytes, the frame has 100 KiB.
 RUN_EVENTS = 100
 
 #: Maximum bytes of payloads that one read of a store returns. A larger row is returned alone.
@@ -106,8 +107,8 @@ class OrphanUploader:
     def send_runs(self, path: Path) -> None:
         """Report the runs that were open when their process ended, and delete the file.
 
-        To be called when all rows of that process have been sent. The file of a running process or
-        of another deployment is skipped. Raises ``NetworkError`` or ``RemoteError``.
+        Call this method after all rows of that process have been sent. The file of a running
+        process or of another deployment is skipped. Raises ``NetworkError`` or ``RemoteError``.
         """
         try:
             runs = OrphanRuns(path, self._deployment)

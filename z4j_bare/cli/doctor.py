@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output(json_only=arguments.json)
     try:
         if arguments.app:
-            # An agent that the application installs reads the settings that apply() copies.
+            # Call apply() first, because an agent that the application installs reads the settings.
             configuration.apply(arguments)
             load_app(arguments.app)
         config, settings = configuration.resolved(arguments)

@@ -16,8 +16,7 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine adapter's command line. The other commands of ``z4j-bare`` need an agent,
-#: and an engine adapter has no agent.
+#: Commands of an engine adapter's command line. It lacks the commands that need an agent.
 _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",

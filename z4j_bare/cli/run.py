@@ -154,10 +154,9 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
 
 @contextmanager
 def _termination_signals() -> Iterator[list[int]]:
-    """Yield a list. Handlers of SIGINT and SIGTERM append the number of each received signal.
+    """Yield a list to which handlers of SIGINT and SIGTERM append the received signals.
 
-    The caller installs the handlers before it starts the agent. Therefore no such signal ends the
-    agent without a drain.
+    The handlers are installed before the agent starts, so no signal ends it without a drain.
     """
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -195,9 +194,9 @@ def select_adapters(
 ) -> dict[str, Mapping[str, Any]]:
     """Return the options of each selected adapter by its name.
 
-    The flags select the adapters. Without flags the variable selects the adapters, and without
-    flags and variable the file selects the adapters. The options always come from the file. Only
-    the option ``app`` can also come from a flag or the variable, which override the file.
+    The flags select the adapters. The variable selects them if there are no flags, and the file if
+    there is no variable either. An adapter's options come from the file. A flag or the variable can
+    override only the option ``app``.
 
     :param flags: name and application of each adapter in ``--engine`` or ``--scheduler``.
     :param variable: ``Z4J_ENGINES`` or ``Z4J_SCHEDULERS``.
@@ -236,9 +235,9 @@ def _adapter_choice(
 def _drain_seconds(flag: float | None) -> float:
     """Return the time limit of the shutdown, in seconds.
 
-    The function also sets ``Z4J_FLUSH_SECONDS`` to the time limit minus :data:`POST_DRAIN`, unless
-    the variable is already set. The default of ``Z4J_FLUSH_SECONDS`` is short, because the exit of
-    a worker must not wait long for acks. A standalone agent runs no tasks and can wait longer.
+    Also set ``Z4J_FLUSH_SECONDS``, if it is not set, to the time limit minus :data:`POST_DRAIN`.
+    Its default is short, because a worker's exit must not wait long for acks. A standalone agent
+    runs no tasks and can wait longer.
     """
     text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:
@@ -260,8 +259,7 @@ def _single_instance(*, enforce: bool) -> Iterator[None]:
     """Hold the lock that allows one standalone agent per project, ``Z4J_HOME`` and host.
 
     A second standalone agent would report every worker twice. If the lock file cannot be created,
-    the agent starts without the lock. In that directory a second agent cannot create its buffer
-    either.
+    the agent starts without the lock, because a second agent could not create its buffer either.
 
     Raises ``AlreadyRunningError`` if another process holds the lock and ``enforce`` is true.
     """

@@ -25,12 +25,11 @@ MAX_PAGE = 200
 #: Maximum number of slots by which one command resizes a pool. The brain has the same limit.
 MAX_DELTA = 100
 
-#: By engine: the keyword argument in which the adapter expects the task's name, because the
-#: engine's messages do not contain the name.
+#: Maps an engine to the adapter's keyword argument for the task's name, which the engine's messages
+#: do not contain.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
-#: Engines whose adapters accept the brain's priorities. The brain sends a priority with every task.
-#: The other adapters do not accept a priority.
+#: Engines whose adapters accept the priority that the brain sends with every task.
 PRIORITY_ENGINES = frozenset({"celery", "rq"})
 
 #: An action's handler: ``run(command, host, seconds)``.
@@ -335,9 +334,9 @@ def _delta(command: Command) -> int:
 def choose_host(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
     """Return the engine that has to execute a command.
 
-    If the command names an engine, return this engine. Otherwise return the only engine, or the
-    only engine that has the required capability. The brain names no engine in commands for a queue
-    or a rate limit. Raises ``CommandError`` if this does not determine one engine.
+    If the command names no engine, as commands for a queue or a rate limit, return the only engine,
+    or the only engine with the required capability. Raises ``CommandError`` if there is no such
+    engine.
     """
     name = _engine_name(command)
     if name is not None:

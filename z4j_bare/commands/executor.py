@@ -42,9 +42,6 @@ IDEMPOTENCY_KEYS = {
 class Executor:
     """Executes commands.
 
-    This module is imported only when the first command arrives, because most workers never receive
-    a command.
-
     :param buffer: its ledger records effects, so that each happens once even if several commands
         request it.
     :param state: the dispatcher's state. No call begins after ``stopping`` is set.

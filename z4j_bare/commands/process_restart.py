@@ -38,8 +38,8 @@ STOP_TIMEOUT = 5.0
 #: Priority of a multiprocessing finalizer that runs after all others.
 FINALIZER_PRIORITY = -1_000_000
 
-#: By engine: the signal for a warm shutdown, if it is not SIGTERM. On SIGTERM huey makes a cold
-#: shutdown.
+#: Maps an engine to its signal for a warm shutdown, if it is not SIGTERM. On SIGTERM, huey makes a
+#: cold shutdown.
 _GRACEFUL_SIGNAL = {"huey": signal.SIGINT}
 
 
@@ -48,8 +48,7 @@ class ProcessRestart:
     """Restarts one engine's worker by ending its process.
 
     :param workers: the names of this process's worker, as the brain stores them.
-    :param stop: stops the agent within the given seconds. This sends or stores all data, and
-        announces ``worker.offline``.
+    :param stop: stops the agent within the given seconds, and reports ``worker.offline``.
     :param grace: seconds that the worker has to finish its running tasks.
     """
 
@@ -140,7 +139,7 @@ class ProcessRestart:
 class _ExitCodeFinalizer:
     """Ends the process with :data:`EXIT_CODE` when the interpreter clears ``sys``.
 
-    The interpreter clears ``sys`` as the last module but one.
+    ``sys`` is the last module but one that the interpreter clears.
     """
 
     def __del__(

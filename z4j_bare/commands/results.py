@@ -1,4 +1,4 @@
-"""Redacts and encodes command results, and limits their size so that each can be sent."""
+"""Redacts and encodes command results, and limits their size."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Report:
 def build_report(peers: Peers, record: Record, agent_at_work: Row, broker: str) -> Report:
     """Compare the record with the brain's data after the worker has stopped.
 
-    :param agent_at_work: the agent's row while the worker was running.
+    :param agent_at_work: the agent's row, read while the worker was running.
     :param broker: the broker's address without a password.
     """
     project = peers.agent.project

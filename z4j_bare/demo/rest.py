@@ -186,7 +186,7 @@ class BrainApi:
         """Issue a command and return its row.
 
         If the agent has no session, the brain returns status 503 and keeps the command for a
-        session that begins within the next 60 s. The method then returns the agent's newest
+        session that begins within 60 s. In this case, the method returns the agent's newest
         command.
 
         :param route: the command's route, such as ``cancel-task`` or ``pool-resize``.

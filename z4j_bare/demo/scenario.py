@@ -32,7 +32,7 @@ RETRYING = "automatic retry"
 #: Number of asyncio tasks, and of ORM tasks, that run one at a time.
 SEQUENTIAL_TASKS = 5
 
-#: Number of other tasks: a failing, a retried, a cancelled and a failing task, and a task that an
+#: Number of other tasks: two failing tasks, a retried and a cancelled task, and a task that an
 #: operator's retry creates.
 _OTHER_TASKS = 5
 
@@ -45,8 +45,8 @@ _WARM_UP_TIMEOUT = 30.0
 #: Maximum seconds of any other step. Steps that wait for all plain tasks have more time.
 _TIMEOUT = 30.0
 
-#: Minimum throughput of any pool, in plain tasks per second. The slowest
-#: combination is the pool ``solo`` with the broker that keeps messages in files.
+#: Minimum throughput of any pool, in plain tasks per second. The slowest combination is the pool
+#: ``solo`` with messages in files.
 _MIN_PLAIN_PER_SECOND = 20.0
 
 

@@ -40,11 +40,7 @@ def all_checks(
 
 
 def quick_checks(config: Config, settings: Settings) -> Iterator[ProbeResult]:
-    """Yield the results of the probes that send no token.
-
-    :param config: settings shared with z4j's other packages.
-    :param settings: the agent's own settings.
-    """
+    """Yield the results of the probes that send no token."""
     yield host.probe_buffer_path(config.buffer_path)
     health = ProbeStep("http", "tls", partial(_probe_health, config, settings))
     yield from _run_steps([*_network_steps(config, settings), health])

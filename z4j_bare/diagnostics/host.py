@@ -40,7 +40,7 @@ AgentStatus = dict[str, Any]
 def probe_package(installed: Sequence[Distribution] | None = None) -> ProbeResult:
     """Check that this package, and no other release of z4j-bare, is installed.
 
-    :param installed: the distributions to search; default: all distributions on ``sys.path``.
+    :param installed: the distributions to search, by default all distributions on ``sys.path``.
     """
     releases = [
         each
@@ -87,7 +87,7 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 
 def probe_concurrency(setting: str = "auto") -> ProbeResult:
-    """Check whether monkey-patching is complete; name the backend an agent would use here.
+    """Check whether monkey-patching is complete; name the backend that an agent would use.
 
     :param setting: value of ``Z4J_CONCURRENCY``.
     """

@@ -26,17 +26,15 @@ logger = logging.getLogger("z4j.runtime.schedules.host")
 #: Timeout in seconds for connecting the adapter's signals.
 CONNECT_TIMEOUT = 30.0
 
-#: Timeout in seconds for listing the adapter's capabilities. The adapter may import Django's models
-#: for this.
+#: Timeout in seconds for listing the adapter's capabilities, which may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
 #: Maximum bytes of a text in a published row. A longer text is truncated and gets a note. Text and
 #: note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Maximum bytes of a text in a command's result. A result repeats texts that were already
-#: truncated for a row (up to 8,000 bytes and a note). They must not be truncated a second time, so
-#: this limit is higher.
+#: Maximum bytes of a text in a command's result. It leaves room for a text that was truncated for a
+#: row (8,000 bytes and a note), because a result must not truncate it again.
 MAX_RESULT_TEXT_BYTES = 8192
 
 
@@ -47,8 +45,8 @@ class SchedulerHost:
     def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Redacts rows by the brain's rules. The brain redacts each row again. If its redaction
-        #: changed a row, the row would no longer match its digest.
+        #: Redacts rows by the brain's rules. If the brain's own redaction changed a row, the row
+        #: would not match its digest.
         self.redactor = Redactor(
             _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
         )
@@ -83,7 +81,7 @@ class SchedulerHost:
     def capabilities(self) -> list[str]:
         """Return the adapter's capabilities; never raises.
 
-        If the adapter fails, this returns the capabilities that the adapter reported before.
+        If the adapter fails, return the capabilities that it last reported.
         """
         try:
             names = self._bridge.call(self.scheduler.capabilities, timeout=CAPABILITIES_TIMEOUT)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 #: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: Fields that the scheduler updates at each run. In a confirmation the brain expects the values of
-#: these fields from its command.
+#: Fields that the scheduler updates at each run. A confirmation repeats the values in the brain's
+#: command.
 _RUN_FIELDS = ("last_run_at", "total_runs")
 
 
@@ -63,9 +63,7 @@ def control(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> di
 
 
 def mutate(stream: Stream, parameters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Create, change, delete or trigger a schedule; return the command's result.
-
-    Afterwards this publishes all schedules of the stream.
+    """Create, change, delete or trigger a schedule, and publish the stream; return the result.
 
     Raises ``CommandError`` and any exception of the adapter. If the scheduler made the change and
     publishing fails, the ``CommandError`` is marked as indeterminate.
