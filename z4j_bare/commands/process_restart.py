@@ -88,7 +88,7 @@ class ProcessRestart:
             if orchestrator.signal:
                 reason = f"{orchestrator.signal} says that nothing restarts"
             raise CommandError(
-                f"{reason} pid {os.getpid()}; set Z4J_ORCHESTRATED=1 if something does"
+                f"{reason} pid {os.getpid()}; set Z4J_ORCHESTRATED=1 if a supervisor does"
             )
         uptime = self._backend.now() - self._started_at
         if uptime < MIN_UPTIME:
