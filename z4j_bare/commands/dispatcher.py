@@ -141,9 +141,9 @@ class Dispatcher:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether to run the command, because it is delivered for the first time.
+        """Return whether the command is delivered for the first time, and so has to run.
 
-        For a redelivery, this queues the result in the ledger, so that the result is sent again.
+        For a redelivery, queue the result in the ledger, so that the result is sent again.
         """
         provisional_result = encode_result(
             command,

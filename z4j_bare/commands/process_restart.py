@@ -119,7 +119,7 @@ class ProcessRestart:
         """Send the worker its shutdown signal; end the process after ``grace`` seconds.
 
         The worker's own shutdown also stops the agent. If no handler for the signal is installed,
-        this does not send the signal, but stops the agent and ends the process.
+        stop the agent and end the process without the signal.
         """
         set_exit_code(self._finish)
         number = _GRACEFUL_SIGNAL.get(self._engine, signal.SIGTERM)

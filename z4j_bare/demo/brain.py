@@ -111,7 +111,7 @@ class Brain(BrainApi):
         """Stop the process with SIGTERM. The brain closes all sessions with code 1012.
 
         :param timeout: maximum seconds until the process exits. The process waits for running
-            long-polls. After the timeout it is killed with SIGKILL.
+            long-polls. After the timeout, the process is killed with SIGKILL.
         """
         self.close()
         if self._service:

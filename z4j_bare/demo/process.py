@@ -127,7 +127,8 @@ class Service:
     def stop(self, timeout: float = 20.0) -> int:
         """Send SIGTERM, wait for the exit, then kill all remaining children; return the exit code.
 
-        :param timeout: maximum seconds until the process exits. After that the process is killed.
+        :param timeout: maximum seconds until the process exits. After the timeout, the process is
+            killed.
         """
         if self._process is None:
             return 0

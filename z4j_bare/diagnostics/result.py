@@ -36,7 +36,7 @@ class ProbeResult:
 
     @property
     def fix(self) -> str:
-        """What the operator should do; empty if there is nothing to do."""
+        """The action that the operator should take; empty if no action is needed."""
         return str(self.details.get("fix", ""))
 
 

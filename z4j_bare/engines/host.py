@@ -161,8 +161,8 @@ class EngineHost:
         """Call a method of the adapter once and return its result.
 
         A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``. Any
-        other such keyword raises ``CommandError``, and so does a missing method. Raises
-        ``TimeoutError`` after ``timeout`` seconds, and every exception of the adapter.
+        other such keyword and a missing method raise ``CommandError``. Raises ``TimeoutError``
+        after ``timeout`` seconds, and every exception of the adapter.
         """
         method = getattr(self.adapter, method_name, None)
         if not callable(method):

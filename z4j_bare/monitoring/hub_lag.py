@@ -92,7 +92,7 @@ class HubLagMonitor:
         return p99, samples[-1], blocking_code
 
     def _tick(self) -> None:
-        """Take a sample. A timer of the hub calls this, so it must not log."""
+        """Take a sample. Must not log, because a timer of the hub calls this method."""
         now = self._backend.now()
         lag, self._due = now - self._due, now + self._interval
         if len(self._samples) < MAX_SAMPLES:
@@ -112,10 +112,7 @@ class HubLagMonitor:
             )
 
     def _watch(self, sleep: Callable[[float], object], stop_event: IEvent) -> None:
-        """Sample the stack of a blocked hub.
-
-        This runs in a native thread, so it must not log or take a lock.
-        """
+        """Sample the stack of a blocked hub. This native thread must not log or take a lock."""
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)

@@ -75,7 +75,7 @@ class FlushLoop:
                 pass
 
     def flush(self) -> None:
-        """Store all events in the ring. Several tasks may call this; events keep their order."""
+        """Store all events in the ring in their order. Several tasks may call this method."""
         while self._commit():
             pass
 

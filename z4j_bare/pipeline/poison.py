@@ -30,8 +30,8 @@ logger = logging.getLogger("z4j.runtime.pipeline.poison")
 SUSPECT_AFTER = 2
 
 #: Number of parts into which a set of suspected rows is split. Of 500 events, the sender tries 63,
-#: then 8, then 1. These are four more sessions; halving would take ten. A failed session costs
-#: seconds, and an accepted part costs a hundredth of a second.
+#: then 8, then 1. This search takes four more sessions, and halving would take ten. A failed
+#: session costs seconds, and an accepted part costs a hundredth of a second.
 SPLIT_FACTOR = 8
 
 
@@ -55,8 +55,8 @@ class PoisonIsolation:
     ) -> AgentError:
         """Mark the rows that may have caused the session's end; return the error to report.
 
-        If the only row in flight is a suspected row, this drops the row and counts it as lost.
-        Otherwise this increments the attempts of every row in flight.
+        If the only row in flight is a suspected row, drop the row and count it as lost. Otherwise
+        increment the attempts of every row in flight.
 
         :param in_flight: ids of the rows that were sent and are not acknowledged.
         """
@@ -82,10 +82,9 @@ def next_trial(
 ) -> tuple[list[BufferEntry], list[BufferEntry], list[BufferEntry]]:
     """Return the results and the events before the first suspected row, and the rows to try next.
 
-    If there is a suspected result, only this result is tried. Otherwise the leading suspected
-    events with the same number of attempts are a group, and its first eighth is tried. A failed
-    trial increments the attempts of its rows, so the next trial takes an eighth of the failed
-    trial.
+    If there is a suspected result, only this result is tried. Otherwise the first eighth of the
+    leading suspected events with the same number of attempts is tried. A failed trial increments
+    the attempts of its rows, so the next trial takes an eighth of the failed trial.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

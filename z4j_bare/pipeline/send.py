@@ -201,10 +201,7 @@ class Sender:
                 raise
 
     def notify(self) -> None:
-        """Wake the sender, because rows may have been stored.
-
-        Any task may call this. Never waits.
-        """
+        """Wake the sender, because rows may have been stored. Any task may call this method."""
         connection = self._connection
         if connection is not None:
             connection.wake.set()
@@ -212,7 +209,7 @@ class Sender:
     def on_stored(self, events: int) -> None:
         """Record that the flush loop has stored events.
 
-        If no frame is in flight, this wakes the sender. Otherwise the ack of that frame wakes it.
+        Wake the sender if no frame is in flight. Otherwise the next ack wakes the sender.
         """
         # Set ``maybe_pending`` first, because an ack that arrives now reads it.
         self._pacing.maybe_pending = self._pacing.maybe_pending or events > 0

@@ -150,7 +150,7 @@ class Connection:
         return took - self._fastest
 
     def close(self) -> None:
-        """End the session. This wakes the receive loop; other loops end at their next wake-up."""
+        """End the session. The receive loop ends at once, and other loops at their next wake-up."""
         self.closing.set()
         self.wake.set()
         self.transport.abort()
@@ -356,7 +356,7 @@ class Supervisor:
     def reconnect(self) -> None:
         """End the session, if there is one, and connect without a delay.
 
-        Any task may call this. Never waits.
+        Any task may call this method. Never waits.
         """
         self._reconnect_requested.set()
         if self.connection is not None:

@@ -66,7 +66,7 @@ class ScheduleManager:
             stream.host.disconnect()
 
     def mark_changed(self, stream: Stream) -> None:
-        """Request a snapshot of the stream. Any task or thread may call this; never waits."""
+        """Request a snapshot of the stream. Any task or thread may call this method."""
         stream.changed = True
         self._wakeup.set()
 

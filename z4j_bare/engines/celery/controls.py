@@ -56,12 +56,11 @@ class CeleryControls:
         self._remote = RemoteControl(app, alias, backend)
 
     def restart_worker(self, worker: str, *, seconds: float) -> CommandOutcome:
-        """Replace every process of a prefork pool after its current task, or after its next one.
+        """Replace every process of a prefork pool after its current or its next task.
 
-        billiard checks for a restart before it waits for a task. An idle process already waits, so
-        it restarts after its next task. The result contains the number of processes that have not
-        been replaced yet. The new processes are forked from the same parent and do not load new
-        code.
+        An idle process is replaced after its next task, because billiard checks for a restart only
+        before it waits for a task. The result contains the number of processes that have not been
+        replaced yet. The new processes are forked from the same parent and do not load new code.
         """
         deadline = self._deadline(seconds)
         node = self._resolve_capable(worker, deadline, _NO_RESTART)

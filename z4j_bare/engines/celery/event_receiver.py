@@ -185,8 +185,7 @@ class EventReceiver:
                 raise
             return False
         if self._messages == before:
-            # The transport may return without a message many times in a row. The loop must not
-            # block the hub meanwhile.
+            # The transport may return without a message many times in a row, and block the hub.
             self._backend.sleep(SLICE_SECONDS)
         return True
 

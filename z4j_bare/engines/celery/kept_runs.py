@@ -42,7 +42,7 @@ class KeptRuns:
 
     :param runs: ``Ring.runs``.
     :param put: ``Ring.put``.
-    :param encoder: encodes the records. Its methods are their first items.
+    :param encoder: encodes the records. The first item of a record is a method of the encoder.
     :param engine: the adapter's name.
     :param worker: the worker's name in the brain.
     """

@@ -64,7 +64,7 @@ def end_without_signal(
 
     :param state: the state of ``task_postrun``.
     :param raised: the ``retval`` of ``task_postrun``, which is the exception.
-    :param acks_late: whether the task has ``acks_late``. Only then can its message return to the
+    :param acks_late: the task's ``acks_late``, without which its message cannot return to the
         queue.
     """
     if state == IGNORED and not is_replacement(raised):
@@ -80,8 +80,8 @@ def end_without_signal(
 def is_reject(error: object) -> bool:
     """Whether ``error`` is Celery's ``Reject``.
 
-    Celery 5.7 sends both ``task_failure`` and ``task_postrun`` for a run that raised ``Reject``,
-    earlier versions only ``task_postrun``.
+    Celery 5.7 sends both ``task_failure`` and ``task_postrun`` for a run that raised ``Reject``.
+    Earlier versions send only ``task_postrun``.
     """
     from celery.exceptions import Reject
 
@@ -147,9 +147,9 @@ def mark_reported(error: BaseException | None, task_id: str) -> None:
 def is_reported(error: BaseException | None, task_id: str) -> bool:
     """Whether ``error``, or an exception in its chain of ``__context__``, is marked as reported.
 
-    After ``task_internal_error``, Celery tries to store the failure. If it succeeds, it sends
-    ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of the exception,
-    so the agent need not store the ids of ended tasks.
+    After ``task_internal_error``, Celery tries to store the failure. If the failure is stored,
+    Celery sends ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of
+    the exception, so the agent need not store the ids of ended tasks.
     """
     for _ in range(_MAX_CONTEXT):
         if error is None:

@@ -44,9 +44,9 @@ Note = tuple[Any, ...]
 
 
 class Codes:
-    """The first items of records that are sent to the parent, which has the encoder.
+    """The first items of the records of :class:`NoteHandlers`, by kind.
 
-    No such record is of the kind ``received`` or ``encode``.
+    These handlers make no records of the kinds ``received`` and ``encode``.
     """
 
     received = encode = 0
@@ -61,7 +61,7 @@ REPLACED = ""
 
 
 class _NotedRuns(RepeatedRuns):
-    """Does not separate the runs of a task, because the parent's reader separates them."""
+    """Keeps no states of runs, because the parent's reader keeps them."""
 
     def ended(
         self, task_id: str, last: TaskState, request: object, *, keep: bool = False

@@ -360,7 +360,7 @@ class Runs:
         self._parent_ends = arrivals.parent_ends
 
     def on_note(self, pid: int, note: Note) -> None:
-        """Put the record of a child's note, and open or close the run."""
+        """Record the event of a child's note, and open or close the run."""
         code, now, task_id, name, started_at, key, *rest = note
         last = self._task_state(task_id, name)
         if last is None:
@@ -403,7 +403,7 @@ class Runs:
         self.open[task_id] = Run(pid, task_state)
 
     def on_own(self, record: Captured) -> None:
-        """Put a record of the parent's own handlers, and close the run if the record ends it."""
+        """Record an event of the parent's own handlers, and close the run that it ends."""
         if record[0] != Codes.generic:  # the task was received again
             self._parent_ends.pop(record[2], None)
             attempt = record[3].attempt

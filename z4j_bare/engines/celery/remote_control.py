@@ -76,7 +76,8 @@ class Node:
 class RemoteControl:
     """Sends remote control commands to workers.
 
-    The methods block, so the agent's loops must not call them. Deadlines are times of :meth:`now`.
+    The methods block, so the agent's loops must not call them. A deadline is a time on the clock of
+    :meth:`now`.
 
     :param alias: returns a worker's name in the brain.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RepeatedRuns:
-    """Separates the runs of one task: retries, replacements, and messages that are delivered again.
+    """Keeps a state for each run of a task, such as a retry or a message that is delivered again.
 
     :param withholds: whether :meth:`started` withholds the start of a task that has returned to the
         queue. If true, :meth:`report_withheld` must be called every few seconds.

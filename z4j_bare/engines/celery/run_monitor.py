@@ -22,8 +22,7 @@ INTERVAL = 5.0
 #: Number of intervals between two checks of the accepted tasks.
 CHECK_EVERY = 6
 
-#: Seconds from a task's acceptance by the pool. If the agent has not seen its start by this time,
-#: the task is counted.
+#: A task is counted if its start is not seen within this many seconds after the pool accepts it.
 START_TIMEOUT = 60.0
 
 _CAUSES = {

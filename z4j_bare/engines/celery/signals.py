@@ -61,8 +61,7 @@ _NO_KWARGS: dict[str, Any] = {}
 #: States of runs whose end only ``task_postrun`` reports.
 _ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE})
 
-#: Default of the parameters for which Celery always passes an argument. If Celery does not, the
-#: handler fails.
+#: Default of parameters for which Celery always passes an argument. Without it, the handler fails.
 _ABSENT: Any = None
 
 _HANDLERS = {
@@ -99,10 +98,10 @@ def _counted(handler: Callable[..., None]) -> Callable[..., None]:
 
 
 class RecordHeads(Protocol):
-    """The first item of the records of each kind.
+    """The first items of records, by kind.
 
-    It is the :class:`TaskEncoder` method that encodes the record, or, in a prefork child, the
-    number of the kind.
+    In a prefork child, the first item is a number. Elsewhere, the first item is the method of
+    :class:`TaskEncoder` that encodes the record.
     """
 
     @property
@@ -203,7 +202,7 @@ class SignalHandlers:
     def _put_rare(self, record: Captured) -> None:
         """Put a record into the ring, and store the start or end of a run that it reports.
 
-        For speed, the handlers that run for every task do both themselves.
+        The handlers that run for every task do not use this method, because a call costs time.
         """
         (self._put if self._kept_runs is None else self._kept_runs.put)(record)
 

@@ -1,6 +1,6 @@
 """The event source of Celery.
 
-A worker captures events with signal handlers, and with prefork also reads its children's messages.
+A worker captures events with signal handlers. A prefork worker also reads its children's messages.
 A process outside a worker captures its eager tasks, and reads the workers' events from the broker.
 """
 
@@ -150,7 +150,7 @@ class CelerySource(EventSource):
 
 
 def only_worker() -> str | None:
-    """Return the only worker that a process outside a worker reports; ``None`` means all workers.
+    """Return the name of the only worker to report; ``None`` means all workers.
 
     The name comes from the environment variables that the adapter reads, too.
     """

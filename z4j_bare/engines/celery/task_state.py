@@ -87,7 +87,7 @@ class TaskState:
     def __init__(self, task_type: TaskType, queue: str | None) -> None:
         self.task_type = task_type
         self.queue = queue
-        #: Data that tells this run from other runs of its task; ``None`` for most tasks.
+        #: Data that distinguishes this run from other runs of its task; ``None`` for most tasks.
         self.attempt: Attempt | None = None
         #: Whether the parent of a prefork worker has reported that the task was received.
         self.arrived = False
@@ -171,7 +171,7 @@ class TaskState:
 
 
 class Attempt:
-    """Data that tells one run of a task from another run with the same id.
+    """Data that distinguishes one run of a task from another run with the same id.
 
     A run may be received before the previous run has ended: after ``retry(countdown=0)`` in another
     thread, or after ``self.replace()``, which changes the task's name and queue.

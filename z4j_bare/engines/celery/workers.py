@@ -200,7 +200,7 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # it replied, so it also receives the enable_events below
+                worker.due = inf  # a worker that replied receives the enable_events below, too
 
     def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
