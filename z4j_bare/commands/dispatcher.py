@@ -56,7 +56,6 @@ class Dispatcher:
     :param buffer: its ledger records started and finished commands, including commands of earlier
         processes.
     :param on_stored: called after each stored result, to wake the sender.
-    :param schedules: the manager of the schedulers; ``None`` if there is no scheduler.
     """
 
     def __init__(

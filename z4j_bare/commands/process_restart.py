@@ -156,9 +156,9 @@ def set_exit_code(finish: Callable[[], object]) -> None:
     in a module of the agent could outlive the interpreter, because a thread may still refer to the
     module.
 
-    A child process of ``multiprocessing``, such as a Dramatiq worker, runs the finalizers of
-    ``multiprocessing`` and never finalizes its interpreter. In such a process, ``finish`` is
-    registered as the last finalizer.
+    A child process of ``multiprocessing``, such as a Dramatiq worker, never finalizes its
+    interpreter, but runs the finalizers of ``multiprocessing``. So ``finish`` is registered as the
+    last finalizer.
     """
     processes, hooks = (sys.modules.get(f"multiprocessing.{name}") for name in ("process", "util"))
     if processes is not None and hooks is not None and processes.parent_process() is not None:

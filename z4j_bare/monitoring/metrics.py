@@ -65,7 +65,6 @@ class AgentMetrics:
     """Combines the counters of all packages; does no I/O.
 
     :param started: seconds since the epoch at which the agent started.
-    :param health: returns the last results of the engines' health checks.
     :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
     :param unheard: returns the number of accepted tasks without an event of their start.
@@ -120,10 +119,10 @@ class AgentMetrics:
     def loss(self) -> dict[str, Any]:
         """Return ``telemetry_loss``: the cumulative losses.
 
-        The losses of the buffer are counted since the buffer was created, all other losses since
-        this agent was created. The protocol calls a row a frame. The counts by reason and the
-        counts by kind each add up to the number of all losses. The brain validates this payload
-        strictly (``docs/protocol.md``, Heartbeats).
+        Losses of the buffer are counted since the buffer was created, all others since the agent
+        was created. The protocol calls a row a frame. The counts by reason and the counts by kind
+        each add up to the number of all losses. The brain validates this payload strictly
+        (``docs/protocol.md``, Heartbeats).
         """
         buffer = self._buffer.last_stats
         unencodable = self._counters.unencodable + self._ring.uncaptured

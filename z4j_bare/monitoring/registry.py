@@ -39,7 +39,6 @@ class RegistryLoop:
     The protocol has no acks for ``registry_delta`` frames. A change counts as reported when the
     transport has accepted the frame.
 
-    :param hints: the framework adapter's ``discovery_hints``.
     :param connection: returns the current connection, or ``None`` without a session.
     :param dev: whether to discover tasks after a change of a ``tasks.py``, too.
     """

@@ -26,9 +26,9 @@ class HeartbeatLoop:
 
     The loop does not use the store, so a slow disk does not delay heartbeats.
 
-    :param payload: returns the payload of a heartbeat. The function reads only numbers in memory.
-    :param status: returns the payload of an ``agent_status`` frame, which the brain keeps as
-        history. If it is ``None``, the loop sends no ``agent_status``.
+    :param payload: returns the payload of a heartbeat, without I/O.
+    :param status: returns the payload of an ``agent_status`` frame; if ``None``, the loop sends no
+        such frame.
     """
 
     def __init__(

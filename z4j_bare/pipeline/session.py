@@ -301,7 +301,6 @@ class SessionLoops:
 class Supervisor:
     """Runs one session after another until it is stopped, and decides when to connect.
 
-    :param transport: returns the transport for one session.
     :param hello: returns the ``hello`` frame; called at each connect, because capabilities can
         change.
     :param secret: returns the project's key; called at each connect, because the key can be

@@ -31,12 +31,9 @@ class CeleryCapture(SignalHandlers):
     :param adapter: the adapter. Its redaction and the ``@z4j_meta`` of its tasks are applied.
     :param put: ``Ring.put``.
     :param hostname: the worker's node name; ``None`` outside a worker.
-    :param args: whether to capture arguments.
-    :param result: whether to capture results.
     :param consumer: the worker's Consumer, from which the names of the queues are read. If it is
         ``None``, the routing key is reported as the queue.
     :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
-    :param on_loss: counts an event that could not be captured.
     """
 
     withholds = True

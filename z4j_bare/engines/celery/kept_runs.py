@@ -44,7 +44,6 @@ class KeptRuns:
     :param put: ``Ring.put``.
     :param encoder: encodes the records. The first item of a record is a method of the encoder.
     :param engine: the adapter's name.
-    :param worker: the worker's name in the brain.
     """
 
     def __init__(

@@ -62,8 +62,8 @@ def end_without_signal(
 
     Return ``None`` if the task was replaced, or if the run has another state.
 
-    :param state: the state of ``task_postrun``.
-    :param raised: the ``retval`` of ``task_postrun``, which is the exception.
+    :param state: ``state`` of the signal ``task_postrun``.
+    :param raised: ``retval`` of the signal, which is the exception.
     :param acks_late: the task's ``acks_late``, without which its message cannot return to the
         queue.
     """

@@ -195,11 +195,8 @@ class PreforkCapture:
     """Captures the events of a prefork worker in its parent.
 
     :param put: ``Ring.put``.
-    :param args: whether to report arguments.
-    :param result: whether to report results.
     :param runs: ``Ring.runs``, which stores the open runs of all children, because the children die
         with the parent; if ``None``, open runs are not stored.
-    :param on_loss: counts an event that could not be captured.
     """
 
     name = "z4j-celery-channel"

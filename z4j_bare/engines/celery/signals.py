@@ -129,12 +129,8 @@ class BoundHeads(NamedTuple):
 class SignalHandlers:
     """The handlers of Celery's signals. Each makes a record from the signal's arguments.
 
-    :param put: is called with each record.
-    :param heads: the first item of a record for each kind.
     :param task_types: the types of the tasks, which decide what is sampled.
     :param worker: the worker's name in the brain; ``None`` outside a worker.
-    :param args: whether to capture arguments.
-    :param result: whether to capture results.
     :param queue_of: returns the name of the queue for a request's ``delivery_info``.
     :param kept_runs: stores the open runs; if ``None``, they are not stored.
     :param on_loss: counts an event that could not be captured.

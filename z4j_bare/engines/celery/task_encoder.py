@@ -48,7 +48,6 @@ class TaskEncoder:
     half the time of encoding a dictionary. :class:`Encoder` encodes other events, tasks with
     ``@z4j_meta``, and values that the brain cannot store.
 
-    :param worker: the worker's name in the brain; ``None`` outside a worker.
     """
 
     def __init__(self, engine: str, redactor: Redactor, worker: str | None) -> None:

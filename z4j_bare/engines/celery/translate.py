@@ -66,8 +66,6 @@ class Translator:
 
     :param adapter: Celery adapter. Its redaction and the ``@z4j_meta`` of its tasks apply.
     :param put: ``Ring.put``.
-    :param args: whether to send arguments.
-    :param result: whether to send results.
     """
 
     def __init__(
