@@ -258,10 +258,10 @@ class PreforkCapture:
         """Connect the handlers, and let the children send their records."""
         if self._late:
             logger.warning(
-                "z4j: the agent was installed when the prefork worker was already running. What its"
-                " children ran until now is not reported; children that started before z4j_celery"
-                " was imported report nothing. Import it, or install the agent, with the Celery"
-                " application"
+                "z4j: the agent was installed when the prefork worker was already running."
+                " Earlier runs are not reported, and children that started before the import of"
+                " z4j_celery report nothing. Import z4j_celery, or install the agent, in the module"
+                " of the Celery application"
             )
             self._late = prefork.missed = False
         self._channel.counters.agent = PRESENT
