@@ -58,15 +58,13 @@ ALREADY_RUNNING = 3
 POLL_INTERVAL = 0.5
 
 #: Maximum seconds of one step of the agent's loops. During a longer step the systemd watchdog is
-#: not reset. A step takes milliseconds; a step that imports a module from a slow disk takes some
-#: seconds.
+#: not reset. Even the import of a module from a slow disk takes only some seconds.
 STUCK_SECONDS = 60.0
 
 #: Default time limit of the shutdown, in seconds.
 DRAIN_SECONDS = 10.0
 
-#: Seconds of the shutdown that are reserved for the work after the last ack, such as closing the
-#: store.
+#: Seconds of the shutdown that are reserved for the work after the last ack.
 POST_DRAIN = 1.0
 
 #: Maximum value of --drain, in seconds.

@@ -111,8 +111,7 @@ class Executor:
 
 def _failure(command: Command, error: Exception) -> CommandOutcome:
     """Return the outcome of a call that raised ``error``."""
-    # Each adapter defines an OffloadTimeoutError of its own, which is not a subclass of
-    # TimeoutError.
+    # Each adapter defines its own OffloadTimeoutError, which is no subclass of TimeoutError.
     if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
         return CommandOutcome.indeterminate(command.action, "still running: outcome unknown")
     if isinstance(error, AgentError):
@@ -165,8 +164,8 @@ class IdempotentEffects:
                     command.action, "still running for another command: outcome unknown"
                 )
         try:
-            # The provisional result is empty. Otherwise it would be sent under this key, which is
-            # not the id of a command.
+            # The provisional result is empty, because it must not be sent: the key is no command
+            # id.
             earlier = self._buffer.claim(key, b"")
             if earlier is not None:
                 return _replayed(earlier.result if earlier.state == DONE else b"", key, command)

@@ -34,8 +34,7 @@ def encode_result(
     try:
         if _has_more_nodes(result, MAX_NODES):
             result = summarise_result(result, f"of more than {MAX_NODES} values")
-        # Convert foreign objects to text here, because their code must not run in the offload
-        # thread.
+        # Convert foreign objects before the offload, because their code must not run in its thread.
         body = to_json_types(result)
         ok, payload = offload(_encode, command, outcome, body, redactor)
         if ok:
@@ -59,8 +58,7 @@ def _encode(
     if redactor is not None:
         body = redactor.scrub(body)
         if error is not None:
-            # Redact each line separately, so that one email address does not hide a whole
-            # traceback.
+            # Redact each line separately, so that an email address does not hide a whole traceback.
             error = "\n".join(redactor.scrub(line) for line in error.split("\n"))
     return command_result(outcome.status, body, error, command.token)
 

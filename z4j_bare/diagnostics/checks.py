@@ -55,8 +55,7 @@ def brain_checks(
         probe = _brain_probe(config, settings)
         steps = brain_steps(probe, websocket=websocket)
     except HostConfigurationError as error:
-        # If the tls probe also fails because of this setting, the http probe is skipped. Therefore
-        # the error is reported once.
+        # If the tls probe fails because of this setting, too, this step is skipped.
         steps = [ProbeStep("http", "tls", partial(failed, "http", str(error), _FIX_SETTING))]
     try:
         yield from _run_steps([*_network_steps(config, settings), *steps])

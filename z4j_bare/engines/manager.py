@@ -36,8 +36,7 @@ class EngineManager:
         self.hosts: dict[str, EngineHost] = {}
         self.sources: list[EventSource] = []
         for adapter in adapters:
-            # Merge first, because the source uses the merged patterns. An invalid pattern raises an
-            # error.
+            # Merge first, because the source uses the merged patterns.
             merge_redaction(adapter, config)
             description = describe_engine(adapter)
             source = description.make_source(ring, settings, backend, ready_worker())

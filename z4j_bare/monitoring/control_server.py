@@ -62,8 +62,7 @@ class ControlServer:
                 )
                 self._backend.wait(stop_event)
         finally:
-            # In a forked child ``offload`` raises, so that the child does not remove the parent's
-            # files.
+            # In a forked child ``offload`` raises, so the child does not remove the parent's files.
             self._backend.offload(_unlink, self._files)
 
     def wake(self) -> None:

@@ -26,16 +26,14 @@ logger = logging.getLogger("z4j.runtime.pipeline.send")
 #: Maximum bytes of a frame. Signing and masking a larger frame would block the hub for too long.
 FRAME_BYTES = 128 * 1024
 
-#: Minimum limit for the events of one frame, in bytes, however much their JSON grows in the
-#: envelope.
+#: Minimum of the limit for the events of one frame, in bytes.
 MIN_PAYLOAD_BYTES = 512
 
 #: Maximum seconds between two reads of the store while a frame is in flight, rows are in memory
 #: only, or acknowledged rows have to be deleted. A wake-up causes an earlier read.
 POLL_BUSY = 2.0
 
-#: Maximum seconds between two reads of the store in all other cases. A wake-up causes an earlier
-#: read.
+#: Maximum seconds between two reads of the store in all other cases.
 POLL_IDLE = 30.0
 
 #: Seconds between two checks for the last acks at shutdown.
@@ -165,11 +163,9 @@ class Sender:
         self._buffer = buffer
         self._backend = backend
         self._counters = counters
-        # ``run`` holds this lock, because the run of the previous session may still wait for a slow
-        # disk.
+        # Held by ``run``, because the previous session's ``run`` may still wait for a slow disk.
         self._run_lock = backend.lock()
-        # Guards the window, because in threads mode an ack may arrive while another thread changes
-        # it.
+        # Guards the window, which an ack and the sender may change at once in threads mode.
         self._window_lock = backend.lock()
         self._connection: Connection | None = None
         self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
@@ -228,8 +224,8 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Schedule one wake-up for the end of the pause. Without a hub there is no timer, so wake
-        # the sender now: it waits for the end of the pause.
+        # Wake the sender at the end of the pause. Without a hub there is no timer: wake it now, and
+        # it waits.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 

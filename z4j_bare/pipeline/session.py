@@ -71,11 +71,9 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: Number of consecutive failures before this session, by failure class. The first
-        #: ``agent_status`` reports and clears it.
+        #: Numbers of consecutive failures before this session, until ``agent_status`` reports them.
         self.failures_before: dict[str, int] = {}
-        #: The brain's clock minus this host's clock, in seconds; ``None`` when ``hello_ack`` has no
-        #: time.
+        #: The brain's clock minus this host's clock, in seconds; ``None`` if it is unknown.
         self.clock_offset = (
             None
             if self.hello_ack.server_time is None
@@ -123,7 +121,7 @@ class Connection:
 
     def open(self, message: bytes) -> Frame:
         """Verify a message and return it as a model of z4j_core. Raises ``RemoteProtocolError``."""
-        # One read can return fifty commands, and the receive loop does not wait between two
+        # The receive loop does not wait between the messages of one read, which can be fifty
         # commands.
         self._timeslice.checkpoint()
         frame: Frame = self.session.verify(message, self._timeslice.checkpoint)
@@ -269,8 +267,7 @@ class SessionLoops:
             (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
         )
         if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
-            # If two processes kept the same worker id, they would replace each other's sessions for
-            # ever.
+            # Two processes with the same worker id would replace each other's sessions for ever.
             self._identity.change_worker_id()
         return error
 
@@ -407,8 +404,7 @@ class Supervisor:
                 connection.hello_ack.session_id,
             )
         else:
-            # If every session fails right after its start, a line at INFO per session would flood
-            # the log.
+            # If every session fails at its start, one line at INFO per session would flood the log.
             flapping = sum(failures.values()) <= 1 and self._failures != 1
             level = logging.DEBUG if flapping else logging.INFO
             logger.log(level, "z4j: connected again after %d failed attempts", self._failures)

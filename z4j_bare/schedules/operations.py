@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 #: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: Fields that the scheduler updates at each run. A confirmation repeats the values in the brain's
-#: command.
+#: Fields that the scheduler updates at each run. A confirmation has their values of the command.
 _RUN_FIELDS = ("last_run_at", "total_runs")
 
 

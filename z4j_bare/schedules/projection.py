@@ -248,8 +248,7 @@ def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _splice_rows(body: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[bytes]:
     """Yield the canonical bytes of a body that contains ``rows``, in pieces."""
-    # The marker occurs only once: the body has one key ``schedules``, and quotes inside a string
-    # are escaped.
+    # The marker occurs only once, because quotes inside a string are escaped.
     head, marker, tail = canonical_plain(dict(body)).partition(b'"schedules":[')
     yield head + marker
     for number, row in enumerate(rows):

@@ -92,8 +92,8 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # AMQP closes the channel after an error. Redis does not close it, and a new channel
-            # costs six round trips.
+            # After an error, AMQP closes the channel. Redis does not, and a new one costs six round
+            # trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:

@@ -56,8 +56,7 @@ _PIPE, _COUNTERS = "pipe", "counters"
 #: ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
-#: Number of forks that this process and its ancestors have made. The number selects the counter of
-#: a new child.
+#: Number of forks by this process and its ancestors, which selects the counter of a new child.
 _forks = 0
 
 
@@ -159,8 +158,8 @@ class ChannelReader:
         self._last_number: dict[int, int] = {}
         #: Whether the last :meth:`read` emptied the pipe.
         self.empty = True
-        #: Number of messages whose writer was killed before the last part, plus the number of reads
-        #: that contained an invalid header.
+        #: Number of messages whose writer was killed, plus the number of reads with an invalid
+        #: header.
         self.lost = 0
 
     def fileno(self) -> int:

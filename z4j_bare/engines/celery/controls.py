@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds before the caller's timeout at which a command ends, so that this module can report an
-#: error before the caller gives up.
+#: Seconds before the caller's timeout at which a command ends, so that it can report an error.
 RESERVE = 0.5
 
 #: Maximum seconds to wait until the first process of a restarted pool has been replaced. Busy
@@ -207,8 +206,8 @@ class CeleryControls:
 
         def size_reached() -> int | None:
             size = self._remote.refresh(node, deadline).size
-            # A size beyond the target is a success, too: ``node.size`` does not include a prefork
-            # process that was being replaced.
+            # The size may exceed the target, because ``node.size`` omits a process that is being
+            # replaced.
             return size if (size - target) * change >= 0 else None
 
         size = self._remote.wait_for(size_reached, deadline)

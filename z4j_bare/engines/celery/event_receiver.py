@@ -131,8 +131,7 @@ class EventReceiver:
             self._listen(connection, stop_event)
             self._drain_last(connection)
         finally:
-            # A forked child shares the socket with its parent. If the child released the
-            # connection, it would cancel the parent's subscription.
+            # A forked child that released the connection would cancel its parent's subscription.
             if not self._backend.forked():
                 self._backend.call_blocking(_release, connection)
 

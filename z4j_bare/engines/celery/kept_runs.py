@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Captured, Put
     from z4j_bare.interfaces import IOpenRuns
 
-#: Kombu's ``driver_type`` of the brokers that deliver a message again if the worker dies before it
-#: has acknowledged the message.
+#: Kombu's ``driver_type`` of the brokers that deliver a message again if its worker dies.
 REDELIVERING = frozenset({"amqp", "redis", "sqs"})
 
 _OUTCOMES = {

@@ -19,8 +19,7 @@ T = TypeVar("T")
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
-#: A broadcast ends after this many seconds without a reply, because the number of workers is
-#: unknown.
+#: Seconds without a reply after which a broadcast ends, because the number of workers is unknown.
 GATHER_TIMEOUT = 1.5
 
 #: Seconds between two checks of a command's effect.

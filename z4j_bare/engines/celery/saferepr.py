@@ -102,8 +102,7 @@ class _Parser:
         start = self.position
         value = self.literal(first, depth) if self.nodes > 0 else _FAILED
         following = self.peek()
-        # Without this check, a string with a backslash before its last quote would include the key
-        # that follows.
+        # A string with a backslash before its last quote would otherwise include the next key.
         if value is _FAILED or (following and following not in ends):
             return self.opaque(start, ends)
         return value

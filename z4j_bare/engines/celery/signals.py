@@ -139,8 +139,7 @@ class SignalHandlers:
     #: The signals to connect.
     signals: tuple[str, ...] = tuple(_HANDLERS)
 
-    #: Whether a start is withheld if an earlier run returned the task to its queue; see
-    #: :class:`RepeatedRuns`.
+    #: ``withholds`` of :class:`RepeatedRuns`.
     withholds = False
 
     def __init__(
@@ -166,8 +165,7 @@ class SignalHandlers:
         self._queue_of = queue_of
         self._put = put
         self._kept_runs = kept_runs
-        # Each method is read once. Reading it at each event would make one more object for the
-        # garbage collector.
+        # Each method is read once, because reading it at each event would create another object.
         self._heads = BoundHeads(
             heads.received, heads.started, heads.succeeded, heads.generic, heads.encode
         )
@@ -202,8 +200,7 @@ class SignalHandlers:
         """
         (self._put if self._kept_runs is None else self._kept_runs.put)(record)
 
-    # The next three handlers run for every task. Each contains its own try statement, because the
-    # decorator _counted would cost one more call.
+    # The next three handlers run for every task. They do not use _counted, to save one call.
 
     def _on_received(self, request: Request = _ABSENT, **_kwargs: object) -> None:
         try:

@@ -18,16 +18,14 @@ FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoke
 #: process sees no end of the task, and the task's state stays until it is evicted.
 MAX_TASKS = 20_000
 
-#: Maximum seconds by which a timestamp may be ahead of the clock. A timestamp is moved ahead to
-#: give two events of one kind different seconds.
+#: Maximum seconds by which a timestamp is moved ahead of the clock to get a second of its own.
 MAX_TIMESTAMP_LEAD = 5.0
 
 
 #: Minimum seconds between two reports that a task has returned to the queue.
 REQUEUE_INTERVAL = 1.0
 
-#: Identifies one of the runs of a task: ``retries`` and ``replaced_task_nesting`` of the run's
-#: message.
+#: Identifies a run of a task by ``retries`` and ``replaced_task_nesting`` of its message.
 RunKey = tuple[int, int]
 
 
@@ -193,8 +191,7 @@ class Attempt:
         self.ended = False
         #: Identifies the run; ``None`` for the first run that this process knows.
         self.key = key
-        #: The state that has the previous timestamps of the task; ``None`` after this run's first
-        #: event.
+        #: The state with the task's previous timestamps; ``None`` after this run's first event.
         self.stamps: TaskState | None = None
         #: The state of the previous run; ``None`` after that run has ended.
         self.previous: TaskState | None = None
@@ -202,8 +199,8 @@ class Attempt:
         self.newer: TaskState | None = None
         #: When the run was received, in seconds since the epoch; 0 for the first run.
         self.received_at = received_at
-        #: When the return to the queue was last reported, in seconds since the epoch; 0 if the run
-        #: was not returned.
+        #: When the last return to the queue was reported, in seconds since the epoch; 0 without
+        #: one.
         self.requeued_at = 0.0
         #: The withheld record of a start after a return to the queue; ``None`` after its report.
         self.withheld: tuple[Any, ...] | None = None
