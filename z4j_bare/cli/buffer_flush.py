@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 #: Maximum number of rows that one read of a store returns, and of events that one frame contains.
 MAX_ROWS = 500
 
-#: Maximum number of events of open runs in one frame. With ids of 200 bytes and descriptions of 500
-#: bytes, the frame has 100 KiB.
+#: Maximum number of events of open runs in one frame.
+#: With ids of 200 bytes and descriptions of 500 bytes, the frame has 100 KiB.
 RUN_EVENTS = 100
 
 #: Maximum bytes of payloads that one read of a store returns. A larger row is returned alone.
 MAX_BYTES = 512 * 1024
 
-#: A function that sends rows of one kind. A result of ``n`` means that the brain has acknowledged
-#: the first ``n`` rows.
+#: A function that sends rows of one kind.
+#: A result of ``n`` means that the brain has acknowledged the first ``n`` rows.
 SendRows = Callable[[Sequence[BufferEntry]], int]
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.dispatcher")
 
-#: Maximum number of ids of started commands that are kept in memory. The ids serve to detect a
-#: redelivery if the ledger was lost with a failed disk.
+#: Maximum number of ids of started commands that are kept in memory.
+#: The ids serve to detect a redelivery if the ledger was lost with a failed disk.
 MAX_STARTED_IDS = 10_000
 
 #: Maximum seconds of a command's timeout that are reserved for sending its result.

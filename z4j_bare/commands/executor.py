@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.executor")
 
-#: Actions whose effect has an id of its own. Each value contains the name of the parameter with
-#: this id, and the prefix of the ledger key.
+#: Actions whose effect has an id of its own.
+#: Each value contains the name of the parameter with this id, and the prefix of the ledger key.
 IDEMPOTENCY_KEYS = {
     "schedule.fire": ("fire_id", "fire"),
     "schedule.trigger_now": ("fire_id", "fire"),

@@ -28,8 +28,8 @@ logger = logging.getLogger("z4j.runtime.commands.process_restart")
 #: process that ended successfully. systemd also counts an end by SIGTERM as success.
 EXIT_CODE = 75
 
-#: Minimum age in seconds of a process that a command may restart. It prevents repeated commands
-#: from causing a crash loop.
+#: Minimum age in seconds of a process that a command may restart.
+#: It prevents repeated commands from causing a crash loop.
 MIN_UPTIME = 60.0
 
 #: Maximum seconds for stopping the agent, if the worker has not stopped it before.
@@ -38,8 +38,8 @@ STOP_TIMEOUT = 5.0
 #: Priority of a multiprocessing finalizer that runs after all others.
 FINALIZER_PRIORITY = -1_000_000
 
-#: Maps an engine to its signal for a warm shutdown, if it is not SIGTERM. On SIGTERM, huey makes a
-#: cold shutdown.
+#: Maps an engine to its signal for a warm shutdown, if it is not SIGTERM.
+#: On SIGTERM, huey makes a cold shutdown.
 _GRACEFUL_SIGNAL = {"huey": signal.SIGINT}
 
 

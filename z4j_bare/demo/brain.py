@@ -21,8 +21,8 @@ _BOOT_TIMEOUT = 60.0
 #: stay the same from the migration on.
 SECRETS = ("Z4J_SECRET", "Z4J_SESSION_SECRET", "Z4J_AUDIT_CHAIN_SECRET")
 
-#: SQLite's busy timeout in the brain, in seconds. With the driver's default of 5 s the brain
-#: returns status 500 when the disk stalls.
+#: SQLite's busy timeout in the brain, in seconds.
+#: With the driver's default of 5 s the brain returns status 500 when the disk stalls.
 _DATABASE_TIMEOUT = 20
 
 

@@ -45,8 +45,8 @@ _WARM_UP_TIMEOUT = 30.0
 #: Maximum seconds of any other step. Steps that wait for all plain tasks have more time.
 _TIMEOUT = 30.0
 
-#: Minimum throughput of any pool, in plain tasks per second. The slowest combination is the pool
-#: ``solo`` with messages in files.
+#: Minimum throughput of any pool, in plain tasks per second.
+#: The slowest combination is the pool ``solo`` with messages in files.
 _MIN_PLAIN_PER_SECOND = 20.0
 
 

@@ -32,8 +32,8 @@ PACKAGES = ("z4j-bare", "z4j-core", "gevent", "eventlet", "websocket-client", *E
 #: default maximum size (256 MiB) could then fill the disk.
 MIN_FREE_BYTES = 256 * 1024 * 1024
 
-#: An agent's answer to ``status``, with ``adapter`` and ``pid`` added. An agent that did not answer
-#: has ``adapter``, ``pid`` and ``error``.
+#: An agent's answer to ``status``, with ``adapter`` and ``pid`` added.
+#: An agent that did not answer has ``adapter``, ``pid`` and ``error``.
 AgentStatus = dict[str, Any]
 
 

@@ -31,8 +31,8 @@ logger = logging.getLogger("z4j.runtime.engines.host")
 #: Timeout of ``connect_signals`` in seconds. The method may publish to a broker or start a thread.
 CONNECT_TIMEOUT = 30.0
 
-#: Names of the adapters' attributes that hold an ``asyncio.Queue``. An adapter creates its queues
-#: once, and a queue binds to the first loop that waits for an item.
+#: Names of the adapters' attributes that hold an ``asyncio.Queue``.
+#: An adapter creates its queues once, and a queue binds to the first loop that waits for an item.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 

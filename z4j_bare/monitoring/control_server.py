@@ -21,8 +21,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.control_server")
 #: Maximum seconds to wait for a client's request, and for each write of the response.
 CLIENT_TIMEOUT = 2.0
 
-#: Maximum seconds between two checks of the stop event. :meth:`ControlServer.wake` causes an
-#: earlier check.
+#: Maximum seconds between two checks of the stop event.
+#: :meth:`ControlServer.wake` causes an earlier check.
 STOP_POLL_INTERVAL = 60.0
 
 #: Maximum bytes of a request.

@@ -19,8 +19,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 #: first check. A standalone agent has found the workers by the second.
 CHECK_DELAYS = (5.0, 55.0)
 
-#: Seconds to wait for the answer of another agent. The timeout is short, because the wait occupies
-#: the store's native thread.
+#: Seconds to wait for the answer of another agent.
+#: The timeout is short, because the wait occupies the store's native thread.
 REQUEST_TIMEOUT = 0.2
 
 
@@ -50,8 +50,8 @@ class DuplicateAgentCheck:
         own_workers = workers_of(own)
         for client in clients if ok and own_workers else ():
             other = self._request_status(client)
-            # The start time identifies an agent. The pid does not, because in containers that share
-            # a volume every process has pid 1.
+            # The start time identifies an agent.
+            # The pid does not, because in containers that share a volume every process has pid 1.
             if (
                 other.get("project") == own["project"]
                 and other.get("started_at") != own["started_at"]

@@ -20,8 +20,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.health")
 #: Seconds from the end of one round of checks to the start of the next round.
 INTERVAL = 20.0
 
-#: Seconds to wait for one check. A check that takes longer continues to occupy a worker of the
-#: bridge.
+#: Seconds to wait for one check.
+#: A check that takes longer continues to occupy a worker of the bridge.
 CHECK_TIMEOUT = 5.0
 
 

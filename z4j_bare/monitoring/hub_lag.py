@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 
-#: Seconds between two samples of the lag on a hub. There are 10 samples per heartbeat, and each
-#: takes 0.2 ms of CPU.
+#: Seconds between two samples of the lag on a hub.
+#: There are 10 samples per heartbeat, and each takes 0.2 ms of CPU.
 TICK = 1.0
 
 #: Seconds between two samples of the lag without a hub. A sample wakes a thread, which takes 0.1 ms
@@ -36,8 +36,8 @@ STACK_SAMPLE_INTERVAL = 0.25
 #: Minimum seconds between two warnings about a blocked hub.
 WARN_INTERVAL = 60.0
 
-#: Maximum number of stored samples. A heartbeat removes the samples, but without a session there is
-#: no heartbeat.
+#: Maximum number of stored samples.
+#: A heartbeat removes the samples, but without a session there is no heartbeat.
 MAX_SAMPLES = 10_000
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Loss reasons of unreadable rows.
 _UNREADABLE = (CORRUPTION, DELETED)
 
-# The next constants are the brain's limits for ``adapter_events``. The brain closes the session if
-# a frame exceeds one of these limits.
+# The next constants are the brain's limits for ``adapter_events``.
+# The brain closes the session if a frame exceeds one of these limits.
 
 #: Maximum number of adapters in ``adapter_events``.
 _MAX_ADAPTERS = 32

@@ -28,8 +28,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.registry")
 #: Seconds between two discoveries of tasks.
 INTERVAL = 300.0
 
-#: Bytes of task definitions at which a frame is complete. The frames are small, because other
-#: frames wait while a frame is written.
+#: Bytes of task definitions at which a frame is complete.
+#: The frames are small, because other frames wait while a frame is written.
 MAX_DELTA_BYTES = 16 * 1024
 
 
@@ -62,8 +62,8 @@ class RegistryLoop:
         self._timeslice = TimeSlice(backend)
         self._wakeup = backend.event()
         self._stale = True
-        # The task definitions that were found, and those that were sent. Both contain canonical
-        # JSON by engine and by the name of the task.
+        # The task definitions that were found, and those that were sent.
+        # Both contain canonical JSON by engine and by the name of the task.
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}
 

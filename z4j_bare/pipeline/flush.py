@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.send import Sender
 
-#: Seconds without an event after which the loop refreshes the buffer's stats for the first time. An
-#: event wakes the loop earlier.
+#: Seconds without an event after which the loop refreshes the buffer's stats for the first time.
+#: An event wakes the loop earlier.
 IDLE_WAIT = 5.0
 
 #: Seconds between the later refreshes, until an event arrives.

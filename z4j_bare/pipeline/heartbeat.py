@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import Counters
     from z4j_bare.pipeline.session import Connection
 
-#: Seconds between two keepalive frames if heartbeats are disabled. The brain closes a session in
-#: which it receives nothing for 90 s.
+#: Seconds between two keepalive frames if heartbeats are disabled.
+#: The brain closes a session in which it receives nothing for 90 s.
 KEEPALIVE_INTERVAL = 30.0
 
-#: Seconds between two ``agent_status`` frames. The first is sent after the session's first
-#: heartbeat.
+#: Seconds between two ``agent_status`` frames.
+#: The first is sent after the session's first heartbeat.
 STATUS_INTERVAL = 60.0
 
 

@@ -29,8 +29,8 @@ READ_TIMEOUT = 10.0
 _UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
 #: Code of the ``error`` frame that the brain sends for every batch that contains a certain event.
-#: The agent handles this frame like a close with code 4400. See docs/protocol.md, Close codes and
-#: errors.
+#: The agent handles this frame like a close with code 4400.
+#: See docs/protocol.md, Close codes and errors.
 _REJECTED_EVENT = "scheduler_upgrade_required"
 
 

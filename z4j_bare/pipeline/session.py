@@ -50,8 +50,8 @@ LOG_EVERY = 10
 #: Seconds until a failed loop is restarted. Each further failure doubles the delay.
 RESTART_DELAY = 1.0
 
-#: Maximum of the restart delay in seconds. If a loop ran for longer than this, the next delay is
-#: ``RESTART_DELAY`` again.
+#: Maximum of the restart delay in seconds.
+#: If a loop ran for longer than this, the next delay is ``RESTART_DELAY`` again.
 RESTART_DELAY_MAX = 60.0
 
 
@@ -71,7 +71,7 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: Numbers of consecutive failures before this session, until ``agent_status`` reports them.
+        #: Consecutive failures before this session, by class, until ``agent_status`` reports them.
         self.failures_before: dict[str, int] = {}
         #: The brain's clock minus this host's clock, in seconds; ``None`` if it is unknown.
         self.clock_offset = (

@@ -29,8 +29,8 @@ CONNECT_TIMEOUT = 30.0
 #: Timeout in seconds for listing the adapter's capabilities, which may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
-#: Maximum bytes of a text in a published row. A longer text is truncated and gets a note. Text and
-#: note together stay below 8,192 bytes, because the brain truncates a longer text.
+#: Maximum bytes of a text in a published row. A longer text is truncated and gets a note.
+#: Text and note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 
 #: Maximum bytes of a text in a command's result. It leaves room for a text that was truncated for a
@@ -45,8 +45,8 @@ class SchedulerHost:
     def __init__(self, scheduler: SchedulerAdapter, bridge: IBridge, config: Config) -> None:
         self.scheduler = scheduler
         self.name = str(scheduler.name)
-        #: Redacts rows by the brain's rules. If the brain's own redaction changed a row, the row
-        #: would not match its digest.
+        #: Redacts rows by the brain's rules.
+        #: If the brain's own redaction changed a row, the row would not match its digest.
         self.redactor = Redactor(
             _redaction_engine(config, min(MAX_ROW_TEXT_BYTES, config.max_payload_bytes))
         )

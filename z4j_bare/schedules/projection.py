@@ -36,12 +36,12 @@ MAX_CHUNK_BYTES = 96 * 1024
 #: Maximum bytes of one row. It is half of 1 MiB, the brain's maximum size of a frame.
 MAX_ROW_BYTES = 512 * 1024
 
-#: Maximum nesting levels of a schedule. The brain redacts all values below level 64, and also
-#: counts the levels of the envelope.
+#: Maximum nesting levels of a schedule.
+#: The brain redacts all values below level 64, and also counts the levels of the envelope.
 MAX_DEPTH = 50
 
-#: Fields that identify a row and must stay unique. If redaction would change such a field, a digest
-#: replaces its value.
+#: Fields that identify a row and must stay unique.
+#: If redaction would change such a field, a digest replaces its value.
 _IDENTIFIERS = ("source_key", "external_id", "name")
 
 Checkpoint = Callable[[], None]

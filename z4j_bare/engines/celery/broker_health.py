@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from kombu import Connection
     from kombu.transport.virtual import Channel
 
-#: Maximum number of queues whose depth a probe measures. The brain reads at most 1,024 queues from
-#: a heartbeat.
+#: Maximum number of queues whose depth a probe measures.
+#: The brain reads at most 1,024 queues from a heartbeat.
 MAX_QUEUES = 100
 
-#: AMQP's reply code for a missing queue. RabbitMQ sends it as a number, and kombu's virtual
-#: transports (such as Redis) as text.
+#: AMQP's reply code for a missing queue.
+#: RabbitMQ sends it as a number, and kombu's virtual transports (such as Redis) as text.
 NOT_FOUND = "404"
 
 
@@ -92,8 +92,8 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # After an error, AMQP closes the channel. Redis does not, and a new one costs six round
-            # trips.
+            # After an error, AMQP closes the channel.
+            # Redis does not, and a new one costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:

@@ -22,12 +22,12 @@ from z4j_bare.concurrency import fork
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Size of the pipe in bytes. The pipe holds 1,024 messages of 1 KB, which a fast worker sends in
-#: one second.
+#: Size of the pipe in bytes.
+#: The pipe holds 1,024 messages of 1 KB, which a fast worker sends in one second.
 PIPE_BYTES = 1024 * 1024
 
-#: Sizes of the pipe in bytes that are tried if the kernel refuses :data:`PIPE_BYTES`. By default,
-#: the kernel permits 64 pipes of 1 MiB to each user who is not root.
+#: Sizes of the pipe in bytes that are tried if the kernel refuses :data:`PIPE_BYTES`.
+#: By default, the kernel permits 64 pipes of 1 MiB to each user who is not root.
 _SMALLER_SIZES = (512 * 1024, 256 * 1024, 128 * 1024)
 
 #: Maximum bytes of one write (``PIPE_BUF``). The kernel may divide a longer write.
@@ -39,8 +39,8 @@ READ_BYTES = 64 * 1024
 #: Number of counters of lost messages. New children get these counters in turn.
 LOSS_SLOTS = 4096
 
-#: Maximum number of incomplete messages that are kept for one child. A child can have several,
-#: because several of its threads may write at the same time.
+#: Maximum number of incomplete messages that are kept for one child.
+#: A child can have several, because several of its threads may write at the same time.
 MAX_PARTIAL = 8
 
 #: Header of a chunk: bytes of data, pid, number of the message, number of the part, number of
@@ -52,8 +52,8 @@ _MAX_PARTS = 0xFFFF
 #: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
 
-#: States of the agent in :class:`SharedCounters`. Children send no messages in the state
-#: ``ABSENT``.
+#: States of the agent in :class:`SharedCounters`.
+#: Children send no messages in the state ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
 #: Number of forks by this process and its ancestors, which selects the counter of a new child.
@@ -189,8 +189,8 @@ class ChannelReader:
             size, pid, number, part, parts = _HEADER.unpack_from(data, position)
             start = position + _HEADER.size
             if size > _DATA_BYTES or part >= parts:
-                # Other code of the host has written to the pipe. The position of the next header
-                # is unknown, so the rest of the data is dropped.
+                # Other code of the host has written to the pipe.
+                # The position of the next header is unknown, so the rest of the data is dropped.
                 self.lost += 1
                 position = end
                 break

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #: Seconds before the caller's timeout at which a command ends, so that it can report an error.
 RESERVE = 0.5
 
-#: Maximum seconds to wait until the first process of a restarted pool has been replaced. Busy
-#: processes are replaced after their tasks.
+#: Maximum seconds to wait until the first process of a restarted pool has been replaced.
+#: Busy processes are replaced after their tasks.
 RESTART_TIMEOUT = 5.0
 
 _FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"

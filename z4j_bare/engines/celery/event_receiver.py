@@ -28,8 +28,8 @@ logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 #: Maximum seconds of one wait for events.
 POLL_TIMEOUT = 0.5
 
-#: Seconds before a connection is renewed after its first failure. On Redis the events that are sent
-#: meanwhile are lost.
+#: Seconds before a connection is renewed after its first failure.
+#: On Redis the events that are sent meanwhile are lost.
 BACKOFF_INITIAL = 0.5
 
 #: Maximum seconds before a connection is renewed after repeated failures.
@@ -38,8 +38,8 @@ BACKOFF_MAX = 15.0
 #: Seconds after which a connection counts as stable and resets the back-off.
 STABLE_SECONDS = 60.0
 
-#: Seconds without an event after which a connection that has delivered events is renewed. Redis
-#: does not detect a lost peer. Workers send a heartbeat every 2 s.
+#: Seconds without an event after which a connection that has delivered events is renewed.
+#: Redis does not detect a lost peer. Workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
 #: A receiver that stops reads until no event has arrived for this many seconds.

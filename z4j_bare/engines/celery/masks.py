@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 1024
 MAX_LEVELS = 3
 
-#: Lengths, in characters, of texts that Celery may have cut. Such a text is not compared with the
-#: result of ``repr``, which is never cut.
+#: Lengths, in characters, of texts that Celery may have cut.
+#: Such a text is not compared with the result of ``repr``, which is never cut.
 _MAY_BE_CUT = range(1000, 1200)
 
 

@@ -15,8 +15,8 @@ from z4j_bare.events.snapshot import snapshot
 #: Maximum characters of a traceback that are captured. The encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
 
-#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. In the run's
-#: process, no other signal reports its end.
+#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``.
+#: In the run's process, no other signal reports its end.
 IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
 
 #: The key of a run that is neither a retry nor a replacement.

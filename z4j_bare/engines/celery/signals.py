@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
 
 
-#: The recorded ``args`` and ``kwargs`` of tasks without arguments. They are shared to give the
-#: garbage collector fewer containers, and no code modifies them.
+#: The recorded ``args`` and ``kwargs`` of tasks without arguments.
+#: They are shared to give the garbage collector fewer containers, and no code modifies them.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -277,8 +277,8 @@ class SignalHandlers:
         state: str | None = None,
         **_kwargs: object,
     ) -> None:
-        # This handler captures success, because the signal task_success has no task id. A failure
-        # has its own signal. ``state`` is ``None`` if gevent killed the task.
+        # This handler captures success, because the signal task_success has no task id.
+        # A failure has its own signal. ``state`` is ``None`` if gevent killed the task.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)
@@ -363,8 +363,8 @@ class SignalHandlers:
         einfo: object = None,
         **_kwargs: object,
     ) -> None:
-        # Celery sends this signal if the result backend or a handler of the task's class failed. If
-        # eager tasks propagate their errors, Celery sends it for every error and runs no retry.
+        # Celery sends this signal if the result backend or a handler of the task's class failed.
+        # If eager tasks propagate their errors, Celery sends it for every error and runs no retry.
         task_id = str(task_id)
         if is_reported(exception, task_id):
             return

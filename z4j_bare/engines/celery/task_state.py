@@ -61,9 +61,9 @@ class TaskType:
         )
 
 
-#: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`. The
-#: attribute contains the last second that an event of the kind used. Attributes are used, because a
-#: dictionary in each state would slow down the garbage collector.
+#: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`.
+#: The attribute contains the last second that an event of the kind used.
+#: Attributes are used, because a dictionary in each state would slow down the garbage collector.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 

@@ -41,13 +41,13 @@ CeleryEvent = dict[str, Any]
 #: A function that adds the fields of an event to the dictionary in its last argument.
 _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 
-#: Maximum difference in seconds between an event's timestamp and this host's clock. If the
-#: difference is larger, the event gets the time of this host's clock. The brain accepts a
-#: difference of at most 60 s.
+#: Maximum difference in seconds between an event's timestamp and this host's clock.
+#: If the difference is larger, the event gets the time of this host's clock.
+#: The brain accepts a difference of at most 60 s.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a name. An event with a longer task id is malformed. A
-#: longer name, parent id or root id is cut. The encoder shortens ids and names further.
+#: Maximum characters of a task id and of a name. An event with a longer task id is malformed.
+#: A longer name, parent id or root id is cut. The encoder shortens ids and names further.
 MAX_ID_CHARS = MAX_NAME_CHARS = 4096
 
 #: Number of characters at the start of an exception's text in which the class name is searched.
@@ -56,8 +56,8 @@ MAX_CLASS_CHARS = 500
 _EXCEPTION = re.compile(r"((?:[A-Za-z_]\w*\.)*)([A-Za-z_]\w*)\(")
 _FINAL = frozenset({SUCCEEDED, FAILED, REVOKED})
 
-#: The type of a task that was received before the agent started. The task's later events do not
-#: contain its name.
+#: The type of a task that was received before the agent started.
+#: The task's later events do not contain its name.
 UNKNOWN = TaskType("<unknown>", None)
 
 

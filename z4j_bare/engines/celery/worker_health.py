@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 #: Seconds for which the details are cached.
 DETAILS_TTL = 60.0
 
-#: Seconds to wait for the workers' replies. A request always takes this long, because the number of
-#: workers is unknown.
+#: Seconds to wait for the workers' replies.
+#: A request always takes this long, because the number of workers is unknown.
 REPLY_TIMEOUT = 1.0
 
-#: Maximum number of attempts to copy the set of running tasks. A copy fails if the worker's thread
-#: changes the set meanwhile.
+#: Maximum number of attempts to copy the set of running tasks.
+#: A copy fails if the worker's thread changes the set meanwhile.
 _COPY_ATTEMPTS = 3
 
-#: Names of the settings that the heartbeat contains, because the brain stores them. Other settings
-#: may contain credentials.
+#: Names of the settings that the heartbeat contains, because the brain stores them.
+#: Other settings may contain credentials.
 _SETTINGS = (
     "task_serializer",
     "result_serializer",
