@@ -41,9 +41,8 @@ class PoisonIsolation:
     def __init__(self) -> None:
         #: The suspected rows in flight. No other row is in flight at the same time.
         self.isolated: Sequence[BufferEntry] = ()
-        #: Whether the brain has acknowledged a frame in this session. The sender sends suspected
-        #: rows only after such an ack. Without the ack, the agent could not distinguish a poison
-        #: row from another cause that ends every session.
+        #: Whether the brain has acknowledged a frame in this session.
+        #: Before the first ack, another cause than a poison row may end the session.
         self.session_works = False
         #: Rows of the last upload. Read only if the transport has synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()

@@ -224,8 +224,7 @@ class Sender:
             pause = pacing.window.pause_remaining(now)
         if not pacing.maybe_pending:
             return
-        # Wake the sender at the end of the pause.
-        # Without a hub there is no timer: wake it now, and it waits.
+        # Wake the sender at the end of the pause. Without a hub there is no timer, so wake it now.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 

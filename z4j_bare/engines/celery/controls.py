@@ -45,8 +45,8 @@ _is_rate = re.compile(r"0|[1-9]\d*(/[smh])?").fullmatch
 class CeleryControls:
     """Controls of workers and of running tasks. Each method blocks for at most ``seconds``.
 
-    Every method returns a ``CommandOutcome`` or raises ``CommandError``. Workers are named by their
-    names in the brain.
+    Every method returns a ``CommandOutcome`` or raises ``CommandError``. ``worker`` is the worker's
+    name in the brain.
 
     :param alias: returns a worker's name in the brain.
     """
@@ -253,8 +253,8 @@ class CeleryControls:
         """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
 
         kombu keeps the type of an id, so a worker does not find such a task by the id's text. A
-        worker that terminates it replies with an error, because it joins the ids as text (Celery
-        5.7).
+        worker that terminates the task replies with an error, because the worker joins the ids as
+        text (Celery 5.7).
         """
         if task_id is None:
             return False

@@ -231,7 +231,7 @@ class Translator:
     def _timestamp(self, event: CeleryEvent) -> float:
         """Return the event's timestamp, or the current time if the timestamp is unusable.
 
-        With the event's timestamp, all agents that read the event report the same time.
+        The event's timestamp is preferred, so that all agents that read the event report one time.
         """
         timestamp, now = event.get("timestamp"), self._clock()
         if (
