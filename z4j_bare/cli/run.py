@@ -57,8 +57,8 @@ ALREADY_RUNNING = 3
 #: Seconds between two checks for a received signal.
 POLL_INTERVAL = 0.5
 
-#: Maximum seconds of one step of the agent's loops. During a longer step the systemd watchdog is
-#: not reset. Even the import of a module from a slow disk takes only some seconds.
+#: Seconds of one step of the agent's loops after which the systemd watchdog is not reset.
+#: Even the import of a module from a slow disk takes only some seconds.
 STUCK_SECONDS = 60.0
 
 #: Default time limit of the shutdown, in seconds.

@@ -25,8 +25,7 @@ MAX_PAGE = 200
 #: Maximum number of slots by which one command resizes a pool. The brain has the same limit.
 MAX_DELTA = 100
 
-#: Maps an engine to the adapter's keyword argument for the task's name, which the engine's messages
-#: do not contain.
+#: Maps an engine to the keyword argument for the task's name, which its messages do not contain.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
 #: Engines whose adapters accept the priority that the brain sends with every task.

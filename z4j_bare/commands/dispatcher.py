@@ -91,8 +91,8 @@ class Dispatcher:
         try:
             connection.send("command_ack", command.id, command_ack(command.token))
         except AgentError as error:
-            # Run the command nevertheless. The brain counts it as dispatched, and redelivers only
-            # few kinds of commands. The result is sent in the next session.
+            # Run the command nevertheless, because the brain redelivers only few kinds of commands.
+            # The result is sent in the next session.
             logger.debug("z4j: could not acknowledge command %s: %s", command.id, error)
         with self._lock:
             if command.id in self._queued_ids:

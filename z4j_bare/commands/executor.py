@@ -164,8 +164,7 @@ class IdempotentEffects:
                     command.action, "still running for another command: outcome unknown"
                 )
         try:
-            # The provisional result is empty, because it must not be sent: the key is no command
-            # id.
+            # The provisional result is empty, because a result under this key must not be sent.
             earlier = self._buffer.claim(key, b"")
             if earlier is not None:
                 return _replayed(earlier.result if earlier.state == DONE else b"", key, command)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.process_restart")
 
-#: The exit code, ``EX_TEMPFAIL``. It is not 0, because supervisord's ``autorestart=unexpected``
-#: (its default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart a
-#: process that ended successfully. systemd also counts an end by SIGTERM as success.
+#: The exit code, ``EX_TEMPFAIL``. After exit code 0, supervisord's ``autorestart=unexpected`` (its
+#: default), systemd's ``Restart=on-failure`` and Docker's ``on-failure`` do not restart the
+#: process. systemd also counts an end by SIGTERM as success.
 EXIT_CODE = 75
 
 #: Minimum age in seconds of a process that a command may restart.

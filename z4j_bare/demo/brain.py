@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 #: Maximum seconds from the start of the brain's process until the brain is healthy.
 _BOOT_TIMEOUT = 60.0
 
-#: Environment variables with the brain's secrets. For a database in its own directory, the brain
-#: generates the secrets. For any other database, the variables must be set, and their values must
-#: stay the same from the migration on.
+#: Environment variables with the brain's secrets. The brain generates them for a database in its
+#: own directory. Any other database needs the variables, with the values of the migration.
 SECRETS = ("Z4J_SECRET", "Z4J_SESSION_SECRET", "Z4J_AUDIT_CHAIN_SECRET")
 
 #: SQLite's busy timeout in the brain, in seconds.

@@ -133,8 +133,7 @@ class Service:
         if self._process is None:
             return 0
         if self.running:
-            # Only the session's leader gets SIGTERM, because the signal would terminate Celery's
-            # prefork children immediately.
+            # Only the session's leader gets SIGTERM, which would end prefork children at once.
             self._process.terminate()
             try:
                 self._process.wait(timeout)

@@ -32,8 +32,7 @@ RETRYING = "automatic retry"
 #: Number of asyncio tasks, and of ORM tasks, that run one at a time.
 SEQUENTIAL_TASKS = 5
 
-#: Number of other tasks: two failing tasks, a retried and a cancelled task, and a task that an
-#: operator's retry creates.
+#: Number of other tasks: two failing, a retried, a cancelled, and one that a retry command creates.
 _OTHER_TASKS = 5
 
 #: Countdown, in seconds, of the task that is cancelled before its start.

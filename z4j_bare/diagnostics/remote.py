@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 #: rejects signatures from 60 s.
 SKEW_WARNING = 5.0
 
-#: A message that is not a ``hello``. The brain first checks the token, and then answers the message
-#: by closing the connection with the code ``_NOT_A_HELLO``.
+#: A message that is not a ``hello``.
+#: If the token is valid, the brain closes the connection with the code ``_NOT_A_HELLO``.
 _INVALID_HELLO = b"{}"
 _NOT_A_HELLO = 4400
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before the first check, and between the two checks. This worker's name is known at the
-#: first check. A standalone agent has found the workers by the second.
+#: Seconds before the first check, when this worker's name is known, and from the first check to the
+#: second. A standalone agent has found the workers by the second check.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent.

@@ -69,8 +69,8 @@ class FlushLoop:
                 self._backend.wait(self._ring.wake, self._interval)  # more events may arrive
             self._ring.wake.clear()
             # Events that arrive during a commit wait for the next wake-up, unless they fill a
-            # batch. A commit of 256 events takes hardly longer than a commit of 12 events. Repeated
-            # commits of 12 events would cost the worker 0.2 ms of CPU per task.
+            # batch. A commit of 256 events takes hardly longer than one of 12, and repeated commits
+            # of 12 would cost the worker 0.2 ms of CPU per task.
             while self._commit() == self._max_events <= len(self._ring):
                 pass
 

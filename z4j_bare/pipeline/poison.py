@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: Number of sessions after which a row is suspected. In each of these sessions the row was in
-#: flight when the brain ended the session because of a frame.
+#: Number of sessions after which a row is suspected.
+#: The brain ended each of them because of a frame while the row was in flight.
 SUSPECT_AFTER = 2
 
 #: Number of parts into which a set of suspected rows is split. Of 500 events, the sender tries 63,

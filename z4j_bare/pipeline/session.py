@@ -121,8 +121,7 @@ class Connection:
 
     def open(self, message: bytes) -> Frame:
         """Verify a message and return it as a model of z4j_core. Raises ``RemoteProtocolError``."""
-        # The receive loop does not wait between the messages of one read, which can be fifty
-        # commands.
+        # The receive loop does not wait between the messages of one read: up to fifty commands.
         self._timeslice.checkpoint()
         frame: Frame = self.session.verify(message, self._timeslice.checkpoint)
         return frame

@@ -33,8 +33,8 @@ CAPABILITIES_TIMEOUT = 5.0
 #: Text and note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 
-#: Maximum bytes of a text in a command's result. It leaves room for a text that was truncated for a
-#: row (8,000 bytes and a note), because a result must not truncate it again.
+#: Maximum bytes of a text in a command's result.
+#: A text that was truncated for a row (8,000 bytes and a note) must fit.
 MAX_RESULT_TEXT_BYTES = 8192
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.schedules.manager")
 
-#: Seconds from a signal to the snapshot. Further signals in this time cause no further snapshot,
-#: for example when a deployment saves a hundred schedules.
+#: Seconds from a signal to the snapshot.
+#: A deployment that saves a hundred schedules in this time causes one snapshot.
 DEBOUNCE = 0.5
 
 #: Maximum seconds between two checks for changes. The loop checks without a wake-up, because a

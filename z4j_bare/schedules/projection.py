@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from z4j_bare.events.redaction import Redactor
 
-#: Maximum bytes of all rows in one frame. The complete frame stays below the sender's limit of 128
-#: KiB. A larger row is sent in a frame of its own.
+#: Maximum bytes of all rows in one frame. The frame stays below the sender's limit of 128 KiB.
+#: A larger row is sent in a frame of its own.
 MAX_CHUNK_BYTES = 96 * 1024
 
 #: Maximum bytes of one row. It is half of 1 MiB, the brain's maximum size of a frame.

@@ -43,8 +43,8 @@ LOSS_SLOTS = 4096
 #: A child can have several, because several of its threads may write at the same time.
 MAX_PARTIAL = 8
 
-#: Header of a chunk: bytes of data, pid, number of the message, number of the part, number of
-#: parts. A chunk is one write: a message, or a part of a message.
+#: Header of a chunk: bytes of data, pid, message number, part number, number of parts.
+#: A chunk is one write, which contains a message or a part of a message.
 _HEADER = Struct("<HIIHH")
 _DATA_BYTES = CHUNK_BYTES - _HEADER.size
 _MAX_PARTS = 0xFFFF
@@ -158,8 +158,7 @@ class ChannelReader:
         self._last_number: dict[int, int] = {}
         #: Whether the last :meth:`read` emptied the pipe.
         self.empty = True
-        #: Number of messages whose writer was killed, plus the number of reads with an invalid
-        #: header.
+        #: Number of messages whose writer was killed, plus number of reads with an invalid header.
         self.lost = 0
 
     def fileno(self) -> int:

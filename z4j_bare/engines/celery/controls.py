@@ -206,8 +206,7 @@ class CeleryControls:
 
         def size_reached() -> int | None:
             size = self._remote.refresh(node, deadline).size
-            # The size may exceed the target, because ``node.size`` omits a process that is being
-            # replaced.
+            # The size may exceed the target: ``node.size`` omits a process that is being replaced.
             return size if (size - target) * change >= 0 else None
 
         size = self._remote.wait_for(size_reached, deadline)

@@ -48,18 +48,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 
-#: Seconds that the parent waits after a message has arrived, so that it reads several messages at
-#: once. A wake-up of the parent costs more than reading ten messages.
+#: Seconds that the parent waits after a message has arrived, so that more messages may arrive.
+#: A wake-up of the parent costs more than reading ten messages.
 GATHER_SECONDS = 0.1
 
-#: Maximum seconds of one wait for a message: ``BUSY_WAIT`` while a child runs a task, otherwise
-#: ``IDLE_WAIT``.
+#: Maximum seconds of one wait for a message, while a child runs a task and otherwise.
 BUSY_WAIT = 1.0
 IDLE_WAIT = 30.0
 
-#: Seconds from a child's disappearance until the parent reports the end of the child's run, if no
-#: signal of Celery has reported it. The longer delay is for a pool without an event loop, which
-#: reports a lost child after 10 s.
+#: Seconds from a child's disappearance until the parent itself reports the end of its run.
+#: Celery's signal may report the end within this time.
+#: The longer delay is for a pool without an event loop, which reports a lost child after 10 s.
 VANISHED_DELAY = 2.0
 VANISHED_DELAY_BLOCKING = 13.0
 
@@ -410,8 +409,8 @@ class Runs:
             return
         _, now, task_id, named, kind, own, ended = record
         known = self._task_states.get(task_id)
-        # At a hard time limit Celery sends task_failure twice. The first one removes the state of
-        # the task, so the second one finds no state and is ignored.
+        # At a hard time limit Celery sends task_failure twice.
+        # The first signal removes the task's state, so the second one is ignored.
         if known is None and (kind != REVOKED or task_id in self._parent_ends):
             return
         task_state = known or self._task_state(task_id, named.task_type.name)

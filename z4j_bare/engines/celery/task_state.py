@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
 
-#: Maximum number of task states. If a task returns to the broker and another worker runs it, this
-#: process sees no end of the task, and the task's state stays until it is evicted.
+#: Maximum number of task states.
+#: The state of a task that another worker has finished stays until it is evicted.
 MAX_TASKS = 20_000
 
 #: Maximum seconds by which a timestamp is moved ahead of the clock to get a second of its own.
@@ -199,8 +199,7 @@ class Attempt:
         self.newer: TaskState | None = None
         #: When the run was received, in seconds since the epoch; 0 for the first run.
         self.received_at = received_at
-        #: When the last return to the queue was reported, in seconds since the epoch; 0 without
-        #: one.
+        #: When the last return to the queue was reported, in seconds since the epoch; else 0.
         self.requeued_at = 0.0
         #: The withheld record of a start after a return to the queue; ``None`` after its report.
         self.withheld: tuple[Any, ...] | None = None

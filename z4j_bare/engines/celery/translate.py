@@ -185,8 +185,8 @@ class Translator:
             task_state.queue = queue[:MAX_NAME_CHARS]
 
     def _received(self, event: CeleryEvent, task_state: TaskState, own: dict[str, Any]) -> None:
-        # ``retries`` is taken only from the first event of a task, because the next run may be
-        # received before the retry of the previous run is reported.
+        # Use only the first event's ``retries``: a run may be received before the previous run's
+        # retry is reported.
         if not task_state.last_timestamp and isinstance(retries := event.get("retries"), int):
             task_state.retries = retries
         if task_state.queue is None:
