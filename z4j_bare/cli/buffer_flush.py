@@ -44,9 +44,8 @@ SendRows = Callable[[Sequence[BufferEntry]], int]
 class OrphanUploader:
     """Sends the rows of stores over one session. Call ``close`` after the last store.
 
-    The uploader sends no ``hello``, because a ``hello`` would overwrite the engines that the brain
-    has recorded for the agent and would claim the agent's pending commands. The uploader deletes a
-    row after the brain has acknowledged the row.
+    The uploader sends no ``hello``, which would overwrite the agent's engines in the brain and
+    claim its pending commands. A row is deleted after the brain has acknowledged it.
 
     ``sent`` is the number of acknowledged rows, ``runs`` the number of reported open runs.
     ``skipped`` lists the stores in which rows are left, each with the reason.
@@ -78,10 +77,9 @@ class OrphanUploader:
     def send(self, path: Path, done: Callable[[int], None]) -> None:
         """Send the rows of one store and close the store, which deletes the file if it is empty.
 
-        If the store cannot be opened, for example because it belongs to another deployment, the
-        method adds the store to ``skipped``. Raises ``LocalStorageError`` if the store belongs to a
-        running process, and ``NetworkError`` or ``RemoteError`` if the brain does not accept the
-        rows.
+        A store that cannot be opened, for example one of another deployment, is added to
+        ``skipped``. Raises ``LocalStorageError`` if the store belongs to a running process, and
+        ``NetworkError`` or ``RemoteError`` if the brain does not accept the rows.
 
         :param done: function that is called with the number of rows sent so far from all stores.
         """

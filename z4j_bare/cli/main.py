@@ -18,8 +18,6 @@ from z4j_bare.errors import LocalStorageError
 class Command(NamedTuple):
     """Describes a command and the module that implements the command.
 
-    :param module: name of the module.
-    :param help: one line of help.
     :param add_arguments: name of the module's function that adds the command's options.
     :param run: name of the module's function that runs the command.
     :param examples: name of the module's text that ``--help`` prints after the options.

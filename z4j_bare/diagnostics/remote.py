@@ -58,10 +58,9 @@ class ProbeStep(NamedTuple):
 class BrainProbe:
     """Probes one brain. Call the probes in the order of :func:`brain_steps`, then ``close``.
 
-    No probe sends a ``hello``, because a ``hello`` would overwrite the engines that the brain has
-    recorded for the agent and would claim the agent's pending commands. The token probe sends a
-    long-poll request that claims no command. The WebSocket probe sends an invalid message, which
-    the brain rejects after the check of the token and before it stores anything
+    No probe sends a ``hello``, which would overwrite the agent's engines in the brain and claim its
+    pending commands. The token probe sends a long-poll request that claims no command. The
+    WebSocket probe sends an invalid message, which the brain rejects after the check of the token
     (``docs/protocol.md``, Hello and Long-poll).
 
     Raises ``HostConfigurationError`` if a setting is invalid.

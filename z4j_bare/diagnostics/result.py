@@ -12,7 +12,6 @@ OK, WARN, SKIP, FAIL = "OK", "WARN", "SKIP", "FAIL"
 class ProbeResult:
     """The result of a probe, which is one line in the report of ``z4j-bare doctor``.
 
-    :param name: name of the probe.
     :param ok: false if the probe failed; true if the probe passed, warned or was skipped.
     :param message: verdict, cause and fix; begins with ``OK:``, ``WARN:``, ``SKIP:`` or ``FAIL:``.
     :param details: further values, of JSON types. The details of a warning or a failure contain
