@@ -6,7 +6,7 @@ handles all other errors.
 
 from __future__ import annotations
 
-from z4j_core.errors import ConfigError
+from z4j_core.errors import ConfigError, ConflictError, NotFoundError
 
 
 class AgentError(Exception):
@@ -109,6 +109,17 @@ class CommandError(AgentError):
     def __init__(self, message: str, *, indeterminate: bool = False) -> None:
         super().__init__(message)
         self.indeterminate = indeterminate
+
+
+class ScheduleConflictError(AgentError, ConflictError, ValueError):
+    """A schedule differs from what the operator saw, or its name is taken.
+
+    The class is also a ``ValueError``, because z4j-bare 1.13 raises a ``ValueError``.
+    """
+
+
+class ScheduleNotFoundError(AgentError, NotFoundError, ValueError):
+    """The schedule that an operator wants to change does not exist."""
 
 
 class LocalStorageError(AgentError):

@@ -1,10 +1,12 @@
 """Operator changes of schedules in code: stored in a file, merged, and compared before a commit."""
 
+import json
 import os
 import sqlite3
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -17,9 +19,9 @@ from zope.interface.verify import verifyObject
 
 from tests.support.streams import schedule
 from z4j_bare import NativeScheduleControl
-from z4j_bare import native_schedules as module
 from z4j_bare.concurrency import fork
 from z4j_bare.interfaces import INativeSchedules
+from z4j_bare.native_schedules import control as module
 
 CODE = [schedule("hourly"), schedule("daily", expression="86400")]
 NEW = {
@@ -41,7 +43,7 @@ def change(
     operation,
     identity=None,
     *,
-    validate=lambda _: None,
+    validate=None,
     expected=None,
     owner="beat",
     **definition,
@@ -60,7 +62,7 @@ def change(
         expected=expected,
         definition=definition,
         baseline=CODE,
-        validate=validate,
+        validate=validate or (lambda _: None),
         engine="huey",
     )
 
@@ -224,20 +226,275 @@ def test_unsafe_or_foreign_file_is_rejected(tmp_path):
         NativeScheduleControl(other)
 
 
-def test_file_of_z4j_113_is_read(tmp_path):
-    """A file with the schema and ids of z4j 1.13 is used as it is."""
-    path = tmp_path / "schedules.sqlite"
-    os.close(os.open(path, os.O_CREAT, 0o600))
-    with sqlite3.connect(path) as connection:
-        connection.executescript(
-            "CREATE TABLE identity (owner TEXT PRIMARY KEY);"
-            "CREATE TABLE overrides (key TEXT PRIMARY KEY, body BLOB NOT NULL);"
-            "PRAGMA application_id = 1513376334; PRAGMA user_version = 1;"
-            "INSERT INTO identity VALUES ('beat')"
-        )
-    connection.close()
-    change(NativeScheduleControl(path), "delete", "id:daily")
-    assert set(effective(NativeScheduleControl(path))) == {"hourly"}
+def insert(control, *rows):
+    """Insert ``(key, body)`` rows as they are."""
+    with closing(sqlite3.connect(control.path)) as connection, connection:
+        connection.executemany("INSERT INTO overrides VALUES (?, ?)", rows)
+
+
+def stored(control):
+    """Return the rows of the file: the bodies as JSON values, by key."""
+    with closing(sqlite3.connect(control.path)) as connection:
+        rows = connection.execute("SELECT key, typeof(body), body FROM overrides").fetchall()
+    assert {kind for _, kind, _ in rows} <= {"text"}
+    return {key: json.loads(body) for key, _, body in rows}
+
+
+#: A schedule that an operator created under z4j-bare 1.13.0 and then edited, as it is stored.
+CREATED = {
+    "args": [],
+    "catch_up": "skip",
+    "created_at": "2026-11-28T21:42:22.522816Z",
+    "engine": "huey",
+    "expression": "60",
+    "external_id": "managed:8aa3fdc0-a98e-4f8b-a544-a0d8ce5da9fd",
+    "id": "1fc9f23b-12ef-44b1-aeb8-85987d3fdc8e",
+    "is_enabled": True,
+    "kind": "interval",
+    "kwargs": {"x": 1},
+    "last_run_at": None,
+    "metadata": {},
+    "name": "made",
+    "next_run_at": None,
+    "overlap_policy": "allow",
+    "project_id": "00000000-0000-0000-0000-000000000001",
+    "queue": None,
+    "scheduler": "beat",
+    "source": "beat:override",
+    "source_hash": "3f7c2b5e66e552cca65a2dc089eea12038766132bd7778eac38d80b14f5544a8",
+    "task_name": "a.task",
+    "timezone": "UTC",
+    "total_runs": 0,
+    "updated_at": "2026-11-28T21:42:22.522816Z",
+}
+MADE = CREATED["external_id"]
+
+
+def test_rows_of_z4j_113_are_read_and_changed(control):
+    """Paused, created and deleted schedules of z4j 1.13 are effective and can be changed."""
+    insert(
+        control,
+        ("id:hourly", '{"patch":{"is_enabled":false}}'),
+        ("id:daily", '{"deleted":true}'),
+        (MADE, json.dumps({"created": CREATED, "patch": {"expression": "99"}})),
+        ("managed:gone", '{"deleted":true}'),
+    )
+    schedules = effective(control)
+    assert {name: (each.expression, each.is_enabled) for name, each in schedules.items()} == {
+        "hourly": ("3600", False),
+        "made": ("99", True),
+    }
+    assert {each.source for each in schedules.values()} == {"beat:override"}
+    assert schedules["hourly"].id == CODE[0].id
+    assert (schedules["made"].external_id, schedules["made"].kwargs) == (MADE, {"x": 1})
+    change(control, "update", MADE, is_enabled=False)
+    change(control, "update", "id:hourly", expression="7200")
+    made = effective(control)["made"]
+    assert (made.expression, made.is_enabled) == ("99", False)
+    assert stored(control)["id:hourly"] == {"patch": {"expression": "7200", "is_enabled": False}}
+    change(control, "delete", MADE)
+    assert set(effective(control)) == {"hourly"}
+    assert MADE not in stored(control)
+
+
+def test_rows_have_layout_of_z4j_113(control):
+    """Each change is stored as z4j 1.13 stores it; a schedule that no longer differs has no row."""
+    change(control, "update", "id:hourly", is_enabled=False)
+    change(control, "delete", "id:daily")
+    made = change(control, "create", **NEW)
+    rows = stored(control)
+    assert rows.pop("id:hourly") == {"patch": {"is_enabled": False}}
+    assert rows.pop("id:daily") == {"deleted": True}
+    ((key, row),) = rows.items()
+    assert key == made.external_id
+    assert key.startswith("managed:")
+    assert row["patch"] == {}
+    assert set(row["created"]) == set(CREATED)
+    assert (row["created"]["name"], made.source) == ("new", "beat:override")
+    assert made.project_id == CODE[0].project_id
+    change(control, "update", "id:hourly", is_enabled=True)
+    assert "id:hourly" not in stored(control)
+    assert effective(control)["hourly"] == CODE[0]
+
+
+def test_field_that_differs_only_in_type_is_stored(control):
+    """The arguments ``[1]`` and ``[true]`` are different."""
+    code = [schedule("counted", args=[1])]
+    expected = normalize_external_schedule(code[0].model_dump(mode="json"), owner="beat")
+    control.mutate(
+        owner="beat",
+        operation="update",
+        schedule_id="id:counted",
+        expected=expected,
+        definition={"args": [True]},
+        baseline=code,
+        validate=lambda _: None,
+        engine="huey",
+    )
+    assert stored(control) == {"id:counted": {"patch": {"args": [True]}}}
+
+
+def test_new_definitions_in_code_show(control):
+    """Fields that no operator changed follow the code; changes of removed schedules are ignored."""
+    change(control, "update", "id:hourly", is_enabled=False)
+    change(control, "update", "id:hourly", is_enabled=True)
+    change(control, "update", "id:daily", is_enabled=False)
+    weekly = schedule("weekly")
+    deployed = [schedule("hourly", expression="60"), schedule("daily", expression="61"), weekly]
+    found = {each.name: each for each in control.resolve(deployed, owner="beat")}
+    assert (found["hourly"].expression, found["hourly"].is_enabled) == ("60", True)
+    assert (found["daily"].expression, found["daily"].is_enabled) == ("61", False)
+    assert control.resolve([weekly], owner="beat") == [weekly]
+
+
+def test_deleted_schedule_that_returns_to_code_stays_deleted(control):
+    """A deletion is effective as long as the code defines the schedule, also after a pause."""
+    change(control, "delete", "id:daily")
+    assert control.resolve([CODE[0]], owner="beat") == [CODE[0]]
+    assert set(effective(control)) == {"hourly"}
+
+
+def test_odd_names_survive(control):
+    """A name with quotes, controls and other scripts is stored and matched."""
+    name = "s p'a\"c\\e\u2028/\u00fc\x7f\u4e2d%s{}"
+    made = change(control, "create", **{**NEW, "name": name, "kwargs": {name: name}})
+    assert change(control, "update", made.external_id, is_enabled=False).kwargs == {name: name}
+    assert effective(control)[name].is_enabled is False
+
+
+BAD_ROWS = [
+    "{",
+    "[]",
+    "5",
+    "{}",
+    '"x"',
+    '{"deleted":false}',
+    '{"patch":[1]}',
+    '{"patch":{"expression":5}}',
+    '{"patch":{"expression":""}}',
+    '{"patch":{"kind":"sometimes"}}',
+    '{"patch":{"is_enabled":"yes"}}',
+    '{"created":[1],"patch":{}}',
+    '{"id":1,"task_name":"x","expression":7}',
+    "[" * 5000,
+    '{"patch":{"args":' + "[" * 800 + "]" * 800 + "}}",
+    b"\xff\xfe",
+    b"\x00",
+]
+
+
+@pytest.mark.parametrize("body", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_corrupt_row_is_ignored_and_logged_once(control, caplog, body):
+    """A row that cannot be read is logged once; the code's schedule is effective and editable."""
+    insert(control, ("id:hourly", body), ("managed:none", body), ("id:gone", body))
+    insert(control, ("id:daily", '{"patch":{"expression":"7"}}'))
+    for _ in range(2):
+        assert {each.name: each.expression for each in control.resolve(CODE, owner="beat")} == {
+            "hourly": "3600",
+            "daily": "7",
+        }
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(set(lines))
+    assert sum("'id:hourly' cannot be read and is ignored" in line for line in lines) == 1
+    assert max(map(len, lines)) < 600
+    assert change(control, "update", "id:hourly", is_enabled=False).is_enabled is False
+
+
+def test_key_that_is_no_text_is_ignored(control, caplog):
+    """A key that is not UTF-8 does not stop the host."""
+    with closing(sqlite3.connect(control.path)) as connection, connection:
+        row = "CAST(x'ff' AS TEXT), '{\"patch\":{}}'"
+        connection.execute(f"INSERT INTO overrides VALUES ({row})")
+    assert control.resolve(CODE, owner="beat") == CODE
+    assert caplog.records == []
+
+
+def test_unknown_field_in_patch_is_ignored(control, caplog):
+    """An unknown field of a patch is logged and ignored, and its other fields are effective."""
+    insert(control, ("id:hourly", '{"patch":{"expression":"9","jitter":5,"source":"x"},"v":2}'))
+    hourly = effective(control)["hourly"]
+    assert (hourly.expression, hourly.source) == ("9", "beat:override")
+    assert "has unknown fields, which are ignored: jitter, source" in caplog.text
+    insert(control, (MADE, json.dumps({"created": {**CREATED, "jitter": 5}})))
+    assert effective(control)["made"].kwargs == {"x": 1}
+
+
+def test_arguments_in_corrupt_row_are_not_logged(control, caplog):
+    """The warning about a corrupt row contains none of the row's values."""
+    insert(control, ("id:hourly", '{"patch":{"args":"hunter2","expression":["hunter2"]}}'))
+    assert effective(control)["hourly"] == CODE[0]
+    assert "args: Input should be" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+def whole(base, **fields):
+    """Return a row as earlier releases stored it."""
+    return base.model_copy(update=fields).model_dump_json().encode()
+
+
+def test_rows_of_earlier_releases_are_migrated(control):
+    """Rows with a whole schedule or ``null`` are read, and rewritten in the layout of z4j 1.13."""
+    made = "beat:z4j:7c0c0b4e-6f0f-4a3e-8a44-1d1d1d1d1d1d"
+    insert(
+        control,
+        ("id:hourly", whole(CODE[0], is_enabled=False)),
+        ("id:daily", b"null"),
+        (made, whole(CODE[0], name="new", external_id=made, source="beat:dashboard")),
+        ("id:gone", whole(schedule("gone"), expression="77")),
+    )
+    schedules = effective(control)
+    assert {name: each.is_enabled for name, each in schedules.items()} == {
+        "hourly": False,
+        "new": True,
+    }
+    assert schedules["new"].external_id == made
+    rows = stored(control)
+    assert rows["id:hourly"] == {"patch": {"is_enabled": False}}
+    assert rows["id:daily"] == {"deleted": True}
+    assert (set(rows[made]), rows[made]["created"]["name"]) == ({"created", "patch"}, "new")
+    assert rows["id:gone"]["patch"]["expression"] == "77"
+    assert effective(control) == schedules
+    deployed = [schedule("hourly", expression="60"), *CODE[1:]]
+    hourly = control.resolve(deployed, owner="beat")[0]
+    assert (hourly.expression, hourly.is_enabled) == ("60", False)
+
+
+def test_unchanged_row_of_earlier_release_is_removed(control):
+    """A row with the code's own definition is removed, so that later definitions show."""
+    insert(control, ("id:hourly", whole(CODE[0])), ("id:daily", whole(CODE[1], expression="5")))
+    change(control, "update", "id:daily", expression="6")
+    assert stored(control) == {"id:daily": {"patch": {"expression": "6"}}}
+
+
+def test_migration_waits_for_no_other_process(control):
+    """While another process changes the file, rows of earlier releases are read only."""
+    insert(control, ("id:hourly", whole(CODE[0], expression="5")))
+    with closing(sqlite3.connect(control.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert effective(control)["hourly"].expression == "5"
+        assert time.monotonic() - began < module.BUSY_TIMEOUT / 2
+        other.execute("ROLLBACK")
+    seen = []
+    change(control, "delete", "id:daily", validate=None)
+    insert(control, ("id:gone", whole(schedule("gone"))))
+    change(control, "create", validate=lambda _: seen.extend(effective(control)), **NEW)
+    assert seen == ["hourly"]
+
+
+def test_stale_change_is_value_error(control):
+    """The errors of a change that is not possible are ``ValueError``, as in z4j 1.13."""
+    stale = normalize_external_schedule(CODE[1].model_dump(mode="json"), owner="beat")
+    for operation, identity, expected, definition in (
+        ("update", "id:hourly", stale, {"expression": "1"}),
+        ("delete", "id:hourly", stale, {}),
+        ("update", "id:none", stale, {"expression": "1"}),
+        ("create", None, None, {**NEW, "name": "daily"}),
+        ("update", "id:hourly", None, {"name": "daily"}),
+    ):
+        with pytest.raises(ValueError, match=r"reload|does not exist|already exists"):
+            change(control, operation, identity, expected=expected, **definition)
+    assert stored(control) == {}
 
 
 def test_concurrent_changes_are_serialised(control):
