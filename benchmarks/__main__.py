@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import signal
 import sys
 
+from z4j_bare.cli.arguments import Parser
 from z4j_bare.demo.process import HarnessError
 
 #: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is
@@ -19,7 +19,7 @@ def main() -> int:
 
     0 when it ran to its end, 1 when it could not, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="|".join(NAMES))
     for name in NAMES:
         module = importlib.import_module(f"benchmarks.{name}")

@@ -69,6 +69,18 @@ def _existing_file(name: str, text: str) -> Path:
     return path
 
 
+def _secret_file(name: str, text: str) -> Path:
+    """Parse the path of a file with a secret. The error shows no text that is the secret itself."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    shown = repr(text) if os.sep in text else "a name without a directory (not shown)"
+    raise HostConfigurationError(
+        f"{name}={shown}: no such file; the setting takes the path of a file that contains the"
+        " secret, not the secret"
+    )
+
+
 def _text(_name: str, text: str) -> str:
     return text
 
@@ -110,9 +122,9 @@ class Settings:
     #: Do not send ``agent_status`` frames, the health reports of the agent.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _bool, False)
     #: File with the agent's token. It is read at each connect, so a rotated token needs no restart.
-    token_file: Path | None = setting("Z4J_TOKEN_FILE", _existing_file, None)
+    token_file: Path | None = setting("Z4J_TOKEN_FILE", _secret_file, None)
     #: File with the project's HMAC key. It is read at each connect.
-    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _existing_file, None)
+    hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _secret_file, None)
     #: PEM bundle of certificate authorities. By default ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``
     #: is used.
     ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)

@@ -37,11 +37,15 @@ _FLAGS = (
     "brain_url",
     "token",
     "token_file",
+    "hmac_secret",
     "hmac_secret_file",
     "project_id",
     "home",
     "concurrency",
 )
+
+#: Flags with a secret, and the variables that name the file of the same secret.
+_SECRET_FILES = {"token": "Z4J_TOKEN_FILE", "hmac_secret": "Z4J_HMAC_SECRET_FILE"}
 
 #: Base class of argparse's parsers and argument groups. The class has no public name.
 ArgumentContainer = argparse._ActionsContainer  # noqa: SLF001
@@ -59,7 +63,8 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the brain's address and the agent's credentials.
 
-    No flag takes the signing key itself, because other users can see a process's arguments.
+    No flag takes the signing key itself, because other users can see the arguments of a process
+    that runs for weeks.
     """
     group = parser.add_argument_group(
         "connection", "flags override environment variables, and the variables override the file"
@@ -125,6 +130,9 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
     path = getattr(arguments, "config", None) or os.environ.get("Z4J_CONFIG")
     if path:
         file = _read(Path(path))
+    for name, variable in _SECRET_FILES.items():
+        if getattr(arguments, name, None) is not None:
+            os.environ.pop(variable, None)  # The file would override the flag.
     for name in _FLAGS:
         value = getattr(arguments, name, None)
         if value is not None:

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="import this application first, then check what it patches",
     )
     parser.add_argument("--no-websocket", action="store_true", help="do not probe WebSocket")
+    parser.add_argument(
+        "--hmac-secret",
+        metavar="KEY",
+        help="the signing key (Z4J_HMAC_SECRET); other users can see it in the process list: "
+        "prefer the variable or --hmac-secret-file",
+    )
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from z4j_bare.cli import configuration
+from z4j_bare.cli.arguments import Parser
 from z4j_bare.cli.main import USAGE_ERROR, main
 from z4j_bare.cli.output import Output
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
@@ -21,7 +22,7 @@ _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",
     "status": "the same as doctor",
-    "version": "print the versions",
+    "version": "print the adapter's version",
 }
 
 
@@ -75,16 +76,14 @@ def make_engine_main(
         output = Output(json_only=arguments.json)
         packages = (upstream_package, f"z4j-{engine_id}")
         if arguments.command == "version":
-            return _print_versions(output, packages)
+            return _print_version(output, packages)
         return _report(output, [*map(_probe_import, packages), *_probe_broker(broker_env)])
 
     return engine_main
 
 
 def _engine_parser(engine_id: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"z4j-{engine_id}", description=f"The z4j adapter for {engine_id}."
-    )
+    parser = Parser(prog=f"z4j-{engine_id}", description=f"The z4j adapter for {engine_id}.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _ENGINE_COMMANDS.items():
         configuration.add_json(commands.add_parser(name, help=text))
@@ -120,12 +119,16 @@ def _report(output: Output, results: Sequence[ProbeResult]) -> int:
     return 0 if ok else 1
 
 
-def _print_versions(output: Output, packages: Sequence[str]) -> int:
+def _print_version(output: Output, packages: tuple[str, str]) -> int:
+    """Print one line with the adapter's version, because scripts read the line.
+
+    The JSON object also contains the versions of the task queue and of the agent.
+    """
+    adapter = packages[1]
     versions = {package: _version(package) for package in (*packages, "z4j-bare")}
-    for name, number in versions.items():
-        output.print_line(f"{name} {number or 'not installed'}")
+    output.print_line(versions[adapter] or f"{adapter} is not installed: pip install {adapter}")
     output.print_json(versions)
-    return 0 if all(versions.values()) else 1
+    return 0 if versions[adapter] else 1
 
 
 def _version(package: str) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from z4j_core.errors import ConfigError
 
 from z4j_bare.cli import logs
+from z4j_bare.cli.arguments import Parser
 from z4j_bare.errors import LocalStorageError
 
 
@@ -73,7 +74,7 @@ INTERRUPTED = 130
 
 def build_parser(prog: str, selected: Container[str]) -> argparse.ArgumentParser:
     """Return a parser with all commands and with the options of the ``selected`` commands."""
-    parser = argparse.ArgumentParser(prog=prog, description="The z4j agent for task workers.")
+    parser = Parser(prog=prog, description="The z4j agent for task workers.")
     parser.add_argument(
         "--log-level", choices=logs.LEVELS, help="lowest level to log (Z4J_LOG_LEVEL, default INFO)"
     )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -253,7 +254,7 @@ def test_adapter_has_all_commands(monkeypatch, capsys):
 
 
 def test_engine_command_line_checks_installation(monkeypatch, capsys):
-    """An engine's command line reports what is installed and whether a broker is set."""
+    """An engine's command line reports what is installed, its version, and a missing broker."""
     engine = make_engine_main("celery", upstream_package="celery", broker_env="CELERY_BROKER_URL")
     assert engine([]) == 2
     assert "usage: z4j-celery" in capsys.readouterr().out
@@ -267,6 +268,9 @@ def test_engine_command_line_checks_installation(monkeypatch, capsys):
     assert json.loads(text)["ok"] is True
     assert "hunter2" not in text
     assert engine(["version"]) == 0
+    assert capsys.readouterr().out == f"{version('z4j-celery')}\n"
+    assert engine(["version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["celery"] == version("celery")
     missing = make_engine_main(
         "missing", upstream_package="no_such_queue", broker_env=None, upstream_attribute="x"
     )
