@@ -240,14 +240,18 @@ class IStore(Interface):
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
         """Record command ``key`` as started and return ``None``.
 
-        If the command was recorded before, return its ``LedgerEntry`` and change nothing.
+        If the command was recorded before, return its ``LedgerEntry`` and change nothing. An effect
+        that was recorded as ``failed`` is recorded as started again.
 
         :param provisional_result: the payload of the result to send if this process dies before the
             command has finished.
         """
 
-    def settle(key: str, result: bytes, now: float) -> None:
-        """Record command ``key`` as done, and keep its result for a second delivery."""
+    def settle(key: str, result: bytes, now: float, state: str = "done") -> None:
+        """Record command ``key`` as done, and keep its result for a second delivery.
+
+        :param state: ``failed`` if a later claim may start the effect again.
+        """
 
     def settle_and_queue(key: str, result: bytes, now: float) -> None:
         """Call :meth:`settle` and append the result as a row, in one transaction."""

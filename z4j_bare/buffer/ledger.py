@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from z4j_bare.buffer import files
 from z4j_bare.buffer.rows import (
     DONE,
+    FAILED,
     IN_OTHER_PROCESS,
     LEDGER_CAP,
     STARTED,
@@ -49,33 +50,25 @@ class Ledger:
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert command ``key`` as started, with its provisional result, and return ``None``.
 
-        If the command has an entry, change nothing and return the entry.
+        If the command has an entry, change nothing and return the entry. The entry of a failed
+        effect is replaced.
         """
         if not key.isascii():
             key = replace_surrogates(key)
         earlier = self.find(key)
-        if earlier is None:
-            self._insert(key, STARTED, provisional_result, now)
+        if earlier is None or earlier.state == FAILED:
+            self._replace(earlier, LedgerEntry(key, STARTED, provisional_result, now))
+            return None
         return earlier
 
-    def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and store its ``result``.
+    def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
+        """Mark command ``key`` as done, or as ``state``, and store its ``result``.
 
         Inserts a new entry if the old entry was removed by the cap.
         """
         if not key.isascii():
             key = replace_surrogates(key)
-        earlier = self.find(key)
-        if earlier is None:
-            self._insert(key, DONE, result, now)
-            return
-        with transaction(self._connection):
-            self._connection.execute(
-                "UPDATE ledger SET state = ?, result = ?, at = ? WHERE key = ?",
-                (DONE, result, now, key),
-            )
-            size = self._trim_results(self._bytes + len(result) - len(earlier.result))
-        self._bytes = size
+        self._replace(self.find(key), LedgerEntry(key, state, result, now))
 
     def count_recent(self, now: float) -> int:
         """Return the number of entries younger than ``RETENTION``."""
@@ -91,12 +84,22 @@ class Ledger:
         )
 
     def import_entry(self, entry: LedgerEntry) -> None:
-        """Insert another store's entry, or change the existing entry from started to done."""
+        """Insert another store's entry, or replace an entry of an earlier state by it."""
         earlier = self.find(entry.key)
+        if entry.supersedes(earlier):
+            self._replace(earlier, entry)
+
+    def _replace(self, earlier: LedgerEntry | None, entry: LedgerEntry) -> None:
         if earlier is None:
             self._insert(*astuple(entry))
-        elif earlier.state == STARTED and entry.state == DONE:
-            self.settle(entry.key, entry.result, entry.at)
+            return
+        with transaction(self._connection):
+            self._connection.execute(
+                "UPDATE ledger SET state = ?, result = ?, at = ? WHERE key = ?",
+                (entry.state, entry.result, entry.at, entry.key),
+            )
+            size = self._trim_results(self._bytes + len(entry.result) - len(earlier.result))
+        self._bytes = size
 
     def _insert(self, key: str, state: str, result: bytes, now: float) -> None:
         with transaction(self._connection):
@@ -135,8 +138,8 @@ def find_in_other_stores(
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
     The brain may deliver a command to any process of an agent. An unfinished command is returned
-    with the state ``elsewhere``, because another process sends its result. The function runs on the
-    native thread and never raises.
+    with the state ``elsewhere``, because another process sends its result. A failed effect is not
+    returned, because it may be tried again. The function runs on the native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """
@@ -149,7 +152,8 @@ def find_in_other_stores(
                 entry = _find_in_file(path, key) if path != own else None
                 if entry is not None and entry.state == DONE:
                     return entry
-                unfinished = unfinished or entry
+                if entry is not None and entry.state != FAILED:
+                    unfinished = unfinished or entry
     except (OSError, LocalStorageError):  # use the entries that were read before the error
         pass
     return unfinished and LedgerEntry(key, IN_OTHER_PROCESS, b"", unfinished.at)

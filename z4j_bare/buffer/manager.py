@@ -20,7 +20,7 @@ from z4j_bare.buffer.maintenance import (
     VacuumSchedule,
 )
 from z4j_bare.buffer.memory import MemoryStore
-from z4j_bare.buffer.rows import EVENT, BufferEntry, BufferStats, LedgerEntry
+from z4j_bare.buffer.rows import DONE, EVENT, BufferEntry, BufferStats, LedgerEntry
 from z4j_bare.buffer.store_worker import CallResult, Progress, StoreWorker
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.wire.backoff import Backoff
@@ -184,11 +184,11 @@ class BufferManager:
         with self._lock:
             return self._run(store_worker.claim, key, now, provisional_result, self._lookup)
 
-    def settle(self, key: str, result: bytes) -> None:
+    def settle(self, key: str, result: bytes, state: str = DONE) -> None:
         """Mark a command as done and store its result; see ``IStore.settle``."""
         now = self._backend.wall()
         with self._lock:
-            self._run(_settle, key, result, now)
+            self._run(_settle, key, result, now, state)
 
     def settle_and_queue(self, key: str, result: bytes) -> None:
         """Mark a command as done and append its result; see ``IStore.settle_and_queue``."""
@@ -452,8 +452,8 @@ def _increment_attempts(store: Store, ids: Sequence[int]) -> None:
     store.increment_attempts(ids)
 
 
-def _settle(store: Store, key: str, result: bytes, now: float) -> None:
-    store.settle(key, result, now)
+def _settle(store: Store, key: str, result: bytes, now: float, state: str) -> None:
+    store.settle(key, result, now, state)
 
 
 def _settle_and_queue(store: Store, key: str, result: bytes, now: float) -> None:

@@ -17,6 +17,7 @@ from z4j_bare.buffer.rows import (
     DONE,
     EVENT,
     EVICTION_ORDER,
+    FAILED,
     LEDGER_CAP,
     RESULT,
     STARTED,
@@ -103,7 +104,7 @@ class MemoryStore:
         self._counts.import_losses(state.losses)
         for entry in state.ledger:
             earlier = self._ledger.get(entry.key)
-            if earlier is None or (earlier.state == STARTED and entry.state == DONE):
+            if entry.supersedes(earlier):
                 self._insert(entry)
 
     def export_state(self) -> StoreState:
@@ -189,14 +190,18 @@ class MemoryStore:
         self._check()
         key = replace_surrogates(key)
         earlier = self._ledger.get(key)
-        if earlier is None:
+        if earlier is None or earlier.state == FAILED:
             self._insert(LedgerEntry(key, STARTED, provisional_result, now))
+            return None
         return earlier
 
-    def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and store its result for a second delivery."""
+    def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
+        """Mark command ``key`` as done and store its result for a second delivery.
+
+        :param state: ``failed`` if a later claim may start the effect again.
+        """
         self._check()
-        self._insert(LedgerEntry(replace_surrogates(key), DONE, result, now))
+        self._insert(LedgerEntry(replace_surrogates(key), state, result, now))
 
     def settle_and_queue(self, key: str, result: bytes, now: float) -> None:
         """Mark command ``key`` as done and append its result as a row."""

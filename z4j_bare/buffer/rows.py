@@ -31,6 +31,8 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
+#: The effect of a command failed, and a later command may try it again.
+FAILED = "failed"
 #: Another process started the command, and it or the process that adopts its store sends the
 #: result.
 IN_OTHER_PROCESS = "elsewhere"
@@ -96,16 +98,22 @@ NO_STATS = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 class LedgerEntry:
     """The ledger's entry of one command.
 
-    ``state`` is ``started``, ``done``, or ``elsewhere`` for a command of another process.
-    ``result`` is the payload of the result, and of the provisional result while the command runs.
-    It is empty if it was dropped to free space. ``at`` is the time of the last change in seconds
-    since the epoch.
+    ``state`` is ``started``, ``done``, ``failed`` for an effect that may be tried again, or
+    ``elsewhere`` for a command of another process. ``result`` is the payload of the result, and of
+    the provisional result while the command runs. It is empty if it was dropped to free space.
+    ``at`` is the time of the last change in seconds since the epoch.
     """
 
     key: str
     state: str
     result: bytes
     at: float
+
+    def supersedes(self, earlier: LedgerEntry | None) -> bool:
+        """Return whether this entry of another store replaces the entry that is here."""
+        if earlier is None or self.state == earlier.state:
+            return earlier is None
+        return earlier.state == FAILED or (earlier.state == STARTED and self.state == DONE)
 
 
 @dataclass(frozen=True, slots=True)

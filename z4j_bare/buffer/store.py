@@ -21,6 +21,7 @@ from z4j_bare.buffer.ledger import Ledger
 from z4j_bare.buffer.rows import (
     CAPACITY,
     CORRUPTION,
+    DONE,
     EVENT,
     EVICTION_ORDER,
     PAYLOAD,
@@ -287,9 +288,12 @@ class BufferStore:
         return self._ledger.claim(key, now, provisional_result)
 
     @storage_call
-    def settle(self, key: str, result: bytes, now: float) -> None:
-        """Mark command ``key`` as done and store its result for a second delivery."""
-        self._ledger.settle(key, result, now)
+    def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
+        """Mark command ``key`` as done and store its result for a second delivery.
+
+        :param state: ``failed`` if a later claim may start the effect again.
+        """
+        self._ledger.settle(key, result, now, state)
 
     @storage_call
     def settle_and_queue(self, key: str, result: bytes, now: float) -> None:

@@ -90,7 +90,10 @@ def cancel_task(command: Command, host: EngineHost, seconds: float) -> object:
 
 
 def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
-    """Retry all tasks that match the filter."""
+    """Retry all tasks that match the filter.
+
+    An adapter without overrides for several tasks retries them with their own arguments.
+    """
     selection = command.option("filter", dict, "an object")
     if not selection:
         raise command.error("filter is required")
@@ -101,9 +104,8 @@ def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
         "bulk_retry",
         _original_ids(command, selection),
         timeout=seconds,
+        hints={"override_args": args, "override_kwargs": kwargs},
         max=maximum,
-        override_args=args,
-        override_kwargs=kwargs,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from z4j_core.errors import Z4JError
 
-from z4j_bare.buffer.rows import DONE
+from z4j_bare.buffer.rows import DONE, FAILED
 from z4j_bare.commands.actions import ENGINE_ACTIONS, choose_host, require_capability
 from z4j_bare.commands.results import encode_result
 from z4j_bare.errors import AgentError, CommandError
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.executor")
 
+#: Prefix of the ledger keys of fires.
+_FIRE = "fire"
+
 #: Actions whose effect has an id of its own.
 #: Each value contains the name of the parameter with this id, and the prefix of the ledger key.
 IDEMPOTENCY_KEYS = {
-    "schedule.fire": ("fire_id", "fire"),
-    "schedule.trigger_now": ("fire_id", "fire"),
+    "schedule.fire": ("fire_id", _FIRE),
+    "schedule.trigger_now": ("fire_id", _FIRE),
     "schedule.external.control": ("operation_id", "operation"),
     "schedule.external.mutate": ("operation_id", "operation"),
 }
@@ -152,6 +155,8 @@ class IdempotentEffects:
     def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
         """Return the outcome of ``call()``, or the outcome of an earlier command for the effect.
 
+        A fire that failed is tried again.
+
         If another command in this process is producing the effect, wait for that command. The
         outcome is indeterminate if a crash interrupted the effect, or if another process is
         producing it.
@@ -170,7 +175,8 @@ class IdempotentEffects:
                 return _replayed(earlier.result if earlier.state == DONE else b"", key, command)
             outcome = call()
             if not self._state.closed:
-                self._buffer.settle(key, encode_result(command, outcome))
+                state = FAILED if _may_repeat(key, outcome) else DONE
+                self._buffer.settle(key, encode_result(command, outcome), state)
             return outcome
         finally:
             del self._running[key]
@@ -183,6 +189,16 @@ class IdempotentEffects:
         """
         with self._lock:
             return self._running.setdefault(key, done)
+
+
+def _may_repeat(key: str, outcome: CommandOutcome) -> bool:
+    """Return whether another command may try the effect again.
+
+    A fire that was refused, for example by a broker that is away, has enqueued nothing. The brain
+    sends it again under the same id.
+    """
+    certain = not (outcome.result or {}).get("indeterminate")
+    return key.startswith(f"{_FIRE}:") and outcome.status == "failed" and certain
 
 
 def _replayed(payload: bytes, key: str, command: Command) -> CommandOutcome:

@@ -131,12 +131,13 @@ class CommandOutcome:
 
     @classmethod
     def from_adapter(cls, returned: object) -> Self:
-        """Convert an adapter's ``CommandResult``. Any other object becomes a failed outcome."""
+        """Convert an adapter's ``CommandResult``. For any other object the outcome is unknown."""
         if isinstance(returned, cls):
             return returned
         status = getattr(returned, "status", None)
         result, error = getattr(returned, "result", None), getattr(returned, "error", None)
         if status not in ("success", "failed") or not isinstance(result, dict | None):
             kind = type(returned).__name__
-            return cls.failed(f"the adapter returned {kind} for a result: outcome unknown")
+            text = f"the adapter returned {kind} for a result: outcome unknown"
+            return cls("failed", {"indeterminate": True}, text)
         return cls(status, result, None if error is None else str(error))

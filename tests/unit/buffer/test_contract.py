@@ -8,7 +8,7 @@ from zope.interface.verify import verifyClass, verifyObject
 
 import z4j_bare.buffer
 from z4j_bare.buffer import EVENT, PROJECTION, RESULT, BufferStore, MemoryStore
-from z4j_bare.buffer.rows import LEDGER_CAP, ranges
+from z4j_bare.buffer.rows import LEDGER_CAP, LedgerEntry, StoreState, ranges
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.interfaces import IStore
 
@@ -305,6 +305,37 @@ def test_answer_appends_row_and_settles_command(store):
     ]
     assert [store.claim(key, 14.0).result for key in ("c1", "unclaimed")] == [b"answer", b"other"]
     assert (store.stats().produced, store.stats().payload_bytes) == (2, 11)
+
+
+def test_failed_effect_can_be_claimed_again(store):
+    """A failed effect is claimed as if it were new; a later result replaces the failure."""
+    assert store.claim("e1", 10.0) is None
+    store.settle("e1", b"failure", 11.0, "failed")
+    assert store.claim("e1", 12.0) is None
+    assert store.claim("e1", 13.0).state == "started"
+    store.settle("e1", b"answer", 14.0)
+    assert store.claim("e1", 15.0).result == b"answer"
+
+
+@pytest.mark.parametrize(
+    ("here", "imported", "left"),
+    [
+        ("failed", "started", "started"),
+        ("failed", "done", "done"),
+        ("started", "failed", "started"),
+        ("started", "done", "done"),
+        ("done", "failed", "done"),
+        ("done", "started", "done"),
+    ],
+)
+def test_imported_entry_replaces_one_that_knows_less(store, here, imported, left):
+    """A failed effect gives way to another entry, a started one only to its result."""
+    store.claim("e1", 10.0)
+    if here != "started":
+        store.settle("e1", here.encode(), 11.0, here)
+    entry = LedgerEntry("e1", imported, imported.encode(), 12.0)
+    store.import_state(StoreState({}, (entry,)))
+    assert store.claim("e1", 13.0).state == left
 
 
 def test_settle_inserts_unclaimed_command(store):

@@ -19,6 +19,8 @@ from z4j_bare.buffer import BufferStore, new_store_path
 store = BufferStore(new_store_path(sys.argv[1]))
 store.claim("begun", 1.0, b"provisional")
 store.settle_and_queue("done", b"answer", 2.0)
+store.claim("refused", 1.0)
+store.settle("refused", b"failure", 2.0, "failed")
 if "vacuum" in sys.argv:
     store.vacuum_step()
 if "close" in sys.argv:
@@ -78,6 +80,7 @@ def test_lookup_finds_commands_of_other_processes(home, mine, owner, words):
     begun = find_in_other_stores(home, mine.path, "begun")
     assert (begun.state, begun.result) == ("elsewhere", b"")
     assert find_in_other_stores(home, mine.path, "new") is None
+    assert find_in_other_stores(home, mine.path, "refused") is None
 
 
 def test_lookup_skips_own_store(home, mine):

@@ -50,7 +50,7 @@ CALLS = [
         "bulk_retry",
         {"filter": {"task_ids": ["a"]}},
         ({"task_ids": ["a"]},),
-        {"max": 1000, "override_args": None},
+        {"max": 1000, "hints": {"override_args": None, "override_kwargs": None}},
     ),
     (
         "bulk_retry",
@@ -272,6 +272,14 @@ def test_old_adapter_is_refused_a_retry(action, parameters):
     harness.host.retries_by_reference = False
     assert "upgrade it" in harness.run(action, parameters)["error"]
     assert harness.host.calls == []
+
+
+def test_bulk_retry_drops_overrides_that_adapter_lacks(harness):
+    """The overrides of a bulk retry are omitted if the adapter has none for several tasks."""
+    overrides = {"override_args": [1], "override_kwargs": {}}
+    harness.run("bulk_retry", {"filter": {"task_ids": ["a"]}, **overrides})
+    ((_, _, keywords),) = harness.host.calls
+    assert keywords["hints"] == {"override_args": (1,), "override_kwargs": {}}
 
 
 def test_reconcile_without_method_is_unknown(harness):

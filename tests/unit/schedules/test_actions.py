@@ -11,6 +11,7 @@ from z4j_bare.buffer.rows import DONE, IN_OTHER_PROCESS, STARTED, LedgerEntry
 from z4j_bare.commands import Dispatcher
 from z4j_bare.commands.executor import IDEMPOTENCY_KEYS
 from z4j_bare.schedules.actions import SCHEDULE_ACTIONS
+from z4j_bare.wire.command import CommandOutcome
 
 FIRE = {
     "task_name": "a.task",
@@ -95,15 +96,60 @@ def test_fire_id_is_executed_once(harness):
     assert len(harness.host.calls) == 4
 
 
-def test_failed_fire_is_not_repeated(harness):
-    """The error of the first command is also the answer to the second one."""
+def test_failed_fire_is_tried_again(harness):
+    """A second command for a failed fire is executed; after a success no further one is."""
     harness.host.act = lambda *_: (_ for _ in ()).throw(ValueError("no broker"))
+    for identity in ("c-1", "c-2", "c-2"):
+        harness.fire(identity)
+    assert len(harness.host.calls) == 2
+    first, second = (harness.results_by_id()[identity] for identity in ("c-1", "c-2"))
+    assert first["error"] == second["error"] == "internal error: ValueError: no broker"
+    assert harness.disk.store.claim("unknown", 0.0) is None
+    harness.host.act = lambda *_: success(task_id="t-1")
+    harness.fire("c-3")
+    harness.fire("c-4")
+    assert len(harness.host.calls) == 3
+    third, fourth = (harness.results_by_id()[identity] for identity in ("c-3", "c-4"))
+    assert third["result"] == {"task_id": "t-1"}
+    assert fourth["result"]["deduplicated"] is True
+
+
+def test_failed_fire_is_tried_again_by_next_process(harness):
+    """The next process also executes a command for a fire that failed."""
+    harness.host.act = lambda *_: (_ for _ in ()).throw(ValueError("no broker"))
+    harness.fire("c-1")
+    harness.new_process()
+    harness.host.act = lambda *_: success(task_id="t-1")
+    harness.fire("c-2")
+    assert harness.results_by_id()["c-2"]["result"] == {"task_id": "t-1"}
+
+
+def test_fire_that_fails_again_in_crash_is_indeterminate(harness):
+    """A second try that a crash interrupts is not repeated, although the first one had failed."""
+    harness.host.act = lambda *_: (_ for _ in ()).throw(ValueError("no broker"))
+    harness.fire("c-1")
+    harness.host.act, harness.host.seconds = (lambda *_: success(task_id="t-1")), 1000
+    harness.fire("c-2")
+    harness.new_process()
+    harness.host.seconds = 0
+    calls = len(harness.host.calls)
+    harness.fire("c-3")
+    assert len(harness.host.calls) == calls
+    assert harness.results_by_id()["c-3"]["result"]["indeterminate"] is True
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [CommandOutcome.indeterminate("schedule.fire", "timed out"), "no result at all", None],
+)
+def test_fire_with_unknown_outcome_is_not_repeated(harness, returned):
+    """A fire that may have been enqueued is not tried again."""
+    harness.host.act = lambda *_: returned
     for identity in ("c-1", "c-2"):
         harness.fire(identity)
     assert len(harness.host.calls) == 1
-    first, second = (harness.results_by_id()[identity] for identity in ("c-1", "c-2"))
-    assert first["error"] == second["error"] == "internal error: ValueError: no broker"
-    assert second["result"]["deduplicated"] is True
+    second = harness.results_by_id()["c-2"]["result"]
+    assert (second["indeterminate"], second["deduplicated"]) == (True, True)
 
 
 def test_fire_waits_for_same_fire_id_within_deadline(harness):
