@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def _describe(self, unrecognized: Sequence[str]) -> str:
         """Return the error for words that are not recognised, with the options they resemble."""
-        known = sorted(_options(self))
+        known = sorted(_options(self, self._words))
         similar = dict.fromkeys(
             option
             for word in unrecognized
@@ -123,13 +123,14 @@ def _choices(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from map(str, action.choices or ())
 
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the long options of a parser and of its subcommands."""
+def _options(parser: argparse.ArgumentParser, words: Collection[str]) -> Iterator[str]:
+    """Yield the long options of a parser and of the subcommands in ``words``."""
     for action in parser._actions:  # noqa: SLF001 - no public equivalent
         yield from (option for option in action.option_strings if option.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            for subparser in action.choices.values():
-                yield from _options(subparser)
+            for name, subparser in action.choices.items():
+                if name in words:
+                    yield from _options(subparser, words)
 
 
 def _similar_options(word: str, known: Sequence[str]) -> list[str]:
