@@ -139,7 +139,9 @@ def find_in_other_stores(
 
     The brain may deliver a command to any process of an agent. An unfinished command is returned
     with the state ``elsewhere``, because another process sends its result. A failed effect is not
-    returned, because it may be tried again. The function runs on the native thread and never raises.
+    returned, because it may be tried again.
+
+    The function runs on the native thread and never raises.
 
     :param own: path of this process's store, which is skipped.
     """
