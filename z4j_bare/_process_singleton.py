@@ -24,7 +24,6 @@ def try_register(runtime: R, *, owner: str) -> R:
     again. While a z4j-bare command imports an application, ``runtime`` is returned without being
     registered.
 
-    :param runtime: an ``AgentRuntime``.
     :param owner: the name of the installer, such as ``install_agent``, for log lines.
     """
     global _runtime, _owner
@@ -71,8 +70,8 @@ def clear_runtime(expected: object = None) -> bool:
 def post_fork() -> Any:
     """Restart the agent in a forked server process and return the runtime. Never raises.
 
-    For gunicorn's ``post_fork`` and uWSGI's ``@postfork`` hooks. Not for children of a Celery
-    prefork worker, because their parent reports their tasks.
+    Call this function in gunicorn's ``post_fork`` or uWSGI's ``@postfork`` hook. A child of a
+    Celery prefork worker must not call it, because the parent reports the child's tasks.
     """
     runtime = _runtime
     if runtime is not None:

@@ -68,7 +68,7 @@ class Agent:
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        key()  # raises a wrong key in the host's call; a loop could only log it
+        key()  # a wrong key raises here, because a loop could only log the error
         opener = StoreOpener(config, key)
         ring.runs = runs = OpenRuns(ring, opener.deployment)
         opener.on_open = runs.attach
@@ -149,7 +149,7 @@ class Agent:
             self._loops.spawn(run, name, join=False)  # ``engines.disconnect`` waits for these loops
         connecting = self.backend.spawn(self._connect_adapters, name="z4j-adapters")
         if self.engines.uses_adapter_events:
-            connecting.join(CONNECT_GRACE)  # not to miss events of the first tasks
+            connecting.join(CONNECT_GRACE)  # so that no event of the first tasks is missed
 
     def record(self, event: Event) -> None:
         """Append one event of the host to the ring. Never waits, never raises."""

@@ -1,7 +1,7 @@
 """Controls running agents: pid files, control sockets, SIGHUP and exit hooks.
 
 Each running agent serves a Unix socket in ``Z4J_HOME`` (``z4j_bare.monitoring.control_server``). A
-signal would not do: SIGHUP restarts a Celery worker and stops a gunicorn worker.
+signal cannot be used instead, because SIGHUP restarts a Celery worker and stops a gunicorn worker.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class ControlClient:
     """A client of one agent's control socket. The agent may have ended.
 
     :param adapter: framework adapter of the agent, such as ``bare`` or ``django``.
-    :param pid: id of the agent's process.
     """
 
     adapter: str
@@ -100,8 +99,8 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     """Make every agent of this adapter close its session and reconnect.
 
     Returns an exit code and a message for the operator. The code is 0 if every running agent
-    accepted the request, 1 if no agent runs or one did not answer, and 2 on a platform without Unix
-    sockets.
+    accepted the request. The code is 1 if no agent runs or one did not answer, and 2 on a platform
+    without Unix sockets.
     """
     if os.name != "posix":
         message = "this platform has no Unix sockets to reach an agent: restart the worker process"
@@ -151,9 +150,9 @@ def remove_pidfile(adapter_id: str) -> None:
 def install_sighup_handler(runtime: object) -> bool:
     """Make SIGHUP reconnect every agent of this process.
 
-    Only for a process that runs nothing but the agent. The handler sends ``restart`` to the control
-    sockets of this process without waiting, and then calls the previous handler. A second call of
-    this function has no effect.
+    Must be called only in a process that runs nothing but the agent. The handler sends ``restart``
+    to the control sockets of this process without waiting, and then calls the previous handler. A
+    second call of this function has no effect.
 
     :param runtime: not used.
     :returns: whether the handler is installed; ``False`` outside the main thread, and on a platform
@@ -176,9 +175,9 @@ def register_shutdown_atexit(callback: Callable[[], object]) -> str:
     """Run ``callback`` once at interpreter exit.
 
     Two hooks are registered. The hook of ``threading._register_atexit`` runs first, before
-    ``concurrent.futures`` joins its workers. It never runs under eventlet, because the interpreter
-    does not read the callbacks of a patched ``threading``. Then the ``atexit`` hook runs the
-    callback.
+    ``concurrent.futures`` joins its workers. Under eventlet this hook never runs, because the
+    interpreter does not read the callbacks of a patched ``threading``. In that case the ``atexit``
+    hook runs the callback.
 
     :returns: ``"threading"`` if both hooks are registered, else ``"atexit"``.
     """
@@ -235,8 +234,8 @@ class _SighupHandler:
 
 @contextmanager
 def _connected(path: Path, timeout: float) -> Iterator[socket]:
-    # The C class is never patched. A patched socket would switch greenlets, which a signal handler
-    # must not do.
+    # The C class is never patched.
+    # A patched socket would switch greenlets, which a signal handler must not do.
     import _socket
 
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)

@@ -151,8 +151,7 @@ class ScheduleReconciler:
             retry = Retry(total=None, connect=1, read=0, redirect=0, status=0, other=0)
             for scheme in ("https://", "http://"):
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
-            # The header is set by ``auth``, because requests would replace a plain header by a
-            # .netrc entry.
+            # Set as ``auth``, because requests would replace a plain header by a .netrc entry.
             return session.post(
                 f"{self._url}:{verb}",
                 json=body,

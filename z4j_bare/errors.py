@@ -88,11 +88,7 @@ class ScheduleStreamError(NetworkError):
 
 
 class FrameTooLargeError(AgentError):
-    """A frame exceeds the size that the brain accepts. The session continues.
-
-    :param size: the bytes of the signed frame.
-    :param limit: the maximum number of bytes.
-    """
+    """A frame exceeds the size that the brain accepts. The session continues."""
 
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(f"a frame of {size} bytes exceeds the limit of {limit} bytes")

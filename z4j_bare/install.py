@@ -41,8 +41,8 @@ _prepared = False
 def _prepare_prefork() -> None:
     """Let a Celery worker open its channel before it forks its first child. Idempotent.
 
-    The children inherit the channel. At ``worker_ready``, when the agent may be installed, it would
-    be too late.
+    The children inherit the channel. At ``worker_ready``, when the agent is usually installed, the
+    children already exist.
     """
     global _prepared
     if _prepared or "celery" not in sys.modules:
@@ -111,14 +111,14 @@ def install_agent(
     :param framework: a framework adapter or its class; ``BareFrameworkAdapter`` by default.
     :param schedulers: scheduler adapters.
     :param autostart: if false, return the runtime without starting it.
-    :param buffer_path: a path in the directory of the buffer's files.
+    :param buffer_path: a path whose directory is used for the buffer's files.
     :param max_payload_bytes: maximum bytes of one captured value. Longer values are truncated.
     :param concurrency: ``auto``, ``threads``, ``gevent`` or ``eventlet``.
-    :param token_file: a file that contains the token. It is read at each connect.
-    :param hmac_secret_file: a file that contains the HMAC key. It is read at each connect.
+    :param token_file: a file with the token, which is read at each connect.
+    :param hmac_secret_file: a file with the HMAC key, which is read at each connect.
     :raises ConfigError: a setting is missing or wrong; usually the subclass
         ``HostConfigurationError``.
-    :raises RuntimeError: an environment variable for a path is set that z4j no longer reads.
+    :raises RuntimeError: a variable of a path that z4j no longer reads is set.
     """
     reject_deprecated_path_env()
     _prepare_prefork()
@@ -175,8 +175,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # z4j_core's Config rejects "longpoll" without an agent id, which the brain sends only at
-        # connect.
+        # z4j_core's Config rejects "longpoll" without an agent id.
+        # The brain sends the agent id only at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -250,8 +250,7 @@ def _start_with_worker(runtime: AgentRuntime) -> None:
 
     def ready(sender: object = None, **_kwargs: object) -> None:
         for engine in runtime.engines.values():
-            # With a node name, the adapter's inspect calls end at the first reply instead of after
-            # 10 s.
+            # With a node name, the adapter's inspect calls do not wait 10 s for other nodes.
             if getattr(engine, "worker_hostname", "") is None:
                 engine.worker_hostname = getattr(sender, "hostname", None)
         safe_call(_start, runtime)

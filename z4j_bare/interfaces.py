@@ -44,7 +44,7 @@ class ITask(Interface):
         """
 
     def join(timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for the end of the task; return whether it has ended."""
+        """Wait for the end of the task; return ``False`` if ``timeout`` seconds pass before."""
 
 
 class IEvent(Interface):
@@ -63,7 +63,7 @@ class IEvent(Interface):
         """Return whether the flag is set."""
 
     def wait(timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for the flag; return whether it is set.
+        """Wait for the flag and return ``True``, or ``False`` after ``timeout`` seconds.
 
         Tasks of the agent call ``IConcurrency.wait`` instead, which checks for forks and ends the
         step.
@@ -110,7 +110,7 @@ class IConcurrency(Interface):
         """Wait for ``seconds`` while other tasks run; ``0`` yields once."""
 
     def wait(event: IEvent, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
+        """Wait for ``event`` and return ``True``, or ``False`` after ``timeout`` seconds."""
 
     def call_blocking(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call foreign code that waits without the backend, such as a library on patched sockets.
@@ -119,24 +119,24 @@ class IConcurrency(Interface):
         """
 
     def event() -> IEvent:
-        """Return a new event of this runtime."""
+        """Return a new event of this backend."""
 
     def lock() -> ILock:
-        """Return a new lock of this runtime."""
+        """Return a new lock of this backend."""
 
     def offload(function: Callable[[*Ts], object], *args: *Ts) -> tuple[bool, Any]:
         """Run ``function(*args)`` on the native thread, where it cannot block the hub.
 
         Returns ``(True, result)`` or ``(False, exception)``. Only one call runs at a time. The
-        function must neither log nor use a patched lock or socket, because a patched lock that a
-        native thread holds deadlocks the hub (ddtrace #19538).
+        function must neither log nor use a patched lock or socket. A patched lock that a native
+        thread holds deadlocks the hub (ddtrace #19538).
         """
 
     def wait_readable(sock: HasFileno, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until ``sock`` is readable; return whether it is."""
+        """Return whether ``sock`` becomes readable within ``timeout`` seconds."""
 
     def wait_writable(sock: HasFileno, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until ``sock`` is writable; return whether it is."""
+        """Return whether ``sock`` becomes writable within ``timeout`` seconds."""
 
     def selector() -> BaseSelector:
         """Return a new selector that yields to the hub while it waits."""
@@ -174,7 +174,7 @@ class IStore(Interface):
     """The durable queue between capture and the connection, and the ledger of commands.
 
     All methods except ``read_cached`` run inside ``IConcurrency.offload``. Therefore they do not
-    log, wait for a task or switch greenlets. They raise only ``LocalStorageError``. Row ids
+    log, wait for a task or switch greenlets. The methods raise only ``LocalStorageError``. Row ids
     strictly increase, and rows are read in the order of their ids.
     """
 
@@ -214,7 +214,7 @@ class IStore(Interface):
         """
 
     def increment_attempts(ids: Sequence[int]) -> None:
-        """Count one more session that the brain ended over a frame with these rows in flight."""
+        """Add 1 to ``attempts`` of rows that were in flight when the brain ended a session."""
 
     def stats() -> Any:
         """Return the current ``BufferStats``."""
@@ -234,7 +234,7 @@ class IStore(Interface):
     def import_state(state: Any) -> None:
         """Add another store's ``StoreState`` to this store.
 
-        Rows that the other store lost count in this store as produced and as lost.
+        The other store's losses count in this store as produced and as lost rows.
         """
 
     def claim(key: str, now: float, provisional_result: bytes = b"") -> Any:
@@ -288,7 +288,7 @@ class IOpenRuns(Interface):
         """
 
     def end(slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep the end of a run until the event of the end is stored. The ring must have the event.
+        """Keep a run's end until the event that reports it, which must be in the ring, is stored.
 
         ``note`` is the class of a failed run's exception.
         """

@@ -25,8 +25,8 @@ _CGROUPS = {
     "containerd": "containerd",
 }
 
-#: Maps a substring of the mount table to the name of the container engine, for cgroup v2, under
-#: which a container sees its cgroup as ``/``.
+#: Maps a substring of the mount table to the name of the container engine.
+#: Needed for cgroup v2, under which a container sees its cgroup as ``/``.
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -64,12 +64,12 @@ def detect_orchestrator(
     """Detect what restarts this process when it exits. Reads a few small files. Never raises.
 
     The variable ``Z4J_ORCHESTRATED`` and then the file ``/etc/z4j-orchestrated`` override the
-    detection. Otherwise a restart is expected for the first process of a container, for a child of
-    systemd or supervisord, and for a child of a parent that restarts its workers.
+    detection. Without an override, a restart is expected for the first process of a container, and
+    for a child of systemd, supervisord or a parent that restarts its workers.
 
     Other environment variables are not sufficient evidence: a terminal of a desktop session has
-    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. They must agree
-    with the pid, the parent or the cgroup of this process.
+    ``INVOCATION_ID``, and a developer's shell may have ``KUBERNETES_SERVICE_HOST``. Such a variable
+    must agree with the pid, the parent or the cgroup of this process.
 
     :param pid: the process to examine, the current one by default.
     :param env: the environment, ``os.environ`` by default.
@@ -117,8 +117,8 @@ class _ProcessContext:
         if "KUBERNETES_SERVICE_HOST" in self._env:
             engine = "kubernetes"
         parent = self._parent()
-        # In a pod with a shared pid namespace, the parent of a container's first process has the
-        # pid 0, because it is outside the namespace.
+        # In a pod with a shared pid namespace, a container's first process has the parent pid 0.
+        # The parent is outside the namespace.
         first = self.pid == 1 or (parent == 0 and engine == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
             return f"{engine}, pid {self.pid}"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _consumer: Consumer | None = None
 _importing_application = False
 
-#: Short-lived sub-commands of ``celery``. An agent in such a process would leave a stale worker in
-#: the brain.
+#: Short-lived sub-commands of ``celery``.
+#: An agent in such a process would leave a stale worker in the brain.
 _INSPECTION_COMMANDS = frozenset({
     "amqp", "call", "control", "events", "graph", "inspect", "list", "logtool",
     "migrate", "multi", "purge", "report", "result", "shell", "status", "upgrade",
@@ -61,8 +61,8 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
     The name is needed only for engines whose events name no worker.
     """
-    # Both lists are needed, because taskiq removes its name from ``sys.argv``, and a
-    # multiprocessing child has the program's name only in ``sys.argv``.
+    # taskiq removes its name from ``sys.argv``.
+    # A multiprocessing child has the program's name only in ``sys.argv``.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
@@ -72,9 +72,9 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 def track_worker_ready() -> None:
     """In a Celery worker, record when ``worker_ready`` is sent.
 
-    Celery sends ``worker_ready`` once. An agent that is installed by a handler of that signal (as
-    z4j_celery does) or later must start immediately, and has to know that the signal was sent.
-    Therefore this function runs when z4j_bare is imported.
+    Celery sends ``worker_ready`` once. An agent that is installed during that signal (as by
+    z4j_celery) or later must start immediately, and has to know that the signal was sent. Therefore
+    this function runs when z4j_bare is imported.
     """
     if "celery" in sys.modules and is_celery_worker():
         from celery import signals

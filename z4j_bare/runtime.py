@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.runtime")
 
-#: Maximum number of events in ``AgentRuntime.recorded``. The oldest are dropped.
+#: Maximum number of events in ``AgentRuntime.recorded``. The oldest events are dropped.
 MAX_RECORDED_EVENTS = 1_000
 
 
@@ -72,7 +72,7 @@ class AgentRuntime:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether the runtime ran and was stopped. Then the process may install another runtime."""
+        """Whether the runtime ran and was stopped, so that the process may install another."""
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
     def start(self) -> None:

@@ -13,8 +13,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger("z4j.runtime.safety")
 
-#: Exceptions by which a host interrupts running code. The host raises them in a signal handler,
-#: which may interrupt the agent's code.
+#: Exceptions by which a host interrupts running code.
+#: The host raises them in a signal handler, which may interrupt the agent's code.
 _CONTROL_FLOW_EXCEPTIONS = {
     "billiard.exceptions.SoftTimeLimitExceeded",
     "huey.exceptions.TaskTimeout",

@@ -1,7 +1,7 @@
 """Reads the settings that z4j_core's ``Config`` does not have, and the agent's secrets.
 
 A keyword of ``install_agent`` overrides a ``Z4J_*`` variable, which overrides the default. An
-adapter that builds ``AgentRuntime(config=...)`` itself gets the variables.
+``AgentRuntime`` without ``settings`` reads the variables.
 """
 
 # ruff: noqa: RUF009 - setting() returns a dataclass field, not a shared mutable default
@@ -100,8 +100,8 @@ class Settings:
 
     #: ``auto``, ``threads``, ``gevent`` or ``eventlet``. ``start()`` resolves ``auto``.
     concurrency: str = setting("Z4J_CONCURRENCY", _text, "auto")
-    #: ``auto``, ``ws`` or ``longpoll``. ``auto`` uses long-poll if a proxy blocks WebSocket, else
-    #: WebSocket.
+    #: ``auto``, ``ws`` or ``longpoll``.
+    #: ``auto`` uses long-poll if a proxy blocks WebSocket, else WebSocket.
     transport: str = setting("Z4J_TRANSPORT", _text, "auto")
     #: Do not start the agent.
     disabled: bool = setting("Z4J_DISABLED", _bool, False)
@@ -121,12 +121,12 @@ class Settings:
     heartbeat: bool = setting("Z4J_HEARTBEAT", _bool, True)
     #: Do not send ``agent_status`` frames, the health reports of the agent.
     status_disabled: bool = setting("Z4J_AGENT_STATUS_DISABLED", _bool, False)
-    #: File with the agent's token. It is read at each connect, so a rotated token needs no restart.
+    #: File with the agent's token, read at each connect. A rotated token needs no restart.
     token_file: Path | None = setting("Z4J_TOKEN_FILE", _secret_file, None)
-    #: File with the project's HMAC key. It is read at each connect.
+    #: File with the project's HMAC key, read at each connect.
     hmac_secret_file: Path | None = setting("Z4J_HMAC_SECRET_FILE", _secret_file, None)
-    #: PEM bundle of certificate authorities. By default ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``
-    #: is used.
+    #: PEM bundle of certificate authorities.
+    #: By default ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` is used.
     ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
     #: Client certificate (PEM). It must include the key if ``Z4J_CLIENT_KEY`` is not set.
     client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
@@ -201,7 +201,7 @@ def read_key(config: Config, settings: Settings) -> bytes:
 
     :raises HostConfigurationError: the key is missing, malformed or too short.
     """
-    # This import is not at the top, because this module is loaded long before a key is needed.
+    # Imported late, because ``import z4j_bare`` loads this module and must be fast.
     from z4j_core.transport.hmac import decode_agent_hmac_secret
 
     path, value = settings.hmac_secret_file, config.hmac_secret
@@ -229,8 +229,8 @@ def deployment_id(config: Config, key: bytes) -> str:
     """Return the id of the project and brain to which the rows of a store belong.
 
     Only an agent of the same deployment sends the rows. The id has two parts: a hash of project and
-    key, and a hash of project and brain address. One equal part is enough, so that the key or the
-    address can change.
+    key, and a hash of project and brain address. Ids with one equal part are of the same
+    deployment, so that the key or the address can change.
     """
     parts = key, str(config.brain_url).rstrip("/").encode()
     return " ".join(

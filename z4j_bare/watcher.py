@@ -20,12 +20,11 @@ POLL_INTERVAL = 0.5
 #: Seconds that :meth:`TasksFileWatcher.stop` waits for the watcher's task.
 STOP_TIMEOUT = 2.0
 
-#: Minimum debounce time in seconds. A shorter time would report each write of an editor that saves
-#: a file.
+#: Minimum debounce time in seconds.
+#: A shorter time would report each write of an editor that saves a file.
 MIN_DEBOUNCE = 0.05
 
-#: Names of directories that are not scanned, because they contain no task modules of the
-#: application.
+#: Names of directories without task modules of the application, which are not scanned.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 #: Size in bytes and modification time in nanoseconds of each file, by path.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 #: Maximum number of workers that run calls without an event loop. It equals the default of
-#: ``Z4J_COMMAND_WORKERS``. The executor calls of the loop have separate workers, so that a hung
-#: executor call does not occupy a worker of this pool.
+#: ``Z4J_COMMAND_WORKERS``. Executor calls of the loop have separate workers, which may hang.
 CALL_WORKERS = 8
 #: Maximum timeout of one call in seconds.
 MAX_CALL_TIMEOUT = 3600.0
@@ -71,8 +70,8 @@ class Bridge:
 
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
         ``AgentError`` after :meth:`stop`, and every exception of the function. After a timeout, a
-        coroutine on the loop is cancelled, a blocking function occupies its worker until it
-        returns, and a function that has not begun is never called.
+        coroutine on the loop is cancelled. A blocking function occupies its worker until it
+        returns. A function that has not begun is never called.
         """
         self._check_usable()
         description = _name(function)
@@ -94,8 +93,8 @@ class Bridge:
         See :class:`~z4j_bare.asyncio_bridge.pump.Pump`.
         """
         loop = self.loop()
-        # The import of ``pump`` imports asyncio, which ``loop`` has imported without blocking a
-        # hub.
+        # Imported late, because ``pump`` imports asyncio.
+        # ``self.loop()`` has imported asyncio without blocking the hub.
         from z4j_bare.asyncio_bridge.pump import Pump
 
         pump = Pump(self._backend, loop, iterate, sink, name)

@@ -32,9 +32,9 @@ logger = logging.getLogger("z4j.runtime.asyncio_bridge.hubloop")
 EXECUTOR_WORKERS = 8
 #: Seconds before the loop continues after an exception of a step.
 RESTART_PAUSE = 0.1
-#: Maximum seconds of one wait in ``select``, for two cases in which nothing wakes the loop. A
-#: ``put_nowait`` to an asyncio queue from another thread does not wake it. Under eventlet, a forked
-#: child can remove sockets from the epoll set that it shares with its parent.
+#: Maximum seconds of one wait in ``select``, for two cases in which nothing wakes the loop.
+#: A ``put_nowait`` to an asyncio queue from another thread does not wake it.
+#: Under eventlet, a forked child can remove sockets from its parent's epoll set.
 MAX_WAIT = 1.0
 
 
@@ -92,9 +92,9 @@ class StepScopedSelector(selectors.BaseSelector):
     def should_wake(self) -> bool:
         """Record a call from outside the loop; return whether to write to the self-pipe.
 
-        Only the first call after the loop began to wait writes, because each write is a system
-        call. No call is missed: this method sets ``_called`` before it reads ``_waiting``, and
-        ``select`` sets ``_waiting`` before it reads ``_called``.
+        To save system calls, only the first call during a wait writes. No call is missed: this
+        method sets ``_called`` before it reads ``_waiting``, and ``select`` sets ``_waiting``
+        before it reads ``_called``.
         """
         self._called = True
         waiting, self._waiting = self._waiting, False
@@ -169,8 +169,8 @@ class HubLoop(asyncio.SelectorEventLoop):
     the file descriptors of the parent.
     """
 
-    #: Started loops. In a forked child the reference prevents the garbage collection of a loop,
-    #: which would remove descriptors from the epoll set that the parent polls.
+    #: Started loops. The reference prevents their garbage collection in a forked child.
+    #: It would remove descriptors from the epoll set of the parent.
     _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -183,8 +183,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.dropped = 0
         self.restarts = 0
         super().__init__(self._scope)
-        # With PYTHONASYNCIODEBUG, the loop would turn on coroutine origin tracking for its thread,
-        # and thus for the host's greenlets.
+        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking for the whole thread.
         self.set_debug(False)
 
     @property
@@ -319,7 +318,8 @@ class HubLoop(asyncio.SelectorEventLoop):
             timeout = max(0.0, deadline - self.time())
             await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for task in running:
-            # Otherwise asyncio logs an error when it destroys the task. There is no public method.
+            # Otherwise asyncio logs an error when it destroys the task.
+            # No public method prevents this.
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
 
 

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
-#: Maximum seconds in which a pump delivers items before it yields to the loop. Reading a queue that
-#: has items does not yield, so 10,000 items would block the loop for 30 ms.
+#: Maximum seconds in which a pump delivers items before it yields to the loop.
+#: Reading a queue that has items does not yield, so 10,000 items would block the loop for 30 ms.
 YIELD_INTERVAL = 0.001
 #: Seconds before the first restart of a failed generator. Each further failure doubles the delay.
 BACKOFF_INITIAL = 1.0
 #: Maximum seconds before a restart of a failed generator.
 BACKOFF_MAX = 30.0
-#: Seconds without a failure after which the next failure has the delay ``BACKOFF_INITIAL``.
+#: Seconds without a failure after which the delay is reset to ``BACKOFF_INITIAL``.
 BACKOFF_RESET = 60.0
 #: Maximum seconds in which :meth:`Pump.stop` delivers the queued items.
 DRAIN_TIMEOUT = 1.0

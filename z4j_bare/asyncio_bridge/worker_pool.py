@@ -47,8 +47,8 @@ class WorkerPool:
     of 50 ms.
 
     The worker that became idle last runs the next job, so that few connections are opened. One idle
-    worker is kept in reserve until there are ``limit`` workers, because :meth:`submit` starts no
-    worker: a loop step may call it, and starting a thread switches greenlets.
+    worker is kept in reserve until there are ``limit`` workers. :meth:`submit` starts no worker,
+    because a loop step may call it, and starting a thread switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:

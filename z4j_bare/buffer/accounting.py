@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a row that cannot be stored as produced and as lost."""
+        """Count a row as produced and as lost, because it cannot be stored."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
@@ -75,8 +75,7 @@ class Counts:
     ) -> BufferStats:
         """Return the counters as ``BufferStats``.
 
-        :param size: size of the store in bytes.
-        :param oldest_age: age of the oldest row in seconds.
+        ``size`` is in bytes, and ``oldest_age`` in seconds.
         """
         return BufferStats(
             rows=self.rows,
@@ -110,7 +109,7 @@ class RowTransaction:
         self.change.insert(len(entries), non_events, sum(map(len, map(PAYLOAD, entries))))
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
-        """Insert events with ``created_at`` ``at`` and new ids, in batches where possible."""
+        """Insert events that were created at ``at``, in batches where possible."""
         if payloads:
             self._insert_rows(self._accounting.batches.insert(self._next_id(), payloads, at))
         self.change.insert(len(payloads), 0, sum(map(len, payloads)))
@@ -138,7 +137,7 @@ class RowTransaction:
     def write_counters(self) -> None:
         """Add the changes to the counters in the file.
 
-        The transaction of the rows contains this write, so that counters and rows always agree.
+        Must be called in the transaction of the rows, so that counters and rows always agree.
         """
         for key, more in (("next_id", self.change.produced), ("confirmed", self.change.confirmed)):
             if more:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.buffer.adopt_loop")
 
-#: Seconds to wait before each of the first scans. The intervals are short, because a worker often
-#: starts while its predecessor is exiting.
+#: Seconds to wait before each of the first scans.
+#: The intervals are short, because a worker often starts while its predecessor is exiting.
 FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
 #: Seconds to wait before each later scan.
 SCAN_INTERVAL = 60.0
@@ -99,8 +99,8 @@ class AdoptLoop:
     def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
         """Report the runs that were open when their process died.
 
-        The rows of such a process must have been adopted before, because a row that is sent after
-        the report could contradict it.
+        Before the report, all rows of the process must be adopted. A row that is sent later could
+        contradict the report.
         """
         ok, found = self._backend.offload(orphaned_runs, self._buffer_path)
         for path in found if ok else ():
@@ -144,8 +144,8 @@ class AdoptLoop:
                     if outcome == MOVED:
                         failures = 0
                 except LocalStorageError as error:
-                    # The orphan stays claimed between retries, so that no other process moves the
-                    # rows of the failed step a second time.
+                    # The orphan stays claimed between retries.
+                    # Otherwise another process could move the failed step's rows a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantine(orphan, error)
                     if ended:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Maximum bytes of a batch, as of a frame with several events. The native thread splits a batch
-#: into events when it reads the file. During the split it holds the interpreter's lock (GIL), and
-#: the hub waits.
+#: Maximum bytes of a batch, equal to those of a frame with several events.
+#: The native thread splits a batch into events when it reads the file.
+#: During the split it holds the interpreter's lock (GIL), and the hub waits.
 MAX_BATCH_BYTES = 128 * 1024
 
-#: Maximum number of cached events: twice the in-flight window. The newest batches are cached, so
-#: that recent events are sent without a read from the file.
+#: Maximum number of cached events: twice the in-flight window.
+#: The newest batches are cached, so that recent events are sent without a read from the file.
 CACHE_ROWS = 2_000
 #: Maximum total size of the cached events in bytes.
 CACHE_BYTES = 1024 * 1024
@@ -59,8 +59,6 @@ class Batches:
 
     Methods that write must be called in a transaction. After a rollback, :meth:`invalidate` must be
     called.
-
-    :param max_bytes: maximum size of one batch in bytes.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
@@ -96,8 +94,8 @@ class Batches:
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
         """Insert events as batches. The first event gets the id ``first``.
 
-        If a payload contains a newline, the events cannot be in a batch. They are returned for
-        insertion as single rows.
+        If a payload contains a newline, the events cannot be in a batch. Such events are returned
+        for insertion as single rows.
         """
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)

@@ -17,8 +17,8 @@ VACUUM_STEP_PAGES = 512
 #: Number of free pages that stay in the file for the next burst of events.
 SPARE_PAGES = 64
 
-#: Estimated bytes of a row without its payload: key, kind, header and index entry. An eviction that
-#: counted only payloads would remove far too many small rows.
+#: Estimated bytes of a row without its payload: key, kind, header and index entry.
+#: An eviction that counted only payloads would remove far too many small rows.
 ROW_OVERHEAD = 64
 
 
@@ -86,8 +86,8 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # ``execute`` would free only one page, because it runs one step of a statement that returns
-        # no rows. ``executescript`` runs all steps.
+        # ``execute`` would free one page: it runs one step of a statement without rows.
+        # ``executescript`` runs all steps.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:

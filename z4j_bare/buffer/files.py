@@ -15,8 +15,8 @@ from pathlib import Path
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
-#: Prefix of a store's file name. The asyncio agent has ``buffer-*.sqlite`` files with another
-#: schema.
+#: Prefix of a store's file name.
+#: The asyncio agent has ``buffer-*.sqlite`` files with another schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
 #: Separates the original name of a renamed corrupt file from the time of the renaming.
@@ -26,9 +26,8 @@ _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 #: Owner locks of this process, and of its parent at the fork, by the real path of the lock file.
-#: The parent's entries stay, so that this process cannot open its store: SQLite's table of open
-#: files is copied at the fork, so SQLite would assume that this process holds the parent's record
-#: locks.
+#: The parent's entries stay, so that this process cannot open the parent's store.
+#: SQLite would assume that this process holds the record locks that the parent held at the fork.
 _held: dict[str, object] = {}
 
 
@@ -138,10 +137,9 @@ def quarantine(path: Path, now: float) -> None:
 
 
 def create_file(path: Path) -> None:
-    """Create an empty file with mode 0600; raise ``OSError`` if ``path`` or a link there exists."""
+    """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
     # SQLite creates its log and index with the mode of this file. Must run before SQLite opens the
-    # file, because closing any descriptor of a file drops all record locks of this process on it,
-    # including SQLite's locks.
+    # file. Closing any descriptor of a file drops all record locks of the process on it.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )
@@ -213,8 +211,8 @@ class OwnerLock:
     """
 
     def __init__(self, path: Path) -> None:
-        #: An object that must not be closed while the lock exists: SQLite's connection or a mapped
-        #: file. In a forked child, ``_held`` keeps the lock and thus this object alive.
+        #: SQLite's connection or a mapped file, which must stay open while the lock exists.
+        #: In a forked child, ``_held`` keeps the lock and thus this object alive.
         self.pinned: object = None
         self._path = path
         self._name = os.path.realpath(path)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-#: Seconds for which an entry counts as recent: five times the brain's timeout of a command. A store
-#: without rows is deleted when it is closed, unless it has a recent entry.
+#: Seconds for which an entry counts as recent: five times the brain's timeout of a command.
+#: A store without rows is deleted when it is closed, unless it has a recent entry.
 RETENTION = 300.0
 
 _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"

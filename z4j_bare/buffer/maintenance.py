@@ -13,8 +13,8 @@ RETRY_INITIAL = 5.0
 #: Maximum seconds between attempts to return to the disk.
 RETRY_MAX = 300.0
 
-#: Maximum seconds between an ack and the deletion of its rows. Within this time the rows are
-#: deleted by a call that is made for another reason, because a call takes 1 ms.
+#: Maximum seconds between an ack and the deletion of its rows.
+#: The deletion waits for another call to the store, because a separate call takes 1 ms.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.

@@ -57,7 +57,7 @@ class BufferManager:
     An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
     disk. While the disk is busy, the call is repeated. If the disk is full, the oldest events are
     evicted. A corrupt file is quarantined, and a deleted file is replaced. After any other error,
-    and after a second error of the same call, rows are stored in memory until the disk works again.
+    and after a second error of a call, a store in memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
     :param memory: returns a new store in memory, which replaces a failed disk.
@@ -71,8 +71,8 @@ class BufferManager:
         memory: Callable[[], MemoryStore] = MemoryStore,
         lookup: LedgerLookup | None = None,
     ) -> None:
-        #: Incremented when a new store replaces the current store. Row ids of different generations
-        #: are not related.
+        #: Incremented when a new store replaces the current store.
+        #: Row ids of different generations are not related.
         self.generation = 0
         #: Number of times that a store in memory replaced the failed disk.
         self.failures = 0
@@ -137,9 +137,9 @@ class BufferManager:
         """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats or a deletion are overdue. A query for events that finds no cached
-        row makes the call if acknowledged rows have to be deleted or a vacuum step is due. The step
-        runs if there are no rows.
+        thread, unless the stats or a deletion are overdue. If no row is cached, a query for events
+        makes the call if a deletion or a vacuum step is due. The call runs a due vacuum step if it
+        finds no rows.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)
@@ -212,8 +212,8 @@ class BufferManager:
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
         """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError``. The operation must lose no row by an error. For example, rows
-        that were not adopted stay in the file of the dead process.
+        Raises ``LocalStorageError``. Operations only adopt rows. After an error, rows that were not
+        adopted stay in the file of the dead process.
         """
         with self._lock:
             if self._memory is not None:
@@ -294,7 +294,7 @@ class BufferManager:
             self._run_in_memory(memory, operation, *args)
 
     def _memory_in_use(self) -> MemoryStore | None:
-        """Return to the disk if an attempt is due; return the store in memory, if it is in use."""
+        """Retry a failed disk if due; return the store in memory, or ``None`` if the disk works."""
         if self._memory is not None and self._retry.is_due(self._backend.now()):
             self._return_to_disk(self._memory)
         return self._memory

@@ -49,10 +49,8 @@ ROW_OVERHEAD = 204
 class MemoryStore:
     """A store with one deque for each kind of row. See ``BufferStore`` for the methods.
 
-    :param max_rows: maximum number of rows.
-    :param max_bytes: maximum bytes of memory of all rows. The ledger's results may take another
-        sixteenth.
-    :param clock: returns seconds since the epoch.
+    :param max_bytes: maximum bytes of memory of all rows. Results in the ledger may take a
+        sixteenth of this number in addition.
     """
 
     durable = False

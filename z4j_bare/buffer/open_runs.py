@@ -2,12 +2,12 @@
 
 A run is one execution of a task. An agent in another process reports the runs whose process died.
 
-The file ``<store>.runs`` beside the process's store consists of a header, descriptions of the
-fields that the events of a task share, and one slot for each open run. A slot also keeps the end of
-a run until the event of the end is stored. The file contains task ids, names and queues, but no
-arguments, results or messages.
+The file ``<store>.runs`` beside the process's store consists of a header, descriptions, and one
+slot for each open run. A description contains the fields that the events of a task share. A slot
+also keeps the end of a run until the event of the end is stored. The file contains task ids, names
+and queues, but no arguments, results or messages.
 
-The owner holds a POSIX record lock on the file until it ends or deletes the file. Therefore a run
+The process holds a POSIX record lock on its file until it ends or deletes the file. Therefore a run
 that is open when the agent stops is reported only after the end of the process.
 """
 
@@ -82,9 +82,9 @@ _NOTE_LENGTH_OFFSET = 20
 _SLOTS_OFFSET = _DESCRIPTIONS_OFFSET + DESCRIPTIONS * DESCRIPTION_BYTES
 FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
 
-#: Factor in the state of an ended run, ``event * _STATES | outcome``, where ``event`` is the number
-#: of the event that reports the end. One atomic write of 8 bytes ends a run. The state of an open
-#: run is ``RUN_OPEN``.
+#: The state of an ended run is ``event * _STATES | outcome``.
+#: ``event`` is the number of the event that reports the end.
+#: One atomic write of 8 bytes ends a run. The state of an open run is ``RUN_OPEN``.
 _STATES = 8
 
 #: Namespace of the UUIDs of reported events.
@@ -109,19 +109,18 @@ class OpenRuns:
     :meth:`start` and :meth:`end` run in the host's tasks: they write to mapped memory, take no lock
     and never raise. Before :meth:`attach`, the memory is not a file and is lost with the process.
 
-    :param ring: the ring to which the events of the runs are appended.
     :param deployment: returns the deployment id. Only agents of this deployment report the runs.
     """
 
     def __init__(self, ring: _Ring, deployment: Callable[[], str] = str) -> None:
-        #: Number of runs that were not kept: all slots were used, the task id was too long, or the
-        #: description was not stored.
+        #: Number of runs that were not kept.
+        #: All slots were used, the task id was too long, or the description was not stored.
         self.not_kept = 0
         self._ring = ring
         self._deployment = deployment
         self._lock: OwnerLock | None = None
-        #: The slots that were never used. A slot is identified by its offset in the file; 0 means
-        #: no slot.
+        #: The slots that were never used.
+        #: A slot is identified by its offset in the file; 0 means no slot.
         self._unused = iter(range(_SLOTS_OFFSET, FILE_BYTES, SLOT_BYTES))
         self._free: list[int] = []
         self._ended: deque[int] = deque()
@@ -143,7 +142,6 @@ class OpenRuns:
     def describe(self, engine: str, data: Mapping[str, object]) -> int:
         """Store a description of some runs. Return its number, or -1 if it does not fit.
 
-        :param engine: the adapter's name.
         :param data: the fields of the events' ``data`` that these runs share.
         """
         text = json.dumps({"engine": engine, "data": data}, ensure_ascii=False).encode(
@@ -212,8 +210,8 @@ class OpenRuns:
         """
         if self._enabled:
             _FLUSHED.pack_into(self._map, _FLUSHED_OFFSET, number, at)
-            # Freed slots keep their states. The agent that reads the file ignores states whose
-            # event number is at most ``number``.
+            # Freed slots keep their states.
+            # The agent that reads the file ignores states whose event number is at most ``number``.
             ended, words, free, limit = self._ended, self._words, self._free, (number + 1) * _STATES
             while ended:
                 slot = ended[0]
@@ -231,8 +229,7 @@ class OpenRuns:
         lock = None
         try:
             lock = OwnerLock(runs_path(store))
-            # Allocates all pages, because a write to an unallocated page kills the process if the
-            # disk is full.
+            # Allocates all pages. On a full disk, a write to an unallocated page kills the process.
             os.posix_fallocate(lock.descriptor, 0, FILE_BYTES)
             mapped = mmap.mmap(lock.descriptor, FILE_BYTES)
         except (OSError, LocalStorageError):
@@ -240,16 +237,16 @@ class OpenRuns:
                 lock.release(delete=True)
             return
         names = self._deployment().encode()
-        # 16,384 bytes (64 slots) more than the used slots are copied, because other threads may
-        # start runs before ``_use`` copies the memory.
+        # Other threads may start runs before ``_use`` copies the memory.
+        # Therefore 64 slots more than the used slots are copied.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
         # No other thread runs Python code between the copy and the switch to the file in ``_use``.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)
         _HEADER.pack_into(mapped, 0, MAGIC, number, at, len(names))
-        # The lock keeps a reference to ``mapped``, whose duplicate of the descriptor must stay
-        # open: POSIX drops a lock when the process closes any descriptor of the file.
+        # POSIX drops a lock when the process closes any descriptor of the file.
+        # ``mapped`` has a duplicate of the descriptor, so the lock keeps a reference to ``mapped``.
         lock.pinned = mapped
         previous, self._lock = self._lock, lock
         if previous is not None:
@@ -258,8 +255,7 @@ class OpenRuns:
     def close(self) -> None:
         """Delete the file if no run is open and every end is stored.
 
-        Otherwise the file stays locked until the process ends, and then another agent reports its
-        runs.
+        Otherwise the file stays locked until the process ends. Another agent then reports its runs.
         """
         if self._lock is not None and not self._ended and not self._any_open():
             self._lock.release(delete=True)
@@ -296,8 +292,8 @@ class Run(NamedTuple):
 class OrphanRuns:
     """The file of open runs of a dead process.
 
-    The constructor locks the file. It raises ``LocalStorageError`` if the process runs or the file
-    belongs to another deployment.
+    The constructor locks the file. The constructor raises ``LocalStorageError`` if the process runs
+    or the file belongs to another deployment.
     """
 
     def __init__(self, path: Path, deployment: str) -> None:
@@ -331,7 +327,7 @@ class OrphanRuns:
     def release(self, *, delete: bool) -> None:
         """Unlock the file.
 
-        :param delete: whether to delete the file, whose events were stored.
+        :param delete: also delete the file, because its events were stored.
         """
         self._lock.release(delete=delete)
 
@@ -428,7 +424,7 @@ def runs_path(store: Path) -> Path:
 
 
 def orphaned_runs(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the ``.runs`` files without a store, because the rows of the store were adopted.
+    """Return the ``.runs`` files whose store was deleted after all its rows were adopted.
 
     The owner of such a file may still run. :class:`OrphanRuns` checks this.
     """

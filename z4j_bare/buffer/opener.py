@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-#: Causes of errors that another directory does not solve.
+#: Causes of errors after which no other directory is tried.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
 
 
@@ -37,8 +37,8 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
     """Return a new store in the directory of ``buffer_path``, or else in ``<tmp>/z4j-<uid>``.
 
     A directory is unusable if it cannot be created or written, belongs to another user, is writable
-    by others or is a symbolic link. It is also unusable on a network file system without WAL or
-    record locks, which show whether the owner of a store runs. ``notice`` of the returned store
+    by others or is a symbolic link. A network file system without WAL or record locks is also
+    unusable. Record locks show whether the owner of a store runs. ``notice`` of the returned store
     says why the configured directory is not used. If no directory is usable, raises
     ``LocalStorageError`` with the error of the configured directory.
     """
@@ -104,6 +104,6 @@ def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
     configured, *temporary = files.candidate_directories(buffer_path)
     yield configured
     yield from temporary
-    # Random names are tried last, in case another user occupies the predictable names. Stores in
-    # these directories are never adopted.
+    # Random names are tried last, in case another user occupies the predictable names.
+    # Stores in these directories are never adopted.
     yield from (path.with_name(f"{path.name}-{os.urandom(8).hex()}") for path in temporary)

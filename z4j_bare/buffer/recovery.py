@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-#: Maximum number of rows per step: 10 ms on the native thread, and one frame.
+#: Maximum number of rows per step. They take 10 ms on the native thread and fill one frame.
 STEP_ROWS = 500
 #: Maximum payload bytes per step.
 STEP_BYTES = 1024 * 1024
 
-#: Maximum number of rows in the target store; with more, a step moves no rows. The value equals the
-#: in-flight window, so that the sender always finds rows, but few adopted events are sent before
-#: new events.
+#: Number of rows in the target store at which a step moves no more rows.
+#: The value equals the in-flight window, so that the sender always finds rows.
 TARGET_BACKLOG = 1_000
 
 #: Outcomes of a step.
@@ -51,9 +50,9 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
 class Orphan:
     """The store of a dead process.
 
-    The constructor claims the store. It raises ``LocalStorageError`` if the owner runs (cause
-    ``busy``), if the store belongs to another deployment, and if the file has unsafe permissions.
-    An unreadable store is renamed.
+    The constructor claims the store. A ``LocalStorageError`` is raised if the owner runs (cause
+    ``busy``), the store belongs to another deployment, or the file has unsafe permissions. An
+    unreadable store is renamed.
 
     A step appends rows to the target before it deletes them from the orphan. If the process dies in
     between, the rows are sent twice. The brain recognises a repeated event by its id and time.
@@ -102,8 +101,8 @@ class Orphan:
             self._store.confirm(self._pending)
             self._pending = []
         if self._state is None:
-            # The ledger is imported first, because the brain may deliver a command of the dead
-            # process again at any time.
+            # The ledger is imported first.
+            # The brain may deliver a command of the dead process again at any time.
             state = self._store.export_state()
             target.import_state(StoreState({}, state.ledger))
             self._answer_interrupted_commands(target, state)

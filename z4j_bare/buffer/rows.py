@@ -15,9 +15,9 @@ EVENT = "event"
 RESULT = "result"
 PROJECTION = "projection"
 
-#: Kinds in the order of eviction. A lost event is missing from a task's history. A lost result
-#: makes a command time out. A lost frame invalidates a whole schedule projection, because its
-#: frames are numbered.
+#: Kinds in the order of eviction. A lost event is missing from a task's history.
+#: A lost result makes a command time out.
+#: A lost frame invalidates a whole schedule projection, because its frames are numbered.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
 
@@ -33,12 +33,12 @@ STARTED = "started"
 DONE = "done"
 #: The effect of a command failed, and a later command may try it again.
 FAILED = "failed"
-#: Another process started the command, and it or the process that adopts its store sends the
-#: result.
+#: Another process started the command.
+#: That process sends the result, or the process that adopts its store.
 IN_OTHER_PROCESS = "elsewhere"
 
-#: Maximum number of commands in the ledger. The brain redelivers a command for one minute, so this
-#: is enough for 160 commands a second.
+#: Maximum number of commands in the ledger.
+#: The brain redelivers a command for one minute, so this is enough for 160 commands a second.
 LEDGER_CAP = 10_000
 
 #: A row to append: ``(kind, key, payload)``.
@@ -100,8 +100,8 @@ class LedgerEntry:
 
     ``state`` is ``started``, ``done``, ``failed`` for an effect that may be tried again, or
     ``elsewhere`` for a command of another process. ``result`` is the payload of the result, and of
-    the provisional result while the command runs. It is empty if it was dropped to free space.
-    ``at`` is the time of the last change in seconds since the epoch.
+    the provisional result while the command runs. ``result`` is empty if it was dropped to free
+    space. ``at`` is the time of the last change in seconds since the epoch.
     """
 
     key: str

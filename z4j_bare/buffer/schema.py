@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
     from z4j_bare.buffer.rows import Losses
 
-#: SQLite's application id in the header of a store ("z4gb" in ASCII). A file with tables and
-#: another application id is not opened.
+#: SQLite's application id in the header of a store ("z4gb" in ASCII).
+#: A file with tables and another application id is not opened.
 APPLICATION_ID = 0x7A346762
 
 #: ``MIGRATIONS[n]`` contains the statements that migrate a file from version ``n`` to ``n + 1``.
 #: Version 0 is an empty file. Never change an item; append new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # The store assigns the ids and keeps the next id in ``meta``. AUTOINCREMENT would take a
-        # fifth of the time of an append, because it writes its counter for each row.
+        # The store assigns the ids and keeps the next id in ``meta``.
+        # AUTOINCREMENT would write its counter for each row, a fifth of the time of an append.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL,
@@ -55,8 +55,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (
         # A row contains the events of one append, with the ids ``last - count + 1`` to ``last``. A
-        # newline separates the payloads. In ``meta``, ``done`` is the id of the last deleted event:
-        # events up to this id in the oldest row count as deleted.
+        # newline separates the payloads. In ``meta``, ``done`` is the id of the last deleted event.
+        # The oldest row may still contain deleted events.
         """CREATE TABLE batches (
             last INTEGER PRIMARY KEY,
             count INTEGER NOT NULL,
@@ -98,8 +98,7 @@ ADD_LOSSES = (
 ADD_TO_COUNTER = "UPDATE meta SET value = value + ? WHERE key = ?"
 
 
-# S608 (SQL injection) does not apply to the following queries, which contain only constants of this
-# package.
+# S608 (SQL injection) does not apply to queries that contain only constants of this package.
 
 
 def select_rows(kinds: Iterable[str]) -> str:
@@ -163,8 +162,8 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block joins the outer transaction.
 
-    ``BEGIN IMMEDIATE`` takes the write lock at once, because a transaction that starts with a read
-    cannot wait for the write lock later.
+    ``BEGIN IMMEDIATE`` takes the write lock at once. A transaction that starts with a read cannot
+    wait for the write lock.
     """
     if connection.in_transaction:
         yield
@@ -212,8 +211,8 @@ def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
 
 
 def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
-    # auto_vacuum must be set before WAL mode, because the switch to WAL mode writes the first page,
-    # and auto_vacuum cannot be changed after that.
+    # auto_vacuum must be set before the switch to WAL mode.
+    # The switch writes the first page, and then auto_vacuum cannot be changed.
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":

@@ -49,7 +49,8 @@ MAX_ROWS = 100_000
 MAX_BYTES = 256 * 1024 * 1024
 #: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
-#: Number of events that one eviction on a full disk removes, unless a tenth of all rows is more.
+#: Minimum number of events that one eviction on a full disk removes.
+#: It removes a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
 
 
@@ -67,15 +68,15 @@ class BufferStore:
     """A file with rows, loss counters and the ledger, with caps on rows and bytes.
 
     The constructor takes the owner lock of ``path`` (``files.OwnerLock``) and opens the file.
-    :param max_rows: maximum number of rows.
-    :param max_bytes: maximum size in bytes with WAL and SHM. Seven eighths are for the tables (of
-        which a sixteenth is for results in the ledger), the rest is for the WAL. If the files
-        exceed ``max_bytes`` because another process reads the WAL, ``append`` raises an error.
+
+    :param max_bytes: maximum size in bytes with WAL and SHM. The tables get seven eighths, and the
+        WAL gets the rest. A sixteenth of the tables' share is for results in the ledger. If the
+        files exceed ``max_bytes`` because another process reads the WAL, ``append`` raises an
+        error.
     :param deployment: the deployment id. A store of another deployment is refused, because its rows
         must not reach this brain.
     :param busy_timeout: seconds to wait for a locked file.
     :param create: whether to create a missing file; ``False`` to adopt a store.
-    :param clock: returns seconds since the epoch.
     """
 
     durable = True
@@ -121,8 +122,8 @@ class BufferStore:
         """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
         If the store exceeds a cap, the oldest events are evicted, and then the oldest rows of other
-        kinds. A row that is larger than the tables may be counts as lost. A new event counts as
-        lost if rows of other kinds fill the store.
+        kinds. A row counts as lost if it is larger than the tables' share of the bytes. A new event
+        counts as lost if rows of other kinds fill the store.
         """
         reject_unknown_kinds(rows)
         if all(kind == EVENT and not key for kind, key, _ in rows):

@@ -35,8 +35,8 @@ T = TypeVar("T")
 #: A query for rows: ``(after, limit, kinds)``; see ``IStore.drain``.
 RowQuery = tuple[int, int, Sequence[str]]
 
-#: A function that searches the stores of other processes for the ledger entry of a command. Its
-#: arguments are the path of this process's store and the command's key.
+#: A function that searches the stores of other processes for the ledger entry of a command.
+#: Its arguments are the path of this process's store and the command's key.
 LedgerLookup = Callable[[Path, str], LedgerEntry | None]
 
 #: Maximum number of rows copied from one store to another in one transaction.
@@ -78,8 +78,6 @@ class StoreWorker:
     """Owns the store on disk. Only one call may run at a time.
 
     All methods run on the native thread, except :meth:`read_cached`, which may run on the hub.
-
-    :param open_store: opens a new store.
     """
 
     def __init__(self, open_store: Callable[[], BufferStore]) -> None:
@@ -135,7 +133,7 @@ class StoreWorker:
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:
-        """Rename the file of a corrupt store; return its losses and its rows as losses."""
+        """Rename the file of a corrupt store; return its losses, including all its rows."""
         store, self._store = self._store, None
         if store is None:
             return {}
@@ -159,7 +157,7 @@ class StoreWorker:
         left = old.size()
         try:
             old.close()
-        except LocalStorageError:  # its rows are counted above
+        except LocalStorageError:  # ``left`` counts its rows
             pass
         return result, left
 
@@ -177,8 +175,8 @@ def append(
 ) -> BufferStats | None:
     """Append rows; with ``want_stats``, return the stats from before the append.
 
-    The stats are read first. If they were read after the append and the read failed, the repeated
-    call would append the rows twice.
+    The stats are read first, because a failed call is repeated. A read that fails after the append
+    would repeat the append.
     """
     stats = store.stats() if want_stats else None
     store.append(rows)

@@ -26,8 +26,8 @@ Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger("z4j.runtime.concurrency.base")
 
-#: Return value of ``StepTimer.begin`` for the current step of this task. ``None`` during a wait,
-#: and in tasks of the host.
+#: Return value of ``StepTimer.begin`` for the current step of this task.
+#: ``None`` during a wait, and in tasks of the host.
 _step_start: ContextVar[float | None] = ContextVar("z4j_step_start", default=None)
 
 
@@ -39,8 +39,7 @@ class Task:
         self, name: str, ended: IEvent, wait: Callable[[IEvent, float | None], bool]
     ) -> None:
         self.name = name
-        #: Monotonic time of the start of the current step in seconds; ``None`` while the task
-        #: waits.
+        #: Monotonic start time of the current step in seconds; ``None`` while the task waits.
         self.running_since: float | None = None
         self._ended = ended
         self._wait = wait
@@ -55,7 +54,7 @@ class Task:
         return running_since is not None and time.monotonic() - running_since > seconds
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for the end of the task; return whether it has ended."""
+        """Wait for the end of the task; return ``False`` if ``timeout`` seconds pass before."""
         return self._wait(self._ended, timeout)
 
     def mark_ended(self) -> None:
@@ -64,10 +63,10 @@ class Task:
 
 
 class RuntimeLock(Protocol):
-    """A lock or semaphore of a runtime."""
+    """A lock or semaphore of threading, gevent or eventlet."""
 
     def acquire(self, blocking: bool = True, /) -> object:
-        """Acquire the lock; return whether it is held."""
+        """Acquire the lock; return whether this succeeded."""
         ...
 
     def release(self) -> object:
@@ -168,19 +167,19 @@ class BaseConcurrency:
         return self._yielding(self._offload, partial(capture_outcome, function, args))
 
     def wait_readable(self, sock: HasFileno, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until ``sock`` is readable; return whether it is."""
+        """Return whether ``sock`` becomes readable within ``timeout`` seconds."""
         return self._yielding(self._wait_io, sock, timeout, False)
 
     def wait_writable(self, sock: HasFileno, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until ``sock`` is writable; return whether it is."""
+        """Return whether ``sock`` becomes writable within ``timeout`` seconds."""
         return self._yielding(self._wait_io, sock, timeout, True)
 
     def wait(self, event: IEvent, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for ``event``; return whether it is set."""
+        """Wait for ``event`` and return ``True``, or ``False`` after ``timeout`` seconds."""
         return self._yielding(event.wait, timeout)
 
     def call_blocking(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call foreign code that waits by itself. The call is not measured as a step."""
+        """Call foreign code that waits without the backend. The call is not measured as a step."""
         return self._yielding(partial(function, *args, **kwargs))
 
     def import_module(self, module: str) -> ModuleType:
@@ -191,11 +190,11 @@ class BaseConcurrency:
         """Stop the native helper threads."""
 
     def event(self) -> IEvent:
-        """Return a new event of this runtime."""
+        """Return a new event of this backend."""
         raise NotImplementedError
 
     def lock(self) -> ILock:
-        """Return a new lock of this runtime."""
+        """Return a new lock of this backend."""
         return CooperativeLock(self._lock(), self.call_blocking)
 
     def selector(self) -> BaseSelector:
@@ -251,8 +250,8 @@ class BaseConcurrency:
             task = self._task.get()
             task.running_since = None
             self.steps.end(start, task.name)
-            # Foreign code that runs during the wait may call the backend. Its calls must not end a
-            # step.
+            # Foreign code that runs during the wait may call the backend.
+            # Its calls must not end a step.
             _step_start.set(None)
         try:
             return wait(*args)

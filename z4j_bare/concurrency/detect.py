@@ -15,8 +15,8 @@ from z4j_bare.errors import HostConfigurationError
 #: Values of ``Z4J_CONCURRENCY``.
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
-#: Module and class of each backend. :func:`build` imports only the chosen module, because two of
-#: them import gevent or eventlet.
+#: Module and class of each backend.
+#: :func:`build` imports only the chosen module, because two of them import gevent or eventlet.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),
@@ -43,8 +43,8 @@ class Detection:
 def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
 
-    Threads and sockets are checked separately, to detect a partial patch. kombu checks only
-    sockets.
+    Threads and sockets are checked separately, to detect a partial patch, which kombu takes for a
+    full patch.
     """
     modules = sys.modules if modules is None else modules
     gevent = modules.get("gevent.monkey")
@@ -62,8 +62,6 @@ def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
 
 def choose(setting: str, detection: Detection) -> str:
     """Return the name of the backend for a ``Z4J_CONCURRENCY`` setting.
-
-    :param detection: what is patched in this process.
 
     Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches.
     """
@@ -111,9 +109,9 @@ def build(name: str) -> BaseConcurrency:
 def patch(name: str) -> None:
     """Patch this process for ``gevent`` or ``eventlet``; other backends need no patch.
 
-    Must be called before the process imports a module that uses threads or sockets, and only in
-    processes of z4j-bare commands, because a host patches itself. Raises ``HostConfigurationError``
-    if the name is unknown or the library is not installed.
+    Must be called before the process imports a module that uses threads or sockets. Only z4j-bare
+    commands call this function, because a host patches itself. Raises ``HostConfigurationError`` if
+    the name is unknown or the library is not installed.
     """
     _check_known(name)
     if name in ("auto", "threads") or detect().outcome == name:

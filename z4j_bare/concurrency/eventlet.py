@@ -26,18 +26,18 @@ _thread = patcher.original("_thread")
 _native_ident = _thread.get_ident
 _store_guard = ForkGuard(_thread.allocate_lock)
 
-#: Seconds after which a waiter checks its flag without a wake-up. A wake-up is lost if another
-#: native thread sets the flag while the hub sorts its timers. The interval is long because each
-#: check costs an idle worker 0.2 ms, and an agent has ten waiters.
+#: Seconds after which a waiter checks its flag without a wake-up.
+#: A wake-up is lost if a native thread sets the flag while the hub sorts its timers.
+#: An agent has ten waiters, and each check costs an idle worker 0.2 ms.
 RECHECK_INTERVAL = 60.0
 
-#: Maximum seconds of one wait for a socket in a process that has forked. Parent and child share the
-#: hub's epoll set. When the child closes a socket, the parent gets no more events of that socket
-#: until its next wait registers the socket again.
+#: Maximum seconds of one wait for a socket in a process that has forked.
+#: Parent and child share the hub's epoll set.
+#: When the child closes a socket, the parent gets no events of it until its next wait.
 MAX_IO_WAIT = 1.0
 
-#: Maximum seconds of one wait for a socket in a process that has not forked yet, but may fork
-#: during the wait.
+#: Maximum seconds of one wait for a socket in a process that has not forked.
+#: The process may fork during the wait.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
@@ -54,8 +54,8 @@ class Event:
         self._waiters = 0
         self._semaphore = Semaphore(0)
         self._thread = _native_ident()
-        # Set by the first wait. The constructor must not create a hub, because a daemon may fork
-        # later, and a hub cannot be used after a fork.
+        # Set by the first wait.
+        # The constructor creates no hub, because a hub cannot be used after a daemon's fork.
         self._hub: Any = None
 
     def set(self) -> None:
@@ -64,8 +64,8 @@ class Event:
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # The call only appends to a list of the hub. No other native thread can wake a hub of
-            # eventlet.
+            # The call only appends to a list of the hub.
+            # No other native thread can wake a hub of eventlet.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:
@@ -82,7 +82,7 @@ class Event:
         return self._flag
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds for the flag; return whether it is set."""
+        """Wait for the flag and return ``True``, or ``False`` after ``timeout`` seconds."""
         deadline = None if timeout is None else monotonic() + timeout
         self._hub = hubs.get_hub()
         while not self._flag:
@@ -100,8 +100,9 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` is not used. It gives each job to the one of twenty threads that was idle for
-    longest. The caches of that thread are cold, and SQLite allocates memory for each thread.
+    ``eventlet.tpool`` is not used. That pool gives each job to the one of twenty threads that was
+    idle for longest. The caches of that thread are cold, and SQLite allocates memory for each
+    thread.
     """
 
     def __init__(self) -> None:
@@ -215,7 +216,7 @@ class EventletConcurrency(BaseConcurrency):
 
 
 def wait_io(sock: HasFileno, timeout: float, *, write: bool) -> bool:
-    """Wait at most ``timeout`` seconds on the hub; return whether ``sock`` is ready."""
+    """Wait on the hub until ``sock`` is ready; return ``False`` after ``timeout`` seconds."""
     try:
         hubs.trampoline(
             sock.fileno(), read=not write, write=write, timeout=timeout, timeout_exc=TimeoutError

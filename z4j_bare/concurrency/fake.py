@@ -15,8 +15,8 @@ from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent, ILock
 
 __all__ = ["FakeConcurrency", "FakeEvent", "FakeLock"]
 
-#: Maximum virtual seconds of a wait of the main greenlet without a timeout. Without a limit, such a
-#: wait could last for ever.
+#: Maximum virtual seconds of a wait of the main greenlet without a timeout.
+#: Without a limit, such a wait could last for ever.
 MAX_MAIN_WAIT = 3600.0
 
 
@@ -41,7 +41,7 @@ class FakeEvent:
         return self._flag
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` virtual seconds for the flag; return whether it is set."""
+        """Wait for the flag and return ``True``, or ``False`` after ``timeout`` virtual seconds."""
         return self._backend.wait_until(self.is_set, timeout)
 
 
@@ -106,7 +106,7 @@ class FakeConcurrency(BaseConcurrency):
         self.run_until(lambda: False, seconds)
 
     def run_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-        """Run tasks until ``condition()`` is true; return whether it is.
+        """Run tasks until ``condition()`` is true; return ``False`` if it does not become true.
 
         :param seconds: maximum virtual time.
         """
@@ -120,7 +120,7 @@ class FakeConcurrency(BaseConcurrency):
         return True
 
     def wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Suspend the current task until ``condition()`` is true; return whether it is.
+        """Suspend the current task until ``condition()`` is true; return ``False`` on timeout.
 
         If the caller is not a task, this method runs the tasks until the condition is true.
 

@@ -11,9 +11,9 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # Code on native threads uses ``open_file`` instead of ``os.open``, because eventlet's patched
-    # ``os.open`` creates a hub in the calling thread. When this thread ends, greenlet searches the
-    # whole heap for references to the hub, which blocks the main thread for 20 to 70 ms.
+    # Native threads must not call eventlet's ``os.open``, which creates a hub in the calling
+    # thread. When such a thread ends, greenlet searches the whole heap for references to the hub.
+    # The search blocks the main thread for 20 to 70 ms.
     from posix import open as open_file
 else:
     raise ImportError(
@@ -25,11 +25,11 @@ __all__ = ["ForkGuard", "ImportForkGuard", "epoch", "has_forked", "open_file"]
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite. Without a limit, a hung
-#: disk would block the host.
+#: Maximum seconds that ``os.fork`` waits for a native thread inside SQLite.
+#: Without a limit, a hung disk would block the host.
 STORE_TIMEOUT = 0.25
-#: Maximum seconds that ``os.fork`` waits for an import on a native thread. Without a limit, the two
-#: would deadlock if the import waits for an import lock of the forking thread.
+#: Maximum seconds that ``os.fork`` waits for an import on a native thread.
+#: Without a limit, an import that waits for a lock of the forking thread would deadlock.
 IMPORT_TIMEOUT = 2.0
 #: Seconds between two checks whether the import has ended.
 IMPORT_POLL_INTERVAL = 0.001
@@ -42,7 +42,7 @@ def epoch() -> int:
     """Return the fork epoch. The epoch of a forked child is its parent's epoch plus one.
 
     ``os.fork`` copies greenlets into the child, so the agent's loops compare the epoch at every
-    wake-up. This takes 30 ns, a fifth of the time of ``os.getpid``.
+    wake-up. A comparison takes 30 ns, a fifth of the time of ``os.getpid``.
     """
     return _epoch
 
@@ -52,8 +52,8 @@ def has_forked() -> bool:
     return _forked
 
 
-# The hooks only assign variables. A hook that yields would run the parent's greenlets inside fork()
-# (gevent #2204).
+# The hooks only assign variables.
+# A hook that yields would run the parent's greenlets inside fork() (gevent #2204).
 
 
 def _after_in_child() -> None:
@@ -73,7 +73,7 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
     """An unpatched lock of the ``_thread`` module, or an ``RLock``."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Acquire the lock within ``timeout`` seconds; return whether it is held."""
+        """Acquire the lock within ``timeout`` seconds; return whether this succeeded."""
         ...
 
     def release(self) -> None:
@@ -82,7 +82,7 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 
 
 class ForkGuard:
-    """Makes ``os.fork`` wait until a short section of code has ended, which must not fork.
+    """Makes ``os.fork`` wait for the end of a short section of code, which must not fork.
 
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
     thread opened and closed databases, 33 deadlocked at their first use of SQLite.
@@ -131,8 +131,8 @@ class ImportForkGuard:
     """Makes ``os.fork`` wait for imports on the agent's native threads.
 
     After a fork during an import, the child has a half-initialised module and an import lock that
-    no thread releases. An import of that module in the child deadlocks. The window is long: the
-    imports of kombu's transport and of redis take 0.1 s.
+    no thread releases. An import of that module in the child deadlocks. The imports of kombu's
+    transport and of redis alone take 0.1 s.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class ImportForkGuard:
         os.register_at_fork(before=self._wait, after_in_child=self._threads.clear)
 
     def run(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Call ``function``. Forks wait for the imports that it makes on this native thread."""
+        """Call ``function``. Forks wait for its imports on this native thread."""
         ident = threading.get_ident()
         self._threads.add(ident)
         try:

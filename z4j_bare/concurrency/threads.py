@@ -53,8 +53,8 @@ class ThreadsConcurrency(BaseConcurrency):
             raise InterpreterShutdownError(f"task {name} cannot be started: {error}") from None
 
     def _sleep(self, seconds: float) -> None:
-        # ``time.sleep`` is not used, because it may be patched although threads are not. A patched
-        # ``sleep`` would create a hub in this thread.
+        # ``time.sleep`` is not used, because it may be patched although threads are not.
+        # A patched ``sleep`` would create a hub in this thread.
         self._never_set.wait(seconds)
 
     def _offload(self, job: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
@@ -63,8 +63,7 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):
-            # eventlet removes poll() when it patches sockets. eventlet's select() accepts
-            # descriptors above 1023.
+            # eventlet removes poll() when it patches sockets. Its select() accepts all descriptors.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # the native select() rejects descriptors above 1023
         poller.register(sock, select.POLLOUT if write else select.POLLIN)

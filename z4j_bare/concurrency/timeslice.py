@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 #: Maximum seconds that an agent's task computes on a hub before it yields to the host's tasks.
 SLICE_SECONDS = 0.002
 
-#: Seconds that a yield sleeps under gevent. The value is not 0, because gevent may process no
-#: timers and sockets during up to fifty consecutive calls of ``gevent.sleep(0)``.
+#: Seconds that a yield sleeps under gevent.
+#: During fifty calls of ``gevent.sleep(0)``, gevent may process neither timers nor sockets.
 YIELD_SECONDS = 1e-5
 
 

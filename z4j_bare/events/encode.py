@@ -104,7 +104,7 @@ class Encoder:
         return data
 
     def _iso(self, timestamp: float) -> str:
-        # Formatting a datetime takes 1 us, so all but the fraction is kept for one second.
+        # Formatting a datetime takes 1 us. Therefore the text of the current second is kept.
         second = int(timestamp)
         if second != self._second:
             self._second = second

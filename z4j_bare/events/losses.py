@@ -15,10 +15,7 @@ MAX_NAME_CHARS = 200
 
 
 class LossLog:
-    """Logs the first loss of each kind: a failed step and the class of the error.
-
-    :param on_loss: called for each loss.
-    """
+    """Logs the first loss of each kind. A kind is a failed step and the class of the error."""
 
     def __init__(self, on_loss: Callable[[], object] = int) -> None:
         self._on_loss = on_loss
@@ -28,9 +25,6 @@ class LossLog:
         """Count a loss, and log it if it is the first of its kind. Does not raise.
 
         The message omits the error's text, which may contain the task's arguments.
-
-        :param step: the step that failed.
-        :param task: the task's name.
         """
         kind = (step, type(error).__name__)
         try:

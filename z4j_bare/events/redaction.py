@@ -14,16 +14,16 @@ from z4j_bare.events.snapshot import TruncatedStr
 if TYPE_CHECKING:
     from z4j_core.models import Config
 
-#: Maximum number of results in the cache for keys and in the cache for values. Many tasks have the
-#: same keys and short values.
+#: Maximum number of results in the cache for keys and in the cache for values.
+#: Many tasks have the same keys and short values.
 CACHE_SIZE = 4096
 
 #: Maximum characters of a string whose result is cached.
 MAX_CACHED_CHARS = 64
 
-#: Maps the start of a built-in pattern to a literal in lower case that every match of the pattern
-#: contains. A text without the literal is not searched for the pattern. Every text is searched for
-#: all other patterns (of a later z4j_core or of the operator).
+#: Maps the start of a built-in pattern to a literal in lower case that each match contains.
+#: A text without the literal is not searched for the pattern.
+#: Every text is searched for the patterns of the operator and of a later z4j_core.
 _REQUIRED_LITERALS = {
     "eyJ": "eyj",
     "Bearer": "bearer",
@@ -125,9 +125,9 @@ class Redactor:
 class ValueMatcher:
     """Does the same as ``RedactionEngine.value_matches``, but much faster for ASCII text.
 
-    The engine searches for all patterns with one regular expression, which takes 510 us for 1 KB of
-    text and 3,640 us for 8 KB. This class first searches for the literals of the patterns, and
-    takes 13 us for 1 KB and 99 us for 8 KB. A property test compares the two.
+    The engine searches for all patterns with one regular expression: 510 us for 1 KB of text and
+    3,640 us for 8 KB. The matcher first searches for the literals of the patterns: 13 us for 1 KB
+    and 99 us for 8 KB. A property test compares the two.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -148,8 +148,8 @@ class ValueMatcher:
     def __call__(self, value: str) -> bool:
         """Whether ``value`` must be redacted."""
         if not value.isascii():
-            # The patterns ignore case by the rules of Unicode. For example, the long s (U+017F)
-            # matches s, but lower() does not change it.
+            # The patterns ignore case by the rules of Unicode.
+            # For example, the long s (U+017F) matches s, but lower() does not change it.
             return self._engine.value_matches(value)
         lowered = value.lower()
         for literal, search in self._gated:
@@ -167,7 +167,8 @@ def safe_name(name: str, matches: Callable[[str], bool]) -> str:
     """Change a worker's name that the brain would redact.
 
     The brain would redact ``celery@web-1.example.com`` as an email address, and all such workers
-    would have the name ``[REDACTED]``. In these names, underscores replace the dots of the host.
+    would have the name ``[REDACTED]``. Therefore underscores replace the dots of the host in such a
+    name.
 
     :param matches: whether a value would be redacted, such as ``RedactionEngine.value_matches``.
     """
@@ -186,7 +187,7 @@ def value_matcher(adapter: object) -> Callable[[str], bool]:
 
 
 def merge_redaction(adapter: Any, config: Config) -> None:  # sets an attribute of a foreign object
-    """Merge the operator's redaction settings into the adapter's.
+    """Merge the operator's redaction settings into the adapter's settings.
 
     Must be called before ``connect_signals``, in which adapters copy their attribute ``redaction``.
     An attribute that is not a ``RedactionEngine`` is not changed.

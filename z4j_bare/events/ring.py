@@ -9,9 +9,9 @@ from typing import Any
 
 from z4j_bare.interfaces import IEvent, IOpenRuns
 
-#: A captured event: a tuple whose first item is the function that encodes the tuple to bytes. The
-#: tuple is flat, because the garbage collector visits each container in the ring, and a full
-#: collection stops a large worker for 40 ms.
+#: A captured event: a tuple whose first item is the function that encodes the tuple to bytes.
+#: The tuple is flat, because the garbage collector visits each container in the ring.
+#: A full collection stops a large worker for 40 ms.
 Captured = tuple[Any, ...]
 
 #: The type of ``Ring.put``.
@@ -21,18 +21,17 @@ Put = Callable[[Captured], None]
 class Ring:
     """A bounded queue. A full queue drops its oldest event and counts the loss.
 
-    :param limit: maximum number of events.
     :param threshold: number of events at which the flush loop is woken before the end of its
         interval.
-    :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets it, so
-        that an idle flush loop need not poll (1 ms of CPU time a second).
+    :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets ``wake``.
+        An idle flush loop would otherwise poll, for 1 ms of CPU time a second.
     """
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
         self.wake = wake
-        #: Keeps the open runs of the tasks whose events are appended, if set.
+        #: If set, keeps the open runs of the tasks whose events are appended.
         self.runs: IOpenRuns | None = None
-        #: Total number of events appended.
+        #: Total number of appended events.
         self.produced = 0
         self._items: deque[Captured] = deque(maxlen=limit)
         self._threshold = min(threshold, limit)
@@ -76,7 +75,7 @@ class Ring:
         return batch
 
     def requeue(self, batch: list[Captured]) -> None:
-        """Put events of :meth:`take` that could not be stored back at the front.
+        """Put events back into the ring at the front, because they could not be stored.
 
         The oldest events that no longer fit are dropped and count as lost.
         """
@@ -99,7 +98,7 @@ class Ring:
 
     @property
     def lost(self) -> int:
-        """Number of events dropped because the ring was full."""
+        """Number of events that were dropped because the ring was full."""
         return max(0, self.produced - self._taken - len(self._items))
 
     @property

@@ -21,15 +21,15 @@ MAX_CHARS = 16 * 1024
 #: Maximum number of values in one snapshot, including containers.
 MAX_NODES = 500
 
-#: Number of characters that a truncated string keeps beyond its limit until it is redacted, so that
-#: a secret across the limit is found.
+#: Number of characters beyond its limit that a truncated string keeps for its redaction.
+#: A secret that crosses the limit is then found.
 MARGIN = 1024
 
 #: Maximum nesting depth. The name of the type replaces a deeper container.
 MAX_DEPTH = 32
 
-#: Maximum bits of an integer. A text with its size replaces a larger integer, because Python
-#: refuses to parse more than 4,300 digits.
+#: Maximum bits of an integer.
+#: A text with its size replaces a larger integer, because Python parses at most 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (
@@ -50,8 +50,8 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 class TruncatedStr(str):
     """The start of a longer string.
 
-    It contains the first ``limit`` characters, which are sent, and up to ``MARGIN`` more characters
-    for redaction. ``length`` is the number of characters of the original string.
+    The first ``limit`` characters are sent. Up to ``MARGIN`` more characters are kept for
+    redaction. ``length`` is the number of characters of the original string.
     """
 
     __slots__ = ("length", "limit")

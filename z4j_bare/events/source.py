@@ -42,7 +42,7 @@ class EventSource:
     def loops(self) -> list[Loop]:
         """Return the background loops to start after :meth:`connect`.
 
-        The agent does not wait for their end. :meth:`disconnect` does if needed.
+        The agent does not wait for the end of these loops. :meth:`disconnect` waits if needed.
         """
         return [(f"z4j-presence-{self.engine}", partial(self.presence.run, self._backend))]
 

@@ -28,15 +28,15 @@ logger = logging.getLogger("z4j.runtime.transport.auto")
 #: The values of ``Z4J_TRANSPORT``, and the names of the transports.
 AUTO, WS, LONGPOLL = "auto", "ws", "longpoll"
 
-#: Seconds from the fallback to long-poll to the first attempt to use WebSocket again. Each failed
-#: attempt doubles the delay.
+#: Seconds from the fallback to long-poll to the first attempt to use WebSocket again.
+#: Each failed attempt doubles the delay.
 PROBE_DELAY_INITIAL = 60.0
 
 #: Maximum seconds between two attempts to use WebSocket again.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked, for failures that can
-#: have another cause, such as a timeout.
+#: Number of consecutive failures after which WebSocket counts as blocked.
+#: It applies to failures that can have another cause, such as a timeout.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -51,8 +51,7 @@ class FallbackPolicy:
 
     ``now`` is the monotonic time in seconds.
 
-    :param preference: ``auto``, ``ws`` or ``longpoll``. Only with ``auto`` the transport can
-        change.
+    :param preference: ``auto``, ``ws`` or ``longpoll``. The transport changes only with ``auto``.
     """
 
     def __init__(self, preference: str = AUTO) -> None:
@@ -117,7 +116,7 @@ class FallbackPolicy:
             self.name, self.next_probe_at = WS, float("inf")
 
     def on_longpoll_failure(self, error: AgentError) -> None:
-        """Record a failed connect over long-poll. If the brain rejected it, WebSocket is next."""
+        """Record a failed connect over long-poll. If the brain rejected it, use WebSocket next."""
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
             self.name, self.next_probe_at = WS, float("inf")
@@ -126,14 +125,14 @@ class FallbackPolicy:
 def _blocking_evidence(error: AgentError) -> int:
     """Return how strongly ``error`` indicates a blocked WebSocket.
 
-    0 is no indication, and ``FAILURES_BEFORE_FALLBACK`` is a proof.
+    0 is no indication, and ``FAILURES_BEFORE_FALLBACK`` is proof.
     """
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
     if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
-        # A close code proves that WebSocket works. After status 429 (too many requests), a fallback
-        # would send more requests.
+        # A close code proves that WebSocket works.
+        # After status 429 (too many requests), a fallback would send more requests.
         return 0
     # A status of 500 or more is no proof, because a proxy returns 502 while the brain starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
@@ -142,10 +141,9 @@ def _blocking_evidence(error: AgentError) -> int:
 class TransportFactory:
     """Creates the transport of each session.
 
-    The constructor loads the certificates and imports the library of the preferred transport, which
+    The constructor loads the certificates and imports the library of the preferred transport. Both
     would block the hub later.
 
-    :param preference: ``auto``, ``ws`` or ``longpoll``.
     :param token: returns the token. Called at every connect.
 
     Raises ``HostConfigurationError`` if a setting is not valid.

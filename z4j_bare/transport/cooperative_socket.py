@@ -37,8 +37,7 @@ class CooperativeSocket:
         timeout: float,
         send_timeout: float,
     ) -> None:
-        # ``settimeout(0)`` is not used, because eventlet's TLS socket treats 0 as an expired
-        # timeout.
+        # With ``settimeout(0)``, eventlet's TLS socket would time out at once.
         sock.setblocking(False)
         self._sock = sock
         self._backend = backend
@@ -101,8 +100,7 @@ class CooperativeSocket:
             except BlockingIOError:
                 write = wants_write
             except OSError as error:
-                # The class is compared by name, because a plain connection does not need the import
-                # of ssl.
+                # The class is compared by name, so that a plain connection does not import ssl.
                 write = type(error).__name__ == "SSLWantWriteError"
                 if not write and type(error).__name__ != "SSLWantReadError":
                     raise

@@ -52,8 +52,8 @@ def tls_context(
     """Return a TLS context that verifies the certificate and the host name.
 
     The agent creates one context at start, because loading the CA certificates takes 20 ms of CPU
-    time. Without ``ca_bundle``, they come from ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` or the
-    system, in this order.
+    time. Without ``ca_bundle``, the certificates come from ``REQUESTS_CA_BUNDLE``,
+    ``SSL_CERT_FILE`` or the system, in this order.
 
     Raises ``HostConfigurationError`` if a file cannot be used.
     """

@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that separate the parts of a URL. An error text may quote only a part of a password
-#: that contains such a character.
+#: Characters that separate the parts of a URL.
+#: An error text may quote only a part of a password that contains such a character.
 _SEPARATORS = re.compile(r"[:/?#@]")
 
-#: Minimum number of characters of a replaced password or part of a password. Shorter parts occur in
-#: other text by chance.
+#: Minimum number of characters of a replaced password or part of a password.
+#: Shorter parts occur in other text by chance.
 _MIN_SECRET_CHARS = 3
 
 

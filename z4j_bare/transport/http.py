@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 #: Timeout in seconds of DNS, TCP and TLS together, for each address of the brain's host.
 CONNECT_TIMEOUT = 10.0
 
-#: Seconds after which an idle connection is not used again. The brain closes it after 5 s, and a
-#: request at that moment would fail.
+#: Seconds after which an idle connection is not used again.
+#: The brain closes it after 5 s, and a request at that moment would fail.
 KEEPALIVE_SECONDS = 4.0
 
 #: Maximum bytes of a response.
@@ -41,8 +41,8 @@ MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 #: Maximum bytes of a response that are read in one step.
 _READ_SIZE = 64 * 1024
 
-#: Exceptions of the libraries for malformed URLs and responses. A proxy URL without a host raises
-#: ``TypeError``.
+#: Exceptions of the libraries for malformed URLs and responses.
+#: A proxy URL without a host raises ``TypeError``.
 _MALFORMED = (ValueError, TypeError)
 
 
@@ -138,7 +138,6 @@ class Client:
     """An HTTP client with one connection, which is kept alive between requests.
 
     :param base: the URL that paths are appended to.
-    :param headers: the headers of each request.
     :param tls: the TLS context for an ``https`` URL, which decides alone whether a certificate is
         valid.
 
@@ -158,8 +157,7 @@ class Client:
         self._last_used_at = 0.0
         self._aborted = False
         self._socket: HttpSocket | None = None
-        # The session keeps the cookies of a load balancer, so that all requests reach the same
-        # brain process.
+        # Cookies of a load balancer are kept, so that all requests reach the same brain process.
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.proxies.update(get_environ_proxies(base))
@@ -261,8 +259,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
-        # The method of the base class would add the CA certificates of ``requests`` to the agent's
-        # TLS context.
+        # The base class would add the CA certificates of ``requests`` to the agent's context.
         del url, verify, cert
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"

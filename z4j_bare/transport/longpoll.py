@@ -54,8 +54,8 @@ POLL_GRACE = 10.0
 #: Minimum seconds from the start of one poll to the next.
 MIN_POLL_INTERVAL = 0.25
 
-#: Minimum seconds from the start of a poll that returned no command to the next poll, in case a
-#: cache responds at once.
+#: Minimum seconds from the start of a poll without commands to the next poll.
+#: It limits the requests if a cache responds at once.
 EMPTY_POLL_INTERVAL = 1.0
 
 #: Maximum number of commands in the response to a poll.
@@ -64,8 +64,8 @@ MAX_COMMANDS = 50
 #: Maximum number of uploads without a delay.
 UPLOAD_BURST = 30
 
-#: Maximum uploads per second after a burst. The brain allows 600 requests a minute from one IP
-#: address, including polls and the requests of all other workers.
+#: Maximum uploads per second after a burst.
+#: The brain allows 600 requests a minute from one IP address, including all polls.
 UPLOAD_RATE = 5.0
 
 #: Initial limit of a request body in bytes. Each rejection halves the limit.
@@ -102,7 +102,7 @@ class LearnedLimits:
     project_id: str = ""
 
     def reject_body(self, size: int) -> None:
-        """Halve the limit until it is below ``size`` bytes or ``BODY_LIMIT_MIN``."""
+        """Halve the limit until it is below ``size`` bytes, but not below ``BODY_LIMIT_MIN``."""
         while self.body_limit >= size and self.body_limit > BODY_LIMIT_MIN:
             self.body_limit //= 2
 
@@ -233,8 +233,6 @@ class LongPollTransport:
 
     :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
     :param token: returns the token. Called at every connect, because a token file can be rotated.
-    :param limits: the limits that the sessions of this process have learned.
-    :param tls: the TLS context for an ``https`` URL.
     """
 
     name = "longpoll"
@@ -374,9 +372,8 @@ class LongPollTransport:
                 "POST", "/agent/events", timeout=POST_TIMEOUT, body=body, headers=headers
             )
         except NetworkError:
-            # A proxy that rejects a large body may close the connection before its response can be
-            # read. Therefore a lost connection counts as a rejection of a body that is larger than
-            # all accepted bodies.
+            # A proxy that rejects a large body may close the connection before its response is
+            # read. Therefore a lost connection may count as a rejection of the body.
             if len(body) > max(limits.body_proven, BODY_LIMIT_DEFAULT) and not self._aborted:
                 limits.reject_body(len(body))
             raise
@@ -403,8 +400,8 @@ class LongPollTransport:
 def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
     reason = _reason(response)
     if response.status == HTTPStatus.CONFLICT and first_upload:
-        # With status 409 the brain rejects a nonce or a signature. The nonce was accepted by the
-        # first request.
+        # With status 409 the brain rejects a nonce or a signature.
+        # The brain has accepted the nonce in the first request.
         text = (
             "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
             f"the brain rejected a signature ({reason})"

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, for each address of the brain's
-#: host. Also the timeout of the wait for ``hello_ack``.
+#: Timeout in seconds of DNS, TCP, TLS and upgrade together, for each address of the host.
+#: Also the timeout of the wait for ``hello_ack``.
 CONNECT_TIMEOUT = 10.0
 
 #: Maximum seconds that a frame waits for space in the socket. Then the connection counts as lost.
 SEND_TIMEOUT = 20.0
 
-#: Seconds without a byte from the brain after which the agent sends a ping. The brain sends a ping
-#: every 60 s.
+#: Seconds without a byte from the brain after which the agent sends a ping.
+#: The brain sends a ping every 60 s.
 PING_AFTER = 30.0
 
 #: Seconds without a byte from the brain after which the connection counts as lost.
@@ -65,7 +65,6 @@ class WebSocketTransport:
 
     :param url: from :func:`~z4j_bare.transport.endpoint.websocket_url`.
     :param token: returns the token. Called at every connect, because a token file can be rotated.
-    :param tls: the TLS context for a ``wss`` URL.
     """
 
     name = "ws"
@@ -94,8 +93,8 @@ class WebSocketTransport:
         try:
             self.send(lambda: hello)
         except NetworkError:
-            # A brain that rejects the token closes the connection at once. The read raises the
-            # error for the close code.
+            # A brain that rejects the token closes the connection at once.
+            # The read raises the error for the close code.
             self.receive(CONNECT_TIMEOUT)
             raise
         answer = self.receive(CONNECT_TIMEOUT)
@@ -109,8 +108,8 @@ class WebSocketTransport:
 
         # TLS options are passed here, because ``WebSocket.connect`` ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
-        # The library's check of UTF-8 is disabled. It takes 0.3 s per MiB, and the JSON parser
-        # checks UTF-8.
+        # The library's check of UTF-8 is disabled.
+        # It takes 0.3 s per MiB, and the JSON parser checks UTF-8.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -134,8 +133,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # The library must not answer a close frame, because an error while sending the answer would
-        # hide the close code. ``abort`` answers instead.
+        # An error while the library answers a close frame would hide the close code.
+        # ``abort`` answers instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -231,8 +230,7 @@ class WebSocketTransport:
         return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
-            # The library would follow redirects, and send the Authorization header to their
-            # targets.
+            # The library would send the Authorization header to the targets of redirects.
             "redirect_limit": 0,
         }
 
@@ -240,9 +238,8 @@ class WebSocketTransport:
 class BinaryFrame:
     """A binary message for ``WebSocket.send_frame``, in place of the library's ``ABNF``.
 
-    ``websocket-client`` masks a message as one large integer and copies it eight times, which takes
-    115 to 260 us for 60 KB and 420 us for 126 KB. Masking in chunks takes 85 us for 60 KB and
-    170 us for 126 KB.
+    ``websocket-client`` masks a message as one large integer: 115 to 260 us for 60 KB, and 420 us
+    for 126 KB. Masking in chunks takes 85 us for 60 KB and 170 us for 126 KB.
     """
 
     __slots__ = ("_data", "get_mask_key")

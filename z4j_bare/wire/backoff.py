@@ -15,8 +15,8 @@ from z4j_bare.errors import (
     SessionLimitError,
 )
 
-#: Maximum random addition to a reconnect delay, relative to the delay. Without it, all workers
-#: would reconnect at the same time.
+#: Maximum random addition to a reconnect delay, relative to the delay.
+#: Without it, all workers would reconnect at the same time.
 JITTER = 0.3
 
 
@@ -79,17 +79,16 @@ BACKOFF_POLICIES = {
     "protocol": BackoffPolicy(1, 60),
     "auth": BackoffPolicy(10, 600),
     "incompatible": BackoffPolicy(120, 3600),
-    # Two processes with the same worker id replace each other's session in turn. Each session lasts
-    # until the other process reconnects. Therefore ``reset_after`` is longer than the maximum
-    # delay.
+    # Two processes with the same worker id replace each other's session in turn.
+    # Each session lasts until the other process reconnects.
+    # Therefore ``reset_after`` is longer than the maximum delay.
     "limited": BackoffPolicy(10, 600, reset_after=1800),
-    # The delays are short, because the search for a poison row takes only a few sessions and delays
-    # all rows.
+    # The delays are short, because all rows wait during the search for a poison row.
     "poison": BackoffPolicy(1, 4),
 }
 
-#: Failure class of each exception type. The first match counts. All other exceptions belong to the
-#: class "connection".
+#: Failure class of each exception type. The first match counts.
+#: All other exceptions belong to the class "connection".
 _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (AuthenticationRejectedError, "auth"),
     (IncompatibleError, "incompatible"),
@@ -98,8 +97,8 @@ _CLASSES: tuple[tuple[type[AgentError], str], ...] = (
     (PoisonRowError, "poison"),
 )
 
-#: Maps failure classes for which the ``agent_status`` frame has no streak to the streak in which
-#: their failures are counted.
+#: ``agent_status`` reports the streaks of three failure classes.
+#: Failures of all other classes count in one of these streaks.
 _STREAKS = {"incompatible": "protocol", "limited": "connection", "poison": "connection"}
 
 
@@ -109,10 +108,7 @@ def failure_class(error: BaseException) -> str:
 
 
 class ReconnectBackoff:
-    """Delays between attempts to start a session. Each failure class has its own delay.
-
-    :param random: returns a float in [0, 1).
-    """
+    """Delays between attempts to start a session. Each failure class has its own delay."""
 
     def __init__(self, random: Callable[[], float] = _uniform) -> None:
         #: Consecutive failures since the last session, by the names that ``agent_status`` uses.
@@ -125,7 +121,7 @@ class ReconnectBackoff:
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``.
 
-        The delay is at least ``Retry-After`` of the response, of which at most one hour counts.
+        If ``Retry-After`` of the response is longer than the delay, it is used, up to one hour.
         """
         kind = failure_class(error)
         self.streaks[_STREAKS.get(kind, kind)] += 1

@@ -17,16 +17,16 @@ from typing import Any
 
 from z4j_bare.wire.fit import has_nul, replace_nul
 
-#: Maximum bits of an integer (309 digits). A text replaces a larger integer, because ``json``
-#: refuses to parse more than 4,300 digits (``sys.set_int_max_str_digits``).
+#: Maximum bits of an integer (309 digits).
+#: A text replaces a larger integer, because ``json`` parses at most 4,300 digits.
 MAX_INT_BITS = 1024
 
-#: Maximum nesting levels of a value. The brain redacts all values below level 64, and an event's
-#: envelope takes four levels.
+#: Maximum nesting levels of a value.
+#: The brain redacts all values below level 64, and an event's envelope takes four levels.
 MAX_DEPTH = 60
 
-#: Minimum number of characters of a piece that ``iter_canonical`` yields, and maximum number of
-#: characters of a string that it encodes in one step.
+#: Minimum characters of a piece that ``iter_canonical`` yields.
+#: Also the maximum characters of a string that it encodes in one step.
 CHUNK_CHARS = 16 * 1024
 
 _encode = json.JSONEncoder(
@@ -50,12 +50,12 @@ def canonical_plain(value: object) -> bytes:
 
 
 def sanitised_text(value: object) -> str:
-    """Return the canonical JSON of any value, sanitised, as text and with NUL."""
+    """Sanitise any value and return its canonical JSON as text. NUL is not replaced."""
     return _encode(to_json_types(value))
 
 
 def plain_text(value: object) -> str:
-    """Do the same as :func:`canonical_plain`, but return text and keep NUL."""
+    """Do the same as :func:`canonical_plain`, but return text. NUL is not replaced."""
     try:
         text = _encode(value)
         if not text.isascii():
@@ -71,7 +71,7 @@ def without_nul(text: str) -> str:
 
 
 def to_json_types(value: object, depth: int = MAX_DEPTH) -> Any:
-    """Convert ``value`` to JSON types whose encoding is the same after it was parsed."""
+    """Convert ``value`` to JSON types that parsing and encoding again does not change."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -133,8 +133,8 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-    # ``json`` encodes the keys 1 and "1" as two equal keys. The brain's parser keeps only one of
-    # them, so the signature would not match.
+    # ``json`` encodes the keys 1 and "1" as two equal keys.
+    # The brain's parser keeps only one of them, so the signature would not match.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

@@ -30,8 +30,8 @@ _LIMIT_REACHED = (
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
-#: The lowest close code that the brain defines. WebSocket defines the codes from 1000, and lower
-#: codes are HTTP statuses.
+#: The lowest close code that the brain defines.
+#: WebSocket defines the codes from 1000, and lower codes are HTTP statuses.
 MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
@@ -70,21 +70,21 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     503: (NetworkError, "HTTP 503: the brain is starting or has no capacity"),
 }
 
-#: Close codes and HTTP statuses that the content of a single frame can cause: the brain cannot
-#: process it, or a proxy rejects it.
+#: Close codes and HTTP statuses that the content of a single frame can cause.
+#: The brain cannot process the frame, or a proxy rejects it.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
-#: Codes with which the brain rejects a signature in an established session. Before ``hello_ack``
-#: these codes have other meanings.
+#: Codes with which the brain rejects a signature in an established session.
+#: Before ``hello_ack`` these codes have other meanings.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: Maximum clock difference in seconds for which the key is reported as the cause of a rejected
-#: signature. With a larger difference, the clock is reported. The brain allows 60 s.
+#: Clock difference in seconds above which the clock is the reported cause of a rejected signature.
+#: Below it, the key is the reported cause. The brain allows 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 
 def error_for_close_code(code: int | None, reason: str = "") -> AgentError:
-    """Return the error for a WebSocket close.
+    """Return the error for a closed WebSocket.
 
     :param code: the close code, or ``None`` if there was none.
     """

@@ -17,8 +17,8 @@ from typing import Any
 #: Replaces NUL and lone surrogates.
 REPLACEMENT = "\ufffd"
 
-#: Width in characters of the brain's columns for a task id. The column for a command's target
-#: contains ``engine:task_id``.
+#: Width in characters of the brain's columns for a task id.
+#: The column for a command's target contains ``engine:task_id``.
 ID_COLUMN_CHARS = 200
 
 #: Width in characters of the brain's column for the name of a task.
@@ -27,11 +27,10 @@ MAX_TASK_NAME_CHARS = 500
 #: Width in characters of the brain's columns for the names of queues and workers.
 MAX_NAME_CHARS = 200
 
-#: Maximum characters of a task id that fits whatever the engine is, because an engine's name has at
-#: most 40 characters.
+#: Maximum characters of a task id that fits with every engine. Engine names have up to 40.
 SHORT_ID_CHARS = ID_COLUMN_CHARS - 41
 
-#: Maximum number of changed texts whose originals are remembered, in at most 16 MB.
+#: Maximum number of remembered originals of changed texts. They take at most 16 MB.
 MAX_ORIGINALS = 4096
 
 #: Maximum characters of a remembered original.
@@ -40,7 +39,7 @@ MAX_ORIGINAL_CHARS = 4096
 #: The key of an event's data whose value lists the changed fields of the event.
 MARK = "fitted"
 
-#: The entry of the list ``fitted`` for replaced NUL characters in any value or key.
+#: The entry of the list ``fitted`` if NUL characters were replaced in any value or key.
 NUL_MARK = "nul"
 
 #: Fields of an event's data that contain a task id.
@@ -56,15 +55,15 @@ _NAME_FIELDS = {
 #: Number of changed events of this process, by changed field. Only flush loops write to it.
 fitted: Counter[str] = Counter()
 
-#: Maps each changed text to its original text. The value is ``None`` if several originals became
-#: the same text, or if the original is too long to be remembered.
+#: Maps each changed text to its original text.
+#: The value is ``None`` if several originals became the same text, or for a very long original.
 _originals: dict[str, str | None] = {}
 
 _HASH_CHARS = 32
 _is_short_id = re.compile(rf".+~[0-9a-f]{{{_HASH_CHARS}}}", re.DOTALL).fullmatch
 
-#: Matches an escaped NUL in JSON and the pairs of backslashes before it. Each pair is an escaped
-#: backslash and stays unchanged.
+#: Matches an escaped NUL in JSON and the pairs of backslashes before it.
+#: Each pair is an escaped backslash and stays unchanged.
 _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
@@ -75,13 +74,13 @@ def max_id_chars(engine: str) -> int:
 
 def has_nul(encoded: str) -> bool:
     """Whether a JSON text contains NUL in a value or a key."""
-    # The search for one character comes first, because it takes 20 ns. The search for six
-    # characters takes 170 ns.
+    # The search for one character comes first, because it takes 20 ns.
+    # The search for six characters takes 170 ns.
     return "\\" in encoded and "\\u0000" in encoded and _ESCAPED_NUL.search(encoded) is not None
 
 
 def replace_nul(encoded: str) -> str:
-    """Replace every NUL in a JSON text. Its keys may then no longer be sorted."""
+    """Replace every NUL in a JSON text. The keys of the result may be unsorted."""
     return _ESCAPED_NUL.sub(rf"\1{REPLACEMENT}", encoded) if has_nul(encoded) else encoded
 
 

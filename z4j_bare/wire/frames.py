@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 #: Maximum bytes of one encoded event: half of the brain's maximum frame size of 1 MiB.
 MAX_EVENT_BYTES = 512 * 1024
 
-#: Maximum bytes of an encoded result: a quarter of the brain's maximum frame size of 1 MiB. A
-#: summary replaces a larger result.
+#: Maximum bytes of an encoded result: a quarter of the brain's maximum frame size of 1 MiB.
+#: A summary replaces a larger result.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Fields of an event's data that are replaced by a note in an event that is too large, in this
-#: order.
+#: Fields of an event's data, in the order in which notes replace them in a large event.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
 #: Maximum characters of a result's error text, as in z4j_core's model of the frame.
@@ -53,12 +52,12 @@ MAX_KEY_CHARS = 64
 #: Largest value that the brain's frame models allow in counters of rows and events.
 MAX_COUNT = 10_000_000
 
-#: Largest age of a row that the brain allows, in seconds (ten years). A wrong clock can cause a
-#: larger age.
+#: Largest age of a row that the brain allows, in seconds (ten years).
+#: A wrong clock can cause a larger age.
 MAX_AGE = 315_360_000.0
 
-#: Keys of a worker's details, in the order in which they are removed from a heartbeat that is too
-#: large. The brain keeps the previous value of a missing key.
+#: Keys of a worker's details, in the order in which they are removed from a large heartbeat.
+#: The brain keeps the previous value of a missing key.
 DROPPABLE_WORKER_KEYS = ("active", "registered", "conf")
 
 #: The runtime features that ``hello`` announces.
@@ -128,7 +127,7 @@ def encode_event(event: Event) -> bytes:
 def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
     """Return the canonical bytes of an event's fields, fit for the brain's database.
 
-    :param trusted: whether all values are JSON types with string keys. Then they are not sanitised.
+    :param trusted: do not sanitise, because all values are JSON types with string keys.
     """
     encode = plain_text if trusted else sanitised_text
     fields, changed = fit_fields(fields)
@@ -172,7 +171,7 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
 def event_batch(events: Sequence[bytes]) -> bytes:
     """Return the payload of an ``event_batch``. Each event is canonical JSON.
 
-    The brain acknowledges an empty batch as well. The ack shows that all earlier frames of the
+    The brain acknowledges an empty batch as well. Such an ack shows that all earlier frames of the
     connection were processed.
     """
     return b'{"events":[' + b",".join(events) + b"]}"
@@ -230,7 +229,7 @@ def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, An
 def shrink_result(payload: bytes) -> Iterator[bytes]:
     """Yield smaller and smaller versions of a result.
 
-    First the error text is shortened, then a summary replaces the result, then the summary loses
+    First the error text is shortened. Then a summary replaces the result. Then the summary loses
     its values.
     """
     body: dict[str, Any] = json.loads(payload)
@@ -256,9 +255,7 @@ def agent_status(
     """Return the payload of an ``agent_status``.
 
     :param streaks: consecutive failures before this session, as in ``ReconnectBackoff.streaks``.
-    :param connected_at: start of the session, in seconds since the epoch.
-    :param session_age: age of the session in seconds.
-    :param oldest_age: age of the oldest row in seconds.
+    :param connected_at: start of the session, in seconds since the epoch. Ages are in seconds.
     """
     return canonical(
         {

@@ -37,8 +37,8 @@ _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 #: Maximum bytes of the envelope around a payload: id, type, nonce, timestamp, seq and signature.
 ENVELOPE_BYTES = 512
 
-#: Messages of more bytes are verified in small steps. To verify a smaller message takes 1 to 3 ms,
-#: and 10 ms in the worst case.
+#: Messages larger than this many bytes are verified in small steps.
+#: The verification of a smaller message takes 1 to 3 ms, and at worst 10 ms.
 INCREMENTAL_THRESHOLD = 32 * 1024
 
 
@@ -88,10 +88,10 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 
 
 class Session:
-    """Signs outgoing frames and verifies incoming ones.
+    """Signs outgoing frames and verifies incoming frames.
 
-    The transport's send lock must be held from ``sign`` until the frame is written, because the
-    brain rejects frames that are not in the order of their sequence numbers.
+    The transport's send lock must be held from ``sign`` until the frame is written. The brain
+    rejects frames that are not in the order of their sequence numbers.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -119,15 +119,15 @@ class Session:
             command.
         :param payload: canonical JSON.
         :param wall: the current time in seconds since the epoch. The brain rejects a time that
-            differs from its own by more than 60 s, so a frame is signed right before it is sent.
+            differs from its clock by more than 60 s.
         """
         self._seq += 1
         nonce = token_urlsafe(16).encode()
         envelope = b'"id":%b,"nonce":"%b","payload":%b,' % (_quote(identity), nonce, payload)
         seq = b'"seq":%d,' % self._seq
         tail = b'"ts":"%b","type":%b,"v":2}' % (_timestamp(wall), _quote(kind))
-        # The signed text also contains the ids of agent, project and session. The keys are sorted
-        # by code points.
+        # The signed text also contains the ids of agent, project and session.
+        # The keys are sorted by code points.
         digest = self._key.copy()
         digest.update(b'{"agent_id":%b,%b"project_id":%b,' % (self._agent, envelope, self._project))
         digest.update(b'%b"session_id":%b,%b' % (seq, self._session, tail))

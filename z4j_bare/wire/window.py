@@ -28,19 +28,19 @@ SLOW_ACK = 2.5
 #: Seconds within which an ack must arrive for the limit to grow again.
 FAST_ACK = 1.0
 
-#: Seconds after an ack in which no events are sent, so that SQLite's waiting writers retry once.
+#: Seconds after an ack during which no events are sent.
+#: In this time, each waiting writer of SQLite retries once.
 ACK_PAUSE = 0.1
 
 #: Number of events in the first frame of a session. It is small, so that the ack arrives soon.
 FRAME_EVENTS_INITIAL = 50
 
-#: Maximum number of events in one frame. A brain on SQLite ingests 163 events/s in frames of 50,
-#: and 200 in frames of 500.
+#: Maximum number of events in one frame.
+#: A brain on SQLite ingests 163 events/s in frames of 50, and 200 events/s in frames of 500.
 FRAME_EVENTS_MAX = 500
 
 #: Seconds that the brain should take for one frame. Larger frames delay the requests of operators.
-#: Smaller frames are more frames, and each frame costs 1 to 2 ms of the worker's CPU time and one
-#: ACK_PAUSE.
+#: Each frame takes 1 to 2 ms of the worker's CPU time and one ACK_PAUSE.
 TARGET_FRAME_SECONDS = 1.5
 
 #: Seconds without any ack after which all unacknowledged frames are sent again.
@@ -68,9 +68,9 @@ class Window:
 
     The brain processes frames in order, and does not acknowledge a frame that its database rejected
     temporarily. Therefore a frame counts as skipped when a later frame is acknowledged first. A
-    skipped frame takes no capacity. Its rows are sent again in the next session. If the session
-    lasts ``ACK_DEADLINE`` seconds longer, they are sent again with the rows of all frames in
-    flight.
+    skipped frame takes no capacity. Its rows are sent again in the next session. After
+    ``ACK_DEADLINE`` seconds in the same session, the rows of all unacknowledged frames are sent
+    again.
     """
 
     def __init__(self, limit: int = MAX_EVENTS) -> None:
