@@ -33,7 +33,7 @@ _BY_PRIMARY_CODE = {
 }
 #: Causes by SQLite's extended result code, for errors whose primary code is ``SQLITE_IOERR``.
 _BY_EXTENDED_CODE = {
-    # The result of EFBIG (size limit) and EDQUOT (quota). The result of ENOSPC is SQLITE_FULL.
+    # SQLite's result for EFBIG (size limit) and EDQUOT (quota). For ENOSPC it is SQLITE_FULL.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
     # The file ends before its last page.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
@@ -86,11 +86,12 @@ def translate_errors(path: Path, operation: str) -> Iterator[None]:
 
 def storage_call(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
     """Decorate a method of a store: check that the store is open, and translate errors."""
+    operation = f"run {method.__name__} on"
 
     @functools.wraps(method)
     def call(store: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         store.check()
-        with translate_errors(store.path, method.__name__):
+        with translate_errors(store.path, operation):
             return method(store, *args, **kwargs)
 
     return call

@@ -93,7 +93,7 @@ def http_peer(backend):
         (WELCOMED, 4429, "limited", "64 workers on one token"),
         (WELCOMED, 1011, "connection", "failed to process a frame"),
         (WELCOMED, 1012, "connection", "restarting"),
-        (WELCOMED, 1001, "connection", "going away"),
+        (WELCOMED, 1001, "connection", "shutting down"),
         (WELCOMED, 1000, "connection", "closed the session"),
     ],
 )

@@ -24,7 +24,7 @@ CLOSE_CODES = [
     (4429, SessionLimitError, "64 workers"),
     (1011, NetworkError, "failed"),
     (1012, NetworkError, "restarting"),
-    (1001, NetworkError, "going away"),
+    (1001, NetworkError, "shutting down"),
     (1000, NetworkError, "closed"),
     (None, NetworkError, "lost"),
     (4999, NetworkError, "lost"),
