@@ -47,8 +47,8 @@ BUSY_TIMEOUT = 5.0
 #: Mode bits that allow other users to access the file, which contains arguments of tasks.
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
-#: Guards every access to the file by an unpatched lock, which is reentrant because ``validate`` may
-#: call ``resolve``.
+#: Guards every access to the file by an unpatched lock. The lock is reentrant, because ``validate``
+#: may call ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
 _TABLES = (
@@ -56,7 +56,7 @@ _TABLES = (
     "CREATE TABLE overrides (key TEXT PRIMARY KEY, body TEXT NOT NULL)",
 )
 
-#: Reads all rows. As BLOB, because SQLite's module for Python cannot read a TEXT that is not UTF-8.
+#: Reads all rows as BLOB, because Python's sqlite3 module cannot read TEXT that is not UTF-8.
 _READ = "SELECT CAST(key AS BLOB), CAST(body AS BLOB) FROM overrides ORDER BY rowid"
 
 
@@ -64,10 +64,10 @@ _READ = "SELECT CAST(key AS BLOB), CAST(body AS BLOB) FROM overrides ORDER BY ro
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. An operator's changes in
-    the dashboard are stored in the file, and merged into the schedules of the code each time the
-    scheduler reads them. Only fields that differ from the code are stored, so every other field
-    follows the code. The file has the format of z4j 1.13.
+    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The file stores an
+    operator's changes in the dashboard. They are merged into the schedules of the code each time
+    the scheduler reads the schedules. Only fields that differ from the code are stored, so every
+    other field follows the code. The file has the format of z4j 1.13.
 
     A row that cannot be read is logged once and ignored.
 
@@ -126,7 +126,7 @@ class NativeScheduleControl:
         :param engine: the engine of a created schedule.
         :raises ScheduleConflictError: the schedule differs from ``expected``, or its name is taken.
         :raises ScheduleNotFoundError: there is no such schedule.
-        :raises ValueError: the change is not possible. Both other errors are ``ValueError`` too.
+        :raises ValueError: the change is not possible. Both other errors are subclasses.
         """
         _check(operation, schedule_id, expected, definition)
         with self._connected() as connection:
@@ -182,8 +182,7 @@ class NativeScheduleControl:
     def _report(self, problems: Iterable[tuple[str, str]]) -> None:
         """Log each problem of a row once.
 
-        The caller does not hold the fork guard: a handler of the log may wait for a lock of the
-        hub.
+        Must be called without the fork guard, because a log handler may wait for a lock of the hub.
         """
         for key, problem in problems:
             if (key, problem) not in self._reported:
@@ -198,10 +197,7 @@ class NativeScheduleControl:
 
 
 class _StoredSchedules:
-    """The rows of the file, merged with the schedules in code.
-
-    :param connection: an open connection to the file.
-    """
+    """The rows of the file, merged with the schedules in code."""
 
     def __init__(
         self, connection: sqlite3.Connection, baseline: list[Schedule], owner: str
@@ -267,7 +263,7 @@ class _StoredSchedules:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error on one line. pydantic's text would contain arguments of tasks."""
+    """Return an error on one line, without arguments of tasks (pydantic's text has them)."""
     if not hasattr(error, "errors"):
         return " ".join(str(error).split())
     problems = error.errors(include_url=False, include_input=False)

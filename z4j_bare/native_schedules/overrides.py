@@ -1,6 +1,6 @@
-"""The rows of a schedule file: what an operator has changed in one schedule.
+"""The rows of a schedule file. Each row contains an operator's changes to one schedule.
 
-z4j 1.13 reads and writes the same three layouts, each as JSON text:
+A row has one of the three layouts of z4j 1.13, as JSON text:
 
 - ``{"patch": {...}}`` changes some fields of a schedule that is defined in code,
 - ``{"created": {...}, "patch": {...}}`` is a schedule that is not defined in code,
@@ -34,7 +34,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """What an operator has changed in one schedule.
+    """An operator's changes to one schedule.
 
     :param patch: new values of fields in :data:`EDITABLE`.
     :param created: the fields of a schedule that is not defined in code.
@@ -50,7 +50,7 @@ class Override:
     migrate: bool = False
 
     def is_effective(self, base: Schedule | None) -> bool:
-        """Return whether there is a schedule: it is not deleted and has not gone from code."""
+        """Return whether the schedule exists: it is not deleted, and is created or in code."""
         return not self.deleted and (base is not None or self.created is not None)
 
     def apply(self, base: Schedule | None, key: str, owner: str) -> Schedule:
@@ -126,7 +126,7 @@ def _decode_whole(row: Fields, key: str, base: Schedule | None, owner: str) -> O
     """Return the override in a row that contains the whole schedule.
 
     The schedule that the operator saw is not known. A field counts as changed if it differs from
-    the present code.
+    the current code.
     """
     if base is not None:
         return Override(patch=changes(base.model_dump(mode="json"), row), migrate=True)
