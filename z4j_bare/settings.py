@@ -70,7 +70,7 @@ def _existing_file(name: str, text: str) -> Path:
 
 
 def _secret_file(name: str, text: str) -> Path:
-    """Parse the path of a file with a secret. The error shows no text that is the secret itself."""
+    """Parse the path of a secret's file. The error does not quote a secret given by mistake."""
     path = Path(text).expanduser()
     if path.is_file():
         return path

@@ -50,7 +50,7 @@ class Ledger:
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert command ``key`` as started, with its provisional result, and return ``None``.
 
-        If the command has an entry, change nothing and return the entry. The entry of a failed
+        If the command has an entry, change nothing and return the entry. Only the entry of a failed
         effect is replaced.
         """
         if not key.isascii():
@@ -62,7 +62,7 @@ class Ledger:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
-        """Mark command ``key`` as done, or as ``state``, and store its ``result``.
+        """Mark command ``key`` as done, or with another ``state``, and store its ``result``.
 
         Inserts a new entry if the old entry was removed by the cap.
         """
@@ -84,7 +84,7 @@ class Ledger:
         )
 
     def import_entry(self, entry: LedgerEntry) -> None:
-        """Insert another store's entry, or replace an entry of an earlier state by it."""
+        """Insert another store's entry if it supersedes the existing entry."""
         earlier = self.find(entry.key)
         if entry.supersedes(earlier):
             self._replace(earlier, entry)

@@ -31,7 +31,7 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: The effect of a command failed, and a later command may try it again.
+#: The effect of the command failed. A later command may try the effect again.
 FAILED = "failed"
 #: Another process started the command.
 #: That process sends the result, or the process that adopts its store.
@@ -110,7 +110,7 @@ class LedgerEntry:
     at: float
 
     def supersedes(self, earlier: LedgerEntry | None) -> bool:
-        """Return whether this entry of another store replaces the entry that is here."""
+        """Return whether this entry of another store replaces the ``earlier`` entry."""
         if earlier is None or self.state == earlier.state:
             return earlier is None
         return earlier.state == FAILED or (earlier.state == STARTED and self.state == DONE)
