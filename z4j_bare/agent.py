@@ -47,7 +47,8 @@ CONNECT_GRACE = 1.0
 class Agent:
     """The loops of a running agent and the objects that they share.
 
-    The constructor runs on the host's thread. Its only I/O is to read the HMAC key's file.
+    The constructor runs on the host's thread. The only I/O of the constructor is to read the HMAC
+    key's file.
     """
 
     def __init__(

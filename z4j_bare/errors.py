@@ -25,7 +25,7 @@ class RemoteError(AgentError):
     """The brain refused a request, or its response violates the protocol.
 
     :param code: the WebSocket close code or the HTTP status, if there was one.
-    :param retry_after: seconds after which the brain asks the agent to try again, if it said so.
+    :param retry_after: seconds to wait before the next attempt, if the brain sent this number.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class NetworkError(AgentError, ConnectionError):
     """The connection was refused, reset or closed, or it timed out.
 
     :param code: the WebSocket close code or the HTTP status, if there was one.
-    :param retry_after: seconds after which the brain asks the agent to try again, if it said so.
+    :param retry_after: seconds to wait before the next attempt, if the brain sent this number.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ class _ProcessContext:
         return None
 
     def supervisord(self) -> str | None:
-        """Return the name in supervisord if the parent is supervisord."""
+        """Return the name that supervisord gives this process, if it is the parent."""
         if not {"SUPERVISOR_ENABLED", "SUPERVISOR_PROCESS_NAME"} & self._env.keys():
             return None
         if "supervisord" not in self._read(f"proc/{self._parent()}/cmdline"):

@@ -42,9 +42,9 @@ BUSY_BACKOFF_INITIAL = 0.05
 #: Maximum seconds between two repetitions of a call to a busy disk.
 BUSY_BACKOFF_MAX = 0.5
 
-#: Age of the stats in seconds above which the next call to the store also reads the stats.
+#: Maximum age of the stats in seconds. The next call to the store reads older stats again.
 STATS_INTERVAL = 1.0
-#: Age of the stats in seconds above which a read of cached rows calls the store.
+#: Maximum age of the stats in seconds while all reads are answered from the cache.
 STATS_INTERVAL_IDLE = 5.0
 
 #: Minimum seconds between two warnings about the same subject.
@@ -137,8 +137,8 @@ class BufferManager:
         """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats or a deletion are overdue. If no row is cached, a query for events
-        makes the call if a deletion or a vacuum step is due. The call runs a due vacuum step if it
+        thread, unless the stats or a deletion are overdue. If no row is cached and a deletion or a
+        vacuum step is due, a query for events makes the call. The call runs a due vacuum step if it
         finds no rows.
         """
         now = self._backend.now()

@@ -92,7 +92,7 @@ class StoreOpener:
         )
 
     def claim_runs(self, path: Path) -> OrphanRuns:
-        """Return the open runs of a dead process, locked. Raises ``LocalStorageError``."""
+        """Lock and return the open runs of a dead process. Raises ``LocalStorageError``."""
         return OrphanRuns(path, self.deployment())
 
     def deployment(self) -> str:

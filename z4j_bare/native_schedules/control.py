@@ -126,7 +126,7 @@ class NativeScheduleControl:
         :param engine: the engine of a created schedule.
         :raises ScheduleConflictError: the schedule differs from ``expected``, or its name is taken.
         :raises ScheduleNotFoundError: there is no such schedule.
-        :raises ValueError: the change is not possible. Both other errors are subclasses.
+        :raises ValueError: the change is not possible. The two other exceptions are subclasses.
         """
         _check(operation, schedule_id, expected, definition)
         with self._connected() as connection:

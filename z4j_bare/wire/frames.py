@@ -229,8 +229,8 @@ def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, An
 def shrink_result(payload: bytes) -> Iterator[bytes]:
     """Yield smaller and smaller versions of a result.
 
-    First the error text is shortened. Then a summary replaces the result. Then the summary loses
-    its values.
+    First the error text is shortened. Then a summary replaces the result. Then the values of the
+    summary are removed.
     """
     body: dict[str, Any] = json.loads(payload)
     error = body.get("error")
