@@ -29,7 +29,7 @@ GROUP = 10
 SAMPLE_INTERVAL = 1.0
 #: Seconds between two counts of greenlets, each of which walks the heap.
 COUNT_INTERVAL = 10.0
-#: Seconds to wait for the last acks: the agent sends skipped frames again after 90.
+#: Seconds to wait for the last acks: frames without any ack are sent again after 90.
 ACK_TIMEOUT = 120.0
 
 KINDS = (EventKind.TASK_RECEIVED, EventKind.TASK_STARTED, EventKind.TASK_SUCCEEDED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,10 @@ MAX_PRIORITY_ROWS = 50
 #: Kinds of rows that are sent before events. Such rows are sent in the order in which they were
 #: stored, so that a command's result follows the schedule frames that the result reports.
 PRIORITY_KINDS = (PROJECTION, RESULT)
+
+#: A schedule row that was sent this often, and skipped each time, follows a lost row. With fewer
+#: skips, other agents on the same token can be the cause.
+MAX_SKIPS = 6
 
 
 class Pacing:
@@ -107,39 +112,54 @@ class Pacing:
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
             return pause  # only the pause delays the events; 0 if the pause is over
-        return POLL_IDLE if is_idle else POLL_BUSY
+        check = self.window.next_check(self._backend.now())
+        return min(check, POLL_IDLE if is_idle else POLL_BUSY)
 
 
 class ProjectionResend:
-    """Tracks the schedule rows in flight, and the schedule rows that were sent twice.
+    """Tracks the schedule rows in flight, and how often each of them was sent.
 
-    The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent twice
-    without an ack, an earlier row was lost, and only a new session with a new epoch can continue
-    the stream.
+    The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent
+    several times without an ack, an earlier row was lost. Then only a new session with a new epoch
+    can continue the stream.
     """
 
     def __init__(self) -> None:
+        #: How often each unacknowledged row was sent.
+        self._sent: Counter[int] = Counter()
         self._in_flight: set[int] = set()
-        self._resent: set[int] = set()
 
     def on_sent(self, row_id: int) -> None:
         """Record a row as in flight."""
         self._in_flight.add(row_id)
+        self._sent[row_id] += 1
 
     def on_acked(self, row_ids: set[int]) -> None:
-        """Remove acknowledged rows from the rows in flight."""
+        """Remove acknowledged rows."""
         self._in_flight.difference_update(row_ids)
+        for row_id in row_ids:
+            self._sent.pop(row_id, None)
+
+    def on_skipped(self) -> None:
+        """Record that the brain skipped the rows in flight, which will be sent again.
+
+        Raises ``ScheduleStreamError`` if one of these rows was sent ``MAX_SKIPS`` times.
+        """
+        self._resend(MAX_SKIPS)
 
     def on_ack_timeout(self) -> None:
-        """Record that all rows in flight will be sent again.
+        """Record that the rows in flight got no ack in time and will be sent again.
 
-        Raises ``ScheduleStreamError`` if one of these rows has already been sent twice.
+        Raises ``ScheduleStreamError`` if one of these rows was sent twice.
         """
-        if self._in_flight & self._resent:
+        self._resend(2)
+
+    def _resend(self, limit: int) -> None:
+        if any(self._sent[row_id] >= limit for row_id in self._in_flight):
             raise ScheduleStreamError(
                 "the brain does not acknowledge schedules: a new session sends all schedules again"
             )
-        self._resent, self._in_flight = self._in_flight, set()
+        self._in_flight = set()
 
 
 class Sender:
@@ -147,7 +167,8 @@ class Sender:
 
     One sender serves all sessions, one after another.
 
-    A row without an ack is sent again in the next session. The row keeps its id and timestamp.
+    A row without an ack is sent again: in the same session if the brain has skipped its frame,
+    otherwise in the next session. The row keeps its id and timestamp.
 
     A result has no ack of its own. The brain processes the frames of a connection in order, so the
     ack of the next ``event_batch`` proves that the result has arrived. If there are no events, the
@@ -222,7 +243,8 @@ class Sender:
             self._on_delivered(pacing.window.acked(frame, now))
             self._isolation.session_works = True
             pause = pacing.window.pause_remaining(now)
-        if not pacing.maybe_pending:
+            skipped = bool(pacing.window.skipped)
+        if not pacing.maybe_pending and not skipped:
             return
         # Wake the sender at the end of the pause. Without a hub there is no timer, so wake it now.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
@@ -287,6 +309,10 @@ class Sender:
     def _reset_cursors(self) -> None:
         with self._window_lock:
             self._pacing.window.reset()
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Read the store from its first row again. No rows are in flight."""
         self._isolation.isolated = ()
         self._generation = self._buffer.generation
         self._after_event = 0
@@ -298,7 +324,9 @@ class Sender:
         return not (pacing.maybe_pending or pacing.window.frames or self._unconfirmed_results)
 
     def _idle_timeout(self) -> float:
-        return self._pacing.idle_timeout(is_idle=self._is_idle() and self._buffer.is_idle)
+        is_idle = self._is_idle() and self._buffer.is_idle
+        with self._window_lock:
+            return self._pacing.idle_timeout(is_idle=is_idle)
 
     def _room(self) -> int:
         with self._window_lock:
@@ -307,10 +335,8 @@ class Sender:
     def _step(self, connection: Connection) -> bool:
         """Read rows and send them; return whether there may be more to send at once."""
         pacing = self._pacing
-        with self._window_lock:
-            timed_out = pacing.window.ack_timed_out(self._backend.now())
-        if timed_out:
-            self._on_ack_timeout()
+        if not self._check_acks(connection):
+            return False
         if self._isolation.isolated and pacing.window.frames:
             return False
         self._isolation.isolated = ()
@@ -334,6 +360,34 @@ class Sender:
         return any(row.kind == PROJECTION for row in results) or (
             pacing.maybe_pending and self._room() > 0
         )
+
+    def _check_acks(self, connection: Connection) -> bool:
+        """Act on frames without an ack; return whether further rows may be sent.
+
+        No rows are sent while skipped frames wait for rows that are still in flight.
+        """
+        with self._window_lock:
+            window, now = self._pacing.window, self._backend.now()
+            timed_out = window.ack_timed_out(now)
+            probe = window.probe_due(now)
+            resend, in_flight = window.resend_due(now), window.has_rows_in_flight()
+        if timed_out:
+            self._on_ack_timeout()
+        elif resend and not in_flight:
+            self._on_skipped()
+        elif probe:
+            self._send_batch(connection, ())
+        return timed_out or not (resend and in_flight)
+
+    def _on_skipped(self) -> None:
+        self._projections.on_skipped()
+        logger.debug(
+            "z4j: the brain skipped frames without an ack: sending their %d events again",
+            self._pacing.window.skipped.events,
+        )
+        with self._window_lock:
+            self._pacing.window.skipped.clear()
+        self._rewind()
 
     def _on_ack_timeout(self) -> None:
         self._projections.on_ack_timeout()

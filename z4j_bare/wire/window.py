@@ -13,8 +13,11 @@ of events in both measurements.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import random as _uniform
+
+from z4j_bare.wire.backoff import Backoff
 
 #: Maximum number of unacknowledged events, and initial value of the limit.
 MAX_EVENTS = 1_000
@@ -25,6 +28,26 @@ MIN_EVENTS = 50
 #: The limit is halved when the oldest unacknowledged frame is older than this many seconds.
 SLOW_ACK = 2.5
 
+#: Seconds without an ack after which the first empty frame is sent behind the frames in flight. A
+#: brain on PostgreSQL skips a frame that has waited 3 s for another frame of the same token.
+PROBE_DELAY_INITIAL = 2.5
+
+#: Factor by which the delay grows from one empty frame to the next. Four are sent within 15 s.
+PROBE_DELAY_FACTOR = 1.2
+
+#: Maximum seconds between two empty frames. Each empty frame costs the brain some milliseconds.
+PROBE_DELAY_MAX = 10.0
+
+#: Seconds from the ack that proves a skip until the skipped frames are sent again. The delay
+#: doubles up to the maximum while the brain skips one frame after the other.
+RESEND_DELAY_INITIAL = 0.5
+#: Maximum of this delay in seconds, without the random addition.
+RESEND_DELAY_MAX = 2.0
+#: Maximum random addition to this delay, relative to the delay. The brain ingests the frames of one
+#: token one after another. Without the addition, agents whose frames it skipped at the same time
+#: would wait for each other again.
+RESEND_JITTER = 1.0
+
 #: Seconds within which an ack must arrive for the limit to grow again.
 FAST_ACK = 1.0
 
@@ -34,6 +57,10 @@ ACK_PAUSE = 0.1
 
 #: Number of events in the first frame of a session. It is small, so that the ack arrives soon.
 FRAME_EVENTS_INITIAL = 50
+
+#: Smallest number of events to which skipped frames reduce the size of a frame. Slow acks reduce it
+#: to ``FRAME_EVENTS_INITIAL`` at most, because the brain ingests fewer events/s in small frames.
+FRAME_EVENTS_MIN = 10
 
 #: Maximum number of events in one frame.
 #: A brain on SQLite ingests 163 events/s in frames of 50, and 200 events/s in frames of 500.
@@ -63,41 +90,126 @@ class InFlight:
     number: int
 
 
+class FrameSize:
+    """The maximum number of events in the next frame."""
+
+    def __init__(self) -> None:
+        self.events = FRAME_EVENTS_INITIAL
+
+    def on_ack(self, events: int, seconds: float) -> None:
+        """Adapt the size to the brain's time for one frame, by a factor of two at most.
+
+        The time of a small frame does not show how long a larger frame takes. Therefore a small
+        frame that was ingested quickly changes nothing, and neither does an empty frame.
+        """
+        if not events or (seconds <= TARGET_FRAME_SECONDS and 2 * events < self.events):
+            return
+        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS_MAX
+        fitting = int(events * TARGET_FRAME_SECONDS / max(seconds, shortest, 1e-9))
+        self.events = max(
+            min(FRAME_EVENTS_INITIAL, self.events),
+            self.events // 2,
+            min(FRAME_EVENTS_MAX, self.events * 2, fitting),
+        )
+
+    def on_skip(self, events: int) -> None:
+        """Halve the size, because the brain skipped a frame of ``events`` events.
+
+        A small frame changes nothing, because its size was not the cause.
+        """
+        if 2 * events >= self.events:
+            self.events = max(FRAME_EVENTS_MIN, self.events // 2)
+
+
+class SkippedFrames:
+    """The frames that the brain has skipped, and the time at which they are sent again.
+
+    :param random: returns a float in [0, 1).
+    """
+
+    def __init__(self, random: Callable[[], float] = _uniform) -> None:
+        self._frames: dict[str, InFlight] = {}
+        self._delay = Backoff(
+            RESEND_DELAY_INITIAL, RESEND_DELAY_MAX, jitter=RESEND_JITTER, random=random
+        )
+        #: Monotonic time at which the frames are sent again; infinite if there are none.
+        self.resend_at = float("inf")
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def events(self) -> int:
+        """Number of events in the skipped frames."""
+        return sum(frame.events for frame in self._frames.values())
+
+    def add(self, frames: dict[str, InFlight], now: float) -> None:
+        """Add frames of which a later frame was acknowledged at ``now``."""
+        if not self._frames:
+            self.resend_at = now + self._delay.next()
+        self._frames.update(frames)
+
+    def acked(self, frame: str) -> InFlight | None:
+        """Remove and return a frame whose ack arrived late; ``None`` if it is not skipped."""
+        found = self._frames.pop(frame, None)
+        if not self._frames:
+            self.resend_at = float("inf")
+        return found
+
+    def clear(self) -> None:
+        """Remove all frames, because their rows will be sent again."""
+        self._frames.clear()
+        self.resend_at = float("inf")
+
+    def on_success(self) -> None:
+        """Reset the delay, because the brain has ingested events."""
+        self._delay.reset()
+
+
 class Window:
     """Admits one frame of events at a time. ``now`` is always the monotonic time in seconds.
 
     The brain processes frames in order, and does not acknowledge a frame that its database rejected
-    temporarily. Therefore a frame counts as skipped when a later frame is acknowledged first. A
-    skipped frame takes no capacity. Its rows are sent again in the next session. After
-    ``ACK_DEADLINE`` seconds in the same session, the rows of all unacknowledged frames are sent
-    again.
+    temporarily. Therefore a frame counts as skipped when a later frame is acknowledged first. The
+    rows of skipped frames are sent again after a short random delay, before any other events.
+
+    If an ack is late, an empty frame is sent behind the frames in flight. Its ack proves that the
+    brain has skipped them. Without this proof the brain may still process them, so their rows are
+    sent again only in the next session, or after ``ACK_DEADLINE`` seconds without any ack.
+
+    :param random: returns a float in [0, 1).
     """
 
-    def __init__(self, limit: int = MAX_EVENTS) -> None:
+    def __init__(self, limit: int = MAX_EVENTS, random: Callable[[], float] = _uniform) -> None:
         self.limit = limit
-        #: Maximum number of events in the next frame.
-        self.frame_events = FRAME_EVENTS_INITIAL
+        self.skipped = SkippedFrames(random)
         self._max_limit = limit
+        self._size = FrameSize()
         self._in_flight: OrderedDict[str, InFlight] = OrderedDict()
-        self._skipped: dict[str, InFlight] = {}
         self._early_acks: OrderedDict[str, None] = OrderedDict()
         self._events = 0
         self._sent = 0
         self._last_ack = 0.0
         self._paused_until = 0.0
         self._pacing = True
-        self._skipped_since = 0.0
+        self._probe_delay = Backoff(PROBE_DELAY_INITIAL, PROBE_DELAY_MAX, factor=PROBE_DELAY_FACTOR)
+        self._probe_at = 0.0
         self._last_change = 0.0
+
+    @property
+    def frame_events(self) -> int:
+        """Maximum number of events in the next frame."""
+        return self._size.events
 
     @property
     def events(self) -> int:
         """Number of unacknowledged events, including the events of skipped frames."""
-        return self._events + sum(frame.events for frame in self._skipped.values())
+        return self._events + self.skipped.events
 
     @property
     def frames(self) -> int:
         """Number of unacknowledged frames, including skipped frames."""
-        return len(self._in_flight) + len(self._skipped)
+        return len(self._in_flight) + len(self.skipped)
 
     @property
     def in_flight(self) -> int:
@@ -110,9 +222,12 @@ class Window:
         return [identity for frame in self._in_flight.values() for identity in frame.ids]
 
     def available(self, now: float) -> int:
-        """Return how many more events may be sent at ``now``."""
+        """Return how many more events may be sent at ``now``.
+
+        No events overtake skipped frames, so that the order of events is kept.
+        """
         self._adapt(now)
-        if self._pacing and (self._is_busy(now) or self.pause_remaining(now)):
+        if self.skipped or (self._pacing and (self._events or self.pause_remaining(now))):
             return 0
         return max(0, self.limit - self._events)
 
@@ -130,10 +245,14 @@ class Window:
         if frame in self._early_acks:
             del self._early_acks[frame]
             self._mark_skipped(self._sent, now)
-            self._tune_frame_size(events, 0.0)
+            self._size.on_ack(events, 0.0)
             return tuple(ids)
         if not self._in_flight:
             self._last_ack = now
+            self._schedule_probe(now)
+        elif not events:
+            self._probe_delay.increase()
+            self._probe_at = now + self._probe_delay.delay
         self._in_flight[frame] = InFlight(tuple(ids), events, now, self._sent)
         self._events += events
         return ()
@@ -141,8 +260,9 @@ class Window:
     def acked(self, frame: str, now: float) -> tuple[int, ...]:
         """Remove an acknowledged frame; return its row ids."""
         previous, self._last_ack, self._paused_until = self._last_ack, now, now + ACK_PAUSE
-        if frame in self._skipped:
-            return self._skipped.pop(frame).ids
+        self._schedule_probe(now)
+        if late := self.skipped.acked(frame):
+            return late.ids
         acked = self._in_flight.pop(frame, None)
         if acked is None:
             self._early_acks[frame] = None
@@ -151,57 +271,59 @@ class Window:
             return ()
         self._events -= acked.events
         self._mark_skipped(acked.number, now)
-        self._tune_frame_size(acked.events, now - max(acked.sent_at, previous))
+        self._size.on_ack(acked.events, now - max(acked.sent_at, previous))
+        if acked.events:
+            self.skipped.on_success()
         if now - acked.sent_at < FAST_ACK:
             self._grow(now)
         return acked.ids
 
+    def probe_due(self, now: float) -> bool:
+        """Whether to send an empty frame, whose ack proves that earlier frames were skipped."""
+        return bool(self._in_flight) and now >= self._probe_at
+
+    def resend_due(self, now: float) -> bool:
+        """Whether to send the rows of skipped frames again, once no other rows are in flight."""
+        return now >= self._resend_at()
+
+    def has_rows_in_flight(self) -> bool:
+        """Whether a frame in flight contains rows. A frame that proves a skip may be empty."""
+        return any(frame.ids for frame in self._in_flight.values())
+
+    def next_check(self, now: float) -> float:
+        """Return the seconds until ``probe_due`` or ``resend_due`` can become true."""
+        resend_at = float("inf") if self.has_rows_in_flight() else self._resend_at()
+        probe_at = self._probe_at if self._in_flight else float("inf")
+        return max(0.0, min(resend_at, probe_at) - now)
+
     def ack_timed_out(self, now: float) -> bool:
-        """Whether ``ACK_DEADLINE`` has passed without any ack, or since a frame was skipped."""
-        overdue = bool(self._skipped) and now - self._skipped_since > ACK_DEADLINE
-        return overdue or (bool(self._in_flight) and now - self._last_ack > ACK_DEADLINE)
+        """Whether frames are in flight and ``ACK_DEADLINE`` has passed without any ack."""
+        return bool(self._in_flight) and now - self._last_ack > ACK_DEADLINE
 
     def reset(self) -> None:
         """Remove all unacknowledged frames, because their rows will be sent again."""
         self._in_flight.clear()
-        self._skipped.clear()
+        self.skipped.clear()
         self._early_acks.clear()
         self._events = 0
 
-    def _is_busy(self, now: float) -> bool:
-        """Whether the brain is processing a frame.
+    def _resend_at(self) -> float:
+        return self.skipped.resend_at if self._pacing or not self.skipped else 0.0
 
-        ``False`` after ``SLOW_ACK`` seconds, because the brain may have skipped the frame.
-        """
-        return (
-            bool(self._in_flight)
-            and now - max(self._last_ack, next(reversed(self._in_flight.values())).sent_at)
-            < SLOW_ACK
-        )
+    def _schedule_probe(self, now: float) -> None:
+        self._probe_delay.reset()
+        self._probe_at = now + self._probe_delay.delay
 
     def _mark_skipped(self, number: int, now: float) -> None:
-        """Mark all frames sent before frame ``number`` as skipped."""
-        for name in [name for name, frame in self._in_flight.items() if frame.number < number]:
-            if not self._skipped:
-                self._skipped_since = now
-            self._skipped[name] = self._in_flight.pop(name)
-            self._events -= self._skipped[name].events
-
-    def _tune_frame_size(self, events: int, seconds: float) -> None:
-        """Adapt the frame size to the brain's time for one frame, by a factor of two at most.
-
-        The time of a small frame does not show how long a larger frame takes. Therefore a small
-        frame that was ingested quickly changes nothing.
-        """
-        if seconds <= TARGET_FRAME_SECONDS and 2 * events < self.frame_events:
-            return
-        shortest = TARGET_FRAME_SECONDS * events / FRAME_EVENTS_MAX
-        fitting = int(events * TARGET_FRAME_SECONDS / max(seconds, shortest, 1e-9))
-        self.frame_events = max(
-            FRAME_EVENTS_INITIAL,
-            self.frame_events // 2,
-            min(FRAME_EVENTS_MAX, self.frame_events * 2, fitting),
-        )
+        """Mark all frames sent before frame ``number`` as skipped, and drop those without rows."""
+        skipped = {name: each for name, each in self._in_flight.items() if each.number < number}
+        for name, frame in skipped.items():
+            del self._in_flight[name]
+            self._events -= frame.events
+            self._size.on_skip(frame.events)
+        with_rows = {name: frame for name, frame in skipped.items() if frame.ids}
+        if with_rows:
+            self.skipped.add(with_rows, now)
 
     def _adapt(self, now: float) -> None:
         oldest = next(iter(self._in_flight.values()), None)

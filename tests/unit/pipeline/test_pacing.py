@@ -8,6 +8,7 @@ from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
 from z4j_bare.pipeline.poison import PoisonIsolation
 from z4j_bare.pipeline.send import (
+    MAX_SKIPS,
     MIN_PAYLOAD_BYTES,
     POLL_BUSY,
     POLL_IDLE,
@@ -85,6 +86,17 @@ def test_schedule_rows_time_out_twice():
     resend.on_sent(2)
     with pytest.raises(ScheduleStreamError):
         resend.on_ack_timeout()
+
+
+def test_schedule_rows_may_be_skipped_more_often_than_time_out():
+    """A skip has a likelier cause than a lost row, so a row is sent six times before the end."""
+    resend = ProjectionResend()
+    for _ in range(MAX_SKIPS - 1):
+        resend.on_sent(1)
+        resend.on_skipped()
+    resend.on_sent(1)
+    with pytest.raises(ScheduleStreamError):
+        resend.on_skipped()
 
 
 def test_acked_schedule_rows_do_not_time_out():

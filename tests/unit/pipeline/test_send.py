@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from tests.support.session import SessionHarness
 from z4j_bare.buffer.maintenance import MAX_DEFER_SECONDS
 from z4j_bare.errors import NetworkError, PoisonRowError, ScheduleStreamError
-from z4j_bare.pipeline.send import FRAME_BYTES, POLL_BUSY
+from z4j_bare.pipeline.send import FRAME_BYTES, MAX_SKIPS, POLL_BUSY
 from z4j_bare.wire.session import HelloAck
 from z4j_bare.wire.window import (
     ACK_DEADLINE,
     ACK_PAUSE,
     FRAME_EVENTS_INITIAL,
     FRAME_EVENTS_MAX,
-    SLOW_ACK,
+    PROBE_DELAY_INITIAL,
 )
 
 
@@ -91,17 +91,18 @@ def test_hub_timer_wakes_sender_once_per_ack(monkeypatch):
     assert (len(harness.transport.frames("event_batch")), len(steps) - begun) == (4, 3)
 
 
-@pytest.mark.parametrize("acknowledged", [3, 5])
+@pytest.mark.parametrize("acknowledged", [1, 2])
 def test_acked_rows_are_deleted_within_four_seconds(harness, acknowledged):
     """Acknowledged rows are deleted within 4 s, even if nothing is stored and others await acks."""
-    for _ in range(5):
-        harness.store(1)
-        harness.connection.wake.set()
-        harness.backend.advance(SLOW_ACK + 0.1)  # a frame each
+    harness.store(FRAME_EVENTS_INITIAL + 5)
+    harness.connection.wake.set()
+    harness.backend.advance(0.1)
     harness.buffer.stats()  # otherwise the next refresh of the stats would delete them
-    harness.ack(acknowledged)
+    for _ in range(acknowledged):
+        harness.ack()
+        harness.backend.advance(ACK_PAUSE + 0.1)
     harness.backend.advance(POLL_BUSY + MAX_DEFER_SECONDS)
-    assert harness.disk.store.size() == 5 - acknowledged
+    assert harness.disk.store.size() == (5 if acknowledged == 1 else 0)
 
 
 def test_ack_wakes_sender_after_long_wait(harness):
@@ -207,21 +208,109 @@ def test_events_during_flight_are_sent_in_one_frame(harness):
     assert not harness.sender.is_idle()
 
 
-def test_skipped_frame_delays_events_for_seconds_only(harness):
-    """Events behind a frame without an ack are sent seconds later, and at once without pacing."""
+def batches(harness):
+    """Return the numbers of the events in each frame; an empty list is an empty frame."""
+    return [
+        [event["n"] for event in frame["payload"]["events"]]
+        for frame in harness.transport.frames("event_batch")
+    ]
+
+
+def ack_except(harness, *skipped):
+    """Let the brain acknowledge each frame at once, except those with these positions."""
+    positions = iter(range(1_000_000))
+
+    def on_frame(frame):
+        if frame["type"] == "event_batch" and next(positions) not in skipped:
+            harness.sender.on_ack(frame["id"])
+
+    harness.transport.on_frame = on_frame
+
+
+def test_skipped_last_frame_is_sent_again_within_seconds(harness):
+    """An empty frame proves that the brain has skipped the last frame, which is sent again."""
+    ack_except(harness, 0)
     harness.store(5)
-    harness.backend.advance(0.01)
+    harness.backend.advance(PROBE_DELAY_INITIAL - 0.1)
+    assert batches(harness) == [list(range(5))]
+    harness.backend.advance(5.1)
+    assert batches(harness) == [list(range(5)), [], list(range(5))]
+    harness.backend.advance(3)
+    assert harness.buffered() == 0
+    assert harness.sender.is_idle()
+
+
+@pytest.mark.parametrize("skipped", range(4))
+def test_skipped_last_frame_is_sent_again_although_probes_are_skipped(harness, skipped):
+    """The frame is sent again within 15 s although the first empty frames are skipped as well."""
+    ack_except(harness, *range(skipped + 1))
+    harness.store(5)
+    harness.backend.advance(15)
+    assert batches(harness) == [list(range(5)), *([[]] * (skipped + 1)), list(range(5))]
+    harness.backend.advance(3)
+    assert harness.buffered() == 0
+
+
+def test_no_event_overtakes_skipped_frame(harness):
+    """Events that are stored behind a skipped frame are sent after it, and none twice."""
+    ack_except(harness, 0)
     harness.store(5)
     harness.backend.advance(0.5)
-    assert len(harness.transport.event_numbers()) == 5
-    harness.backend.advance(SLOW_ACK + POLL_BUSY)
-    assert len(harness.transport.event_numbers()) == 10
+    harness.store(7)
+    harness.backend.advance(10)
+    assert harness.transport.event_numbers() == [*range(5), *range(12)]
+    assert harness.buffered() == 0
+
+
+def test_frame_under_way_is_not_sent_again(harness):
+    """A frame that a slow brain acknowledges late is not sent again, however many probes follow."""
     harness.store(5)
-    harness.backend.advance(0.5)
-    assert len(harness.transport.event_numbers()) == 10
+    harness.backend.advance(ACK_DEADLINE - 5)
+    assert harness.transport.event_numbers() == list(range(5))
+    harness.ack()
+    harness.backend.advance(ACK_PAUSE)
+    harness.ack(len(batches(harness)) - 1)
+    harness.backend.advance(20)
+    assert harness.transport.event_numbers() == list(range(5))
+    assert harness.buffered() == 0
+
+
+def test_stopping_agent_sends_skipped_frame_again_at_once(harness):
+    """Without pacing, the rows of a skipped frame are sent again as soon as the skip is proven."""
+    ack_except(harness, 0)
+    harness.store(FRAME_EVENTS_INITIAL)
+    harness.backend.advance(0.1)
+    harness.store(5)
     harness.sender.disable_pacing()
-    harness.backend.advance(0.01)
-    assert len(harness.transport.event_numbers()) == 15
+    harness.backend.advance(0.1)
+    assert sorted(set(harness.transport.event_numbers())) == list(range(FRAME_EVENTS_INITIAL + 5))
+    assert harness.transport.event_numbers().count(0) == 2
+    harness.backend.advance(3)
+    assert harness.buffered() == 0
+
+
+def test_result_in_skipped_batch_is_sent_again(harness):
+    """If the brain skips the batch that follows a result, the result is sent again."""
+    ack_except(harness, 0)
+    harness.store(1, kind="result")
+    harness.backend.advance(15)
+    assert len(harness.transport.frames("command_result")) == 2
+    assert harness.buffered() == 0
+
+
+def test_skipped_suspected_row_is_tried_again():
+    """A suspected row whose frame the brain skips is tried again, and is not dropped."""
+    harness = SenderHarness()
+    harness.end_session()
+    harness.store(1, wake=False)
+    for _ in range(2):
+        harness.buffer.increment_attempts([1])
+    harness.start_session()
+    ack_except(harness, 1)  # the first frame is the empty one that shows that the session works
+    harness.backend.advance(15)
+    assert batches(harness) == [[], [0], [], [0]]
+    assert harness.buffer.stats().lost == {}
+    assert harness.buffered() == 0
 
 
 def test_single_event_is_sent_immediately(harness):
@@ -296,20 +385,41 @@ def test_sender_ends_session_when_schedules_get_no_ack_twice():
     """A stream without acks is sent once more, in order; then a new session is needed."""
     harness = SessionHarness()
     harness.store(2, kind="projection")
-    ended_at = []
-
-    def run():
-        with pytest.raises(ScheduleStreamError):
-            harness.sender.run(harness.connection)
-        ended_at.append(harness.backend.now())
-
     began = harness.backend.now()
-    harness.backend.spawn(run, name="z4j-send")
+    ended = harness.run_loop(lambda: harness.sender.run(harness.connection))
     harness.backend.advance(ACK_DEADLINE + 5)
     assert harness.transport.event_numbers() == [0, 1, 0, 1]
+    assert not ended
     harness.backend.advance(ACK_DEADLINE + 5)
     assert harness.transport.event_numbers() == [0, 1, 0, 1]
-    assert ended_at[0] - began > 2 * ACK_DEADLINE
+    assert [type(error) for error in ended] == [ScheduleStreamError]
+    assert harness.backend.now() - began > 2 * ACK_DEADLINE
+
+
+def test_skipped_schedule_rows_are_sent_again_in_order():
+    """A skipped schedule row is sent again with those behind it, which are out of sequence."""
+    harness = SenderHarness()
+    ack_except(harness, 0, 1, 2)
+    harness.store(3, kind="projection")
+    harness.backend.advance(10)
+    assert harness.transport.event_numbers() == [0, 1, 2, 0, 1, 2]
+    assert harness.buffered() == 0
+
+
+def test_sender_ends_session_when_schedules_are_always_skipped():
+    """If only schedule rows get no ack, a row was lost, and a new session starts within 30 s."""
+    harness = SessionHarness()
+
+    def on_frame(frame):
+        if frame["type"] == "event_batch" and not frame["payload"]["events"]:
+            harness.sender.on_ack(frame["id"])
+
+    harness.transport.on_frame = on_frame
+    harness.store(2, kind="projection")
+    ended = harness.run_loop(lambda: harness.sender.run(harness.connection))
+    harness.backend.advance(40)
+    assert harness.transport.event_numbers() == [0, 1] * MAX_SKIPS
+    assert [type(error) for error in ended] == [ScheduleStreamError]
 
 
 def test_many_results_do_not_starve_events(harness):
@@ -365,7 +475,9 @@ def test_ack_timeout_resends_everything(harness):
     assert harness.transport.event_numbers() == list(range(10))
     harness.backend.advance(4)
     assert harness.transport.event_numbers() == list(range(10)) * 2
-    first, second = harness.transport.frames("event_batch")
+    first, second = (
+        frame for frame in harness.transport.frames("event_batch") if frame["payload"]["events"]
+    )
     assert first["id"] != second["id"]
     harness.sender.on_ack(second["id"])
     harness.backend.advance(3)
@@ -378,8 +490,8 @@ def test_no_resend_while_acks_arrive(harness):
     harness.backend.advance(1)
     while harness.acked_frames < len(harness.transport.frames("event_batch")):
         harness.backend.advance(60)
-        harness.ack()
-        harness.backend.advance(0.1)
+        harness.ack(len(harness.transport.frames("event_batch")) - harness.acked_frames)
+        harness.backend.advance(ACK_PAUSE)
     harness.backend.advance(5)
     assert harness.transport.event_numbers() == list(range(3000))
     assert harness.buffered() == 0
@@ -389,7 +501,9 @@ def test_late_ack_after_resend_is_ignored(harness):
     """An ack of a frame that was sent again deletes no row and does not stop the loop."""
     harness.store(5)
     harness.backend.advance(ACK_DEADLINE + 3)
-    first, second = harness.transport.frames("event_batch")
+    first, second = (
+        frame for frame in harness.transport.frames("event_batch") if frame["payload"]["events"]
+    )
     harness.sender.on_ack(first["id"])
     harness.backend.advance(2)
     assert harness.buffered() == 5

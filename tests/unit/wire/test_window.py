@@ -1,5 +1,7 @@
 """The in-flight window."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,16 +114,114 @@ def test_limit_stays_at_minimum_without_acks():
     assert win.limit == window.MIN_EVENTS
 
 
-def test_second_frame_waits_for_ack_or_slow_ack():
-    """A second frame waits for the first one's ack, or until that may have been skipped."""
+def test_events_wait_for_ack_however_late():
+    """No events are admitted behind a frame in flight, because the brain may still process it."""
     win = window.Window()
     win.sent("a", (1,), 50, 1.0)
-    assert win.available(1.0 + window.SLOW_ACK - 0.1) == 0
-    assert win.available(1.0 + window.SLOW_ACK + 0.1) > 0
-    win.sent("b", (2,), 50, 4.0)
-    assert win.available(4.0 + window.SLOW_ACK - 0.1) == 0
-    win.acked("b", 5.0)
-    assert win.available(5.0 + window.ACK_PAUSE) > 0, "a skipped frame delays no other"
+    assert all(win.available(second) == 0 for second in range(1, 80))
+    win.acked("a", 80.0)
+    assert win.available(80.0 + window.ACK_PAUSE) > 0
+
+
+def test_late_ack_makes_probes_due_at_growing_intervals():
+    """An empty frame is due 2.5 s after a frame without an ack; four are due within 15 s."""
+    win, probes = window.Window(), []
+    assert not win.probe_due(100)
+    win.sent("a", (1,), 50, 100)
+    assert win.next_check(100) == window.PROBE_DELAY_INITIAL
+    for now in (100 + tenth / 10 for tenth in range(600)):
+        if win.probe_due(now):
+            win.sent(f"probe {now}", (), 0, now)
+            probes.append(now - 100)
+    assert probes[0] == pytest.approx(window.PROBE_DELAY_INITIAL)
+    assert sum(each < 15 for each in probes) == 4
+    assert max(b - a for a, b in itertools.pairwise(probes)) < (window.PROBE_DELAY_MAX + 0.2)
+    assert win.frames == 1 + len(probes)
+
+
+def test_ack_of_probe_proves_skip():
+    """The ack of an empty frame marks earlier frames as skipped; they are due within 5 s of it."""
+    win = window.Window()
+    win.sent("a", (1, 2), 2, 0)
+    win.sent("probe", (), 0, 2.5)
+    assert not win.resend_due(100)
+    assert win.acked("probe", 3) == ()
+    assert (len(win.skipped), win.in_flight, win.events) == (1, 0, 2)
+    assert not win.resend_due(3.1), "the ack of a skipped frame may be late by a moment"
+    assert 0 < win.next_check(3) < 5
+    assert win.resend_due(3 + win.next_check(3))
+
+
+def test_ack_of_frame_ends_wait_for_probe():
+    """If the frame is acknowledged after all, nothing is skipped and no probe is due."""
+    win = window.Window()
+    win.sent("a", (1,), 2, 0)
+    win.sent("probe", (), 0, 2.5)
+    assert win.acked("a", 4) == (1,)
+    win.acked("probe", 4.1)
+    assert not win.skipped
+    assert not win.probe_due(100)
+    assert not win.resend_due(100)
+
+
+@pytest.mark.parametrize("random", [lambda: 0.0, lambda: 0.999999], ids=["low", "high"])
+def test_resend_delay_grows_and_stays_below_five_seconds(random):
+    """While the brain skips each frame, the delay doubles, and it never exceeds 5 s."""
+    win, delays = window.Window(random=random), []
+    for number in range(8):
+        now = number * 100
+        win.sent(f"a{number}", (1,), 50, now)
+        win.sent(f"b{number}", (), 0, now + 3)
+        win.acked(f"b{number}", now + 4)
+        delays.append(win.next_check(now + 4))
+        win.reset()
+    assert delays[0] < delays[1] < delays[2] == delays[7] < 5
+    win.sent("c", (1,), 50, 1000)
+    win.acked("c", 1001)
+    win.sent("d", (1,), 50, 1002)
+    win.sent("e", (), 0, 1003)
+    win.acked("e", 1004)
+    assert win.next_check(1004) == pytest.approx(delays[0])
+
+
+def test_agents_resend_at_different_times():
+    """The delays of fifty agents whose frames were skipped at the same time are spread."""
+    delays = []
+    for _ in range(50):
+        win = window.Window()
+        win.sent("a", (1,), 50, 0)
+        win.sent("b", (), 0, 3)
+        win.acked("b", 4)
+        delays.append(win.next_check(4))
+    assert max(delays) - min(delays) > window.RESEND_DELAY_INITIAL / 2
+
+
+def test_skip_halves_frame_size_below_that_of_slow_acks():
+    """Each skipped full frame halves the size, down to ten; quick acks raise it again."""
+    win, sizes = window.Window(), []
+    for number in range(4):
+        win.sent(f"a{number}", (1,), win.frame_events, number * 10)
+        win.sent(f"b{number}", (), 0, number * 10 + 3)
+        win.acked(f"b{number}", number * 10 + 4)
+        win.reset()
+        sizes.append(win.frame_events)
+    assert sizes == [25, 12, 10, 10]
+    win.sent("slow", (1,), 10, 100)
+    win.acked("slow", 102.9)
+    assert win.frame_events == 10, "a slow ack does not raise the size"
+    for number in range(8):
+        win.sent(f"c{number}", (1,), win.frame_events, 200 + number)
+        win.acked(f"c{number}", 200.1 + number)
+    assert win.frame_events == window.FRAME_EVENTS_MAX
+
+
+def test_skip_of_small_frame_keeps_frame_size():
+    """A skipped frame that is far below the size does not change the size."""
+    win = window.Window()
+    win.sent("a", (1,), 1, 0)
+    win.sent("probe", (), 0, 3)
+    win.acked("probe", 10)
+    assert win.frame_events == window.FRAME_EVENTS_INITIAL
 
 
 def test_ack_timeout_counts_from_last_ack():
@@ -129,36 +229,37 @@ def test_ack_timeout_counts_from_last_ack():
     win = window.Window()
     win.sent("a", (1,), 1, 0)
     win.sent("b", (2,), 1, 0)
-    win.acked("b", 80)
+    win.acked("a", 80)
     assert not win.ack_timed_out(100)
     assert win.ack_timed_out(171)
 
 
-def test_skipped_frame_takes_no_capacity():
-    """A skipped frame neither lowers the limit nor uses capacity. Its late ack still counts."""
+def test_no_event_overtakes_skipped_frame():
+    """While a frame is skipped no events are admitted, also without pacing. Its late ack counts."""
     win = window.Window()
     win.sent("skipped", (1, 2), 2, 0)
     win.sent("next", (3,), 1, 1)
     assert win.acked("next", 2) == (3,)
-    assert (win.available(60), win.limit) == (1000, 1000)
+    assert (win.available(60), win.limit) == (0, 1000)
     assert (win.events, win.frames) == (2, 1), "a skipped frame is still unacknowledged"
+    win.disable_pacing()
+    assert win.available(60) == 0
+    assert win.resend_due(2), "a stopping agent does not wait"
     assert win.acked("skipped", 61) == (1, 2)
     assert (win.events, win.frames) == (0, 0)
+    assert win.available(62) == 1000
+    assert not win.resend_due(62)
 
 
-def test_skipped_frame_times_out_despite_other_acks():
-    """Acks of later frames do not postpone the resend of a skipped frame, even early acks."""
+def test_early_ack_proves_skip():
+    """The ack of a later frame proves a skip also if it arrives before ``sent`` was called."""
     win = window.Window()
     win.sent("skipped", (1,), 1, 0)
     win.acked("next", 10)
-    win.sent("next", (2,), 1, 10)
-    for second in range(11, 100):
-        win.sent(str(second), (second,), 1, second)
-        win.acked(str(second), second)
-        assert not win.ack_timed_out(second)
-    assert win.ack_timed_out(101)
+    assert win.sent("next", (2,), 1, 10) == (2,)
+    assert win.resend_due(15)
     win.reset()
-    assert not win.ack_timed_out(102)
+    assert not win.resend_due(100)
 
 
 def test_ack_timeout_needs_frame_in_flight():
@@ -176,6 +277,70 @@ def test_reset_removes_unacked_frames():
     win.reset()
     assert (win.frames, win.events) == (0, 0)
     assert win.acked("a", 1) == ()
+
+
+class ScriptedBrain:
+    """Processes the frames of one connection in order, and skips some of them without an ack.
+
+    ``script`` has an entry for each frame: the seconds of its processing, and whether it is
+    skipped. All later frames take 0.1 s and are acknowledged.
+    """
+
+    def __init__(self, script):
+        self.attempts = {}
+        self._script = iter(script)
+        self._free_at = 0.0
+        self._acks = []
+        self._received = 0
+
+    def receive(self, win, ids, now):
+        """Receive the next frame of ``win``."""
+        self._received += 1
+        win.sent(str(self._received), ids, len(ids), now)
+        seconds, skipped = next(self._script, (0.1, False))
+        self._free_at = max(self._free_at, now) + seconds
+        for row in ids:
+            self.attempts.setdefault(row, []).append((now, self._free_at, skipped))
+        if not skipped:
+            self._acks.append((self._free_at, str(self._received)))
+
+    def acks(self, now):
+        """Return the frames that were acknowledged since the last call."""
+        ready = [frame for at, frame in self._acks if at <= now]
+        self._acks = [(at, frame) for at, frame in self._acks if at > now]
+        return ready
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 20.0), st.booleans()), max_size=40),
+    st.integers(1, 12),
+    st.floats(0, 0.999),
+)
+def test_skipped_rows_are_sent_again_in_time_and_never_while_under_way(script, rows, random):
+    """A row is sent again within 5 s of the proof, and only after the brain has skipped it."""
+    win, brain = window.Window(random=lambda: random), ScriptedBrain(script)
+    pending, done, now, proven_at = list(range(rows)), [], 0.0, None
+    while len(done) < rows:
+        now += 0.1
+        assert now < 3000
+        for frame in brain.acks(now):
+            done += win.acked(frame, now)
+        if win.skipped and proven_at is None:
+            proven_at = now
+        if win.resend_due(now) and not win.has_rows_in_flight():
+            assert now - proven_at < 5
+            proven_at = None
+            win.skipped.clear()
+            pending = sorted({*range(rows)}.difference(done))
+        if win.probe_due(now):
+            brain.receive(win, (), now)
+        if pending and win.available(now):
+            brain.receive(win, (pending.pop(0),), now)
+    assert done == list(range(rows)), "each once, and in order"
+    for attempts in brain.attempts.values():
+        for (_, finished, skipped), (again, _, _) in itertools.pairwise(attempts):
+            assert skipped
+            assert again >= finished
 
 
 @given(
