@@ -69,6 +69,13 @@ class NetworkError(AgentError, ConnectionError):
         self.retry_after = retry_after
 
 
+class UnavailableError(NetworkError):
+    """The brain did not answer, and WebSocket is not the cause.
+
+    DNS, TCP or TLS failed, or no ``hello_ack`` followed a successful upgrade.
+    """
+
+
 class SessionLimitError(NetworkError):
     """A limit of the brain was reached, or another process with this worker id has connected.
 

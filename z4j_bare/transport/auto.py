@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING
 
 from zope.interface import implementer
 
-from z4j_bare.errors import AgentError, HostConfigurationError, NetworkError, RemoteError
+from z4j_bare.errors import (
+    AgentError,
+    HostConfigurationError,
+    NetworkError,
+    RemoteError,
+    UnavailableError,
+)
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.endpoint import longpoll_url, tls_context, websocket_url
 from z4j_bare.transport.websocket import WebSocketTransport
 from z4j_bare.transport.websocket import preload as preload_websocket
+from z4j_bare.wire import close_codes
 from z4j_bare.wire.backoff import Backoff
 
 if TYPE_CHECKING:
@@ -35,8 +42,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts to use WebSocket again.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked.
-#: It applies to failures that can have another cause, such as a timeout.
+#: Number of consecutive failures after which WebSocket may be blocked. It applies to failures that
+#: can have another cause, such as a timeout of the upgrade.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -44,6 +51,10 @@ HEALTH_TIMEOUT = 5.0
 
 #: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
 _MIN_CLOSE_CODE = 1000
+
+#: Codes that the brain sends itself: it fails, restarts or has too many clients. A fallback would
+#: send further requests to a brain with too many clients (HTTP status 429).
+_BRAIN_CODES = (1011, 1012, 1013, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class FallbackPolicy:
@@ -78,12 +89,15 @@ class FallbackPolicy:
     ) -> bool:
         """Record a failed connect over WebSocket; return whether to use long-poll at once.
 
-        An HTTP status below 500, except 429, proves that WebSocket is blocked. Two consecutive
-        failures with a status of 500 or more, a reset or a timeout also count as proof. The policy
-        falls back to long-poll only if ``is_reachable()`` finds the brain's health route.
+        An HTTP status below 500, except 429, indicates that WebSocket is blocked. A status of 500
+        or more, and a reset, an end or a timeout of the upgrade, indicate it if two such failures
+        follow each other. A brain that cannot be reached, or that is silent after the upgrade, is
+        no indication. The policy falls back to long-poll only if ``is_reachable()``, which requests
+        the brain's health route.
 
-        Statuses 401 and 403 come from a proxy, because the brain checks the token after the
-        upgrade.
+        Statuses 401 and 403 are indications as well, because the brain checks the token after the
+        upgrade, so a proxy has sent the status. If the brain has sent it after all, the brain also
+        rejects the connect over long-poll.
         """
         if self.preference != AUTO:
             return False
@@ -102,6 +116,10 @@ class FallbackPolicy:
         self.next_probe_at = now + self.probe_interval
         return True
 
+    def cancel_fallback(self) -> None:
+        """Return to WebSocket, because WebSocket is not blocked or long-poll fails as well."""
+        self.name, self.next_probe_at = WS, float("inf")
+
     def postpone_probe(self, now: float) -> None:
         """Record a failed attempt to use WebSocket: increase the delay before the next attempt."""
         self._probe_delay.increase()
@@ -119,22 +137,25 @@ class FallbackPolicy:
         """Record a failed connect over long-poll. If the brain rejected it, use WebSocket next."""
         rejected = isinstance(error, NetworkError) and error.code in (400, 404, 405)
         if self.preference == AUTO and (rejected or isinstance(error, RemoteError)):
-            self.name, self.next_probe_at = WS, float("inf")
+            self.cancel_fallback()
 
 
 def _blocking_evidence(error: AgentError) -> int:
     """Return how strongly ``error`` indicates a blocked WebSocket.
 
-    0 is no indication, and ``FAILURES_BEFORE_FALLBACK`` is proof.
+    0 means no indication. ``FAILURES_BEFORE_FALLBACK`` means that one failure is enough.
     """
+    if isinstance(error, UnavailableError):
+        return 0
     code = getattr(error, "code", None)
     if not isinstance(code, int):  # the code of a configuration error is a string
         return 1 if isinstance(error, NetworkError) else 0
-    if code >= _MIN_CLOSE_CODE or code == HTTPStatus.TOO_MANY_REQUESTS:
-        # A close code proves that WebSocket works.
-        # After status 429 (too many requests), a fallback would send more requests.
+    if code >= close_codes.MIN_APPLICATION_CODE or code in _BRAIN_CODES:
         return 0
-    # A status of 500 or more is no proof, because a proxy returns 502 while the brain starts.
+    if code >= _MIN_CLOSE_CODE:
+        return 1  # before ``hello_ack`` a proxy is the likelier sender
+    # A single status of 500 or more is not enough, because a proxy also returns 502 while the brain
+    # starts.
     return 1 if code >= HTTPStatus.INTERNAL_SERVER_ERROR else FAILURES_BEFORE_FALLBACK
 
 
@@ -269,22 +290,15 @@ class AutoTransport:
         """Connect over WebSocket or long-poll, or over long-poll after WebSocket has failed."""
         policy, previous = self._policy, self._policy.name
         if policy.next_transport(self._backend.now()) == WS:
-            websocket = self._factory.websocket()
             try:
-                hello_ack = self._connect_with(websocket, hello)
+                hello_ack = self._connect_over_websocket(hello)
             except AgentError as error:
-                websocket.close()
                 if not policy.on_websocket_failure(
                     error, self._backend.now(), self._factory.is_reachable
                 ):
                     raise
                 if previous == WS:
-                    logger.warning(
-                        "z4j: WebSocket is blocked (%s): falling back to long-poll; "
-                        "retrying WebSocket in %.0f s",
-                        error,
-                        policy.probe_interval,
-                    )
+                    return self._confirm_fallback(hello, error)
             else:
                 if previous == LONGPOLL:
                     logger.info("z4j: WebSocket works again: leaving long-poll")
@@ -318,6 +332,41 @@ class AutoTransport:
         """Release the chosen transport."""
         if self._transport is not None:
             self._transport.close()
+
+    def _confirm_fallback(self, hello: bytes, error: AgentError) -> bytes:
+        """Connect over long-poll if only WebSocket fails; return the ``hello_ack``.
+
+        The brain was reachable after the failure ``error``, but it may have been restarting at the
+        failure. Therefore WebSocket is tried once more. The fallback counts only if WebSocket fails
+        again and long-poll works.
+        """
+        try:
+            return self._connect_over_websocket(hello)
+        except AgentError as second:
+            if not _blocking_evidence(second):
+                self._policy.cancel_fallback()
+                raise
+        try:
+            hello_ack = self._connect_with(self._factory.longpoll(), hello)
+        except AgentError as second:
+            self._policy.cancel_fallback()
+            # The brain's own answer is clearer than the failure of the upgrade.
+            raise second if isinstance(second, RemoteError) else error from None
+        logger.warning(
+            "z4j: WebSocket is blocked (%s): falling back to long-poll; "
+            "retrying WebSocket in %.0f s",
+            error,
+            self._policy.probe_interval,
+        )
+        return hello_ack
+
+    def _connect_over_websocket(self, hello: bytes) -> bytes:
+        websocket = self._factory.websocket()
+        try:
+            return self._connect_with(websocket, hello)
+        except AgentError:
+            websocket.close()
+            raise
 
     def _connected(self) -> WebSocketTransport | LongPollTransport:
         if self._transport is None:

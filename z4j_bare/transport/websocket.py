@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
-from z4j_bare.errors import AgentError, NetworkError
+from z4j_bare.errors import AgentError, NetworkError, UnavailableError
 from z4j_bare.interfaces import ITransport
 from z4j_bare.transport.cooperative_socket import CooperativeSocket
 from z4j_bare.transport.error_text import describe_error, printable
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Timeout in seconds of DNS, TCP, TLS and upgrade together, for each address of the host.
-#: Also the timeout of the wait for ``hello_ack``.
+#: Timeout in seconds of DNS, TCP, TLS and the upgrade together, for each address of the host.
 CONNECT_TIMEOUT = 10.0
+
+#: Seconds to wait for ``hello_ack``. A brain to which many agents connect at once needs more than
+#: 10 s.
+HELLO_TIMEOUT = 30.0
 
 #: Maximum seconds that a frame waits for space in the socket. Then the connection counts as lost.
 SEND_TIMEOUT = 20.0
@@ -97,10 +100,16 @@ class WebSocketTransport:
             # The read raises the error for the close code.
             self.receive(CONNECT_TIMEOUT)
             raise
-        answer = self.receive(CONNECT_TIMEOUT)
-        if answer is None:
-            raise NetworkError(f"no hello_ack within {CONNECT_TIMEOUT:.0f} s")
-        return answer
+        deadline = self._backend.now() + HELLO_TIMEOUT
+        while (remaining := deadline - self._backend.now()) > 0:
+            answer = self.receive(remaining)
+            if answer is not None:  # ``None`` for a ping, too
+                return answer
+        raise UnavailableError(
+            f"the brain accepted WebSocket but sent no hello_ack within {HELLO_TIMEOUT:.0f} s: it "
+            "is overloaded, or a proxy holds messages back; for such a proxy set "
+            "Z4J_TRANSPORT=longpoll"
+        )
 
     def upgrade(self) -> None:
         """Open the connection and complete the WebSocket upgrade (HTTP 101)."""
@@ -127,7 +136,8 @@ class WebSocketTransport:
                 raise close_codes.error_for_http_status(
                     status, "a redirect: set Z4J_BRAIN_URL to its target"
                 ) from None
-            raise NetworkError(f"cannot reach the brain: {describe_error(error)}") from None
+            kind = UnavailableError if _failed_before_upgrade(error) else NetworkError
+            raise kind(f"cannot reach the brain: {describe_error(error)}") from None
         self._ws.sock = CooperativeSocket(
             self._ws.sock, self._backend, CONNECT_TIMEOUT, SEND_TIMEOUT
         )
@@ -277,6 +287,28 @@ def close_error(data: bytes) -> AgentError:
 def preload() -> None:
     """Import ``websocket-client`` at start. A later import would block the hub for 0.2 s."""
     import websocket  # noqa: F401
+
+
+def _failed_before_upgrade(error: Exception) -> bool:
+    """Whether DNS, TCP or TLS failed, so that plain HTTP would fail as well.
+
+    The library reports a reset or an end of TLS in the same way before and during the upgrade. Both
+    count as failures of the upgrade.
+    """
+    import ssl
+
+    from websocket import WebSocketAddressException, WebSocketException
+
+    if isinstance(error, WebSocketException):
+        return isinstance(error, WebSocketAddressException)
+    during_upgrade = (
+        ConnectionResetError,
+        ConnectionAbortedError,
+        BrokenPipeError,
+        ssl.SSLEOFError,
+        ssl.SSLZeroReturnError,
+    )
+    return isinstance(error, OSError) and not isinstance(error, during_upgrade)
 
 
 def _frame_header(size: int) -> bytes:

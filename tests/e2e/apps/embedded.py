@@ -143,7 +143,8 @@ def use_fast_timeouts():
     backoff.BACKOFF_POLICIES.update(
         dict.fromkeys(backoff.BACKOFF_POLICIES, backoff.BackoffPolicy(0.2, 1.0))
     )
-    override(websocket, CONNECT_TIMEOUT=5.0, SEND_TIMEOUT=5.0, PING_AFTER=1.0, DEAD_AFTER=5.0)
+    override(websocket, CONNECT_TIMEOUT=5.0, HELLO_TIMEOUT=5.0, SEND_TIMEOUT=5.0)
+    override(websocket, PING_AFTER=1.0, DEAD_AFTER=5.0)
     override(longpoll, PROBE_TIMEOUT=5.0, POST_TIMEOUT=5.0, POLL_GRACE=5.0)
     # The brain accepts 600 requests a minute from an address, which all hosts share.
     override(longpoll, UPLOAD_RATE=3.0)

@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websocket import ABNF
 
-from tests.support.peer import TOKEN, Peer
-from z4j_bare.errors import AuthenticationRejectedError, HostConfigurationError, NetworkError
+from tests.support.peer import PING, TOKEN, Peer
+from z4j_bare.errors import (
+    AuthenticationRejectedError,
+    HostConfigurationError,
+    NetworkError,
+    UnavailableError,
+)
 from z4j_bare.transport import websocket
 from z4j_bare.transport.cooperative_socket import CooperativeSocket
 from z4j_bare.transport.endpoint import tls_context, websocket_url
@@ -272,6 +277,54 @@ def test_full_socket_raises_after_send_timeout(peer, make_transport, monkeypatch
     peer.last.stalled = True
     with pytest.raises(NetworkError, match="while sending"):
         [transport.send(lambda: b"x" * 1_000_000) for _ in range(200)]
+
+
+@pytest.fixture
+def mute():
+    """A TCP listener whose connections are accepted by the kernel and never answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+class Address:
+    """A URL in place of a peer."""
+
+    def __init__(self, url):
+        self.url = url
+
+
+@pytest.mark.filterwarnings("ignore:please use dns.resolver:DeprecationWarning")  # eventlet's own
+def test_failure_before_upgrade_says_nothing_about_websocket(
+    make_transport, certificate, mute, monkeypatch
+):
+    """A refused connection, an unknown host and a TLS timeout raise ``UnavailableError``."""
+    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        refusing = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    tls = tls_context(certificate, None, None)
+    for url, context in (
+        (refusing, None),
+        ("https://brain.invalid", tls),
+        (f"https://127.0.0.1:{mute}", tls),
+    ):
+        with pytest.raises(UnavailableError, match="cannot reach the brain"):
+            make_transport(Address(url), context).connect(b"{}")
+
+
+def test_silence_during_upgrade_may_mean_blocked_websocket(make_transport, mute, monkeypatch):
+    """A connection that gets no answer to the upgrade raises a plain ``NetworkError``."""
+    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.3)
+    with pytest.raises(NetworkError) as caught:
+        make_transport(Address(f"http://127.0.0.1:{mute}")).connect(b"{}")
+    assert not isinstance(caught.value, UnavailableError)
+
+
+def test_silence_after_upgrade_says_nothing_about_websocket(peer, make_transport, monkeypatch):
+    """Without ``hello_ack`` the error names an overloaded brain, and the cure for a proxy."""
+    monkeypatch.setattr(websocket, "HELLO_TIMEOUT", 0.3)
+    peer.on_hello = lambda session: session.send(b"", PING)
+    with pytest.raises(UnavailableError, match=r"overloaded.*Z4J_TRANSPORT=longpoll"):
+        make_transport(peer).connect(a_hello())
 
 
 def test_closed_port_raises_network_error(make_transport, backend):
