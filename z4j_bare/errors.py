@@ -83,6 +83,13 @@ class SessionLimitError(NetworkError):
     """
 
 
+class TurnedAwayError(SessionLimitError):
+    """The brain ended the session at its start, because its token has too many sessions.
+
+    Close code 4429 after ``hello_ack``.
+    """
+
+
 class PoisonRowError(NetworkError):
     """The session ended while suspected poison rows were in flight.
 

@@ -241,6 +241,33 @@ def test_agent_reconnects_after_each_close_code(install, peer, until, caplog, co
     )
 
 
+def test_agent_over_session_cap_is_turned_away(install, peer, until, caplog):
+    """One warning names the cap and the cure; the events wait, and arrive once a session is free.
+
+    The brain sends ``hello_ack`` before it closes the session with code 4429.
+    """
+    caplog.set_level(logging.INFO, "z4j")
+
+    def turn_away(session):
+        session.hello_ack()
+        session.close(4429)
+
+    hello_ack, peer.on_hello = peer.on_hello, turn_away
+    runtime = install()
+    status = runtime._agent.status.describe
+    until(lambda: len(peer.sessions) >= 5)
+    runtime.record_event(an_event(1))
+    until(lambda: runtime._agent.buffer.stats().rows)
+    until(lambda: len(peer.sessions) >= 8)
+    assert (status()["connected"], status()["turned_away"]) == (False, True)
+    warnings = [each for each in caplog.records if each.levelno == logging.WARNING]
+    assert [("64 sessions" in each.getMessage()) for each in warnings] == [True]
+    assert "Z4J_TOKEN of its own" in caplog.text
+    assert caplog.text.count("connected again") <= 1
+    peer.on_hello = hello_ack
+    until(lambda: is_settled(runtime) and runtime.stats()["acked"] == 1)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("code", [1011, 4400, 4403])
 def test_poison_event_is_dropped(install, peer, until, caplog, code):
@@ -412,7 +439,7 @@ def test_start_without_brain(install, backend, until, engine):
 )
 def test_bad_hello_ack_is_survived(install, peer, until, monkeypatch, greeting):
     """Whatever the brain sends instead of ``hello_ack``, the agent reconnects and no loop dies."""
-    monkeypatch.setattr(websocket, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(websocket, "HELLO_TIMEOUT", 0.5)
     peer.on_hello = greeting
     runtime = install()
     until(lambda: len(peer.sessions) >= 2)

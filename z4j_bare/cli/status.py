@@ -277,7 +277,7 @@ def _title(agent: AgentStatus) -> str:
 
 def _session(agent: AgentStatus) -> str:
     if not agent["connected"]:
-        return "not connected"
+        return "turned away" if agent.get("turned_away") else "not connected"
     since = agent.get("connected_at")
     age = "" if since is None else f" for {format_duration(datetime.now(UTC).timestamp() - since)}"
     return f"{agent['transport']}{age}"

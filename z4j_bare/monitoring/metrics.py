@@ -59,6 +59,7 @@ class Counters:
     last_flush_at: float | None = None
     last_error: str = ""
     transport: str = ""
+    turned_away: bool = False
 
 
 class AgentMetrics:
@@ -98,6 +99,11 @@ class AgentMetrics:
         self._unheard = unheard
         self._restarts = restarts
         self._fitted_before = fitted.copy()
+
+    @property
+    def turned_away(self) -> bool:
+        """Whether the last session ended because the token has too many sessions."""
+        return self._counters.turned_away
 
     def lost(self) -> dict[str, int]:
         """Return the number of lost rows and events by reason."""

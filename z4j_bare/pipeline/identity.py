@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from z4j_bare.interfaces import ISchedulerHost
     from z4j_bare.monitoring.metrics import AgentMetrics
     from z4j_bare.pipeline.session import Supervisor
+
+
+#: Age in seconds from which a session counts after the brain has turned the agent away.
+SETTLE_SECONDS = 5.0
 
 
 class AgentIdentity:
@@ -117,13 +122,24 @@ class AgentStatus:
 
     def describe(self) -> dict[str, object]:
         """Return identity, connection and counters, as plain JSON types."""
-        connection = self._supervisor.connection
+        connection, turned_away = self._supervisor.connection, self._turned_away()
         return {
             "state": "running",
             **self._identity.describe(),
-            "connected": connection is not None,
+            "connected": connection is not None and not turned_away,
             "connected_at": connection.connected_at if connection else None,
+            "turned_away": turned_away,
             "workers": self._engines.workers(),
             "oldest_age_seconds": self._buffer.last_stats.oldest_age,
             **self.stats(),
         }
+
+    def _turned_away(self) -> bool:
+        """Whether the brain has no session for this agent.
+
+        The brain accepts a session before it turns the agent away. Therefore a session that has
+        just begun does not count.
+        """
+        connection = self._supervisor.connection
+        age = 0.0 if connection is None else time.time() - connection.connected_at
+        return self.metrics.turned_away and age < SETTLE_SECONDS

@@ -15,6 +15,7 @@ from z4j_bare.errors import (
     FrameTooLargeError,
     InterpreterShutdownError,
     RemoteError,
+    TurnedAwayError,
 )
 from z4j_bare.interfaces import IConnection, IEvent, ITransport
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
@@ -268,7 +269,7 @@ class SessionLoops:
         if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
             # Two processes with the same worker id would replace each other's sessions for ever.
             self._identity.change_worker_id()
-        return error
+        return close_codes.explain_limit(error)
 
     def _run_loop(
         self,
@@ -412,6 +413,7 @@ class Supervisor:
         if stop_event.is_set():
             return
         self._counters.last_error = str(error)
+        self._counters.turned_away = isinstance(error, TurnedAwayError)
         delay, kind = self.backoff.next(error), failure_class(error)
         level = logging.DEBUG if self._failures % LOG_EVERY else logging.INFO
         if self._failures == 0 or kind != self._failure_class:

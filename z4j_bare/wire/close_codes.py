@@ -10,6 +10,7 @@ from z4j_bare.errors import (
     RemoteError,
     RemoteProtocolError,
     SessionLimitError,
+    TurnedAwayError,
 )
 
 _CREDENTIALS_REJECTED = (
@@ -26,7 +27,12 @@ _SESSION_REPLACED = (
 )
 _LIMIT_REACHED = (
     "the brain's limit is reached: 600 connections a minute from one address, "
-    "or 64 workers on one token"
+    "or 64 sessions of one token"
+)
+_TURNED_AWAY = (
+    "the brain turned this agent away: it allows 64 sessions of one token (its setting "
+    "Z4J_WS_PER_AGENT_CONCURRENCY_CAP); events wait in the buffer until a session ends; create one "
+    "agent in the brain, with a Z4J_TOKEN of its own, for each worker or group of workers"
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
@@ -36,6 +42,9 @@ MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
 SESSION_REPLACED = 4002
+
+#: The close code of a connection beyond one of the brain's limits.
+LIMIT_REACHED = 4429
 
 _CLOSE_CODES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     1000: (NetworkError, "the brain closed the session"),
@@ -57,7 +66,7 @@ _CLOSE_CODES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
         IncompatibleError,
         "the brain rejects this agent version: upgrade z4j-bare or the brain",
     ),
-    4429: (SessionLimitError, _LIMIT_REACHED),
+    LIMIT_REACHED: (SessionLimitError, _LIMIT_REACHED),
 }
 
 _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
@@ -125,6 +134,16 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
     else:
         return error
     return type(error)(text, code=error.code, retry_after=error.retry_after)
+
+
+def explain_limit(error: AgentError) -> AgentError:
+    """Return ``error``, which has ended an established session; name the limit if it is one.
+
+    Before ``hello_ack`` the same code means too many connections a minute.
+    """
+    if isinstance(error, SessionLimitError) and error.code == LIMIT_REACHED:
+        return TurnedAwayError(_TURNED_AWAY, code=error.code, retry_after=error.retry_after)
+    return error
 
 
 def may_be_poison(error: AgentError) -> bool:

@@ -101,6 +101,13 @@ def test_table_shows_one_line_per_agent(set_agents, capsys):
     assert "event loop blocked" in third
 
 
+def test_agent_without_free_session_is_shown_as_turned_away(set_agents, capsys):
+    """An agent beyond the brain's limit of sessions is not connected, and shown as turned away."""
+    set_agents([agent(connected=False, turned_away=True, last_error="Z4J_WS_PER_AGENT")])
+    assert main(["status"]) == 1
+    assert "turned away" in capsys.readouterr().out
+
+
 def test_agents_can_be_selected(set_agents, capsys):
     """Agents can be selected by a worker that they report and by their framework adapter."""
     set_agents([agent(), agent(pid=9, adapter="django", workers={}, connected=False)])

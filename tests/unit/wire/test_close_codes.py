@@ -8,6 +8,7 @@ from z4j_bare.errors import (
     NetworkError,
     RemoteProtocolError,
     SessionLimitError,
+    TurnedAwayError,
 )
 from z4j_bare.wire import close_codes
 
@@ -21,7 +22,7 @@ CLOSE_CODES = [
     (4427, IncompatibleError, "upgrade"),
     (4002, SessionLimitError, "worker id"),
     (4408, NetworkError, "no frame"),
-    (4429, SessionLimitError, "64 workers"),
+    (4429, SessionLimitError, "64 sessions"),
     (1011, NetworkError, "failed"),
     (1012, NetworkError, "restarting"),
     (1001, NetworkError, "shutting down"),
@@ -51,6 +52,18 @@ def test_close_code_maps_to_error_with_hint(code, kind, hint):
     assert hint in str(error)
     assert "because" in str(error)
     assert error.code == code
+
+
+def test_limit_during_session_names_cap_and_cure():
+    """Code 4429 of an established session means too many sessions; other errors are unchanged."""
+    error = close_codes.explain_limit(close_codes.error_for_close_code(4429))
+    assert type(error) is TurnedAwayError
+    assert error.code == 4429
+    for part in ("64 sessions", "Z4J_WS_PER_AGENT_CONCURRENCY_CAP", "Z4J_TOKEN of its own"):
+        assert part in str(error)
+    for code in (4002, 1012):
+        other = close_codes.error_for_close_code(code)
+        assert close_codes.explain_limit(other) is other
 
 
 @pytest.mark.parametrize(("status", "kind", "hint"), STATUSES)
