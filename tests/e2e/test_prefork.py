@@ -80,6 +80,25 @@ def test_violent_ends_have_class_and_message(project, host):
     ]
 
 
+def test_runs_among_short_runs_are_started_in_time(project, host):
+    """While short runs keep the parent reading, a long run is shown as started before its end,
+    and a run whose child is killed at once has its start and its failure.
+    """
+    long, killed = project.send("naps", 5), project.send("killed")
+    began, short = time.monotonic(), []
+
+    def state():
+        short.append(project.send("add", 1, 1))
+        return (project.brain.task(project.slug, "celery", long) or {}).get("state")
+
+    until(lambda: state() == "started", "the start of a long run", timeout=30, interval=0.05)
+    assert time.monotonic() - began < 5
+    project.row(killed, "failure")
+    assert project.kinds(killed) == ["task.failed", "task.received", "task.started"]
+    assert project.row(long, "success")["result"] == "rested"
+    assert {project.row(task_id)["state"] for task_id in short} == {"success"}
+
+
 def test_restarted_pool_and_worker_report(project, host):
     """Children of a restarted pool, and of a worker that SIGHUP started again, are reported."""
     control = project.producer.control

@@ -2,6 +2,11 @@
 
 A child never waits for the pipe. If a message does not fit, the child counts the message as lost,
 in shared memory. A message arrives whole or not at all, even if its writer is killed.
+
+While the parent reads at short intervals, a child keeps the start of a run in shared memory, and
+sends it together with its next message, which usually reports the end of the run. One write costs
+less than two. The parent reads the start from the shared memory if the run takes longer, or if the
+child is killed.
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from z4j_bare.concurrency import fork
+from z4j_bare.engines.celery.kept_starts import MAX_MESSAGE_BYTES, KeptStarts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 #: Size of the pipe in bytes.
@@ -36,7 +43,8 @@ CHUNK_BYTES = 4096
 #: Maximum bytes of one read from the pipe.
 READ_BYTES = 64 * 1024
 
-#: Number of counters of lost messages. New children get these counters in turn.
+#: Number of counters of lost messages, and of slots for kept starts. New children get a counter and
+#: a slot with the same index, in turn.
 LOSS_SLOTS = 4096
 
 #: Maximum number of incomplete messages that are kept for one child.
@@ -45,12 +53,16 @@ MAX_PARTIAL = 8
 
 #: Header of a chunk: bytes of data, pid, message number, part number, number of parts.
 #: A chunk is one write, which contains a message or a part of a message.
-_HEADER = Struct("<HIIHH")
+_HEADER = Struct("<HIQHH")
 _DATA_BYTES = CHUNK_BYTES - _HEADER.size
 _MAX_PARTS = 0xFFFF
 
 #: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
+
+#: Maximum number of children, and of starts, that the reader remembers. It is larger than
+#: :data:`LOSS_SLOTS`: before a start is forgotten, another child has used its slot.
+_MAX_REMEMBERED = 2 * LOSS_SLOTS
 
 #: States of the agent in :class:`SharedCounters`.
 #: Children send no messages in the state ``ABSENT``.
@@ -69,13 +81,14 @@ os.register_at_fork(before=_count_fork)
 
 
 class SharedCounters:
-    """Shared memory of a worker and its children: counters of lost messages, and the agent's state.
+    """Shared memory of a worker and its children: counters of lost messages, and two states.
 
     Each child has its own counter, because two processes cannot increment one counter atomically.
     """
 
-    #: Size of the memory in bytes: 4 for each counter, and 4 for the agent's state.
-    SIZE = 4 * (LOSS_SLOTS + 1)
+    #: Size of the memory in bytes: 4 for each counter, 4 for the agent's state, and 4 for
+    #: :attr:`polling`.
+    SIZE = 4 * (LOSS_SLOTS + 2)
 
     def __init__(self, descriptor: int = -1) -> None:
         self._numbers = memoryview(mmap.mmap(descriptor, self.SIZE)).cast("I")
@@ -89,6 +102,18 @@ class SharedCounters:
     def agent(self, state: int) -> None:
         self._numbers[LOSS_SLOTS] = state
 
+    @property
+    def polling(self) -> int:
+        """1 while the parent reads at short intervals, and searches for kept starts; else 0.
+
+        A parent that waits for the next message does not notice a kept start.
+        """
+        return self._numbers[LOSS_SLOTS + 1]
+
+    @polling.setter
+    def polling(self, polling: int) -> None:
+        self._numbers[LOSS_SLOTS + 1] = polling
+
     def add_lost(self, slot: int) -> None:
         """Add 1 to the counter ``slot``."""
         self._numbers[slot] = (self._numbers[slot] + 1) & 0xFFFFFFFF
@@ -101,26 +126,45 @@ class SharedCounters:
 class ChannelWriter:
     """Writes the messages of one process. Never waits and never raises ``OSError``.
 
-    :param slot: index of the process's counter in ``counters``.
+    :param slot: index of the process's counter in ``counters``, and of its slot in ``starts``.
+    :param starts: the slots for kept starts; ``None`` if the process sends each start at once.
     """
 
-    def __init__(self, descriptor: int, counters: SharedCounters, slot: int) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        counters: SharedCounters,
+        slot: int,
+        starts: KeptStarts | None = None,
+    ) -> None:
         self._descriptor = descriptor
         self._counters = counters
         self._slot = slot
+        self._starts = starts
         self._pid = os.getpid()
-        self._number = 0
+        # A child has larger numbers than all earlier children. One of them may have had its pid.
+        self._number = _forks << 32
+        #: The chunk of the start that is kept. Several threads may each have added one.
+        self._kept: list[bytes] = []
+        if starts is not None:  # an earlier child that was killed may have left its start
+            starts.drop(slot)
 
     def send(self, message: bytes) -> bool:
-        """Send a message and return ``True``.
+        """Send a message and return ``True``. If a start is kept, send both in one write.
 
         If the message cannot be sent completely, count it as lost and return ``False``.
         """
-        self._number = number = (self._number + 1) & 0xFFFFFFFF
-        size = len(message)
+        kept, size = self._take_kept() if self._kept else b"", len(message)
+        if kept and len(kept) + size > _DATA_BYTES:
+            self._send_kept(kept)
+            kept = b""
+        self._number = number = self._number + 1
         try:
             if size <= _DATA_BYTES:
-                write(self._descriptor, _HEADER.pack(size, self._pid, number, 0, 1) + message)
+                header = _HEADER.pack(size, self._pid, number, 0, 1)
+                write(self._descriptor, kept + header + message)
+                if kept:
+                    self._drop_start()
                 return True
             parts = -(-size // _DATA_BYTES)
             if parts <= _MAX_PARTS:
@@ -132,14 +176,63 @@ class ChannelWriter:
         except OSError:  # the pipe is full, or the parent has died
             pass
         except BaseException:  # e.g. a time limit of the task that expires between two parts
-            self.count_lost()
+            self._count_lost_with(kept)
             raise
-        self.count_lost()
+        self._count_lost_with(kept)
         return False
+
+    def send_start(self, message: bytes) -> None:
+        """Send the start of a run, or keep it until the next message while the parent polls.
+
+        A start that is already kept is sent first.
+        """
+        starts = self._starts
+        if starts is None or len(message) > MAX_MESSAGE_BYTES:
+            self.send(message)
+            return
+        if self._kept:
+            self._send_kept(self._take_kept())
+        self._number = number = self._number + 1
+        chunk = _HEADER.pack(len(message), self._pid, number, 0, 1) + message
+        starts.keep(self._slot, number, self._pid, message)
+        self._kept.append(chunk)
+        # The parent sets ``polling`` to 0 and then searches for kept starts once more. So either
+        # this process reads 0 now, or the parent finds the start.
+        if not self._counters.polling:
+            self._send_kept(self._take_kept())
+
+    def _take_kept(self) -> bytes:
+        """Remove the kept chunks and return them. Each chunk is returned once."""
+        kept = b""
+        try:
+            while True:
+                kept += self._kept.pop(0)
+        except IndexError:
+            return kept
+
+    def _send_kept(self, kept: bytes) -> None:
+        try:
+            write(self._descriptor, kept)
+        except BaseException as error:
+            self.count_lost()
+            if not isinstance(error, OSError):
+                raise
+        self._drop_start()
+
+    def _drop_start(self) -> None:
+        if self._starts is not None:
+            self._starts.drop(self._slot)
+
+    def _count_lost_with(self, kept: bytes) -> None:
+        """Count a lost message, and the kept start that was in the same write."""
+        self.count_lost()
+        if kept:
+            self.count_lost()
+            self._drop_start()
 
     def mark(self, message: bytes) -> None:
         """Send a message of one chunk. Do not count a loss if the message cannot be sent."""
-        self._number = number = (self._number + 1) & 0xFFFFFFFF
+        self._number = number = self._number + 1
         with suppress(OSError):
             write(self._descriptor, _HEADER.pack(len(message), self._pid, number, 0, 1) + message)
 
@@ -149,10 +242,20 @@ class ChannelWriter:
 
 
 class ChannelReader:
-    """Reads the messages in the parent, and joins their parts."""
+    """Reads the messages in the parent, and joins their parts.
 
-    def __init__(self, descriptor: int) -> None:
+    :param starts: the starts that the children keep.
+    """
+
+    def __init__(self, descriptor: int, starts: KeptStarts) -> None:
         self._descriptor = descriptor
+        self._starts = starts
+        #: The starts that were kept at the last call of :meth:`kept_starts`: the number of the
+        #: message, and the slot.
+        self._kept: dict[int, int] = {}
+        #: The numbers of the messages that were read from ``starts``. Most of them will arrive in
+        #: the pipe, too. The values are not used.
+        self._taken: dict[int, int] = {}
         self._buffer = b""
         self._partial: dict[int, dict[int, list[bytes]]] = {}
         self._last_number: dict[int, int] = {}
@@ -174,6 +277,24 @@ class ChannelReader:
         self.empty = len(data) < READ_BYTES
         return self._split(self._buffer + data) if data else []
 
+    @property
+    def keeping(self) -> bool:
+        """Whether :meth:`kept_starts` has found a start that it has not returned yet."""
+        return any(number not in self._taken for number in self._kept)
+
+    def kept_starts(self) -> list[tuple[int, bytes]]:
+        """Return the starts that were already kept at the last call, each with its writer's pid.
+
+        Each start is returned once. Between two calls, :meth:`read` must empty the pipe. So the
+        earlier messages of the writer have been read.
+        """
+        previous, self._kept = self._kept, self._starts.numbers(_forks + 2)
+        return self._take(previous) if previous else []
+
+    def search_kept(self, matches: Callable[[bytes], bool]) -> list[tuple[int, bytes]]:
+        """Return the kept starts that match and were not returned before, each with its pid."""
+        return self._take(self._starts.numbers(_forks + 2), matches)
+
     def forget(self, pid: int) -> None:
         """Drop the incomplete messages of a dead process.
 
@@ -181,6 +302,23 @@ class ChannelReader:
         """
         last = self._last_number.pop(pid, None)
         self.lost += last in self._partial.pop(pid, ())
+
+    def _take(
+        self, kept: Mapping[int, int], matches: Callable[[bytes], bool] = bool
+    ) -> list[tuple[int, bytes]]:
+        found = []
+        for number, slot in kept.items():
+            start = None if number in self._taken else self._starts.message(slot, number)
+            if start is None:
+                continue
+            pid, message = start
+            # A child that is killed after its write has not dropped the start.
+            if self._last_number.get(pid, 0) >= number:
+                _remember(self._taken, number, pid)
+            elif matches(message):
+                _remember(self._taken, number, pid)
+                found.append((pid, message))
+        return found
 
     def _split(self, data: bytes) -> list[tuple[int, bytes]]:
         messages, position, end = [], 0, len(data)
@@ -196,8 +334,13 @@ class ChannelReader:
             if start + size > end:
                 break
             position = start + size
-            self._last_number[pid] = number
-            if parts == 1:
+            if pid in self._last_number:
+                self._last_number[pid] = number
+            else:
+                _remember(self._last_number, pid, number)
+            if number in self._taken:
+                del self._taken[number]
+            elif parts == 1:
                 messages.append((pid, data[start:position]))
             elif message := self._join(pid, number, part, parts, data[start:position]):
                 messages.append((pid, message))
@@ -224,8 +367,15 @@ class ChannelReader:
         return b"".join(received)
 
 
+def _remember(remembered: dict[int, int], key: int, value: int) -> None:
+    """Add an item, and drop the oldest one if there are too many."""
+    if len(remembered) >= _MAX_REMEMBERED:
+        del remembered[next(iter(remembered))]
+    remembered[key] = value
+
+
 class Channel:
-    """A pipe and its counters. The parent makes them before it starts its children.
+    """A pipe, its counters and the kept starts. The parent makes them before its children.
 
     :param directory: the directory to make for a named pipe and the counters' file, which children
         that are not forked open by name; ``None`` if the children are forked and inherit both.
@@ -242,7 +392,8 @@ class Channel:
             os.set_blocking(descriptor, False)
         #: Size of the pipe in bytes.
         self.size = _enlarge(self._write_end)
-        self.reader = ChannelReader(read_end)
+        self._starts = KeptStarts(LOSS_SLOTS)
+        self.reader = ChannelReader(read_end, self._starts)
         #: Pid of the parent.
         self.pid = os.getpid()
         self._epoch = fork.epoch()
@@ -258,9 +409,13 @@ class Channel:
         """
         if not self.is_own() and self.reader.fileno() >= 0:
             close(self.reader.fileno())
-            self.reader = ChannelReader(-1)
-        slot = 0 if self.is_own() else 1 + _forks % (LOSS_SLOTS - 1)
-        return ChannelWriter(self._write_end, self.counters, slot)
+            self.reader = ChannelReader(-1, self._starts)
+        if self.is_own():
+            return ChannelWriter(self._write_end, self.counters, 0)
+        slot = 1 + _forks % (LOSS_SLOTS - 1)
+        # Children that are not forked do not inherit the kept starts, so they keep none.
+        starts = self._starts if self._directory is None else None
+        return ChannelWriter(self._write_end, self.counters, slot, starts)
 
     def close(self) -> None:
         """Close both ends of the pipe, and remove the directory if this process made it."""

@@ -14,6 +14,8 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from sys import exc_info
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.paths import ensure_z4j_home
@@ -21,11 +23,12 @@ from z4j_core.paths import ensure_z4j_home
 from z4j_bare.concurrency import fork
 from z4j_bare.control import is_alive
 from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel, NamedChannel
-from z4j_bare.engines.celery.outcomes import FIRST_RUN, run_key
+from z4j_bare.engines.celery.outcomes import FIRST_RUN, result_is_unstored, run_key
 from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_state import RunKey, TaskState, TaskTypes
 from z4j_bare.events.ring import Captured, Put
+from z4j_bare.events.snapshot import snapshot
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -37,9 +40,12 @@ CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
 
 _PREFIX = "channel-"
 
+#: Default of a parameter for which Celery always passes an argument.
+_NO_TASK: Any = None
+
 #: A child's message about one record: a number of :class:`Codes`, the time in seconds since the
-#: epoch, the task id, the task name, the performance counter at the start of the run, the run's key
-#: (``None`` for the first run), and the other items of the record.
+#: epoch, the task id, the task name, the performance counter if the run starts (else 0), the run's
+#: key (``None`` for the first run), and the other items of the record.
 Note = tuple[Any, ...]
 
 
@@ -107,13 +113,59 @@ class ChildCapture(NoteHandlers):
         super().__init__(self._send, self._writer.count_lost)
         #: The key of the run of the current signal; ``None`` for a task's first run.
         self._key: RunKey | None = None
+        #: Id and key of the run that started last. ``task.request`` takes a tenth of a handler.
+        self._last_run: tuple[str, RunKey | None] = ("", None)
         self._counters = channel.counters
+
+    # The next two handlers run for every task. They make no record and no task state.
+
+    def _on_prerun(self, task_id: str = "", task: Task = _NO_TASK, **_kwargs: object) -> None:
+        try:
+            if self._is_active():
+                task_id, key = str(task_id), self._key_of(task)
+                self._last_run = task_id, key
+                note = (Codes.started, self._clock(), task_id, task.name, perf_counter(), key)
+                self._writer.send_start(encode_note(note))
+        except Exception as error:
+            if not self._suppresses("task_prerun", getattr(task, "name", None), error):
+                raise
+
+    def _on_postrun(
+        self,
+        task_id: str = "",
+        task: Task = _NO_TASK,
+        retval: object = None,
+        state: str | None = None,
+        **_kwargs: object,
+    ) -> None:
+        if state != "SUCCESS":
+            super()._on_postrun(task_id, task, retval, state)
+            return
+        try:
+            if self._is_active() and not (exc_info()[1] is not None and result_is_unstored()):
+                task_id, result, now = str(task_id), snapshot(retval), self._clock()
+                started_id, key = self._last_run
+                if started_id != task_id:
+                    key = self._key_of(task)
+                own = (perf_counter(), True, result)
+                note = (Codes.succeeded, now, task_id, task.name, 0.0, key, *own)
+                self._writer.send(encode_note(note))
+        except Exception as error:
+            if not self._suppresses("task_postrun", getattr(task, "name", None), error):
+                raise
+
+    def _is_active(self) -> bool:
+        return self._counters.agent != ABSENT and fork.epoch() == self._epoch
+
+    @staticmethod
+    def _key_of(task: Task) -> RunKey | None:
+        key = run_key(task.request)
+        return None if key == FIRST_RUN else key
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         if self._counters.agent == ABSENT:
             return None
-        key = run_key(task.request)
-        self._key = None if key == FIRST_RUN else key
+        self._key = self._key_of(task)
         return super()._task_state(task_id, task)
 
     def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
@@ -122,8 +174,7 @@ class ChildCapture(NoteHandlers):
 
     def _send(self, record: Captured) -> None:
         code, now, task_id, task_state, *rest = record
-        key = self._key
-        note = (code, now, task_id, task_state.task_type.name, task_state.started_at, key, *rest)
+        note = (code, now, task_id, task_state.task_type.name, 0.0, self._key, *rest)
         self._writer.send(encode_note(note))
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from struct import Struct
 from time import time
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 
-#: Seconds that the parent waits after a message has arrived, so that more messages may arrive.
+#: Seconds between two reads while messages arrive.
 #: A wake-up of the parent costs more than reading ten messages.
 GATHER_SECONDS = 0.1
 
@@ -284,28 +285,50 @@ class PreforkCapture:
         return self._channel.lost()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read and handle all messages that are sent before ``stop_event`` is set."""
+        """Read messages until ``stop_event`` is set. Then read the messages sent before.
+
+        While messages arrive, the loop reads at short intervals, and the children keep starts.
+        Otherwise it waits for the next message, and the children send starts at once.
+        """
         self._finished.clear()
-        backend, reader = self._backend, self._channel.reader
+        backend, counters, reader = self._backend, self._channel.counters, self._channel.reader
+        timeout = BUSY_WAIT
         try:
             while not stop_event.is_set():
-                timeout = BUSY_WAIT if self._runs.open else IDLE_WAIT
-                if backend.wait_readable(reader, timeout):
+                active = self.drain()
+                if not active and counters.polling:
+                    counters.polling = 0
+                    active = self.drain()
+                    timeout = BUSY_WAIT
+                if active:
+                    counters.polling = 1
                     backend.wait(stop_event, GATHER_SECONDS)
-                self.drain()
+                else:
+                    backend.wait_readable(reader, timeout)
+                    timeout = BUSY_WAIT if self._runs.open else IDLE_WAIT
                 for pid in self._runs.check(backend.now()):
                     reader.forget(pid)
+            counters.polling = 0
+            self.drain()
             self.drain()
         finally:
             if not backend.forked():
+                counters.polling = 0
                 self._finished.set()
 
-    def drain(self) -> None:
-        """Handle all messages in the channel and all records of the parent's handlers."""
+    def drain(self) -> bool:
+        """Handle the messages in the channel and the records of the parent's handlers.
+
+        A start that a child keeps is handled if the previous call found it, too.
+
+        Return whether a message was handled, or a child keeps a start.
+        """
         until, checkpoint = self._notes.last(), TimeSlice(self._backend).checkpoint
         own, reader = self._channel.pid, self._channel.reader
+        active = until > 0
         while True:
             for pid, message in reader.read():
+                active = True
                 if pid == own:
                     self._take(_MARK.unpack(message)[0])
                 else:
@@ -314,6 +337,10 @@ class PreforkCapture:
             if reader.empty:
                 break
         self._take(until)
+        for pid, message in reader.kept_starts():
+            active = True
+            self._read(pid, message)
+        return active or reader.keeping
 
     def _read(self, pid: int, message: bytes) -> None:
         try:
@@ -324,7 +351,18 @@ class PreforkCapture:
 
     def _take(self, until: int) -> None:
         for record in self._notes.take(until):
+            for pid, message in self._channel.reader.search_kept(partial(_precedes, record)):
+                self._read(pid, message)
             self._runs.on_own(record)
+
+
+def _precedes(record: Captured, message: bytes) -> bool:
+    """Whether a child started a run of the record's task before the record was made."""
+    try:
+        _, started, task_id, *_ = decode_note(message)
+    except Exception:
+        return False
+    return bool(task_id == record[2] and started <= record[1])
 
 
 class Runs:

@@ -21,6 +21,7 @@ from z4j_bare.engines.celery.channel import (
     READ_BYTES,
     Channel,
 )
+from z4j_bare.engines.celery.kept_starts import MAX_MESSAGE_BYTES
 
 #: Number of writers that are killed.
 KILLED_WRITERS = 40
@@ -41,7 +42,7 @@ def read_all(channel):
     return messages
 
 
-@pytest.mark.parametrize("size", [0, 1, 300, CHUNK_BYTES - 14, CHUNK_BYTES - 13, 60_000, 200_000])
+@pytest.mark.parametrize("size", [0, 1, 300, CHUNK_BYTES - 18, CHUNK_BYTES - 17, 60_000, 200_000])
 def test_message_arrives_whole(channel, size):
     """A message of any size arrives as it was sent, with the writer's pid."""
     message = os.urandom(size)
@@ -140,7 +141,7 @@ def test_child_outlives_parent_without_error():
     posix.close(channel.reader.fileno())  # os.close of gevent closes later
     channel.counters.agent = PRESENT
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    channel.reader = module.ChannelReader(-1)
+    channel.reader = module.ChannelReader(-1, channel._starts)
     channel.close()
 
 
@@ -175,6 +176,186 @@ def test_killed_writers_leave_only_whole_messages(channel):
         for message in received:
             assert message == message[:8] * (len(message) // 8)
     assert channel.reader._partial == {}
+
+
+@pytest.fixture
+def polled(channel):
+    """A channel whose parent reads at short intervals, so that children keep starts."""
+    channel.counters.polling = 1
+    return channel
+
+
+def from_child(channel, calls):
+    """Call ``calls`` with the writer of a new child, and return what arrives in the pipe."""
+    assert in_child(lambda: calls(channel.writer())) == 0
+    return [message for _, message in read_all(channel)]
+
+
+def kept(channel):
+    """Return the starts that children keep, as the parent's next two searches find them."""
+    found = channel.reader.kept_starts() + channel.reader.kept_starts()
+    return [message for _, message in found]
+
+
+def test_start_is_sent_with_next_message(polled):
+    """A start is kept, and sent with the next message. The parent does not find it twice."""
+    writes = []
+
+    def calls(writer):
+        module.write = lambda _descriptor, data: writes.append(data)
+        writer.send_start(b"start")
+        assert writes == []
+        writer.send(b"end")
+        assert len(writes) == 1
+        posix.write(writer._descriptor, writes[0])
+
+    assert from_child(polled, calls) == [b"start", b"end"]
+    assert kept(polled) == []
+    assert not polled.reader.keeping
+
+
+def test_start_of_killed_child_is_found_once(polled):
+    """A start that its child never sends is found at the second search, and only then."""
+    assert from_child(polled, lambda writer: writer.send_start(b"start")) == []
+    reader = polled.reader
+    assert reader.kept_starts() == []
+    assert reader.keeping
+    ((pid, message),) = reader.kept_starts()
+    assert (message, pid != os.getpid()) == (b"start", True)
+    assert not reader.keeping
+    assert kept(polled) == reader.search_kept(bool) == []
+
+
+def test_found_start_is_dropped_from_pipe(polled):
+    """A start that the parent has found does not arrive again with the end of the run."""
+    order, orders = os.pipe()
+    pid = os.fork()
+    if not pid:
+        writer = polled.writer()
+        for start, end in ((b"first", b"second"), (b"third", b"fourth")):
+            writer.send_start(start)
+            os.read(order, 1)
+            writer.send(end)
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    while not (found := polled.reader.search_kept(bool)) and time.monotonic() < deadline:
+        pass
+    assert found == [(pid, b"first")]
+    os.write(orders, b"xx")
+    os.waitpid(pid, 0)
+    assert read_all(polled) == [(pid, b"second"), (pid, b"third"), (pid, b"fourth")]
+    assert kept(polled) == []
+    assert polled.reader._taken == {}
+    os.close(order)
+    os.close(orders)
+
+
+def test_sent_start_that_was_not_dropped_is_ignored(polled):
+    """A child that is killed between its write and the drop leaves no second start."""
+
+    def calls(writer):
+        writer._starts.drop = lambda _slot: None
+        writer.send_start(b"start")
+        writer.send(b"end")
+
+    assert from_child(polled, calls) == [b"start", b"end"]
+    assert kept(polled) == []
+    assert not polled.reader.keeping
+
+
+def test_start_is_sent_at_once_to_waiting_parent(channel):
+    """While the parent waits for a message, a start is sent at once."""
+    assert from_child(channel, lambda writer: writer.send_start(b"start")) == [b"start"]
+    assert kept(channel) == []
+
+
+def test_long_start_is_sent_at_once(polled):
+    """A start that does not fit into its slot is sent at once; the longest that fits is kept."""
+    longest = b"x" * MAX_MESSAGE_BYTES
+    assert from_child(polled, lambda writer: writer.send_start(longest + b"x")) == [longest + b"x"]
+    assert from_child(polled, lambda writer: writer.send_start(longest)) == []
+    assert kept(polled) == [longest]
+
+
+def test_second_start_sends_first(polled):
+    """A start within a run, as of an eager task, keeps the order of the child's messages."""
+
+    def calls(writer):
+        writer.send_start(b"outer")
+        writer.send_start(b"inner")
+        writer.send(b"inner end")
+        writer.send(b"outer end")
+
+    assert from_child(polled, calls) == [b"outer", b"inner", b"inner end", b"outer end"]
+
+
+def test_start_precedes_long_message(polled):
+    """A start and a message that do not fit into one chunk arrive in this order."""
+    for size in (CHUNK_BYTES - 60, CHUNK_BYTES - 30, 60_000):
+        message = b"x" * size
+
+        def calls(writer, message=message):
+            writer.send_start(b"start")
+            writer.send(message)
+
+        assert from_child(polled, calls) == [b"start", message]
+
+
+def test_start_that_does_not_fit_is_counted(polled):
+    """If the pipe is full, both messages of a run are counted as lost."""
+
+    def calls(writer):
+        for size in (4000, 1):
+            while writer.send(b"x" * size):
+                pass
+        writer.send_start(b"start")
+        assert not writer.send(b"end")
+        polled.counters.polling = 0
+        writer.send_start(b"start")
+
+    from_child(polled, calls)
+    assert polled.lost() == 5
+    assert kept(polled) == []
+
+
+def test_new_child_drops_start_of_slot(polled):
+    """A child does not inherit the start of the killed child that used its slot."""
+    slot = 1 + (module._forks + 1) % (module.LOSS_SLOTS - 1)
+    polled._starts.keep(slot, 1, 7, b"left")
+    from_child(polled, lambda _writer: None)
+    assert kept(polled) == []
+
+
+def test_later_child_has_larger_numbers(polled):
+    """A child with the pid of an earlier one is not mistaken for it."""
+    numbers = []
+    for _ in range(2):
+        from_child(polled, lambda writer: writer.send_start(b"start"))
+        numbers += polled._starts.numbers(module.LOSS_SLOTS)
+    assert numbers[0] < numbers[-1]
+    assert min(numbers) > 0xFFFFFFFF
+
+
+def test_remembered_children_are_bounded(polled, monkeypatch):
+    """The reader does not remember each child that a worker ever had."""
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 3)
+    for _ in range(5):
+        from_child(polled, lambda writer: writer.send(b"x"))
+        from_child(polled, lambda writer: writer.send_start(b"start"))
+        assert kept(polled) == [b"start"]
+        for slot in polled._starts.numbers(module.LOSS_SLOTS).values():
+            polled._starts.drop(slot)  # as the next child with this slot does
+    assert len(polled.reader._last_number) == len(polled.reader._taken) == 3
+
+
+def test_child_without_fork_keeps_no_start(tmp_path):
+    """A child that is spawned sends starts at once, because it inherits no slot."""
+    channel = Channel(tmp_path / "channel-1")
+    channel.counters.polling = 1
+    writer = module.NamedChannel(tmp_path / "channel-1").writer()
+    writer.send_start(b"start")
+    assert read_all(channel) == [(os.getpid(), b"start")]
+    channel.close()
 
 
 def test_named_channel_serves_processes_that_inherit_nothing(tmp_path):

@@ -65,8 +65,8 @@ def closed_channel():
 class Parent:
     """The parent of a prefork worker, without its loop."""
 
-    def __init__(self, app, backend, **settings):
-        prefork.open()
+    def __init__(self, app, backend, polling, **settings):
+        prefork.open().counters.polling = polling
         self.app = app
         self.ring = Ring(10_000, 10_000, backend.event())
         self.consumer = worker_consumer(Prefork)
@@ -99,7 +99,8 @@ class Parent:
         assert self.child(*calls) == 0
 
     def events(self):
-        """Return what has been captured since the last call."""
+        """Return what has been captured since the last call, and the starts that are kept."""
+        self.capture.drain()
         self.capture.drain()
         records = self.ring.take(10_000)
         return [json.loads(record[0](record)) for record in records]
@@ -108,12 +109,13 @@ class Parent:
         return [event["kind"] for event in self.events()]
 
 
-@pytest.fixture
-def parent(app, backend):
+@pytest.fixture(params=[0, 1], ids=["waiting", "polling"])
+def parent(request, app, backend):
+    """Builds a parent that waits for messages, or one whose children keep starts."""
     made = []
 
     def build(**settings):
-        made.append(Parent(app, backend, **settings))
+        made.append(Parent(app, backend, request.param, **settings))
         return made[-1]
 
     yield build
@@ -493,6 +495,116 @@ def test_unreadable_note_is_counted(app, parent):
     here.runs(("shop.add", "t", 1))
     assert here.kinds() == ["task.started", "task.succeeded"]
     assert here.source.dropped() == 1
+
+
+@pytest.fixture
+def polling(app, backend):
+    """A parent whose children keep starts."""
+    here = Parent(app, backend, 1)
+    yield here
+    here.source.disconnect()
+
+
+def starts(here, task_id):
+    """Start a task in a child that then is gone."""
+    task = here.app.tasks["shop.add"]
+    assert here.child(lambda: signals.task_prerun.send(None, task_id=task_id, task=task)) == 0
+
+
+def test_long_run_is_started_at_second_reading(app, polling):
+    """The start of a run that goes on is reported, once, although its child has not sent it."""
+    receive(app, "shop.add", "t")
+    starts(polling, "t")
+    assert polling.capture.drain()
+    assert len(polling.ring) == 1
+    assert polling.capture.drain()
+    assert not polling.capture.drain()
+    started = polling.events()[-1]
+    assert started["kind"] == "task.started"
+    assert "t" in polling.capture._runs.open
+
+
+def test_kept_start_precedes_only_later_records_of_parent(app, polling):
+    """A start that a child keeps is reported before the arrival of the next run, not after it; the
+    start of the next run follows that arrival.
+    """
+    receive(app, "shop.add", "t")
+    starts(polling, "t")
+    receive(app, "shop.add", "other")
+    request = task_request(app, "shop.add", "t")
+    request.request_dict = {"retries": 1}
+    signals.task_received.send(sender=None, request=request)
+    starts(polling, "t")
+    polling.capture.drain()
+    events = [json.loads(record[0](record)) for record in polling.ring.take(100)]
+    kinds = [event["kind"] for event in events if event["task_id"] == "t"]
+    assert kinds == ["task.received", "task.started", "task.received"]
+    assert polling.kinds() == ["task.retried", "task.started"]
+
+
+def test_eager_task_within_run_keeps_order(app, polling):
+    """A task that runs another one eagerly is reported with both runs, each with its run time."""
+
+    @app.task(shared=False, name="shop.outer")
+    def outer():
+        return app.tasks["shop.add"].apply((1,), task_id="inner").result
+
+    polling.runs(("shop.outer", "outer"))
+    events = polling.events()
+    assert [(event["kind"], event["task_id"]) for event in events] == [
+        ("task.started", "outer"),
+        ("task.started", "inner"),
+        ("task.succeeded", "inner"),
+        ("task.succeeded", "outer"),
+    ]
+    assert all(event["data"]["runtime_ms"] >= 0 for event in events[2:])
+
+
+def test_unreadable_start_does_not_stop_reader(app, polling):
+    """A kept start that cannot be decoded is counted, and a record of the parent is reported."""
+    receive(app, "shop.add", "t")
+    assert polling.child(lambda: prefork._child._writer.send_start(b"garbage")) == 0
+    fail_in_parent(app, "shop.add", "t", WorkerLostError("gone"))
+    assert polling.kinds() == ["task.received", "task.failed"]
+    assert polling.source.dropped() == 1
+
+
+def test_loop_lets_idle_children_send_at_once(app, polling, backend):
+    """The loop polls while messages arrive. Then it waits, and a start wakes it."""
+    counters = prefork.channel.counters
+    counters.polling = 0
+    (loop,) = [run for name, run in polling.source.loops() if name == PreforkCapture.name]
+    stop_event = backend.event()
+    task = backend.spawn(loop, stop_event, name="reader")
+
+    def until(condition):
+        end = backend.now() + 5
+        while not condition() and backend.now() < end:
+            backend.sleep(0.01)
+        assert condition()
+
+    polling.runs(("shop.add", "a", 1))
+    until(lambda: counters.polling)
+    starts(polling, "b")  # is kept
+    until(lambda: "b" in polling.capture._runs.open)
+    until(lambda: not counters.polling)
+    began = backend.now()
+    starts(polling, "c")  # is sent
+    until(lambda: "c" in polling.capture._runs.open)
+    assert backend.now() - began < 0.9  # earlier than the next time-out of the wait
+    stop_event.set()
+    assert task.join(5)
+    assert counters.polling == 0
+
+
+def test_stopping_loop_takes_kept_starts(app, polling, backend):
+    """A start that a child keeps at the agent's stop is reported."""
+    (loop,) = [run for name, run in polling.source.loops() if name == PreforkCapture.name]
+    starts(polling, "t")
+    stop_event = backend.event()
+    stop_event.set()
+    assert backend.spawn(loop, stop_event, name="reader").join(5)
+    assert [record[2] for record in polling.ring.take(10)] == ["t"]
 
 
 def test_reader_loop_reads_and_finishes(app, parent, backend):
