@@ -6,6 +6,7 @@ Paired by round, geometric mean, 95 % interval by Student's t on the logarithms.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -82,6 +83,16 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
+def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[float]:
+    """Return the sorted microseconds of ``call(number)``, divided by its ``per`` items."""
+    costs = []
+    for number in range(calls):
+        began = time.perf_counter()
+        call(number)
+        costs.append((time.perf_counter() - began) * 1e6 / per)
+    return sorted(costs)
+
+
 def cpu_per_task(trial: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
@@ -139,6 +150,7 @@ def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:
         "lag_max_ms": max(lags[2]) * 1e3,
         "idle_ms_per_s": median(trial.idle for trial in trials) * 1e3,
         "rss_mb": median(trial.rss for trial in trials) / 1e6,
+        "pss_mb": median(trial.pss for trial in trials) / 1e6,
         "rows": [trial.rows for trial in trials],
         "last_row_s": median(
             (trial.end_seconds - trial.tasks_seconds) / trial.batches for trial in trials

@@ -36,6 +36,7 @@ _HEADER = (
     "tasks/s",
     "lag p50/p99/max ms",
     "RSS MB",
+    "PSS MB",
     "idle ms/s",
     "row delay ms",
     "last row s",
@@ -60,7 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arguments", choices=ARGUMENTS, default="none")
     parser.add_argument(
-        "--concurrency", type=int, default=100, help="prefork: 2 children (default: %(default)s)"
+        "--concurrency",
+        type=int,
+        default=100,
+        help="tasks at a time in all pools but prefork (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--children", type=int, default=2, help="children of prefork (default: %(default)s)"
     )
     parser.add_argument(
         "--row-timeout",
@@ -131,6 +138,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         tasks=args.tasks,
         arguments=args.arguments,
         concurrency=args.concurrency,
+        children=args.children,
         row_timeout=args.row_timeout,
         loglevel=args.loglevel,
         attribute=args.attribute,
@@ -222,6 +230,7 @@ def _line(pool: str, name: str, each: dict[str, Any]) -> list[str]:
         f"{each['tasks_per_second']:.0f}",
         lag,
         f"{each['rss_mb']:.1f}",
+        f"{each['pss_mb']:.1f}",
         f"{each['idle_ms_per_s']:.1f}",
         "-" if delay is None else f"{delay[0]:.0f} (max {delay[1]:.0f})",
         "-" if name == "off" else f"{each['last_row_s']:.1f}",

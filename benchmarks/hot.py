@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,9 @@ from typing import Any
 from uuid import uuid4
 
 from benchmarks.existing import existing_python
-from benchmarks.figures import quantile
+from benchmarks.figures import costs_of, quantile
 from benchmarks.peers import progress
+from benchmarks.prefork_costs import prefork_costs
 from benchmarks.report import circumstances, save, table
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import worker_environment
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     for name, arguments in ARGUMENTS.items():
         figures |= _capture(name, arguments, args.calls)
     figures |= _open_runs(args.calls)
+    figures |= _prefork(args.calls)
     figures |= _store(args.calls)
     figures |= _wire(args.calls)
     rows = [
@@ -82,16 +84,6 @@ def record_event(python: str, calls: int) -> list[float]:
         raise HarnessError(f"{_SCRIPT.name} failed: {done.stderr.strip()[-500:]}")
     costs: list[float] = json.loads(done.stdout.splitlines()[-1])
     return costs
-
-
-def costs_of(call: Callable[[int], object], calls: int, per: int = 1) -> list[float]:
-    """Return the sorted microseconds of ``call(number)``, divided by its ``per`` items."""
-    costs = []
-    for number in range(calls):
-        began = time.perf_counter()
-        call(number)
-        costs.append((time.perf_counter() - began) * 1e6 / per)
-    return sorted(costs)
 
 
 def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list[float]]:
@@ -146,6 +138,20 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
         yield app.tasks[nap.name], ring
     finally:
         capture.disconnect()
+
+
+def _prefork(calls: int) -> dict[str, list[float]]:
+    """Measure a task's share in a child of a prefork worker and in its parent."""
+    from celery import Celery
+
+    progress("prefork")
+    app = Celery("bench", broker="memory://")
+
+    @app.task(name="bench.nap")  # type: ignore[untyped-decorator]
+    def nap(**_arguments: object) -> None:
+        """Do nothing; it is never run."""
+
+    return prefork_costs(app, app.tasks[nap.name], calls)
 
 
 def _open_runs(calls: int) -> dict[str, list[float]]:

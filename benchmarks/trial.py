@@ -48,6 +48,7 @@ class Plan:
     tasks: int = 2000
     arguments: str = "none"
     concurrency: int = 100
+    children: int = 2
     row_timeout: float = 120.0
     loglevel: str = "WARNING"
     attribute: bool = False
@@ -78,6 +79,7 @@ class Trial:
     idle: float = 0.0
     rows: int | None = None
     rss: int = 0
+    pss: int = 0
     hub_lags: list[float] = field(default_factory=list)
     row_delays: list[float] = field(default_factory=list)
     attribution: dict[str, list[float]] = field(default_factory=dict)
@@ -201,6 +203,7 @@ class BenchWorker:
             0.1, now.at - self._opened.at - trial.end_seconds
         )
         trial.rss = now.rss
+        trial.pss = self.meter.pss()
         trial.load = os.getloadavg()[0]
         if self._agent:
             trial.row_delays = [self._probe() for _ in range(self._plan.probes)]
@@ -221,7 +224,7 @@ class BenchWorker:
             pool=self._pool,
             log=self._home / "worker.log",
             environment=environment,
-            concurrency=2 if self._pool == "prefork" else self._plan.concurrency,
+            concurrency=self._plan.children if self._pool == "prefork" else self._plan.concurrency,
             name=f"{self._variant}@bench",
             options=["--loglevel", self._plan.loglevel],
             python=self._python,
