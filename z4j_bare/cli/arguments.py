@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
     """Yield the words, with each secret joined to its option by an equals sign.
 
-    A secret may begin with a dash. argparse would take it for an option.
+    argparse would take a secret that begins with a dash for an option.
     """
     waiting = iter(words)
     for word in waiting:
@@ -100,8 +100,8 @@ def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]
 def _secrets(words: Sequence[str], known: Collection[str]) -> set[str]:
     """Return the words, and values of ``option=value``, that can be secrets.
 
-    These are the values of secret options, options that are not known, and all words after an
-    option that is not known, up to the next known option.
+    The result contains the values of secret options, and all words from an unknown option to the
+    next known one.
     """
     found: set[str] = set()
     hidden = False

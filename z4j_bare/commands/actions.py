@@ -92,7 +92,7 @@ def cancel_task(command: Command, host: EngineHost, seconds: float) -> object:
 def bulk_retry(command: Command, host: EngineHost, seconds: float) -> object:
     """Retry all tasks that match the filter.
 
-    An adapter without overrides for several tasks retries them with their own arguments.
+    If the adapter's ``bulk_retry`` takes no overrides, the tasks keep their own arguments.
     """
     selection = command.option("filter", dict, "an object")
     if not selection:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from z4j_bare.pipeline.session import Supervisor
 
 
-#: Age in seconds from which a session counts after the brain has turned the agent away.
+#: After the brain has turned the agent away, a session counts from this age in seconds.
 SETTLE_SECONDS = 5.0
 
 

@@ -47,8 +47,8 @@ MAX_PRIORITY_ROWS = 50
 #: stored, so that a command's result follows the schedule frames that the result reports.
 PRIORITY_KINDS = (PROJECTION, RESULT)
 
-#: A schedule row that was sent this often, and skipped each time, follows a lost row. With fewer
-#: skips, other agents on the same token can be the cause.
+#: If the brain skips a schedule row this many times, an earlier row was lost.
+#: Other agents on the same token can cause fewer skips.
 MAX_SKIPS = 6
 
 
@@ -120,7 +120,7 @@ class ProjectionResend:
     """Tracks the schedule rows in flight, and how often each of them was sent.
 
     The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent
-    several times without an ack, an earlier row was lost. Then only a new session with a new epoch
+    several times without an ack, an earlier row was lost, and only a new session with a new epoch
     can continue the stream.
     """
 
