@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 #: Maximum number of cached routes. A route is an exchange and a routing key.
 MAX_ROUTES = 4096
 
+#: Start of the routing key of a message that has waited in RabbitMQ for its countdown (kombu's
+#: native delayed delivery, for quorum queues): 28 bits, before the original routing key.
+_strip_delay = partial(re.compile(r"^(?:[01]\.){28}").sub, "", count=1)
+
 
 def routing_key(info: object) -> str | None:
     """Return the routing key of a message. A process without a consumer reports it as the queue.
@@ -19,7 +24,7 @@ def routing_key(info: object) -> str | None:
     :param info: ``Request.delivery_info``.
     """
     name = info.get("routing_key") if isinstance(info, dict) else None
-    return str(name) if name else None
+    return _strip_delay(str(name)) if name else None
 
 
 class QueueNames:
@@ -49,7 +54,12 @@ class QueueNames:
             return self._add(route, key)
         consumer = getattr(self._consumer, "task_consumer", None)
         queues = list(getattr(consumer, "queues", ()))
-        names = [queue.name for queue in queues if _is_bound(queue, exchange, key)]
+        original = _strip_delay(key)
+        if original != key:  # the exchange is kombu's, which names no queue
+            names = [queue.name for queue in queues if _has_key(queue, original)]
+        else:
+            names = [queue.name for queue in queues if _is_bound(queue, exchange, key)]
+        key = original
         if len(names) == 1:
             return self._add(route, names[0])
         candidates = names or [queue.name for queue in queues]
@@ -65,12 +75,23 @@ class QueueNames:
 
 
 def _is_bound(queue: Queue, exchange: str, key: str) -> bool:
-    bindings = [(queue.exchange, queue.routing_key)]
-    bindings += [(each.exchange, each.routing_key) for each in queue.bindings or ()]
     return any(
         source is not None and source.name == exchange and _routes(source, pattern or "", key)
-        for source, pattern in bindings
+        for source, pattern in _bindings(queue)
     )
+
+
+def _has_key(queue: Queue, key: str) -> bool:
+    # Native delayed delivery does not support direct exchanges.
+    return any(
+        source is not None and source.type == "topic" and _routes(source, pattern or "", key)
+        for source, pattern in _bindings(queue)
+    )
+
+
+def _bindings(queue: Queue) -> list[tuple[Exchange | None, str | None]]:
+    own = [(queue.exchange, queue.routing_key)]
+    return own + [(each.exchange, each.routing_key) for each in queue.bindings or ()]
 
 
 def _routes(exchange: Exchange, pattern: str, key: str) -> bool:

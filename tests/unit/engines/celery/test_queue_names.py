@@ -46,6 +46,23 @@ def test_unbound_message_has_only_queue_or_none():
     assert of("d", "order.new", [*QUEUES, Queue("copy", DIRECT, routing_key="order.new")]) is None
 
 
+def test_message_that_waited_in_rabbitmq_has_original_queue():
+    """Kombu's delayed delivery puts the countdown's bits before the routing key."""
+    delay = "0." * 27 + "1."
+    assert of("celery_delayed_delivery", f"{delay}app.log.error") == "logs"
+    assert (
+        of(
+            "celery_delayed_delivery",
+            f"{delay}x",
+            [Queue("x", TOPIC, routing_key="x"), *QUEUES[:2]],
+        )
+        == "x"
+    )
+    assert of("celery_delayed_delivery", f"{delay}unknown", QUEUES[:2]) is None
+    assert routing_key({"routing_key": f"{delay}app.log"}) == "app.log"
+    assert routing_key({"routing_key": "0.1.app"}) == "0.1.app"
+
+
 def test_process_without_consumer_uses_routing_key():
     """Without queues the routing key is the best guess."""
     assert routing_key({"routing_key": "q"}) == "q"
