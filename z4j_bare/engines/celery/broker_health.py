@@ -53,8 +53,9 @@ class BrokerProbe:
         try:
             connection = self._connect()
             depths = {
-                name: self._depth(connection, name)
+                name: depth
                 for name in sorted(set(self._queues()))[:MAX_QUEUES]
+                if (depth := self._depth(connection, name)) is not None
             }
         except Exception as error:
             self.close()
@@ -87,7 +88,12 @@ class BrokerProbe:
             self._connection.connect()
         return self._connection
 
-    def _depth(self, connection: Connection, name: str) -> int:
+    def _depth(self, connection: Connection, name: str) -> int | None:
+        """Return the number of messages in a queue, ``None`` if the broker refuses to tell.
+
+        RabbitMQ refuses it for an exclusive queue of another connection, and for a queue for which
+        the user has no permission.
+        """
         channel = self._channel = self._channel or connection.channel()
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
@@ -98,7 +104,7 @@ class BrokerProbe:
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis deletes an empty list, so an empty queue does not exist
-            raise
+            return None
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:

@@ -201,3 +201,27 @@ def test_cached_probe_returns_entries_for_error(bridge):
         bridge, lambda: 1 / 0, lambda error: {"failed": type(error).__name__}
     )
     assert probe() == {"failed": "ZeroDivisionError"}
+
+
+def test_broker_probe_omits_queue_that_broker_refuses(app, monkeypatch):
+    """A queue whose depth the broker refuses is omitted, and the broker counts as connected."""
+    probe = BrokerProbe("celery", app, lambda: ["exclusive", "idle"])
+    connection = probe._connect()
+    refusal = connection.channel_errors[0]("locked")
+    refusal.reply_code = 405
+    declare = connection.default_channel.queue_declare
+
+    def refuse(queue, passive):
+        if queue == "exclusive":
+            raise refusal
+        return declare(queue=queue, passive=passive)
+
+    monkeypatch.setattr(
+        type(connection.default_channel), "queue_declare", lambda _self, **k: refuse(**k)
+    )
+    try:
+        answer = probe()
+        assert answer["celery.broker_connected"] == "True"
+        assert json.loads(answer["celery.queue_depths"]) == {"idle": 0}
+    finally:
+        probe.close()
