@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--app",
         metavar="MODULE:ATTR",
-        help="import this application first, then check what it patches",
+        help="import this application first, then check what it patches, and Celery's broker",
     )
     parser.add_argument("--no-websocket", action="store_true", help="do not probe WebSocket")
     parser.add_argument(
@@ -64,16 +64,17 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run every probe. Return 1 if a probe failed or a setting is wrong, else 0."""
     output = Output(json_only=arguments.json)
+    app: object = None
     try:
         if arguments.app:
             # Call apply() first, because an agent that the application installs reads the settings.
             configuration.apply(arguments)
-            load_app(arguments.app)
+            app = load_app(arguments.app)
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
         return report_configuration_error(output, error)
     output.print_line(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
-    results = all_checks(config, settings, websocket=not arguments.no_websocket)
+    results = all_checks(config, settings, websocket=not arguments.no_websocket, app=app)
     return report(output, config, results)
 
 

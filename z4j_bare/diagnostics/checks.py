@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from z4j_bare.concurrency import build, choose, detect
-from z4j_bare.diagnostics import host, network
+from z4j_bare.diagnostics import broker, host, network
 from z4j_bare.diagnostics.remote import BrainProbe, ProbeStep, brain_steps
 from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
@@ -17,25 +17,29 @@ from z4j_bare.settings import Settings, load_settings
 from z4j_bare.transport.endpoint import tls_context
 
 if TYPE_CHECKING:
+    from celery import Celery
     from z4j_core.models import Config
 
 _FIX_SETTING = "correct this setting"
 
 
 def all_checks(
-    config: Config, settings: Settings, *, websocket: bool = True
+    config: Config, settings: Settings, *, websocket: bool = True, app: object = None
 ) -> Iterator[ProbeResult]:
     """Yield the results of the probes of this host, then of the network, then of the brain.
 
     :param config: settings shared with z4j's other packages.
     :param settings: the agent's own settings.
     :param websocket: whether to probe WebSocket.
+    :param app: an imported application. If it is a Celery application, its broker is probed.
     """
     yield host.probe_package()
     yield host.probe_versions()
     yield host.probe_concurrency(settings.concurrency)
     yield host.probe_buffer_path(config.buffer_path)
     yield host.probe_agents(config.project_id)
+    if broker.is_celery(app):
+        yield broker.probe_broker(cast("Celery", app))
     yield from brain_checks(config, settings, websocket=websocket)
 
 
