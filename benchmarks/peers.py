@@ -1,6 +1,6 @@
 """What the trials of a run share.
 
-A private redis-server, one real brain, and prepared batches of tasks.
+A private Redis server, one real brain, and prepared batches of tasks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from redis import Redis
-from redis.exceptions import RedisError
 
 import z4j_bare
-from z4j_bare.demo.brain import Brain, free_port
-from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
+from z4j_bare.demo.brain import Brain
+from z4j_bare.demo.process import HarnessError, until
+from z4j_bare.demo.redis_server import RedisServer
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -44,7 +44,6 @@ class Peers:
 
     def __init__(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="z4j-bench-"))
-        self._port = free_port()
         self._stack = ExitStack()
         self._projects = 0
         self._random = random.Random(1)  # noqa: S311 - the same arguments in every run
@@ -55,8 +54,8 @@ class Peers:
         # pip compiles at install; a worker that compiles modules itself uses 1 MB more.
         compileall.compile_dir(Path(z4j_bare.__file__).parent, quiet=1)
         try:
-            self._stack.enter_context(self._redis_service())
-            self._redis = self._stack.enter_context(Redis(port=self._port))
+            self._server = self._stack.enter_context(RedisServer(self.home / "redis"))
+            self._redis = self._stack.enter_context(Redis.from_url(self.broker()))
             self._stack.enter_context(self.brain)
             self._producer = self._stack.enter_context(self._build_producer())
         except BaseException:
@@ -69,7 +68,7 @@ class Peers:
 
     def broker(self, database: int = 0) -> str:
         """Return the broker's address; each worker of a round has a database of its own."""
-        return f"redis://127.0.0.1:{self._port}/{database}"
+        return self._server.url(database)
 
     def new_agent(self, title: str) -> Credentials:
         """Return credentials in a new project, so that its rows can be counted."""
@@ -94,7 +93,7 @@ class Peers:
 
         No producer competes with it for the processor.
         """
-        with Redis(port=self._port, db=database) as client:
+        with Redis.from_url(self.broker(database)) as client:
             if client.rpush(QUEUE, *messages) > len(messages):
                 raise HarnessError("the queue was not empty when the next batch was released")
 
@@ -102,41 +101,10 @@ class Peers:
         """Delete all messages and bindings."""
         self._redis.flushall()
 
-    def _redis_service(self) -> Service:
-        script = shutil.which("redis-server")
-        if script is None:
-            raise HarnessError("redis-server is not installed")
-        options = [
-            "--port",
-            str(self._port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-        ]
-        service = Service(
-            "redis-server",
-            [script, *options],
-            environment=clean_environment(),
-            cwd=self.home,
-            log=self.home / "redis.log",
-        )
-        service.spawn(self._redis_answers, 10.0)
-        return service
-
-    def _redis_answers(self) -> bool:
-        try:
-            with Redis(port=self._port) as client:
-                return bool(client.ping())
-        except RedisError:
-            return False
-
     def _build_producer(self) -> Celery:
         from celery import Celery
 
-        self._redis_preparing = self._stack.enter_context(Redis(port=self._port, db=_PREPARING))
+        self._redis_preparing = self._stack.enter_context(Redis.from_url(self.broker(_PREPARING)))
         return Celery(
             "bench_producer", broker=self.broker(_PREPARING), changes={"task_default_queue": QUEUE}
         )

@@ -1,18 +1,15 @@
 """The real peers: a shared brain, a private Redis, and projects with workers."""
 
-import shutil
-import subprocess
 import uuid
 from contextlib import ExitStack
 
 import pytest
-from redis import Redis, RedisError
 
 from tests.support.e2e_project import E2EProject
 from tests.support.postgres import PostgresServer
 from tests.support.schedule_project import ScheduleProject
-from z4j_bare.demo.brain import Brain, free_port
-from z4j_bare.demo.process import until
+from z4j_bare.demo.brain import Brain
+from z4j_bare.demo.redis_server import RedisServer
 from z4j_bare.demo.worker import Worker
 
 
@@ -28,6 +25,21 @@ def postgres():
     """A private PostgreSQL server."""
     with PostgresServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def make_brain(request):
+    """``make_brain(database, home, **environment)``: return a brain that is not started.
+
+    The database is ``sqlite`` or ``postgresql``.
+    """
+
+    def make(database, home, **environment):
+        if database == "sqlite":
+            return Brain(home, environment=environment)
+        return request.getfixturevalue("postgres").brain(home, **environment)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -89,30 +101,5 @@ def worker(tmp_path):
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory):
     """The URL of a private Redis server without persistence."""
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.fail(
-            "these tests need redis-server on the PATH (Debian: apt-get install redis-server)"
-        )
-    port = free_port()
-    command = [server, "--port", str(port), "--bind", "127.0.0.1"]
-    command += ["--save", "", "--appendonly", "no"]
-    with (tmp_path_factory.mktemp("redis") / "redis.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        url = f"redis://127.0.0.1:{port}/0"
-        until(lambda: _is_up(url), "a response of Redis", timeout=10)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _is_up(url):
-    with Redis.from_url(url) as client:
-        try:
-            return client.ping()
-        except RedisError:
-            return False
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url()

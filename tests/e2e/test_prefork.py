@@ -127,7 +127,7 @@ def test_broker_outage_loses_no_end(brain, redis_url, fresh_project):
     port = int(redis_url.rpartition(":")[2].partition("/")[0])
     proxy = Proxy(port)
     try:
-        through = project.redis_url.replace(str(port), str(proxy.port))
+        through = project.redis_url.replace(f":{port}/", f":{proxy.port}/")
         environment = {"DEMO_BROKER": through, "BACKEND": f"file://{project.home}/results"}
         (project.home / "results").mkdir(exist_ok=True)
         project.worker("prefork_app", pool="prefork", environment=environment, options=QUIET)

@@ -1,4 +1,4 @@
-"""A project in the brain with Celery workers on Redis, for the end-to-end tests."""
+"""A project in the brain with Celery workers, for the end-to-end tests."""
 
 import os
 import sys
@@ -24,21 +24,25 @@ class E2EProject:
 
     As a context manager it stops its workers at the end.
 
+    :param redis_url: the Redis server of the results, and of the messages without ``broker_url``.
     :param home: a new directory, whose name is also the queue's name.
     """
 
-    def __init__(self, brain, redis_url, home):
+    def __init__(self, brain, redis_url, home, broker_url=None):
         self.brain = brain
         self.home = home
         # The tests of the demo check the keys in database 0.
         self.redis_url = redis_url.rpartition("/")[0] + "/1"
+        self.broker_url = broker_url
         self.slug = f"p-{uuid.uuid4().hex[:12]}"
         self._stack = ExitStack()
 
     def __enter__(self):
         self.brain.create_project(self.slug)
         self.agent = self.brain.mint_agent(self.slug, "agent")
-        self.producer = self._stack.enter_context(broker.producer(self.home, self.redis_url))
+        self.producer = self._stack.enter_context(
+            broker.producer(self.home, self.broker_url or self.redis_url)
+        )
         # Redis stores a result in one write; a result file may be read before it is complete.
         self.producer.conf.result_backend = self.redis_url
         return self
@@ -52,7 +56,11 @@ class E2EProject:
     def environment(self, *, agent=True, **extra):
         """Return the environment of the apps; it includes the agent's unless ``agent`` is false."""
         path = os.pathsep.join((str(APPS), str(Path(z4j_bare.__file__).parents[1])))
-        variables = {**broker.environment(self.home, self.redis_url), "PYTHONPATH": path}
+        variables = {
+            **broker.environment(self.home, self.broker_url or self.redis_url),
+            "BACKEND": self.redis_url,
+            "PYTHONPATH": path,
+        }
         if agent:
             variables.update(self.agent.env(self.home / "agent"))
         return {**variables, **extra}

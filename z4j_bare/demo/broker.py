@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.demo.process import HarnessError
+from z4j_bare.engines.celery.broker_errors import explain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,11 +74,12 @@ def producer(home: Path, broker: str | None) -> Iterator[Celery]:
     from celery import Celery
 
     with Celery("z4j_demo_script", changes=settings(home, broker)) as app:
-        try:
-            with app.connection_for_write() as connection:
+        with app.connection_for_write() as connection:
+            try:
                 connection.ensure_connection(max_retries=1, timeout=_CONNECT_TIMEOUT)
-        except Exception as exc:  # Each transport raises different exceptions.
-            raise HarnessError(f"no broker answers at {address(broker)}: {exc}") from exc
+            except Exception as exc:  # Each transport raises different exceptions.
+                cause, fix = explain(exc, connection)
+                raise HarnessError(f"--broker: {cause}: {fix}") from exc
         try:
             yield app
         finally:
@@ -93,13 +95,17 @@ def address(broker: str | None) -> str:
 
 
 def _clear(app: Celery, home: Path, broker: str) -> None:
-    """Delete the run's queue.
+    """Delete the run's queue and, on AMQP, its exchanges.
 
     On Redis, also delete the run's keys, because kombu does not delete its binding keys.
     """
+    names = (home.name, *(f"{home.name}.{each}" for each in ("pidbox", "events")))
     try:
         with app.connection_for_write() as connection:
             app.amqp.queues[home.name].bind(connection.default_channel).delete()
+            if connection.transport.driver_type == "amqp":
+                for name in (*names, f"reply.{home.name}.pidbox"):
+                    connection.default_channel.exchange_delete(name)
         if broker.startswith("redis"):
             from redis import Redis
 

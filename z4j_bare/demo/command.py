@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from z4j_bare.demo import broker
-from z4j_bare.demo.brain import Brain, brain_command
+from z4j_bare.demo.brain import Brain, brain_command, new_secrets
+from z4j_bare.demo.database import DemoDatabase
 from z4j_bare.demo.display import LineProgress, make_progress, render
 from z4j_bare.demo.poller import BrainPoller
 from z4j_bare.demo.process import HarnessError
+from z4j_bare.demo.redis_server import RedisServer, find_program
 from z4j_bare.demo.report import Report, build_report
 from z4j_bare.demo.scenario import Peers, Scenario, expected_total
 from z4j_bare.demo.task_log import TaskLog
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 _PROJECT = "demo"
 _WORKER = "worker@demo"
 _APP = "z4j_bare.demo.app"
+
+#: Value of ``--broker`` for message files in the run's private directory.
+FILES = "files"
 
 #: Default number of plain tasks.
 _TASKS = 50
@@ -64,7 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument(
-        "--broker", metavar="URL", help="use this broker instead of files in a private directory"
+        "--broker",
+        metavar="URL",
+        help="use this broker, such as redis://host/0 or amqp://user:password@host/vhost, or "
+        f"{FILES!r} (default: a private Redis server, or files if no such server is installed)",
+    )
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help="let the brain use this empty PostgreSQL database, "
+        "postgresql://user:password@host/name (default: a private SQLite file)",
     )
 
 
@@ -89,10 +103,12 @@ def run(args: argparse.Namespace) -> int:
 def _run_in(home: Path, args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         with make_progress(expected_total(args.tasks)) as progress:
-            producer = stack.enter_context(broker.producer(home, args.broker))
+            url = stack.enter_context(_broker_url(home, args.broker))
+            producer = stack.enter_context(broker.producer(home, url))
+            brain = stack.enter_context(_brain(home / "brain", args))
             progress.stage("starting the brain")
-            brain = stack.enter_context(Brain(home / "brain"))
-            report = _run_scenario(home, brain, producer, args, progress)
+            brain.start()
+            report = _run_scenario(home, brain, producer, url, args, progress)
         if args.keep:
             report.dashboard = {"url": brain.url, "email": brain.email, "password": brain.password}
             report.directory = str(home)
@@ -104,14 +120,44 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _broker_url(home: Path, option: str | None) -> Iterator[str | None]:
+    """Yield the broker's URL, or ``None`` for files; run a private server if no broker is given."""
+    if option:
+        yield None if option == FILES else option
+    elif find_program() is None or importlib.util.find_spec("redis") is None:
+        yield None
+    else:
+        with RedisServer(home / "redis") as server:
+            yield server.url()
+
+
+@contextmanager
+def _brain(home: Path, args: argparse.Namespace) -> Iterator[Brain]:
+    """Yield a brain that is not started, on the database of the options; then stop it."""
+    with ExitStack() as stack:
+        if args.database:
+            database = stack.enter_context(DemoDatabase(args.database, keep=args.keep))
+            brain = Brain(home, database_url=database.brain_url, environment=new_secrets())
+        else:
+            brain = Brain(home)
+        stack.push(brain.__exit__)
+        yield brain
+
+
 def _run_scenario(
-    home: Path, brain: Brain, producer: Celery, args: argparse.Namespace, progress: LineProgress
+    home: Path,
+    brain: Brain,
+    producer: Celery,
+    broker_url: str | None,
+    args: argparse.Namespace,
+    progress: LineProgress,
 ) -> Report:
     """Start the worker, run the scenario, stop the worker, and build the report."""
     began = time.monotonic()
     brain.create_project(_PROJECT)
     agent = brain.mint_agent(_PROJECT, f"demo-{args.pool}")
-    environment = {**agent.env(home / "agent"), **broker.environment(home, args.broker)}
+    environment = {**agent.env(home / "agent"), **broker.environment(home, broker_url)}
     with (
         Worker(
             _APP, pool=args.pool, log=home / "worker.log", environment=environment, name=_WORKER
@@ -125,7 +171,7 @@ def _run_scenario(
         at_work = brain.agent(_PROJECT, agent.agent_id)
         progress.stage("stopping the worker")
         worker.stop()
-    report = build_report(peers, record, at_work, broker.address(args.broker))
+    report = build_report(peers, record, at_work, broker.address(broker_url))
     report.seconds = round(time.monotonic() - began, 1)
     return report
 

@@ -16,7 +16,7 @@ HOME = Path(os.environ[broker.HOME])
 
 app = Celery("prefork_app")
 app.conf.update(broker.settings_from_environment())
-app.conf.result_backend = os.environ.get("BACKEND") or os.environ[broker.BROKER]
+app.conf.result_backend = os.environ["BACKEND"]
 app.conf.worker_pool_restarts = True
 app.conf.worker_pool_start_method = os.environ.get("START_METHOD", "fork")
 runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

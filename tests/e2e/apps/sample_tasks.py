@@ -1,6 +1,7 @@
 """A Celery application without an agent, with a task for each property that an agent must keep."""
 
 import asyncio
+import json
 import multiprocessing
 import os
 import subprocess
@@ -30,7 +31,9 @@ CHILD_SECONDS = 0.5
 
 app = Celery("sample_tasks")
 app.conf.update(broker.settings_from_environment())
-app.conf.result_backend = os.environ[broker.BROKER]
+app.conf.result_backend = os.environ["BACKEND"]
+if "RABBITMQ_SETTINGS" in os.environ:
+    app.conf.update(json.loads(os.environ["RABBITMQ_SETTINGS"]))
 
 
 @app.task(name="e2e.add")
