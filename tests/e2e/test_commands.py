@@ -12,7 +12,6 @@ from z4j_core.transport.hmac import decode_agent_hmac_secret
 
 from tests.support.e2e_project import E2EProject
 from z4j_bare import control
-from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 
@@ -24,6 +23,9 @@ EVENTLET, THREADS, SOLO = (
 POOLS = ("gevent", EVENTLET, THREADS, SOLO, "prefork")
 TERMINATING = ("gevent", EVENTLET, "prefork")
 NON_TERMINATING = (THREADS, SOLO)
+
+#: The brain's database by pool. A command does not depend on the combination of the two.
+DATABASES = {"prefork": "postgresql", "threads": "postgresql"}
 
 #: Pools of the test of the brain's reconciliation, which takes more than a minute. The answer does
 #: not depend on the pool.
@@ -42,7 +44,7 @@ def pool(request):
 
 
 @pytest.fixture(scope="module")
-def project(pool, redis_url, tmp_path_factory):
+def project(pool, make_brain, redis_url, tmp_path_factory):
     """A project in its own brain, which accepts only ten bulk actions a minute."""
     home = tmp_path_factory.mktemp(pool)
     intervals = {
@@ -50,7 +52,7 @@ def project(pool, redis_url, tmp_path_factory):
         "Z4J_RECONCILIATION_STALE_THRESHOLD_SECONDS": "60",
     }
     with (
-        Brain(home / "brain", environment=intervals) as brain,
+        make_brain(DATABASES.get(pool, "sqlite"), home / "brain", **intervals) as brain,
         CommandProject(brain, redis_url, home) as here,
     ):
         yield here

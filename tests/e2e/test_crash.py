@@ -11,7 +11,6 @@ from tests.support.crash_harness import POINTS, CrashHarness, key, plan, verify
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.buffer.report import read_report
 from z4j_bare.concurrency.threads import ThreadsConcurrency
-from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import Credentials
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.timeout(180)
 MODES = ("threads", "gevent", "eventlet")
 
 #: Tasks of the killed worker.
-
 TASKS = 120
 
 #: Hosts that are killed per mode.
@@ -42,10 +40,26 @@ def stopped_after(peer):
         peer.stop()
 
 
+#: The modes with the database of the brain that is stopped.
+VARIANTS = (
+    ("threads", "sqlite"),
+    ("eventlet", "sqlite"),
+    ("gevent", "postgresql"),
+    pytest.param("gevent", "sqlite", marks=pytest.mark.long),
+    pytest.param("threads", "postgresql", marks=pytest.mark.long),
+    pytest.param("eventlet", "postgresql", marks=pytest.mark.long),
+)
+
+
 @pytest.fixture(scope="module")
-def brain(tmp_path_factory):
+def database(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def brain(database, make_brain, tmp_path_factory):
     """A brain that only this module uses, because it is stopped."""
-    with Brain(tmp_path_factory.mktemp("brain")) as running:
+    with make_brain(database, tmp_path_factory.mktemp("brain")) as running:
         yield running
 
 
@@ -54,7 +68,7 @@ def buffered(home):
     return sum(read_report(path).total for path in home.glob("**/z4j-green-*.sqlite"))
 
 
-@pytest.mark.parametrize("pool", MODES)
+@pytest.mark.parametrize(("pool", "database"), VARIANTS, indirect=["database"])
 def test_next_worker_sends_events_of_killed_worker(pool, fresh_project, capsys):
     """The next worker sends the events of a worker that was killed during an outage."""
     project = fresh_project
@@ -99,7 +113,7 @@ def test_next_worker_sends_events_of_killed_worker(pool, fresh_project, capsys):
         )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "database"), VARIANTS, indirect=["database"])
 def test_committed_events_of_killed_hosts_arrive_once(
     mode, brain, agent_credentials, tmp_path, capsys
 ):

@@ -12,7 +12,6 @@ from z4j_core.transport.hmac import decode_agent_hmac_secret
 from z4j_bare.buffer.files import new_store_path
 from z4j_bare.buffer.rows import EVENT
 from z4j_bare.buffer.store import BufferStore
-from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 from z4j_bare.wire.frames import encode_fields
@@ -33,10 +32,10 @@ COMMAND_INTERVAL = 3.0
 TIMEOUT = 60.0
 
 
-@pytest.fixture(scope="module")
-def brain(tmp_path_factory):
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def brain(request, make_brain, tmp_path_factory):
     """A brain that only this module uses, because the backlog keeps it busy."""
-    with Brain(tmp_path_factory.mktemp("brain")) as running:
+    with make_brain(request.param, tmp_path_factory.mktemp("brain")) as running:
         yield running
 
 

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.timeout(180)
 EVENTS = 200
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def brain(request, brain):
+    """A brain on each database, which refuses the rows in different ways."""
+    return brain if request.param == "sqlite" else request.getfixturevalue("postgres_brain")
+
+
 class Engine:
     name = "stub"
 
