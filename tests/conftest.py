@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 from hypothesis import settings
 
+from tests.support import parts
 from tests.support.certificates import make
 from tests.support.steps import StepLimitChecker
 from z4j_bare import runtime
@@ -16,6 +17,16 @@ from z4j_bare.concurrency import build, choose, detect
 # No deadline, because a busy machine can delay any example.
 settings.register_profile("z4j", deadline=None)
 settings.load_profile("z4j")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return parts.fail_if_required((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return parts.fail_if_required((yield))
 
 
 @pytest.fixture(scope="session")

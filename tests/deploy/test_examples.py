@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support import parts
 from z4j_bare.cli import configuration
 from z4j_bare.cli.adapters import ENGINES, SCHEDULERS, require_known
 from z4j_bare.cli.main import build_parser
@@ -51,10 +52,7 @@ def test_toml_has_known_settings_and_adapters(monkeypatch):
     assert [require_known(name, SCHEDULERS) for name in found.schedulers] == ["celerybeat"]
 
 
-@pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None,
-    reason="systemd-analyze is not installed (Debian: apt-get install systemd)",
-)
+@parts.requires(shutil.which("systemd-analyze"), "systemd-analyze", "apt-get install systemd")
 def test_systemd_unit_is_verified(tmp_path):
     """``systemd-analyze verify`` accepts the unit with a program and user of this host."""
     unit = tmp_path / "z4j-bare.service"

@@ -4,8 +4,7 @@ import sys
 import uuid
 from importlib.util import find_spec
 
-import pytest
-
+from tests.support import parts
 from tests.support.e2e_project import APPS, E2EProject
 from z4j_bare.demo import process
 from z4j_bare.demo.process import Service, clean_environment
@@ -31,9 +30,9 @@ NEW_SCHEDULE = {
 }
 
 
-def requires_module(module, why="not installed; tox installs it"):
+def requires_module(module, fix="tox installs it"):
     """Skip a test if ``module`` is not installed."""
-    return pytest.mark.skipif(find_spec(module) is None, reason=f"{module}: {why}")
+    return parts.requires(find_spec(module) is not None, module, fix)
 
 
 class ScheduleOperator:
