@@ -14,7 +14,6 @@ from z4j_bare.buffer.memory import MemoryStore
 from z4j_bare.buffer.open_runs import OpenRuns
 from z4j_bare.buffer.opener import StoreOpener
 from z4j_bare.commands import Dispatcher, add_process_restarts
-from z4j_bare.control import RESTART, STATUS
 from z4j_bare.engines.manager import EngineManager
 from z4j_bare.errors import AgentError
 from z4j_bare.events.encode import encode_model
@@ -23,6 +22,7 @@ from z4j_bare.monitoring.control_server import ControlServer
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 from z4j_bare.monitoring.health import HealthLoop
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
+from z4j_bare.monitoring.inspection import control_handlers
 from z4j_bare.monitoring.metrics import AgentMetrics, Counters
 from z4j_bare.monitoring.registry import RegistryLoop
 from z4j_bare.pipeline.flush import FlushLoop
@@ -94,7 +94,7 @@ class Agent:
         self.dispatcher = Dispatcher(
             hosts, buffer, sender.notify, backend, counters, workers, schedules
         )
-        hub_lag = HubLagMonitor(backend)
+        hub_lag = HubLagMonitor(backend, self.engines.current_task)
         health = HealthLoop(hosts, self.bridge, backend, ready_worker())
         identity = AgentIdentity(config, framework, hosts, schedule_hosts)
         metrics = AgentMetrics(
@@ -123,9 +123,9 @@ class Agent:
         registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
         self._session_loops.on_start += [self.engines.announce_workers, registry.wake]
         self._session_loops.on_end.append(self.schedules.revoke)
-        control_server = ControlServer(
-            framework.name, {STATUS: self.status.describe, RESTART: self._reconnect}, backend
-        )
+        describe, reconnect = self.status.describe, self.supervisor.reconnect
+        handlers = control_handlers(describe, reconnect, self.engines, hub_lag, settings, backend)
+        control_server = ControlServer(framework.name, handlers, backend)
         adopter = AdoptLoop(
             str(config.buffer_path), opener.claim, buffer, backend, sender.notify, opener.claim_runs
         )
@@ -180,10 +180,6 @@ class Agent:
     def stuck(self, seconds: float) -> list[str]:
         """Return the loops that have ended or whose current step takes longer than ``seconds``."""
         return sorted(self._loops.stuck(seconds) | self._session_loops.stuck(seconds))
-
-    def _reconnect(self) -> dict[str, object]:
-        self.supervisor.reconnect()
-        return {}
 
     def _connect_adapters(self) -> None:
         try:

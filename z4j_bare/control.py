@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 #: Requests that a control server answers.
-STATUS, RESTART = "status", "restart"
+STATUS, RESTART, TASKS, HUB = "status", "restart", "tasks", "hub"
 
 #: Seconds to wait for the answer to a request.
 REQUEST_TIMEOUT = 2.0
@@ -51,14 +51,22 @@ class ControlClient:
     pid: int
     path: Path
 
-    def request(self, verb: str, timeout: float = REQUEST_TIMEOUT) -> dict[str, Any]:
+    def request(
+        self,
+        verb: str,
+        timeout: float = REQUEST_TIMEOUT,
+        parameters: Mapping[str, object] | None = None,
+    ) -> dict[str, Any]:
         """Send a request and return the agent's answer.
+
+        ``timeout`` limits each wait for a part of the answer, in seconds.
 
         Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` if the agent has ended,
         ``TimeoutError`` after ``timeout`` seconds, and another ``OSError`` if the socket fails.
         """
         with _connected(self.path, timeout) as sock:
-            sock.sendall(f"{verb}\n".encode())
+            text = f" {json.dumps(parameters)}" if parameters else ""
+            sock.sendall(f"{verb}{text}\n".encode())
             answer = b"".join(iter(lambda: sock.recv(65536), b""))
         try:
             parsed: dict[str, Any] = json.loads(answer)
@@ -92,7 +100,24 @@ def status() -> list[dict[str, Any]]:
 
     The status of an agent that does not answer has only ``adapter``, ``pid`` and ``error``.
     """
-    return [_query(client) for client in list_clients() if not _remove_if_stale(client)]
+    return query(STATUS)
+
+
+def query(
+    verb: str,
+    parameters: Mapping[str, object] | None = None,
+    timeout: float = REQUEST_TIMEOUT,
+) -> list[dict[str, Any]]:
+    """Send a request to every agent of this ``Z4J_HOME`` and return the answers.
+
+    An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
+    Sockets of ended processes are removed.
+    """
+    return [
+        _query(client, verb, parameters, timeout)
+        for client in list_clients()
+        if not _remove_if_stale(client)
+    ]
 
 
 def send_restart(adapter_id: str) -> tuple[int, str]:
@@ -248,9 +273,14 @@ def _connected(path: Path, timeout: float) -> Iterator[socket]:
         sock.close()
 
 
-def _query(client: ControlClient, verb: str = STATUS) -> dict[str, Any]:
+def _query(
+    client: ControlClient,
+    verb: str = STATUS,
+    parameters: Mapping[str, object] | None = None,
+    timeout: float = REQUEST_TIMEOUT,
+) -> dict[str, Any]:
     try:
-        answer = client.request(verb)
+        answer = client.request(verb, timeout, parameters)
     except OSError as error:
         answer = {"error": str(error) or type(error).__name__}
     return {"adapter": client.adapter, "pid": client.pid, **answer}

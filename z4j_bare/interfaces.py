@@ -13,7 +13,7 @@ from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
     from selectors import BaseSelector
-    from types import ModuleType
+    from types import FrameType, ModuleType
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -146,6 +146,16 @@ class IConcurrency(Interface):
 
     def native_ident() -> int:
         """Return the current OS thread's key in ``sys._current_frames``, or 0 without a hub."""
+
+    def context_getter() -> Callable[[], object]:
+        """Return the function that returns the current greenlet, or the thread's ident."""
+
+    def frame_reader() -> Callable[[object], FrameType | None]:
+        """Return a function from a context to its innermost frame at this moment.
+
+        A context is a result of :meth:`context_getter`. ``None`` stands for a context that has
+        ended or, with a hub, is running now.
+        """
 
     def start_native_thread(function: Callable[..., object], *args: object) -> bool:
         """If there is a hub, run ``function(sleep, *args)`` in an unpatched daemon thread.

@@ -140,6 +140,8 @@ class Settings:
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
     #: Interval at which all schedules are sent, even if none has changed. 0 disables it.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
+    #: Answer ``z4j-bare tasks`` and the other commands that inspect a running worker.
+    inspect: bool = setting("Z4J_INSPECT", _bool, True)
     #: Maximum number of commands that run at the same time.
     command_workers: int = setting("Z4J_COMMAND_WORKERS", _count, 8, 1)
 

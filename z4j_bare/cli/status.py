@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         nargs="?",
-        type=_interval,
+        type=refresh_interval,
         const=1.0,
         metavar="SECONDS",
         help="refresh until interrupted (default: every second)",
@@ -245,7 +245,8 @@ def _running_adapters() -> list[str]:
     return sorted({client.adapter for client in control.list_clients()})
 
 
-def _interval(text: str) -> float:
+def refresh_interval(text: str) -> float:
+    """Parse the value of ``--watch``: a number of seconds above 0 and at most an hour."""
     invalid = argparse.ArgumentTypeError(
         f"{text!r} is not a number of seconds above 0 and at most 3600"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,7 +20,7 @@ from z4j_bare.interfaces import HasFileno, IEvent, ILock, ITask
 
 if TYPE_CHECKING:
     from selectors import BaseSelector
-    from types import ModuleType
+    from types import FrameType, ModuleType
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -205,6 +207,22 @@ class BaseConcurrency:
         """Return the current OS thread's key in ``sys._current_frames``, or 0 without a hub."""
         return 0
 
+    def context_getter(self) -> Callable[[], object]:
+        """Return the function that returns the current greenlet, or the thread's ident."""
+        return threading.get_ident
+
+    def frame_reader(self) -> Callable[[object], FrameType | None]:
+        """Return a function from a context to its innermost frame at this moment.
+
+        ``None`` stands for a context that has ended or, with a hub, is running now.
+        """
+        frames = sys._current_frames()  # noqa: SLF001
+
+        def frame_of(context: object) -> FrameType | None:
+            return frames.get(context) if isinstance(context, int) else None
+
+        return frame_of
+
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
         """If there is a hub, run ``function(sleep, *args)`` in an unpatched daemon thread."""
         del function, args
@@ -279,6 +297,12 @@ class BaseConcurrency:
                     self.steps.end(start, task.name)
                 task.running_since = None
                 task.mark_ended()
+
+
+def suspended_frame(context: object) -> FrameType | None:
+    """Return the innermost frame of a suspended greenlet; ``None`` if it runs or has ended."""
+    frame: FrameType | None = getattr(context, "gr_frame", None)
+    return frame
 
 
 def capture_outcome(function: Callable[[*Ts], object], args: tuple[*Ts]) -> tuple[bool, Any]:

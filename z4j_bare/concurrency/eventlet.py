@@ -8,16 +8,18 @@ from contextlib import suppress
 from functools import partial
 from selectors import BaseSelector
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 import eventlet
 from eventlet import hubs, patcher
 from eventlet.green import selectors
 from eventlet.semaphore import Semaphore
+from greenlet import getcurrent
 from zope.interface import implementer
 
 from z4j_bare.concurrency import fork
-from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock
+from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock, suspended_frame
 from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent
 
@@ -160,6 +162,15 @@ class EventletConcurrency(BaseConcurrency):
     def native_ident(self) -> int:
         """Return the ident of the hub's thread."""
         return int(_native_ident())
+
+    def context_getter(self) -> Callable[[], object]:
+        """Return ``greenlet.getcurrent``."""
+        current: Callable[[], object] = getcurrent
+        return current
+
+    def frame_reader(self) -> Callable[[object], FrameType | None]:
+        """Return a function that reads the frame of a suspended greenlet."""
+        return suspended_frame
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
         """Run ``function(sleep, *args)`` in an unpatched daemon thread."""

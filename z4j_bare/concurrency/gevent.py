@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from selectors import BaseSelector
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import gevent
@@ -20,7 +20,7 @@ from gevent.threadpool import ThreadPool
 from greenlet import getcurrent
 from zope.interface import implementer
 
-from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock
+from z4j_bare.concurrency.base import BaseConcurrency, RuntimeLock, suspended_frame
 from z4j_bare.concurrency.fork import ForkGuard
 from z4j_bare.concurrency.timeslice import YIELD_SECONDS
 from z4j_bare.interfaces import HasFileno, IConcurrency, IEvent
@@ -57,6 +57,15 @@ class GeventConcurrency(BaseConcurrency):
     def native_ident(self) -> int:
         """Return the ident of the hub's thread."""
         return int(_original("_thread", "get_ident")())
+
+    def context_getter(self) -> Callable[[], object]:
+        """Return ``greenlet.getcurrent``."""
+        current: Callable[[], object] = getcurrent
+        return current
+
+    def frame_reader(self) -> Callable[[object], FrameType | None]:
+        """Return a function that reads the frame of a suspended greenlet."""
+        return suspended_frame
 
     def start_native_thread(self, function: Callable[..., object], *args: object) -> bool:
         """Run ``function(sleep, *args)`` in an unpatched daemon thread."""

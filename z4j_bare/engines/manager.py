@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.engines.engine import describe_engine
 from z4j_bare.engines.host import EngineHost
@@ -78,6 +78,21 @@ class EngineManager:
     def workers(self) -> dict[str, list[str]]:
         """Return the names of the known workers by engine."""
         return {source.engine: sorted(source.presence.workers) for source in self.sources}
+
+    def iter_running(
+        self, query: Mapping[str, Any], checkpoint: Callable[[], object]
+    ) -> Iterator[dict[str, Any]]:
+        """Iterate over the running tasks of all engines; see ``EventSource.iter_running``."""
+        for source in self.sources:
+            for row in source.iter_running(query, checkpoint):
+                yield {"engine": source.engine, **row}
+
+    def current_task(self) -> str:
+        """Return ``name[id]`` of the task that runs on the hub now; empty if no task runs.
+
+        A native thread may call this. It uses no lock.
+        """
+        return next(filter(None, (source.current_task() for source in self.sources)), "")
 
     def dropped(self) -> dict[str, int]:
         """Return the number of events that the adapter or the source has lost, by engine."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.events.encode import encode_model
 from z4j_bare.events.presence import Presence
@@ -73,6 +73,24 @@ class EventSource:
     def unheard(self) -> int:
         """Return how many tasks certainly started although no event reported their start."""
         return 0
+
+    def current_task(self) -> str:
+        """Return ``name[id]`` of the task that runs on the hub now; empty if it is unknown.
+
+        A native thread may call this. Therefore the method uses no lock and does not log.
+        """
+        return ""
+
+    def iter_running(
+        self, query: Mapping[str, Any], checkpoint: Callable[[], object]
+    ) -> Iterator[dict[str, Any]]:
+        """Iterate over the tasks that run now, as plain JSON types; none by default.
+
+        :param query: the fields of ``TaskQuery``.
+        :param checkpoint: is called between two tasks.
+        """
+        del query, checkpoint
+        return iter(())
 
     def record(self, event: Event) -> None:
         """Append an event of the adapter to the ring. Never waits, never raises."""

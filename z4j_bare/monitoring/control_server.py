@@ -1,13 +1,18 @@
-"""Serves ``z4j-bare status`` and ``restart`` on a Unix socket; ``control.py`` is the client."""
+"""Serves ``z4j-bare status``, ``restart`` and ``tasks`` on a Unix socket.
+
+``control.py`` is the client.
+"""
 
 from __future__ import annotations
 
 import _socket  # the C class is never patched; every wait uses the backend
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
@@ -26,20 +31,33 @@ CLIENT_TIMEOUT = 2.0
 STOP_POLL_INTERVAL = 60.0
 
 #: Maximum bytes of a request.
-MAX_REQUEST_BYTES = 64
+MAX_REQUEST_BYTES = 1024
+
+#: Bytes of a streamed response that are collected before they are sent.
+CHUNK_BYTES = 16 * 1024
+
+#: The user id of root, which can read the memory of every process anyway.
+_ROOT = 0
+
+#: What ``SO_PEERCRED`` returns: pid, user id and group id of the client.
+_CREDENTIALS = Struct("3i")
+
+#: A response: a document, or the parts of a JSON text that is too large for one step of a hub.
+Response = dict[str, Any] | Iterator[str]
 
 
 class ControlServer:
     """Serves one client at a time. Without a client the server uses almost no CPU.
 
     :param adapter: the framework adapter's name, which is part of the socket's file name.
-    :param handlers: maps each verb to the function that returns the response.
+    :param handlers: maps each verb to the function that returns the response. The parameters of the
+        request are the function's keywords.
     """
 
     def __init__(
         self,
         adapter: str,
-        handlers: Mapping[str, Callable[[], dict[str, Any]]],
+        handlers: Mapping[str, Callable[..., Response]],
         backend: BaseConcurrency,
     ) -> None:
         self._adapter = adapter
@@ -100,27 +118,51 @@ class ControlServer:
         client = _socket.socket(fileno=descriptor)
         try:
             client.setblocking(False)
-            self._handle(client)
+            if _may_ask(client):
+                self._handle(client)
         except OSError as error:
             logger.debug("z4j: control client disconnected: %s", error)
+        except Exception:
+            logger.exception("z4j: a request failed; please report this bug of z4j-bare")
         finally:
             client.close()
 
     def _handle(self, client: _socket.socket) -> None:
-        verb = self._read_verb(client)
+        verb, _, parameters = self._read_request(client).partition(" ")
         if not verb:
             return
-        handler = self._handlers.get(verb)
-        response = (
-            handler()
-            if handler
-            else {"error": f"{verb!r} is not one of {', '.join(sorted(self._handlers))}"}
-        )
-        remaining = memoryview(json.dumps(response, default=str).encode())
-        while remaining and self._backend.wait_writable(client, CLIENT_TIMEOUT):
-            remaining = remaining[client.send(remaining) :]
+        response = self._respond(verb, parameters)
+        if isinstance(response, dict):
+            self._send(client, json.dumps(response, default=str))
+            return
+        text = ""
+        for part in response:
+            text += part
+            if len(text) >= CHUNK_BYTES:
+                if not self._send(client, text):
+                    return
+                text = ""
+        self._send(client, text)
 
-    def _read_verb(self, client: _socket.socket) -> str:
+    def _respond(self, verb: str, parameters: str) -> Response:
+        handler = self._handlers.get(verb)
+        if handler is None:
+            return {"error": f"{verb!r} is not one of {', '.join(sorted(self._handlers))}"}
+        try:
+            return handler(**json.loads(parameters or "{}"))
+        except (TypeError, ValueError):
+            return {"error": f"{verb!r} has no such parameters: {parameters}"}
+
+    def _send(self, client: _socket.socket, text: str) -> bool:
+        """Send ``text``; return ``False`` if the client does not read it."""
+        remaining = memoryview(text.encode())
+        while remaining:
+            if not self._backend.wait_writable(client, CLIENT_TIMEOUT):
+                return False
+            remaining = remaining[client.send(remaining) :]
+        return True
+
+    def _read_request(self, client: _socket.socket) -> str:
         """Return the first line of the request; empty after ``CLIENT_TIMEOUT`` seconds."""
         data, deadline = b"", self._backend.now() + CLIENT_TIMEOUT
         while b"\n" not in data and len(data) < MAX_REQUEST_BYTES:
@@ -131,6 +173,18 @@ class ControlServer:
                 break
             data += received
         return data.partition(b"\n")[0].decode("ascii", "replace").strip()
+
+
+def _may_ask(client: _socket.socket) -> bool:
+    """Return whether the client's process belongs to this user or to root.
+
+    The modes of the socket and of its directory forbid other users already. They do not on a
+    volume without modes.
+    """
+    if not hasattr(_socket, "SO_PEERCRED"):
+        return True
+    credentials = client.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(credentials)[1] in (_ROOT, os.geteuid())
 
 
 def _unlink(paths: list[Path]) -> None:

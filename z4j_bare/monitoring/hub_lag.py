@@ -8,10 +8,13 @@ native thread wakes every other second, does not log and takes no locks, so task
 from __future__ import annotations
 
 import logging
-import sys
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.monitoring.holds import Hold, HoldTable, Sample, place_of, take_sample
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -36,15 +39,83 @@ STACK_SAMPLE_INTERVAL = 0.25
 #: Minimum seconds between two warnings about a blocked hub.
 WARN_INTERVAL = 60.0
 
+#: Upper bounds of the histogram of lags, in seconds.
+LAG_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+#: Number of lags of which the recent quantiles are calculated: five minutes on a hub.
+RECENT_LAGS = 300
+
+#: Maximum number of stack samples of one hold.
+MAX_STACK_SAMPLES = 1000
+
 #: Maximum number of stored samples.
 #: A heartbeat removes the samples, but without a session there is no heartbeat.
 MAX_SAMPLES = 10_000
 
 
-class HubLagMonitor:
-    """Collects samples of the lag, and the position of the code that blocked the hub longest."""
+class LagHistory:
+    """The distribution of the lag since the start, and the last lags."""
 
-    def __init__(self, backend: BaseConcurrency) -> None:
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LAG_BOUNDS) + 1)
+        self._longest = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_LAGS)
+
+    def add(self, lag: float) -> None:
+        """Add a lag in seconds."""
+        self._counts[bisect_left(LAG_BOUNDS, lag)] += 1
+        self._longest = max(self._longest, lag)
+        self._recent.append(lag)
+
+    def describe(self) -> dict[str, Any]:
+        """Return quantiles in seconds and the histogram, as plain JSON types.
+
+        The quantiles since the start are upper bounds, because only the histogram is kept.
+        """
+        recent = sorted(self._recent)
+        number = sum(self._counts)
+        bounds = (*LAG_BOUNDS, self._longest)
+
+        def bound_of(part: float) -> float:
+            seen = 0
+            for bound, count in zip(bounds, self._counts, strict=True):
+                seen += count
+                if seen >= number * part:
+                    return min(bound, self._longest)
+            return self._longest
+
+        return {
+            "samples": number,
+            "p50_seconds": bound_of(0.5),
+            "p99_seconds": bound_of(0.99),
+            "max_seconds": self._longest,
+            "histogram": {
+                f"{bound:g}": count
+                for bound, count in zip((*LAG_BOUNDS, inf), self._counts, strict=True)
+            },
+            "recent": {
+                "samples": len(recent),
+                "p50_seconds": recent[len(recent) // 2] if recent else 0.0,
+                "p99_seconds": recent[int((len(recent) - 1) * 0.99)] if recent else 0.0,
+                "max_seconds": recent[-1] if recent else 0.0,
+            },
+        }
+
+
+class HubLagMonitor:
+    """Collects samples of the lag, and the position of the code that blocked the hub longest.
+
+    :param current_task: returns ``name[id]`` of the task that runs on the hub now; empty if no task
+        runs. A native thread calls it.
+    """
+
+    def __init__(self, backend: BaseConcurrency, current_task: Callable[[], str] = str) -> None:
+        self.history = LagHistory()
+        self.holds = HoldTable()
+        self._current_task = current_task
+        #: Samples of the present hold, and the holds that have ended.
+        self._stacks: list[Sample] = []
+        self._ended: list[Hold] = []
         self._backend = backend
         self._samples: list[float] = []
         self._interval = TICK
@@ -54,7 +125,11 @@ class HubLagMonitor:
         self._warned_at = float("-inf")
         self._hub_thread = 0
         self._wakeup = backend.event()
-        self._blocked_for = 0.0
+
+    @property
+    def hub_thread(self) -> int:
+        """The key of the hub's thread in ``sys._current_frames``; 0 without a hub."""
+        return self._hub_thread
 
     def run(self, stop_event: IEvent) -> None:
         """Take samples until ``stop_event`` is set and :meth:`wake` is called."""
@@ -69,8 +144,7 @@ class HubLagMonitor:
                 self._wakeup.clear()
                 if not cancel:
                     self._tick()
-                if self._blocked_for:
-                    self._warn_blocked(self._blocked_for)
+                self._add_holds()
         finally:
             if cancel:
                 cancel()
@@ -95,14 +169,23 @@ class HubLagMonitor:
         """Take a sample. Must not log, because a timer of the hub calls this method."""
         now = self._backend.now()
         lag, self._due = now - self._due, now + self._interval
+        lag = max(0.0, lag)
         if len(self._samples) < MAX_SAMPLES:
-            self._samples.append(max(0.0, lag))
+            self._samples.append(lag)
+        self.history.add(lag)
         if lag > BLOCKED_AFTER:
-            self._blocked_for = lag
+            stacks, self._stacks = self._stacks, []
+            self._ended.append(Hold(now - lag, now, stacks))
             self._wakeup.set()
 
+    def _add_holds(self) -> None:
+        while self._ended:
+            hold = self._ended.pop()
+            self.holds.add(hold)
+            self._warn_blocked(hold.end - hold.start)
+
     def _warn_blocked(self, lag: float) -> None:
-        now, self._blocked_for = self._backend.now(), 0.0
+        now = self._backend.now()
         if self._longest[1] and now - self._warned_at > WARN_INTERVAL:
             self._warned_at = now
             logger.warning(
@@ -116,11 +199,14 @@ class HubLagMonitor:
         delay = TICK
         while not stop_event.is_set():
             sleep(delay)
-            lag = self._backend.now() - self._due
-            if lag > BLOCKED_AFTER and lag > self._longest[0]:
-                frame = sys._current_frames().get(self._hub_thread)  # noqa: SLF001
-                if frame is not None:
-                    self._longest = (lag, describe(frame))
+            now = self._backend.now()
+            lag = now - self._due
+            if lag > BLOCKED_AFTER and len(self._stacks) < MAX_STACK_SAMPLES:
+                sample = take_sample(now, self._hub_thread, self._current_task())
+                if sample is not None:
+                    self._stacks.append(sample)
+                    if lag > self._longest[0]:
+                        self._longest = (lag, describe(sample))
             delay = next_check(lag)
 
 
@@ -136,24 +222,10 @@ def next_check(lag: float) -> float:
     return BLOCKED_AFTER - lag + STACK_SAMPLE_INTERVAL / 10
 
 
-def describe(frame: FrameType | None) -> str:
-    """Return the innermost position in a stack outside the standard library, and the Celery task.
+def describe(sample: Sample) -> str:
+    """Return the running task and the innermost position in the user's code.
 
     An example is ``shop.pay[id] at shop/tasks.py:12 in charge``.
     """
-    position, task = "", ""
-    while frame is not None:
-        code = frame.f_code
-        if not position and not _in_standard_library(code.co_filename):
-            position = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-        if code.co_name == "trace_task" and frame.f_globals.get("__name__") == "celery.app.trace":
-            task = f"{frame.f_locals.get('name', 'a task')}[{frame.f_locals.get('uuid', '?')}] at "
-            break
-        frame = frame.f_back
-    return f"{task}{position or 'the standard library'}"
-
-
-def _in_standard_library(path: str) -> bool:
-    return path.startswith("<") or (
-        path.startswith(sys.base_prefix) and "site-packages" not in path
-    )
+    place = place_of(sample.stack)
+    return f"{sample.task} at {place}" if sample.task else place

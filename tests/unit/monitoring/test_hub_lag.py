@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from z4j_bare.concurrency.stacks import read_stack
+from z4j_bare.monitoring.holds import Sample
 from z4j_bare.monitoring.hub_lag import (
     BLOCKED_AFTER,
     STACK_SAMPLE_INTERVAL,
     TICK,
     HubLagMonitor,
+    LagHistory,
     describe,
     next_check,
 )
@@ -73,11 +76,23 @@ def test_next_check_follows_blocking_within_one_interval(lag):
 
 
 def test_describe_includes_celery_task_and_id():
-    """``describe`` reads the task from the frame of Celery's tracer, if there is one."""
-    program = compile(
-        "def trace_task(uuid, name):\n    return read()\n", "celery/app/trace.py", "exec"
-    )
-    scope = {"__name__": "celery.app.trace", "read": lambda: describe(sys._getframe())}
-    exec(program, scope)
-    assert scope["trace_task"]("id-1", "shop.pay").startswith("shop.pay[id-1] at ")
-    assert describe(sys._getframe()).endswith("in test_describe_includes_celery_task_and_id")
+    """``describe`` names the running task, if there is one, and the position."""
+    stack = tuple(read_stack(sys._getframe()))
+    text = describe(Sample(0.0, stack, "shop.pay[id-1]"))
+    assert text.startswith("shop.pay[id-1] at ")
+    assert text.endswith("in test_describe_includes_celery_task_and_id")
+    assert describe(Sample(0.0, stack, "")).startswith("tests/unit/monitoring/")
+
+
+def test_history_has_quantiles_and_histogram():
+    """The history since the start keeps a histogram, and exact quantiles of the last lags."""
+    history = LagHistory()
+    assert history.describe()["max_seconds"] == 0.0
+    for lag in (0.0004, 0.0004, 0.03, 3.0):
+        history.add(lag)
+    found = history.describe()
+    assert (found["samples"], found["max_seconds"]) == (4, 3.0)
+    assert (found["p50_seconds"], found["p99_seconds"]) == (0.001, 3.0)
+    assert found["histogram"]["0.001"] == 2
+    assert found["histogram"]["0.05"] == found["histogram"]["5"] == 1
+    assert found["recent"]["p50_seconds"] == 0.03

@@ -6,6 +6,7 @@ Such a process is a worker with the pool gevent, eventlet, threads or solo, or i
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from time import time
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class CeleryCapture(SignalHandlers):
     :param consumer: the worker's Consumer, from which the names of the queues are read. If it is
         ``None``, the routing key is reported as the queue.
     :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
+    :param context: ``IConcurrency.context_getter()``.
     """
 
     withholds = True
@@ -50,6 +52,7 @@ class CeleryCapture(SignalHandlers):
         consumer: Consumer | None = None,
         runs: IOpenRuns | None = None,
         on_loss: Callable[[], object] = int,
+        context: Callable[[], object] = get_ident,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -68,6 +71,7 @@ class CeleryCapture(SignalHandlers):
             if runs is None
             else KeptRuns(runs, put, encoder, adapter.celery_app, adapter.name, worker),
             on_loss=on_loss,
+            context=context,
         )
 
 

@@ -82,6 +82,7 @@ class RepeatedRuns:
         head, now, task_id, last = record
         task_state = self._task_states.of_run(last, run_key(request))
         task_state.started_at = perf_counter()
+        task_state.context = self._task_states.context()
         record = (head, now, task_id, task_state)
         attempt = task_state.attempt
         if self._withholds and attempt is not None and attempt.requeued_at:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import wraps
 from sys import exc_info
+from threading import get_ident
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -134,6 +135,7 @@ class SignalHandlers:
     :param queue_of: returns the name of the queue for a request's ``delivery_info``.
     :param kept_runs: stores the open runs; if ``None``, they are not stored.
     :param on_loss: counts an event that could not be captured.
+    :param context: returns the greenlet or thread that runs a task.
     """
 
     #: The signals to connect.
@@ -155,10 +157,11 @@ class SignalHandlers:
         queue_of: Callable[[object], str | None] = routing_key,
         kept_runs: KeptRuns | None = None,
         on_loss: Callable[[], object] = int,
+        context: Callable[[], object] = get_ident,
     ) -> None:
         self._losses = LossLog(on_loss)
         self.worker = worker
-        self.task_states = TaskStates()
+        self.task_states = TaskStates(context)
         self._args = args
         self._result = result
         self._clock = clock
@@ -252,6 +255,7 @@ class SignalHandlers:
                 record = (self._heads.started, now, task_id, task_state)
                 if task_state.attempt is None:
                     task_state.started_at = perf_counter()
+                    task_state.context = self.task_states.context()
                     self._put(record)
                     kept = self._kept_runs
                     if kept is not None:

@@ -7,8 +7,9 @@ A process outside a worker captures its eager tasks, and reads the workers' even
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.engines.celery.capture import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.engines.celery.run_monitor import RunMonitor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.celery.event_receiver import EventReceiver
     from z4j_bare.engines.celery.prefork_parent import PreforkCapture
+    from z4j_bare.engines.celery.running_tasks import RunningTasks
+    from z4j_bare.engines.celery.task_state import TaskStates
     from z4j_bare.settings import Settings
 
 
@@ -42,7 +45,7 @@ class CelerySource(EventSource):
         consumer: Consumer | None,
     ) -> None:
         super().__init__(adapter, ring, settings, backend)
-        self._consumer = consumer
+        self._app = adapter.celery_app
         self._worker = getattr(consumer, "hostname", None)
         only = None if self._worker else only_worker()
         self._reported_worker = self._worker or only
@@ -78,6 +81,7 @@ class CelerySource(EventSource):
                 args=args,
                 result=result,
                 on_loss=ring.count_uncaptured,
+                context=backend.context_getter(),
             )
             self._receiver = self._event_receiver(adapter, only)
         else:
@@ -90,6 +94,7 @@ class CelerySource(EventSource):
                 consumer=consumer,
                 runs=ring.runs,
                 on_loss=ring.count_uncaptured,
+                context=backend.context_getter(),
             )
             self._monitor = RunMonitor(
                 self._capture.task_states, self._capture.repeated_runs, in_process=True
@@ -134,6 +139,45 @@ class CelerySource(EventSource):
     def unheard(self) -> int:
         """Return the number of tasks that the pool accepted but whose start was not captured."""
         return self._monitor.unheard if self._monitor else 0
+
+    def current_task(self) -> str:
+        """Return ``name[id]`` of the task whose greenlet runs now; empty if no task runs."""
+        try:
+            states = list(self._task_states().items()) if self._children is None else ()
+        except RuntimeError:  # the hub has added a task meanwhile
+            return ""
+        for task_id, task_state in states:
+            # Only the current greenlet has no frame although it has started and not ended.
+            context = task_state.context
+            if (
+                task_state.started_at
+                and getattr(context, "gr_frame", self) is None
+                and not getattr(context, "dead", True)
+            ):
+                return f"{task_state.task_type.name}[{task_id}]"
+        return ""
+
+    def iter_running(
+        self, query: Mapping[str, Any], checkpoint: Callable[[], object]
+    ) -> Iterator[dict[str, Any]]:
+        """Iterate over the tasks that the worker runs, longest run first.
+
+        A process outside a worker has no running tasks, except for eager ones.
+        """
+        module = self._backend.import_module("z4j_bare.engines.celery.running_tasks")
+        tasks: RunningTasks = module.RunningTasks(
+            self._app,
+            self._task_states(),
+            self._reported_worker,
+            self._backend,
+            in_process=self._children is None,
+        )
+        return tasks.iter_rows(module.TaskQuery(**query), checkpoint)
+
+    def _task_states(self) -> TaskStates:
+        if isinstance(self._capture, CeleryCapture):
+            return self._capture.task_states
+        return self._capture.arrivals.task_states
 
     def failures(self) -> int:
         """Return how often the connection to the broker failed."""

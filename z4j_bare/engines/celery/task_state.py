@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class TaskState:
     __slots__ = (
         "arrived",
         "attempt",
+        "context",
         "last_timestamp",
         "queue",
         "retries",
@@ -89,6 +91,8 @@ class TaskState:
         self.attempt: Attempt | None = None
         #: Whether the parent of a prefork worker has reported that the task was received.
         self.arrived = False
+        #: The greenlet or thread of the current run; see ``IConcurrency.context_getter``.
+        self.context: object = None
         #: Performance counter at the start of the current run; 0 if no run is in progress.
         self.started_at = 0.0
         #: Timestamp of the last event, in seconds since the epoch; 0 before the first event.
@@ -206,7 +210,14 @@ class Attempt:
 
 
 class TaskStates(dict[str, TaskState]):
-    """Task states by task id. With :data:`MAX_TASKS` states, ``add`` evicts the oldest state."""
+    """Task states by task id. With :data:`MAX_TASKS` states, ``add`` evicts the oldest state.
+
+    :param context: returns the current greenlet or thread.
+    """
+
+    def __init__(self, context: Callable[[], object] = get_ident) -> None:
+        super().__init__()
+        self.context = context
 
     def add(self, task_id: str, task_state: TaskState) -> TaskState:
         """Add a state and return it."""

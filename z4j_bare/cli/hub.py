@@ -1,0 +1,164 @@
+"""``z4j-bare hub``: how late the hub of each worker is, and which code held it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from z4j_bare import control
+from z4j_bare.cli import configuration
+from z4j_bare.cli.output import Output
+from z4j_bare.cli.status import filter_description
+from z4j_bare.monitoring.duplicate_agents import workers_of
+
+EXAMPLES = """\
+examples:
+  z4j-bare hub                         lags since the start, and code that held the hub for 1 s
+  z4j-bare hub --profile 30            sample for 30 s, with holds of 20 ms and more
+  z4j-bare hub --profile 30 --output hub.txt    also write a file for speedscope or flamegraph.pl
+
+A hub runs one greenlet at a time. While a greenlet computes or calls a function that is not
+patched, no other task of the worker runs. Workers without gevent or eventlet have no hub.
+exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 2 usage
+"""
+
+COLUMNS = ("total", "longest", "holds", "kind", "task", "place")
+
+#: Seconds that an agent may need between two parts of its answer.
+ANSWER_TIMEOUT = 10.0
+
+#: Seconds to wait after the end of a profile before its result is read.
+PROFILE_MARGIN = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hub``."""
+    parser.add_argument("--worker", metavar="NAME", help="only the agent of this worker")
+    parser.add_argument(
+        "--profile",
+        type=_seconds,
+        metavar="SECONDS",
+        help="sample for so many seconds (at most 600) what holds the hub for 20 ms and more",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="with --profile: write the stacks, in milliseconds, for flame graph tools",
+    )
+    configuration.add_agents(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print lags and holds; return 0 if every selected agent has answered, else 1."""
+    configuration.open_home(arguments)
+    output = Output(json_only=arguments.json)
+    if arguments.profile:
+        started = _query(arguments, {"profile": arguments.profile})
+        if any(each.get("has_hub") for each in started):
+            output.print_line(f"sampling for {arguments.profile:g} s")
+            time.sleep(arguments.profile + PROFILE_MARGIN)
+    answers = _query(arguments, {"result": True} if arguments.profile else {})
+    code = 0 if answers and not any("error" in each for each in answers) else 1
+    if not answers:
+        output.print_line(
+            f"no agent{filter_description(arguments)} runs with Z4J_HOME={configuration.home()}: "
+            "run this command with the Z4J_HOME and the user of the workers"
+        )
+    for answer in answers:
+        print_answer(output, answer)
+    if arguments.output:
+        _write_stacks(arguments.output, answers)
+        output.print_line(f"stacks written to {arguments.output}")
+    output.print_json({"schema": 1, "ok": code == 0, "agents": answers})
+    return code
+
+
+def print_answer(output: Output, answer: Mapping[str, Any]) -> None:
+    """Write the lags of one agent and the table of the code that held its hub."""
+    names = sorted(workers_of(answer))
+    title = f"{', '.join(names) or answer['adapter']} (pid {answer['pid']})"
+    if "error" in answer:
+        output.print_line(f"{title}: no answer: {answer['error']}", "bold red")
+        return
+    lag, recent = answer["lag"], answer["lag"]["recent"]
+    if answer["has_hub"]:
+        output.print_line(f"{title}: lag of the {answer['concurrency']} hub", "bold")
+    else:
+        output.print_line(
+            f"{title}: this process has no hub; the lag is the time that a thread waits for the"
+            " interpreter lock and the processor",
+            "bold",
+        )
+    output.print_table(
+        ("", "p50", "p99", "max", "samples"),
+        [
+            [
+                name,
+                *(_duration(part[f"{key}_seconds"]) for key in ("p50", "p99", "max")),
+                str(part["samples"]),
+            ]
+            for name, part in (("since start", lag), ("recent", recent))
+        ],
+    )
+    if not answer["has_hub"]:
+        output.print_line()
+        return
+    profile = answer.get("profile")
+    holds = profile["holds"] if profile else answer["holds"]
+    what = f"for 20 ms and more in {profile['seconds']:g} s" if profile else "for more than 1 s"
+    if not holds:
+        output.print_line(f"nothing held the hub {what}")
+    else:
+        output.print_line(f"held the hub {what}, the most expensive first")
+        output.print_table(COLUMNS, [row(hold) for hold in holds])
+    output.print_line()
+
+
+def row(hold: Mapping[str, Any]) -> list[str]:
+    """Return the table cells of a hold, one for each of :data:`COLUMNS`."""
+    single = hold["single_holds"] * 2 >= hold["holds"]
+    return [
+        _duration(hold["total_seconds"]),
+        _duration(hold["longest_seconds"]),
+        str(hold["holds"]),
+        "one holder" if single else "many steps",
+        hold["task"] or "",
+        hold["place"],
+    ]
+
+
+def _query(arguments: argparse.Namespace, parameters: Mapping[str, object]) -> list[dict[str, Any]]:
+    return [
+        answer
+        for answer in control.query(control.HUB, parameters, ANSWER_TIMEOUT)
+        if arguments.adapter in (None, answer["adapter"])
+        and ("error" in answer or arguments.worker in (None, *workers_of(answer)))
+    ]
+
+
+def _write_stacks(path: Path, answers: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for answer in answers:
+            for stack, milliseconds in answer.get("stacks", {}).items():
+                file.write(f"{stack} {milliseconds}\n")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 600:  # noqa: PLR2004 - the agent's limit; false for NaN
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0 and at most 600"
+        )
+    return seconds

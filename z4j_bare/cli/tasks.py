@@ -1,0 +1,188 @@
+"""``z4j-bare tasks``: the tasks that run now, and where each of them is in the code."""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from z4j_bare import control
+from z4j_bare.cli import configuration
+from z4j_bare.cli.output import Output
+from z4j_bare.cli.status import filter_description, format_duration, refresh_interval
+from z4j_bare.monitoring.duplicate_agents import workers_of
+
+EXAMPLES = """\
+examples:
+  z4j-bare tasks                       every running task of this Z4J_HOME, longest run first
+  z4j-bare tasks --task ID --stack     the whole stack of one task
+  z4j-bare tasks --worker celery@web-1 --watch
+  z4j-bare tasks --json
+
+The agent reads the stacks without stopping the tasks. It reads no values of variables.
+exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 2 usage
+"""
+
+COLUMNS = ("age", "name", "id", "worker", "pid", "position", "waiting in")
+
+#: Seconds that an agent with thousands of tasks may need between two parts of its answer.
+ANSWER_TIMEOUT = 10.0
+
+#: What a prefork child's row shows instead of a position.
+NO_POSITION = "(in a child process)"
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``tasks``."""
+    parser.add_argument("--worker", metavar="NAME", help="only tasks of this worker")
+    parser.add_argument("--task", metavar="ID", default="", help="only this task")
+    parser.add_argument("--stack", action="store_true", help="show the whole stacks")
+    parser.add_argument(
+        "--all-frames",
+        action="store_true",
+        help="with --stack: also show the frames of Celery and of the hub",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=refresh_interval,
+        const=1.0,
+        metavar="SECONDS",
+        help="refresh until interrupted (default: every second)",
+    )
+    configuration.add_agents(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the running tasks; return 0 if every selected agent has answered, else 1."""
+    configuration.open_home(arguments)
+    output = Output(json_only=arguments.json)
+    code = 0
+    try:
+        with output.live() as redraw:
+            while True:
+                answers = query_tasks(arguments)
+                code = 0 if answers and not any("error" in each for each in answers) else 1
+                if not arguments.watch:
+                    break
+                redraw(lambda answers=answers: print_answers(output, answers, arguments))
+                output.print_json(_document(answers, code))
+                time.sleep(arguments.watch)
+    except KeyboardInterrupt:
+        return code
+    print_answers(output, answers, arguments)
+    output.print_json(_document(answers, code))
+    return code
+
+
+def query_tasks(arguments: argparse.Namespace) -> list[Row]:
+    """Return the answer of each selected agent; the answer of a failed request has ``error``."""
+    parameters = {
+        "task": arguments.task,
+        "stack": arguments.stack,
+        "all_frames": arguments.all_frames,
+    }
+    answers = []
+    for answer in control.query(control.TASKS, parameters, ANSWER_TIMEOUT):
+        if arguments.adapter not in (None, answer["adapter"]):
+            continue
+        if "error" in answer or arguments.worker in (None, *workers_of(answer)):
+            answers.append(answer)
+    return answers
+
+
+def print_answers(output: Output, answers: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """Write the tasks of all agents, longest run first, and the agents that did not answer."""
+    if not answers:
+        output.print_line(
+            f"no agent{filter_description(arguments)} runs with Z4J_HOME={configuration.home()}: "
+            "run this command with the Z4J_HOME and the user of the workers"
+        )
+        return
+    for answer in answers:
+        if "error" in answer:
+            output.print_line(
+                f"no answer from the {answer['adapter']} agent in process {answer['pid']}: "
+                f"{answer['error']}",
+                "bold red",
+            )
+    tasks = sorted(
+        (task for answer in answers for task in answer.get("tasks", ())),
+        key=lambda task: -task["age_seconds"],
+    )
+    if not tasks:
+        output.print_line("no task is running")
+    elif arguments.stack:
+        for task in tasks:
+            print_stack(output, task)
+    else:
+        output.print_table(COLUMNS, [cells for task in tasks for cells in rows_of(task)])
+
+
+def rows_of(task: Row) -> list[list[str]]:
+    """Return the table rows of a task: its own, and one for each task or greenlet below it."""
+    below = [
+        ["", f"  {each['name']} (eager)", each["id"], "", "", "", ""]
+        for each in task.get("eager", ())
+    ]
+    for kind in ("greenlets", "coroutines"):
+        below += [["", f"  {kind[:-1]}", "", "", "", *_place(each)] for each in task.get(kind, ())]
+    return [
+        [
+            format_duration(task["age_seconds"]),
+            task["name"],
+            task["id"],
+            task["worker"] or "",
+            str(task["pid"]),
+            *_place(task),
+        ],
+        *below,
+    ]
+
+
+def print_stack(output: Output, task: Row) -> None:
+    """Write a task with its whole stack, outermost frame first, as a traceback does."""
+    output.print_line(
+        f"{task['name']}[{task['id']}] in {task['worker'] or 'this process'} "
+        f"(pid {task['pid']}), for {format_duration(task['age_seconds'])}",
+        "bold",
+    )
+    for each in task.get("eager", ()):
+        output.print_line(f"  runs {each['name']}[{each['id']}] eagerly")
+    _print_frames(output, task)
+    for kind in ("greenlets", "coroutines"):
+        for each in task.get(kind, ()):
+            output.print_line(f"  {kind[:-1]}")
+            _print_frames(output, each)
+    output.print_line()
+
+
+def _print_frames(output: Output, place: Mapping[str, Any]) -> None:
+    frames = place.get("stack")
+    if not frames:
+        output.print_line(f"  {place.get('position') or NO_POSITION}")
+        return
+    for frame in reversed(frames):
+        output.print_line(f'  File "{frame["file"]}", line {frame["line"]}, in {frame["function"]}')
+        # The file is read by this command, which may run on another host than the worker.
+        if text := linecache.getline(frame["file"], frame["line"]).strip():
+            output.print_line(f"    {text}")
+
+
+def _place(place: Mapping[str, Any]) -> list[str]:
+    if "position" not in place:
+        return [NO_POSITION, ""]
+    return [place["position"] or "(in a library)", place["waiting_in"] or ""]
+
+
+def _document(answers: Sequence[Row], code: int) -> Row:
+    return {
+        "schema": 1,
+        "ok": code == 0,
+        "home": str(configuration.home()),
+        "agents": list(answers),
+    }

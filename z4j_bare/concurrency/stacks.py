@@ -1,0 +1,271 @@
+"""Reads the positions of greenlets, threads and coroutines in the code.
+
+The functions read no values of local variables. ``frame.f_locals`` of a frame that is still in use
+keeps all values alive until the frame ends (CPython 3.11 and 3.12). A :class:`Position` holds no
+frame, so it can be kept.
+
+The agent imports this module when the first client asks for positions.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, Protocol
+
+#: Maximum number of frames that are read from one stack. The innermost frames are read.
+MAX_FRAMES = 100
+
+#: Top-level modules whose frames are not the user's code, even outside ``site-packages``.
+RUNTIME_PACKAGES = frozenset(
+    (
+        "amqp",
+        "billiard",
+        "celery",
+        "eventlet",
+        "gevent",
+        "greenlet",
+        "kombu",
+        "vine",
+        "z4j_bare",
+        "z4j_celery",
+        "z4j_core",
+    )
+)
+
+#: Frames with which a hub waits. They are the last frames before the hub runs and say nothing about
+#: the reason of the wait.
+_HUB_MODULES = ("eventlet.hubs", "gevent._hub_", "gevent._waiter", "gevent._socketcommon")
+_HUB_FUNCTIONS = frozenset(("_read_trampoline", "_trampoline", "trampoline", "switch"))
+
+#: Names of the patched functions of gevent and eventlet, and the names under which users know them.
+_KNOWN_NAMES = {
+    "eventlet.greenthread.sleep": "time.sleep",
+    "gevent.hub.sleep": "time.sleep",
+    "eventlet.green.select.select": "select.select",
+    "gevent.select.select": "select.select",
+    "gevent.hub.Hub.join": "gevent.wait",
+}
+
+_KNOWN_CLASSES = {"GreenSocket": "socket", "LockType": "Lock", "SocketMixin": "socket"}
+
+_LIBRARY_DIRECTORIES = tuple(
+    {
+        path + "/"
+        for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        if (path := sysconfig.get_paths().get(name))
+    }
+)
+
+
+class Position(NamedTuple):
+    """A line of code that a stack has reached.
+
+    :param module: ``__name__`` of the module; empty if it is unknown.
+    :param function: qualified name of the function.
+    :param names: names of the function's local variables, without their values.
+    """
+
+    file: str
+    line: int
+    module: str
+    function: str
+    names: tuple[str, ...]
+
+
+def position_of(frame: FrameType) -> Position:
+    """Return the position of one frame."""
+    code = frame.f_code
+    module = frame.f_globals.get("__name__")
+    return Position(
+        code.co_filename,
+        frame.f_lineno or code.co_firstlineno,
+        module if isinstance(module, str) else "",
+        code.co_qualname,
+        code.co_varnames,
+    )
+
+
+def read_stack(frame: FrameType | None) -> list[Position]:
+    """Return the positions of a stack, innermost first; at most :data:`MAX_FRAMES`."""
+    positions = []
+    while frame is not None and len(positions) < MAX_FRAMES:
+        positions.append(position_of(frame))
+        frame = frame.f_back
+    return positions
+
+
+def read_coroutine(coroutine: object) -> list[Position]:
+    """Return the positions of a suspended coroutine and of what it awaits, innermost first."""
+    positions: list[Position] = []
+    while coroutine is not None and len(positions) < MAX_FRAMES:
+        for frame, awaited in (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom")):
+            if hasattr(coroutine, frame):
+                if (found := getattr(coroutine, frame)) is not None:
+                    positions.append(position_of(found))
+                coroutine = getattr(coroutine, awaited, None)
+                break
+        else:
+            break
+    positions.reverse()
+    return positions
+
+
+def text_of(position: Position) -> str:
+    """Return a position as text, such as ``shop/pay.py:88 in charge``."""
+    function = position.function.rpartition("<locals>.")[2]
+    return f"{short_path(position.file)}:{position.line} in {function}"
+
+
+def short_path(path: str) -> str:
+    """Return a path relative to the longest directory of ``sys.path`` that contains it."""
+    directories = [each for each in (*sys.path, str(Path.cwd())) if each.startswith("/")]
+    prefixes = [each.rstrip("/") + "/" for each in directories]
+    longest = max((len(each) for each in prefixes if path.startswith(each)), default=0)
+    return path[longest:]
+
+
+def is_library(position: Position) -> bool:
+    """Return whether a position lies in the standard library, an installed package or a runtime."""
+    return (
+        position.module.partition(".")[0] in RUNTIME_PACKAGES
+        or position.file.startswith(("<frozen", "<string>", "<template>"))
+        or position.file.startswith(_LIBRARY_DIRECTORIES)
+    )
+
+
+def is_runtime(position: Position) -> bool:
+    """Return whether a position lies in Celery, in a hub, or in what starts their threads."""
+    return position.module.partition(".")[0] in RUNTIME_PACKAGES or position.module in (
+        "concurrent.futures.thread",
+        "threading",
+    )
+
+
+def is_tracer(position: Position) -> bool:
+    """Return whether a position lies in the function of Celery that runs a task."""
+    return position.module == "celery.app.trace" and position.function.endswith("trace_task")
+
+
+def is_internal(position: Position) -> bool:
+    """Return whether a position lies in Celery or in the part of a hub that switches greenlets."""
+    return position.module.startswith("celery.") or _is_hub(position)
+
+
+def innermost_user_code(stack: Sequence[Position], package: str = "") -> tuple[int, str]:
+    """Return the index of the innermost position in the user's code, and what it waits for.
+
+    If all positions lie in libraries, the innermost one of the task's own ``package`` counts as the
+    user's code, or else the innermost one that is not part of a runtime. The index is -1 if there
+    is none.
+
+    :param stack: the positions of a task, innermost first.
+    :param package: the top-level module of the task's function.
+    """
+
+    def in_package(position: Position) -> bool:
+        return bool(package) and position.module.partition(".")[0] == package
+
+    for accepts in (
+        lambda each: in_package(each) or not is_library(each),
+        lambda each: not is_runtime(each),
+    ):
+        for index, position in enumerate(stack):
+            if accepts(position):
+                return index, _wait_of(stack[:index])
+    return -1, _wait_of(stack)
+
+
+def _wait_of(callees: Sequence[Position]) -> str:
+    """Return the name of the function that a position has called and that waits; empty if none."""
+    callees = [each for each in callees if not _is_hub(each)] or list(callees[-1:])
+    if not callees:
+        return ""
+    called, waiting = _name(callees[-1]), _name(callees[0])
+    return called if called == waiting else f"{called} ({waiting})"
+
+
+def _is_hub(position: Position) -> bool:
+    return position.module.startswith(_HUB_MODULES) or (
+        position.module.startswith(("eventlet.", "gevent."))
+        and position.function.rpartition(".")[2] in _HUB_FUNCTIONS
+    )
+
+
+def _name(position: Position) -> str:
+    """Return the name under which users know a function, such as ``socket.recv``."""
+    name = f"{position.module}.{position.function}"
+    if name in _KNOWN_NAMES:
+        return _KNOWN_NAMES[name]
+    function = position.function.rpartition("<locals>.")[2]
+    if "." not in function:
+        return f"{position.module.partition('.')[0]}.{function}"
+    owner, _, method = function.partition(".")
+    return f"{_KNOWN_CLASSES.get(owner, owner)}.{method}"
+
+
+class _Task(Protocol):
+    def get_coro(self) -> object: ...
+    def get_name(self) -> str: ...
+    def done(self) -> bool: ...
+
+
+class HeapScan:
+    """Finds the greenlets and asyncio tasks of the process.
+
+    No registry contains all of them. ``run`` traverses the objects of the garbage collector, which
+    takes about 30 ms for a million objects, and must therefore run off the hub.
+    """
+
+    def __init__(self) -> None:
+        #: Greenlets by the id of the greenlet that spawned them. Only gevent records that.
+        self._spawned: dict[int, list[object]] = {}
+        #: asyncio tasks by the identifier of the thread or greenlet that runs their loop.
+        self._tasks: dict[int, list[_Task]] = {}
+
+    def run(self) -> None:
+        """Traverse all objects."""
+        gevent, asyncio = sys.modules.get("gevent"), sys.modules.get("asyncio")
+        kinds = tuple(
+            kind
+            for kind in (getattr(gevent, "Greenlet", None), getattr(asyncio, "Task", None))
+            if kind is not None
+        )
+        if not kinds:
+            return
+        for found in gc.get_objects():
+            # ``isinstance`` reads ``__class__``, which can run code of the host.
+            if not issubclass(type(found), kinds):
+                continue
+            if hasattr(found, "get_coro"):
+                thread = getattr(found.get_loop(), "_thread_id", None)
+                if thread is not None and not found.done():
+                    self._tasks.setdefault(thread, []).append(found)
+            elif found.gr_frame is not None and (parent := _spawner(found)) is not None:
+                self._spawned.setdefault(id(parent), []).append(found)
+
+    def children(self, context: object) -> Iterator[object]:
+        """Iterate over the greenlets that ``context`` has spawned."""
+        yield from self._spawned.get(id(context), ())
+
+    def coroutines(self, context: object) -> list[list[Position]]:
+        """Return the stacks of the asyncio tasks that run in ``context``, oldest task first."""
+        identifier = context if isinstance(context, int) else id(context)
+        tasks = sorted(self._tasks.get(identifier, ()), key=_age)
+        return [stack for task in tasks if (stack := read_coroutine(task.get_coro()))]
+
+
+def _spawner(found: object) -> object:
+    """Return the greenlet that has spawned a gevent greenlet; ``None`` if it no longer exists."""
+    reference = getattr(found, "spawning_greenlet", None)
+    return None if reference is None else reference()
+
+
+def _age(task: _Task) -> int:
+    """Return the number in the default name of an asyncio task; a renamed task comes last."""
+    number = task.get_name().rpartition("-")[2]
+    return int(number) if number.isdecimal() else sys.maxsize

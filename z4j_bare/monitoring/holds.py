@@ -1,0 +1,128 @@
+"""Periods in which code held the hub, and the code that held it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from z4j_bare.concurrency.stacks import Position, innermost_user_code, read_stack, text_of
+
+#: The place of a hold in which no sample was taken.
+UNSAMPLED = "(not sampled: a C function kept the interpreter lock)"
+
+#: Maximum number of rows of a table. Further places are counted in the row :data:`OTHER`.
+MAX_ROWS = 500
+OTHER = "(other places)"
+
+
+class Sample(NamedTuple):
+    """The stack of the hub's thread at one moment, and ``name[id]`` of the running task."""
+
+    at: float
+    stack: tuple[Position, ...]
+    task: str
+
+    @property
+    def holder(self) -> tuple[object, ...]:
+        """Identifies the greenlet: its task, or the code in which it started.
+
+        The identity of the frames is no help, because CPython creates frame objects when they are
+        read.
+        """
+        return (self.task, *self.stack[-1:])
+
+
+class Hold(NamedTuple):
+    """A period in which the hub could not run its timers, with the samples taken in it."""
+
+    start: float
+    end: float
+    samples: list[Sample]
+
+
+class Weighted(NamedTuple):
+    """A sample and the seconds that it stands for."""
+
+    seconds: float
+    sample: Sample | None
+
+
+class HoldTable:
+    """Total times by code place and task."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, hold: Hold) -> None:
+        """Add a hold to the rows of the places that were seen in it."""
+        weighted = list(weigh(hold))
+        single = len({each.sample.holder for each in weighted if each.sample}) <= 1
+        seen: dict[tuple[str, str], dict[tuple[object, ...], float]] = {}
+        for seconds, sample in weighted:
+            key = (UNSAMPLED, "") if sample is None else (place_of(sample.stack), sample.task)
+            holders = seen.setdefault(key, {})
+            holder = () if sample is None else sample.holder
+            holders[holder] = holders.get(holder, 0.0) + seconds
+        for key, holders in seen.items():
+            row = self._row(key)
+            row["holds"] += 1
+            row["single_holds"] += single
+            row["total_seconds"] += sum(holders.values())
+            row["longest_seconds"] = max(row["longest_seconds"], *holders.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows as plain JSON types, the most expensive first.
+
+        ``longest_seconds`` is the longest time that one greenlet held the hub at this place.
+        ``single_holds`` counts the holds in which only one greenlet was seen. In the other holds
+        several greenlets ran without a pause of the hub.
+        """
+        return sorted(self._rows.values(), key=lambda row: -float(row["total_seconds"]))
+
+    def _row(self, key: tuple[str, str]) -> dict[str, Any]:
+        if key not in self._rows and len(self._rows) >= MAX_ROWS:
+            key = (OTHER, "")
+        return self._rows.setdefault(
+            key,
+            {
+                "place": key[0],
+                "task": key[1] or None,
+                "holds": 0,
+                "single_holds": 0,
+                "total_seconds": 0.0,
+                "longest_seconds": 0.0,
+            },
+        )
+
+
+def take_sample(at: float, thread: int, task: str) -> Sample | None:
+    """Return the present stack of an OS thread; ``None`` if the thread has ended.
+
+    :param thread: key of the thread in ``sys._current_frames``.
+    """
+    frame = sys._current_frames().get(thread)  # noqa: SLF001
+    return None if frame is None else Sample(at, tuple(read_stack(frame)), task)
+
+
+def weigh(hold: Hold) -> Iterator[Weighted]:
+    """Iterate over the samples of a hold with the seconds that each stands for.
+
+    A sample stands for the time since the previous one. A C function that keeps the interpreter
+    lock for 540 ms gets a single sample, and that sample stands for 540 ms.
+    """
+    before, last = hold.start, len(hold.samples) - 1
+    if last < 0:
+        yield Weighted(hold.end - hold.start, None)
+    for number, sample in enumerate(hold.samples):
+        end = hold.end if number == last else sample.at
+        yield Weighted(end - before, sample)
+        before = end
+
+
+def place_of(stack: Sequence[Position]) -> str:
+    """Return the innermost position in the user's code, or else the innermost position."""
+    index, _ = innermost_user_code(stack)
+    if index < 0:
+        return text_of(stack[0]) if stack else "(no Python code)"
+    return text_of(stack[index])

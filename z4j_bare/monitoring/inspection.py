@@ -1,0 +1,146 @@
+"""Answers the requests to the control server.
+
+What ``z4j-bare tasks`` shows is collected only when a request asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.control import HUB, RESTART, STATUS, TASKS
+from z4j_bare.monitoring.holds import HoldTable
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.engines.manager import EngineManager
+    from z4j_bare.monitoring.control_server import Response
+    from z4j_bare.monitoring.hub_lag import HubLagMonitor
+    from z4j_bare.monitoring.hub_profile import HubProfile
+    from z4j_bare.settings import Settings
+
+#: Version of the documents that these requests return.
+SCHEMA = 1
+
+
+def control_handlers(
+    status: Callable[[], dict[str, Any]],
+    reconnect: Callable[[], object],
+    engines: EngineManager,
+    hub_lag: HubLagMonitor,
+    settings: Settings,
+    backend: BaseConcurrency,
+) -> dict[str, Callable[..., Response]]:
+    """Return the handlers for a :class:`ControlServer`.
+
+    :param status: returns the status document.
+    :param reconnect: closes the session, so that the agent connects again.
+    """
+
+    def restart() -> dict[str, Any]:
+        reconnect()
+        return {}
+
+    handlers: dict[str, Callable[..., Response]] = {STATUS: status, RESTART: restart}
+    inspect = {
+        TASKS: partial(stream_tasks, engines, backend),
+        HUB: HubInspector(hub_lag, engines, backend).answer,
+    }
+    return handlers | (inspect if settings.inspect else dict.fromkeys(inspect, _refuse))
+
+
+def stream_tasks(
+    engines: EngineManager,
+    backend: BaseConcurrency,
+    *,
+    task: str = "",
+    stack: bool = False,
+    all_frames: bool = False,
+) -> Iterator[str]:
+    """Return the parts of a JSON text with the tasks that run now."""
+    checkpoint = TimeSlice(backend).checkpoint
+    query = {"task": task, "stack": stack, "all_frames": all_frames}
+    head = {
+        "schema": SCHEMA,
+        "pid": os.getpid(),
+        "concurrency": backend.name,
+        "workers": engines.workers(),
+    }
+    yield json.dumps(head)[:-1] + ', "tasks": ['
+    separator = ""
+    for row in engines.iter_running(query, checkpoint):
+        yield separator + json.dumps(row, default=str)
+        separator = ", "
+    yield "]}"
+
+
+class HubInspector:
+    """Answers ``z4j-bare hub``: lags, what held the hub, and a profile of some seconds."""
+
+    def __init__(
+        self, hub_lag: HubLagMonitor, engines: EngineManager, backend: BaseConcurrency
+    ) -> None:
+        self._hub_lag = hub_lag
+        self._engines = engines
+        self._backend = backend
+        self._profile: HubProfile | None = None
+
+    def answer(self, *, profile: float = 0.0, result: bool = False) -> Response:
+        """Return the lags and the table of holds.
+
+        :param profile: start a profile of so many seconds.
+        :param result: return the last profile as well.
+        :raises ValueError: ``profile`` is not between 0 and 600 seconds.
+        """
+        has_hub = bool(self._hub_lag.hub_thread)
+        if profile and has_hub:
+            self._start(float(profile))
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "pid": os.getpid(),
+            "concurrency": self._backend.name,
+            "workers": self._engines.workers(),
+            "has_hub": has_hub,
+            "lag": self._hub_lag.history.describe(),
+            "holds": self._hub_lag.holds.rows(),
+        }
+        if result and self._profile is not None:
+            return self._stream_profile(document, self._profile)
+        return document
+
+    def _start(self, seconds: float) -> None:
+        module = self._backend.import_module("z4j_bare.monitoring.hub_profile")
+        if not 0 < seconds <= module.MAX_SECONDS:
+            raise ValueError
+        if self._profile is None or not self._profile.is_running():
+            self._profile = module.HubProfile(
+                self._backend, self._hub_lag.hub_thread, seconds, self._engines.current_task
+            )
+
+    def _stream_profile(self, document: dict[str, Any], profile: HubProfile) -> Iterator[str]:
+        checkpoint, table = TimeSlice(self._backend).checkpoint, HoldTable()
+        stacks: dict[str, float] = {}
+        for hold in profile.holds:
+            table.add(hold)
+            profile.add_stacks(stacks, hold)
+            checkpoint()
+        document["profile"] = {
+            "seconds": profile.seconds,
+            "running": profile.is_running(),
+            "holds": table.rows(),
+        }
+        yield json.dumps(document)[:-1] + ', "stacks": {'
+        separator = ""
+        for text, seconds in stacks.items():
+            yield f"{separator}{json.dumps(text)}: {round(seconds * 1000)}"
+            separator = ", "
+            checkpoint()
+        yield "}}"
+
+
+def _refuse(**_parameters: object) -> dict[str, Any]:
+    return {"error": "Z4J_INSPECT=0 forbids this request: remove the variable to allow it"}
