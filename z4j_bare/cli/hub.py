@@ -28,6 +28,9 @@ exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 
 
 COLUMNS = ("total", "longest", "holds", "kind", "task", "place")
 
+#: Maximum number of places in the table. ``--json`` prints all.
+MAX_ROWS = 20
+
 #: Seconds that an agent may need between two parts of its answer.
 ANSWER_TIMEOUT = 10.0
 
@@ -115,7 +118,10 @@ def print_answer(output: Output, answer: Mapping[str, Any]) -> None:
         output.print_line(f"nothing held the hub {what}")
     else:
         output.print_line(f"held the hub {what}, the most expensive first")
-        output.print_table(COLUMNS, [row(hold) for hold in holds])
+        output.print_table(COLUMNS, [row(hold) for hold in holds[:MAX_ROWS]])
+        if len(holds) > MAX_ROWS:
+            rest = sum(hold["total_seconds"] for hold in holds[MAX_ROWS:])
+            output.print_line(f"{len(holds) - MAX_ROWS} further places: {_duration(rest)}")
     output.print_line()
 
 

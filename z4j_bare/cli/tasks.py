@@ -6,6 +6,7 @@ import argparse
 import linecache
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from z4j_bare import control
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 code = 0 if answers and not any("error" in each for each in answers) else 1
                 if not arguments.watch:
                     break
-                redraw(lambda answers=answers: print_answers(output, answers, arguments))
+                redraw(partial(print_answers, output, answers, arguments))
                 output.print_json(_document(answers, code))
                 time.sleep(arguments.watch)
     except KeyboardInterrupt:

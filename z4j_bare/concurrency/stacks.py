@@ -92,7 +92,7 @@ def position_of(frame: FrameType) -> Position:
 
 def read_stack(frame: FrameType | None) -> list[Position]:
     """Return the positions of a stack, innermost first; at most :data:`MAX_FRAMES`."""
-    positions = []
+    positions: list[Position] = []
     while frame is not None and len(positions) < MAX_FRAMES:
         positions.append(position_of(frame))
         frame = frame.f_back
@@ -167,13 +167,14 @@ def innermost_user_code(stack: Sequence[Position], package: str = "") -> tuple[i
     :param package: the top-level module of the task's function.
     """
 
-    def in_package(position: Position) -> bool:
-        return bool(package) and position.module.partition(".")[0] == package
+    def is_user_code(position: Position) -> bool:
+        in_package = bool(package) and position.module.partition(".")[0] == package
+        return in_package or not is_library(position)
 
-    for accepts in (
-        lambda each: in_package(each) or not is_library(each),
-        lambda each: not is_runtime(each),
-    ):
+    def is_called_code(position: Position) -> bool:
+        return not is_runtime(position)
+
+    for accepts in (is_user_code, is_called_code):
         for index, position in enumerate(stack):
             if accepts(position):
                 return index, _wait_of(stack[:index])

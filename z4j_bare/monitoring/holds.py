@@ -11,6 +11,11 @@ from z4j_bare.concurrency.stacks import Position, innermost_user_code, read_stac
 #: The place of a hold in which no sample was taken.
 UNSAMPLED = "(not sampled: a C function kept the interpreter lock)"
 
+#: Modules in which the innermost frame of a thread lies while its hub waits for events.
+_IDLE_MODULES = frozenset(
+    ("gevent.hub", "eventlet.hubs.hub", "eventlet.hubs.poll", "eventlet.hubs.epolls")
+)
+
 #: Maximum number of rows of a table. Further places are counted in the row :data:`OTHER`.
 MAX_ROWS = 500
 OTHER = "(other places)"
@@ -60,7 +65,9 @@ class HoldTable:
         single = len({each.sample.holder for each in weighted if each.sample}) <= 1
         seen: dict[tuple[str, str], dict[tuple[object, ...], float]] = {}
         for seconds, sample in weighted:
-            key = (UNSAMPLED, "") if sample is None else (place_of(sample.stack), sample.task)
+            key = (UNSAMPLED, "")
+            if sample is not None:
+                key = (place_of(sample.stack), sample.task.partition("[")[0])
             holders = seen.setdefault(key, {})
             holder = () if sample is None else sample.holder
             holders[holder] = holders.get(holder, 0.0) + seconds
@@ -97,12 +104,16 @@ class HoldTable:
 
 
 def take_sample(at: float, thread: int, task: str) -> Sample | None:
-    """Return the present stack of an OS thread; ``None`` if the thread has ended.
+    """Return the present stack of the hub's thread; ``None`` if the hub waits for events.
+
+    The hub waits for events again if this thread got the interpreter lock too late.
 
     :param thread: key of the thread in ``sys._current_frames``.
     """
-    frame = sys._current_frames().get(thread)  # noqa: SLF001
-    return None if frame is None else Sample(at, tuple(read_stack(frame)), task)
+    stack = tuple(read_stack(sys._current_frames().get(thread)))  # noqa: SLF001
+    if not stack or stack[0].module in _IDLE_MODULES:
+        return None
+    return Sample(at, stack, task)
 
 
 def weigh(hold: Hold) -> Iterator[Weighted]:

@@ -46,11 +46,13 @@ def control_handlers(
         return {}
 
     handlers: dict[str, Callable[..., Response]] = {STATUS: status, RESTART: restart}
-    inspect = {
+    inspect: dict[str, Callable[..., Response]] = {
         TASKS: partial(stream_tasks, engines, backend),
         HUB: HubInspector(hub_lag, engines, backend).answer,
     }
-    return handlers | (inspect if settings.inspect else dict.fromkeys(inspect, _refuse))
+    if not settings.inspect:
+        inspect = dict.fromkeys(inspect, _refuse)
+    return handlers | inspect
 
 
 def stream_tasks(

@@ -119,6 +119,86 @@ def test_server_rejects_unknown_verb_and_continues(serve, off_hub):
     assert off_hub(client.request, "status") == {"x": 1}
 
 
+def test_request_has_parameters(serve, off_hub):
+    """The parameters of a request reach its handler; wrong ones get an error."""
+    server = serve()
+    server._handlers = {"tasks": lambda task="": {"task": task}}
+    (client,) = control.list_clients()
+    assert off_hub(client.request, "tasks", 5.0, {"task": "ü"}) == {"task": "ü"}
+    assert "no such parameters" in off_hub(client.request, "tasks", 5.0, {"x": 1})["error"]
+    assert "no such parameters" in off_hub(client.request, "tasks [}")["error"]
+
+
+def test_large_response_is_sent_in_parts(serve, off_hub, monkeypatch):
+    """A response is read from its iterator only as fast as the client reads."""
+    monkeypatch.setattr(control_server, "CLIENT_TIMEOUT", 0.1)
+    produced = []
+
+    def parts():
+        yield "["
+        for number in range(2000):
+            produced.append(number)
+            yield f'"{"x" * 1000}", '
+        yield "0]"
+
+    server = serve()
+    server._handlers = {"tasks": parts}
+    (client,) = control.list_clients()
+    with control._connected(client.path, 5.0) as silent:
+        silent.send(b"tasks\n")
+        assert len(off_hub(client.request, "tasks", 20.0)) == 2001
+    assert 2000 < len(produced) < 4000
+
+
+def test_failed_request_is_logged_and_server_continues(serve, off_hub, caplog):
+    """An error in a handler closes that connection only."""
+
+    def fail():
+        raise RuntimeError("broken")
+        yield ""
+
+    server = serve()
+    server._handlers = {"tasks": fail, "status": lambda: {"x": 1}}
+    (client,) = control.list_clients()
+    with pytest.raises(ConnectionResetError):
+        off_hub(client.request, "tasks")
+    assert "a request failed" in caplog.text
+    assert off_hub(client.request, "status") == {"x": 1}
+
+
+def test_process_of_another_user_is_refused(serve, off_hub, monkeypatch):
+    """A client whose process belongs to another user gets no answer."""
+    serve(status={"x": 1})
+    (client,) = control.list_clients()
+    own_user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own_user + 1)
+    monkeypatch.setattr(control_server, "_ROOT", own_user + 2)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        off_hub(client.request, "status")
+
+
+def test_inspection_can_be_disabled(runtime, off_hub, until, monkeypatch):
+    """``Z4J_INSPECT=0`` refuses the requests with the reason; ``status`` still works."""
+    monkeypatch.setenv("Z4J_INSPECT", "0")
+    runtime()
+    until(lambda: control.list_clients("fastapi"))
+    for verb in (control.TASKS, control.HUB):
+        (row,) = off_hub(control.query, verb)
+        assert "Z4J_INSPECT=0" in row["error"]
+    (row,) = off_hub(control.status)
+    assert row["state"] == "running"
+
+
+def test_running_agent_lists_no_tasks_of_unknown_engine(runtime, off_hub, until, mode):
+    """An agent without Celery answers with an empty list, and with the lag of its hub."""
+    runtime()
+    until(lambda: control.list_clients("fastapi"))
+    (row,) = off_hub(control.query, control.TASKS)
+    assert (row["schema"], row["concurrency"], row["tasks"]) == (1, mode, [])
+    (row,) = off_hub(control.query, control.HUB)
+    assert (row["has_hub"], row["holds"]) == (mode != "threads", [])
+
+
 def test_server_disconnects_silent_client_after_timeout(serve, off_hub, monkeypatch):
     """A client that sends no request or reads no response does not block the others for long."""
     monkeypatch.setattr(control_server, "CLIENT_TIMEOUT", 0.1)
