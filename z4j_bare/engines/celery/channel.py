@@ -154,9 +154,10 @@ class ChannelWriter:
 
         If the message cannot be sent completely, count it as lost and return ``False``.
         """
-        kept, size = self._take_kept() if self._kept else b"", len(message)
+        size = len(message)
+        kept = self._take_kept() if self._kept else b""
         if kept and len(kept) + size > _DATA_BYTES:
-            self._send_kept(kept)
+            self._send_start(kept)
             kept = b""
         self._number = number = self._number + 1
         try:
@@ -190,8 +191,8 @@ class ChannelWriter:
         if starts is None or len(message) > MAX_MESSAGE_BYTES:
             self.send(message)
             return
-        if self._kept:
-            self._send_kept(self._take_kept())
+        while self._kept:
+            self._send_start(self._take_kept())
         self._number = number = self._number + 1
         chunk = _HEADER.pack(len(message), self._pid, number, 0, 1) + message
         starts.keep(self._slot, number, self._pid, message)
@@ -199,18 +200,16 @@ class ChannelWriter:
         # The parent sets ``polling`` to 0 and then searches for kept starts once more. So either
         # this process reads 0 now, or the parent finds the start.
         if not self._counters.polling:
-            self._send_kept(self._take_kept())
+            self._send_start(self._take_kept())
 
     def _take_kept(self) -> bytes:
-        """Remove the kept chunks and return them. Each chunk is returned once."""
-        kept = b""
+        """Remove the oldest kept start and return it; empty if another thread has taken it."""
         try:
-            while True:
-                kept += self._kept.pop(0)
+            return self._kept.pop(0)
         except IndexError:
-            return kept
+            return b""
 
-    def _send_kept(self, kept: bytes) -> None:
+    def _send_start(self, kept: bytes) -> None:
         try:
             write(self._descriptor, kept)
         except BaseException as error:

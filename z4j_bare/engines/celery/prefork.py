@@ -23,7 +23,7 @@ from z4j_core.paths import ensure_z4j_home
 from z4j_bare.concurrency import fork
 from z4j_bare.control import is_alive
 from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel, NamedChannel
-from z4j_bare.engines.celery.outcomes import FIRST_RUN, result_is_unstored, run_key
+from z4j_bare.engines.celery.outcomes import result_is_unstored, run_key
 from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_state import RunKey, TaskState, TaskTypes
@@ -113,7 +113,7 @@ class ChildCapture(NoteHandlers):
         super().__init__(self._send, self._writer.count_lost)
         #: The key of the run of the current signal; ``None`` for a task's first run.
         self._key: RunKey | None = None
-        #: Id and key of the run that started last. ``task.request`` takes a tenth of a handler.
+        #: Id and key of the run that started last, so that its end need not read ``task.request``.
         self._last_run: tuple[str, RunKey | None] = ("", None)
         self._counters = channel.counters
 
@@ -121,7 +121,7 @@ class ChildCapture(NoteHandlers):
 
     def _on_prerun(self, task_id: str = "", task: Task = _NO_TASK, **_kwargs: object) -> None:
         try:
-            if self._is_active():
+            if self._counters.agent != ABSENT and fork.epoch() == self._epoch:
                 task_id, key = str(task_id), self._key_of(task)
                 self._last_run = task_id, key
                 note = (Codes.started, self._clock(), task_id, task.name, perf_counter(), key)
@@ -142,7 +142,11 @@ class ChildCapture(NoteHandlers):
             super()._on_postrun(task_id, task, retval, state)
             return
         try:
-            if self._is_active() and not (exc_info()[1] is not None and result_is_unstored()):
+            if (
+                self._counters.agent != ABSENT
+                and fork.epoch() == self._epoch
+                and not (exc_info()[1] is not None and result_is_unstored())
+            ):
                 task_id, result, now = str(task_id), snapshot(retval), self._clock()
                 started_id, key = self._last_run
                 if started_id != task_id:
@@ -154,13 +158,12 @@ class ChildCapture(NoteHandlers):
             if not self._suppresses("task_postrun", getattr(task, "name", None), error):
                 raise
 
-    def _is_active(self) -> bool:
-        return self._counters.agent != ABSENT and fork.epoch() == self._epoch
-
     @staticmethod
     def _key_of(task: Task) -> RunKey | None:
-        key = run_key(task.request)
-        return None if key == FIRST_RUN else key
+        request = task.request
+        if not request.retries and not getattr(request, "replaced_task_nesting", 0):
+            return None
+        return run_key(request)
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         if self._counters.agent == ABSENT:
