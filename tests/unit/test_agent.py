@@ -14,9 +14,10 @@ from z4j_core.models import CommandResult, Event, EventKind
 from z4j_core.transport.frames import CommandFrame, CommandPayload
 from z4j_core.transport.framing import FrameSigner
 
+from tests.support.agents import installed_agents
 from tests.support.engines import FakeEngine
 from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, TOKEN, Peer
-from z4j_bare import RuntimeState, _process_singleton, install_agent
+from z4j_bare import RuntimeState
 from z4j_bare.pipeline import receive, send
 from z4j_bare.transport import websocket
 from z4j_bare.wire import backoff, close_codes
@@ -78,24 +79,9 @@ def engine(backend):
 @pytest.fixture
 def install(peer, engine):
     """``install(**changes)``: a started agent whose brain is the peer, stopped at the end."""
-    made = []
-
-    def make(**changes):
-        options = {
-            "engines": [engine],
-            "brain_url": peer.url,
-            "token": TOKEN,
-            "project_id": "demo",
-            "hmac_secret": SECRET_TEXT,
-        }
-        made.append(install_agent(**{**options, **changes}))
-        return made[-1]
-
-    yield make
-    engine.release.set()
-    for runtime in made:
-        runtime.stop(timeout=3)
-        _process_singleton.clear_runtime(expected=runtime)
+    with installed_agents(peer, engine) as install:
+        yield install
+        engine.release.set()
 
 
 @pytest.fixture

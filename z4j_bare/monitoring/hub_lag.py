@@ -86,8 +86,8 @@ class LagHistory:
 
         return {
             "samples": number,
-            "p50_seconds": bound_of(0.5),
-            "p99_seconds": bound_of(0.99),
+            "p50_seconds": bound_of(1 / 2),
+            "p99_seconds": bound_of(99 / 100),
             "max_seconds": self._longest,
             "histogram": {
                 f"{bound:g}": count

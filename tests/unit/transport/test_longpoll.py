@@ -7,15 +7,16 @@ import logging
 import os
 import signal
 import time
+from functools import partial
 from uuid import uuid4
 
 import pytest
 from z4j_core.models import Event, EventKind
 
+from tests.support.agents import installed_agents
 from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer, Tunnel
 from tests.support.peer import AGENT, PROJECT, SECRET, SECRET_TEXT, TOKEN, all_acked
-from z4j_bare import _process_singleton, install_agent
 from z4j_bare.errors import (
     AuthenticationRejectedError,
     FrameTooLargeError,
@@ -646,23 +647,8 @@ def install(peer, engine, monkeypatch):
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     peer.body_limit = 8192
-    created = []
-
-    def make(**changes):
-        options = {
-            "engines": [engine],
-            "brain_url": peer.url,
-            "token": TOKEN,
-            "project_id": "demo",
-            "hmac_secret": SECRET_TEXT,
-        }
-        created.append(install_agent(**{**options, "transport": "longpoll", **changes}))
-        return created[-1]
-
-    yield make
-    for runtime in created:
-        runtime.stop(timeout=3)
-        _process_singleton.clear_runtime(expected=runtime)
+    with installed_agents(peer, engine) as install:
+        yield partial(install, transport="longpoll")
 
 
 def test_agent_works_within_8_kib_bodies(install, peer, engine, until):
