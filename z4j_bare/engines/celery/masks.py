@@ -30,9 +30,9 @@ def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], 
     :param args: a snapshot of the positional arguments.
     :param text: ``argsrepr`` of the message that carries the arguments.
     """
-    if not args or not isinstance(text, str) or not text or _says_same(tuple(args), text):
+    if not hides(args, text):
         return args
-    parsed = parse(text, is_sensitive_key)
+    parsed = parse(str(text), is_sensitive_key)
     return parsed if isinstance(parsed, list) else [parsed]
 
 
@@ -40,9 +40,9 @@ def shown_kwargs(
     kwargs: dict[str, Any], text: object, is_sensitive_key: Callable[[str], bool]
 ) -> dict[str, Any]:
     """Return ``kwargs``, or the parsed ``text`` if it differs; see :func:`shown_args`."""
-    if not kwargs or not isinstance(text, str) or not text or _says_same(kwargs, text):
+    if not hides(kwargs, text):
         return kwargs
-    parsed = parse(text, is_sensitive_key)
+    parsed = parse(str(text), is_sensitive_key)
     return parsed if isinstance(parsed, dict) else {"...": parsed}
 
 
@@ -50,10 +50,12 @@ def hides(value: object, text: object) -> bool:
     """Whether ``text`` differs from the arguments ``value``.
 
     :param value: a snapshot of the arguments.
+    :param text: ``argsrepr`` or ``kwargsrepr``. ``None`` hides nothing. An author may set an empty
+        text, or a value that is no text.
     """
-    if not value or not isinstance(text, str) or not text:
+    if not value or text is None:
         return False
-    return not _says_same(tuple(value) if isinstance(value, list) else value, text)
+    return not _says_same(tuple(value) if isinstance(value, list) else value, str(text))
 
 
 def carry_over(headers: dict[str, Any], body: object) -> None:

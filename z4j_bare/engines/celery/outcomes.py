@@ -35,8 +35,14 @@ def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
     :param traceback: the text of the traceback. For any other type, the traceback of ``exception``
         is formatted.
     """
-    reason = getattr(exception, "reason", None) if is_reject(exception) else exception
-    fields = {"exception": type(exception).__name__, "exception_message": snapshot(text_of(reason))}
+    name, reason = type(exception).__name__, exception
+    if is_reject(exception):
+        reason = getattr(exception, "reason", None)
+    elif name == "UnpickleableExceptionWrapper":
+        # Celery replaces an exception that cannot be pickled, and keeps its class and arguments.
+        name = str(getattr(exception, "exc_cls_name", name))
+        reason = BaseException(*getattr(exception, "exc_args", None) or ())
+    fields = {"exception": name, "exception_message": snapshot(text_of(reason))}
     if not isinstance(traceback, str) and isinstance(exception, BaseException):
         traceback = "".join(format_exception(exception)) if exception.__traceback__ else None
     if isinstance(traceback, str):
@@ -58,15 +64,22 @@ def revoked_fields(terminated: object, signum: object, expired: object) -> dict[
 def end_without_signal(
     state: str | None, raised: object, *, acks_late: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return the kind and the fields of the event for a run that raised ``Ignore`` or ``Reject``.
+    """Return the kind and the fields of the event for a run whose end has no signal of its own.
 
-    Return ``None`` if the task was replaced, or if the run has another state.
+    Such a run raised ``Ignore``, ``Reject``, or an exception that is no ``Exception``, such as
+    ``SystemExit`` or ``gevent.Timeout``. Return ``None`` if the task was replaced, if the run was
+    killed, or if it has another state.
 
     :param state: ``state`` of the signal ``task_postrun``.
     :param raised: ``retval`` of the signal, which is the exception.
     :param acks_late: the task's ``acks_late``, without which its message cannot return to the
         queue.
     """
+    if state is None:
+        error = sys.exc_info()[1]
+        if error is None or isinstance(error, Exception) or is_kill(error):
+            return None
+        return FAILED, failure_fields(error, None)
     if state == IGNORED and not is_replacement(raised):
         return REVOKED, {**revoked_fields(False, None, False), "reason": "ignored"}
     if state == REJECTED_STATE and is_reject(raised):
@@ -75,6 +88,14 @@ def end_without_signal(
         reason = text_of(getattr(raised, "reason", None))
         return RETRIED, {"reason": snapshot(f"rejected, and back to its queue: {reason}")}
     return None
+
+
+def is_kill(error: BaseException) -> bool:
+    """Whether ``error`` is the ``GreenletExit`` that ends a killed greenlet.
+
+    A task that an operator terminates has the signal ``task_revoked``.
+    """
+    return any(base.__name__ == "GreenletExit" for base in type(error).__mro__)
 
 
 def is_reject(error: object) -> bool:

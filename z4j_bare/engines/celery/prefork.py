@@ -139,7 +139,9 @@ class ChildCapture(NoteHandlers):
         **_kwargs: object,
     ) -> None:
         if state != "SUCCESS":
-            super()._on_postrun(task_id, task, retval, state)
+            # Without a state the child ends, and the parent reports the lost child.
+            if state is not None:
+                super()._on_postrun(task_id, task, retval, state)
             return
         try:
             if (

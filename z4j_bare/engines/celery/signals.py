@@ -60,7 +60,8 @@ _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
 #: States of runs whose end only ``task_postrun`` reports.
-_ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE})
+#: The state is ``None`` if the task raised an exception that is no ``Exception``.
+_ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE, None})
 
 #: Default of parameters for which Celery always passes an argument. Without it, the handler fails.
 _ABSENT: Any = None
@@ -282,7 +283,7 @@ class SignalHandlers:
         **_kwargs: object,
     ) -> None:
         # This handler captures success, because the signal task_success has no task id.
-        # A failure has its own signal. ``state`` is ``None`` if gevent killed the task.
+        # A failure has its own signal.
         if state != "SUCCESS":
             if state in _ENDS_WITHOUT_SIGNAL:
                 self._on_end_without_signal(task_id, task, retval, state)

@@ -9,6 +9,7 @@ from celery import signals
 from celery.app.trace import trace_task
 from celery.exceptions import Ignore, Reject
 from celery.worker import state
+from greenlet import GreenletExit
 from z4j_celery import CeleryEngineAdapter
 
 from tests.support.celery_fakes import memory_app, task_request
@@ -19,6 +20,10 @@ from z4j_bare.engines.celery.run_monitor import RunMonitor
 OUTSIDE_BODY = pytest.mark.filterwarnings("ignore:Exception raised outside body")
 
 NOW = 1_700_000_000.25
+
+
+class Timeout(BaseException):
+    """Stands for ``gevent.Timeout``, which is no ``Exception`` either."""
 
 
 class BackendError(Exception):
@@ -199,6 +204,52 @@ def test_rejected_run_is_failure(app, run):
     assert run.kinds == ["received", "started", "failed"]
     assert (run.last["exception"], run.last["exception_message"]) == ("Reject", "poison")
     assert run.capture.task_states == {}
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt("stop"), Timeout("5 seconds")])
+def test_run_that_raises_no_exception_class_is_failure(app, run, raised):
+    """``sys.exit()`` or a green time-out in a task is a failure with that class."""
+
+    @app.task(shared=False, name="shop.leave")
+    def leave():
+        raise raised
+
+    with pytest.raises(type(raised)):
+        run.run("shop.leave")
+    assert run.kinds == ["received", "started", "failed"]
+    assert (run.last["exception"], run.last["exception_message"]) == (
+        type(raised).__name__,
+        str(raised),
+    )
+    assert run.capture.task_states == {}
+
+
+def test_killed_greenlet_is_no_failure(app, run):
+    """``task_revoked`` reports a task that an operator has terminated, not ``task_postrun``."""
+
+    @app.task(shared=False, name="shop.killed")
+    def killed():
+        raise GreenletExit
+
+    with pytest.raises(GreenletExit):
+        run.run("shop.killed")
+    assert run.kinds == ["received", "started"]
+
+
+def test_unpicklable_exception_has_its_own_class(app, run):
+    """Celery's wrapper of an exception that cannot be pickled is shown as that exception."""
+
+    class Unpicklable(Exception):
+        def __init__(self, text, function):
+            super().__init__(text)
+            self.function = function
+
+    @app.task(shared=False, name="shop.unpicklable")
+    def unpicklable():
+        raise Unpicklable("broken", lambda: 1)
+
+    run.run("shop.unpicklable")
+    assert (run.last["exception"], run.last["exception_message"]) == ("Unpicklable", "broken")
 
 
 def test_requeue_after_early_ack_is_failure(run):

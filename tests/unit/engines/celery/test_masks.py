@@ -71,6 +71,17 @@ def test_masked_arguments_show_text():
 HIDDEN = [49, 4.9, True, decimal.Decimal("4.9"), dt.date(2026, 1, 2), uuid.UUID(int=1), {"a": 1}]
 
 
+@pytest.mark.parametrize(
+    ("text", "args", "kwargs"),
+    [("", [""], {"...": ""}), (["<hidden>"], ["<hidden>"], {"...": ["<hidden>"]})],
+)
+def test_empty_text_and_other_types_mask(text, args, kwargs):
+    """An empty text hides the arguments, and so does a value that is no text."""
+    assert shown_args(["secret"], text, lambda _key: False) == args
+    assert shown_kwargs({"a": "secret"}, text, lambda _key: False) == kwargs
+    assert shown_args(["shown"], None, lambda _key: False) == ["shown"]
+
+
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_value_of_any_type_is_masked(hidden):
     """Values of types that are shown as text are masked, too, alone and inside of containers."""
