@@ -107,6 +107,7 @@ class HubInspector:
             "concurrency": self._backend.name,
             "workers": self._engines.workers(),
             "has_hub": has_hub,
+            "profiling": self._profile is not None and self._profile.is_running(),
             "lag": self._hub_lag.history.describe(),
             "holds": self._hub_lag.holds.rows(),
         }
