@@ -55,6 +55,7 @@ class FakeEngineHost:
 
     controls = process_restart = None
     retries_by_reference = True
+    retry_problem = ""
     redactor = Redactor(RedactionEngine())
 
     def __init__(self, backend, name="celery"):

@@ -253,11 +253,16 @@ def _resubmit(
 
 
 def _refuse_unsafe(command: Command, host: EngineHost) -> None:
-    """Raise ``CommandError`` for an old adapter, which would retry with redacted arguments."""
+    """Raise ``CommandError`` for an old adapter.
+
+    It would retry with redacted arguments, or would unpickle the task.
+    """
     if host.name in NAME_KEYS and not host.retries_by_reference:
         raise command.error(
             f"this version of the {host.name} adapter cannot retry safely: upgrade it"
         )
+    if host.retry_problem:
+        raise command.error(host.retry_problem)
 
 
 def _task_id(command: Command, host: EngineHost) -> str:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.events.source import EventSource
@@ -63,12 +64,37 @@ class Engine:
         """
         return None
 
+    def retry_problem(self) -> str:
+        """Return why the adapter cannot retry a task safely; empty if it can."""
+        return ""
+
     def restarts_by_exit(self) -> bool:
         """Return whether a worker is restarted by ending its process.
 
         The result is true if the adapter has no capability ``restart_worker``.
         """
         return "restart_worker" not in (safe_call(self.adapter.capabilities) or ())
+
+
+def adapter_version(adapter: object) -> tuple[str, str]:
+    """Return distribution and version of the package that contains the adapter's class.
+
+    The version is empty if the distribution is not installed. A subclass in an application has the
+    version of its base class.
+    """
+    for each in type(adapter).__mro__:
+        package = each.__module__.partition(".")[0]
+        if package.startswith("z4j_") and package not in _NOT_ADAPTERS:
+            distribution = package.replace("_", "-")
+            try:
+                return distribution, version(distribution)
+            except PackageNotFoundError:
+                return distribution, ""
+    return "", ""
+
+
+#: Packages of z4j that contain no adapter.
+_NOT_ADAPTERS = frozenset({"z4j_core", "z4j_bare"})
 
 
 def describe_engine(adapter: QueueEngineAdapter) -> Engine:

@@ -120,6 +120,11 @@ class EngineHost:
         """Whether the adapter guarantees that a retry never uses the brain's redacted arguments."""
         return getattr(self.adapter, "safe_retry_by_reference", None) is True
 
+    @property
+    def retry_problem(self) -> str:
+        """Why the adapter cannot retry a task safely; empty if it can."""
+        return self.description.retry_problem()
+
     def has_method(self, name: str) -> bool:
         """Return whether the adapter has a method of this name."""
         return callable(getattr(self.adapter, name, None))

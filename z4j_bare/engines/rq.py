@@ -9,12 +9,14 @@ overrides ``execute_job``, z4j_rq's hook never runs.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency import fork
-from z4j_bare.engines.engine import Engine
+from z4j_bare.engines.engine import Engine, adapter_version
 from z4j_bare.events.source import EventSource
 from z4j_bare.safety import safe_boundary
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from z4j_bare.settings import Settings
 
 Method = Callable[..., Any]
+
+#: First version of z4j-rq that retries a job without unpickling it.
+SAFE_RETRY = (1, 6, 7)
 
 
 class RqEngine(Engine):
@@ -45,6 +50,38 @@ class RqEngine(Engine):
     ) -> RqSource:
         """Return a source that hooks into RQ's workers."""
         return RqSource(self.adapter, ring, settings, backend)
+
+    def retry_problem(self) -> str:
+        """Return why the adapter cannot retry a job safely; empty if it can.
+
+        Before version 1.6.7 it unpickles the job, which runs code that anyone who can write to
+        Redis has chosen. A class of an unknown package is judged by its signature.
+        """
+        distribution, number = adapter_version(self.adapter)
+        if number:
+            unsafe = _release(number) < SAFE_RETRY
+        else:
+            method = getattr(self.adapter, "retry_task", None)
+            unsafe = method is not None and not _accepts(method, "task_name")
+        if not unsafe:
+            return ""
+        return (
+            f"{distribution or 'the adapter'} {number or 'of an unknown version'} unpickles a job "
+            "to retry it, which can run foreign code: upgrade z4j-rq to 1.6.7 or later"
+        )
+
+
+def _release(number: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: ``(1, 6, 7)`` for ``1.6.7rc1``."""
+    return tuple(map(int, re.findall(r"\d+", number.partition("+")[0])[:3]))
+
+
+def _accepts(method: Method, name: str) -> bool:
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 class RqSource(EventSource):

@@ -274,6 +274,16 @@ def test_old_adapter_is_refused_a_retry(action, parameters):
     assert harness.host.calls == []
 
 
+@pytest.mark.parametrize("action", ["retry_task", "bulk_retry", "requeue_dead_letter"])
+def test_adapter_that_unpickles_is_refused_a_retry(action):
+    """An adapter that unpickles tasks is not called; the error says what to upgrade."""
+    harness = CommandHarness(("rq",))
+    harness.host.retry_problem = "z4j-rq 1.6.0 unpickles: upgrade z4j-rq"
+    answer = harness.run(action, {"task_id": "t", "filter": {"task_ids": ["a"]}})
+    assert answer["error"] == f"{action}: z4j-rq 1.6.0 unpickles: upgrade z4j-rq"
+    assert harness.host.calls == []
+
+
 def test_bulk_retry_drops_overrides_that_adapter_lacks(harness):
     """The overrides of a bulk retry are omitted if the adapter has none for several tasks."""
     overrides = {"override_args": [1], "override_kwargs": {}}

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -247,3 +248,59 @@ def test_source_works_without_rq(reported, source, monkeypatch):
     monkeypatch.setitem(sys.modules, "rq.worker", None)
     source.connect()
     source.disconnect()
+
+
+class Adapter:
+    """An adapter of the package z4j_rq; only its module and signatures matter."""
+
+    rq_app = None
+    __module__ = "z4j_rq.engine"
+
+    def retry_task(self, task_id, *, eta=None):
+        raise AssertionError(task_id)
+
+
+class Subclass(Adapter):
+    """An application's own adapter."""
+
+
+class NewSignature(Adapter):
+    def retry_task(self, task_id, *, task_name=None):
+        raise AssertionError(task_id, task_name)
+
+
+@pytest.mark.parametrize(
+    ("number", "safe"),
+    [
+        ("1.0.0", False),
+        ("1.6.0", False),
+        ("1.6.6", False),
+        ("1.6.7", True),
+        ("1.6.10", True),
+        ("1.13.0+local.1", True),
+        ("2.0", True),
+    ],
+)
+def test_old_adapter_cannot_retry(monkeypatch, number, safe):
+    """Retries are unsafe before z4j-rq 1.6.7, by the version of the distribution."""
+    asked = []
+    monkeypatch.setattr(
+        "z4j_bare.engines.engine.version", lambda name: asked.append(name) or number
+    )
+    for adapter in (Adapter(), Subclass()):
+        problem = describe_engine(adapter).retry_problem()
+        assert (not problem) is safe
+        assert safe or problem.startswith(f"z4j-rq {number} unpickles")
+    assert set(asked) == {"z4j-rq"}
+
+
+def test_adapter_without_distribution_is_judged_by_signature(monkeypatch):
+    """Without a version, an adapter is safe if its method takes the task's name."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("z4j_bare.engines.engine.version", missing)
+    assert "upgrade z4j-rq" in describe_engine(Adapter()).retry_problem()
+    assert describe_engine(NewSignature()).retry_problem() == ""
+    assert describe_engine(SimpleNamespace(rq_app=None)).retry_problem() == ""
