@@ -201,9 +201,13 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
     kind = entry.get("kind")
     if not kind or not isinstance(expression, str):
         try:
-            kind, expression = parse_celery_beat_schedule(expression)
+            parsed, expression = parse_celery_beat_schedule(expression)
         except UnsupportedScheduleError as error:
             raise ValueError(str(error)) from None
+        if not kind:
+            # z4j 1.13 does not send it either: an upgrade must not start a task that never ran.
+            raise ValueError(f"it has no kind: add kind={parsed!r}")
+        kind = parsed
     return ScheduleSpec(
         name=name,
         task_name=str(task),

@@ -90,10 +90,13 @@ def test_dry_run_requests_differences_only(brain, reconciler):
     assert brain.requests[0].path.endswith("schedules:diff")
 
 
+HOURLY = {"a": {"task": "t", "kind": "cron", "schedule": "0 * * * *"}}
+
+
 def test_rejected_request_counts_all_schedules_as_failed(brain, reconciler, caplog):
     """A rejection counts all schedules as failed; the log quotes the response without the key."""
     brain.answers["POST"] = [(403, {}, f"no {KEY} \x1b[2J {'x' * 500}".encode())]
-    result = reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}})
+    result = reconciler.reconcile(z4j_schedules=HOURLY)
     assert result == ReconcileResult(failed=1)
     assert "HTTP 403" in caplog.text
     assert KEY not in caplog.text
@@ -104,10 +107,7 @@ def test_rejected_request_counts_all_schedules_as_failed(brain, reconciler, capl
 def test_reconcile_ignores_redirect_and_raises_connection_error(brain, reconciler):
     """A redirect is not followed, and an unreachable brain raises an error of requests."""
     brain.answers["POST"] = [(307, {"Location": brain.url + "/elsewhere"}, b"{}")]
-    assert (
-        reconciler.reconcile(z4j_schedules={"a": {"task": "t", "schedule": "0 * * * *"}}).failed
-        == 1
-    )
+    assert reconciler.reconcile(z4j_schedules=HOURLY).failed == 1
     assert len(brain.requests) == 1
     brain.stop()
     with pytest.raises(requests.ConnectionError):
@@ -117,14 +117,22 @@ def test_reconcile_ignores_redirect_and_raises_connection_error(brain, reconcile
 def test_invalid_native_entries_are_skipped_with_warning(caplog):
     """z4j's own entries have several spellings; each invalid one is skipped with a warning."""
     good = {
-        "every": {"task": "t", "schedule": timedelta(seconds=30)},
-        "cron": {"task_name": "t", "expression": "*/5 * * * *", "timezone": "Europe/Berlin"},
+        "every": {"task": "t", "kind": "interval", "schedule": timedelta(seconds=30)},
+        "cron": {
+            "task_name": "t",
+            "kind": "cron",
+            "expression": "*/5 * * * *",
+            "timezone": "Europe/Berlin",
+        },
     }
     bad = {
         "no task": {"schedule": "0 * * * *"},
         "no time": {"task": "t"},
         "no table": 7,
-        "strange": {"task": "t", "schedule": object()},
+        "strange": {"task": "t", "kind": "cron", "schedule": object()},
+        "no kind": {"task": "t", "expression": "0 * * * *"},
+        "empty kind": {"task": "t", "kind": "", "schedule": timedelta(seconds=30)},
+        "unknown kind": {"task": "t", "schedule": "30"},
     }
     with caplog.at_level(logging.WARNING):
         specs = _z4j_native_schedules_to_specs({**good, **bad})
@@ -133,12 +141,14 @@ def test_invalid_native_entries_are_skipped_with_warning(caplog):
         ("cron", "cron", "Europe/Berlin"),
     ]
     assert [record.args[0] for record in caplog.records] == list(bad)
+    assert "it has no kind: add kind='cron'" in caplog.text
+    assert "it has no kind: add kind='interval'" in caplog.text
 
 
 def test_native_entry_wins_over_beat_entry_of_same_name(reconciler, caplog):
     """If both notations declare a name, z4j's own entry is used, with a warning."""
     (spec,) = reconciler.collect_specs(
-        z4j_schedules={"a": {"task": "own", "schedule": "0 * * * *"}},
+        z4j_schedules={"a": {"task": "own", "kind": "cron", "schedule": "0 * * * *"}},
         celery_beat_schedules={"a": {"task": "beat", "schedule": 60.0}},
     )
     assert spec.task_name == "own"
@@ -147,7 +157,8 @@ def test_native_entry_wins_over_beat_entry_of_same_name(reconciler, caplog):
 
 def test_source_hash_changes_with_declaration():
     """The hash is stable for equal declarations and differs after any change."""
-    (spec,) = _z4j_native_schedules_to_specs({"a": {"task": "t", "schedule": "0 * * * *"}})
+    entry = {"task": "t", "kind": "cron", "schedule": "0 * * * *"}
+    (spec,) = _z4j_native_schedules_to_specs({"a": entry})
     first = _spec_to_brain_payload(spec, engine="celery")
     assert first == _spec_to_brain_payload(spec, engine="celery")
     assert "scheduler" not in first
