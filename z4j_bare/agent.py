@@ -129,6 +129,7 @@ class Agent:
         adopter = AdoptLoop(
             str(config.buffer_path), opener.claim, buffer, backend, sender.notify, opener.claim_runs
         )
+        adopter.claim_existing = opener.claim_existing
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.errors import BUSY, CORRUPT, classify
+from z4j_bare.buffer.existing_agent import (
+    ExistingBuffer,
+    NoEventsError,
+    list_existing_buffers,
+)
 from z4j_bare.buffer.open_runs import OrphanRuns, orphaned_runs
 from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
 from z4j_bare.errors import LocalStorageError
@@ -64,6 +70,8 @@ class AdoptLoop:
         self._backend = backend
         self._on_stored = on_stored
         self._claim_runs = claim_runs
+        #: Returns the :class:`ExistingBuffer` of a path; runs on the native thread.
+        self.claim_existing: Callable[[Path], ExistingBuffer] | None = None
         self._skip_until: dict[Path, float] = {}
 
     def run(self, stop_event: IEvent) -> None:
@@ -72,6 +80,8 @@ class AdoptLoop:
             if self._backend.wait(stop_event, delay):
                 return
             self._scan(stop_event)
+            if self.claim_existing is not None and not stop_event.is_set():
+                self._adopt_existing(self.claim_existing, stop_event)
             if self._claim_runs is not None and not stop_event.is_set():
                 self._report_runs(self._claim_runs)
 
@@ -95,6 +105,29 @@ class AdoptLoop:
                 self._adopt(orphan, stop_event)
             else:
                 self._skip(path, orphan)
+
+    def _adopt_existing(self, claim: Callable[[Path], ExistingBuffer], stop_event: IEvent) -> None:
+        """Adopt the buffers that the existing agent has left. Each is reported once."""
+        ok, found = self._backend.offload(list_existing_buffers, self._buffer_path)
+        for path in found if ok else ():
+            if path in self._skip_until or stop_event.is_set():
+                continue
+            ok, buffer = self._backend.offload(claim, path)
+            if ok:
+                logger.warning(
+                    "z4j: the existing agent left unsent events in %s: sending them now", path
+                )
+                self._adopt(buffer, stop_event)
+            elif isinstance(buffer, LocalStorageError) and classify(buffer) == BUSY:
+                continue  # the process runs
+            elif not isinstance(buffer, NoEventsError):
+                logger.warning(
+                    "z4j: the existing agent left the buffer %s, which this agent does not send: "
+                    "%s; z4j-bare buffer list shows it, and z4j-bare buffer drop deletes it",
+                    path,
+                    buffer,
+                )
+            self._skip_until[path] = math.inf  # rows that are left cannot be sent
 
     def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
         """Report the runs that were open when their process died.
@@ -133,7 +166,7 @@ class AdoptLoop:
             if not self._backend.forked():
                 self._backend.offload(partial(runs.release, delete=reported))
 
-    def _adopt(self, orphan: Orphan, stop_event: IEvent) -> None:
+    def _adopt(self, orphan: Orphan | ExistingBuffer, stop_event: IEvent) -> None:
         failures = 0
         try:
             while not stop_event.is_set():
@@ -159,7 +192,7 @@ class AdoptLoop:
             if not self._backend.forked():
                 self._backend.offload(orphan.close)
 
-    def _step(self, orphan: Orphan, stop_event: IEvent) -> str | None:
+    def _step(self, orphan: Orphan | ExistingBuffer, stop_event: IEvent) -> str | None:
         """Run one step, wait as long as its outcome requires, and return the outcome."""
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
@@ -177,7 +210,7 @@ class AdoptLoop:
             self._backend.wait(stop_event, BACKPRESSURE_DELAY)
         return outcome
 
-    def _quarantine(self, orphan: Orphan, error: LocalStorageError) -> bool:
+    def _quarantine(self, orphan: Orphan | ExistingBuffer, error: LocalStorageError) -> bool:
         try:
             return classify(error) == CORRUPT and bool(
                 self._buffer.run_on_disk(orphan.quarantine_if_corrupt)

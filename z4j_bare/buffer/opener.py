@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, classify
+from z4j_bare.buffer.existing_agent import ExistingBuffer, key_digest
 from z4j_bare.buffer.open_runs import OrphanRuns
-from z4j_bare.buffer.recovery import Orphan
+from z4j_bare.buffer.recovery import TARGET_BACKLOG, Orphan
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.errors import LocalStorageError
 from z4j_bare.settings import deployment_id
@@ -90,6 +91,11 @@ class StoreOpener:
             max_rows=self._config.buffer_max_events,
             max_bytes=self._config.buffer_max_bytes,
         )
+
+    def claim_existing(self, path: Path) -> ExistingBuffer:
+        """Claim and return a buffer of the existing agent. Raises ``LocalStorageError``."""
+        backlog = min(TARGET_BACKLOG, self._config.buffer_max_events // 4)
+        return ExistingBuffer(path, key_digest(self._secret()), backlog)
 
     def claim_runs(self, path: Path) -> OrphanRuns:
         """Lock and return the open runs of a dead process. Raises ``LocalStorageError``."""

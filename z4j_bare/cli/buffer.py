@@ -7,10 +7,16 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from z4j_bare.buffer import files, report
 from z4j_bare.buffer.errors import BUSY, classify
+from z4j_bare.buffer.existing_agent import (
+    ExistingBufferReport,
+    delete_existing_buffer,
+    list_existing_buffers,
+    read_existing_buffer,
+)
 from z4j_bare.buffer.open_runs import orphaned_runs, runs_path
 from z4j_bare.buffer.report import StoreReport
 from z4j_bare.buffer.rows import BufferEntry
@@ -18,6 +24,9 @@ from z4j_bare.cli import configuration
 from z4j_bare.cli.output import Output
 from z4j_bare.cli.status import format_duration
 from z4j_bare.errors import AgentError, HostConfigurationError, LocalStorageError
+
+if TYPE_CHECKING:
+    from z4j_bare.cli.buffer_flush import OrphanUploader
 
 EXAMPLES = """\
 examples:
@@ -96,18 +105,35 @@ def run(arguments: argparse.Namespace) -> int:
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return reports on the stores that the operator named, or on all stores if none was named.
 
-    Raises ``HostConfigurationError`` if no store has one of the names.
+    A buffer of the existing agent is no store. Raises ``HostConfigurationError`` if no store and no
+    such buffer has one of the names.
     """
     paths = report.stores(configuration.home() / "store")
+    existing = [each.path for each in existing_buffers(arguments)]
     selected = []
     for name in arguments.stores:
+        if any(_is_named(path, name) for path in existing):
+            continue
         path = next((path for path in paths if _is_named(path, name)), None)
         if path is None:
             raise HostConfigurationError(
                 f"there is no store {name!r}: `z4j-bare buffer list` shows all stores"
             )
         selected.append(path)
-    return [report.read_report(path) for path in selected or paths]
+    if arguments.stores:
+        paths = selected
+    return [report.read_report(path) for path in paths]
+
+
+def existing_buffers(arguments: argparse.Namespace) -> list[ExistingBufferReport]:
+    """Return reports on the selected buffers of the existing agent, or on all of them."""
+    paths = list_existing_buffers(configuration.home() / "store")
+    names = arguments.stores
+    return [
+        read_existing_buffer(path)
+        for path in paths
+        if not names or any(_is_named(path, name) for name in names)
+    ]
 
 
 def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
@@ -130,12 +156,16 @@ def _is_named(path: Path, name: str) -> bool:
 
 
 def _list(output: Output, arguments: argparse.Namespace) -> int:
-    stores = selected_stores(arguments)
-    if not stores:
+    stores, existing = selected_stores(arguments), existing_buffers(arguments)
+    if not stores and not existing:
         output.print_line(f"there is no store in {configuration.home()}")
     else:
-        output.print_table(COLUMNS, [_row(store) for store in stores])
-    output.print_json({"stores": [_as_dict(store) for store in stores]})
+        rows = [*map(_row, stores), *map(_existing_row, existing)]
+        output.print_table(COLUMNS, rows)
+    answer: dict[str, Any] = {"stores": [_as_dict(store) for store in stores]}
+    if existing:
+        answer["existing_agent"] = [_existing_as_dict(each) for each in existing]
+    output.print_json(answer)
     return 1 if any(store.error for store in stores) else 0
 
 
@@ -182,9 +212,10 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     from z4j_bare.cli.buffer_flush import OrphanUploader
 
     config, settings = configuration.resolved(arguments)
-    orphaned = orphaned_stores(arguments)
-    total = sum(store.total for store in orphaned)
     uploader, failure = OrphanUploader(config, settings), ""
+    orphaned = orphaned_stores(arguments)
+    orphaned += map(report.read_report, _import_existing(arguments, uploader))
+    total = sum(store.total for store in orphaned)
     try:
         with output.progress("sent", total) as done:
             for store in orphaned:
@@ -202,6 +233,7 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
     for path, reason in uploader.skipped:
         output.print_verdict("SKIP", "store", f"{path.name}: {reason}")
     left = sum(report.read_report(store.path).total for store in orphaned if store.path.exists())
+    left += sum(each.events for each in existing_buffers(arguments) if not each.running)
     output.print_line(f"sent {uploader.sent} of {total} rows, {left} rows are left")
     if uploader.runs:
         output.print_line(f"reported {uploader.runs} runs that were open when their process ended")
@@ -211,6 +243,25 @@ def _flush(output: Output, arguments: argparse.Namespace) -> int:
         answer["runs"] = uploader.runs
     output.print_json(answer)
     return 1 if left or failure else 0
+
+
+def _import_existing(arguments: argparse.Namespace, uploader: OrphanUploader) -> list[Path]:
+    """Move the events of the existing agent's buffers into a new store; return its path."""
+    with ExitStack() as stack:
+        buffers = []
+        for each in existing_buffers(arguments):
+            if each.events and not each.running:
+                try:
+                    buffers.append(uploader.claim_existing(each.path))
+                except LocalStorageError as error:
+                    uploader.skipped.append((each.path, str(error)))
+                else:
+                    stack.callback(buffers[-1].close)
+        if not buffers:
+            return []
+        path = files.new_store_path(configuration.home() / "store")
+        uploader.import_existing(buffers, path)
+    return [path]
 
 
 def _orphaned_runs(arguments: argparse.Namespace, sent: list[StoreReport]) -> list[Path]:
@@ -231,15 +282,21 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
             "name the stores to delete or pass --all: `z4j-bare buffer list` shows all stores"
         )
     orphaned = orphaned_stores(arguments)
-    rows = sum(store.total for store in orphaned)
-    question = f"Delete {len(orphaned)} stores with {rows} rows permanently? [y/N] "
-    if orphaned and not arguments.yes and not _confirmed(question):
+    # --all does not include the buffers of another agent.
+    existing = existing_buffers(arguments) if arguments.stores else []
+    rows = sum(each.total for each in (*orphaned, *existing))
+    number = len(orphaned) + len(existing)
+    question = f"Delete {number} stores with {rows} rows permanently? [y/N] "
+    if number and not arguments.yes and not _confirmed(question):
         output.print_line("no store was deleted")
         return 1
     for store in orphaned:
         report.delete_store(store.path)
-    output.print_line(f"deleted {len(orphaned)} stores with {rows} rows")
-    output.print_json({"dropped": [str(store.path) for store in orphaned], "rows": rows})
+    for each in existing:
+        delete_existing_buffer(each.path)
+    dropped = [str(each.path) for each in (*orphaned, *existing)]
+    output.print_line(f"deleted {number} stores with {rows} rows")
+    output.print_json({"dropped": dropped, "rows": rows})
     return 0
 
 
@@ -264,6 +321,34 @@ def _row(store: StoreReport) -> list[str]:
         f"{store.disk_bytes / 1024:.0f} KiB",
         store.error,
     ]
+
+
+def _existing_row(buffer: ExistingBufferReport) -> list[str]:
+    note = "of the existing agent"
+    if buffer.problem:
+        note += f": {buffer.problem}"
+    elif buffer.events and not buffer.running:
+        note += ": an agent of its project sends the events when it starts"
+    return [
+        str(buffer.path),
+        f"{buffer.pid or '?'} {'running' if buffer.running else 'ended'}",
+        str(buffer.total),
+        "" if buffer.oldest_age is None else format_duration(buffer.oldest_age),
+        f"{buffer.disk_bytes / 1024:.0f} KiB",
+        note,
+    ]
+
+
+def _existing_as_dict(buffer: ExistingBufferReport) -> dict[str, Any]:
+    return {
+        "path": str(buffer.path),
+        "living": buffer.running,
+        "pid": buffer.pid,
+        "rows": {"event_batch": buffer.events, "other": buffer.others},
+        "disk_bytes": buffer.disk_bytes,
+        "oldest_age_seconds": buffer.oldest_age,
+        "trouble": buffer.problem,
+    }
 
 
 def _losses(stores: list[StoreReport]) -> dict[str, int]:

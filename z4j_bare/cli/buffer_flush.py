@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from z4j_bare.buffer.errors import BUSY, classify
+from z4j_bare.buffer.existing_agent import ExistingBuffer, key_digest
 from z4j_bare.buffer.open_runs import OrphanRuns
+from z4j_bare.buffer.recovery import DONE
 from z4j_bare.buffer.rows import EVENT, PROJECTION, RESULT, BufferEntry
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import build, choose, detect
@@ -99,6 +102,23 @@ class OrphanUploader:
                 self.skipped.append(
                     (path, "only an agent can send its projection rows (schedule snapshots)")
                 )
+        finally:
+            store.close()
+
+    def claim_existing(self, path: Path) -> ExistingBuffer:
+        """Claim a buffer of the existing agent.
+
+        Raises ``LocalStorageError`` if its process runs or it belongs to another project.
+        """
+        return ExistingBuffer(path, key_digest(self._key), sys.maxsize)
+
+    def import_existing(self, buffers: Sequence[ExistingBuffer], path: Path) -> None:
+        """Move the events of the existing agent's buffers into a new store at ``path``."""
+        store = BufferStore(path, deployment=self._deployment)
+        try:
+            for buffer in buffers:
+                while buffer.step(store) != DONE:
+                    pass
         finally:
             store.close()
 

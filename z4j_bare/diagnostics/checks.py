@@ -8,12 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from z4j_bare.buffer.existing_agent import key_digest
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.diagnostics import broker, host, network
 from z4j_bare.diagnostics.remote import BrainProbe, ProbeStep, brain_steps
 from z4j_bare.diagnostics.result import OK, ProbeResult, failed, skipped
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.settings import Settings, load_settings
+from z4j_bare.settings import Settings, load_settings, read_key
 from z4j_bare.transport.endpoint import tls_context
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def all_checks(
     yield host.probe_versions()
     yield host.probe_concurrency(settings.concurrency)
     yield host.probe_buffer_path(config.buffer_path)
+    leftovers = host.probe_existing_buffers(config.buffer_path, _digest(config, settings))
+    if leftovers is not None:
+        yield leftovers
     yield host.probe_agents(config.project_id)
     if broker.is_celery(app):
         yield broker.probe_broker(cast("Celery", app))
@@ -107,6 +111,13 @@ def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
         "remote_authentication_verified": result.verdict == OK,
     }
     return replace(result, details=details)
+
+
+def _digest(config: Config, settings: Settings) -> str | None:
+    try:
+        return key_digest(read_key(config, settings))
+    except HostConfigurationError:  # the probes of the brain report it
+        return None
 
 
 def _brain_probe(config: Config, settings: Settings, timeout: float = 5.0) -> BrainProbe:

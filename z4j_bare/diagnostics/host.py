@@ -13,6 +13,11 @@ from typing import Any
 import z4j_bare
 from z4j_bare import control
 from z4j_bare.buffer import files
+from z4j_bare.buffer.existing_agent import (
+    ExistingBufferReport,
+    list_existing_buffers,
+    read_existing_buffer,
+)
 from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import choose, detect
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
@@ -154,6 +159,41 @@ def _is_usable(directory: Path) -> bool:
     except LocalStorageError:
         return False
     return True
+
+
+def probe_existing_buffers(
+    buffer_path: str | os.PathLike[str], digest: str | None
+) -> ProbeResult | None:
+    """Check for events that the existing agent has left in its buffers.
+
+    Returns ``None`` if there is no such event.
+
+    :param buffer_path: path of the buffer. The probe uses only the directory of the path.
+    :param digest: the digest of the project's key; ``None`` if the key is not known.
+    """
+    try:
+        reports = [
+            read_existing_buffer(path, digest) for path in list_existing_buffers(buffer_path)
+        ]
+    except (OSError, LocalStorageError) as error:
+        return skipped("leftovers", f"cannot read the buffer's directory ({error})")
+    left = [each for each in reports if not each.running and (each.events or each.problem)]
+    if not left:
+        return None
+    cause = "the existing agent left " + "; ".join(map(_describe_buffer, left))
+    fix = "z4j-bare buffer flush sends the events; an agent that starts here sends them too"
+    if all(each.problem for each in left):
+        fix = (
+            "start the agent that wrote the file, with its key, or delete the file with "
+            "z4j-bare buffer drop NAME"
+        )
+    details = {str(each.path): {"events": each.events, "problem": each.problem} for each in left}
+    return warned("leftovers", cause, fix, buffers=details)
+
+
+def _describe_buffer(report: ExistingBufferReport) -> str:
+    text = f"{report.events} unsent event frames in {report.path}"
+    return f"{text} ({report.problem})" if report.problem else text
 
 
 def probe_agents(project: str) -> ProbeResult:

@@ -52,7 +52,8 @@ _NAME_FIELDS = {
     "worker": MAX_NAME_CHARS,
 }
 
-#: Number of changed events of this process, by changed field. Only flush loops write to it.
+#: Number of changed events of this process, by changed field. Flush loops and the adoption of
+#: another agent's buffers write to it.
 fitted: Counter[str] = Counter()
 
 #: Maps each changed text to its original text.
@@ -171,7 +172,10 @@ def _valid(text: str) -> str:
 def _remember(shown: str, source: str) -> str:
     known = _originals.pop(shown, source)  # added again as the newest
     if len(_originals) >= MAX_ORIGINALS:
-        _originals.pop(next(iter(_originals)), None)
+        try:
+            _originals.pop(next(iter(_originals)), None)
+        except RuntimeError:  # another thread has just remembered a text
+            pass
     _originals[shown] = source if known == source and len(source) <= MAX_ORIGINAL_CHARS else None
     return shown
 

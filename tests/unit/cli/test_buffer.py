@@ -13,6 +13,12 @@ from z4j_core.transport.frames import CommandResultPayload
 
 from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
+from tests.support.existing_agent import (
+    existing_event,
+    existing_frame,
+    make_existing_buffer,
+    running_owner,
+)
 from tests.support.peer import SECRET
 from z4j_bare.buffer.files import lock_path
 from z4j_bare.buffer.open_runs import OpenRuns, runs_path
@@ -322,3 +328,62 @@ def test_drop_deletes_open_runs(home):
     runs = leave_open_runs(store, "d")
     assert main(["buffer", "drop", "--all", "--yes"]) == 0
     assert not runs.exists()
+
+
+def leave_existing(home, *, key=SECRET, pid=4376, events=2):
+    """Create the buffer of an ended process of the existing agent; return its path."""
+    rows = [("event_batch", existing_frame(existing_event(number))) for number in range(events)]
+    return make_existing_buffer(home, key, rows, pid=pid)
+
+
+def test_list_shows_buffers_of_existing_agent(home, capsys):
+    """Each is listed with its rows and with what to do; the JSON object has a list of its own."""
+    path, empty = leave_existing(home), leave_existing(home, pid=5, events=0)
+    unknown = home / "buffer-6.sqlite"
+    unknown.write_bytes(b"noise" * 100)
+    assert main(["buffer", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "an agent of its project sends the events when it starts" in lines[str(path)]
+    assert "4376 ended" in lines[str(path)]
+    assert lines[str(empty)].endswith("of the existing agent")
+    assert "only the agent that wrote it can send its events" in lines[str(unknown)]
+    with running_owner(path):
+        assert main(["buffer", "list", path.name]) == 0
+        assert "4376 running" in capsys.readouterr().out
+    code, found = run_json(capsys, "list", path.name)
+    assert (code, found["stores"]) == (0, [])
+    (row,) = found["existing_agent"]
+    assert (row["path"], row["living"], row["rows"]["event_batch"]) == (str(path), False, 2)
+
+
+def test_flush_sends_events_of_existing_agent(home, brain, capsys):
+    """The events reach the brain, and the file is deleted; a file of another key stays."""
+    path = leave_existing(home)
+    foreign = leave_existing(home, key=b"x" * 32, pid=7)
+    code, found = run_json(capsys, "flush")
+    assert (code, found["sent"], found["left"]) == (1, 2, 2)
+    assert "another key" in found["passed_over"][0]["why"]
+    assert [event["task_id"] for event in brain.http.events()] == ["t0", "t1"]
+    assert (path.exists(), foreign.exists()) == (False, True)
+    assert list(home.glob("z4j-green-*")) == []
+
+
+def test_flush_of_named_buffer_sends_only_this_buffer(home, brain, capsys):
+    """A buffer of the existing agent can be named; other stores stay."""
+    path, other = leave_existing(home), leave_existing(home, pid=7)
+    orphan = make_orphan(home, "orphan", deployment=own_deployment())
+    code, found = run_json(capsys, "flush", path.name)
+    assert (code, found["sent"], found["left"]) == (0, 2, 0)
+    assert (path.exists(), other.exists(), orphan.exists()) == (False, True, True)
+
+
+def test_drop_deletes_named_buffer_of_existing_agent(home, capsys):
+    """--all deletes no buffer of the existing agent, a name does, but not while it is in use."""
+    path = leave_existing(home)
+    assert run_json(capsys, "drop", "--all", "--yes")[1]["dropped"] == []
+    with running_owner(path):
+        assert main(["buffer", "drop", "--yes", path.name]) == 3
+        assert "running process" in capsys.readouterr().err
+    code, found = run_json(capsys, "drop", "--yes", path.name)
+    assert (code, found) == (0, {"dropped": [str(path)], "rows": 2})
+    assert not path.exists()

@@ -10,6 +10,7 @@ import sys
 from email.utils import formatdate
 from importlib import import_module
 from importlib.metadata import Distribution
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,10 @@ import pytest
 from tests.support.certificates import make
 from tests.support.combined_peer import CombinedPeer
 from tests.support.environment import set_connection
+from tests.support.existing_agent import existing_event, existing_frame, make_existing_buffer
 from tests.support.http_peer import Tunnel
 from tests.support.listener import Listener, send_all
-from tests.support.peer import PeerSession
+from tests.support.peer import SECRET, PeerSession
 from z4j_bare import diagnostics
 from z4j_bare.buffer import files
 from z4j_bare.buffer.files import candidate_directories
@@ -481,3 +483,22 @@ def test_doctor_reports_app_that_patches_partially(mode, tmp_path):
         == f"{library} has patched sockets but not threads"
     )
     assert library in probes["concurrency"]["details"]["fix"]
+
+
+def test_buffers_of_existing_agent_are_reported(run_checks, brain, monkeypatch, tmp_path):
+    """Events that the existing agent left are a warning; without them there is no such probe."""
+    monkeypatch.setattr(files, "candidate_directories", lambda path: [Path(path).parent])
+    monkeypatch.setenv("Z4J_HOME", str(tmp_path / "home"))
+    assert "leftovers" not in run_checks(brain.url)
+    rows = [("event_batch", existing_frame(existing_event(1)))]
+    path = make_existing_buffer(tmp_path / "home", SECRET, rows)
+    found = run_checks(brain.url)["leftovers"]
+    assert (found.verdict, found.ok) == ("WARN", True)
+    assert str(path) in found.text
+    assert "1 unsent event frames" in found.text
+    assert "z4j-bare buffer flush" in found.fix
+    path.unlink()
+    make_existing_buffer(tmp_path / "home", b"x" * 32, rows)
+    found = run_checks(brain.url)["leftovers"]
+    assert "another key" in found.text
+    assert "z4j-bare buffer drop" in found.fix

@@ -1,0 +1,352 @@
+"""Sends the events that the existing agent (z4j-bare of the package index) has left in its buffers.
+
+The layout is known from files that z4j-bare 1.13.0 wrote. A file contains frames with whole events,
+and a digest of the project's key. A running process of that agent holds an exclusive ``flock`` on
+its file. A file that differs from this layout is reported and left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from z4j_bare.buffer import files
+from z4j_bare.buffer.errors import translate_errors
+from z4j_bare.buffer.recovery import DONE, MOVED, WAIT
+from z4j_bare.buffer.rows import EVENT, BufferEntry
+from z4j_bare.buffer.schema import scalar, transaction
+from z4j_bare.concurrency.fork import open_file
+from z4j_bare.errors import LocalStorageError
+from z4j_bare.wire.frames import encode_fields
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from z4j_bare.buffer.store import BufferStore
+
+PREFIX = "buffer-"
+
+#: Kind of the rows that contain events. Rows of other kinds are results of commands, whose deadline
+#: has passed, and schedules, which the next agent publishes again.
+EVENT_KIND = "event_batch"
+
+#: Seconds after the last change during which a file is left alone. That agent takes its lock after
+#: it has created the file.
+MIN_AGE = 5.0
+
+#: Maximum number of rows per step. Parsing and encoding 100 events takes 3 ms.
+STEP_ROWS = 100
+
+#: Number of characters of the key's digest in a file.
+_DIGEST_CHARS = 16
+
+#: Fields of an event whose values must be text.
+_FIELDS = ("id", "kind", "engine", "task_id", "occurred_at")
+
+_COUNTS = "SELECT coalesce(sum(kind = ?), 0), count(*), min(created_at) FROM entries"
+_COUNT_EVENTS = "SELECT count(*) FROM entries WHERE kind = ?"
+_READ = "SELECT id, payload, created_at FROM entries WHERE kind = ? AND id > ? ORDER BY id LIMIT ?"
+
+
+class NoEventsError(LocalStorageError):
+    """A buffer of the existing agent contains no event."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingBufferReport:
+    """A buffer of the existing agent at one moment.
+
+    ``running`` says whether its process runs. ``events`` is the number of rows with events, and
+    ``others`` the number of other rows. ``oldest_age`` is in seconds. ``problem`` says why this
+    agent cannot send the events.
+    """
+
+    path: Path
+    running: bool
+    disk_bytes: int
+    pid: int = 0
+    events: int = 0
+    others: int = 0
+    oldest_age: float | None = None
+    problem: str = ""
+
+    @property
+    def total(self) -> int:
+        """Total number of rows."""
+        return self.events + self.others
+
+
+def is_existing_buffer(path: Path) -> bool:
+    """Return whether a file has the name of a buffer of the existing agent."""
+    return path.name.startswith(PREFIX) and path.name.endswith(files.SUFFIX)
+
+
+def list_existing_buffers(buffer_path: str | os.PathLike[str]) -> list[Path]:
+    """Return the buffers of the existing agent, running processes included."""
+    found = []
+    for directory in files.candidate_directories(buffer_path):
+        if files.is_private(directory):
+            found += sorted(path for path in directory.iterdir() if is_existing_buffer(path))
+    return found
+
+
+def key_digest(key: bytes) -> str:
+    """Return the mark that the existing agent writes into the files of a project with this key."""
+    return sha256(key).hexdigest()[:_DIGEST_CHARS]
+
+
+def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBufferReport:
+    """Return the report on a buffer of the existing agent.
+
+    :param digest: the digest of the project's key. Without it the report does not say whether the
+        file belongs to another project.
+    """
+    running, problem = False, ""
+    size = sum(map(files.file_size, files.store_files(path)))
+    try:
+        lock = _FileLock(path, fcntl.LOCK_SH)
+    except LocalStorageError as error:
+        running = isinstance(error.__cause__, BlockingIOError)
+        problem = "" if running else str(error)
+    else:
+        lock.release()
+    mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1)) as database:
+            problem = problem or _mismatch(database, digest)
+            pid = database.execute("SELECT value FROM _meta WHERE key = 'owner_pid'").fetchone()
+            events, rows, oldest = database.execute(_COUNTS, (EVENT_KIND,)).fetchone()
+    except sqlite3.Error as error:
+        return ExistingBufferReport(path, running, size, problem=problem or f"{_UNKNOWN}: {error}")
+    return ExistingBufferReport(
+        path,
+        running,
+        size,
+        pid=int(pid[0]) if pid and str(pid[0]).isdigit() else 0,
+        events=events,
+        others=rows - events,
+        oldest_age=None if oldest is None else max(0.0, time.time() - float(oldest)),
+        problem=problem,
+    )
+
+
+def delete_existing_buffer(path: Path) -> None:
+    """Delete a buffer of the existing agent.
+
+    Raises ``LocalStorageError`` if its process runs.
+    """
+    lock = _FileLock(path, fcntl.LOCK_EX)
+    try:
+        with translate_errors(path, "delete"):
+            for file in files.store_files(path):
+                files.remove(file)
+    finally:
+        lock.release()
+
+
+class ExistingBuffer:
+    """A buffer that a dead process of the existing agent has left.
+
+    The constructor locks the file. It raises ``LocalStorageError`` if the process runs (``busy``),
+    and if the file is not private, has another layout or belongs to another project.
+
+    A step appends events to the target before it deletes their rows. If the process dies between
+    the two actions, the events are sent twice. The brain recognises a repeated event by its id and
+    time. When no row is left, the file is deleted.
+
+    :param path: the file.
+    :param digest: the digest of the project's key.
+    :param max_target_rows: number of rows in the target from which on a step moves no rows.
+    """
+
+    #: The file is never renamed.
+    quarantine_reason = ""
+
+    def __init__(self, path: Path, digest: str, max_target_rows: int) -> None:
+        self.path = path
+        #: Number of events moved so far.
+        self.moved = 0
+        self._max_target_rows = max_target_rows
+        #: Ids of rows whose events are in the target, and which are not deleted yet.
+        self._pending: list[int] = []
+        #: Id of the last row that was read. Rows that cannot be read are skipped.
+        self._last_id = 0
+        if time.time() - _changed_at(path) < MIN_AGE:
+            raise LocalStorageError(f"{path} was just changed") from BlockingIOError(
+                errno.EAGAIN, "too new"
+            )
+        self._lock = _FileLock(path, fcntl.LOCK_EX)
+        try:
+            with translate_errors(path, "open"):
+                self._database = sqlite3.connect(
+                    f"{path.as_uri()}?mode=rw",
+                    uri=True,
+                    timeout=0.1,
+                    isolation_level=None,
+                    check_same_thread=False,  # another native thread may run the next call
+                )
+                self._check(digest)
+        except BaseException:
+            self.close()
+            raise
+
+    def rows_left(self) -> int:
+        """Return the number of rows with events that are not deleted yet."""
+        with translate_errors(self.path, "read"):
+            return int(self._database.execute(_COUNT_EVENTS, (EVENT_KIND,)).fetchone()[0])
+
+    def step(self, target: BufferStore) -> str:
+        """Move some events to ``target``.
+
+        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (no more events can be
+        moved). Raises ``LocalStorageError`` if either file fails. The method may be called again
+        after an error. It does not move an event twice to the same target.
+        """
+        self._delete_pending()
+        if target.size() >= self._max_target_rows:
+            return WAIT
+        with translate_errors(self.path, "read"):
+            arguments = (EVENT_KIND, self._last_id, STEP_ROWS)
+            rows = self._database.execute(_READ, arguments).fetchall()
+        if not rows:
+            self._finish()
+            return DONE
+        entries, ids = _entries(rows)
+        target.import_rows(entries)
+        self.moved += len(entries)
+        self._last_id, self._pending = rows[-1][0], ids
+        self._delete_pending()
+        return MOVED
+
+    def quarantine_if_corrupt(self, target: BufferStore) -> bool:  # noqa: ARG002
+        """Return ``False``: the file stays as it is."""
+        return False
+
+    def close(self) -> None:
+        """Close the file and release the lock. Idempotent."""
+        database: sqlite3.Connection | None = getattr(self, "_database", None)
+        try:
+            if database is not None:
+                database.close()
+        finally:
+            # Closing the lock's descriptor drops SQLite's locks on the file, so it comes last.
+            self._lock.release()
+
+    def _check(self, digest: str) -> None:
+        problem = _mismatch(self._database, digest)
+        if problem:
+            raise LocalStorageError(f"{self.path}: {problem}")
+        if not self.rows_left():
+            raise NoEventsError(f"{self.path} contains no event")
+
+    def _delete_pending(self) -> None:
+        if self._pending:
+            with translate_errors(self.path, "write"), transaction(self._database):
+                ids = [(identity,) for identity in self._pending]
+                self._database.executemany("DELETE FROM entries WHERE id = ?", ids)
+            self._pending = []
+
+    def _finish(self) -> None:
+        """Delete the file if it has no rows."""
+        with translate_errors(self.path, "delete"):
+            empty = not scalar(self._database, "SELECT count(*) FROM entries")
+            self._database.close()
+            for file in files.store_files(self.path) if empty else ():
+                files.remove(file)
+
+
+class _FileLock:
+    """A ``flock`` on a buffer of the existing agent, as that agent holds it while it runs.
+
+    :param mode: ``LOCK_EX`` or ``LOCK_SH``.
+    :raises LocalStorageError: the process runs, or the file is not a private file of this user.
+    """
+
+    def __init__(self, path: Path, mode: int) -> None:
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor: int | None = open_file(path, flags)
+        except OSError as error:
+            raise LocalStorageError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            self._acquire(path, mode)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Release the lock. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A forked child may have a copy.
+            os.close(descriptor)
+
+    def _acquire(self, path: Path, mode: int) -> None:
+        descriptor = self._descriptor or 0
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise LocalStorageError(f"{path} is not a regular file of uid {os.geteuid()}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise LocalStorageError(f"{path} is writable by others")
+        try:
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LocalStorageError(f"{path} belongs to a running process: {error}") from error
+
+
+#: Why a file of unknown layout is left alone.
+_UNKNOWN = "the layout is unknown; only the agent that wrote it can send its events"
+
+
+def _mismatch(database: sqlite3.Connection, digest: str | None) -> str:
+    """Return why the events in a file cannot be sent; empty if they can."""
+    columns = {row[1] for row in database.execute("PRAGMA table_info(entries)")}
+    meta = dict(database.execute("SELECT key, value FROM _meta"))
+    if not columns >= {"id", "kind", "payload", "created_at"} or not meta.get("deployment"):
+        return _UNKNOWN
+    if digest is not None and meta["deployment"] != digest:
+        return "it belongs to a project with another key"
+    return ""
+
+
+def _entries(rows: list[tuple[int, bytes, float]]) -> tuple[list[BufferEntry], list[int]]:
+    """Return the events of rows, and the ids of the rows. A row that cannot be read is left out.
+
+    All events get the time of the first row, so that the store can keep them in one batch.
+    """
+    entries: list[BufferEntry] = []
+    ids = []
+    for identity, payload, _ in rows:
+        try:
+            events = list(_events(payload))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        entries += [BufferEntry(0, EVENT, "", event, float(rows[0][2]), 0) for event in events]
+        ids.append(identity)
+    return entries, ids
+
+
+def _events(payload: bytes) -> Iterator[bytes]:
+    for event in json.loads(payload)["payload"]["events"]:
+        if not all(isinstance(event[name], str) for name in _FIELDS):
+            raise TypeError("an identifying field is not text")
+        yield encode_fields(event, trusted=True)
+
+
+def _changed_at(path: Path) -> float:
+    """Return when the file or its log was changed last, in seconds since the epoch."""
+    times = [0.0]
+    for file in files.store_files(path)[:2]:
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    return max(times)
