@@ -284,7 +284,7 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
     orphaned = orphaned_stores(arguments)
     # --all does not include the buffers of another agent.
     existing = existing_buffers(arguments) if arguments.stores else []
-    rows = sum(each.total for each in (*orphaned, *existing))
+    rows = sum(store.total for store in orphaned) + sum(each.total for each in existing)
     number = len(orphaned) + len(existing)
     question = f"Delete {number} stores with {rows} rows permanently? [y/N] "
     if number and not arguments.yes and not _confirmed(question):
@@ -294,7 +294,7 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
         report.delete_store(store.path)
     for each in existing:
         delete_existing_buffer(each.path)
-    dropped = [str(each.path) for each in (*orphaned, *existing)]
+    dropped = [*(str(store.path) for store in orphaned), *(str(each.path) for each in existing)]
     output.print_line(f"deleted {number} stores with {rows} rows")
     output.print_json({"dropped": dropped, "rows": rows})
     return 0
