@@ -283,7 +283,7 @@ class IOpenRuns(Interface):
     host's tasks, so they neither wait nor raise.
     """
 
-    not_kept: int = Attribute("Runs that could not be kept.")
+    not_kept: int = Attribute("Number of runs that could not be kept; never decreases.")
 
     def enable() -> None:
         """Prepare to keep runs, without I/O."""

@@ -116,6 +116,8 @@ class OpenRuns:
         #: Number of runs that were not kept.
         #: All slots were used, the task id was too long, or the description was not stored.
         self.not_kept = 0
+        # next() on a count is atomic between native threads. ``+= 1`` is not.
+        self._not_kept_counter = count(1)
         self._ring = ring
         self._deployment = deployment
         self._lock: OwnerLock | None = None
@@ -166,12 +168,16 @@ class OpenRuns:
             text = task_id.encode()
             length = len(text)
             if length <= MAX_ID_BYTES and description >= 0:
-                slot = self._free.pop() if self._free else next(self._unused)
+                # A check whether ``_free`` is empty would race with the other threads of the host.
+                try:
+                    slot = self._free.pop()
+                except IndexError:
+                    slot = next(self._unused)
                 self._write(self._map, slot, at, description, length, flags, text, RUN_OPEN)
                 return slot
         except Exception:
             pass
-        self.not_kept += 1
+        self.not_kept = next(self._not_kept_counter)
         return 0
 
     def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:

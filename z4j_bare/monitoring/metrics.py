@@ -192,6 +192,7 @@ class AgentMetrics:
             "recut": counters.recut,
             "fitted": dict(fitted - self._fitted_before),
             "starts_unheard": self._unheard(),
+            "runs_not_kept": 0 if self._ring.runs is None else self._ring.runs.not_kept,
             "transport": counters.transport,
             "restarts": dict(counters.restarts),
             "longest_step_seconds": round(steps.longest, 6),

@@ -295,6 +295,18 @@ def test_run_without_slot_is_counted(own):
     assert own.runs.not_kept == 4
 
 
+def test_free_slot_that_another_thread_takes_is_replaced(own):
+    """If another thread takes the last free slot first, the run gets an unused slot."""
+
+    class LastSlotTaken(list):
+        def __len__(self):
+            return 1  # as before the other thread took the slot
+
+    own.runs._free = LastSlotTaken()
+    assert own.start()
+    assert own.runs.not_kept == 0
+
+
 def test_description_that_does_not_fit_keeps_no_run(own):
     """A description of a long name, or one too many, has the number -1."""
     assert own.runs.describe("celery", {"task_name": "x" * 600}) == -1

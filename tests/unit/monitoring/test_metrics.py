@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,13 @@ def test_each_loss_is_counted_once_by_reason_and_by_kind(harness):
         2,
         3,
     )
+
+
+def test_runs_that_are_not_kept_are_counted(harness):
+    """stats() has the number of runs that could not be kept; 0 if nothing keeps runs."""
+    assert harness.metrics.stats()["runs_not_kept"] == 0
+    harness.ring.runs = SimpleNamespace(not_kept=2)
+    assert harness.metrics.stats()["runs_not_kept"] == 2
 
 
 @given(
