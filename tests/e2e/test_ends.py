@@ -5,6 +5,7 @@ import uuid
 import pytest
 
 from tests.support.e2e_project import E2EProject
+from z4j_bare.demo.process import until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -107,6 +108,16 @@ def test_requeued_task_succeeds_without_flood(project):
     found = kinds(project, task_id)
     assert 2 <= found.count("retried") <= 3
     assert (found.count("received"), found.count("started"), found.count("succeeded")) == (1, 2, 1)
+
+
+def test_retried_task_is_started_during_its_second_run(project, pool):
+    """A retry that is signalled after the start of the second run does not hide that start."""
+    task_id = project.send("retries_at_once", "retried", pool != "solo")
+    expected = ["received", "received", "retried", "started", "started"]
+    until(lambda: kinds(project, task_id) == expected, "the second run", timeout=20)
+    assert project.row(task_id, "started", timeout=2)["retry_count"] == 1
+    (project.home / "retried.end").touch()
+    assert project.row(task_id, "success")["result"] == "second run"
 
 
 def test_replacement_has_own_name_and_queue(project):

@@ -2,9 +2,10 @@
 
 import time
 
+from celery import Task
 from celery.backends.base import DisabledBackend
 from celery.exceptions import Ignore, Reject
-from sample_tasks import HOME, app
+from sample_tasks import HOME, IO_SECONDS, app
 from z4j_celery import CeleryEngineAdapter
 from z4j_celery.meta import z4j_meta
 
@@ -69,6 +70,32 @@ def retries_masked(self, card, note):
     if not self.request.retries:
         raise self.retry(countdown=0, exc=ConnectionError("not yet"))
     return len(card) + len(note)
+
+
+def wait_for(mark):
+    """Wait at most ten seconds until the file exists."""
+    deadline = time.monotonic() + 10
+    while not (HOME / mark).exists() and time.monotonic() < deadline:
+        time.sleep(IO_SECONDS)
+
+
+class SlowlyRetried(Task):
+    """A task whose retry is signalled after the start of the next run, if ``overlaps`` is true."""
+
+    def on_retry(self, exc, task_id, args, kwargs, einfo):
+        mark, overlaps = args
+        if overlaps:
+            wait_for(f"{mark}.second")
+
+
+@app.task(name="e2e.retries_at_once", bind=True, base=SlowlyRetried, max_retries=1)
+def retries_at_once(self, mark, _overlaps):
+    """Retry once at once. The second run waits for a file."""
+    if not self.request.retries:
+        raise self.retry(countdown=0, exc=ConnectionError("not yet"))
+    (HOME / f"{mark}.second").touch()
+    wait_for(f"{mark}.end")
+    return "second run"
 
 
 runtime = install_agent(engines=[CeleryEngineAdapter(celery_app=app)])

@@ -182,12 +182,13 @@ class ParentEnds(NoteHandlers):
 class Run:
     """A run that a child has started and not ended.
 
-    ``vanished_at`` is the monotonic time at which the parent first missed the child, in seconds; 0
-    while the child lives.
+    ``retries`` is the number of the task's retries before the run. ``vanished_at`` is the monotonic
+    time at which the parent first missed the child, in seconds; 0 while the child lives.
     """
 
     pid: int
     task_state: TaskState
+    retries: int
     vanished_at: float = 0.0
 
 
@@ -403,7 +404,7 @@ class Runs:
         if code == Codes.started:
             self._started(pid, now, task_id, last, started_at, request)
             return
-        self.open.pop(task_id, None)
+        self._close(task_id, last, request)
         if code == Codes.succeeded:
             ended, _, result = rest
             task_state = self._repeated_runs.ended(task_id, last, request)
@@ -424,17 +425,37 @@ class Runs:
         started_at: float,
         request: Request,
     ) -> None:
+        key, task_state = run_key(request), last
+        if last.attempt is not None:
+            task_state = self._task_states.of_run(last, key)
         previous = self.open.get(task_id)
-        if previous is not None and previous.pid != pid:
-            self._superseded(task_id, previous, now)
-        task_state, record = last, (self._encoder.started, now, task_id, last)
+        if previous is not None and previous.pid != pid and previous.task_state is task_state:
+            if key[0] <= previous.retries:
+                self._superseded(task_id, previous, now)
+            elif task_state is last:
+                # The open run was retried. Its child has sent a note of the retry, which comes
+                # later. When this run was received, the start of the open run was not read yet.
+                new = TaskState(last.task_type, last.queue)
+                task_state = last = self._task_states.supersede(task_id, last, new, key, now)
+        record = (self._encoder.started, now, task_id, last)
         if last.attempt is None:
             self._put(record)
         else:
-            task_state = self._task_states.of_run(last, run_key(request))
             self._repeated_runs.started(record, request)
         task_state.started_at = started_at
-        self.open[task_id] = Run(pid, task_state)
+        self.open[task_id] = Run(pid, task_state, key[0])
+
+    def _close(self, task_id: str, last: TaskState, request: Request) -> None:
+        """Forget the open run of a task, unless it is a later run than that of ``request``.
+
+        After ``retry(countdown=0)`` another child may already run the task again.
+        """
+        run = self.open.get(task_id)
+        if run is not None and (
+            last.attempt is None
+            or run.task_state is self._task_states.of_run(last, run_key(request))
+        ):
+            del self.open[task_id]
 
     def on_own(self, record: Captured) -> None:
         """Record an event of the parent's own handlers, and close the run that it ends."""
@@ -514,6 +535,7 @@ class Runs:
             self._put((self._encoder.generic, now, task_id, task_state, kind, own, ended))
         if ended is None:
             task_state.started_at = 0.0
+        self._repeated_runs.retried(task_id, task_state)
 
     def _superseded(self, task_id: str, run: Run, now: float) -> None:
         """Report a retry if the run's child is gone and another child has restarted the task."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class RepeatedRuns:
     """Keeps a state for each run of a task, such as a retry or a message that is delivered again.
 
-    :param withholds: whether :meth:`started` withholds the start of a task that has returned to the
-        queue. If true, :meth:`report_withheld` must be called every few seconds.
+    :param withholds: whether :meth:`started` may withhold the report of a start. If so,
+        :meth:`report_withheld` must be called every few seconds.
     """
 
     def __init__(
@@ -73,19 +73,29 @@ class RepeatedRuns:
     def started(self, record: Captured, request: object) -> None:
         """Report the start of a run.
 
-        If the task has returned to the queue, the report is withheld until the run ends or a second
-        has passed. Otherwise a task that always returns to the queue would flood the brain.
+        The report is withheld until the run ends or a second has passed in two cases:
+
+        - The task has returned to the queue. A task that always returns to the queue would
+          otherwise flood the brain.
+        - The run is a retry, and Celery has not signalled the end of the previous run.
+          :meth:`retried` then reports the start. The brain shows the state of the last event, so
+          it would otherwise show ``retry`` until this run ends.
 
         :param record: the record of the start. Its last item is the state of the task's last run.
         :param request: Celery's ``Context``, or the request as a dictionary.
         """
         head, now, task_id, last = record
-        task_state = self._task_states.of_run(last, run_key(request))
+        key = run_key(request)
+        task_state = self._task_states.of_run(last, key)
         task_state.started_at = perf_counter()
         task_state.context = self._task_states.context()
         record = (head, now, task_id, task_state)
         attempt = task_state.attempt
-        if self._withholds and attempt is not None and attempt.requeued_at:
+        if (
+            self._withholds
+            and attempt is not None
+            and (attempt.requeued_at or (attempt.previous is not None and key[0] > 0))
+        ):
             attempt.withheld = record
             self._withheld[task_id] = task_state
         else:
@@ -107,6 +117,15 @@ class RepeatedRuns:
         if not keep or (attempt is not None and attempt.newer is not None):
             self._task_states.end(task_id, task_state)
         return task_state
+
+    def retried(self, task_id: str, task_state: TaskState) -> None:
+        """Report the start of the next run, if it was withheld. Call after reporting the retry.
+
+        :param task_state: the state of the run that was retried.
+        """
+        attempt = task_state.attempt
+        if attempt is not None and attempt.newer is not None and attempt.newer.attempt is not None:
+            self._report_start(task_id, attempt.newer.attempt)
 
     def requeued(self, task_id: str, last: TaskState, request: object, own: dict[str, Any]) -> None:
         """Report that a run was returned to the queue, at most once a second.
@@ -134,7 +153,7 @@ class RepeatedRuns:
                 self._report_start(task_id, attempt)
 
     def _report_start(self, task_id: str, attempt: Attempt) -> None:
-        self._withheld.pop(task_id, None)
         record, attempt.withheld = attempt.withheld, None
         if record is not None:
+            self._withheld.pop(task_id, None)
             self._put(record)

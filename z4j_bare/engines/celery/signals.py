@@ -398,6 +398,7 @@ class SignalHandlers:
             own = retry_fields(request, reason)
             self._put_rare((self._heads.generic, now, task_id, task_state, RETRIED, own, None))
             task_state.started_at = 0.0
+            self.repeated_runs.retried(task_id, task_state)
 
     @_counted
     def _on_revoked(
@@ -485,3 +486,4 @@ class SignalHandlers:
             perf_counter(),
         )
         self._put_rare(record)
+        self.repeated_runs.retried(task_id, task_state)

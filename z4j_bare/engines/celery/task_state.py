@@ -205,7 +205,7 @@ class Attempt:
         self.received_at = received_at
         #: When the last return to the queue was reported, in seconds since the epoch; else 0.
         self.requeued_at = 0.0
-        #: The withheld record of a start after a return to the queue; ``None`` after its report.
+        #: The withheld record of the run's start; ``None`` after its report.
         self.withheld: tuple[Any, ...] | None = None
 
 

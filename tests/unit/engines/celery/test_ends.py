@@ -378,6 +378,48 @@ def test_late_retry_is_counted_while_next_run_is_open(run):
     assert stamps[-1] >= max(stamps[:-1])
 
 
+def start_retry(run):
+    """Receive and start the second run of ``shop.again`` while the first one ends."""
+    run.now += 0.01
+    run.receive("shop.again", retries=1)
+    run.now += 0.01
+    task = run.app.tasks["shop.again"]
+    task.push_request(id="t1", retries=1, delivery_info={"routing_key": "q"})
+    try:
+        signals.task_prerun.send(sender=task, task_id="t1", task=task, args=(), kwargs={})
+    finally:
+        task.pop_request()
+
+
+def test_start_of_retry_follows_late_signal(run):
+    """If the next run starts before Celery signals the retry, its start is the last event."""
+    run.receive("shop.again")
+    run.trace("shop.again", during=lambda: start_retry(run))
+    assert run.kinds == ["received", "started", "received", "retried", "started"]
+    stamps = [event["occurred_at"] for event in run.events]
+    assert stamps == sorted(stamps)
+    seconds = [stamp[:19] for stamp in stamps]
+    assert seconds[1] != seconds[4], "the brain drops the second start of a second"
+    run.now += 5
+    run.capture.repeated_runs.report_withheld()
+    assert len(run.events) == 5
+
+
+def test_start_of_retry_is_reported_after_a_second_without_signal(run):
+    """If the signal of the retry is late by more than a second, the start is reported before it."""
+
+    def backend_is_slow():
+        start_retry(run)
+        run.capture.repeated_runs.report_withheld()
+        assert run.kinds == ["received", "started", "received"]
+        run.now += 1.1
+        run.capture.repeated_runs.report_withheld()
+
+    run.receive("shop.again")
+    run.trace("shop.again", during=backend_is_slow)
+    assert run.kinds == ["received", "started", "received", "started", "retried"]
+
+
 @OUTSIDE_BODY
 @pytest.mark.parametrize("task", ["shop.add", "shop.fail", "shop.ignore", "shop.reject"])
 def test_eager_runs_end(app, task):

@@ -295,6 +295,49 @@ def test_next_run_received_before_notes_of_previous_one(app, parent):
     assert here.capture._runs._task_states == here.capture._runs.open == {}
 
 
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("alive", [True, False])
+def test_start_of_retry_follows_note_of_previous_child(app, parent, alive, read):
+    """If another child starts the retry first, that start is the last event, and its run is open
+    after the note of the previous run. The same holds if the previous child has exited, and if its
+    start is read after the arrival of the retry.
+    """
+    here = parent()
+    receive(app, "shop.add", "t", [1])
+    task = app.tasks["shop.add"]
+    assert here.child(lambda: signals.task_prerun.send(None, task_id="t", task=task)) == 0
+    kinds = here.kinds() if read else []
+    request = task_request(app, "shop.add", "t", [1])
+    request.request_dict = {"retries": 1}
+    signals.task_received.send(sender=None, request=request)
+
+    def starts_again():
+        task.push_request(id="t", retries=1)
+        signals.task_prerun.send(None, task_id="t", task=task)
+
+    def retries():
+        request = task_request(app, "shop.add", "t")
+        signals.task_retry.send(task, request=request, reason=Retry("again"))
+
+    if alive and read:
+        here.pids.append(SimpleNamespace(pid=here.capture._runs.open["t"].pid))
+    assert here.child(starts_again) == 0
+    kinds += here.kinds()
+    second = here.capture._runs.open["t"]
+    assert here.child(retries) == 0
+    events = here.events()
+    kinds += [event["kind"] for event in events]
+    assert kinds[:1] + sorted(kinds[1:3]) + kinds[3:] == [
+        "task.received",
+        "task.received",
+        "task.started",
+        "task.retried",
+        "task.started",
+    ]
+    assert events[0]["occurred_at"] <= events[1]["occurred_at"]
+    assert here.capture._runs.open == {"t": second}
+
+
 @pytest.mark.parametrize("reading", [True, False])
 def test_requeue_loop_of_children_does_not_flood(reading, app, parent):
     """A task that children return to the queue again and again is reported once a second."""
