@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from z4j_core.paths import reject_deprecated_path_env
 
 from z4j_bare import _process_singleton as singleton
 from z4j_bare.control import register_shutdown_atexit
+from z4j_bare.engines.celery.worker_start import (
+    WorkerStart,
+    is_spawned_child,
+    stop_with_worker,
+)
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.framework import BareFrameworkAdapter
-from z4j_bare.process import (
-    is_celery_worker,
-    is_inspection_command,
-    ready_worker,
-    track_worker_ready,
-)
+from z4j_bare.process import is_celery_worker, is_inspection_command, ready_worker
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings, read_secret
@@ -30,47 +31,26 @@ from z4j_bare.settings import Settings, load_settings, read_secret
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from celery.worker.consumer import Consumer
+
 logger = logging.getLogger("z4j.runtime.install")
 
-#: Names of Celery's pools that do not fork.
-_OTHER_POOLS = ("gevent", "eventlet", "solo", "threads")
+#: Framework adapters in the order in which z4j_celery's own bootstrap tries them.
+_FRAMEWORKS = (
+    ("z4j_fastapi.framework", "FastAPIFrameworkAdapter"),
+    ("z4j_flask.framework", "FlaskFrameworkAdapter"),
+    ("z4j_django.framework", "DjangoFrameworkAdapter"),
+)
 
-_prepared = False
-
-
-def _prepare_prefork() -> None:
-    """Let a Celery worker open its channel before it forks its first child. Idempotent.
-
-    The children inherit the channel. At ``worker_ready``, when the agent is usually installed, the
-    children already exist.
-    """
-    global _prepared
-    if _prepared or "celery" not in sys.modules:
-        return
-    from celery import signals
-
-    _prepared = True
-    signals.worker_init.connect(_open_channel, weak=False)
-    signals.worker_before_create_process.connect(_open_channel, weak=False)
-    directory = os.environ.get("_Z4J_CELERY_CHANNEL", "")
-    if directory.endswith(f"-{os.getppid()}"):  # a child of a worker with the start method spawn
-        from z4j_bare.engines.celery.prefork import prefork
-
-        safe_call(prefork.attach, directory)
-
-
-def _open_channel(sender: object = None, **_kwargs: object) -> None:
-    pool = str(getattr(sender, "pool_cls", ""))
-    spawn = getattr(sender, "pool_start_method", "fork") == "spawn"
-    if "z4j_celery" not in sys.modules or any(name in pool for name in _OTHER_POOLS):
-        return
-    from z4j_bare.engines.celery.prefork import prefork
-
-    safe_call(prefork.open, spawn=spawn)
-
-
-track_worker_ready()
-_prepare_prefork()
+#: The variables without which no agent can be installed, or which replace one of them.
+_CONNECTION_VARIABLES = (
+    "Z4J_BRAIN_URL",
+    "Z4J_TOKEN",
+    "Z4J_TOKEN_FILE",
+    "Z4J_PROJECT_ID",
+    "Z4J_HMAC_SECRET",
+    "Z4J_HMAC_SECRET_FILE",
+)
 
 
 def install_agent(
@@ -121,7 +101,7 @@ def install_agent(
     :raises RuntimeError: a variable of a path that z4j no longer reads is set.
     """
     reject_deprecated_path_env()
-    _prepare_prefork()
+    _worker_start.connect()
     if not engines and not schedulers:
         raise HostConfigurationError(
             "install_agent needs at least one engine or scheduler: pass engines=[...]"
@@ -225,8 +205,10 @@ def _check_redaction_patterns(config: Config) -> None:
 def _start_when_ready(runtime: AgentRuntime) -> None:
     if is_inspection_command():
         logger.debug("z4j: not starting the agent in a celery inspection command")
+    elif is_spawned_child():
+        logger.debug("z4j: not starting the agent in a child of a worker; its parent has one")
     elif is_celery_worker() and ready_worker() is None:
-        _start_with_worker(runtime)
+        _worker_start.start_when_ready(runtime)
     else:
         _start(runtime)
 
@@ -245,21 +227,47 @@ def _shutdown(runtime: AgentRuntime) -> None:
     singleton.clear_runtime(expected=runtime)
 
 
-def _start_with_worker(runtime: AgentRuntime) -> None:
-    from celery import signals
+def _install_for_worker(consumer: Consumer) -> None:
+    """Install the agent from the environment in a worker that is ready and has no agent.
 
-    def ready(sender: object = None, **_kwargs: object) -> None:
-        for engine in runtime.engines.values():
-            # With a node name, the adapter's inspect calls do not wait 10 s for other nodes.
-            if getattr(engine, "worker_hostname", "") is None:
-                engine.worker_hostname = getattr(sender, "hostname", None)
-        safe_call(_start, runtime)
+    z4j_celery's own bootstrap has tried the same before if it recognised the command line. It
+    recognises the ``celery`` script, but neither ``python -m celery`` (which ``celery multi`` and
+    ``--detach`` use, too) nor a program that calls ``app.worker_main()``. It logs a wrong variable
+    with the level INFO and as a missing one.
+    """
+    if "z4j_celery" not in sys.modules:
+        return
+    from z4j_celery import CeleryEngineAdapter
 
-    def shutdown(**_kwargs: object) -> None:
-        safe_call(runtime.stop)
+    engine = CeleryEngineAdapter(celery_app=consumer.app, worker_hostname=consumer.hostname)
+    try:
+        runtime = install_agent(
+            engines=[engine], framework=_installed_framework(), dev_mode=load_settings().dev_mode
+        )
+    except ConfigError as error:
+        if any(name in os.environ for name in _CONNECTION_VARIABLES):
+            logger.warning(
+                "z4j: no agent in this worker: %s. Correct the setting and restart the worker",
+                error,
+            )
+        else:
+            logger.info(
+                "z4j: no agent in this worker: Z4J_BRAIN_URL, Z4J_TOKEN, Z4J_PROJECT_ID and"
+                " Z4J_HMAC_SECRET are not set, and the application does not call install_agent"
+            )
+    else:
+        stop_with_worker(runtime)
 
-    signals.worker_ready.connect(ready, weak=False)
-    signals.worker_shutdown.connect(shutdown, weak=False)
+
+def _installed_framework() -> type | None:
+    """Return the class of the first framework adapter that is installed, or ``None``."""
+    for module, name in _FRAMEWORKS:
+        try:
+            found: type = getattr(import_module(module), name)
+        except ImportError:
+            continue
+        return found
+    return None
 
 
 def _adapter(framework: object, config: Config) -> object:
@@ -283,3 +291,9 @@ def _inert_runtime(
     )
     runtime.start()
     return runtime
+
+
+#: The handlers that follow the start of a Celery worker. Importing the package connects them if
+#: Celery or z4j_celery is imported before.
+_worker_start = WorkerStart(_start, _install_for_worker)
+_worker_start.connect()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
 
 _consumer: Consumer | None = None
+_is_celery_worker = False
 _importing_application = False
 
 #: Short-lived sub-commands of ``celery``.
@@ -52,8 +53,17 @@ def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
 
 
 def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
-    """Return whether this process was started as a Celery worker."""
-    return celery_command(argv) == "worker"
+    """Return whether this process is a Celery worker.
+
+    Before ``worker_init`` is sent, only the command line shows it.
+    """
+    return celery_command(argv) == "worker" or (argv is None and _is_celery_worker)
+
+
+def mark_celery_worker() -> None:
+    """Record that this process is a Celery worker, whatever its command line shows."""
+    global _is_celery_worker
+    _is_celery_worker = True
 
 
 def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | None:
@@ -70,16 +80,15 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
 
 def track_worker_ready() -> None:
-    """In a Celery worker, record when ``worker_ready`` is sent.
+    """Record when ``worker_ready`` is sent. Celery must be imported.
 
     Celery sends ``worker_ready`` once. An agent that is installed during that signal (as by
     z4j_celery) or later must start immediately, and has to know that the signal was sent. Therefore
     this function runs when z4j_bare is imported.
     """
-    if "celery" in sys.modules and is_celery_worker():
-        from celery import signals
+    from celery import signals
 
-        signals.worker_ready.connect(_on_worker_ready, weak=False)
+    signals.worker_ready.connect(_on_worker_ready, weak=False)
 
 
 def ready_worker() -> Consumer | None:

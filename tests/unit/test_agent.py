@@ -285,6 +285,17 @@ def test_poison_event_is_dropped(install, peer, until, caplog, code):
     assert runtime.stats()["restarts"] == {}
 
 
+def test_restarted_agent_keeps_worker_id(install, peer, until):
+    """An agent that is stopped and started again is the same worker, so the brain keeps one row."""
+    runtime = install()
+    until(lambda: peer.live)
+    runtime.stop(timeout=2)
+    runtime.start()
+    first, second = until(lambda: len(peer.sessions) == 2 and peer.live and peer.sessions)
+    old, new = first.hello.payload, second.hello.payload
+    assert (old.worker_id, old.worker_started_at) == (new.worker_id, new.worker_started_at)
+
+
 def test_replaced_session_changes_worker_id(install, peer, until):
     """After its session was replaced, an agent says hello with another worker id."""
     install()

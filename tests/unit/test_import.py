@@ -140,3 +140,15 @@ def test_transport_library_is_imported_when_the_agent_is_built(preference, modul
         f"TransportFactory(url, {preference!r}, str, Settings(), None, dev_mode=True)"
     )
     assert module in loaded_by(code)
+
+
+@pytest.mark.parametrize(
+    ("modules", "connected"),
+    [("z4j_celery", True), ("celery, z4j_bare", True), ("z4j_bare, celery", False)],
+)
+def test_import_of_z4j_celery_connects_handlers(modules, connected):
+    """Importing z4j_celery is enough to follow a worker's start, also before Celery is imported."""
+    loaded_by(
+        f"import {modules}\nfrom celery import signals\n"
+        f"assert bool(signals.worker_init.receivers) is {connected}"
+    )

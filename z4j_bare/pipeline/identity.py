@@ -28,6 +28,21 @@ if TYPE_CHECKING:
 #: After the brain has turned the agent away, a session counts from this age in seconds.
 SETTLE_SECONDS = 5.0
 
+#: The pid, and the time at which the first agent of the process with this pid sent a ``hello``.
+_first_start = (0, datetime.min.replace(tzinfo=UTC))
+
+
+def _worker_started_at() -> datetime:
+    """Return a time that is the same for all agents that run in this process one after another.
+
+    The worker id contains it. The brain keeps a row for each worker id, so a process whose agent is
+    stopped and started again keeps its row.
+    """
+    global _first_start
+    if _first_start[0] != os.getpid():
+        _first_start = (os.getpid(), datetime.now(UTC))
+    return _first_start[1]
+
 
 class AgentIdentity:
     """The project, framework, version, role and worker id of this run of the agent."""
@@ -51,14 +66,14 @@ class AgentIdentity:
 
     def hello(self) -> bytes:
         """Return the ``hello`` frame with the current capabilities."""
-        name, pid = self._framework.name, os.getpid()
-        started_ms = int(self.started_at.timestamp() * 1000)
+        name, pid, started_at = self._framework.name, os.getpid(), _worker_started_at()
+        started_ms = int(started_at.timestamp() * 1000)
         self.current = frames.Identity(
             framework=name,
             agent_version=self._version,
             worker_id=f"{name}-{pid}-{started_ms}{self._worker_suffix}",
             worker_pid=pid,
-            worker_started_at=self.started_at,
+            worker_started_at=started_at,
             worker_role=self._role(),
             agent_name=self._config.agent_name,
             engines=tuple(self._engines),

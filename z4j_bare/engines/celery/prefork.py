@@ -27,6 +27,7 @@ from z4j_bare.engines.celery.outcomes import result_is_unstored, run_key
 from z4j_bare.engines.celery.repeated_runs import RepeatedRuns
 from z4j_bare.engines.celery.signals import SignalHandlers
 from z4j_bare.engines.celery.task_state import RunKey, TaskState, TaskTypes
+from z4j_bare.engines.celery.worker_start import CHANNEL_VARIABLE
 from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from celery.app.task import Task
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork")
-
-#: Environment variable with the path of the channel's directory, for children that are not forked.
-CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
 
 _PREFIX = "channel-"
 

@@ -15,8 +15,9 @@ from tests.support.celery_fakes import memory_app, receive, task_request, trace,
 from tests.support.processes import in_child
 from z4j_bare.engines.celery import prefork_parent
 from z4j_bare.engines.celery.channel import ABSENT, PRESENT, UNDECIDED
-from z4j_bare.engines.celery.prefork import CHANNEL_VARIABLE, prefork
+from z4j_bare.engines.celery.prefork import prefork
 from z4j_bare.engines.celery.prefork_parent import MAX_PARENT_ENDS, PreforkCapture
+from z4j_bare.engines.celery.worker_start import CHANNEL_VARIABLE
 from z4j_bare.engines.engine import describe_engine
 from z4j_bare.events.ring import Ring
 from z4j_bare.settings import Settings

@@ -1,0 +1,163 @@
+"""Follows the start of a Celery worker, and starts the agent when the worker is ready."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from z4j_bare import _process_singleton as singleton
+from z4j_bare.process import mark_celery_worker, track_worker_ready
+from z4j_bare.safety import safe_call
+
+if TYPE_CHECKING:
+    from celery.worker import WorkController
+    from celery.worker.consumer import Consumer
+
+#: Environment variable with the path of the channel's directory, for children that are not forked.
+#: The path ends with the pid of the parent.
+CHANNEL_VARIABLE = "_Z4J_CELERY_CHANNEL"
+
+#: Celery's names of the pools that do not fork.
+_OTHER_POOLS = ("gevent", "eventlet", "solo", "threads")
+
+
+class Runtime(Protocol):
+    """The part of ``AgentRuntime`` that :class:`WorkerStart` uses."""
+
+    @property
+    def engines(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def state(self) -> str: ...  # noqa: D102
+
+    def stop(self) -> None: ...  # noqa: D102
+
+
+class WorkerStart:
+    """The handlers of the signals that Celery sends while a worker starts.
+
+    ``worker_init`` is the first signal of every worker, however the worker was started: by the
+    ``celery`` script, by ``python -m celery``, by ``celery multi`` or by ``app.worker_main()``. The
+    command line shows only some of these. No other process sends the signal.
+
+    :param start: starts a runtime.
+    :param bootstrap: called when a worker is ready in which no runtime is registered.
+    """
+
+    def __init__(
+        self, start: Callable[[Any], object], bootstrap: Callable[[Consumer], object]
+    ) -> None:
+        self._start = start
+        self._bootstrap = bootstrap
+        self._connected = False
+
+    def connect(self) -> None:
+        """Connect the handlers, if this process uses Celery. A second call does nothing.
+
+        z4j_celery imports this package before it imports Celery. Therefore Celery is imported here
+        if z4j_celery is.
+        """
+        if self._connected or not ("celery" in sys.modules or "z4j_celery" in sys.modules):
+            return
+        try:
+            from celery import signals
+        except ImportError:
+            return
+        self._connected = True
+        track_worker_ready()
+        signals.worker_init.connect(self._on_init, weak=False)
+        signals.worker_before_create_process.connect(self._open_channel, weak=False)
+        if is_spawned_child():
+            from z4j_bare.engines.celery.prefork import prefork
+
+            safe_call(prefork.attach, os.environ[CHANNEL_VARIABLE])
+
+    def start_when_ready(self, runtime: Runtime) -> None:
+        """Start ``runtime`` at ``worker_ready``, and stop it at ``worker_shutdown``."""
+        from celery import signals
+
+        def ready(sender: Consumer | None = None, **_kwargs: object) -> None:
+            if singleton.current_runtime() is not runtime:
+                return
+            for engine in runtime.engines.values():
+                # With a node name, the adapter's inspect calls do not wait 10 s for other nodes.
+                if getattr(engine, "worker_hostname", "") is None:
+                    engine.worker_hostname = getattr(sender, "hostname", None)
+            safe_call(self._start, runtime)
+
+        signals.worker_ready.connect(ready, weak=False)
+        stop_with_worker(runtime)
+
+    def _on_init(self, sender: WorkController | None = None, **_kwargs: object) -> None:
+        """Prepare the worker's start. The pool does not exist yet.
+
+        The handlers of ``worker_ready`` are connected in this order: those of z4j_celery and of the
+        application, at their import; those of this method; that of :meth:`Prefork.open`, which has
+        the children send nothing if no agent is installed.
+        """
+        if _is_program(sender):
+            mark_celery_worker()
+            safe_call(self._restart_when_ready)
+            safe_call(self._bootstrap_when_ready)
+        self._open_channel(sender)
+
+    def _restart_when_ready(self) -> None:
+        """Stop an agent that started before this process became a worker; start it when ready.
+
+        The command line of a program that calls ``app.worker_main()`` does not show that the
+        program is a worker. An agent that such a program installs before the call starts
+        immediately. It would not capture the worker's signals.
+        """
+        runtime = singleton.current_runtime()
+        if runtime is not None and runtime.state == "running":
+            runtime.stop()
+            self.start_when_ready(runtime)
+
+    def _bootstrap_when_ready(self) -> None:
+        from celery import signals
+
+        def ready(sender: Consumer | None = None, **_kwargs: object) -> None:
+            if sender is not None and singleton.current_runtime() is None:
+                safe_call(self._bootstrap, sender)
+
+        signals.worker_ready.connect(ready, weak=False)
+
+    def _open_channel(self, sender: object = None, **_kwargs: object) -> None:
+        """Make the channel of a prefork worker before the first child is forked.
+
+        The children inherit the channel. An agent that is installed at ``worker_ready`` would be
+        too late.
+        """
+        pool = str(getattr(sender, "pool_cls", ""))
+        spawn = getattr(sender, "pool_start_method", "fork") == "spawn"
+        if "z4j_celery" not in sys.modules or any(name in pool for name in _OTHER_POOLS):
+            return
+        from z4j_bare.engines.celery.prefork import prefork
+
+        safe_call(prefork.open, spawn=spawn)
+
+
+def stop_with_worker(runtime: Runtime) -> None:
+    """Stop ``runtime`` at ``worker_shutdown``."""
+    from celery import signals
+
+    def shutdown(**_kwargs: object) -> None:
+        safe_call(runtime.stop)
+
+    signals.worker_shutdown.connect(shutdown, weak=False)
+
+
+def is_spawned_child() -> bool:
+    """Whether this process is a child of a prefork worker, and was started instead of forked."""
+    return os.environ.get(CHANNEL_VARIABLE, "").endswith(f"-{os.getppid()}")
+
+
+def _is_program(sender: object) -> bool:
+    """Whether ``worker_init`` comes from a worker that runs as a program.
+
+    The other workers run within a test or a program of the user. They send no ``worker_ready``.
+    """
+    module = sys.modules.get("celery.apps.worker")
+    return module is not None and isinstance(sender, module.Worker)
