@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Counts:
-    """Row counters of one store, or their changes by one transaction."""
+    """Row counters of one store, or the changes that one transaction makes to the counters."""
 
     rows: int = 0
     #: Number of rows that are not events.
@@ -55,7 +55,7 @@ class Counts:
         self.lost[reason, kind] = self.lost.get((reason, kind), 0) + rows
 
     def import_losses(self, losses: Losses) -> None:
-        """Count another store's losses as produced and as lost."""
+        """Count another store's losses. ``produced`` grows too, because it includes lost rows."""
         for (reason, kind), rows in losses.items():
             self.produced += rows
             self.record_loss(reason, kind, rows)
@@ -109,7 +109,7 @@ class RowTransaction:
         self.change.insert(len(entries), non_events, sum(map(len, map(PAYLOAD, entries))))
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
-        """Insert events that were created at ``at``, in batches where possible."""
+        """Insert events created at ``at``: in batches, or in single rows if one has a newline."""
         if payloads:
             self._insert_rows(self._accounting.batches.insert(self._next_id(), payloads, at))
         self.change.insert(len(payloads), 0, sum(map(len, payloads)))
@@ -137,7 +137,7 @@ class RowTransaction:
     def write_counters(self) -> None:
         """Add the changes to the counters in the file.
 
-        Must be called in the transaction of the rows, so that counters and rows always agree.
+        Must be called in the transaction that changes the rows, so that counters and rows agree.
         """
         for key, more in (("next_id", self.change.produced), ("confirmed", self.change.confirmed)):
             if more:
@@ -227,7 +227,7 @@ class ProcessAccounting:
         self.latest = NO_STATS
         #: Number of events that were deleted because the brain acknowledged them.
         self.acked_events = 0
-        #: Losses of a replaced file that the new file has not recorded yet.
+        #: Losses of the previous file that are not recorded in the new file yet.
         self.unrecorded_losses: Losses = {}
         #: Whether rows were appended after ``latest`` was read.
         self.outdated = False
@@ -248,7 +248,7 @@ class ProcessAccounting:
         self._read_at, self.outdated = now, False
 
     def record_later(self, losses: Losses) -> None:
-        """Add losses to ``unrecorded_losses``, which the next opened store records."""
+        """Add losses to ``unrecorded_losses``. The next call to the store records them."""
         pending = Counts(lost=dict(self.unrecorded_losses))
         for (reason, kind), rows in losses.items():
             pending.record_loss(reason, kind, rows)
@@ -257,7 +257,7 @@ class ProcessAccounting:
     def disk_failed(self, stats: BufferStats | None) -> None:
         """Add the stats of the failed disk to ``latest`` until the disk works again.
 
-        :param stats: the last known stats of the disk; ``None`` stands for ``latest``.
+        :param stats: the last known stats of the disk; ``None`` to use ``latest``.
         """
         stats = stats or self.latest
         self._failed_disk = replace(

@@ -35,7 +35,7 @@ FIRST_SCAN_DELAYS = (0.0, 2.0, 5.0, 15.0, 30.0)
 #: Seconds to wait before each later scan.
 SCAN_INTERVAL = 60.0
 
-#: Seconds to wait before the next step if the target store has enough rows.
+#: Seconds to wait before the next step while the target store is too full to adopt more rows.
 BACKPRESSURE_DELAY = 0.2
 
 #: Seconds for which a file that cannot be adopted is skipped.
@@ -50,9 +50,9 @@ RETRY_DELAY = 30.0
 class AdoptLoop:
     """Moves the rows of dead processes into this process's store, one file at a time.
 
-    :param claim: returns the :class:`Orphan` of a path; runs on the native thread.
+    :param claim: claims the store at a path; runs on the native thread.
     :param on_stored: notifies the sender; called after each step that may have moved rows.
-    :param claim_runs: returns the :class:`OrphanRuns` of a path; runs on the native thread.
+    :param claim_runs: locks the ``.runs`` file at a path; runs on the native thread.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class AdoptLoop:
     def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
         """Report the runs that were open when their process died.
 
-        Before the report, all rows of the process must be adopted. A row that is sent later could
-        contradict the report.
+        All rows of the process must be adopted first, because an event that is sent after the
+        report could contradict the report.
         """
         ok, found = self._backend.offload(orphaned_runs, self._buffer_path)
         for path in found if ok else ():
@@ -177,8 +177,8 @@ class AdoptLoop:
                     if outcome == MOVED:
                         failures = 0
                 except LocalStorageError as error:
-                    # The orphan stays claimed between retries.
-                    # Otherwise another process could move the failed step's rows a second time.
+                    # The orphan stays claimed between retries. If it were released, another process
+                    # could move the failed step's rows a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantine(orphan, error)
                     if ended:
@@ -193,7 +193,7 @@ class AdoptLoop:
                 self._backend.offload(orphan.close)
 
     def _step(self, orphan: Orphan | ExistingBuffer, stop_event: IEvent) -> str | None:
-        """Run one step, wait as long as its outcome requires, and return the outcome."""
+        """Run one step, wait if the target store is too full, and return the outcome."""
         outcome = self._buffer.run_on_disk(orphan.step)
         if outcome == DONE:
             self._on_stored()
@@ -220,7 +220,7 @@ class AdoptLoop:
 
     def _skip(self, path: Path, error: BaseException) -> None:
         cause = classify(error) if isinstance(error, LocalStorageError) else ""
-        if cause == BUSY:  # the owner runs, or another process adopts the store
+        if cause == BUSY:  # the owner is alive, or another process adopts the store
             return
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG

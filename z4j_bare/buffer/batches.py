@@ -1,4 +1,4 @@
-"""Stores the events of one append in one table row, a batch."""
+"""Stores the events of one append in one table row, which is called a batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Maximum bytes of a batch, equal to those of a frame with several events.
+#: Maximum bytes of a batch, the same as for a frame with several events.
 #: The native thread splits a batch into events when it reads the file.
-#: During the split it holds the interpreter's lock (GIL), and the hub waits.
+#: The split holds the interpreter's lock (GIL), so a larger batch would block the hub for longer.
 MAX_BATCH_BYTES = 128 * 1024
 
 #: Maximum number of cached events: twice the in-flight window.
@@ -64,7 +64,7 @@ class Batches:
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
         self._connection = connection
         self._max_bytes = max_bytes
-        #: The newest batches without gaps, oldest first.
+        #: Consecutive batches up to the newest, oldest first.
         self._cache: deque[Batch] = deque()
         self._cached_rows = self._cached_bytes = self._count = 0
         #: Number of events in batches, total bytes of their payloads, id of the last deleted event.
@@ -94,8 +94,8 @@ class Batches:
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
         """Insert events as batches. The first event gets the id ``first``.
 
-        If a payload contains a newline, the events cannot be in a batch. Such events are returned
-        for insertion as single rows.
+        If a payload contains a newline, which separates the payloads of a batch, the events are
+        returned. The caller inserts these events as single rows.
         """
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)
@@ -119,8 +119,8 @@ class Batches:
         """Delete the events in ``spans``; return the number and payload bytes of deleted events.
 
         A span is ``(first id, last id)``. A batch that is only partly in a span is split into
-        single rows, which the caller must delete. The oldest batch is not split if the span
-        contains its oldest events.
+        single rows, and the caller must delete the single rows in the span. The oldest batch is not
+        split if the span contains its oldest remaining event.
         """
         self._ensure_loaded()
         rows, payload_bytes, acked_through = self.rows, self.payload_bytes, self.acked_through

@@ -18,7 +18,7 @@ VACUUM_STEP_PAGES = 512
 SPARE_PAGES = 64
 
 #: Estimated bytes of a row without its payload: key, kind, header and index entry.
-#: An eviction that counted only payloads would remove far too many small rows.
+#: Without this estimate, an eviction would remove far more small rows than necessary.
 ROW_OVERHEAD = 64
 
 
@@ -42,8 +42,8 @@ class DiskUsage:
     def check_capacity(self) -> None:
         """Reduce the files; raise ``LocalStorageError`` if they still exceed the cap.
 
-        The rows alone cannot exceed the cap, because their cap is smaller. The files exceed it only
-        while another process reads the WAL, which prevents its truncation.
+        The rows have a smaller cap of their own. Therefore the files exceed their cap only if the
+        WAL is too long. The WAL cannot be truncated while another process reads it.
         """
         if self.shrink_if_over_cap() > self._max_bytes:
             raise LocalStorageError(
@@ -60,7 +60,7 @@ class DiskUsage:
         return self.disk_bytes()
 
     def reclaim_all(self) -> None:
-        """Reduce the files as far as possible. Skip a step that fails, such as on a full disk."""
+        """Reduce the files as far as possible. Skip a failed step, for example on a full disk."""
         for step in (self._checkpoint, self._vacuum_all, self._checkpoint):
             try:
                 step()
@@ -86,13 +86,13 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # ``execute`` would free one page: it runs one step of a statement without rows.
-        # ``executescript`` runs all steps.
+        # ``execute`` would free one page, because it runs one step of a statement that returns no
+        # rows. ``executescript`` runs all steps.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:
         """Copy the WAL into the main file and truncate the WAL.
 
-        Returns ``False`` if another process prevents the truncation by reading the WAL.
+        Returns ``False`` if the WAL cannot be truncated, because another process reads it.
         """
         return scalar(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0

@@ -33,9 +33,9 @@ _BY_PRIMARY_CODE = {
 }
 #: Causes by SQLite's extended result code, for errors whose primary code is ``SQLITE_IOERR``.
 _BY_EXTENDED_CODE = {
-    # SQLite's result for EFBIG (size limit) and EDQUOT (quota). For ENOSPC it is SQLITE_FULL.
+    # SQLite's code for EFBIG (size limit) and EDQUOT (quota). Its code for ENOSPC is SQLITE_FULL.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
-    # The file ends before its last page.
+    # The file was truncated: pages are missing at its end.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,
 }
 #: Causes by the error number of an ``OSError``.
@@ -65,7 +65,7 @@ def classify(error: LocalStorageError) -> str:
     """Return the cause of an error: ``BUSY``, ``FULL`` or another constant of this module."""
     cause = error.__cause__
     if isinstance(cause, sqlite3.Error):
-        # Errors of Python's sqlite3 module, and not of SQLite, have no result code.
+        # An error raised by Python's sqlite3 module itself has no SQLite result code.
         code = getattr(cause, "sqlite_errorcode", None)
         if code is None:
             return OTHER

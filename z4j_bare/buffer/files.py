@@ -16,7 +16,7 @@ from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
 
 #: Prefix of a store's file name.
-#: The asyncio agent has ``buffer-*.sqlite`` files with another schema.
+#: It differs from ``buffer-``, the asyncio agent's prefix, because that agent has another schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
 #: Separates the original name of a renamed corrupt file from the time of the renaming.
@@ -25,16 +25,16 @@ CORRUPT_MARK = ".corrupt-"
 _HINT = "set Z4J_HOME to a private directory of that user"
 _FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
-#: Owner locks of this process, and of its parent at the fork, by the real path of the lock file.
-#: The parent's entries stay, so that this process cannot open the parent's store.
-#: SQLite would assume that this process holds the record locks that the parent held at the fork.
+#: Owner locks by the real path of the lock file.
+#: A forked child keeps its parent's entries, so that the child cannot open the parent's store.
+#: SQLite in the child would assume that the child holds the parent's record locks.
 _held: dict[str, object] = {}
 
 
 def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
     """Return an unused path for a new store in the directory of ``buffer_path``.
 
-    Creates the directory if it is missing. Raises ``LocalStorageError`` if it is not private.
+    Creates a missing directory. Raises ``LocalStorageError`` if the directory is not private.
     """
     directory = private_directory(absolute(buffer_path).parent)
     return directory / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
@@ -43,8 +43,8 @@ def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
 def private_directory(directory: Path) -> Path:
     """Create ``directory`` if it is missing, and return it.
 
-    Raises ``LocalStorageError`` if it cannot be created, is not a directory, is a symbolic link,
-    belongs to another user or is writable by others.
+    Raises ``LocalStorageError`` if ``directory`` cannot be created, is not a directory, is a
+    symbolic link, belongs to another user or is writable by others.
     """
     try:
         _create_directory(directory)
@@ -138,8 +138,9 @@ def quarantine(path: Path, now: float) -> None:
 
 def create_file(path: Path) -> None:
     """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
-    # SQLite creates its log and index with the mode of this file. Must run before SQLite opens the
-    # file. Closing any descriptor of a file drops all record locks of the process on it.
+    # SQLite creates its log and index with the mode of this file.
+    # This function must run before SQLite opens the file, because closing any descriptor of the
+    # file drops all record locks that the process has on the file.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )
@@ -204,15 +205,15 @@ class OwnerLock:
 
     The constructor takes the lock without waiting, or raises ``LocalStorageError``.
 
-    ``flock`` is not used, because forked children inherit the lock, and would keep the store of a
-    dead owner locked. A record lock belongs to one process. Closing any descriptor of the file
-    drops it, so no other code may open the lock file. A process does not block itself by a record
-    lock, so ``_held`` prevents a second owner in the same process.
+    ``flock`` is not used, because forked children inherit such a lock and would keep the store of a
+    dead owner locked. A record lock belongs to one process. Closing any descriptor of the lock file
+    drops the lock, so no other code may open the file. A record lock does not exclude its own
+    process, so ``_held`` prevents a second owner in the same process.
     """
 
     def __init__(self, path: Path) -> None:
         #: SQLite's connection or a mapped file, which must stay open while the lock exists.
-        #: In a forked child, ``_held`` keeps the lock and thus this object alive.
+        #: In a forked child, ``_held`` refers to the lock, so this object is not closed.
         self.pinned: object = None
         self._path = path
         self._name = os.path.realpath(path)
@@ -251,7 +252,7 @@ def is_owned(path: Path) -> bool:
 
     Tries to take the lock. Raises ``LocalStorageError`` if the lock file cannot be opened.
     """
-    if os.path.realpath(path) in _held:  # closing the file would drop the lock
+    if os.path.realpath(path) in _held:  # a check would drop this process's own lock
         return True
     try:
         descriptor = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -300,7 +301,7 @@ def _lock(path: Path) -> int:
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` names the open file, which its previous owner may just have deleted."""
+    """Whether ``path`` still names the open file and was not just deleted by its previous owner."""
     try:
         return os.fstat(descriptor).st_ino == path.lstat().st_ino
     except FileNotFoundError:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Seconds for which an entry counts as recent: five times the brain's timeout of a command.
-#: A store without rows is deleted when it is closed, unless it has a recent entry.
+#: A store without rows is deleted when it is closed, unless its ledger has a recent entry.
 RETENTION = 300.0
 
 _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
@@ -34,8 +34,9 @@ _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"
 class Ledger:
     """The ledger table of one store.
 
-    The table contains the newest 10,000 commands and at most ``max_bytes`` of results. The oldest
-    results above this limit are dropped. Their entries stay, so that the commands do not run again.
+    The table contains the newest 10,000 commands and at most ``max_bytes`` of results. Above this
+    limit, the oldest results are dropped. Their entries stay, so that the commands do not run
+    again.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:
@@ -50,8 +51,8 @@ class Ledger:
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert command ``key`` as started, with its provisional result, and return ``None``.
 
-        If the command has an entry, change nothing and return the entry. Only the entry of a failed
-        effect is replaced.
+        If the command already has an entry, change nothing and return that entry. An entry with the
+        state ``failed`` is replaced instead, so that the effect can be tried again.
         """
         if not key.isascii():
             key = replace_surrogates(key)
@@ -64,7 +65,7 @@ class Ledger:
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
         """Mark command ``key`` as done, or with another ``state``, and store its ``result``.
 
-        Inserts a new entry if the old entry was removed by the cap.
+        Inserts a new entry if the old entry was removed because of ``LEDGER_CAP``.
         """
         if not key.isascii():
             key = replace_surrogates(key)
@@ -138,8 +139,8 @@ def find_in_other_stores(
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
     The brain may deliver a command to any process of an agent. An unfinished command is returned
-    with the state ``elsewhere``, because another process sends its result. A failed effect is not
-    returned, because it may be tried again.
+    with the state ``elsewhere``, because another process sends its result. The entry of a failed
+    effect is not returned, because the effect may be tried again.
 
     The function runs on the native thread and never raises.
 

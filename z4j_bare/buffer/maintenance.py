@@ -14,7 +14,7 @@ RETRY_INITIAL = 5.0
 RETRY_MAX = 300.0
 
 #: Maximum seconds between an ack and the deletion of its rows.
-#: The deletion waits for another call to the store, because a separate call takes 1 ms.
+#: The deletion waits for another call to the store, because a separate call would take 1 ms.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.
@@ -38,7 +38,7 @@ class PendingSnapshot(NamedTuple):
     """The pending acks at one moment.
 
     ``ids`` are the ids of the acked rows in the current store. ``events`` is the number of events
-    among them.
+    among these rows.
     """
 
     acks: int = 0
@@ -73,7 +73,7 @@ class PendingDeletes:
         )
 
     def snapshot(self, generation: int | None) -> PendingSnapshot:
-        """Return the number of pending acks, and the ids of their rows in ``generation``.
+        """Return a snapshot of all pending acks, with the ids of their rows in ``generation``.
 
         If ``generation`` is ``None``, the snapshot is empty.
         """
@@ -103,7 +103,7 @@ class VacuumSchedule:
         return self.needed and now - self._stepped_at >= VACUUM_INTERVAL
 
     def on_step(self, now: float, *, complete: bool) -> None:
-        """Record a vacuum step, which may have completed the vacuum."""
+        """Record a vacuum step; ``complete`` means that no further step is needed."""
         self.needed, self._stepped_at = not complete, now
 
 

@@ -42,7 +42,8 @@ BUSY_BACKOFF_INITIAL = 0.05
 #: Maximum seconds between two repetitions of a call to a busy disk.
 BUSY_BACKOFF_MAX = 0.5
 
-#: Maximum age of the stats in seconds. The next call to the store reads older stats again.
+#: Maximum age of the stats in seconds.
+#: If the stats are older, the next call to the store reads them again.
 STATS_INTERVAL = 1.0
 #: Maximum age of the stats in seconds while all reads are answered from the cache.
 STATS_INTERVAL_IDLE = 5.0
@@ -57,7 +58,7 @@ class BufferManager:
     An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
     disk. While the disk is busy, the call is repeated. If the disk is full, the oldest events are
     evicted. A corrupt file is quarantined, and a deleted file is replaced. After any other error,
-    and after a second error of a call, a store in memory is used.
+    or if the repeated call fails too, a store in memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
     :param memory: returns a new store in memory, which replaces a failed disk.
@@ -72,11 +73,11 @@ class BufferManager:
         lookup: LedgerLookup | None = None,
     ) -> None:
         #: Incremented when a new store replaces the current store.
-        #: Row ids of different generations are not related.
+        #: A row id is valid in one generation only.
         self.generation = 0
         #: Number of times that a store in memory replaced the failed disk.
         self.failures = 0
-        #: Number of rows that the adopt loop still has to move from the store of a dead process.
+        #: Number of rows in a dead process's store that the adopt loop has not moved yet.
         self.orphan_rows = 0
         self._backend = backend
         self._new_memory = memory
@@ -137,9 +138,9 @@ class BufferManager:
         """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats or a deletion are overdue. If no row is cached and a deletion or a
-        vacuum step is due, a query for events makes the call. The call runs a due vacuum step if it
-        finds no rows.
+        thread, unless the stats are too old or the deletion of acknowledged rows is overdue. If no
+        rows are left, a query for events makes the call anyway, to delete acknowledged rows or to
+        run a due vacuum step.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)
@@ -178,7 +179,7 @@ class BufferManager:
     def claim(self, key: str, provisional_result: bytes) -> LedgerEntry | None:
         """Insert a command as started, and return ``None``.
 
-        If the store of this or another process has the command, return its entry instead.
+        If the store of this or another process has an entry of the command, return that entry.
         """
         now = self._backend.wall()
         with self._lock:
@@ -212,8 +213,8 @@ class BufferManager:
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
         """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError``. Operations only adopt rows. After an error, rows that were not
-        adopted stay in the file of the dead process.
+        Raises ``LocalStorageError``. After an error, nothing is recovered, because operations only
+        adopt rows: rows that were not adopted stay in the file of the dead process.
         """
         with self._lock:
             if self._memory is not None:
@@ -261,7 +262,7 @@ class BufferManager:
     def _read_cached(
         self, results: RowQuery, events: RowQuery, max_bytes: int
     ) -> tuple[list[BufferEntry], list[BufferEntry]] | None:
-        with self._lock:  # the lock excludes other calls
+        with self._lock:  # no call runs on the native thread meanwhile
             if self._memory is not None:
                 return None
             cached = self._disk.read_cached(results, events, max_bytes)
@@ -294,7 +295,7 @@ class BufferManager:
             self._run_in_memory(memory, operation, *args)
 
     def _memory_in_use(self) -> MemoryStore | None:
-        """Retry a failed disk if due; return the store in memory, or ``None`` if the disk works."""
+        """Retry a failed disk if due; return the store in memory, or ``None`` if unused."""
         if self._memory is not None and self._retry.is_due(self._backend.now()):
             self._return_to_disk(self._memory)
         return self._memory
@@ -332,7 +333,7 @@ class BufferManager:
 
     def _call_disk(self, operation: Callable[[BufferStore, *Ts], T], *args: *Ts) -> CallResult[T]:
         """Make one call on the native thread and record its completed parts."""
-        # While the store in memory is in use, the pending ids belong to it and not to the disk.
+        # While the store in memory is in use, the pending ids are not ids of the disk.
         pending = self._pending.snapshot(self.generation if self._memory is None else None)
         result: CallResult[T] = self._offload(
             self._disk.call, self._accounting.unrecorded_losses, pending.ids, operation, *args

@@ -135,7 +135,7 @@ class MemoryStore:
     def read_cached(
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry] | None:
-        """Call :meth:`drain`, which needs no I/O."""
+        """Call :meth:`drain`, because a store in memory needs no I/O."""
         return self.drain(after, limit, max_bytes, kinds)
 
     def confirm(self, ids: Sequence[int]) -> int:
@@ -172,7 +172,7 @@ class MemoryStore:
         return self._counts.stats(self.buffer_id, self._bytes, age, durable=False)
 
     def cached_stats(self) -> BufferStats:
-        """Call :meth:`stats`, which needs no I/O."""
+        """Call :meth:`stats`, because a store in memory needs no I/O."""
         return self.stats()
 
     def size(self) -> int:
@@ -194,7 +194,7 @@ class MemoryStore:
         return earlier
 
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
-        """Mark command ``key`` as done and store its result for a second delivery.
+        """Mark command ``key`` as done and store its result in case the command is redelivered.
 
         :param state: ``failed`` if a later claim may start the effect again.
         """

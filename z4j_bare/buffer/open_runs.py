@@ -1,14 +1,16 @@
 """Keeps the open runs in a memory-mapped file that survives ``SIGKILL``.
 
-A run is one execution of a task. An agent in another process reports the runs whose process died.
+A run is one execution of a task. After the death of a process, an agent in another process reports
+its open runs.
 
 The file ``<store>.runs`` beside the process's store consists of a header, descriptions, and one
-slot for each open run. A description contains the fields that the events of a task share. A slot
-also keeps the end of a run until the event of the end is stored. The file contains task ids, names
-and queues, but no arguments, results or messages.
+slot for each open run. A description contains the fields shared by all events of one task type and
+one queue. A slot also keeps the end of a run until the event of the end is stored. The file
+contains task ids, names and queues, but no arguments, results or messages.
 
-The process holds a POSIX record lock on its file until it ends or deletes the file. Therefore a run
-that is open when the agent stops is reported only after the end of the process.
+The process holds a POSIX record lock on the file until the process ends or deletes the file.
+Therefore a run that is still open when the agent stops is reported only after the end of the
+process.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ _DESCRIPTIONS_OFFSET = 4096
 #: Maximum number of open runs, plus ended runs whose end is not stored yet.
 SLOTS = 4096
 #: A slot: time of the start, time of the end, number of the description, length of the id, flags,
-#: length of the note, id and note, state.
+#: length of the note (exception class), id and note, state.
 _SLOT = Struct("<ddHBBB3x224sQ")
 SLOT_BYTES = _SLOT.size
 #: A slot at the start of a run: the time of the end and the length of the note are zero.
@@ -84,7 +86,7 @@ FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
 
 #: The state of an ended run is ``event * _STATES | outcome``.
 #: ``event`` is the number of the event that reports the end.
-#: One atomic write of 8 bytes ends a run. The state of an open run is ``RUN_OPEN``.
+#: Thus one atomic write of 8 bytes ends a run. The state of an open run is ``RUN_OPEN``.
 _STATES = 8
 
 #: Namespace of the UUIDs of reported events.
@@ -113,8 +115,8 @@ class OpenRuns:
     """
 
     def __init__(self, ring: _Ring, deployment: Callable[[], str] = str) -> None:
-        #: Number of runs that were not kept.
-        #: All slots were used, the task id was too long, or the description was not stored.
+        #: Number of runs that were not kept, because all slots were used, the task id was too long,
+        #: or the description was not stored.
         self.not_kept = 0
         # next() on a count is atomic between native threads. ``+= 1`` is not.
         self._not_kept_counter = count(1)
@@ -144,7 +146,7 @@ class OpenRuns:
     def describe(self, engine: str, data: Mapping[str, object]) -> int:
         """Store a description of some runs. Return its number, or -1 if it does not fit.
 
-        :param data: the fields of the events' ``data`` that these runs share.
+        :param data: the fields that are equal in the ``data`` of all events of these runs.
         """
         text = json.dumps({"engine": engine, "data": data}, ensure_ascii=False).encode(
             errors="replace"
@@ -181,9 +183,9 @@ class OpenRuns:
         return 0
 
     def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep the end of a run until the event of the end is stored.
+        """Keep the end of a run until the event that reports the end is stored.
 
-        The event must have been appended to the ring.
+        This event must already be in the ring.
 
         :param slot: the slot that :meth:`start` returned. The end of slot 0 is ignored.
         :param outcome: how the run ended, such as ``RUN_FAILED``; ``RUN_ENDED`` if no event reports
@@ -235,7 +237,7 @@ class OpenRuns:
         lock = None
         try:
             lock = OwnerLock(runs_path(store))
-            # Allocates all pages. On a full disk, a write to an unallocated page kills the process.
+            # Allocate all pages: on a full disk, a write to an unallocated page kills the process.
             os.posix_fallocate(lock.descriptor, 0, FILE_BYTES)
             mapped = mmap.mmap(lock.descriptor, FILE_BYTES)
         except (OSError, LocalStorageError):
@@ -246,13 +248,14 @@ class OpenRuns:
         # Other threads may start runs before ``_use`` copies the memory.
         # Therefore 64 slots more than the used slots are copied.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
-        # No other thread runs Python code between the copy and the switch to the file in ``_use``.
+        # CPython switches threads only at calls and loops, so not between the two steps of
+        # ``_use``: the copy and the switch to the file.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)
         _HEADER.pack_into(mapped, 0, MAGIC, number, at, len(names))
         # POSIX drops a lock when the process closes any descriptor of the file.
-        # ``mapped`` has a duplicate of the descriptor, so the lock keeps a reference to ``mapped``.
+        # ``mapped`` has a duplicate of the descriptor, so the lock keeps ``mapped`` open.
         lock.pinned = mapped
         previous, self._lock = self._lock, lock
         if previous is not None:
@@ -316,7 +319,7 @@ class OrphanRuns:
         except LocalStorageError:
             self._lock.release()
             raise
-        if not valid:  # the process died while it made the file
+        if not valid:  # the process died while it created the file
             self._content = b""
 
     def __len__(self) -> int:
@@ -333,7 +336,7 @@ class OrphanRuns:
     def release(self, *, delete: bool) -> None:
         """Unlock the file.
 
-        :param delete: also delete the file, because its events were stored.
+        :param delete: whether to delete the file too, because the events of its runs are stored.
         """
         self._lock.release(delete=delete)
 

@@ -39,9 +39,9 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
 
     A directory is unusable if it cannot be created or written, belongs to another user, is writable
     by others or is a symbolic link. A network file system without WAL or record locks is also
-    unusable. Record locks show whether the owner of a store runs. ``notice`` of the returned store
-    says why the configured directory is not used. If no directory is usable, raises
-    ``LocalStorageError`` with the error of the configured directory.
+    unusable. Record locks are needed to find out whether the owner of a store is alive. ``notice``
+    of the returned store says why the configured directory is not used. If no directory is usable,
+    raises ``LocalStorageError`` with the error of the configured directory.
     """
     first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):
@@ -111,5 +111,5 @@ def _directories(buffer_path: str | os.PathLike[str]) -> Iterator[Path]:
     yield configured
     yield from temporary
     # Random names are tried last, in case another user occupies the predictable names.
-    # Stores in these directories are never adopted.
+    # Stores in these directories are never adopted, because other processes do not know the names.
     yield from (path.with_name(f"{path.name}-{os.urandom(8).hex()}") for path in temporary)

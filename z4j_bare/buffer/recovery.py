@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-#: Maximum number of rows per step. They take 10 ms on the native thread and fill one frame.
+#: Maximum number of rows per step.
+#: This many rows take 10 ms on the native thread and fill one frame.
 STEP_ROWS = 500
 #: Maximum payload bytes per step.
 STEP_BYTES = 1024 * 1024
@@ -37,7 +38,7 @@ DONE = "done"
 def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[Path]:
     """Return the stores that may belong to dead processes, least recently modified first.
 
-    The owners may run. The constructor of :class:`Orphan` checks this.
+    An owner may still be alive. The constructor of :class:`Orphan` checks this.
     """
     return [
         path
@@ -50,12 +51,13 @@ def orphans(buffer_path: str | os.PathLike[str], skip: Container[Path]) -> list[
 class Orphan:
     """The store of a dead process.
 
-    The constructor claims the store. A ``LocalStorageError`` is raised if the owner runs (cause
-    ``busy``), the store belongs to another deployment, or the file has unsafe permissions. An
-    unreadable store is renamed.
+    The constructor claims the store. It raises ``LocalStorageError`` if the owner is alive (cause
+    ``busy``), if the store belongs to another deployment, or if the file has unsafe permissions. It
+    renames an unreadable store.
 
-    A step appends rows to the target before it deletes them from the orphan. If the process dies in
-    between, the rows are sent twice. The brain recognises a repeated event by its id and time.
+    A step appends rows to the target before it deletes them from the orphan. If the process dies
+    between the append and the deletion, the rows are sent twice. The brain recognises a repeated
+    event by its id and time.
     """
 
     def __init__(self, path: Path, deployment: str, *, max_rows: int, max_bytes: int) -> None:
@@ -91,8 +93,8 @@ class Orphan:
     def step(self, target: BufferStore) -> str:
         """Move some rows to ``target``.
 
-        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (no rows are left).
-        Raises ``LocalStorageError``. If it is called again after an error, no row is moved twice.
+        Returns ``moved``, ``wait`` (the target is too full), or ``done`` (no rows are left). Raises
+        ``LocalStorageError``. A repeated call after an error moves no row twice.
         """
         if self._store is None:
             target.import_state(self._state or StoreState({}))
@@ -101,8 +103,8 @@ class Orphan:
             self._store.confirm(self._pending)
             self._pending = []
         if self._state is None:
-            # The ledger is imported first.
-            # The brain may deliver a command of the dead process again at any time.
+            # The ledger is imported first, because the brain may redeliver a command of the dead
+            # process at any time.
             state = self._store.export_state()
             target.import_state(StoreState({}, state.ledger))
             self._answer_interrupted_commands(target, state)

@@ -15,8 +15,8 @@ EVENT = "event"
 RESULT = "result"
 PROJECTION = "projection"
 
-#: Kinds in the order of eviction. A lost event is missing from a task's history.
-#: A lost result makes a command time out.
+#: Kinds in the order of eviction: the kind whose loss has the smallest effect comes first.
+#: A lost event is missing from a task's history. A lost result makes a command time out.
 #: A lost frame invalidates a whole schedule projection, because its frames are numbered.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
@@ -34,11 +34,11 @@ DONE = "done"
 #: The effect of the command failed. A later command may try the effect again.
 FAILED = "failed"
 #: Another process started the command.
-#: That process sends the result, or the process that adopts its store.
+#: The result is sent by that process, or by the process that adopts its store.
 IN_OTHER_PROCESS = "elsewhere"
 
-#: Maximum number of commands in the ledger.
-#: The brain redelivers a command for one minute, so this is enough for 160 commands a second.
+#: Maximum number of commands in the ledger. The brain redelivers a command for one minute.
+#: At 160 commands a second, the ledger holds the commands of that minute.
 LEDGER_CAP = 10_000
 
 #: A row to append: ``(kind, key, payload)``.
@@ -52,8 +52,8 @@ class BufferEntry(NamedTuple):
     """One buffered row.
 
     Ids strictly increase within a store. ``created_at`` is in seconds since the epoch. ``attempts``
-    counts the sessions that the brain ended over a frame while this row was in flight. The fields
-    match the table's columns, so that entries need no conversion.
+    counts how often the brain ended a session because of a frame while this row was in flight. The
+    fields match the table's columns, so that entries need no conversion.
     """
 
     id: int
@@ -73,8 +73,8 @@ class BufferStats:
     """The counters of a store at one moment.
 
     ``bytes`` is the size of the store: its files with WAL and SHM, or its memory. ``oldest_age`` is
-    in seconds, ``None`` for an empty store. ``lost`` and ``lost_kinds`` are the same losses by
-    reason and by kind. ``lost``, ``lost_kinds``, ``produced`` and ``confirmed`` count from the
+    in seconds, ``None`` for an empty store. ``lost`` counts the lost rows by reason, and
+    ``lost_kinds`` by kind. ``lost``, ``lost_kinds``, ``produced`` and ``confirmed`` count from the
     creation of the store.
     """
 
@@ -99,7 +99,7 @@ class LedgerEntry:
     """The ledger's entry of one command.
 
     ``state`` is ``started``, ``done``, ``failed`` for an effect that may be tried again, or
-    ``elsewhere`` for a command of another process. ``result`` is the payload of the result, and of
+    ``elsewhere`` for a command of another process. ``result`` is the payload of the result, or of
     the provisional result while the command runs. ``result`` is empty if it was dropped to free
     space. ``at`` is the time of the last change in seconds since the epoch.
     """
@@ -118,7 +118,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The data of a store, besides its rows, that another store imports."""
+    """The data other than rows that one store imports from another store."""
 
     losses: Losses
     ledger: tuple[LedgerEntry, ...] = ()

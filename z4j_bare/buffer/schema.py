@@ -27,7 +27,7 @@ APPLICATION_ID = 0x7A346762
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # The store assigns the ids and keeps the next id in ``meta``.
-        # AUTOINCREMENT would write its counter for each row, a fifth of the time of an append.
+        # AUTOINCREMENT would write a counter for each row, which takes a fifth of an append's time.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL,
@@ -36,7 +36,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             attempts INTEGER NOT NULL DEFAULT 0
         )""",
-        # A partial index without events, to find a result among 100,000 events.
+        # A partial index without events, for finding a result quickly among 100,000 events.
         "CREATE INDEX entries_kept ON entries (id, kind) WHERE kind <> 'event'",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
         """CREATE TABLE losses (
@@ -128,7 +128,7 @@ def select_oldest(kind: str) -> str:
 def wal_pages(max_bytes: int) -> int:
     """Return the number of WAL pages after which SQLite runs a checkpoint.
 
-    Fewer than SQLite's default of 1000 pages (4 MiB) if the store is smaller than 250 MiB.
+    The number is below SQLite's default of 1000 (4 MiB) if the store is smaller than 250 MiB.
     """
     return max(8, min(1000, max_bytes // 64 // PAGE))
 
@@ -162,8 +162,8 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block joins the outer transaction.
 
-    ``BEGIN IMMEDIATE`` takes the write lock at once. A transaction that starts with a read cannot
-    wait for the write lock.
+    ``BEGIN IMMEDIATE`` takes the write lock at once, because a transaction that starts with a read
+    cannot wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -203,7 +203,7 @@ def _reject_foreign(connection: sqlite3.Connection, path: Path, deployment: str)
 
 
 def _is_of_deployment(connection: sqlite3.Connection, deployment: str) -> bool:
-    """Whether one part of the deployment ids is equal, or both ids are empty."""
+    """Whether the file's deployment id shares a part with ``deployment``, or both are empty."""
     row = connection.execute("SELECT value FROM meta WHERE key = 'deployment'").fetchone()
     return row is not None and (
         row[0] == deployment or not set(row[0].split()).isdisjoint(deployment.split())

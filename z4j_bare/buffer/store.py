@@ -50,7 +50,7 @@ MAX_BYTES = 256 * 1024 * 1024
 #: Smallest size cap in bytes. An empty store with WAL and SHM takes 0.1 MiB.
 MIN_BYTES = 1024 * 1024
 #: Minimum number of events that one eviction on a full disk removes.
-#: It removes a tenth of all rows if that is more.
+#: An eviction removes a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
 
 
@@ -170,7 +170,7 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """Reduce the files on a full disk, evict the oldest events; return the number of events."""
+        """Shrink the files of a full disk, evict old events; return how many were evicted."""
         self._space.reclaim_all()
         number = max(FULL_DISK_EVICTION, self.size() // 10)
         with self._accounting.transaction() as rows:
@@ -203,7 +203,8 @@ class BufferStore:
         self, after: int, limit: int, max_bytes: int, kinds: Sequence[str]
     ) -> list[BufferEntry]:
         query = schema.select_rows(kinds)
-        # An open cursor would hold a snapshot, which prevents a truncation of the WAL.
+        # Close the cursors, because an open cursor keeps a snapshot and blocks truncation of the
+        # WAL.
         with (
             closing(self._connection.execute(query, (after, max(0, limit)))) as cursor,
             closing(self._batched(after, kinds)) as batched,
@@ -265,9 +266,9 @@ class BufferStore:
             return False
 
     def state_if_abandoned(self) -> StoreState:
-        """Return the losses, and all rows of the store as lost events.
+        """Return the losses if the file is abandoned: all its rows count as lost events.
 
-        Most rows are events, and a corrupt file may not show the kinds of the other rows.
+        A corrupt file may not show the kinds of its rows, and most rows are events.
         """
         lost = dict(self._accounting.counts.lost)
         lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self.size()
@@ -290,7 +291,7 @@ class BufferStore:
 
     @storage_call
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
-        """Mark command ``key`` as done and store its result for a second delivery.
+        """Mark command ``key`` as done and store its result in case the command is redelivered.
 
         :param state: ``failed`` if a later claim may start the effect again.
         """
@@ -390,7 +391,7 @@ class BufferStore:
     def _commit(
         self, groups: Sequence[InsertGroup], extra: Callable[[], None] = lambda: None
     ) -> int:
-        """Commit rows and the changes of ``extra``; return how many rows were lost."""
+        """Commit rows and the changes that ``extra`` makes; return how many rows were lost."""
         if not any(group.entries or group.payloads for group in groups):
             return 0
         self._space.check_capacity()

@@ -94,8 +94,8 @@ class StoreWorker:
     ) -> CallResult[T]:
         """Open the store if needed, record ``losses``, delete ``acked`` rows, run ``operation``.
 
-        Acked rows are deleted before the operation, because a full store would evict them and count
-        them as lost.
+        Acked rows are deleted before the operation, because the operation on a full store would
+        evict these rows and count them as lost.
         """
         notice = ""
         progress = Progress.CLOSED
@@ -175,8 +175,8 @@ def append(
 ) -> BufferStats | None:
     """Append rows; with ``want_stats``, return the stats from before the append.
 
-    The stats are read first, because a failed call is repeated. A read that fails after the append
-    would repeat the append.
+    The stats are read before the append. If the read failed after the append, the repeated call
+    would append the rows again.
     """
     stats = store.stats() if want_stats else None
     store.append(rows)
@@ -220,7 +220,7 @@ def claim(
     """Insert a command as started, or return its entry if any process's store has one."""
     elsewhere = None
     if lookup is not None and isinstance(store, BufferStore):
-        # A call to a store in memory runs on the hub, where no file may be read.
+        # Not for a store in memory: its calls run on the hub, where no file may be read.
         elsewhere = lookup(store.path, key)
     return elsewhere or store.claim(key, now, provisional_result)
 
