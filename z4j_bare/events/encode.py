@@ -36,9 +36,9 @@ _encoder = json.JSONEncoder(
 def new_ids() -> Callable[[], str]:
     """Return a function that returns a new UUID (version 4) at each call.
 
-    The first ten bytes are random, and the last twelve digits are a counter: ``uuid4`` would take
-    more time than the rest of an event's envelope. The counter has twelve digits from the start,
-    and needs no padding. At 1,000 events a second it lasts for 28 years.
+    ``uuid4`` is not used, because it takes more time than the rest of an event's envelope. Instead,
+    the first ten bytes are random, and the last twelve digits are a counter. The counter starts
+    with twelve digits, so it needs no padding. At 1,000 events a second it lasts for 28 years.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
@@ -60,8 +60,8 @@ class Encoder:
     def envelope(self, kind: str, timestamp: float, task_id: str, data: str) -> bytes:
         """Return the bytes of an event whose ``data`` is canonical JSON.
 
-        :raises ValueError: a text may have to be changed: it contains a lone surrogate or NUL, or
-            the task id is long.
+        :raises ValueError: :func:`encode_fields` must encode the event, because a text contains a
+            lone surrogate or NUL, or the task id is long.
         """
         text = (
             f'{{"data":{data},"engine":"{self._engine}","id":"{self._new_id()}","kind":"{kind}",'
@@ -78,7 +78,7 @@ class Encoder:
         try:
             if is_fit(data):
                 return self.envelope(kind, timestamp, task_id, encode_text(data))
-        except (TypeError, ValueError):  # text that encode_fields changes, or a NaN
+        except (TypeError, ValueError):  # encode_fields handles NaN and texts that must be changed
             pass
         return encode_fields(
             {

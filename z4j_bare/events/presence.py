@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: Seconds between announcements.
 INTERVAL = 60.0
 
-#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``.
-#: The brain may have deleted the first ``worker.online`` with other old events.
+#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the brain
+#: may have deleted the previous ``worker.online`` with other old events.
 ONLINE_EVERY = 5
 
 
@@ -37,7 +37,8 @@ class Presence:
         matches: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        #: The names of the announced workers, as the keys of a dict, which keeps their order.
+        #: The names of the announced workers.
+        #: They are the keys of a dict, so that their order is kept.
         self.workers: dict[str, None] = {}
         self._engine = engine
         self._put = put

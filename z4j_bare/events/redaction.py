@@ -23,7 +23,7 @@ MAX_CACHED_CHARS = 64
 
 #: Maps the start of a built-in pattern to a literal in lower case that each match contains.
 #: A text without the literal is not searched for the pattern.
-#: Every text is searched for the patterns of the operator and of a later z4j_core.
+#: Patterns that are not listed here (of the operator or a later z4j_core) are always searched for.
 _REQUIRED_LITERALS = {
     "eyJ": "eyj",
     "Bearer": "bearer",
@@ -54,8 +54,8 @@ _REQUIRED_LITERALS = {
 class Redactor:
     """Does the same as ``RedactionEngine.scrub`` for plain JSON values, but much faster.
 
-    A property test compares the two. The margin of a :class:`TruncatedStr` is searched and then cut
-    off.
+    A property test compares the two. The margin of a :class:`TruncatedStr` is searched for secrets
+    and then cut off.
     """
 
     def __init__(self, engine: RedactionEngine) -> None:
@@ -189,8 +189,8 @@ def value_matcher(adapter: object) -> Callable[[str], bool]:
 def merge_redaction(adapter: Any, config: Config) -> None:  # sets an attribute of a foreign object
     """Merge the operator's redaction settings into the adapter's settings.
 
-    Must be called before ``connect_signals``, in which adapters copy their attribute ``redaction``.
-    An attribute that is not a ``RedactionEngine`` is not changed.
+    Must be called before ``connect_signals``, because adapters copy their ``redaction`` there. An
+    attribute that is not a ``RedactionEngine`` is not changed.
 
     :raises RedactionConfigError: for an invalid pattern. The caller must then capture no events.
     """

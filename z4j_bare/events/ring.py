@@ -10,8 +10,8 @@ from typing import Any
 from z4j_bare.interfaces import IEvent, IOpenRuns
 
 #: A captured event: a tuple whose first item is the function that encodes the tuple to bytes.
-#: The tuple is flat, because the garbage collector visits each container in the ring.
-#: A full collection stops a large worker for 40 ms.
+#: The tuple is flat, because the garbage collector visits each container in the ring, and a full
+#: collection already stops a large worker for 40 ms.
 Captured = tuple[Any, ...]
 
 #: The type of ``Ring.put``.
@@ -24,7 +24,7 @@ class Ring:
     :param threshold: number of events at which the flush loop is woken before the end of its
         interval.
     :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets ``wake``.
-        An idle flush loop would otherwise poll, for 1 ms of CPU time a second.
+        Without this, an idle flush loop would poll, which takes 1 ms of CPU time a second.
     """
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
@@ -59,7 +59,7 @@ class Ring:
 
         Only the flush loop may call this.
         """
-        self._armed = True  # before the check, so that an event appended in between sets ``wake``
+        self._armed = True  # before the check, so that an event after the check sets ``wake``
         if self._items:
             self._armed = False
         return self._armed
@@ -77,7 +77,7 @@ class Ring:
     def requeue(self, batch: list[Captured]) -> None:
         """Put events back into the ring at the front, because they could not be stored.
 
-        The oldest events that no longer fit are dropped and count as lost.
+        If not all events fit, the oldest are dropped and count as lost.
         """
         room = (self._items.maxlen or 0) - len(self._items)
         self._items.extendleft(reversed(batch[len(batch) - min(room, len(batch)) :]))

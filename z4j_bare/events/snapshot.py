@@ -21,8 +21,8 @@ MAX_CHARS = 16 * 1024
 #: Maximum number of values in one snapshot, including containers.
 MAX_NODES = 500
 
-#: Number of characters beyond its limit that a truncated string keeps for its redaction.
-#: A secret that crosses the limit is then found.
+#: Number of characters that a truncated string keeps beyond its limit, so that redaction finds a
+#: secret that crosses the limit.
 MARGIN = 1024
 
 #: Maximum nesting depth. The name of the type replaces a deeper container.
@@ -157,7 +157,7 @@ class _Copier:
                 result[key if type(key) is str and len(key) < MARGIN else self.key(key)] = (
                     self.copy(item, depth)
                 )
-        except RuntimeError:  # another thread changed it; list() copies it in one step
+        except RuntimeError:  # another thread changed the dict; list() copies its items in one step
             return self.mapping(dict(list(islice(dict.items(value), MAX_NODES + 1))), depth)
         missing = length - len(result)
         if missing > 0:

@@ -16,7 +16,7 @@ from z4j_bare.errors import (
 )
 
 #: Maximum random addition to a reconnect delay, relative to the delay.
-#: Without it, all workers would reconnect at the same time.
+#: Without the addition, all workers would reconnect at the same time.
 JITTER = 0.3
 
 
@@ -121,7 +121,7 @@ class ReconnectBackoff:
     def next(self, error: BaseException) -> float:
         """Return the seconds to wait after ``error``.
 
-        If ``Retry-After`` of the response is longer than the delay, it is used, up to one hour.
+        If the response has a longer ``Retry-After``, that time is used, up to one hour.
         """
         kind = failure_class(error)
         self.streaks[_STREAKS.get(kind, kind)] += 1

@@ -1,9 +1,9 @@
 """Sanitises and encodes values as canonical JSON; parses and encodes large values in small steps.
 
-To check a signature, the brain parses the frame and encodes it again. If this changes a byte, the
-check fails (close code 4403). Other values crash the brain's parser (close code 1011). Therefore
-every value is converted to plain JSON types before signing. NUL is replaced, because the brain's
-database rejects it.
+To check a signature, the brain parses the frame and encodes it again. If the new encoding differs
+in one byte, the check fails (close code 4403). Some values even crash the brain's parser (close
+code 1011). Therefore every value is converted to plain JSON types before signing. NUL is replaced,
+because the brain's database rejects it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_INT_BITS = 1024
 MAX_DEPTH = 60
 
 #: Minimum characters of a piece that ``iter_canonical`` yields.
-#: Also the maximum characters of a string that it encodes in one step.
+#: Also the maximum characters of a string that is encoded in one step.
 CHUNK_CHARS = 16 * 1024
 
 _encode = json.JSONEncoder(
@@ -134,7 +134,7 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     # ``json`` encodes the keys 1 and "1" as two equal keys.
-    # The brain's parser keeps only one of them, so the signature would not match.
+    # The brain's parser keeps only one of the two, so the signature would not match.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

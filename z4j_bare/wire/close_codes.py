@@ -87,8 +87,8 @@ _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 #: Before ``hello_ack`` these codes have other meanings.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: Clock difference in seconds above which the clock is the reported cause of a rejected signature.
-#: Below it, the key is the reported cause. The brain allows 60 s.
+#: If the clocks differ by more than this many seconds, a rejected signature is attributed to the
+#: clock, else to the key. The brain allows a difference of 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 
@@ -112,8 +112,8 @@ def error_for_http_status(
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
     """Return an error that names the cause of a rejected signature: the clock or the key.
 
-    ``error`` must have ended an established session. If it does not come from a rejected signature,
-    or the cause is unknown, it is returned unchanged.
+    ``error`` must have ended an established session. An error that does not report a rejected
+    signature, or whose cause is unknown, is returned unchanged.
 
     :param clock_offset: seconds by which the brain's clock was ahead of this host's clock at
         ``hello_ack``, if known.
@@ -137,9 +137,10 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 
 
 def explain_limit(error: AgentError) -> AgentError:
-    """Return ``error``, which has ended an established session; name the limit if it is one.
+    """Return ``error``, or an error that names the limit if the code of ``error`` is 4429.
 
-    Before ``hello_ack`` the same code means too many connections a minute.
+    ``error`` must have ended an established session, because before ``hello_ack`` this code means
+    too many connections a minute.
     """
     if isinstance(error, SessionLimitError) and error.code == LIMIT_REACHED:
         return TurnedAwayError(_TURNED_AWAY, code=error.code, retry_after=error.retry_after)
@@ -147,7 +148,7 @@ def explain_limit(error: AgentError) -> AgentError:
 
 
 def may_be_poison(error: AgentError) -> bool:
-    """Whether a frame may have caused ``error``, and would cause it again if it were sent again."""
+    """Whether a frame may be the cause of ``error``, and would cause it again if resent."""
     return getattr(error, "code", None) in _MAY_BE_POISON
 
 

@@ -110,8 +110,8 @@ def fit_name(name: str, limit: int = MAX_NAME_CHARS) -> str:
 def original(shown: str) -> str | None:
     """Return the original of ``shown``, an id or a name that the brain has.
 
-    Returns ``None`` for a changed text whose original is not known: another process sent it, it was
-    forgotten, or several originals became the same text.
+    Returns ``None`` for a changed text whose original is not known: another process sent the text,
+    the original was forgotten, or several originals became the same text.
     """
     if shown in _originals:
         return _originals[shown]
@@ -121,7 +121,7 @@ def original(shown: str) -> str | None:
 def is_fit(data: Mapping[str, Any]) -> bool:
     """Whether the ids and names of an event's data are short enough. NUL is not checked.
 
-    A name of exactly the maximum length is too long, because :func:`fit_name` has to remember it.
+    A name of exactly the maximum length counts as too long, so that :func:`fit_name` remembers it.
     Raises ``TypeError`` for an id or a name without a length, such as a number.
     """
     # Written without a loop for speed, because this function runs for every failed task.
@@ -138,7 +138,7 @@ def is_fit(data: Mapping[str, Any]) -> bool:
 def fit_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return an event's fields with ids and names that fit, and the names of the changed fields.
 
-    NUL in other values remains: :func:`replace_nul` replaces it.
+    NUL in other values is left to :func:`replace_nul`.
     """
     engine, data, changed = str(fields["engine"]), dict(fields.get("data") or {}), []
     task_id = fields["task_id"]

@@ -34,7 +34,7 @@ MAX_EVENT_BYTES = 512 * 1024
 #: A summary replaces a larger result.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Fields of an event's data, in the order in which notes replace them in a large event.
+#: Fields of an event's data, in the order in which their size replaces them in a large event.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
 #: Maximum characters of a result's error text, as in z4j_core's model of the frame.
@@ -146,8 +146,8 @@ def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
 def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
     """Return the event, truncated to at most ``limit`` bytes.
 
-    The fields of ``TRUNCATION_ORDER`` are replaced by a note of their size until the event fits. If
-    it never fits, its data keeps only task name, queue and worker.
+    One field of ``TRUNCATION_ORDER`` after the other is replaced by a text that states its size,
+    until the event fits. If it never fits, its data keeps only task name, queue and worker.
     """
     data = dict(fields.get("data") or {})
     encoded = b""
@@ -213,8 +213,8 @@ def command_result(
 def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
     """Return a summary of a result that cannot be sent: its numeric values and the reason ``why``.
 
-    The command's status does not change. A successful command that is reported as failed is
-    repeated, and the brain disables a schedule that issued it.
+    The command's status does not change. If a successful command were reported as failed, it would
+    be repeated, and the brain would disable the schedule that issued the command.
     """
     items = (
         item
@@ -295,7 +295,7 @@ def heartbeat(
             "last_flush_at": flushed,
             "dropped_events": min(dropped_events, MAX_COUNT),
             "telemetry_loss": dict(loss),
-            # The brain parses some of these texts as JSON.
+            # NUL is replaced inside the texts, because the brain parses some of them as JSON.
             "adapter_health": {key: replace_nul(str(value)) for key, value in health.items()},
         }
     )
@@ -317,7 +317,7 @@ def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
 
 
 def _without_key(dropped: str, details: Any) -> Any:
-    """Remove the key ``dropped`` of each worker from worker details (a JSON text).
+    """Remove the key ``dropped`` of every worker from the details of all workers (a JSON text).
 
     Any other value is returned unchanged.
     """

@@ -90,8 +90,8 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 class Session:
     """Signs outgoing frames and verifies incoming frames.
 
-    The transport's send lock must be held from ``sign`` until the frame is written. The brain
-    rejects frames that are not in the order of their sequence numbers.
+    The transport's send lock must be held from ``sign`` until the frame is written, because the
+    brain rejects frames whose sequence numbers are out of order.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -136,8 +136,8 @@ class Session:
     def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
         """Verify an incoming frame and return z4j_core's model of it.
 
-        The fields of the types that the agent processes are validated as well. Raises only
-        ``RemoteProtocolError``.
+        If the agent processes frames of this type, the frame's fields are validated as well. Raises
+        only ``RemoteProtocolError``.
 
         :param checkpoint: called every few microseconds during the verification of a large message,
             and may yield.
@@ -166,9 +166,9 @@ class Session:
     def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Frame:
         """Verify the signature in small steps, and let z4j_core verify a small copy of the frame.
 
-        The copy lacks the JSON objects of the payload, which are most of its size. The copy is
-        signed again, so that z4j_core can check all other fields. Then the objects are added to
-        z4j_core's model.
+        The copy omits the payload's JSON objects, which make up most of the frame. It is signed
+        again, so that z4j_core can check all other fields. Then the objects are added to z4j_core's
+        model.
         """
         frame = loads_incrementally(message, checkpoint)
         # Read before the digest is computed, so that a missing key raises ``KeyError`` early.

@@ -28,8 +28,9 @@ MIN_EVENTS = 50
 #: The limit is halved when the oldest unacknowledged frame is older than this many seconds.
 SLOW_ACK = 2.5
 
-#: Seconds without an ack after which the first empty frame is sent behind the frames in flight. A
-#: brain on PostgreSQL skips a frame that has waited 3 s for another frame of the same token.
+#: Seconds without an ack after which the first empty frame is sent behind the frames in flight.
+#: The delay is below the 3 s after which a brain on PostgreSQL skips a frame that waits for another
+#: frame of the same token.
 PROBE_DELAY_INITIAL = 2.5
 
 #: Factor by which the delay grows from one empty frame to the next. Four are sent within 15 s.
@@ -43,9 +44,9 @@ PROBE_DELAY_MAX = 10.0
 RESEND_DELAY_INITIAL = 0.5
 #: Maximum of this delay in seconds, without the random addition.
 RESEND_DELAY_MAX = 2.0
-#: Maximum random addition to this delay, relative to the delay. The brain ingests the frames of one
-#: token one after another. Without the addition, agents whose frames it skipped at the same time
-#: would wait for each other again.
+#: Maximum random addition to this delay, relative to the delay.
+#: The brain ingests the frames of one token one after another. Without the addition, agents whose
+#: frames were skipped at the same time would wait for each other again.
 RESEND_JITTER = 1.0
 
 #: Seconds within which an ack must arrive for the limit to grow again.
@@ -58,8 +59,9 @@ ACK_PAUSE = 0.1
 #: Number of events in the first frame of a session. It is small, so that the ack arrives soon.
 FRAME_EVENTS_INITIAL = 50
 
-#: Smallest number of events to which skipped frames reduce the size of a frame. Slow acks reduce it
-#: to ``FRAME_EVENTS_INITIAL`` at most, because the brain ingests fewer events/s in small frames.
+#: Smallest number of events to which skipped frames reduce the size of a frame.
+#: Slow acks reduce the size only to ``FRAME_EVENTS_INITIAL``, because the brain ingests fewer
+#: events/s in small frames.
 FRAME_EVENTS_MIN = 10
 
 #: Maximum number of events in one frame.
@@ -67,7 +69,8 @@ FRAME_EVENTS_MIN = 10
 FRAME_EVENTS_MAX = 500
 
 #: Seconds that the brain should take for one frame. Larger frames delay the requests of operators.
-#: Each frame takes 1 to 2 ms of the worker's CPU time and one ACK_PAUSE.
+#: Smaller frames cost more, because each frame takes 1 to 2 ms of the worker's CPU time and one
+#: ACK_PAUSE.
 TARGET_FRAME_SECONDS = 1.5
 
 #: Seconds without any ack after which all unacknowledged frames are sent again.
@@ -174,8 +177,9 @@ class Window:
     rows of skipped frames are sent again after a short random delay, before any other events.
 
     If an ack is late, an empty frame is sent behind the frames in flight. Its ack proves that the
-    brain has skipped them. Without this proof the brain may still process them, so their rows are
-    sent again only in the next session, or after ``ACK_DEADLINE`` seconds without any ack.
+    brain has skipped those frames. Without this proof the brain may still process the frames, so
+    their rows are sent again only in the next session, or after ``ACK_DEADLINE`` seconds without
+    any ack.
 
     :param random: returns a float in [0, 1).
     """
@@ -279,7 +283,7 @@ class Window:
         return acked.ids
 
     def probe_due(self, now: float) -> bool:
-        """Whether to send an empty frame, whose ack proves that earlier frames were skipped."""
+        """Whether to send an empty frame. Its ack proves that earlier frames were skipped."""
         return bool(self._in_flight) and now >= self._probe_at
 
     def resend_due(self, now: float) -> bool:
