@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from z4j_bare.asyncio_bridge.pump import Pump
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Maximum number of workers that run calls without an event loop. It equals the default of
-#: ``Z4J_COMMAND_WORKERS``. Executor calls of the loop have separate workers, which may hang.
+#: Maximum number of workers that run calls without an event loop.
+#: It equals the default of ``Z4J_COMMAND_WORKERS``.
+#: Executor calls of the loop have workers of their own, because the calls may hang.
 CALL_WORKERS = 8
 #: Maximum timeout of one call in seconds.
 MAX_CALL_TIMEOUT = 3600.0
@@ -37,8 +38,8 @@ class Bridge:
 
     Synchronous functions and coroutines without an ``await`` run on persistent workers without an
     event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`, which is created
-    when it is first needed. A step of the loop must not call this class, because it would wait for
-    its own loop.
+    when it is first needed. A step of the loop must not call this class, because the step would
+    wait for its own loop.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:

@@ -33,7 +33,7 @@ EXECUTOR_WORKERS = 8
 #: Seconds before the loop continues after an exception of a step.
 RESTART_PAUSE = 0.1
 #: Maximum seconds of one wait in ``select``, for two cases in which nothing wakes the loop.
-#: A ``put_nowait`` to an asyncio queue from another thread does not wake it.
+#: A ``put_nowait`` to an asyncio queue from another thread does not wake the loop.
 #: Under eventlet, a forked child can remove sockets from its parent's epoll set.
 MAX_WAIT = 1.0
 
@@ -67,7 +67,7 @@ class StepScopedSelector(selectors.BaseSelector):
         return self._greenlet is getcurrent()
 
     def enter(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Unset the thread's running loop, with which ``loop.run_forever()`` would raise."""
+        """Unset the thread's running loop, because ``loop.run_forever()`` raises if one is set."""
         self._loop, self._greenlet = loop, getcurrent()
         self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
         _set_running_loop(None)
@@ -163,14 +163,14 @@ class StepScopedSelector(selectors.BaseSelector):
 class HubLoop(asyncio.SelectorEventLoop):
     """The event loop of the adapters, used between ``start()`` and ``shutdown()``.
 
-    Differences from the standard loop: it is its thread's running loop only during a step, and is
-    never set as the current event loop. ``run_in_executor`` uses workers of the backend.
-    ``call_soon_threadsafe`` never raises. In a forked child the copy of the loop ends without using
-    the file descriptors of the parent.
+    Differences from the standard loop: this loop is the running loop of its thread only during a
+    step, and is never set as the current event loop. ``run_in_executor`` uses workers of the
+    backend. ``call_soon_threadsafe`` never raises. In a forked child the copy of the loop ends
+    without using the file descriptors of the parent.
     """
 
-    #: Started loops. The reference prevents their garbage collection in a forked child.
-    #: It would remove descriptors from the epoll set of the parent.
+    #: Started loops. The references prevent garbage collection of the loops in a forked child,
+    #: because it would remove descriptors from the epoll set of the parent.
     _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -183,7 +183,7 @@ class HubLoop(asyncio.SelectorEventLoop):
         self.dropped = 0
         self.restarts = 0
         super().__init__(self._scope)
-        # PYTHONASYNCIODEBUG would turn on coroutine origin tracking for the whole thread.
+        # Off: PYTHONASYNCIODEBUG would turn on coroutine origin tracking for the whole thread.
         self.set_debug(False)
 
     @property
@@ -318,8 +318,8 @@ class HubLoop(asyncio.SelectorEventLoop):
             timeout = max(0.0, deadline - self.time())
             await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for task in running:
-            # Otherwise asyncio logs an error when it destroys the task.
-            # No public method prevents this.
+            # Without this assignment, asyncio would log an error when it destroys the task.
+            # There is no public method for this.
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
 
 

@@ -1,7 +1,7 @@
 """Runs coroutines that contain no ``await`` without an event loop, by one ``send``.
 
-Most coroutine functions of the adapters contain no ``await``, and some of them block. An event loop
-would be blocked by them, and would be visible to the host as the running loop.
+Most coroutine functions of the adapters contain no ``await``, and some of them block. On an event
+loop, a blocking function would block the loop, and the host would see the running loop.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class WorkerPool:
     of 50 ms.
 
     The worker that became idle last runs the next job, so that few connections are opened. One idle
-    worker is kept in reserve until there are ``limit`` workers. :meth:`submit` starts no worker,
-    because a loop step may call it, and starting a thread switches greenlets.
+    worker is kept in reserve until there are ``limit`` workers, because :meth:`submit` cannot start
+    a worker: a loop step may call :meth:`submit`, and starting a thread switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:
@@ -150,7 +150,7 @@ class WorkerPool:
     def _wait_for_job(self, wakeup: IEvent) -> None:
         wakeup.clear()
         self._idle.append(wakeup)
-        # Check again, because a job that was submitted before this worker was idle did not wake it.
+        # Check again: a job that was submitted before this worker was idle did not wake the worker.
         if not self._jobs and not self._stopped:
             self._backend.wait(wakeup)
         try:

@@ -132,7 +132,7 @@ def _patch_gevent() -> None:
 
 def _patch_eventlet() -> None:
     with warnings.catch_warnings():
-        # eventlet warns of its own deprecation on import
+        # eventlet warns about its own deprecation on import
         warnings.simplefilter("ignore", DeprecationWarning)
         import eventlet
 

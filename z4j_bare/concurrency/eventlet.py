@@ -30,16 +30,16 @@ _store_guard = ForkGuard(_thread.allocate_lock)
 
 #: Seconds after which a waiter checks its flag without a wake-up.
 #: A wake-up is lost if a native thread sets the flag while the hub sorts its timers.
-#: An agent has ten waiters, and each check costs an idle worker 0.2 ms.
+#: The interval is long, because an agent has ten waiters and each check takes 0.2 ms of CPU time.
 RECHECK_INTERVAL = 60.0
 
 #: Maximum seconds of one wait for a socket in a process that has forked.
-#: Parent and child share the hub's epoll set.
-#: When the child closes a socket, the parent gets no events of it until its next wait.
+#: Parent and child share the hub's epoll set. After the child has closed a socket, the parent gets
+#: no events of it until the parent waits again.
 MAX_IO_WAIT = 1.0
 
 #: Maximum seconds of one wait for a socket in a process that has not forked.
-#: The process may fork during the wait.
+#: There is a limit, because the process may fork during the wait.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
@@ -66,8 +66,8 @@ class Event:
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # The call only appends to a list of the hub.
-            # No other native thread can wake a hub of eventlet.
+            # This is safe on another native thread, because it only appends to a list of the hub.
+            # It does not wake the hub, because only the hub's own thread can do that.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:
@@ -102,7 +102,7 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` is not used. That pool gives each job to the one of twenty threads that was
+    ``eventlet.tpool`` is not used. That pool gives each job to the thread, out of twenty, that was
     idle for longest. The caches of that thread are cold, and SQLite allocates memory for each
     thread.
     """

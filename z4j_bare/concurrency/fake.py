@@ -72,7 +72,7 @@ class FakeConcurrency(BaseConcurrency):
         backend.spawn(my_loop, name="loop")
         backend.advance(600)  # runs ten virtual minutes in milliseconds
 
-    :param start: the first time of the wall clock, in seconds since the epoch.
+    :param start: the time of the wall clock at the start, in seconds since the epoch.
     """
 
     name = "fake"

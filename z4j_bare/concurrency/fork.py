@@ -82,13 +82,13 @@ class NativeLock(AbstractContextManager[bool, None], Protocol):
 
 
 class ForkGuard:
-    """Makes ``os.fork`` wait for the end of a short section of code, which must not fork.
+    """Makes ``os.fork`` wait for the end of a short section of code. The section must not fork.
 
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
     thread opened and closed databases, 33 deadlocked at their first use of SQLite.
 
-    :param make_lock: returns an unpatched lock. While the fork hook waits for it, no greenlet may
-        run.
+    :param make_lock: returns a lock. It must be unpatched, because no greenlet may run while the
+        fork hook waits.
     """
 
     def __init__(self, make_lock: Callable[[], NativeLock]) -> None:

@@ -37,8 +37,8 @@ RUNTIME_PACKAGES = frozenset(
     )
 )
 
-#: Frames with which a hub waits. They are the last frames before the hub runs and say nothing about
-#: the reason of the wait.
+#: Frames with which a hub waits.
+#: They are the last frames before the hub runs, and do not show the reason of the wait.
 _HUB_MODULES = ("eventlet.hubs", "gevent._hub_", "gevent._waiter", "gevent._socketcommon")
 _HUB_FUNCTIONS = frozenset(("_read_trampoline", "_trampoline", "trampoline", "switch"))
 
@@ -139,7 +139,7 @@ def is_library(position: Position) -> bool:
 
 
 def is_runtime(position: Position) -> bool:
-    """Return whether a position lies in Celery, in a hub, or in what starts their threads."""
+    """Return whether a position lies in Celery, in a hub, or in code that starts their threads."""
     return position.module.partition(".")[0] in RUNTIME_PACKAGES or position.module in (
         "concurrent.futures.thread",
         "threading",
@@ -157,7 +157,7 @@ def is_internal(position: Position) -> bool:
 
 
 def innermost_user_code(stack: Sequence[Position], package: str = "") -> tuple[int, str]:
-    """Return the index of the innermost position in the user's code, and what it waits for.
+    """Return the index of the innermost position in the user's code, and what that code awaits.
 
     If all positions lie in libraries, the innermost one of the task's own ``package`` counts as the
     user's code, or else the innermost one that is not part of a runtime. The index is -1 if there

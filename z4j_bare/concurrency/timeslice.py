@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SLICE_SECONDS = 0.002
 
 #: Seconds that a yield sleeps under gevent.
-#: During fifty calls of ``gevent.sleep(0)``, gevent may process neither timers nor sockets.
+#: Not 0: during fifty calls of ``gevent.sleep(0)``, gevent may process neither timers nor sockets.
 YIELD_SECONDS = 1e-5
 
 
