@@ -24,7 +24,7 @@ def add_process_restarts(
     """Make ``restart_worker`` end this process, for engines that cannot restart a worker.
 
     :param stop: stops the agent within the given seconds.
-    :param grace: seconds that the worker has to finish its running tasks.
+    :param grace: seconds allowed for finishing the running tasks.
     """
     for host, source in engines:
         if host.description.restarts_by_exit():

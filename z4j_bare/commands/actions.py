@@ -25,7 +25,7 @@ MAX_PAGE = 200
 #: Maximum number of slots by which one command resizes a pool. The brain has the same limit.
 MAX_DELTA = 100
 
-#: Maps an engine to the keyword argument for the task's name, which its messages do not contain.
+#: Engines whose messages do not contain the task's name, with the keyword argument for the name.
 NAME_KEYS = {"huey": "__z4j_task_name__", "dramatiq": "__z4j_actor_name__"}
 
 #: Engines whose adapters accept the priority that the brain sends with every task.
@@ -255,7 +255,7 @@ def _resubmit(
 def _refuse_unsafe(command: Command, host: EngineHost) -> None:
     """Raise ``CommandError`` for an old adapter.
 
-    It would retry with redacted arguments, or would unpickle the task.
+    Such an adapter would retry with redacted arguments, or would unpickle the task.
     """
     if host.name in NAME_KEYS and not host.retries_by_reference:
         raise command.error(
@@ -268,7 +268,7 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 def _task_id(command: Command, host: EngineHost) -> str:
     """Return the task's id.
 
-    An id in the command's target begins with the engine's name, which is removed.
+    The engine's name, with which an id in the command's target begins, is removed.
     """
     shown = command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"
@@ -297,7 +297,8 @@ def _task_name(command: Command) -> str | None:
 def _original(command: Command, shown: str, what: str) -> str:
     """Return the text that the agent has changed to ``shown`` for the brain's database.
 
-    An action on a changed text could succeed and do nothing: Celery revokes an id that no task has.
+    With the changed text, an action could succeed without an effect. For example, Celery accepts
+    the revocation of an id that no task has.
     """
     found = original(shown)
     if found is None:
@@ -338,11 +339,11 @@ def _delta(command: Command) -> int:
 
 
 def choose_host(command: Command, hosts: Mapping[str, EngineHost], action: Action) -> EngineHost:
-    """Return the engine that has to execute a command.
+    """Return the engine that must execute a command.
 
-    If the command names no engine, as commands for a queue or a rate limit, return the only engine,
-    or the only engine with the required capability. Raises ``CommandError`` if there is no such
-    engine.
+    If the command names no engine, for example a command for a queue or a rate limit, return the
+    only engine, or the only engine with the required capability. Raises ``CommandError`` if there
+    is no such engine.
     """
     name = _engine_name(command)
     if name is not None:

@@ -53,7 +53,7 @@ class DispatchState:
 class Dispatcher:
     """Runs each command once, at most ``workers`` at a time, and stores its result by the deadline.
 
-    :param buffer: its ledger records started and finished commands, including commands of earlier
+    :param buffer: contains the ledger of started and finished commands, also of those of earlier
         processes.
     :param on_stored: called after each stored result, to wake the sender.
     """
@@ -140,7 +140,7 @@ class Dispatcher:
             self._queued_ids.discard(command.id)
 
     def _claim(self, command: Command) -> bool:
-        """Return whether the command is delivered for the first time, and so has to run.
+        """Return whether the command is delivered for the first time, and therefore must run.
 
         For a redelivery, queue the result in the ledger, so that the result is sent again.
         """

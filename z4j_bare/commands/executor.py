@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.commands.executor")
 
-#: Prefix of the ledger keys of fires.
+#: Prefix of the ledger keys of fires, which are the effects of ``schedule.fire``.
 _FIRE = "fire"
 
 #: Actions whose effect has an id of its own.
@@ -45,8 +45,8 @@ IDEMPOTENCY_KEYS = {
 class Executor:
     """Executes commands.
 
-    :param buffer: its ledger records effects, so that each happens once even if several commands
-        request it.
+    :param buffer: contains the ledger of effects, so that each effect happens once even if several
+        commands request the effect.
     :param state: the dispatcher's state. No call begins after ``stopping`` is set.
     """
 
@@ -114,7 +114,7 @@ class Executor:
 
 def _failure(command: Command, error: Exception) -> CommandOutcome:
     """Return the outcome of a call that raised ``error``."""
-    # Each adapter defines its own OffloadTimeoutError, which is no subclass of TimeoutError.
+    # Each adapter defines its own OffloadTimeoutError, which is not a subclass of TimeoutError.
     if isinstance(error, TimeoutError) or type(error).__name__ == "OffloadTimeoutError":
         return CommandOutcome.indeterminate(command.action, "still running: outcome unknown")
     if isinstance(error, AgentError):
@@ -155,11 +155,11 @@ class IdempotentEffects:
     def run(self, key: str, command: Command, call: Callable[[], CommandOutcome]) -> CommandOutcome:
         """Return the outcome of ``call()``, or the outcome of an earlier command for the effect.
 
-        A fire that failed is tried again.
+        A failed ``schedule.fire`` is tried again.
 
         If another command in this process is producing the effect, wait for that command. The
         outcome is indeterminate if a crash interrupted the effect, or if another process is
-        producing it.
+        producing the effect.
         """
         done = self._backend.event()
         while (running := self._register(key, done)) is not done:
@@ -194,8 +194,8 @@ class IdempotentEffects:
 def _may_repeat(key: str, outcome: CommandOutcome) -> bool:
     """Return whether another command may try the effect again.
 
-    A fire that was refused, for example by a broker that is away, has enqueued nothing. The brain
-    sends it again under the same id.
+    A ``schedule.fire`` that certainly failed, for example because the broker is unavailable, has
+    enqueued nothing. The brain sends the command again with the same ``fire_id``.
     """
     certain = not (outcome.result or {}).get("indeterminate")
     return key.startswith(f"{_FIRE}:") and outcome.status == "failed" and certain

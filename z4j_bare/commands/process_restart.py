@@ -32,13 +32,13 @@ EXIT_CODE = 75
 #: It prevents repeated commands from causing a crash loop.
 MIN_UPTIME = 60.0
 
-#: Maximum seconds for stopping the agent, if the worker has not stopped it before.
+#: Maximum seconds for stopping the agent, if the worker's own shutdown has not stopped the agent.
 STOP_TIMEOUT = 5.0
 
 #: Priority of a multiprocessing finalizer that runs after all others.
 FINALIZER_PRIORITY = -1_000_000
 
-#: Maps an engine to its signal for a warm shutdown, if it is not SIGTERM.
+#: Maps an engine to its signal for a warm shutdown, if that signal is not SIGTERM.
 #: On SIGTERM, huey makes a cold shutdown.
 _GRACEFUL_SIGNAL = {"huey": signal.SIGINT}
 
@@ -49,7 +49,7 @@ class ProcessRestart:
 
     :param workers: the names of this process's worker, as the brain stores them.
     :param stop: stops the agent within the given seconds, and reports ``worker.offline``.
-    :param grace: seconds that the worker has to finish its running tasks.
+    :param grace: seconds allowed for finishing the running tasks.
     """
 
     def __init__(

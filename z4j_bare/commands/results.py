@@ -34,7 +34,8 @@ def encode_result(
     try:
         if _has_more_nodes(result, MAX_NODES):
             result = summarise_result(result, f"of more than {MAX_NODES} values")
-        # Convert foreign objects before the offload, because their code must not run in its thread.
+        # Convert foreign objects before the offload, because their code must not run in the native
+        # thread.
         body = to_json_types(result)
         ok, payload = offload(_encode, command, outcome, body, redactor)
         if ok:

@@ -42,8 +42,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts to use WebSocket again.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket may be blocked. It applies to failures that
-#: can have another cause, such as a timeout of the upgrade.
+#: Number of consecutive failures after which WebSocket counts as blocked.
+#: It applies to failures that can also have another cause, such as a timeout of the upgrade.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -52,8 +52,8 @@ HEALTH_TIMEOUT = 5.0
 #: The lowest close code of WebSocket. Lower error codes are HTTP statuses.
 _MIN_CLOSE_CODE = 1000
 
-#: Codes that the brain sends itself: it fails, restarts or has too many clients. A fallback would
-#: send further requests to a brain with too many clients (HTTP status 429).
+#: Codes that the brain itself sends when it fails, restarts or has too many clients (429).
+#: They cause no fallback, which would send more requests to an overloaded brain.
 _BRAIN_CODES = (1011, 1012, 1013, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -90,13 +90,13 @@ class FallbackPolicy:
         """Record a failed connect over WebSocket; return whether to use long-poll at once.
 
         An HTTP status below 500, except 429, indicates that WebSocket is blocked. A status of 500
-        or more, and a reset, an end or a timeout of the upgrade, indicate it if two such failures
-        follow each other. A brain that cannot be reached, or that is silent after the upgrade, is
-        no indication. The policy falls back to long-poll only if ``is_reachable()``, which requests
-        the brain's health route.
+        or more, and a reset, an end or a timeout of the upgrade, indicate a blocked WebSocket only
+        if two such failures follow each other. A brain that cannot be reached, or that is silent
+        after the upgrade, is no indication. The policy falls back to long-poll only if
+        ``is_reachable()`` is true. This call requests the brain's health route.
 
-        Statuses 401 and 403 are indications as well, because the brain checks the token after the
-        upgrade, so a proxy has sent the status. If the brain has sent it after all, the brain also
+        Statuses 401 and 403 are indications as well: a proxy has sent them, because the brain
+        checks the token only after the upgrade. If the brain did send such a status, the brain also
         rejects the connect over long-poll.
         """
         if self.preference != AUTO:
@@ -259,8 +259,8 @@ class TransportFactory:
     def monitor_recovery(self, connection: Connection) -> None:
         """Probe WebSocket at growing intervals during a long-poll session.
 
-        Returns when the session has ended, or after a successful probe, which drains the session.
-        The return ends the session, and the next session uses WebSocket.
+        Returns when the session has ended. After a successful probe, drains the session and
+        returns, so that the session ends and the next session uses WebSocket.
         """
         while not self._backend.wait(
             connection.closing, max(0.0, self.policy.next_probe_at - self._backend.now())
@@ -275,7 +275,7 @@ class TransportFactory:
 
 @implementer(ITransport)
 class AutoTransport:
-    """One session over WebSocket or long-poll, which ``connect`` chooses."""
+    """One session over the transport that ``connect`` chooses: WebSocket or long-poll."""
 
     def __init__(self, factory: TransportFactory, backend: BaseConcurrency) -> None:
         self.name = factory.policy.name
@@ -287,7 +287,7 @@ class AutoTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Connect over WebSocket or long-poll, or over long-poll after WebSocket has failed."""
+        """Connect over the policy's transport, or over long-poll after WebSocket has failed."""
         policy, previous = self._policy, self._policy.name
         if policy.next_transport(self._backend.now()) == WS:
             try:

@@ -44,7 +44,7 @@ class CooperativeSocket:
         self._timeout = timeout
         self.send_timeout = send_timeout
         self._read_buffer = b""
-        # Held only during one non-blocking call, so that greenlets never wait for it.
+        # Held only during one non-blocking call, so that greenlets never wait for the lock.
         self._lock = threading.Lock()
 
     def recv(self, size: int) -> bytes:

@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
-#: Characters that separate the parts of a URL.
-#: An error text may quote only a part of a password that contains such a character.
+#: Characters that separate the parts of a URL. An error text may quote only a part of a password
+#: between two such characters, so each part is replaced too.
 _SEPARATORS = re.compile(r"[:/?#@]")
 
 #: Minimum number of characters of a replaced password or part of a password.

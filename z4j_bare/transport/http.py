@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 10.0
 
 #: Seconds after which an idle connection is not used again.
-#: The brain closes it after 5 s, and a request at that moment would fail.
+#: The brain closes an idle connection after 5 s, and a request at that moment would fail.
 KEEPALIVE_SECONDS = 4.0
 
 #: Maximum bytes of a response.
@@ -56,7 +56,7 @@ class Response:
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds in ``Retry-After``; ``None`` if it is absent or a date."""
+        """The seconds in ``Retry-After``; ``None`` if the header is absent or a date."""
         text = self.headers.get("Retry-After", "")
         return float(text) if text.isdecimal() else None
 
@@ -138,11 +138,11 @@ class Client:
     """An HTTP client with one connection, which is kept alive between requests.
 
     :param base: the URL that paths are appended to.
-    :param tls: the TLS context for an ``https`` URL, which decides alone whether a certificate is
-        valid.
+    :param tls: the TLS context for an ``https`` URL. Only this context decides whether a
+        certificate is valid.
 
-    The client uses the proxy variables of the environment, but no ``.netrc`` file, which would
-    replace the token.
+    The client uses the proxy variables of the environment, but no ``.netrc`` file, because
+    credentials of such a file would replace the token.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ POLL_GRACE = 10.0
 MIN_POLL_INTERVAL = 0.25
 
 #: Minimum seconds from the start of a poll without commands to the next poll.
-#: It limits the requests if a cache responds at once.
+#: This limits the number of requests if a cache answers polls at once.
 EMPTY_POLL_INTERVAL = 1.0
 
 #: Maximum number of commands in the response to a poll.
@@ -80,7 +80,7 @@ BODY_LIMIT_MIN = 1024
 #: Bytes that a request body adds to a frame.
 WRAPPER_BYTES = len(b'{"frames":[""]}')
 
-#: Seconds between two checks of a drained session for commands that are not received yet.
+#: Seconds between two checks whether all commands of a drained session have been received.
 DRAIN_POLL_INTERVAL = 0.05
 
 #: The capability of engines that support retry commands. A request header names these engines.
@@ -114,7 +114,7 @@ class LearnedLimits:
 
 @dataclass(slots=True)
 class TokenBucket:
-    """A token bucket without a clock, which limits the rate of uploads."""
+    """A token bucket that limits the rate of uploads. The caller passes the time."""
 
     tokens: float = UPLOAD_BURST
     updated_at: float = 0.0
@@ -259,7 +259,7 @@ class LongPollTransport:
         self._aborted = False
 
     def connect(self, hello: bytes) -> bytes:
-        """Send a first request with a new nonce; return a ``hello_ack`` made of its response.
+        """Send a first request with a new nonce; return a ``hello_ack`` made from the response.
 
         Some fields of ``hello`` are sent as request headers, because long-poll has no ``hello``.
         """
@@ -311,7 +311,7 @@ class LongPollTransport:
     def drain(self) -> None:
         """Stop polling after the current poll; wait until its commands have been received.
 
-        An abort of the poll would lose a command in its response.
+        The poll is not aborted, because commands in its response would be lost.
         """
         if self._poller is not None:
             self._poller.drain()
@@ -401,7 +401,7 @@ def _error_for(response: Response, *, first_upload: bool = False) -> AgentError:
     reason = _reason(response)
     if response.status == HTTPStatus.CONFLICT and first_upload:
         # With status 409 the brain rejects a nonce or a signature.
-        # The brain has accepted the nonce in the first request.
+        # The brain has accepted the nonce in the first request, so it rejects the signature.
         text = (
             "check Z4J_HMAC_SECRET and this host's clock (the brain allows 60 s): "
             f"the brain rejected a signature ({reason})"

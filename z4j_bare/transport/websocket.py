@@ -97,13 +97,13 @@ class WebSocketTransport:
             self.send(lambda: hello)
         except NetworkError:
             # A brain that rejects the token closes the connection at once.
-            # The read raises the error for the close code.
+            # Reading the close frame raises the error for the close code.
             self.receive(CONNECT_TIMEOUT)
             raise
         deadline = self._backend.now() + HELLO_TIMEOUT
         while (remaining := deadline - self._backend.now()) > 0:
             answer = self.receive(remaining)
-            if answer is not None:  # ``None`` for a ping, too
+            if answer is not None:  # ``receive`` also returns ``None`` after a ping
                 return answer
         raise UnavailableError(
             f"the brain accepted WebSocket but sent no hello_ack within {HELLO_TIMEOUT:.0f} s: it "
@@ -143,8 +143,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # An error while the library answers a close frame would hide the close code.
-        # ``abort`` answers instead.
+        # If the library failed to answer a close frame, its error would hide the close code.
+        # ``abort`` sends the answer instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
@@ -193,7 +193,7 @@ class WebSocketTransport:
     def abort(self) -> None:
         """Abort the connection. Any task may call this.
 
-        ``WebSocket.close`` would hang while another task waits for data.
+        ``WebSocket.close`` is not used, because it would hang while another task waits for data.
 
         Sends a close frame if no frame is being written and the socket has space. A forked child
         does not touch the connection, which belongs to its parent.
@@ -270,7 +270,7 @@ def masked(key: bytes, data: bytes) -> list[bytes]:
     width = min(MASK_CHUNK, 4 * (len(data) // 4 + 1))
     mask = int.from_bytes(key * (width // 4), "little")
     chunks = (data[start : start + width] for start in range(0, len(data), width))
-    # The last chunk may be shorter than the mask, so its result is cut to its length.
+    # The masked bytes are cut, because the last chunk may be shorter than the mask.
     return [
         (int.from_bytes(chunk, "little") ^ mask).to_bytes(width, "little")[: len(chunk)]
         for chunk in chunks
@@ -340,6 +340,6 @@ def _bounded(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """Return the seconds in ``Retry-After``; ``None`` if it is absent or a date."""
+    """Return the seconds in ``Retry-After``; ``None`` if the header is absent or a date."""
     text = (headers or {}).get("retry-after", "")
     return float(text) if text.isdecimal() else None
