@@ -47,8 +47,8 @@ BUSY_TIMEOUT = 5.0
 #: Mode bits that allow other users to access the file, which contains arguments of tasks.
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
-#: Guards every access to the file by an unpatched lock. The lock is reentrant, because ``validate``
-#: may call ``resolve``.
+#: Guards every access to the file. The lock is unpatched, because no greenlet may run while the
+#: fork hook waits. It is reentrant, because ``validate`` may call ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
 _TABLES = (
@@ -64,10 +64,10 @@ _READ = "SELECT CAST(key AS BLOB), CAST(body AS BLOB) FROM overrides ORDER BY ro
 class NativeScheduleControl:
     """Stores the changes of one scheduler's schedules in an SQLite file.
 
-    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The file stores an
-    operator's changes in the dashboard. They are merged into the schedules of the code each time
-    the scheduler reads the schedules. Only fields that differ from the code are stored, so every
-    other field follows the code. The file has the format of z4j 1.13.
+    Pass ``control=NativeScheduleControl(path)`` to the scheduler adapter. The file stores the
+    changes that an operator makes in the dashboard. The changes are merged into the schedules of
+    the code each time the scheduler reads the schedules. Only fields that differ from the code are
+    stored, so every other field follows the code. The file has the format of z4j 1.13.
 
     A row that cannot be read is logged once and ignored.
 
@@ -263,7 +263,7 @@ class _StoredSchedules:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error on one line, without arguments of tasks (pydantic's text has them)."""
+    """Return an error on one line, without the arguments of tasks that pydantic's text contains."""
     if not hasattr(error, "errors"):
         return " ".join(str(error).split())
     problems = error.errors(include_url=False, include_input=False)
@@ -273,7 +273,8 @@ def _describe(error: Exception) -> str:
 def _try_migrate(connection: sqlite3.Connection, baseline: list[Schedule], owner: str) -> None:
     """Rewrite the rows of earlier releases, unless the file is locked or read-only.
 
-    ``resolve`` may run inside ``validate`` of ``mutate``, whose transaction holds the lock.
+    The file is locked if ``resolve`` runs inside ``validate``, because the transaction of
+    ``mutate`` is still open then.
     """
     connection.execute("PRAGMA busy_timeout = 0")
     with suppress(sqlite3.OperationalError):

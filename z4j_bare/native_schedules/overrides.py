@@ -82,7 +82,7 @@ class Override:
 
 
 def key_of(schedule: Schedule) -> str:
-    """Return the key of a schedule, which the brain uses as well."""
+    """Return the key of a schedule. The brain uses the same key."""
     return schedule.external_id or schedule.name
 
 
@@ -125,8 +125,8 @@ def changes(base: Mapping[str, Any], changed: Mapping[str, Any]) -> Fields:
 def _decode_whole(row: Fields, key: str, base: Schedule | None, owner: str) -> Override:
     """Return the override in a row that contains the whole schedule.
 
-    The schedule that the operator saw is not known. A field counts as changed if it differs from
-    the current code.
+    The row does not contain the schedule that the operator saw. Therefore a field counts as changed
+    if it differs from the current code.
     """
     if base is not None:
         return Override(patch=changes(base.model_dump(mode="json"), row), migrate=True)

@@ -18,7 +18,7 @@ ScheduleAction = Callable[[Command, "ScheduleManager", float], CommandOutcome]
 
 
 def fire(command: Command, host: EngineHost, seconds: float) -> Any:
-    """Enqueue the task of a schedule that z4j's own scheduler has found due."""
+    """Enqueue the task of a schedule that is due according to z4j's own scheduler."""
     args, kwargs = command.arguments("args", "kwargs")
     queue = command.option("queue", str, "text") or None
     name = command.required("task_name")

@@ -27,7 +27,7 @@ logger = logging.getLogger("z4j.runtime.schedules.manager")
 DEBOUNCE = 0.5
 
 #: Maximum seconds between two checks for changes. The loop checks without a wake-up, because a
-#: signal from a thread of the host may fail to wake it.
+#: signal from a thread of the host may fail to wake the loop.
 IDLE_INTERVAL = 30.0
 
 

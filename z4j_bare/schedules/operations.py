@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 #: The operations of ``schedule.external.mutate``.
 OPERATIONS = ("create", "update", "delete", "trigger")
 
-#: Fields that the scheduler updates at each run. A confirmation has their values of the command.
+#: Fields that the scheduler updates at each run.
+#: In a confirmation, these fields have the values from the command.
 _RUN_FIELDS = ("last_run_at", "total_runs")
 
 

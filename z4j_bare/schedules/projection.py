@@ -147,7 +147,7 @@ def make_row(schedule: Schedule, owner: str, redactor: Redactor) -> Row:
 
 
 def public_key(name: str, redactor: Redactor) -> str:
-    """Return ``name``, or a digest of ``name`` if redaction would change it."""
+    """Return ``name``, or a digest of ``name`` if redaction would change the name."""
     return (
         name
         if redactor.scrub(name) == name

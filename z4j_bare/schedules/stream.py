@@ -34,7 +34,7 @@ class Stream:
 
     In each epoch the brain expects consecutive sequence numbers from 1, and a complete snapshot as
     the first projection. The brain grants a new epoch in every session, so the sequence number is
-    kept in memory only. The brain acknowledges projections of an older epoch, and ignores them
+    kept in memory only. The brain acknowledges but ignores projections of an older epoch
     (``docs/protocol.md``, "Schedules").
 
     :param on_stored: called after rows were stored, to wake the sender.
