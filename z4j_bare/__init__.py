@@ -38,7 +38,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # SQLite and the package metadata take time to load, and few importers need them.
+    # Loaded on access, because SQLite and the package metadata take time and few importers need
+    # them.
     if name == "__version__":
         from importlib.metadata import version
 

@@ -132,7 +132,7 @@ class ScheduleReconciler:
         ]
         body = {"schedules": schedules, "mode": "replace_for_source", "source_filter": source}
         response = self._post("diff" if dry_run else "import", body)
-        # A redirect is an error, because to follow it would forward the API key.
+        # A redirect is an error, because following a redirect would forward the API key.
         if response.status_code != 200:  # noqa: PLR2004
             logger.error(
                 "z4j: the brain rejected the declared schedules with HTTP %d: %s",

@@ -84,7 +84,7 @@ class SessionLimitError(NetworkError):
 
 
 class TurnedAwayError(SessionLimitError):
-    """The brain ended the session at its start, because its token has too many sessions.
+    """The brain ended the session at its start, because the agent's token has too many sessions.
 
     Close code 4429 after ``hello_ack``.
     """
@@ -143,6 +143,7 @@ class InterpreterShutdownError(AgentError, RuntimeError):
 class ForkedChildError(BaseException):
     """Raised in a forked child, to end the copy of a task of the agent.
 
-    ``os.fork`` copies greenlets into the child (gevent #316, which will not be changed). The class
-    is not a subclass of ``Exception``, so that no ``except Exception`` continues a copied loop.
+    ``os.fork`` copies greenlets into the child, and gevent will not change this (gevent #316). The
+    class is not a subclass of ``Exception``, so that no ``except Exception`` continues a copied
+    loop.
     """

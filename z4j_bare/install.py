@@ -98,7 +98,7 @@ def install_agent(
     :param hmac_secret_file: a file with the HMAC key, which is read at each connect.
     :raises ConfigError: a setting is missing or wrong; usually the subclass
         ``HostConfigurationError``.
-    :raises RuntimeError: a variable of a path that z4j no longer reads is set.
+    :raises RuntimeError: an environment variable is set for a path that z4j no longer reads.
     """
     reject_deprecated_path_env()
     _worker_start.connect()
@@ -155,8 +155,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # z4j_core's Config rejects "longpoll" without an agent id.
-        # The brain sends the agent id only at connect.
+        # z4j_core's Config gets "auto", because it rejects "longpoll" without an agent id, and the
+        # brain sends the agent id only at connect.
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -279,7 +279,7 @@ def _adapter(framework: object, config: Config) -> object:
 def _inert_runtime(
     settings: Settings, engines: list[Any], schedulers: list[Any] | None, framework: object
 ) -> AgentRuntime:
-    """Return a runtime with a placeholder configuration, which starts no agent."""
+    """Return a runtime that starts no agent and has a placeholder configuration."""
     placeholder = {"brain_url": "http://localhost", "token": "disabled", "project_id": "disabled"}
     config = Config.model_validate(placeholder, strict=False)
     runtime = AgentRuntime(

@@ -65,8 +65,8 @@ class IEvent(Interface):
     def wait(timeout: float | None = None) -> bool:
         """Wait for the flag and return ``True``, or ``False`` after ``timeout`` seconds.
 
-        Tasks of the agent call ``IConcurrency.wait`` instead, which checks for forks and ends the
-        step.
+        Tasks of the agent call ``IConcurrency.wait`` instead, because that method checks for forks
+        and ends the step.
         """
 
 
@@ -129,7 +129,7 @@ class IConcurrency(Interface):
 
         Returns ``(True, result)`` or ``(False, exception)``. Only one call runs at a time. The
         function must neither log nor use a patched lock or socket. A patched lock that a native
-        thread holds deadlocks the hub (ddtrace #19538).
+        thread holds would deadlock the hub (ddtrace #19538).
         """
 
     def wait_readable(sock: HasFileno, timeout: float) -> bool:
@@ -258,7 +258,7 @@ class IStore(Interface):
         """
 
     def settle(key: str, result: bytes, now: float, state: str = "done") -> None:
-        """Record command ``key`` as done, and keep its result for a second delivery.
+        """Record command ``key`` as done, and keep its result in case the command is redelivered.
 
         :param state: ``failed`` if a later claim may start the effect again.
         """
@@ -289,7 +289,7 @@ class IOpenRuns(Interface):
         """Prepare to keep runs, without I/O."""
 
     def describe(engine: str, data: Mapping[str, object]) -> int:
-        """Store fields that the events of several runs share; return the description's number."""
+        """Store fields equal in all events of some runs; return the number of the description."""
 
     def start(description: int, task_id: str, at: float, flags: int) -> int:
         """Keep a run that starts at ``at``; return the run's slot, or 0 if it cannot be kept.
@@ -298,13 +298,13 @@ class IOpenRuns(Interface):
         """
 
     def end(slot: int, outcome: int, at: float, note: str = "") -> None:
-        """Keep a run's end until the event that reports it, which must be in the ring, is stored.
+        """Keep a run's end until the event that reports the end is stored.
 
-        ``note`` is the class of a failed run's exception.
+        This event must already be in the ring. ``note`` is the class of a failed run's exception.
         """
 
     def stored(number: int, at: float) -> None:
-        """Drop the ends up to event ``number`` of the ring, which were stored at ``at``."""
+        """Drop the ends that were reported up to event ``number``; their flush began at ``at``."""
 
     def close() -> None:
         """Delete the kept runs if no run is open and every end is stored."""
@@ -352,7 +352,7 @@ class ITransport(Interface):
         """
 
     def close() -> None:
-        """Close the connection, after a close frame if it can be sent without waiting.
+        """Send a close frame if that is possible without waiting, and close the connection.
 
         Only the owner of the connection may call this. Idempotent.
         """

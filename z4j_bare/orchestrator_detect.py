@@ -1,4 +1,4 @@
-"""Detects whether this process is started again when it exits, as a restart command requires."""
+"""Detects whether this process would be restarted after an exit, as restart commands require."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CGROUPS = {
 }
 
 #: Maps a substring of the mount table to the name of the container engine.
-#: Needed for cgroup v2, under which a container sees its cgroup as ``/``.
+#: The mount table is needed for cgroup v2, because the cgroup path in a container is ``/`` there.
 _MOUNTS = {
     "/kubelet/pods/": "kubernetes",
     "/docker/containers/": "docker",
@@ -117,8 +117,8 @@ class _ProcessContext:
         if "KUBERNETES_SERVICE_HOST" in self._env:
             engine = "kubernetes"
         parent = self._parent()
-        # In a pod with a shared pid namespace, a container's first process has the parent pid 0.
-        # The parent is outside the namespace.
+        # In a pod with a shared pid namespace, a container's first process has the parent pid 0,
+        # because the parent is outside the namespace.
         first = self.pid == 1 or (parent == 0 and engine == "kubernetes")
         if first or (parent == 1 and self._read("proc/1/comm").strip() in _INITS):
             return f"{engine}, pid {self.pid}"
@@ -145,7 +145,7 @@ class _ProcessContext:
         return f"supervisord, {self._env.get('SUPERVISOR_PROCESS_NAME', 'unnamed')}"
 
     def parent_program(self, container: str | None) -> str | None:
-        """Return the parent if it restarts this process, or exits with it and is restarted."""
+        """Return the parent if it replaces this process, or exits too and is itself restarted."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
         if programs := sorted(names & _RESTARTING_PARENTS):
@@ -178,7 +178,7 @@ class _ProcessContext:
 
     def _parent(self) -> int:
         """Return the parent's pid, or -1 if it is unknown."""
-        # The second field, the process name, may contain brackets and spaces.
+        # Split after the last bracket, because the process name in brackets may contain brackets.
         fields = self._read(f"proc/{self.pid}/stat").rpartition(")")[2].split()
         return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else -1
 

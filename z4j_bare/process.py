@@ -71,8 +71,8 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
     The name is needed only for engines whose events name no worker.
     """
-    # taskiq removes its name from ``sys.argv``.
-    # A multiprocessing child has the program's name only in ``sys.argv``.
+    # Both are searched, because taskiq removes its name from ``sys.argv``, and a multiprocessing
+    # child has the program's name only in ``sys.argv``.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None
@@ -82,9 +82,9 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 def track_worker_ready() -> None:
     """Record when ``worker_ready`` is sent. Celery must be imported.
 
-    Celery sends ``worker_ready`` once. An agent that is installed during that signal (as by
-    z4j_celery) or later must start immediately, and has to know that the signal was sent. Therefore
-    this function runs when z4j_bare is imported.
+    Celery sends ``worker_ready`` once. An agent that is installed during that signal (as z4j_celery
+    does) or later must start immediately, so it must know that the signal was sent. Therefore this
+    function runs when z4j_bare is imported.
     """
     from celery import signals
 

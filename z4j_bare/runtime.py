@@ -37,8 +37,8 @@ class RuntimeState(StrEnum):
 class AgentRuntime:
     """The agent of one process. The constructor does no I/O and starts nothing.
 
-    :param engines: queue engine adapters. The attribute ``engines`` maps their names to them.
-    :param schedulers: scheduler adapters. The attribute ``schedulers`` maps their names to them.
+    :param engines: queue engine adapters. The attribute ``engines`` contains them by name.
+    :param schedulers: scheduler adapters. The attribute ``schedulers`` contains them by name.
     :param settings: settings that ``Config`` does not have; by default read from ``Z4J_*`` at
         start.
     """

@@ -24,7 +24,7 @@ STOP_TIMEOUT = 2.0
 #: A shorter time would report each write of an editor that saves a file.
 MIN_DEBOUNCE = 0.05
 
-#: Names of directories without task modules of the application, which are not scanned.
+#: Names of directories that are not scanned, because they contain no modules of the application.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 #: Size in bytes and modification time in nanoseconds of each file, by path.
