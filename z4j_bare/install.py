@@ -23,6 +23,7 @@ from z4j_bare.engines.celery.worker_start import (
 )
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.framework import BareFrameworkAdapter
+from z4j_bare.home import settle_home, settle_home_of_user
 from z4j_bare.process import is_celery_worker, is_inspection_command, ready_worker
 from z4j_bare.runtime import AgentRuntime
 from z4j_bare.safety import safe_call
@@ -152,6 +153,7 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     :param keywords: fields of ``Config``; ``None`` means that a keyword was not given.
     :raises HostConfigurationError: a value is missing or wrong; the message names its variable.
     """
+    settle_home()  # z4j_core raises RuntimeError if the user has no home directory
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
@@ -297,3 +299,4 @@ def _inert_runtime(
 #: Celery or z4j_celery is imported before.
 _worker_start = WorkerStart(_start, _install_for_worker)
 _worker_start.connect()
+settle_home_of_user()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare import home
 from z4j_bare.concurrency import build, choose, detect
 from z4j_bare.process import is_importing_application
 from z4j_bare.safety import safe_call
@@ -196,6 +197,19 @@ class AgentRuntime:
         )
         self.start()
 
+    def _settle_home(self) -> None:
+        """Move the buffer and log a warning if the state directory is unusable for this user.
+
+        An adapter may have built the configuration before the directory was checked, and Celery may
+        have changed the user since.
+        """
+        home.settle_home()
+        path = home.move_from_replaced(Path(self.config.buffer_path))
+        self.config = self.config.model_copy(update={"buffer_path": path})
+        notice = home.take_notice()
+        if notice:
+            logger.warning("z4j: %s", notice)
+
     def _build(self) -> Agent | None:
         settings = self._settings or load_settings()
         if settings.disabled or settings.testing:
@@ -207,6 +221,7 @@ class AgentRuntime:
             return None
         from z4j_bare.agent import Agent
 
+        self._settle_home()
         backend = build(choose(settings.concurrency, detect()))
         return Agent(
             self.config,

@@ -63,7 +63,10 @@ def _number(name: str, text: str, kind: Callable[[str], N]) -> N:
 
 
 def _existing_file(name: str, text: str) -> Path:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise HostConfigurationError(f"{name}={text!r}: {error} Use an absolute path") from None
     if not path.is_file():
         raise HostConfigurationError(f"{name}={text!r}: no such file")
     return path

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
+from z4j_bare.home import HINT, is_private, private_directory, temporary_directories
 
 #: Prefix of a store's file name.
 #: It differs from ``buffer-``, the asyncio agent's prefix, because that agent has another schema.
@@ -21,9 +22,6 @@ PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
 #: Separates the original name of a renamed corrupt file from the time of the renaming.
 CORRUPT_MARK = ".corrupt-"
-
-_HINT = "set Z4J_HOME to a private directory of that user"
-_FOREIGN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 #: Owner locks by the real path of the lock file.
 #: A forked child keeps its parent's entries, so that the child cannot open the parent's store.
@@ -40,68 +38,9 @@ def new_store_path(buffer_path: str | os.PathLike[str]) -> Path:
     return directory / f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}{SUFFIX}"
 
 
-def private_directory(directory: Path) -> Path:
-    """Create ``directory`` if it is missing, and return it.
-
-    Raises ``LocalStorageError`` if ``directory`` cannot be created, is not a directory, is a
-    symbolic link, belongs to another user or is writable by others.
-    """
-    try:
-        _create_directory(directory)
-        status = directory.lstat()
-    except OSError as error:
-        raise LocalStorageError(
-            f"cannot create the buffer directory {directory} as uid {os.geteuid()}: "
-            f"{error.strerror}; {_HINT}"
-        ) from error
-    problem = _problem(status)
-    if problem:
-        raise LocalStorageError(
-            f"the buffer directory {directory} {problem}; "
-            f"this process runs as uid {os.geteuid()}: {_HINT}"
-        )
-    return directory
-
-
-def _create_directory(directory: Path) -> None:
-    """Create ``directory`` and its missing parents with mode 0700.
-
-    ``mkdir(parents=True)`` would ignore ``mode`` for the parents.
-    """
-    if os.path.lexists(directory):
-        return
-    _create_directory(directory.parent)
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:  # another process has created it
-        pass
-
-
-def _problem(status: os.stat_result) -> str:
-    if stat.S_ISLNK(status.st_mode):
-        return "is a symbolic link"
-    if not stat.S_ISDIR(status.st_mode):
-        return "is not a directory"
-    if status.st_uid != os.geteuid():
-        return f"belongs to uid {status.st_uid}"
-    if status.st_mode & _FOREIGN_WRITE:
-        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
-    return ""
-
-
 def candidate_directories(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return the possible directories of this user's stores, the configured directory first."""
-    name = f"z4j-{os.geteuid()}"
-    temporary = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
-    return [absolute(buffer_path).parent, *(absolute(base) / name for base in temporary)]
-
-
-def is_private(directory: Path) -> bool:
-    """Whether ``directory`` exists and is private."""
-    try:
-        return not _problem(directory.lstat())
-    except OSError:
-        return False
+    return [absolute(buffer_path).parent, *temporary_directories()]
 
 
 def list_stores(directory: Path) -> list[Path]:
@@ -196,7 +135,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no home directory, no working directory
         raise LocalStorageError(
-            f"cannot resolve the buffer path {path}: {error}; {_HINT}"
+            f"cannot resolve the buffer path {path}: {error}; {HINT}"
         ) from error
 
 

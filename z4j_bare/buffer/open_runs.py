@@ -34,6 +34,7 @@ from zope.interface import implementer
 from z4j_bare.buffer import files
 from z4j_bare.buffer.files import OwnerLock
 from z4j_bare.errors import LocalStorageError
+from z4j_bare.home import is_private
 from z4j_bare.interfaces import (
     RUN_FAILED,
     RUN_OPEN,
@@ -439,7 +440,7 @@ def orphaned_runs(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """
     found = []
     for directory in files.candidate_directories(buffer_path):
-        if files.is_private(directory):
+        if is_private(directory):
             with suppress(OSError):
                 found += [
                     path

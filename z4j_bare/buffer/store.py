@@ -38,6 +38,7 @@ from z4j_bare.buffer.rows import (
 )
 from z4j_bare.buffer.schema import connect, migrate, transaction
 from z4j_bare.errors import LocalStorageError
+from z4j_bare.home import private_directory
 from z4j_bare.interfaces import IStore
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class BufferStore:
         self._clock = clock
         self._pid = os.getpid()
         self._closed = False
-        files.private_directory(self.path.parent)
+        private_directory(self.path.parent)
         self._lock = OwnerLock(files.lock_path(self.path))
         created = False
         try:

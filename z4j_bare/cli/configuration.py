@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from z4j_core.models import Config
-from z4j_core.paths import ensure_z4j_home, reject_deprecated_path_env, z4j_home
+from z4j_core.paths import reject_deprecated_path_env
 
 from z4j_bare.errors import HostConfigurationError
+from z4j_bare.home import ensure_home, settle_home
 from z4j_bare.settings import Settings, load_settings
 
 #: Settings that only the command line reads.
@@ -143,7 +144,7 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
 
 def home() -> Path:
     """Return the state directory."""
-    return z4j_home()
+    return settle_home(create=False)
 
 
 def open_home(arguments: argparse.Namespace) -> None:
@@ -153,11 +154,11 @@ def open_home(arguments: argparse.Namespace) -> None:
     """
     apply(arguments)
     try:
-        with os.scandir(ensure_z4j_home()):
+        with os.scandir(ensure_home(create=False)):
             pass
     except OSError as error:
         raise HostConfigurationError(
-            f"cannot use Z4J_HOME={z4j_home()} as uid {os.geteuid()} ({error.strerror}): "
+            f"cannot use Z4J_HOME={home()} as uid {os.geteuid()} ({error.strerror}): "
             "set Z4J_HOME to the directory of the agents and run this command as their user"
         ) from None
 

@@ -22,6 +22,7 @@ from z4j_bare.buffer.store import BufferStore
 from z4j_bare.concurrency import choose, detect
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
 from z4j_bare.errors import HostConfigurationError, LocalStorageError
+from z4j_bare.home import replacement
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
 #: Start of the local version label, which every release of this package has in its version.
@@ -130,6 +131,10 @@ def probe_buffer_path(buffer_path: str | os.PathLike[str]) -> ProbeResult:
         return _unusable_directory(directory, error)
     free = shutil.disk_usage(directory).free
     details = {"path": str(directory), "free_bytes": free}
+    replaced = replacement()
+    if replaced is not None and directory == replaced.directory:
+        problem = replaced.notice.partition(". ")[0]
+        return warned("buffer_path", problem, _fix_home(), **details)
     if free < MIN_FREE_BYTES:
         fix = "free disk space, or lower Z4J_BUFFER_MAX_BYTES"
         cause = f"only {free >> 20} MiB are free in {directory}"
@@ -146,11 +151,14 @@ def _unusable_directory(directory: Path, error: LocalStorageError) -> ProbeResul
         "fallback": str(fallback or ""),
         "fallback_writable": bool(fallback),
     }
-    fix = (
+    return failed("buffer_path", str(error), _fix_home(), **details)
+
+
+def _fix_home() -> str:
+    return (
         "set Z4J_HOME to a directory on a local file system "
         f"that only uid {os.geteuid()} can read and write"
     )
-    return failed("buffer_path", str(error), fix, **details)
 
 
 def _is_usable(directory: Path) -> bool:

@@ -18,8 +18,6 @@ from sys import exc_info
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.paths import ensure_z4j_home
-
 from z4j_bare.concurrency import fork
 from z4j_bare.control import is_alive
 from z4j_bare.engines.celery.channel import ABSENT, UNDECIDED, Channel, NamedChannel
@@ -30,6 +28,7 @@ from z4j_bare.engines.celery.task_state import RunKey, TaskState, TaskTypes
 from z4j_bare.engines.celery.worker_start import CHANNEL_VARIABLE
 from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
+from z4j_bare.home import ensure_home
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -247,7 +246,7 @@ class Prefork:
         signals.worker_process_init.connect(start_child, weak=False)
 
     def _named(self) -> Channel:
-        home = ensure_z4j_home()
+        home = ensure_home()
         for left in home.glob(f"{_PREFIX}*"):
             if not is_alive(int(left.name.removeprefix(_PREFIX))):
                 shutil.rmtree(left, ignore_errors=True)
