@@ -60,8 +60,7 @@ class Agent:
         settings: Settings,
         backend: BaseConcurrency,
     ) -> None:
-        key = partial(read_key, config, settings)
-        counters = Counters()
+        key, counters = partial(read_key, config, settings), Counters()
         preference = settings.transport if settings.transport != "auto" else config.transport
         token = partial(read_token, config, settings)
         self.backend = backend
@@ -115,8 +114,10 @@ class Agent:
             sender, submit, metrics, identity, transports, config, settings, backend, counters
         )
         self.supervisor = Supervisor(
-            self.transports.create, identity.hello, key, self._session_loops.run, backend, counters
+            transports.create, identity.hello, key, self._session_loops.run, backend, counters
         )
+        self.supervisor.clock.ask = transports.clock_offset
+        health.on_change = self.supervisor.beat
         self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, buffer)
         hints = getattr(framework, "discovery_hints", None)
         dev = config.dev_mode or settings.dev_mode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from z4j_bare.diagnostics.result import ProbeResult, failed, passed, skipped, warned
@@ -21,6 +20,7 @@ from z4j_bare.settings import read_key, read_token
 from z4j_bare.transport.auto import LONGPOLL, WS, TransportFactory
 from z4j_bare.transport.error_text import printable
 from z4j_bare.wire import close_codes, frames
+from z4j_bare.wire.clock import describe_offset, offset_from_date
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
@@ -121,15 +121,11 @@ class BrainProbe:
 
     def clock(self) -> ProbeResult:
         """Compare this host's clock with the brain's clock. Call :meth:`health` first."""
-        try:
-            brain_time = parsedate_to_datetime(self._brain_date or "").timestamp()
-        except (ValueError, TypeError):
+        skew = self._skew = offset_from_date(self._brain_date, self._brain_date_at)
+        if skew is None:
             return skipped("clock", "the brain's answer has no Date header")
-        skew = brain_time + 0.5 - self._brain_date_at  # the header omits the fraction
-        self._skew = skew
-        direction = "behind" if skew > 0 else "ahead of"
         details = {"skew_seconds": round(skew, 1)}
-        cause = f"this host's clock is {abs(skew):.0f} s {direction} the brain's"
+        cause = describe_offset(skew)
         if abs(skew) > close_codes.MAX_CLOCK_SKEW:
             cause += "; the brain rejects signatures from 60 s"
             fix = "run NTP (chrony, systemd-timesyncd) on both hosts"

@@ -14,15 +14,17 @@ from z4j_bare.errors import (
     AgentError,
     FrameTooLargeError,
     InterpreterShutdownError,
+    NetworkError,
     RemoteError,
     TurnedAwayError,
 )
 from z4j_bare.interfaces import IConnection, IEvent, ITransport
+from z4j_bare.pipeline.clock import ClockCheck
 from z4j_bare.pipeline.heartbeat import HeartbeatLoop
 from z4j_bare.pipeline.receive import ReceiveLoop
+from z4j_bare.pipeline.reconnect_log import ReconnectLog
 from z4j_bare.wire import close_codes
-from z4j_bare.wire.backoff import BACKOFF_POLICIES, Backoff, ReconnectBackoff, failure_class
-from z4j_bare.wire.close_codes import explain_signature_error
+from z4j_bare.wire.backoff import Backoff, ReconnectBackoff, failure_class
 from z4j_bare.wire.session import Session, parse_hello_ack
 
 if TYPE_CHECKING:
@@ -43,10 +45,6 @@ CLOCK_DRIFT = 1e-4
 
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
 SESSION_JOIN_TIMEOUT = 5.0
-
-#: Number of consecutive failures from one log line at INFO to the next. A failure is logged as a
-#: warning if it is the first, or if its class differs from the class of the previous failure.
-LOG_EVERY = 10
 
 #: Seconds until a failed loop is restarted. Each further failure doubles the delay.
 RESTART_DELAY = 1.0
@@ -74,22 +72,34 @@ class Connection:
         self.connected_at = backend.wall()
         #: Consecutive failures before this session, by class, until ``agent_status`` reports them.
         self.failures_before: dict[str, int] = {}
-        #: The brain's clock minus this host's clock, in seconds; ``None`` if it is unknown.
-        self.clock_offset = (
-            None
-            if self.hello_ack.server_time is None
-            else self.hello_ack.server_time - self.connected_at
-        )
+        #: Set with the first ack, and when the session ends.
+        self.accepted = backend.event()
+        #: Set when a heartbeat is due at once, and when the session ends.
+        self.beat = backend.event()
         #: Set when the session ends.
         self.closing = backend.event()
         #: Set when the store may contain rows to send, and when the session ends.
         self.wake = backend.event()
         self._backend = backend
+        self._connected_at = backend.now()
         self._timeslice = TimeSlice(backend)
         self._fastest = float("inf")
         self._received_at = backend.now()
         if self.hello_ack.server_time is not None:
             self.relative_delay(self.hello_ack.server_time)
+
+    @property
+    def clock_offset(self) -> float | None:
+        """The brain's clock minus this host's clock, in seconds.
+
+        ``None`` if ``hello_ack`` has no time. If this host's clock was set since ``hello_ack``, the
+        value has changed by as much. A change of the brain's clock is not known.
+        """
+        if self.hello_ack.server_time is None:
+            return None
+        backend = self._backend
+        elapsed = backend.now() - self._connected_at
+        return self.hello_ack.server_time + elapsed - backend.wall()
 
     def send(self, kind: str, identity: str, payload: bytes) -> int:
         """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
@@ -150,6 +160,8 @@ class Connection:
     def close(self) -> None:
         """End the session. The receive loop ends at once, and other loops at their next wake-up."""
         self.closing.set()
+        self.accepted.set()
+        self.beat.set()
         self.wake.set()
         self.transport.abort()
 
@@ -315,6 +327,7 @@ class Supervisor:
         counters: Counters,
     ) -> None:
         self.backoff = ReconnectBackoff()
+        self.clock = ClockCheck(backend)
         #: The current session's connection, if there is a session.
         self.connection: Connection | None = None
         self._make_transport = transport
@@ -324,8 +337,7 @@ class Supervisor:
         self._backend = backend
         self._counters = counters
         self._reconnect_requested = backend.event()
-        self._failures = 0
-        self._failure_class = ""
+        self._log = ReconnectLog(backend)
         self._transport: ITransport | None = None
         self._attempted = False
         self._stopped = False
@@ -358,6 +370,11 @@ class Supervisor:
         if self.connection is not None:
             self.connection.close()
 
+    def beat(self) -> None:
+        """Send a heartbeat at once, if there is a session. Never waits."""
+        if self.connection is not None:
+            self.connection.beat.set()
+
     def stop(self) -> None:
         """End the session or the connection attempt. The caller has set ``stop_event`` before."""
         self._stopped = True
@@ -383,45 +400,30 @@ class Supervisor:
         self._on_connected(connection)
         try:
             self._serve(connection)
-        except RemoteError as error:
-            raise explain_signature_error(error, connection.clock_offset) from None
+        except (RemoteError, NetworkError) as error:
+            raise self.clock.explain(error, connection, ask=not self._stopped) from None
         finally:
-            lasted = self._backend.now() - began
-            self.backoff.on_session_end(lasted)
-            if lasted >= BACKOFF_POLICIES["connection"].reset_after:
-                self._failures = 0
+            connection.close()
+            self.backoff.on_session_end(self._backend.now() - began)
 
     def _on_connected(self, connection: Connection) -> None:
         self._reconnect_requested.clear()
         self._counters.sessions += 1
         self._counters.transport = connection.transport.name
         self._counters.last_error = ""
-        failures = connection.failures_before = self.backoff.on_connected()
-        if not self._failures:
-            logger.info(
-                "z4j: connected over %s, session %s",
-                connection.transport.name,
-                connection.hello_ack.session_id,
-            )
-        else:
-            # If every session fails at its start, one line at INFO per session would flood the log.
-            flapping = sum(failures.values()) <= 1 and self._failures != 1
-            level = logging.DEBUG if flapping else logging.INFO
-            logger.log(level, "z4j: connected again after %d failed attempts", self._failures)
+        connection.failures_before = self.backoff.on_connected()
+        self._log.on_connected(connection.transport.name, connection.hello_ack.session_id)
+        if self._log.failures:
+            self._backend.spawn(self._log.watch, connection, name="z4j-reconnect-log")
 
     def _on_failure(self, error: AgentError, stop_event: IEvent) -> None:
         if stop_event.is_set():
             return
         self._counters.last_error = str(error)
         self._counters.turned_away = isinstance(error, TurnedAwayError)
-        delay, kind = self.backoff.next(error), failure_class(error)
-        level = logging.DEBUG if self._failures % LOG_EVERY else logging.INFO
-        if self._failures == 0 or kind != self._failure_class:
-            level = logging.WARNING
-        self._failures += 1
-        self._failure_class = kind
-        logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
-        self._backend.wait(self._reconnect_requested, delay)
+        delay = self.backoff.next(error)
+        self._log.on_failure(failure_class(error), error, delay)
+        self.clock.wait(self._reconnect_requested, delay)
         self._reconnect_requested.clear()
 
 

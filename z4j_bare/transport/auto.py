@@ -22,6 +22,7 @@ from z4j_bare.transport.websocket import WebSocketTransport
 from z4j_bare.transport.websocket import preload as preload_websocket
 from z4j_bare.wire import close_codes
 from z4j_bare.wire.backoff import Backoff
+from z4j_bare.wire.clock import offset_from_date
 
 if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
@@ -227,6 +228,18 @@ class TransportFactory:
             return self.health(HEALTH_TIMEOUT).status == HTTPStatus.OK
         except NetworkError:
             return False
+
+    def clock_offset(self) -> float | None:
+        """Ask the brain for its time; return the seconds by which its clock is ahead of this one.
+
+        Returns ``None`` without an answer.
+        """
+        began = self._backend.wall()
+        try:
+            response = self.health(HEALTH_TIMEOUT)
+        except NetworkError:
+            return None
+        return offset_from_date(response.headers.get("Date"), (began + self._backend.wall()) / 2)
 
     def health(self, timeout: float) -> Response:
         """Request the brain's health route and return the response.

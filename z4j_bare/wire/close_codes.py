@@ -12,6 +12,7 @@ from z4j_bare.errors import (
     SessionLimitError,
     TurnedAwayError,
 )
+from z4j_bare.wire.clock import describe_offset
 
 _CREDENTIALS_REJECTED = (
     "check Z4J_TOKEN (or Z4J_TOKEN_FILE): the brain does not know this token, or the token was "
@@ -109,23 +110,23 @@ def error_for_http_status(
     return kind(_with_reason(text, reason), code=status, retry_after=retry_after)
 
 
+def may_be_rejected_signature(error: AgentError) -> bool:
+    """Whether ``error``, which has ended an established session, may be a rejected signature."""
+    return getattr(error, "code", None) in _SIGNATURE_REJECTED
+
+
 def explain_signature_error(error: RemoteError, clock_offset: float | None) -> RemoteError:
     """Return an error that names the cause of a rejected signature: the clock or the key.
 
     ``error`` must have ended an established session. An error that does not report a rejected
     signature, or whose cause is unknown, is returned unchanged.
 
-    :param clock_offset: seconds by which the brain's clock was ahead of this host's clock at
-        ``hello_ack``, if known.
+    :param clock_offset: seconds by which the brain's clock is ahead of this host's, if known.
     """
-    if error.code not in _SIGNATURE_REJECTED:
+    if not may_be_rejected_signature(error):
         return error
     if clock_offset is not None and abs(clock_offset) > MAX_CLOCK_SKEW:
-        direction = "behind" if clock_offset > 0 else "ahead of"
-        text = (
-            f"this host's clock is {abs(clock_offset):.0f} s {direction} the brain's, "
-            "which allows 60 s: set this host's clock (NTP)"
-        )
+        text = f"{describe_offset(clock_offset)}, which allows 60 s: set this host's clock (NTP)"
     elif isinstance(error, AuthenticationRejectedError):
         difference = (
             "" if clock_offset is None else f"; the clocks differ by only {abs(clock_offset):.0f} s"

@@ -1,0 +1,88 @@
+"""Explains rejected signatures by the clock, and waits for a wrong clock to be set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from z4j_bare.errors import AgentError, AuthenticationRejectedError, NetworkError, RemoteError
+from z4j_bare.wire.close_codes import (
+    MAX_CLOCK_SKEW,
+    explain_signature_error,
+    may_be_rejected_signature,
+)
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.interfaces import IEvent
+    from z4j_bare.pipeline.session import Connection
+
+#: Seconds between two checks whether the host's clock was set.
+CHECK_INTERVAL = 10.0
+
+#: A change of the host's clock of at least this many seconds ends the wait for the next attempt.
+STEP = 5.0
+
+
+class ClockCheck:
+    """Compares the clocks after the brain has rejected a signature.
+
+    The difference at ``hello_ack`` is not enough, because either clock may be set during a session.
+    """
+
+    def __init__(self, backend: BaseConcurrency) -> None:
+        #: Asks the brain for its time, and returns the seconds by which its clock is ahead of this
+        #: host's; ``None`` without an answer.
+        self.ask: Callable[[], float | None] = _no_answer
+        self._backend = backend
+        self._wrong = False
+
+    def explain(
+        self, error: RemoteError | NetworkError, connection: Connection, *, ask: bool = True
+    ) -> AgentError:
+        """Return an error that names the clock or the key if ``error`` is a rejected signature.
+
+        If this host's clock was set during the session, its change since ``hello_ack`` explains the
+        error. Otherwise the brain is asked.
+
+        :param ask: whether the brain may be asked.
+        """
+        if not may_be_rejected_signature(error):
+            return error
+        offset = connection.clock_offset
+        if not _is_wrong(offset) and isinstance(error, RemoteError) and ask:
+            asked = self.ask()
+            offset = offset if asked is None else asked
+        self._wrong = _is_wrong(offset)
+        if isinstance(error, RemoteError):
+            return explain_signature_error(error, offset)
+        if not self._wrong:
+            return error
+        # Long-poll: the brain also answers with status 409 if it does not know the session.
+        rejected = AuthenticationRejectedError(str(error), code=error.code)
+        return explain_signature_error(rejected, offset)
+
+    def wait(self, event: IEvent, seconds: float) -> None:
+        """Wait for ``event``; if the clock is wrong, also until the clock is set.
+
+        Without this, the agent would stay offline for up to 10 minutes after the clock is right.
+        """
+        backend = self._backend
+        deadline, base = backend.now() + seconds, self._base()
+        while self._wrong and (left := deadline - backend.now()) > 0:
+            if backend.wait(event, min(left, CHECK_INTERVAL)) or abs(self._base() - base) >= STEP:
+                break
+        else:
+            backend.wait(event, max(0.0, deadline - backend.now()))
+        self._wrong = False
+
+    def _base(self) -> float:
+        return self._backend.wall() - self._backend.now()
+
+
+def _no_answer() -> None:
+    return None
+
+
+def _is_wrong(offset: float | None) -> bool:
+    return offset is not None and abs(offset) > MAX_CLOCK_SKEW

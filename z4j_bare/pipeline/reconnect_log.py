@@ -1,0 +1,101 @@
+"""Decides which failures and reconnects are logged, and at which level."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.pipeline.session import Connection
+
+logger = logging.getLogger("z4j.runtime.pipeline.session")
+
+#: Seconds after which a session without an ack counts as established.
+ESTABLISHED_AFTER = 30.0
+
+#: Number of consecutive failures from one log line at INFO to the next.
+LOG_EVERY = 10
+
+#: Minimum seconds between two lines about the same cause, since two causes may alternate. Also the
+#: minimum seconds between two warnings about failures of the same class.
+LOG_INTERVAL = 60.0
+
+#: Maximum number of causes whose last line is remembered.
+_MAX_CAUSES = 100
+
+_NEVER = float("-inf")
+
+#: Numbers, addresses and ids in an error's text, which may differ in each attempt.
+_VARIABLE_PART = re.compile(r"[0-9a-f]*\d[0-9a-f.]*")
+
+
+class ReconnectLog:
+    """Counts consecutive failures, and logs failures and reconnects.
+
+    A failure is logged as a warning if it is the first one, or if its class differs from that of
+    the previous failure. If only its text differs, apart from numbers, it is logged as a warning at
+    most once a minute, and else at INFO. Every tenth failure is also logged at INFO.
+
+    A session counts as established with the first ack, or after :data:`ESTABLISHED_AFTER` seconds.
+    "connected again" is logged at that time, because the brain accepts a session before it checks a
+    signature. If sessions end soon after their first ack, only the first is logged.
+    """
+
+    def __init__(self, backend: BaseConcurrency) -> None:
+        #: Number of failures since a session lasted :data:`ESTABLISHED_AFTER` seconds.
+        self.failures = 0
+        self._backend = backend
+        self._announced_at = 0
+        self._cause = ""
+        self._logged_at: dict[str, float] = {}
+        self._warned_at = _NEVER
+
+    def on_connected(self, transport: str, session_id: str) -> None:
+        """Log the start of a session."""
+        level = logging.DEBUG if self.failures else logging.INFO
+        logger.log(level, "z4j: connected over %s, session %s", transport, session_id)
+
+    def watch(self, connection: Connection) -> None:
+        """Log when a session is established. Returns at the session's end or after that."""
+        backend, began = self._backend, self._backend.now()
+        backend.wait(connection.accepted, ESTABLISHED_AFTER)
+        if not connection.closing.is_set() and not self._announced_at:
+            self._announce()
+        if not backend.wait(
+            connection.closing, max(0.0, began + ESTABLISHED_AFTER - backend.now())
+        ):
+            if self._announced_at != self.failures:
+                self._announce()
+            self.failures = self._announced_at = 0
+            self._logged_at.clear()
+
+    def _announce(self) -> None:
+        self._announced_at = self.failures
+        logger.info("z4j: connected again after %d failed attempts", self.failures)
+
+    def on_failure(self, kind: str, error: Exception, delay: float) -> None:
+        """Log a failed attempt or a session that has ended with an error.
+
+        :param kind: the failure class.
+        :param delay: seconds until the next attempt.
+        """
+        level = self._level(kind, f"{kind}: {_VARIABLE_PART.sub('#', str(error))}")
+        self.failures += 1
+        logger.log(level, "z4j: no session (%s): %s; next attempt in %.0f s", kind, error, delay)
+
+    def _level(self, kind: str, cause: str) -> int:
+        now, previous = self._backend.now(), self._cause
+        self._cause = cause
+        if len(self._logged_at) >= _MAX_CAUSES:
+            self._logged_at.clear()
+        is_first = self.failures in (0, self._announced_at)
+        is_news = cause != previous and now - self._logged_at.get(cause, _NEVER) >= LOG_INTERVAL
+        if not is_first and not is_news:
+            return logging.DEBUG if self.failures % LOG_EVERY else logging.INFO
+        self._logged_at[cause] = now
+        if is_first or kind != previous.partition(":")[0] or now - self._warned_at >= LOG_INTERVAL:
+            self._warned_at = now
+            return logging.WARNING
+        return logging.INFO
