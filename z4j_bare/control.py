@@ -20,9 +20,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from z4j_core.paths import ensure_z4j_home
-
 from z4j_bare.concurrency.fork import open_file
+from z4j_bare.home import ensure_home, settle_home
 
 if TYPE_CHECKING:
     from _socket import socket
@@ -36,6 +35,9 @@ REQUEST_TIMEOUT = 2.0
 
 #: Maximum bytes of a socket path, including the terminating NUL, that every kernel accepts.
 _MAX_PATH_BYTES = 104
+
+#: The name of the framework adapter of a process without a framework.
+_PLAIN_ADAPTER = "bare"
 
 _SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock")
 
@@ -88,7 +90,7 @@ def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
     :param adapter_id: the framework adapter whose sockets to list; default: all.
     """
     clients = []
-    for path in _runtime_dir().glob("agent-*.sock"):
+    for path in settle_home(create=False).glob("agent-*.sock"):
         match = _SOCKET_NAME.fullmatch(path.name)
         if match and adapter_id in (None, match["adapter"]):
             clients.append(ControlClient(match["adapter"], int(match["pid"]), path))
@@ -111,8 +113,9 @@ def query(
     """Send a request to every agent of this ``Z4J_HOME`` and return the answers.
 
     An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
-    Sockets of ended processes are removed.
+    Sockets and pid files of ended processes are removed.
     """
+    remove_stale_pidfiles()
     return [
         _query(client, verb, parameters, timeout)
         for client in list_clients()
@@ -132,7 +135,7 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
         return 2, message
     clients = [each for each in list_clients(_safe_name(adapter_id)) if not _remove_if_stale(each)]
     answers = [_query(client, RESTART) for client in clients]
-    _remove_stale_pidfiles(adapter_id)
+    remove_stale_pidfiles()
     accepted = ", ".join(str(answer["pid"]) for answer in answers if "error" not in answer)
     failed = ", ".join(
         f"{answer['pid']} ({answer['error']})" for answer in answers if "error" in answer
@@ -140,13 +143,13 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     if failed:
         return 1, f"no valid answer from process {failed}; reconnecting: {accepted or 'none'}"
     if not accepted:
-        return 1, f"no {adapter_id} agent runs with Z4J_HOME={_runtime_dir()}"
+        return 1, f"no {adapter_id} agent runs with Z4J_HOME={settle_home(create=False)}"
     return 0, f"process {accepted}: the agent closes its session and reconnects"
 
 
 def pidfile_path(adapter_id: str) -> Path:
     """Return the path of the pid file of the first agent of this adapter."""
-    return _runtime_dir() / f"agent-{_safe_name(adapter_id)}.pid"
+    return _runtime_dir() / _pidfile_name(adapter_id)
 
 
 def write_pidfile(adapter_id: str) -> Path:
@@ -169,6 +172,33 @@ def remove_pidfile(adapter_id: str) -> None:
     """Remove the pid files of this adapter that contain the pid of this process."""
     for path in _pidfiles(adapter_id):
         if _read_pid(path) == os.getpid():
+            path.unlink(missing_ok=True)
+
+
+def is_pidfile_safe(adapter_id: str) -> bool:
+    """Whether the pid file of this process does no harm to those who send SIGHUP to that pid.
+
+    ``restart`` of z4j-bare 1.13.0 sends SIGHUP, which ends a process that neither handles nor
+    ignores it. Therefore such a process has no pid file, unless a framework's own commands read
+    that file, as ``manage.py z4j_status`` does.
+    """
+    if adapter_id != _PLAIN_ADAPTER or not hasattr(signal, "SIGHUP"):
+        return True
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
+
+
+def remove_stale_pidfiles() -> None:
+    """Remove the pid files of all ended processes from ``Z4J_HOME``.
+
+    Another container that shares the directory has other pids. The file of such a process stays
+    while its control socket accepts connections.
+    """
+    ended = [path for path in settle_home(create=False).glob("agent-*.pid") if _is_free(path)]
+    if not ended:
+        return
+    reachable = {client.pid for client in list_clients() if not _remove_if_stale(client)}
+    for path in ended:
+        if _read_pid(path) not in reachable and _is_free(path):
             path.unlink(missing_ok=True)
 
 
@@ -301,14 +331,8 @@ def _remove_if_stale(client: ControlClient) -> bool:
         return False
 
 
-def _remove_stale_pidfiles(adapter_id: str) -> None:
-    for path in _pidfiles(adapter_id):
-        if _is_free(path):
-            path.unlink(missing_ok=True)
-
-
 def _pidfiles(adapter_id: str) -> list[Path]:
-    first = pidfile_path(adapter_id)
+    first = settle_home(create=False) / _pidfile_name(adapter_id)
     return [path for path in (first, *first.parent.glob(f"{first.stem}.*.pid")) if path.exists()]
 
 
@@ -343,6 +367,11 @@ def _safe_name(adapter_id: str) -> str:
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 
+def _pidfile_name(adapter_id: str) -> str:
+    return f"agent-{_safe_name(adapter_id)}.pid"
+
+
 def _runtime_dir() -> Path:
     """Return ``Z4J_HOME``, created if it is missing; z4j_django imports this function."""
-    return ensure_z4j_home()
+    # A command that only reads creates no replacement of a directory that it cannot use.
+    return ensure_home(create=False)

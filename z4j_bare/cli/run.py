@@ -14,13 +14,13 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
-from z4j_bare.buffer import files
 from z4j_bare.buffer.errors import BUSY, classify
 from z4j_bare.buffer.files import OwnerLock
 from z4j_bare.cli import adapters, configuration, logs
 from z4j_bare.cli.systemd import Notifier
 from z4j_bare.concurrency.detect import patch
 from z4j_bare.errors import HostConfigurationError, LocalStorageError
+from z4j_bare.home import private_directory
 from z4j_bare.install import install_agent
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     drain = _drain_seconds(arguments.drain)
     try:
         with _single_instance(enforce=not arguments.allow_second), _termination_signals() as caught:
+            # Without the handler, SIGHUP would end this process. The agent writes no pid file then.
+            control.install_sighup_handler(None)
             _serve(_install(arguments, file), caught, drain)
     except AlreadyRunningError as error:
         print(f"z4j-bare: {error}", file=sys.stderr)
@@ -170,7 +172,6 @@ def _termination_signals() -> Iterator[list[int]]:
 
 
 def _serve(runtime: AgentRuntime, caught: list[int], drain: float) -> None:
-    control.install_sighup_handler(runtime)
     notifier = Notifier()
     notifier.ready()
     while not caught:
@@ -265,7 +266,7 @@ def _single_instance(*, enforce: bool) -> Iterator[None]:
     lock = None
     try:
         if enforce and project:
-            directory = files.private_directory(configuration.home())
+            directory = private_directory(configuration.home())
             name = f"standalone-{sha256(project.encode()).hexdigest()[:12]}.lock"
             lock = OwnerLock(directory / name)
     except LocalStorageError as error:

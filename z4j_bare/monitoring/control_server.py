@@ -70,8 +70,8 @@ class ControlServer:
         """Serve until ``stop_event`` is set and :meth:`wake` is called."""
         ok, error = self._backend.offload(self._open)
         try:
-            if ok and self._listener is not None:
-                self._accept_loop(self._listener, stop_event)
+            if ok:
+                self._accept_loop(stop_event)
             else:
                 logger.info(
                     "z4j: `z4j-bare status` and `restart` cannot reach this agent,"
@@ -80,7 +80,10 @@ class ControlServer:
                 )
                 self._backend.wait(stop_event)
         finally:
-            # In a forked child ``offload`` raises, so the child does not remove the parent's files.
+            if self._listener is not None:
+                self._listener.close()
+            # In a forked child ``offload`` raises, so that the child does not remove the parent's
+            # files.
             self._backend.offload(_unlink, self._files)
 
     def wake(self) -> None:
@@ -89,26 +92,36 @@ class ControlServer:
             control.ControlClient(self._adapter, 0, self._files[-1]).send("")
 
     def _open(self) -> None:
-        self._files.append(control.write_pidfile(self._adapter))
+        control.remove_stale_pidfiles()
+        if control.is_pidfile_safe(self._adapter):
+            self._files.append(control.write_pidfile(self._adapter))
         if not hasattr(_socket, "AF_UNIX"):
             raise OSError("this platform has no Unix sockets")
         path = control.new_socket_path(self._adapter)
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        listener.setblocking(False)
-        with control.socket_address(path) as address:
-            listener.bind(address)
-        self._files.append(path)
-        path.chmod(0o600)
-        listener.listen(8)
+        try:
+            self._listen(listener, path)
+        except BaseException:
+            listener.close()
+            raise
         self._listener = listener
 
-    def _accept_loop(self, listener: _socket.socket, stop_event: IEvent) -> None:
-        try:
-            while not stop_event.is_set():
-                if self._backend.wait_readable(listener, STOP_POLL_INTERVAL):
-                    self._accept(listener)
-        finally:
-            listener.close()
+    def _listen(self, listener: _socket.socket, path: Path) -> None:
+        """Bind under another name, because clients remove a socket that does not listen."""
+        unfinished = path.with_suffix(".tmp")
+        self._files.append(unfinished)
+        listener.setblocking(False)
+        with control.socket_address(unfinished) as address:
+            listener.bind(address)
+        unfinished.chmod(0o600)
+        listener.listen(8)
+        unfinished.rename(path)
+        self._files[-1] = path
+
+    def _accept_loop(self, stop_event: IEvent) -> None:
+        while self._listener is not None and not stop_event.is_set():
+            if self._backend.wait_readable(self._listener, STOP_POLL_INTERVAL):
+                self._accept(self._listener)
 
     def _accept(self, listener: _socket.socket) -> None:
         try:
