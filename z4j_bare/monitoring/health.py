@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.health")
 
-#: Seconds from the end of one round of checks to the start of the next round.
+#: Seconds from the end of a check to its next run.
 INTERVAL = 20.0
 
-#: Seconds to wait for one check.
-#: A check that takes longer continues to occupy a worker of the bridge.
-CHECK_TIMEOUT = 5.0
+#: Seconds from the end of a check to its next run if the check is suspect.
+SUSPECT_INTERVAL = 4.0
+
+#: Seconds between two calls of ``suspect``, which reads only memory.
+WATCH_INTERVAL = 2.5
+
+#: Seconds to wait for one check. A check that takes longer continues to occupy a worker of the
+#: bridge. With this limit, a broker that does not answer is reported within 10 s.
+CHECK_TIMEOUT = 4.0
+
+#: Ends of the keys whose change is reported at once.
+_VERDICTS = (".broker_connected", ".broker_error", ".error")
 
 
 class HealthLoop:
@@ -38,26 +47,71 @@ class HealthLoop:
         backend: BaseConcurrency,
         consumer: Consumer | None,
     ) -> None:
+        #: Called when a check has another verdict than before.
+        self.on_change: Callable[[], object] = lambda: None
         self._backend = backend
-        self._results: dict[str, str] = {}
-        self._probes: list[Callable[[], Mapping[str, str]]] = []
+        self._checks: list[Check] = []
         for host in hosts.values():
             probes = host.description.make_probes(consumer)
-            if probes:
-                self._probes += [CachedProbe(bridge, probe.run, probe.on_error) for probe in probes]
-            else:
-                self._probes.append(partial(host.health, CHECK_TIMEOUT))
+            for probe in probes:
+                cached = CachedProbe(bridge, probe.run, probe.on_error)
+                self._checks.append(Check(cached, probe.suspect))
+            if not probes:
+                self._checks.append(Check(partial(host.health, CHECK_TIMEOUT)))
 
     def run(self, stop_event: IEvent) -> None:
-        """Run the checks every :data:`INTERVAL` seconds until ``stop_event`` is set."""
+        """Run the checks that are due until ``stop_event`` is set."""
         while not stop_event.is_set():
-            for probe in self._probes:
-                self._results.update(probe())
-            self._backend.wait(stop_event, INTERVAL)
+            before = self._verdicts()
+            for check in self._checks:
+                if check.due_in(self._backend.now()) <= 0:
+                    check.run(self._backend)
+            if before and self._verdicts() != before:
+                self.on_change()
+            now = self._backend.now()
+            self._backend.wait(stop_event, min((c.wait(now) for c in self._checks), default=None))
 
     def latest(self) -> dict[str, str]:
-        """Return the last result of each check."""
-        return dict(self._results)
+        """Return the results of the last run of each check."""
+        return {key: value for check in self._checks for key, value in check.results.items()}
+
+    def _verdicts(self) -> dict[str, str]:
+        return {key: value for key, value in self.latest().items() if key.endswith(_VERDICTS)}
+
+
+class Check:
+    """One health check, its last results and its schedule.
+
+    The results replace those of the previous run. An entry that a failed check does not return,
+    such as the depths of a broker's queues, is therefore not reported again.
+
+    :param suspect: returns whether the check should run again soon; it does not ask the broker.
+    """
+
+    def __init__(
+        self, run: Callable[[], Mapping[str, str]], suspect: Callable[[], bool] | None = None
+    ) -> None:
+        self.results: Mapping[str, str] = {}
+        self._run = run
+        self._suspect = suspect
+        self._ended_at = float("-inf")
+
+    def due_in(self, now: float) -> float:
+        """Return the seconds until the next run."""
+        elapsed = now - self._ended_at
+        if self._suspect is not None and SUSPECT_INTERVAL <= elapsed < INTERVAL and self._suspect():
+            return 0.0
+        return INTERVAL - elapsed
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until :meth:`due_in` has to be called again."""
+        due_in = max(0.0, self.due_in(now))
+        return due_in if self._suspect is None else min(due_in, WATCH_INTERVAL)
+
+    def run(self, backend: BaseConcurrency) -> None:
+        """Run the check and keep its results."""
+        self.results = self._run()
+        self._ended_at = backend.now()
 
 
 class CachedProbe:
@@ -80,15 +134,20 @@ class CachedProbe:
         self._check = check
         self._on_error = on_error
         self._running = False
+        self._runs = 0
         self._result: Mapping[str, str] = {}
 
     def __call__(self) -> Mapping[str, str]:
         """Run the check; return its result, or the items for its error. Never raises."""
+        runs = self._runs
         try:
             if self._running:
                 raise TimeoutError
             self._bridge.call(self._run, timeout=CHECK_TIMEOUT)
         except Exception as error:
+            if self._runs != runs:
+                # The hub was blocked, and the check ended before the timeout was processed.
+                return self._result
             logger.debug("z4j: health check failed: %s", type(error).__name__)
             return self._on_error(error)
         return self._result
@@ -97,5 +156,6 @@ class CachedProbe:
         self._running = True
         try:
             self._result = self._check()
+            self._runs += 1
         finally:
             self._running = False

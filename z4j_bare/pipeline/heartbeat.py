@@ -22,7 +22,7 @@ STATUS_INTERVAL = 60.0
 
 
 class HeartbeatLoop:
-    """Sends a heartbeat at once and then every ``interval`` seconds.
+    """Sends a heartbeat at once, then every ``interval`` seconds and when ``beat`` is set.
 
     The loop does not use the store, so a slow disk does not delay heartbeats.
 
@@ -53,7 +53,10 @@ class HeartbeatLoop:
 
     def run(self) -> None:
         """Send heartbeats until the session ends. Raises ``NetworkError``."""
-        while not self._connection.closing.is_set():
+        while True:
+            self._connection.beat.clear()
+            if self._connection.closing.is_set():
+                return
             if self._enabled:
                 self._counters.recut += self._connection.send_shrinking(
                     "heartbeat", frame_id("hb"), self._payload(), shrink_heartbeat
@@ -62,7 +65,7 @@ class HeartbeatLoop:
                 self._send_status()
             else:
                 self._connection.send("event_batch", frame_id("ka"), b'{"events":[]}')
-            self._backend.wait(self._connection.closing, self._interval)
+            self._backend.wait(self._connection.beat, self._interval)
 
     def _send_status(self) -> None:
         now = self._backend.now()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from z4j_bare.engines.celery.engine import broker_connection
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 #: The brain reads at most 1,024 queues from a heartbeat.
 MAX_QUEUES = 100
 
-#: AMQP's reply code for a missing queue.
-#: RabbitMQ sends it as a number, and kombu's virtual transports (such as Redis) as text.
+#: Seconds for which an answer of Redis may be late before the broker is asked.
+MAX_SILENCE = 2.0
+
+#: AMQP's reply code for a missing queue. RabbitMQ sends it as a number, and kombu's virtual
+#: transports (such as Redis) as text.
 NOT_FOUND = "404"
 
 
@@ -37,6 +41,8 @@ class BrokerProbe:
 
     def __init__(self, engine: str, app: Celery, queues: Callable[[], Iterable[str]]) -> None:
         self.engine = engine
+        #: Whether the broker answered the last probe.
+        self.connected = True
         self._app = app
         self._queues = queues
         self._connection: Connection | None = None
@@ -61,14 +67,19 @@ class BrokerProbe:
             self.close()
             if reused:  # the broker may have been restarted since the channel was opened
                 return self()
-            # Only the class is reported, because the text may contain the broker's password.
-            return self._entries(broker_connected="False", broker_error=type(error).__name__)
+            return self.failed(error)
+        self.connected = True
         return self._entries(
             broker_connected="True",
             broker_error="",
             broker_type=connection.transport.driver_type,
             queue_depths=json.dumps({fit_name(name): depth for name, depth in depths.items()}),
         )
+
+    def failed(self, error: Exception) -> Mapping[str, str]:
+        """Return the heartbeat's entries for an error of the check."""
+        self.connected = False
+        return self._entries(broker_connected="False", broker_error=describe_cause(error))
 
     def close(self) -> None:
         """Close the connection. Does not raise."""
@@ -105,6 +116,60 @@ class BrokerProbe:
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
                 return 0  # Redis deletes an empty list, so an empty queue does not exist
             return None
+
+
+class ConsumerWatch:
+    """Reads from a worker's own connection whether the broker may be away, without asking it.
+
+    :param consumer: the Consumer of this process's worker; ``None`` outside a worker.
+    """
+
+    def __init__(self, consumer: Consumer | None) -> None:
+        self._consumer = consumer
+
+    def in_trouble(self) -> bool:
+        """Return whether the worker has lost its connection, or waits too long for an answer.
+
+        Celery removes its connection as soon as it has failed. On Redis a worker always waits for
+        an answer that arrives within ``brpop_timeout``; kombu keeps the time of the request from
+        version 5.7 on.
+        """
+        if self._consumer is None:
+            return False
+        connection = self._consumer.connection
+        if connection is None:
+            return True
+        # ``connection.transport`` would connect if the connection has no transport.
+        channels = getattr(getattr(connection, "_transport", None), "channels", None) or ()
+        return any(map(_is_silent, list(channels)))
+
+
+def _is_silent(channel: Channel) -> bool:
+    sent_at = getattr(channel, "_brpop_sent_at", None)
+    if not sent_at or not getattr(channel, "_in_poll", None):
+        return False
+    allowed = (getattr(channel, "brpop_timeout", None) or 0.0) + MAX_SILENCE
+    return bool(monotonic() - sent_at > allowed)
+
+
+def describe_cause(error: BaseException) -> str:
+    """Return the class of the operating system's error, or else of the error that kombu wraps.
+
+    A reply code of AMQP is added. The text is left out, because it may contain the broker's
+    password.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    found = next((each for each in chain if isinstance(each, OSError)), None)
+    if found is None:
+        found = next((each for each in chain if not _is_wrapper(each)), error)
+    code = getattr(found, "reply_code", None)
+    return f"{type(found).__name__} {code}" if code else type(found).__name__
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    return type(error).__module__.startswith("kombu.") and error.__cause__ is not None
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
