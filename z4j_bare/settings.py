@@ -141,6 +141,9 @@ class Settings:
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _bool, True)
     #: Maximum time that a worker gets to finish its running tasks before a restart.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
+    #: In a Celery worker with gevent, replace kombu's unpatched sleep when the worker starts.
+    #: Otherwise no task runs while Celery waits to reconnect to the broker.
+    green_kombu: bool = setting("Z4J_GREEN_KOMBU", _bool, False)
     #: Interval at which all schedules are sent, even if none has changed. 0 disables it.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
     #: Answer ``z4j-bare tasks`` and the other commands that inspect a running worker.

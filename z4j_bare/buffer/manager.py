@@ -378,7 +378,9 @@ class BufferManager:
         if ok:
             self._warnings.warn(
                 "full",
-                "z4j: the disk is full: the %d oldest events were dropped (%s); free some space",
+                "z4j: the disk is full: the %d oldest events in Z4J_HOME were dropped and count as "
+                "lost (%s). Free disk space, or lower Z4J_BUFFER_MAX_BYTES, which each process of "
+                "this Z4J_HOME may use",
                 evicted,
                 error,
             )

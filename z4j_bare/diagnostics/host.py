@@ -219,7 +219,7 @@ def probe_agents(project: str) -> ProbeResult:
     if not agents:
         return passed("agents", "no agent is running")
     pids: dict[str, Any] = {"pids": [agent["pid"] for agent in agents]}
-    for check in (_check_answers, _check_duplicates, _check_connections):
+    for check in (_check_answers, _check_duplicates, _check_connections, _check_advice):
         problem = check(agents)
         if problem is not None:
             return warned("agents", *problem, **pids)
@@ -272,6 +272,19 @@ def _check_connections(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
         for agent in unconnected
     )
     return cause, "the agent buffers events and retries; the next probes show why it cannot connect"
+
+
+def _check_advice(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
+    """Return cause and fix if an agent advises a change of its process."""
+    found: dict[str, list[int]] = {}
+    for agent in agents:
+        for advice in agent.get("advice", ()):
+            found.setdefault(advice, []).append(agent["pid"])
+    if not found:
+        return None
+    advice, pids = next(iter(found.items()))
+    cause, _, fix = advice.partition(". ")
+    return f"process {', '.join(map(str, pids))}: {cause}", fix[:1].lower() + fix[1:]
 
 
 def _name(distribution: Distribution) -> str:

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 
 class HealthProbe(NamedTuple):
-    """A health check. ``run`` returns heartbeat entries, ``on_error`` the entries for a failure."""
+    """A health check. ``run`` returns heartbeat entries, ``on_error`` the entries for a failure.
+
+    ``suspect`` returns whether the check should run again soon. It reads only memory.
+    """
 
     run: Callable[[], Mapping[str, str]]
     on_error: Callable[[Exception], Mapping[str, str]]
+    suspect: Callable[[], bool] | None = None
 
 
 class Engine:
@@ -50,6 +54,10 @@ class Engine:
     def make_probes(self, consumer: Consumer | None) -> list[HealthProbe]:
         """Return the health checks that replace the adapter's ``get_health``; none by default."""
         return []
+
+    def advice(self) -> str:
+        """Return what the operator should change in this process, and why; empty by default."""
+        return ""
 
     def make_controls(self, backend: BaseConcurrency) -> CeleryControls | None:
         """Return worker controls that replace the adapter's; ``None`` by default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Ring
     from z4j_bare.events.source import EventSource, Loop
     from z4j_bare.settings import Settings
+
+logger = logging.getLogger("z4j.runtime.engines.manager")
 
 
 class EngineManager:
@@ -52,6 +55,13 @@ class EngineManager:
         """Start to capture events. Does no I/O."""
         for source in self.sources:
             source.connect()
+        for advice in self.advice():
+            logger.warning("z4j: %s", advice)
+
+    def advice(self) -> list[str]:
+        """Return what the operator should change in this process, and why."""
+        found = (host.description.advice() for host in self.hosts.values())
+        return [advice for advice in found if advice]
 
     def loops(self) -> Iterator[Loop]:
         """Return the background loops of the sources. :meth:`disconnect` waits for their end."""

@@ -145,6 +145,7 @@ class AgentStatus:
             "connected_at": connection.connected_at if connection else None,
             "turned_away": turned_away,
             "workers": self._engines.workers(),
+            "advice": self._engines.advice(),
             "oldest_age_seconds": self._buffer.last_stats.oldest_age,
             **self.stats(),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -51,23 +51,27 @@ class CeleryEngine(Engine):
         The adapter's ``get_health`` reports wrong values (see :class:`BrokerProbe`), and can hang a
         child (see :func:`broker_connection`).
         """
-        from z4j_bare.engines.celery.broker_health import BrokerProbe, queue_names
+        from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, queue_names
         from z4j_bare.engines.celery.worker_health import WorkerDetails
 
         app, name = self.adapter.celery_app, self.adapter.name
         broker = BrokerProbe(name, app, queue_names(app, consumer))
         details = WorkerDetails(app, consumer, value_matcher(self.adapter))
+        watch = ConsumerWatch(consumer)
 
-        def broker_error(error: Exception) -> Mapping[str, str]:
-            return {
-                f"{name}.broker_connected": "False",
-                f"{name}.broker_error": type(error).__name__,
-            }
+        def suspect() -> bool:
+            return not broker.connected or watch.in_trouble()
 
         return [
-            HealthProbe(broker, broker_error),
+            HealthProbe(broker, broker.failed, suspect),
             HealthProbe(lambda: {f"{name}.worker_details": details()}, lambda _: {}),
         ]
+
+    def advice(self) -> str:
+        """Return what to do about kombu's unpatched sleep, if this process has it."""
+        from z4j_bare.engines.celery import green_kombu
+
+        return green_kombu.ADVICE if green_kombu.has_unpatched_sleep() else ""
 
     def make_controls(self, backend: BaseConcurrency) -> CeleryControls:
         """Return controls that wait for the worker's reply. The adapter's controls do not wait."""

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare import _process_singleton as singleton
+from z4j_bare.engines.celery import green_kombu
+from z4j_bare.errors import HostConfigurationError
 from z4j_bare.process import mark_celery_worker, track_worker_ready
 from z4j_bare.safety import safe_call
+from z4j_bare.settings import load_settings
 
 if TYPE_CHECKING:
     from celery.worker import WorkController
@@ -102,6 +105,7 @@ class WorkerStart:
             safe_call(self._restart_when_ready)
             safe_call(self._bootstrap_when_ready)
         self._open_channel(sender)
+        safe_call(replace_kombu_sleep)
 
     def _restart_when_ready(self) -> None:
         """Stop an agent that started before this process became a worker; start it when ready.
@@ -137,6 +141,16 @@ class WorkerStart:
         from z4j_bare.engines.celery.prefork import prefork
 
         safe_call(prefork.open, spawn=spawn)
+
+
+def replace_kombu_sleep() -> None:
+    """Replace kombu's unpatched sleep if ``Z4J_GREEN_KOMBU`` is set."""
+    try:
+        settings = load_settings()
+    except HostConfigurationError:
+        return  # ``install_agent`` reports the setting
+    if settings.green_kombu and not settings.disabled:
+        green_kombu.replace_sleep()
 
 
 def stop_with_worker(runtime: Runtime) -> None:
