@@ -113,11 +113,10 @@ class Agent:
         self._session_loops = SessionLoops(
             sender, submit, metrics, identity, transports, config, settings, backend, counters
         )
-        self.supervisor = Supervisor(
+        self.supervisor = supervisor = Supervisor(
             transports.create, identity.hello, key, self._session_loops.run, backend, counters
         )
-        self.supervisor.clock.ask = transports.clock_offset
-        health.on_change = self.supervisor.beat
+        supervisor.clock.ask, health.on_change = transports.clock_offset, supervisor.beat
         self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, buffer)
         hints = getattr(framework, "discovery_hints", None)
         dev = config.dev_mode or settings.dev_mode

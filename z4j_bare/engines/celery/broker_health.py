@@ -161,9 +161,9 @@ def describe_cause(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    found = next((each for each in chain if isinstance(each, OSError)), None)
-    if found is None:
-        found = next((each for each in chain if not _is_wrapper(each)), error)
+    system_errors = (each for each in chain if isinstance(each, OSError))
+    unwrapped = next((each for each in chain if not _is_wrapper(each)), error)
+    found: BaseException = next(system_errors, None) or unwrapped
     code = getattr(found, "reply_code", None)
     return f"{type(found).__name__} {code}" if code else type(found).__name__
 

@@ -1,6 +1,9 @@
 """Health probes of Celery's broker and workers."""
 
+import inspect
 import json
+import time
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +11,13 @@ import pytest
 pytest.importorskip("celery")
 
 from celery.worker import state
+from kombu.exceptions import OperationalError
 
 from tests.support.celery_fakes import memory_app
-from z4j_bare.engines.celery import worker_health
-from z4j_bare.engines.celery.broker_health import BrokerProbe
+from z4j_bare import install
+from z4j_bare.engines.celery import broker_health, green_kombu, worker_health
+from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, describe_cause
+from z4j_bare.engines.celery.engine import CeleryEngine
 from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details
 from z4j_bare.monitoring import health as probes
 
@@ -225,3 +231,127 @@ def test_broker_probe_omits_queue_that_broker_refuses(app, monkeypatch):
         assert json.loads(answer["celery.queue_depths"]) == {"idle": 0}
     finally:
         probe.close()
+
+
+def test_check_that_ended_during_blocked_hub_is_used(backend):
+    """If both the result and the timeout are there after the hub was blocked, the result counts."""
+
+    class LateBridge:
+        def call(self, function, timeout):
+            del timeout
+            function()
+            raise TimeoutError
+
+    probe = probes.CachedProbe(LateBridge(), lambda: {"x": "1"}, lambda _error: {"failed": "1"})
+    assert probe() == {"x": "1"}
+
+
+def test_broker_error_names_cause(app):
+    """The class of the system's error is reported, although kombu wraps it."""
+    app.conf.broker_url = "redis://127.0.0.1:1/0"
+    probe = BrokerProbe("celery", app, lambda: ["celery"])
+    assert probe()["celery.broker_error"] == "ConnectionRefusedError"
+    assert not probe.connected
+
+
+class NotAllowedError(Exception):
+    reply_code = 530
+
+
+@pytest.mark.parametrize(
+    ("raised", "cause", "name"),
+    [
+        (OperationalError("x"), ConnectionResetError(), "ConnectionResetError"),
+        (OperationalError("x"), NotAllowedError("x"), "NotAllowedError 530"),
+        (OperationalError("x"), None, "OperationalError"),
+        (ValueError("x"), None, "ValueError"),
+    ],
+)
+def test_cause_of_wrapped_error_is_described(raised, cause, name):
+    """A system's error counts, else what kombu wraps, else the error itself."""
+    raised.__cause__ = cause
+    assert describe_cause(raised) == name
+
+
+def channel(**fields):
+    return SimpleNamespace(**fields)
+
+
+@pytest.mark.parametrize(
+    ("channels", "in_trouble"),
+    [
+        ([], False),
+        ([channel()], False),
+        ([channel(_in_poll=None, _brpop_sent_at=1.0, brpop_timeout=1)], False),
+        ([channel(_in_poll=object(), _brpop_sent_at=98.5, brpop_timeout=1)], False),
+        ([channel(), channel(_in_poll=object(), _brpop_sent_at=96.0, brpop_timeout=1)], True),
+        ([channel(_in_poll=object(), _brpop_sent_at=96.0, brpop_timeout=5)], False),
+    ],
+)
+def test_worker_that_waits_too_long_for_answer_is_in_trouble(monkeypatch, channels, in_trouble):
+    """Redis answers within ``brpop_timeout``; a channel that does not poll waits for no answer."""
+    monkeypatch.setattr(broker_health, "monotonic", lambda: 100.0)
+    transport = SimpleNamespace(channels=channels)
+    watch = ConsumerWatch(SimpleNamespace(connection=SimpleNamespace(_transport=transport)))
+    assert watch.in_trouble() is in_trouble
+
+
+def test_worker_without_connection_is_in_trouble():
+    """Celery removes a connection that has failed; outside a worker there is none."""
+    assert ConsumerWatch(SimpleNamespace(connection=None)).in_trouble()
+    assert not ConsumerWatch(None).in_trouble()
+
+
+def test_kombu_keeps_time_of_request(app):
+    """Kombu 5.7 has the attributes that the watch reads."""
+    from kombu.transport.redis import Channel
+
+    assert Channel._in_poll is False
+    if version("kombu") >= "5.7":
+        assert "_brpop_sent_at" in inspect.getsource(Channel)
+
+
+@pytest.fixture
+def functional():
+    """kombu.utils.functional, restored at the end of the test."""
+    from kombu.utils import functional
+
+    before = functional.sleep
+    yield functional
+    functional.sleep = before
+
+
+@pytest.fixture
+def builtin_sleep(functional, monkeypatch):
+    """Kombu keeps a builtin function, and ``time.sleep`` is patched, as in a gevent worker."""
+    functional.sleep = time.monotonic  # a builtin function in each mode
+    monkeypatch.setattr(green_kombu, "time", SimpleNamespace(sleep=lambda _seconds: None))
+
+
+def test_unpatched_sleep_of_kombu_is_found_and_replaced(functional, builtin_sleep):
+    """The advice disappears when the function is replaced."""
+    engine = CeleryEngine(SimpleNamespace())
+    assert "Z4J_GREEN_KOMBU=1" in engine.advice()
+    green_kombu.replace_sleep()
+    assert functional.sleep is green_kombu.time.sleep
+    assert engine.advice() == ""
+
+
+def test_unpatched_process_needs_no_replacement(functional, monkeypatch):
+    """Without gevent both functions are builtin."""
+    functional.sleep = time.monotonic
+    monkeypatch.setattr(green_kombu, "time", SimpleNamespace(sleep=time.monotonic))
+    green_kombu.replace_sleep()
+    assert functional.sleep is time.monotonic
+    assert CeleryEngine(SimpleNamespace()).advice() == ""
+
+
+@pytest.mark.parametrize(("value", "replaced"), [("1", True), ("0", False), ("", False)])
+def test_setting_replaces_sleep_at_worker_init(
+    functional, builtin_sleep, monkeypatch, value, replaced
+):
+    """``Z4J_GREEN_KOMBU`` is read when Celery sends the signal."""
+    monkeypatch.setenv("Z4J_GREEN_KOMBU", value)
+    install._prepare_worker()
+    install._make_kombu_green()
+    assert (functional.sleep is green_kombu.time.sleep) is replaced
