@@ -74,7 +74,7 @@ class ReceiveLoop:
         frame = self._connection.open(message)
         delay = self._connection.relative_delay(frame.ts.timestamp()) if frame.ts else 0.0
         if isinstance(frame, EventBatchAckFrame):
-            self._connection.accepted.set()
+            self._connection.accept()
             self._on_ack(str(frame.payload.acked_id))
         elif isinstance(frame, CommandFrame):
             self._on_command(frame, self._connection, delay)

@@ -57,15 +57,14 @@ class ReconnectLog:
         level = logging.DEBUG if self.failures else logging.INFO
         logger.log(level, "z4j: connected over %s, session %s", transport, session_id)
 
-    def watch(self, connection: Connection) -> None:
-        """Log when a session is established. Returns at the session's end or after that."""
-        backend, began = self._backend, self._backend.now()
-        backend.wait(connection.accepted, ESTABLISHED_AFTER)
-        if not connection.closing.is_set() and not self._announced_at:
+    def on_accepted(self) -> None:
+        """Log that the session is established, unless this was logged for an earlier session."""
+        if not self._announced_at:
             self._announce()
-        if not backend.wait(
-            connection.closing, max(0.0, began + ESTABLISHED_AFTER - backend.now())
-        ):
+
+    def watch(self, connection: Connection) -> None:
+        """Wait until the session ends or has lasted; log the latter and reset the counts."""
+        if not self._backend.wait(connection.closing, ESTABLISHED_AFTER):
             if self._announced_at != self.failures:
                 self._announce()
             self.failures = self._announced_at = 0

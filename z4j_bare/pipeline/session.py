@@ -72,8 +72,8 @@ class Connection:
         self.connected_at = backend.wall()
         #: Consecutive failures before this session, by class, until ``agent_status`` reports them.
         self.failures_before: dict[str, int] = {}
-        #: Set with the first ack, and when the session ends.
-        self.accepted = backend.event()
+        #: Called with the first ack, over long-poll with the first upload.
+        self.on_accepted: Callable[[], object] | None = None
         #: Set when a heartbeat is due at once, and when the session ends.
         self.beat = backend.event()
         #: Set when the session ends.
@@ -101,11 +101,19 @@ class Connection:
         elapsed = backend.now() - self._connected_at
         return self.hello_ack.server_time + elapsed - backend.wall()
 
+    def accept(self) -> None:
+        """Record that the brain has accepted a frame of this session."""
+        if self.on_accepted is not None:
+            accepted, self.on_accepted = self.on_accepted, None
+            accepted()
+
     def send(self, kind: str, identity: str, payload: bytes) -> int:
         """Sign and send one frame; return its size in bytes. Raises ``NetworkError``."""
         size: int = self.transport.send(
             lambda: self.session.sign(kind, identity, payload, self._backend.wall())
         )
+        if self.on_accepted is not None and self.transport.synchronous_acks:
+            self.accept()
         return size
 
     def send_shrinking(
@@ -160,7 +168,6 @@ class Connection:
     def close(self) -> None:
         """End the session. The receive loop ends at once, and other loops at their next wake-up."""
         self.closing.set()
-        self.accepted.set()
         self.beat.set()
         self.wake.set()
         self.transport.abort()
@@ -414,6 +421,7 @@ class Supervisor:
         connection.failures_before = self.backoff.on_connected()
         self._log.on_connected(connection.transport.name, connection.hello_ack.session_id)
         if self._log.failures:
+            connection.on_accepted = self._log.on_accepted
             self._backend.spawn(self._log.watch, connection, name="z4j-reconnect-log")
 
     def _on_failure(self, error: AgentError, stop_event: IEvent) -> None:

@@ -84,7 +84,7 @@ class BrainHarness:
                 raise error_for_close_code(1001)
             if abs(self.ahead) > 60:
                 raise error_for_close_code(4403)
-            connection.accepted.set()
+            connection.accept()
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_step_while_disconnected_is_logged_when_rejected(lines):
     harness.down = False
     harness.backend.advance(60)
     first, *_, last = lines(logging.WARNING)
-    assert "going away" in first
+    assert "shutting down" in first
     assert "this host's clock is 7200 s ahead of the brain's" in last
     assert "connected again" not in "".join(lines())
 
@@ -283,7 +283,7 @@ def test_session_is_established_with_first_ack(lines):
     log, connection = ReconnectLog(backend), connection_with(backend)
     log.on_failure("connection", NetworkError("refused"), 1)
     backend.spawn(log.watch, connection, name="watch")
-    connection.accepted.set()
+    log.on_accepted()
     backend.advance(1)
     assert lines()[-1] == "z4j: connected again after 1 failed attempts"
     connection.close()
@@ -299,7 +299,7 @@ def test_sessions_that_end_after_ack_are_announced_once(lines):
         log.on_failure("connection", NetworkError("closed"), 1)
         connection = connection_with(backend)
         backend.spawn(log.watch, connection, name="watch")
-        connection.accepted.set()
+        log.on_accepted()
         backend.advance(1)
         connection.close()
         backend.advance(1)
