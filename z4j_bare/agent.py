@@ -123,8 +123,9 @@ class Agent:
         registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
         self._session_loops.on_start += [self.engines.announce_workers, registry.wake]
         self._session_loops.on_end.append(self.schedules.revoke)
-        describe, reconnect = self.status.describe, self.supervisor.reconnect
-        handlers = control_handlers(describe, reconnect, self.engines, hub_lag, settings, backend)
+        handlers = control_handlers(
+            self.status.describe, supervisor.reconnect, self.engines, hub_lag, settings, backend
+        )
         control_server = ControlServer(framework.name, handlers, backend)
         adopter = AdoptLoop(
             str(config.buffer_path), opener.claim, buffer, backend, sender.notify, opener.claim_runs

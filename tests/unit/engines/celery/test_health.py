@@ -14,8 +14,7 @@ from celery.worker import state
 from kombu.exceptions import OperationalError
 
 from tests.support.celery_fakes import memory_app
-from z4j_bare import install
-from z4j_bare.engines.celery import broker_health, green_kombu, worker_health
+from z4j_bare.engines.celery import broker_health, green_kombu, worker_health, worker_start
 from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, describe_cause
 from z4j_bare.engines.celery.engine import CeleryEngine
 from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details
@@ -352,6 +351,5 @@ def test_setting_replaces_sleep_at_worker_init(
 ):
     """``Z4J_GREEN_KOMBU`` is read when Celery sends the signal."""
     monkeypatch.setenv("Z4J_GREEN_KOMBU", value)
-    install._prepare_worker()
-    install._make_kombu_green()
+    worker_start.replace_kombu_sleep()
     assert (functional.sleep is green_kombu.time.sleep) is replaced
