@@ -239,17 +239,17 @@ def test_killed_greenlet_is_no_failure(app, run):
 def test_unpicklable_exception_has_its_own_class(app, run):
     """Celery's wrapper of an exception that cannot be pickled is shown as that exception."""
 
-    class Unpicklable(Exception):
+    class UnpicklableError(Exception):
         def __init__(self, text, function):
             super().__init__(text)
             self.function = function
 
     @app.task(shared=False, name="shop.unpicklable")
     def unpicklable():
-        raise Unpicklable("broken", lambda: 1)
+        raise UnpicklableError("broken", lambda: 1)
 
     run.run("shop.unpicklable")
-    assert (run.last["exception"], run.last["exception_message"]) == ("Unpicklable", "broken")
+    assert (run.last["exception"], run.last["exception_message"]) == ("UnpicklableError", "broken")
 
 
 def test_requeue_after_early_ack_is_failure(run):
