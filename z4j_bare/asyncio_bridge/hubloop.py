@@ -38,6 +38,20 @@ RESTART_PAUSE = 0.1
 MAX_WAIT = 1.0
 
 
+def _swap_task(loop: asyncio.AbstractEventLoop | None, task: object) -> object:
+    """Set the current task of ``loop`` and return the previous one.
+
+    From CPython 3.14 on, the current task belongs to the OS thread, as the running loop does. A
+    thread with another current task enters no task of the loop ("Cannot enter into task"). Earlier
+    versions store one current task per loop, so this function does nothing there.
+
+    :param loop: the running loop of this thread; ``None`` if no loop is running.
+    """
+    if loop is None or sys.version_info < (3, 14):
+        return None
+    return asyncio.tasks._swap_current_task(loop, task)  # noqa: SLF001
+
+
 class StepScopedSelector(selectors.BaseSelector):
     """A cooperative selector that unsets the thread's running loop while it waits.
 
@@ -53,6 +67,9 @@ class StepScopedSelector(selectors.BaseSelector):
         self._inner: selectors.BaseSelector = backend.selector()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outer_loop: asyncio.AbstractEventLoop | None = None
+        #: The current tasks of the outer loop and of this loop while they are unset.
+        self._outer_task: object = None
+        self._task: object = None
         self._outer_hooks = self._hooks = sys.get_asyncgen_hooks()
         self._yield_at = 0.0
         self._waiting = self._called = False
@@ -69,13 +86,18 @@ class StepScopedSelector(selectors.BaseSelector):
     def enter(self, loop: asyncio.AbstractEventLoop) -> None:
         """Unset the thread's running loop, because ``loop.run_forever()`` raises if one is set."""
         self._loop, self._greenlet = loop, getcurrent()
-        self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
-        _set_running_loop(None)
+        self._unset_outer()
 
     def leave(self) -> None:
         """Restore the running loop and the hooks that the thread had before the last step."""
         _set_running_loop(self._outer_loop)
+        _swap_task(self._outer_loop, self._outer_task)
         sys.set_asyncgen_hooks(*self._outer_hooks)
+
+    def _unset_outer(self) -> None:
+        self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
+        self._outer_task = _swap_task(self._outer_loop, None)
+        _set_running_loop(None)
 
     @contextmanager
     def running_loop_unset(self) -> Iterator[None]:
@@ -128,11 +150,13 @@ class StepScopedSelector(selectors.BaseSelector):
 
     def _end_step(self) -> None:
         self._hooks = sys.get_asyncgen_hooks()
+        self._task = _swap_task(_get_running_loop(), None)
         self.leave()
 
     def _begin_step(self) -> None:
-        self._outer_loop, self._outer_hooks = _get_running_loop(), sys.get_asyncgen_hooks()
+        self._unset_outer()
         _set_running_loop(self._loop)
+        _swap_task(self._loop, self._task)
         sys.set_asyncgen_hooks(*self._hooks)
 
     def register(
