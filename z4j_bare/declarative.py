@@ -205,7 +205,8 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
         except UnsupportedScheduleError as error:
             raise ValueError(str(error)) from None
         if not kind:
-            # z4j 1.13 does not send it either: an upgrade must not start a task that never ran.
+            # z4j 1.13 does not send such a schedule: an upgrade must not start a task that never
+            # ran.
             raise ValueError(f"it has no kind: add kind={parsed!r}")
         kind = parsed
     return ScheduleSpec(

@@ -43,7 +43,7 @@ _FRAMEWORKS = (
     ("z4j_django.framework", "DjangoFrameworkAdapter"),
 )
 
-#: The variables without which no agent can be installed, or which replace one of them.
+#: Variables that are required for the installation of an agent, or replace a required variable.
 _CONNECTION_VARIABLES = (
     "Z4J_BRAIN_URL",
     "Z4J_TOKEN",
@@ -95,8 +95,8 @@ def install_agent(
     :param buffer_path: a path whose directory is used for the buffer's files.
     :param max_payload_bytes: maximum bytes of one captured value. Longer values are truncated.
     :param concurrency: ``auto``, ``threads``, ``gevent`` or ``eventlet``.
-    :param token_file: a file with the token, which is read at each connect.
-    :param hmac_secret_file: a file with the HMAC key, which is read at each connect.
+    :param token_file: a file with the token. The file is read at each connect.
+    :param hmac_secret_file: a file with the HMAC key. The file is read at each connect.
     :raises ConfigError: a setting is missing or wrong; usually the subclass
         ``HostConfigurationError``.
     :raises RuntimeError: an environment variable is set for a path that z4j no longer reads.
@@ -232,10 +232,10 @@ def _shutdown(runtime: AgentRuntime) -> None:
 def _install_for_worker(consumer: Consumer) -> None:
     """Install the agent from the environment in a worker that is ready and has no agent.
 
-    z4j_celery's own bootstrap has tried the same before if it recognised the command line. It
-    recognises the ``celery`` script, but neither ``python -m celery`` (which ``celery multi`` and
-    ``--detach`` use, too) nor a program that calls ``app.worker_main()``. It logs a wrong variable
-    with the level INFO and as a missing one.
+    z4j_celery's own bootstrap has already tried to install an agent if it recognised the command
+    line. The bootstrap recognises the ``celery`` script, but neither ``python -m celery`` (which
+    ``celery multi`` and ``--detach`` use, too) nor a program that calls ``app.worker_main()``. It
+    reports a wrong variable only at the level INFO and as a missing variable.
     """
     if "z4j_celery" not in sys.modules:
         return
@@ -295,8 +295,8 @@ def _inert_runtime(
     return runtime
 
 
-#: The handlers that follow the start of a Celery worker. Importing the package connects them if
-#: Celery or z4j_celery is imported before.
+#: The handlers that follow the start of a Celery worker. They are connected when this package is
+#: imported after Celery or z4j_celery, else by ``install_agent``.
 _worker_start = WorkerStart(_start, _install_for_worker)
 _worker_start.connect()
 settle_home_of_user()

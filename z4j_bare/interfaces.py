@@ -292,7 +292,7 @@ class IOpenRuns(Interface):
         """Store fields equal in all events of some runs; return the number of the description."""
 
     def start(description: int, task_id: str, at: float, flags: int) -> int:
-        """Keep a run that starts at ``at``; return the run's slot, or 0 if it cannot be kept.
+        """Keep a run that starts at ``at``; return a slot, or 0 if the run cannot be kept.
 
         ``flags`` is ``RUN_REDELIVERED`` or 0.
         """
@@ -406,7 +406,7 @@ class ISchedulerHost(Interface):
     )
 
     def connect(changed: Callable[[], object]) -> None:
-        """Register ``changed``, which is called when a schedule may have changed. Never raises.
+        """Make the adapter call ``changed`` when a schedule may have changed. Never raises.
 
         Any task or thread may call ``changed``.
         """
@@ -458,8 +458,8 @@ class INativeSchedules(Interface):
     ) -> Any:
         """Commit one change if the schedule still equals ``expected``.
 
-        Returns the new schedule, or ``None`` if the change deletes it. Raises ``ValueError`` if the
-        change is impossible, and every exception of ``validate``.
+        Returns the new schedule, or ``None`` after a deletion. Raises ``ValueError`` if the change
+        is impossible, and every exception of ``validate``.
         """
 
 

@@ -48,14 +48,14 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
 
 
 def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
-    """Return whether this is ``celery inspect`` or a similar command, in which no agent starts."""
+    """Return whether this is ``celery inspect`` or a similar command. There no agent starts."""
     return celery_command(argv) in _INSPECTION_COMMANDS
 
 
 def is_celery_worker(argv: Sequence[str] | None = None) -> bool:
     """Return whether this process is a Celery worker.
 
-    Before ``worker_init`` is sent, only the command line shows it.
+    Before ``worker_init`` is sent, the command line is the only indication.
     """
     return celery_command(argv) == "worker" or (argv is None and _is_celery_worker)
 

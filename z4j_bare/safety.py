@@ -14,7 +14,7 @@ R = TypeVar("R")
 logger = logging.getLogger("z4j.runtime.safety")
 
 #: Exceptions by which a host interrupts running code.
-#: The host raises them in a signal handler, which may interrupt the agent's code.
+#: The host raises them in a signal handler, so they may interrupt the agent's code.
 _CONTROL_FLOW_EXCEPTIONS = {
     "billiard.exceptions.SoftTimeLimitExceeded",
     "huey.exceptions.TaskTimeout",
@@ -22,7 +22,7 @@ _CONTROL_FLOW_EXCEPTIONS = {
     "rq.timeouts.BaseTimeoutException",
 }
 
-#: Names of a log record's attributes, which ``logging`` rejects as keys of ``extra``.
+#: Names of a log record's attributes. ``logging`` rejects these names as keys of ``extra``.
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 

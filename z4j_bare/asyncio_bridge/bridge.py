@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
 
 #: Maximum number of workers that run calls without an event loop.
-#: It equals the default of ``Z4J_COMMAND_WORKERS``.
+#: The number equals the default of ``Z4J_COMMAND_WORKERS``.
 #: Executor calls of the loop have workers of their own, because the calls may hang.
 CALL_WORKERS = 8
 #: Maximum timeout of one call in seconds.
@@ -67,12 +67,12 @@ class Bridge:
         return self._workers.busy + (self._loop.busy_workers if self._loop else 0)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """Call ``function(*args, **kwargs)``, await the result if it is awaitable, and return it.
+        """Call ``function(*args, **kwargs)``, await an awaitable result, and return the result.
 
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
         ``AgentError`` after :meth:`stop`, and every exception of the function. After a timeout, a
-        coroutine on the loop is cancelled. A blocking function occupies its worker until it
-        returns. A function that has not begun is never called.
+        coroutine on the loop is cancelled. A blocking function occupies its worker until the
+        function returns. A function that has not begun is never called.
         """
         self._check_usable()
         description = _name(function)

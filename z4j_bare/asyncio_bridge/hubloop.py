@@ -1,4 +1,4 @@
-"""An asyncio event loop in one greenlet or thread, which the host's code never sees."""
+"""An asyncio event loop in one greenlet or thread, hidden from the host's code."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def _swap_task(loop: asyncio.AbstractEventLoop | None, task: object) -> object:
 
 
 class StepScopedSelector(selectors.BaseSelector):
-    """A cooperative selector that unsets the thread's running loop while it waits.
+    """A cooperative selector that unsets the thread's running loop during its waits.
 
     asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. If
-    a loop stayed recorded while it waits, every ``asyncio.run()`` of the host would fail, and every
-    Django ORM call would raise ``SynchronousOnlyOperation``. Therefore ``select``, in which a loop
-    waits, restores the running loop and the async-generator hooks that the thread had before the
-    step.
+    a loop stayed recorded during its waits, every ``asyncio.run()`` of the host would fail, and
+    every Django ORM call would raise ``SynchronousOnlyOperation``. A loop waits in ``select``.
+    Therefore ``select`` restores the running loop and the async-generator hooks that the thread had
+    before the step.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -194,7 +194,7 @@ class HubLoop(asyncio.SelectorEventLoop):
     """
 
     #: Started loops. The references prevent garbage collection of the loops in a forked child,
-    #: because it would remove descriptors from the epoll set of the parent.
+    #: because the collection would remove descriptors from the parent's epoll set.
     _in_use: ClassVar[set[HubLoop]] = set()
 
     def __init__(self, backend: BaseConcurrency) -> None:
@@ -265,8 +265,8 @@ class HubLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Future[Any]:
         """Run ``func`` on the backend's workers and ignore ``executor``.
 
-        An executor would start a thread within a step. Under gevent and eventlet this thread is a
-        greenlet, which may never run.
+        An executor would start a thread within a step. Under gevent and eventlet this thread would
+        be a greenlet that may never run.
         """
         future = self.create_future()
         self._workers.submit(

@@ -32,7 +32,7 @@ DRAIN_TIMEOUT = 1.0
 
 
 class Pump:
-    """Passes every item of ``iterate()`` to ``sink`` in the loop step that produced it.
+    """Passes every item of ``iterate()`` to ``sink`` in the loop step that produced the item.
 
     ``sink`` must not wait, log or switch greenlets. If a generator raises, the error is logged and
     ``iterate()`` is called again. A generator that ends is not restarted, because the registry

@@ -5,8 +5,8 @@ the native thread. Code on the native thread never logs, sleeps, switches greenl
 of ``threading``, and raises only ``LocalStorageError``. Only one call to a store may run at a time.
 
 The equation ``produced == confirmed + rows + sum(lost.values())`` holds after every call. After
-``SIGKILL`` it holds for the committed transactions. After a power failure the file is intact (WAL
-with ``synchronous=NORMAL``), but the last commits may be missing.
+``SIGKILL`` the equation holds for the committed transactions. After a power failure the file is
+intact (WAL with ``synchronous=NORMAL``), but the last commits may be missing.
 """
 
 from __future__ import annotations

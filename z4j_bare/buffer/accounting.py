@@ -46,7 +46,7 @@ class Counts:
             self.record_loss(reason, kind, rows)
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a row as produced and as lost, because it cannot be stored."""
+        """Count a row that cannot be stored as produced and as lost."""
         self.produced += 1
         self.record_loss(reason, kind, 1)
 
@@ -243,7 +243,7 @@ class ProcessAccounting:
         self._read_at = float("-inf")
 
     def update(self, stats: BufferStats, now: float) -> None:
-        """Record the stats of the current store, which were read at ``now``."""
+        """Record the current store's stats that were read at ``now``."""
         self.latest = merge_stats(self._failed_disk, stats) if self._failed_disk else stats
         self._read_at, self.outdated = now, False
 

@@ -70,7 +70,7 @@ class AdoptLoop:
         self._backend = backend
         self._on_stored = on_stored
         self._claim_runs = claim_runs
-        #: Returns the :class:`ExistingBuffer` of a path; runs on the native thread.
+        #: Claims the existing agent's buffer at a path; runs on the native thread.
         self.claim_existing: Callable[[Path], ExistingBuffer] | None = None
         self._skip_until: dict[Path, float] = {}
 

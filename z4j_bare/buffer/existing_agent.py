@@ -1,8 +1,8 @@
-"""Sends the events that the existing agent (z4j-bare of the package index) has left in its buffers.
+"""Sends the events that remain in buffers of the existing agent (z4j-bare on the package index).
 
 The layout is known from files that z4j-bare 1.13.0 wrote. A file contains frames with whole events,
 and a digest of the project's key. A running process of that agent holds an exclusive ``flock`` on
-its file. A file that differs from this layout is reported and left alone.
+its file. A file with another layout is reported and not changed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 PREFIX = "buffer-"
 
-#: Kind of the rows that contain events. Rows of other kinds are results of commands, whose deadline
-#: has passed, and schedules, which the next agent publishes again.
+#: Kind of the rows that contain events. Other rows are not sent: the deadlines of command results
+#: have passed, and the next agent publishes schedules again.
 EVENT_KIND = "event_batch"
 
-#: Seconds after the last change during which a file is left alone. That agent takes its lock after
-#: it has created the file.
+#: Seconds after the last change during which a file is not touched, because the existing agent
+#: creates a file before it locks the file.
 MIN_AGE = 5.0
 
 #: Maximum number of rows per step. Parsing and encoding 100 events takes 3 ms.
@@ -66,9 +66,9 @@ class NoEventsError(LocalStorageError):
 class ExistingBufferReport:
     """A buffer of the existing agent at one moment.
 
-    ``running`` says whether its process runs. ``events`` is the number of rows with events, and
-    ``others`` the number of other rows. ``oldest_age`` is in seconds. ``problem`` says why this
-    agent cannot send the events.
+    ``running`` says whether the process that owns the buffer runs. ``events`` is the number of rows
+    with events, and ``others`` the number of other rows. ``oldest_age`` is in seconds. ``problem``
+    says why this agent cannot send the events.
     """
 
     path: Path
@@ -108,8 +108,8 @@ def key_digest(key: bytes) -> str:
 def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBufferReport:
     """Return the report on a buffer of the existing agent.
 
-    :param digest: the digest of the project's key. Without it the report does not say whether the
-        file belongs to another project.
+    :param digest: the digest of the project's key. Without the digest, the report does not say
+        whether the file belongs to another project.
     """
     running, problem = False, ""
     size = sum(map(files.file_size, files.store_files(path)))
@@ -143,7 +143,7 @@ def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBuffe
 def delete_existing_buffer(path: Path) -> None:
     """Delete a buffer of the existing agent.
 
-    Raises ``LocalStorageError`` if its process runs.
+    Raises ``LocalStorageError`` if the process that owns the buffer runs.
     """
     lock = _FileLock(path, fcntl.LOCK_EX)
     try:
@@ -166,7 +166,7 @@ class ExistingBuffer:
 
     :param path: the file.
     :param digest: the digest of the project's key.
-    :param max_target_rows: number of rows in the target from which on a step moves no rows.
+    :param max_target_rows: a step moves no rows while the target has at least this number of rows.
     """
 
     #: The file is never renamed.
@@ -177,7 +177,7 @@ class ExistingBuffer:
         #: Number of events moved so far.
         self.moved = 0
         self._max_target_rows = max_target_rows
-        #: Ids of rows whose events are in the target, and which are not deleted yet.
+        #: Ids of rows whose events were copied to the target, but which are not deleted yet.
         self._pending: list[int] = []
         #: Id of the last row that was read. Rows that cannot be read are skipped.
         self._last_id = 0
@@ -208,9 +208,9 @@ class ExistingBuffer:
     def step(self, target: BufferStore) -> str:
         """Move some events to ``target``.
 
-        Returns ``moved``, ``wait`` (the target has enough rows), or ``done`` (no more events can be
+        Returns ``moved``, ``wait`` (the target is too full), or ``done`` (no more events can be
         moved). Raises ``LocalStorageError`` if either file fails. The method may be called again
-        after an error. It does not move an event twice to the same target.
+        after an error. A repeated call does not move an event twice to the same target.
         """
         self._delete_pending()
         if target.size() >= self._max_target_rows:
@@ -239,7 +239,7 @@ class ExistingBuffer:
             if database is not None:
                 database.close()
         finally:
-            # Closing the lock's descriptor drops SQLite's locks on the file, so it comes last.
+            # The lock's descriptor is closed last, because this drops SQLite's locks on the file.
             self._lock.release()
 
     def _check(self, digest: str) -> None:
@@ -266,7 +266,7 @@ class ExistingBuffer:
 
 
 class _FileLock:
-    """A ``flock`` on a buffer of the existing agent, as that agent holds it while it runs.
+    """The kind of ``flock`` that a running process of the existing agent holds on its buffer.
 
     :param mode: ``LOCK_EX`` or ``LOCK_SH``.
     :raises LocalStorageError: the process runs, or the file is not a private file of this user.
@@ -288,7 +288,7 @@ class _FileLock:
         """Release the lock. Idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A forked child may have a copy.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy
             os.close(descriptor)
 
     def _acquire(self, path: Path, mode: int) -> None:

@@ -144,7 +144,7 @@ def find_in_other_stores(
 
     The function runs on the native thread and never raises.
 
-    :param own: path of this process's store, which is skipped.
+    :param own: path of this process's store, in order to skip this store.
     """
     if not key.isascii():
         key = replace_surrogates(key)

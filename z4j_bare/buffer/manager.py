@@ -61,7 +61,7 @@ class BufferManager:
     or if the repeated call fails too, a store in memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
-    :param memory: returns a new store in memory, which replaces a failed disk.
+    :param memory: returns a new store in memory that is to replace a failed disk.
     :param lookup: finds a command in stores of other processes; runs on the native thread.
     """
 
@@ -124,7 +124,7 @@ class BufferManager:
             self._on_appended(self._run(store_worker.append_events, payloads, self._stats_due()))
 
     def ack(self, ids: Sequence[int], events: int, generation: int) -> None:
-        """Record acknowledged rows, which the next call to the store deletes.
+        """Record acknowledged rows. The next call to the store deletes the rows.
 
         :param events: how many of the rows are events.
         :param generation: the generation of the ids. Ids of an earlier generation are ignored.

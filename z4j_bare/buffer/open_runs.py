@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 #: Suffix that is appended to the name of the store. Older agents ignore files with this suffix.
 SUFFIX = ".runs"
 
-#: First bytes of the file, which identify its type and its layout.
+#: First bytes of the file. They identify the file's type and layout.
 MAGIC = b"z4jruns1"
 #: Header: magic, number of the last stored event, time of the last flush in seconds since the
 #: epoch, length of the deployment id in bytes.
@@ -78,7 +78,7 @@ SLOT_BYTES = _SLOT.size
 _START = Struct("<d8xHBB4x224sQ")
 #: Offsets within a slot in words of 8 bytes: the state, and the time of the end.
 _STATE_WORD, _END_WORD = 31, 1
-#: Maximum bytes of a task id and its note together.
+#: Maximum bytes of a task id and the note of the run together.
 MAX_ID_BYTES = 224
 _ID_OFFSET = 24
 _NOTE_LENGTH_OFFSET = 20
@@ -247,7 +247,7 @@ class OpenRuns:
             return
         names = self._deployment().encode()
         # Other threads may start runs before ``_use`` copies the memory.
-        # Therefore 64 slots more than the used slots are copied.
+        # Therefore 64 slots beyond the used slots are copied.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
         # CPython switches threads only at calls and loops, so not between the two steps of
         # ``_use``: the copy and the switch to the file.
@@ -356,7 +356,7 @@ class OrphanRuns:
             shared = self._description(run.description)
         except (ValueError, struct.error):  # a damaged file
             return
-        if run.started >= flushed:  # the event of its start may be lost
+        if run.started >= flushed:  # the event of the run's start may be lost
             yield self._event(run, shared, "task.started", run.started, {})
         if run.outcome == RUN_OPEN:
             at = max(run.started, flushed)

@@ -145,7 +145,7 @@ class Orphan:
         return True
 
     def close(self) -> None:
-        """Release the store. Any process can claim it again if rows are left."""
+        """Release the store. Any process can claim the store again if rows are left."""
         if self._store is not None:
             self._store.close()
 

@@ -64,7 +64,7 @@ class BufferEntry(NamedTuple):
     attempts: int
 
 
-#: Getters of an entry's fields for ``map``, which takes a fraction of the time of a loop.
+#: Getters of an entry's fields for ``map``, because ``map`` takes a fraction of a loop's time.
 KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 
@@ -100,8 +100,8 @@ class LedgerEntry:
 
     ``state`` is ``started``, ``done``, ``failed`` for an effect that may be tried again, or
     ``elsewhere`` for a command of another process. ``result`` is the payload of the result, or of
-    the provisional result while the command runs. ``result`` is empty if it was dropped to free
-    space. ``at`` is the time of the last change in seconds since the epoch.
+    the provisional result while the command runs. ``result`` is empty if the result was dropped to
+    free space. ``at`` is the time of the last change in seconds since the epoch.
     """
 
     key: str
@@ -169,5 +169,5 @@ def batch_timestamp(entry: BufferEntry) -> float | None:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which a task id may contain and which SQLite rejects."""
+    """Replace lone surrogates, because a task id may contain them and SQLite rejects them."""
     return text.encode("utf-8", "replace").decode("utf-8")

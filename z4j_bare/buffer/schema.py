@@ -222,7 +222,7 @@ def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
         )
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Some distributions build SQLite with secure_delete, which doubles the writes of a deletion.
+    # Some distributions build SQLite with secure_delete on. This doubles the writes of a deletion.
     connection.execute("PRAGMA secure_delete=OFF")
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")

@@ -77,7 +77,7 @@ class ReadResult(NamedTuple):
 class StoreWorker:
     """Owns the store on disk. Only one call may run at a time.
 
-    All methods run on the native thread, except :meth:`read_cached`, which may run on the hub.
+    All methods run on the native thread. :meth:`read_cached` may also run on the hub.
     """
 
     def __init__(self, open_store: Callable[[], BufferStore]) -> None:

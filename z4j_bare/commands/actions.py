@@ -63,7 +63,7 @@ def retry_task(command: Command, host: EngineHost, seconds: float) -> object:
     """Run a task again.
 
     The task gets new arguments only from the operator's overrides. The brain's copy of the original
-    arguments is not used, because it is redacted.
+    arguments is not used, because the copy is redacted.
     """
     task_id = _task_id(command, host)
     args, kwargs = _overrides(command)
@@ -268,7 +268,7 @@ def _refuse_unsafe(command: Command, host: EngineHost) -> None:
 def _task_id(command: Command, host: EngineHost) -> str:
     """Return the task's id.
 
-    The engine's name, with which an id in the command's target begins, is removed.
+    In the command's target, the id follows the engine's name and a colon. These are removed.
     """
     shown = command.text("task_id") or command.required("task_id", "id").removeprefix(
         f"{host.name}:"

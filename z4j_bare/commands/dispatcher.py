@@ -53,8 +53,8 @@ class DispatchState:
 class Dispatcher:
     """Runs each command once, at most ``workers`` at a time, and stores its result by the deadline.
 
-    :param buffer: contains the ledger of started and finished commands, also of those of earlier
-        processes.
+    :param buffer: contains the ledger of commands that this or an earlier process has started or
+        finished.
     :param on_stored: called after each stored result, to wake the sender.
     """
 
@@ -208,7 +208,8 @@ class Dispatcher:
 class CommandPool:
     """Calls ``run(command)`` in at most ``workers`` tasks.
 
-    A command that is still waiting at its deadline is passed to ``run``, which refuses it.
+    A command that is still waiting at its deadline is passed to ``run``, and ``run`` refuses the
+    command.
     """
 
     def __init__(

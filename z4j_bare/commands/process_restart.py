@@ -29,7 +29,7 @@ logger = logging.getLogger("z4j.runtime.commands.process_restart")
 EXIT_CODE = 75
 
 #: Minimum age in seconds of a process that a command may restart.
-#: It prevents repeated commands from causing a crash loop.
+#: The minimum prevents repeated commands from causing a crash loop.
 MIN_UPTIME = 60.0
 
 #: Maximum seconds for stopping the agent, if the worker's own shutdown has not stopped the agent.

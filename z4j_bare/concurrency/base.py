@@ -108,7 +108,7 @@ class StepTimer:
         self.count = 0
 
     def begin(self) -> float:
-        """Return the current time, which :meth:`end` takes as the start of the step."""
+        """Return the current time, which must be passed to :meth:`end` as the start of the step."""
         return time.perf_counter()
 
     def end(self, start: float, task: str) -> None:
@@ -126,7 +126,7 @@ class StepTimer:
 
 
 class BaseConcurrency:
-    """Implements the common part of ``IConcurrency``, which specifies the methods.
+    """Implements the common part of ``IConcurrency``. That interface specifies the methods.
 
     A subclass implements the methods that raise ``NotImplementedError``. Every wait goes through
     :meth:`_yielding`.

@@ -43,8 +43,8 @@ class Detection:
 def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
 
-    Threads and sockets are checked separately, to detect a partial patch, which kombu takes for a
-    full patch.
+    Threads and sockets are checked separately, because kombu treats a partial patch as a full
+    patch, and the agent must not.
     """
     modules = sys.modules if modules is None else modules
     gevent = modules.get("gevent.monkey")

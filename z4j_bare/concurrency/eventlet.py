@@ -35,7 +35,7 @@ RECHECK_INTERVAL = 60.0
 
 #: Maximum seconds of one wait for a socket in a process that has forked.
 #: Parent and child share the hub's epoll set. After the child has closed a socket, the parent gets
-#: no events of it until the parent waits again.
+#: no events of that socket until its next wait.
 MAX_IO_WAIT = 1.0
 
 #: Maximum seconds of one wait for a socket in a process that has not forked.
@@ -115,7 +115,7 @@ class NativeWorker:
         _thread.start_new_thread(self._work, ())
 
     def call(self, job: Callable[[], object]) -> Any:
-        """Return the result of ``job()``, which must not raise, log or use objects of the hub."""
+        """Return the result of ``job()``. The job must not raise, log or use objects of the hub."""
         result: list[Any] = []
         self._jobs.put((result, job))
         while not result:

@@ -11,7 +11,7 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # Native threads must not call eventlet's ``os.open``, which creates a hub in the calling
+    # Native threads must not call eventlet's ``os.open``, because it creates a hub in the calling
     # thread. When such a thread ends, greenlet searches the whole heap for references to the hub.
     # The search blocks the main thread for 20 to 70 ms.
     from posix import open as open_file
@@ -48,7 +48,7 @@ def epoch() -> int:
 
 
 def has_forked() -> bool:
-    """Return whether this process has called ``os.fork``. ``subprocess`` does not call it."""
+    """Return whether this process has called ``os.fork``, which ``subprocess`` does not do."""
     return _forked
 
 

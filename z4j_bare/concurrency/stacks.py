@@ -1,8 +1,8 @@
 """Reads the positions of greenlets, threads and coroutines in the code.
 
 The functions read no values of local variables. ``frame.f_locals`` of a frame that is still in use
-keeps all values alive until the frame ends (CPython 3.11 and 3.12). A :class:`Position` holds no
-frame, so it can be kept.
+keeps all values alive until the frame ends (CPython 3.11 and 3.12). A :class:`Position` refers to
+no frame, so it can be stored.
 
 The agent imports this module when the first client asks for positions.
 """
@@ -219,7 +219,7 @@ class HeapScan:
     """Finds the greenlets and asyncio tasks of the process.
 
     No registry contains all of them. ``run`` traverses the objects of the garbage collector, which
-    takes about 30 ms for a million objects, and must therefore run off the hub.
+    takes about 30 ms for a million objects. Therefore ``run`` must be called off the hub.
     """
 
     def __init__(self) -> None:

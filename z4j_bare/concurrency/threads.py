@@ -63,7 +63,8 @@ class ThreadsConcurrency(BaseConcurrency):
 
     def _wait_io(self, sock: HasFileno, timeout: float, write: bool) -> bool:
         if not hasattr(select, "poll"):
-            # eventlet removes poll() when it patches sockets. Its select() accepts all descriptors.
+            # eventlet removes poll() when it patches sockets. eventlet's select() accepts all
+            # descriptors.
             return any(select.select([] if write else [sock], [sock] if write else [], [], timeout))
         poller = select.poll()  # the native select() rejects descriptors above 1023
         poller.register(sock, select.POLLOUT if write else select.POLLIN)

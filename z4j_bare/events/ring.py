@@ -1,4 +1,4 @@
-"""The queue between the host's tasks, which append events, and the flush loop."""
+"""The queue of events from the host's tasks to the flush loop."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ MARGIN = 1024
 #: Maximum nesting depth. The name of the type replaces a deeper container.
 MAX_DEPTH = 32
 
-#: Maximum bits of an integer.
-#: A text with its size replaces a larger integer, because Python parses at most 4,300 digits.
+#: Maximum bits of an integer. A larger integer is replaced by a text with the integer's size,
+#: because Python parses at most 4,300 digits.
 MAX_INT_BITS = 1024
 
 _AS_TEXT = (

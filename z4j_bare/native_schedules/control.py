@@ -44,7 +44,7 @@ MAX_RECORDS = 10_000
 #: Maximum seconds to wait while another process changes the file.
 BUSY_TIMEOUT = 5.0
 
-#: Mode bits that allow other users to access the file, which contains arguments of tasks.
+#: Mode bits that must not be set, because the file contains arguments of tasks.
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 #: Guards every access to the file. The lock is unpatched, because no greenlet may run while the
@@ -74,7 +74,7 @@ class NativeScheduleControl:
     Any thread and process may use the object, because each call opens a connection. The constructor
     and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
 
-    :param path: path of the file, which is created with mode 0600.
+    :param path: path of the file. A missing file is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
     """
 

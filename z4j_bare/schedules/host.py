@@ -1,4 +1,4 @@
-"""The host of a scheduler adapter, which is called through the asyncio bridge."""
+"""Calls a scheduler adapter through the asyncio bridge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("z4j.runtime.schedules.host")
 #: Timeout in seconds for connecting the adapter's signals.
 CONNECT_TIMEOUT = 30.0
 
-#: Timeout in seconds for listing the adapter's capabilities, which may import Django's models.
+#: Timeout in seconds for listing the adapter's capabilities. This may import Django's models.
 CAPABILITIES_TIMEOUT = 5.0
 
 #: Maximum bytes of a text in a published row.

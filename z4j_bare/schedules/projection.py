@@ -49,7 +49,7 @@ Checkpoint = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """The right to publish a scheduler's schedules, which the brain grants at each activation."""
+    """The brain's permission to publish a scheduler's schedules, granted at each activation."""
 
     owner: str
     source_scope: str

@@ -43,8 +43,8 @@ PROBE_DELAY_INITIAL = 60.0
 #: Maximum seconds between two attempts to use WebSocket again.
 PROBE_DELAY_MAX = 3600.0
 
-#: Number of consecutive failures after which WebSocket counts as blocked.
-#: It applies to failures that can also have another cause, such as a timeout of the upgrade.
+#: Number of consecutive failures after which WebSocket counts as blocked. The number applies to
+#: failures that can also have another cause, such as a timeout of the upgrade.
 FAILURES_BEFORE_FALLBACK = 2
 
 #: Timeout of a request to the brain's health route, in seconds.
@@ -54,7 +54,7 @@ HEALTH_TIMEOUT = 5.0
 _MIN_CLOSE_CODE = 1000
 
 #: Codes that the brain itself sends when it fails, restarts or has too many clients (429).
-#: They cause no fallback, which would send more requests to an overloaded brain.
+#: They cause no fallback, because it would send more requests to an overloaded brain.
 _BRAIN_CODES = (1011, 1012, 1013, HTTPStatus.TOO_MANY_REQUESTS)
 
 

@@ -135,7 +135,7 @@ class _Reader(io.RawIOBase):
 
 
 class Client:
-    """An HTTP client with one connection, which is kept alive between requests.
+    """An HTTP client with one connection that is kept alive between requests.
 
     :param base: the URL that paths are appended to.
     :param tls: the TLS context for an ``https`` URL. Only this context decides whether a
@@ -207,7 +207,7 @@ class Client:
         """Shut down the connection and refuse new connections.
 
         Any task may call this method. Idempotent. A forked child does not touch the connection,
-        which belongs to its parent.
+        because it belongs to the parent.
         """
         self._aborted = True
         if self._socket is not None and not self._backend.forked():

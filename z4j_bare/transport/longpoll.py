@@ -229,7 +229,7 @@ class _Poller:
 
 @implementer(ITransport)
 class LongPollTransport:
-    """One long-poll session, which uploads one frame at a time and polls in a separate task.
+    """One long-poll session. It uploads one frame at a time, and polls in a separate task.
 
     :param url: from :func:`~z4j_bare.transport.endpoint.longpoll_url`.
     :param token: returns the token. Called at every connect, because a token file can be rotated.

@@ -118,7 +118,7 @@ class WebSocketTransport:
         # TLS options are passed here, because ``WebSocket.connect`` ignores them.
         tls = {} if self._tls is None else {"context": self._tls}
         # The library's check of UTF-8 is disabled.
-        # It takes 0.3 s per MiB, and the JSON parser checks UTF-8.
+        # The check takes 0.3 s per MiB, and the JSON parser checks UTF-8 as well.
         self._ws = websocket.WebSocket(
             sslopt=tls, enable_multithread=False, fire_cont_frame=False, skip_utf8_validation=True
         )
@@ -196,7 +196,7 @@ class WebSocketTransport:
         ``WebSocket.close`` is not used, because it would hang while another task waits for data.
 
         Sends a close frame if no frame is being written and the socket has space. A forked child
-        does not touch the connection, which belongs to its parent.
+        does not touch the connection, because it belongs to the parent.
         """
         sock = getattr(self._ws, "sock", None)
         if sock is None or self._backend.forked():

@@ -87,7 +87,7 @@ class Command:
         """Return the time at which a task should run, in seconds since the epoch.
 
         The time is the parameter ``eta``, or ``wall`` plus the parameter ``eta_seconds``. Without
-        both parameters it is ``None``.
+        both parameters, the time is ``None``.
         """
         eta, delay = (
             self.option(name, (int, float), "a number of seconds")

@@ -52,8 +52,8 @@ _NAME_FIELDS = {
     "worker": MAX_NAME_CHARS,
 }
 
-#: Number of changed events of this process, by changed field. Flush loops and the adoption of
-#: another agent's buffers write to it.
+#: Number of changed events of this process, by changed field.
+#: Flush loops and the adoption of another agent's buffers change the counter.
 fitted: Counter[str] = Counter()
 
 #: Maps each changed text to its original text.

@@ -147,7 +147,8 @@ def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
     """Return the event, truncated to at most ``limit`` bytes.
 
     One field of ``TRUNCATION_ORDER`` after the other is replaced by a text that states its size,
-    until the event fits. If it never fits, its data keeps only task name, queue and worker.
+    until the event fits. An event that never fits keeps only task name, queue and worker in its
+    data.
     """
     data = dict(fields.get("data") or {})
     encoded = b""

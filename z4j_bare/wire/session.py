@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: Matches an id or a type that needs no JSON escapes.
 _NO_ESCAPES_NEEDED = re.compile(r"[A-Za-z0-9_.:\-]*").fullmatch
 
-#: Types of incoming frames that the agent processes. It ignores frames of other types.
+#: Types of incoming frames that the agent processes. The agent ignores frames of other types.
 _PROCESSED_TYPES = frozenset({"command", "event_batch_ack", "error"})
 
 #: Maximum bytes of the envelope around a payload: id, type, nonce, timestamp, seq and signature.

@@ -42,9 +42,9 @@ PROBE_DELAY_MAX = 10.0
 #: Seconds from the ack that proves a skip until the skipped frames are sent again. The delay
 #: doubles up to the maximum while the brain skips one frame after the other.
 RESEND_DELAY_INITIAL = 0.5
-#: Maximum of this delay in seconds, without the random addition.
+#: Maximum seconds from that ack until the resend, without the random addition.
 RESEND_DELAY_MAX = 2.0
-#: Maximum random addition to this delay, relative to the delay.
+#: Maximum random addition to the delay of a resend, relative to the delay.
 #: The brain ingests the frames of one token one after another. Without the addition, agents whose
 #: frames were skipped at the same time would wait for each other again.
 RESEND_JITTER = 1.0
@@ -56,7 +56,8 @@ FAST_ACK = 1.0
 #: In this time, each waiting writer of SQLite retries once.
 ACK_PAUSE = 0.1
 
-#: Number of events in the first frame of a session. It is small, so that the ack arrives soon.
+#: Number of events in the first frame of a session.
+#: The frame is small, so that the ack arrives soon.
 FRAME_EVENTS_INITIAL = 50
 
 #: Smallest number of events to which skipped frames reduce the size of a frame.
