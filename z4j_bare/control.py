@@ -176,11 +176,11 @@ def remove_pidfile(adapter_id: str) -> None:
 
 
 def is_pidfile_safe(adapter_id: str) -> bool:
-    """Whether the pid file of this process does no harm to those who send SIGHUP to that pid.
+    """Whether this process may have a pid file. Commands may send SIGHUP to the pid in the file.
 
-    ``restart`` of z4j-bare 1.13.0 sends SIGHUP, which ends a process that neither handles nor
-    ignores it. Therefore such a process has no pid file, unless a framework's own commands read
-    that file, as ``manage.py z4j_status`` does.
+    ``restart`` of z4j-bare 1.13.0 sends SIGHUP. The signal ends a process that neither handles nor
+    ignores SIGHUP. Therefore such a process has no pid file, unless a framework's own commands,
+    such as ``manage.py z4j_status``, read the file.
     """
     if adapter_id != _PLAIN_ADAPTER or not hasattr(signal, "SIGHUP"):
         return True
@@ -190,8 +190,8 @@ def is_pidfile_safe(adapter_id: str) -> bool:
 def remove_stale_pidfiles() -> None:
     """Remove the pid files of all ended processes from ``Z4J_HOME``.
 
-    Another container that shares the directory has other pids. The file of such a process stays
-    while its control socket accepts connections.
+    The pid of a process in another container that shares the directory cannot be checked. The pid
+    file of such a process stays while the control socket of the process accepts connections.
     """
     ended = [path for path in settle_home(create=False).glob("agent-*.pid") if _is_free(path)]
     if not ended:
@@ -373,5 +373,5 @@ def _pidfile_name(adapter_id: str) -> str:
 
 def _runtime_dir() -> Path:
     """Return ``Z4J_HOME``, created if it is missing; z4j_django imports this function."""
-    # A command that only reads creates no replacement of a directory that it cannot use.
+    # A command that only reads must not create a replacement for an unusable directory.
     return ensure_home(create=False)

@@ -1,9 +1,9 @@
 """Determines the directory of the agents' state, ``Z4J_HOME``, and replaces it if it is unusable.
 
 ``z4j_home()`` of z4j_core raises ``RuntimeError`` for a user with neither HOME nor an entry in the
-password database, and does not check whether the directory can be written. Every module of this
-package therefore asks this module. A replacement is exported as ``Z4J_HOME``, so that z4j_core,
-adapters and child processes use it too.
+password database, and does not check whether the directory can be written. Therefore every module
+of this package gets the directory from this module. A replacement is exported as ``Z4J_HOME``, so
+that z4j_core, adapters and child processes use it too.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Replacement:
 _replacement: Replacement | None = None
 _noticed = False
 
-#: The last result and what it depends on: Z4J_HOME, HOME and the user. A directory that becomes
-#: unusable later is not replaced, because the agent's control socket is in it.
+#: The last result, and the values that determined the result: Z4J_HOME, HOME and the user. A
+#: directory that becomes unusable later is not replaced, because it has the agent's control socket.
 _settled: tuple[_Key, Path] | None = None
 
 
@@ -87,7 +87,7 @@ def settle_home_of_user() -> None:
     """Set ``Z4J_HOME`` if z4j_core cannot determine a home directory.
 
     This function is called at import, because some adapters call z4j_core before they call this
-    package. It makes no system call if HOME is set, or Z4J_HOME to a path without ``~``.
+    package. It makes no system call if HOME is set, or if Z4J_HOME is a path without ``~``.
     """
     if "HOME" not in os.environ and os.environ.get("Z4J_HOME", "~")[:1] in ("~", ""):
         settle_home()
@@ -125,8 +125,8 @@ def move_from_replaced(path: Path) -> Path:
 def replacements() -> Iterator[Path]:
     """Yield the directories of this user in temporary directories.
 
-    The predictable names are first. The others are random, for the case that another user occupies
-    the predictable names.
+    Predictable names come first. Random names follow, in case another user occupies the predictable
+    names.
     """
     predictable = temporary_directories()
     yield from predictable
@@ -140,10 +140,10 @@ def temporary_directories() -> list[Path]:
 
 
 def private_directory(directory: Path) -> Path:
-    """Create ``directory`` if it is missing, and return it.
+    """Return ``directory``, created if it was missing.
 
-    Raises ``LocalStorageError`` if it cannot be created, is not a directory, is a symbolic link,
-    belongs to another user or is writable by others.
+    Raises ``LocalStorageError`` if ``directory`` cannot be created, is not a directory, is a
+    symbolic link, belongs to another user or is writable by others.
     """
     try:
         create_directory(directory)
@@ -230,7 +230,7 @@ def _usable_replacements(create: bool) -> Iterator[Path]:
 
 
 def _obstacle(directory: Path) -> str:
-    """Return why this user cannot create files in ``directory``, or ``""``; it may be missing."""
+    """Return why this user cannot create files in ``directory``, existing or not; else ``""``."""
     try:
         status = directory.stat()
     except FileNotFoundError:

@@ -469,7 +469,7 @@ class IBridge(Interface):
     def call(
         function: Callable[..., object], *args: object, timeout: float, **kwargs: object
     ) -> Any:
-        """Call an adapter's function, await the result if it is awaitable, and return the result.
+        """Call an adapter's function, await an awaitable result, and return the result.
 
         After ``timeout`` seconds, cancels the coroutine and raises ``TimeoutError``. Raises every
         exception of the function.

@@ -59,8 +59,8 @@ def should_suppress(func: Callable[..., object], error: Exception) -> bool:
 def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
     """Decorate ``func`` so that it handles exceptions as :func:`safe_call` does.
 
-    The wrapper declares ``**kwargs``, because Celery's ``Signal.connect`` checks it in the flags of
-    the code object, not in the signature.
+    The wrapper declares ``**kwargs``, because Celery's ``Signal.connect`` requires keywords, and
+    checks the flags of the code object and not the signature.
     """
 
     @wraps(func)

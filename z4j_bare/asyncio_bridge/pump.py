@@ -36,7 +36,7 @@ class Pump:
 
     ``sink`` must not wait, log or switch greenlets. If a generator raises, the error is logged and
     ``iterate()`` is called again. A generator that ends is not restarted, because the registry
-    streams of rq's, dramatiq's and huey's adapters are empty.
+    streams of rq's, dramatiq's and huey's adapters are empty and end at once.
     """
 
     def __init__(

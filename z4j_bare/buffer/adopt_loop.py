@@ -107,7 +107,7 @@ class AdoptLoop:
                 self._skip(path, orphan)
 
     def _adopt_existing(self, claim: Callable[[Path], ExistingBuffer], stop_event: IEvent) -> None:
-        """Adopt the buffers that the existing agent has left. Each is reported once."""
+        """Adopt the buffers that the existing agent has left. Each buffer is logged once."""
         ok, found = self._backend.offload(list_existing_buffers, self._buffer_path)
         for path in found if ok else ():
             if path in self._skip_until or stop_event.is_set():

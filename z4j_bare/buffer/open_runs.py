@@ -68,7 +68,7 @@ DESCRIPTION_BYTES = 512
 _LENGTH = Struct("<H")
 _DESCRIPTIONS_OFFSET = 4096
 
-#: Maximum number of open runs, plus ended runs whose end is not stored yet.
+#: Maximum number of runs: open runs, and ended runs whose end is not stored yet.
 SLOTS = 4096
 #: A slot: time of the start, time of the end, number of the description, length of the id, flags,
 #: length of the note (exception class), id and note, state.
@@ -171,7 +171,7 @@ class OpenRuns:
             text = task_id.encode()
             length = len(text)
             if length <= MAX_ID_BYTES and description >= 0:
-                # A check whether ``_free`` is empty would race with the other threads of the host.
+                # No check comes first, because another thread could take the last slot after it.
                 try:
                     slot = self._free.pop()
                 except IndexError:
@@ -249,8 +249,8 @@ class OpenRuns:
         # Other threads may start runs before ``_use`` copies the memory.
         # Therefore 64 slots beyond the used slots are copied.
         end = min(FILE_BYTES, FILE_BYTES - length_hint(self._unused) * SLOT_BYTES + 16_384)
-        # CPython switches threads only at calls and loops, so not between the two steps of
-        # ``_use``: the copy and the switch to the file.
+        # CPython switches threads only at calls and loops.
+        # Therefore no other thread runs between the copy and the switch to the file in ``_use``.
         self._use(mapped, end)
         mapped[_DEPLOYMENT_OFFSET : _DEPLOYMENT_OFFSET + len(names)] = names
         number, at = _FLUSHED.unpack_from(mapped, _FLUSHED_OFFSET)

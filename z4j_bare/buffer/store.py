@@ -171,7 +171,7 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """Shrink the files of a full disk, evict old events; return how many were evicted."""
+        """On a full disk, shrink the files and evict old events; return how many were evicted."""
         self._space.reclaim_all()
         number = max(FULL_DISK_EVICTION, self.size() // 10)
         with self._accounting.transaction() as rows:

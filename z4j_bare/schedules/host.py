@@ -30,7 +30,7 @@ CONNECT_TIMEOUT = 30.0
 CAPABILITIES_TIMEOUT = 5.0
 
 #: Maximum bytes of a text in a published row.
-#: A longer text is truncated, and a note of this is appended.
+#: A longer text is truncated, and a note of the truncation is appended.
 #: Text and note together stay below 8,192 bytes, because the brain truncates a longer text.
 MAX_ROW_TEXT_BYTES = 8000
 

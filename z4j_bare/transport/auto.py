@@ -230,7 +230,7 @@ class TransportFactory:
             return False
 
     def clock_offset(self) -> float | None:
-        """Ask the brain for its time; return the seconds by which its clock is ahead of this one.
+        """Ask the brain for its time; return by how many seconds it is ahead of this host's clock.
 
         Returns ``None`` without an answer.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
 
-#: Seconds that a ``Date`` header is behind on average, because it omits the fraction.
+#: Seconds that a ``Date`` header is behind on average, because it has no fraction of a second.
 _DATE_FRACTION = 0.5
 
 

@@ -81,7 +81,7 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
 }
 
 #: Close codes and HTTP statuses that the content of a single frame can cause.
-#: The brain cannot process the frame, or a proxy rejects it.
+#: The brain sends them if it cannot process the frame, and a proxy if it rejects the frame.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
 #: Codes with which the brain rejects a signature in an established session.

@@ -33,7 +33,8 @@ SLOW_ACK = 2.5
 #: frame of the same token.
 PROBE_DELAY_INITIAL = 2.5
 
-#: Factor by which the delay grows from one empty frame to the next. Four are sent within 15 s.
+#: Factor by which the delay grows from one empty frame to the next.
+#: Thus four empty frames are sent within 15 s.
 PROBE_DELAY_FACTOR = 1.2
 
 #: Maximum seconds between two empty frames. Each empty frame costs the brain some milliseconds.
@@ -53,7 +54,7 @@ RESEND_JITTER = 1.0
 FAST_ACK = 1.0
 
 #: Seconds after an ack during which no events are sent.
-#: In this time, each waiting writer of SQLite retries once.
+#: The pause is long enough for one retry of each waiting writer of SQLite.
 ACK_PAUSE = 0.1
 
 #: Number of events in the first frame of a session.
