@@ -138,7 +138,7 @@ class StepScopedSelector(selectors.BaseSelector):
         self._end_step()
         try:
             if timeout <= 0:
-                # With timeout 0, gevent's ``select`` does not run the hub.
+                # ``sleep`` runs the hub. gevent's ``select`` with timeout 0 does not.
                 self._backend.sleep(0)
             ready: list[tuple[selectors.SelectorKey, int]] = self._backend.call_blocking(
                 self._inner.select, timeout

@@ -127,7 +127,7 @@ class AdoptLoop:
                     path,
                     buffer,
                 )
-            self._skip_until[path] = math.inf  # rows that are left cannot be sent
+            self._skip_until[path] = math.inf  # no retry: the remaining rows cannot be sent
 
     def _report_runs(self, claim: Callable[[Path], OrphanRuns]) -> None:
         """Report the runs that were open when their process died.

@@ -288,7 +288,7 @@ class _FileLock:
         """Release the lock. Idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a copy in a forked child would keep the lock
             os.close(descriptor)
 
     def _acquire(self, path: Path, mode: int) -> None:

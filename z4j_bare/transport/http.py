@@ -259,7 +259,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: object, url: object, verify: object, cert: object) -> None:
-        # The base class would add the CA certificates of ``requests`` to the agent's context.
+        # The base class is not called, because it would add the CA certificates of ``requests``.
         del url, verify, cert
         if isinstance(conn, HTTPSConnectionPool):
             conn.cert_reqs = "CERT_REQUIRED"

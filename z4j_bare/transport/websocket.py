@@ -240,7 +240,8 @@ class WebSocketTransport:
         return {
             "header": [f"Authorization: Bearer {self._token()}"],
             "suppress_origin": True,
-            # The library would send the Authorization header to the targets of redirects.
+            # No redirects, because the library would send the Authorization header to their
+            # targets.
             "redirect_limit": 0,
         }
 

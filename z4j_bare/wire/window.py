@@ -43,7 +43,7 @@ PROBE_DELAY_MAX = 10.0
 #: Seconds from the ack that proves a skip until the skipped frames are sent again. The delay
 #: doubles up to the maximum while the brain skips one frame after the other.
 RESEND_DELAY_INITIAL = 0.5
-#: Maximum seconds from that ack until the resend, without the random addition.
+#: Maximum seconds from the ack that proves a skip until the resend, without the random addition.
 RESEND_DELAY_MAX = 2.0
 #: Maximum random addition to the delay of a resend, relative to the delay.
 #: The brain ingests the frames of one token one after another. Without the addition, agents whose
@@ -149,7 +149,7 @@ class SkippedFrames:
         return sum(frame.events for frame in self._frames.values())
 
     def add(self, frames: dict[str, InFlight], now: float) -> None:
-        """Add frames of which a later frame was acknowledged at ``now``."""
+        """Add frames that were skipped: a later frame was acknowledged at ``now``."""
         if not self._frames:
             self.resend_at = now + self._delay.next()
         self._frames.update(frames)
