@@ -118,13 +118,16 @@ class Agent:
         )
         supervisor.clock.ask, health.on_change = transports.clock_offset, supervisor.beat
         self.status = AgentStatus(identity, self.supervisor, self.engines, metrics, buffer)
-        hints = getattr(framework, "discovery_hints", None)
-        dev = config.dev_mode or settings.dev_mode
+        hints, dev = (
+            getattr(framework, "discovery_hints", None),
+            config.dev_mode or settings.dev_mode,
+        )
         registry = RegistryLoop(hosts, hints, lambda: self.supervisor.connection, backend, dev=dev)
         self._session_loops.on_start += [self.engines.announce_workers, registry.wake]
         self._session_loops.on_end.append(self.schedules.revoke)
+        describe, reconnect = self.status.describe, supervisor.reconnect
         handlers = control_handlers(
-            self.status.describe, supervisor.reconnect, self.engines, hub_lag, settings, backend
+            describe, reconnect, self.engines, hub_lag, config, settings, backend
         )
         control_server = ControlServer(framework.name, handlers, backend)
         adopter = AdoptLoop(
@@ -139,7 +142,7 @@ class Agent:
         loops.add(hub_lag.run, "z4j-hub-lag", wake=hub_lag.wake)
         loops.add(adopter.run, "z4j-adopt")
         loops.add(control_server.run, "z4j-control", wake=control_server.wake)
-        loops.add(DuplicateAgentCheck(self.status.describe, backend).run, "z4j-duplicates")
+        loops.add(DuplicateAgentCheck(describe, backend).run, "z4j-duplicates")
         loops.add(registry.run, "z4j-registry", wake=registry.wake)
         if self.schedules.streams:
             loops.add(self.schedules.run, "z4j-schedules", wake=self.schedules.wake)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 #: Requests that a control server answers.
-STATUS, RESTART, TASKS, HUB = "status", "restart", "tasks", "hub"
+STATUS, RESTART, TASKS, HUB, LOG = "status", "restart", "tasks", "hub", "log"
 
 #: Seconds to wait for the answer to a request.
 REQUEST_TIMEOUT = 2.0

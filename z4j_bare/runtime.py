@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare import home
 from z4j_bare.concurrency import build, choose, detect
+from z4j_bare.monitoring.recent_log import start_recording
 from z4j_bare.process import is_importing_application
 from z4j_bare.safety import safe_call
 from z4j_bare.settings import Settings, load_settings
@@ -93,6 +94,7 @@ class AgentRuntime:
             if self.state is not RuntimeState.STOPPED:
                 return
             self._state = RuntimeState.STARTING
+        start_recording()
         try:
             agent = self._build()
         except BaseException:

@@ -1,6 +1,8 @@
-"""Forked children of a test."""
+"""Forked children of a test, and commands in other processes."""
 
 import os
+import subprocess
+import sys
 import traceback
 
 
@@ -17,3 +19,20 @@ def in_child(function):
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_command(until, *words):
+    """Run a z4j-bare command without blocking the hub; return exit code and output."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "z4j_bare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until(lambda: process.poll() is not None)
+        return process.returncode, process.stdout.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

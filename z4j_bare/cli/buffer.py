@@ -162,7 +162,7 @@ def _list(output: Output, arguments: argparse.Namespace) -> int:
     else:
         rows = [*map(_row, stores), *map(_existing_row, existing)]
         output.print_table(COLUMNS, rows)
-    answer: dict[str, Any] = {"stores": [_as_dict(store) for store in stores]}
+    answer: dict[str, Any] = {"stores": [as_dict(store) for store in stores]}
     if existing:
         answer["existing_agent"] = [_existing_as_dict(each) for each in existing]
     output.print_json(answer)
@@ -359,7 +359,8 @@ def _losses(stores: list[StoreReport]) -> dict[str, int]:
     return lost
 
 
-def _as_dict(store: StoreReport) -> dict[str, Any]:
+def as_dict(store: StoreReport) -> dict[str, Any]:
+    """Return the report on a store as JSON types."""
     return {
         "path": str(store.path),
         "living": store.owner_alive,

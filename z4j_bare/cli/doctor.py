@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_core.errors import ConfigError
@@ -22,6 +23,7 @@ examples:
   z4j-bare doctor --config /etc/z4j/agent.toml     with the settings of an agent's file
   z4j-bare doctor --app shop.celery:app            import the app first, then check its patching
   z4j-bare doctor --json | jq '.probes[] | select(.ok | not)'
+  z4j-bare doctor --bundle report.tar.gz           also write a file for a bug report
 
 exit codes: 0 no probe failed, 1 a probe failed or a setting is wrong, 2 usage
 """
@@ -48,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-websocket", action="store_true", help="do not probe WebSocket")
     parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE",
+        help="also write a new .tar.gz file for a bug report: the results, settings without "
+        "secrets, and state and last log lines of the running agents",
+    )
+    parser.add_argument(
         "--hmac-secret",
         metavar="KEY",
         help="the signing key (Z4J_HMAC_SECRET); other users can see it in the process list: "
@@ -64,18 +73,20 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run every probe. Return 1 if a probe failed or a setting is wrong, else 0."""
     output = Output(json_only=arguments.json)
-    app: object = None
-    try:
-        if arguments.app:
-            # Call apply() first, because an agent that the application installs reads the settings.
-            configuration.apply(arguments)
-            app = load_app(arguments.app)
-        config, settings = configuration.resolved(arguments)
-    except ConfigError as error:
-        return report_configuration_error(output, error)
-    output.print_line(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
-    results = all_checks(config, settings, websocket=not arguments.no_websocket, app=app)
-    return report(output, config, results)
+    if arguments.bundle is None:
+        document = _examine(output, arguments)
+    else:
+        from z4j_bare.cli import bundle
+
+        with bundle.new_file(arguments.bundle) as file:
+            document = _examine(output, arguments)
+            names = bundle.write(file, arguments, document)
+        output.print_line(
+            f"wrote {len(names)} files to {arguments.bundle}; read them before you send the bundle"
+        )
+        document |= {"bundle": str(arguments.bundle)}
+    output.print_json(document)
+    return 0 if document["ok"] else 1
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -83,20 +94,21 @@ def run_check(arguments: argparse.Namespace) -> int:
     output = Output(json_only=arguments.json)
     try:
         config, settings = configuration.resolved(arguments)
+        document = report(output, config, quick_checks(config, settings))
     except ConfigError as error:
-        return report_configuration_error(output, error)
-    return report(output, config, quick_checks(config, settings))
+        document = report_configuration_error(output, error)
+    output.print_json(document)
+    return 0 if document["ok"] else 1
 
 
-def report_configuration_error(output: Output, error: ConfigError) -> int:
-    """Print which setting is missing or wrong; return 1."""
+def report_configuration_error(output: Output, error: ConfigError) -> dict[str, Any]:
+    """Print which setting is missing or wrong; return the document of ``--json``."""
     output.print_verdict("FAIL", "settings", str(error))
-    output.print_json({"ok": False, "stage": "config", "error": str(error)})
-    return 1
+    return {"ok": False, "stage": "config", "error": str(error)}
 
 
-def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> int:
-    """Print each result when its probe ends; return 0 if no probe failed, else 1."""
+def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> dict[str, Any]:
+    """Print each result when its probe ends; return the document of ``--json``."""
     seen = []
     for result in results:
         seen.append(result)
@@ -109,8 +121,22 @@ def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> in
     else:
         output.print_line("no probe failed", "bold green")
     probes = [_as_dict(result) for result in seen]
-    output.print_json({"ok": not failed, "config": _public_fields(config), "probes": probes})
-    return 1 if failed else 0
+    return {"ok": not failed, "config": _public_fields(config), "probes": probes}
+
+
+def _examine(output: Output, arguments: argparse.Namespace) -> dict[str, Any]:
+    app: object = None
+    try:
+        if arguments.app:
+            # Call apply() first, because an agent that the application installs reads the settings.
+            configuration.apply(arguments)
+            app = load_app(arguments.app)
+        config, settings = configuration.resolved(arguments)
+    except ConfigError as error:
+        return report_configuration_error(output, error)
+    output.print_line(f"z4j-bare doctor: brain {config.brain_url}, project {config.project_id}")
+    results = all_checks(config, settings, websocket=not arguments.no_websocket, app=app)
+    return report(output, config, results)
 
 
 def _public_fields(config: Config) -> dict[str, str]:

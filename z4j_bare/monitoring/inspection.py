@@ -1,6 +1,7 @@
 """Answers the requests to the control server.
 
-What ``z4j-bare tasks`` shows is collected only when a request asks for it.
+What ``z4j-bare tasks``, ``hub`` and ``doctor --bundle`` show is collected only when a request asks
+for it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import TimeSlice
-from z4j_bare.control import HUB, RESTART, STATUS, TASKS
+from z4j_bare.control import HUB, LOG, RESTART, STATUS, TASKS
 from z4j_bare.monitoring.holds import HoldTable
 
 if TYPE_CHECKING:
+    from z4j_core.models import Config
+
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.engines.manager import EngineManager
     from z4j_bare.monitoring.control_server import Response
@@ -32,6 +35,7 @@ def control_handlers(
     reconnect: Callable[[], object],
     engines: EngineManager,
     hub_lag: HubLagMonitor,
+    config: Config,
     settings: Settings,
     backend: BaseConcurrency,
 ) -> dict[str, Callable[..., Response]]:
@@ -49,6 +53,7 @@ def control_handlers(
     inspect: dict[str, Callable[..., Response]] = {
         TASKS: partial(stream_tasks, engines, backend),
         HUB: HubInspector(hub_lag, engines, backend).answer,
+        LOG: partial(stream_log, engines, config, settings, backend),
     }
     if not settings.inspect:
         inspect = dict.fromkeys(inspect, _refuse)
@@ -78,6 +83,21 @@ def stream_tasks(
         yield separator + json.dumps(row, default=str)
         separator = ", "
     yield "]}"
+
+
+def stream_log(
+    engines: EngineManager, config: Config, settings: Settings, backend: BaseConcurrency
+) -> Iterator[str]:
+    """Return the parts of a JSON text with settings, versions and the last log lines."""
+    module = backend.import_module("z4j_bare.monitoring.log_report")
+    head = {
+        "schema": SCHEMA,
+        "pid": os.getpid(),
+        "concurrency": backend.name,
+        "workers": engines.workers(),
+    }
+    parts: Iterator[str] = module.stream_log(head, config, settings, backend)
+    return parts
 
 
 class HubInspector:

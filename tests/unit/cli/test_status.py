@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from importlib.metadata import version
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.support.engines import FakeEngine
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
+from tests.support.processes import run_command
 from z4j_bare import _process_singleton as singleton
 from z4j_bare import control, install_agent
 from z4j_bare.cli import main, make_engine_main, make_main_for_adapter, status
@@ -179,36 +179,19 @@ def test_other_process_queries_and_restarts_agent(backend, until):
     )
     try:
         until(lambda: peer.frames("heartbeat"))
-        code, text = run_in_process(until, "status", "--json")
+        code, text = run_command(until, "status", "--json")
         assert code == 0, text
         (found,) = json.loads(text)["agents"]
         assert (found["pid"], found["connected"], found["project"]) == (os.getpid(), True, "p")
         assert TOKEN not in text
-        code, text = run_in_process(until, "restart")
+        code, text = run_command(until, "restart")
         assert (code, str(os.getpid()) in text) == (0, True)
         until(lambda: len(peer.sessions) > 1)
     finally:
         runtime.stop()
         singleton.clear_runtime()
         peer.stop()
-    assert run_in_process(until, "reload")[0] == 1
-
-
-def run_in_process(until, *words):
-    """Run a command in another process without blocking the hub; return exit code and output."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "z4j_bare", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        until(lambda: process.poll() is not None)
-        return process.returncode, process.stdout.read()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    assert run_command(until, "reload")[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_inspection_can_be_disabled(runtime, off_hub, until, monkeypatch):
     monkeypatch.setenv("Z4J_INSPECT", "0")
     runtime()
     until(lambda: control.list_clients("fastapi"))
-    for verb in (control.TASKS, control.HUB):
+    for verb in (control.TASKS, control.HUB, control.LOG):
         (row,) = off_hub(control.query, verb)
         assert "Z4J_INSPECT=0" in row["error"]
     (row,) = off_hub(control.status)

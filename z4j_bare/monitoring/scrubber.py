@@ -1,0 +1,136 @@
+"""Removes secrets from texts that leave this host in a bundle."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote, quote_plus, unquote
+
+from z4j_bare.errors import HostConfigurationError
+from z4j_bare.settings import read_key, read_secret, read_token
+
+if TYPE_CHECKING:
+    from z4j_core.models import Config
+
+    from z4j_bare.settings import Settings
+
+V = TypeVar("V")
+
+#: What replaces a secret.
+MASK = "***"
+
+#: Minimum characters of a secret that is searched in a text. A shorter one is masked only where its
+#: position shows that it is a secret, as in a URL.
+MIN_CHARS = 4
+
+#: Names of variables whose value is a secret.
+_SECRET_NAME = re.compile(
+    r"pass(?:word|wd|phrase|code)?(?:$|_)|pwd|secret|token|credential|api_?key|_key$|dsn$",
+    re.IGNORECASE,
+)
+
+#: Names of variables that match :data:`_SECRET_NAME`, but whose value is a path or a pattern.
+_PATH_NAME = re.compile(r"_(?:FILE|PATH|DIR|PATTERNS)$", re.IGNORECASE)
+
+#: The password of a URL, up to the last ``@`` of the word.
+_URL_PASSWORD = re.compile(r"(://[^\s/:@'\"]*):([^\s'\"]+)@")
+
+#: The value of an ``Authorization`` header.
+_HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+
+#: An assignment such as the ``password=...`` of a database's connection string.
+_ASSIGNMENT = re.compile(r"\b(\w*(?:password|passwd|pwd)\"?\s*[=:]\s*)[^\s,;&]+", re.IGNORECASE)
+
+#: Texts whose form shows that they contain a secret, and what replaces them.
+_PATTERNS = (
+    (_URL_PASSWORD, rf"\1:{MASK}@"),
+    (_HEADER, rf"\1 {MASK}"),
+    (_ASSIGNMENT, rf"\1{MASK}"),
+)
+
+
+class Scrubber:
+    """Replaces secrets in texts and documents.
+
+    :param secrets: the values to replace, in any of their usual encodings.
+    """
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        forms = {form for secret in secrets for form in _forms(secret) if len(form) >= MIN_CHARS}
+        # A longer form can contain a shorter one, whose replacement would leave the rest.
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        """Return ``text`` without secrets."""
+        for form in self._forms:
+            text = text.replace(form, MASK)
+        for pattern, replacement in _PATTERNS:
+            text = pattern.sub(replacement, text)
+        return text
+
+    def document(self, value: V) -> V:
+        """Return a copy of a document of JSON types without secrets in its keys and texts."""
+        scrubbed: object = value
+        if isinstance(value, str):
+            scrubbed = self.text(value)
+        elif isinstance(value, Mapping):
+            scrubbed = {self.text(str(key)): self.document(each) for key, each in value.items()}
+        elif isinstance(value, list | tuple):
+            scrubbed = [self.document(each) for each in value]
+        return scrubbed  # type: ignore[return-value]
+
+
+def configured_secrets(config: Config, settings: Settings) -> list[str]:
+    """Return token and HMAC secret of an agent. Reads the files that contain them."""
+    secrets = [config.token.get_secret_value()]
+    if config.hmac_secret is not None:
+        secrets.append(config.hmac_secret.get_secret_value())
+    with suppress(HostConfigurationError):
+        secrets.append(read_token(config, settings))
+    with suppress(HostConfigurationError):
+        secrets.append(base64.urlsafe_b64encode(read_key(config, settings)).decode())
+    return secrets
+
+
+def environment_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return the secrets of the environment: by the name of the variable, and passwords of URLs."""
+    secrets = []
+    for name, value in (os.environ if environment is None else environment).items():
+        if _SECRET_NAME.search(name) and not _PATH_NAME.search(name):
+            secrets.append(value)
+        secrets += (password for _, password in _URL_PASSWORD.findall(value))
+        if name in ("Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE"):
+            with suppress(HostConfigurationError):
+                secrets.append(read_secret(Path(value).expanduser(), name))
+    return secrets
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """Yield a secret in the encodings in which a log or an address may contain it."""
+    texts = {secret, secret.strip(), unquote(secret)}
+    raws = {text.encode(errors="surrogateescape") for text in texts}
+    with suppress(ValueError):
+        raws.add(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))
+    for text in texts:
+        yield text
+        yield text.rstrip("=")
+        yield quote(text, safe="", errors="replace")
+        yield quote(text, errors="replace")
+        yield quote_plus(text, errors="replace")
+        yield repr(text)[1:-1]
+        yield json.dumps(text)[1:-1]
+    for raw in raws:
+        if len(raw) < MIN_CHARS:
+            continue
+        for encoded in (base64.b64encode(raw), base64.urlsafe_b64encode(raw)):
+            yield encoded.decode()
+            yield encoded.decode().rstrip("=")
+        yield raw.hex()
+        yield raw.hex().upper()
+        yield repr(raw)[2:-1]
