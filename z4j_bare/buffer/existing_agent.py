@@ -27,6 +27,7 @@ from z4j_bare.buffer.rows import EVENT, BufferEntry
 from z4j_bare.buffer.schema import scalar, transaction
 from z4j_bare.concurrency.fork import open_file
 from z4j_bare.errors import LocalStorageError
+from z4j_bare.home import is_private
 from z4j_bare.wire.frames import encode_fields
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def list_existing_buffers(buffer_path: str | os.PathLike[str]) -> list[Path]:
     """Return the buffers of the existing agent, running processes included."""
     found = []
     for directory in files.candidate_directories(buffer_path):
-        if files.is_private(directory):
+        if is_private(directory):
             found += sorted(path for path in directory.iterdir() if is_existing_buffer(path))
     return found
 

@@ -51,6 +51,11 @@ STATS_INTERVAL_IDLE = 5.0
 #: Minimum seconds between two warnings about the same subject.
 WARNING_INTERVAL = 60.0
 
+#: What the operator has to do about a full disk.
+_FREE_SPACE = (
+    "Free disk space, or lower Z4J_BUFFER_MAX_BYTES, which each process of this Z4J_HOME may use"
+)
+
 
 class BufferManager:
     """The buffer as the agent's loops use it, on the hub.
@@ -379,10 +384,10 @@ class BufferManager:
             self._warnings.warn(
                 "full",
                 "z4j: the disk is full: the %d oldest events in Z4J_HOME were dropped and count as "
-                "lost (%s). Free disk space, or lower Z4J_BUFFER_MAX_BYTES, which each process of "
-                "this Z4J_HOME may use",
+                "lost (%s). %s",
                 evicted,
                 error,
+                _FREE_SPACE,
             )
         return ok
 
@@ -425,8 +430,9 @@ class BufferManager:
         self._warnings.warn(
             "memory",
             "z4j: the buffer is in memory only, because the disk failed: %s; its rows are lost if "
-            "this process ends before the disk of Z4J_HOME works again",
+            "this process ends before the disk of Z4J_HOME works again%s",
             error,
+            f". {_FREE_SPACE}" if classify(error) == FULL else "",
         )
         return memory
 

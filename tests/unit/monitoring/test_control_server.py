@@ -339,3 +339,66 @@ def test_forked_child_keeps_files_of_parent(runtime, off_hub, until):
     assert len(control.list_clients()) == 1
     assert control.pidfile_path("fastapi").exists()
     assert off_hub(control.status)[0]["state"] == "running"
+
+
+@pytest.fixture
+def sighup():
+    """``sighup(action)``: set the action for SIGHUP until the end of the test."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda action: signal.signal(signal.SIGHUP, action)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "action", "has_file"),
+    [
+        ("bare", signal.SIG_DFL, False),
+        ("bare", signal.SIG_IGN, True),
+        ("bare", lambda *_args: None, True),
+        ("django", signal.SIG_DFL, True),
+    ],
+    ids=["plain-default", "plain-ignored", "plain-handled", "framework"],
+)
+def test_plain_process_that_sighup_would_end_has_no_pid_file(
+    serve, sighup, adapter, action, has_file
+):
+    """``kill -HUP`` to the pid in ``agent-bare.pid`` ends no process; commands reach the agent."""
+    sighup(action)
+    serve(adapter, status={})
+    assert control.pidfile_path(adapter).exists() is has_file
+    assert len(control.list_clients(adapter)) == 1
+
+
+def test_pid_files_of_ended_processes_are_removed(serve, off_hub):
+    """The next agent removes them, and so does ``status``; other adapters are included."""
+    left = [home() / name for name in ("agent-bare.pid", "agent-django.pid")]
+    left += [home() / f"agent-bare.{UNUSED_PID + number}.pid" for number in range(45)]
+    control.ensure_home()
+    for number, path in enumerate(left):
+        path.write_text(str(UNUSED_PID + number))
+    serve("flask")
+    assert [path.name for path in home().glob("*.pid")] == ["agent-flask.pid"]
+    left[0].write_text(str(UNUSED_PID))
+    off_hub(control.status)
+    assert not left[0].exists()
+
+
+def test_pid_file_of_process_in_other_container_is_kept(serve):
+    """A pid that does not exist here may exist in a container that shares the directory."""
+    control.ensure_home()
+    kept = home() / f"agent-bare.{UNUSED_PID}.pid"
+    kept.write_text(str(UNUSED_PID))
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(home() / f"agent-bare.{UNUSED_PID}-0a.sock"))
+        other.listen()
+        control.remove_stale_pidfiles()
+        assert kept.exists()
+    (home() / f"agent-bare.{UNUSED_PID}-0a.sock").unlink()
+
+
+def test_socket_appears_when_it_listens(serve):
+    """A client never finds a socket that refuses its connection, which it would remove."""
+    serve("bare", status={})
+    (client,) = control.list_clients()
+    assert not control._remove_if_stale(client)
+    assert not list(home().glob("*.tmp"))
