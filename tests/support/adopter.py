@@ -21,8 +21,14 @@ class Adopter:
         self.buffer = BufferManager(self.open, self.backend)
         self.woken = 0
         self.stop_event = self.backend.event()
-        self.loop = AdoptLoop(str(home), self.claim, self.buffer, self.backend, self.wake)
-        self.loop.claim_existing = claim_existing
+        self.loop = AdoptLoop(
+            str(home),
+            self.claim,
+            self.buffer,
+            self.backend,
+            self.wake,
+            claim_existing=claim_existing,
+        )
         self.task = None
 
     def open(self):

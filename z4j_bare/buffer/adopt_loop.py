@@ -53,6 +53,7 @@ class AdoptLoop:
     :param claim: claims the store at a path; runs on the native thread.
     :param on_stored: notifies the sender; called after each step that may have moved rows.
     :param claim_runs: locks the ``.runs`` file at a path; runs on the native thread.
+    :param claim_existing: claims the existing agent's buffer at a path; runs on the native thread.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class AdoptLoop:
         backend: BaseConcurrency,
         on_stored: Callable[[], None],
         claim_runs: Callable[[Path], OrphanRuns] | None = None,
+        claim_existing: Callable[[Path], ExistingBuffer] | None = None,
     ) -> None:
         self._buffer_path = buffer_path
         self._claim = claim
@@ -70,8 +72,7 @@ class AdoptLoop:
         self._backend = backend
         self._on_stored = on_stored
         self._claim_runs = claim_runs
-        #: Claims the existing agent's buffer at a path; runs on the native thread.
-        self.claim_existing: Callable[[Path], ExistingBuffer] | None = None
+        self._claim_existing = claim_existing
         self._skip_until: dict[Path, float] = {}
 
     def run(self, stop_event: IEvent) -> None:
@@ -80,8 +81,8 @@ class AdoptLoop:
             if self._backend.wait(stop_event, delay):
                 return
             self._scan(stop_event)
-            if self.claim_existing is not None and not stop_event.is_set():
-                self._adopt_existing(self.claim_existing, stop_event)
+            if self._claim_existing is not None and not stop_event.is_set():
+                self._adopt_existing(self._claim_existing, stop_event)
             if self._claim_runs is not None and not stop_event.is_set():
                 self._report_runs(self._claim_runs)
 

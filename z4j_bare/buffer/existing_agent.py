@@ -136,7 +136,7 @@ def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBuffe
         pid=int(pid[0]) if pid and str(pid[0]).isdigit() else 0,
         events=events,
         others=rows - events,
-        oldest_age=None if oldest is None else max(0.0, time.time() - float(oldest)),
+        oldest_age=None if oldest is None else max(0.0, time.time() - _seconds(oldest)),
         problem=problem,
     )
 
@@ -326,15 +326,20 @@ def _entries(rows: list[tuple[int, bytes, float]]) -> tuple[list[BufferEntry], l
     All events get the time of the first row, so that the store can keep them in one batch.
     """
     entries: list[BufferEntry] = []
-    ids = []
+    at, ids = _seconds(rows[0][2]), []
     for identity, payload, _ in rows:
         try:
             events = list(_events(payload))
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        entries += [BufferEntry(0, EVENT, "", event, float(rows[0][2]), 0) for event in events]
+        entries += [BufferEntry(0, EVENT, "", event, at, 0) for event in events]
         ids.append(identity)
     return entries, ids
+
+
+def _seconds(value: object) -> float:
+    """Return a time in a file as seconds since the epoch; the present for anything but a number."""
+    return float(value) if isinstance(value, int | float) else time.time()
 
 
 def _events(payload: bytes) -> Iterator[bytes]:

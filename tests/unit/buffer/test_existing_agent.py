@@ -207,6 +207,17 @@ def test_other_rows_stay_in_file(home, target):
     assert (report.events, report.others) == (4, 1)
 
 
+def test_row_without_time_is_moved(home, target):
+    """A row whose time is no number counts as new."""
+    path = leave(home, existing_event(1))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE entries SET created_at = 'yesterday'")
+    make_old(path)
+    assert read_existing_buffer(path).oldest_age == pytest.approx(0, abs=60)
+    move_all(path, target)
+    assert target.stats().oldest_age == pytest.approx(0, abs=60)
+
+
 def test_buffer_without_events_is_not_claimed(home):
     """An empty buffer is left alone."""
     path = leave(home)
