@@ -54,7 +54,7 @@ class Weighted(NamedTuple):
 
 
 class HoldTable:
-    """Total times by code place and task."""
+    """Total times by function and task, each with the first line that was sampled."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -65,14 +65,17 @@ class HoldTable:
         single = len({each.sample.holder for each in weighted if each.sample}) <= 1
         seen: dict[tuple[str, str], dict[tuple[object, ...], float]] = {}
         for seconds, sample in weighted:
-            key = (UNSAMPLED, "")
-            if sample is not None:
-                key = (place_of(sample.stack), sample.task.partition("[")[0])
-            holders = seen.setdefault(key, {})
+            key, place = (UNSAMPLED, ""), UNSAMPLED
             holder = () if sample is None else sample.holder
+            if sample is not None:
+                place = place_of(sample.stack)
+                # One row per function: a loop is sampled at several of its lines.
+                key = (_without_line(place), sample.task.partition("[")[0])
+            self._row(key, place)
+            holders = seen.setdefault(key, {})
             holders[holder] = holders.get(holder, 0.0) + seconds
         for key, holders in seen.items():
-            row = self._row(key)
+            row = self._row(key, key[0])
             row["holds"] += 1
             row["single_holds"] += single
             row["total_seconds"] += sum(holders.values())
@@ -87,13 +90,13 @@ class HoldTable:
         """
         return sorted(self._rows.values(), key=lambda row: -float(row["total_seconds"]))
 
-    def _row(self, key: tuple[str, str]) -> dict[str, Any]:
+    def _row(self, key: tuple[str, str], place: str) -> dict[str, Any]:
         if key not in self._rows and len(self._rows) >= MAX_ROWS:
-            key = (OTHER, "")
+            key, place = (OTHER, ""), OTHER
         return self._rows.setdefault(
             key,
             {
-                "place": key[0],
+                "place": place,
                 "task": key[1] or None,
                 "holds": 0,
                 "single_holds": 0,
@@ -137,3 +140,9 @@ def place_of(stack: Sequence[Position]) -> str:
     if index < 0:
         return text_of(stack[0]) if stack else "(no Python code)"
     return text_of(stack[index])
+
+
+def _without_line(place: str) -> str:
+    """Return ``shop/pay.py:8 in charge`` without its line number."""
+    position, separator, function = place.partition(" in ")
+    return position.rpartition(":")[0] + separator + function

@@ -299,8 +299,9 @@ def test_full_disk_evicts_oldest_events(harness, caplog):
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ] == [
         (
-            "z4j: the disk is full: the 2 oldest events were dropped "
-            "(cannot append to the store: full); free some space"
+            "z4j: the disk is full: the 2 oldest events in Z4J_HOME were dropped and count as lost "
+            "(cannot append to the store: full). Free disk space, or lower Z4J_BUFFER_MAX_BYTES, "
+            "which each process of this Z4J_HOME may use"
         )
     ]
 
