@@ -105,6 +105,7 @@ class TestBroken:
         before = {host: host.request("stats")["sessions"] for host in fast_hosts}
         for host in fast_hosts:
             host.produce(toxic, 20, 0.5)
+            host.until(lambda stats: stats["session_id"], "a session that the problem ends")
         with toxic_on_all(fast_hosts, BROKEN[toxic]):
             for host in fast_hosts:
                 host.produce(toxic, 40, 1.0)

@@ -103,6 +103,11 @@ class Brain(BrainApi):
         """The process id; raises ``HarnessError`` before ``start``."""
         return self._require_service().pid
 
+    @property
+    def database_url(self) -> str:
+        """The URL of the brain's database."""
+        return brain_environment(self.home, self._database_url)["Z4J_DATABASE_URL"]
+
     def start(self, timeout: float = _BOOT_TIMEOUT) -> None:
         """Start the process, wait until it is healthy (3 to 5 s with a new home), and log in.
 
