@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from z4j_bare.asyncio_bridge.bridge import Bridge
+from z4j_bare.buffer.adopt_loop import AdoptLoop
 from z4j_bare.buffer.ledger import find_in_other_stores
 from z4j_bare.buffer.manager import BufferManager
 from z4j_bare.buffer.memory import MemoryStore
@@ -129,7 +130,7 @@ class Agent:
             describe, reconnect, self.engines, hub_lag, config, settings, backend
         )
         control_server = ControlServer(framework.name, handlers, backend)
-        adopter = opener.adopt_loop(buffer, backend, sender.notify)
+        adopter = AdoptLoop.of_opener(opener, buffer, backend, sender.notify)
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from z4j_bare.buffer.manager import BufferManager
+    from z4j_bare.buffer.opener import StoreOpener
     from z4j_bare.buffer.store import BufferStore
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.interfaces import IEvent
@@ -74,6 +75,25 @@ class AdoptLoop:
         self._claim_runs = claim_runs
         self._claim_existing = claim_existing
         self._skip_until: dict[Path, float] = {}
+
+    @classmethod
+    def of_opener(
+        cls,
+        opener: StoreOpener,
+        buffer: BufferManager,
+        backend: BaseConcurrency,
+        on_stored: Callable[[], None],
+    ) -> AdoptLoop:
+        """Return the loop that adopts the stores that ``opener`` can claim."""
+        return cls(
+            opener.buffer_path,
+            opener.claim,
+            buffer,
+            backend,
+            on_stored,
+            opener.claim_runs,
+            opener.claim_existing,
+        )
 
     def run(self, stop_event: IEvent) -> None:
         """Scan for stores of dead processes and adopt them until ``stop_event`` is set."""

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from z4j_bare.buffer import files
-from z4j_bare.buffer.adopt_loop import AdoptLoop
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, classify
 from z4j_bare.buffer.existing_agent import ExistingBuffer, key_digest
 from z4j_bare.buffer.open_runs import OrphanRuns
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from z4j_core.models import Config
 
-    from z4j_bare.buffer.manager import BufferManager
-    from z4j_bare.concurrency import BaseConcurrency
 
 #: Causes of errors after which no other directory is tried.
 _NOT_CURED_BY_MOVING = frozenset({BUSY, FULL, CORRUPT})
@@ -71,6 +68,7 @@ class StoreOpener:
     def __init__(self, config: Config, secret: Callable[[], bytes]) -> None:
         #: Called with the path of each store that was opened.
         self.on_open: Callable[[Path], None] | None = None
+        self.buffer_path = str(config.buffer_path)
         self._config = config
         self._secret = secret
 
@@ -104,23 +102,6 @@ class StoreOpener:
     def claim_runs(self, path: Path) -> OrphanRuns:
         """Lock and return the open runs of a dead process. Raises ``LocalStorageError``."""
         return OrphanRuns(path, self.deployment())
-
-    def adopt_loop(
-        self, buffer: BufferManager, backend: BaseConcurrency, on_stored: Callable[[], None]
-    ) -> AdoptLoop:
-        """Return the loop that adopts the stores that this opener can claim.
-
-        :param on_stored: called after each step that may have moved rows.
-        """
-        return AdoptLoop(
-            str(self._config.buffer_path),
-            self.claim,
-            buffer,
-            backend,
-            on_stored,
-            self.claim_runs,
-            self.claim_existing,
-        )
 
     def deployment(self) -> str:
         """Return the id of the deployment to which the stores belong."""
