@@ -16,7 +16,6 @@ from z4j_bare.buffer.opener import StoreOpener
 from z4j_bare.commands import Dispatcher, add_process_restarts
 from z4j_bare.engines.manager import EngineManager
 from z4j_bare.errors import AgentError
-from z4j_bare.events.encode import encode_model
 from z4j_bare.events.ring import Ring
 from z4j_bare.monitoring.control_server import ControlServer
 from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
@@ -127,7 +126,7 @@ class Agent:
         self._session_loops.on_end.append(self.schedules.revoke)
         describe, reconnect = self.status.describe, supervisor.reconnect
         handlers = control_handlers(
-            describe, reconnect, self.engines, hub_lag, config, settings, backend
+            describe, reconnect, self.engines, metrics, config, settings, backend
         )
         control_server = ControlServer(framework.name, handlers, backend)
         adopter = AdoptLoop.of_opener(opener, buffer, backend, sender.notify)
@@ -156,7 +155,7 @@ class Agent:
 
     def record(self, event: Event) -> None:
         """Append one event of the host to the ring. Never waits, never raises."""
-        self.ring.put((encode_model, event))
+        self.ring.put((self.ring.counts.encode_model, event))
 
     def stop(self, seconds: float) -> None:
         """Stop within ``seconds``: flush, wait for acks, close the session and the store.

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 #: Requests that a control server answers.
-STATUS, RESTART, TASKS, HUB, LOG = "status", "restart", "tasks", "hub", "log"
+STATUS, RESTART, TASKS, HUB = "status", "restart", "tasks", "hub"
+LOG, METRICS = "log", "metrics"
 
 #: Seconds to wait for the answer to a request.
 REQUEST_TIMEOUT = 2.0
@@ -84,6 +85,10 @@ class ControlClient:
             sock.send(f"{verb}\n".encode())
 
 
+#: Calls a function with each client and returns the results in the order of the clients.
+Apply = Callable[[Callable[[ControlClient], dict[str, Any]], list[ControlClient]], Iterator[Any]]
+
+
 def list_clients(adapter_id: str | None = None) -> list[ControlClient]:
     """Return a client for each control socket in ``Z4J_HOME``, sorted by adapter and pid.
 
@@ -109,18 +114,20 @@ def query(
     verb: str,
     parameters: Mapping[str, object] | None = None,
     timeout: float = REQUEST_TIMEOUT,
+    apply: Apply = map,
 ) -> list[dict[str, Any]]:
     """Send a request to every agent of this ``Z4J_HOME`` and return the answers.
 
     An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
     Sockets and pid files of ended processes are removed.
+
+    :param apply: calls a function with each client, as ``map`` or as ``map`` of a thread pool,
+        which queries several agents at the same time.
     """
     remove_stale_pidfiles()
-    return [
-        _query(client, verb, parameters, timeout)
-        for client in list_clients()
-        if not _remove_if_stale(client)
-    ]
+    clients = [client for client in list_clients() if not _remove_if_stale(client)]
+    request = partial(_query, verb=verb, parameters=parameters, timeout=timeout)
+    return list(apply(request, clients))
 
 
 def send_restart(adapter_id: str) -> tuple[int, str]:

@@ -89,6 +89,10 @@ class EngineManager:
         """Return the names of the known workers by engine."""
         return {source.engine: sorted(source.presence.workers) for source in self.sources}
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the workers, queues and running tasks by engine; see ``EventSource.describe``."""
+        return [source.describe() for source in self.sources]
+
     def iter_running(
         self, query: Mapping[str, Any], checkpoint: Callable[[], object]
     ) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from z4j_bare.events.task_counts import TaskCounts
 from z4j_bare.interfaces import IEvent, IOpenRuns
 
 #: A captured event: a tuple whose first item is the function that encodes the tuple to bytes.
@@ -31,6 +32,8 @@ class Ring:
         self.wake = wake
         #: If set, keeps the open runs of the tasks whose events are appended.
         self.runs: IOpenRuns | None = None
+        #: Counts the events when they are encoded.
+        self.counts = TaskCounts()
         #: Total number of appended events.
         self.produced = 0
         self._items: deque[Captured] = deque(maxlen=limit)

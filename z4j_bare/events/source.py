@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from z4j_bare.events.encode import encode_model
 from z4j_bare.events.presence import Presence
 from z4j_bare.events.redaction import value_matcher
 from z4j_bare.events.ring import Ring
@@ -92,6 +91,22 @@ class EventSource:
         del query, checkpoint
         return iter(())
 
+    def describe(self) -> dict[str, Any]:
+        """Return the engine and its known workers, as plain JSON types.
+
+        ``worker`` is the worker that this process is; ``None`` if the process only observes
+        workers. ``queues`` are its queues, and ``running`` is the number of its running tasks;
+        ``None`` if it is unknown.
+        """
+        workers = list(self.presence.workers)
+        return {
+            "engine": self.engine,
+            "worker": workers[0] if workers else None,
+            "workers": workers,
+            "queues": [],
+            "running": None,
+        }
+
     def record(self, event: Event) -> None:
         """Append an event of the adapter to the ring. Never waits, never raises."""
         data = event.data
@@ -102,4 +117,4 @@ class EventSource:
             data.pop("result", None)
         if isinstance(worker := data.get("worker"), str):
             self.presence.online(worker)
-        self._ring.put((encode_model, event))
+        self._ring.put((self._ring.counts.encode_model, event))

@@ -58,12 +58,14 @@ class LagHistory:
 
     def __init__(self) -> None:
         self._counts = [0] * (len(LAG_BOUNDS) + 1)
+        self._total = 0.0
         self._longest = 0.0
         self._recent: deque[float] = deque(maxlen=RECENT_LAGS)
 
     def add(self, lag: float) -> None:
         """Add a lag in seconds."""
         self._counts[bisect_left(LAG_BOUNDS, lag)] += 1
+        self._total += lag
         self._longest = max(self._longest, lag)
         self._recent.append(lag)
 
@@ -89,6 +91,7 @@ class LagHistory:
             "p50_seconds": bound_of(1 / 2),
             "p99_seconds": bound_of(99 / 100),
             "max_seconds": self._longest,
+            "total_seconds": self._total,
             "histogram": {
                 f"{bound:g}": count
                 for bound, count in zip((*LAG_BOUNDS, inf), self._counts, strict=True)

@@ -1,19 +1,21 @@
 """Answers the requests to the control server.
 
-What ``z4j-bare tasks``, ``hub`` and ``doctor --bundle`` show is collected only when a request asks
-for it.
+What ``z4j-bare tasks``, ``hub``, ``metrics`` and ``doctor --bundle`` show is collected only when a
+request asks for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import TimeSlice
-from z4j_bare.control import HUB, LOG, RESTART, STATUS, TASKS
+from z4j_bare.control import HUB, LOG, METRICS, RESTART, STATUS, TASKS
+from z4j_bare.events.task_counts import DELAY_BOUNDS, RUNTIME_BOUNDS
 from z4j_bare.monitoring.holds import HoldTable
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.control_server import Response
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
     from z4j_bare.monitoring.hub_profile import HubProfile
+    from z4j_bare.monitoring.metrics import AgentMetrics
     from z4j_bare.settings import Settings
 
 #: Version of the documents that these requests return.
@@ -34,7 +37,7 @@ def control_handlers(
     status: Callable[[], dict[str, Any]],
     reconnect: Callable[[], object],
     engines: EngineManager,
-    hub_lag: HubLagMonitor,
+    metrics: AgentMetrics,
     config: Config,
     settings: Settings,
     backend: BaseConcurrency,
@@ -52,7 +55,8 @@ def control_handlers(
     handlers: dict[str, Callable[..., Response]] = {STATUS: status, RESTART: restart}
     inspect: dict[str, Callable[..., Response]] = {
         TASKS: partial(stream_tasks, engines, backend),
-        HUB: HubInspector(hub_lag, engines, backend).answer,
+        HUB: HubInspector(metrics.hub_lag, engines, backend).answer,
+        METRICS: partial(stream_metrics, status, engines, metrics, backend),
         LOG: partial(stream_log, engines, config, settings, backend),
     }
     if not settings.inspect:
@@ -98,6 +102,36 @@ def stream_log(
     }
     parts: Iterator[str] = module.stream_log(head, config, settings, backend)
     return parts
+
+
+def stream_metrics(
+    status: Callable[[], dict[str, Any]],
+    engines: EngineManager,
+    metrics: AgentMetrics,
+    backend: BaseConcurrency,
+) -> Iterator[str]:
+    """Return the parts of a JSON text with the counts of the tasks and of the agent."""
+    checkpoint, counts = TimeSlice(backend).checkpoint, metrics.task_counts
+    head = {
+        "schema": SCHEMA,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "created": counts.created,
+        "status": status(),
+        "engines": engines.describe(),
+        "queues": metrics.queue_depths(),
+        "lag": metrics.hub_lag.history.describe(),
+        "task_names": counts.number_of_names(),
+        "runtime_bounds": RUNTIME_BOUNDS,
+        "delay_bounds": DELAY_BOUNDS,
+    }
+    yield json.dumps(head, default=str)[:-1] + ', "tasks": ['
+    separator = ""
+    for row in counts.iter_rows():
+        yield separator + json.dumps(row)
+        separator = ", "
+        checkpoint()
+    yield "]}"
 
 
 class HubInspector:

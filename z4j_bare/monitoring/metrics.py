@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from z4j_bare.buffer.manager import BufferManager
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.events.ring import Ring
+    from z4j_bare.events.task_counts import TaskCounts
     from z4j_bare.monitoring.hub_lag import HubLagMonitor
 
 #: Loss reasons of unreadable rows.
@@ -91,7 +94,8 @@ class AgentMetrics:
         self._counters = counters
         self._buffer = buffer
         self._backend = backend
-        self._hub_lag = hub_lag
+        #: The lag of the hub, which ``z4j-bare hub`` and ``metrics`` show, too.
+        self.hub_lag = hub_lag
         self._runtime_id = f"{os.getpid()}-{int(started * 1000)}"
         self._health = health
         self._channel_lost = channel_lost
@@ -104,6 +108,21 @@ class AgentMetrics:
     def turned_away(self) -> bool:
         """Whether the last session ended because the token has too many sessions."""
         return self._counters.turned_away
+
+    @property
+    def task_counts(self) -> TaskCounts:
+        """The counts of the tasks."""
+        return self._ring.counts
+
+    def queue_depths(self) -> dict[str, dict[str, int]]:
+        """Return the last measured depth of each queue by engine."""
+        depths = {}
+        for key, text in self._health().items():
+            engine, _, name = key.rpartition(".")
+            if name == "queue_depths":
+                with suppress(ValueError):  # an adapter may return any text
+                    depths[engine] = json.loads(text)
+        return depths
 
     def lost(self) -> dict[str, int]:
         """Return the number of lost rows and events by reason."""
@@ -215,7 +234,7 @@ class AgentMetrics:
         names = ("concurrency", "transport", "produced", "stored", "sent", "acked")
         health = {f"z4j.{name}": str(stats[name]) for name in names}
         health |= {f"z4j.lost.{reason}": str(number) for reason, number in stats["lost"].items()}
-        p99, longest, blocking_code = self._hub_lag.drain()
+        p99, longest, blocking_code = self.hub_lag.drain()
         health["z4j.hub_lateness_p99_ms"] = f"{p99 * 1000:.1f}"
         health["z4j.hub_lateness_max_ms"] = f"{longest * 1000:.1f}"
         if blocking_code:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
     from z4j_celery import CeleryEngineAdapter
 
+    from z4j_bare.events.task_counts import TaskCounts
     from z4j_bare.interfaces import IOpenRuns
 
 
@@ -36,6 +37,7 @@ class CeleryCapture(SignalHandlers):
         ``None``, the routing key is reported as the queue.
     :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
     :param context: ``IConcurrency.context_getter()``.
+    :param counts: ``Ring.counts``.
     """
 
     withholds = True
@@ -53,11 +55,12 @@ class CeleryCapture(SignalHandlers):
         runs: IOpenRuns | None = None,
         on_loss: Callable[[], object] = int,
         context: Callable[[], object] = get_ident,
+        counts: TaskCounts | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
         worker = None if hostname is None else safe_name(hostname, adapter.redaction.value_matches)
-        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
+        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker, counts)
         super().__init__(
             put,
             encoder,

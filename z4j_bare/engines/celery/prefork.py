@@ -49,10 +49,10 @@ Note = tuple[Any, ...]
 class Codes:
     """The first items of the records of :class:`NoteHandlers`, by kind.
 
-    These handlers make no records of the kinds ``received`` and ``encode``.
+    These handlers make no records of the kinds ``received`` and ``rejected``.
     """
 
-    received = encode = 0
+    received = rejected = 0
     started = 1
     succeeded = 2
     generic = 3

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from z4j_celery import CeleryEngineAdapter
 
     from z4j_bare.concurrency import BaseConcurrency
+    from z4j_bare.events.task_counts import TaskCounts
 
 logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 
@@ -198,6 +199,7 @@ class PreforkCapture:
     :param put: ``Ring.put``.
     :param runs: ``Ring.runs``, which stores the open runs of all children, because the children die
         with the parent; if ``None``, open runs are not stored.
+    :param counts: ``Ring.counts``.
     """
 
     name = "z4j-celery-channel"
@@ -213,6 +215,7 @@ class PreforkCapture:
         result: bool = True,
         runs: IOpenRuns | None = None,
         on_loss: Callable[[], object] = int,
+        counts: TaskCounts | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
@@ -220,7 +223,7 @@ class PreforkCapture:
         self._late = prefork.channel is None or prefork.missed
         self._channel = prefork.open()
         self._notes = OrderedNotes(self._channel.writer())
-        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker)
+        encoder = TaskEncoder(adapter.name, Redactor(adapter.redaction), worker, counts)
         task_types = TaskTypes(get_meta)
         kept = (
             None

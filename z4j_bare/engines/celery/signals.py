@@ -115,7 +115,7 @@ class RecordHeads(Protocol):
     @property
     def generic(self) -> object: ...  # noqa: D102
     @property
-    def encode(self) -> object: ...  # noqa: D102
+    def rejected(self) -> object: ...  # noqa: D102
 
 
 class BoundHeads(NamedTuple):
@@ -125,7 +125,7 @@ class BoundHeads(NamedTuple):
     started: object
     succeeded: object
     generic: object
-    encode: object
+    rejected: object
 
 
 class SignalHandlers:
@@ -171,7 +171,7 @@ class SignalHandlers:
         self._kept_runs = kept_runs
         # Each method is read once, because reading it at each event would create another object.
         self._heads = BoundHeads(
-            heads.received, heads.started, heads.succeeded, heads.generic, heads.encode
+            heads.received, heads.started, heads.succeeded, heads.generic, heads.rejected
         )
         self._task_types = task_types
         self._epoch = fork.epoch()
@@ -454,7 +454,7 @@ class SignalHandlers:
     def _reject(self, task_id: str, name: str, reason: str) -> None:
         if fork.epoch() == self._epoch:
             own = {"worker": self.worker, "task_name": name, "reason": reason}
-            self._put((self._heads.encode, REJECTED, self._clock(), task_id, {}, own))
+            self._put((self._heads.rejected, REJECTED, self._clock(), task_id, {}, own))
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
         """Return the state of a task, or ``None`` if the task is not reported.

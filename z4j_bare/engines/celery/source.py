@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from z4j_bare.engines.celery.broker_health import queue_names
 from z4j_bare.engines.celery.capture import CeleryCapture, EagerCapture, runs_in_process
 from z4j_bare.engines.celery.run_monitor import RunMonitor
 from z4j_bare.events.ring import Ring
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from z4j_bare.engines.celery.event_receiver import EventReceiver
     from z4j_bare.engines.celery.prefork_parent import PreforkCapture
     from z4j_bare.engines.celery.running_tasks import RunningTasks
+    from z4j_bare.engines.celery.signals import SignalHandlers
     from z4j_bare.engines.celery.task_state import TaskStates
     from z4j_bare.settings import Settings
 
@@ -46,6 +48,7 @@ class CelerySource(EventSource):
     ) -> None:
         super().__init__(adapter, ring, settings, backend)
         self._app = adapter.celery_app
+        self._consumer = consumer
         self._worker = getattr(consumer, "hostname", None)
         only = None if self._worker else only_worker()
         self._reported_worker = self._worker or only
@@ -67,6 +70,7 @@ class CelerySource(EventSource):
                 result=result,
                 runs=ring.runs,
                 on_loss=ring.count_uncaptured,
+                counts=ring.counts,
             )
             arrivals = self._children.arrivals
             self._monitor = RunMonitor(
@@ -81,6 +85,7 @@ class CelerySource(EventSource):
                 args=args,
                 result=result,
                 on_loss=ring.count_uncaptured,
+                counts=ring.counts,
                 context=backend.context_getter(),
             )
             self._receiver = self._event_receiver(adapter, only)
@@ -94,6 +99,7 @@ class CelerySource(EventSource):
                 consumer=consumer,
                 runs=ring.runs,
                 on_loss=ring.count_uncaptured,
+                counts=ring.counts,
                 context=backend.context_getter(),
             )
             self._monitor = RunMonitor(
@@ -109,7 +115,10 @@ class CelerySource(EventSource):
         app, settings = adapter.celery_app, self._settings
         workers = WorkerRegistry(app, self.presence, self._backend, only_hostname=only)
         args, result = settings.capture_args, settings.capture_result
-        translate = Translator(adapter, self._ring.put, workers, args=args, result=result)
+        counts = self._ring.counts
+        translate = Translator(
+            adapter, self._ring.put, workers, args=args, result=result, counts=counts
+        )
         return EventReceiver(app, translate, workers.tick, self._backend)
 
     def loops(self) -> list[Loop]:
@@ -174,10 +183,27 @@ class CelerySource(EventSource):
         )
         return tasks.iter_rows(module.TaskQuery(**query), checkpoint)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the worker with its queues, and how many tasks its pool has accepted."""
+        if self._consumer is None:
+            return {**super().describe(), "worker": None}
+        from celery.worker import state
+
+        return {
+            **super().describe(),
+            "worker": self._handlers().worker,
+            "queues": list(queue_names(self._app, self._consumer)()),
+            "running": len(state.active_requests),
+        }
+
     def _task_states(self) -> TaskStates:
+        return self._handlers().task_states
+
+    def _handlers(self) -> SignalHandlers:
+        """Return the handlers of the signals that fire in this process."""
         if isinstance(self._capture, CeleryCapture):
-            return self._capture.task_states
-        return self._capture.arrivals.task_states
+            return self._capture
+        return self._capture.arrivals
 
     def failures(self) -> int:
         """Return how often the connection to the broker failed."""

@@ -15,6 +15,7 @@ from z4j_bare.engines.celery.task_state import RECEIVED, STARTED, SUCCEEDED, Tas
 from z4j_bare.events.encode import Encoder, encode_text
 from z4j_bare.events.redaction import Redactor
 from z4j_bare.events.ring import Captured
+from z4j_bare.events.task_counts import TaskCell, TaskCounts
 from z4j_bare.wire.fit import SHORT_ID_CHARS, is_fit
 
 #: Maximum number of cached templates, one for each task name and queue.
@@ -48,10 +49,19 @@ class TaskEncoder:
     half the time of encoding a dictionary. :class:`Encoder` encodes other events, tasks with
     ``@z4j_meta``, and values that the brain cannot store.
 
+    :param counts: counts the events; default: counts that nothing reads.
     """
 
-    def __init__(self, engine: str, redactor: Redactor, worker: str | None) -> None:
+    def __init__(
+        self,
+        engine: str,
+        redactor: Redactor,
+        worker: str | None,
+        counts: TaskCounts | None = None,
+    ) -> None:
         self.encode = Encoder(engine, redactor)
+        self._engine = engine
+        self._counts = counts or TaskCounts()
         self._scrub = redactor.scrub
         self._is_sensitive_key = redactor.is_sensitive_key
         self._worker = worker
@@ -62,11 +72,17 @@ class TaskEncoder:
 
         ``args`` and ``kwargs`` are ``None`` if arguments are not captured.
         """
-        return self._received(record[3].next_timestamp(record[1], RECEIVED), record)
+        task_state = record[3]
+        self._cell(task_state).received += 1
+        return self._received(task_state.next_timestamp(record[1], RECEIVED), record)
 
     def started(self, record: Captured) -> bytes:
         """Encode ``(_, now, task_id, task_state)``."""
         _, now, task_id, task_state = record
+        cell = self._cell(task_state)
+        cell.started += 1
+        if task_state.last_timestamp:
+            cell.add_delay(now - task_state.last_timestamp)
         timestamp = task_state.next_timestamp(now, STARTED)
         try:
             data = self._template(task_state).data
@@ -85,6 +101,10 @@ class TaskEncoder:
         if task_state.task_type.meta is not None:
             own = {"result": result} if has_result else {}
             return self.generic((None, now, task_id, task_state, SUCCEEDED, own, ended))
+        cell = self._cell(task_state)
+        cell.succeeded += 1
+        if task_state.started_at:
+            cell.add_runtime(ended - task_state.started_at)
         timestamp = task_state.next_timestamp(now)
         try:
             template = self._template(task_state)
@@ -108,8 +128,25 @@ class TaskEncoder:
         run, or ``None`` if the event does not end the run.
         """
         _, now, _, task_state, kind, own, ended = record
+        cell = self._cell(task_state)
+        cell.add(kind, own)
+        if kind == SUCCEEDED and ended is not None and task_state.started_at:
+            cell.add_runtime(ended - task_state.started_at)
         timestamp = task_state.next_timestamp(now, kind)
         return self._encode(kind, timestamp, record, self._complete(own, task_state, ended))
+
+    def rejected(self, record: Captured) -> bytes:
+        """Encode ``(_, kind, timestamp, task_id, common, own)`` of a message that is no task."""
+        self._counts.cell(self._engine, self._worker, record[5]["task_name"], None).rejected += 1
+        return self.encode(record)
+
+    def _cell(self, task_state: TaskState) -> TaskCell:
+        task_type, queue = task_state.task_type, task_state.queue
+        cell = task_type.counts.get(queue)
+        if cell is None:
+            cell = self._counts.cell(self._engine, self._worker, task_type.name, queue)
+            task_type.counts[queue] = cell
+        return cell
 
     def _received(self, timestamp: float, record: Captured) -> bytes:
         _, _, task_id, task_state, args, kwargs, parent, root, texts = record

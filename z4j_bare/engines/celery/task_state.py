@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from celery.app.task import Task
     from z4j_celery.meta import TaskMeta
 
+    from z4j_bare.events.task_counts import TaskCell
+
 #: Kinds of events.
 RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
@@ -33,7 +35,7 @@ RunKey = tuple[int, int]
 class TaskType:
     """Properties of all runs of a task: its ``@z4j_meta``, and the event fields derived from it."""
 
-    __slots__ = ("descriptions", "fields", "meta", "name", "rate", "unsampled")
+    __slots__ = ("counts", "descriptions", "fields", "meta", "name", "rate", "unsampled")
 
     def __init__(self, name: str, meta: TaskMeta | None) -> None:
         self.name = name
@@ -43,6 +45,8 @@ class TaskType:
         self.unsampled = self.rate >= 1.0
         #: Maps a queue to the number that ``IOpenRuns.describe`` has returned.
         self.descriptions: dict[str | None, int] = {}
+        #: Maps a queue to the counts of this type's tasks in the queue.
+        self.counts: dict[str | None, TaskCell] = {}
         #: Fields of every event of this type.
         self.fields: dict[str, Any] = {"task_name": name}
         if meta is not None:

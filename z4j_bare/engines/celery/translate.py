@@ -27,8 +27,9 @@ from z4j_bare.engines.celery.task_state import (
 )
 from z4j_bare.events.encode import Encoder, Record
 from z4j_bare.events.redaction import Redactor
-from z4j_bare.events.ring import Put
+from z4j_bare.events.ring import Captured, Put
 from z4j_bare.events.snapshot import snapshot
+from z4j_bare.events.task_counts import TaskCounts
 
 if TYPE_CHECKING:
     from z4j_celery import CeleryEngineAdapter
@@ -66,6 +67,7 @@ class Translator:
 
     :param adapter: Celery adapter. Its redaction and the ``@z4j_meta`` of its tasks apply.
     :param put: ``Ring.put``.
+    :param counts: ``Ring.counts``; default: counts that nothing reads.
     """
 
     def __init__(
@@ -77,10 +79,13 @@ class Translator:
         args: bool = True,
         result: bool = True,
         clock: Callable[[], float] = time.time,
+        counts: TaskCounts | None = None,
     ) -> None:
         from z4j_celery.meta import get_meta
 
         redactor = Redactor(adapter.redaction)
+        self._engine = adapter.name
+        self._counts = counts or TaskCounts()
         self._app = adapter.celery_app
         self._put = put
         self._workers = workers
@@ -136,13 +141,20 @@ class Translator:
         own["queue"] = task_state.queue
         if task_type.meta is not None:
             own["_meta"] = task_type.meta
-        timestamp = task_state.next_timestamp(self._timestamp(event), kind)
-        record: Record = (self._finish, kind, timestamp, task_id, task_type.fields, own)
-        self._put(record)
+        previous, now = task_state.last_timestamp, self._timestamp(event)
+        timestamp = task_state.next_timestamp(now, kind)
+        delay = now - previous if kind == STARTED and previous else None
+        self._put((self._finish, kind, timestamp, task_id, task_type.fields, own, delay))
 
-    def _finish(self, record: Record) -> bytes:
-        """Parse the fields that are still text, and encode the record; called by the flush loop."""
-        own = record[-1]
+    def _finish(self, captured: Captured) -> bytes:
+        """Count the event, parse the fields that are still text, and encode the event.
+
+        The flush loop calls this method.
+        """
+        *head, delay = captured
+        record: Record = tuple(head)
+        _, kind, _, _, fields, own = record
+        self._count(kind, fields["task_name"], own, delay)
         for name, value in own.items():
             if isinstance(value, ReprText):
                 own[name] = parse(value, self._is_sensitive_key)
@@ -151,6 +163,14 @@ class Translator:
         if not isinstance(own.get("kwargs", {}), dict):
             own["kwargs"] = {"...": own["kwargs"]}
         return self._encode(record)
+
+    def _count(self, kind: str, name: str, own: dict[str, Any], delay: float | None) -> None:
+        cell = self._counts.cell(self._engine, own["worker"], name, own["queue"])
+        cell.add(kind, own)
+        if delay is not None:
+            cell.add_delay(delay)
+        if kind == SUCCEEDED and (runtime := own.get("runtime_ms")) is not None:
+            cell.add_runtime(runtime / 1000)
 
     def _task_state(self, task_id: str, event: CeleryEvent, kind: str) -> TaskState:
         task_state, name = self._task_states.get(task_id), event.get("name")
