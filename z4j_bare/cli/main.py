@@ -45,6 +45,9 @@ COMMANDS = {
     "status": Command("z4j_bare.cli.status", "show the state of the agents on this host"),
     "tasks": Command("z4j_bare.cli.tasks", "show the running tasks and where each of them is"),
     "hub": Command("z4j_bare.cli.hub", "show the lag of the hubs and the code that held them"),
+    "metrics": Command(
+        "z4j_bare.cli.metrics", "print or serve the metrics of the agents, for Prometheus"
+    ),
     "restart": Command(
         "z4j_bare.cli.status",
         "make the agents on this host reconnect",

@@ -5,15 +5,19 @@ import os
 import signal
 import socket
 import stat
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
+from z4j_core.models import Event, EventKind
 
 from tests.support.peer import SECRET_TEXT
 from z4j_bare import AgentRuntime, control
 from z4j_bare.monitoring import control_server
 from z4j_bare.monitoring.control_server import ControlServer
+from z4j_bare.monitoring.openmetrics import LIVE, Snapshot, families_of, render
 
 #: A pid that no process can have, because the kernel's limit is lower.
 UNUSED_PID = 2**22 + 1
@@ -182,7 +186,7 @@ def test_inspection_can_be_disabled(runtime, off_hub, until, monkeypatch):
     monkeypatch.setenv("Z4J_INSPECT", "0")
     runtime()
     until(lambda: control.list_clients("fastapi"))
-    for verb in (control.TASKS, control.HUB, control.LOG):
+    for verb in (control.TASKS, control.HUB, control.LOG, control.METRICS):
         (row,) = off_hub(control.query, verb)
         assert "Z4J_INSPECT=0" in row["error"]
     (row,) = off_hub(control.status)
@@ -197,6 +201,31 @@ def test_running_agent_lists_no_tasks_of_unknown_engine(runtime, off_hub, until,
     assert (row["schema"], row["concurrency"], row["tasks"]) == (1, mode, [])
     (row,) = off_hub(control.query, control.HUB)
     assert (row["has_hub"], row["holds"]) == (mode != "threads", [])
+
+
+def test_running_agent_answers_with_metrics(runtime, off_hub, until, monkeypatch):
+    """An agent answers with counts of its events and tasks, from which the text is made."""
+    started = runtime()
+    until(lambda: control.list_clients("fastapi"))
+    event = Event(
+        id=uuid4(),
+        project_id=uuid4(),
+        agent_id=uuid4(),
+        engine="stub",
+        task_id="t",
+        kind=EventKind.TASK_FAILED,
+        occurred_at=datetime.now(UTC),
+        data={"task_name": "jobs.mail", "exception": "OSError"},
+    )
+    started.record_event(event)
+    (row,) = until(
+        lambda: [each for each in off_hub(control.query, control.METRICS) if each["tasks"]]
+    )
+    assert row["tasks"][0]["failed"] == {"OSError": 1}
+    assert row["engines"][0]["engine"] == "stub"
+    text = render(families_of([Snapshot(row, LIVE)]))
+    assert 'z4j_agent_task_failed_total{engine="stub",name="jobs.mail"' in text
+    assert "z4j_agent_events_produced_total{" in text
 
 
 def test_server_disconnects_silent_client_after_timeout(serve, off_hub, monkeypatch):
