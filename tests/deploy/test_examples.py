@@ -39,7 +39,8 @@ def parse(words):
 
 def test_readme_lists_every_file():
     """The README's table and the directory name the same files."""
-    named = set(re.findall(r"^\| \[([^\]]+)\]", (DEPLOY / "README.md").read_text(), re.MULTILINE))
+    table = re.findall(r"^\| (\[.*?) \|", (DEPLOY / "README.md").read_text(), re.MULTILINE)
+    named = {name for cell in table for name in re.findall(r"\[([^\]]+)\]", cell)}
     assert named == {path.name for path in DEPLOY.iterdir()} - {"README.md"}
 
 
@@ -53,20 +54,28 @@ def test_toml_has_known_settings_and_adapters(monkeypatch):
 
 
 @parts.requires(shutil.which("systemd-analyze"), "systemd-analyze", "apt-get install systemd")
-def test_systemd_unit_is_verified(tmp_path):
+@pytest.mark.parametrize("name", ["z4j-bare.service", "z4j-metrics.service", "z4j-textfile.timer"])
+def test_systemd_unit_is_verified(tmp_path, name):
     """``systemd-analyze verify`` accepts the unit with a program and user of this host."""
-    unit = tmp_path / "z4j-bare.service"
-    text = (DEPLOY / "z4j-bare.service").read_text()
-    assert "/opt/shop/venv/bin/z4j-bare" in text
-    unit.write_text(
-        text.replace("/opt/shop/venv/bin/z4j-bare", sys.executable).replace(
-            "User=shop", "User=root"
-        )
-    )
-    done = run("systemd-analyze", "verify", "--man=no", str(unit))
+    for path in DEPLOY.glob("z4j-*"):
+        text = path.read_text()
+        assert path.suffix == ".timer" or "/opt/shop/venv/bin/z4j-bare" in text
+        text = text.replace("/opt/shop/venv/bin/z4j-bare", sys.executable)
+        (tmp_path / path.name).write_text(text.replace("User=shop", "User=root"))
+    done = run("systemd-analyze", "verify", "--man=no", str(tmp_path / name))
     # The other lines are about units of the host.
-    lines = [line for line in done.stderr.splitlines() if "z4j-bare.service" in line]
+    lines = [line for line in done.stderr.splitlines() if "z4j-" in line]
     assert (done.returncode, lines) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["z4j-metrics.service", "z4j-textfile.service"])
+def test_units_of_metrics_run_valid_commands(name):
+    """The commands are valid, in the home of the workers that z4j-bare.service uses."""
+    unit = (DEPLOY / name).read_text()
+    arguments = parse(shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1]))
+    assert arguments.command == "metrics"
+    assert "\nUser=shop\n" in unit
+    assert "\nEnvironment=Z4J_HOME=/var/lib/z4j\n" in unit
 
 
 def test_systemd_unit_runs_valid_command():
