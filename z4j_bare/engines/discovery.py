@@ -28,7 +28,7 @@ def discover(
 
     Raises every exception of the adapter.
 
-    :param checkpoint: called between steps of work, to let other tasks run.
+    :param checkpoint: called between two steps, so that other greenlets can run.
     """
     found = {}
     for definition in _definitions(host, hints, checkpoint):

@@ -87,8 +87,8 @@ class Engine:
 def adapter_version(adapter: object) -> tuple[str, str]:
     """Return distribution and version of the package that contains the adapter's class.
 
-    The version is empty if the distribution is not installed. A subclass in an application has the
-    version of its base class.
+    The version is empty if the distribution is not installed.
+    For a subclass in an application, the base class is used.
     """
     for each in type(adapter).__mro__:
         package = each.__module__.partition(".")[0]

@@ -56,7 +56,8 @@ class EngineHost:
         self._backend = backend
         self._sink = sink
         self._controls: CeleryControls | None = None
-        #: Restarts the worker by ending its process; ``None`` unless this is the only way.
+        #: Restarts the worker by ending its process; ``None`` unless this is the only way to
+        #: restart the worker.
         self.process_restart: IProcessRestart | None = None
         redaction = getattr(adapter, "redaction", None)
         #: Redacts results with the adapter's rules.
@@ -133,8 +134,8 @@ class EngineHost:
         """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
         A failed check returns the entry ``<engine>.error``. A check may continue after the timeout:
-        the check of Celery's adapter takes 10 s if its worker does not reply. Until it ends, calls
-        return the entries of the previous check.
+        the check of Celery's adapter takes 10 s if its worker does not reply. Until that check
+        ends, calls return the entries of the previous check.
         """
         if not hasattr(self.adapter, "get_health"):
             return {}
@@ -165,9 +166,9 @@ class EngineHost:
     ) -> Any:
         """Call a method of the adapter once and return its result.
 
-        A keyword that the method does not accept is omitted if it is ``None`` or in ``hints``. Any
-        other such keyword and a missing method raise ``CommandError``. Raises ``TimeoutError``
-        after ``timeout`` seconds, and every exception of the adapter.
+        A keyword that the method does not accept is omitted if the keyword is ``None`` or in
+        ``hints``. Other unaccepted keywords and a missing method raise ``CommandError``. Raises
+        ``TimeoutError`` after ``timeout`` seconds, and every exception of the adapter.
         """
         method = getattr(self.adapter, method_name, None)
         if not callable(method):
@@ -204,8 +205,8 @@ class EngineHost:
     def _unbind_queues(self) -> None:
         """Unbind the adapter's queues from the loop of an earlier agent or of the parent process.
 
-        Each queue's list of waiting getters is also emptied. Otherwise the first item would wake a
-        getter of the old loop and not the getter of the new loop.
+        Each queue's list of waiting getters is also emptied, because the first item would wake a
+        getter of the old loop instead of the new loop's getter.
         """
         for name in _QUEUES:
             queue = getattr(self.adapter, name, None)

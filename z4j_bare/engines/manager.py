@@ -39,7 +39,7 @@ class EngineManager:
         self.hosts: dict[str, EngineHost] = {}
         self.sources: list[EventSource] = []
         for adapter in adapters:
-            # Merge first, because the source uses the merged patterns.
+            # Merge before creating the source, because the source uses the merged patterns.
             merge_redaction(adapter, config)
             description = describe_engine(adapter)
             source = description.make_source(ring, settings, backend, ready_worker())

@@ -1,10 +1,10 @@
 """The event source of RQ. Its hooks wrap methods that run while the worker is busy.
 
-z4j_rq's own hook, which wraps ``execute_job``, is not installed, because it can prevent a stop. On
-SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``. The worker
-is already idle when ``execute_job`` returns, so the hook can catch this exception. In this case the
-worker does not stop, and a successful job is reported as failed. In a ``SimpleWorker``, which
-overrides ``execute_job``, z4j_rq's hook never runs.
+z4j_rq's own hook, which wraps ``execute_job``, is not installed, because it can prevent a stop.
+On SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``.
+The worker becomes idle before ``execute_job`` returns, so the hook can catch this exception.
+In this case the worker does not stop, and a successful job is reported as failed.
+In a ``SimpleWorker``, which overrides ``execute_job``, z4j_rq's hook never runs.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class RqEngine(Engine):
     def retry_problem(self) -> str:
         """Return why the adapter cannot retry a job safely; empty if it can.
 
-        Before version 1.6.7 it unpickles the job, which runs code that anyone who can write to
-        Redis has chosen. A class of an unknown package is judged by its signature.
+        Versions before 1.6.7 unpickle the job.
+        This can run foreign code, because the pickle may come from anyone who can write to Redis.
+        If the version is unknown, the signature of ``retry_task`` decides.
         """
         distribution, number = adapter_version(self.adapter)
         if number:
@@ -87,7 +88,7 @@ def _accepts(method: Method, name: str) -> bool:
 class RqSource(EventSource):
     """Captures RQ's events, which z4j_rq's callbacks create.
 
-    Users may attach these callbacks to a job, too.
+    Users may also attach these callbacks to a job themselves.
     """
 
     uses_adapter_events = False
@@ -166,7 +167,7 @@ def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
     """Yield each worker class, its method that runs a job, and a function for the job's status."""
     try:
         from rq.worker import SimpleWorker, Worker
-    except ImportError:  # a process without workers may use the engine without rq
+    except ImportError:  # a process that runs no workers may have no rq installed
         return
     # ``monitor_work_horse`` runs in the parent process while the job runs in a child process.
     yield Worker, "monitor_work_horse", _status_in_redis

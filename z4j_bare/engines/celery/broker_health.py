@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 #: The brain reads at most 1,024 queues from a heartbeat.
 MAX_QUEUES = 100
 
-#: Seconds for which an answer of Redis may be late before the broker is asked.
+#: Seconds by which a reply of Redis may be late before :class:`BrokerProbe` checks the broker.
 MAX_SILENCE = 2.0
 
-#: AMQP's reply code for a missing queue. RabbitMQ sends it as a number, and kombu's virtual
-#: transports (such as Redis) as text.
+#: AMQP's reply code for a missing queue.
+#: RabbitMQ sends the code as a number, kombu's virtual transports (such as Redis) as text.
 NOT_FOUND = "404"
 
 
 class BrokerProbe:
-    """Probes the broker over its own connection, which is renewed after a failure.
+    """Probes the broker over a separate connection. A failed connection is replaced.
 
     :param queues: returns the names of the queues to measure. Each probe calls this function,
         because the queues can change.
@@ -77,7 +77,7 @@ class BrokerProbe:
         )
 
     def failed(self, error: Exception) -> Mapping[str, str]:
-        """Return the heartbeat's entries for an error of the check."""
+        """Return the heartbeat's entries for a probe that failed with ``error``."""
         self.connected = False
         return self._entries(broker_connected="False", broker_error=describe_cause(error))
 
@@ -100,17 +100,17 @@ class BrokerProbe:
         return self._connection
 
     def _depth(self, connection: Connection, name: str) -> int | None:
-        """Return the number of messages in a queue, ``None`` if the broker refuses to tell.
+        """Return the number of messages in a queue, ``None`` if the broker refuses the request.
 
-        RabbitMQ refuses it for an exclusive queue of another connection, and for a queue for which
-        the user has no permission.
+        RabbitMQ refuses the request if the queue is exclusive to another connection, or if the user
+        has no permission for the queue.
         """
         channel = self._channel = self._channel or connection.channel()
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # After an error, AMQP closes the channel.
-            # Redis does not, and a new one costs six round trips.
+            # After an error, AMQP closes the channel. Redis keeps the channel open. It is used
+            # again, because a new channel costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
@@ -119,7 +119,7 @@ class BrokerProbe:
 
 
 class ConsumerWatch:
-    """Reads from a worker's own connection whether the broker may be away, without asking it.
+    """Reads from the state of a worker's connection whether the broker may be away. Sends nothing.
 
     :param consumer: the Consumer of this process's worker; ``None`` outside a worker.
     """
@@ -128,11 +128,11 @@ class ConsumerWatch:
         self._consumer = consumer
 
     def in_trouble(self) -> bool:
-        """Return whether the worker has lost its connection, or waits too long for an answer.
+        """Return whether the worker has lost its connection, or waits too long for a reply.
 
-        Celery removes its connection as soon as it has failed. On Redis a worker always waits for
-        an answer that arrives within ``brpop_timeout``; kombu keeps the time of the request from
-        version 5.7 on.
+        Celery removes a connection as soon as it has failed.
+        On Redis a worker always has a request open, and Redis replies within ``brpop_timeout``.
+        kombu 5.7 and later store the time of the request.
         """
         if self._consumer is None:
             return False
@@ -155,8 +155,8 @@ def _is_silent(channel: Channel) -> bool:
 def describe_cause(error: BaseException) -> str:
     """Return the class of the operating system's error, or else of the error that kombu wraps.
 
-    A reply code of AMQP is added. The text is left out, because it may contain the broker's
-    password.
+    A reply code of AMQP is added.
+    The error's text is omitted, because it may contain the broker's password.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:

@@ -1,6 +1,7 @@
 """Captures task events in the process that runs the tasks.
 
-Such a process is a worker with the pool gevent, eventlet, threads or solo, or it has eager tasks.
+Such a process is a worker with the pool gevent, eventlet, threads or solo, or any process with
+eager tasks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CeleryCapture(SignalHandlers):
     :param adapter: the adapter. Its redaction and the ``@z4j_meta`` of its tasks are applied.
     :param put: ``Ring.put``.
     :param hostname: the worker's node name; ``None`` outside a worker.
-    :param consumer: the worker's Consumer, from which the names of the queues are read. If it is
+    :param consumer: the worker's Consumer, which knows the names of the queues. If ``consumer`` is
         ``None``, the routing key is reported as the queue.
     :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
     :param context: ``IConcurrency.context_getter()``.
@@ -102,7 +103,7 @@ class EagerCapture(CeleryCapture):
 
 
 def runs_in_process(consumer: Consumer | None) -> bool:
-    """Whether the worker's own process runs the tasks, and thereby sends their signals.
+    """Whether the worker's own process runs the tasks, so that their signals fire in this process.
 
     The running pool is examined, because ``conf.worker_pool`` does not reflect the option ``-P``.
     """

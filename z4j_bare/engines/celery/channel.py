@@ -1,12 +1,13 @@
-"""The pipe through which the children of a prefork worker send the records of their handlers.
+"""The pipe through which a prefork worker's children send the records of their signal handlers.
 
-A child never waits for the pipe. If a message does not fit, the child counts the message as lost,
-in shared memory. A message arrives whole or not at all, even if its writer is killed.
+A child never waits for the pipe. If the pipe has no room for a message, the child adds 1 to a
+counter of lost messages in shared memory. A message arrives whole or not at all, even if its writer
+is killed.
 
-While the parent reads at short intervals, a child keeps the start of a run in shared memory, and
-sends it together with its next message, which usually reports the end of the run. One write costs
-less than two. The parent reads the start from the shared memory if the run takes longer, or if the
-child is killed.
+While the parent reads at short intervals, a child keeps the message about the start of a run in
+shared memory. The child sends this "kept start" together with its next message, usually the end of
+the run, because one write costs less than two. If the run takes longer, or if the child is killed,
+the parent reads the kept start from the shared memory.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ READ_BYTES = 64 * 1024
 LOSS_SLOTS = 4096
 
 #: Maximum number of incomplete messages that are kept for one child.
-#: A child can have several, because several of its threads may write at the same time.
+#: A child can have several incomplete messages, because several threads may write at the same time.
 MAX_PARTIAL = 8
 
 #: Header of a chunk: bytes of data, pid, message number, part number, number of parts.
@@ -60,15 +61,15 @@ _MAX_PARTS = 0xFFFF
 #: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
 
-#: Maximum number of children, and of starts, that the reader remembers. It is larger than
-#: :data:`LOSS_SLOTS`: before a start is forgotten, another child has used its slot.
+#: Maximum number of children, and of kept starts, that the reader remembers. The number exceeds
+#: :data:`LOSS_SLOTS`, so another child has used the slot of a start before the start is forgotten.
 _MAX_REMEMBERED = 2 * LOSS_SLOTS
 
 #: States of the agent in :class:`SharedCounters`.
 #: Children send no messages in the state ``ABSENT``.
 UNDECIDED, PRESENT, ABSENT = 0, 1, 2
 
-#: Number of forks by this process and its ancestors, which selects the counter of a new child.
+#: Number of forks by this process and its ancestors. The number selects the counter of a new child.
 _forks = 0
 
 
@@ -81,7 +82,7 @@ os.register_at_fork(before=_count_fork)
 
 
 class SharedCounters:
-    """Shared memory of a worker and its children: counters of lost messages, and two states.
+    """Shared memory of a worker and its children: loss counters, agent state, polling flag.
 
     Each child has its own counter, because two processes cannot increment one counter atomically.
     """
@@ -106,7 +107,8 @@ class SharedCounters:
     def polling(self) -> int:
         """1 while the parent reads at short intervals, and searches for kept starts; else 0.
 
-        A parent that waits for the next message does not notice a kept start.
+        While the value is 0, the parent waits for a message in the pipe, and would not notice a
+        kept start.
         """
         return self._numbers[LOSS_SLOTS + 1]
 
@@ -142,11 +144,12 @@ class ChannelWriter:
         self._slot = slot
         self._starts = starts
         self._pid = os.getpid()
-        # A child has larger numbers than all earlier children. One of them may have had its pid.
+        # Message numbers grow from child to child, because an earlier child may have had the same
+        # pid.
         self._number = _forks << 32
-        #: The chunk of the start that is kept. Several threads may each have added one.
+        #: Encoded chunks of the kept starts, at most one per thread.
         self._kept: list[bytes] = []
-        if starts is not None:  # an earlier child that was killed may have left its start
+        if starts is not None:  # a killed child may have left a start in this slot
             starts.drop(slot)
 
     def send(self, message: bytes) -> bool:
@@ -197,8 +200,8 @@ class ChannelWriter:
         chunk = _HEADER.pack(len(message), self._pid, number, 0, 1) + message
         starts.keep(self._slot, number, self._pid, message)
         self._kept.append(chunk)
-        # The parent sets ``polling`` to 0 and then searches for kept starts once more. So either
-        # this process reads 0 now, or the parent finds the start.
+        # The parent sets ``polling`` to 0 and then searches for kept starts once more.
+        # So either this process reads 0 here, or the parent's last search finds the start.
         if not self._counters.polling:
             self._send_start(self._take_kept())
 
@@ -223,7 +226,7 @@ class ChannelWriter:
             self._starts.drop(self._slot)
 
     def _count_lost_with(self, kept: bytes) -> None:
-        """Count a lost message, and the kept start that was in the same write."""
+        """Count a lost message. Count also the kept start of the same write, if there was one."""
         self.count_lost()
         if kept:
             self.count_lost()
@@ -243,17 +246,17 @@ class ChannelWriter:
 class ChannelReader:
     """Reads the messages in the parent, and joins their parts.
 
-    :param starts: the starts that the children keep.
+    :param starts: the shared memory with the kept starts of the children.
     """
 
     def __init__(self, descriptor: int, starts: KeptStarts) -> None:
         self._descriptor = descriptor
         self._starts = starts
-        #: The starts that were kept at the last call of :meth:`kept_starts`: the number of the
-        #: message, and the slot.
+        #: Message number and slot of each start that was kept at the last call of
+        #: :meth:`kept_starts`.
         self._kept: dict[int, int] = {}
-        #: The numbers of the messages that were read from ``starts``. Most of them will arrive in
-        #: the pipe, too. The values are not used.
+        #: The numbers of the messages that were read from ``starts``. Most of these messages arrive
+        #: again, through the pipe. The values are not used.
         self._taken: dict[int, int] = {}
         self._buffer = b""
         self._partial: dict[int, dict[int, list[bytes]]] = {}
@@ -284,20 +287,21 @@ class ChannelReader:
     def kept_starts(self) -> list[tuple[int, bytes]]:
         """Return the starts that were already kept at the last call, each with its writer's pid.
 
-        Each start is returned once. Between two calls, :meth:`read` must empty the pipe. So the
-        earlier messages of the writer have been read.
+        Each start is returned once. Between two calls, :meth:`read` must empty the pipe, so that
+        the writer's earlier messages are returned before its start.
         """
         previous, self._kept = self._kept, self._starts.numbers(_forks + 2)
         return self._take(previous) if previous else []
 
     def search_kept(self, matches: Callable[[bytes], bool]) -> list[tuple[int, bytes]]:
-        """Return the kept starts that match and were not returned before, each with its pid."""
+        """Return the matching starts not returned before, each with its writer's pid."""
         return self._take(self._starts.numbers(_forks + 2), matches)
 
     def forget(self, pid: int) -> None:
         """Drop the incomplete messages of a dead process.
 
-        Only its last message is counted as lost, because the writer has counted the earlier ones.
+        Only the process's last message is counted as lost here.
+        The process itself has counted the earlier incomplete messages.
         """
         last = self._last_number.pop(pid, None)
         self.lost += last in self._partial.pop(pid, ())
@@ -374,10 +378,10 @@ def _remember(remembered: dict[int, int], key: int, value: int) -> None:
 
 
 class Channel:
-    """A pipe, its counters and the kept starts. The parent makes them before its children.
+    """A pipe, its counters and the kept starts. The parent makes them before it starts children.
 
-    :param directory: the directory to make for a named pipe and the counters' file, which children
-        that are not forked open by name; ``None`` if the children are forked and inherit both.
+    :param directory: the directory to make for a named pipe and the counters' file. Children that
+        are not forked open both by name. ``None`` if the children are forked and inherit both.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -404,7 +408,8 @@ class Channel:
     def writer(self) -> ChannelWriter:
         """Return this process's writer. A child also closes its copy of the read end.
 
-        Otherwise the child's writes would not fail after the parent's death, but fill the pipe.
+        With an open read end, the child's writes would not fail after the parent's death, but fill
+        the pipe.
         """
         if not self.is_own() and self.reader.fileno() >= 0:
             close(self.reader.fileno())
@@ -412,7 +417,7 @@ class Channel:
         if self.is_own():
             return ChannelWriter(self._write_end, self.counters, 0)
         slot = 1 + _forks % (LOSS_SLOTS - 1)
-        # Children that are not forked do not inherit the kept starts, so they keep none.
+        # Children that are not forked do not inherit this shared memory, so they keep no starts.
         starts = self._starts if self._directory is None else None
         return ChannelWriter(self._write_end, self.counters, slot, starts)
 
@@ -434,7 +439,7 @@ class Channel:
 
 
 class NamedChannel:
-    """The parent's named channel, opened in a child that was not forked and so inherits nothing.
+    """The parent's named channel, opened in a child that was not forked and inherited nothing.
 
     :raises OSError: the directory does not exist, or no process has the read end open.
     """

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: Seconds before the caller's timeout at which a command ends, so that it can report an error.
+#: A command ends this many seconds before the caller's timeout, to have time to report an error.
 RESERVE = 0.5
 
 #: Maximum seconds to wait until the first process of a restarted pool has been replaced.
-#: Busy processes are replaced after their tasks.
+#: The wait does not cover all processes, because a busy process is replaced after its task.
 RESTART_TIMEOUT = 5.0
 
 _FIXED_SIZE = "the number of tasks that it runs at a time is fixed at its start"
@@ -117,7 +117,7 @@ class CeleryControls:
     def rate_limit(
         self, task: str, rate: str, *, seconds: float, worker_name: str | None = None
     ) -> CommandOutcome:
-        """Limit how often each worker, or only the named one, may start a task.
+        """Limit how often each worker, or only the named worker, may start a task.
 
         :param rate: a number of tasks per second (``5`` or ``5/s``), minute (``10/m``) or hour
             (``10/h``), or ``0`` for no limit.
@@ -160,7 +160,7 @@ class CeleryControls:
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
-        if _runs_in_this_solo_worker(task_id):  # the worker would read it after the task's end
+        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
         holder, running = self._find_task(task_id, deadline)
         if holder is not None and holder.pool in _NO_TERMINATE:
@@ -218,10 +218,11 @@ class CeleryControls:
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Send a command to all workers.
 
-        Return the replies of those that accept it, by node name, and the errors of those that
-        refuse it, by alias. A worker refuses a task that it does not know.
+        Return the replies of the workers that accept the command, by node name, and the errors of
+        the workers that refuse it, by alias.
+        A worker refuses a command for a task that it does not know.
 
-        :raises CommandError: if all refuse, or no worker replies.
+        :raises CommandError: if every worker refuses the command, or no worker replies.
         """
         answers = self._remote.broadcast(command, self._gather_time(deadline), to=None, **arguments)
         if not answers:
@@ -251,9 +252,9 @@ class CeleryControls:
     def _revoke_uuid(self, task_id: UUID | None, deadline: float) -> bool:
         """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
 
-        kombu keeps the type of an id, so a worker does not find such a task by the id's text. A
-        worker that terminates the task replies with an error, because the worker joins the ids as
-        text (Celery 5.7).
+        kombu keeps the type of an id, so a worker does not find such a task by the id's text.
+        An error reply can mean that the task was terminated: after terminating it, the worker fails
+        to join the ids as text (Celery 5.7).
         """
         if task_id is None:
             return False

@@ -32,7 +32,7 @@ TASKS_PER_STEP = 25
 
 
 class CeleryEngine(Engine):
-    """The Celery engine. It does not use the adapter's events, health and controls."""
+    """The Celery engine. The adapter's own events, health checks and controls are not used."""
 
     kind = "celery"
     adapter: CeleryEngineAdapter
@@ -48,8 +48,8 @@ class CeleryEngine(Engine):
     def make_probes(self, consumer: Consumer | None) -> list[HealthProbe]:
         """Return the checks of the broker and of the workers.
 
-        The adapter's ``get_health`` reports wrong values (see :class:`BrokerProbe`), and can hang a
-        child (see :func:`broker_connection`).
+        They replace the adapter's ``get_health``, which reports wrong values (see the module
+        ``broker_health``) and can hang a child (see :func:`broker_connection`).
         """
         from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, queue_names
         from z4j_bare.engines.celery.worker_health import WorkerDetails
@@ -68,7 +68,7 @@ class CeleryEngine(Engine):
         ]
 
     def advice(self) -> str:
-        """Return what to do about kombu's unpatched sleep, if this process has it."""
+        """Return what to do about kombu's unpatched sleep; empty if kombu's sleep is patched."""
         from z4j_bare.engines.celery import green_kombu
 
         return green_kombu.ADVICE if green_kombu.has_unpatched_sleep() else ""
@@ -89,7 +89,7 @@ class CeleryEngine(Engine):
     ) -> Iterator[TaskDefinition] | None:
         """Discover tasks as the adapter does, but in small steps.
 
-        The adapter's ``discover_tasks`` takes 6 ms for 300 tasks, and 50 ms for the files of twenty
+        The adapter's ``discover_tasks`` blocks for 6 ms with 300 tasks, and for 50 ms with twenty
         apps. Returns ``None`` if a subclass of the adapter overrides ``discover_tasks``.
         """
         method = getattr(type(self.adapter), "discover_tasks", None)
@@ -128,8 +128,8 @@ def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
     """Return a new connection to the broker. It is not open, and is not part of the app's pool.
 
     A connection of the pool is not safe in a process that forks. A child closes the pool that it
-    inherits, and thereby reads this process's replies from the shared socket. If this process reads
-    them first, the child hangs for ever (kombu 5.6 and 5.7, prefork).
+    inherits, and reads replies to this process from the shared socket. If this process reads a
+    reply first, the child waits for it for ever (kombu 5.6 and 5.7, prefork).
 
     To fail if the broker is down, call ``connect()``. Otherwise the first use of the connection
     retries until the broker is available.

@@ -1,6 +1,7 @@
 """Receives Celery's own events from the broker, in a process outside a worker.
 
-The signals do not fire in such a process: the standalone agent, a web process or a script.
+Such a process is the standalone agent, a web process or a script.
+Celery's signals do not fire in it.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ logger = logging.getLogger("z4j.runtime.engines.celery.event_receiver")
 #: Maximum seconds of one wait for events.
 POLL_TIMEOUT = 0.5
 
-#: Seconds before a connection is renewed after its first failure.
-#: On Redis the events that are sent meanwhile are lost.
+#: Seconds from a connection's first failure to the next attempt.
+#: On Redis the events that are sent in this time are lost.
 BACKOFF_INITIAL = 0.5
 
-#: Maximum seconds before a connection is renewed after repeated failures.
+#: Maximum seconds from a repeated failure to the next attempt.
 BACKOFF_MAX = 15.0
 
-#: Seconds after which a connection counts as stable and resets the back-off.
+#: Seconds after which a connection counts as stable, so that its failure starts a new back-off.
 STABLE_SECONDS = 60.0
 
 #: Seconds without an event after which a connection that has delivered events is renewed.
 #: Redis does not detect a lost peer. Workers send a heartbeat every 2 s.
 SILENCE_TIMEOUT = 90.0
 
-#: A receiver that stops reads until no event has arrived for this many seconds.
+#: During a stop, the receiver reads until no event has arrived for this many seconds.
 DRAIN_IDLE = 0.2
 
-#: Maximum seconds for which a receiver that stops reads the last events.
+#: Maximum seconds for which the receiver reads the last events during a stop.
 DRAIN_MAX = 1.0
 
 _HUBS = frozenset({"gevent", "eventlet"})

@@ -1,10 +1,9 @@
 """Finds and replaces the sleep of kombu that gevent does not patch.
 
-Celery imports kombu before it patches a ``-P gevent`` worker, so that ``kombu.utils.functional``
-keeps the builtin ``time.sleep``. While the broker is away, Celery uses it to wait between two
-attempts to reconnect, for 2, 4, 6, ... at most 30 s. During this wait the hub is blocked, and no
-task runs. No other module that such a worker loads keeps the builtin. Under eventlet the name is
-patched.
+Celery imports kombu before it patches a ``-P gevent`` worker, so ``kombu.utils.functional`` keeps
+the builtin ``time.sleep``. While the broker is away, Celery calls this sleep between two attempts
+to reconnect, for 2, 4, 6, ... at most 30 s. During this wait the hub is blocked, and no task runs.
+No other module that such a worker loads keeps the builtin. Under eventlet kombu's sleep is patched.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def has_unpatched_sleep() -> bool:
 
 
 def replace_sleep() -> None:
-    """Have kombu use the patched ``time.sleep``, if it does not yet."""
+    """Replace kombu's sleep by the patched ``time.sleep``, if it is not patched."""
     if has_unpatched_sleep():
         sys.modules[_MODULE].sleep = time.sleep  # type: ignore[attr-defined]
         logger.info(

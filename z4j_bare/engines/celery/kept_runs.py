@@ -36,8 +36,8 @@ _OUTCOMES = {
 class KeptRuns:
     """Stores the open runs of a worker's tasks.
 
-    For speed, the handlers that run for every task call ``runs`` directly. All other records pass
-    through :meth:`put`.
+    For speed, the handlers that run for every task use ``runs`` directly.
+    All other handlers call :meth:`put`.
 
     :param runs: ``Ring.runs``.
     :param put: ``Ring.put``.
@@ -91,7 +91,7 @@ class KeptRuns:
         task_state.slot = self.runs.start(number, task_id, at, flags)
 
     def end(self, task_state: TaskState, kind: str, at: float, exception: str = "") -> None:
-        """Store the end of the task's open run, if a run is open.
+        """Store the end of the task's open run, if the task has one.
 
         :param kind: the kind of the event that reports the end; empty if no event reports it. The
             event must already be in the ring.
@@ -103,7 +103,7 @@ class KeptRuns:
             task_state.slot = 0
 
     def describe(self, task_state: TaskState) -> int:
-        """Store a description: the fields that the events of a task in a queue share.
+        """Store a description: the fields shared by all events of one task type and one queue.
 
         Return the description's number, or -1 if it could not be stored.
         """

@@ -11,16 +11,17 @@ _HEADER = Struct("<IH")
 #: Bytes of one slot. The system allocates memory only for the slots that are used.
 _SLOT_BYTES = 256
 
-#: Maximum bytes of a message. The start of a task whose id and name have 36 characters has 110.
+#: Maximum bytes of a message.
+#: If a task's id and name have 36 characters each, the message of its start has 110 bytes.
 MAX_MESSAGE_BYTES = _SLOT_BYTES - _HEADER.size
 
 
 class KeptStarts:
     """A slot for each child, with a message, its number and the child's pid.
 
-    A number identifies a message of all children. The number 0 means that the slot is empty. A
-    child writes the message before the number, and the number in one write of 8 bytes. So the
-    parent sees a whole message or none, even if the child is killed.
+    A number is unique among the messages of all children, and 0 marks an empty slot.
+    A child writes the message first, and then the number in one write of 8 bytes.
+    So the parent sees a whole message or none, even if the child is killed.
 
     :param slots: number of slots.
     """

@@ -1,8 +1,8 @@
-"""Hides arguments that a task's author hides by ``argsrepr`` and ``kwargsrepr``.
+"""Keeps arguments out of events if the task's author hides them by ``argsrepr`` or ``kwargsrepr``.
 
 A message contains the arguments and, for logs and monitors, their texts ``argsrepr`` and
-``kwargsrepr``. If a text differs from the arguments, the author has replaced it, and only the text
-may be reported.
+``kwargsrepr``. If a text differs from the arguments, the author has replaced the text to hide the
+arguments, so only the text is reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_TEXT = 1024
 MAX_LEVELS = 3
 
 #: Lengths, in characters, of texts that Celery may have cut.
-#: Such a text is not compared with the result of ``repr``, which is never cut.
+#: Such a text is not compared with the result of ``repr``, because ``repr`` never cuts.
 _MAY_BE_CUT = range(1000, 1200)
 
 
@@ -51,7 +51,7 @@ def hides(value: object, text: object) -> bool:
 
     :param value: a snapshot of the arguments.
     :param text: ``argsrepr`` or ``kwargsrepr``. ``None`` hides nothing. An author may set an empty
-        text, or a value that is no text.
+        text, or a value that is not text.
     """
     if not value or text is None:
         return False
@@ -61,7 +61,8 @@ def hides(value: object, text: object) -> bool:
 def carry_over(headers: dict[str, Any], body: object) -> None:
     """Copy the author's ``argsrepr`` and ``kwargsrepr`` to the message that retries a task.
 
-    ``Task.retry()`` omits these texts. A text that the task has set in the new message is kept.
+    ``Task.retry()`` omits these texts.
+    If the task has set a text in the new message, that text is kept.
 
     :param headers: the headers of the new message; changed in place.
     :param body: the body of the new message, ``(args, kwargs, embed)``.

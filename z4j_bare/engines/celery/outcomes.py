@@ -16,7 +16,7 @@ from z4j_bare.events.snapshot import snapshot
 CAPTURED_TRACEBACK_CHARS = 5120
 
 #: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``.
-#: In the run's process, no other signal reports its end.
+#: In the process of such a run, no other signal reports the end.
 IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
 
 #: The key of a run that is neither a retry nor a replacement.
@@ -39,7 +39,8 @@ def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
     if is_reject(exception):
         reason = getattr(exception, "reason", None)
     elif name == "UnpickleableExceptionWrapper":
-        # Celery replaces an exception that cannot be pickled, and keeps its class and arguments.
+        # Celery replaces an exception that cannot be pickled.
+        # The replacement has the original's class name and arguments.
         name = str(getattr(exception, "exc_cls_name", name))
         reason = BaseException(*getattr(exception, "exc_args", None) or ())
     fields = {"exception": name, "exception_message": snapshot(text_of(reason))}
@@ -66,13 +67,13 @@ def end_without_signal(
 ) -> tuple[str, dict[str, Any]] | None:
     """Return the kind and the fields of the event for a run whose end has no signal of its own.
 
-    Such a run raised ``Ignore``, ``Reject``, or an exception that is no ``Exception``, such as
-    ``SystemExit`` or ``gevent.Timeout``. Return ``None`` if the task was replaced, if the run was
-    killed, or if it has another state.
+    Such a run raised ``Ignore``, ``Reject``, or an exception that is not an ``Exception``, such as
+    ``SystemExit`` or ``gevent.Timeout``.
+    Return ``None`` if the task was replaced, if the run was killed, or if it has another state.
 
     :param state: ``state`` of the signal ``task_postrun``.
     :param raised: ``retval`` of the signal, which is the exception.
-    :param acks_late: the task's ``acks_late``, without which its message cannot return to the
+    :param acks_late: the task's ``acks_late``. If it is false, the message cannot return to the
         queue.
     """
     if state is None:
@@ -93,7 +94,8 @@ def end_without_signal(
 def is_kill(error: BaseException) -> bool:
     """Whether ``error`` is the ``GreenletExit`` that ends a killed greenlet.
 
-    A task that an operator terminates has the signal ``task_revoked``.
+    No event is needed in this case, because ``task_revoked`` reports a task that an operator
+    terminates.
     """
     return any(base.__name__ == "GreenletExit" for base in type(error).__mro__)
 
@@ -130,7 +132,7 @@ def run_key(request: object) -> RunKey:
 
 
 def is_replacement(ignore: object) -> bool:
-    """Whether ``self.replace()`` raised ``ignore``, so the task continues under the same id."""
+    """Whether ``self.replace()`` raised ``ignore``. If so, the task continues under the same id."""
     from celery.app.task import Task
 
     step = getattr(ignore, "__traceback__", None)

@@ -1,7 +1,7 @@
-"""Captures task events in the children of a prefork worker, and sends the records to the parent.
+"""Captures task events in a prefork worker's children, and sends the records to the parent.
 
-A child may be forked before the settings and the redaction are known. So it sends the values that
-its handlers copy, and the parent samples the tasks and redacts and encodes the values.
+A child may be forked before the settings and the redaction are known.
+So the child sends unredacted values, and the parent does the sampling, redaction and encoding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Note = tuple[Any, ...]
 class Codes:
     """The first items of the records of :class:`NoteHandlers`, by kind.
 
-    These handlers make no records of the kinds ``received`` and ``rejected``.
+    The kinds ``received`` and ``rejected`` are unused, because these handlers make no such records.
     """
 
     received = rejected = 0
@@ -64,7 +64,7 @@ REPLACED = ""
 
 
 class _NotedRuns(RepeatedRuns):
-    """Keeps no states of runs, because the parent's reader keeps them."""
+    """Keeps no states of runs, because the parent keeps them."""
 
     def ended(
         self, task_id: str, last: TaskState, request: object, *, keep: bool = False
@@ -78,7 +78,7 @@ class _NotedRuns(RepeatedRuns):
 
 
 class NoteHandlers(SignalHandlers):
-    """Handlers without task states and ``@z4j_meta``, which the parent's reader adds."""
+    """Handlers that use no task states and no ``@z4j_meta``; the parent adds both to the notes."""
 
     def __init__(self, put: Put, on_loss: Callable[[], object] = int) -> None:
         super().__init__(put, Codes, TaskTypes(lambda _task: None), on_loss=on_loss)
@@ -136,7 +136,7 @@ class ChildCapture(NoteHandlers):
         **_kwargs: object,
     ) -> None:
         if state != "SUCCESS":
-            # Without a state the child ends, and the parent reports the lost child.
+            # Without a state the child ends, and the parent reports the end of the run.
             if state is not None:
                 super()._on_postrun(task_id, task, retval, state)
             return
@@ -220,7 +220,8 @@ class Prefork:
         if self.channel is None:
             self.channel = self._named() if spawn else Channel()
             signals.worker_process_init.connect(self._start_child, weak=False)
-            # This handler is connected last, so Celery calls it after those that install an agent.
+            # This handler is connected last, so Celery calls it after the handlers that install an
+            # agent.
             signals.worker_ready.connect(self._decide, weak=False)
         return self.channel
 

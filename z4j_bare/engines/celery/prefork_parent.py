@@ -1,4 +1,4 @@
-"""Reads the notes of a prefork worker's children, and adds the events that only the parent sees."""
+"""Reads the messages of a prefork worker's children, and adds events that only the parent sees."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ GATHER_SECONDS = 0.1
 BUSY_WAIT = 1.0
 IDLE_WAIT = 30.0
 
-#: Seconds from a child's disappearance until the parent itself reports the end of its run.
-#: Celery's signal may report the end within this time.
-#: The longer delay is for a pool without an event loop, which reports a lost child after 10 s.
+#: Seconds from a child's disappearance until the parent itself reports the end of the child's run.
+#: Within this time, a signal of Celery may report the end. The longer delay is for a pool without
+#: an event loop, because such a pool reports a lost child after 10 s.
 VANISHED_DELAY = 2.0
 VANISHED_DELAY_BLOCKING = 13.0
 
@@ -84,7 +84,7 @@ _MARK = Struct("<Q")
 
 
 class OrderedNotes:
-    """Keeps the records of the parent's own handlers in order with the children's messages.
+    """Keeps the records of the parent's handlers in order with the children's messages.
 
     Each record waits in a queue, and a mark with its number is written to the channel. The reader
     handles the record when it reads the mark. If the pipe is full, no mark is written, and the
@@ -118,7 +118,7 @@ class OrderedNotes:
 class ParentArrivals(SignalHandlers):
     """The parent's handlers of the signals about arriving messages: received, rejected, unknown.
 
-    The first arrival of a task precedes all its other events, so its record goes directly to the
+    A task's first arrival precedes all other events of the task, so its record goes directly to the
     ring. The record of a later arrival goes to :class:`OrderedNotes`, because the children's
     messages before it have to be handled first.
     """
@@ -174,7 +174,7 @@ def _put_in_order(
 
 
 class ParentEnds(NoteHandlers):
-    """The parent's handlers of the ends of runs that no child can report."""
+    """The parent's handlers for the ends of runs that no child can report."""
 
     signals = ("task_failure", "task_retry", "task_revoked")
 
@@ -197,8 +197,8 @@ class PreforkCapture:
     """Captures the events of a prefork worker in its parent.
 
     :param put: ``Ring.put``.
-    :param runs: ``Ring.runs``, which stores the open runs of all children, because the children die
-        with the parent; if ``None``, open runs are not stored.
+    :param runs: ``Ring.runs``, which stores the open runs of all children; if ``None``, they are
+        not stored.
     :param counts: ``Ring.counts``.
     """
 
@@ -274,7 +274,7 @@ class PreforkCapture:
         prefork.handlers[:] = self._handlers
 
     def finish(self) -> None:
-        """Wait until :meth:`run` has read all messages, at most :data:`FINISH_TIMEOUT` seconds."""
+        """Wait at most :data:`FINISH_TIMEOUT` seconds until :meth:`run` has read all messages."""
         self._backend.wait(self._finished, FINISH_TIMEOUT)
 
     def disconnect(self) -> None:
@@ -289,10 +289,10 @@ class PreforkCapture:
         return self._channel.lost()
 
     def run(self, stop_event: IEvent) -> None:
-        """Read messages until ``stop_event`` is set. Then read the messages sent before.
+        """Read messages until ``stop_event`` is set. Then read the messages that were already sent.
 
         While messages arrive, the loop reads at short intervals, and the children keep starts.
-        Otherwise it waits for the next message, and the children send starts at once.
+        At other times the loop waits for the next message, and the children send starts at once.
         """
         self._finished.clear()
         backend, counters, reader = self._backend, self._channel.counters, self._channel.reader
@@ -323,7 +323,7 @@ class PreforkCapture:
     def drain(self) -> bool:
         """Handle the messages in the channel and the records of the parent's handlers.
 
-        A start that a child keeps is handled if the previous call found it, too.
+        A kept start is handled at the second call that finds it, because most runs end before that.
 
         Return whether a message was handled, or a child keeps a start.
         """
@@ -436,8 +436,8 @@ class Runs:
             if key[0] <= previous.retries:
                 self._superseded(task_id, previous, now)
             elif task_state is last:
-                # The open run was retried. Its child has sent a note of the retry, which comes
-                # later. When this run was received, the start of the open run was not read yet.
+                # The open run was retried, and the note of the retry has not been read yet.
+                # When this run was received, the start of the open run had not been read either.
                 new = TaskState(last.task_type, last.queue)
                 task_state = last = self._task_states.supersede(task_id, last, new, key, now)
         record = (self._encoder.started, now, task_id, last)
@@ -449,7 +449,7 @@ class Runs:
         self.open[task_id] = Run(pid, task_state, key[0])
 
     def _close(self, task_id: str, last: TaskState, request: Request) -> None:
-        """Forget the open run of a task, unless it is a later run than that of ``request``.
+        """Forget the open run of a task, unless the open run is later than the run of ``request``.
 
         After ``retry(countdown=0)`` another child may already run the task again.
         """
@@ -486,7 +486,7 @@ class Runs:
         self._generic(now, task_id, task_state, _FIRST, kind, own, ended)
 
     def check(self, now: float) -> list[int]:
-        """Report the ends of the runs whose children are gone; return the pids of these children.
+        """Report the ends of runs whose child has disappeared; return the pids of these children.
 
         :param now: the monotonic time in seconds.
         """
@@ -510,7 +510,8 @@ class Runs:
     def _task_state(self, task_id: str, name: str) -> TaskState | None:
         """Return a task's state.
 
-        ``None`` if the task is not sampled, or if a handler of the parent has reported its end.
+        ``None`` if the task is not sampled, or if a handler of the parent has reported the task's
+        end.
         """
         task_state = self._task_states.get(task_id)
         if task_state is not None:
@@ -541,7 +542,7 @@ class Runs:
         self._repeated_runs.retried(task_id, task_state)
 
     def _superseded(self, task_id: str, run: Run, now: float) -> None:
-        """Report a retry if the run's child is gone and another child has restarted the task."""
+        """Report a retry if the run's child has disappeared and another child reruns the task."""
         pids = self._pids()
         if pids is not None and run.pid not in pids:
             own = {"reason": _RETURNED, "retry_count": 0}
@@ -549,7 +550,7 @@ class Runs:
             self._put((head, now - 0.001, task_id, run.task_state, RETRIED, own, None))
 
     def _vanished(self, task_id: str, run: Run) -> None:
-        """Report the end of a run whose child is gone and whose end Celery has not reported."""
+        """Report a run's end if its child has disappeared and Celery has not reported the end."""
         task = self._app.tasks.get(run.task_state.task_type.name)
         state, value, traceback = self._stored(task_id, task)
         own: dict[str, object]

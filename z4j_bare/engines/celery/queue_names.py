@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 #: Maximum number of cached routes. A route is an exchange and a routing key.
 MAX_ROUTES = 4096
 
-#: Start of the routing key of a message that has waited in RabbitMQ for its countdown (kombu's
-#: native delayed delivery, for quorum queues): 28 bits, before the original routing key.
+#: Removes the 28 bits that kombu's native delayed delivery puts before the original routing key.
+#: Messages that wait for a countdown in RabbitMQ's quorum queues have such a key.
 _strip_delay = partial(re.compile(r"^(?:[01]\.){28}").sub, "", count=1)
 
 
 def routing_key(info: object) -> str | None:
-    """Return the routing key of a message. A process without a consumer reports it as the queue.
+    """Return a message's routing key, which a process without a consumer reports as the queue.
 
     :param info: ``Request.delivery_info``.
     """
@@ -55,7 +55,7 @@ class QueueNames:
         consumer = getattr(self._consumer, "task_consumer", None)
         queues = list(getattr(consumer, "queues", ()))
         original = _strip_delay(key)
-        if original != key:  # the exchange is kombu's, which names no queue
+        if original != key:  # the exchange belongs to kombu and identifies no queue
             names = [queue.name for queue in queues if _has_key(queue, original)]
         else:
             names = [queue.name for queue in queues if _is_bound(queue, exchange, key)]

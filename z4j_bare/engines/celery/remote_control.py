@@ -19,7 +19,8 @@ T = TypeVar("T")
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
-#: Seconds without a reply after which a broadcast ends, because the number of workers is unknown.
+#: A broadcast ends after this many seconds without a reply, because the number of workers is
+#: unknown.
 GATHER_TIMEOUT = 1.5
 
 #: Seconds between two checks of a command's effect.
@@ -54,8 +55,8 @@ class Node:
     def size(self) -> int:
         """Number of tasks that the worker runs at a time.
 
-        The processes of a prefork pool are counted, because its ``max-concurrency`` remains the
-        initial number.
+        For a prefork pool the processes are counted, because ``max-concurrency`` does not change
+        when the pool is resized.
         """
         processes = self._pool_stats().get("processes")
         if self.pool == "prefork" and processes:
@@ -124,7 +125,7 @@ class RemoteControl:
         with broker_connection(self._app) as connection:
             connection.connect()
             mailbox = self._app.control.mailbox(connection)
-            mailbox.producer_pool = None  # otherwise kombu publishes on a connection of the pool
+            mailbox.producer_pool = None  # or else kombu publishes on a connection of the pool
             if to is None:
                 return mailbox.multi_call(command, arguments, timeout=timeout)
             return mailbox.call([to], command, arguments, timeout=timeout)

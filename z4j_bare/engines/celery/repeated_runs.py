@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RepeatedRuns:
-    """Keeps a state for each run of a task, such as a retry or a message that is delivered again.
+    """Keeps a state for each run of a task. A retry or a redelivered message starts another run.
 
     :param withholds: whether :meth:`started` may withhold the report of a start. If so,
         :meth:`report_withheld` must be called every few seconds.
@@ -73,13 +73,13 @@ class RepeatedRuns:
     def started(self, record: Captured, request: object) -> None:
         """Report the start of a run.
 
-        The report is withheld until the run ends or a second has passed in two cases:
+        In two cases the report is withheld until the run ends or a second has passed:
 
-        - The task has returned to the queue. A task that always returns to the queue would
-          otherwise flood the brain.
+        - The task has returned to the queue.
+          Without the delay, a task that returns again and again would flood the brain.
         - The run is a retry, and Celery has not signalled the end of the previous run.
-          :meth:`retried` then reports the start. The brain shows the state of the last event, so
-          it would otherwise show ``retry`` until this run ends.
+          :meth:`retried` then reports the start. In the other order the brain would show ``retry``
+          until this run ends, because the brain shows the state of the last event.
 
         :param record: the record of the start. Its last item is the state of the task's last run.
         :param request: Celery's ``Context``, or the request as a dictionary.
@@ -119,7 +119,9 @@ class RepeatedRuns:
         return task_state
 
     def retried(self, task_id: str, task_state: TaskState) -> None:
-        """Report the start of the next run, if it was withheld. Call after reporting the retry.
+        """Report the start of the next run, if that start was withheld.
+
+        Call after reporting the retry.
 
         :param task_state: the state of the run that was retried.
         """

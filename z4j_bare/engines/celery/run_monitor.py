@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.run_monitor")
 
-#: Seconds between two reports of withheld starts.
+#: Seconds between two calls of ``report_withheld``.
 INTERVAL = 5.0
 
 #: Number of intervals between two checks of the accepted tasks.
 CHECK_EVERY = 6
 
-#: A task is counted if its start is not seen within this many seconds after the pool accepts it.
+#: A task is counted if its start is not captured within this many seconds after the pool accepts
+#: it.
 START_TIMEOUT = 60.0
 
 _CAUSES = {
@@ -42,7 +43,7 @@ class RunMonitor:
     def __init__(
         self, task_states: TaskStates, repeated_runs: RepeatedRuns, *, in_process: bool
     ) -> None:
-        #: Number of tasks that the pool has accepted and whose start the agent has not seen.
+        #: Number of tasks that the pool has accepted but whose start was not captured.
         self.unheard = 0
         self._task_states = task_states
         self._repeated_runs = repeated_runs
@@ -59,7 +60,7 @@ class RunMonitor:
                 self.check(time(), backend)
 
     def check(self, now: float, backend: BaseConcurrency) -> None:
-        """Count tasks whose start was not seen within :data:`START_TIMEOUT` seconds of acceptance.
+        """Count accepted tasks whose start was not captured within :data:`START_TIMEOUT` seconds.
 
         Only the first of these tasks is logged. The pool has not accepted a task that waits for its
         ETA, for a rate limit or for a free place. No event is recorded for a counted task, because

@@ -95,7 +95,7 @@ class RunningTasks:
         scan = HeapScan()
         if runs and ("gevent" in sys.modules or "asyncio" in sys.modules):
             self._backend.offload(scan.run)
-        # A task that another task runs eagerly has the context of that task, and started later.
+        # An eager task inside another task has the context of the outer task, and started later.
         nested: dict[int, list[_Run]] = {}
         for run in runs:
             nested.setdefault(_key(run.context), []).append(run)
@@ -153,7 +153,7 @@ class RunningTasks:
         }
 
     def _place(self, run: _Run, query: TaskQuery, scan: HeapScan) -> dict[str, Any]:
-        """Return where a run is. The caller must not yield in between."""
+        """Return where a run is. The hub must not switch during the call, or frames change."""
         function = getattr(self._app.tasks.get(run.name), "run", None)
         package = (getattr(function, "__module__", None) or "").partition(".")[0]
         frame_of = self._backend.frame_reader()

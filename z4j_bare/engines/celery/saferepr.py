@@ -1,8 +1,8 @@
 """Parses arguments and results from the ``saferepr`` text in a worker's events.
 
 Celery writes the values in Python's notation, limits their length and depth, and escapes only
-quotes. Redaction selects values by their keys, so this module recovers the structure. Text that
-cannot be parsed remains text.
+quotes. This module recovers the structure, because redaction selects values by their keys. Text
+that cannot be parsed remains text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from z4j_bare.events.snapshot import MARGIN, MAX_DEPTH, MAX_NODES, snapshot
 MAX_TEXT = 8 * 1024
 
 #: Maximum number of brackets, commas and colons that are examined in text that cannot be parsed.
-#: Beyond this limit, the rest of the text becomes part of the current value.
+#: After this number, the rest of the text becomes part of the current value.
 MAX_STEPS = 2000
 
 #: Replaces the values that Celery or a limit of this module left out.
@@ -102,7 +102,8 @@ class _Parser:
         start = self.position
         value = self.literal(first, depth) if self.nodes > 0 else _FAILED
         following = self.peek()
-        # A string with a backslash before its last quote would otherwise include the next key.
+        # An unexpected character follows if a backslash before the last quote extended the string
+        # into the next key.
         if value is _FAILED or (following and following not in ends):
             return self.opaque(start, ends)
         return value

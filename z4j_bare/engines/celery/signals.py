@@ -54,16 +54,16 @@ if TYPE_CHECKING:
     from celery.worker.request import Request
 
 
-#: The recorded ``args`` and ``kwargs`` of tasks without arguments.
-#: They are shared to give the garbage collector fewer containers, and no code modifies them.
+#: The recorded ``args`` and ``kwargs`` of tasks without arguments. All such tasks share the two
+#: objects, so the garbage collector has fewer containers. No code modifies them.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
 #: States of runs whose end only ``task_postrun`` reports.
-#: The state is ``None`` if the task raised an exception that is no ``Exception``.
+#: The state is ``None`` if the task raised an exception that is not an ``Exception``.
 _ENDS_WITHOUT_SIGNAL = frozenset({IGNORED, REJECTED_STATE, None})
 
-#: Default of parameters for which Celery always passes an argument. Without it, the handler fails.
+#: Default of parameters for which Celery always passes an argument.
 _ABSENT: Any = None
 
 _HANDLERS = {
@@ -444,7 +444,8 @@ class SignalHandlers:
     def _suppresses(self, signal: str, task: object, error: Exception) -> bool:
         """Count and log a lost event.
 
-        For a control-flow exception, do nothing and return ``False``. The caller has to raise it.
+        For a control-flow exception, do nothing and return ``False``.
+        The caller must raise the exception.
         """
         if is_control_flow(error):
             return False

@@ -131,7 +131,7 @@ class CelerySource(EventSource):
         return loops
 
     def connect(self) -> None:
-        """Report the worker as online, if its name is known, and connect the signal handlers."""
+        """Connect the signal handlers. If the worker's name is known, report it as online."""
         if self._reported_worker is not None:
             self.presence.online(self._reported_worker)
         self._capture.connect()
@@ -146,7 +146,7 @@ class CelerySource(EventSource):
         self._capture.disconnect()
 
     def unheard(self) -> int:
-        """Return the number of tasks that the pool accepted but whose start was not captured."""
+        """Return how many tasks the pool accepted without a captured start."""
         return self._monitor.unheard if self._monitor else 0
 
     def current_task(self) -> str:
@@ -156,7 +156,8 @@ class CelerySource(EventSource):
         except RuntimeError:  # the hub has added a task meanwhile
             return ""
         for task_id, task_state in states:
-            # Only the current greenlet has no frame although it has started and not ended.
+            # A started greenlet that has not ended has no frame only while it is the current
+            # greenlet.
             context = task_state.context
             if (
                 task_state.started_at
@@ -220,9 +221,9 @@ class CelerySource(EventSource):
 
 
 def only_worker() -> str | None:
-    """Return the name of the only worker to report; ``None`` means all workers.
+    """Return the name of the one worker whose events are reported; ``None`` means all workers.
 
-    The name comes from the environment variables that the adapter reads, too.
+    The name comes from the same environment variables that the adapter reads.
     """
     names = (
         os.environ.get(name, "").strip()

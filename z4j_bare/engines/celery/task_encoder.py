@@ -1,6 +1,6 @@
 """Encodes the records of the signal handlers as JSON events, in the flush loop.
 
-A line of a signal handler takes three times as long as the same line in this module, because the
+A line of code takes three times as long in a signal handler as in this module, because the
 handler's code and data are not in the CPU cache. So a handler records only values that may change,
 and the flush loop encodes up to 256 records in a row.
 """
@@ -26,7 +26,7 @@ class _Template:
     """JSON that all events of one task name and queue share.
 
     ``data`` is the complete data of ``task.started``. ``queue`` and ``tail`` are parts of the data
-    of other events. Raises ``ValueError`` for a name that has to be cut.
+    of other events. The constructor raises ``ValueError`` if a name must be cut.
     """
 
     __slots__ = ("data", "queue", "tail")
@@ -44,10 +44,10 @@ class _Template:
 class TaskEncoder:
     """Encodes the records of one worker's tasks in the order of the ring.
 
-    The encoder also assigns the timestamps, because a task's timestamps must not decrease in this
-    order. It joins the events received, started and succeeded from pieces of JSON text, which takes
-    half the time of encoding a dictionary. :class:`Encoder` encodes other events, tasks with
-    ``@z4j_meta``, and values that the brain cannot store.
+    The encoder also assigns the timestamps, because a task's timestamps must not decrease in the
+    order of the ring. The events received, started and succeeded are joined from pieces of JSON
+    text, because encoding a dictionary takes twice as long. :class:`Encoder` encodes other events,
+    tasks with ``@z4j_meta``, and values that the brain cannot store.
 
     :param counts: counts the events; default: counts that nothing reads.
     """

@@ -18,17 +18,17 @@ RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
 
 #: Maximum number of task states.
-#: The state of a task that another worker has finished stays until it is evicted.
+#: If another worker finishes a task, the task's state stays here until it is evicted.
 MAX_TASKS = 20_000
 
-#: Maximum seconds by which a timestamp is moved ahead of the clock to get a second of its own.
+#: Maximum seconds by which a timestamp is moved ahead of the clock to get an unused second.
 MAX_TIMESTAMP_LEAD = 5.0
 
 
 #: Minimum seconds between two reports that a task has returned to the queue.
 REQUEUE_INTERVAL = 1.0
 
-#: Identifies a run of a task by ``retries`` and ``replaced_task_nesting`` of its message.
+#: Identifies a run of a task: ``retries`` and ``replaced_task_nesting`` of the run's message.
 RunKey = tuple[int, int]
 
 
@@ -67,7 +67,7 @@ class TaskType:
 
 
 #: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`.
-#: The attribute contains the last second that an event of the kind used.
+#: The attribute contains the last second that was used by an event of the kind.
 #: Attributes are used, because a dictionary in each state would slow down the garbage collector.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
@@ -152,9 +152,9 @@ class TaskState:
     def _late_timestamp(self, now: float, slot: str | None) -> float:
         """Return the timestamp of an event that comes after the next run was received.
 
-        The timestamp lies before the events of the next run, because a later one would overwrite
-        the next run's state in the brain. An event of a kind that a task may repeat gets a second
-        that none of these runs has used.
+        The timestamp lies before the events of the next run, because an event with a later
+        timestamp would overwrite the next run's state in the brain.
+        An event of a kind that a task may repeat gets a second that none of these runs has used.
         """
         newer = list(self.since())
         received = (each.attempt.received_at for each in newer[1:] if each.attempt is not None)

@@ -47,8 +47,8 @@ _FillFields = Callable[[CeleryEvent, TaskState, dict[str, Any]], None]
 #: The brain accepts a difference of at most 60 s.
 MAX_CLOCK_SKEW = 60.0
 
-#: Maximum characters of a task id and of a name. An event with a longer task id is malformed.
-#: A longer name, parent id or root id is cut. The encoder shortens ids and names further.
+#: Maximum characters of a task id and of a name. An event with a longer task id is malformed. A
+#: longer name, parent id or root id is cut. The encoder applies smaller limits of the brain later.
 MAX_ID_CHARS = MAX_NAME_CHARS = 4096
 
 #: Number of characters at the start of an exception's text in which the class name is searched.
@@ -182,7 +182,7 @@ class Translator:
         if task_state.task_type is UNKNOWN:
             task_state.task_type = self._task_type(name)
         elif kind == RECEIVED and (task_type := self._task_type(name)) is not task_state.task_type:
-            # Another task replaces the known task under the same id.
+            # The known task was replaced by another task with the same id.
             new = self._sent.end(task_id) or TaskState(task_type, None)
             new.attempt = Attempt()
             new.attempt.stamps = task_state
@@ -205,8 +205,8 @@ class Translator:
             task_state.queue = queue[:MAX_NAME_CHARS]
 
     def _received(self, event: CeleryEvent, task_state: TaskState, own: dict[str, Any]) -> None:
-        # Use only the first event's ``retries``: a run may be received before the previous run's
-        # retry is reported.
+        # Use ``retries`` of the first event only. Later values are unreliable, because a run may be
+        # received before the previous run's retry is reported.
         if not task_state.last_timestamp and isinstance(retries := event.get("retries"), int):
             task_state.retries = retries
         if task_state.queue is None:

@@ -29,7 +29,7 @@ DETAILS_TTL = 60.0
 REPLY_TIMEOUT = 1.0
 
 #: Maximum number of attempts to copy the set of running tasks.
-#: A copy fails if the worker's thread changes the set meanwhile.
+#: A copy fails if the worker's thread changes the set during the copy.
 _COPY_ATTEMPTS = 3
 
 #: Names of the settings that the heartbeat contains, because the brain stores them.

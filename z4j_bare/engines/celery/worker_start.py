@@ -41,12 +41,11 @@ class Runtime(Protocol):
 class WorkerStart:
     """The handlers of the signals that Celery sends while a worker starts.
 
-    ``worker_init`` is the first signal of every worker, however the worker was started: by the
-    ``celery`` script, by ``python -m celery``, by ``celery multi`` or by ``app.worker_main()``. The
-    command line shows only some of these. No other process sends the signal.
+    A worker is recognised by ``worker_init``, its first signal, which no other process sends.
+    The command line does not suffice: it does not show a worker that ``app.worker_main()`` started.
 
     :param start: starts a runtime.
-    :param bootstrap: called when a worker is ready in which no runtime is registered.
+    :param bootstrap: called when a worker is ready but has no registered runtime.
     """
 
     def __init__(
@@ -59,8 +58,8 @@ class WorkerStart:
     def connect(self) -> None:
         """Connect the handlers, if this process uses Celery. A second call does nothing.
 
-        z4j_celery imports this package before it imports Celery. Therefore Celery is imported here
-        if z4j_celery is.
+        If z4j_celery has been imported, this method imports Celery, because z4j_celery imports this
+        package before Celery.
         """
         if self._connected or not ("celery" in sys.modules or "z4j_celery" in sys.modules):
             return
@@ -96,9 +95,10 @@ class WorkerStart:
     def _on_init(self, sender: WorkController | None = None, **_kwargs: object) -> None:
         """Prepare the worker's start. The pool does not exist yet.
 
-        The handlers of ``worker_ready`` are connected in this order: those of z4j_celery and of the
-        application, at their import; those of this method; that of :meth:`Prefork.open`, which has
-        the children send nothing if no agent is installed.
+        The handlers of ``worker_ready`` are connected in this order: first the handlers of
+        z4j_celery and of the application, at their import; then the handlers of this method; last
+        the handler of :meth:`Prefork.open`, which stops the children's messages if no agent is
+        installed.
         """
         if _is_program(sender):
             mark_celery_worker()
@@ -111,8 +111,8 @@ class WorkerStart:
         """Stop an agent that started before this process became a worker; start it when ready.
 
         The command line of a program that calls ``app.worker_main()`` does not show that the
-        program is a worker. An agent that such a program installs before the call starts
-        immediately. It would not capture the worker's signals.
+        program is a worker. If such a program installs an agent before the call, the agent starts
+        immediately, and would not capture the worker's signals.
         """
         runtime = singleton.current_runtime()
         if runtime is not None and runtime.state == "running":
@@ -131,8 +131,8 @@ class WorkerStart:
     def _open_channel(self, sender: object = None, **_kwargs: object) -> None:
         """Make the channel of a prefork worker before the first child is forked.
 
-        The children inherit the channel. An agent that is installed at ``worker_ready`` would be
-        too late.
+        The children inherit the channel, so an agent that is installed at ``worker_ready`` is too
+        late to make it.
         """
         pool = str(getattr(sender, "pool_cls", ""))
         spawn = getattr(sender, "pool_start_method", "fork") == "spawn"
@@ -164,7 +164,7 @@ def stop_with_worker(runtime: Runtime) -> None:
 
 
 def is_spawned_child() -> bool:
-    """Whether this process is a child of a prefork worker, and was started instead of forked."""
+    """Whether this process is a prefork worker's child that was spawned, not forked."""
     return os.environ.get(CHANNEL_VARIABLE, "").endswith(f"-{os.getppid()}")
 
 

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.engines.celery.workers")
 
-#: Seconds before each of the three ``enable_events`` to a new worker. The first may be lost,
-#: because a starting worker on Redis listens only after the handlers of ``worker_ready`` have
-#: returned.
+#: Seconds before each of the three ``enable_events`` to a new worker. The first one may be lost on
+#: Redis, where a worker receives commands only after its ``worker_ready`` handlers have returned.
 ENABLE_DELAYS = (0.0, 1.0, 4.0)
 
 #: Seconds between the first two ``enable_events`` broadcasts to all workers.
@@ -32,7 +31,7 @@ INTERVAL = 60.0
 #: Seconds to wait for the workers' replies.
 REPLY_TIMEOUT = 1.0
 
-#: A worker is removed after this many seconds without an event or a reply from it.
+#: A worker is removed after this many seconds without an event or a reply.
 EXPIRY = 150.0
 
 #: Minimum seconds between two checks for due requests.
@@ -69,10 +68,11 @@ class Worker:
 class WorkerRegistry:
     """The workers whose events this process reads, with their queues.
 
-    Only one task calls the methods. The registry sends its requests in another task, one request at
-    a time. So a broker that does not answer delays neither the events nor the agent's stop.
+    Only one background task calls the methods.
+    The registry sends its requests in another background task, one at a time.
+    So a broker that does not reply delays neither the events nor the agent's stop.
 
-    :param only_hostname: the only worker to report; ``None`` for all.
+    :param only_hostname: the one worker whose events are reported; ``None`` for all workers.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class WorkerRegistry:
     def online(self, hostname: str) -> None:
         """Process a ``worker-online`` event, and make ``enable_events`` due again.
 
-        A worker sends the event when it starts, and also when its events have just been enabled.
-        Therefore the queues that the worker reported are kept until it reports them again.
+        A worker sends this event when it starts, and also when its events are enabled.
+        In the second case its queues are unchanged, so the known queues are kept until the worker
+        reports them again.
         """
         if self.touch(hostname) is not None:
             worker = self._workers[hostname]
@@ -200,7 +201,7 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # a worker that replied receives the enable_events below, too
+                worker.due = inf  # the step _enable_events also reaches a worker that replied
 
     def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
