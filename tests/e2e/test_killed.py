@@ -1,4 +1,4 @@
-"""A worker is killed while tasks run: what the dashboard shows of them afterwards."""
+"""A worker ends while tasks run: what the dashboard shows of them afterwards."""
 
 import json
 import os
@@ -86,6 +86,37 @@ def test_next_worker_reports_runs_of_killed_worker(pool, fresh_project):
         "the deletion of the dead file",
         timeout=20,
     )
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_next_worker_reports_runs_of_stopped_worker(pool, fresh_project):
+    """After SIGQUIT, prefork reports an early acknowledged task as retry, as Celery does. The next
+    worker reports the other runs like those of a killed worker.
+    """
+    project = fresh_project
+    worker = project.worker("killable", pool=pool, name="w1@e2e", concurrency=4)
+    early, late = project.send("holds", "early"), project.send("holds_late", "late")
+    for task_id in (early, late):
+        project.row(task_id, "started")
+    os.kill(worker.pid, signal.SIGQUIT)
+    until(lambda: not worker.running, "the worker's end", timeout=30)
+    stopped_at = datetime.now(UTC)
+    project.row(early, "retry" if pool == "prefork" else "started")
+    assert project.producer.AsyncResult(early).state == (
+        "RETRY" if pool == "prefork" else "PENDING"
+    )
+    (project.home / "late.end").touch()
+    timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
+    project.worker("killable", pool=pool, name="w2@e2e", environment=timeout)
+    row = project.row(late, "success")
+    assert (row["result"], row["worker_name"]) == ("late", "w2@e2e")
+    until(lambda: "task.retried" in project.kinds(late), "the report of the first run", timeout=20)
+    if pool == "prefork":
+        assert project.kinds(early) == ["task.received", "task.retried", "task.started"]
+    else:
+        row = project.row(early, "failure")
+        assert (row["exception"], row["worker_name"]) == ("WorkerLostError", "w1@e2e")
+        assert finished_at(row) <= stopped_at
 
 
 def test_flush_reports_runs_of_killed_worker(fresh_project):

@@ -110,17 +110,6 @@ def test_restarted_pool_and_worker_report(project, host):
     assert runs(project, 3) == {"success"}
 
 
-def test_cold_shutdown_reports_retry(fresh_project):
-    """SIGQUIT reports a running task as retry, as Celery does."""
-    project = fresh_project
-    worker = project.worker("prefork_app", pool="prefork")
-    running = project.send("naps", 60)
-    project.row(running, "started")
-    os.kill(worker.pid, signal.SIGQUIT)
-    until(lambda: not worker.running, "the worker's end", timeout=30)
-    project.row(running, "retry")
-
-
 def test_broker_outage_loses_no_end(brain, redis_url, fresh_project):
     """Tasks that end while the broker is away are successes when it is back."""
     project = fresh_project
@@ -173,20 +162,3 @@ def test_spawned_children_are_reported(fresh_project):
     assert [path.stat().st_mode & 0o777 for path in pipes] == [0o600]
     worker.stop()
     assert not list((project.home / "agent").glob("channel-*"))
-
-
-def test_detached_worker_reports(fresh_project):
-    """A worker with ``--detach``, which starts itself again, reports its children."""
-    project = fresh_project
-    worker = project.worker("prefork_app", pool="prefork", name="unused@e2e")
-    worker.stop()
-    pid_file, log = project.home / "detached.pid", project.home / "detached.log"
-    command = [each.replace("unused@e2e", "detached@e2e") for each in worker.command]
-    command += ["--detach", f"--pidfile={pid_file}", f"--logfile={log}"]
-    subprocess.run(command, env=worker.environment, cwd=project.home, check=True, timeout=60)
-    until(pid_file.exists, "the detached worker", timeout=30)
-    try:
-        assert runs(project, 3) == {"success"}
-    finally:
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        until(lambda: not pid_file.exists(), "the detached worker's end", timeout=30)

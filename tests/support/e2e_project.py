@@ -22,7 +22,7 @@ TIMEOUT = 40.0
 class E2EProject:
     """A project with one agent, and a producer of its tasks.
 
-    As a context manager it stops its workers at the end.
+    As a context manager it kills its workers at the end.
 
     :param redis_url: the Redis server of the results, and of the messages without ``broker_url``.
     :param home: a new directory, whose name is also the queue's name.
@@ -72,9 +72,13 @@ class E2EProject:
         log = self.home / f"{name}.log"
         env = self.environment(agent=agent, **(environment or {}))
         worker = Worker(app, pool=pool, log=log, environment=env, name=name, **options)
-        # z4j_celery starts its agent only in the ``celery`` script, not in ``python -m celery``.
+        # Most workers in production are started by the script.
         worker.command[:3] = [str(Path(sys.executable).with_name("celery"))]
-        self._stack.enter_context(worker)
+        if "--without-mingle" not in worker.command:
+            worker.command.append("--without-mingle")  # asking other workers takes a second
+        # A test that is about a worker's end stops the worker itself. At the end of all other tests
+        # a regular stop would only take time.
+        self._stack.callback(worker.kill)
         worker.start()
         return worker
 
@@ -126,7 +130,7 @@ class E2EProject:
             row = self.brain.task(self.slug, "celery", sent[max(0, len(sent) - 3)])
             return row and row["state"] == "success" and row["started_at"]
 
-        until(complete, "a complete row", timeout=timeout, interval=0.5)
+        until(complete, "a complete row", timeout=timeout, interval=0.2)
 
     def sessions(self):
         """Return the time of the last connect by worker id."""
