@@ -303,6 +303,9 @@ class IOpenRuns(Interface):
         This event must already be in the ring. ``note`` is the class of a failed run's exception.
         """
 
+    def acknowledged(slot: int) -> None:
+        """Record that the broker does not deliver the message of an open run again."""
+
     def stored(number: int, at: float) -> None:
         """Drop the ends that were reported up to event ``number``; their flush began at ``at``."""
 

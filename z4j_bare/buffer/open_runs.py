@@ -81,6 +81,7 @@ _STATE_WORD, _END_WORD = 31, 1
 #: Maximum bytes of a task id and the note of the run together.
 MAX_ID_BYTES = 224
 _ID_OFFSET = 24
+_FLAGS_OFFSET = 19
 _NOTE_LENGTH_OFFSET = 20
 _SLOTS_OFFSET = _DESCRIPTIONS_OFFSET + DESCRIPTIONS * DESCRIPTION_BYTES
 FILE_BYTES = _SLOTS_OFFSET + SLOTS * SLOT_BYTES
@@ -201,6 +202,14 @@ class OpenRuns:
                 self._add_note(slot, note)
             self._words[place + _STATE_WORD] = self._ring.produced * _STATES | outcome
             self._ended.append(slot)
+
+    def acknowledged(self, slot: int) -> None:
+        """Record that the broker does not deliver the message of an open run again.
+
+        :param slot: the slot that :meth:`start` returned. For 0, nothing is done.
+        """
+        if slot:
+            self._map[slot + _FLAGS_OFFSET] = 0
 
     def _add_note(self, slot: int, note: str) -> None:
         start = self._map[slot + 18]

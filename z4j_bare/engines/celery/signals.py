@@ -29,6 +29,7 @@ from z4j_bare.engines.celery.outcomes import (
     result_is_unstored,
     retry_fields,
     revoked_fields,
+    run_key,
     text_of,
 )
 from z4j_bare.engines.celery.queue_names import routing_key
@@ -333,6 +334,11 @@ class SignalHandlers:
             self._end(end[0], task_id, task_state, task.request, end[1])
         elif state == IGNORED:
             self._replaced(task_id, task_state, task)
+        elif state is None and self._kept_runs is not None:
+            # The greenlet of the task was killed. Celery acknowledges its message as if the task
+            # had succeeded. At a cold stop no signal of the run's end follows.
+            task_state = self.task_states.of_run(task_state, run_key(task.request))
+            self._kept_runs.runs.acknowledged(task_state.slot)
 
     def _replaced(self, task_id: str, task_state: TaskState, task: Task) -> None:
         """End a run whose task was replaced. The replacement has the same task id."""

@@ -8,6 +8,7 @@ from celery import signals
 from celery.concurrency.prefork import TaskPool as Prefork
 from celery.concurrency.solo import TaskPool as Solo
 from celery.exceptions import Ignore
+from greenlet import GreenletExit
 from z4j_celery import CeleryEngineAdapter
 
 from tests.support.celery_fakes import memory_app, receive, trace, worker_consumer
@@ -97,6 +98,22 @@ def test_running_task_is_kept(make):
     assert worker.data("early") == {"task_name": "early", "queue": "q", "worker": "w@h"}
     worker.runs.stored(worker.ring.produced, 1.0)
     assert worker.reports() == []
+
+
+def test_killed_greenlet_is_not_delivered_again(make):
+    """Celery acknowledges a killed greenlet, so after a cold stop its late acknowledged run is a
+    failure, and not a retry for ever.
+    """
+    worker = make()
+
+    def body():
+        raise GreenletExit
+
+    worker.task("late", body, acks_late=True)
+    with pytest.raises(GreenletExit):
+        worker.run("late")
+    assert worker.inside == [[("late", "task.retried")]]
+    assert worker.reports() == [("late", "task.failed")]
 
 
 @pytest.mark.parametrize(
