@@ -1,4 +1,4 @@
-"""Explains rejected signatures by the clock, and waits for a wrong clock to be set."""
+"""Checks whether a wrong clock explains a rejected signature, and waits until the clock is set."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 #: Seconds between two checks whether the host's clock was set.
 CHECK_INTERVAL = 10.0
 
-#: A change of the host's clock of at least this many seconds ends the wait for the next attempt.
+#: If the host's clock is set by at least this many seconds, the wait for the next attempt ends.
 STEP = 5.0
 
 
 class ClockCheck:
     """Compares the clocks after the brain has rejected a signature.
 
-    The difference at ``hello_ack`` is not enough, because either clock may be set during a session.
+    The difference measured at ``hello_ack`` may be outdated, because either clock may be set during
+    a session.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:
-        #: Asks the brain for its time, and returns the seconds by which its clock is ahead of this
-        #: host's; ``None`` without an answer.
+        #: Asks the brain for its time. Returns the brain's clock minus this host's clock in
+        #: seconds; ``None`` if the brain does not answer.
         self.ask: Callable[[], float | None] = _no_answer
         self._backend = backend
         self._wrong = False
@@ -42,8 +43,8 @@ class ClockCheck:
     ) -> AgentError:
         """Return an error that names the clock or the key if ``error`` is a rejected signature.
 
-        If this host's clock was set during the session, its change since ``hello_ack`` explains the
-        error. Otherwise the brain is asked.
+        If this host's clock was set during the session, the error names that change.
+        If not, the brain is asked for its time.
 
         :param ask: whether the brain may be asked.
         """
@@ -58,14 +59,16 @@ class ClockCheck:
             return explain_signature_error(error, offset)
         if not self._wrong:
             return error
-        # Long-poll: the brain also answers with status 409 if it does not know the session.
+        # Over long-poll, the same error (status 409) may only mean that the brain does not know the
+        # session.
         rejected = AuthenticationRejectedError(str(error), code=error.code)
         return explain_signature_error(rejected, offset)
 
     def wait(self, event: IEvent, seconds: float) -> None:
         """Wait for ``event``; if the clock is wrong, also until the clock is set.
 
-        Without this, the agent would stay offline for up to 10 minutes after the clock is right.
+        If the wait did not end when the clock is set, the agent could stay offline for
+        up to 10 more minutes.
         """
         backend = self._backend
         deadline, base = backend.now() + seconds, self._base()

@@ -23,7 +23,8 @@ IDLE_WAIT = 5.0
 #: Seconds between the later refreshes, until an event arrives.
 IDLE_WAIT_MAX = 60.0
 
-#: The encoder of an event that has been encoded before. It returns the second item, the bytes.
+#: The first item of a record that is already encoded.
+#: It returns the record's second item, the bytes.
 _encoded_bytes = itemgetter(1)
 
 
@@ -69,8 +70,8 @@ class FlushLoop:
                 self._backend.wait(self._ring.wake, self._interval)  # more events may arrive
             self._ring.wake.clear()
             # Events that arrive during a commit wait for the next wake-up, unless they fill a
-            # batch. A commit of 256 events takes hardly longer than one of 12, and repeated commits
-            # of 12 would cost the worker 0.2 ms of CPU per task.
+            # batch. A commit of 256 events takes hardly longer than a commit of 12. Repeated
+            # commits of 12 events would cost the worker 0.2 ms of CPU per task.
             while self._commit() == self._max_events <= len(self._ring):
                 pass
 
@@ -104,7 +105,8 @@ class FlushLoop:
     def _encode(self, remaining: list[Captured], encoded: list[bytes]) -> None:
         """Move events from the end of ``remaining`` to ``encoded``.
 
-        Each event is encoded once, because encoding advances its task's timestamps.
+        Each event is encoded only once, because encoding advances the timestamps of the event's
+        task.
         """
         checkpoint = TimeSlice(self._backend).checkpoint
         while remaining:
@@ -119,7 +121,7 @@ class FlushLoop:
 
 
 def _task_name(captured: Captured) -> str:
-    """Return the name of the task in a record of any engine; ``unknown`` if it has none."""
+    """Return the task name in a record of any engine; ``unknown`` if the record has none."""
     for item in captured[1:]:
         task_type = getattr(item, "task_type", None)
         fields = getattr(item, "data", item)

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from z4j_bare.pipeline.session import Supervisor
 
 
-#: After the brain has turned the agent away, a session counts from this age in seconds.
+#: After the brain has turned the agent away, a session counts only after this many seconds.
 SETTLE_SECONDS = 5.0
 
-#: The pid, and the time at which the first agent of the process with this pid sent a ``hello``.
+#: This process's pid, and the time of the first ``hello`` in this process.
 _first_start = (0, datetime.min.replace(tzinfo=UTC))
 
 
 def _worker_started_at() -> datetime:
     """Return a time that is the same for all agents that run in this process one after another.
 
-    The worker id contains it. The brain keeps a row for each worker id, so a process whose agent is
-    stopped and started again keeps its row.
+    The worker id contains this time. The brain keeps a row for each worker id, so a process keeps
+    its row when its agent is restarted.
     """
     global _first_start
     if _first_start[0] != os.getpid():
@@ -153,8 +153,8 @@ class AgentStatus:
     def _turned_away(self) -> bool:
         """Whether the brain has no session for this agent.
 
-        The brain accepts a session before it turns the agent away. Therefore a session that has
-        just begun does not count.
+        A session that has just begun does not count, because the brain accepts a session before it
+        turns the agent away.
         """
         connection = self._supervisor.connection
         age = 0.0 if connection is None else time.time() - connection.connected_at

@@ -1,10 +1,10 @@
 """Isolates poison rows. The brain ends every session in which it receives a poison row.
 
-A row is suspected after it was in flight in two sessions that the brain ended because of a frame.
-The sender sends suspected rows in isolation, that is, while no other row is in flight. If the brain
-ends this session as well, the next session sends a smaller part of the suspected rows, until one
-row is left. The store keeps the number of such sessions with each row. Therefore the search
-continues after a restart, and in a process that adopts the store.
+A row becomes suspected when it was in flight in two sessions that the brain ended because of a
+frame. The sender sends suspected rows in isolation, that is, while no other row is in flight. If
+the brain ends this session as well, the next session sends a smaller part of the suspected rows,
+until one row is left. The search continues after a restart, and in a process that adopts the store,
+because the store keeps the number of failed sessions with each row.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.poison")
 
-#: Number of sessions after which a row is suspected.
-#: The brain ended each of them because of a frame while the row was in flight.
+#: A row is suspected after this many sessions that the brain ended because of a frame while the row
+#: was in flight.
 SUSPECT_AFTER = 2
 
-#: Number of parts into which a set of suspected rows is split. Of 500 events, the sender tries 63,
-#: then 8, then 1. This search takes four more sessions, and halving would take ten. A failed
-#: session costs seconds, and an accepted part costs a hundredth of a second.
+#: Number of parts into which a set of suspected rows is split. Of 500 suspected events, the sender
+#: tries 63, then 8, then 1. After the first :data:`SUSPECT_AFTER` sessions, this search takes four
+#: sessions, and halving would take ten. A failed session costs seconds, and an accepted part costs
+#: a hundredth of a second.
 SPLIT_FACTOR = 8
 
 
@@ -42,7 +43,7 @@ class PoisonIsolation:
         #: The suspected rows in flight. No other row is in flight at the same time.
         self.isolated: Sequence[BufferEntry] = ()
         #: Whether the brain has acknowledged a frame in this session.
-        #: Before the first ack, another cause than a poison row may end the session.
+        #: Before the first ack, a session may end for other reasons than a poison row.
         self.session_works = False
         #: Rows of the last upload. Read only if the transport has synchronous acks.
         self.uploading: Sequence[BufferEntry] = ()
@@ -83,7 +84,7 @@ def next_trial(
 
     If there is a suspected result, only this result is tried. Otherwise the first eighth of the
     leading suspected events with the same number of attempts is tried. A failed trial increments
-    the attempts of its rows, so the next trial takes an eighth of the failed trial.
+    the attempts of its rows, so the next trial takes an eighth of those rows.
     """
     clear_results = list(takewhile(_is_clear, results))
     clear_events = list(takewhile(_is_clear, events))

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Timeout of one read in seconds. It is needed only for the transport's ping after 30 s of silence,
-#: because ``abort`` ends a read at once. Each wake-up of an idle worker costs 0.25 ms of CPU.
+#: Timeout of one read in seconds. A read must end only so that the transport can ping after 30 s of
+#: silence; ``abort`` ends a read at once. Each wake-up of an idle worker costs 0.25 ms of CPU.
 READ_TIMEOUT = 10.0
 
-#: Codes of fatal ``error`` frames whose cause only an upgrade removes.
+#: Codes of fatal ``error`` frames that only an upgrade of the agent or of the brain prevents.
 _UPGRADE_CODES = frozenset({"agent_incompatible", "protocol_incompatible"})
 
 #: Code of the ``error`` frame that the brain sends for every batch that contains a certain event.
@@ -59,8 +59,9 @@ class ReceiveLoop:
         """
         while not self._connection.closing.is_set():
             self._receive_one(READ_TIMEOUT)
-        # Process the frames that have arrived already. They can be acks, commands that the brain
-        # regards as delivered, or a close frame that explains why a send failed.
+        # Process the frames that have arrived already.
+        # They must not be dropped: they can be acks, commands that the brain regards as delivered,
+        # or a close frame with the reason of a failed send.
         while self._receive_one(timeout=0):
             pass
 

@@ -18,8 +18,8 @@ ESTABLISHED_AFTER = 30.0
 #: Number of consecutive failures from one log line at INFO to the next.
 LOG_EVERY = 10
 
-#: Minimum seconds between two lines about the same cause, since two causes may alternate. Also the
-#: minimum seconds between two warnings about failures of the same class.
+#: Minimum seconds between two lines about one cause, and between two warnings about one class of
+#: failures. Each cause has its own limit, because two causes may alternate.
 LOG_INTERVAL = 60.0
 
 #: Maximum number of causes whose last line is remembered.
@@ -27,7 +27,7 @@ _MAX_CAUSES = 100
 
 _NEVER = float("-inf")
 
-#: Numbers, addresses and ids in an error's text, which may differ in each attempt.
+#: Numbers, addresses and ids in an error's text. They may differ in each attempt.
 _VARIABLE_PART = re.compile(r"[0-9a-f]*\d[0-9a-f.]*")
 
 
@@ -35,8 +35,8 @@ class ReconnectLog:
     """Counts consecutive failures, and logs failures and reconnects.
 
     A failure is logged as a warning if it is the first one, or if its class differs from that of
-    the previous failure. If only its text differs, apart from numbers, it is logged as a warning at
-    most once a minute, and else at INFO. Every tenth failure is also logged at INFO.
+    the previous failure. If only the text differs, apart from numbers, the failure is logged as a
+    warning at most once a minute, and else at INFO. Every tenth failure is also logged at INFO.
 
     A session counts as established with the first ack, or after :data:`ESTABLISHED_AFTER` seconds.
     "connected again" is logged at that time, because the brain accepts a session before it checks a
@@ -63,7 +63,7 @@ class ReconnectLog:
             self._announce()
 
     def watch(self, connection: Connection) -> None:
-        """Wait until the session ends or has lasted; log the latter and reset the counts."""
+        """Log and reset the counts when the session is :data:`ESTABLISHED_AFTER` seconds old."""
         if not self._backend.wait(connection.closing, ESTABLISHED_AFTER):
             if self._announced_at != self.failures:
                 self._announce()

@@ -30,8 +30,9 @@ FRAME_BYTES = 128 * 1024
 #: Minimum of the limit for the events of one frame, in bytes.
 MIN_PAYLOAD_BYTES = 512
 
-#: Maximum seconds between two reads of the store while a frame is in flight, rows are in memory
-#: only, or acknowledged rows have to be deleted. A wake-up causes an earlier read.
+#: Maximum seconds between two reads of the store while a frame is in flight, while rows are in
+#: memory only, or while acknowledged rows wait for their deletion.
+#: A wake-up causes an earlier read.
 POLL_BUSY = 2.0
 
 #: Maximum seconds between two reads of the store in all other cases.
@@ -43,12 +44,12 @@ DRAIN_POLL = 0.02
 #: Maximum number of rows of ``PRIORITY_KINDS`` that are sent before the next events.
 MAX_PRIORITY_ROWS = 50
 
-#: Kinds of rows that are sent before events. Such rows are sent in the order in which they were
-#: stored, so that a command's result follows the schedule frames that the result reports.
+#: Kinds of rows that are sent before events. The rows of both kinds are sent in the order in which
+#: they were stored, so that a command's result follows the schedule frames that the command caused.
 PRIORITY_KINDS = (PROJECTION, RESULT)
 
-#: If the brain skips a schedule row this many times, an earlier row was lost.
-#: Other agents on the same token can cause fewer skips.
+#: After this many skips of one schedule row, an earlier row counts as lost.
+#: Fewer skips do not suffice, because other agents with the same token can cause them.
 MAX_SKIPS = 6
 
 
@@ -76,7 +77,7 @@ class Pacing:
         return self.window.available(self._backend.now())
 
     def max_events(self, room: int) -> int:
-        """Return the maximum number of events in the next frame, at most ``room``."""
+        """Return the maximum number of events in the next frame, which is at most ``room``."""
         return min(room, FRAME_EVENTS_MAX if self.synchronous_acks else self.window.frame_events)
 
     def is_full(self, events: Sequence[BufferEntry], room: int) -> bool:
@@ -86,18 +87,18 @@ class Pacing:
         returns that row.
         """
         if self.synchronous_acks:
-            return bool(events)  # the number that fits is known only after the upload
+            return bool(events)  # how many events fit is known only after the upload
         return (
             len(events) >= self.max_events(room)
             or sum(len(entry.payload) for entry in events) > self.payload_limit // 2
         )
 
     def on_frame_too_large(self, fits: int) -> None:
-        """Reduce the limit of the payload to ``fits`` bytes, which the brain accepts."""
+        """Reduce the payload's limit to ``fits`` bytes, a size that the brain accepts."""
         self.payload_limit = max(MIN_PAYLOAD_BYTES, min(self.payload_limit, fits))
 
     def on_upload(self) -> None:
-        """Raise the limit by 1/16, because the batch that reduced it may have been unusual."""
+        """Raise the limit by 1/16, because the batch that reduced it may be an exception."""
         self.payload_limit = min(self._max_payload, self.payload_limit + self.payload_limit // 16)
 
     def pause(self) -> float:
@@ -107,7 +108,8 @@ class Pacing:
     def idle_timeout(self, *, is_idle: bool) -> float:
         """Return the seconds after which the sender runs again without a wake-up.
 
-        :param is_idle: whether no ack is expected and the store has no work to do.
+        :param is_idle: whether no ack is expected and the store has no pending work, such as
+            deletions.
         """
         pause = self.pause()
         if self.maybe_pending and (pause or not self.window.frames):
@@ -117,7 +119,7 @@ class Pacing:
 
 
 class ProjectionResend:
-    """Tracks the schedule rows in flight, and how often each of them was sent.
+    """Tracks the schedule rows in flight, and counts how often each row was sent.
 
     The brain does not acknowledge a schedule frame that is out of sequence. If a row was sent
     several times without an ack, an earlier row was lost, and only a new session with a new epoch
@@ -141,7 +143,7 @@ class ProjectionResend:
             self._sent.pop(row_id, None)
 
     def on_skipped(self) -> None:
-        """Record that the brain skipped the rows in flight, which will be sent again.
+        """Record that the brain skipped the rows in flight. These rows will be sent again.
 
         Raises ``ScheduleStreamError`` if one of these rows was sent ``MAX_SKIPS`` times.
         """
@@ -170,9 +172,9 @@ class Sender:
     A row without an ack is sent again: in the same session if the brain has skipped its frame,
     otherwise in the next session. The row keeps its id and timestamp.
 
-    A result has no ack of its own. The brain processes the frames of a connection in order, so the
-    ack of the next ``event_batch`` proves that the result has arrived. If there are no events, the
-    sender sends an empty batch.
+    The brain does not acknowledge a result. The brain processes the frames of a connection in
+    order, so the ack of the next ``event_batch`` proves that the result has arrived. If there are
+    no events, the sender sends an empty batch.
 
     Each row of a schedule stream is sent in a frame of its own. See :class:`ProjectionResend`.
 
@@ -186,7 +188,7 @@ class Sender:
         self._counters = counters
         # Held by ``run``, because the previous session's ``run`` may still wait for a slow disk.
         self._run_lock = backend.lock()
-        # Guards the window, which an ack and the sender may change at once in threads mode.
+        # Guards the window, because in threads mode an ack and the sender may change it at once.
         self._window_lock = backend.lock()
         self._connection: Connection | None = None
         self._pacing = Pacing(FRAME_BYTES, backend, synchronous_acks=False)
@@ -246,7 +248,8 @@ class Sender:
             skipped = bool(pacing.window.skipped)
         if not pacing.maybe_pending and not skipped:
             return
-        # Wake the sender at the end of the pause. Without a hub there is no timer, so wake it now.
+        # Wake the sender at the end of the pause.
+        # Without a hub there is no timer, so wake the sender now.
         if self._backend.timer(pause, connection.wake.set, once=True) is None:
             connection.wake.set()
 
@@ -263,7 +266,7 @@ class Sender:
         Returns earlier at ``deadline``, or when ``may_send()`` is false.
 
         :param deadline: in seconds of the backend's monotonic clock.
-        :param may_send: returns whether there is a session, or a session may start without a delay.
+        :param may_send: returns whether a session exists or can start without a delay.
         """
         while may_send() and self._backend.now() < deadline:
             self.disable_pacing()
@@ -293,7 +296,7 @@ class Sender:
         return self._isolation.on_session_error(error, ids, self._buffer, self._generation)
 
     def _attach(self, connection: Connection) -> None:
-        """Start a session, in which all rows that are not acknowledged will be sent again."""
+        """Start a session. It sends all rows without an ack again."""
         limit = min(FRAME_BYTES, connection.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
         pacing = Pacing(
             limit, self._backend, synchronous_acks=connection.transport.synchronous_acks
@@ -340,7 +343,8 @@ class Sender:
         if self._isolation.isolated and pacing.window.frames:
             return False
         self._isolation.isolated = ()
-        # Reset before the read, because the read may miss rows that are stored meanwhile.
+        # Reset before the read, because rows that are stored during the read may be missing in its
+        # result.
         pacing.maybe_pending = False
         room = self._room()
         results, events = self._read(room)
@@ -356,7 +360,8 @@ class Sender:
             return self._send_isolated(connection, suspected)
         if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # room 0: no event was read
             pacing.maybe_pending = True
-        # One read returns about one row of a schedule stream, so the store may hold further rows.
+        # A read returns about one row of a schedule stream, so the store may hold further schedule
+        # rows.
         return any(row.kind == PROJECTION for row in results) or (
             pacing.maybe_pending and self._room() > 0
         )
@@ -516,7 +521,7 @@ class Sender:
 
 
 def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
-    """Return the maximum bytes of a payload that grows in the envelope as much as ``payload``.
+    """Return how large a payload may be if it grows in the envelope like ``payload``.
 
     A payload grows because JSON in a JSON string needs a backslash before each quote.
     """

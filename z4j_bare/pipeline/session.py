@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.session")
 
-#: Maximum difference in rate between two synchronised clocks, in seconds per second.
+#: Maximum drift between two synchronised clocks, in seconds per second.
 CLOCK_DRIFT = 1e-4
 
 #: Seconds that :meth:`SessionLoops.run` waits for each of its loops after the session has ended.
@@ -70,9 +70,10 @@ class Connection:
         self.hello_ack = session.hello_ack
         #: Start of the session in seconds since the epoch.
         self.connected_at = backend.wall()
-        #: Consecutive failures before this session, by class, until ``agent_status`` reports them.
+        #: Number of consecutive failures before this session by class; emptied when
+        #: ``agent_status`` has reported the numbers.
         self.failures_before: dict[str, int] = {}
-        #: Called with the first ack, over long-poll with the first upload.
+        #: Called at the first ack; over long-poll, at the first upload.
         self.on_accepted: Callable[[], object] | None = None
         #: Set when a heartbeat is due at once, and when the session ends.
         self.beat = backend.event()
@@ -92,8 +93,8 @@ class Connection:
     def clock_offset(self) -> float | None:
         """The brain's clock minus this host's clock, in seconds.
 
-        ``None`` if ``hello_ack`` has no time. If this host's clock was set since ``hello_ack``, the
-        value has changed by as much. A change of the brain's clock is not known.
+        ``None`` if ``hello_ack`` has no time. If this host's clock is set after ``hello_ack``, the
+        value changes by as much. A later change of the brain's clock is not included.
         """
         if self.hello_ack.server_time is None:
             return None
@@ -140,7 +141,8 @@ class Connection:
 
     def open(self, message: bytes) -> Frame:
         """Verify a message and return it as a model of z4j_core. Raises ``RemoteProtocolError``."""
-        # The receive loop does not wait between the messages of one read: up to fifty commands.
+        # Yield here, because the receive loop does not wait between the messages of one read, which
+        # can be fifty commands.
         self._timeslice.checkpoint()
         frame: Frame = self.session.verify(message, self._timeslice.checkpoint)
         return frame
@@ -152,10 +154,10 @@ class Connection:
     def relative_delay(self, sent_at: float) -> float:
         """Return by how many seconds a frame was slower than the fastest frame of this session.
 
-        The clocks of the brain and of this host may differ, so a delay is only known relative to
-        other frames. A frame is read late if the worker was stopped or the hub was blocked. The
-        time of the fastest frame increases by ``CLOCK_DRIFT``, so that a drift of the clocks does
-        not count as delay.
+        A frame is read late if the worker was stopped or the hub was blocked. A delay is known only
+        relative to other frames, because the clocks of the brain and of this host may differ. The
+        time of the fastest frame grows by ``CLOCK_DRIFT``, so that a drift of the clocks does not
+        count as delay.
 
         :param sent_at: the brain's timestamp of the frame, in seconds since the epoch.
         """
@@ -186,7 +188,7 @@ class FallbackMonitor(Protocol):
 class SessionLoops:
     """Runs the loops of a connection: sender, heartbeat, receiver and fallback monitor.
 
-    The heartbeat interval is ``Z4J_HEARTBEAT_SECONDS`` unless the brain requests a shorter one.
+    The heartbeat interval is ``Z4J_HEARTBEAT_SECONDS``, or the brain's interval if that is shorter.
 
     :param submit: accepts a command frame, its connection and its delay in seconds; must not wait.
     """
@@ -278,15 +280,16 @@ class SessionLoops:
     def _session_error(self, errors: Sequence[AgentError]) -> AgentError:
         """Return the error that names the cause of the session's end.
 
-        The sender's error only states that the connection was lost. The receiver's error contains a
-        close code.
+        The receiver's error is preferred, because it contains a close code.
+        The sender's error only states that the connection was lost.
         """
         coded = [error for error in errors if getattr(error, "code", None) is not None]
         error = next(
             (each for each in errors if isinstance(each, RemoteError)), (coded or errors)[0]
         )
         if getattr(error, "code", None) == close_codes.SESSION_REPLACED:
-            # Two processes with the same worker id would replace each other's sessions for ever.
+            # Another process uses the same worker id.
+            # With one id, the two processes would replace each other's sessions for ever.
             self._identity.change_worker_id()
         return close_codes.explain_limit(error)
 
@@ -307,7 +310,8 @@ class SessionLoops:
             logger.exception(
                 "z4j: loop %s died; its session ends and a new one starts; please report it", name
             )
-            # The session ends with an error, so that the supervisor delays the next connect.
+            # Report the exception as an ``AgentError``, so that the supervisor delays the next
+            # connect.
             errors.append(AgentError(f"loop {name} died of {type(error).__name__}"))
         finally:
             if not self._backend.forked():
@@ -357,8 +361,8 @@ class Supervisor:
     def run(self, stop_event: IEvent) -> None:
         """Run one session after another until ``stop_event`` is set.
 
-        Unless :meth:`stop` was called, the first connect is attempted even if ``stop_event`` is
-        already set. A short script may call ``AgentRuntime.stop`` before this loop has run.
+        A short script may call ``AgentRuntime.stop`` before this loop has run. Therefore the first
+        connect is attempted even if ``stop_event`` is already set, unless :meth:`stop` was called.
         """
         while not (stop_event.is_set() and self._attempted) and not self._stopped:
             try:
@@ -438,7 +442,7 @@ class Supervisor:
 class BackgroundLoops:
     """Runs the loops that last as long as the agent; logs, counts and restarts loops that fail.
 
-    Without a restart, a failed loop can lose data for days unnoticed (posthog-python #865).
+    Loops are restarted, because a failed loop can lose data for days (posthog-python #865).
     """
 
     def __init__(self, backend: BaseConcurrency, counters: Counters) -> None:
@@ -458,7 +462,7 @@ class BackgroundLoops:
     ) -> None:
         """Add a loop that :meth:`start` spawns.
 
-        :param wake: wakes a loop that waits for something else, so that it checks ``stop_event``.
+        :param wake: wakes the loop from its own wait, so that the loop checks ``stop_event``.
         """
         self._added.append((run, name))
         if wake is not None:
