@@ -99,12 +99,12 @@ def _clear(app: Celery, home: Path, broker: str) -> None:
 
     On Redis, also delete the run's keys, because kombu does not delete its binding keys.
     """
-    names = (home.name, *(f"{home.name}.{each}" for each in ("pidbox", "events")))
+    control = f"{home.name}.pidbox.pidbox"  # kombu adds the second suffix
     try:
         with app.connection_for_write() as connection:
             app.amqp.queues[home.name].bind(connection.default_channel).delete()
             if connection.transport.driver_type == "amqp":
-                for name in (*names, f"reply.{home.name}.pidbox"):
+                for name in (home.name, f"{home.name}.events", control, f"reply.{control}"):
                     connection.default_channel.exchange_delete(name)
         if broker.startswith("redis"):
             from redis import Redis

@@ -1,0 +1,206 @@
+"""Workers on RabbitMQ, in gevent, threads and prefork, on classic and on quorum queues."""
+
+import time
+
+import pytest
+
+from tests.support.demo_run import assert_figures_agree, run_demo
+from tests.support.rabbit_project import POOLS, in_each, rabbit_projects
+from z4j_bare.demo.process import until
+
+pytestmark = pytest.mark.timeout(240)
+
+ALL = dict.fromkeys
+
+
+@pytest.fixture(scope="module", params=["classic", "quorum"])
+def projects(request, brain, redis_url, rabbit, tmp_path_factory):
+    """A project for each pool, each with one worker."""
+    with rabbit_projects(
+        brain, redis_url, rabbit.url(), tmp_path_factory, request.param
+    ) as projects:
+        yield projects
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_demo_figures_agree_on_rabbitmq(pool, rabbit, tmp_path):
+    """The day of the demo agrees, and leaves no queue or exchange behind."""
+    url = rabbit.add_vhost(f"demo-{pool}")
+    assert_figures_agree(pool, tmp_path, "--broker", url)
+    for kind in ("queues", "exchanges"):
+        left = rabbit.control("-q", f"list_{kind}", "-p", f"demo-{pool}", "name")
+        assert "z4j-demo" not in left
+
+
+def test_brain_shows_true_states(projects):
+    """Success, failure, retry, a task with a countdown and a chain have their true rows."""
+
+    def run(project):
+        sent = {
+            "success": [project.send("add", 1, 2)],
+            "failure": [project.send("fails", "broken")],
+        }
+        # On a quorum queue Celery rejects a retry whose countdown is shorter than a second.
+        rejected = project.queue_type == "quorum"
+        sent["failure" if rejected else "success"].append(project.send("retries"))
+        later = project.producer.send_task("e2e.add", args=(1, 1), countdown=1)
+        link = project.producer.signature("e2e.add", args=(10,))
+        second = (project.producer.signature("e2e.add", args=(1, 2)) | link).apply_async()
+        sent["success"] += [later.id, second.id, second.parent.id]
+        rows = [project.row(each, state) for state, ids in sent.items() for each in ids]
+        return {row["queue"] == project.home.name for row in rows}
+
+    assert in_each(projects, run) == ALL(POOLS, {True})
+
+
+def test_brain_shows_depth_of_queue(projects):
+    """The brain shows how many messages wait, as RabbitMQ counts them."""
+
+    def run(project):
+        sent = project.hold("depth", 12)
+
+        def shown():
+            depth = project.depth(project.home.name)
+            return depth and depth == project.depth_in_brain()
+
+        until(shown, "the depth", timeout=60, interval=0.5)
+        project.release("depth")
+        return project.states(sent)
+
+    assert in_each(projects, run) == ALL(POOLS, {"success"})
+
+
+def test_consumer_commands_take_effect(projects):
+    """A worker consumes another queue, and then no longer."""
+
+    def run(project):
+        queue = f"{project.home.name}-extra"
+        project.completed("add-consumer", worker_name="w1@e2e", queue=queue)
+        project.row(project.send("add", 4, 4, queue=queue), "success")
+        project.completed("cancel-consumer", worker_name="w1@e2e", queue=queue)
+        project.send("add", 1, 1, queue=queue)
+        project.row(project.send("add", 2, 2), "success")
+        return project.depth(queue)
+
+    assert in_each(projects, run) == ALL(POOLS, 1)
+
+
+def test_purge_command_takes_effect(projects):
+    """A queue is purged only with a token of its depth, and tasks that run go on.
+
+    The brain accepts ten purges a minute.
+    """
+
+    def run(project):
+        queue = project.home.name
+        sent = project.hold("purge", 12)
+        project.row(sent[0], "started")
+        depth = until(lambda: project.depth(queue), "the depth", timeout=20)
+        wrong = project.command("purge-queue", queue=queue, confirm_token=project.token(queue, 1))
+        assert "confirm_token mismatch" in wrong["error"]
+        token = project.token(queue, depth)
+        assert project.completed("purge-queue", queue=queue, confirm_token=token)["purged"] == depth
+        if project.pool == "gevent":
+            absent = project.command("purge-queue", queue="no-such-queue", observed_depth=0)
+            assert "cannot measure" in absent["error"]
+            project.completed("purge-queue", queue=queue, force=True)
+        project.release("purge")
+        project.row(sent[0], "success")
+        return project.depth(queue)
+
+    assert in_each(projects, run) == ALL(POOLS, 0)
+
+
+def test_cancel_and_retry_commands_take_effect(projects):
+    """A running task is cancelled where the pool can, a waiting one everywhere, and one retried."""
+
+    def run(project):
+        if project.pool != "threads":
+            running = project.send("wait", 60)
+            project.row(running, "started")
+            project.completed("cancel-task", engine="celery", task_id=running)
+            project.row(running, "revoked")
+        failed = project.send("fails_once", "again")
+        project.row(failed, "failure")
+        again = project.completed("retry-task", engine="celery", task_id=failed)["new_task_id"]
+        return project.row(again, "success")["name"]
+
+    assert in_each(projects, run) == ALL(POOLS, "e2e.fails_once")
+
+
+def test_killed_broker_loses_no_end(projects, rabbit):
+    """Tasks that end after RabbitMQ was killed are successes, as are those that wait or follow."""
+
+    def outage(release):
+        rabbit.kill()
+        release()
+        time.sleep(1)  # the running tasks end
+        rabbit.start()
+
+    assert states_after_outage(projects, "kill", outage) == ALL(POOLS, {"success"})
+
+
+@pytest.mark.parametrize("projects", ["classic"], indirect=True)
+def test_restarted_broker_loses_no_end(projects, rabbit):
+    """The same if RabbitMQ is stopped, so that it closes the connections itself."""
+
+    def outage(release):
+        rabbit.restart()
+        release()
+
+    assert states_after_outage(projects, "restart", outage) == ALL(POOLS, {"success"})
+
+
+def states_after_outage(projects, mark, outage):
+    """Return the final states of tasks that run and wait during an outage, and of later ones.
+
+    An operator retries a task after the outage, in which the agent's connection was lost.
+
+    :param outage: called with a function that lets the running tasks end.
+    """
+
+    def before(project):
+        # In threads Celery 5.7 may stop to run tasks if some waited in the pool during an outage.
+        return project.hold(mark, 2 if project.pool == "threads" else 6)
+
+    def after(project):
+        failed = project.send("fails_once", mark)
+        project.row(failed, "failure")
+        again = project.completed("retry-task", engine="celery", task_id=failed)["new_task_id"]
+        return project.states([*sent[project.pool], again])
+
+    sent = in_each(projects, before)
+    outage(lambda: in_each(projects, lambda project: project.release(mark)))
+    states = in_each(projects, after)
+    logs = in_each(projects, lambda project: (project.home / "w1@e2e.log").read_text())
+    for error in ("died and runs again", "please report", "cannot switch"):
+        assert [pool for pool, log in logs.items() if error in log] == [], error
+    return states
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "refuses the virtual host 'absent': NOT_ALLOWED - vhost absent not found"),
+        ("closed", "refuses the virtual host 'closed': NOT_ALLOWED - access to vhost"),
+    ],
+)
+def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
+    """A virtual host that does not exist or is not allowed is reported with the fix."""
+    if name == "closed":
+        rabbit.control("add_vhost", name)
+    code, out, err = run_demo(tmp_path, "--broker", rabbit.url(name))
+    assert (code, out) == (1, "")
+    assert err.startswith("z4j-bare demo: --broker: the broker at amqp://z4j:**@127.0.0.1:")
+    assert message in err
+    assert f"rabbitmqctl set_permissions -p '{name}' 'z4j' '.*' '.*' '.*'" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_refused_password_is_reported_in_one_line(rabbit, tmp_path):
+    """A wrong password is reported, but not shown."""
+    code, out, err = run_demo(tmp_path, "--broker", rabbit.url(password="wrong-password"))
+    assert (code, out) == (1, "")
+    assert "refuses the user: ACCESS_REFUSED" in err
+    assert "wrong-password" not in err
+    assert len(err.splitlines()) == 1
